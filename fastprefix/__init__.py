@@ -1,0 +1,7 @@
+"""Fused kernels for prefix tuning and prompt tuning."""
+
+from . import reference
+from ._version import __version__
+from .ops.prefix_attention import prefix_attention
+
+__all__ = ["__version__", "prefix_attention", "reference"]

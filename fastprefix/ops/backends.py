@@ -1,0 +1,62 @@
+"""The backends, in one table: which there are, where each runs, and, where one is not usable, why.
+
+An operation registers its operators once for every backend that has an implementation of it (see ``registration``);
+``choose`` picks the one to call. A backend that was named is used or refused, never replaced.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the operations: its name, the device types it runs on, and why it is not usable (None: it is)."""
+
+    name: str
+    devices: tuple[str, ...] | None  # None: all
+    reason_unusable: Callable[[], str | None]
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on ``device``; None: it can."""
+        if self.devices is not None and device.type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} tensors, not on {device.type} tensors"
+        return self.reason_unusable()
+
+
+def _always() -> str | None:
+    return None
+
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Backend("eager", None, _always),)}
+"""In order of preference: ``backend=None`` takes the first that is usable."""
+
+
+def choose(name: str | None, device: torch.device, implemented: Collection[str], eager_only: str | None = None) -> str:
+    """The backend to call on ``device``.
+
+    ``implemented``: the backends that have the operation. ``eager_only``: why this call is served by the eager
+    backend alone, if it is.
+
+    Raises ``TypeError`` for a name that is no string, ``ValueError`` for a backend that is unknown or not usable.
+    """
+    if name is None:
+        if eager_only is not None:
+            return "eager"
+        return next(b.name for b in BACKENDS.values() if b.name in implemented and b.refusal(device) is None)
+    takes = "None or one of " + ", ".join(repr(known) for known in BACKENDS)
+    if not isinstance(name, str):
+        raise checks.wrong_type("backend", name, takes)
+    if name not in BACKENDS:
+        raise checks.wrong_value("backend", name, takes)
+    reason = BACKENDS[name].refusal(device)
+    if reason is None and name not in implemented:
+        reason = "it does not have this operation"
+    if reason is None and name != "eager":
+        reason = eager_only
+    if reason is not None:
+        raise ValueError(f"backend {name!r} is not usable here: {reason}")
+    return name

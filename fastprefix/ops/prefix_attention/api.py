@@ -1,0 +1,108 @@
+"""``prefix_attention``: what it means and what it takes."""
+
+from torch import Tensor
+
+from ..backends import choose
+from .registration import OPERATION
+from .validation import canonical_arguments
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    prefix_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attention over tokens and a learned, gated prefix, as if both had been concatenated, without concatenating.
+
+    With one softmax over prefix and tokens (prefix tuning, Li & Liang 2021; APT, Zhang et al. 2023), ``c`` the scale
+    and ``g`` the prefix gate:
+
+    .. math::
+        o_i = \operatorname{softmax}_{p, j}(c\, g_p \langle q_i, pk_p \rangle,\; c \langle q_i, k_j \rangle)
+              \cdot (g_p\, pv_p,\; v_j)
+
+    With an ``output_gate`` ``og``, two softmaxes (LLaMA-Adapter, Zhang et al. 2024):
+
+    .. math::
+        o_i = \operatorname{softmax}_j(c \langle q_i, k_j \rangle)\, v
+              + og_h \operatorname{softmax}_p(c\, g_p \langle q_i, pk_p \rangle)\, (g\, pv)
+
+    Every query sees the whole prefix: masks, causality, windows and segments speak of the tokens only. A query that
+    sees nothing at all has output 0. ``B``, ``N``, ``M`` and ``P`` may be 0. Gradients exist for all floating tensors,
+    and only those asked for are computed; ``attn_mask`` and ``prefix_bias`` have theirs from the eager backend alone.
+
+    Args:
+        query: ``[B, Hq, N, D]``. All floating tensors have its dtype and device (under autocast: end up with it).
+        key: ``[B, Hkv, M, D]``; ``Hq`` is a multiple of ``Hkv``.
+        value: ``[B, Hkv, M, Dv]``.
+        prefix_key: ``[Hkv, P, D]``, one prefix for the whole batch, or ``[B, Hkv, P, D]``, one a row.
+        prefix_value: ``[Hkv, P, Dv]`` or ``[B, Hkv, P, Dv]``, like ``prefix_key``.
+        prefix_gate: up to three dimensions, broadcastable to ``[B, Hkv, P]``, or four, broadcastable to
+            ``[B, Hq, N, P]`` (a gate for each query). Multiplies prefix keys and prefix values. A gate of 0 does not
+            remove a prefix token: its score is 0, and it still takes part in the softmax.
+        output_gate: broadcastable to ``[B, Hq]``; given, the prefix has a softmax of its own.
+        attn_mask: bool (True: may attend) or float (added to the scores), broadcastable to ``[B, Hq, N, M]``; a bool
+            mask of two dimensions is a key padding mask ``[B, M]``.
+        prefix_bias: broadcastable to ``[B, Hq, N, P]``, added to the prefix scores; ``-inf`` hides a prefix key.
+        is_causal: query ``i`` sees key ``j`` where ``j <= i + (M - N)`` (aligned to the end).
+        window_size: ``w`` > 0: only keys with ``i + (M - N) - j < w`` where causal, else ``|i + (M - N) - j| < w``.
+        segment_ids: integer ``([B, N], [B, M])``: a query sees the keys of its own segment (packed sequences).
+        softcap: ``t`` > 0: each score ``s``, the prefix's too, becomes ``t tanh(s / t)`` before masks and biases.
+        sinks: ``[Hq]``, logits that join the tokens' softmax and add nothing to the output.
+        scale: default ``1 / sqrt(D)``.
+        dropout_p: probability of dropping an attention probability, from 0 to 1, whatever the module's mode. What is
+            dropped follows from a seed drawn from the device's generator, and is the same on every backend.
+        backend: None, the best for the device, or "eager", "triton", "cpu": that one or an error.
+
+    Returns:
+        ``[B, Hq, N, Dv]`` in the dtype of query, with heads and length in memory in query's order.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype; the message names it.
+        ValueError: an argument of the wrong shape, device or value, or a backend that is not usable; it says why.
+    """
+    arguments = canonical_arguments(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_gate=prefix_gate,
+        output_gate=output_gate,
+        attn_mask=attn_mask,
+        prefix_bias=prefix_bias,
+        is_causal=is_causal,
+        window_size=window_size,
+        segment_ids=segment_ids,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    eager_only = _eager_only(attn_mask=attn_mask, prefix_bias=prefix_bias)
+    name = choose(backend, query.device, OPERATION.implemented, eager_only)
+    output: Tensor = OPERATION.operator(name)(*arguments)[0]
+    return output
+
+
+def _eager_only(**biases: Tensor | None) -> str | None:
+    """Why only the eager backend serves a call, if so."""
+    for name, bias in biases.items():
+        if bias is not None and bias.requires_grad:
+            return f"{name} requires a gradient, which the eager backend alone computes"
+    return None

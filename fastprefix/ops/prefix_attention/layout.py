@@ -1,0 +1,21 @@
+"""Memory layouts of results. Public shapes are [B, H, N, D]; transformers works on [B, N, H, D] and hands over its
+transpose. A result is laid out as the input it belongs to, so that transposing back costs nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def empty_heads(like: Tensor, size: int) -> Tensor:
+    """An uninitialised ``[B, H, N, size]`` tensor with the sizes, dtype, device and stride order of ``like``."""
+    batch, heads, length, _ = like.shape
+    if like.stride(1) < like.stride(2):  # [B, N, H, D] in memory
+        return torch.empty((batch, length, heads, size), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty((batch, heads, length, size), dtype=like.dtype, device=like.device)
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """An uninitialised gradient of an input: dense, heads and length in the input's order."""
+    if like.ndim == 4:
+        return empty_heads(like, like.shape[3])
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)

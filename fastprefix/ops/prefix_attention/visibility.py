@@ -1,0 +1,34 @@
+"""Which token keys a query sees. Causality, windows and segments speak of tokens only; the prefix is always seen."""
+
+import torch
+from torch import Tensor
+
+from .arguments import Arguments
+
+
+def visible_tokens(a: Arguments) -> Tensor | None:
+    """Bool, broadcastable to [B, Hq, N, M]: all rules and a bool ``attn_mask`` together; None: all is seen."""
+    rules: list[Tensor] = []
+    if a.is_causal or a.window_size is not None:
+        rules.append(_visible_by_position(a))
+    if a.query_segments is not None and a.key_segments is not None:
+        rules.append(a.query_segments[:, None, :, None] == a.key_segments[:, None, None, :])
+    if a.attn_mask is not None and a.attn_mask.dtype is torch.bool:
+        rules.append(a.attn_mask)
+    if not rules:
+        return None
+    visible = rules[0]
+    for rule in rules[1:]:
+        visible = visible & rule
+    return visible
+
+
+def _visible_by_position(a: Arguments) -> Tensor:
+    queries, keys = a.query.shape[2], a.key.shape[2]
+    i = torch.arange(queries, device=a.query.device)[:, None] + (keys - queries)  # aligned to the end
+    j = torch.arange(keys, device=a.query.device)[None, :]
+    visible = i >= j if a.is_causal else torch.ones_like(i >= j)
+    if a.window_size is not None:
+        distance = i - j if a.is_causal else (i - j).abs()
+        visible = visible & (distance < a.window_size)
+    return visible[None, None]

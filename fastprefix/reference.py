@@ -1,0 +1,5 @@
+"""The formulas in plain PyTorch, any floating dtype: the specification that every backend is tested against."""
+
+from .ops.prefix_attention.reference import prefix_attention
+
+__all__ = ["prefix_attention"]
