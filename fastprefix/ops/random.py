@@ -5,6 +5,8 @@ counter is the element's own position, and the first of the four words decides. 
 alone, not on tiles, threads or devices, and every backend drops the same elements.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,14 @@ def keep_factor(seed: Tensor, p: float, column: Tensor, row: Tensor, plane: Tens
     word = philox(seed, column, row, plane, torch.zeros_like(plane))[0]
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     return (word >= threshold(p)).to(torch.float64) * scale
+
+
+def keep_factor_at(seed: Tensor, p: float, shape: torch.Size, first_column: int = 0) -> Tensor:
+    """:func:`keep_factor` for a whole tensor: columns along the last dimension, rows along the one before it, planes
+    along all the others together.
+    """
+    *planes, rows, columns = shape
+    column = torch.arange(first_column, first_column + columns, device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    plane = torch.arange(math.prod(planes), device=seed.device).reshape(*planes, 1, 1)
+    return keep_factor(seed, p, column, row, plane)

@@ -251,8 +251,4 @@ def _keep_factor(a: Arguments, s: Tensor, first_column: int) -> Tensor | float:
     """Dropout's factor for a block of columns [B, Hkv, G, N, K]; the counter is (column, query, row and head)."""
     if a.dropout_seed is None:
         return 1.0
-    batch, kv_heads, groups, queries, keys = s.shape
-    column = torch.arange(first_column, first_column + keys, device=s.device)
-    row = torch.arange(queries, device=s.device)[:, None]
-    plane = torch.arange(batch * kv_heads * groups, device=s.device).reshape(batch, kv_heads, groups, 1, 1)
-    return random.keep_factor(a.dropout_seed, a.dropout_p, column, row, plane).to(s.dtype)
+    return random.keep_factor_at(a.dropout_seed, a.dropout_p, s.shape, first_column).to(s.dtype)

@@ -119,13 +119,5 @@ def _drop(a: Arguments, probabilities: Tensor, first_column: int) -> Tensor:
     """Dropout on a block of columns; the prefix's columns come first."""
     if a.dropout_seed is None:
         return probabilities
-    batch, heads, queries, keys = probabilities.shape
-    position = torch.arange(max(batch * heads, queries, first_column + keys), device=probabilities.device)
-    factor = random.keep_factor(
-        a.dropout_seed,
-        a.dropout_p,
-        column=position[first_column : first_column + keys],
-        row=position[:queries, None],
-        plane=position[: batch * heads].reshape(batch, heads, 1, 1),
-    )
+    factor = random.keep_factor_at(a.dropout_seed, a.dropout_p, probabilities.shape, first_column)
     return probabilities * factor.to(probabilities.dtype)

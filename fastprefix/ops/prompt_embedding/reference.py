@@ -1,0 +1,48 @@
+"""The prompt embedding as the papers write it. Any floating dtype; the gradients are autograd's.
+
+This is the specification: every backend is tested against it in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import random
+from .arguments import Arguments
+from .validation import canonical_arguments, check_ids
+
+
+def prompt_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor | None = None,
+    *,
+    ffn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    offset_scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The prompt embedding in plain PyTorch; arguments, shapes, errors of :func:`fastprefix.prompt_embedding`."""
+    arguments = canonical_arguments(
+        input_ids, weight, prompt, ffn=ffn, low_rank=low_rank, offset_scale=offset_scale, dropout_p=dropout_p
+    )
+    return embed(arguments)
+
+
+def embed(a: Arguments) -> Tensor:
+    """The formula on canonical arguments."""
+    check_ids(a.input_ids, a.weight.shape[0])
+    e = a.weight[a.input_ids]  # [B, N, d]
+    if a.w1 is not None and a.b1 is not None and a.w2 is not None and a.b2 is not None:
+        h = _dropout(a, e @ a.w1 + a.b1)  # [B, N, r]
+        e = e + a.offset_scale * (torch.relu(h) @ a.w2 + a.b2)
+    if a.low_rank_a is not None and a.low_rank_b is not None:
+        e = e + a.offset_scale * (a.low_rank_a @ a.low_rank_b)[: e.shape[1]]
+    if a.prompt is None:
+        return e
+    return torch.cat([a.prompt.expand(e.shape[0], -1, -1), e], dim=1)
+
+
+def _dropout(a: Arguments, h: Tensor) -> Tensor:
+    if a.dropout_seed is None:
+        return h
+    return h * random.keep_factor_at(a.dropout_seed, a.dropout_p, h.shape).to(h.dtype)
