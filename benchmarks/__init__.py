@@ -1,0 +1,1 @@
+"""Benchmarks of fastprefix: ``python -m benchmarks`` (run from the repository's root; not part of the package)."""

@@ -1,0 +1,81 @@
+"""Plots of results, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
+GREY = "#8c8c8c"
+SMOOTHING = 5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: a title, and for each competitor its curve or its bars, a list of numbers."""
+
+    title: str
+    series: Mapping[str, Sequence[float]]
+
+
+def loss_curves(panels: Sequence[Panel], path: Path, grey: str) -> None:
+    """Training loss over the steps, smoothed; the competitor named ``grey`` is drawn dashed."""
+    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for name, colour in _colours(panel.series, grey).items():
+            smooth = _running_mean(panel.series[name])
+            style = "--" if name == grey else "-"
+            axes.plot(range(1, len(smooth) + 1), smooth, style, color=colour, label=name, linewidth=1.8)
+        axes.set(title=panel.title, xlabel="step", ylabel=f"training loss (mean of up to {SMOOTHING} steps)")
+        axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def ratio_bars(panels: Sequence[Panel], kinds: Sequence[str], path: Path) -> None:
+    """Times as multiples of the floor: for each competitor a bar of each kind, with its number."""
+    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    thickness = 0.8 / len(kinds)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        names = list(panel.series)
+        for k, kind in enumerate(kinds):
+            values = [panel.series[name][k] for name in names]
+            places = [i + (k - (len(kinds) - 1) / 2) * thickness for i in range(len(names))]
+            bars = axes.barh(places, values, 0.92 * thickness, color=COLOURS[k], label=kind)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(title=panel.title, xlabel="time, times the frozen floor (dashed)")
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(kinds))
+    _save(figure, path)
+
+
+def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return figure, all_axes
+
+
+def _colours(names: Mapping[str, object], grey: str) -> dict[str, str]:
+    others = [name for name in names if name != grey]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    return {name: colours.get(name, GREY) for name in names}
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    windows = (values[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
