@@ -1,6 +1,7 @@
 """The main job: every method on real text, on an encoder and on a decoder, against the frozen floor and PEFT."""
 
 import argparse
+import logging
 import sys
 import time
 from dataclasses import replace
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from . import contest, data, environment, models, plots, report, subjects
@@ -82,7 +82,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{_table(subject, results[subject.title])}", flush=True)
 
     seconds = time.perf_counter() - start
-    record = {"suite": "main", "arguments": vars(options), "environment": facts, "corpus": corpus.describe()}
+    record: dict[str, Any] = {
+        "suite": "main",
+        "arguments": vars(options),
+        "environment": facts,
+        "corpus": corpus.describe(),
+    }
     record |= {"seconds": seconds, "subjects": [_record(subject, results[subject.title]) for subject in chosen]}
     report.write_json(record, options.out / "main_job.json")
     tables = "\n\n".join(_table(subject, results[subject.title]) for subject in chosen)
@@ -102,8 +107,7 @@ def _device(asked: torch.device | None) -> torch.device:
 
 def _silence_libraries() -> None:
     """Advice of the libraries about sequence lengths and padding would tear the progress bar apart."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def _corpus(options: argparse.Namespace) -> Corpus:

@@ -18,7 +18,7 @@ DEPT_RANK = 30
 ADEPT_WIDTH = 19
 PREFIX_TOKENS = 100
 PROMPT_RATE = 0.3  # usual for prompt tables; what goes beside them needs a rate of its own
-OFFSET_RATE = 5e-3
+OFFSET_RATE = 1e-3
 PREFIX_RATE = 1e-2
 
 
@@ -66,7 +66,7 @@ def _floor(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
     there. A floor that stopped at the head would be one that no method of this kind can reach.
     """
     freeze(model)
-    model.enable_input_require_grads()
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     return Prepared(model, _groups((p for p in model.parameters() if p.requires_grad), OFFSET_RATE))
 
 

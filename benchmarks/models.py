@@ -1,7 +1,9 @@
 """The frozen models: built from a configuration with random weights, or loaded by name."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-def _common(size: Size) -> dict[str, object]:
+def _common(size: Size) -> dict[str, Any]:
     # 1 / sqrt(fan-in): the usual 0.02 is made for widths of 768 and more and leaves small models nearly silent.
     return {"initializer_range": size.width**-0.5, "attn_implementation": ATTENTION}
 
@@ -113,7 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
     """The named model; a classifier gets a fresh head."""
     torch.manual_seed(seed)
-    options: dict[str, object] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
     if kind == "causal_lm":
         model = _load(name, AutoModelForCausalLM.from_pretrained, **options)
     else:
@@ -125,8 +127,7 @@ def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: i
     return model
 
 
-def _load(name: str, from_pretrained: object, **options: object):  # type: ignore[no-untyped-def]
-    assert callable(from_pretrained)
+def _load(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     try:
         return from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
 GREY = "#8c8c8c"
-SMOOTHING = 5
+SMOOTHING = 10
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def loss_curves(panels: Sequence[Panel], path: Path, grey: str) -> None:
             style = "--" if name == grey else "-"
             axes.plot(range(1, len(smooth) + 1), smooth, style, color=colour, label=name, linewidth=1.8)
         axes.set(title=panel.title, xlabel="step", ylabel=f"training loss (mean of up to {SMOOTHING} steps)")
-        axes.legend(frameon=False, fontsize=8)
+    _shared_legend(figure, all_axes[0], columns=4)
     _save(figure, path)
 
 
@@ -47,7 +47,7 @@ def ratio_bars(panels: Sequence[Panel], kinds: Sequence[str], path: Path) -> Non
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set(title=panel.title, xlabel="time, times the frozen floor (dashed)")
-        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(kinds))
+    _shared_legend(figure, all_axes[0], columns=len(kinds))
     _save(figure, path)
 
 
@@ -63,6 +63,12 @@ def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     return figure, all_axes
+
+
+def _shared_legend(figure: Any, axes: Any, columns: int) -> None:
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=columns
+    )
 
 
 def _colours(names: Mapping[str, object], grey: str) -> dict[str, str]:

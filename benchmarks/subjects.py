@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import models, tasks, tokenizer
@@ -59,4 +60,5 @@ def named(name: str, corpus: Corpus, size: Size, steps: int, device: torch.devic
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     # Half the memory and several times the speed on a GPU; on a CPU float32 is what kernels are fast in.
-    return model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    nn.Module.to(model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model
