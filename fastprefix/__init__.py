@@ -1,8 +1,50 @@
-"""Fused kernels for prefix tuning and prompt tuning."""
+"""Fused kernels for prefix tuning and prompt tuning.
+
+Importing the package is cheap: ``transformers`` is imported at the first use of a name that needs it.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from . import reference
 from ._version import __version__
+from .methods import (
+    ADePTConfig,
+    APTConfig,
+    DePTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ResidualPrefixConfig,
+)
 from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
 
-__all__ = ["__version__", "prefix_attention", "prompt_embedding", "reference"]
+if TYPE_CHECKING:
+    from .integrations.transformers import attach, detach, load_adapter, parameter_groups, save_adapter
+
+_ON_MODELS = ("attach", "detach", "load_adapter", "parameter_groups", "save_adapter")
+
+__all__ = [
+    "ADePTConfig",
+    "APTConfig",
+    "DePTConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "ResidualPrefixConfig",
+    "__version__",
+    "attach",
+    "detach",
+    "load_adapter",
+    "parameter_groups",
+    "prefix_attention",
+    "prompt_embedding",
+    "reference",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_MODELS:
+        from .integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The methods on models of other libraries: one folder each."""

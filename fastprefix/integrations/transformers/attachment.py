@@ -1,0 +1,176 @@
+"""Attaching a method to a model, and taking it off again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PromptMethod
+from .heads import trainable_modules
+from .prefix import PrefixAttachment
+from .probe import Layer, find_layers, text_keys_values
+from .prompt import PromptAttachment
+
+MODULE = "fastprefix"
+"""The name under which the method's parameters hang on the model."""
+_STATE = "_fastprefix_attachment"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class Attachment:
+    """What ``attach`` did to a model, so that ``detach`` can undo it."""
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        hooks: PromptAttachment | PrefixAttachment,
+        requires_grad: dict[str, bool],
+        saved_modules: dict[str, dict[str, Tensor]],
+    ) -> None:
+        self.config = config
+        self.hooks = hooks
+        self.requires_grad = requires_grad  # of the model's own parameters, before
+        self.saved_modules = saved_modules  # weights of the modules that stay trainable, before
+
+
+def attach(model: Model, config: MethodConfig, *, tokenizer: Any = None) -> Model:
+    """Attach a method: the model's own parameters are frozen, the method's are added.
+
+    Args:
+        model: a ``transformers`` model; for prefix methods one whose attention goes through the attention interface,
+            for prompt methods any with input embeddings.
+        config: the method and its options.
+        tokenizer: for an initialisation from text; None: the one of the model's name or path.
+
+    Returns:
+        The same model. It stays an ordinary ``transformers`` model.
+
+    Raises:
+        TypeError: not a ``transformers`` model, or not a method's configuration.
+        ValueError: the model has a method attached already, or the method cannot be attached to it, and why.
+    """
+    method, layers = _build(model, config)
+    ids = _text_ids(model, config, tokenizer)
+    if isinstance(method, PrefixMethod):
+        method.reset_parameters(None if ids is None else text_keys_values(model, ids))
+    else:
+        method.reset_parameters(_table(model), ids)
+    return _install(model, config, method, layers)
+
+
+def attach_empty(model: Model, config: MethodConfig) -> Model:
+    """Attach a method whose parameters are about to be loaded: they are not initialised."""
+    return _install(model, config, *_build(model, config))
+
+
+def detach(model: Model) -> Model:
+    """Take the method off: the model, its weights and its behaviour are exactly as they were.
+
+    Raises:
+        ValueError: the model has no method attached.
+    """
+    attachment = attachment_of(model)
+    attachment.hooks.remove()
+    delattr(model, MODULE)
+    delattr(model, _STATE)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, weights in attachment.saved_modules.items():
+            for key, parameter in modules[name].named_parameters():
+                parameter.copy_(weights[key])
+                parameter.grad = None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(attachment.requires_grad[name])
+    return model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The attachment of a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    attachment = getattr(model, _STATE, None)
+    if not isinstance(attachment, Attachment):
+        raise ValueError(f"model takes a model with a method attached (fastprefix.attach), got {type(model).__name__}")
+    return attachment
+
+
+def method_of(model: nn.Module) -> PromptMethod | PrefixMethod:
+    """The method attached to a model, with its parameters."""
+    attachment_of(model)
+    method: PromptMethod | PrefixMethod = getattr(model, MODULE)
+    return method
+
+
+def _check(model: PreTrainedModel, config: MethodConfig) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model takes a transformers model, got {type(model).__name__}")
+    if not isinstance(config, MethodConfig):
+        raise TypeError(f"config takes a method's configuration, such as PrefixTuningConfig, got {config!r}")
+    if hasattr(model, _STATE):
+        raise ValueError("model has a method attached already: detach it first")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model takes an encoder or a decoder, got the encoder-decoder {type(model).__name__}")
+    if getattr(config, "shared_prompt", None) is True:
+        raise ValueError("shared_prompt=True is not available: the prompt runs in every row of the batch")
+    trainable_modules(model, config.modules_to_save)
+
+
+def _build(model: PreTrainedModel, config: MethodConfig) -> tuple[PromptMethod | PrefixMethod, list[Layer]]:
+    """The method's module for a model, not yet initialised, and the attention layers that get a prefix.
+
+    Its parameters are on the model's device, and float32 where the model's are smaller.
+    """
+    _check(model, config)
+    method_class = METHODS[config.method_name()][1]
+    layers = find_layers(model) if issubclass(method_class, PrefixMethod) else []
+    if issubclass(method_class, PrefixMethod):
+        method: PromptMethod | PrefixMethod = method_class(config, [layer.shape for layer in layers])
+    else:
+        method = method_class(config, EmbeddingShape(*_table(model).shape))
+    return method.to(device=model.device, dtype=torch.promote_types(model.dtype, torch.float32)), layers
+
+
+def _table(model: PreTrainedModel) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _install(model: Model, config: MethodConfig, method: PromptMethod | PrefixMethod, layers: list[Layer]) -> Model:
+    """Freeze the model, hang the method on it, set its hooks."""
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    saved_modules = {}
+    for name, module in trainable_modules(model, config.modules_to_save).items():
+        saved_modules[name] = {key: p.detach().clone() for key, p in module.named_parameters()}
+        module.requires_grad_(True)
+    model.add_module(MODULE, method.train(model.training))
+    hooks: PromptAttachment | PrefixAttachment
+    if isinstance(method, PrefixMethod):
+        hooks = PrefixAttachment(model, method, layers)
+    else:
+        hooks = PromptAttachment(model, method)
+    setattr(model, _STATE, Attachment(copy.deepcopy(config), hooks, requires_grad, saved_modules))
+    return model
+
+
+def _text_ids(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
+    """The token ids ``[m]`` of the text that a method starts from, repeated to its length; None: from no text."""
+    if config.init_text is None:
+        return None
+    if tokenizer is None:
+        if not model.name_or_path:
+            raise ValueError("tokenizer takes the model's tokenizer for init_text, since the model has no name or path")
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"init_text takes a text of at least one token, got {config.init_text!r}")
+    length = config.num_virtual_tokens
+    return torch.tensor((ids * -(-length // len(ids)))[:length])

@@ -1,0 +1,86 @@
+"""The masks that ``transformers`` makes for the attention named "fastprefix".
+
+A mask's shape says the case, so that neither a keyword nor a module's ``is_causal`` has to be believed:
+
+- one row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
+- None, or ``[B, 1, N, K]`` expanded from one row: bidirectional, without or with key padding;
+- anything else ``[B, 1, N, K]``: all of the mask.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+
+def fastprefix_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of the attention mask interface; padding is never lost, and plain cases stay small."""
+    padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
+    if mask_function is bidirectional_mask_function:
+        return None if padding is None else padding.expand(batch_size, 1, q_length, kv_length)
+    square = q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == kv_offset
+    if mask_function is causal_mask_function and allow_is_causal_skip and square:
+        if padding is None:
+            padding = torch.ones((), dtype=torch.bool, device=device)
+        return padding.expand(batch_size, 1, 1, kv_length)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        device=device,
+        **{**kwargs, "allow_is_bidirectional_skip": False},
+    )
+
+
+class Masking(NamedTuple):
+    """A mask as ``prefix_attention`` takes it."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+
+
+def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
+    """What a mask says to queries ``[B, H, N, D]``."""
+    if mask is None:
+        return Masking(None, False)
+    if mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    if mask.shape[2] != 1 or query.shape[2] == 1:
+        return Masking(mask, False)
+    everything = mask.stride(3) == 0 and mask.shape[3] > 1 and mask.dtype is torch.bool
+    return Masking(None if everything else mask, True)
+
+
+def attended_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the last ``tokens`` keys are no padding, bool ``[B, tokens]``; None: all. The last query sees them all
+    but the padding, causal or not.
+    """
+    if mask is None:
+        return None
+    row = mask[:, 0, -1, -tokens:]
+    return row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2

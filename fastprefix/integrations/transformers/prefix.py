@@ -1,0 +1,154 @@
+"""Prefix methods on a model: each attention layer bound to its prefix and gates."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...methods import PrefixMethod
+from .attention import BINDING, NAME, register
+from .calls import by_name, parameter_names, past_length, shifted_positions
+from .masks import attended_tokens
+from .probe import Layer
+
+
+class LayerBinding:
+    """What an attention module finds on itself: its prefix and its gates."""
+
+    def __init__(self, attachment: PrefixAttachment, index: int) -> None:
+        self.attachment = attachment
+        self.index = index
+        self.hidden: Tensor | None = None  # what entered the layer, while it runs
+        self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
+
+    def prefix(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` in the dtype of the query."""
+        pk, pv = self.attachment.prefix(self.index)
+        return pk.to(query.dtype), pv.to(query.dtype)
+
+    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The prefix gate and the output gate."""
+        method = self.attachment.method
+        output_gate = method.output_gate(self.index)
+        return self._prefix_gate(query, key, mask), None if output_gate is None else output_gate.to(query.dtype)
+
+    def _prefix_gate(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        method = self.attachment.method
+        decoding = key.shape[2] > query.shape[2]
+        if decoding and self.held is not None:
+            return self.held
+        attended = attended_tokens(mask, query.shape[2]) if method.needs_hidden() else None
+        gate = method.prefix_gate(self.index, self.hidden, attended)
+        if gate is None:
+            return None
+        gate = gate.to(query.dtype)
+        holds = gate.ndim == 3 and method.needs_hidden() and not torch.is_grad_enabled()
+        self.held = gate if holds and not decoding else None
+        return gate
+
+    def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the layer: its first argument is the residual stream."""
+        self.hidden = args[0] if args else kwargs["hidden_states"]
+
+    def leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the layer: what entered it is not kept alive."""
+        self.hidden = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What lives only while a model runs is not copied or pickled."""
+        return {**self.__dict__, "hidden": None, "held": None}
+
+
+class PrefixAttachment:
+    """A prefix method on a model. Its attention implementation is "fastprefix" until it is removed."""
+
+    def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
+        register()
+        self.method = method
+        self.backbone = model.base_model
+        self.names = parameter_names(self.backbone)
+        self.prefixes: list[tuple[Tensor, Tensor]] | None = None
+        self.modules = [layer.module for layer in layers]
+        self.handles: list[RemovableHandle] = []
+        self.configs = _own_configs(model)
+        model.set_attn_implementation(NAME)
+        modules = dict(model.named_modules())
+        for index, layer in enumerate(layers):
+            binding = LayerBinding(self, index)
+            setattr(layer.module, BINDING, binding)
+            if method.needs_hidden():
+                self._watch(modules[_parent_layer(layer.name)], binding)
+        self.handles.append(self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True))
+
+    def _watch(self, layer: nn.Module, binding: LayerBinding) -> None:
+        self.handles.append(layer.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
+        self.handles.append(layer.register_forward_hook(binding.leave_layer, always_call=True))
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
+        arguments = by_name(self.names, args, kwargs)
+        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions takes False with a prefix method: its kernels make no attention weights"
+            )
+        self.prefixes = self.method.prefixes()
+        arguments = _rows_for_masks(arguments)
+        if self.method.config.prefix_position == "shift":
+            tokens = arguments.get("input_ids")
+            if tokens is None:
+                tokens = arguments["inputs_embeds"]
+            shift = self.method.config.num_virtual_tokens
+            arguments["position_ids"] = shifted_positions(arguments, tokens, past_length(arguments), shift)
+        return (), arguments
+
+    def prefix(self, index: int) -> tuple[Tensor, Tensor]:
+        """The prefix of a layer; a layer that is called outside its model computes its own."""
+        prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
+        return prefixes[index]
+
+    def remove(self) -> None:
+        """Take everything back."""
+        for handle in self.handles:
+            handle.remove()
+        for module in self.modules:
+            delattr(module, BINDING)
+        for owner, config in self.configs:
+            owner.config = config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What lives only while a model runs is not copied or pickled."""
+        return {**self.__dict__, "prefixes": None}
+
+
+def _own_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """Give a model configurations of its own, since another model may share them; returns the former ones."""
+    memo: dict[int, Any] = {}
+    former = [(m, m.config) for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "to_dict")]
+    for owner, config in former:
+        if not isinstance(getattr(type(owner), "config", None), property):
+            owner.config = copy.deepcopy(config, memo)
+    return former
+
+
+def _parent_layer(name: str) -> str:
+    """The layer that an attention module belongs to: its qualified name up to the last number."""
+    match = re.match(r"(.*\.\d+)(\.|$)", name)
+    if match is None:
+        raise ValueError(f"attention module {name} belongs to no numbered layer: its hidden states cannot be found")
+    return match.group(1)
+
+
+def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:
+        tokens = arguments.get("input_ids")
+        length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
+        arguments["attention_mask"] = mask.expand(-1, -1, length, -1)
+    return arguments

@@ -1,0 +1,110 @@
+"""Prompt methods on a model: the backbone gets the prompt before its tokens, the caller gets back his tokens alone.
+
+The hooks sit on the backbone, so heads, labels and losses see the tokens that the caller passed and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...methods import PromptMethod
+from .calls import by_name, parameter_names, past_length
+
+
+class PromptAttachment:
+    """A prompt method on a model."""
+
+    def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
+        self.method = method
+        self.backbone = model.base_model
+        self.embedding = model.get_input_embeddings()
+        self.names = parameter_names(self.backbone)
+        self.limit = _position_limit(self.backbone)
+        self.inserted = 0  # prompt rows of the call in progress
+        self.handles: list[RemovableHandle] = [
+            self.backbone.register_forward_pre_hook(self.insert, with_kwargs=True),
+            self.backbone.register_forward_hook(self.crop),
+        ]
+        pooler = getattr(self.backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            self.handles.append(pooler.register_forward_pre_hook(self.crop_pooled))
+
+    def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
+        arguments = by_name(self.names, args, kwargs)
+        ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if (ids is None) == (rows is None):
+            raise ValueError("input_ids or inputs_embeds: takes exactly one of them")
+        length = self.method.config.num_virtual_tokens
+        past = past_length(arguments)
+        self.inserted = 0 if past > 0 else length
+        embeds = self._embed(ids, rows, first_position=max(past - length, 0))
+        if self.limit is not None and past + embeds.shape[1] > self.limit:
+            raise ValueError(
+                f"num_virtual_tokens = {length} and an input of {past + embeds.shape[1] - length} tokens exceed the "
+                f"model's {self.limit} positions"
+            )
+        arguments.update(input_ids=None, inputs_embeds=embeds)
+        self._extend(arguments, embeds, length)
+        return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+
+    def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the backbone: hidden states of the caller's tokens."""
+        if self.inserted == 0:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, self.inserted :], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, self.inserted :]
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(state[:, self.inserted :] for state in output.hidden_states)
+        return output
+
+    def crop_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Forward pre-hook of a pooler inside the backbone: it pools the caller's first token, not the prompt's."""
+        return (args[0][:, self.inserted :], *args[1:])
+
+    def remove(self) -> None:
+        """Take everything back."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _embed(self, ids: Tensor | None, rows: Tensor | None, first_position: int) -> Tensor:
+        with_prompt = self.inserted > 0
+        if ids is not None and type(self.embedding) is nn.Embedding and self.embedding.max_norm is None:
+            return self.method.embed(ids, self.embedding.weight, first_position, with_prompt)
+        # An embedding that does more than look up (scaling, for one), or rows from the caller: they are the table.
+        if rows is None:
+            rows = self.embedding(ids)
+        positions = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).reshape(rows.shape[:2])
+        return self.method.embed(positions, rows.flatten(0, 1), first_position, with_prompt)
+
+    def _extend(self, arguments: dict[str, Any], embeds: Tensor, length: int) -> None:
+        """Masks, positions and token types for the prompt's rows."""
+        batch, inserted = embeds.shape[0], self.inserted
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                raise ValueError("attention_mask takes a tensor [B, K] with a prompt method")
+            arguments["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], dim=1)
+        positions = arguments.get("position_ids")
+        if positions is not None:
+            prompt = torch.arange(inserted, device=positions.device).expand(positions.shape[0], -1)
+            arguments["position_ids"] = torch.cat([prompt, positions + length], dim=1)
+        types = arguments.get("token_type_ids")
+        if types is not None:
+            arguments["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], inserted), types], dim=1)
+
+
+def _position_limit(backbone: nn.Module) -> int | None:
+    """How many positions a model with a table of absolute positions has; None: no such table."""
+    for name, module in backbone.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - reserved
+    return None

@@ -1,0 +1,34 @@
+"""The tuning methods, one file each: a configuration and the parameters and formulas that it stands for.
+
+Nothing here knows of any model library: a method is told the shapes of what it attaches to.
+"""
+
+from .adept import ADePT, ADePTConfig
+from .apt import APT, APTConfig
+from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
+from .dept import DePT, DePTConfig
+from .prefix_tuning import PrefixTuning, PrefixTuningConfig
+from .prompt_tuning import PromptTuning, PromptTuningConfig
+from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
+from .shapes import AttentionShape, EmbeddingShape
+
+__all__ = [
+    "APT",
+    "METHODS",
+    "ADePT",
+    "ADePTConfig",
+    "APTConfig",
+    "AttentionShape",
+    "DePT",
+    "DePTConfig",
+    "EmbeddingShape",
+    "MethodConfig",
+    "PrefixMethod",
+    "PrefixTuning",
+    "PrefixTuningConfig",
+    "PromptMethod",
+    "PromptTuning",
+    "PromptTuningConfig",
+    "ResidualPrefix",
+    "ResidualPrefixConfig",
+]

@@ -1,0 +1,71 @@
+"""ADePT (Tang, Hu, Liu, "ADePT: adaptive decomposed prompt tuning", ICLR 2025)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import check_positive, register
+from .budget import embedding_width, largest_within
+from .prompt_tuning import PromptTuning, PromptTuningConfig
+
+
+@dataclass(kw_only=True)
+class ADePTConfig(PromptTuningConfig):
+    """A short prompt and one small network on every token: ``e + relu(e w1 + b1) w2 + b2``.
+
+    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 for the network. The published setting is m = 60, r = 19.
+
+    Args:
+        bottleneck_dim: ``r``.
+        dropout: on the hidden layer, before the ReLU, while training; the paper's formula has none, the authors' code
+            0.1.
+    """
+
+    bottleneck_dim: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("bottleneck_dim", self.bottleneck_dim)
+        if not 0.0 <= self.dropout <= 1.0:
+            raise ValueError(f"dropout takes a probability from 0 to 1, got {self.dropout!r}")
+
+    @classmethod
+    def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":
+        """The largest bottleneck whose parameters, ``m d + 2 d r + r + d``, stay within ``trainable``."""
+        d = embedding_width(model)
+        r = largest_within("trainable", trainable, fixed=(num_virtual_tokens + 1) * d, each=2 * d + 1)
+        return cls(num_virtual_tokens, bottleneck_dim=r, **options)
+
+
+class ADePT(PromptTuning):
+    """The prompt and the network. ``w2`` and both biases start at 0, and so does the offset."""
+
+    config: ADePTConfig
+
+    def __init__(self, config: ADePTConfig, shape: Any) -> None:
+        super().__init__(config, shape)
+        d, r = shape.width, config.bottleneck_dim
+        self.w1 = nn.Parameter(torch.empty(d, r))
+        self.b1 = nn.Parameter(torch.empty(r))
+        self.w2 = nn.Parameter(torch.empty(r, d))
+        self.b2 = nn.Parameter(torch.empty(d))
+
+    def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
+        """``w1 ~ U(-1/sqrt(r), 1/sqrt(r))``, as the authors' code has it, the rest 0."""
+        super().reset_parameters(table, init_ids)
+        bound = 1.0 / math.sqrt(self.config.bottleneck_dim)
+        nn.init.uniform_(self.w1, -bound, bound)
+        for parameter in (self.b1, self.w2, self.b2):
+            nn.init.zeros_(parameter)
+
+    def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The network; it is the same for every token, generated ones too."""
+        ffn = tuple(parameter.to(dtype) for parameter in (self.w1, self.b1, self.w2, self.b2))
+        return {"ffn": ffn, "dropout_p": self.config.dropout if self.training else 0.0}
+
+
+register("adept", ADePTConfig, ADePT)

@@ -1,0 +1,99 @@
+"""APT, adaptive prefix tuning (Zhang et al., "Towards adaptive prefix tuning for parameter-efficient language model
+fine-tuning", ACL 2023).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import check_choice, register
+from .prefix_tuning import PrefixTuning, PrefixTuningConfig
+from .shapes import AttentionShape
+
+
+@dataclass(kw_only=True)
+class APTConfig(PrefixTuningConfig):
+    r"""Prefix tuning with gates: in layer i ``(pk_i, pv_i) <- lambda_i sigmoid(h_{i-1} W_i) * (pk_i, pv_i)``.
+
+    ``h_{i-1}`` is a hidden state that enters the layer, ``W_i [d, m]`` starts at 0 and the scalar ``lambda_i`` at 1,
+    so every gate starts at 1/2. The paper leaves open which hidden state and how it is initialised.
+
+    Args:
+        pooling: which hidden state gates. "cls", the first token that is no padding (the default for encoders; with a
+            cache the gate of the prefill is held); "mean", the mean over the tokens that are no padding (bidirectional
+            attention only: in a decoder a token would see what comes after it); "query", every token gates for itself
+            (the default for decoders). None: the default.
+        token_gate: whether there is the token-level gate ``sigmoid(h W_i)``.
+        layer_gate: whether there is the layer-level gate ``lambda_i``.
+    """
+
+    pooling: Literal["cls", "mean", "query"] | None = None
+    token_gate: bool = True
+    layer_gate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("pooling", self.pooling, (None, "cls", "mean", "query"))
+
+
+class APT(PrefixTuning):
+    """The prefix, a projection and a scalar a layer: 1.5 times the parameters at full attention width, and L."""
+
+    config: APTConfig
+
+    def __init__(self, config: APTConfig, shapes: Sequence[AttentionShape]) -> None:
+        super().__init__(config, shapes)
+        causal = any(shape.causal for shape in shapes)
+        self.pooling = config.pooling or ("query" if causal else "cls")
+        if self.pooling == "mean" and causal:
+            raise ValueError('pooling="mean" takes bidirectional attention: here a token would see what comes after it')
+        m = config.num_virtual_tokens
+        if config.token_gate:
+            self.gate_projections = nn.ParameterList([torch.empty(shape.width, m) for shape in shapes])
+        if config.layer_gate:
+            self.layer_gates = nn.ParameterList([torch.empty(()) for _ in shapes])
+
+    def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+        """``W = 0`` and ``lambda = 1``: every gate starts at 1/2."""
+        super().reset_parameters(text_keys_values)
+        if self.config.token_gate:
+            for projection in self.gate_projections:
+                nn.init.zeros_(projection)
+        if self.config.layer_gate:
+            for gate in self.layer_gates:
+                nn.init.ones_(gate)
+
+    def needs_hidden(self) -> bool:
+        """The token-level gate is computed from hidden states."""
+        return self.config.token_gate
+
+    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+        """``lambda_i sigmoid(h W_i)``: ``[B, 1, m]``, for each query ``[B, 1, N, m]``, or a scalar."""
+        gate = self.layer_gates[layer] if self.config.layer_gate else None
+        if not self.config.token_gate:
+            return gate
+        if hidden is None:
+            raise RuntimeError("APT's gate takes the hidden states that enter the layer, got none")
+        pooled = self._pool(hidden, attended)
+        alpha = torch.sigmoid(pooled @ self.gate_projections[layer].to(pooled.dtype)).unsqueeze(1)
+        return alpha if gate is None else gate * alpha
+
+    def _pool(self, hidden: Tensor, attended: Tensor | None) -> Tensor:
+        """``[B, d]``, or every token's own ``[B, N, d]``."""
+        if self.pooling == "query":
+            return hidden
+        if self.pooling == "mean":
+            if attended is None:
+                return hidden.mean(dim=1)
+            weight = attended.to(hidden.dtype).unsqueeze(-1)
+            return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        if attended is None:
+            return hidden[:, 0]
+        first = attended.to(torch.int32).argmax(dim=1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+
+
+register("apt", APTConfig, APT)

@@ -1,0 +1,138 @@
+"""What all methods share: a configuration that can be saved, and what an integration may call."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.prompt_embedding import prompt_embedding
+from .shapes import AttentionShape, EmbeddingShape
+
+METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod]]] = {}
+"""Configuration and method by name, the name that saved adapters carry."""
+
+
+def register(name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod]) -> None:
+    """Make a method known under a name."""
+    METHODS[name] = (config, method)
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} takes one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} takes a whole number of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """A method's options.
+
+    Args:
+        num_virtual_tokens: length ``m`` of the prompt or prefix.
+        modules_to_save: names of modules of the base model that stay trainable and are saved with the adapter. None:
+            the head, where the model is one with a freshly initialised head (classification, question answering).
+    """
+
+    kind: ClassVar[str]  # "prompt" or "prefix"
+
+    num_virtual_tokens: int = dataclasses.field(kw_only=False)
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("num_virtual_tokens", self.num_virtual_tokens)
+
+    @classmethod
+    def method_name(cls) -> str:
+        """The name under which adapters of this method are saved."""
+        return next(name for name, (config, _) in METHODS.items() if config is cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data, with the method's name."""
+        return {"method": self.method_name(), **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(options: dict[str, Any]) -> MethodConfig:
+        """The configuration that ``to_dict`` described.
+
+        Raises:
+            ValueError: an unknown method, or an option that the method does not have.
+        """
+        options = dict(options)
+        name = options.pop("method", None)
+        check_choice("method", name, tuple(METHODS))
+        config = METHODS[str(name)][0]
+        known = {field.name for field in dataclasses.fields(config)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(
+                f"{config.__name__} has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+            )
+        return config(**options)
+
+
+class PromptMethod(nn.Module, ABC):
+    """A soft prompt before the tokens and, by method, an offset on them. Changes what enters the first layer."""
+
+    def __init__(self, config: Any, shape: EmbeddingShape) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, shape.width))
+
+    @abstractmethod
+    def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
+        """Initialise; ``table`` is the embedding table, ``init_ids`` ``[m]`` are a text's, for ``init="text"``."""
+
+    def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of ``prompt_embedding`` that say the offset, for tokens from ``first_position`` on."""
+        return {}
+
+    def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
+        """``[B, m + N, d]``, or ``[B, N, d]`` without the prompt, as when it is in the cache already."""
+        prompt = self.prompt.to(table.dtype) if with_prompt else None
+        offset = self.offset(input_ids.shape[1], first_position, table.dtype)
+        return prompt_embedding(input_ids, table, prompt, **offset)
+
+
+class PrefixMethod(nn.Module, ABC):
+    """Keys and values of its own for every attention layer, and gates for them."""
+
+    def __init__(self, config: Any, shapes: Sequence[AttentionShape]) -> None:
+        super().__init__()
+        self.config = config
+        self.shapes = tuple(shapes)
+
+    @abstractmethod
+    def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+        """Initialise; ``text_keys_values`` are the frozen model's own for the text, for ``init="text"``."""
+
+    @abstractmethod
+    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """Prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer, computed once a step."""
+
+    def needs_hidden(self) -> bool:
+        """Whether the gates are computed from hidden states."""
+        return False
+
+    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+        """The prefix gate of a layer, or None.
+
+        ``hidden`` ``[B, N, d]`` is what enters the layer, ``attended`` bool ``[B, N]`` says which tokens are no
+        padding (None: all); both are there only where ``needs_hidden`` says so.
+        """
+        return None
+
+    def output_gate(self, layer: int) -> Tensor | None:
+        """The output gate of a layer, or None for one joint softmax."""
+        return None

@@ -1,0 +1,78 @@
+"""DePT (Shi & Lipani, "DePT: decomposed prompt tuning for parameter-efficient fine-tuning", ICLR 2024)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import check_positive, register
+from .budget import embedding_width, largest_within
+from .prompt_tuning import PromptTuning, PromptTuningConfig
+
+
+@dataclass(kw_only=True)
+class DePTConfig(PromptTuningConfig):
+    """A short prompt and a low-rank offset ``scale (a b)_i`` on the token at position i.
+
+    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 to 5e-3 for the pair.
+
+    Args:
+        rank: ``r`` of ``a [T, r]`` and ``b [r, d]``.
+        max_length: ``T``, the longest input. The offset says nothing beyond it: a longer input is an error.
+        alpha: the scale is ``alpha / sqrt(r)``, as in the authors' code.
+    """
+
+    rank: int
+    max_length: int = 256
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("rank", self.rank)
+        check_positive("max_length", self.max_length)
+
+    @classmethod
+    def for_budget(
+        cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, max_length: int = 256, **options: Any
+    ) -> "DePTConfig":
+        """The largest rank whose parameters, ``m d + r (T + d)``, stay within ``trainable``."""
+        d = embedding_width(model)
+        rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=max_length + d)
+        return cls(num_virtual_tokens, rank=rank, max_length=max_length, **options)
+
+
+class DePT(PromptTuning):
+    """The prompt and the pair. ``b`` starts at 0, and so does the offset."""
+
+    config: DePTConfig
+
+    def __init__(self, config: DePTConfig, shape: Any) -> None:
+        super().__init__(config, shape)
+        self.a = nn.Parameter(torch.empty(config.max_length, config.rank))
+        self.b = nn.Parameter(torch.empty(config.rank, shape.width))
+
+    def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
+        """``a ~ U(-1/sqrt(r), 1/sqrt(r))``, ``b = 0``."""
+        super().reset_parameters(table, init_ids)
+        bound = 1.0 / math.sqrt(self.config.rank)
+        nn.init.uniform_(self.a, -bound, bound)
+        nn.init.zeros_(self.b)
+
+    def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Rows ``first_position`` on of the pair.
+
+        Raises:
+            ValueError: an input longer than ``max_length``.
+        """
+        end = first_position + tokens
+        if end > self.config.max_length:
+            raise ValueError(
+                f"DePT has offsets for max_length = {self.config.max_length} tokens, got an input of {end}"
+            )
+        pair = (self.a[first_position:end].to(dtype), self.b.to(dtype))
+        return {"low_rank": pair, "offset_scale": self.config.alpha / math.sqrt(self.config.rank)}
+
+
+register("dept", DePTConfig, DePT)

@@ -1,0 +1,138 @@
+"""Prefix tuning (Li & Liang, ACL 2021; as P-tuning v2, Liu et al., ACL 2022)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import MethodConfig, PrefixMethod, check_choice, check_positive, register
+from .shapes import AttentionShape
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(MethodConfig):
+    """Learned keys and values ``[Hkv, m, D]`` before those of the tokens, in every attention layer.
+
+    Args:
+        reparameterization: None, the keys and values are parameters; "mlp", they are computed, once a step, as
+            ``W2 tanh(W1 E + b1) + b2`` from an embedding ``E [m, d]``.
+        hidden_dim: width of the MLP's hidden layer.
+        init: of free keys and values: "normal", normal(0, 0.02) as in P-tuning v2; "zero"; "text", what the frozen
+            model itself computes for a text, repeated to m tokens.
+        init_text: the text, for ``init="text"``.
+        prefix_position: "none", tokens keep their positions; "shift", they are moved up by m, as when a prefix is
+            passed as a key/value cache (PEFT, P-tuning v2).
+    """
+
+    kind: ClassVar[str] = "prefix"
+
+    reparameterization: Literal["mlp"] | None = None
+    hidden_dim: int = 512
+    init: Literal["normal", "zero", "text"] = "normal"
+    init_text: str | None = None
+    prefix_position: Literal["none", "shift"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("reparameterization", self.reparameterization, (None, "mlp"))
+        check_positive("hidden_dim", self.hidden_dim)
+        check_choice("init", self.init, ("normal", "zero", "text"))
+        check_choice("prefix_position", self.prefix_position, ("none", "shift"))
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError(f'init_text goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
+        if self.reparameterization is not None and self.init != "normal":
+            raise ValueError(
+                f"init={self.init!r} is for free keys and values, got reparameterization={self.reparameterization!r}"
+            )
+
+
+class FreePrefix(nn.Module):
+    """Keys and values as parameters."""
+
+    def __init__(self, length: int, shapes: Sequence[AttentionShape]) -> None:
+        super().__init__()
+        self.keys = nn.ParameterList([torch.empty(s.kv_heads, length, s.key_size) for s in shapes])
+        self.values = nn.ParameterList([torch.empty(s.kv_heads, length, s.value_size) for s in shapes])
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.keys, self.values, strict=True))
+
+
+class ReparameterizedPrefix(nn.Module):
+    """``W2 tanh(W1 E' + b1) + b2``, cut into the keys and values of every layer; ``E' = E``, or with a residual network
+    ``E + MLP_res(E)``.
+    """
+
+    def __init__(
+        self, length: int, shapes: Sequence[AttentionShape], hidden_dim: int, residual: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.shapes = tuple(shapes)
+        self.embedding = nn.Parameter(torch.empty(length, shapes[0].width))
+        self.residual = residual
+        self.project_in = nn.Linear(shapes[0].width, hidden_dim)
+        self.project_out = nn.Linear(hidden_dim, sum(self._sizes()))
+
+    def _sizes(self) -> list[int]:
+        """Columns of keys and values, layer by layer."""
+        return [s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
+
+    def reset_parameters(self) -> None:
+        """The embedding like a table's, the layers as PyTorch initialises them."""
+        nn.init.normal_(self.embedding, std=1.0)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        embedding = self.embedding
+        if self.residual is not None:
+            embedding = embedding + self.residual(embedding)
+        columns = self.project_out(torch.tanh(self.project_in(embedding))).split(self._sizes(), dim=-1)
+        heads = [s.kv_heads for s in self.shapes for _ in ("key", "value")]
+        blocks = [c.unflatten(-1, (h, -1)).transpose(0, 1) for c, h in zip(columns, heads, strict=True)]
+        return list(zip(blocks[::2], blocks[1::2], strict=True))
+
+
+class PrefixTuning(PrefixMethod):
+    """The prefix, free or reparameterised."""
+
+    config: PrefixTuningConfig
+
+    def __init__(self, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> None:
+        super().__init__(config, shapes)
+        self.prefix = self._make_prefix()
+
+    def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:
+        length = self.config.num_virtual_tokens
+        if self.config.reparameterization is None:
+            return FreePrefix(length, self.shapes)
+        return ReparameterizedPrefix(length, self.shapes, self.config.hidden_dim)
+
+    def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+        """Initialise as ``init`` says."""
+        if isinstance(self.prefix, ReparameterizedPrefix):
+            self.prefix.reset_parameters()
+            return
+        parameters = list(zip(self.prefix.keys, self.prefix.values, strict=True))
+        with torch.no_grad():
+            for layer, pair in enumerate(parameters):
+                for which, parameter in enumerate(pair):
+                    if self.config.init == "normal":
+                        nn.init.normal_(parameter, std=0.02)
+                    elif self.config.init == "zero":
+                        nn.init.zeros_(parameter)
+                    elif text_keys_values is None:
+                        raise ValueError('init="text" takes the keys and values of the text')
+                    else:
+                        parameter.copy_(text_keys_values[layer][which])
+
+    def prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer."""
+        prefixes: list[tuple[Tensor, Tensor]] = self.prefix()
+        return prefixes
+
+
+register("prefix_tuning", PrefixTuningConfig, PrefixTuning)
