@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from .subjects import Subject
 DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 DEFAULT_OUT = Path(__file__).parent / "out"
 ROUNDS = {
-    "quick": Rounds(steps=15, forward=10, warmup=2),
-    "cpu": Rounds(steps=40, forward=20, warmup=3),
+    "quick": Rounds(steps=25, forward=10, warmup=2),
+    "cpu": Rounds(steps=50, forward=20, warmup=3),
     "cuda": Rounds(steps=100, forward=50, warmup=10),
 }
 HEADER = (
@@ -108,6 +109,7 @@ def _device(asked: torch.device | None) -> torch.device:
 def _silence_libraries() -> None:
     """Advice of the libraries about sequence lengths and padding would tear the progress bar apart."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _corpus(options: argparse.Namespace) -> Corpus:

@@ -57,13 +57,13 @@ def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedMo
         num_attention_heads=size.heads,
         intermediate_size=4 * size.width,
         max_position_embeddings=size.length + LONGEST_PROMPT,
-        num_labels=classes,
         pad_token_id=pad,
         **_common(size),
         # Attention dropout would put the floor and the peers on PyTorch's slow path on a CPU.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = classes
     torch.manual_seed(seed)
     return BertForSequenceClassification(config)
 
@@ -138,19 +138,12 @@ def _load(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any
 
 def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that a method may change at will; its frozen weights are the original's own memory, its head is not."""
-    head = {id(p) for name in HEADS_TO_TRAIN for p in _parameters_of(model, name)}
-    frozen = {id(p): p for p in model.parameters() if id(p) not in head}
+    head = set(head_parameters(model))
+    frozen = {id(p): p for p in model.parameters() if p not in head}
     return copy.deepcopy(model, memo=frozen)
 
 
-def freeze(model: PreTrainedModel) -> None:
-    """No gradient for any parameter but a classifier's head, which is trained with every method."""
-    model.requires_grad_(False)
-    for name in HEADS_TO_TRAIN:
-        for parameter in _parameters_of(model, name):
-            parameter.requires_grad_(True)
-
-
-def _parameters_of(model: nn.Module, child: str) -> list[nn.Parameter]:
-    module = getattr(model, child, None)
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of a classifier's head; a language model's head stays frozen."""
+    heads = [child for name, child in model.named_children() if name in HEADS_TO_TRAIN]
+    return [parameter for head in heads for parameter in head.parameters()]
