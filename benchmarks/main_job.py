@@ -24,7 +24,7 @@ DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: sp
 DEFAULT_OUT = Path(__file__).parent / "out"
 ROUNDS = {
     "quick": Rounds(steps=25, forward=10, warmup=2),
-    "cpu": Rounds(steps=50, forward=20, warmup=3),
+    "cpu": Rounds(steps=40, forward=15, warmup=3),
     "cuda": Rounds(steps=100, forward=50, warmup=10),
 }
 HEADER = (
