@@ -129,9 +129,13 @@ def _build(model: PreTrainedModel, config: MethodConfig) -> tuple[PromptMethod |
     """
     _check(model, config)
     method_class = METHODS[config.method_name()][1]
-    layers = find_layers(model) if issubclass(method_class, PrefixMethod) else []
+    layers: list[Layer] = []
+    method: PromptMethod | PrefixMethod
     if issubclass(method_class, PrefixMethod):
-        method: PromptMethod | PrefixMethod = method_class(config, [layer.shape for layer in layers])
+        layers = find_layers(model)
+        method = method_class(config, [layer.shape for layer in layers])
+        if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
+            raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
     else:
         method = method_class(config, EmbeddingShape(*_table(model).shape))
     return method.to(device=model.device, dtype=torch.promote_types(model.dtype, torch.float32)), layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ...methods import PrefixMethod
 from .attention import BINDING, NAME, register
 from .calls import by_name, parameter_names, past_length, shifted_positions
 from .masks import attended_tokens
-from .probe import Layer
+from .probe import Layer, first_tensor
 
 
 class LayerBinding:
@@ -24,7 +23,7 @@ class LayerBinding:
     def __init__(self, attachment: PrefixAttachment, index: int) -> None:
         self.attachment = attachment
         self.index = index
-        self.hidden: Tensor | None = None  # what entered the layer, while it runs
+        self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
         self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
 
     def prefix(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,11 +52,11 @@ class LayerBinding:
         return gate
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the layer: its first argument is the residual stream."""
-        self.hidden = args[0] if args else kwargs["hidden_states"]
+        """Forward pre-hook of the module that is given what entered the layer."""
+        self.hidden = first_tensor(args, kwargs)
 
-    def leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the layer: what entered it is not kept alive."""
+    def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the attention: what entered the layer is not kept alive."""
         self.hidden = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,17 +77,17 @@ class PrefixAttachment:
         self.handles: list[RemovableHandle] = []
         self.configs = _own_configs(model)
         model.set_attn_implementation(NAME)
-        modules = dict(model.named_modules())
         for index, layer in enumerate(layers):
             binding = LayerBinding(self, index)
             setattr(layer.module, BINDING, binding)
             if method.needs_hidden():
-                self._watch(modules[_parent_layer(layer.name)], binding)
+                self._watch(layer, binding)
         self.handles.append(self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True))
 
-    def _watch(self, layer: nn.Module, binding: LayerBinding) -> None:
-        self.handles.append(layer.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
-        self.handles.append(layer.register_forward_hook(binding.leave_layer, always_call=True))
+    def _watch(self, layer: Layer, binding: LayerBinding) -> None:
+        assert layer.entry is not None  # checked before anything was changed
+        self.handles.append(layer.entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
+        self.handles.append(layer.module.register_forward_hook(binding.leave_attention, always_call=True))
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
@@ -134,14 +133,6 @@ def _own_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
         if not isinstance(getattr(type(owner), "config", None), property):
             owner.config = copy.deepcopy(config, memo)
     return former
-
-
-def _parent_layer(name: str) -> str:
-    """The layer that an attention module belongs to: its qualified name up to the last number."""
-    match = re.match(r"(.*\.\d+)(\.|$)", name)
-    if match is None:
-        raise ValueError(f"attention module {name} belongs to no numbered layer: its hidden states cannot be found")
-    return match.group(1)
 
 
 def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ That needs no knowledge of model families. It also gives the keys and values tha
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ...methods import AttentionShape
@@ -26,13 +28,19 @@ _LOCK = threading.Lock()
 
 @dataclass
 class Layer:
-    """An attention module, and what it was called with."""
+    """An attention module, and what it was called with.
+
+    ``entry`` is the module, inside the layer that the attention belongs to, that is the first to be given the residual
+    stream as it enters the layer (None: there is none). The layer's own hooks will not do to watch that stream:
+    gradient checkpointing may run the layer again without them.
+    """
 
     name: str
     module: nn.Module
     shape: AttentionShape
     key: Tensor
     value: Tensor
+    entry: nn.Module | None
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -52,28 +60,72 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
         )
     if input_ids is None:
         input_ids = torch.zeros(1, 2, dtype=torch.long)
-    names = {module: name for name, module in model.named_modules()}
-    calls: dict[nn.Module, Layer] = {}
+    trace = _Trace(model)
+    layers: dict[nn.Module, Layer] = {}
 
     def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        entry, hidden = trace.entry(module)
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],
             key_size=key.shape[3],
             value_size=value.shape[3],
-            width=_hidden_size(module, model),
+            width=embedding_width(model) if hidden is None else hidden.shape[-1],
             causal=_is_causal(mask, query),
         )
-        calls.setdefault(module, Layer(names[module], module, shape, key, value))
+        layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry))
         return fastprefix_attention(module, query, key, value, mask, **kwargs)
 
-    with _LOCK, _evaluated(model), attention_implementation(model, _NAME, probe), torch.no_grad():
+    with _LOCK, _evaluated(model), attention_implementation(model, _NAME, probe), trace, torch.no_grad():
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-    if not calls:
+    if not layers:
         raise ValueError(
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
-    return list(calls.values())
+    return list(layers.values())
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor that a module was called with: of a layer, the residual stream."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+class _Trace:
+    """Which modules were called with which tensor, in order, while the context lasts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.calls: list[tuple[nn.Module, Tensor | None]] = []
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self.handles = [m.register_forward_pre_hook(self._record, with_kwargs=True) for m in self.names]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.calls.clear()
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append((module, first_tensor(args, kwargs)))
+
+    def entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
+        """The module inside the layer in progress that first got what entered the layer, and what that was.
+
+        The layer is named by the attention's qualified name up to its last number.
+        """
+        match = re.match(r"(.*\.\d+)(\.|$)", self.names[attention])
+        if match is None:
+            return None, None
+        layer = match.group(1)
+        start = max((i for i, (module, _) in enumerate(self.calls) if self.names[module] == layer), default=None)
+        if start is None:
+            return None, None
+        hidden = self.calls[start][1]
+        for module, tensor in self.calls[start + 1 :]:
+            if tensor is hidden and hidden is not None and self.names[module].startswith(f"{layer}."):
+                return module, hidden
+        return None, None
 
 
 @contextmanager
@@ -112,11 +164,6 @@ def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
         return masking.is_causal
     seen = masking.attn_mask[0, 0, 0, -1]
     return not bool(seen) if seen.dtype is torch.bool else bool(seen < -1)
-
-
-def _hidden_size(module: nn.Module, model: PreTrainedModel) -> int:
-    config = getattr(module, "config", model.config)
-    return int(getattr(config, "hidden_size", None) or embedding_width(model))
 
 
 def _name(model: nn.Module) -> str:

@@ -1,0 +1,59 @@
+# Everything runs in a virtual environment that is made here, once.
+#
+#   make bench    the main job: the methods against their peers, on real text
+#   make test     build, then all tests
+#   make lint     ruff and mypy
+#
+# Own choices, as make variables:
+#   PYTHON=python3.12        the interpreter that makes the environment
+#   TORCH=torch==2.11.0      another PyTorch; it brings its own Triton, where it is a CUDA build
+#   BENCH="--quick"          arguments of `python -m benchmarks`
+#   TEST="-k parity"         arguments of pytest
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+VENV ?= .venv
+BENCH ?=
+TEST ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# The stamp names what was installed, so another TORCH installs again, and the same one does not.
+INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
+BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
+
+.PHONY: bench test lint format install clean
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks $(BENCH)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BUILT)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(BUILT)
+
+$(INSTALLED): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt setuptools ninja $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install $(TRITON)
+	FASTPREFIX_BUILD_EXT=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
+	rm -f $(VENV)/.installed-* $(VENV)/.built-* && touch $@
+
+# No build isolation: it would install a second PyTorch to build with.
+$(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	rm -f $(VENV)/.built-* && touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -path './fastprefix/*' -exec rm -f {} +

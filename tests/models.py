@@ -1,0 +1,68 @@
+"""Tiny random models of the two families, in float64 and without dropout."""
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 100, 32, 2, 4, 2
+
+
+def encoder(**options: object) -> BertForSequenceClassification:
+    """A BERT-shaped classifier."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        **options,
+    )
+    return BertForSequenceClassification(config).double().eval()
+
+
+def decoder(**options: object) -> LlamaForCausalLM:
+    """A Llama-shaped language model with grouped heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def batch(padding: str = "none") -> dict[str, Tensor]:
+    """Three rows of seven tokens; of the second two, of the third four are padding, on the side named."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    mask = torch.ones_like(ids)
+    if padding == "right":
+        mask[1, 5:] = mask[2, 3:] = 0
+    elif padding == "left":
+        mask[1, :2] = mask[2, :4] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def randomize(model: PreTrainedModel, std: float = 0.3) -> None:
+    """Random values for all trainable parameters, so that nothing is hidden by an initial zero."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))

@@ -1,0 +1,283 @@
+"""The methods by themselves: options, initialisation, parameter counts, gates."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import fastprefix
+from fastprefix.methods import APT, METHODS, ADePT, DePT, MethodConfig, PrefixTuning, PromptTuning, ResidualPrefix
+from fastprefix.methods.shapes import AttentionShape, EmbeddingShape
+
+TABLE = EmbeddingShape(vocabulary=500, width=96)
+LAYER = AttentionShape(heads=6, kv_heads=6, key_size=16, value_size=16, width=96, causal=False)
+DECODER_LAYER = dataclasses.replace(LAYER, causal=True)
+SHAPES = (LAYER, LAYER, LAYER)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def table() -> torch.Tensor:
+    return 0.3 * torch.randn(TABLE.vocabulary, TABLE.width)
+
+
+def test_random_prompt_has_the_tables_deviation() -> None:
+    torch.manual_seed(0)
+    method, weight = PromptTuning(fastprefix.PromptTuningConfig(400), TABLE), table()
+    method.reset_parameters(weight, None)
+    n = method.prompt.numel()
+    assert abs(method.prompt.std() - weight.std()) < 5 * weight.std() / (2 * n) ** 0.5
+    assert abs(method.prompt.mean()) < 5 * weight.std() / n**0.5
+
+
+def test_vocab_prompt_draws_different_rows_from_the_first() -> None:
+    method = PromptTuning(fastprefix.PromptTuningConfig(40, init="vocab", init_vocab_size=50), TABLE)
+    weight = torch.arange(TABLE.vocabulary).float()[:, None].expand(-1, TABLE.width)
+    method.reset_parameters(weight, None)
+    rows = method.prompt[:, 0].tolist()
+    assert len(set(rows)) == 40
+    assert max(rows) < 50
+
+
+def test_vocab_prompt_longer_than_the_vocabulary_is_refused() -> None:
+    method = PromptTuning(fastprefix.PromptTuningConfig(51, init="vocab", init_vocab_size=50), TABLE)
+    with pytest.raises(ValueError, match="vocab"):
+        method.reset_parameters(table(), None)
+
+
+def test_text_prompt_is_the_rows_of_the_text() -> None:
+    method = PromptTuning(fastprefix.PromptTuningConfig(5, init="text", init_text="a b"), TABLE)
+    ids, weight = torch.tensor([3, 7, 3, 7, 3]), table()
+    method.reset_parameters(weight, ids)
+    assert torch.equal(method.prompt, weight[ids])
+
+
+def test_dept_starts_with_no_offset() -> None:
+    torch.manual_seed(0)
+    method = DePT(fastprefix.DePTConfig(20, rank=4, max_length=64), TABLE)
+    method.reset_parameters(table(), None)
+    assert method.a.abs().max() <= 0.5  # 1/sqrt(4)
+    assert method.a.abs().max() > 0.45
+    assert not method.b.any()
+    assert method.offset(10, 0, torch.float32)["offset_scale"] == 4.0  # 8/sqrt(4)
+
+
+def test_dept_input_longer_than_its_positions_names_both() -> None:
+    method = DePT(fastprefix.DePTConfig(20, rank=4, max_length=64), TABLE)
+    with pytest.raises(ValueError, match=r"64.*65"):
+        method.offset(60, 5, torch.float32)
+
+
+def test_dept_offset_follows_the_position() -> None:
+    method = DePT(fastprefix.DePTConfig(2, rank=4, max_length=64), TABLE)
+    method.reset_parameters(table(), None)
+    assert torch.equal(method.offset(3, 5, torch.float32)["low_rank"][0], method.a[5:8])
+
+
+def test_adept_first_step() -> None:
+    """The offset is exactly zero, and only w2, b2 and the prompt get a gradient."""
+    torch.manual_seed(0)
+    method = ADePT(fastprefix.ADePTConfig(6, bottleneck_dim=4), TABLE)
+    weight, ids = table(), torch.randint(0, TABLE.vocabulary, (2, 9))
+    method.reset_parameters(weight, None)
+    output = method.embed(ids, weight, 0, with_prompt=True)
+    assert torch.equal(output[:, 6:], weight[ids])
+    (output * torch.randn_like(output)).sum().backward()
+    moved = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"prompt", "w2", "b2"}
+    assert 0.45 < method.w1.abs().max() <= 0.5  # U(-1/sqrt(4), 1/sqrt(4))
+
+
+def test_adept_drops_only_while_training() -> None:
+    method = ADePT(fastprefix.ADePTConfig(6, bottleneck_dim=4, dropout=0.1), TABLE)
+    assert method.train().offset(3, 0, torch.float32)["dropout_p"] == 0.1
+    assert method.eval().offset(3, 0, torch.float32)["dropout_p"] == 0.0
+
+
+class WithEmbeddings(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, width)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+
+@pytest.mark.parametrize("width", [768, 1024, 4096])
+@pytest.mark.parametrize(("length", "r"), [(20, 39), (40, 29), (60, 19), (80, 9)])
+def test_adept_budget_of_100_prompt_tokens(width: int, length: int, r: int) -> None:
+    model = WithEmbeddings(width)
+    config = fastprefix.ADePTConfig.for_budget(model, trainable=100 * width, num_virtual_tokens=length)
+    assert config.bottleneck_dim == r
+    assert count(ADePT(config, EmbeddingShape(10, width))) <= 100 * width
+
+
+@pytest.mark.parametrize(("length", "rank"), [(20, 60), (40, 45), (60, 30), (80, 15)])
+def test_dept_budget_of_100_prompt_tokens(length: int, rank: int) -> None:
+    model = WithEmbeddings(768)
+    config = fastprefix.DePTConfig.for_budget(model, trainable=76_800, num_virtual_tokens=length, max_length=256)
+    assert config.rank == rank
+
+
+def test_published_adept_setting_has_76051_parameters() -> None:
+    assert count(ADePT(fastprefix.ADePTConfig(60, bottleneck_dim=19), EmbeddingShape(10, 768))) == 76_051
+
+
+def test_budget_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="trainable"):
+        fastprefix.ADePTConfig.for_budget(WithEmbeddings(768), trainable=768 * 20, num_virtual_tokens=20)
+
+
+def test_prefix_initialisation() -> None:
+    torch.manual_seed(0)
+    method = PrefixTuning(fastprefix.PrefixTuningConfig(50), SHAPES)
+    method.reset_parameters(None)
+    values = torch.cat([t.flatten() for pair in method.prefixes() for t in pair])
+    assert abs(values.std() - 0.02) < 5 * 0.02 / (2 * values.numel()) ** 0.5
+    method = PrefixTuning(fastprefix.PrefixTuningConfig(50, init="zero"), SHAPES)
+    method.reset_parameters(None)
+    assert not any(t.any() for pair in method.prefixes() for t in pair)
+
+
+def test_prefix_shapes_are_of_the_key_value_heads() -> None:
+    shape = AttentionShape(heads=8, kv_heads=2, key_size=12, value_size=20, width=96, causal=True)
+    for reparameterization in (None, "mlp"):
+        config = fastprefix.PrefixTuningConfig(7, reparameterization=reparameterization)
+        method = PrefixTuning(config, [shape, shape])
+        method.reset_parameters(None)
+        prefixes = method.prefixes()
+        assert [(k.shape, v.shape) for k, v in prefixes] == [((2, 7, 12), (2, 7, 20))] * 2
+
+
+def test_mlp_reparameterisation_is_its_formula() -> None:
+    method = PrefixTuning(fastprefix.PrefixTuningConfig(7, reparameterization="mlp", hidden_dim=24), SHAPES)
+    method.reset_parameters(None)
+    p = method.prefix
+    flat = p.project_out(torch.tanh(p.project_in(p.embedding)))  # [m, 2 L Hkv D]
+    assert flat.shape == (7, 2 * 3 * 96)
+    for layer, (pk, pv) in enumerate(method.prefixes()):
+        k, v = flat[:, 2 * layer * 96 : (2 * layer + 2) * 96].split(96, dim=1)
+        assert torch.equal(pk.transpose(0, 1).reshape(7, 96), k)
+        assert torch.equal(pv.transpose(0, 1).reshape(7, 96), v)
+
+
+def test_apt_has_half_as_many_parameters_again() -> None:
+    plain = PrefixTuning(fastprefix.PrefixTuningConfig(10), SHAPES)
+    assert count(APT(fastprefix.APTConfig(10), SHAPES)) == 1.5 * count(plain) + len(SHAPES)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "query"])
+def test_apt_gates_start_at_one_half(pooling: str) -> None:
+    method = APT(fastprefix.APTConfig(10, pooling=pooling), SHAPES)
+    method.reset_parameters(None)
+    gate = method.prefix_gate(1, torch.randn(2, 5, 96), None)
+    assert gate is not None
+    assert gate.shape == ((2, 1, 5, 10) if pooling == "query" else (2, 1, 10))
+    assert torch.equal(gate, torch.full_like(gate, 0.5))
+
+
+def test_apt_gate_is_its_formula() -> None:
+    torch.manual_seed(0)
+    h = torch.randn(2, 5, 96)
+    attended = torch.tensor([[False, True, True, True, False], [True, True, False, False, False]])
+    pooled = {
+        "cls": torch.stack([h[0, 1], h[1, 0]]),
+        "mean": torch.stack([h[0, 1:4].mean(0), h[1, :2].mean(0)]),
+        "query": h,
+    }
+    for pooling, hidden in pooled.items():
+        method = APT(fastprefix.APTConfig(10, pooling=pooling), SHAPES)
+        for parameter in method.parameters():
+            nn.init.normal_(parameter)
+        gate = method.prefix_gate(2, h, attended)
+        expected = method.layer_gates[2] * torch.sigmoid(hidden @ method.gate_projections[2])
+        torch.testing.assert_close(gate, expected.unsqueeze(1))
+
+
+def test_apt_gates_can_be_switched_off() -> None:
+    h = torch.randn(2, 5, 96)
+    none = APT(fastprefix.APTConfig(10, token_gate=False, layer_gate=False), SHAPES)
+    assert none.prefix_gate(0, None, None) is None
+    assert not none.needs_hidden()
+    layer = APT(fastprefix.APTConfig(10, token_gate=False), SHAPES)
+    layer.reset_parameters(None)
+    gate = layer.prefix_gate(0, None, None)
+    assert gate is not None
+    assert gate.shape == ()
+    token = APT(fastprefix.APTConfig(10, layer_gate=False), SHAPES)
+    token.reset_parameters(None)
+    assert token.prefix_gate(0, h, None).shape == (2, 1, 10)
+
+
+def test_apt_pooling_by_default_and_refused() -> None:
+    assert APT(fastprefix.APTConfig(10), [LAYER]).pooling == "cls"
+    assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).pooling == "query"
+    with pytest.raises(ValueError, match="mean"):
+        APT(fastprefix.APTConfig(10, pooling="mean"), [DECODER_LAYER])
+
+
+def test_residual_prefix_is_its_formula() -> None:
+    torch.manual_seed(0)
+    method = ResidualPrefix(fastprefix.ResidualPrefixConfig(7, bottleneck_dim=8), SHAPES)
+    method.reset_parameters(None)
+    p = method.prefix
+    assert p.residual is not None
+    d_to_b, _, b_to_d, norm = p.residual
+    embedding = p.embedding + norm(b_to_d(torch.relu(d_to_b(p.embedding))))
+    flat = p.project_out(torch.tanh(p.project_in(embedding)))
+    torch.testing.assert_close(method.prefixes()[0][0].transpose(0, 1).reshape(7, 96), flat[:, :96])
+    gate = method.gate_weights()
+    assert gate is not None
+    assert torch.equal(gate, torch.full((7,), 0.5))
+    assert torch.equal(method.prefix_gate(1, None, None), gate)
+
+
+def test_residual_prefix_switches() -> None:
+    plain = ResidualPrefix(fastprefix.ResidualPrefixConfig(7, residual=False, gate=False), SHAPES)
+    assert plain.prefix.residual is None
+    assert plain.gate_weights() is None
+    assert plain.prefix_gate(0, None, None) is None
+    per_layer = ResidualPrefix(fastprefix.ResidualPrefixConfig(7, per_layer_gate=True), SHAPES)
+    per_layer.reset_parameters(None)
+    with torch.no_grad():
+        per_layer.gate_logits.copy_(torch.randn(3, 7))
+    assert torch.equal(per_layer.prefix_gate(2, None, None), torch.sigmoid(per_layer.gate_logits[2]))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_configurations_survive_saving(name: str) -> None:
+    required = {"dept": {"rank": 3}, "adept": {"bottleneck_dim": 3}}
+    config = METHODS[name][0](5, modules_to_save=["head"], **required.get(name, {}))
+    assert MethodConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "named"),
+    [
+        (lambda: fastprefix.PromptTuningConfig(0), ValueError, "num_virtual_tokens"),
+        (lambda: fastprefix.PromptTuningConfig(2.5), TypeError, "num_virtual_tokens"),
+        (lambda: fastprefix.PromptTuningConfig(5, init="zeros"), ValueError, "init"),
+        (lambda: fastprefix.PromptTuningConfig(5, init="text"), ValueError, "init_text"),
+        (lambda: fastprefix.PromptTuningConfig(5, init_text="a"), ValueError, "init_text"),
+        (lambda: fastprefix.PromptTuningConfig(5, init_vocab_size=0), ValueError, "init_vocab_size"),
+        (lambda: fastprefix.PromptTuningConfig(5, shared_prompt="yes"), ValueError, "shared_prompt"),
+        (lambda: fastprefix.DePTConfig(5, rank=0), ValueError, "rank"),
+        (lambda: fastprefix.DePTConfig(5, rank=2, max_length=-1), ValueError, "max_length"),
+        (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=0), ValueError, "bottleneck_dim"),
+        (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=2, dropout=1.5), ValueError, "dropout"),
+        (lambda: fastprefix.PrefixTuningConfig(5, reparameterization="lstm"), ValueError, "reparameterization"),
+        (lambda: fastprefix.PrefixTuningConfig(5, reparameterization="mlp", init="zero"), ValueError, "init"),
+        (lambda: fastprefix.PrefixTuningConfig(5, hidden_dim=0), ValueError, "hidden_dim"),
+        (lambda: fastprefix.PrefixTuningConfig(5, prefix_position="up"), ValueError, "prefix_position"),
+        (lambda: fastprefix.APTConfig(5, pooling="max"), ValueError, "pooling"),
+        (lambda: fastprefix.ResidualPrefixConfig(5, reparameterization=None), ValueError, "reparameterization"),
+        (lambda: MethodConfig.from_dict({"method": "lora"}), ValueError, "method"),
+        (lambda: MethodConfig.from_dict({"method": "apt", "num_virtual_tokens": 5, "r": 1}), ValueError, "r"),
+    ],
+)
+def test_bad_options_are_named(make: object, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=rf"\b{named}\b"):
+        make()

@@ -1,0 +1,50 @@
+"""Prefix attention as a user would write it for ``transformers``: eager attention over concatenated keys and values,
+with the library's own eager masks. The oracle for whole models.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastprefix.integrations.transformers.attention import BINDING
+
+
+def textbook_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Concatenate ``[g pk; k]`` and ``[g pv; v]`` for every row and query head, and attend."""
+    binding = getattr(module, BINDING)
+    batch, heads = query.shape[:2]
+    groups = heads // key.shape[1]
+    pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in binding.prefix(query))
+    gate, _ = binding.gates(query, key, mask)
+    k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if gate is None:
+        gate = query.new_ones(())
+    if gate.ndim < 4:  # one for all queries
+        gate = gate.reshape((1,) * (3 - gate.ndim) + gate.shape).unsqueeze(2)
+        gate = gate.repeat_interleave(groups, 1) if gate.shape[1] > 1 else gate
+    prefix_scores = (query @ pk.mT) * gate
+    scores = torch.cat([prefix_scores, query @ k.mT], dim=-1) * scaling
+    if mask is not None:
+        scores = scores + nn.functional.pad(mask[..., : k.shape[2]], (pk.shape[2], 0))
+    weights = scores.softmax(-1)
+    p_prefix, p_tokens = weights.split([pk.shape[2], k.shape[2]], dim=-1)
+    return ((p_prefix * gate) @ pv + p_tokens @ v).transpose(1, 2), weights
+
+
+@contextmanager
+def textbook(model: PreTrainedModel) -> Iterator[None]:
+    """Run an attached model on the textbook's attention."""
+    AttentionInterface.register("textbook", textbook_attention)
+    AttentionMaskInterface.register("textbook", AttentionMaskInterface()["eager"])
+    former = model.config._attn_implementation
+    model.set_attn_implementation("textbook")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(former)
