@@ -23,9 +23,9 @@ from .subjects import Subject
 DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 DEFAULT_OUT = Path(__file__).parent / "out"
 ROUNDS = {
-    "quick": Rounds(steps=25, forward=10, warmup=2),
-    "cpu": Rounds(steps=40, forward=15, warmup=3),
-    "cuda": Rounds(steps=100, forward=50, warmup=10),
+    "quick": Rounds(steps=24, evaluations=4, warmup=2),
+    "cpu": Rounds(steps=40, evaluations=5, warmup=3),
+    "cuda": Rounds(steps=120, evaluations=10, warmup=10),
 }
 HEADER = (
     "method", "trainable", "forward ms", "x floor", "fwd + bwd ms", "x floor", "tokens/s", "peak MB",
@@ -34,8 +34,8 @@ HEADER = (
 NOTES = """\
 frozen floor: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
 every method must. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd + bwd; peak MB:
-what fwd + bwd add to the resident model; loss: on held-out text, before and after training. A classifier's head is
-trained with every method, and counted."""
+what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. A
+classifier's head is trained with every method, and counted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,9 @@ def _corpus(options: argparse.Namespace) -> Corpus:
 
 def _run_one(subject: Subject, rounds: Rounds, seed: int) -> list[Result]:
     methods = all_methods()
-    with tqdm(total=rounds.ticks(len(methods)), desc=subject.title, unit="step", leave=False, file=sys.stderr) as bar:
+    with tqdm(
+        total=rounds.ticks(len(methods), subject.task), desc=subject.title, unit="step", leave=False, file=sys.stderr
+    ) as bar:
         bar.set_postfix_str("setting up")
         match = Contest(subject.model, subject.task, methods, seed)
 
@@ -157,14 +159,14 @@ def _row(result: Result, floor: Result) -> list[str]:
     return [
         result.method.name,
         report.number(result.trainable, 0),
-        report.number(1e3 * result.forward.median if result.forward else None),
+        report.number(1e3 * result.forward.median),
         report.number(contest.times_floor(result.forward, floor.forward), 2),
-        report.number(1e3 * result.step.median if result.step else None),
+        report.number(1e3 * result.step.median),
         report.number(contest.times_floor(result.step, floor.step), 2),
         report.number(result.tokens_per_second, 0),
         report.number(result.peak_bytes / 1e6 if result.peak_bytes is not None else None),
-        report.number(result.loss_first, 3),
-        report.number(result.loss_last, 3),
+        report.number(result.held_out_losses[0][1], 3),
+        report.number(result.held_out_losses[-1][1], 3),
     ]
 
 
@@ -180,9 +182,10 @@ def _record(subject: Subject, results: list[Result]) -> dict[str, Any]:
 
 
 def _plot(results: dict[str, list[Result]], out: Path) -> None:
-    curves, bars = [], []
+    curves: list[Panel[tuple[int, float]]] = []
+    bars: list[Panel[float]] = []
     for title, of_model in results.items():
-        curves.append(Panel(title, {r.method.name: r.losses for r in of_model if r.losses}))
+        curves.append(Panel(title, {r.method.name: r.held_out_losses for r in of_model if r.held_out_losses}))
         floor = contest.floor_of(of_model)
         ratios = {
             r.method.name: [contest.times_floor(r.forward, floor.forward), contest.times_floor(r.step, floor.step)]

@@ -3,35 +3,36 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
 GREY = "#8c8c8c"
-SMOOTHING = 10
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One set of axes: a title, and for each competitor its curve or its bars, a list of numbers."""
+class Panel(Generic[T]):
+    """One set of axes: a title, and for each competitor the points of its curve or the lengths of its bars."""
 
     title: str
-    series: Mapping[str, Sequence[float]]
+    series: Mapping[str, Sequence[T]]
 
 
-def loss_curves(panels: Sequence[Panel], path: Path, grey: str) -> None:
-    """Training loss over the steps, smoothed; the competitor named ``grey`` is drawn dashed."""
+def loss_curves(panels: Sequence[Panel[tuple[int, float]]], path: Path, grey: str) -> None:
+    """Points (step, held-out loss) joined by lines; the competitor named ``grey`` is drawn dashed."""
     figure, all_axes = _figure(len(panels), 6.2, 4.2)
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, colour in _colours(panel.series, grey).items():
-            smooth = _running_mean(panel.series[name])
-            style = "--" if name == grey else "-"
-            axes.plot(range(1, len(smooth) + 1), smooth, style, color=colour, label=name, linewidth=1.8)
-        axes.set(title=panel.title, xlabel="step", ylabel=f"training loss (mean of up to {SMOOTHING} steps)")
+            style = "--o" if name == grey else "-o"
+            steps, losses = zip(*panel.series[name], strict=True)
+            axes.plot(steps, losses, style, color=colour, label=name, linewidth=1.8, markersize=3.5)
+        axes.set(title=panel.title, xlabel="step", ylabel="loss on held-out text")
     _shared_legend(figure, all_axes[0], columns=4)
     _save(figure, path)
 
 
-def ratio_bars(panels: Sequence[Panel], kinds: Sequence[str], path: Path) -> None:
+def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path) -> None:
     """Times as multiples of the floor: for each competitor a bar of each kind, with its number."""
     figure, all_axes = _figure(len(panels), 6.2, 4.2)
     thickness = 0.8 / len(kinds)
@@ -75,11 +76,6 @@ def _colours(names: Mapping[str, object], grey: str) -> dict[str, str]:
     others = [name for name in names if name != grey]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     return {name: colours.get(name, GREY) for name in names}
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    windows = (values[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _save(figure: Any, path: Path) -> None:

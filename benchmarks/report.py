@@ -34,11 +34,6 @@ def number(value: float | None, digits: int = 1, suffix: str = "") -> str:
     return MISSING if value is None else f"{value:,.{digits}f}{suffix}"
 
 
-def ratio(value: float | None, floor: float | None) -> float | None:
-    """How many times the floor, where both were measured."""
-    return value / floor if value is not None and floor else None
-
-
 def write_json(results: dict[str, Any], path: Path) -> None:
     """Keep the results; by way of a second file, so that a run that is killed leaves the old ones whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,8 +81,9 @@ def _passages(texts: list[str], labels: list[int], tokenizer: PreTrainedTokenize
 def _batches(train: Batch, held_out: Batch, shape: Shape, seed: int) -> tuple[list[Batch], list[Batch]]:
     order = _shuffled_forever(len(train["input_ids"]), seed)
     chosen = [torch.tensor([next(order) for _ in range(shape.rows)]) for _ in range(shape.steps)]
-    most = min(len(held_out["input_ids"]), HELD_OUT_BATCHES * shape.rows)
-    parts = torch.arange(most).split(shape.rows)
+    parts = torch.arange(len(held_out["input_ids"])).split(shape.rows)[:HELD_OUT_BATCHES]
+    # Batches of one size, for their passes are timed; where there is not even one, a smaller one.
+    parts = [part for part in parts if len(part) == len(parts[0])]
     return [_take(train, rows, shape.device) for rows in chosen], [
         _take(held_out, rows, shape.device) for rows in parts
     ]

@@ -3,7 +3,7 @@
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +83,7 @@ def timed(work: Callable[[], object], clock: Clock) -> Job:
 
 def interleave(
     jobs: Mapping[str, Job],
-    rounds: int,
+    rounds: Iterable[int],
     *,
     warmup: int = 0,
     stage: str = "timing",
@@ -91,12 +91,12 @@ def interleave(
 ) -> tuple[dict[str, Samples], dict[str, Failure]]:
     """Every job once a round, each round beginning with another one.
 
-    The first ``warmup`` of the rounds run but are not kept. A job that raises is left out of the rounds after it.
+    Rounds numbered below ``warmup`` run but are not kept. A job that raises is left out of the rounds after it.
 
     Args:
         jobs: by name.
-        rounds: how many, warm-up included.
-        warmup: how many rounds to drop.
+        rounds: their numbers: ``range(n)``, or a part of it where other work comes in between.
+        warmup: the number of the first round to keep.
         stage: what to call this in a failure.
         tick: called with the job's name after each job of each round, for a progress bar.
 
@@ -106,7 +106,7 @@ def interleave(
     names = list(jobs)
     samples = {name: Samples() for name in names}
     failures: dict[str, Failure] = {}
-    for i in range(rounds):
+    for i in rounds:
         first = i % max(1, len(names))
         for name in names[first:] + names[:first]:
             if name not in failures:

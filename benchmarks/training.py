@@ -1,11 +1,11 @@
-"""One competitor on one task: its training steps, its forward passes, its losses."""
+"""One competitor on one task: its training steps, its evaluations, its losses."""
 
 import torch
 from torch import Tensor
 
 from .memory import added_peak
 from .methods import Prepared
-from .tasks import Batch, Task
+from .tasks import Task
 from .timing import Clock
 
 
@@ -14,8 +14,8 @@ class Trainee:
 
     def __init__(self, prepared: Prepared, task: Task, clock: Clock) -> None:
         """Train ``prepared`` on ``task``."""
-        self.prepared = prepared
         self.losses: list[float] = []
+        self._held_out_losses: list[float] = []
         self._model = prepared.model
         self._task = task
         self._clock = clock
@@ -40,28 +40,30 @@ class Trainee:
         self._model.zero_grad(set_to_none=True)
         return seconds
 
-    def forward(self, i: int) -> float:
-        """The seconds of one inference pass over training batch i, without gradients."""
+    def evaluate(self, i: int) -> float:
+        """Pass i over the held-out batches, one after another: the seconds of one forward pass without gradients."""
         self._model.eval()
-        batch = self._task.train[i % len(self._task.train)]
-        return self._clock(lambda: self._evaluate(batch))
+        batch = self._task.held_out[i % len(self._task.held_out)]
+        losses: list[Tensor] = []
 
-    def held_out_loss(self) -> float:
-        """Mean loss over the batches that nothing is trained on, each weighing by its rows."""
-        self._model.eval()
-        rows = [len(batch["labels"]) for batch in self._task.held_out]
-        total = sum(n * self._evaluate(batch).item() for n, batch in zip(rows, self._task.held_out, strict=True))
-        return float(total / sum(rows))
+        @torch.no_grad()
+        def forward() -> None:
+            losses.append(self._model(**batch).loss)
 
-    def peak_memory(self) -> int | None:
+        seconds = self._clock(forward)
+        self._held_out_losses.append(losses[0].item())
+        return seconds
+
+    def held_out_curve(self) -> list[float]:
+        """The mean loss of every whole evaluation so far."""
+        n = len(self._task.held_out)
+        whole = range(0, len(self._held_out_losses) // n * n, n)
+        return [sum(self._held_out_losses[i : i + n]) / n for i in whole]
+
+    def peak_memory(self) -> int:
         """Bytes that forward + backward add at their peak: activations, temporaries and gradients, not the model."""
         self._model.train()
         batch = self._task.train[0]
         peak = added_peak(lambda: self._model(**batch).loss.backward(), self._clock.device)
         self._model.zero_grad(set_to_none=True)
         return peak
-
-    @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> Tensor:
-        loss: Tensor = self._model(**batch).loss
-        return loss
