@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import contest, data, environment, models, plots, report, subjects
+from . import contest, data, environment, hub, models, plots, report, subjects
 from .contest import Contest, Result, Rounds
 from .data import Corpus
 from .errors import BenchmarkError
@@ -69,6 +69,9 @@ def run(options: argparse.Namespace) -> int:
     rounds = ROUNDS[size_name]
     if options.steps is not None:
         rounds = replace(rounds, steps=options.steps)
+    if _needs_hub(options) and not hub.reachable():
+        print("the Hugging Face hub cannot be reached: only what is in the local cache can be used", file=sys.stderr)
+        hub.go_offline()
     corpus = _corpus(options)
     if options.model:
         chosen = subjects.named(options.model, corpus, models.SIZES[size_name], rounds.steps, device, options.seed)
@@ -95,6 +98,10 @@ def run(options: argparse.Namespace) -> int:
     (options.out / "main_job.md").write_text(tables + "\n", encoding="utf-8")
     _plot(results, options.out)
     return _conclusion(results, options.out, seconds)
+
+
+def _needs_hub(options: argparse.Namespace) -> bool:
+    return bool(options.dataset or (options.model and not Path(options.model).is_dir()))
 
 
 def _device(asked: torch.device | None) -> torch.device:

@@ -66,7 +66,7 @@ def _floor(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
     """No prompt and no prefix; forward + backward still goes down to the embeddings' output.
 
     Every method trains something in or below the first layer, so every one of them has to bring the gradient down
-    there. A floor that stopped at the head would be one that no method of this kind can reach.
+    there. A floor whose backward stopped at the head would be one that no method of this kind can reach.
     """
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))

@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import data, main_job, memory, methods, models, plots, report, subjects, tasks, tokenizer
+from benchmarks import data, hub, main_job, memory, methods, models, plots, report, subjects, tasks, tokenizer
 from benchmarks.cli import main
 from benchmarks.contest import Contest, Rounds
 from benchmarks.data import Corpus
@@ -42,8 +42,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    # What going offline changes is put back after the test.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +140,12 @@ class TestFiles:
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("option", ["--dataset", "--model"])
-def test_without_network_one_clear_line(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_network_a_clear_error(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([option, "nobody/nothing", "--out", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(f"error: {option} nobody/nothing: ")
-    assert len(lines) == 1
+    assert "cannot be reached" in lines[0]
+    assert lines[1].startswith(f"error: {option} nobody/nothing: ")
+    assert len(lines) == 2
 
 
 class TestTiming:
