@@ -73,31 +73,22 @@ def run(options: argparse.Namespace) -> int:
         print("the Hugging Face hub cannot be reached: only what is in the local cache can be used", file=sys.stderr)
         hub.go_offline()
     corpus = _corpus(options)
-    if options.model:
-        chosen = subjects.named(options.model, corpus, models.SIZES[size_name], rounds.steps, device, options.seed)
-    else:
-        chosen = subjects.built(corpus, models.SIZES[size_name], rounds.steps, device, options.seed)
     facts = environment.describe(device)
+    record = {"suite": "main", "arguments": vars(options), "environment": facts, "corpus": corpus.describe()}
+    size = models.SIZES[size_name]
+    if options.model:
+        chosen = subjects.named(options.model, corpus, size, rounds.steps, device, options.seed)
+    else:
+        chosen = subjects.built(corpus, size, rounds.steps, device, options.seed)
     print(_introduction(corpus, facts), flush=True)
 
-    results: dict[str, list[Result]] = {}
+    results: list[tuple[Subject, list[Result]]] = []
     for subject in chosen:
-        results[subject.title] = _run_one(subject, rounds, options.seed)
-        print(f"\n{_table(subject, results[subject.title])}", flush=True)
-
-    seconds = time.perf_counter() - start
-    record: dict[str, Any] = {
-        "suite": "main",
-        "arguments": vars(options),
-        "environment": facts,
-        "corpus": corpus.describe(),
-    }
-    record |= {"seconds": seconds, "subjects": [_record(subject, results[subject.title]) for subject in chosen]}
-    report.write_json(record, options.out / "main_job.json")
-    tables = "\n\n".join(_table(subject, results[subject.title]) for subject in chosen)
-    (options.out / "main_job.md").write_text(tables + "\n", encoding="utf-8")
-    _plot(results, options.out)
-    return _conclusion(results, options.out, seconds)
+        results.append((subject, _run_one(subject, rounds, options.seed)))
+        print(f"\n{_table(*results[-1])}", flush=True)
+        # After every model: whoever stops the run keeps what is done.
+        _write(record | {"seconds": time.perf_counter() - start}, results, options.out)
+    return _conclusion(results, options.out, time.perf_counter() - start)
 
 
 def _needs_hub(options: argparse.Namespace) -> bool:
@@ -188,26 +179,35 @@ def _record(subject: Subject, results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _plot(results: dict[str, list[Result]], out: Path) -> None:
-    curves: list[Panel[tuple[int, float]]] = []
-    bars: list[Panel[float]] = []
-    for title, of_model in results.items():
-        curves.append(Panel(title, {r.method.name: r.held_out_losses for r in of_model if r.held_out_losses}))
-        floor = contest.floor_of(of_model)
-        ratios = {
-            r.method.name: [contest.times_floor(r.forward, floor.forward), contest.times_floor(r.step, floor.step)]
-            for r in of_model
-        }
-        measured = {name: [x for x in pair if x is not None] for name, pair in ratios.items()}
-        bars.append(Panel(title, {name: pair for name, pair in measured.items() if len(pair) == 2}))
+def _write(record: dict[str, Any], results: list[tuple[Subject, list[Result]]], out: Path) -> None:
+    report.write_json(record | {"subjects": [_record(*pair) for pair in results]}, out / "main_job.json")
+    tables = "\n\n".join(_table(*pair) for pair in results)
+    (out / "main_job.md").write_text(f"{tables}\n\n{NOTES}\n", encoding="utf-8")
+    curves = [_curves(*pair) for pair in results]
     plots.loss_curves(curves, out / "main_job_loss.png", grey=FLOOR)
+    bars = [_bars(*pair) for pair in results]
     plots.ratio_bars(bars, ("forward", "forward + backward"), out / "main_job_time.png")
 
 
-def _conclusion(results: dict[str, list[Result]], out: Path, seconds: float) -> int:
+def _curves(subject: Subject, results: list[Result]) -> Panel[tuple[int, float]]:
+    return Panel(subject.title, {r.method.name: r.held_out_losses for r in results if r.held_out_losses})
+
+
+def _bars(subject: Subject, results: list[Result]) -> Panel[float]:
+    floor = contest.floor_of(results)
+    ratios = {
+        r.method.name: (contest.times_floor(r.forward, floor.forward), contest.times_floor(r.step, floor.step))
+        for r in results
+    }
+    # A method that failed on the way has one of the two, or neither.
+    return Panel(subject.title, {name: [f, s] for name, (f, s) in ratios.items() if f is not None and s is not None})
+
+
+def _conclusion(results: list[tuple[Subject, list[Result]]], out: Path, seconds: float) -> int:
     print(f"\n{NOTES}\n\n{seconds:.0f} s; JSON, tables and plots in {out}")
-    failed = [(title, r) for title, of_model in results.items() for r in of_model if r.failure]
-    for title, result in failed:
-        assert result.failure is not None
-        print(f"\n{title}, {result.method.name}, failed:\n{result.failure.traceback}", file=sys.stderr)
-    return 1 if failed else 0
+    failures = [
+        (subject.title, r.method.name, r.failure) for subject, of_model in results for r in of_model if r.failure
+    ]
+    for title, name, failure in failures:
+        print(f"\n{title}, {name}, failed:\n{failure.traceback}", file=sys.stderr)
+    return 1 if failures else 0

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,6 @@ def _on_gpu(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _on_cpu(work: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports its stages on stderr otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:

@@ -22,13 +22,14 @@ class Panel(Generic[T]):
 def loss_curves(panels: Sequence[Panel[tuple[int, float]]], path: Path, grey: str) -> None:
     """Points (step, held-out loss) joined by lines; the competitor named ``grey`` is drawn dashed."""
     figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
-        for name, colour in _colours(panel.series, grey).items():
+        for name, points in panel.series.items():
             style = "--o" if name == grey else "-o"
-            steps, losses = zip(*panel.series[name], strict=True)
-            axes.plot(steps, losses, style, color=colour, label=name, linewidth=1.8, markersize=3.5)
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, color=colours[name], label=name, linewidth=1.8, markersize=3.5)
         axes.set(title=panel.title, xlabel="step", ylabel="loss on held-out text")
-    _shared_legend(figure, all_axes[0], columns=4)
+    _shared_legend(figure, all_axes, columns=4)
     _save(figure, path)
 
 
@@ -48,7 +49,7 @@ def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set(title=panel.title, xlabel="time, times the frozen floor (dashed)")
-    _shared_legend(figure, all_axes[0], columns=len(kinds))
+    _shared_legend(figure, all_axes, columns=len(kinds))
     _save(figure, path)
 
 
@@ -66,16 +67,18 @@ def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
     return figure, all_axes
 
 
-def _shared_legend(figure: Any, axes: Any, columns: int) -> None:
+def _shared_legend(figure: Any, all_axes: list[Any], columns: int) -> None:
+    """One legend for all panels, a label once, whichever panels have it."""
+    entries = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=columns
+        entries.values(), entries.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=columns
     )
 
 
-def _colours(names: Mapping[str, object], grey: str) -> dict[str, str]:
-    others = [name for name in names if name != grey]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
-    return {name: colours.get(name, GREY) for name in names}
+def _colours(panels: Sequence[Panel[Any]], grey: str) -> dict[str, str]:
+    """The same colour for a competitor in every panel, whether or not all panels have it."""
+    names = dict.fromkeys(name for panel in panels for name in panel.series if name != grey)
+    return {grey: GREY, **{name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}}
 
 
 def _save(figure: Any, path: Path) -> None:
