@@ -24,7 +24,7 @@ DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: sp
 DEFAULT_OUT = Path(__file__).parent / "out"
 ROUNDS = {
     "quick": Rounds(steps=24, evaluations=4, warmup=2),
-    "cpu": Rounds(steps=40, evaluations=5, warmup=3),
+    "cpu": Rounds(steps=32, evaluations=4, warmup=3),
     "cuda": Rounds(steps=120, evaluations=10, warmup=10),
 }
 HEADER = (
