@@ -229,7 +229,8 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
 
 def _conditioned(case: AttentionCase) -> AttentionCase:
     """Keep a softmax over a single column out: its gradients are exactly 0, and so is the error of a plain softmax,
-    which makes a bound relative to it meaningless for a backward pass that stores its output rounded. And keep the largest cases affordable.
+    which makes a bound relative to it meaningless for a backward pass that stores its output rounded.
+    The largest cases are kept affordable.
     """
     if case.P + case.M <= 1 or (case.output_gate is not None and min(case.P, case.M) == 1):
         case = replace(case, sinks=True, output_gate=None, P=case.P or 1)
