@@ -36,17 +36,17 @@ def test_a_function_equals_itself(dtype):
 
 
 def test_wrong_output_is_caught():
-    with pytest.raises(AssertionError, match="output .*MISS"):
+    with pytest.raises(AssertionError, match=r"output .*MISS"):
         assert_parity(lambda x, y: plain(x, y) + 1e-4, inputs(), reference=plain)
 
 
 def test_wrong_gradient_is_caught():
-    with pytest.raises(AssertionError, match="grad y .*MISS"):
+    with pytest.raises(AssertionError, match=r"grad y .*MISS"):
         assert_parity(lambda x, y: plain(x, WrongGradient.apply(y)), inputs(), reference=plain)
 
 
 def test_missing_gradient_is_caught():
-    with pytest.raises(AssertionError, match="grad y .*MISS"):
+    with pytest.raises(AssertionError, match=r"grad y .*MISS"):
         assert_parity(lambda x, y: plain(x, y.detach()), inputs(), reference=plain)
 
 
