@@ -223,7 +223,8 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
         fields: dict[str, Any] = {}
         for part in parts:
             fields |= part
-        cases.append(_conditioned(AttentionCase(**(fields | (fixed or {})))))
+        case = AttentionCase(**(fields | (fixed or {})))
+        cases.append(case if fixed else _conditioned(case))
     return cases
 
 

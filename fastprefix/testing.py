@@ -102,9 +102,10 @@ def assert_parity(
         options: further keyword arguments. Tensors among them are cast like inputs but get no gradient; ``backend``
             is for fastprefix's operations and not handed to their reference.
         grad: compare the gradients of all floating inputs (True), of none (False), or of those named.
-        draws: how many random upstream gradients are measured together. A gradient of very few elements needs
-            several: a single number of plain PyTorch's can be right by luck.
-        seed: of the upstream gradients and, set before each version runs, of dropout.
+        draws: how many variants are measured together: the inputs as they are, then each element changed by up to a
+            thousandth, each with a random upstream gradient of its own. Results of few elements need several: a single
+            number of plain PyTorch's can be right by luck.
+        seed: of the variants and, set before each version runs, of dropout.
 
     Raises:
         AssertionError: a result misses its bound; the message is a table of all of them.
@@ -141,8 +142,11 @@ def measure_parity(
     parameters = isinstance(function, nn.Module) and isinstance(reference, nn.Module)
 
     def results(callee: Callable[..., Any], extra: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
-        run = _Run(callee, named, by_name, extra, dtype, grad, parameters)
-        return run.results(draws, seed)
+        runs = [
+            _Run(callee, _varied(named, draw, seed), by_name, extra, dtype, grad, parameters).results(seed + draw)
+            for draw in range(draws)
+        ]
+        return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
     fast, plain = results(function, options, None), results(reference, plain_options, None)
     exact = results(reference, plain_options, torch.float64)
@@ -183,13 +187,13 @@ class _Run:
                 self._leaves[f"parameter {name}"] = self._state[name].requires_grad_()
         self._state |= {name: _cast(buffer, dtype).clone() for name, buffer in module.named_buffers()}
 
-    def results(self, draws: int, seed: int) -> dict[str, Tensor]:
-        """Outputs and gradients by name; a gradient holds every draw."""
+    def results(self, seed: int) -> dict[str, Tensor]:
+        """Outputs and gradients by name."""
         devices = {tensor.device for _, tensor in _tensors([self._inputs, self._state]) if tensor.is_cuda}
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             torch.manual_seed(seed)
             outputs = dict(_tensors(self._call(), "output"))
-            grads = self._gradients(outputs, draws, seed) if self._leaves else {}
+            grads = self._gradients(outputs, seed) if self._leaves else {}
         return {name: output.detach() for name, output in outputs.items()} | grads
 
     def _call(self) -> Any:
@@ -199,27 +203,36 @@ class _Run:
             return torch.func.functional_call(self._function, self._state, arguments, keywords)
         return self._function(*arguments, **keywords)
 
-    def _gradients(self, outputs: Mapping[str, Tensor], draws: int, seed: int) -> dict[str, Tensor]:
+    def _gradients(self, outputs: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         differentiable = [output for output in outputs.values() if output.requires_grad]
+        generator = torch.Generator().manual_seed(seed + 1)
+        # bfloat16 draws are exact in every wider dtype (and nearly so in float16): all versions get the same.
+        upstream = [
+            torch.randn(o.shape, generator=generator).bfloat16().to(device=o.device, dtype=o.dtype)
+            for o in differentiable
+        ]
         leaves = list(self._leaves.values())
-        found: list[list[Tensor]] = [[] for _ in leaves]
-        for draw in range(draws):
-            generator = torch.Generator().manual_seed(seed + draw + 1)
-            # bfloat16 draws are exact in every wider dtype (and nearly so in float16): all versions get the same.
-            upstream = [
-                torch.randn(o.shape, generator=generator).bfloat16().to(device=o.device, dtype=o.dtype)
-                for o in differentiable
-            ]
-            grads: Sequence[Tensor | None]
-            if differentiable:
-                grads = torch.autograd.grad(
-                    differentiable, leaves, upstream, retain_graph=draw + 1 < draws, allow_unused=True
-                )
-            else:
-                grads = [None] * len(leaves)
-            for collected, leaf, gradient in zip(found, leaves, grads, strict=True):
-                collected.append(torch.zeros_like(leaf) if gradient is None else gradient.detach())
-        return {f"grad {name}": torch.stack(g) for name, g in zip(self._leaves, found, strict=True)}
+        grads: Sequence[Tensor | None] = [None] * len(leaves)
+        if differentiable:
+            grads = torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True)
+        named = zip(self._leaves, leaves, grads, strict=True)
+        return {f"grad {name}": torch.zeros_like(leaf) if g is None else g.detach() for name, leaf, g in named}
+
+
+def _varied(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
+    """The inputs, or for later draws a variant in the same dtype, so that errors are not one roll of the dice."""
+    generator = torch.Generator().manual_seed(seed + draw)
+
+    def vary(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            factor = 1.0 + 1e-3 * (2.0 * torch.rand(value.shape, generator=generator) - 1.0)
+            varied = torch.empty_like(value)  # in value's own layout
+            return varied.copy_(value.detach() * factor.to(value.device))
+        if isinstance(value, Mapping):
+            return {key: vary(item) for key, item in value.items()}
+        return type(value)(map(vary, value)) if isinstance(value, tuple | list) else value
+
+    return {name: value if draw == 0 else vary(value) for name, value in inputs.items()}
 
 
 def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:

@@ -17,7 +17,7 @@ def leaves(case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.N}-{case.M}-{case.P}")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_parity(backend, case, dtype):
     report = measure(case, DTYPES[dtype], backend)
     assert report.ok, f"\n{report}"
