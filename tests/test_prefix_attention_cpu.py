@@ -61,9 +61,11 @@ def make(
         if layout == "BNHD":
             return draw(B, length, heads, size).transpose(1, 2)
         if layout == "sliced":  # out of a fused projection
-            return draw(B, length, 3 * heads * size)[..., heads * size : 2 * heads * size].unflatten(
-                2, (heads, size)
-            ).transpose(1, 2)
+            return (
+                draw(B, length, 3 * heads * size)[..., heads * size : 2 * heads * size]
+                .unflatten(2, (heads, size))
+                .transpose(1, 2)
+            )
         if layout == "strided":  # the last dimension too
             return draw(B, heads, size, length).transpose(2, 3)
         return draw(B, heads, length, size)
@@ -121,7 +123,9 @@ def assert_as_good(dtype: torch.dtype, **case: Any) -> None:
         if truth.numel() == 0:
             continue
         error = (ours[name].double() - truth).abs().max()
-        allowed = 2 * (plain[name].double() - truth).abs().max() * finer + 2 * torch.finfo(dtype).eps * truth.abs().max()
+        allowed = (
+            2 * (plain[name].double() - truth).abs().max() * finer + 2 * torch.finfo(dtype).eps * truth.abs().max()
+        )
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
@@ -230,7 +234,9 @@ FEATURES: list[Case] = [
 
 
 def describe(case: Case) -> str:
-    return ",".join(f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in case.items() if k != "segment_ids")
+    return ",".join(
+        f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in case.items() if k != "segment_ids"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,7 +265,9 @@ def test_mask_of_the_least_number_averages() -> None:
     assert_as_good(torch.float32, attn_mask=mask, P=0)
 
 
-@pytest.mark.parametrize("case", [{"gate": (2, 1, 11), "sinks": True}, {"output_gate": (1, 4), "gate": (11,)}], ids=describe)
+@pytest.mark.parametrize(
+    "case", [{"gate": (2, 1, 11), "sinks": True}, {"output_gate": (1, 4), "gate": (11,)}], ids=describe
+)
 def test_only_gradients_asked_for(case: Case) -> None:
     tensors, _ = make(torch.float32, **case)
     full = run(fastprefix.prefix_attention, tensors, {}, torch.float32, backend="cpu")
@@ -363,7 +371,13 @@ def test_opcheck(case: Case, layout: str) -> None:
     torch.library.opcheck(forward, arguments)
     output, lse = forward(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
     needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments[:10]]
-    inputs = (torch.ones_like(output), output, lse, needs, *(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+    inputs = (
+        torch.ones_like(output),
+        output,
+        lse,
+        needs,
+        *(a.detach() if isinstance(a, Tensor) else a for a in arguments),
+    )
     torch.library.opcheck(torch.ops.fastprefix.prefix_attention_backward.cpu, inputs)
 
 
