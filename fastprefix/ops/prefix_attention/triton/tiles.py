@@ -1,0 +1,96 @@
+"""The tile sizes, as data: by architecture, kernel, width of the head and dtype. No search happens at run time."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Block of queries, of token keys, of prefix keys; warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    BP: int
+    warps: int
+    stages: int
+    spills: str | None = None  # why a spill is accepted, where one is
+
+
+HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
+
+# kernel -> (widest head, dtype) -> tile
+_SM80: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {
+        (64, HALF): Tile(128, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 64, 4, 2),
+        (256, HALF): Tile(64, 32, 32, 8, 2),
+        (64, SINGLE): Tile(64, 32, 32, 4, 2),
+        (128, SINGLE): Tile(32, 32, 32, 4, 2),
+        (256, SINGLE): Tile(32, 16, 16, 4, 1),
+    },
+    "decode": {
+        (64, HALF): Tile(16, 64, 64, 4, 2),
+        (128, HALF): Tile(16, 64, 64, 4, 2),
+        (256, HALF): Tile(16, 32, 32, 4, 2),
+        (64, SINGLE): Tile(16, 32, 32, 4, 2),
+        (128, SINGLE): Tile(16, 32, 32, 4, 2),
+        (256, SINGLE): Tile(16, 32, 32, 4, 1),
+    },
+    "delta": {
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 32, 32, 4, 2),
+        (256, HALF): Tile(32, 32, 32, 4, 1),
+        (64, SINGLE): Tile(32, 32, 32, 4, 2),
+        (128, SINGLE): Tile(32, 32, 32, 4, 1),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1),
+    },
+    "dq": {
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 32, 8, 2),
+        (256, HALF): Tile(64, 32, 32, 8, 1),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+    },
+    "dkv": {
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 64, 8, 2),
+        (256, HALF): Tile(32, 64, 64, 8, 1),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+    },
+    "dprefix": {
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 64, 8, 2),
+        (256, HALF): Tile(32, 64, 64, 8, 1),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+    },
+}
+_SM90 = dict(_SM80)
+
+_INTERPRETER = {kernel: {(256, HALF): Tile(32, 32, 32, 1, 1), (256, SINGLE): Tile(32, 32, 32, 1, 1)} for kernel in _SM80}
+
+ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "sm_80": _SM80,
+    "sm_90": _SM90,
+    "interpreter": _INTERPRETER,
+}
+WIDEST = 256
+"""The widest head there is a tile for."""
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The row for a device: its own, or that of the newest one before it."""
+    if capability >= (9, 0) and capability[0] in (9, 10, 11):
+        return "sm_90"
+    return "sm_80"
+
+
+def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel for heads of ``width`` columns."""
+    kind = SINGLE if dtype is torch.float32 else HALF
+    rows = ARCHITECTURES[architecture][kernel]
+    return next(rows[key] for key in sorted(rows) if key[1] == kind and width <= key[0])
