@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from ..registration import Kernel, Operation
-from . import eager
+from . import eager, triton
 from .arguments import DIFFERENTIABLE, Arguments
 from .layout import empty_gradient, empty_heads
 
@@ -82,3 +82,7 @@ def _eager_backward(
 
 OPERATION.define("eager")
 OPERATION.implement("eager", _eager_forward, _eager_backward)
+
+OPERATION.define("triton")
+for _key in ("CUDA", "CPU"):  # on the CPU: in Triton's interpreter
+    OPERATION.implement("triton", triton.forward, triton.backward, _key)

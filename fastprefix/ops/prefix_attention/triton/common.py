@@ -32,7 +32,8 @@ def load_rows(x, b, h, n, there, D: tl.constexpr, DP: tl.constexpr):
     p_rows = row_address(x, b, h, n)[:, None] + o_d[None, :] * x.c
     if DP == D:
         return tl.load(p_rows, mask=there[:, None], other=0.0)
-    return tl.load(p_rows, mask=there[:, None] & (o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(p_rows, mask=there[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -67,7 +68,8 @@ def capped_scores(b_s, a):
     """From <q, k> (times the gate) to scores, soft cap included."""
     if a.softcap is None:
         return b_s * (a.scale * LOG2E)
-    return tanh(b_s * (a.scale / a.softcap)) * (a.softcap * LOG2E)
+    else:
+        return tanh(b_s * (a.scale / a.softcap)) * (a.softcap * LOG2E)
 
 
 @triton.jit
@@ -75,8 +77,9 @@ def through_cap(b_ds, b_s, a):
     """Gradient of the scores before the soft cap, from that after it and the capped scores."""
     if a.softcap is None:
         return b_ds
-    b_t = b_s * (1.0 / (a.softcap * LOG2E))
-    return b_ds * (1.0 - b_t * b_t)
+    else:
+        b_t = b_s * (1.0 / (a.softcap * LOG2E))
+        return b_ds * (1.0 - b_t * b_t)
 
 
 @triton.jit
@@ -85,9 +88,10 @@ def prefix_gate(a, b, h, i, p, N, P):
     i, p = tl.minimum(i, N - 1), tl.minimum(p, P - 1)
     if a.gate is not None:
         return load_entry(a.gate, b, h // a.group, i, p).to(tl.float32)
-    if a.query_gate is not None:
+    elif a.query_gate is not None:
         return load_entry(a.query_gate, b, h, i, p).to(tl.float32)
-    return tl.full((1, 1), 1.0, tl.float32)
+    else:
+        return tl.full((1, 1), 1.0, tl.float32)
 
 
 @triton.jit
@@ -125,9 +129,10 @@ def kept(b_p, a, b, h, i, column):
     """What dropout multiplies by. The counter is the element's position; the prefix's columns come first."""
     if a.seed is None:
         return tl.full((1, 1), 1.0, tl.float32)
-    zero = tl.zeros(b_p.shape, tl.int32)
-    word, _, _, _ = tl.philox(tl.load(a.seed), column + zero, i + zero, b * a.heads + h + zero, zero)
-    return tl.where(word.to(tl.int64) >= a.drop_below, a.keep_scale, 0.0)
+    else:
+        zero = tl.zeros(b_p.shape, tl.int32)
+        word, _, _, _ = tl.philox(tl.load(a.seed), column + zero, i + zero, b * a.heads + h + zero, zero)
+        return tl.where(word.to(tl.int64) >= a.drop_below, a.keep_scale, 0.0)
 
 
 @triton.jit
@@ -183,7 +188,8 @@ def output_gate(a, b, h):
     """The gate of the prefix's own softmax; 1 with a joint softmax."""
     if a.og is None:
         return tl.full((1, 1), 1.0, tl.float32)
-    return load_entry(a.og, b, h, h, h).to(tl.float32)
+    else:
+        return load_entry(a.og, b, h, h, h).to(tl.float32)
 
 
 @triton.jit

@@ -17,11 +17,15 @@ from .backward import (
     prefix_attention_bwd_dq_kernel,
     prefix_attention_sum_kernel,
 )
+from .decode import prefix_attention_combine_kernel, prefix_attention_decode_kernel
 from .forward import prefix_attention_fwd_kernel
 from .operands import matrix, problem
 from .targets import Target
 
 _SUM_BLOCK = 1024
+_DECODING = 16  # queries, at most, for which keys are split over programs
+_MOST_PARTS = 64
+_PARTS_BLOCK = 16
 
 
 def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
@@ -30,9 +34,12 @@ def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
     output = empty_heads(a.query, plan.DV)
     softmaxes = () if a.output_gate is None else (2,)
     lse = plan.floats(*softmaxes, plan.B, plan.H, plan.N)
-    blocks = triton.cdiv(plan.N, plan.tile("forward").BM)
-    arguments = (plan.problem, matrix(output), lse, plan.N, plan.M, plan.P)
-    plan.launch("forward", prefix_attention_fwd_kernel, (plan.B * plan.H * blocks,), *arguments)
+    if plan.N <= _DECODING and plan.M + plan.P >= plan.target.split_from:
+        plan.split_keys(output, lse)
+    else:
+        blocks = triton.cdiv(plan.N, plan.tile("forward").BM)
+        arguments = (plan.problem, matrix(output), lse, plan.N, plan.M, plan.P)
+        plan.launch("forward", prefix_attention_fwd_kernel, (plan.B * plan.H * blocks,), *arguments)
     return output, lse
 
 
@@ -82,6 +89,32 @@ class _Plan:
         known = self._constants | {"BM": tile.BM, "BN": tile.BN, "BP": tile.BP} | constants
         wanted = {constant: known[constant] for constant in kernel.arg_names if constant in known}
         self.target.launch(kernel, grid, arguments, wanted, tile)
+
+    def split_keys(self, output: Tensor, lse: Tensor) -> None:
+        """Few queries, many keys: parts of the keys side by side, then joined."""
+        tile = self.tile("decode")
+        queries = self.H // self.kv_heads * self.N
+        shared = self.a.prefix_key.shape[0] == 1
+        rows = self.B * queries if shared else queries
+        prefix_tiles = triton.cdiv(rows, tile.BM) * self.kv_heads * (1 if shared else self.B)
+        token_tiles = triton.cdiv(queries, tile.BM) * self.kv_heads * self.B
+        prefix_parts, prefix_chunk = self._split(self.P, tile.BP, prefix_tiles)
+        token_parts, chunk = self._split(self.M, tile.BN, token_tiles)
+        prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
+        sums, logs = self.floats(parts, self.B, self.H, self.N, self.DV), self.floats(parts, self.B, self.H, self.N)
+        sizes = (self.N, self.M, self.P, prefix_programs, prefix_parts, token_parts, prefix_chunk, chunk)
+        grid = (prefix_programs + token_tiles * token_parts,)
+        self.launch("decode", prefix_attention_decode_kernel, grid, self.problem, sums, logs, *sizes)
+        arguments = (matrix(output), lse, sums, logs, self.N, prefix_parts, parts)
+        grid = (self.B * self.H * self.N,)
+        self.launch("decode", prefix_attention_combine_kernel, grid, self.problem, *arguments, BS=_PARTS_BLOCK)
+
+    def _split(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
+        """How many parts, and how many keys in each: enough programs to fill the device, and no empty ones."""
+        blocks = triton.cdiv(keys, block)
+        wanted = min(_MOST_PARTS, 2 * triton.cdiv(self.target.processors, max(1, tiles)))
+        chunk = triton.cdiv(max(1, blocks), max(1, min(wanted, blocks))) * block
+        return (triton.cdiv(keys, chunk), chunk) if keys else (0, block)
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.a.query.device)

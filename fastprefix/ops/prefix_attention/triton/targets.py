@@ -16,6 +16,7 @@ class Target(Protocol):
 
     architecture: str
     processors: int
+    split_from: int  # keys from which few queries are worth splitting over programs
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
@@ -27,11 +28,12 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.split_from = 256 if device.type == "cuda" else 64
         if device.type == "cuda":
             self.architecture = architecture(torch.cuda.get_device_capability(device))
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         else:
-            self.architecture, self.processors = "interpreter", 2
+            self.architecture, self.processors = "interpreter", 4
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
