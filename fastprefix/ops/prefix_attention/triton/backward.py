@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LOG2E,
     capped_scores,
+    from_natural,
     kept,
     keys_of_queries,
     load_delta,
@@ -17,6 +17,7 @@ from .common import (
     load_lse,
     load_rows,
     output_gate,
+    power,
     prefix_gate,
     prefix_scores,
     queries_of_keys,
@@ -30,7 +31,7 @@ from .common import (
 def token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i, j, N, M, P, INSIDE: tl.constexpr):
     """Gradient of <q, k> c, and probability after dropout, from <q, k> and <do, v>."""
     b_s = capped_scores(b_s, a)
-    b_p = tl.exp2(token_scores(b_s, a, b, h, i, j, N, M, INSIDE) - b_lse)
+    b_p = power(token_scores(b_s, a, b, h, i, j, N, M, INSIDE) - b_lse, a)
     b_keep = kept(b_p, a, b, h, i, P + j)
     return through_cap(b_p * (b_keep * b_dov - b_delta), b_s, a), b_p * b_keep
 
@@ -39,7 +40,7 @@ def token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i, j, N, M, P, INSIDE: 
 def prefix_gradients(b_s, b_dov, b_gate, b_lse, b_delta, a, b, h, i, p, N, P):
     """Gradient of g <q, pk> c, and probability after dropout (times the output gate), from <q, pk> and <do, pv>."""
     b_s = capped_scores(b_s * b_gate, a)
-    b_p = output_gate(a, b, h) * tl.exp2(prefix_scores(b_s, a, b, h, i, p, N, P) - b_lse)
+    b_p = output_gate(a, b, h) * power(prefix_scores(b_s, a, b, h, i, p, N, P) - b_lse, a)
     b_keep = kept(b_p, a, b, h, i, p)
     return through_cap(b_p * (b_keep * b_gate * b_dov - b_delta), b_s, a), b_p * b_keep
 
@@ -80,8 +81,8 @@ def prefix_attention_bwd_delta_kernel(
         b_delta -= load_entry(a.og, b, h, h, h).to(tl.float32) * b_prefix
     tl.store(p_delta + o_row, b_delta, mask=i < N)
     if p_dsinks is not None:
-        b_sink = load_entry(a.sinks, h, h, h, h).to(tl.float32) * LOG2E
-        b_p = tl.exp2(b_sink - load_lse(p_lse, plane, i, N))
+        b_sink = from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
+        b_p = power(b_sink - load_lse(p_lse, plane, i, N, a), a)
         tl.store(p_dsinks + tl.program_id(0), -tl.sum(b_p * b_delta))
 
 
@@ -104,7 +105,7 @@ def prefix_delta(
 ):
     """<do, output of the prefix's own softmax> [BM]."""
     b_q = load_rows(a.q, b, h, i, i < N, D, DP)
-    b_lse = load_lse(p_lse, a.planes + plane, i, N)[:, None]
+    b_lse = load_lse(p_lse, a.planes + plane, i, N, a)[:, None]
     b_delta = tl.zeros([b_do.shape[0]], tl.float32)
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
@@ -112,7 +113,7 @@ def prefix_delta(
         b_pk = load_rows(a.pk, b, h // a.group, p, p < P, D, DP)
         b_pv = load_rows(a.pv, b, h // a.group, p, p < P, DV, b_do.shape[1])
         b_s = capped_scores(tl.dot(b_q, tl.trans(b_pk), input_precision=PRECISION) * b_gate, a)
-        b_p = tl.exp2(prefix_scores(b_s, a, b, h, i[:, None], p[None, :], N, P) - b_lse)
+        b_p = power(prefix_scores(b_s, a, b, h, i[:, None], p[None, :], N, P) - b_lse, a)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=PRECISION)
         b_delta += tl.sum(b_p * kept(b_p, a, b, h, i[:, None], p[None, :]) * b_gate * b_dov, 1)
     return b_delta
@@ -152,7 +153,7 @@ def prefix_attention_bwd_dq_kernel(
     prefix_plane = plane
     if a.og is not None:
         prefix_plane = a.planes + plane
-    b_lse = load_lse(p_lse, prefix_plane, i, N)[:, None]
+    b_lse = load_lse(p_lse, prefix_plane, i, N, a)[:, None]
     b_delta = load_delta(p_delta, prefix_plane, i, N)[:, None]
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
@@ -172,7 +173,7 @@ def prefix_attention_bwd_dq_kernel(
         if dq is not None:
             b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=PRECISION)
     if dq is not None:
-        b_lse = load_lse(p_lse, plane, i, N)[:, None]
+        b_lse = load_lse(p_lse, plane, i, N, a)[:, None]
         b_delta = load_delta(p_delta, plane, i, N)[:, None]
         lo, inner_lo, inner_hi, hi = keys_of_queries(a, i0, tl.minimum(i0 + BM, N), N, M, BN)
         if a.far is not None:
@@ -308,7 +309,7 @@ def add_queries(
         plane = b * a.heads + h
         b_q = load_rows(a.q, b, h, i, i < N, D, b_k.shape[1])
         b_do = load_rows(do, b, h, i, i < N, DV, b_v.shape[1])
-        b_lse = load_lse(p_lse, plane, i, N)[None, :]
+        b_lse = load_lse(p_lse, plane, i, N, a)[None, :]
         b_delta = load_delta(p_delta, plane, i, N)[None, :]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_dov = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
@@ -366,7 +367,7 @@ def prefix_attention_bwd_dprefix_kernel(
         b_do = load_rows(do, b, h, i, r < rows, DV, DVP)
         if a.og is not None:
             plane += a.planes
-        b_lse = load_lse(p_lse, plane, i, N)[None, :]
+        b_lse = load_lse(p_lse, plane, i, N, a)[None, :]
         b_delta = load_delta(p_delta, plane, i, N)[None, :]
         b_gate = prefix_gate(a, b[None, :], h[None, :], i[None, :], p[:, None], N, P)
         b_s = tl.dot(b_pk, tl.trans(b_q), input_precision=PRECISION)  # [BP, BM]

@@ -1,8 +1,10 @@
 """Device functions that the kernels share: loads, scores, who sees whom, dropout, one step of the online softmax.
 
 ``b, h, i`` are the coordinates of queries and ``j`` or ``p`` those of keys. They come in any shapes that broadcast
-together, so one function serves tiles of queries x keys and of keys x queries. Scores are in units of log2: log2(e)
-is part of the scale, and exp2 takes the place of exp.
+together, so one function serves tiles of queries x keys and of keys x queries.
+
+Scores and log-sum-exps of float16 and bfloat16 inputs are in units of log2: log2(e) is part of the scale, so that exp2
+needs no further product. Those of float32 are natural: that product would be a rounding too many.
 """
 
 import triton
@@ -54,6 +56,40 @@ def load_entry(x, b, h, n, c):
 
 
 @triton.jit
+def from_natural(x, a):
+    """A natural score in the unit of the kernels."""
+    if a.q.p.dtype.element_ty == tl.float32:
+        return x
+    else:
+        return x * LOG2E
+
+
+@triton.jit
+def to_natural(x, a):
+    if a.q.p.dtype.element_ty == tl.float32:
+        return x
+    else:
+        return x * LN2
+
+
+@triton.jit
+def power(b_x, a):
+    """e to the power of a difference of scores."""
+    if a.q.p.dtype.element_ty == tl.float32:
+        return tl.exp2(b_x * LOG2E)
+    else:
+        return tl.exp2(b_x)
+
+
+@triton.jit
+def logarithm(b_x, a):
+    if a.q.p.dtype.element_ty == tl.float32:
+        return tl.log2(b_x) * LN2
+    else:
+        return tl.log2(b_x)
+
+
+@triton.jit
 def tanh(x):
     """By its series near zero, where the quotient would lose digits."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
@@ -67,9 +103,9 @@ def tanh(x):
 def capped_scores(b_s, a):
     """From <q, k> (times the gate) to scores, soft cap included."""
     if a.softcap is None:
-        return b_s * (a.scale * LOG2E)
+        return b_s * from_natural(a.scale, a)
     else:
-        return tanh(b_s * (a.scale / a.softcap)) * (a.softcap * LOG2E)
+        return tanh(b_s * (a.scale / a.softcap)) * from_natural(a.softcap, a)
 
 
 @triton.jit
@@ -78,7 +114,7 @@ def through_cap(b_ds, b_s, a):
     if a.softcap is None:
         return b_ds
     else:
-        b_t = b_s * (1.0 / (a.softcap * LOG2E))
+        b_t = b_s * (1.0 / from_natural(a.softcap, a))
         return b_ds * (1.0 - b_t * b_t)
 
 
@@ -98,7 +134,7 @@ def prefix_gate(a, b, h, i, p, N, P):
 def prefix_scores(b_s, a, b, h, i, p, N, P):
     """Add the bias to capped scores, and hide what lies beyond the prefix."""
     if a.bias is not None:
-        b_s += load_entry(a.bias, b, h, tl.minimum(i, N - 1), tl.minimum(p, P - 1)).to(tl.float32) * LOG2E
+        b_s += from_natural(load_entry(a.bias, b, h, tl.minimum(i, N - 1), tl.minimum(p, P - 1)).to(tl.float32), a)
     return tl.where(p < P, b_s, float("-inf"))
 
 
@@ -115,7 +151,7 @@ def token_scores(b_s, a, b, h, i, j, N, M, INSIDE: tl.constexpr):
         b_s = tl.where(b_seen, b_s, float("-inf"))
     i, j = tl.minimum(i, N - 1), tl.minimum(j, M - 1)
     if a.mask is not None:
-        b_s += load_entry(a.mask, b, h, i, j).to(tl.float32) * LOG2E
+        b_s += from_natural(load_entry(a.mask, b, h, i, j).to(tl.float32), a)
     if a.visible is not None:
         b_s = tl.where(load_entry(a.visible, b, h, i, j) != 0, b_s, float("-inf"))
     if a.query_segments is not None:
@@ -136,12 +172,12 @@ def kept(b_p, a, b, h, i, column):
 
 
 @triton.jit
-def softmax_step(b_s, b_m, b_l):
+def softmax_step(b_s, b_m, b_l, a):
     """One step of the online softmax: probabilities against the new maximum, factor for the old sums, new state."""
     b_max = tl.maximum(b_m, tl.max(b_s, 1))
     b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)  # a row that has seen nothing yet
-    b_p = tl.exp2(b_s - b_ref[:, None])
-    b_decay = tl.exp2(b_m - b_ref)
+    b_p = power(b_s - b_ref[:, None], a)
+    b_decay = power(b_m - b_ref, a)
     return b_p, b_decay, b_max, b_l * b_decay + tl.sum(b_p, 1)
 
 
@@ -149,20 +185,20 @@ def softmax_step(b_s, b_m, b_l):
 def add_sink(b_acc, b_m, b_l, a, h):
     """A sink joins the sum, and adds nothing to the output."""
     if a.sinks is not None:
-        b_sink = load_entry(a.sinks, h, h, h, h).to(tl.float32) * LOG2E
+        b_sink = from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
         b_max = tl.maximum(b_m, b_sink)
         b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_decay = tl.exp2(b_m - b_ref)
+        b_decay = power(b_m - b_ref, a)
         b_acc = b_acc * b_decay[:, None]
-        b_l = b_l * b_decay + tl.exp2(b_sink - b_ref)
+        b_l = b_l * b_decay + power(b_sink - b_ref, a)
         b_m = b_max
     return b_acc, b_m, b_l
 
 
 @triton.jit
-def log_sum(b_m, b_l):
-    """log2 of the sum of all exponentials; -inf where nothing was seen."""
-    return tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
+def log_sum(b_m, b_l, a):
+    """Logarithm of the sum of all exponentials; -inf where nothing was seen."""
+    return tl.where(b_l == 0.0, float("-inf"), b_m + logarithm(tl.where(b_l == 0.0, 1.0, b_l), a))
 
 
 @triton.jit
@@ -172,9 +208,9 @@ def inverse(b_l):
 
 
 @triton.jit
-def load_lse(p_lse, plane, i, N):
-    """log2-sum-exp for the backward pass: exp2(s - lse) is 0 in rows that are not there, and where nothing is seen."""
-    b_lse = tl.load(p_lse + plane.to(tl.int64) * N + i, mask=i < N, other=float("inf")) * LOG2E
+def load_lse(p_lse, plane, i, N, a):
+    """Log-sum-exp for the backward pass: power(s - lse) is 0 in rows that are not there, and where nothing is seen."""
+    b_lse = from_natural(tl.load(p_lse + plane.to(tl.int64) * N + i, mask=i < N, other=float("inf")), a)
     return tl.where(b_lse == float("-inf"), 0.0, b_lse)
 
 

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LN2,
-    LOG2E,
+    from_natural,
     inverse,
     load_entry,
     load_rows,
     log_sum,
+    power,
     row_address,
+    to_natural,
 )
 from .forward import attend_band, attend_prefix
 
@@ -41,7 +42,7 @@ def prefix_attention_decode_kernel(
     BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One part of the keys for a tile of queries: its normalised output [part, b, h, i, DV] and log2-sum-exp."""
+    """One part of the keys for a tile of queries: its normalised output [part, b, h, i, DV] and log-sum-exp."""
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
     if pid < prefix_programs:
@@ -95,7 +96,7 @@ def nothing_yet(BM: tl.constexpr, DVP: tl.constexpr):
 def store_part(p_parts, p_lse, part, b_acc, b_m, b_l, there, b, h, i, a, N, DV: tl.constexpr):
     o_d = tl.arange(0, b_acc.shape[1])
     o_row = ((part * a.planes + b * a.heads + h).to(tl.int64)) * N + i
-    tl.store(p_lse + o_row, log_sum(b_m, b_l), mask=there)
+    tl.store(p_lse + o_row, log_sum(b_m, b_l, a), mask=there)
     b_o = b_acc * inverse(b_l)[:, None]
     tl.store(p_parts + o_row[:, None] * DV + o_d[None, :], b_o, mask=there[:, None] & (o_d < DV)[None, :])
 
@@ -128,8 +129,8 @@ def prefix_attention_combine_kernel(
         b_o, b_lse = join(p_parts, p_lse, o_row, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
         b_prefix, b_prefix_lse = join(p_parts, p_lse, o_row, 0, prefix_parts, False, a, h, N, DV, DVP, BS)
         b_o += b_prefix * load_entry(a.og, b, h, i, i).to(tl.float32)
-        tl.store(p_out_lse + (a.planes + plane).to(tl.int64) * N + i + o_one, b_prefix_lse * LN2)
-    tl.store(p_out_lse + o_row + o_one, b_lse * LN2)
+        tl.store(p_out_lse + (a.planes + plane).to(tl.int64) * N + i + o_one, to_natural(b_prefix_lse, a))
+    tl.store(p_out_lse + o_row + o_one, to_natural(b_lse, a))
     tl.store(row_address(o, b, h, i) + o_d * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
 
 
@@ -148,12 +149,12 @@ def join(
     DVP: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Output [DVP] and log2-sum-exp [1] of parts [start, end); the sink belongs to the tokens' softmax."""
+    """Output [DVP] and log-sum-exp [1] of parts [start, end); the sink belongs to the tokens' softmax."""
     o_d = tl.arange(0, DVP)
     b_acc = tl.zeros([DVP], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
     if TOKENS and a.sinks is not None:
-        b_m = tl.full([1], 0.0, tl.float32) + load_entry(a.sinks, h, h, h, h).to(tl.float32) * LOG2E
+        b_m = tl.full([1], 0.0, tl.float32) + from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
     b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for s0 in tl.range(start, end, BS):
         s = s0 + tl.arange(0, BS)
@@ -163,8 +164,8 @@ def join(
         b_o = tl.load(p_parts + o_part[:, None] * DV + o_d[None, :], mask=there, other=0.0)  # [BS, DVP]
         b_max = tl.maximum(b_m, tl.max(b_lse, 0))
         b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_w, b_decay = tl.exp2(b_lse - b_ref), tl.exp2(b_m - b_ref)
+        b_w, b_decay = power(b_lse - b_ref, a), power(b_m - b_ref, a)
         b_acc = b_acc * b_decay + tl.sum(b_w[:, None] * b_o, 0)
         b_l = b_l * b_decay + tl.sum(b_w, 0)
         b_m = b_max
-    return b_acc * inverse(b_l), log_sum(b_m, b_l)
+    return b_acc * inverse(b_l), log_sum(b_m, b_l, a)

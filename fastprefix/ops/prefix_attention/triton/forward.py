@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LN2,
     add_sink,
     capped_scores,
     inverse,
@@ -19,7 +18,9 @@ from .common import (
     output_gate,
     prefix_gate,
     prefix_scores,
+    power,
     softmax_step,
+    to_natural,
     store_rows,
     token_scores,
 )
@@ -61,11 +62,11 @@ def prefix_attention_fwd_kernel(
     )
     b_acc, b_m, b_l = add_sink(b_acc, b_m, b_l, a, h)
     b_acc = b_acc * inverse(b_l)[:, None]
-    tl.store(p_lse + plane.to(tl.int64) * N + i, log_sum(b_m, b_l) * LN2, mask=i < N)
+    tl.store(p_lse + plane.to(tl.int64) * N + i, to_natural(log_sum(b_m, b_l, a), a), mask=i < N)
     if a.og is not None:
         b_lse = prefix_log_sum(b_q, a, b, h, i[:, None], b, h // a.group, N, P, D, BP, PRECISION)
         b_acc = add_prefix(b_acc, b_lse, b_q, a, b, h, i[:, None], N, P, D, DV, BP, PRECISION)
-        tl.store(p_lse + (a.planes + plane).to(tl.int64) * N + i, b_lse * LN2, mask=i < N)
+        tl.store(p_lse + (a.planes + plane).to(tl.int64) * N + i, to_natural(b_lse, a), mask=i < N)
     store_rows(o, b, h, i, i < N, b_acc, DV)
 
 
@@ -106,7 +107,7 @@ def attend_prefix(
     for p0 in tl.range(start, end, BP):
         p = p0 + tl.arange(0, BP)
         b_s = gated_scores(b_q, a, b, h, i, bk, hk, p0, N, P, D, BP, PRECISION)
-        b_p, b_decay, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        b_p, b_decay, b_m, b_l = softmax_step(b_s, b_m, b_l, a)
         b_p = b_p * prefix_gate(a, b, h, i, p[None, :], N, P) * kept(b_p, a, b, h, i, p[None, :])
         b_pv = load_rows(a.pv, bk, hk, p, p < P, DV, b_acc.shape[1])
         b_acc = b_acc * b_decay[:, None]
@@ -118,13 +119,13 @@ def attend_prefix(
 def prefix_log_sum(
     b_q, a, b, h, i, bk, hk, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """log2-sum-exp [BM] of the prefix scores alone."""
+    """Log-sum-exp [BM] of the prefix scores alone."""
     b_m = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
     b_l = tl.zeros([b_q.shape[0]], tl.float32)
     for p0 in tl.range(0, P, BP):
         b_s = gated_scores(b_q, a, b, h, i, bk, hk, p0, N, P, D, BP, PRECISION)
-        _, _, b_m, b_l = softmax_step(b_s, b_m, b_l)
-    return log_sum(b_m, b_l)
+        _, _, b_m, b_l = softmax_step(b_s, b_m, b_l, a)
+    return log_sum(b_m, b_l, a)
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def add_prefix(
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
         b_s = gated_scores(b_q, a, b, h, i, b, h // a.group, p0, N, P, D, BP, PRECISION)
-        b_p = output_gate(a, b, h) * tl.exp2(b_s - b_ref[:, None])
+        b_p = output_gate(a, b, h) * power(b_s - b_ref[:, None], a)
         b_p = b_p * prefix_gate(a, b, h, i, p[None, :], N, P) * kept(b_p, a, b, h, i, p[None, :])
         b_pv = load_rows(a.pv, b, h // a.group, p, p < P, DV, b_acc.shape[1])
         b_acc = tl.dot(b_p.to(b_pv.dtype), b_pv, b_acc, input_precision=PRECISION)
@@ -227,7 +228,7 @@ def attend_tokens(
         b_k = load_rows(a.k, bk, hk, j, j < M, D, b_q.shape[1])
         b_s = capped_scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), a)
         b_s = token_scores(b_s, a, b, h, i, j[None, :], N, M, INSIDE)
-        b_p, b_decay, b_m, b_l = softmax_step(b_s, b_m, b_l)
+        b_p, b_decay, b_m, b_l = softmax_step(b_s, b_m, b_l, a)
         b_p = b_p * kept(b_p, a, b, h, i, P + j[None, :])
         b_v = load_rows(a.v, bk, hk, j, j < M, DV, b_acc.shape[1])
         b_acc = b_acc * b_decay[:, None]

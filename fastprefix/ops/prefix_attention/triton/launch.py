@@ -177,7 +177,7 @@ class _Backward(_Plan):
         if gate is None or dgate is None:
             return
         if gate.ndim == 3:
-            dgate = dgate.reshape(self.B, self.kv_heads, -1, self.P).sum(2)
+            dgate = dgate.unflatten(1, (self.kv_heads, self.H // self.kv_heads)).sum((2, 3))
         elif not by_query:
             dgate = dgate.sum(2, keepdim=True)
         self._finish("prefix_gate", dgate)

@@ -1,0 +1,215 @@
+"""``python -m fastprefix aot``: compile every Triton kernel in every tile of the table, without a GPU, and report.
+
+The launches are those of real calls, on tensors without storage: what is compiled is what would run. Registers, spills
+and shared memory come from the compiled machine code, matrix instructions from the PTX.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.prefix_attention.arguments import DIFFERENTIABLE, Arguments
+from .ops.prefix_attention.validation import canonical_arguments
+
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block can have."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WIDTHS = (64, 128, 256)
+_FEATURES = {
+    "full": {},
+    "causal, gate of keys": {"is_causal": True, "gate": 3},
+    "window, gate of queries": {"is_causal": True, "window_size": 100, "gate": 4},
+    "separate": {"output_gate": True, "gate": 3},
+}
+_QUICK_FEATURES = ("causal, gate of keys",)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    width: int
+    features: str
+    tile: Any
+    registers: int = 0
+    spill: int = 0
+    shared: int = 0
+    matrix: str = "-"
+    failure: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why this is not acceptable; None: it is."""
+        if self.failure is not None:
+            return f"does not compile: {self.failure}"
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"needs {self.shared} bytes of shared memory, and there are {SHARED_MEMORY[self.arch]}"
+        if self.spill and self.tile.spills is None:
+            return f"spills {self.spill} bytes, which the tile table does not declare"
+        return None
+
+    def line(self) -> str:
+        """One line of the table."""
+        tile = f"{self.tile.BM}x{self.tile.BN}x{self.tile.BP} w{self.tile.warps} s{self.tile.stages}"
+        verdict = self.fault or (f"declared: {self.tile.spills}" if self.spill else "")
+        return (
+            f"{self.arch} {self.dtype:8} D{self.width:<3} {self.kernel:24} {tile:19} {self.registers:>3} registers "
+            f"{self.spill:>4} B stack {self.shared / 1024:>5.0f} KB shared  {self.matrix:10} {self.features}  {verdict}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
+    parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, and return the exit status: 1 where something is not acceptable."""
+    parser = argparse.ArgumentParser(prog="fastprefix aot", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command, its options parsed."""
+    faults = count = 0
+    for arch in options.arch:
+        for report in reports(arch, quick=options.quick):
+            print(report.line(), flush=True)
+            count += 1
+            faults += report.fault is not None
+    print(f"{count} kernels compiled, {faults} not acceptable")
+    return int(faults > 0)
+
+
+def reports(arch: str, *, quick: bool = False) -> Iterator[Report]:
+    """Compile the kernels of every row of the table for one architecture."""
+    for dtype in _DTYPES[:1] if quick else _DTYPES:
+        for width in _WIDTHS[:2] if quick else _WIDTHS:
+            for features in _QUICK_FEATURES if quick else _FEATURES:
+                yield from _compile_calls(arch, dtype, width, features)
+
+
+def _compile_calls(arch: str, dtype: torch.dtype, width: int, features: str) -> Iterator[Report]:
+    """The kernels of a training step and of a decoding step."""
+    from .ops.prefix_attention.triton import launch
+
+    compiler = _Compiler(arch, dtype, width, features)
+    a = _arguments(dtype, width, 512, **_FEATURES[features])
+    output, lse = launch.forward(a, compiler)
+    needs = [getattr(a, name) is not None for name in DIFFERENTIABLE]
+    launch.backward(output, output, lse, a, needs, compiler)
+    launch.forward(_arguments(dtype, width, 1, **_FEATURES[features]), compiler)
+    yield from compiler.reports
+
+
+def _arguments(
+    dtype: torch.dtype, D: int, N: int, *, gate: int = 0, output_gate: bool = False, **options: Any
+) -> Arguments:
+    """Arguments of a call, without storage."""
+    B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    names = ("attn_mask", "prefix_bias", "window_size", "segment_ids", "softcap", "sinks", "scale")
+    keys, prefix = tensor(B, Hkv, M, D), tensor(Hkv, P, D)
+    return canonical_arguments(
+        tensor(B, Hq, N, D),
+        keys,
+        keys,
+        prefix,
+        prefix,
+        prefix_gate={0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
+        output_gate=tensor(B, Hq) if output_gate else None,
+        **({"is_causal": False, "dropout_p": 0.0} | dict.fromkeys(names) | options),
+    )
+
+
+class _Compiler:
+    """A target that compiles what it is asked to launch, once."""
+
+    processors = 132
+    split_from = 256
+
+    def __init__(self, arch: str, dtype: torch.dtype, width: int, features: str) -> None:
+        self.architecture = arch
+        self.reports: list[Report] = []
+        self._dtype, self._width, self._features = str(dtype).removeprefix("torch."), width, features
+        self._seen: set[str] = set()
+        _pretend(int(arch.removeprefix("sm_")))
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
+    ) -> None:
+        name = kernel.__name__
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        short = name.removeprefix("prefix_attention_").removesuffix("_kernel")
+        known = (short, self.architecture, self._dtype, self._width, self._features, tile)
+        try:
+            compiled = kernel.warmup(
+                *arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants
+            )
+        except Exception as failure:  # whatever the compiler raises is a line of the report
+            self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
+            return
+        registers, spill = _resources(compiled.asm["cubin"])
+        matrix = _matrix_instructions(compiled.asm["ptx"])
+        self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix))
+
+
+def _innermost(failure: BaseException) -> str:
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    return str(failure).strip().splitlines()[-1] if str(failure).strip() else ""
+
+
+def _pretend(capability: int) -> None:
+    """Let Triton compile for a device that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return capability
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", capability, 32)
+
+    triton.runtime.driver.set_active(Driver())
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (which is where spills go) a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _matrix_instructions(ptx: str) -> str:
+    counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
