@@ -8,6 +8,7 @@ are written after each step. Kernels are compiled by worker processes beforehand
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import multiprocessing
@@ -91,7 +92,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def attention_inputs(shape: Shape, P: int, gate: str, causal: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def attention_inputs(
+    shape: Shape, P: int, gate: str, causal: bool, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
     B, Hq, Hkv, N, D = shape
     x: dict[str, Any] = {
         "query": randn(B, Hq, N, D, dtype=dtype),
@@ -134,7 +137,10 @@ def parity_cases() -> Iterator[Case]:
     yield "no prefix", {"P": 0, "is_causal": True}
     yield "no tokens", {"M": 0}
     yield "decoding", {"N": 1, "M": 3000, "P": 600, "B": 4, "Hq": 8, "is_causal": True}
-    yield "decoding, separate", {"N": 4, "M": 1000, "P": 300, "output_gate": (2, 4), "is_causal": True, "window_size": 700}
+    yield (
+        "decoding, separate",
+        {"N": 4, "M": 1000, "P": 300, "output_gate": (2, 4), "is_causal": True, "window_size": 700},
+    )
 
 
 def parity_inputs(
@@ -216,7 +222,7 @@ def check_parity(name: str, options: dict[str, Any], dtype_name: str, runs: int 
 
 
 def in_workers(jobs: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
-    """Run ``function, *arguments`` in processes of their own; yield results, exceptions among them, until time is up."""
+    """Run ``function, *arguments`` in worker processes; yield results, exceptions among them, until time is up."""
     context = multiprocessing.get_context("spawn")
     end = time.monotonic() + seconds
     pool = ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context)
@@ -309,7 +315,12 @@ def trained(function: Callable[[], Tensor], x: dict[str, Any]) -> Call:
     """Forward and backward, every gradient."""
     leaves = [v for v in x.values() if isinstance(v, Tensor) and v.requires_grad]
     grad_output = randn(*x["query"].shape[:3], x["value"].shape[3])
-    return lambda: torch.autograd.grad(function(), leaves, grad_output, allow_unused=True)[0]
+
+    def call() -> Tensor:
+        first: Tensor = torch.autograd.grad(function(), leaves, grad_output, allow_unused=True)[0]
+        return first
+
+    return call
 
 
 def inferred(function: Callable[[], Tensor]) -> Call:
@@ -342,7 +353,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend) -> 
     if mask is not None and backend is SDPBackend.CUDNN_ATTENTION:  # which aligns to the upper left alone
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and same, enable_gqa=grouped)
+        output: Tensor = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and same, enable_gqa=grouped
+        )
+    return output
 
 
 def peer_calls(x: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
@@ -350,7 +364,7 @@ def peer_calls(x: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     q, k, v, causal = x["query"], x["key"], x["value"], x["is_causal"]
     calls: dict[str, Callable[[], Tensor]] = {"fastprefix": lambda: ours(**x)}
     calls |= {
-        f"floor, tokens alone: {name.split()[-1]}": lambda backend=backend: sdpa(q, k, v, causal, backend)
+        f"floor, tokens alone: {name.split()[-1]}": functools.partial(sdpa, q, k, v, causal, backend)
         for name, backend in PEERS.items()
         if name != "concat + efficient"
     }
@@ -361,15 +375,19 @@ def peer_calls(x: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
             pk, pv = (x[name].expand(B, -1, -1, -1) for name in ("prefix_key", "prefix_value"))
             return sdpa(q, k, v, causal, backend) + og * sdpa(q, pk, pv, False, backend)
 
-        return calls | {name: lambda backend=backend: two(backend) for name, backend in PEERS.items()}
+        return calls | {name: functools.partial(two, backend) for name, backend in PEERS.items()}
     if "prefix_gate" in x and x["prefix_gate"].ndim == 4:
         return calls
-    return calls | {
-        name: lambda backend=backend: sdpa(q, *concatenated(x), causal, backend) for name, backend in PEERS.items()
-    }
+
+    def one(backend: SDPBackend) -> Tensor:
+        return sdpa(q, *concatenated(x), causal, backend)
+
+    return calls | {name: functools.partial(one, backend) for name, backend in PEERS.items()}
 
 
-def working(calls: dict[str, Callable[[], Tensor]], prepare: Callable[[Any], Call]) -> tuple[dict[str, Call], dict[str, str]]:
+def working(
+    calls: dict[str, Callable[[], Tensor]], prepare: Callable[[Any], Call]
+) -> tuple[dict[str, Call], dict[str, str]]:
     """Those that run here, and why the others do not."""
     good: dict[str, Call] = {}
     bad: dict[str, str] = {}
@@ -489,29 +507,44 @@ def flex(log: Log, seconds: float) -> None:
         if time.monotonic() > end:
             log.add("flex", {"left out": shape})
             continue
-        x = attention_inputs(shape, P, "none", True)
-        mask = create_block_mask(lambda b, h, i, j: j <= i + P, None, None, shape[3], shape[3] + P)
-        calls = {
-            "fastprefix": lambda x=x: ours(**x),
-            "concat + flex": lambda x=x, mask=mask: compiled(x["query"], *concatenated(x), block_mask=mask, enable_gqa=True),
-        }
-        row: dict[str, Any] = {"shape": shape, "P": P, "causal": True}
-        for what, prepare in (("forward", inferred), ("forward + backward", lambda call, x=x: trained(call, x))):
-            good, bad = working(calls, prepare)
-            row[what] = {"ms": time_calls(good), "failed": bad}
+        row = compare_flex(shape, P, compiled, create_block_mask)
         log.add("flex", row)
         print("flex", json.dumps(row), flush=True)
+
+
+def compare_flex(
+    shape: Shape, P: int, compiled: Callable[..., Tensor], block_mask: Callable[..., Any]
+) -> dict[str, Any]:
+    x = attention_inputs(shape, P, "none", True)
+    mask = block_mask(lambda b, h, i, j: j <= i + P, None, None, shape[3], shape[3] + P)
+
+    def flexible() -> Tensor:
+        return compiled(x["query"], *concatenated(x), block_mask=mask, enable_gqa=True)
+
+    calls: dict[str, Callable[[], Tensor]] = {"fastprefix": lambda: ours(**x), "concat + flex": flexible}
+    row: dict[str, Any] = {"shape": shape, "P": P, "causal": True}
+    for what, prepare in (("forward", inferred), ("forward + backward", lambda call: trained(call, x))):
+        good, bad = working(calls, prepare)
+        row[what] = {"ms": time_calls(good), "failed": bad}
+    return row
 
 
 # Tiles
 
 
-CANDIDATES = {
-    "forward": [(128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 3), (64, 128, 64, 4, 2), (128, 64, 64, 8, 2)],
-    "dq": [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 8, 2), (64, 128, 64, 8, 2)],
-    "dkv": [(32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (32, 128, 64, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 8, 2)],
-    "dprefix": [(32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (64, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
-}  # fmt: skip
+CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "forward": (
+        (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 3),
+        (128, 128, 64, 8, 2),
+        (64, 64, 64, 4, 3),
+        (64, 128, 64, 4, 2),
+        (128, 64, 64, 8, 2),
+    ),
+    "dq": ((64, 64, 64, 4, 2), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 8, 2), (64, 128, 64, 8, 2)),
+    "dkv": ((32, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 128, 64, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 8, 2)),
+    "dprefix": ((32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (32, 64, 64, 8, 2), (32, 64, 128, 8, 2)),
+}
 """(BM, BN, BP, warps, stages), tried for heads of 64 and 128 in bfloat16."""
 
 
@@ -536,7 +569,12 @@ def tile_case(kernel: str, width: int, values: tuple[int, ...], N: int) -> Call:
     output = ours(**x)
     grad_output = torch.randn_like(output)
     leaves = [x[name] for name in names]
-    return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)[0]
+
+    def call() -> Tensor:
+        first: Tensor = torch.autograd.grad(output, leaves, grad_output, retain_graph=True)[0]
+        return first
+
+    return call
 
 
 def compile_tile(kernel: str, width: int, values: tuple[int, ...]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and shared memory come from the compiled machine code, matrix instructions from 
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -22,15 +23,14 @@ from .ops.prefix_attention.validation import canonical_arguments
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 shares the tiles of bfloat16
 _WIDTHS = (64, 128, 256)
-_FEATURES = {
+_FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal, gate of keys": {"is_causal": True, "gate": 3},
     "window, gate of queries": {"is_causal": True, "window_size": 100, "gate": 4},
     "separate": {"output_gate": True, "gate": 3},
 }
-_QUICK_FEATURES = ("causal, gate of keys",)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
+    parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
+    parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="of the heads")
+    parser.add_argument("--features", nargs="+", choices=list(_FEATURES), default=list(_FEATURES))
     parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
 
 
@@ -85,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The command, its options parsed."""
+    if options.quick:
+        options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
     faults = count = 0
-    for arch in options.arch:
-        for report in reports(arch, quick=options.quick):
+    for choice in itertools.product(options.arch, options.dtype, options.width, options.features):
+        for report in reports(*choice):
             print(report.line(), flush=True)
             count += 1
             faults += report.fault is not None
@@ -95,19 +100,12 @@ def run(options: argparse.Namespace) -> int:
     return int(faults > 0)
 
 
-def reports(arch: str, *, quick: bool = False) -> Iterator[Report]:
-    """Compile the kernels of every row of the table for one architecture."""
-    for dtype in _DTYPES[:1] if quick else _DTYPES:
-        for width in _WIDTHS[:2] if quick else _WIDTHS:
-            for features in _QUICK_FEATURES if quick else _FEATURES:
-                yield from _compile_calls(arch, dtype, width, features)
-
-
-def _compile_calls(arch: str, dtype: torch.dtype, width: int, features: str) -> Iterator[Report]:
-    """The kernels of a training step and of a decoding step."""
+def reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
+    """Compile the kernels of a training step and of a decoding step."""
     from .ops.prefix_attention.triton import launch
 
-    compiler = _Compiler(arch, dtype, width, features)
+    dtype = _DTYPES[dtype_name]
+    compiler = _Compiler(arch, dtype_name, width, features)
     a = _arguments(dtype, width, 512, **_FEATURES[features])
     output, lse = launch.forward(a, compiler)
     needs = [getattr(a, name) is not None for name in DIFFERENTIABLE]
@@ -126,6 +124,7 @@ def _arguments(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     names = ("attn_mask", "prefix_bias", "window_size", "segment_ids", "softcap", "sinks", "scale")
+    defaults: dict[str, Any] = {"is_causal": False, "dropout_p": 0.0} | dict.fromkeys(names)
     keys, prefix = tensor(B, Hkv, M, D), tensor(Hkv, P, D)
     return canonical_arguments(
         tensor(B, Hq, N, D),
@@ -135,7 +134,7 @@ def _arguments(
         prefix,
         prefix_gate={0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
         output_gate=tensor(B, Hq) if output_gate else None,
-        **({"is_causal": False, "dropout_p": 0.0} | dict.fromkeys(names) | options),
+        **defaults | options,
     )
 
 
@@ -145,10 +144,10 @@ class _Compiler:
     processors = 132
     split_from = 256
 
-    def __init__(self, arch: str, dtype: torch.dtype, width: int, features: str) -> None:
+    def __init__(self, arch: str, dtype: str, width: int, features: str) -> None:
         self.architecture = arch
         self.reports: list[Report] = []
-        self._dtype, self._width, self._features = str(dtype).removeprefix("torch."), width, features
+        self._dtype, self._width, self._features = dtype, width, features
         self._seen: set[str] = set()
         _pretend(int(arch.removeprefix("sm_")))
 
@@ -162,9 +161,7 @@ class _Compiler:
         short = name.removeprefix("prefix_attention_").removesuffix("_kernel")
         known = (short, self.architecture, self._dtype, self._width, self._features, tile)
         try:
-            compiled = kernel.warmup(
-                *arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants
-            )
+            compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
         except Exception as failure:  # whatever the compiler raises is a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return

@@ -1,6 +1,6 @@
 """The Triton backend: kernels for CUDA devices. Triton is imported with them, at the first call.
 
-With ``TRITON_INTERPRET=1`` in the environment, Triton runs its kernels on the CPU, slowly and exactly enough to test them.
+With ``TRITON_INTERPRET=1`` in the environment, Triton runs its kernels on the CPU, slowly; so they are tested.
 """
 
 from collections.abc import Sequence

@@ -256,22 +256,22 @@ def prefix_attention_bwd_dkv_kernel(
     b_dk = tl.zeros([BN, DP], tl.float32)
     b_dv = tl.zeros([BN, DVP], tl.float32)
     lo, inner_lo, inner_hi, hi = queries_of_keys(a, j0, j1, N, M, BM)
-    inner_hi = tl.where(j0 + BN <= M, inner_hi, 0)  # a block that ends beyond M needs comparisons everywhere
+    inner_lo = tl.where(j0 + BN <= M, tl.minimum(inner_lo, hi), hi)  # a block that ends beyond M compares everywhere
     for g in range(0, a.group):
         h = hk * a.group + g
-        if a.near is not None:
-            b_dk, b_dv = add_queries(
-                b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
-                lo, tl.minimum(inner_lo, hi), N, M, P, D, DV, BM, False, PRECISION,
-            )  # fmt: skip
+        b_dk, b_dv = add_queries(
+            b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+            lo, inner_lo, N, M, P, D, DV, BM, False, PRECISION,
+        )  # fmt: skip
         b_dk, b_dv = add_queries(
             b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
             inner_lo, inner_hi, N, M, P, D, DV, BM, True, PRECISION,
         )  # fmt: skip
-        b_dk, b_dv = add_queries(
-            b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
-            tl.maximum(inner_lo, inner_hi), hi, N, M, P, D, DV, BM, False, PRECISION,
-        )  # fmt: skip
+        if a.far is not None:
+            b_dk, b_dv = add_queries(
+                b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+                tl.maximum(inner_lo, inner_hi), hi, N, M, P, D, DV, BM, False, PRECISION,
+            )  # fmt: skip
     if dk is not None:
         store_rows(dk, b, hk, j, j < M, b_dk * a.scale, D)
     if dv is not None:

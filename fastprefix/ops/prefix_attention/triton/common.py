@@ -250,5 +250,5 @@ def queries_of_keys(a, j0, j1, N, M, BM: tl.constexpr):
         inner_lo = tl.cdiv(tl.maximum(j1 - 1 - (M - N) + a.near, 0), BM) * BM
     if a.far is not None:
         hi = tl.maximum(tl.minimum(N, j1 - (M - N) + a.far), 0)
-        inner_hi = tl.maximum(tl.minimum(N, j0 - (M - N) + a.far + 1), 0)
-    return lo, inner_lo, inner_hi // BM * BM, hi
+        inner_hi = tl.maximum(tl.minimum(N, j0 - (M - N) + a.far + 1), 0) // BM * BM
+    return lo, inner_lo, inner_hi, hi

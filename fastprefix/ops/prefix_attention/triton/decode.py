@@ -1,7 +1,7 @@
 """Decoding: few queries against many keys. Keys are split over programs, and a second kernel joins the parts.
 
-The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch) are rows of one tile, so that
-keys are read once for all of them. Prefix and tokens are parts like any other; they are made in one launch.
+The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch) are rows of one tile,
+so that keys are read once for all of them. Prefix and tokens are parts like any other; they are made in one launch.
 """
 
 import triton
@@ -20,7 +20,9 @@ from .common import (
 from .forward import attend_band, attend_prefix
 
 
-@triton.jit(do_not_specialize=["N", "M", "P", "prefix_programs", "prefix_parts", "token_parts", "prefix_chunk", "chunk"])
+@triton.jit(
+    do_not_specialize=["N", "M", "P", "prefix_programs", "prefix_parts", "token_parts", "prefix_chunk", "chunk"]
+)
 def prefix_attention_decode_kernel(
     a,
     p_parts,

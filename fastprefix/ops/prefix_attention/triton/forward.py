@@ -16,12 +16,12 @@ from .common import (
     load_rows,
     log_sum,
     output_gate,
+    power,
     prefix_gate,
     prefix_scores,
-    power,
     softmax_step,
-    to_natural,
     store_rows,
+    to_natural,
     token_scores,
 )
 
@@ -71,9 +71,7 @@ def prefix_attention_fwd_kernel(
 
 
 @triton.jit
-def gated_scores(
-    b_q, a, b, h, i, bk, hk, p0, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr
-):
+def gated_scores(b_q, a, b, h, i, bk, hk, p0, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):
     """Scores [BM, BP] of prefix keys p0, p0 + 1, ..."""
     p = p0 + tl.arange(0, BP)
     b_pk = load_rows(a.pk, bk, hk, p, p < P, D, b_q.shape[1])
@@ -116,9 +114,7 @@ def attend_prefix(
 
 
 @triton.jit
-def prefix_log_sum(
-    b_q, a, b, h, i, bk, hk, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr
-):
+def prefix_log_sum(b_q, a, b, h, i, bk, hk, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):
     """Log-sum-exp [BM] of the prefix scores alone."""
     b_m = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
     b_l = tl.zeros([b_q.shape[0]], tl.float32)
@@ -194,9 +190,7 @@ def attend_band(
         b_acc, b_m, b_l, b_q, a, b, h, i, bk, hk, inner_lo, inner_hi, N, M, P, D, DV, BN, True, PRECISION
     )
     last = tl.maximum(inner_lo, inner_hi)
-    return attend_tokens(
-        b_acc, b_m, b_l, b_q, a, b, h, i, bk, hk, last, hi, N, M, P, D, DV, BN, False, PRECISION
-    )
+    return attend_tokens(b_acc, b_m, b_l, b_q, a, b, h, i, bk, hk, last, hi, N, M, P, D, DV, BN, False, PRECISION)
 
 
 @triton.jit

@@ -34,7 +34,8 @@ def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
     output = empty_heads(a.query, plan.DV)
     softmaxes = () if a.output_gate is None else (2,)
     lse = plan.floats(*softmaxes, plan.B, plan.H, plan.N)
-    if plan.N <= _DECODING and plan.M + plan.P >= plan.target.split_from:
+    keys = plan.M + plan.P
+    if plan.N <= _DECODING and keys >= plan.target.split_from:
         plan.split_keys(output, lse)
     else:
         blocks = triton.cdiv(plan.N, plan.tile("forward").BM)
@@ -171,9 +172,7 @@ class _Backward(_Plan):
         arguments = (self._do, None if dq is None else matrix(dq), dgate, self._lse, self._delta)
         grid = (self.B * self.H * blocks,)
         sizes = (self.N, self.M, self.P)
-        self.launch(
-            "dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query
-        )
+        self.launch("dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query)
         if gate is None or dgate is None:
             return
         if gate.ndim == 3:
@@ -218,7 +217,5 @@ class _Backward(_Plan):
         batch, heads, length, size = result.shape
         stride = (result[0].numel(), *result.stride()[1:])
         return matrix(
-            torch.empty_strided(
-                (parts * batch, heads, length, size), stride, dtype=torch.float32, device=result.device
-            )
+            torch.empty_strided((parts * batch, heads, length, size), stride, dtype=torch.float32, device=result.device)
         )

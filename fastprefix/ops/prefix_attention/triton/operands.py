@@ -97,7 +97,7 @@ def problem(a: Arguments) -> Problem:
 
 
 def matrix(tensor: Tensor) -> Strided:
-    """Queries, keys, values or a result: rows and columns are there even where there is one; heads and batch may broadcast."""
+    """Queries, keys, values or a result: rows and columns are there even where there is but one."""
     batch, heads, _, _ = tensor.shape
     b, h, n, c = tensor.stride()
     return Strided(tensor, None if batch == 1 else b, None if heads == 1 else h, n, c)

@@ -21,8 +21,8 @@ HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 # kernel -> (widest head, dtype) -> tile
 _SM80: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
-        (64, HALF): Tile(128, 64, 64, 4, 2),
-        (128, HALF): Tile(64, 64, 64, 4, 2),
+        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (128, HALF): Tile(128, 64, 64, 8, 2),
         (256, HALF): Tile(64, 32, 32, 8, 2),
         (64, SINGLE): Tile(64, 32, 32, 4, 2),
         (128, SINGLE): Tile(32, 32, 32, 4, 2),
@@ -34,7 +34,7 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
         (256, HALF): Tile(16, 32, 32, 4, 2),
         (64, SINGLE): Tile(16, 32, 32, 4, 2),
         (128, SINGLE): Tile(16, 32, 32, 4, 2),
-        (256, SINGLE): Tile(16, 32, 32, 4, 1),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1),
     },
     "delta": {
         (64, HALF): Tile(64, 64, 64, 4, 2),
@@ -45,7 +45,7 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
         (256, SINGLE): Tile(16, 16, 16, 4, 1),
     },
     "dq": {
-        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (64, HALF): Tile(64, 64, 64, 8, 2),
         (128, HALF): Tile(64, 64, 32, 8, 2),
         (256, HALF): Tile(64, 32, 32, 8, 1),
         (64, SINGLE): Tile(32, 32, 32, 4, 1),
@@ -53,25 +53,51 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
         (256, SINGLE): Tile(16, 16, 16, 8, 1),
     },
     "dkv": {
-        (64, HALF): Tile(64, 64, 64, 4, 2),
-        (128, HALF): Tile(64, 64, 64, 8, 2),
+        (64, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
         (256, HALF): Tile(32, 64, 64, 8, 1),
         (64, SINGLE): Tile(32, 32, 32, 4, 1),
         (128, SINGLE): Tile(32, 32, 32, 8, 1),
         (256, SINGLE): Tile(16, 16, 16, 8, 1),
     },
     "dprefix": {
-        (64, HALF): Tile(64, 64, 64, 4, 2),
-        (128, HALF): Tile(64, 64, 64, 8, 2),
+        (64, HALF): Tile(32, 64, 64, 4, 1),
+        (128, HALF): Tile(64, 64, 64, 8, 1),
         (256, HALF): Tile(32, 64, 64, 8, 1),
         (64, SINGLE): Tile(32, 32, 32, 4, 1),
         (128, SINGLE): Tile(32, 32, 32, 8, 1),
         (256, SINGLE): Tile(16, 16, 16, 8, 1),
     },
 }
-_SM90 = dict(_SM80)
+_SM90: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {
+        **_SM80["forward"],
+        (64, HALF): Tile(128, 64, 64, 4, 3),
+        (128, HALF): Tile(128, 64, 64, 8, 3),
+        (256, HALF): Tile(64, 64, 32, 8, 2),
+    },
+    "decode": _SM80["decode"],
+    "delta": _SM80["delta"],
+    "dq": {
+        **_SM80["dq"],
+        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (128, HALF): Tile(128, 64, 64, 8, 2),
+    },
+    "dkv": {
+        **_SM80["dkv"],
+        (64, HALF): Tile(64, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 128, 128, 8, 2),
+    },
+    "dprefix": {
+        **_SM80["dprefix"],
+        (64, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
+    },
+}
 
-_INTERPRETER = {kernel: {(256, HALF): Tile(32, 32, 32, 1, 1), (256, SINGLE): Tile(32, 32, 32, 1, 1)} for kernel in _SM80}
+_INTERPRETER = {
+    kernel: {(256, HALF): Tile(32, 32, 32, 1, 1), (256, SINGLE): Tile(32, 32, 32, 1, 1)} for kernel in _SM80
+}
 
 ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "sm_80": _SM80,
