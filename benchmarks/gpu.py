@@ -373,7 +373,8 @@ def peer_calls(x: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
 
         def two(backend: SDPBackend) -> Tensor:
             pk, pv = (x[name].expand(B, -1, -1, -1) for name in ("prefix_key", "prefix_value"))
-            return sdpa(q, k, v, causal, backend) + og * sdpa(q, pk, pv, False, backend)
+            both: Tensor = sdpa(q, k, v, causal, backend) + og * sdpa(q, pk, pv, False, backend)
+            return both
 
         return calls | {name: functools.partial(two, backend) for name, backend in PEERS.items()}
     if "prefix_gate" in x and x["prefix_gate"].ndim == 4:

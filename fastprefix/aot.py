@@ -30,6 +30,16 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "causal, gate of keys": {"is_causal": True, "gate": 3},
     "window, gate of queries": {"is_causal": True, "window_size": 100, "gate": 4},
     "separate": {"output_gate": True, "gate": 3},
+    "padding": {"is_causal": True, "padding": True, "softcap": 30.0},
+    "everything": {
+        "is_causal": True,
+        "window_size": 100,
+        "gate": 4,
+        "pairwise": True,
+        "softcap": 30.0,
+        "sinks": True,
+        "dropout_p": 0.1,
+    },
 }
 
 
@@ -108,34 +118,47 @@ def reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[R
     compiler = _Compiler(arch, dtype_name, width, features)
     a = _arguments(dtype, width, 512, **_FEATURES[features])
     output, lse = launch.forward(a, compiler)
-    needs = [getattr(a, name) is not None for name in DIFFERENTIABLE]
+    needs = [getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in DIFFERENTIABLE]
     launch.backward(output, output, lse, a, needs, compiler)
     launch.forward(_arguments(dtype, width, 1, **_FEATURES[features]), compiler)
     yield from compiler.reports
 
 
 def _arguments(
-    dtype: torch.dtype, D: int, N: int, *, gate: int = 0, output_gate: bool = False, **options: Any
+    dtype: torch.dtype,
+    D: int,
+    N: int,
+    *,
+    gate: int = 0,
+    output_gate: bool = False,
+    padding: bool = False,
+    pairwise: bool = False,
+    sinks: bool = False,
+    **options: Any,
 ) -> Arguments:
-    """Arguments of a call, without storage."""
+    """Arguments of a call, without storage: a gate of 3 or 4 dimensions, a mask of keys, mask and bias of pairs."""
     B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
 
-    def tensor(*shape: int) -> Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    names = ("attn_mask", "prefix_bias", "window_size", "segment_ids", "softcap", "sinks", "scale")
-    defaults: dict[str, Any] = {"is_causal": False, "dropout_p": 0.0} | dict.fromkeys(names)
-    keys, prefix = tensor(B, Hkv, M, D), tensor(Hkv, P, D)
-    return canonical_arguments(
-        tensor(B, Hq, N, D),
-        keys,
-        keys,
-        prefix,
-        prefix,
-        prefix_gate={0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
-        output_gate=tensor(B, Hq) if output_gate else None,
-        **defaults | options,
-    )
+    mask = tensor(B, M, dtype=torch.bool) if padding else None
+    x: dict[str, Any] = {
+        "query": tensor(B, Hq, N, D),
+        "key": tensor(B, Hkv, M, D),
+        "value": tensor(B, Hkv, M, D),
+        "prefix_key": tensor(Hkv, P, D),
+        "prefix_value": tensor(Hkv, P, D),
+        "prefix_gate": {0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
+        "output_gate": tensor(B, Hq) if output_gate else None,
+        "attn_mask": tensor(B, Hq, N, M) if pairwise else mask,
+        "prefix_bias": tensor(B, Hq, N, P) if pairwise else None,
+        "segment_ids": tuple(tensor(B, n, dtype=torch.int64) for n in (N, M)) if pairwise else None,
+        "sinks": tensor(Hq) if sinks else None,
+        "is_causal": False,
+        "dropout_p": 0.0,
+    }
+    return canonical_arguments(**x | dict.fromkeys(("window_size", "softcap", "scale")) | options)
 
 
 class _Compiler:

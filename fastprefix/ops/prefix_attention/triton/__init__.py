@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments
-
-_WIDEST = 256
+from .tiles import WIDEST
 
 
 def refusal(a: Arguments) -> str | None:
     """Why these kernels cannot serve a call; None: they can."""
     if a.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {a.query.dtype}"
-    if max(a.query.shape[3], a.value.shape[3]) > _WIDEST:
-        return f"it takes head sizes up to {_WIDEST}, not D = {a.query.shape[3]}, Dv = {a.value.shape[3]}"
+    if max(a.query.shape[3], a.value.shape[3]) > WIDEST:
+        return f"it takes head sizes up to {WIDEST}, not D = {a.query.shape[3]}, Dv = {a.value.shape[3]}"
     return None
 
 

@@ -78,9 +78,12 @@ class _Plan:
         self._constants: dict[str, Any] = {"D": self.D, "DV": self.DV, "DP": padded[0], "DVP": padded[1]}
         self._constants["PRECISION"] = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self._width = max(padded)
+        x = self.problem
+        pairwise = any(part is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
+        self._rich = pairwise or x.seed is not None or x.far is not None
 
     def tile(self, name: str) -> tiles.Tile:
-        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype)
+        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, rich=self._rich)
 
     def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty."""

@@ -95,6 +95,19 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     },
 }
 
+# The same for calls that read something for each pair of query and key (a gate, a bias, a mask), drop out, or have a
+# window: those need registers of their own. Kernels that are not named have one tile for all calls.
+_SM80_RICH: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+    "dq": {(64, HALF): Tile(64, 64, 32, 8, 2), (128, HALF): Tile(64, 32, 32, 8, 2)},
+    "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+}
+_SM90_RICH: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
+    "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+}
+
 _INTERPRETER = {
     kernel: {(256, HALF): Tile(32, 32, 32, 1, 1), (256, SINGLE): Tile(32, 32, 32, 1, 1)} for kernel in _SM80
 }
@@ -104,6 +117,7 @@ ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "sm_90": _SM90,
     "interpreter": _INTERPRETER,
 }
+RICH = {"sm_80": _SM80_RICH, "sm_90": _SM90_RICH}
 WIDEST = 256
 """The widest head there is a tile for."""
 
@@ -115,8 +129,9 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm_80"
 
 
-def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype) -> Tile:
+def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, *, rich: bool = False) -> Tile:
     """The tile of a kernel for heads of ``width`` columns."""
     kind = SINGLE if dtype is torch.float32 else HALF
     rows = ARCHITECTURES[architecture][kernel]
-    return next(rows[key] for key in sorted(rows) if key[1] == kind and width <= key[0])
+    fit = next(key for key in sorted(rows) if key[1] == kind and width <= key[0])
+    return RICH.get(architecture, {}).get(kernel, {}).get(fit, rows[fit]) if rich else rows[fit]
