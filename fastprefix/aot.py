@@ -28,7 +28,8 @@ _WIDTHS = (64, 128, 256)
 _FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal, gate of keys": {"is_causal": True, "gate": 3},
-    "window, gate of queries": {"is_causal": True, "window_size": 100, "gate": 4},
+    "window, gate of keys": {"is_causal": True, "window_size": 100, "gate": 3},
+    "gate of queries": {"is_causal": True, "gate": 4},
     "separate": {"output_gate": True, "gate": 3},
     "padding": {"is_causal": True, "padding": True, "softcap": 30.0},
     "everything": {

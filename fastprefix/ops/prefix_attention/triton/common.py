@@ -12,6 +12,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LN2_HIGH = tl.constexpr(0.693359375)  # of so few bits that its products with small whole numbers are exact
+LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
 
 
 @triton.jit
@@ -75,8 +77,11 @@ def to_natural(x, a):
 @triton.jit
 def power(b_x, a):
     """e to the power of a difference of scores."""
-    if a.q.p.dtype.element_ty == tl.float32:
-        return tl.exp2(b_x * LOG2E)
+    if a.q.p.dtype.element_ty == tl.float32:  # x = n ln 2 + r: the product with log2(e) is rounded where it is small
+        b_x = tl.where(b_x < -150.0, -150.0, b_x)
+        b_n = tl.floor(b_x * LOG2E + 0.5)
+        b_r = (b_x - b_n * LN2_HIGH) - b_n * LN2_LOW
+        return tl.exp2(b_n) * tl.exp2(b_r * LOG2E)
     else:
         return tl.exp2(b_x)
 

@@ -80,7 +80,7 @@ class _Plan:
         self._width = max(padded)
         x = self.problem
         pairwise = any(part is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
-        self._rich = pairwise or x.seed is not None or x.far is not None
+        self._rich = pairwise or x.seed is not None
 
     def tile(self, name: str) -> tiles.Tile:
         return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, rich=self._rich)

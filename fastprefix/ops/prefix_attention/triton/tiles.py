@@ -85,7 +85,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     },
     "dkv": {
         **_SM80["dkv"],
-        (64, HALF): Tile(64, 128, 128, 8, 2),
+        (64, HALF): Tile(32, 128, 128, 8, 2),
         (128, HALF): Tile(32, 128, 128, 8, 2),
     },
     "dprefix": {
@@ -95,8 +95,8 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     },
 }
 
-# The same for calls that read something for each pair of query and key (a gate, a bias, a mask), drop out, or have a
-# window: those need registers of their own. Kernels that are not named have one tile for all calls.
+# The same for calls that drop out, or read something for each pair of query and key (a gate, a bias, a mask): those
+# need registers of their own. Kernels that are not named have one tile for all calls.
 _SM80_RICH: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
     "dq": {(64, HALF): Tile(64, 64, 32, 8, 2), (128, HALF): Tile(64, 32, 32, 8, 2)},
