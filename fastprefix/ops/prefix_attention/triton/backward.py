@@ -176,15 +176,18 @@ def prefix_attention_bwd_dq_kernel(
         b_lse = load_lse(p_lse, plane, i, N, a)[:, None]
         b_delta = load_delta(p_delta, plane, i, N)[:, None]
         lo, inner_lo, inner_hi, hi = keys_of_queries(a, i0, tl.minimum(i0 + BM, N), N, M, BN)
-        if a.far is not None:
+        if a.seed is not None:  # one loop for all, as for keys
+            inner_lo, inner_hi = lo, lo
+        if a.far is not None and a.seed is None:
             b_dq = add_tokens_to_dq(
                 b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], lo, tl.minimum(inner_lo, hi), N, M, P,
                 D, DV, BN, False, PRECISION,
             )  # fmt: skip
-        b_dq = add_tokens_to_dq(
-            b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], inner_lo, inner_hi, N, M, P,
-            D, DV, BN, True, PRECISION,
-        )  # fmt: skip
+        if a.seed is None:
+            b_dq = add_tokens_to_dq(
+                b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], inner_lo, inner_hi, N, M, P,
+                D, DV, BN, True, PRECISION,
+            )  # fmt: skip
         b_dq = add_tokens_to_dq(
             b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], tl.maximum(inner_lo, inner_hi), hi, N, M, P,
             D, DV, BN, False, PRECISION,
@@ -257,17 +260,20 @@ def prefix_attention_bwd_dkv_kernel(
     b_dv = tl.zeros([BN, DVP], tl.float32)
     lo, inner_lo, inner_hi, hi = queries_of_keys(a, j0, j1, N, M, BM)
     inner_lo = tl.where(j0 + BN <= M, tl.minimum(inner_lo, hi), hi)  # a block that ends beyond M compares everywhere
+    if a.seed is not None:  # dropout costs far more than comparisons: one loop for all, and fewer registers
+        inner_lo, inner_hi = hi, hi
     for g in range(0, a.group):
         h = hk * a.group + g
         b_dk, b_dv = add_queries(
             b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
             lo, inner_lo, N, M, P, D, DV, BM, False, PRECISION,
         )  # fmt: skip
-        b_dk, b_dv = add_queries(
-            b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
-            inner_lo, inner_hi, N, M, P, D, DV, BM, True, PRECISION,
-        )  # fmt: skip
-        if a.far is not None:
+        if a.seed is None:
+            b_dk, b_dv = add_queries(
+                b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+                inner_lo, inner_hi, N, M, P, D, DV, BM, True, PRECISION,
+            )  # fmt: skip
+        if a.far is not None and a.seed is None:
             b_dk, b_dv = add_queries(
                 b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
                 tl.maximum(inner_lo, inner_hi), hi, N, M, P, D, DV, BM, False, PRECISION,

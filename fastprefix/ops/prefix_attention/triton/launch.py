@@ -80,10 +80,10 @@ class _Plan:
         self._width = max(padded)
         x = self.problem
         pairwise = any(part is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
-        self._rich = pairwise or x.seed is not None
+        self._variant = "dropout" if x.seed is not None else "pairwise" if pairwise else "plain"
 
     def tile(self, name: str) -> tiles.Tile:
-        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, rich=self._rich)
+        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
 
     def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty."""

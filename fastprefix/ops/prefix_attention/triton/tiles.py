@@ -95,17 +95,40 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     },
 }
 
-# The same for calls that drop out, or read something for each pair of query and key (a gate, a bias, a mask): those
-# need registers of their own. Kernels that are not named have one tile for all calls.
-_SM80_RICH: dict[str, dict[tuple[int, str], Tile]] = {
-    "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
-    "dq": {(64, HALF): Tile(64, 64, 32, 8, 2), (128, HALF): Tile(64, 32, 32, 8, 2)},
-    "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
-    "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+# Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
+# pair of query and key (a gate, a bias, a mask), and "dropout". Kernels that are not named have one tile for all calls.
+_ALL_AT_ONCE = "dropout with masks, biases and gates of pairs at once; not measured"
+_SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+        "dq": {(64, HALF): Tile(64, 64, 32, 8, 2), (128, HALF): Tile(64, 32, 32, 8, 2)},
+        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    },
+    "dropout": {
+        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dkv": {
+            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+        },
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    },
 }
-_SM90_RICH: dict[str, dict[tuple[int, str], Tile]] = {
-    "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
-    "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+_SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
+        "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+    },
+    "dropout": {
+        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1, _ALL_AT_ONCE)},
+        "dkv": {
+            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+        },
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE)},
+    },
 }
 
 _INTERPRETER = {
@@ -117,7 +140,7 @@ ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "sm_90": _SM90,
     "interpreter": _INTERPRETER,
 }
-RICH = {"sm_80": _SM80_RICH, "sm_90": _SM90_RICH}
+VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_90": _SM90_VARIANTS}
 WIDEST = 256
 """The widest head there is a tile for."""
 
@@ -129,9 +152,10 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm_80"
 
 
-def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, *, rich: bool = False) -> Tile:
+def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> Tile:
     """The tile of a kernel for heads of ``width`` columns."""
     kind = SINGLE if dtype is torch.float32 else HALF
     rows = ARCHITECTURES[architecture][kernel]
     fit = next(key for key in sorted(rows) if key[1] == kind and width <= key[0])
-    return RICH.get(architecture, {}).get(kernel, {}).get(fit, rows[fit]) if rich else rows[fit]
+    special = VARIANTS.get(architecture, {}).get(variant, {}).get(kernel, {})
+    return special.get(fit, rows[fit])
