@@ -127,12 +127,12 @@ def through_cap(b_ds, b_s, a):
 def prefix_gate(a, b, h, i, p, N, P):
     """The gate of prefix keys, for each query where it differs; 1 where there is none."""
     i, p = tl.minimum(i, N - 1), tl.minimum(p, P - 1)
+    b_gate = tl.full((1, 1), 1.0, tl.float32)
     if a.gate is not None:
-        return load_entry(a.gate, b, h // a.group, i, p).to(tl.float32)
-    elif a.query_gate is not None:
-        return load_entry(a.query_gate, b, h, i, p).to(tl.float32)
-    else:
-        return tl.full((1, 1), 1.0, tl.float32)
+        b_gate = load_entry(a.gate, b, h // a.group, i, p).to(tl.float32)
+    if a.query_gate is not None:
+        b_gate = load_entry(a.query_gate, b, h, i, p).to(tl.float32)
+    return b_gate
 
 
 @triton.jit
