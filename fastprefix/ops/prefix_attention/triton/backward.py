@@ -73,7 +73,7 @@ def prefix_attention_bwd_delta_kernel(
     b_do = load_rows(do, b, h, i, i < N, DV, DVP)
     b_o = load_rows(o, b, h, i, i < N, DV, DVP)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    if a.og is not None:
+    if a.og.p is not None:
         b_prefix = prefix_delta(b_do, p_lse, a, b, h, plane, i, N, P, D, DV, DP, BP, PRECISION)
         tl.store(p_delta + (a.planes + plane).to(tl.int64) * N + i, b_prefix, mask=i < N)
         if p_dog is not None:
@@ -151,7 +151,7 @@ def prefix_attention_bwd_dq_kernel(
     b_do = load_rows(do, b, h, i, i < N, DV, DVP)  # [BM, DVP]
     b_dq = tl.zeros([BM, DP], tl.float32)
     prefix_plane = plane
-    if a.og is not None:
+    if a.og.p is not None:
         prefix_plane = a.planes + plane
     b_lse = load_lse(p_lse, prefix_plane, i, N, a)[:, None]
     b_delta = load_delta(p_delta, prefix_plane, i, N)[:, None]
@@ -371,7 +371,7 @@ def prefix_attention_bwd_dprefix_kernel(
         plane = b * a.heads + h
         b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
         b_do = load_rows(do, b, h, i, r < rows, DV, DVP)
-        if a.og is not None:
+        if a.og.p is not None:
             plane += a.planes
         b_lse = load_lse(p_lse, plane, i, N, a)[None, :]
         b_delta = load_delta(p_delta, plane, i, N)[None, :]

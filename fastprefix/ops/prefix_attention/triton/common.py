@@ -128,9 +128,9 @@ def prefix_gate(a, b, h, i, p, N, P):
     """The gate of prefix keys, for each query where it differs; 1 where there is none."""
     i, p = tl.minimum(i, N - 1), tl.minimum(p, P - 1)
     b_gate = tl.full((1, 1), 1.0, tl.float32)
-    if a.gate is not None:
+    if a.gate.p is not None:
         b_gate = load_entry(a.gate, b, h // a.group, i, p).to(tl.float32)
-    if a.query_gate is not None:
+    if a.query_gate.p is not None:
         b_gate = load_entry(a.query_gate, b, h, i, p).to(tl.float32)
     return b_gate
 
@@ -138,7 +138,7 @@ def prefix_gate(a, b, h, i, p, N, P):
 @triton.jit
 def prefix_scores(b_s, a, b, h, i, p, N, P):
     """Add the bias to capped scores, and hide what lies beyond the prefix."""
-    if a.bias is not None:
+    if a.bias.p is not None:
         b_s += from_natural(load_entry(a.bias, b, h, tl.minimum(i, N - 1), tl.minimum(p, P - 1)).to(tl.float32), a)
     return tl.where(p < P, b_s, float("-inf"))
 
@@ -155,11 +155,11 @@ def token_scores(b_s, a, b, h, i, j, N, M, INSIDE: tl.constexpr):
             b_seen = b_seen & (o_distance <= a.far)
         b_s = tl.where(b_seen, b_s, float("-inf"))
     i, j = tl.minimum(i, N - 1), tl.minimum(j, M - 1)
-    if a.mask is not None:
+    if a.mask.p is not None:
         b_s += from_natural(load_entry(a.mask, b, h, i, j).to(tl.float32), a)
-    if a.visible is not None:
+    if a.visible.p is not None:
         b_s = tl.where(load_entry(a.visible, b, h, i, j) != 0, b_s, float("-inf"))
-    if a.query_segments is not None:
+    if a.query_segments.p is not None:
         b_same = load_entry(a.query_segments, b, h, i, j) == load_entry(a.key_segments, b, h, j, i)
         b_s = tl.where(b_same, b_s, float("-inf"))
     return b_s
@@ -189,7 +189,7 @@ def softmax_step(b_s, b_m, b_l, a):
 @triton.jit
 def add_sink(b_acc, b_m, b_l, a, h):
     """A sink joins the sum, and adds nothing to the output."""
-    if a.sinks is not None:
+    if a.sinks.p is not None:
         b_sink = from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
         b_max = tl.maximum(b_m, b_sink)
         b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -227,7 +227,7 @@ def load_delta(p_delta, plane, i, N):
 @triton.jit
 def output_gate(a, b, h):
     """The gate of the prefix's own softmax; 1 with a joint softmax."""
-    if a.og is None:
+    if a.og.p is None:
         return tl.full((1, 1), 1.0, tl.float32)
     else:
         return load_entry(a.og, b, h, h, h).to(tl.float32)

@@ -125,7 +125,7 @@ def prefix_attention_combine_kernel(
     b, h = plane // a.heads, plane % a.heads
     o_one, o_d = tl.arange(0, 1), tl.arange(0, DVP)
     o_row = plane.to(tl.int64) * N + i
-    if a.og is None:
+    if a.og.p is None:
         b_o, b_lse = join(p_parts, p_lse, o_row, 0, parts, True, a, h, N, DV, DVP, BS)
     else:
         b_o, b_lse = join(p_parts, p_lse, o_row, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
@@ -155,7 +155,7 @@ def join(
     o_d = tl.arange(0, DVP)
     b_acc = tl.zeros([DVP], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
-    if TOKENS and a.sinks is not None:
+    if TOKENS and a.sinks.p is not None:
         b_m = tl.full([1], 0.0, tl.float32) + from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
     b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for s0 in tl.range(start, end, BS):

@@ -53,7 +53,7 @@ def prefix_attention_fwd_kernel(
     b_acc = tl.zeros([BM, DVP], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    if a.og is None:
+    if a.og.p is None:
         b_acc, b_m, b_l = attend_prefix(
             b_acc, b_m, b_l, b_q, a, b, h, i[:, None], b, h // a.group, 0, P, N, P, D, DV, BP, PRECISION
         )
@@ -63,7 +63,7 @@ def prefix_attention_fwd_kernel(
     b_acc, b_m, b_l = add_sink(b_acc, b_m, b_l, a, h)
     b_acc = b_acc * inverse(b_l)[:, None]
     tl.store(p_lse + plane.to(tl.int64) * N + i, to_natural(log_sum(b_m, b_l, a), a), mask=i < N)
-    if a.og is not None:
+    if a.og.p is not None:
         b_lse = prefix_log_sum(b_q, a, b, h, i[:, None], b, h // a.group, N, P, D, BP, PRECISION)
         b_acc = add_prefix(b_acc, b_lse, b_q, a, b, h, i[:, None], N, P, D, DV, BP, PRECISION)
         tl.store(p_lse + (a.planes + plane).to(tl.int64) * N + i, to_natural(b_lse, a), mask=i < N)

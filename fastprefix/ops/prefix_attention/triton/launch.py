@@ -79,7 +79,7 @@ class _Plan:
         self._constants["PRECISION"] = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self._width = max(padded)
         x = self.problem
-        pairwise = any(part is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
+        pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
         self._variant = "dropout" if x.seed is not None else "pairwise" if pairwise else "plain"
 
     def tile(self, name: str) -> tiles.Tile:

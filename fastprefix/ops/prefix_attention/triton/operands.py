@@ -16,11 +16,14 @@ from ..arguments import Arguments
 class Strided(NamedTuple):
     """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key)."""
 
-    p: Tensor
+    p: Tensor | None
     b: int | None
     h: int | None
     n: int | None
     c: int | None
+
+
+ABSENT = Strided(None, None, None, None, None)
 
 
 class Problem(NamedTuple):
@@ -31,15 +34,15 @@ class Problem(NamedTuple):
     v: Strided
     pk: Strided
     pv: Strided
-    gate: Strided | None  # a gate for each prefix key: [b, hkv, -, p]
-    query_gate: Strided | None  # a gate for each query: [b, hq, i, p]
-    og: Strided | None  # [b, hq, -, -]
-    visible: Strided | None  # bool mask, as bytes [b, hq, i, j]
-    mask: Strided | None  # float mask [b, hq, i, j]
-    bias: Strided | None  # [b, hq, i, p]
-    sinks: Strided | None  # [-, hq, -, -]
-    query_segments: Strided | None  # [b, -, i, -]
-    key_segments: Strided | None  # [b, -, j, -]
+    gate: Strided  # a gate for each prefix key: [b, hkv, -, p]
+    query_gate: Strided  # a gate for each query: [b, hq, i, p]
+    og: Strided  # [b, hq, -, -]
+    visible: Strided  # bool mask, as bytes [b, hq, i, j]
+    mask: Strided  # float mask [b, hq, i, j]
+    bias: Strided  # [b, hq, i, p]
+    sinks: Strided  # [-, hq, -, -]
+    query_segments: Strided  # [b, -, i, -]
+    key_segments: Strided  # [b, -, j, -]
     near: int | None  # a query sees a key where near <= i + (M - N) - j <= far
     far: int | None
     heads: int  # Hq
@@ -74,8 +77,8 @@ def problem(a: Arguments) -> Problem:
         matrix(a.value),
         matrix(a.prefix_key),
         matrix(a.prefix_value),
-        None if gate is None or gate.ndim == 4 else strided(gate, "bhc"),
-        None if gate is None or gate.ndim == 3 else strided(gate),
+        ABSENT if gate is None or gate.ndim == 4 else strided(gate, "bhc"),
+        ABSENT if gate is None or gate.ndim == 3 else strided(gate),
         _optional(a.output_gate, "bh"),
         visible,
         mask,
@@ -103,16 +106,16 @@ def matrix(tensor: Tensor) -> Strided:
     return Strided(tensor, None if batch == 1 else b, None if heads == 1 else h, n, c)
 
 
-def _optional(tensor: Tensor | None, dimensions: str) -> Strided | None:
-    return None if tensor is None else strided(tensor, dimensions)
+def _optional(tensor: Tensor | None, dimensions: str) -> Strided:
+    return ABSENT if tensor is None else strided(tensor, dimensions)
 
 
-def _masks(mask: Tensor | None) -> tuple[Strided | None, Strided | None]:
+def _masks(mask: Tensor | None) -> tuple[Strided, Strided]:
     if mask is None:
-        return None, None
+        return ABSENT, ABSENT
     if mask.dtype is torch.bool:
-        return strided(mask.view(torch.uint8)), None
-    return None, strided(mask)
+        return strided(mask.view(torch.uint8)), ABSENT
+    return ABSENT, strided(mask)
 
 
 def _band(a: Arguments) -> tuple[int | None, int | None]:
