@@ -268,7 +268,10 @@ if INTERPRETING:
         launch = targets.Device.launch
 
         def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-            launched.append(kernel.__name__ + ("" if arguments[2] is not None else " without dq"))
+            launched.append(
+                kernel.__name__
+                + ("" if arguments[2] is not None and getattr(arguments[2], "p", 0) is not None else " without dq")
+            )
             launch(self, kernel, grid, arguments, constants, tile)
 
         monkeypatch.setattr(targets.Device, "launch", record)

@@ -170,9 +170,9 @@ def prefix_attention_bwd_dq_kernel(
             else:
                 p_row = (p_dgate + (plane.to(tl.int64) * N + i) * P)[:, None] + p[None, :]
                 tl.store(p_row, b_dgate, mask=(i < N)[:, None] & (p < P)[None, :])
-        if dq is not None:
+        if dq.p is not None:
             b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=PRECISION)
-    if dq is not None:
+    if dq.p is not None:
         b_lse = load_lse(p_lse, plane, i, N, a)[:, None]
         b_delta = load_delta(p_delta, plane, i, N)[:, None]
         lo, inner_lo, inner_hi, hi = keys_of_queries(a, i0, tl.minimum(i0 + BM, N), N, M, BN)
@@ -278,9 +278,9 @@ def prefix_attention_bwd_dkv_kernel(
                 b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
                 tl.maximum(inner_lo, inner_hi), hi, N, M, P, D, DV, BM, False, PRECISION,
             )  # fmt: skip
-    if dk is not None:
+    if dk.p is not None:
         store_rows(dk, b, hk, j, j < M, b_dk * a.scale, D)
-    if dv is not None:
+    if dv.p is not None:
         store_rows(dv, b, hk, j, j < M, b_dv, DV)
 
 
@@ -320,9 +320,9 @@ def add_queries(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_dov = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds, b_p = token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i[None, :], j, N, M, P, INSIDE)
-        if dv is not None:
+        if dv.p is not None:
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        if dk is not None:
+        if dk.p is not None:
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
@@ -381,14 +381,14 @@ def prefix_attention_bwd_dprefix_kernel(
         b_ds, b_p = prefix_gradients(
             b_s, b_dov, b_gate, b_lse, b_delta, a, b[None, :], h[None, :], i[None, :], p[:, None], N, P
         )
-        if dpv is not None:
+        if dpv.p is not None:
             b_dpv = tl.dot((b_p * b_gate).to(b_do.dtype), b_do, b_dpv, input_precision=PRECISION)
-        if dpk is not None:
+        if dpk.p is not None:
             b_dpk = tl.dot((b_ds * b_gate).to(b_q.dtype), b_q, b_dpk, input_precision=PRECISION)
     part = tl.program_id(1) * batch + b0  # the parts are laid out as if they were rows of the batch
-    if dpk is not None:
+    if dpk.p is not None:
         store_rows(dpk, part, hk, p, p < P, b_dpk * a.scale, D)
-    if dpv is not None:
+    if dpv.p is not None:
         store_rows(dpv, part, hk, p, p < P, b_dpv, DV)
 
 

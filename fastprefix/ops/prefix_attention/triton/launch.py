@@ -19,7 +19,7 @@ from .backward import (
 )
 from .decode import prefix_attention_combine_kernel, prefix_attention_decode_kernel
 from .forward import prefix_attention_fwd_kernel
-from .operands import matrix, problem
+from .operands import ABSENT, matrix, problem
 from .targets import Target
 
 _SUM_BLOCK = 1024
@@ -172,7 +172,7 @@ class _Backward(_Plan):
         by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if by_query else blocks, self.P)
         dgate = self._part("prefix_gate", *shape)
-        arguments = (self._do, None if dq is None else matrix(dq), dgate, self._lse, self._delta)
+        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._lse, self._delta)
         grid = (self.B * self.H * blocks,)
         sizes = (self.N, self.M, self.P)
         self.launch("dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query)
@@ -188,7 +188,7 @@ class _Backward(_Plan):
         """Gradients of key and value."""
         dk, dv = self._result("key"), self._result("value")
         grid = (self.B * self.kv_heads * triton.cdiv(self.M, self.tile("dkv").BN),)
-        arguments = (self._do, *(None if x is None else matrix(x) for x in (dk, dv)), self._lse, self._delta)
+        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._lse, self._delta)
         sizes = (self.N, self.M, self.P)
         self.launch("dkv", prefix_attention_bwd_dkv_kernel, grid, self.problem, *arguments, *sizes)
 
@@ -208,7 +208,7 @@ class _Backward(_Plan):
         self.launch("dprefix", prefix_attention_bwd_dprefix_kernel, (programs, parts), self.problem, *arguments)
         if parts > 1:
             for result, part in zip(results, sums, strict=True):
-                if result is not None and part is not None:
+                if result is not None:
                     grid = (triton.cdiv(result.numel(), _SUM_BLOCK),)
                     sizes = (result.numel(), parts)
                     self.launch("dprefix", prefix_attention_sum_kernel, grid, result, part.p, *sizes, BLOCK=_SUM_BLOCK)
@@ -216,7 +216,7 @@ class _Backward(_Plan):
     def _parts_of(self, result: Tensor | None, parts: int) -> Any:
         """The result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory layout."""
         if result is None or parts == 1:
-            return None if result is None else matrix(result)
+            return ABSENT if result is None else matrix(result)
         batch, heads, length, size = result.shape
         stride = (result[0].numel(), *result.stride()[1:])
         return matrix(

@@ -86,7 +86,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     "dkv": {
         **_SM80["dkv"],
         (64, HALF): Tile(32, 128, 128, 8, 2),
-        (128, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
     },
     "dprefix": {
         **_SM80["dprefix"],
