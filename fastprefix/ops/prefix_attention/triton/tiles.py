@@ -18,55 +18,58 @@ class Tile(NamedTuple):
 
 HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 
+_WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
+_FLOAT = "float32 products run without matrix units; not measured"
+
 # kernel -> (widest head, dtype) -> tile
 _SM80: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
         (64, HALF): Tile(128, 64, 64, 8, 2),
         (128, HALF): Tile(128, 64, 64, 8, 2),
-        (256, HALF): Tile(64, 32, 32, 8, 2),
-        (64, SINGLE): Tile(64, 32, 32, 4, 2),
-        (128, SINGLE): Tile(32, 32, 32, 4, 2),
-        (256, SINGLE): Tile(32, 16, 16, 4, 1),
+        (256, HALF): Tile(64, 32, 32, 8, 2, _WIDE),
+        (64, SINGLE): Tile(64, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): Tile(32, 16, 16, 4, 1, _FLOAT),
     },
     "decode": {
         (64, HALF): Tile(16, 64, 64, 4, 2),
         (128, HALF): Tile(16, 64, 64, 4, 2),
-        (256, HALF): Tile(16, 32, 32, 4, 2),
-        (64, SINGLE): Tile(16, 32, 32, 4, 2),
-        (128, SINGLE): Tile(16, 32, 32, 4, 2),
-        (256, SINGLE): Tile(16, 16, 16, 4, 1),
+        (256, HALF): Tile(16, 32, 32, 4, 2, _WIDE),
+        (64, SINGLE): Tile(16, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(16, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1, _FLOAT),
     },
     "delta": {
         (64, HALF): Tile(64, 64, 64, 4, 2),
         (128, HALF): Tile(64, 32, 32, 4, 2),
-        (256, HALF): Tile(32, 32, 32, 4, 1),
-        (64, SINGLE): Tile(32, 32, 32, 4, 2),
-        (128, SINGLE): Tile(32, 32, 32, 4, 1),
-        (256, SINGLE): Tile(16, 16, 16, 4, 1),
+        (256, HALF): Tile(32, 32, 32, 4, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1, _FLOAT),
     },
     "dq": {
         (64, HALF): Tile(64, 64, 64, 8, 2),
         (128, HALF): Tile(64, 64, 32, 8, 2),
-        (256, HALF): Tile(64, 32, 32, 8, 1),
-        (64, SINGLE): Tile(32, 32, 32, 4, 1),
-        (128, SINGLE): Tile(32, 32, 32, 8, 1),
-        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+        (256, HALF): Tile(64, 32, 32, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
     "dkv": {
         (64, HALF): Tile(32, 128, 128, 8, 2),
         (128, HALF): Tile(32, 64, 64, 8, 2),
-        (256, HALF): Tile(32, 64, 64, 8, 1),
-        (64, SINGLE): Tile(32, 32, 32, 4, 1),
-        (128, SINGLE): Tile(32, 32, 32, 8, 1),
-        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+        (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
     "dprefix": {
         (64, HALF): Tile(32, 64, 64, 4, 1),
         (128, HALF): Tile(64, 64, 64, 8, 1),
-        (256, HALF): Tile(32, 64, 64, 8, 1),
-        (64, SINGLE): Tile(32, 32, 32, 4, 1),
-        (128, SINGLE): Tile(32, 32, 32, 8, 1),
-        (256, SINGLE): Tile(16, 16, 16, 8, 1),
+        (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
 }
 _SM90: dict[str, dict[tuple[int, str], Tile]] = {
@@ -74,7 +77,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
         **_SM80["forward"],
         (64, HALF): Tile(128, 64, 64, 4, 3),
         (128, HALF): Tile(128, 64, 64, 8, 3),
-        (256, HALF): Tile(64, 64, 32, 8, 2),
+        (256, HALF): Tile(64, 64, 32, 8, 2, _WIDE),
     },
     "decode": _SM80["decode"],
     "delta": _SM80["delta"],
