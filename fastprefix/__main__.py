@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "aot": "compiles every Triton kernel without a GPU; exit status 1 on an undeclared spill or a failure",
     "info": "versions, devices, and which backends are usable, with the reason where one is not",
     "parity": "parity of every usable backend with the float64 reference; exit status 1 on a miss",
 }

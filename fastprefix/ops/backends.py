@@ -4,7 +4,10 @@ An operation registers its operators once for every backend that has an implemen
 ``choose`` picks the one to call. A backend that was named is used or refused, never replaced.
 """
 
-from collections.abc import Callable, Collection
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +23,12 @@ class Backend:
     name: str
     devices: tuple[str, ...] | None  # None: all
     reason_unusable: Callable[[], str | None]
+    interpretable: bool = False  # with TRITON_INTERPRET=1 it runs on the CPU too, if it is named
 
     def refusal(self, device: torch.device) -> str | None:
         """Why this backend cannot run on ``device``; None: it can."""
+        if self.interpretable and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            return None
         if self.devices is not None and device.type not in self.devices:
             return f"it runs on {' and '.join(self.devices)} tensors, not on {device.type} tensors"
         return self.reason_unusable()
@@ -32,24 +38,51 @@ def _always() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"it needs a device of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    return None
+
+
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Backend("cpu", ("cpu",), _native.load), Backend("eager", None, _always))
+    backend.name: backend
+    for backend in (
+        Backend("triton", ("cuda",), _no_triton, interpretable=True),
+        Backend("cpu", ("cpu",), _native.load),
+        Backend("eager", None, _always),
+    )
 }
 """In order of preference: ``backend=None`` takes the first that is usable."""
 
 
-def choose(name: str | None, device: torch.device, implemented: Collection[str], eager_only: str | None = None) -> str:
+def choose(
+    name: str | None,
+    device: torch.device,
+    implemented: Collection[str],
+    eager_only: str | None = None,
+    refused: Mapping[str, str | None] | None = None,
+) -> str:
     """The backend to call on ``device``.
 
     ``implemented``: the backends that have the operation. ``eager_only``: why this call is served by the eager
-    backend alone, if it is.
+    backend alone, if it is. ``refused``: why a backend cannot serve this call, if it cannot.
 
     Raises ``TypeError`` for a name that is no string, ``ValueError`` for a backend that is unknown or not usable.
     """
     if name is None:
         if eager_only is not None:
             return "eager"
-        return next(b.name for b in BACKENDS.values() if b.name in implemented and b.refusal(device) is None)
+        refused = refused or {}
+        usable = (b for b in BACKENDS.values() if b.name in implemented and b.refusal(device) is None)
+        usable = (b for b in usable if refused.get(b.name) is None)
+        return next(b.name for b in usable if not (b.interpretable and device.type == "cpu"))
     takes = "None or one of " + ", ".join(repr(known) for known in BACKENDS)
     if not isinstance(name, str):
         raise checks.wrong_type("backend", name, takes)
@@ -59,7 +92,7 @@ def choose(name: str | None, device: torch.device, implemented: Collection[str],
     if reason is None and name not in implemented:
         reason = "it does not have this operation"
     if reason is None and name != "eager":
-        reason = eager_only
+        reason = eager_only or (refused or {}).get(name)
     if reason is not None:
         raise ValueError(f"backend {name!r} is not usable here: {reason}")
     return name

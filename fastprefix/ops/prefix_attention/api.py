@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..backends import choose
+from . import triton
 from .registration import OPERATION
 from .validation import canonical_arguments
 
@@ -95,7 +96,8 @@ def prefix_attention(
         dropout_p=dropout_p,
     )
     eager_only = _eager_only(attn_mask=attn_mask, prefix_bias=prefix_bias)
-    name = choose(backend, query.device, OPERATION.implemented, eager_only)
+    refused = {"triton": triton.refusal(arguments)}
+    name = choose(backend, query.device, OPERATION.implemented, eager_only, refused)
     output: Tensor = OPERATION.operator(name)(*arguments)[0]
     return output
 

@@ -1,0 +1,236 @@
+"""``python -m fastprefix aot``: compile every Triton kernel in every tile of the table, without a GPU, and report.
+
+The launches are those of real calls, on tensors without storage: what is compiled is what would run. Registers, spills
+and shared memory come from the compiled machine code, matrix instructions from the PTX.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.prefix_attention.arguments import DIFFERENTIABLE, Arguments
+from .ops.prefix_attention.validation import canonical_arguments
+
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block can have."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 shares the tiles of bfloat16
+_WIDTHS = (64, 128, 256)
+_FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal, gate of keys": {"is_causal": True, "gate": 3},
+    "window, gate of keys": {"is_causal": True, "window_size": 100, "gate": 3},
+    "gate of queries": {"is_causal": True, "gate": 4},
+    "separate": {"output_gate": True, "gate": 3},
+    "padding": {"is_causal": True, "padding": True, "softcap": 30.0},
+    "everything": {
+        "is_causal": True,
+        "window_size": 100,
+        "gate": 4,
+        "pairwise": True,
+        "softcap": 30.0,
+        "sinks": True,
+        "dropout_p": 0.1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    width: int
+    features: str
+    tile: Any
+    registers: int = 0
+    spill: int = 0
+    shared: int = 0
+    matrix: str = "-"
+    failure: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why this is not acceptable; None: it is."""
+        if self.failure is not None:
+            return f"does not compile: {self.failure}"
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"needs {self.shared} bytes of shared memory, and there are {SHARED_MEMORY[self.arch]}"
+        if self.spill and self.tile.spills is None:
+            return f"spills {self.spill} bytes, which the tile table does not declare"
+        return None
+
+    def line(self) -> str:
+        """One line of the table."""
+        tile = f"{self.tile.BM}x{self.tile.BN}x{self.tile.BP} w{self.tile.warps} s{self.tile.stages}"
+        verdict = self.fault or (f"declared: {self.tile.spills}" if self.spill else "")
+        return (
+            f"{self.arch} {self.dtype:8} D{self.width:<3} {self.kernel:24} {tile:19} {self.registers:>3} registers "
+            f"{self.spill:>4} B stack {self.shared / 1024:>5.0f} KB shared  {self.matrix:10} {self.features}  {verdict}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
+    parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
+    parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="of the heads")
+    parser.add_argument("--features", nargs="+", choices=list(_FEATURES), default=list(_FEATURES))
+    parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, and return the exit status: 1 where something is not acceptable."""
+    parser = argparse.ArgumentParser(prog="fastprefix aot", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command, its options parsed."""
+    if options.quick:
+        options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
+    faults = count = 0
+    for choice in itertools.product(options.arch, options.dtype, options.width, options.features):
+        for report in reports(*choice):
+            print(report.line(), flush=True)
+            count += 1
+            faults += report.fault is not None
+    print(f"{count} kernels compiled, {faults} not acceptable")
+    return int(faults > 0)
+
+
+def reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
+    """Compile the kernels of a training step and of a decoding step."""
+    from .ops.prefix_attention.triton import launch
+
+    dtype = _DTYPES[dtype_name]
+    compiler = _Compiler(arch, dtype_name, width, features)
+    a = _arguments(dtype, width, 512, **_FEATURES[features])
+    output, lse = launch.forward(a, compiler)
+    needs = [getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in DIFFERENTIABLE]
+    launch.backward(output, output, lse, a, needs, compiler)
+    launch.forward(_arguments(dtype, width, 1, **_FEATURES[features]), compiler)
+    yield from compiler.reports
+
+
+def _arguments(
+    dtype: torch.dtype,
+    D: int,
+    N: int,
+    *,
+    gate: int = 0,
+    output_gate: bool = False,
+    padding: bool = False,
+    pairwise: bool = False,
+    sinks: bool = False,
+    **options: Any,
+) -> Arguments:
+    """Arguments of a call, without storage: a gate of 3 or 4 dimensions, a mask of keys, mask and bias of pairs."""
+    B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    mask = tensor(B, M, dtype=torch.bool) if padding else None
+    x: dict[str, Any] = {
+        "query": tensor(B, Hq, N, D),
+        "key": tensor(B, Hkv, M, D),
+        "value": tensor(B, Hkv, M, D),
+        "prefix_key": tensor(Hkv, P, D),
+        "prefix_value": tensor(Hkv, P, D),
+        "prefix_gate": {0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
+        "output_gate": tensor(B, Hq) if output_gate else None,
+        "attn_mask": tensor(B, Hq, N, M) if pairwise else mask,
+        "prefix_bias": tensor(B, Hq, N, P) if pairwise else None,
+        "segment_ids": tuple(tensor(B, n, dtype=torch.int64) for n in (N, M)) if pairwise else None,
+        "sinks": tensor(Hq) if sinks else None,
+        "is_causal": False,
+        "dropout_p": 0.0,
+    }
+    return canonical_arguments(**x | dict.fromkeys(("window_size", "softcap", "scale")) | options)
+
+
+class _Compiler:
+    """A target that compiles what it is asked to launch, once."""
+
+    processors = 132
+    split_from = 256
+
+    def __init__(self, arch: str, dtype: str, width: int, features: str) -> None:
+        self.architecture = arch
+        self.reports: list[Report] = []
+        self._dtype, self._width, self._features = dtype, width, features
+        self._seen: set[str] = set()
+        _pretend(int(arch.removeprefix("sm_")))
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
+    ) -> None:
+        name = kernel.__name__
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        short = name.removeprefix("prefix_attention_").removesuffix("_kernel")
+        known = (short, self.architecture, self._dtype, self._width, self._features, tile)
+        try:
+            compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+        except Exception as failure:  # whatever the compiler raises is a line of the report
+            self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
+            return
+        registers, spill = _resources(compiled.asm["cubin"])
+        matrix = _matrix_instructions(compiled.asm["ptx"])
+        self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix))
+
+
+def _innermost(failure: BaseException) -> str:
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    return str(failure).strip().splitlines()[-1] if str(failure).strip() else ""
+
+
+def _pretend(capability: int) -> None:
+    """Let Triton compile for a device that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return capability
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", capability, 32)
+
+    triton.runtime.driver.set_active(Driver())
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (which is where spills go) a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _matrix_instructions(ptx: str) -> str:
+    counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"

@@ -1,0 +1,173 @@
+"""Decoding: few queries against many keys. Keys are split over programs, and a second kernel joins the parts.
+
+The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch) are rows of one tile,
+so that keys are read once for all of them. Prefix and tokens are parts like any other; they are made in one launch.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    from_natural,
+    inverse,
+    load_entry,
+    load_rows,
+    log_sum,
+    power,
+    row_address,
+    to_natural,
+)
+from .forward import attend_band, attend_prefix
+
+
+@triton.jit(
+    do_not_specialize=["N", "M", "P", "prefix_programs", "prefix_parts", "token_parts", "prefix_chunk", "chunk"]
+)
+def prefix_attention_decode_kernel(
+    a,
+    p_parts,
+    p_lse,
+    N,
+    M,
+    P,
+    prefix_programs,
+    prefix_parts,
+    token_parts,
+    prefix_chunk,
+    chunk,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One part of the keys for a tile of queries: its normalised output [part, b, h, i, DV] and log-sum-exp."""
+    kv_heads = a.heads // a.group
+    pid = tl.program_id(0)
+    if pid < prefix_programs:
+        rows = a.group * N
+        if a.pk.b is None:
+            rows *= a.planes // a.heads
+        part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, BM), kv_heads)
+        r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
+        b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
+        b_acc, b_m, b_l = nothing_yet(BM, DVP)
+        start = part * prefix_chunk
+        b_acc, b_m, b_l = attend_prefix(
+            b_acc, b_m, b_l, b_q, a, b[:, None], h[:, None], i[:, None], b0, hk,
+            start, tl.minimum(start + prefix_chunk, P), N, P, D, DV, BP, PRECISION,
+        )  # fmt: skip
+        store_part(p_parts, p_lse, part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+    else:
+        rows = a.group * N
+        part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, BM), kv_heads)
+        r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
+        b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
+        b_acc, b_m, b_l = nothing_yet(BM, DVP)
+        start = part * chunk
+        b_acc, b_m, b_l = attend_band(
+            b_acc, b_m, b_l, b_q, a, b0, h[:, None], 0, N, i[:, None], b0, hk,
+            start, tl.minimum(start + chunk, M), N, M, P, D, DV, BN, PRECISION,
+        )  # fmt: skip
+        store_part(p_parts, p_lse, prefix_parts + part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+
+
+@triton.jit
+def locate(pid, parts, tiles, kv_heads):
+    """Part of the keys, tile of queries, key/value head and row of the batch of a program."""
+    return pid % parts, pid // parts % tiles, pid // parts // tiles % kv_heads, pid // parts // tiles // kv_heads
+
+
+@triton.jit
+def queries(tile, rows, b0, hk, N, a, BM: tl.constexpr):
+    """Coordinates of a tile of the queries that share keys: all those of a group, from row ``b0`` of the batch on."""
+    r = tile * BM + tl.arange(0, BM)
+    o_r = tl.minimum(r, rows - 1)
+    return r, b0 + o_r // N // a.group, hk * a.group + o_r // N % a.group, o_r % N
+
+
+@triton.jit
+def nothing_yet(BM: tl.constexpr, DVP: tl.constexpr):
+    return tl.zeros([BM, DVP], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+
+
+@triton.jit
+def store_part(p_parts, p_lse, part, b_acc, b_m, b_l, there, b, h, i, a, N, DV: tl.constexpr):
+    o_d = tl.arange(0, b_acc.shape[1])
+    o_row = ((part * a.planes + b * a.heads + h).to(tl.int64)) * N + i
+    tl.store(p_lse + o_row, log_sum(b_m, b_l, a), mask=there)
+    b_o = b_acc * inverse(b_l)[:, None]
+    tl.store(p_parts + o_row[:, None] * DV + o_d[None, :], b_o, mask=there[:, None] & (o_d < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "prefix_parts", "parts"])
+def prefix_attention_combine_kernel(
+    a,
+    o,
+    p_out_lse,
+    p_parts,
+    p_lse,
+    N,
+    prefix_parts,
+    parts,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Join the parts of one query, in a fixed order: one softmax over all, or one over the prefix's and one over the
+    tokens', and the sinks.
+    """
+    plane = tl.program_id(0) // N
+    i = tl.program_id(0) % N
+    b, h = plane // a.heads, plane % a.heads
+    o_one, o_d = tl.arange(0, 1), tl.arange(0, DVP)
+    o_row = plane.to(tl.int64) * N + i
+    if a.og.p is None:
+        b_o, b_lse = join(p_parts, p_lse, o_row, 0, parts, True, a, h, N, DV, DVP, BS)
+    else:
+        b_o, b_lse = join(p_parts, p_lse, o_row, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
+        b_prefix, b_prefix_lse = join(p_parts, p_lse, o_row, 0, prefix_parts, False, a, h, N, DV, DVP, BS)
+        b_o += b_prefix * load_entry(a.og, b, h, i, i).to(tl.float32)
+        tl.store(p_out_lse + (a.planes + plane).to(tl.int64) * N + i + o_one, to_natural(b_prefix_lse, a))
+    tl.store(p_out_lse + o_row + o_one, to_natural(b_lse, a))
+    tl.store(row_address(o, b, h, i) + o_d * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
+
+
+@triton.jit
+def join(
+    p_parts,
+    p_lse,
+    o_row,
+    start,
+    end,
+    TOKENS: tl.constexpr,
+    a,
+    h,
+    N,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Output [DVP] and log-sum-exp [1] of parts [start, end); the sink belongs to the tokens' softmax."""
+    o_d = tl.arange(0, DVP)
+    b_acc = tl.zeros([DVP], tl.float32)
+    b_m = tl.full([1], float("-inf"), tl.float32)
+    if TOKENS and a.sinks.p is not None:
+        b_m = tl.full([1], 0.0, tl.float32) + from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
+    b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
+    for s0 in tl.range(start, end, BS):
+        s = s0 + tl.arange(0, BS)
+        o_part = o_row + s.to(tl.int64) * a.planes * N
+        b_lse = tl.load(p_lse + o_part, mask=s < end, other=float("-inf"))
+        there = (s < end)[:, None] & (o_d < DV)[None, :]
+        b_o = tl.load(p_parts + o_part[:, None] * DV + o_d[None, :], mask=there, other=0.0)  # [BS, DVP]
+        b_max = tl.maximum(b_m, tl.max(b_lse, 0))
+        b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_w, b_decay = power(b_lse - b_ref, a), power(b_m - b_ref, a)
+        b_acc = b_acc * b_decay + tl.sum(b_w[:, None] * b_o, 0)
+        b_l = b_l * b_decay + tl.sum(b_w, 0)
+        b_m = b_max
+    return b_acc * inverse(b_l), log_sum(b_m, b_l, a)

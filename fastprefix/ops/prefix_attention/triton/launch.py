@@ -1,0 +1,224 @@
+"""From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..arguments import DIFFERENTIABLE, Arguments
+from ..layout import empty_gradient, empty_heads
+from . import tiles
+from .backward import (
+    prefix_attention_bwd_delta_kernel,
+    prefix_attention_bwd_dkv_kernel,
+    prefix_attention_bwd_dprefix_kernel,
+    prefix_attention_bwd_dq_kernel,
+    prefix_attention_sum_kernel,
+)
+from .decode import prefix_attention_combine_kernel, prefix_attention_decode_kernel
+from .forward import prefix_attention_fwd_kernel
+from .operands import ABSENT, matrix, problem
+from .targets import Target
+
+_SUM_BLOCK = 1024
+_DECODING = 16  # queries, at most, for which keys are split over programs
+_MOST_PARTS = 64
+_PARTS_BLOCK = 16
+
+
+def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, Dv] and log-sum-exp: [B, Hq, N], with an output gate [2, B, Hq, N] (tokens, prefix)."""
+    plan = _Plan(a, target)
+    output = empty_heads(a.query, plan.DV)
+    softmaxes = () if a.output_gate is None else (2,)
+    lse = plan.floats(*softmaxes, plan.B, plan.H, plan.N)
+    keys = plan.M + plan.P
+    if plan.N <= _DECODING and keys >= plan.target.split_from:
+        plan.split_keys(output, lse)
+    else:
+        blocks = triton.cdiv(plan.N, plan.tile("forward").BM)
+        arguments = (plan.problem, matrix(output), lse, plan.N, plan.M, plan.P)
+        plan.launch("forward", prefix_attention_fwd_kernel, (plan.B * plan.H * blocks,), *arguments)
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs_grad: Sequence[bool], target: Target
+) -> list[Tensor]:
+    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    if not needs:
+        return []
+    if refused := needs & {"attn_mask", "prefix_bias"}:
+        raise ValueError(f"the triton backend has no gradient for {' and '.join(sorted(refused))}; the eager one has")
+    step = _Backward(a, target, grad_output, output, lse, needs)
+    step.delta()
+    if needs & {"query", "prefix_gate"}:
+        step.queries()
+    if needs & {"key", "value"}:
+        step.keys()
+    if needs & {"prefix_key", "prefix_value"}:
+        step.prefix()
+    return [step.gradients[name] for name in DIFFERENTIABLE if name in needs]
+
+
+class _Plan:
+    """What the launches of a call have in common."""
+
+    def __init__(self, a: Arguments, target: Target) -> None:
+        self.a = a
+        self.target = target
+        self.problem = problem(a)
+        self.B, self.H, self.N, self.D = a.query.shape
+        _, self.kv_heads, self.M, self.DV = a.value.shape
+        self.P = a.prefix_key.shape[2]
+        padded = [max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV)]
+        self._constants: dict[str, Any] = {"D": self.D, "DV": self.DV, "DP": padded[0], "DVP": padded[1]}
+        self._constants["PRECISION"] = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self._width = max(padded)
+        x = self.problem
+        pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
+        self._variant = "dropout" if x.seed is not None else "pairwise" if pairwise else "plain"
+
+    def tile(self, name: str) -> tiles.Tile:
+        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+
+    def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel in its tile of the table, unless the grid is empty."""
+        if 0 in grid:
+            return
+        tile = self.tile(name)
+        known = self._constants | {"BM": tile.BM, "BN": tile.BN, "BP": tile.BP} | constants
+        wanted = {constant: known[constant] for constant in kernel.arg_names if constant in known}
+        self.target.launch(kernel, grid, arguments, wanted, tile)
+
+    def split_keys(self, output: Tensor, lse: Tensor) -> None:
+        """Few queries, many keys: parts of the keys side by side, then joined."""
+        tile = self.tile("decode")
+        queries = self.H // self.kv_heads * self.N
+        shared = self.a.prefix_key.shape[0] == 1
+        rows = self.B * queries if shared else queries
+        prefix_tiles = triton.cdiv(rows, tile.BM) * self.kv_heads * (1 if shared else self.B)
+        token_tiles = triton.cdiv(queries, tile.BM) * self.kv_heads * self.B
+        prefix_parts, prefix_chunk = self._split(self.P, tile.BP, prefix_tiles)
+        token_parts, chunk = self._split(self.M, tile.BN, token_tiles)
+        prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
+        sums, logs = self.floats(parts, self.B, self.H, self.N, self.DV), self.floats(parts, self.B, self.H, self.N)
+        sizes = (self.N, self.M, self.P, prefix_programs, prefix_parts, token_parts, prefix_chunk, chunk)
+        grid = (prefix_programs + token_tiles * token_parts,)
+        self.launch("decode", prefix_attention_decode_kernel, grid, self.problem, sums, logs, *sizes)
+        arguments = (matrix(output), lse, sums, logs, self.N, prefix_parts, parts)
+        grid = (self.B * self.H * self.N,)
+        self.launch("decode", prefix_attention_combine_kernel, grid, self.problem, *arguments, BS=_PARTS_BLOCK)
+
+    def _split(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
+        """How many parts, and how many keys in each: enough programs to fill the device, and no empty ones."""
+        blocks = triton.cdiv(keys, block)
+        wanted = min(_MOST_PARTS, 2 * triton.cdiv(self.target.processors, max(1, tiles)))
+        chunk = triton.cdiv(max(1, blocks), max(1, min(wanted, blocks))) * block
+        return (triton.cdiv(keys, chunk), chunk) if keys else (0, block)
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.a.query.device)
+
+
+class _Backward(_Plan):
+    """The launches of a backward pass; each fills some of ``gradients``."""
+
+    def __init__(
+        self, a: Arguments, target: Target, grad_output: Tensor, output: Tensor, lse: Tensor, needs: set[str]
+    ) -> None:
+        super().__init__(a, target)
+        self._needs = needs
+        self._output, self._do = matrix(output), matrix(grad_output)
+        self._lse = lse
+        self._delta = torch.empty_like(lse)
+        self.gradients: dict[str, Tensor] = {}
+
+    def _result(self, name: str) -> Tensor | None:
+        """An uninitialised gradient, where it is asked for."""
+        if name not in self._needs:
+            return None
+        self.gradients[name] = empty_gradient(getattr(self.a, name))
+        return self.gradients[name]
+
+    def _part(self, name: str, *shape: int) -> Tensor | None:
+        """Float32 sums of programs, where the gradient is asked for."""
+        return self.floats(*shape) if name in self._needs else None
+
+    def _finish(self, name: str, total: Tensor | None) -> None:
+        """Sum over whatever an argument broadcasts over, and round to its dtype."""
+        result = self._result(name)
+        if result is not None and total is not None:
+            result.copy_(total.sum_to_size(result.shape))
+
+    def delta(self) -> None:
+        """What every other step needs, and the gradients of the output gate and the sinks."""
+        blocks = triton.cdiv(self.N, self.tile("delta").BM)
+        output_gate = self._part("output_gate", self.B, self.H, blocks)
+        sinks = self._part("sinks", self.B, self.H, blocks)
+        arguments = (self._output, self._do, self._lse, self._delta, output_gate, sinks, self.N, self.P)
+        grid = (self.B * self.H * blocks,)
+        self.launch("delta", prefix_attention_bwd_delta_kernel, grid, self.problem, *arguments)
+        self._finish("output_gate", None if output_gate is None else output_gate.sum(2))
+        self._finish("sinks", None if sinks is None else sinks.sum((0, 2)))
+
+    def queries(self) -> None:
+        """Gradients of query and prefix gate; where query needs none, no token is touched."""
+        blocks = triton.cdiv(self.N, self.tile("dq").BM)
+        dq, gate = self._result("query"), self.a.prefix_gate
+        by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
+        shape = (self.B, self.H, self.N if by_query else blocks, self.P)
+        dgate = self._part("prefix_gate", *shape)
+        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._lse, self._delta)
+        grid = (self.B * self.H * blocks,)
+        sizes = (self.N, self.M, self.P)
+        self.launch("dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query)
+        if gate is None or dgate is None:
+            return
+        if gate.ndim == 3:
+            dgate = dgate.unflatten(1, (self.kv_heads, self.H // self.kv_heads)).sum((2, 3))
+        elif not by_query:
+            dgate = dgate.sum(2, keepdim=True)
+        self._finish("prefix_gate", dgate)
+
+    def keys(self) -> None:
+        """Gradients of key and value."""
+        dk, dv = self._result("key"), self._result("value")
+        grid = (self.B * self.kv_heads * triton.cdiv(self.M, self.tile("dkv").BN),)
+        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._lse, self._delta)
+        sizes = (self.N, self.M, self.P)
+        self.launch("dkv", prefix_attention_bwd_dkv_kernel, grid, self.problem, *arguments, *sizes)
+
+    def prefix(self) -> None:
+        """Gradients of prefix_key and prefix_value: one tall problem for each key/value head, in parts if long."""
+        batch = self.a.prefix_key.shape[0]
+        tile = self.tile("dprefix")
+        rows = self.H // self.kv_heads * self.N * (self.B if batch == 1 else 1)
+        programs = batch * self.kv_heads * triton.cdiv(self.P, tile.BP)
+        blocks = max(1, triton.cdiv(rows, tile.BM))
+        parts = min(blocks, max(1, 2 * self.target.processors // max(1, programs)))
+        chunk = triton.cdiv(blocks, parts) * tile.BM
+        parts = max(1, triton.cdiv(rows, chunk))
+        results = [self._result(name) for name in ("prefix_key", "prefix_value")]
+        sums = [self._parts_of(result, parts) for result in results]
+        arguments = (self._do, *sums, self._lse, self._delta, self.N, self.P, rows, chunk, batch)
+        self.launch("dprefix", prefix_attention_bwd_dprefix_kernel, (programs, parts), self.problem, *arguments)
+        if parts > 1:
+            for result, part in zip(results, sums, strict=True):
+                if result is not None:
+                    grid = (triton.cdiv(result.numel(), _SUM_BLOCK),)
+                    sizes = (result.numel(), parts)
+                    self.launch("dprefix", prefix_attention_sum_kernel, grid, result, part.p, *sizes, BLOCK=_SUM_BLOCK)
+
+    def _parts_of(self, result: Tensor | None, parts: int) -> Any:
+        """The result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory layout."""
+        if result is None or parts == 1:
+            return ABSENT if result is None else matrix(result)
+        batch, heads, length, size = result.shape
+        stride = (result[0].numel(), *result.stride()[1:])
+        return matrix(
+            torch.empty_strided((parts * batch, heads, length, size), stride, dtype=torch.float32, device=result.device)
+        )

@@ -1,0 +1,55 @@
+"""Where kernels are launched: on a CUDA device, or in Triton's interpreter."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .tiles import Tile, architecture
+
+
+class Target(Protocol):
+    """A row of the tile table, a number of multiprocessors to fill, and a way to launch."""
+
+    architecture: str
+    processors: int
+    split_from: int  # keys from which few queries are worth splitting over programs
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
+    ) -> None: ...
+
+
+class Device:
+    """A CUDA device, the inputs' own whatever the current one is, or (a CPU device) the interpreter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.split_from = 256 if device.type == "cuda" else 64
+        if device.type == "cuda":
+            self.architecture = architecture(torch.cuda.get_device_capability(device))
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        else:
+            self.architecture, self.processors = "interpreter", 4
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
+    ) -> None:
+        """Launch on the device's current stream."""
+        here = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+        with here:
+            kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Device:
+    """The target for tensors on ``device``."""
+    return Device(device)
+
+
+def interpreting() -> bool:
+    """Whether kernels are run by Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

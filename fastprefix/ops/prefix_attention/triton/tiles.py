@@ -1,0 +1,164 @@
+"""The tile sizes, as data: by architecture, kernel, width of the head and dtype. No search happens at run time."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Block of queries, of token keys, of prefix keys; warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    BP: int
+    warps: int
+    stages: int
+    spills: str | None = None  # why a spill is accepted, where one is
+
+
+HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
+
+_WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
+_FLOAT = "float32 products run without matrix units; not measured"
+
+# kernel -> (widest head, dtype) -> tile
+_SM80: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {
+        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (128, HALF): Tile(128, 64, 64, 8, 2),
+        (256, HALF): Tile(64, 32, 32, 8, 2, _WIDE),
+        (64, SINGLE): Tile(64, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): Tile(32, 16, 16, 4, 1, _FLOAT),
+    },
+    "decode": {
+        (64, HALF): Tile(16, 64, 64, 4, 2),
+        (128, HALF): Tile(16, 64, 64, 4, 2),
+        (256, HALF): Tile(16, 32, 32, 4, 2, _WIDE),
+        (64, SINGLE): Tile(16, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(16, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1, _FLOAT),
+    },
+    "delta": {
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 32, 32, 4, 2),
+        (256, HALF): Tile(32, 32, 32, 4, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 4, 1, _FLOAT),
+    },
+    "dq": {
+        (64, HALF): Tile(64, 64, 64, 8, 2),
+        (128, HALF): Tile(64, 64, 32, 8, 2),
+        (256, HALF): Tile(64, 32, 32, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
+    },
+    "dkv": {
+        (64, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
+        (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
+    },
+    "dprefix": {
+        (64, HALF): Tile(32, 64, 64, 4, 1),
+        (128, HALF): Tile(64, 64, 64, 8, 1),
+        (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
+    },
+}
+_SM90: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {
+        **_SM80["forward"],
+        (64, HALF): Tile(128, 64, 64, 4, 3),
+        (128, HALF): Tile(128, 64, 64, 8, 3),
+        (256, HALF): Tile(64, 64, 32, 8, 2, _WIDE),
+    },
+    "decode": _SM80["decode"],
+    "delta": _SM80["delta"],
+    "dq": {
+        **_SM80["dq"],
+        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (128, HALF): Tile(128, 64, 64, 8, 2),
+    },
+    "dkv": {
+        **_SM80["dkv"],
+        (64, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
+    },
+    "dprefix": {
+        **_SM80["dprefix"],
+        (64, HALF): Tile(32, 128, 128, 8, 2),
+        (128, HALF): Tile(32, 64, 64, 8, 2),
+    },
+}
+
+# Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
+# pair of query and key (a gate, a bias, a mask), and "dropout". Kernels that are not named have one tile for all calls.
+_ALL_AT_ONCE = "dropout with masks, biases and gates of pairs at once; not measured"
+_SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+        "dq": {(64, HALF): Tile(64, 64, 32, 8, 2), (128, HALF): Tile(64, 32, 32, 8, 2)},
+        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    },
+    "dropout": {
+        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dkv": {
+            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+        },
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    },
+}
+_SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
+        "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+    },
+    "dropout": {
+        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1, _ALL_AT_ONCE)},
+        "dkv": {
+            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
+        },
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE)},
+    },
+}
+
+_INTERPRETER = {
+    kernel: {(256, HALF): Tile(32, 32, 32, 1, 1), (256, SINGLE): Tile(32, 32, 32, 1, 1)} for kernel in _SM80
+}
+
+ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    "sm_80": _SM80,
+    "sm_90": _SM90,
+    "interpreter": _INTERPRETER,
+}
+VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_90": _SM90_VARIANTS}
+WIDEST = 256
+"""The widest head there is a tile for."""
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The row for a device: its own, or that of the newest one before it."""
+    if capability >= (9, 0) and capability[0] in (9, 10, 11):
+        return "sm_90"
+    return "sm_80"
+
+
+def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> Tile:
+    """The tile of a kernel for heads of ``width`` columns."""
+    kind = SINGLE if dtype is torch.float32 else HALF
+    rows = ARCHITECTURES[architecture][kernel]
+    fit = next(key for key in sorted(rows) if key[1] == kind and width <= key[0])
+    special = VARIANTS.get(architecture, {}).get(variant, {}).get(kernel, {})
+    return special.get(fit, rows[fit])
