@@ -59,6 +59,7 @@ struct Product {
   int64_t steps;
   bool accumulate;
 
+  // Sums start at 0 and are added to C at the end, not started from C: short sums lose less than long ones.
   template <int R, int V>
   void tile(int64_t row, int64_t vector) const {
     const Operand* ap = a + row * rs;
@@ -68,7 +69,7 @@ struct Product {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = accumulate ? load(cp + r * ldc + v * kLanes<A>) : Vec<A>{};
+      for (int v = 0; v < V; ++v) sums[r][v] = Vec<A>{};
     for (int64_t k = 0; k < steps; ++k, ap += ks, bp += ldb) {
       Vec<A> bs[V];
 #pragma GCC unroll 4
@@ -83,7 +84,10 @@ struct Product {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(cp + r * ldc + v * kLanes<A>, sums[r][v]);
+      for (int v = 0; v < V; ++v) {
+        A* at = cp + r * ldc + v * kLanes<A>;
+        store(at, accumulate ? load(at) + sums[r][v] : sums[r][v]);
+      }
   }
 
   template <int V>
