@@ -47,10 +47,11 @@ def make(
     output_gate: tuple[int, ...] | None = None,
     sinks: bool = False,
     layout: str = "BHND",
+    seed: int = 0,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Case]:
     """Differentiable tensors, exactly representable in ``dtype``, and the other arguments."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     Hq, Hkv = heads
     Dv = D if Dv is None else Dv
 
@@ -102,27 +103,35 @@ def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.d
     return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
+def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float((results[n].double() - e).abs().max()) if e.numel() else 0.0 for n, e in exact.items()}
+
+
 def assert_as_good(dtype: torch.dtype, **case: Any) -> None:
     """At most twice the error of the reference run in ``dtype``, plus two units in the last place.
 
-    The reference in float64 has no error to measure; there, its error in float32, made smaller by as much as float64
-    is finer, takes that part.
+    In float64 the reference has no error of its own to measure: there, PyTorch's own comparison of float64 tensors.
+    In float32, errors are the largest of a few draws: a single one of the reference's can be right by luck.
     """
-    tensors, options = make(dtype, **case)
-    exact = run(fastprefix.reference.prefix_attention, tensors, options, torch.float64)
-    low = torch.float32 if dtype is torch.float64 else dtype
-    finer = torch.finfo(dtype).eps / torch.finfo(low).eps
-    plain = run(fastprefix.reference.prefix_attention, tensors, options, low)
-    ours = run(fastprefix.prefix_attention, tensors, options, dtype, backend="cpu")
-    assert ours.keys() == exact.keys()
-    for name, truth in exact.items():
-        assert ours[name].dtype == dtype
-        assert ours[name].shape == truth.shape
-        if truth.numel() == 0:
+    error: dict[str, float] = {}
+    allowed: dict[str, float] = {}
+    for seed in range(4 if dtype is torch.float32 else 1):
+        tensors, options = make(dtype, seed=seed, **case)
+        exact = run(fastprefix.reference.prefix_attention, tensors, options, torch.float64)
+        ours = run(fastprefix.prefix_attention, tensors, options, dtype, backend="cpu")
+        assert {n: (t.shape, dtype) for n, t in exact.items()} == {n: (t.shape, t.dtype) for n, t in ours.items()}
+        assert all(bool(t.isfinite().all()) for t in ours.values())
+        if dtype is torch.float64:
+            torch.testing.assert_close(ours, exact)
             continue
-        error = (ours[name].double() - truth).abs().max()
-        allowed = 2 * (plain[name].double() - truth).abs().max() * finer + 2 * torch.finfo(dtype).eps * truth.abs().max()
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+        plain = errors(run(fastprefix.reference.prefix_attention, tensors, options, dtype), exact)
+        for name, size in errors(dict.fromkeys(exact, torch.zeros(())), exact).items():
+            bound = 2 * plain[name] + 2 * torch.finfo(dtype).eps * size
+            allowed[name] = max(allowed.get(name, 0.0), bound)
+        for name, own_error in errors(ours, exact).items():
+            error[name] = max(error.get(name, 0.0), own_error)
+    missed = {name: (error[name], allowed[name]) for name in error if not error[name] <= allowed[name]}
+    assert not missed, f"(error, allowed): {missed}"
 
 
 def rand(*size: int) -> Tensor:

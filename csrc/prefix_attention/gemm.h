@@ -103,8 +103,24 @@ struct Product {
     }
   }
 
+  // Long sums in pieces of kSteps: without a wider type to add in, a sum of pieces loses less than one long sum.
+  static constexpr int64_t kSteps = M::pair == 1 ? 32 : std::numeric_limits<int64_t>::max();
+
   // `rows` of C, and `columns` (a multiple of the vector's length) of them.
   void run(int64_t rows, int64_t columns) const {
+    Product piece = *this;
+    for (int64_t done = 0; done < steps || done == 0; done += piece.steps) {
+      piece.steps = std::min(kSteps, steps - done);
+      piece.run_piece(rows, columns);
+      if (piece.steps == 0) return;
+      piece.a += piece.steps * ks;
+      piece.b += piece.steps * ldb;
+      piece.accumulate = true;
+    }
+  }
+
+ private:
+  void run_piece(int64_t rows, int64_t columns) const {
     int64_t vectors = columns / kLanes<A>;
     for (int64_t vector = 0, width; vector < vectors; vector += width) {
       // Equal widths: five vectors are 3 + 2, not 4 + 1.
