@@ -5,6 +5,8 @@
 // scratch memory and those cut by the end of a slot are added up afterwards, in order.
 #pragma once
 
+#include <numeric>
+
 #include "sums.h"
 #include "tiles.h"
 
@@ -25,6 +27,9 @@ struct Gradients {
   Tensor output_gate;  // [B, Hq, blocks]
   Tensor sinks;        // [B, Hq, blocks]
 };
+
+// Up to so many keys a second look at their scores costs next to nothing.
+constexpr int64_t kFewKeys = 16;
 
 template <class M, class T>
 class Backward {
@@ -213,19 +218,23 @@ class Backward {
 
     void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
       prepare(queries);
-      if (p.separate()) find_prefix_delta(queries);
+      if (p.separate() || p.P + p.M <= kFewKeys) find_deltas(queries);
+      if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total(prefix_delta, queries);
       if (needs.sinks) differentiate_sink(queries);
       if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
-      if (needs.prefix())
-        for (int64_t first = 0; first < p.P; first += kKeys)
-          add_block(queries, {Half::prefix, first, std::min(kKeys, p.P - first)}, prefix);
-      if (needs.tokens()) {
-        int64_t begin = std::max<int64_t>(0, f.band_.first_key(queries.first));
-        int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
-        for (int64_t first = begin; first < end; first += kKeys)
-          add_block(queries, {Half::tokens, first, std::min(kKeys, end - first)}, tokens);
-      }
+      if (needs.prefix()) for_blocks(queries, Half::prefix, [&](auto block) { add_block(queries, block, prefix); });
+      if (needs.tokens()) for_blocks(queries, Half::tokens, [&](auto block) { add_block(queries, block, tokens); });
       if (needs.query) write_dq(queries);
+    }
+
+    // The blocks of keys that queries see something of.
+    template <class F>
+    void for_blocks(const QueryBlock& queries, Half half, F use) {
+      bool of_prefix = half == Half::prefix;
+      int64_t begin = of_prefix ? 0 : std::max<int64_t>(0, f.band_.first_key(queries.first));
+      int64_t end = of_prefix ? p.P : std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
+      for (int64_t first = begin; first < end; first += kKeys)
+        use(Columns{half, first, std::min(kKeys, end - first)});
     }
 
     // Operands of the block's queries, their log-sum-exp and delta = <do, o>.
@@ -258,25 +267,32 @@ class Backward {
       return value == -std::numeric_limits<A>::infinity() ? A(0) : value;
     }
 
-    // With two softmaxes: <do, o_prefix> from the probabilities, and what is left of <do, o> is the tokens'.
-    void find_prefix_delta(const QueryBlock& queries) {
-      std::fill_n(prefix_delta, kQueries, A(0));
-      for (int64_t first = 0; first < p.P; first += kKeys) {
-        Columns columns{Half::prefix, first, std::min(kKeys, p.P - first)};
-        Gate<A> gate = score_block(queries, columns);
-        for_vectors<A>(strips[0], [&](int64_t r, int64_t c) {
+    // delta from the probabilities. The output will not do where it holds the sum of two softmaxes, since rounding it
+    // hides the smaller one; nor where there are so few keys that what is left of <do, v> - delta is rounding.
+    void find_deltas(const QueryBlock& queries) {
+      A* of_prefix = p.separate() ? prefix_delta : delta;
+      std::fill_n(delta, kQueries, A(0));
+      std::fill_n(of_prefix, kQueries, A(0));
+      const A* row_lse = p.separate() ? prefix_lse : lse;
+      for_blocks(queries, Half::prefix, [&](auto block) { add_delta(queries, block, row_lse, of_prefix); });
+      if (!p.separate() || needs.tokens() || needs.sinks)
+        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, lse, delta); });
+    }
+
+    void add_delta(const QueryBlock& queries, const Columns& columns, const A* row_lse, A* sums) {
+      Gate<A> gate = score_block(queries, columns);
+      for (const Strip& strip : strips) {
+        for_vectors<A>(strip, [&](int64_t r, int64_t c) {
           int64_t at = r * kQueries + c;
-          Vec<A> weight = gate.at(r, c) * exp(load(s.values + at) - load(prefix_lse + c));
+          Vec<A> weight = gate.at(r, c) * exp(load(s.values + at) - load(row_lse + c));
           if (keeps) weight *= load(keeps + at);
-          store(prefix_delta + c, load(prefix_delta + c) + weight * load(ds.values + at));
+          store(sums + c, load(sums + c) + weight * load(ds.values + at));
         });
       }
-      A og = p.output_gate_of(queries.b, queries.h), total = 0;
-      for (int64_t i = 0; i < queries.count; ++i) {
-        delta[i] -= og * prefix_delta[i];
-        total += prefix_delta[i];
-      }
-      if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total;
+    }
+
+    A total(const A* values, const QueryBlock& queries) const {
+      return std::accumulate(values, values + queries.count, A(0));
     }
 
     A* block_sum(const Tensor& sums, const QueryBlock& queries) const {
@@ -284,9 +300,9 @@ class Backward {
     }
 
     void differentiate_sink(const QueryBlock& queries) {
-      A sink = static_cast<A>(*p.sinks.at(queries.h)), total = 0;
-      for (int64_t i = 0; i < queries.count; ++i) total -= std::exp(sink - lse[i]) * delta[i];
-      *block_sum(f.gradients_.sinks, queries) = total;
+      A sink = static_cast<A>(*p.sinks.at(queries.h)), sum = 0;
+      for (int64_t i = 0; i < queries.count; ++i) sum -= std::exp(sink - lse[i]) * delta[i];
+      *block_sum(f.gradients_.sinks, queries) = sum;
     }
 
     // Scores and <do, v> of a block of keys, in s and ds; what is visible of it, in strips.

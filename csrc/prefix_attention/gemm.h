@@ -59,6 +59,7 @@ struct Product {
   int64_t steps;
   bool accumulate;
 
+  // Sums start at 0 and are added to C at the end, not started from C: short sums lose less than long ones.
   template <int R, int V>
   void tile(int64_t row, int64_t vector) const {
     const Operand* ap = a + row * rs;
@@ -68,7 +69,7 @@ struct Product {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = accumulate ? load(cp + r * ldc + v * kLanes<A>) : Vec<A>{};
+      for (int v = 0; v < V; ++v) sums[r][v] = Vec<A>{};
     for (int64_t k = 0; k < steps; ++k, ap += ks, bp += ldb) {
       Vec<A> bs[V];
 #pragma GCC unroll 4
@@ -83,7 +84,10 @@ struct Product {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(cp + r * ldc + v * kLanes<A>, sums[r][v]);
+      for (int v = 0; v < V; ++v) {
+        A* at = cp + r * ldc + v * kLanes<A>;
+        store(at, accumulate ? load(at) + sums[r][v] : sums[r][v]);
+      }
   }
 
   template <int V>
@@ -99,8 +103,24 @@ struct Product {
     }
   }
 
+  // Long sums in pieces of kSteps: without a wider type to add in, a sum of pieces loses less than one long sum.
+  static constexpr int64_t kSteps = M::pair == 1 ? 32 : std::numeric_limits<int64_t>::max();
+
   // `rows` of C, and `columns` (a multiple of the vector's length) of them.
   void run(int64_t rows, int64_t columns) const {
+    Product piece = *this;
+    for (int64_t done = 0; done < steps || done == 0; done += piece.steps) {
+      piece.steps = std::min(kSteps, steps - done);
+      piece.run_piece(rows, columns);
+      if (piece.steps == 0) return;
+      piece.a += piece.steps * ks;
+      piece.b += piece.steps * ldb;
+      piece.accumulate = true;
+    }
+  }
+
+ private:
+  void run_piece(int64_t rows, int64_t columns) const {
     int64_t vectors = columns / kLanes<A>;
     for (int64_t vector = 0, width; vector < vectors; vector += width) {
       // Equal widths: five vectors are 3 + 2, not 4 + 1.

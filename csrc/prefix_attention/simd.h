@@ -150,9 +150,11 @@ inline void store_first(T* p, Vec<AccumulatorOf<T>> x, int64_t n) {
 // e^x to 2e-7; 0 from e^-87.6 downwards (so for -inf), NaN for NaN.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
+  constexpr float kLog2eRest = 1.92596303e-8f;  // log2(e) less its float: without it, a bias that grows with -x
   x = x < -88.1f ? splat(-88.1f) : x;
   Vec<float> shifted = x * float(M_LOG2E) + kRound;
   Vec<float> f = x * float(M_LOG2E) - (shifted - kRound);
+  f = x * kLog2eRest + f;
   Vec<float> y = f * 1.54697320e-4f + 1.34004322e-3f;
   y = y * f + 9.61802560e-3f;
   y = y * f + 5.55032721e-2f;
