@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import _native
 from . import checks
 
 
@@ -31,7 +32,9 @@ def _always() -> str | None:
     return None
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Backend("eager", None, _always),)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Backend("cpu", ("cpu",), _native.load), Backend("eager", None, _always))
+}
 """In order of preference: ``backend=None`` takes the first that is usable."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import checks
 from ..registration import Kernel, Operation
 from . import eager
@@ -82,3 +83,6 @@ def _eager_backward(
 
 OPERATION.define("eager")
 OPERATION.implement("eager", _eager_forward, _eager_backward)
+
+if _native.load() is None:  # its kernels are registered in C++ (csrc/prefix_attention/register.cpp)
+    OPERATION.define("cpu")

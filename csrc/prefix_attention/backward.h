@@ -1,0 +1,415 @@
+// Backward: for a block of queries, all blocks of keys; scores are made again from the saved log-sum-exp.
+//
+// dq belongs to its block of queries. dK and dV are summed over blocks of queries and the heads of a group; work is
+// ordered so that these follow one another, and shared out in consecutive slots, so that most sums stay in one slot's
+// scratch memory and those cut by the end of a slot are added up afterwards, in order.
+#pragma once
+
+#include "sums.h"
+#include "tiles.h"
+
+namespace fastprefix {
+
+// Which gradients are asked for.
+struct Needs {
+  bool query, key, value, prefix_key, prefix_value, prefix_gate, output_gate, sinks;
+
+  bool tokens() const { return query || key || value; }
+  bool prefix() const { return query || prefix_key || prefix_value || prefix_gate; }
+};
+
+// Where they go. Sums over queries that need no [keys, *] memory are kept for each block of queries ([B, Hq, blocks]).
+struct Gradients {
+  Tensor query, key, value, prefix_key, prefix_value;
+  Tensor prefix_gate;  // [B, Hq, blocks or N, P]
+  Tensor output_gate;  // [B, Hq, blocks]
+  Tensor sinks;        // [B, Hq, blocks]
+};
+
+template <class M, class T>
+class Backward {
+  using A = typename M::Accumulator;
+  using Operand = typename M::Operand;
+
+ public:
+  Backward(
+      const Problem<T, A>& p,
+      const Needs& needs,
+      const Gradients& gradients,
+      const Tensor& grad_output,
+      const Tensor& output,
+      const Tensor& lse)
+      : p_(p),
+        needs_(needs),
+        gradients_(gradients),
+        band_(p),
+        do_(grad_output),
+        o_(output),
+        lse_(lse.data_ptr<A>()),
+        slots_(p.B * p.Hq * p.query_blocks()),
+        token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
+        prefix_shape_{p.P, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
+
+  void run() {
+    if (slots_.items == 0) return;
+    auto options = o_options();
+    prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
+    cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
+    Arena counting(nullptr);
+    Worker(*this, counting);
+    slots_.run(counting.used(), [&](int64_t slot, char* memory) {
+      Arena arena(memory);
+      Worker(*this, arena).work(slot);
+    });
+    write_cut_groups();
+    write_prefix_sums();
+  }
+
+ private:
+  static int64_t width(bool needed, int64_t size) { return needed ? round_up(size, kLanes<A>) : 0; }
+  static at::TensorOptions o_options() { return at::dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat); }
+
+  // ---- order of work: groups (hkv, b) of G * blocks items -------------------------------------------------------
+
+  int64_t group_items() const { return p_.G * p_.query_blocks(); }
+  int64_t groups() const { return p_.Hkv * p_.B; }
+  int64_t prefix_groups() const { return p_.shared_prefix ? p_.Hkv : groups(); }
+  int64_t prefix_group(int64_t group) const { return p_.shared_prefix ? group / p_.B : group; }
+
+  QueryBlock block(int64_t item) const {
+    int64_t group = item / group_items(), index = item % p_.query_blocks();
+    int64_t hkv = group / p_.B, h = hkv * p_.G + item % group_items() / p_.query_blocks();
+    int64_t first = index * kQueries;
+    return {group % p_.B, h, hkv, first, std::min(kQueries, p_.N - first), index};
+  }
+
+  // A slot and a prefix group name one row: both only ever grow, and one of them with every row.
+  A* prefix_row(int64_t slot, int64_t group) const {
+    return prefix_sums_.data_ptr<A>() + (slot + group) * prefix_shape_.size();
+  }
+  // A slot can cut two groups: one that an earlier slot began, and one that a later slot ends.
+  A* cut_row(int64_t slot, bool begun_earlier) const {
+    return cut_sums_.data_ptr<A>() + (2 * slot + (begun_earlier ? 0 : 1)) * token_shape_.size();
+  }
+
+  // ---- writing the sums -----------------------------------------------------------------------------------------
+
+  template <class Row>
+  void write_key_sums(
+      const KeySumsShape& shape, const A* first, int64_t count, int64_t step, const Tensor& dk, const Tensor& dv,
+      Row b, Row hkv, int64_t begin, int64_t end) const {
+    KeySums<A> sums = shape.at(const_cast<A*>(first));
+    auto write = [&](const A* from, int64_t ld, const Tensor& to) {
+      if (ld == 0) return;
+      T* rows = static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + begin * to.stride(2);
+      write_sum(from + begin * ld, count, step, end - begin, ld, to.size(3), rows, to.stride(2));
+    };
+    write(sums.dk, shape.D, dk);
+    write(sums.dv, shape.Dv, dv);
+  }
+
+  void write_cut_groups() const {
+    if (token_shape_.size() == 0) return;
+    for (int64_t slot = 0; slot + 1 < slots_.count; ++slot) {
+      int64_t group = (slots_.first(slot + 1) - 1) / group_items(), end = (group + 1) * group_items();
+      bool begins_here = group * group_items() >= slots_.first(slot), cut = end > slots_.first(slot + 1);
+      if (!begins_here || !cut) continue;
+      int64_t pieces = slots_.of(end - 1) - slot + 1;
+      // Rows: (slot, kind 1), then (slot + 1, kind 0), (slot + 2, kind 0), ...
+      at::parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
+        add_rows(cut_row(slot, false), pieces - 1, cut_row(slot + 1, true), from, to);
+        write_key_sums(
+            token_shape_, cut_row(slot, false), 1, 0, gradients_.key, gradients_.value, group % p_.B, group / p_.B,
+            from, to);
+      });
+    }
+  }
+
+  void add_rows(A* total, int64_t count, const A* pieces, int64_t from, int64_t to) const {
+    auto add = [&](A* at, const A* piece, int64_t ld) {
+      for (int64_t i = from * ld; i < to * ld; ++i) at[i] += piece[i];
+    };
+    for (int64_t n = 0; n < count; ++n) {
+      const A* piece = pieces + n * 2 * token_shape_.size();
+      add(total, piece, token_shape_.D);
+      add(total + p_.M * token_shape_.D, piece + p_.M * token_shape_.D, token_shape_.Dv);
+    }
+  }
+
+  void write_prefix_sums() const {
+    if (prefix_shape_.size() == 0) return;
+    int64_t items = slots_.items / prefix_groups();
+    at::parallel_for(0, prefix_groups(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        int64_t first = slots_.of(group * items), last = slots_.of((group + 1) * items - 1);
+        int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
+        write_key_sums(
+            prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(), gradients_.prefix_key,
+            gradients_.prefix_value, b, hkv, 0, p_.P);
+      }
+    });
+  }
+
+  // ---- one slot's work ------------------------------------------------------------------------------------------
+
+  struct Worker {
+    const Backward& f;
+    const Problem<T, A>& p;
+    const Needs& needs;
+    Operand *q, *dout;            // Q^T, dO^T
+    Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
+    Operand *key_rows, *key_pairs, *value_rows;
+    A *lse, *prefix_lse, *delta, *prefix_delta;
+    A* dq;  // dQ^T
+    A *gates, *keeps, *products, *tanhs;
+    A* gate_sums;  // per query block: [kKeys]
+    Tile<M> s;     // scores, then what multiplies do in dV
+    Tile<M> ds;    // <do, v>, then what multiplies q in dK
+    A* token_sums;
+    std::vector<Strip> strips;
+
+    Worker(const Backward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
+      constexpr int64_t n = M::pair;
+      q = arena.take<Operand>(round_up(p.D, n) * kQueries);
+      dout = arena.take<Operand>(round_up(p.Dv, n) * kQueries);
+      q_rows = arena.take<Operand>(round_up(p.D, kLanes<A>) * kQueries);
+      do_rows = arena.take<Operand>(round_up(p.Dv, kLanes<A>) * kQueries);
+      key_rows = arena.take<Operand>(round_up(p.D, n) * kKeys);
+      key_pairs = n == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
+      value_rows = arena.take<Operand>(round_up(p.Dv, n) * kKeys);
+      lse = arena.take<A>(kQueries);
+      prefix_lse = arena.take<A>(kQueries);
+      delta = arena.take<A>(kQueries);
+      prefix_delta = arena.take<A>(kQueries);
+      dq = arena.take<A>(p.D * kQueries);
+      gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
+      keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
+      products = needs.prefix_gate ? arena.take<A>(kKeys * kQueries) : nullptr;
+      tanhs = p.softcap != 0 ? arena.take<A>(kKeys * kQueries) : nullptr;
+      s.take(arena, true, false);
+      ds.take(arena, true, true);
+      token_sums = arena.take<A>(f.token_shape_.size());
+    }
+
+    void work(int64_t slot) {
+      int64_t begin = f.slots_.first(slot), end = f.slots_.first(slot + 1), of_group = f.group_items();
+      int64_t last_prefix = -1;
+      for (int64_t group = begin / of_group; group * of_group < end; ++group) {
+        int64_t from = std::max(begin, group * of_group), to = std::min(end, (group + 1) * of_group);
+        bool begun_earlier = from != group * of_group, whole = to - from == of_group;
+        A* tokens = whole ? token_sums : f.cut_row(slot, begun_earlier);
+        std::fill_n(tokens, f.token_shape_.size(), A(0));
+        int64_t prefix = f.prefix_group(group);
+        A* prefix_row = f.prefix_row(slot, prefix);
+        if (prefix != last_prefix) std::fill_n(prefix_row, f.prefix_shape_.size(), A(0));
+        last_prefix = prefix;
+        for (int64_t item = from; item < to; ++item)
+          differentiate(f.block(item), f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
+        if (whole)
+          f.write_key_sums(
+              f.token_shape_, tokens, 1, 0, f.gradients_.key, f.gradients_.value, group % p.B, group / p.B, 0, p.M);
+      }
+    }
+
+    void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
+      prepare(queries);
+      if (p.separate()) find_prefix_delta(queries);
+      if (needs.sinks) differentiate_sink(queries);
+      if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
+      if (needs.prefix())
+        for (int64_t first = 0; first < p.P; first += kKeys)
+          add_block(queries, {Half::prefix, first, std::min(kKeys, p.P - first)}, prefix);
+      if (needs.tokens()) {
+        int64_t begin = std::max<int64_t>(0, f.band_.first_key(queries.first));
+        int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
+        for (int64_t first = begin; first < end; first += kKeys)
+          add_block(queries, {Half::tokens, first, std::min(kKeys, end - first)}, tokens);
+      }
+      if (needs.query) write_dq(queries);
+    }
+
+    // Operands of the block's queries, their log-sum-exp and delta = <do, o>.
+    void prepare(const QueryBlock& queries) {
+      const T* q_at = p.q.at(queries.b, queries.h, queries.first);
+      const T* do_at = f.do_.at(queries.b, queries.h, queries.first);
+      int64_t qs = p.q.strides[2], ds_ = f.do_.strides[2];
+      pack_transposed<M>(q_at, qs, queries.count, p.D, q);
+      pack_transposed<M>(do_at, ds_, queries.count, p.Dv, dout);
+      if (needs.key || needs.prefix_key) pack_vectors<M>(q_at, qs, queries.count, p.D, q_rows);
+      if (needs.value || needs.prefix_value) pack_vectors<M>(do_at, ds_, queries.count, p.Dv, do_rows);
+      const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
+      for (int64_t i = 0; i < kQueries; ++i) {
+        delta[i] = i < queries.count ? inner(do_at + i * ds_, o_at + i * f.o_.strides[2]) : A(0);
+        lse[i] = i < queries.count ? read_lse(queries, i, 0) : A(0);
+        if (p.separate()) prefix_lse[i] = i < queries.count ? read_lse(queries, i, p.B * p.Hq * p.N) : A(0);
+      }
+    }
+
+    A inner(const T* x, const T* y) const {
+      Vec<A> sums{};
+      for (int64_t d = 0; d < p.Dv; d += kLanes<A>)
+        sums += load_first(x + d, p.Dv - d) * load_first(y + d, p.Dv - d);
+      return sum<A>(sums);
+    }
+
+    // 0 for a row that sees nothing: its scores are all -inf, so its probabilities stay 0.
+    A read_lse(const QueryBlock& queries, int64_t i, int64_t plane) const {
+      A value = f.lse_[plane + (queries.b * p.Hq + queries.h) * p.N + queries.first + i];
+      return value == -std::numeric_limits<A>::infinity() ? A(0) : value;
+    }
+
+    // With two softmaxes: <do, o_prefix> from the probabilities, and what is left of <do, o> is the tokens'.
+    void find_prefix_delta(const QueryBlock& queries) {
+      std::fill_n(prefix_delta, kQueries, A(0));
+      for (int64_t first = 0; first < p.P; first += kKeys) {
+        Columns columns{Half::prefix, first, std::min(kKeys, p.P - first)};
+        Gate<A> gate = score_block(queries, columns);
+        for_vectors<A>(strips[0], [&](int64_t r, int64_t c) {
+          int64_t at = r * kQueries + c;
+          Vec<A> weight = gate.at(r, c) * exp(load(s.values + at) - load(prefix_lse + c));
+          if (keeps) weight *= load(keeps + at);
+          store(prefix_delta + c, load(prefix_delta + c) + weight * load(ds.values + at));
+        });
+      }
+      A og = p.output_gate_of(queries.b, queries.h), total = 0;
+      for (int64_t i = 0; i < queries.count; ++i) {
+        delta[i] -= og * prefix_delta[i];
+        total += prefix_delta[i];
+      }
+      if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total;
+    }
+
+    A* block_sum(const Tensor& sums, const QueryBlock& queries) const {
+      return sums.data_ptr<A>() + (queries.b * p.Hq + queries.h) * p.query_blocks() + queries.index;
+    }
+
+    void differentiate_sink(const QueryBlock& queries) {
+      A sink = static_cast<A>(*p.sinks.at(queries.h)), total = 0;
+      for (int64_t i = 0; i < queries.count; ++i) total -= std::exp(sink - lse[i]) * delta[i];
+      *block_sum(f.gradients_.sinks, queries) = total;
+    }
+
+    // Scores and <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
+    Gate<A> score_block(const QueryBlock& queries, const Columns& columns, KeyBlock<M>* keys = nullptr) {
+      bool of_prefix = columns.half == Half::prefix;
+      if (of_prefix) {
+        all_visible(queries, columns.rows, kLanes<A>, strips);
+      } else {
+        visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
+      }
+      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
+      auto kb = key_block<M>(
+          k.at(queries.b, queries.hkv, columns.first), k.strides[2], columns.rows, p.D, true, needs.query && keys,
+          key_rows, key_pairs);
+      auto vb = key_block<M>(
+          v.at(queries.b, queries.hkv, columns.first), v.strides[2], columns.rows, p.Dv, true, false, value_rows,
+          nullptr);
+      if (keys) *keys = kb;
+      Gate<A> gate = read_gate(p, queries, columns, gates);
+      if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
+      for (const Strip& strip : strips) {
+        multiply(kb.along(p.D, q, s.values), strip);
+        multiply(vb.along(p.Dv, dout, ds.values), strip);
+        if (products && of_prefix)
+          for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+            store(products + r * kQueries + c, load(s.values + r * kQueries + c) * p.scale);
+          });
+        make_scores(p, f.band_, queries, columns, strip, gate, s.values, tanhs);
+      }
+      return gate;
+    }
+
+    static void multiply(Product<M> product, const Strip& strip) {
+      product.a += strip.row * product.rs;
+      product.b += strip.column * M::pair;
+      product.c += strip.row * kQueries + strip.column;
+      product.run(strip.rows, strip.columns);
+    }
+
+    void add_block(const QueryBlock& queries, const Columns& columns, const KeySums<A>& sums) {
+      KeyBlock<M> kb;
+      Gate<A> gate = score_block(queries, columns, &kb);
+      bool of_prefix = columns.half == Half::prefix;
+      bool need_dk = of_prefix ? needs.prefix_key : needs.key, need_dv = of_prefix ? needs.prefix_value : needs.value;
+      for (const Strip& strip : strips) {
+        differentiate_scores(queries, columns, strip, gate);
+        if (need_dv) s.round_natural(strip);
+        if (need_dv) add_to_rows(s, do_rows, p.Dv, sums.dv + columns.first * f.width(true, p.Dv), strip);
+        if (need_dk) ds.round_natural(strip);
+        if (need_dk) add_to_rows(ds, q_rows, p.D, sums.dk + columns.first * f.width(true, p.D), strip);
+        if (needs.query) ds.round_pairs(strip);
+        if (needs.query)
+          kb.across(strip.row, strip.rows, ds.pairs + strip.column * M::pair, dq + strip.column)
+              .run(p.D, strip.columns);
+      }
+      if (of_prefix && needs.prefix_gate) write_gate_gradient(queries, columns);
+    }
+
+    // P to P g keep in s, dP to dS c g in ds, and dg in products.
+    void differentiate_scores(
+        const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
+      bool own_softmax = p.separate() && columns.half == Half::prefix;
+      const A* row_lse = own_softmax ? prefix_lse : lse;
+      const A* row_delta = own_softmax ? prefix_delta : delta;
+      A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
+      bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
+      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+        int64_t at = r * kQueries + c;
+        Vec<A> probability = exp(load(s.values + at) - load(row_lse + c)) * og;
+        Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
+        if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
+        Vec<A> d = probability * (g * dov - load(row_delta + c));
+        if (tanhs) d *= A(1) - load(tanhs + at) * load(tanhs + at);
+        if (with_dg) store(products + at, d * load(products + at) + probability * dov);
+        store(s.values + at, kept * g);
+        store(ds.values + at, d * g * p.scale);
+      });
+    }
+
+    // sums (rows of the strip) += tile rows (queries of the strip)
+    void add_to_rows(const Tile<M>& tile, const Operand* rows, int64_t width, A* sums, const Strip& strip) const {
+      int64_t ld = round_up(width, kLanes<A>);
+      Product<M> product{
+          tile.natural + strip.row * kQueries + strip.column, kQueries, M::pair, rows + strip.column * ld,
+          ld * M::pair, sums + strip.row * ld, ld, strip.columns / M::pair, true};
+      product.run(strip.rows, ld);
+    }
+
+    // dg, summed over the block's queries, or for each of them.
+    void write_gate_gradient(const QueryBlock& queries, const Columns& columns) {
+      const Tensor& gradient = f.gradients_.prefix_gate;
+      bool each = p.gate_per_query && gradient.size(2) == p.N;
+      A* to = gradient.data_ptr<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
+              (each ? queries.first : queries.index) * gradient.stride(2) + columns.first;
+      for (int64_t r = 0; r < columns.rows; ++r) {
+        const A* from = products + r * kQueries;
+        if (each) {
+          for (int64_t i = 0; i < queries.count; ++i) to[i * gradient.stride(2) + r] = from[i];
+        } else {
+          Vec<A> sums{};
+          for (int64_t c = 0; c < round_up(queries.count, kLanes<A>); c += kLanes<A>) sums += load(from + c);
+          to[r] = sum<A>(sums);
+        }
+      }
+    }
+
+    void write_dq(const QueryBlock& queries) {
+      const Tensor& to = f.gradients_.query;
+      T* rows = static_cast<T*>(to.data_ptr()) + queries.b * to.stride(0) + queries.h * to.stride(1) +
+                queries.first * to.stride(2);
+      unpack_transposed(dq, queries.count, p.D, rows, to.stride(2));
+    }
+  };
+
+  const Problem<T, A>& p_;
+  const Needs needs_;
+  const Gradients& gradients_;
+  Band band_;
+  View<const T> do_, o_;
+  const A* lse_;
+  Slots slots_;
+  KeySumsShape token_shape_, prefix_shape_;
+  Tensor prefix_sums_, cut_sums_;
+};
+
+}  // namespace fastprefix

@@ -1,0 +1,9 @@
+#include "kernels.h"
+
+namespace fastprefix {
+#if defined(__AVX512BF16__)
+FASTPREFIX_DEFINE_KERNELS(at::BFloat16, Bfloat16Pairs)
+#else
+FASTPREFIX_DEFINE_KERNELS(at::BFloat16, Plain<float>)
+#endif
+}

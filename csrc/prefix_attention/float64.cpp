@@ -1,0 +1,5 @@
+#include "kernels.h"
+
+namespace fastprefix {
+FASTPREFIX_DEFINE_KERNELS(double, Plain<double>)
+}

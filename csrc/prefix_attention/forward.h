@@ -1,0 +1,229 @@
+// Forward: one pass over prefix and tokens with an online softmax, a block of queries at a time.
+//
+// Scores are computed transposed, S^T = K Q^T: keys are broadcast from where they lie, the queries (transposed once)
+// fill the vectors. So maxima and sums are vertical, and P^T is at once the operand of O^T += V^T P^T.
+#pragma once
+
+#include "scratch.h"
+#include "tiles.h"
+
+namespace fastprefix {
+
+// Running maximum, sum and weighted sum of values of a softmax, one a query.
+template <class A>
+struct Softmax {
+  A* m;  // [kQueries]
+  A* l;
+  A* o;  // O^T [Dv][kQueries]
+
+  void take(Arena& arena, int64_t Dv) {
+    m = arena.take<A>(kQueries);
+    l = arena.take<A>(kQueries);
+    o = arena.take<A>(Dv * kQueries);
+  }
+
+  // Nothing seen yet, or (a sink) one score that has no value.
+  void start(int64_t Dv, A sink = -std::numeric_limits<A>::infinity()) {
+    std::fill_n(m, kQueries, sink);
+    std::fill_n(l, kQueries, sink == -std::numeric_limits<A>::infinity() ? A(0) : A(1));
+    std::fill_n(o, Dv * kQueries, A(0));
+  }
+
+  // The maximum is finite or, in a row that has seen nothing, replaced by 0, so that -inf - m is -inf.
+  static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
+
+  // Raises the maximum by the scores of the strips and rescales what was summed under the old one.
+  void raise(const std::vector<Strip>& strips, const A* s, int64_t columns, int64_t Dv) {
+    for (int64_t c = 0; c < columns; c += kLanes<A>) {
+      Vec<A> old = load(m + c), highest = old;
+      for (const Strip& strip : strips)
+        if (strip.column <= c && c < strip.column + strip.columns)
+          highest = maximum<A>(highest, column_maximum(s + strip.row * kQueries + c, strip.rows));
+      auto raised = highest != old;
+      bool any = false;
+      for (int i = 0; i < kLanes<A>; ++i) any |= raised[i] != 0;
+      if (!any) continue;
+      Vec<A> factor = exp(old - shift(highest));
+      store(m + c, highest);
+      store(l + c, load(l + c) * factor);
+      for (int64_t d = 0; d < Dv; ++d) store(o + d * kQueries + c, load(o + d * kQueries + c) * factor);
+    }
+  }
+
+  static Vec<A> column_maximum(const A* s, int64_t rows) {
+    Vec<A> a = load(s), b = a, c = a, d = a;
+    for (; rows >= 4; rows -= 4, s += 4 * kQueries) {
+      a = maximum<A>(a, load(s));
+      b = maximum<A>(b, load(s + kQueries));
+      c = maximum<A>(c, load(s + 2 * kQueries));
+      d = maximum<A>(d, load(s + 3 * kQueries));
+    }
+    for (; rows > 0; --rows, s += kQueries) a = maximum<A>(a, load(s));
+    return maximum<A>(maximum<A>(a, b), maximum<A>(c, d));
+  }
+
+  // Scores to probabilities (under the maximum so far), in place, and their sums.
+  void exponentiate(const Strip& strip, A* s) {
+    for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+      Vec<A> shifted = shift(load(m + c)), sums = load(l + c);
+      for (int64_t r = strip.row; r < strip.row + strip.rows; ++r) {
+        Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
+        sums += probability;
+        store(s + r * kQueries + c, probability);
+      }
+      store(l + c, sums);
+    }
+  }
+};
+
+template <class M, class T>
+class Forward {
+  using A = typename M::Accumulator;
+  using Operand = typename M::Operand;
+
+ public:
+  Forward(const Problem<T, A>& p, Tensor& output, Tensor& lse)
+      : p_(p), band_(p), output_(output), lse_(static_cast<A*>(lse.data_ptr())) {}
+
+  void run() {
+    Slots slots(p_.B * p_.Hq * p_.query_blocks());
+    if (slots.items == 0) return;
+    Arena counting(nullptr);
+    Worker(*this, counting);
+    slots.run(counting.used(), [&](int64_t slot, char* memory) {
+      Arena arena(memory);
+      Worker worker(*this, arena);
+      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) worker.attend(block(item));
+    });
+  }
+
+ private:
+  QueryBlock block(int64_t item) const {
+    int64_t blocks = p_.query_blocks(), index = item % blocks, h = item / blocks % p_.Hq;
+    return {item / blocks / p_.Hq, h, h / p_.G, index * kQueries, std::min(kQueries, p_.N - index * kQueries), index};
+  }
+
+  struct Worker {
+    const Forward& f;
+    const Problem<T, A>& p;
+    Operand* q;  // Q^T
+    Operand* keys;
+    Operand* value_rows;
+    Operand* value_pairs;
+    A* gates;
+    A* keeps;
+    Tile<M> s;
+    Softmax<A> tokens, prefix;
+    std::vector<Strip> strips;
+
+    Worker(const Forward& forward, Arena& arena) : f(forward), p(forward.p_) {
+      q = arena.take<Operand>(round_up(p.D, M::pair) * kQueries);
+      keys = arena.take<Operand>(kKeys * round_up(p.D, M::pair));
+      value_rows = M::pair == 1 ? arena.take<Operand>(kKeys * p.Dv) : nullptr;
+      value_pairs = M::pair == 2 ? arena.take<Operand>(kKeys * round_up(p.Dv, kLanes<A>)) : nullptr;
+      gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
+      keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
+      s.take(arena, false, true);
+      tokens.take(arena, p.Dv);
+      if (p.separate()) prefix.take(arena, p.Dv);
+    }
+
+    void attend(const QueryBlock& queries) {
+      pack_transposed<M>(
+          p.q.at(queries.b, queries.h, queries.first), p.q.strides[2], queries.count, p.D, q);
+      tokens.start(p.Dv, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
+      if (p.separate()) prefix.start(p.Dv);
+      Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
+      for (int64_t first = 0; first < p.P; first += kKeys)
+        add_block(queries, {Half::prefix, first, std::min(kKeys, p.P - first)}, of_prefix);
+      int64_t begin = std::max<int64_t>(0, f.band_.first_key(queries.first));
+      int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
+      for (int64_t first = begin; first < end; first += kKeys)
+        add_block(queries, {Half::tokens, first, std::min(kKeys, end - first)}, tokens);
+      finish(queries);
+    }
+
+    void add_block(const QueryBlock& queries, const Columns& columns, Softmax<A>& softmax) {
+      bool of_prefix = columns.half == Half::prefix;
+      if (of_prefix) {
+        all_visible(queries, columns.rows, kLanes<A>, strips);
+      } else {
+        visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
+      }
+      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
+      auto kb = key_block<M>(
+          k.at(queries.b, queries.hkv, columns.first), k.strides[2], columns.rows, p.D, true, false, keys, nullptr);
+      auto vb = key_block<M>(
+          v.at(queries.b, queries.hkv, columns.first), v.strides[2], columns.rows, p.Dv, false, true, value_rows,
+          value_pairs);
+      Gate<A> gate = read_gate(p, queries, columns, gates);
+      if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
+      for (const Strip& strip : strips) {
+        score(kb, strip);
+        make_scores(p, f.band_, queries, columns, strip, gate, s.values);
+      }
+      softmax.raise(strips, s.values, round_up(queries.count, kLanes<A>), p.Dv);
+      for (const Strip& strip : strips) {
+        softmax.exponentiate(strip, s.values);
+        weigh(strip, gate);
+        s.round_pairs(strip);
+        vb.across(strip.row, strip.rows, s.pairs + strip.column * M::pair, softmax.o + strip.column)
+            .run(p.Dv, strip.columns);
+      }
+    }
+
+    // S^T = K Q^T
+    void score(const KeyBlock<M>& kb, const Strip& strip) {
+      Product<M> product = kb.along(p.D, q + strip.column * M::pair, s.values + strip.row * kQueries + strip.column);
+      product.a += strip.row * product.rs;
+      product.run(strip.rows, strip.columns);
+    }
+
+    // What a probability multiplies its value with: the gate, dropout.
+    void weigh(const Strip& strip, const Gate<A>& gate) {
+      if (!gate.of_row && !gate.of_query && !keeps) return;
+      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+        A* at = s.values + r * kQueries + c;
+        Vec<A> weight = gate.at(r, c);
+        if (keeps) weight *= load(keeps + r * kQueries + c);
+        store(at, load(at) * weight);
+      });
+    }
+
+    // o = O / l (+ og times the prefix's), lse = m + log l.
+    void finish(const QueryBlock& queries) {
+      int64_t columns = round_up(queries.count, kLanes<A>);
+      for (int64_t c = 0; c < columns; c += kLanes<A>) {
+        Vec<A> factor = inverse(load(tokens.l + c)), prefix_factor{};
+        if (p.separate()) prefix_factor = inverse(load(prefix.l + c)) * p.output_gate_of(queries.b, queries.h);
+        for (int64_t d = 0; d < p.Dv; ++d) {
+          A* at = tokens.o + d * kQueries + c;
+          Vec<A> o = load(at) * factor;
+          if (p.separate()) o += load(prefix.o + d * kQueries + c) * prefix_factor;
+          store(at, o);
+        }
+      }
+      const Tensor& output = f.output_;
+      T* to = static_cast<T*>(output.data_ptr()) + queries.b * output.stride(0) + queries.h * output.stride(1) +
+              queries.first * output.stride(2);
+      unpack_transposed(tokens.o, queries.count, p.Dv, to, output.stride(2));
+      write_lse(queries, tokens, 0);
+      if (p.separate()) write_lse(queries, prefix, p.B * p.Hq * p.N);
+    }
+
+    static Vec<A> inverse(Vec<A> l) { return l == 0 ? Vec<A>{} : A(1) / l; }
+
+    void write_lse(const QueryBlock& queries, const Softmax<A>& softmax, int64_t plane) {
+      A* to = f.lse_ + plane + (queries.b * p.Hq + queries.h) * p.N + queries.first;
+      for (int64_t i = 0; i < queries.count; ++i)
+        to[i] = softmax.l[i] == 0 ? -std::numeric_limits<A>::infinity() : softmax.m[i] + std::log(softmax.l[i]);
+    }
+  };
+
+  const Problem<T, A>& p_;
+  Band band_;
+  Tensor output_;
+  A* lse_;
+};
+
+}  // namespace fastprefix

@@ -1,0 +1,119 @@
+// The one matrix product that everything is made of: C (+)= A B, A read by broadcast, B and C by vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace fastprefix {
+
+// How operands are multiplied. `pair` elements that are neighbours along the summed index lie together in memory:
+// one for ordinary arithmetic, two for bfloat16 dot products.
+template <class A>
+struct Plain {
+  using Operand = A;
+  using Accumulator = A;
+  static constexpr int pair = 1;
+  static Vec<A> broadcast(const A* a) { return splat(*a); }
+  static Vec<A> vector(const A* b) { return load(b); }
+  static Vec<A> multiply_add(Vec<A> c, Vec<A> a, Vec<A> b) { return a * b + c; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16Pairs {
+  using Operand = at::BFloat16;
+  using Accumulator = float;
+  static constexpr int pair = 2;
+  static Vec<float> broadcast(const at::BFloat16* a) {
+    float both;
+    std::memcpy(&both, a, sizeof(both));
+    return splat_bits(both);
+  }
+  static Vec<float> vector(const at::BFloat16* b) { return load(reinterpret_cast<const float*>(b)); }
+  static Vec<float> multiply_add(Vec<float> c, Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+  }
+
+ private:
+  static Vec<float> splat_bits(float both) { return (Vec<float>)_mm512_set1_ps(both); }
+};
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#endif
+
+// C[r, v] (+)= sum_k A[r, k] B[k, v]. `rs` and `ks`: elements from one row of A, one step (of `pair` elements) of the
+// summed index, to the next; `ldb`: elements of B from one step to the next.
+template <class M>
+struct Product {
+  using Operand = typename M::Operand;
+  using A = typename M::Accumulator;
+
+  const Operand* a;
+  int64_t rs, ks;
+  const Operand* b;
+  int64_t ldb;
+  A* c;
+  int64_t ldc;
+  int64_t steps;
+  bool accumulate;
+
+  template <int R, int V>
+  void tile(int64_t row, int64_t vector) const {
+    const Operand* ap = a + row * rs;
+    const Operand* bp = b + vector * kLanes<A> * M::pair;
+    A* cp = c + row * ldc + vector * kLanes<A>;
+    Vec<A> sums[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = accumulate ? load(cp + r * ldc + v * kLanes<A>) : Vec<A>{};
+    for (int64_t k = 0; k < steps; ++k, ap += ks, bp += ldb) {
+      Vec<A> bs[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) bs[v] = M::vector(bp + v * kLanes<A> * M::pair);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Vec<A> broadcast = M::broadcast(ap + r * rs);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = M::multiply_add(sums[r][v], broadcast, bs[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(cp + r * ldc + v * kLanes<A>, sums[r][v]);
+  }
+
+  template <int V>
+  void rows_of(int64_t row, int64_t rows, int64_t vector) const {
+    for (; rows >= kTileRows; rows -= kTileRows, row += kTileRows) tile<kTileRows, V>(row, vector);
+    switch (rows) {
+      case 5: return tile<5, V>(row, vector);
+      case 4: return tile<4, V>(row, vector);
+      case 3: return tile<3, V>(row, vector);
+      case 2: return tile<2, V>(row, vector);
+      case 1: return tile<1, V>(row, vector);
+      default: return;
+    }
+  }
+
+  // `rows` of C, and `columns` (a multiple of the vector's length) of them.
+  void run(int64_t rows, int64_t columns) const {
+    int64_t vectors = columns / kLanes<A>;
+    for (int64_t vector = 0, width; vector < vectors; vector += width) {
+      // Equal widths: five vectors are 3 + 2, not 4 + 1.
+      int64_t left = vectors - vector, tiles = (left + kTileVectors - 1) / kTileVectors;
+      width = (left + tiles - 1) / tiles;
+      if (width == 1) rows_of<1>(0, rows, vector);
+      if (width == 2) rows_of<2>(0, rows, vector);
+      if constexpr (kTileVectors > 2) {
+        if (width == 3) rows_of<3>(0, rows, vector);
+        if (width == 4) rows_of<4>(0, rows, vector);
+      }
+    }
+  }
+};
+
+}  // namespace fastprefix

@@ -1,0 +1,153 @@
+// Moving operands into the forms that the product wants, a block at a time, in a thread's own scratch memory.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastprefix {
+
+constexpr int64_t kQueries = 64;  // queries in a block: the vector side of S^T
+constexpr int64_t kKeys = 96;     // keys in a block
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// rows x width of T to operands, rows `ld` apart and padded with zeros up to there.
+template <class Op, class T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Op* to, int64_t ld) {
+  using A = AccumulatorOf<Op>;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < ld; d += kLanes<A>)
+      store_first(to + r * ld + d, load_first(from + r * stride + d, width - d), ld - d);
+}
+
+// The same, two rows together: to[r / 2][d][r % 2]. An odd last row is paired with zeros. `ld` a multiple of lanes.
+inline void pack_row_pairs(
+    const at::BFloat16* from, int64_t stride, int64_t rows, int64_t width, at::BFloat16* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
+    for (int64_t d = 0; d < ld; d += kLanes<float>, to += 2 * kLanes<float>) {
+      Bits low = reinterpret_cast<Bits>(load_first(from + d, width - d)) >> 16;
+      Bits high{};
+      if (r + 1 < rows) high = reinterpret_cast<Bits>(load_first(from + stride + d, width - d));
+      store(reinterpret_cast<uint32_t*>(to), low | high);
+    }
+}
+
+// rows x width transposed: to[d][row], kQueries rows of which those past `rows` (up to a full vector) are zero. Words
+// are one element, or a pair of neighbours where the product takes pairs.
+template <class M, class T>
+void pack_transposed(
+    const T* from, int64_t stride, int64_t rows, int64_t width, typename M::Operand* to) {
+  using A = typename M::Accumulator;
+  constexpr int n = kLanes<A>;
+  A* words = reinterpret_cast<A*>(to);
+  int64_t steps = (width + M::pair - 1) / M::pair;
+  for (int64_t r0 = 0; r0 < rows; r0 += n)
+    for (int64_t d0 = 0; d0 < steps; d0 += n) {
+      Vec<A> square[n];
+      for (int r = 0; r < n; ++r) {
+        if (r0 + r >= rows) {
+          square[r] = Vec<A>{};
+          continue;
+        }
+        const T* row = from + (r0 + r) * stride + d0 * M::pair;
+        if constexpr (M::pair == 1) {
+          square[r] = load_first(row, width - d0);
+        } else {
+          at::BFloat16 padded[2 * n] = {};
+          int64_t left = std::min<int64_t>(width - 2 * d0, 2 * n);
+          if (left < 2 * n) std::memcpy(static_cast<void*>(padded), row, left * sizeof(T));
+          square[r] = load(reinterpret_cast<const A*>(left < 2 * n ? padded : row));
+        }
+      }
+      transpose<A>(square);
+      for (int d = 0; d < n && d0 + d < steps; ++d) store(words + (d0 + d) * kQueries + r0, square[d]);
+    }
+}
+
+// from[d][row] (kQueries rows) back to rows x width of T.
+template <class A, class T>
+void unpack_transposed(const A* from, int64_t rows, int64_t width, T* to, int64_t stride) {
+  constexpr int n = kLanes<A>;
+  for (int64_t r0 = 0; r0 < rows; r0 += n)
+    for (int64_t d0 = 0; d0 < width; d0 += n) {
+      Vec<A> square[n];
+      for (int d = 0; d < n; ++d) square[d] = d0 + d < width ? load(from + (d0 + d) * kQueries + r0) : Vec<A>{};
+      transpose<A>(square);
+      for (int r = 0; r < n && r0 + r < rows; ++r)
+        store_first(to + (r0 + r) * stride + d0, square[r], width - d0);
+    }
+}
+
+// One block of keys (or values) as the broadcast side of a product, summed over its width (`along`) or over its rows
+// (`across`). Operands are read where they lie if their form allows it, else from a packed block.
+template <class M>
+struct KeyBlock {
+  using Operand = typename M::Operand;
+  const Operand* rows = nullptr;
+  int64_t stride = 0;
+  const Operand* pairs = nullptr;
+  int64_t pair_stride = 0;
+
+  // C (rows of the block x lanes) = block B, B [width][kQueries].
+  Product<M> along(int64_t width, const Operand* b, typename M::Accumulator* c) const {
+    int64_t steps = (width + M::pair - 1) / M::pair;
+    return {rows, stride, M::pair, b, kQueries * M::pair, c, kQueries, steps, false};
+  }
+
+  // C (width x lanes) += block^T B, B [rows][kQueries], from `first` on.
+  Product<M> across(int64_t first, int64_t count, const Operand* b, typename M::Accumulator* c) const {
+    int64_t steps = (count + M::pair - 1) / M::pair;
+    b += first * kQueries;
+    if constexpr (M::pair == 1) return {rows + first * stride, 1, stride, b, kQueries, c, kQueries, steps, true};
+    return {pairs + first * pair_stride, 2, 2 * pair_stride, b, 2 * kQueries, c, kQueries, steps, true};
+  }
+};
+
+template <class M, class T>
+KeyBlock<M> key_block(
+    const T* from,
+    int64_t stride,
+    int64_t rows,
+    int64_t width,
+    bool need_along,
+    bool need_across,
+    typename M::Operand* packed,
+    typename M::Operand* packed_pairs) {
+  KeyBlock<M> block;
+  if constexpr (std::is_same_v<T, typename M::Operand>) {
+    block.rows = from;
+    block.stride = stride;
+  }
+  if (need_along || M::pair == 1) {
+    if (!std::is_same_v<T, typename M::Operand> || width % M::pair != 0) {
+      block.stride = round_up(width, M::pair);
+      pack_rows(from, stride, rows, width, packed, block.stride);
+      block.rows = packed;
+    }
+  }
+  if constexpr (M::pair == 2) {
+    if (need_across) {
+      block.pair_stride = round_up(width, kLanes<float>);
+      pack_row_pairs(from, stride, rows, width, packed_pairs, block.pair_stride);
+      block.pairs = packed_pairs;
+    }
+  }
+  return block;
+}
+
+// Rows as the vector side of a product that sums over the rows: [row][width padded with zeros to whole vectors].
+template <class M, class T>
+void pack_vectors(const T* from, int64_t stride, int64_t rows, int64_t width, typename M::Operand* to) {
+  using A = typename M::Accumulator;
+  int64_t ld = round_up(width, kLanes<A>), padded_rows = round_up(rows, kLanes<A>);
+  if constexpr (M::pair == 1) {
+    pack_rows(from, stride, rows, width, to, ld);
+  } else {
+    pack_row_pairs(from, stride, rows, width, to, ld);
+  }
+  int64_t filled = round_up(rows, M::pair);
+  std::memset(static_cast<void*>(to + filled * ld), 0, (padded_rows - filled) * ld * sizeof(typename M::Operand));
+}
+
+}  // namespace fastprefix

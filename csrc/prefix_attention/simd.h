@@ -1,0 +1,231 @@
+// Vectors of the instruction set that this library is compiled for: loads, stores, exp, tanh, transposition.
+//
+// GCC's vector extensions carry the arithmetic, so one source serves AVX-512, AVX2 and any other machine; intrinsics
+// are used only where the extensions have no word for an instruction.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace fastprefix {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+  typedef A unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+
+using Bits = Vec<uint32_t>;  // the lanes of a Vec<float> as words
+using Halves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+inline Vec<A> splat(A x) {
+  return x - Vec<A>{};
+}
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename VectorOf<A>::unaligned*>(p);
+}
+
+template <class A>
+inline void store(A* p, std::type_identity_t<Vec<A>> x) {
+  *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = x;
+}
+
+template <class A>
+inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+// ---- conversions: tensors of type T, arithmetic in type A -------------------------------------------------------
+
+// The type of sums over elements of type T.
+template <class T>
+using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline Halves load_halves(const void* p) {
+  Halves x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline Bits widen(Halves x) {
+  return __builtin_convertvector(x, Bits);
+}
+
+// bfloat16, rounded to nearest even, in the low half of each word.
+inline Bits to_bfloat16(Vec<float> x) {
+#if defined(__AVX512BF16__)
+  return widen((Halves)_mm512_cvtneps_pbh((__m512)x));
+#else
+  Bits bits = reinterpret_cast<Bits>(x);
+  Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return x == x ? rounded : (bits >> 16) | 0x40u;
+#endif
+}
+
+template <class T>
+inline Vec<AccumulatorOf<T>> load_as(const T* p) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    return reinterpret_cast<Vec<float>>(widen(load_halves(p)) << 16);
+  } else if constexpr (std::is_same_v<T, at::Half>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Vec<float> x;
+    for (int i = 0; i < kLanes<float>; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+#endif
+  } else {
+    return load(p);
+  }
+}
+
+template <class T>
+inline void store_as(T* p, Vec<AccumulatorOf<T>> x) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    Halves halves = __builtin_convertvector(to_bfloat16(x), Halves);
+    std::memcpy(static_cast<void*>(p), &halves, sizeof(halves));
+  } else if constexpr (std::is_same_v<T, at::Half>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#elif defined(CPU_CAPABILITY_AVX2)
+    __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+#else
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = static_cast<at::Half>(x[i]);
+#endif
+  } else {
+    store(p, x);
+  }
+}
+
+// The first n (at most a vector's worth) elements; the others are 0.
+template <class T>
+inline Vec<AccumulatorOf<T>> load_first(const T* p, int64_t n) {
+  constexpr int lanes = kLanes<AccumulatorOf<T>>;
+  if (n >= lanes) return load_as(p);
+  T padded[lanes] = {};
+  if (n > 0) std::memcpy(static_cast<void*>(padded), p, n * sizeof(T));
+  return load_as(padded);
+}
+
+template <class T>
+inline void store_first(T* p, Vec<AccumulatorOf<T>> x, int64_t n) {
+  constexpr int lanes = kLanes<AccumulatorOf<T>>;
+  if (n >= lanes) return store_as(p, x);
+  T padded[lanes];
+  store_as(padded, x);
+  std::memcpy(static_cast<void*>(p), padded, n * sizeof(T));
+}
+
+// ---- functions ---------------------------------------------------------------------------------------------------
+
+// e^x to 2e-7; 0 from e^-87.6 downwards (so for -inf), NaN for NaN.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
+  x = x < -88.1f ? splat(-88.1f) : x;
+  Vec<float> shifted = x * float(M_LOG2E) + kRound;
+  Vec<float> f = x * float(M_LOG2E) - (shifted - kRound);
+  Vec<float> y = f * 1.54697320e-4f + 1.34004322e-3f;
+  y = y * f + 9.61802560e-3f;
+  y = y * f + 5.55032721e-2f;
+  y = y * f + 2.40226512e-1f;
+  y = y * f + 6.93147207e-1f;
+  y = y * f + 1.0f;
+  Bits power = (reinterpret_cast<Bits>(shifted) << 23) + 0x3F800000u;
+  return y * reinterpret_cast<Vec<float>>(power);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+inline Vec<float> tanh(Vec<float> x) {
+  Vec<float> z = x * x;
+  Vec<float> small = z * 2.21836e-3f + -8.27613e-3f;
+  small = small * z + 2.174755e-2f;
+  small = small * z + -5.395656e-2f;
+  small = small * z + 1.3333292e-1f;
+  small = small * z + -3.3333333e-1f;
+  small = x + x * z * small;
+  Vec<float> e = exp((x < 0 ? x : -x) * 2.0f);
+  Vec<float> large = (1.0f - e) / (1.0f + e);
+  large = x < 0 ? -large : large;
+  return z < 0.4225f ? small : large;
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+template <class A>
+inline A sum(Vec<A> x) {
+  A total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += x[i];
+  return total;
+}
+
+// ---- transposition -----------------------------------------------------------------------------------------------
+
+template <class A>
+inline Vec<A> zip_low(Vec<A> a, Vec<A> b) {
+  std::conditional_t<sizeof(A) == 4, Vec<int32_t>, Vec<int64_t>> order;
+  for (int i = 0; i < kLanes<A>; ++i) order[i] = i / 2 + (i % 2) * kLanes<A>;
+  return __builtin_shuffle(a, b, order);
+}
+
+template <class A>
+inline Vec<A> zip_high(Vec<A> a, Vec<A> b) {
+  std::conditional_t<sizeof(A) == 4, Vec<int32_t>, Vec<int64_t>> order;
+  for (int i = 0; i < kLanes<A>; ++i) order[i] = (kLanes<A> + i) / 2 + (i % 2) * kLanes<A>;
+  return __builtin_shuffle(a, b, order);
+}
+
+// A square of kLanes x kLanes, transposed: zipping the first half of the rows with the second turns the index of an
+// element by one bit, so log2(kLanes) rounds exchange row and column.
+template <class A>
+inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+    Vec<A> turned[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      turned[2 * i] = zip_low<A>(rows[i], rows[i + n / 2]);
+      turned[2 * i + 1] = zip_high<A>(rows[i], rows[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = turned[i];
+  }
+}
+
+}  // namespace fastprefix

@@ -1,0 +1,48 @@
+// Blocks of probabilities (or score gradients) as operands. Where the product takes pairs, they are rounded twice:
+// `natural` for sums over queries, `pairs` of keys for sums over keys. Where it does not, they are used as they are.
+#pragma once
+
+#include "scores.h"
+
+namespace fastprefix {
+
+template <class M>
+struct Tile {
+  using Operand = typename M::Operand;
+  using A = typename M::Accumulator;
+
+  A* values = nullptr;           // [kKeys][kQueries]
+  Operand* natural = nullptr;    // the same
+  Operand* pairs = nullptr;      // [kKeys / 2][kQueries][2]
+
+  void take(Arena& arena, bool need_natural, bool need_pairs) {
+    values = arena.take<A>(kKeys * kQueries);
+    if constexpr (M::pair == 1) {
+      natural = pairs = values;
+    } else {
+      if (need_natural) natural = arena.take<Operand>(kKeys * kQueries);
+      if (need_pairs) pairs = arena.take<Operand>(kKeys * kQueries);
+    }
+  }
+
+  void round_natural(const Strip& strip) const {
+    if constexpr (M::pair == 2)
+      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+        store_as(natural + r * kQueries + c, load(values + r * kQueries + c));
+      });
+  }
+
+  // Strips begin at even rows; an odd last row is paired with zeros.
+  void round_pairs(const Strip& strip) const {
+    if constexpr (M::pair == 2)
+      for (int64_t r = strip.row; r < strip.row + strip.rows; r += 2)
+        for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+          const A* at = values + r * kQueries + c;
+          Bits low = to_bfloat16(load(at)), high{};
+          if (r + 1 < strip.row + strip.rows) high = to_bfloat16(load(at + kQueries));
+          store(reinterpret_cast<uint32_t*>(pairs + r * kQueries + 2 * c), low | (high << 16));
+        }
+  }
+};
+
+}  // namespace fastprefix
