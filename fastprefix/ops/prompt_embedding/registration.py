@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from ..registration import Kernel, Operation
 from . import eager
 from .arguments import DIFFERENTIABLE, Arguments
@@ -76,3 +77,6 @@ def _eager_backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments:
 
 OPERATION.define("eager")
 OPERATION.implement("eager", _eager_forward, _eager_backward)
+
+if _native.load() is None:  # its kernels are registered in C++ (csrc/prompt_embedding/register.cpp)
+    OPERATION.define("cpu")

@@ -1,0 +1,123 @@
+// The forward pass: one launch gathers rows, adds the offset and writes them behind the prompt.
+#pragma once
+
+#include "network.h"
+
+namespace fastprefix::prompt_embedding {
+
+template <class T>
+struct Forward {
+  using A = typename Problem<T>::A;
+
+  const Problem<T>& p;
+  Rows<T> prompt;
+  T* output;  // [B, S + N, d]
+
+  Forward(const Problem<T>& p, const OptionalTensor& prompt, Tensor& output)
+      : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()) {}
+
+  void run() const {
+    if (p.tokens() == 0 || p.r == 0) return lookup();
+    if (p.w1) return ffn();
+    low_rank();
+  }
+
+ private:
+  T* row(int64_t i) const { return output + i * p.d; }
+
+  // Prompt tuning: rows are copied, the prompt's and the table's.
+  void lookup() const {
+    at::parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t b = i / (p.S + p.N), s = i % (p.S + p.N);
+        if (s < p.S) prompt.copy(s, row(i));
+        else p.weight.copy(p.ids[b * p.N + s - p.S], row(i));
+      }
+    });
+  }
+
+  // This slot's share of the prompt rows.
+  void write_prompt(int64_t slot, int64_t slots) const {
+    int64_t rows = p.B * p.S;
+    for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i)
+      prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S));
+  }
+
+  struct Tile {
+    A *e, *h, *y, *factors;
+    Tile(Arena& arena, const Problem<T>& p)
+        : e(arena.take<A>((p.tile() + 4) * p.ld)),
+          h(arena.take<A>((p.tile() + 4) * p.rp)),
+          y(arena.take<A>(p.tile() * p.ld)),
+          factors(arena.take<A>(p.rp)) {}
+    static int64_t bytes(const Problem<T>& p) {
+      Arena count(nullptr);
+      Tile(count, p);
+      return count.used();
+    }
+  };
+
+  // ADePT: each distinct token once, its row copied to where else it occurs.
+  void ffn() const {
+    Groups groups = p.groups();
+    Slots slots(p.tokens());
+    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+      write_prompt(slot, slots.count);
+      Arena arena(scratch);
+      Tile tile(arena, p);
+      int64_t last = groups.cut(slot + 1, slots.count, p.cost_of_group());
+      for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()); u < last; u += p.tile())
+        ffn_tile(groups, u, std::min(p.tile(), last - u), tile);
+    });
+  }
+
+  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile) const {
+    for (int64_t t = 0; t < rows; ++t) p.weight.widen(groups.token[first + t], tile.e + t * p.ld);
+    p.hidden(tile.e, rows, tile.h);
+    for (int64_t t = 0; t < rows; ++t) {
+      A* h = tile.h + t * p.rp;
+      int64_t token = groups.place[groups.start[first + t]];
+      if (p.dropout.active) p.dropout.apply(token % p.N, token / p.N, p.r, h, tile.factors);
+      for (int64_t j = 0; j < p.r; ++j) h[j] = h[j] < 0 ? A(0) : h[j];
+    }
+    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    for (int64_t t = 0; t < rows; ++t) {
+      int64_t begin = groups.start[first + t], end = groups.start[first + t + 1];
+      T* original = row(p.place_in_output(groups.place[begin]));
+      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, p.b2, p.scale, p.d, original);
+      for (int64_t i = begin + 1; i < end; ++i)
+        std::memcpy(static_cast<void*>(row(p.place_in_output(groups.place[i]))), original, p.d * sizeof(T));
+    }
+  }
+
+  // DePT: the offsets of a block of positions once for all rows of the batch.
+  void low_rank() const {
+    int64_t blocks = (p.N + p.tile() - 1) / p.tile();
+    // Few blocks of positions: threads share one, each with rows of the batch of its own.
+    int64_t parts = std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B);
+    Slots slots(blocks * parts);
+    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+      write_prompt(slot, slots.count);
+      Arena arena(scratch);
+      Tile tile(arena, p);
+      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) {
+        int64_t part = item % parts;
+        low_rank_tile(item / parts * p.tile(), part * p.B / parts, (part + 1) * p.B / parts, tile);
+      }
+    });
+  }
+
+  void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const Tile& tile) const {
+    int64_t rows = std::min(p.tile(), p.N - first);
+    for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
+    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    for (int64_t b = first_row; b < last_row; ++b)
+      for (int64_t t = 0; t < rows; ++t) {
+        int64_t token = b * p.N + first + t;
+        p.weight.widen(p.ids[token], tile.e);
+        write_offset_row(tile.e, tile.y + t * p.ld, p.b2, p.scale, p.d, row(p.place_in_output(token)));
+      }
+  }
+};
+
+}  // namespace fastprefix::prompt_embedding

@@ -1,0 +1,100 @@
+// Rows of a tensor of type T, to and from rows of sums of type A padded with zeros to whole vectors.
+#pragma once
+
+#include "../prefix_attention/simd.h"
+
+namespace fastprefix::prompt_embedding {
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// A matrix whose rows may lie anywhere.
+template <class T>
+struct Rows {
+  const T* data = nullptr;
+  int64_t stride = 0, step = 1, d = 0;  // elements from row to row, from element to element; elements in a row
+
+  Rows() = default;
+  explicit Rows(const at::Tensor& x)
+      : data(x.const_data_ptr<T>()), stride(x.stride(0)), step(x.size(1) == 1 ? 1 : x.stride(1)), d(x.size(1)) {}
+
+  const T* row(int64_t i) const { return data + i * stride; }
+
+  // Row i as it is.
+  void copy(int64_t i, T* to) const {
+    const T* from = row(i);
+    if (step == 1) std::memcpy(static_cast<void*>(to), from, d * sizeof(T));
+    else
+      for (int64_t k = 0; k < d; ++k) to[k] = from[k * step];
+  }
+
+  // Row i as sums' type, whole vectors.
+  template <class A>
+  void widen(int64_t i, A* to) const {
+    const T* from = row(i);
+    constexpr int64_t n = kLanes<A>;
+    if (step == 1) {
+      int64_t k = 0;
+      for (; k + n <= d; k += n) store(to + k, load_as(from + k));
+      if (k < d) store(to + k, load_first(from + k, d - k));
+      return;
+    }
+    for (int64_t k = 0; k < d; ++k) to[k] = static_cast<A>(from[k * step]);
+    for (int64_t k = d; k < round_up(d, n); ++k) to[k] = 0;
+  }
+};
+
+// to += from
+template <class A, class T>
+inline void add_row(const T* from, int64_t d, A* to) {
+  constexpr int64_t n = kLanes<A>;
+  int64_t k = 0;
+  for (; k + n <= d; k += n) store(to + k, load(to + k) + load_as(from + k));
+  if (k < d) store(to + k, load(to + k) + load_first(from + k, d - k));
+}
+
+// to = from, narrowed
+template <class A, class T>
+inline void write_row(const A* from, int64_t d, T* to) {
+  constexpr int64_t n = kLanes<A>;
+  int64_t k = 0;
+  for (; k + n <= d; k += n) store_as(to + k, load(from + k));
+  if (k < d) store_first(to + k, load(from + k), d - k);
+}
+
+// to = e + scale * (x + bias), narrowed
+template <class A, class T>
+inline void write_offset_row(const A* e, const A* x, const A* bias, A scale, int64_t d, T* to) {
+  constexpr int64_t n = kLanes<A>;
+  auto value = [&](int64_t k) { return load(e + k) + scale * (load(x + k) + load(bias + k)); };
+  int64_t k = 0;
+  for (; k + n <= d; k += n) store_as(to + k, value(k));
+  if (k < d) store_first(to + k, value(k), d - k);
+}
+
+// The leading dimension of scratch matrices with rows of d: whole vectors, and no power of two, which would put the
+// rows of a column into few sets of the cache.
+template <class A>
+int64_t leading(int64_t d) {
+  int64_t ld = round_up(d, kLanes<A>);
+  return ld % (1024 / static_cast<int64_t>(sizeof(A))) == 0 ? ld + kLanes<A> : ld;
+}
+
+// x, its rows `ld` apart, in the sums' type, with rows of zeros up to `rows`.
+template <class T, class A>
+void pack_matrix(const at::Tensor& x, int64_t rows, int64_t ld, A* to) {
+  Rows<T> from(x);
+  int64_t width = round_up(from.d, kLanes<A>);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i < x.size(0)) from.widen(i, to + i * ld);
+    else std::fill(to + i * ld, to + i * ld + width, A(0));
+  }
+}
+
+template <class T, class A>
+void pack_vector(const at::Tensor& x, A* to) {
+  pack_matrix<T>(x.unsqueeze(0), 1, 0, to);
+}
+
+}  // namespace fastprefix::prompt_embedding
