@@ -41,8 +41,8 @@ struct Backward {
   }
 
   void sum_occurrences(const Groups& groups, int64_t u, A* to) const {
-    std::fill(to, to + p.width, A(0));
-    for (int64_t i = groups.start[u]; i < groups.start[u + 1]; ++i) add_row(dy(groups.place[i]), p.d, to);
+    const int64_t* place = groups.place.data() + groups.start[u];
+    sum_rows(groups.start[u + 1] - groups.start[u], [&](int64_t i) { return dy(place[i]); }, p.d, to);
   }
 
   void prompt_gradient() const {
@@ -50,8 +50,7 @@ struct Backward {
     at::parallel_for(0, p.S, 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width);
       for (int64_t s = begin; s < end; ++s) {
-        std::fill(sum.begin(), sum.end(), A(0));
-        for (int64_t b = 0; b < p.B; ++b) add_row(grad + b * batch_stride + s * row_stride, p.d, sum.data());
+        sum_rows(p.B, [&](int64_t b) { return grad + b * batch_stride + s * row_stride; }, p.d, sum.data());
         write_row(sum.data(), p.d, to + s * p.d);
       }
     });
@@ -72,13 +71,14 @@ struct Backward {
     }
   };
   struct Tile {
-    A *e, *g, *h, *dh, *factors;
+    A *e, *g, *h, *dh, *factors, *sum;
     Tile(Arena& arena, const Problem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           g(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
           dh(arena.take<A>((p.tile() + 4) * p.rp)),
-          factors(arena.take<A>((p.tile() + 4) * p.rp)) {}
+          factors(arena.take<A>((p.tile() + 4) * p.rp)),
+          sum(arena.take<A>(std::max(p.width, p.rp))) {}
     static int64_t bytes(const Problem<T>& p) {
       Arena count(nullptr);
       Tile(count, p);
@@ -158,8 +158,7 @@ struct Backward {
       sum_occurrences(groups, first + t, g);
       for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
     }
-    if (gradients.b2.defined())
-      for (int64_t t = 0; t < rows; ++t) add_row(tile.g + t * p.ld, p.width, sums.b2);
+    if (gradients.b2.defined()) add_tile(tile.g, rows, p.ld, p.width, tile.sum, sums.b2);
     p.hidden(tile.e, rows, tile.h);
     std::fill(tile.factors, tile.factors + rows * p.rp, A(1));
     if (p.dropout.active)
@@ -173,9 +172,7 @@ struct Backward {
         for (int64_t i = t * p.rp; i < t * p.rp + p.r; ++i)
           tile.dh[i] *= (tile.h[i] > 0 ? A(1) : A(0)) * tile.factors[i];
     }
-    if (gradients.b1.defined())
-      for (int64_t t = 0; t < rows; ++t)
-        for (int64_t j = 0; j < p.r; ++j) sums.b1[j] += tile.dh[t * p.rp + j];
+    if (gradients.b1.defined()) add_tile(tile.dh, rows, p.rp, p.rp, tile.sum, sums.b1);
     if (gradients.w1.defined())
       Product<Plain<A>>{tile.dh, 1, p.rp, tile.e, p.ld, sums.w1, p.ld, rows, true}.run(p.r, p.width);
     if (gradients.w2.defined()) {
@@ -183,6 +180,12 @@ struct Backward {
         for (int64_t i = t * p.rp; i < t * p.rp + p.r; ++i) tile.h[i] = tile.h[i] < 0 ? A(0) : tile.h[i];
       Product<Plain<A>>{tile.h, 1, p.rp, tile.g, p.ld, sums.w2, p.ld, rows, true}.run(p.r, p.width);
     }
+  }
+
+  // to += the sum of the rows
+  void add_tile(const A* x, int64_t rows, int64_t ld, int64_t width, A* sum, A* to) const {
+    sum_rows(rows, [&](int64_t t) { return x + t * ld; }, width, sum);
+    add_row(sum, width, to);
   }
 
   // The table's gradient, a distinct token at a time: dy, and dh w1^T where there is a network (dh is summed over the
@@ -228,8 +231,7 @@ struct Backward {
   void low_rank_tile(int64_t first, int64_t rows, const Tile& tile, const Sums& sums, T* da) const {
     for (int64_t t = 0; t < rows; ++t) {
       A* g = tile.g + t * p.ld;
-      std::fill(g, g + p.width, A(0));
-      for (int64_t b = 0; b < p.B; ++b) add_row(dy(b * p.N + first + t), p.d, g);
+      sum_rows(p.B, [&](int64_t b) { return dy(b * p.N + first + t); }, p.d, g);
       for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
     }
     if (da) {

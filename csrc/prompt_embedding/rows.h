@@ -54,6 +54,31 @@ inline void add_row(const T* from, int64_t d, A* to) {
   if (k < d) store(to + k, load(to + k) + load_first(from + k, d - k));
 }
 
+// to += the sum of eight rows; a shorter chain of additions than one after the other, so more accurate, and faster.
+template <class A, class T>
+inline void add_eight_rows(const T* const (&from)[8], int64_t d, A* to) {
+  constexpr int64_t n = kLanes<A>;
+  auto sum = [&](auto get) {
+    return ((get(0) + get(1)) + (get(2) + get(3))) + ((get(4) + get(5)) + (get(6) + get(7)));
+  };
+  int64_t k = 0;
+  for (; k + n <= d; k += n) store(to + k, load(to + k) + sum([&](int i) { return load_as(from[i] + k); }));
+  if (k < d) store(to + k, load(to + k) + sum([&](int i) { return load_first(from[i] + k, d - k); }));
+}
+
+// to = the sum of `count` rows, row(i) the i-th.
+template <class A, class Row>
+inline void sum_rows(int64_t count, Row row, int64_t d, A* to) {
+  std::fill(to, to + round_up(d, kLanes<A>), A(0));
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    decltype(row(i)) rows[8];
+    for (int j = 0; j < 8; ++j) rows[j] = row(i + j);
+    add_eight_rows(rows, d, to);
+  }
+  for (; i < count; ++i) add_row(row(i), d, to);
+}
+
 // to = from, narrowed
 template <class A, class T>
 inline void write_row(const A* from, int64_t d, T* to) {
