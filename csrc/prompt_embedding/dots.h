@@ -45,12 +45,14 @@ void dots(const A* x, int64_t rows, const A* y, int64_t columns, int64_t width, 
             for (int c = 0; c < C; ++c) sums[i * C + c] = xs * ys[c] + sums[i * C + c];
           }
         }
-        Vec<A> each = sum_each<A>(sums);
-        for (int i = 0; i < R; ++i)
-          for (int c = 0; c < C; ++c) {
-            A& to = h[(t + i) * ldh + j + c];
-            to = k0 == 0 ? each[i * C + c] : to + each[i * C + c];
-          }
+        A each[R * C];
+        store(each, sum_each<A>(sums));
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) {
+          A* to = h + (t + i) * ldh + j;
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) to[c] = k0 == 0 ? each[i * C + c] : to[c] + each[i * C + c];
+        }
       }
   }
 }

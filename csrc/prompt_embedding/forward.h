@@ -5,6 +5,9 @@
 
 namespace fastprefix::prompt_embedding {
 
+// Outputs of more bytes are written past the caches, of which they would evict everything and still not fit.
+constexpr int64_t kStreamFrom = int64_t{8} << 20;
+
 template <class T>
 struct Forward {
   using A = typename Problem<T>::A;
@@ -12,9 +15,11 @@ struct Forward {
   const Problem<T>& p;
   Rows<T> prompt;
   T* output;  // [B, S + N, d]
+  bool streaming;
 
   Forward(const Problem<T>& p, const OptionalTensor& prompt, Tensor& output)
-      : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()) {}
+      : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()),
+        streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
 
   void run() const {
     if (p.tokens() == 0 || p.r == 0) return lookup();
@@ -30,26 +35,34 @@ struct Forward {
     at::parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t b = i / (p.S + p.N), s = i % (p.S + p.N);
-        if (s < p.S) prompt.copy(s, row(i));
-        else p.weight.copy(p.ids[b * p.N + s - p.S], row(i));
+        if (s < p.S) prompt.copy(s, row(i), streaming);
+        else p.weight.copy(p.ids[b * p.N + s - p.S], row(i), streaming);
       }
+      finish_streams();
     });
+  }
+
+  void write(const T* from, T* to) const {
+    if (streaming) stream(to, from, p.d * sizeof(T));
+    else std::memcpy(static_cast<void*>(to), from, p.d * sizeof(T));
   }
 
   // This slot's share of the prompt rows.
   void write_prompt(int64_t slot, int64_t slots) const {
     int64_t rows = p.B * p.S;
     for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i)
-      prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S));
+      prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S), streaming);
   }
 
   struct Tile {
     A *e, *h, *y, *factors;
+    T* out;
     Tile(Arena& arena, const Problem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
           y(arena.take<A>(p.tile() * p.ld)),
-          factors(arena.take<A>(p.rp)) {}
+          factors(arena.take<A>(p.rp)),
+          out(arena.take<T>(p.width)) {}
     static int64_t bytes(const Problem<T>& p) {
       Arena count(nullptr);
       Tile(count, p);
@@ -68,6 +81,7 @@ struct Forward {
       int64_t last = groups.cut(slot + 1, slots.count, p.cost_of_group());
       for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()); u < last; u += p.tile())
         ffn_tile(groups, u, std::min(p.tile(), last - u), tile);
+      finish_streams();
     });
   }
 
@@ -83,10 +97,8 @@ struct Forward {
     Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
     for (int64_t t = 0; t < rows; ++t) {
       int64_t begin = groups.start[first + t], end = groups.start[first + t + 1];
-      T* original = row(p.place_in_output(groups.place[begin]));
-      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, p.b2, p.scale, p.d, original);
-      for (int64_t i = begin + 1; i < end; ++i)
-        std::memcpy(static_cast<void*>(row(p.place_in_output(groups.place[i]))), original, p.d * sizeof(T));
+      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, p.b2, p.scale, p.d, tile.out);
+      for (int64_t i = begin; i < end; ++i) write(tile.out, row(p.place_in_output(groups.place[i])));
     }
   }
 
@@ -104,6 +116,7 @@ struct Forward {
         int64_t part = item % parts;
         low_rank_tile(item / parts * p.tile(), part * p.B / parts, (part + 1) * p.B / parts, tile);
       }
+      finish_streams();
     });
   }
 
@@ -115,7 +128,8 @@ struct Forward {
       for (int64_t t = 0; t < rows; ++t) {
         int64_t token = b * p.N + first + t;
         p.weight.widen(p.ids[token], tile.e);
-        write_offset_row(tile.e, tile.y + t * p.ld, p.b2, p.scale, p.d, row(p.place_in_output(token)));
+        write_offset_row(tile.e, tile.y + t * p.ld, p.b2, p.scale, p.d, tile.out);
+        write(tile.out, row(p.place_in_output(token)));
       }
   }
 };

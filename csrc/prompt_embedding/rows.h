@@ -9,6 +9,35 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// memcpy past the caches, for an output that they could not hold: memory is written without being read first.
+inline void stream(void* to, const void* from, int64_t bytes) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & (kVectorBytes - 1), bytes);
+  std::memcpy(target, source, head);
+  int64_t k = head;
+  for (; k + kVectorBytes <= bytes; k += kVectorBytes) {
+#if defined(CPU_CAPABILITY_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + k), _mm512_loadu_si512(source + k));
+#else
+    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + k));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + k), x);
+#endif
+  }
+  std::memcpy(target + k, source + k, bytes - k);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// After the last stream() of a thread: other threads see what it wrote.
+inline void finish_streams() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 // A matrix whose rows may lie anywhere.
 template <class T>
 struct Rows {
@@ -22,9 +51,10 @@ struct Rows {
   const T* row(int64_t i) const { return data + i * stride; }
 
   // Row i as it is.
-  void copy(int64_t i, T* to) const {
+  void copy(int64_t i, T* to, bool streaming) const {
     const T* from = row(i);
-    if (step == 1) std::memcpy(static_cast<void*>(to), from, d * sizeof(T));
+    if (step == 1 && streaming) stream(to, from, d * sizeof(T));
+    else if (step == 1) std::memcpy(static_cast<void*>(to), from, d * sizeof(T));
     else
       for (int64_t k = 0; k < d; ++k) to[k] = from[k * step];
   }
