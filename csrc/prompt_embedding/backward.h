@@ -41,6 +41,9 @@ struct Backward {
   }
 
   void sum_occurrences(const Groups& groups, int64_t u, A* to) const {
+    constexpr int64_t kAhead = 6;
+    for (int64_t i = groups.start[u] + kAhead; i < std::min(groups.start[u + 1] + kAhead, p.tokens()); ++i)
+      prefetch_row(dy(groups.place[i]), p.d);
     const int64_t* place = groups.place.data() + groups.start[u];
     sum_rows(groups.start[u + 1] - groups.start[u], [&](int64_t i) { return dy(place[i]); }, p.d, to);
   }
@@ -152,8 +155,8 @@ struct Backward {
 
   // g: dy summed over the occurrences, times the scale.
   void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile, const Sums& sums) const {
+    p.gather(groups, first, rows, tile.e);
     for (int64_t t = 0; t < rows; ++t) {
-      p.weight.widen(groups.token[first + t], tile.e + t * p.ld);
       A* g = tile.g + t * p.ld;
       sum_occurrences(groups, first + t, g);
       for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);

@@ -86,7 +86,7 @@ struct Forward {
   }
 
   void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile) const {
-    for (int64_t t = 0; t < rows; ++t) p.weight.widen(groups.token[first + t], tile.e + t * p.ld);
+    p.gather(groups, first, rows, tile.e);
     p.hidden(tile.e, rows, tile.h);
     for (int64_t t = 0; t < rows; ++t) {
       A* h = tile.h + t * p.rp;

@@ -68,6 +68,15 @@ struct Problem {
   // What a group costs beyond its occurrences, in copies of a row.
   int64_t cost_of_group() const { return 1 + r / 8; }
 
+  // The table's rows of groups first, first + 1, ... to a tile.
+  void gather(const Groups& groups, int64_t first, int64_t rows, A* e) const {
+    constexpr int64_t kAhead = 4;
+    for (int64_t t = 0; t < rows; ++t) {
+      if (t + kAhead < rows) prefetch_row(weight.row(groups.token[first + t + kAhead]), d);
+      weight.widen(groups.token[first + t], e + t * ld);
+    }
+  }
+
   // h [rows, r] (`rp` apart) from the rows e: before dropout and ReLU.
   void hidden(const A* e, int64_t rows, A* h) const {
     dots(e, rows, w1, r, width, ld, h, rp);

@@ -38,6 +38,12 @@ inline void finish_streams() {
 #endif
 }
 
+// Asks for a row that will be read soon; rows lie anywhere in memory, and no hardware guesses where.
+template <class T>
+inline void prefetch_row(const T* row, int64_t d) {
+  for (int64_t k = 0; k < d; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + k);
+}
+
 // A matrix whose rows may lie anywhere.
 template <class T>
 struct Rows {
