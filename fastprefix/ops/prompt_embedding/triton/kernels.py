@@ -1,6 +1,7 @@
 """The kernels. ``t`` counts tokens (b * N + i), ``c`` columns of the model width, ``j`` hidden units.
 
-``BT``, ``BD`` and ``RP`` are the sizes of tiles; RP covers all hidden units. Small parameters and the output are
+``BT``, ``BD`` and ``RP`` are the sizes of tiles; RP covers all hidden units in the forward pass of ADePT, elsewhere a
+part of them. Small parameters and the output are
 contiguous; the table and the ids are read where they lie.
 """
 
@@ -114,11 +115,14 @@ def prompt_embedding_low_rank_fwd_kernel(
     else:
         o_i = block % position_blocks * BT + tl.arange(0, BT)
         first = block // position_blocks * rows
-        o_j = tl.arange(0, RP)
-        b_a = load_w1(p_a, o_i, o_j, N, r)
         for c in range(0, d, BD):
             o_c = c + tl.arange(0, BD)
-            b_y = scale * tl.dot(b_a, load_w2(p_b, o_j, o_c, d, r), input_precision="ieee")
+            b_y = tl.zeros((BT, BD), tl.float32)
+            for j in range(0, r, RP):
+                o_j = j + tl.arange(0, RP)
+                b_a = load_w1(p_a, o_i, o_j, N, r)
+                b_y = tl.dot(b_a, load_w2(p_b, o_j, o_c, d, r), b_y, input_precision="ieee")
+            b_y *= scale
             for b in range(first, tl.minimum(first + rows, B)):
                 o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
                 b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, o_i < N, d)
@@ -134,12 +138,12 @@ def prompt_embedding_bwd_hidden_kernel(
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """z = relu(h) and dh of BT tokens, [B * N, RP] float32."""
+    """z = relu(h) and dh of BT tokens and RP hidden units, [B * N, r] float32."""
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     there = o_t < B * N
     o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
     o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
-    o_j = tl.arange(0, RP)
+    o_j = tl.program_id(1) * RP + tl.arange(0, RP)
     b_h = tl.zeros((BT, RP), tl.float32)
     b_dz = tl.zeros((BT, RP), tl.float32)
     for c in range(0, d, BD):
@@ -156,47 +160,50 @@ def prompt_embedding_bwd_hidden_kernel(
         b_dh *= b_keep
     b_dh = tl.where(b_h > 0.0, b_dh, 0.0)
     b_z = tl.where(b_h < 0.0, 0.0, b_h)
-    o_z = o_t.to(tl.int64)[:, None] * RP + o_j[None, :]
-    tl.store(p_z + o_z, b_z, mask=there[:, None])
-    tl.store(p_dh + o_z, b_dh, mask=there[:, None])
+    o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
+    b_there = there[:, None] & (o_j < r)[None, :]
+    tl.store(p_z + o_z, b_z, mask=b_there)
+    tl.store(p_dh + o_z, b_dh, mask=b_there)
 
 
 @triton.jit
 def prompt_embedding_bwd_weights_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
     p_z, p_dh, p_dw1, p_dw2, p_db2,
-    B, N, S, d, blocks,
+    B, N, S, d, r, blocks,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """dw1 [d, RP], dw2 [d, RP] (transposed) and db2 [d], less the scale, summed over ``blocks`` blocks of BT tokens:
-    a part for each second index of the grid, float32.
+    """dw1 [d, r], dw2 [d, r] (transposed) and db2 [d], less the scale, summed over ``blocks`` blocks of BT tokens: a
+    part for each second index of the grid, float32. The third index counts parts of the hidden units.
     """
     o_c = tl.program_id(0) * BD + tl.arange(0, BD)
     part = tl.program_id(1).to(tl.int64)
-    o_j = tl.arange(0, RP)
+    o_j = tl.program_id(2) * RP + tl.arange(0, RP)
     b_dw1 = tl.zeros((BD, RP), tl.float32)
     b_dw2 = tl.zeros((BD, RP), tl.float32)
     b_db2 = tl.zeros((BD,), tl.float32)
     for block in range(0, blocks):
         o_t = (tl.program_id(1) * blocks + block) * BT + tl.arange(0, BT)
         there = o_t < B * N
-        o_z = o_t.to(tl.int64)[:, None] * RP + o_j[None, :]
+        o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
+        b_there = there[:, None] & (o_j < r)[None, :]
         o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
         if p_dw1 is not None:
             o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
             b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-            b_dh = tl.load(p_dh + o_z, mask=there[:, None], other=0.0).to(b_e.dtype)
+            b_dh = tl.load(p_dh + o_z, mask=b_there, other=0.0).to(b_e.dtype)
             b_dw1 = tl.dot(tl.trans(b_e), b_dh, b_dw1, input_precision="ieee")
         b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
         if p_dw2 is not None:
-            b_z = tl.load(p_z + o_z, mask=there[:, None], other=0.0).to(b_dy.dtype)
+            b_z = tl.load(p_z + o_z, mask=b_there, other=0.0).to(b_dy.dtype)
             b_dw2 = tl.dot(tl.trans(b_dy), b_z, b_dw2, input_precision="ieee")
         if p_db2 is not None:
             b_db2 += tl.sum(b_dy.to(tl.float32), 0)
-    o_w = (part * d + o_c.to(tl.int64))[:, None] * RP + o_j[None, :]
+    o_w = (part * d + o_c.to(tl.int64))[:, None] * r + o_j[None, :]
+    b_inside = (o_c < d)[:, None] & (o_j < r)[None, :]
     if p_dw1 is not None:
-        tl.store(p_dw1 + o_w, b_dw1, mask=(o_c < d)[:, None])
+        tl.store(p_dw1 + o_w, b_dw1, mask=b_inside)
     if p_dw2 is not None:
-        tl.store(p_dw2 + o_w, b_dw2, mask=(o_c < d)[:, None])
+        tl.store(p_dw2 + o_w, b_dw2, mask=b_inside)
     if p_db2 is not None:
         tl.store(p_db2 + part * d + o_c, b_db2, mask=o_c < d)

@@ -34,14 +34,20 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_for(r: int, element_size: int) -> Tile:
-    """Not yet measured on a device: chosen so that every kernel compiles without spills."""
+def forward_tile(r: int, element_size: int) -> Tile:
+    """For ADePT, whose program needs all hidden units at once. No tile has been measured on a device yet: they are
+    chosen so that every kernel compiles without spills.
+    """
     RP = max(16, triton.next_power_of_2(r))
-    if RP <= 64:
-        return Tile(32, 64, RP, 4)
-    if RP <= 128:
-        return Tile(16, 64, RP, 4)
-    return Tile(16, 32 if element_size == 2 else 16, RP, 8)
+    if element_size == 4:
+        return Tile(16, 32, RP, 4) if RP <= 64 else Tile(16, 32, RP, 8) if RP <= 128 else Tile(16, 16, RP, 8)
+    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8)
+
+
+def part_tile(r: int, element_size: int) -> Tile:
+    """For kernels that take hidden units part by part."""
+    RP = min(64, max(16, triton.next_power_of_2(r)))
+    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 4)
 
 
 def forward(a: Arguments) -> Tensor:
@@ -55,7 +61,7 @@ def forward(a: Arguments) -> Tensor:
     prompt = None if S == 0 else _dense(a.prompt)
     table = (*_ids(a), *_table(a), prompt)
     if a.low_rank_a is not None:
-        tile = tile_for(a.low_rank_a.shape[1], a.weight.element_size())
+        tile = part_tile(a.low_rank_a.shape[1], a.weight.element_size())
         rows = min(B, 8)
         programs = triton.cdiv(N, tile.BT) * triton.cdiv(B, rows) + triton.cdiv(B * S, tile.BT)
         factors = (_dense(a.low_rank_a), _dense(a.low_rank_b))
@@ -63,7 +69,7 @@ def forward(a: Arguments) -> Tensor:
         _launch(prompt_embedding_low_rank_fwd_kernel, (programs,), (*table, *factors, output, *sizes), tile)
         return output
     r = 1 if a.w1 is None else a.w1.shape[1]
-    tile = tile_for(r, a.weight.element_size())
+    tile = forward_tile(r, a.weight.element_size())
     programs = triton.cdiv(B * N, tile.BT) + triton.cdiv(B * S, tile.BT)
     network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
     arguments = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_dropout(a))
@@ -86,7 +92,7 @@ def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> l
     if "weight" in needs:
         de = grad_output[:, S:].float()
         if dh is not None and a.w1 is not None:
-            de = de + (dh[:, : a.w1.shape[1]] @ a.w1.float().T).view(de.shape)
+            de = de + (dh @ a.w1.float().T).view(de.shape)
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
     results = []
     for name in (name for name in DIFFERENTIABLE if name in needs):
@@ -96,11 +102,11 @@ def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> l
 
 
 def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: set[str]) -> Tensor:
-    """Enter the network's gradients; returns dh [B * N, RP]."""
+    """Enter the network's gradients; returns dh [B * N, r]."""
     assert a.w1 is not None
     B, N = a.input_ids.shape
     (d, r), S, s = a.w1.shape, a.prompt_length, a.offset_scale
-    tile = tile_for(r, a.weight.element_size())
+    tile = part_tile(r, a.weight.element_size())
     blocks = triton.cdiv(B * N, tile.BT)
     each = max(1, triton.cdiv(blocks, _PARTS))
     parts = triton.cdiv(blocks, each)
@@ -108,25 +114,25 @@ def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arg
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
 
-    z, dh = floats(B * N, tile.RP), floats(B * N, tile.RP)
-    dw1 = floats(parts, d, tile.RP) if "w1" in needs else None
-    dw2 = floats(parts, d, tile.RP) if "w2" in needs else None
+    z, dh = floats(B * N, r), floats(B * N, r)
+    dw1 = floats(parts, d, r) if "w1" in needs else None
+    dw2 = floats(parts, d, r) if "w2" in needs else None
     db2 = floats(parts, d) if "b2" in needs else None
     if B * N * d > 0:
         rows = (*_ids(a), *_table(a), grad_output, *grad_output.stride())
         network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2))
         arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_dropout(a))
-        _launch(prompt_embedding_bwd_hidden_kernel, (blocks,), arguments, tile)
+        _launch(prompt_embedding_bwd_hidden_kernel, (blocks, triton.cdiv(r, tile.RP)), arguments, tile)
         if needs & {"w1", "w2", "b2"}:
-            grid = (triton.cdiv(d, tile.BD), parts)
-            arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, each)
+            grid = (triton.cdiv(d, tile.BD), parts, triton.cdiv(r, tile.RP))
+            arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, r, each)
             _launch(prompt_embedding_bwd_weights_kernel, grid, arguments, tile)
     if "b1" in needs:
-        gradients["b1"] = dh[:, :r].sum(0)
+        gradients["b1"] = dh.sum(0)
     if dw1 is not None:
-        gradients["w1"] = dw1.sum(0)[:, :r]
+        gradients["w1"] = dw1.sum(0)
     if dw2 is not None:
-        gradients["w2"] = s * dw2.sum(0)[:, :r].T
+        gradients["w2"] = s * dw2.sum(0).T
     if db2 is not None:
         gradients["b2"] = s * db2.sum(0)
     return dh
