@@ -1,12 +1,15 @@
 """Benchmark of ``prompt_embedding`` on the CPU: ``python -m benchmarks.embedding_cpu --out FILE``.
 
-Every peer runs in the same process, in turns, several times; a time is the median. Targets, on ids with the frequencies
+Every peer runs in the same process, in turns, several times; a time is the median. The C library is told to keep freed
+memory: else the pages of a new output, of which it sometimes returns the last one's and sometimes does not, would cost
+more than most peers, at random. Targets, on ids with the frequencies
 of real text: ADePT forward at most 1.5 times a lookup that writes the same output, forward and backward at most 4
 times; DePT no slower; the merged table at most 1.05 times.
 """
 
 import argparse
 import collections
+import ctypes
 import datetime
 import json
 import platform
@@ -44,8 +47,8 @@ class Inputs(NamedTuple):
 
 
 def text_ids(vocabulary: int, count: int) -> Tensor:
-    """Ids that occur as often as the words and marks of a real text: the ids are the ranks of its tokens, drawn anew from
-    their frequencies, with a Zipf tail (1 / rank) to the end of the table that gets the share of what occurred once.
+    """Ids that occur as often as the words and marks of a real text: ranks of its tokens, drawn anew from their
+    frequencies, with a Zipf tail (1 / rank) to the end of the table that gets the share of what occurred once.
     """
     text = " ".join(pydoc_data.topics.topics.values())
     tokens = re.findall(r" ?\w+|[^\w\s]|\s+", text)
@@ -144,6 +147,16 @@ def against_lookup(times: dict[str, dict[str, float]]) -> dict[str, dict[str, fl
     return {which: {name: t / lookup for name, t in of.items()} for which, of in times.items()}
 
 
+def keep_freed_memory() -> bool:
+    """No memory from mmap, none given back; whether the C library (glibc) could be told."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    mmap_max, trim_threshold = -4, -1
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
@@ -159,6 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smallest table and batch only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    kept = keep_freed_memory()
     records: list[dict[str, Any]] = []
     for V, d in TABLES[:1] if options.quick else TABLES:
         for B, N in BATCHES[:1] if options.quick else BATCHES:
@@ -180,6 +194,7 @@ def main() -> None:
         "python": platform.python_version(),
         "dtype": options.dtype,
         "rounds": options.rounds,
+        "freed_memory_kept": kept,
         "targets_times_lookup": TARGETS,
         "results": records,
     }

@@ -188,9 +188,7 @@ def test_threads_and_determinism(case: Case, threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        first, second = (
-            results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu") for _ in range(2)
-        )
+        first, second = (results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu") for _ in range(2))
     finally:
         torch.set_num_threads(before)
     wanted = results(reference.prompt_embedding, case, ids, inputs, dy)
@@ -199,7 +197,9 @@ def test_threads_and_determinism(case: Case, threads: int) -> None:
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("case", [Case("adept"), Case("dept", d=770), Case("pt"), Case("adept", dropout_p=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("adept"), Case("dept", d=770), Case("pt"), Case("adept", dropout_p=0.2)], ids=str
+)
 def test_reads_nothing_that_was_not_written(case: Case) -> None:
     """With deterministic algorithms new memory is filled with NaN."""
     ids, inputs = tensors(case)

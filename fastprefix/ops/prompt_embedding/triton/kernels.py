@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The kernels. ``t`` counts tokens (b * N + i), ``c`` columns of the model width, ``j`` hidden units.
 
 ``BT``, ``BD`` and ``RP`` are the sizes of tiles; RP covers all hidden units in the forward pass of ADePT, elsewhere a

@@ -6,7 +6,7 @@ the parts, the scatter to the table's gradient. All sums are in a fixed order.
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,39 +15,16 @@ from torch import Tensor
 from ... import random
 from ..arguments import DIFFERENTIABLE, Arguments
 from ..validation import check_ids
+from . import tiles
 from .kernels import (
     prompt_embedding_bwd_hidden_kernel,
     prompt_embedding_bwd_weights_kernel,
     prompt_embedding_fwd_kernel,
     prompt_embedding_low_rank_fwd_kernel,
 )
+from .tiles import Tile
 
 _PARTS = 32  # of the tokens, in the sums of the backward pass
-
-
-class Tile(NamedTuple):
-    """Tokens, columns, hidden units; warps."""
-
-    BT: int
-    BD: int
-    RP: int
-    warps: int
-
-
-def forward_tile(r: int, element_size: int) -> Tile:
-    """For ADePT, whose program needs all hidden units at once. No tile has been measured on a device yet: they are
-    chosen so that every kernel compiles without spills.
-    """
-    RP = max(16, triton.next_power_of_2(r))
-    if element_size == 4:
-        return Tile(16, 32, RP, 4) if RP <= 64 else Tile(16, 32, RP, 8) if RP <= 128 else Tile(16, 16, RP, 8)
-    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8)
-
-
-def part_tile(r: int, element_size: int) -> Tile:
-    """For kernels that take hidden units part by part."""
-    RP = min(64, max(16, triton.next_power_of_2(r)))
-    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 4)
 
 
 def forward(a: Arguments) -> Tensor:
@@ -61,7 +38,7 @@ def forward(a: Arguments) -> Tensor:
     prompt = None if S == 0 else _dense(a.prompt)
     table = (*_ids(a), *_table(a), prompt)
     if a.low_rank_a is not None:
-        tile = part_tile(a.low_rank_a.shape[1], a.weight.element_size())
+        tile = tiles.low_rank(a.low_rank_a.shape[1], a.weight.element_size())
         rows = min(B, 8)
         programs = triton.cdiv(N, tile.BT) * triton.cdiv(B, rows) + triton.cdiv(B * S, tile.BT)
         factors = (_dense(a.low_rank_a), _dense(a.low_rank_b))
@@ -69,7 +46,7 @@ def forward(a: Arguments) -> Tensor:
         _launch(prompt_embedding_low_rank_fwd_kernel, (programs,), (*table, *factors, output, *sizes), tile)
         return output
     r = 1 if a.w1 is None else a.w1.shape[1]
-    tile = forward_tile(r, a.weight.element_size())
+    tile = tiles.forward(r, a.weight.element_size())
     programs = triton.cdiv(B * N, tile.BT) + triton.cdiv(B * S, tile.BT)
     network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
     arguments = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_dropout(a))
@@ -80,7 +57,7 @@ def forward(a: Arguments) -> Tensor:
 def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
-    S, N = a.prompt_length, a.input_ids.shape[1]
+    S = a.prompt_length
     gradients: dict[str, Tensor] = {}
     if "prompt" in needs:
         gradients["prompt"] = grad_output[:, :S].sum(0, dtype=torch.float32)
@@ -106,7 +83,7 @@ def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arg
     assert a.w1 is not None
     B, N = a.input_ids.shape
     (d, r), S, s = a.w1.shape, a.prompt_length, a.offset_scale
-    tile = part_tile(r, a.weight.element_size())
+    tile = tiles.hidden(r, a.weight.element_size())
     blocks = triton.cdiv(B * N, tile.BT)
     each = max(1, triton.cdiv(blocks, _PARTS))
     parts = triton.cdiv(blocks, each)
@@ -124,6 +101,7 @@ def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arg
         arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_dropout(a))
         _launch(prompt_embedding_bwd_hidden_kernel, (blocks, triton.cdiv(r, tile.RP)), arguments, tile)
         if needs & {"w1", "w2", "b2"}:
+            tile = tiles.weights(r, a.weight.element_size())  # of as many tokens
             grid = (triton.cdiv(d, tile.BD), parts, triton.cdiv(r, tile.RP))
             arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, r, each)
             _launch(prompt_embedding_bwd_weights_kernel, grid, arguments, tile)
