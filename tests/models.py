@@ -1,8 +1,9 @@
 """Tiny random models of the two families, in float64 and without dropout."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 100, 32, 2, 4, 2
 
@@ -41,7 +42,11 @@ def decoder(**options: object) -> LlamaForCausalLM:
         eos_token_id=2,
         **options,
     )
-    model = LlamaForCausalLM(config).double().eval()
+    model = LlamaForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LlamaRMSNorm):  # it computes in float32, whatever its input
+            model.set_submodule(name, nn.RMSNorm(WIDTH, module.variance_epsilon))
+    model = model.double().eval()
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model

@@ -20,7 +20,7 @@ def textbook_attention(
     binding = getattr(module, BINDING)
     batch, heads = query.shape[:2]
     groups = heads // key.shape[1]
-    pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in binding.prefix(query))
+    pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in binding.prefix(query, key, value))
     gate, _ = binding.gates(query, key, mask)
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if gate is None:

@@ -4,6 +4,7 @@
 // fill the vectors. So maxima and sums are vertical, and P^T is at once the operand of O^T += V^T P^T.
 #pragma once
 
+#include "few.h"
 #include "scratch.h"
 #include "tiles.h"
 
@@ -107,6 +108,7 @@ class Forward {
     const Forward& f;
     const Problem<T, A>& p;
     Operand* q;  // Q^T
+    A* few_q;    // or, for a few queries, Q
     Operand* keys;
     Operand* value_rows;
     Operand* value_pairs;
@@ -118,6 +120,7 @@ class Forward {
 
     Worker(const Forward& forward, Arena& arena) : f(forward), p(forward.p_) {
       q = arena.take<Operand>(round_up(p.D, M::pair) * kQueries);
+      few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
       keys = arena.take<Operand>(kKeys * round_up(p.D, M::pair));
       value_rows = M::pair == 1 ? arena.take<Operand>(kKeys * p.Dv) : nullptr;
       value_pairs = M::pair == 2 ? arena.take<Operand>(kKeys * round_up(p.Dv, kLanes<A>)) : nullptr;
@@ -129,8 +132,12 @@ class Forward {
     }
 
     void attend(const QueryBlock& queries) {
-      pack_transposed<M>(
-          p.q.at(queries.b, queries.h, queries.first), p.q.strides[2], queries.count, p.D, q);
+      const T* rows = p.q.at(queries.b, queries.h, queries.first);
+      if (queries.count <= kFew) {
+        pack_rows(rows, p.q.strides[2], queries.count, p.D, few_q, round_up(p.D, kLanes<A>));
+      } else {
+        pack_transposed<M>(rows, p.q.strides[2], queries.count, p.D, q);
+      }
       tokens.start(p.Dv, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
       if (p.separate()) prefix.start(p.Dv);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
@@ -151,32 +158,48 @@ class Forward {
         visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
       }
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      auto kb = key_block<M>(
-          k.at(queries.b, queries.hkv, columns.first), k.strides[2], columns.rows, p.D, true, false, keys, nullptr);
-      auto vb = key_block<M>(
-          v.at(queries.b, queries.hkv, columns.first), v.strides[2], columns.rows, p.Dv, false, true, value_rows,
-          value_pairs);
+      const T* k_at = k.at(queries.b, queries.hkv, columns.first);
+      const T* v_at = v.at(queries.b, queries.hkv, columns.first);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
-      for (const Strip& strip : strips) {
-        score(kb, strip);
-        make_scores(p, f.band_, queries, columns, strip, gate, s.values);
-      }
+      score(queries, columns, k_at, k.strides[2]);
+      for (const Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, s.values);
       softmax.raise(strips, s.values, round_up(queries.count, kLanes<A>), p.Dv);
       for (const Strip& strip : strips) {
         softmax.exponentiate(strip, s.values);
         weigh(strip, gate);
-        s.round_pairs(strip);
-        vb.across(strip.row, strip.rows, s.pairs + strip.column * M::pair, softmax.o + strip.column)
-            .run(p.Dv, strip.columns);
       }
+      add_values(queries, columns, v_at, v.strides[2], softmax.o);
     }
 
     // S^T = K Q^T
-    void score(const KeyBlock<M>& kb, const Strip& strip) {
-      Product<M> product = kb.along(p.D, q + strip.column * M::pair, s.values + strip.row * kQueries + strip.column);
-      product.a += strip.row * product.rs;
-      product.run(strip.rows, strip.columns);
+    void score(const QueryBlock& queries, const Columns& columns, const T* k, int64_t stride) {
+      if (queries.count <= kFew) {
+        for (const Strip& strip : strips) std::fill_n(s.values + strip.row * kQueries, strip.rows * kQueries, A(0));
+        return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
+      }
+      auto block = key_block<M>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
+      for (const Strip& strip : strips) {
+        Product<M> product = block.along(p.D, q + strip.column * M::pair, s.values + strip.row * kQueries + strip.column);
+        product.a += strip.row * product.rs;
+        product.run(strip.rows, strip.columns);
+      }
+    }
+
+    // O^T += V^T P^T
+    void add_values(const QueryBlock& queries, const Columns& columns, const T* v, int64_t stride, A* o) {
+      if (queries.count <= kFew) {
+        for (const Strip& strip : strips)
+          add_values_few(
+              v + strip.row * stride, stride, strip.rows, p.Dv, s.values + strip.row * kQueries, queries.count, o);
+        return;
+      }
+      auto block = key_block<M>(v, stride, columns.rows, p.Dv, false, true, value_rows, value_pairs);
+      for (const Strip& strip : strips) {
+        s.round_pairs(strip);
+        block.across(strip.row, strip.rows, s.pairs + strip.column * M::pair, o + strip.column)
+            .run(p.Dv, strip.columns);
+      }
     }
 
     // What a probability multiplies its value with: the gate, dropout.

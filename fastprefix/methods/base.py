@@ -89,6 +89,8 @@ class PromptMethod(nn.Module, ABC):
         self.config = config
         self.shape = shape
         self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, shape.width))
+        self.prompt_path: str | None = None
+        """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not."""
 
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .heads import trainable_modules
 from .prefix import PrefixAttachment
 from .probe import Layer, find_layers, text_keys_values
 from .prompt import PromptAttachment
+from .shared_prompt import SharedPromptAttachment, reason_not_shareable
 
 MODULE = "fastprefix"
 """The name under which the method's parameters hang on the model."""
@@ -54,18 +55,18 @@ def attach(model: Model, config: MethodConfig, *, tokenizer: Any = None) -> Mode
         TypeError: not a ``transformers`` model, or not a method's configuration.
         ValueError: the model has a method attached already, or the method cannot be attached to it, and why.
     """
-    method, layers = _build(model, config)
+    plan = _plan(model, config)
     ids = _text_ids(model, config, tokenizer)
-    if isinstance(method, PrefixMethod):
-        method.reset_parameters(None if ids is None else text_keys_values(model, ids))
+    if isinstance(plan.method, PrefixMethod):
+        plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids))
     else:
-        method.reset_parameters(_table(model), ids)
-    return _install(model, config, method, layers)
+        plan.method.reset_parameters(_table(model), ids)
+    return _install(model, config, plan)
 
 
 def attach_empty(model: Model, config: MethodConfig) -> Model:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
-    return _install(model, config, *_build(model, config))
+    return _install(model, config, _plan(model, config))
 
 
 def detach(model: Model) -> Model:
@@ -108,6 +109,14 @@ def method_of(model: nn.Module) -> PromptMethod | PrefixMethod:
     return method
 
 
+class _Plan(NamedTuple):
+    """What is attached, and to what. Making it changes nothing; carrying it out cannot fail."""
+
+    method: PromptMethod | PrefixMethod
+    layers: list[Layer]  # the attention layers that the method needs
+    prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
+
+
 def _check(model: PreTrainedModel, config: MethodConfig) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model takes a transformers model, got {type(model).__name__}")
@@ -117,19 +126,15 @@ def _check(model: PreTrainedModel, config: MethodConfig) -> None:
         raise ValueError("model has a method attached already: detach it first")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model takes an encoder or a decoder, got the encoder-decoder {type(model).__name__}")
-    if getattr(config, "shared_prompt", None) is True:
-        raise ValueError("shared_prompt=True is not available: the prompt runs in every row of the batch")
     trainable_modules(model, config.modules_to_save)
 
 
-def _build(model: PreTrainedModel, config: MethodConfig) -> tuple[PromptMethod | PrefixMethod, list[Layer]]:
-    """The method's module for a model, not yet initialised, and the attention layers that get a prefix.
-
-    Its parameters are on the model's device, and float32 where the model's are smaller.
-    """
+def _plan(model: PreTrainedModel, config: MethodConfig) -> _Plan:
+    """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
     _check(model, config)
     method_class = METHODS[config.method_name()][1]
     layers: list[Layer] = []
+    path = None
     method: PromptMethod | PrefixMethod
     if issubclass(method_class, PrefixMethod):
         layers = find_layers(model)
@@ -138,7 +143,22 @@ def _build(model: PreTrainedModel, config: MethodConfig) -> tuple[PromptMethod |
             raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
     else:
         method = method_class(config, EmbeddingShape(*_table(model).shape))
-    return method.to(device=model.device, dtype=torch.promote_types(model.dtype, torch.float32)), layers
+        path = _prompt_path(model, config)
+        layers = find_layers(model) if path == "shared" else []
+    method.to(device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
+    return _Plan(method, layers, path)
+
+
+def _prompt_path(model: PreTrainedModel, config: Any) -> str:
+    """How the prompt will run: "shared", or "textbook: " and why."""
+    if config.shared_prompt is False:
+        return "textbook: shared_prompt=False"
+    reason = reason_not_shareable(model)
+    if reason is None:
+        return "shared"
+    if config.shared_prompt is True:
+        raise ValueError(f"shared_prompt=True cannot be exact on {type(model).__name__}: {reason}")
+    return f"textbook: {reason}"
 
 
 def _table(model: PreTrainedModel) -> Tensor:
@@ -147,7 +167,7 @@ def _table(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _install(model: Model, config: MethodConfig, method: PromptMethod | PrefixMethod, layers: list[Layer]) -> Model:
+def _install(model: Model, config: MethodConfig, plan: _Plan) -> Model:
     """Freeze the model, hang the method on it, set its hooks."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -155,12 +175,19 @@ def _install(model: Model, config: MethodConfig, method: PromptMethod | PrefixMe
     for name, module in trainable_modules(model, config.modules_to_save).items():
         saved_modules[name] = {key: p.detach().clone() for key, p in module.named_parameters()}
         module.requires_grad_(True)
+    method, layers, path = plan
     model.add_module(MODULE, method.train(model.training))
     hooks: PromptAttachment | PrefixAttachment
     if isinstance(method, PrefixMethod):
         hooks = PrefixAttachment(model, method, layers)
     else:
-        hooks = PromptAttachment(model, method)
+        method.prompt_path = path
+        required = method.config.shared_prompt is True
+        hooks = (
+            SharedPromptAttachment(model, method, layers, required)
+            if path == "shared"
+            else PromptAttachment(model, method)
+        )
     setattr(model, _STATE, Attachment(copy.deepcopy(config), hooks, requires_grad, saved_modules))
     return model
 

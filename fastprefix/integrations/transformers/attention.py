@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -10,12 +10,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ...ops.prefix_attention import prefix_attention
 from .masks import fastprefix_mask, read_mask
 
-if TYPE_CHECKING:
-    from .prefix import LayerBinding
-
 NAME = "fastprefix"
 BINDING = "_fastprefix_binding"
-"""The attribute of an attention module that holds its ``LayerBinding``."""
+"""The attribute of an attention module that holds its ``Binding``."""
+
+Prefix = tuple[Tensor, Tensor]
+"""Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
+
+
+class Binding(Protocol):
+    """What an attention module asks for its prefix and gates."""
+
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """The prefix, or None."""
+
+    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The prefix gate and the output gate, each or None."""
 
 
 def fastprefix_attention(
@@ -38,22 +48,19 @@ def fastprefix_attention(
     for name, what in (("position_bias", position_bias), ("indices", kwargs.get("indices"))):
         if what is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which fastprefix does not serve")
-    binding: LayerBinding | None = getattr(module, BINDING, None)
+    binding: Binding | None = getattr(module, BINDING, None)
     masking = read_mask(attention_mask, query)
-    if binding is None:
-        pk, pv = key[0, :, :0], value[0, :, :0]
-        prefix_gate = output_gate = None
-    else:
-        pk, pv = binding.prefix(query)
-        prefix_gate, output_gate = binding.gates(query, key, attention_mask)
+    prefix = None if binding is None else binding.prefix(query, key, value)
+    pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
+    gates = (None, None) if binding is None or prefix is None else binding.gates(query, key, attention_mask)
     output = prefix_attention(
         query,
         key,
         value,
         pk,
         pv,
-        prefix_gate=prefix_gate,
-        output_gate=output_gate,
+        prefix_gate=gates[0],
+        output_gate=gates[1],
         attn_mask=masking.attn_mask,
         is_causal=masking.is_causal,
         softcap=softcap,

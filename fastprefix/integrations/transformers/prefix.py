@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PrefixMethod
-from .attention import BINDING, NAME, register
+from .attention import Prefix
 from .calls import by_name, parameter_names, past_length, shifted_positions
+from .implementation import Implementation
 from .masks import attended_tokens
 from .probe import Layer, first_tensor
 
@@ -26,8 +25,8 @@ class LayerBinding:
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
         self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
 
-    def prefix(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` in the dtype of the query."""
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
+        """The prefix in the dtype of the query."""
         pk, pv = self.attachment.prefix(self.index)
         return pk.to(query.dtype), pv.to(query.dtype)
 
@@ -68,21 +67,16 @@ class PrefixAttachment:
     """A prefix method on a model. Its attention implementation is "fastprefix" until it is removed."""
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
-        register()
         self.method = method
         self.backbone = model.base_model
         self.names = parameter_names(self.backbone)
-        self.prefixes: list[tuple[Tensor, Tensor]] | None = None
-        self.modules = [layer.module for layer in layers]
-        self.handles: list[RemovableHandle] = []
-        self.configs = _own_configs(model)
-        model.set_attn_implementation(NAME)
-        for index, layer in enumerate(layers):
-            binding = LayerBinding(self, index)
-            setattr(layer.module, BINDING, binding)
-            if method.needs_hidden():
-                self._watch(layer, binding)
-        self.handles.append(self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.prefixes: list[Prefix] | None = None
+        bindings = {layer.module: LayerBinding(self, index) for index, layer in enumerate(layers)}
+        self.implementation = Implementation(model, {**bindings})
+        self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        if method.needs_hidden():
+            for layer in layers:
+                self._watch(layer, bindings[layer.module])
 
     def _watch(self, layer: Layer, binding: LayerBinding) -> None:
         assert layer.entry is not None  # checked before anything was changed
@@ -106,7 +100,7 @@ class PrefixAttachment:
             arguments["position_ids"] = shifted_positions(arguments, tokens, past_length(arguments), shift)
         return (), arguments
 
-    def prefix(self, index: int) -> tuple[Tensor, Tensor]:
+    def prefix(self, index: int) -> Prefix:
         """The prefix of a layer; a layer that is called outside its model computes its own."""
         prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
@@ -115,24 +109,11 @@ class PrefixAttachment:
         """Take everything back."""
         for handle in self.handles:
             handle.remove()
-        for module in self.modules:
-            delattr(module, BINDING)
-        for owner, config in self.configs:
-            owner.config = config
+        self.implementation.restore()
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "prefixes": None}
-
-
-def _own_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """Give a model configurations of its own, since another model may share them; returns the former ones."""
-    memo: dict[int, Any] = {}
-    former = [(m, m.config) for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "to_dict")]
-    for owner, config in former:
-        if not isinstance(getattr(type(owner), "config", None), property):
-            owner.config = copy.deepcopy(config, memo)
-    return former
 
 
 def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Layer:
     key: Tensor
     value: Tensor
     entry: nn.Module | None
+    window: int | None
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -73,10 +74,12 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
             width=embedding_width(model) if hidden is None else hidden.shape[-1],
             causal=_is_causal(mask, query),
         )
-        layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry))
+        layers.setdefault(
+            module, Layer(trace.names[module], module, shape, key, value, entry, kwargs.get("sliding_window"))
+        )
         return fastprefix_attention(module, query, key, value, mask, **kwargs)
 
-    with _LOCK, _evaluated(model), attention_implementation(model, _NAME, probe), trace, torch.no_grad():
+    with _LOCK, evaluated(model), attention_implementation(model, _NAME, probe), trace, torch.no_grad():
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     if not layers:
         raise ValueError(
@@ -145,7 +148,7 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any) -
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module's own mode back afterwards; the random state is left alone too."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -34,16 +34,21 @@ class PromptAttachment:
         if isinstance(pooler, nn.Module):
             self.handles.append(pooler.register_forward_pre_hook(self.crop_pooled))
 
+    @property
+    def table(self) -> Tensor:
+        """The embedding table."""
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
         arguments = by_name(self.names, args, kwargs)
-        ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        if (ids is None) == (rows is None):
-            raise ValueError("input_ids or inputs_embeds: takes exactly one of them")
+        ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
         past = past_length(arguments)
         self.inserted = 0 if past > 0 else length
-        embeds = self._embed(ids, rows, first_position=max(past - length, 0))
+        embeds = self.embed(ids, rows, max(past - length, 0), with_prompt=self.inserted > 0)
         if self.limit is not None and past + embeds.shape[1] > self.limit:
             raise ValueError(
                 f"num_virtual_tokens = {length} and an input of {past + embeds.shape[1] - length} tokens exceed the "
@@ -73,10 +78,21 @@ class PromptAttachment:
         for handle in self.handles:
             handle.remove()
 
-    def _embed(self, ids: Tensor | None, rows: Tensor | None, first_position: int) -> Tensor:
-        with_prompt = self.inserted > 0
+    def tokens(self, arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """The caller's ids ``[B, N]``, or his embeddings ``[B, N, d]``: one of them.
+
+        Raises:
+            ValueError: none or both of them.
+        """
+        ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if (ids is None) == (rows is None):
+            raise ValueError("input_ids or inputs_embeds: takes exactly one of them")
+        return ids, rows
+
+    def embed(self, ids: Tensor | None, rows: Tensor | None, first_position: int, with_prompt: bool) -> Tensor:
+        """The embeddings ``[B, S + N, d]`` with the method's offset, without the prompt ``[B, N, d]``."""
         if ids is not None and type(self.embedding) is nn.Embedding and self.embedding.max_norm is None:
-            return self.method.embed(ids, self.embedding.weight, first_position, with_prompt)
+            return self.method.embed(ids, self.table, first_position, with_prompt)
         # An embedding that does more than look up (scaling, for one), or rows from the caller: they are the table.
         if rows is None:
             rows = self.embedding(ids)

@@ -20,20 +20,18 @@ from .visibility import visible_tokens
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, Dv] and log-sum-exp: [B, Hq, N], with an output gate [2, B, Hq, N] (tokens, prefix)."""
     prefix, tokens = _prefix_half(a), _token_half(a)
-    lse_prefix, lse_tokens = _log_sum_exp(prefix.s), _log_sum_exp(tokens.s)
-    if a.sinks is not None:
-        lse_tokens = torch.logaddexp(lse_tokens, _grouped(a, a.sinks[None, :, None]))
     if a.output_gate is None:
-        joint = torch.logaddexp(lse_prefix, lse_tokens)
-        lse_prefix = lse_tokens = joint
+        softmax = _softmax([prefix.s, tokens.s], _sinks(a))
+        p_prefix, p_tokens = softmax.p
         og: Tensor | float = 1.0
-        lse = joint.reshape(a.query.shape[:3])
+        lse = softmax.lse.reshape(a.query.shape[:3])
     else:
+        of_prefix, of_tokens = _softmax([prefix.s], None), _softmax([tokens.s], _sinks(a))
+        p_prefix, p_tokens = of_prefix.p[0], of_tokens.p[0]
         og = _grouped(a, a.output_gate[:, :, None])[..., None]
-        lse = torch.stack([lse_tokens, lse_prefix]).reshape(2, *a.query.shape[:3])
-    p_prefix = _probabilities(prefix.s, lse_prefix) * prefix.keep
-    p_tokens = _probabilities(tokens.s, lse_tokens) * tokens.keep
-    o = _weighted_sum(p_tokens, tokens.v) + og * _weighted_sum(prefix.g * p_prefix, prefix.v)
+        lse = torch.stack([of_tokens.lse, of_prefix.lse]).reshape(2, *a.query.shape[:3])
+    o = _weighted_sum(p_tokens * tokens.keep, tokens.v)
+    o = o + og * _weighted_sum(prefix.g * p_prefix * prefix.keep, prefix.v)
     output = empty_heads(a.query, a.value.shape[3])
     return output.copy_(o.reshape(output.shape)), lse
 
@@ -41,17 +39,61 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 def backward(
     grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs_grad: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
-    gradients = _prefix_gradients(grad_output, output, lse, a, needs)
+    gradients: dict[str, Tensor] = {}
     if any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks")):
-        _add_token_gradients(gradients, grad_output, output, lse, a, needs)
+        _all_gradients(gradients, grad_output, a, needs)
+    else:
+        _prefix_gradients_alone(gradients, grad_output, output, lse, a, needs)
     results = []
     for name in (name for name in DIFFERENTIABLE if needs[name]):
         tensor: Tensor = getattr(a, name)
         result = empty_gradient(tensor)
         results.append(result.copy_(gradients[name].reshape(tensor.shape)))
     return results
+
+
+def _all_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: dict[str, bool]) -> None:
+    """Both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
+    do = _grouped(a, grad_output)
+    prefix, tokens = _prefix_half(a), _token_half(a)
+    dov_prefix, dov_tokens = _dov(prefix, do), _dov(tokens, do)
+    if a.output_gate is None:
+        softmax = _softmax([prefix.s, tokens.s], _sinks(a))
+        p_prefix, p_tokens = softmax.p
+        delta_prefix = delta_tokens = _delta(prefix, p_prefix, dov_prefix) + _delta(tokens, p_tokens, dov_tokens)
+    else:
+        softmax = _softmax([tokens.s], _sinks(a))
+        p_prefix, p_tokens = _softmax([prefix.s], None).p[0], softmax.p[0]
+        delta_prefix, delta_tokens = _delta(prefix, p_prefix, dov_prefix), _delta(tokens, p_tokens, dov_tokens)
+        p_prefix = _through_output_gate(gradients, a, p_prefix, delta_prefix)
+    _prefix_gradients(gradients, a, prefix, p_prefix, dov_prefix, delta_prefix, do, needs)
+    _add_token_gradients(gradients, a, tokens, p_tokens, dov_tokens, delta_tokens, do, needs)
+    if needs["sinks"]:
+        assert softmax.p_sink is not None
+        gradients["sinks"] = -(softmax.p_sink * delta_tokens).sum(dim=(0, 3, 4))
+
+
+def _prefix_gradients_alone(
+    gradients: dict[str, Tensor],
+    grad_output: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    a: Arguments,
+    needs: dict[str, bool],
+) -> None:
+    """The prefix's half without the tokens', O(N P): what it has to know of them is in output and log-sum-exp."""
+    do, prefix = _grouped(a, grad_output), _prefix_half(a)
+    dov = _dov(prefix, do)
+    if a.output_gate is None:
+        p = _probabilities(prefix.s, _grouped(a, lse))
+        delta = (do * _grouped(a, output)).sum(-1, keepdim=True)
+    else:
+        p = _softmax([prefix.s], None).p[0]
+        delta = _delta(prefix, p, dov)
+        p = _through_output_gate(gradients, a, p, delta)
+    _prefix_gradients(gradients, a, prefix, p, dov, delta, do, needs)
 
 
 class _Half(NamedTuple):
@@ -65,6 +107,12 @@ class _Half(NamedTuple):
     capped: Tensor  # after gate and soft cap, before bias and mask
     s: Tensor  # scores [B, Hkv, G, N, K]
     keep: Tensor | float  # dropout's factor
+
+
+class _Softmax(NamedTuple):
+    p: list[Tensor]  # probabilities, block by block
+    p_sink: Tensor | None  # [B, Hkv, G, N, 1]
+    lse: Tensor  # [B, Hkv, G, N], -inf in a row that sees nothing
 
 
 def _prefix_half(a: Arguments) -> _Half:
@@ -103,61 +151,66 @@ def _half(
     return _Half(q, k, v, g, product, capped, s, _keep_factor(a, s, first_column))
 
 
+def _dov(half: _Half, do: Tensor) -> Tensor:
+    """<do, v>, times dropout's factor."""
+    return half.keep * _scores(do, half.v)
+
+
+def _delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
+    """A half's part of <do, o>, from its probabilities: exact where the stored output is rounded."""
+    return (half.g * p * dov).sum(-1, keepdim=True)
+
+
+def _through_output_gate(gradients: dict[str, Tensor], a: Arguments, p: Tensor, delta: Tensor) -> Tensor:
+    """Enter the output gate's gradient; returns og p, what the gate makes of the prefix's probabilities."""
+    assert a.output_gate is not None
+    per_head = delta.sum(dim=(3, 4)).reshape(a.query.shape[:2])
+    gradients["output_gate"] = per_head.sum_to_size(a.output_gate.shape)
+    return _grouped(a, a.output_gate[:, :, None])[..., None] * p
+
+
 def _prefix_gradients(
-    grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs: dict[str, bool]
-) -> dict[str, Tensor]:
-    """Gradients of the prefix's arguments, and the prefix's part of dq."""
-    half = _prefix_half(a)
-    do = _grouped(a, grad_output)
-    p = _probabilities(half.s, _grouped_lse(a, lse, separate=1))
-    weighed = half.g * p * half.keep  # what multiplies pv
-    dov = _scores(do, half.v)  # <do, pv>
-    gradients: dict[str, Tensor] = {}
-    if a.output_gate is None:
-        delta = _delta(a, grad_output, output)
-        dp = half.keep * half.g * dov
-    else:
-        og = _grouped(a, a.output_gate[:, :, None])[..., None]
-        o_prefix = (weighed * dov).sum(-1, keepdim=True)  # <do, o_prefix>
-        gradients["output_gate"] = (
-            o_prefix.squeeze(-1).sum(-1).reshape(a.query.shape[:2]).sum_to_size(a.output_gate.shape)
-        )
-        p, weighed = og * p, og * weighed
-        delta, dp = o_prefix, half.keep * half.g * dov
-    ds = p * (dp - delta)
+    gradients: dict[str, Tensor],
+    a: Arguments,
+    half: _Half,
+    p: Tensor,
+    dov: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    needs: dict[str, bool],
+) -> None:
+    """Enter the gradients of the prefix's arguments, and the prefix's part of dq."""
+    ds = p * (half.g * dov - delta)
     if needs["prefix_bias"]:
         assert a.prefix_bias is not None
-        gradients["prefix_bias"] = _sum_to(a, ds, a.prefix_bias)
+        gradients["prefix_bias"] = _sum_to(ds, a.prefix_bias)
     ds = _through_softcap(a, ds, half)
     if needs["prefix_gate"]:
-        assert a.prefix_gate is not None
-        dg = ds * half.product + p * half.keep * dov
-        gradients["prefix_gate"] = _sum_gate(a, dg)
+        gradients["prefix_gate"] = _sum_gate(a, ds * half.product + p * dov)
     gated = ds * half.g * a.scale
     if needs["prefix_key"]:
         gradients["prefix_key"] = _sum_over_queries(gated, half.q, a.prefix_key.shape[0])
     if needs["prefix_value"]:
-        gradients["prefix_value"] = _sum_over_queries(weighed, do, a.prefix_value.shape[0])
+        gradients["prefix_value"] = _sum_over_queries(half.g * p * half.keep, do, a.prefix_value.shape[0])
     if needs["query"]:
         gradients["query"] = _weighted_sum(gated, half.k)
-    return gradients
 
 
 def _add_token_gradients(
-    gradients: dict[str, Tensor], grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs: dict[str, bool]
+    gradients: dict[str, Tensor],
+    a: Arguments,
+    half: _Half,
+    p: Tensor,
+    dov: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    needs: dict[str, bool],
 ) -> None:
-    """Add the tokens' part of dq, and the gradients of key, value, attn_mask and sinks."""
-    half = _token_half(a)
-    do = _grouped(a, grad_output)
-    token_lse = _grouped_lse(a, lse, separate=0)
-    p = _probabilities(half.s, token_lse)
-    dov = half.keep * _scores(do, half.v)
-    # With two softmaxes the tokens' own output is not kept: its product with do is made from the probabilities.
-    delta = _delta(a, grad_output, output) if a.output_gate is None else (p * dov).sum(-1, keepdim=True)
+    """Add the tokens' part of dq, and enter the gradients of key, value and attn_mask."""
     ds = p * (dov - delta)
     if needs["attn_mask"]:
         assert a.attn_mask is not None
-        gradients["attn_mask"] = _sum_to(a, ds, a.attn_mask)
+        gradients["attn_mask"] = _sum_to(ds, a.attn_mask)
     ds = _through_softcap(a, ds, half) * a.scale
     if needs["query"]:
         gradients["query"] = gradients["query"] + _weighted_sum(ds, half.k)
@@ -165,10 +218,6 @@ def _add_token_gradients(
         gradients["key"] = _sum_over_queries(ds, half.q, a.key.shape[0])
     if needs["value"]:
         gradients["value"] = _sum_over_queries(p * half.keep, do, a.value.shape[0])
-    if needs["sinks"]:
-        assert a.sinks is not None
-        p_sink = _probabilities(_grouped(a, a.sinks[None, :, None, None]), token_lse)
-        gradients["sinks"] = -(p_sink * delta).sum(dim=(0, 3, 4))
 
 
 def _grouped(a: Arguments, tensor: Tensor) -> Tensor:
@@ -190,15 +239,6 @@ def _grouped_gate(a: Arguments) -> Tensor | float:
     return a.prefix_gate[:, :, None, None, :].to(a.accumulator)
 
 
-def _grouped_lse(a: Arguments, lse: Tensor, separate: int) -> Tensor:
-    """[B, Hkv, G, N] from the joint log-sum-exp, or from one of the two."""
-    return _grouped(a, lse if a.output_gate is None else lse[separate])
-
-
-def _delta(a: Arguments, grad_output: Tensor, output: Tensor) -> Tensor:
-    return (_grouped(a, grad_output) * _grouped(a, output)).sum(-1, keepdim=True)
-
-
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """<q, k> [B, Hkv, G, N, K]; keys shared by the batch are one product over all its queries."""
     if k.shape[0] == 1:
@@ -214,16 +254,28 @@ def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:
 
 
 def _sum_over_queries(p: Tensor, q: Tensor, batch: int) -> Tensor:
-    """p^T q, summed over the queries of a key/value head, and over the batch where the keys are shared by it."""
-    if batch == 1:
-        return torch.einsum("bhgnk,bhgnd->hkd", p, q)[None]
-    return torch.einsum("bhgnk,bhgnd->bhkd", p, q)
+    """p^T q, summed over the queries of a key/value head, and over the batch where the keys are shared by it.
+
+    Row by row and then over rows: one long sum would round more than PyTorch's own gradient of an expanded prefix.
+    """
+    sums = torch.einsum("bhgnk,bhgnd->bhgkd", p, q).sum(2)
+    return sums.sum(0, keepdim=True) if batch == 1 else sums
 
 
-def _log_sum_exp(s: Tensor) -> Tensor:
-    if s.shape[-1] == 0:
-        return s.new_full(s.shape[:-1], -torch.inf)
-    return torch.logsumexp(s, dim=-1)
+def _sinks(a: Arguments) -> Tensor | None:
+    return None if a.sinks is None else _grouped(a, a.sinks[None, :, None, None])
+
+
+def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
+    """One softmax over blocks of columns, and over a sink that has a probability and no value."""
+    blocks = [*blocks] if sinks is None else [*blocks, sinks.expand(*blocks[0].shape[:-1], 1)]
+    m = torch.stack([s.amax(-1) for s in blocks if s.shape[-1] > 0] or [blocks[0].new_full(blocks[0].shape[:-1], 0.0)])
+    m = m.amax(0).unsqueeze(-1)
+    m = m.masked_fill(m == -torch.inf, 0.0)
+    e = [torch.exp(s - m) for s in blocks]
+    z = torch.stack([x.sum(-1, keepdim=True) for x in e]).sum(0)
+    p = [x / z.masked_fill(z == 0.0, 1.0) for x in e]
+    return _Softmax(p[:-1] if sinks is not None else p, p[-1] if sinks is not None else None, (m + z.log()).squeeze(-1))
 
 
 def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
@@ -235,7 +287,7 @@ def _through_softcap(a: Arguments, ds: Tensor, half: _Half) -> Tensor:
     return ds if a.softcap is None else ds * (1.0 - (half.capped / a.softcap).square())
 
 
-def _sum_to(a: Arguments, ds: Tensor, like: Tensor) -> Tensor:
+def _sum_to(ds: Tensor, like: Tensor) -> Tensor:
     """Sum [B, Hkv, G, N, K] over whatever a bias broadcasts over."""
     return ds.flatten(1, 2).sum_to_size(like.shape)
 
@@ -243,7 +295,7 @@ def _sum_to(a: Arguments, ds: Tensor, like: Tensor) -> Tensor:
 def _sum_gate(a: Arguments, dg: Tensor) -> Tensor:
     assert a.prefix_gate is not None
     if a.prefix_gate.ndim == 4:
-        return _sum_to(a, dg, a.prefix_gate)
+        return _sum_to(dg, a.prefix_gate)
     return dg.sum(dim=(2, 3)).sum_to_size(a.prefix_gate.shape)
 
 

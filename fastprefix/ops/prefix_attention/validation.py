@@ -134,7 +134,7 @@ def _check_options(
             raise checks.wrong_value("softcap", softcap, "a number above 0, or None")
     if scale is not None:
         checks.check_number("scale", scale, "a finite number, or None for 1/sqrt(D)")
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:
             raise checks.wrong_value("scale", scale, "a finite number, or None for 1/sqrt(D)")
     checks.check_probability("dropout_p", dropout_p)
 

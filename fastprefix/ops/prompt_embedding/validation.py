@@ -35,7 +35,7 @@ def canonical_arguments(
     w1, b1, w2, b2 = (None, None, None, None) if ffn is None else _check_ffn(ffn, weight)
     low_rank_a, low_rank_b = (None, None) if low_rank is None else _check_low_rank(low_rank, input_ids, weight)
     checks.check_number("offset_scale", offset_scale, "a finite number")
-    if not math.isfinite(offset_scale):
+    if not -math.inf < offset_scale < math.inf:
         raise checks.wrong_value("offset_scale", offset_scale, "a finite number")
     checks.check_probability("dropout_p", dropout_p)
     if dropout_p > 0.0 and ffn is None:

@@ -1,0 +1,136 @@
+"""The competitors, each behind the same small interface: the frozen floor, fastprefix's methods, PEFT's."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import fastprefix
+
+from .models import head_parameters
+from .tasks import TaskKind
+
+FLOOR = "frozen floor"
+PROMPT_TOKENS = 100
+SHORT_PROMPT_TOKENS = 60  # DePT and ADePT: the same budget as 100 prompt tokens at a width of 768
+DEPT_RANK = 30
+ADEPT_WIDTH = 19
+PREFIX_TOKENS = 100
+PROMPT_RATE = 0.3  # usual for prompt tables; what goes beside them needs rates of its own
+OFFSET_RATE = 1e-3
+PREFIX_RATE = 1e-2
+HEAD_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train, and its parameters as an optimizer takes them."""
+
+    model: nn.Module
+    groups: list[dict[str, Any]]
+
+    def trainable(self) -> int:
+        """How many numbers are trained, a classifier's head among them."""
+        return sum(p.numel() for group in self.groups for p in group["params"])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A competitor: ``prepare(model, task, length)`` changes the model it is given and returns it ready to train."""
+
+    name: str
+    source: Literal["floor", "fastprefix", "peft"]
+    prepare: Callable[[PreTrainedModel, TaskKind, int], Prepared]
+
+
+def all_methods() -> list[Method]:
+    """Floor, package and, where ``peft`` is installed, its peers; in the order of the table."""
+    ours = [
+        Method(f"PT ({PROMPT_TOKENS})", "fastprefix", _prompt_tuning),
+        Method(f"DePT ({SHORT_PROMPT_TOKENS}, r={DEPT_RANK})", "fastprefix", _dept),
+        Method(f"ADePT ({SHORT_PROMPT_TOKENS}, r={ADEPT_WIDTH})", "fastprefix", _adept),
+        Method(f"prefix tuning ({PREFIX_TOKENS})", "fastprefix", _prefix_tuning),
+        Method(f"APT ({PREFIX_TOKENS})", "fastprefix", _apt),
+    ]
+    peers = [
+        Method(f"PEFT prompt tuning ({PROMPT_TOKENS})", "peft", _peft_prompt_tuning),
+        Method(f"PEFT prefix tuning ({PREFIX_TOKENS})", "peft", _peft_prefix_tuning),
+    ]
+    return [Method(FLOOR, "floor", _floor), *ours, *(peers if importlib.util.find_spec("peft") else [])]
+
+
+def _floor(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    """No prompt and no prefix; forward + backward still goes down to the embeddings' output.
+
+    Every method trains something in or below the first layer, so every one of them has to bring the gradient down
+    there. A floor whose backward stopped at the head would be one that no method of this kind can reach.
+    """
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    head = head_parameters(model)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    return Prepared(model, _group(head, HEAD_RATE))
+
+
+def _group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    return [{"params": parameters, "lr": rate}] if parameters else []
+
+
+def _prompt_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _attached(model, fastprefix.PromptTuningConfig(PROMPT_TOKENS), OFFSET_RATE)
+
+
+def _dept(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _attached(model, fastprefix.DePTConfig(SHORT_PROMPT_TOKENS, rank=DEPT_RANK, max_length=length), OFFSET_RATE)
+
+
+def _adept(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _attached(model, fastprefix.ADePTConfig(SHORT_PROMPT_TOKENS, bottleneck_dim=ADEPT_WIDTH), OFFSET_RATE)
+
+
+def _prefix_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _attached(model, fastprefix.PrefixTuningConfig(PREFIX_TOKENS), PREFIX_RATE)
+
+
+def _apt(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _attached(model, fastprefix.APTConfig(PREFIX_TOKENS), PREFIX_RATE)
+
+
+def _attached(model: PreTrainedModel, config: fastprefix.methods.MethodConfig, rate: float) -> Prepared:
+    fastprefix.attach(model, config)
+    head = head_parameters(model)
+    groups = fastprefix.parameter_groups(model, prompt_lr=PROMPT_RATE, lr=rate)
+    without_head = [{**group, "params": [p for p in group["params"] if p not in set(head)]} for group in groups]
+    return Prepared(model, [group for group in without_head if group["params"]] + _group(head, HEAD_RATE))
+
+
+def _peft_prompt_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    import peft
+
+    config = peft.PromptTuningConfig(task_type=_peft_task(task), num_virtual_tokens=PROMPT_TOKENS)
+    return _peft(model, config, PROMPT_RATE)
+
+
+def _peft_prefix_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    import peft
+
+    config = peft.PrefixTuningConfig(task_type=_peft_task(task), num_virtual_tokens=PREFIX_TOKENS)
+    return _peft(model, config, PREFIX_RATE)
+
+
+def _peft_task(task: TaskKind) -> str:
+    return {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[task]
+
+
+def _peft(model: PreTrainedModel, config: Any, rate: float) -> Prepared:
+    import peft
+
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
+    head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]
+    return Prepared(wrapped, _group(prompt, rate) + _group(head, HEAD_RATE))

@@ -1,0 +1,86 @@
+"""Plots of results, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
+GREY = "#8c8c8c"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Panel(Generic[T]):
+    """One set of axes: a title, and for each competitor the points of its curve or the lengths of its bars."""
+
+    title: str
+    series: Mapping[str, Sequence[T]]
+
+
+def loss_curves(panels: Sequence[Panel[tuple[int, float]]], path: Path, grey: str) -> None:
+    """Points (step, held-out loss) joined by lines; the competitor named ``grey`` is drawn dashed."""
+    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    colours = _colours(panels, grey)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for name, points in panel.series.items():
+            style = "--o" if name == grey else "-o"
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, color=colours[name], label=name, linewidth=1.8, markersize=3.5)
+        axes.set(title=panel.title, xlabel="step", ylabel="loss on held-out text")
+    _shared_legend(figure, all_axes, columns=4)
+    _save(figure, path)
+
+
+def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path) -> None:
+    """Times as multiples of the floor: for each competitor a bar of each kind, with its number."""
+    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    thickness = 0.8 / len(kinds)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        names = list(panel.series)
+        for k, kind in enumerate(kinds):
+            values = [panel.series[name][k] for name in names]
+            places = [i + (k - (len(kinds) - 1) / 2) * thickness for i in range(len(names))]
+            bars = axes.barh(places, values, 0.92 * thickness, color=COLOURS[k], label=kind)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(title=panel.title, xlabel="time, times the frozen floor (dashed)")
+    _shared_legend(figure, all_axes, columns=len(kinds))
+    _save(figure, path)
+
+
+def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return figure, all_axes
+
+
+def _shared_legend(figure: Any, all_axes: list[Any], columns: int) -> None:
+    """One legend for all panels, a label once, whichever panels have it."""
+    entries = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        entries.values(), entries.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=columns
+    )
+
+
+def _colours(panels: Sequence[Panel[Any]], grey: str) -> dict[str, str]:
+    """The same colour for a competitor in every panel, whether or not all panels have it."""
+    names = dict.fromkeys(name for panel in panels for name in panel.series if name != grey)
+    return {grey: GREY, **{name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}}
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,52 @@
+// Both products for a few queries (decoding), where a block of 64 would be mostly empty: here the vectors lie along
+// the head size, keys and values are read as they come, once, and nothing is packed.
+#pragma once
+
+#include "pack.h"
+
+namespace fastprefix {
+
+constexpr int64_t kFew = 2;
+
+// S^T [rows][kQueries] = K Q^T; `q`: [count][D padded with zeros to whole vectors].
+template <class T>
+void score_few(
+    const T* k, int64_t stride, int64_t rows, int64_t D, const AccumulatorOf<T>* q, int64_t count,
+    AccumulatorOf<T>* s) {
+  using A = AccumulatorOf<T>;
+  constexpr int n = kLanes<A>;
+  for (int64_t i = 0; i < count; ++i, q += round_up(D, n))
+    for (int64_t r0 = 0; r0 < rows; r0 += n) {
+      Vec<A> sums[n] = {};
+      int64_t keys = std::min<int64_t>(n, rows - r0);
+      for (int64_t j = 0; j < keys; ++j) {
+        const T* key = k + (r0 + j) * stride;
+        for (int64_t d = 0; d < D; d += n) sums[j] += load_first(key + d, D - d) * load(q + d);
+      }
+      transpose<A>(sums);
+      for (int d = 1; d < n; ++d) sums[0] += sums[d];
+      for (int64_t j = 0; j < keys; ++j) s[(r0 + j) * kQueries + i] = sums[0][j];
+    }
+}
+
+// O^T [Dv][kQueries] += V^T P^T
+template <class T>
+void add_values_few(
+    const T* v, int64_t stride, int64_t rows, int64_t Dv, const AccumulatorOf<T>* p, int64_t count,
+    AccumulatorOf<T>* o) {
+  using A = AccumulatorOf<T>;
+  constexpr int n = kLanes<A>, width = 4;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d0 = 0; d0 < Dv; d0 += width * n) {
+      Vec<A> sums[width] = {};
+      for (int64_t r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w) {
+          int64_t d = d0 + w * n;
+          if (d < Dv) sums[w] += load_first(v + r * stride + d, Dv - d) * p[r * kQueries + i];
+        }
+      for (int64_t d = d0; d < std::min(Dv, d0 + width * n); ++d)
+        o[d * kQueries + i] += sums[(d - d0) / n][(d - d0) % n];
+    }
+}
+
+}  // namespace fastprefix

@@ -1,0 +1,46 @@
+"""Switching a model's attention to "fastprefix", and back."""
+
+import copy
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import BINDING, NAME, Binding, register
+
+
+class _Owner(NamedTuple):
+    module: Any
+    config: Any  # the one that it had
+
+
+class Implementation:
+    """A model on the attention "fastprefix", each of its attention modules bound, until it is restored.
+
+    The model gets configurations of its own meanwhile, since the name of the attention stands in the configuration and
+    another model may share it.
+    """
+
+    def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
+        register()
+        memo: dict[int, Any] = {}
+        self.owners = [
+            _Owner(module, module.config)
+            for module in model.modules()
+            if hasattr(module, "config")
+            and hasattr(module.config, "to_dict")
+            and not isinstance(getattr(type(module), "config", None), property)
+        ]
+        for owner in self.owners:
+            owner.module.config = copy.deepcopy(owner.config, memo)
+        model.set_attn_implementation(NAME)
+        self.modules = list(bindings)
+        for module, binding in bindings.items():
+            setattr(module, BINDING, binding)
+
+    def restore(self) -> None:
+        """Take everything back."""
+        for module in self.modules:
+            delattr(module, BINDING)
+        for owner in self.owners:
+            owner.module.config = owner.config

@@ -1,0 +1,233 @@
+"""One prompt for the whole batch, exactly.
+
+In a decoder-only model the prompt stands before everything and attention is causal, so what its tokens compute is the
+same in every row. It is run once, as a batch of one; the rows then attend to its keys and values as to a shared
+prefix. Values and gradients are those of the textbook's way, which runs the prompt in every row.
+
+Where that is not exact the textbook's way is taken, and ``path`` says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...methods import PromptMethod
+from .attention import Prefix
+from .calls import by_name, parameter_names, past_length, shifted_positions
+from .implementation import Implementation
+from .probe import Layer, evaluated, find_layers
+from .prompt import PromptAttachment
+
+
+class SharedPrompt:
+    """The prompt's keys and values in every attention layer: being captured, given as prefixes, or neither."""
+
+    def __init__(self) -> None:
+        self.prefixes: dict[int, Prefix] | None = None
+        self.capturing = False
+
+    def binding(self, index: int) -> SharedBinding:
+        return SharedBinding(self, index)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """What attention layers are called with in this context becomes their prefix."""
+        self.prefixes, self.capturing = {}, True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What lives only while a model runs is not copied or pickled."""
+        return {"prefixes": None, "capturing": False}
+
+
+class SharedBinding:
+    """What an attention module finds on itself: the prompt's keys and values in its layer."""
+
+    def __init__(self, shared: SharedPrompt, index: int) -> None:
+        self.shared = shared
+        self.index = index
+
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """The prefix; None while the prompt itself runs, and on the textbook's path."""
+        shared = self.shared
+        if shared.prefixes is None:
+            return None
+        if shared.capturing:
+            shared.prefixes[self.index] = (key[0], value[0])
+            return None
+        pk, pv = shared.prefixes[self.index]
+        return pk.to(query.dtype), pv.to(query.dtype)
+
+    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
+        """None: a prompt has no gates."""
+        return None, None
+
+
+class SharedPromptAttachment(PromptAttachment):
+    """A prompt method on a decoder that runs its prompt once for the whole batch."""
+
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, layers: list[Layer], required: bool) -> None:
+        super().__init__(model, method)
+        self.required = required  # shared_prompt=True: a call that cannot share is an error
+        self.shared = SharedPrompt()
+        self.drops = has_dropout(self.backbone)
+        self.kept: tuple[object, dict[int, Prefix]] | None = None  # for inference
+        bindings = {layer.module: self.shared.binding(index) for index, layer in enumerate(layers)}
+        self.implementation = Implementation(model, {**bindings})
+
+    def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
+        arguments = by_name(self.names, args, kwargs)
+        reason = self.reason_against(arguments)
+        if reason is not None:
+            if self.required:
+                raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
+            self.shared.prefixes = None
+            return super().insert(module, args, kwargs)
+        ids, rows = self.tokens(arguments)
+        self.inserted = 0
+        past = past_length(arguments)
+        self.shared.prefixes = self._prefixes()
+        embeds = self.embed(ids, rows, past, with_prompt=False)
+        length = self.method.config.num_virtual_tokens
+        positions = shifted_positions(arguments, embeds, past, length)
+        arguments.update(input_ids=None, inputs_embeds=embeds, position_ids=positions)
+        return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+
+    def reason_against(self, arguments: dict[str, Any]) -> str | None:
+        """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
+        if self.drops and self.backbone.training:
+            return "dropout in the model draws anew in every row"
+        if _reentrant(self.backbone):
+            return "reentrant gradient checkpointing differentiates a prefix once a layer"
+        if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
+            return "an auxiliary loss counts the prompt's tokens in every row"
+        mask = arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            return "the attention mask is not [B, K]"
+        return None
+
+    def remove(self) -> None:
+        """Take everything back."""
+        super().remove()
+        self.implementation.restore()
+
+    def _prefixes(self) -> dict[int, Prefix]:
+        """The prompt's keys and values in every layer; for inference they are kept while no parameter changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run_prompt()
+        state = _state(self.backbone, self.method)
+        if self.kept is None or state is None or self.kept[0] != state:
+            self.kept = (state, self._run_prompt())
+        return self.kept[1]
+
+    def _run_prompt(self) -> dict[int, Prefix]:
+        prompt = self.method.prompt.to(self.table.dtype)
+        with self.shared.capture(), _not_checkpointed(self.backbone):
+            self.backbone.forward(inputs_embeds=prompt[None], use_cache=False)
+        assert self.shared.prefixes is not None
+        return self.shared.prefixes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What lives only while a model runs is not copied or pickled."""
+        return {**self.__dict__, "kept": None}
+
+
+def reason_not_shareable(model: PreTrainedModel) -> str | None:
+    """Why a prompt cannot be shared on this model; None: it can.
+
+    Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
+    three others what they do as tokens in front of them.
+    """
+    if "position_ids" not in parameter_names(model.base_model):
+        return "its positions cannot be set"
+    try:
+        layers = find_layers(model)
+    except ValueError as error:
+        return str(error)
+    if not all(layer.shape.causal for layer in layers):
+        return "its attention is not causal throughout, so a prompt sees what comes after it"
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if types or any(layer.window is not None for layer in layers):
+        return f"not all of its layers see all that went before ({', '.join(sorted(types)) or 'sliding windows'})"
+    return _try(model, layers)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether anything in a module drops anything while training."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
+            return True
+        rates = (value for name, value in vars(submodule).items() if re.search("drop", name))
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            return True
+    return False
+
+
+def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    shared, backbone = SharedPrompt(), model.base_model
+    prompt, tokens = torch.arange(6, device=model.device)[None].split(3, dim=1)
+
+    def run(ids: Tensor, **kwargs: Any) -> Tensor:
+        hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        return hidden[:, -3:].double()
+
+    implementation = Implementation(model, {layer.module: shared.binding(i) for i, layer in enumerate(layers)})
+    try:
+        with evaluated(model), torch.no_grad():
+            alone = run(tokens)
+            textbook = run(torch.cat([prompt, tokens], dim=1))
+            with shared.capture():
+                run(prompt)
+            actual = run(tokens, position_ids=torch.arange(3, 6, device=model.device)[None])
+    finally:
+        implementation.restore()
+    effect, error = (textbook - alone).abs().max(), (textbook - actual).abs().max()
+    # Two orders of the same sums differ by rounding; a prompt that is carried past attention, by all of its effect.
+    rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-3
+    return None if error <= rounding * effect else "sharing the prompt does not give what the textbook's way gives"
+
+
+def _state(*modules: nn.Module) -> object:
+    """Something that is equal as long as no parameter was changed or moved; None where that cannot be told.
+
+    PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
+    if any(p.is_inference() for p in parameters):
+        return None
+    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+
+def _checkpointed(backbone: nn.Module) -> list[Any]:
+    return [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _reentrant(backbone: nn.Module) -> bool:
+    if not backbone.training:
+        return False
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointed(backbone))
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions if function)
+
+
+@contextmanager
+def _not_checkpointed(backbone: nn.Module) -> Iterator[None]:
+    """The prompt's one row is not worth running twice."""
+    modules = _checkpointed(backbone)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

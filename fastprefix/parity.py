@@ -1,0 +1,341 @@
+"""``python -m fastprefix parity``: every usable backend against the float64 reference, on a grid of awkward cases.
+
+A case covers several features at once. Each axis of the grid (shapes, heads, prefixes, gates, masks, ...) is shuffled
+with a fixed seed and repeated to the number of cases, so every value occurs, in ever different company.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.backends import BACKENDS
+from .ops.prefix_attention import prefix_attention
+from .ops.prefix_attention.registration import OPERATION as ATTENTION
+from .ops.prompt_embedding import prompt_embedding
+from .ops.prompt_embedding.registration import OPERATION as EMBEDDING
+from .testing import Report, measure_parity
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a case calls its operation with; gradients are compared for ``tensors``."""
+
+    tensors: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A call of ``prefix_attention``. Gates and biases are given by the letters of their shapes, such as "B1P"."""
+
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    N: int = 5
+    M: int = 7
+    P: int = 3
+    D: int = 8
+    Dv: int | None = None
+    prefix_a_row: bool = False
+    gate: str | None = None
+    output_gate: str | None = None
+    mask: str | None = None  # "padding", "bool" or "float"
+    bias: str | None = None
+    segments: bool = False
+    sinks: bool = False
+    permuted: bool = False  # [B, N, H, D] in memory
+    options: dict[str, Any] = field(default_factory=dict)
+
+    operation: Callable[..., Tensor] = prefix_attention
+    implemented: tuple[str, ...] = ATTENTION.implemented
+
+    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+        """Draw the tensors; the same seed gives the same numbers on every device."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+        def heads(count: int, length: int, size: int) -> Tensor:
+            return (
+                draw(self.B, length, count, size).transpose(1, 2)
+                if self.permuted
+                else draw(self.B, count, length, size)
+            )
+
+        Dv = self.D if self.Dv is None else self.Dv
+        rows = (self.B,) if self.prefix_a_row else ()
+        tensors = {
+            "query": heads(self.Hq, self.N, self.D),
+            "key": heads(self.Hkv, self.M, self.D),
+            "value": heads(self.Hkv, self.M, Dv),
+            "prefix_key": draw(*rows, self.Hkv, self.P, self.D),
+            "prefix_value": draw(*rows, self.Hkv, self.P, Dv),
+        }
+        if self.gate is not None:
+            tensors["prefix_gate"] = draw(*self._sizes(self.gate))
+        if self.output_gate is not None:
+            tensors["output_gate"] = draw(*self._sizes(self.output_gate))
+        if self.sinks:
+            tensors["sinks"] = draw(self.Hq)
+        return Inputs(tensors, self._options(draw, generator, device))
+
+    @property
+    def scores(self) -> int:
+        """How many scores there are: what a case costs."""
+        return self.B * self.Hq * self.N * (self.M + self.P)
+
+    def _sizes(self, letters: str) -> tuple[int, ...]:
+        """Sizes for letters; h stands for Hkv, H for Hq."""
+        sizes = {"B": self.B, "H": self.Hq, "h": self.Hkv, "N": self.N, "M": self.M, "P": self.P, "1": 1}
+        return tuple(sizes[letter] for letter in letters)
+
+    def _options(
+        self, draw: Callable[..., Tensor], generator: torch.Generator, device: torch.device | str
+    ) -> dict[str, Any]:
+        options = dict(self.options)
+        if self.mask == "padding":
+            options["attn_mask"] = (torch.rand(self.B, self.M, generator=generator) < 0.7).to(device)
+        elif self.mask == "bool":
+            options["attn_mask"] = (torch.rand(self.B, 1, self.N, self.M, generator=generator) < 0.7).to(device)
+        elif self.mask == "float":
+            options["attn_mask"] = draw(1, self.Hq, self.N, self.M)
+        if self.bias is not None:
+            options["prefix_bias"] = draw(*self._sizes(self.bias))
+        if self.segments:
+            options["segment_ids"] = tuple(
+                torch.randint(0, 3, (self.B, length), generator=generator).sort().values.to(device)
+                for length in (self.N, self.M)
+            )
+        return options
+
+
+@dataclass(frozen=True)
+class EmbeddingCase:
+    """A call of ``prompt_embedding``."""
+
+    B: int = 2
+    N: int = 5
+    S: int | None = 3
+    V: int = 29
+    d: int = 8
+    r: int = 3
+    offset: str | None = None  # "ffn" or "low_rank"
+    spare: int = 0  # T - N
+    options: dict[str, Any] = field(default_factory=dict)
+
+    operation: Callable[..., Tensor] = prompt_embedding
+    implemented: tuple[str, ...] = EMBEDDING.implemented
+
+    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+        """Draw the tensors; the same seed gives the same numbers on every device."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+        ids = torch.randint(0, self.V, (self.B, self.N), generator=generator).to(device)
+        tensors: dict[str, Any] = {"input_ids": ids, "weight": draw(self.V, self.d)}
+        if self.S is not None:
+            tensors["prompt"] = draw(self.S, self.d)
+        if self.offset == "ffn":
+            tensors["ffn"] = (draw(self.d, self.r), draw(self.r), draw(self.r, self.d), draw(self.d))
+        elif self.offset == "low_rank":
+            tensors["low_rank"] = (draw(self.N + self.spare, self.r), draw(self.r, self.d))
+        return Inputs(tensors, dict(self.options))
+
+
+Case = AttentionCase | EmbeddingCase
+
+_SHAPES: list[dict[str, Any]] = [
+    {"B": B, "N": N, "M": M}
+    for B, N, M in (
+        (2, 1, 1), (3, 3, 3), (2, 113, 203), (2, 239, 1), (1, 1023, 1024),
+        (4, 1, 203), (2, 64, 64), (3, 17, 5), (2, 5, 0), (2, 0, 7), (0, 3, 4),
+    )
+]  # fmt: skip
+_HEADS: list[dict[str, Any]] = [{"Hq": 2, "Hkv": 2}, {"Hq": 4, "Hkv": 2}, {"Hq": 3, "Hkv": 1}, {"Hq": 1, "Hkv": 1}]
+_SIZES: list[dict[str, Any]] = [{"D": 8}, {"D": 64}, {"D": 5, "Dv": 3}, {"D": 32, "Dv": 48}, {"D": 1, "Dv": 2}]
+_PREFIXES: list[dict[str, Any]] = [{"P": P, "prefix_a_row": row} for P in (0, 1, 17, 128) for row in (False, True)] + [
+    {"P": 2048}
+]
+_GATES: list[dict[str, Any]] = [
+    {"gate": gate}
+    for gate in (
+        None,
+        "",
+        "P",
+        "1",
+        "hP",
+        "h1",
+        "1P",
+        "BhP",
+        "B1P",
+        "Bh1",
+        "B11",
+        "1h1",
+        "BHNP",
+        "B1NP",
+        "1H1P",
+        "11N1",
+    )
+]
+_SOFTMAXES: list[dict[str, Any]] = [{}, {}, {"output_gate": "BH"}, {"output_gate": "H"}, {"output_gate": "B1"}]
+_MASKS: list[dict[str, Any]] = [{}, {"mask": "padding"}, {"mask": "bool"}, {"mask": "float"}, {"segments": True}]
+_BIASES: list[dict[str, Any]] = [{}, {"bias": "P"}, {"bias": "BHNP"}, {"bias": "H1P"}, {}]
+_EXTRAS: list[dict[str, Any]] = [{}, {"sinks": True}, {"permuted": True}, {"sinks": True, "permuted": True}]
+_OPTIONS: list[dict[str, Any]] = [
+    {"options": options}
+    for options in (
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "window_size": 3},
+        {"window_size": 9},
+        {"softcap": 5.0},
+        {"dropout_p": 0.3},
+        {"is_causal": True, "dropout_p": 0.1, "scale": 0.3},
+        {"softcap": 2.0, "scale": -0.7},
+    )
+]
+_AXES = (_SHAPES, _HEADS, _SIZES, _PREFIXES, _GATES, _SOFTMAXES, _MASKS, _BIASES, _EXTRAS, _OPTIONS)
+
+
+def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = None) -> list[AttentionCase]:
+    """``count`` cases of the grid; ``fixed`` overrides what the axes say."""
+    rng = random.Random(seed)
+    columns = []
+    for axis in _AXES:
+        column: list[dict[str, Any]] = []
+        while len(column) < count:
+            column += rng.sample(axis, len(axis))
+        columns.append(column[:count])
+    cases = []
+    for parts in zip(*columns, strict=True):
+        fields: dict[str, Any] = {}
+        for part in parts:
+            fields |= part
+        case = AttentionCase(**(fields | (fixed or {})))
+        cases.append(case if fixed else _conditioned(case))
+    return cases
+
+
+def _conditioned(case: AttentionCase) -> AttentionCase:
+    """Keep a softmax over a single column out: its gradients are exactly 0, and so is the error of a plain softmax,
+    which makes a bound relative to it meaningless for a backward pass that stores its output rounded.
+    The largest cases are kept affordable.
+    """
+    if case.P + case.M <= 1 or (case.output_gate is not None and min(case.P, case.M) == 1):
+        case = replace(case, sinks=True, output_gate=None, P=case.P or 1)
+    if case.N * case.P > 1_000_000:  # seconds in every dtype, and nothing that 128 keys do not show
+        case = replace(case, P=128)
+    return case
+
+
+def embedding_cases() -> list[EmbeddingCase]:
+    """PT, DePT and ADePT over odd widths and zero sizes."""
+    shapes: list[dict[str, Any]] = [
+        {"B": 2, "N": 7, "S": 3, "d": 8, "r": 3},
+        {"B": 3, "N": 113, "S": 100, "d": 129, "r": 19, "V": 211},
+        {"B": 1, "N": 1, "S": 1, "d": 1, "r": 1, "V": 1},
+        {"B": 4, "N": 33, "S": None, "d": 768, "r": 39, "V": 97},
+        {"B": 2, "N": 0, "S": 5, "d": 17, "r": 2},
+        {"B": 0, "N": 4, "S": 5, "d": 17, "r": 2},
+        {"B": 2, "N": 5, "S": 0, "d": 33, "r": 45},
+    ]
+    offsets: list[dict[str, Any]] = [
+        {},
+        {"offset": "low_rank"},
+        {"offset": "low_rank", "spare": 11, "options": {"offset_scale": 1.3}},
+        {"offset": "ffn"},
+        {"offset": "ffn", "options": {"offset_scale": -0.5, "dropout_p": 0.1}},
+        {"offset": "ffn", "options": {"dropout_p": 0.6}},
+    ]
+    return [EmbeddingCase(**shape, **offset) for shape in shapes for offset in offsets]
+
+
+def measure(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", draws: int = 3) -> Report:
+    """The parity of one backend on one case."""
+    inputs = case.build(dtype, device)
+    return measure_parity(case.operation, inputs.tensors, options={**inputs.options, "backend": backend}, draws=draws)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m fastprefix parity``."""
+    parser.add_argument("--shape", type=_shape, metavar="B,Hq,Hkv,N,M,P,D[,Dv]", help="prefix_attention at this shape")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all")
+    parser.add_argument("--backend", choices=list(BACKENDS), nargs="+", help="default: all that are usable")
+    parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the grid and print the table; 1 where a bound is missed or a named backend is not usable."""
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backends = [name for name in args.backend or BACKENDS if BACKENDS[name].refusal(device) is None]
+    for name in set(args.backend or ()) - set(backends):
+        print(f"backend {name!r} is not usable: {BACKENDS[name].refusal(device)}", file=sys.stderr)
+        return 1
+    cases: list[Case] = list(attention_cases(22 if args.quick else 66, fixed=args.shape))
+    if args.quick and args.shape is None:
+        cases = [case for case in cases if not isinstance(case, AttentionCase) or case.scores < 100_000]
+    if args.shape is None:
+        cases += embedding_cases()
+    runs = [
+        (case, dtype, name) for case in cases for dtype in args.dtype for name in backends if name in case.implemented
+    ]
+    started = time.monotonic()
+    results = []
+    for done, (case, dtype, name) in enumerate(runs, 1):
+        results.append((case, dtype, name, measure(case, DTYPES[dtype], name, device)))
+        _progress(done, len(runs), started)
+    return _print_results(results)
+
+
+def _shape(text: str) -> dict[str, Any]:
+    letters = ("B", "Hq", "Hkv", "N", "M", "P", "D", "Dv")
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (7, 8):
+        raise argparse.ArgumentTypeError(f"takes B,Hq,Hkv,N,M,P,D[,Dv], got {text!r}")
+    return dict(zip(letters, sizes, strict=False)) | ({"Dv": None} if len(sizes) == 7 else {})
+
+
+def _progress(done: int, total: int, started: float) -> None:
+    """One line on a terminal's stderr, rewritten in place."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{done}/{total} comparisons, {time.monotonic() - started:.0f} s", end=end, file=sys.stderr, flush=True)
+
+
+def _print_results(results: Sequence[tuple[Case, str, str, Report]]) -> int:
+    """A line for each operation, backend and dtype, then every miss in full."""
+    groups: dict[tuple[str, str, str], list[Report]] = {}
+    for case, dtype, backend, report in results:
+        groups.setdefault((case.operation.__name__, backend, dtype), []).append(report)
+    print(
+        f"{'operation':<18} {'backend':<8} {'dtype':<9} {'cases':>5} {'results':>7} {'misses':>6} {'ratio':>6}  worst"
+    )
+    for (operation, backend, dtype), reports in groups.items():
+        rows = [row for report in reports for row in report.rows]
+        worst = max(rows, key=lambda row: row.ratio)
+        misses = sum(not row.ok for row in rows)
+        print(
+            f"{operation:<18} {backend:<8} {dtype:<9} {len(reports):>5} {len(rows):>7} {misses:>6} {worst.ratio:>6.2f}"
+            f"  {worst.name}"
+        )
+    missed = [result for result in results if not result[3].ok]
+    for case, dtype, backend, report in missed:
+        print(f"\nMISS {backend} {dtype} {case}\n{report}")
+    print("\na ratio is an error by its bound: twice plain PyTorch's error at the same dtype plus two ulp")
+    return 1 if missed else 0

@@ -1,0 +1,59 @@
+"""The choice of a backend, and the agreement of schema and Arguments."""
+
+import pytest
+import torch
+
+import fastprefix
+from fastprefix.ops import backends
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE as ATTENTION_GRADIENTS
+from fastprefix.ops.prefix_attention.arguments import Arguments as AttentionArguments
+from fastprefix.ops.prompt_embedding.arguments import Arguments as EmbeddingArguments
+from fastprefix.parity import AttentionCase, EmbeddingCase
+
+CASES = [AttentionCase(), EmbeddingCase()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.__name__)
+def test_unknown_and_unusable_backends_are_refused(case, monkeypatch):
+    tensors = case.build(torch.float32).tensors
+    with pytest.raises(ValueError, match=r"^backend .*'eager'.*got str 'fastest'"):
+        case.operation(**tensors, backend="fastest")
+    with pytest.raises(TypeError, match=r"^backend"):
+        case.operation(**tensors, backend=1)
+    monkeypatch.setitem(backends.BACKENDS, "broken", backends.Backend("broken", None, lambda: "it was not built"))
+    with pytest.raises(ValueError, match="backend 'broken' is not usable here: it was not built"):
+        case.operation(**tensors, backend="broken")
+    monkeypatch.setitem(backends.BACKENDS, "cuda_only", backends.Backend("cuda_only", ("cuda",), lambda: None))
+    with pytest.raises(ValueError, match="it runs on cuda tensors, not on cpu"):
+        case.operation(**tensors, backend="cuda_only")
+    monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend("other", None, lambda: None))
+    with pytest.raises(ValueError, match="does not have this operation"):
+        case.operation(**tensors, backend="other")
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "prefix_bias"])
+def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
+    case = AttentionCase()
+    tensors = case.build(torch.float32).tensors
+    bias = torch.zeros(case.N, case.M if name == "attn_mask" else case.P, requires_grad=True)
+    fastprefix.prefix_attention(**tensors, **{name: bias}).sum().backward()
+    assert bias.grad is not None
+    reason = f"{name} requires a gradient"
+    assert backends.choose(None, torch.device("cpu"), ("eager",), reason) == "eager"
+    for other in set(backends.BACKENDS) - {"eager"}:
+        with pytest.raises(ValueError, match="not usable"):
+            fastprefix.prefix_attention(**tensors, **{name: bias}, backend=other)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("prefix_attention", AttentionArguments), ("prompt_embedding", EmbeddingArguments)]
+)
+def test_schema_and_arguments_have_the_same_order(name, arguments):
+    schema = getattr(torch.ops.fastprefix, name).eager._schema
+    assert tuple(argument.name for argument in schema.arguments) == arguments._fields
+    backward = getattr(torch.ops.fastprefix, f"{name}_backward").eager._schema
+    assert tuple(argument.name for argument in backward.arguments)[-len(arguments._fields) :] == arguments._fields
+
+
+def test_differentiable_arguments_come_first():
+    assert AttentionArguments._fields[: len(ATTENTION_GRADIENTS)] == ATTENTION_GRADIENTS

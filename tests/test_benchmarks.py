@@ -1,0 +1,313 @@
+"""The benchmarks: their data, tokenizer, timing, reports, and the main job in the small."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("datasets")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks import data, hub, main_job, memory, methods, models, plots, report, subjects, tasks, tokenizer
+from benchmarks.cli import main
+from benchmarks.contest import Contest, Rounds
+from benchmarks.data import Corpus
+from benchmarks.errors import BenchmarkError
+from benchmarks.methods import FLOOR, Method, Prepared
+from benchmarks.models import Size
+from benchmarks.timing import Clock, Samples, interleave, timed
+
+CPU = torch.device("cpu")
+TINY = Size(layers=1, width=32, heads=2, vocabulary=512, rows=2, length=16)
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is read from, or left in, the user's own caches."""
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    # What going offline changes is put back after the test.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return data.python_documentation(seed=0)
+
+
+class TestPythonDocumentation:
+    def test_every_class_has_enough_passages(self, corpus: Corpus) -> None:
+        assert corpus.train_labels is not None
+        counts = Counter(corpus.train_labels)
+        assert len(corpus.class_names) == len(counts) == 6
+        assert min(counts.values()) >= 40
+
+    def test_nothing_is_both_trained_on_and_held_out(self, corpus: Corpus) -> None:
+        paragraphs = [text.split("\n\n") for text in corpus.train]
+        seen = {" ".join(paragraph.split()) for passage in paragraphs for paragraph in passage}
+        held_out = {" ".join(p.split()) for text in corpus.held_out for p in text.split("\n\n")}
+        assert held_out
+        assert not seen & held_out
+
+    def test_seed_decides_the_split(self, corpus: Corpus) -> None:
+        assert data.python_documentation(seed=0) == corpus
+        assert data.python_documentation(seed=1).held_out != corpus.held_out
+
+    def test_labels_belong_to_their_passages(self, corpus: Corpus) -> None:
+        assert corpus.train_labels is not None
+        label = next(
+            lb for text, lb in zip(corpus.train, corpus.train_labels, strict=True) if "str.removeprefix" in text
+        )
+        assert corpus.class_names[label] == "built-in types"
+
+
+class TestTokenizer:
+    def test_writes_any_text_back(self, corpus: Corpus) -> None:
+        words = tokenizer.train_or_load(corpus, 1024)
+        assert len(words) == 1024
+        for text in ("def f(x):\n    return x", "naïve 日本語 \x00"):
+            assert words.decode(words(text)["input_ids"]) == text
+
+    def test_trains_once(self, corpus: Corpus, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = tokenizer.train_or_load(corpus, 512)
+        assert [path.suffix for path in (caches / "fastprefix" / "tokenizers").iterdir()] == [".json"]
+        monkeypatch.setattr(tokenizer, "_train", lambda *_: pytest.fail("trained a second time"))
+        assert tokenizer.train_or_load(corpus, 512)("for x in y")["input_ids"] == first("for x in y")["input_ids"]
+
+
+class TestFiles:
+    ROWS = (('good "film"', "pos"), ("bad", "neg"), ("fine", "pos"), ("dull", "neg"))
+
+    def test_tab_separated(self, tmp_path: Path) -> None:
+        path = tmp_path / "reviews.tsv"
+        path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in self.ROWS))
+        self._check(data.from_file(path, seed=0))
+
+    def test_json_lines(self, tmp_path: Path) -> None:
+        path = tmp_path / "reviews.jsonl"
+        path.write_text("".join(json.dumps({"review": text, "stars": label}) + "\n" for text, label in self.ROWS))
+        self._check(data.from_file(path, seed=0, text_column="review", label_column="stars"))
+
+    def _check(self, corpus: Corpus) -> None:
+        assert corpus.class_names == ["neg", "pos"]
+        assert corpus.train_labels is not None
+        assert corpus.held_out_labels is not None
+        texts = corpus.train + corpus.held_out
+        labels = [corpus.class_names[i] for i in corpus.train_labels + corpus.held_out_labels]
+        assert sorted(zip(texts, labels, strict=True)) == sorted(self.ROWS)
+
+    def test_without_labels(self, tmp_path: Path) -> None:
+        path = tmp_path / "plain.jsonl"
+        path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": " "}\n')
+        corpus = data.from_file(path, seed=0)
+        assert corpus.train_labels is None
+        assert sorted(corpus.train + corpus.held_out) == ["one", "two"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("missing.tsv", None, "no such file"),
+            ("text.docx", "x", "takes a .tsv"),
+            ("odd.jsonl", '{"a": "x"}\n{"a": "y"}\n', "--text-column"),
+            ("broken.jsonl", "{", "could not be read"),
+            ("short.jsonl", '{"text": "one"}\n', "two passages"),
+        ],
+    )
+    def test_errors(self, tmp_path: Path, name: str, content: str | None, message: str) -> None:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(BenchmarkError, match=message):
+            data.from_file(tmp_path / name, seed=0)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("option", ["--dataset", "--model"])
+def test_without_network_a_clear_error(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option, "nobody/nothing", "--out", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "cannot be reached" in lines[0]
+    assert lines[1].startswith(f"error: {option} nobody/nothing: ")
+    assert len(lines) == 2
+
+
+class TestTiming:
+    def test_rounds_begin_with_another_job_each(self) -> None:
+        order: list[str] = []
+        jobs = {name: timed(lambda name=name: order.append(name), Clock(CPU)) for name in "abc"}  # type: ignore[misc]
+        samples, failures = interleave(jobs, range(3), warmup=1)
+        assert "".join(order) == "abcbcacab"
+        assert not failures
+        assert [len(s.seconds) for s in samples.values()] == [2, 2, 2]
+
+    def test_a_failure_loses_no_other_result(self) -> None:
+        def broken(i: int) -> float:
+            if i == 1:
+                raise RuntimeError("out of luck\nand more")
+            return 1.0
+
+        samples, failures = interleave({"good": float, "broken": broken}, range(4), stage="training")
+        assert samples["good"].seconds == [0.0, 1.0, 2.0, 3.0]
+        assert list(samples) == ["good"]
+        assert failures["broken"].message == "RuntimeError: out of luck"
+        assert "and more" in failures["broken"].traceback
+
+    def test_summary(self) -> None:
+        summary = Samples([0.001 * i for i in range(1, 12)]).summary()
+        assert summary["median_ms"] == pytest.approx(6.0)
+        assert summary["p20_ms"] == pytest.approx(3.0)
+        assert summary["p80_ms"] == pytest.approx(9.0)
+
+
+def test_added_peak_is_what_was_held_at_once() -> None:
+    size = 64 * 2**20
+
+    def work() -> None:
+        for _ in range(3):
+            torch.ones(size, dtype=torch.uint8)
+
+    assert memory.added_peak(work, CPU) == size
+
+
+def test_table_is_aligned_markdown() -> None:
+    lines = report.table(
+        ("name", "x", "y"), [("a", "1", "2.50"), ("long name", "10", "-"), ("c", "FAILED")]
+    ).splitlines()
+    assert lines == [
+        "| name      |  x |    y |",
+        "|-----------|---:|-----:|",
+        "| a         |  1 | 2.50 |",
+        "| long name | 10 |    - |",
+        "| c         | FAILED ||",
+    ]
+
+
+def _tiny(corpus: Corpus) -> list[subjects.Subject]:
+    return subjects.built(corpus, TINY, steps=4, device=CPU, seed=0)
+
+
+class TestMethods:
+    def test_encoder_and_decoder_share_nothing_but_frozen_weights(self, corpus: Corpus) -> None:
+        encoder = _tiny(corpus)[0].model
+        copy = models.with_shared_weights(encoder)
+        shared = {id(p) for p in encoder.parameters()} & {id(p) for p in copy.parameters()}
+        own = [p for p in encoder.parameters() if id(p) not in shared]
+        assert own == models.head_parameters(encoder)
+
+    def test_floor_brings_the_gradient_down_to_the_embeddings(self, corpus: Corpus) -> None:
+        subject = _tiny(corpus)[1]
+        prepared = methods.all_methods()[0].prepare(subject.model, "causal_lm", TINY.length)
+        embedded: list[torch.Tensor] = []
+        subject.model.get_input_embeddings().register_forward_hook(lambda _, __, output: embedded.append(output))
+        embedded_output = prepared.model(**subject.task.train[0])
+        embedded[0].retain_grad()
+        embedded_output.loss.backward()
+        assert prepared.trainable() == 0
+        assert embedded[0].grad is not None
+        assert all(p.grad is None for p in subject.model.parameters())
+
+    def test_batches_follow_from_the_seed(self, corpus: Corpus) -> None:
+        first, second = (subject.task.train[-1]["input_ids"] for subject in (_tiny(corpus)[0], _tiny(corpus)[0]))
+        assert torch.equal(first, second)
+
+    def test_padding_is_no_text(self, corpus: Corpus) -> None:
+        task = _tiny(corpus)[0].task
+        masks = [batch["attention_mask"] for batch in task.train]
+        assert task.tokens_per_step() == sum(int(mask.sum()) for mask in masks) / len(masks)
+
+    def test_every_method_trains(self, corpus: Corpus) -> None:
+        for subject in _tiny(corpus):
+            contest = Contest(subject.model, subject.task, methods.all_methods(), seed=0)
+            results = contest.run(Rounds(steps=4, evaluations=2, warmup=1), tick=lambda _: None)
+            assert [result.failure for result in results] == [None] * len(results)
+            head = sum(p.numel() for p in models.head_parameters(subject.model))
+            trainable = {result.method.name: result.trainable for result in results}
+            assert trainable[FLOOR] == head
+            assert trainable["PT (100)"] == 100 * TINY.width + head
+            assert len({tuple(result.losses or ()) for result in results}) == len(results)
+
+
+def _broken(model: nn.Module, task: tasks.TaskKind, length: int) -> Prepared:
+    raise RuntimeError("no such luck")
+
+
+class TestMainJob:
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(models.SIZES, "quick", TINY)
+        monkeypatch.setitem(main_job.ROUNDS, "quick", Rounds(steps=6, evaluations=3, warmup=1))
+
+    def test_all_of_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "RANDOM weights" in printed
+        assert (tmp_path / "main_job.md").read_text().splitlines()[2] in printed
+        for name in ("main_job_loss.png", "main_job_time.png"):
+            assert (tmp_path / name).read_bytes().startswith(PNG)
+
+        record = json.loads((tmp_path / "main_job.json").read_text())
+        assert {"date", "torch", "device_name", "threads"} <= set(record["environment"])
+        assert [len(subject["methods"]) for subject in record["subjects"]] == [len(methods.all_methods())] * 2
+        floor = record["subjects"][1]["methods"][0]
+        assert floor["forward_backward_times_floor"] == 1.0
+        steps, losses = zip(*floor["held_out_losses"], strict=True)
+        assert steps == (0, 2, 4, 6)
+        assert len(set(losses)) == 1
+        assert len(floor["losses"]) == 6
+        assert len(floor["forward_backward"]["raw_ms"]) == 5
+        assert len(floor["forward"]["raw_ms"]) == 3 * tasks.HELD_OUT_BATCHES
+
+    def test_a_failing_method_is_reported_beside_the_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        chosen = [methods.all_methods()[0], Method("broken", "peft", _broken)]
+        monkeypatch.setattr(main_job, "all_methods", lambda: chosen)
+        assert main(["main", "--quick", "--device", "cpu", "--steps", "2", "--out", str(tmp_path)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out.count("FAILED in set-up: RuntimeError: no such luck") == 2
+        assert "Traceback" in captured.err
+        floor, broken = json.loads((tmp_path / "main_job.json").read_text())["subjects"][0]["methods"]
+        assert floor["failure"] is None
+        assert floor["tokens_per_second"] > 0
+        assert broken["failure"]["stage"] == "set-up"
+
+    def test_local_file_and_local_model(self, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = tokenizer.train_or_load(corpus, TINY.vocabulary)
+        folder, text = tmp_path / "model", tmp_path / "text.jsonl"
+        words.save_pretrained(folder)
+        models.build_decoder(TINY, words.pad_token_id, words.eos_token_id, seed=0).save_pretrained(folder)
+        text.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in corpus.train[:40]))
+        monkeypatch.setattr(main_job, "all_methods", lambda: methods.all_methods()[:2])
+        arguments = ["--data", str(text), "--model", str(folder), "--quick", "--device", "cpu", "--out", str(tmp_path)]
+        assert main(arguments) == 0
+        (subject,) = json.loads((tmp_path / "main_job.json").read_text())["subjects"]
+        assert subject["random_weights"] is False
+        assert subject["methods"][1]["trainable"] == 100 * TINY.width
+
+    def test_no_gpu_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(["--device", "cuda"]) == 2
+        assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
+    plots.loss_curves([plots.Panel("nothing", {})], tmp_path / "loss.png", grey=FLOOR)
+    plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(PNG)

@@ -1,0 +1,160 @@
+"""prefix_attention as an operator: parity, layouts, autograd, compilation, autocast, dropout."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastprefix import prefix_attention
+from fastprefix.parity import DTYPES, AttentionCase, attention_cases, measure
+
+SMALL = [case for case in attention_cases(44, seed=1) if case.scores < 5_000]
+FULL = AttentionCase(Hq=4, gate="BhP", output_gate="BH", sinks=True, options={"is_causal": True})
+JOINT = AttentionCase(Hq=4, gate="hP", sinks=True, options={"softcap": 5.0})
+
+
+def leaves(case, dtype=torch.float32):
+    return {name: tensor.requires_grad_() for name, tensor in case.build(dtype).tensors.items()}
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.N}-{case.M}-{case.P}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity(backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
+def test_parity_float32_with_poisoned_memory(backend, case, poisoned):
+    report = measure(case, torch.float32, backend)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
+@pytest.mark.parametrize("layout", ["dense", "permuted", "sliced"])
+def test_opcheck(backend, case, layout):
+    from fastprefix.ops.prefix_attention.validation import canonical_arguments
+
+    t = AttentionCase(**{**case.__dict__, "permuted": layout == "permuted"}).build(torch.float32).tensors
+    if layout == "sliced":  # one projection for query, key and value
+        qkv = torch.randn(case.B, 5, case.Hq + 2 * case.Hkv, case.D).transpose(1, 2)
+        t["query"], t["key"], t["value"] = qkv.split([case.Hq, case.Hkv, case.Hkv], dim=1)
+    t = {name: tensor.detach().requires_grad_() for name, tensor in t.items()}
+    defaults = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
+    defaults |= {"softcap": None, "sinks": None, "scale": None, "is_causal": False, "dropout_p": 0.0}
+    arguments = canonical_arguments(**(defaults | t | case.options))
+    torch.library.opcheck(getattr(torch.ops.fastprefix.prefix_attention, backend), tuple(arguments))
+
+
+@pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
+def test_gradcheck(case):
+    t = leaves(case, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *x: prefix_attention(**dict(zip(t, x, strict=True)), **case.options, backend="eager"), tuple(t.values())
+    )
+
+
+@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_compile(backend, compiler, dynamic):
+    torch._dynamo.reset()
+
+    def run(**t):
+        return prefix_attention(**t, **FULL.options, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for n in (5, 6) if dynamic else (5,):
+        t = leaves(AttentionCase(**{**FULL.__dict__, "N": n}))
+        expected, got = run(**t), compiled(**t)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), t.values()), torch.autograd.grad(expected.sum(), t.values()), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_replays_dropout(backend, reentrant):
+    t = leaves(JOINT)
+
+    def run(*x):
+        return prefix_attention(**dict(zip(t, x, strict=True)), dropout_p=0.5, backend=backend)
+
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(run(*t.values()).sum(), t.values())
+    torch.manual_seed(1)
+    checkpoint(run, *t.values(), use_reentrant=reentrant).sum().backward()
+    for tensor, gradient in zip(t.values(), expected, strict=True):
+        assert torch.equal(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_equals_explicit_casts(backend, dtype):
+    t = JOINT.build(torch.float32).tensors
+    with torch.autocast("cpu", dtype):
+        got = prefix_attention(**t, backend=backend)
+    assert torch.equal(got, prefix_attention(**{name: x.to(dtype) for name, x in t.items()}, backend=backend))
+
+
+def test_no_grad_inference_mode_and_determinism(backend):
+    t = leaves(JOINT)
+    expected = prefix_attention(**t, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = prefix_attention(**t, backend=backend)
+        assert not got.requires_grad
+        assert torch.equal(got, expected)
+
+
+def test_double_backward_is_refused(backend):
+    t = leaves(JOINT)
+    grad = torch.autograd.grad(prefix_attention(**t, backend=backend).sum(), t["query"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_only_gradients_asked_for(backend):
+    for name in leaves(FULL):
+        t = FULL.build(torch.float32).tensors
+        t[name].requires_grad_()
+        prefix_attention(**t, backend=backend).sum().backward()
+        assert {n for n, tensor in t.items() if tensor.grad is not None} == {name}
+
+
+def test_saved_tensors_are_inputs_output_and_lse(backend):
+    t, saved = leaves(AttentionCase(B=5, Hq=4, P=9, permuted=True)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = prefix_attention(**t, backend=backend)
+    known = {x.untyped_storage().data_ptr() for x in (*t.values(), output)}
+    others = [x for x in saved if x.untyped_storage().data_ptr() not in known]
+    assert [x.shape for x in others] == [output.shape[:3]]  # the log-sum-exp
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_output_is_laid_out_as_the_query(backend, permuted):
+    t = AttentionCase(permuted=permuted).build(torch.float32).tensors
+    assert prefix_attention(**t, backend=backend).stride() == t["query"].stride()
+
+
+def test_a_query_that_sees_nothing_is_zero(backend):
+    t = leaves(AttentionCase(P=0))
+    output = prefix_attention(**t, attn_mask=torch.zeros(2, 7, dtype=torch.bool), backend=backend)
+    assert not output.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(output.sum(), t.values()))
+
+
+@pytest.mark.parametrize("zero", ["B", "N", "M", "P"])
+def test_zero_sizes(backend, zero):
+    t = leaves(AttentionCase(**{zero: 0}))
+    output = prefix_attention(**t, backend=backend)
+    assert output.shape == t["query"].shape
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), t.values()))
+
+
+def test_dropout_of_everything_and_replay(backend):
+    t = JOINT.build(torch.float32).tensors
+    assert not prefix_attention(**t, dropout_p=1.0, backend=backend).any()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(prefix_attention(**t, dropout_p=0.5, backend=backend))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])

@@ -1,0 +1,394 @@
+"""The CPU kernels against the float64 reference: output and every gradient, on every instruction set."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastprefix
+from fastprefix.ops.backends import BACKENDS
+from fastprefix.ops.prefix_attention.registration import OPERATION
+from fastprefix.ops.prefix_attention.validation import canonical_arguments
+
+REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+Case = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every ``empty`` tensor, in C++ too, is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    dtype: torch.dtype,
+    *,
+    B: int = 2,
+    heads: tuple[int, int] = (4, 2),
+    N: int = 33,
+    M: int = 45,
+    P: int = 11,
+    D: int = 64,
+    Dv: int | None = None,
+    per_row: bool = False,
+    gate: tuple[int, ...] | None = None,
+    output_gate: tuple[int, ...] | None = None,
+    sinks: bool = False,
+    layout: str = "BHND",
+    **options: Any,
+) -> tuple[dict[str, Tensor], Case]:
+    """Differentiable tensors, exactly representable in ``dtype``, and the other arguments."""
+    generator = torch.Generator().manual_seed(0)
+    Hq, Hkv = heads
+    Dv = D if Dv is None else Dv
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    def draw_heads(heads: int, length: int, size: int) -> Tensor:
+        if layout == "BNHD":
+            return draw(B, length, heads, size).transpose(1, 2)
+        if layout == "sliced":  # out of a fused projection
+            return (
+                draw(B, length, 3 * heads * size)[..., heads * size : 2 * heads * size]
+                .unflatten(2, (heads, size))
+                .transpose(1, 2)
+            )
+        if layout == "strided":  # the last dimension too
+            return draw(B, heads, size, length).transpose(2, 3)
+        return draw(B, heads, length, size)
+
+    rows = (B,) if per_row else ()
+    tensors = {
+        "query": draw_heads(Hq, N, D),
+        "key": draw_heads(Hkv, M, D),
+        "value": draw_heads(Hkv, M, Dv),
+        "prefix_key": draw(*rows, Hkv, P, D),
+        "prefix_value": draw(*rows, Hkv, P, Dv),
+    }
+    if gate is not None:
+        tensors["prefix_gate"] = draw(*gate)
+    if output_gate is not None:
+        tensors["output_gate"] = draw(*output_gate)
+    if sinks:
+        tensors["sinks"] = draw(Hq)
+    for name in ("attn_mask", "prefix_bias"):
+        if name in options and options[name].is_floating_point():
+            options[name] = options[name].to(dtype)
+    return tensors, options
+
+
+def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    options = {
+        name: option.to(dtype) if isinstance(option, Tensor) and option.is_floating_point() else option
+        for name, option in options.items()
+    }
+    torch.manual_seed(7)
+    output = function(**leaves, **options, **more)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(tensors["query"].dtype)
+    output.backward(grad.to(dtype))
+    return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def assert_as_good(dtype: torch.dtype, **case: Any) -> None:
+    """At most twice the error of the reference run in ``dtype``, plus two units in the last place.
+
+    The reference in float64 has no error to measure; there, its error in float32, made smaller by as much as float64
+    is finer, takes that part.
+    """
+    tensors, options = make(dtype, **case)
+    exact = run(fastprefix.reference.prefix_attention, tensors, options, torch.float64)
+    low = torch.float32 if dtype is torch.float64 else dtype
+    finer = torch.finfo(dtype).eps / torch.finfo(low).eps
+    plain = run(fastprefix.reference.prefix_attention, tensors, options, low)
+    ours = run(fastprefix.prefix_attention, tensors, options, dtype, backend="cpu")
+    assert ours.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert ours[name].dtype == dtype
+        assert ours[name].shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        error = (ours[name].double() - truth).abs().max()
+        allowed = (
+            2 * (plain[name].double() - truth).abs().max() * finer + 2 * torch.finfo(dtype).eps * truth.abs().max()
+        )
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def rand(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def coin(*size: int) -> Tensor:
+    return rand(*size) > 0
+
+
+def ids(*size: int) -> Tensor:
+    return torch.randint(0, 3, size, generator=torch.Generator().manual_seed(4))
+
+
+SHAPES: list[Case] = [
+    {"N": 1, "M": 1, "P": 1},
+    {"N": 3, "M": 3, "P": 0},
+    {"N": 113, "M": 203, "P": 37},
+    {"N": 239, "M": 1, "P": 3},
+    {"N": 0},
+    {"M": 0},
+    {"P": 0},
+    {"M": 0, "P": 0},
+    {"B": 0},
+    {"N": 0, "M": 0, "P": 0},
+    {"P": 128, "N": 70},
+    {"P": 2048, "N": 5, "B": 1},
+    {"N": 2, "M": 300, "P": 100},
+    {"heads": (4, 4)},
+    {"heads": (3, 1)},
+    {"heads": (1, 1), "B": 1, "N": 200, "M": 200},
+    {"D": 8},
+    {"D": 13, "Dv": 7},
+    {"D": 80, "Dv": 96},
+    {"D": 96, "Dv": 80},
+    {"D": 128, "Dv": 33},
+    {"D": 256, "Dv": 8},
+    {"D": 1, "Dv": 1},
+    {"per_row": True},
+    {"per_row": True, "heads": (1, 1), "N": 150},
+    {"layout": "BNHD"},
+    {"layout": "sliced"},
+    {"layout": "strided"},
+]
+FEATURES: list[Case] = [
+    {"gate": (11,)},
+    {"gate": (2, 1, 11)},
+    {"gate": (2, 1, 1), "per_row": True},
+    {"gate": (1, 2, 1)},
+    {"gate": (2, 4, 33, 11)},
+    {"gate": (1, 4, 1, 11)},
+    {"gate": (2, 1, 33, 1)},
+    {"gate": (1, 1, 1, 1), "N": 70},
+    {"output_gate": (1, 4)},
+    {"output_gate": (2, 1), "gate": (2, 2, 11), "N": 130},
+    {"output_gate": (2, 4), "gate": (1, 4, 33, 1)},
+    {"output_gate": (1, 4), "P": 0},
+    {"output_gate": (1, 4), "M": 0},
+    {"sinks": True},
+    {"sinks": True, "M": 0, "P": 0},
+    {"sinks": True, "output_gate": (1, 1), "N": 70},
+    {"is_causal": True, "N": 150, "M": 150},
+    {"is_causal": True, "N": 40, "M": 300},
+    {"is_causal": True, "N": 150, "M": 40},
+    {"is_causal": True, "N": 1, "M": 200},
+    {"is_causal": True, "P": 0, "N": 70, "M": 30},
+    {"is_causal": True, "window_size": 1, "N": 100, "M": 100},
+    {"is_causal": True, "window_size": 40, "N": 200, "M": 210},
+    {"window_size": 30, "N": 200, "M": 190},
+    {"window_size": 1, "N": 20, "M": 90, "P": 0},
+    {"segment_ids": (ids(2, 33), ids(2, 45))},
+    {"segment_ids": (ids(1, 33).int(), ids(2, 45).int()), "is_causal": True},
+    {"softcap": 2.0, "gate": (2, 1, 11)},
+    {"softcap": 30.0, "is_causal": True},
+    {"attn_mask": coin(2, 45)},
+    {"attn_mask": coin(1, 4, 33, 45)},
+    {"attn_mask": coin(2, 1, 33, 1), "P": 0},
+    {"attn_mask": rand(2, 4, 33, 45)},
+    {"attn_mask": rand(33, 1)},
+    {"attn_mask": torch.where(coin(45), 0.0, -torch.inf)},
+    {"attn_mask": torch.full((1,), -torch.inf)},
+    {"prefix_bias": rand(2, 1, 1, 11)},
+    {"prefix_bias": rand(4, 33, 1)},
+    {"prefix_bias": torch.where(coin(11), 0.0, -torch.inf), "output_gate": (1, 4)},
+    {"prefix_bias": torch.full((1,), -torch.inf), "output_gate": (1, 4)},
+    {"dropout_p": 0.3, "gate": (2, 1, 11)},
+    {"dropout_p": 0.5, "output_gate": (1, 4), "N": 70, "is_causal": True},
+    {"dropout_p": 1.0},
+    {"scale": -0.3},
+    {"scale": 0.0},
+    {
+        "is_causal": True,
+        "window_size": 90,
+        "gate": (2, 4, 130, 11),
+        "sinks": True,
+        "softcap": 5.0,
+        "attn_mask": rand(2, 1, 130, 130),
+        "prefix_bias": rand(130, 11),
+        "segment_ids": (ids(2, 130), ids(2, 130)),
+        "dropout_p": 0.1,
+        "N": 130,
+        "M": 130,
+    },
+]
+
+
+def describe(case: Case) -> str:
+    return ",".join(
+        f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in case.items() if k != "segment_ids"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES + FEATURES, ids=describe)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    assert_as_good(dtype, **case)
+
+
+def test_is_the_default_backend() -> None:
+    tensors, _ = make(torch.float32)
+    output = fastprefix.prefix_attention(**{name: t.requires_grad_() for name, t in tensors.items()})
+    assert "PrefixAttention" in type(output.grad_fn).__name__ or "cpu" in type(output.grad_fn).__name__
+    assert torch.equal(output, fastprefix.prefix_attention(**tensors, backend="cpu"))
+
+
+def test_unseen_rows_are_zero() -> None:
+    tensors, options = make(torch.float32, P=0, N=70, M=30, is_causal=True)
+    results = run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu")
+    assert (results["output"][:, :, :40] == 0).all()
+    assert (results["query"][:, :, :40] == 0).all()
+
+
+def test_mask_of_the_least_number_averages() -> None:
+    """A mask of the least finite number hides nothing when everything has it."""
+    mask = torch.full((33, 45), torch.finfo(torch.float32).min)
+    assert_as_good(torch.float32, attn_mask=mask, P=0)
+
+
+@pytest.mark.parametrize(
+    "case", [{"gate": (2, 1, 11), "sinks": True}, {"output_gate": (1, 4), "gate": (11,)}], ids=describe
+)
+def test_only_gradients_asked_for(case: Case) -> None:
+    tensors, _ = make(torch.float32, **case)
+    full = run(fastprefix.prefix_attention, tensors, {}, torch.float32, backend="cpu")
+    for wanted in [*((name,) for name in tensors), ("prefix_key", "prefix_value"), ("query", "value")]:
+        leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in tensors.items()}
+        output = fastprefix.prefix_attention(**leaves, backend="cpu")
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        output.backward(grad)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name in wanted)
+            if leaf.grad is not None:
+                torch.testing.assert_close(leaf.grad, full[name], rtol=0, atol=1e-5 * float(full[name].abs().max()))
+
+
+def test_gradients_of_masks_are_refused() -> None:
+    tensors, _ = make(torch.float32)
+    with pytest.raises(ValueError, match="prefix_bias requires a gradient"):
+        fastprefix.prefix_attention(**tensors, prefix_bias=torch.zeros(11, requires_grad=True), backend="cpu")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_same_bits_twice(threads: int, heads: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = {"heads": heads, "B": 1, "N": 300, "M": 200, "gate": (1, 1, 11)}
+        tensors, options = make(torch.float32, **case)
+        first, second = (run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu") for _ in "12")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_as_good(dtype, **case)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_another_thread() -> None:
+    tensors, options = make(torch.float32, gate=(11,))
+    expected = run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu")
+    results: list[dict[str, Tensor]] = []
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        results.append(run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu"))
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.2, 0.9])
+def test_drops_what_eager_drops(dropout_p: float) -> None:
+    """Values are one-hot and everything is seen alike, so an output is 0 exactly where its column was dropped."""
+    B, H, N, M, P = 2, 3, 70, 100, 28
+    eye = torch.eye(M + P)
+    arguments: Case = {
+        "query": torch.zeros(B, H, N, 4),
+        "key": torch.zeros(B, H, M, 4),
+        "value": eye[P:].expand(B, H, -1, -1),
+        "prefix_key": torch.zeros(H, P, 4),
+        "prefix_value": eye[:P].expand(H, -1, -1),
+        "dropout_p": dropout_p,
+    }
+    outputs = []
+    for backend in ("cpu", "eager"):
+        torch.manual_seed(11)
+        outputs.append(fastprefix.prefix_attention(**arguments, backend=backend))
+    assert torch.equal(outputs[0] == 0, outputs[1] == 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"gate": (1, 2, 3), "sinks": True, "softcap": 3.0},
+        {"output_gate": (1, 2), "gate": (1, 2, 4, 3), "is_causal": True},
+    ],
+    ids=describe,
+)
+def test_gradcheck(case: Case) -> None:
+    tensors, options = make(torch.float64, B=1, heads=(2, 2), N=4, M=5, P=3, D=3, Dv=2, **case)
+    names = list(tensors)
+
+    def call(*values: Tensor) -> Tensor:
+        return fastprefix.prefix_attention(**dict(zip(names, values, strict=True)), **options, backend="cpu")
+
+    assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD", "strided"])
+@pytest.mark.parametrize("case", [{"gate": (2, 1, 11)}, {"output_gate": (1, 4), "sinks": True}], ids=describe)
+def test_opcheck(case: Case, layout: str) -> None:
+    tensors, options = make(torch.float32, layout=layout, **case)
+    defaults = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
+    defaults |= dict.fromkeys(("softcap", "sinks", "scale")) | {"is_causal": False, "dropout_p": 0.0}
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    arguments = canonical_arguments(**(defaults | leaves | options))
+    forward = OPERATION.operator("cpu")
+    torch.library.opcheck(forward, arguments)
+    output, lse = forward(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments[:10]]
+    inputs = (
+        torch.ones_like(output),
+        output,
+        lse,
+        needs,
+        *(a.detach() if isinstance(a, Tensor) else a for a in arguments),
+    )
+    torch.library.opcheck(torch.ops.fastprefix.prefix_attention_backward.cpu, inputs)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The same parity, in a process of its own, for PyTorch fixes the instruction set when it is loaded."""
+    if torch.backends.cpu.get_cpu_capability().lower() in (capability, "default"):
+        pytest.skip("this process runs on it, or can run nothing else")
+    chosen = "(test_parity and (float32 or bfloat16)) or gradcheck or drops"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(
+        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

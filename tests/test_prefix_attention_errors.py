@@ -1,0 +1,77 @@
+"""Bad inputs of prefix_attention: the type of the error, and the argument's name in its message."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastprefix
+
+Z = torch.zeros
+B, HQ, HKV, N, M, P, D, DV = 2, 4, 2, 3, 5, 6, 8, 7
+
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("query no tensor", {"query": 1.0}, TypeError, "query"),
+    ("query integer", {"query": Z(B, HQ, N, D, dtype=torch.int64)}, TypeError, "query"),
+    ("query rank", {"query": Z(B, N, D)}, ValueError, "query"),
+    ("query without head size", {"query": Z(B, HQ, N, 0)}, ValueError, "query"),
+    ("query heads", {"query": Z(B, 3, N, D)}, ValueError, "query"),
+    ("query sparse", {"query": Z(B, HQ, N, D).to_sparse()}, TypeError, "query"),
+    ("key rank", {"key": Z(B, M, D)}, ValueError, "key"),
+    ("key batch", {"key": Z(B + 1, HKV, M, D)}, ValueError, "key"),
+    ("key size", {"key": Z(B, HKV, M, D + 1)}, ValueError, "key"),
+    ("key dtype", {"key": Z(B, HKV, M, D, dtype=torch.float64)}, TypeError, "key"),
+    ("key device", {"key": Z(B, HKV, M, D, device="meta")}, ValueError, "key"),
+    ("value length", {"value": Z(B, HKV, M + 1, DV)}, ValueError, "value"),
+    ("value heads", {"value": Z(B, 1, M, DV)}, ValueError, "value"),
+    ("value empty", {"value": Z(B, HKV, M, 0)}, ValueError, "value"),
+    ("prefix_key rank", {"prefix_key": Z(P, D)}, ValueError, "prefix_key"),
+    ("prefix_key heads", {"prefix_key": Z(HQ, P, D)}, ValueError, "prefix_key"),
+    ("prefix_key size", {"prefix_key": Z(HKV, P, DV)}, ValueError, "prefix_key"),
+    ("prefix_key None", {"prefix_key": None}, TypeError, "prefix_key"),
+    ("prefix_value rank", {"prefix_value": Z(B, HKV, P, DV)}, ValueError, "prefix_value"),
+    ("prefix_value length", {"prefix_value": Z(HKV, P + 1, DV)}, ValueError, "prefix_value"),
+    ("prefix_value dtype", {"prefix_value": Z(HKV, P, DV).half()}, TypeError, "prefix_value"),
+    ("prefix_gate shape", {"prefix_gate": Z(P + 1)}, ValueError, "prefix_gate"),
+    ("prefix_gate with query heads", {"prefix_gate": Z(B, HQ, P)}, ValueError, "prefix_gate"),
+    ("prefix_gate 4-D", {"prefix_gate": Z(B, HKV, N, P)}, ValueError, "prefix_gate"),
+    ("prefix_gate bool", {"prefix_gate": Z(P).bool()}, TypeError, "prefix_gate"),
+    ("output_gate shape", {"output_gate": Z(HKV)}, ValueError, "output_gate"),
+    ("output_gate rank", {"output_gate": Z(B, HQ, 1)}, ValueError, "output_gate"),
+    ("attn_mask shape", {"attn_mask": Z(B, 1, N, M + 1)}, ValueError, "attn_mask"),
+    ("attn_mask padding", {"attn_mask": Z(N, M).bool()}, ValueError, "attn_mask"),
+    ("attn_mask integer", {"attn_mask": Z(N, M, dtype=torch.int64)}, TypeError, "attn_mask"),
+    ("attn_mask dtype", {"attn_mask": Z(N, M).half()}, TypeError, "attn_mask"),
+    ("prefix_bias shape", {"prefix_bias": Z(N, P + 1)}, ValueError, "prefix_bias"),
+    ("prefix_bias bool", {"prefix_bias": Z(N, P).bool()}, TypeError, "prefix_bias"),
+    ("is_causal", {"is_causal": 1}, TypeError, "is_causal"),
+    ("window_size zero", {"window_size": 0}, ValueError, "window_size"),
+    ("window_size float", {"window_size": 2.0}, TypeError, "window_size"),
+    ("segment_ids tensor", {"segment_ids": Z(B, N).long()}, TypeError, "segment_ids"),
+    ("segment_ids single", {"segment_ids": (Z(B, N).long(),)}, ValueError, "segment_ids"),
+    ("segment_ids float", {"segment_ids": (Z(B, N), Z(B, M).long())}, TypeError, "segment_ids"),
+    ("segment_ids shape", {"segment_ids": (Z(B, N).long(), Z(B, N).long())}, ValueError, "segment_ids"),
+    ("softcap zero", {"softcap": 0.0}, ValueError, "softcap"),
+    ("softcap text", {"softcap": "5"}, TypeError, "softcap"),
+    ("sinks shape", {"sinks": Z(HKV)}, ValueError, "sinks"),
+    ("sinks dtype", {"sinks": Z(HQ).double()}, TypeError, "sinks"),
+    ("scale nan", {"scale": float("nan")}, ValueError, "scale"),
+    ("scale text", {"scale": "1"}, TypeError, "scale"),
+    ("dropout_p negative", {"dropout_p": -0.1}, ValueError, "dropout_p"),
+    ("dropout_p above one", {"dropout_p": 1.1}, ValueError, "dropout_p"),
+    ("dropout_p text", {"dropout_p": "0.1"}, TypeError, "dropout_p"),
+]
+
+
+@pytest.mark.parametrize("function", [fastprefix.prefix_attention, fastprefix.reference.prefix_attention])
+@pytest.mark.parametrize(("bad", "error", "name"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input(function, bad, error, name):
+    good = {
+        "query": Z(B, HQ, N, D),
+        "key": Z(B, HKV, M, D),
+        "value": Z(B, HKV, M, DV),
+        "prefix_key": Z(HKV, P, D),
+        "prefix_value": Z(HKV, P, DV),
+    }
+    with pytest.raises(error, match=rf"^{name}\b"):
+        function(**(good | bad))

@@ -1,0 +1,57 @@
+"""Shapes and options drawn by hypothesis: every backend against float64."""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastprefix.parity import DTYPES, AttentionCase, EmbeddingCase, _conditioned, measure
+
+SETTINGS = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+GATES = st.sampled_from([None, "", "P", "hP", "h1", "B1P", "BhP", "BHNP", "1H1P", "B1NP"])
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "is_causal": st.booleans(),
+        "window_size": st.integers(1, 9),
+        "softcap": st.floats(1.0, 30.0),
+        "scale": st.floats(-1.0, 1.0),
+        "dropout_p": st.floats(0.0, 0.9),
+    },
+)
+
+
+@st.composite
+def attention_cases(draw):
+    hkv = draw(st.integers(1, 3))
+    case = AttentionCase(
+        B=draw(st.integers(1, 3)), Hq=hkv * draw(st.integers(1, 3)), Hkv=hkv, N=draw(st.integers(0, 9)),
+        M=draw(st.integers(0, 9)), P=draw(st.integers(0, 9)), D=draw(st.integers(2, 9)), Dv=draw(st.integers(2, 9)),
+        prefix_a_row=draw(st.booleans()), gate=draw(GATES),
+        output_gate=draw(st.sampled_from([None, None, "BH", "H", "B1"])),
+        mask=draw(st.sampled_from([None, "padding", "bool", "float"])), bias=draw(st.sampled_from([None, "P", "BHNP"])),
+        segments=draw(st.booleans()), sinks=True, permuted=draw(st.booleans()), options=draw(OPTIONS),
+    )  # fmt: skip
+    return _conditioned(case)
+
+
+@given(case=attention_cases(), dtype=st.sampled_from(list(DTYPES)))
+@SETTINGS
+def test_prefix_attention(backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend, draws=4)
+    assert report.ok, f"\n{report}"
+
+
+@given(
+    case=st.builds(
+        EmbeddingCase,
+        B=st.integers(0, 3), N=st.integers(0, 9), S=st.none() | st.integers(0, 5), V=st.integers(1, 20),
+        d=st.integers(1, 40), r=st.integers(1, 20), offset=st.sampled_from([None, "ffn", "low_rank"]),
+        spare=st.integers(0, 5), options=st.fixed_dictionaries({"offset_scale": st.floats(-2.0, 2.0)}),
+    ),
+    dtype=st.sampled_from(list(DTYPES)),
+)  # fmt: skip
+@SETTINGS
+def test_prompt_embedding(backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend, draws=4)
+    assert report.ok, f"\n{report}"

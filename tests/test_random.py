@@ -1,0 +1,39 @@
+"""Philox4x32-10 against the known answers of Random123, and what dropout makes of it."""
+
+import pytest
+import torch
+
+from fastprefix.ops import random
+
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(counter: str, key: str, expected: str):
+    k0, k1 = words(key)
+    seed = (k1 << 32) | k0
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    got = random.philox(torch.tensor([signed]), *(torch.tensor([word]) for word in words(counter)))
+    assert [int(word) for word in got] == words(expected)
+
+
+def test_a_block_of_columns_is_a_block_of_the_whole():
+    seed = torch.tensor([1234567])
+    whole = random.keep_factor_at(seed, 0.4, torch.Size((2, 3, 5, 11)))
+    block = random.keep_factor_at(seed, 0.4, torch.Size((2, 3, 5, 4)), first_column=7)
+    assert torch.equal(whole[..., 7:], block)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_keep_factor_has_the_right_mean(p: float):
+    factor = random.keep_factor_at(torch.tensor([42]), p, torch.Size((300, 1000)))
+    assert (factor == 0).double().mean().item() == pytest.approx(p, abs=0.005)
+    assert factor.mean().item() == pytest.approx(0.0 if p == 1.0 else 1.0, abs=0.03)

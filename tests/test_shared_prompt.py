@@ -1,0 +1,186 @@
+"""One prompt for the whole batch: where it is taken, that it is exact there, and what invalidates what is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import fastprefix
+from fastprefix.integrations.transformers.attachment import method_of
+
+from . import models
+from .test_transformers import PROMPTS, loss_and_gradients
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": models.VOCABULARY,
+    "initializer_range": 0.2,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+SHARING: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED),
+    "gemma": lambda: GemmaConfig(**GROUPED, pad_token_id=0),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=None),
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, initializer_range=0.2, **NO_DROPOUT),
+}
+
+
+def on_path(config: PretrainedConfig, shared_prompt: bool | None) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+    fastprefix.attach(model, fastprefix.ADePTConfig(5, bottleneck_dim=3, shared_prompt=shared_prompt))
+    models.randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", SHARING)
+def test_sharing_is_the_default_and_changes_nothing(family: str, padding: str) -> None:
+    """Values and gradients of the textbook's path. Norms of these models round to float32, whence the tolerance: a
+    thousandth of float32's own, against sums in another order.
+    """
+    inputs = models.batch(padding)
+    rows = inputs["attention_mask"].bool()
+    shared, textbook = on_path(SHARING[family](), None), on_path(SHARING[family](), False)
+    assert method_of(shared).prompt_path == "shared"
+    assert method_of(textbook).prompt_path == "textbook: shared_prompt=False"
+    actual, expected = (loss_and_gradients(model, inputs, rows) for model in (shared, textbook))
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        bound = 4 * torch.finfo(torch.float32).eps * expected[name].abs().max()
+        assert (actual[name] - expected[name]).abs().max() <= bound, name
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if padding != "right":
+        assert torch.equal(shared.generate(**inputs, **options), textbook.generate(**inputs, **options))
+
+
+def opt() -> Any:
+    config = OPTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=48, vocab_size=100, word_embed_proj_dim=32
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (models.encoder, "not causal"),
+        (lambda: AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=4)), "sliding window"),
+    ],
+)
+def test_the_textbooks_path_where_sharing_is_not_exact(make: Callable[[], Any], says: str) -> None:
+    model = fastprefix.attach(make(), fastprefix.PromptTuningConfig(5))
+    assert method_of(model).prompt_path.startswith("textbook: ")
+    assert says in method_of(model).prompt_path
+    model(**models.batch())
+    with pytest.raises(ValueError, match="shared_prompt"):
+        fastprefix.attach(make(), fastprefix.PromptTuningConfig(5, shared_prompt=True))
+
+
+def test_opt_moves_its_positions_or_does_not_share() -> None:
+    """A model that computes positions from the mask is either right or on the textbook's path."""
+    torch.manual_seed(0)
+    plain = opt().double().eval()
+    inputs = models.batch("left")
+    results = []
+    for shared_prompt in (None, False):
+        fastprefix.attach(plain, fastprefix.PromptTuningConfig(5, shared_prompt=shared_prompt))
+        models.randomize(plain)
+        results.append(plain(**inputs).logits[inputs["attention_mask"].bool()])
+        fastprefix.detach(plain)
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+def test_dropout_in_training_takes_the_textbooks_path() -> None:
+    model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
+    model.train()(**models.batch())
+    assert model._fastprefix_attachment.hooks.inserted == 5
+    model.eval()(**models.batch())
+    assert model._fastprefix_attachment.hooks.inserted == 0
+    required = fastprefix.attach(
+        models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5, shared_prompt=True)
+    )
+    with pytest.raises(ValueError, match="dropout"):
+        required.train()(**models.batch())
+
+
+def prompt_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts how often the prompt is run."""
+    hooks, runs = model._fastprefix_attachment.hooks, []
+    run = type(hooks)._run_prompt
+    monkeypatch.setattr(type(hooks), "_run_prompt", lambda self: (runs.append(1), run(self))[1])
+    return runs
+
+
+def test_the_prompt_is_kept_for_inference_until_a_parameter_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = on_path(SHARING["qwen2"](), None), models.batch()
+    runs = prompt_runs(model, monkeypatch)
+    changes: list[Callable[[], Any]] = [
+        lambda: method_of(model).prompt.mul_(2.0),
+        lambda: model.model.layers[0].self_attn.k_proj.weight.mul_(1.1),
+        lambda: model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()}),
+        lambda: model.float(),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert len(runs) == 1
+        for count, change in enumerate(changes, start=2):
+            change()
+            fresh = fastprefix_textbook(model, inputs)
+            torch.testing.assert_close(model(**inputs).logits, fresh, rtol=1e-4, atol=1e-4)
+            assert len(runs) == count
+    model(**inputs).logits.sum().backward()
+    assert len(runs) == len(changes) + 2  # with gradients it is run every time
+
+
+def fastprefix_textbook(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of the same model and method on the textbook's path."""
+    hooks = model._fastprefix_attachment.hooks
+    hooks.reason_against = lambda arguments: "for comparison"
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        del hooks.reason_against
+    return logits
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_in_inference_mode(method: str) -> None:
+    model, inputs = fastprefix.attach(models.decoder(), PROMPTS[method]()), models.batch()
+    expected = model(**inputs).logits
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_low_precision_is_as_good_as_the_textbooks() -> None:
+    """bfloat16: the error against float64 is at most twice the textbook's own."""
+    inputs = models.batch("left")
+    rows = inputs["attention_mask"].bool()
+    exact = on_path(SHARING["qwen2"](), False)(**inputs).logits[rows]
+    errors = [
+        (on_path(SHARING["qwen2"](), shared).bfloat16()(**inputs).logits[rows] - exact).abs().max()
+        for shared in (None, False)
+    ]
+    assert errors[0] <= 2 * errors[1]
