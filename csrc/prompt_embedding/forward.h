@@ -54,15 +54,17 @@ struct Forward {
       prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S), streaming);
   }
 
+  static constexpr int64_t kPiece = 1024;  // elements
   struct Tile {
     A *e, *h, *y, *factors;
-    T* out;
+    T *out, *piece;
     Tile(Arena& arena, const Problem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
           y(arena.take<A>(p.tile() * p.ld)),
           factors(arena.take<A>(p.rp)),
-          out(arena.take<T>(p.width)) {}
+          out(arena.take<T>(p.width)),
+          piece(arena.take<T>(kPiece)) {}
     static int64_t bytes(const Problem<T>& p) {
       Arena count(nullptr);
       Tile(count, p);
@@ -120,16 +122,27 @@ struct Forward {
     });
   }
 
+  // to = the table's row + the offset, in pieces that stay in the first-level cache until they are streamed.
+  void add_offset(int64_t id, const A* offset, const Tile& tile, T* to) const {
+    if (p.weight.step != 1) p.weight.copy(id, tile.out, false);
+    const T* from = p.weight.step == 1 ? p.weight.row(id) : tile.out;
+    for (int64_t k = 0; k < p.d; k += kPiece) {
+      int64_t width = std::min(kPiece, p.d - k);
+      write_sum_row(from + k, offset + k, width, streaming ? tile.piece : to + k);
+      if (streaming) stream(to + k, tile.piece, width * sizeof(T));
+    }
+  }
+
   void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const Tile& tile) const {
     int64_t rows = std::min(p.tile(), p.N - first);
     for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
     Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    for (int64_t t = 0; t < rows; ++t)
+      for (A *y = tile.y + t * p.ld, *end = y + p.width; y < end; y += kLanes<A>) store(y, p.scale * load(y));
     for (int64_t b = first_row; b < last_row; ++b)
       for (int64_t t = 0; t < rows; ++t) {
         int64_t token = b * p.N + first + t;
-        p.weight.widen(p.ids[token], tile.e);
-        write_offset_row(tile.e, tile.y + t * p.ld, p.b2, p.scale, p.d, tile.out);
-        write(tile.out, row(p.place_in_output(token)));
+        add_offset(p.ids[token], tile.y + t * p.ld, tile, row(p.place_in_output(token)));
       }
   }
 };

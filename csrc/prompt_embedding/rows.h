@@ -134,6 +134,15 @@ inline void write_offset_row(const A* e, const A* x, const A* bias, A scale, int
   if (k < d) store_first(to + k, value(k), d - k);
 }
 
+// to = from + offset, where `from` is a row of a tensor
+template <class A, class T>
+inline void write_sum_row(const T* from, const A* offset, int64_t d, T* to) {
+  constexpr int64_t n = kLanes<A>;
+  int64_t k = 0;
+  for (; k + n <= d; k += n) store_as(to + k, load_as(from + k) + load(offset + k));
+  if (k < d) store_first(to + k, load_first(from + k, d - k) + load(offset + k), d - k);
+}
+
 // The leading dimension of scratch matrices with rows of d: whole vectors, and no power of two, which would put the
 // rows of a column into few sets of the cache.
 template <class A>
