@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from ..registration import Kernel, Operation
-from . import eager
+from . import eager, triton
 from .arguments import DIFFERENTIABLE, Arguments
 
 _ARGUMENTS = (
@@ -76,3 +77,10 @@ def _eager_backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments:
 
 OPERATION.define("eager")
 OPERATION.implement("eager", _eager_forward, _eager_backward)
+
+if _native.load() is None:  # its kernels are registered in C++ (csrc/prompt_embedding/register.cpp)
+    OPERATION.define("cpu")
+
+OPERATION.define("triton")
+for _key in ("CUDA", "CPU"):  # on the CPU: in Triton's interpreter
+    OPERATION.implement("triton", triton.forward, triton.backward, _key)

@@ -1,0 +1,251 @@
+// The backward pass. Rows are gathered again; sums are made slot by slot and added up in the order of the slots.
+#pragma once
+
+#include "network.h"
+
+namespace fastprefix::prompt_embedding {
+
+template <class T>
+struct Backward {
+  using A = typename Problem<T>::A;
+
+  const Problem<T>& p;
+  const Gradients& gradients;
+  const T* grad;  // [B, S + N, d], its rows dense
+  int64_t batch_stride, row_stride;
+  bool need_dh;
+
+  Backward(const Problem<T>& p, const Gradients& gradients, const Tensor& grad_output)
+      : p(p), gradients(gradients), grad(grad_output.const_data_ptr<T>()),
+        batch_stride(grad_output.stride(0)), row_stride(grad_output.stride(1)),
+        need_dh(gradients.w1.defined() || gradients.b1.defined() || gradients.weight.defined()) {}
+
+  void run() const {
+    if (gradients.prompt.defined()) prompt_gradient();
+    if (p.tokens() == 0) return;
+    if (p.w1) {
+      Groups groups = p.groups();
+      Tensor dh = gradients.weight.defined()
+          ? at::empty({groups.count(), p.rp}, at::CppTypeToScalarType<A>::value) : Tensor();
+      if (gradients.of_ffn() || gradients.weight.defined()) ffn_gradients(groups, dh);
+      if (gradients.weight.defined()) weight_gradient(dh);
+      return;
+    }
+    if (gradients.low_rank_a.defined() || gradients.low_rank_b.defined()) low_rank_gradients();
+    if (gradients.weight.defined()) weight_gradient({});
+  }
+
+ private:
+  const T* dy(int64_t token) const {
+    return grad + token / p.N * batch_stride + (p.S + token % p.N) * row_stride;
+  }
+
+  void sum_occurrences(const Groups& groups, int64_t u, A* to) const {
+    constexpr int64_t kAhead = 6;
+    for (int64_t i = groups.start[u] + kAhead; i < std::min(groups.start[u + 1] + kAhead, p.tokens()); ++i)
+      prefetch_row(dy(groups.place[i]), p.d);
+    const int64_t* place = groups.place.data() + groups.start[u];
+    sum_rows(groups.start[u + 1] - groups.start[u], [&](int64_t i) { return dy(place[i]); }, p.d, to);
+  }
+
+  void prompt_gradient() const {
+    T* to = gradients.prompt.template mutable_data_ptr<T>();
+    at::parallel_for(0, p.S, 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(p.width);
+      for (int64_t s = begin; s < end; ++s) {
+        sum_rows(p.B, [&](int64_t b) { return grad + b * batch_stride + s * row_stride; }, p.d, sum.data());
+        write_row(sum.data(), p.d, to + s * p.d);
+      }
+    });
+  }
+
+  // A slot's own sums, [r, d] and so on, and a tile of rows.
+  struct Sums {
+    A *w1, *w2, *b1, *b2;
+    Sums(Arena& arena, const Problem<T>& p)
+        : w1(arena.take<A>(p.r * p.ld)),
+          w2(arena.take<A>(p.r * p.ld)),
+          b1(arena.take<A>(p.rp)),
+          b2(arena.take<A>(p.width)) {}
+    static int64_t bytes(const Problem<T>& p) {
+      Arena count(nullptr);
+      Sums(count, p);
+      return count.used();
+    }
+  };
+  struct Tile {
+    A *e, *g, *h, *dh, *factors, *sum;
+    Tile(Arena& arena, const Problem<T>& p)
+        : e(arena.take<A>((p.tile() + 4) * p.ld)),
+          g(arena.take<A>((p.tile() + 4) * p.ld)),
+          h(arena.take<A>((p.tile() + 4) * p.rp)),
+          dh(arena.take<A>((p.tile() + 4) * p.rp)),
+          factors(arena.take<A>((p.tile() + 4) * p.rp)),
+          sum(arena.take<A>(std::max(p.width, p.rp))) {}
+    static int64_t bytes(const Problem<T>& p) {
+      Arena count(nullptr);
+      Tile(count, p);
+      return count.used();
+    }
+  };
+
+  // Runs body(slot, tile, sums) with sums of zeros, then adds the slots up.
+  template <class Body>
+  void summed(const Slots& slots, Body body) const {
+    int64_t bytes = Sums::bytes(p);
+    Tensor memory = at::zeros({slots.count * bytes + Arena::kLine}, at::kByte);
+    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
+    char* aligned = reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine);
+    auto sums_of = [&](int64_t slot) {
+      Arena arena(aligned + slot * bytes);
+      return Sums(arena, p);
+    };
+    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+      Arena arena(scratch);
+      body(slot, Tile(arena, p), sums_of(slot));
+    });
+    std::vector<Sums> all;
+    for (int64_t slot = 0; slot < slots.count; ++slot) all.push_back(sums_of(slot));
+    add_up(all, &Sums::w1, p.r, p.ld);
+    add_up(all, &Sums::w2, p.r, p.ld);
+    add_up(all, &Sums::b1, 1, p.rp);
+    add_up(all, &Sums::b2, 1, p.width);
+    finish(all[0]);
+  }
+
+  void add_up(const std::vector<Sums>& all, A* Sums::*part, int64_t rows, int64_t width) const {
+    if (all.size() == 1) return;
+    at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+      for (size_t slot = 1; slot < all.size(); ++slot)
+        for (int64_t i = begin * width; i < end * width; i += kLanes<A>)
+          store(all[0].*part + i, load(all[0].*part + i) + load(all[slot].*part + i));
+    });
+  }
+
+  // From the sums, and their scale, to the tensors.
+  void finish(const Sums& sums) const {
+    auto write = [&](const Tensor& to, A* from, int64_t rows, int64_t width, int64_t ld) {
+      if (!to.defined()) return;
+      T* data = to.template mutable_data_ptr<T>();
+      for (int64_t i = 0; i < rows; ++i) write_row(from + i * ld, width, data + i * width);
+    };
+    if (gradients.w1.defined()) {
+      Tensor transposed = at::empty({p.r, p.d}, gradients.w1.options());
+      write(transposed, sums.w1, p.r, p.d, p.ld);
+      gradients.w1.copy_(transposed.t());
+    }
+    write(gradients.w2, sums.w2, p.r, p.d, p.ld);
+    write(gradients.low_rank_b, sums.w2, p.r, p.d, p.ld);
+    write(gradients.b1, sums.b1, 1, p.r, p.rp);
+    write(gradients.b2, sums.b2, 1, p.d, p.width);
+  }
+
+  void ffn_gradients(const Groups& groups, const Tensor& all_dh) const {
+    Slots slots(p.tokens());
+    A* kept = all_dh.defined() ? all_dh.template mutable_data_ptr<A>() : nullptr;
+    summed(slots, [&](int64_t slot, const Tile& tile, const Sums& sums) {
+      int64_t last = groups.cut(slot + 1, slots.count, 3 * p.cost_of_group());
+      for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()); u < last; u += p.tile()) {
+        int64_t rows = std::min(p.tile(), last - u);
+        ffn_tile(groups, u, rows, tile, sums);
+        if (kept) std::memcpy(static_cast<void*>(kept + u * p.rp), tile.dh, rows * p.rp * sizeof(A));
+      }
+    });
+  }
+
+  // g: dy summed over the occurrences, times the scale.
+  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile, const Sums& sums) const {
+    p.gather(groups, first, rows, tile.e);
+    for (int64_t t = 0; t < rows; ++t) {
+      A* g = tile.g + t * p.ld;
+      sum_occurrences(groups, first + t, g);
+      for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
+    }
+    if (gradients.b2.defined()) add_tile(tile.g, rows, p.ld, p.width, tile.sum, sums.b2);
+    p.hidden(tile.e, rows, tile.h);
+    std::fill(tile.factors, tile.factors + rows * p.rp, A(1));
+    if (p.dropout.active)
+      for (int64_t t = 0; t < rows; ++t) {
+        int64_t token = groups.place[groups.start[first + t]];
+        p.dropout.apply(token % p.N, token / p.N, p.r, tile.h + t * p.rp, tile.factors + t * p.rp);
+      }
+    if (need_dh) {
+      dots(tile.g, rows, p.w2, p.r, p.width, p.ld, tile.dh, p.rp);
+      for (int64_t t = 0; t < rows; ++t)
+        for (int64_t i = t * p.rp; i < t * p.rp + p.r; ++i)
+          tile.dh[i] *= (tile.h[i] > 0 ? A(1) : A(0)) * tile.factors[i];
+    }
+    if (gradients.b1.defined()) add_tile(tile.dh, rows, p.rp, p.rp, tile.sum, sums.b1);
+    if (gradients.w1.defined())
+      Product<Plain<A>>{tile.dh, 1, p.rp, tile.e, p.ld, sums.w1, p.ld, rows, true}.run(p.r, p.width);
+    if (gradients.w2.defined()) {
+      for (int64_t t = 0; t < rows; ++t)
+        for (int64_t i = t * p.rp; i < t * p.rp + p.r; ++i) tile.h[i] = tile.h[i] < 0 ? A(0) : tile.h[i];
+      Product<Plain<A>>{tile.h, 1, p.rp, tile.g, p.ld, sums.w2, p.ld, rows, true}.run(p.r, p.width);
+    }
+  }
+
+  // to += the sum of the rows
+  void add_tile(const A* x, int64_t rows, int64_t ld, int64_t width, A* sum, A* to) const {
+    sum_rows(rows, [&](int64_t t) { return x + t * ld; }, width, sum);
+    add_row(sum, width, to);
+  }
+
+  // The table's gradient, a distinct token at a time: dy, and dh w1^T where there is a network (dh is summed over the
+  // occurrences first).
+  void weight_gradient(const Tensor& all_dh) const {
+    gradients.weight.zero_();
+    Groups groups = Groups::distinct(p.ids, p.tokens());
+    const A* dh = all_dh.defined() ? all_dh.template const_data_ptr<A>() : nullptr;
+    T* to = gradients.weight.template mutable_data_ptr<T>();
+    at::parallel_for(0, groups.count(), 16, [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(p.width), offset(p.width), dh_sum(p.rp);
+      for (int64_t u = begin; u < end; ++u) {
+        sum_occurrences(groups, u, sum.data());
+        if (dh) {
+          // Without dropout the network saw the same groups; with it, every occurrence on its own.
+          std::copy(dh + u * p.rp, dh + u * p.rp + p.r, dh_sum.data());
+          if (p.dropout.active) {
+            std::fill(dh_sum.begin(), dh_sum.end(), A(0));
+            for (int64_t i = groups.start[u]; i < groups.start[u + 1]; ++i)
+              for (int64_t j = 0; j < p.r; ++j) dh_sum[j] += dh[groups.place[i] * p.rp + j];
+          }
+          Product<Plain<A>>{dh_sum.data(), p.rp, 1, p.w1, p.ld, offset.data(), p.ld, p.r, false}.run(1, p.width);
+          add_row(offset.data(), p.width, sum.data());
+        }
+        write_row(sum.data(), p.d, to + groups.token[u] * p.d);
+      }
+    });
+  }
+
+  // da = g b^T and db = a^T g, where g is dy summed over the batch, times the scale.
+  void low_rank_gradients() const {
+    T* to = gradients.low_rank_a.defined() ? gradients.low_rank_a.template mutable_data_ptr<T>() : nullptr;
+    if (to) gradients.low_rank_a.zero_();
+    Slots slots(p.N);
+    summed(slots, [&](int64_t slot, const Tile& tile, const Sums& sums) {
+      for (int64_t i = slots.first(slot); i < slots.first(slot + 1); i += p.tile()) {
+        int64_t rows = std::min(p.tile(), slots.first(slot + 1) - i);
+        low_rank_tile(i, rows, tile, sums, to);
+      }
+    });
+  }
+
+  void low_rank_tile(int64_t first, int64_t rows, const Tile& tile, const Sums& sums, T* da) const {
+    for (int64_t t = 0; t < rows; ++t) {
+      A* g = tile.g + t * p.ld;
+      sum_rows(p.B, [&](int64_t b) { return dy(b * p.N + first + t); }, p.d, g);
+      for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
+    }
+    if (da) {
+      dots(tile.g, rows, p.w2, p.r, p.width, p.ld, tile.dh, p.rp);
+      for (int64_t t = 0; t < rows; ++t) write_row(tile.dh + t * p.rp, p.r, da + (first + t) * p.r);
+    }
+    if (gradients.low_rank_b.defined()) {
+      for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
+      Product<Plain<A>>{tile.h, 1, p.rp, tile.g, p.ld, sums.w2, p.ld, rows, true}.run(p.r, p.width);
+    }
+  }
+};
+
+}  // namespace fastprefix::prompt_embedding

@@ -1,0 +1,150 @@
+// The forward pass: one launch gathers rows, adds the offset and writes them behind the prompt.
+#pragma once
+
+#include "network.h"
+
+namespace fastprefix::prompt_embedding {
+
+// Outputs of more bytes are written past the caches, of which they would evict everything and still not fit.
+constexpr int64_t kStreamFrom = int64_t{8} << 20;
+
+template <class T>
+struct Forward {
+  using A = typename Problem<T>::A;
+
+  const Problem<T>& p;
+  Rows<T> prompt;
+  T* output;  // [B, S + N, d]
+  bool streaming;
+
+  Forward(const Problem<T>& p, const OptionalTensor& prompt, Tensor& output)
+      : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()),
+        streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
+
+  void run() const {
+    if (p.tokens() == 0 || p.r == 0) return lookup();
+    if (p.w1) return ffn();
+    low_rank();
+  }
+
+ private:
+  T* row(int64_t i) const { return output + i * p.d; }
+
+  // Prompt tuning: rows are copied, the prompt's and the table's.
+  void lookup() const {
+    at::parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t b = i / (p.S + p.N), s = i % (p.S + p.N);
+        if (s < p.S) prompt.copy(s, row(i), streaming);
+        else p.weight.copy(p.ids[b * p.N + s - p.S], row(i), streaming);
+      }
+      finish_streams();
+    });
+  }
+
+  void write(const T* from, T* to) const {
+    if (streaming) stream(to, from, p.d * sizeof(T));
+    else std::memcpy(static_cast<void*>(to), from, p.d * sizeof(T));
+  }
+
+  // This slot's share of the prompt rows.
+  void write_prompt(int64_t slot, int64_t slots) const {
+    int64_t rows = p.B * p.S;
+    for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i)
+      prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S), streaming);
+  }
+
+  static constexpr int64_t kPiece = 1024;  // elements
+  struct Tile {
+    A *e, *h, *y, *factors;
+    T *out, *piece;
+    Tile(Arena& arena, const Problem<T>& p)
+        : e(arena.take<A>((p.tile() + 4) * p.ld)),
+          h(arena.take<A>((p.tile() + 4) * p.rp)),
+          y(arena.take<A>(p.tile() * p.ld)),
+          factors(arena.take<A>(p.rp)),
+          out(arena.take<T>(p.width)),
+          piece(arena.take<T>(kPiece)) {}
+    static int64_t bytes(const Problem<T>& p) {
+      Arena count(nullptr);
+      Tile(count, p);
+      return count.used();
+    }
+  };
+
+  // ADePT: each distinct token once, its row copied to where else it occurs.
+  void ffn() const {
+    Groups groups = p.groups();
+    Slots slots(p.tokens());
+    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+      write_prompt(slot, slots.count);
+      Arena arena(scratch);
+      Tile tile(arena, p);
+      int64_t last = groups.cut(slot + 1, slots.count, p.cost_of_group());
+      for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()); u < last; u += p.tile())
+        ffn_tile(groups, u, std::min(p.tile(), last - u), tile);
+      finish_streams();
+    });
+  }
+
+  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile) const {
+    p.gather(groups, first, rows, tile.e);
+    p.hidden(tile.e, rows, tile.h);
+    for (int64_t t = 0; t < rows; ++t) {
+      A* h = tile.h + t * p.rp;
+      int64_t token = groups.place[groups.start[first + t]];
+      if (p.dropout.active) p.dropout.apply(token % p.N, token / p.N, p.r, h, tile.factors);
+      for (int64_t j = 0; j < p.r; ++j) h[j] = h[j] < 0 ? A(0) : h[j];
+    }
+    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    for (int64_t t = 0; t < rows; ++t) {
+      int64_t begin = groups.start[first + t], end = groups.start[first + t + 1];
+      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, p.b2, p.scale, p.d, tile.out);
+      for (int64_t i = begin; i < end; ++i) write(tile.out, row(p.place_in_output(groups.place[i])));
+    }
+  }
+
+  // DePT: the offsets of a block of positions once for all rows of the batch.
+  void low_rank() const {
+    int64_t blocks = (p.N + p.tile() - 1) / p.tile();
+    // Few blocks of positions: threads share one, each with rows of the batch of its own.
+    int64_t parts = std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B);
+    Slots slots(blocks * parts);
+    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+      write_prompt(slot, slots.count);
+      Arena arena(scratch);
+      Tile tile(arena, p);
+      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) {
+        int64_t part = item % parts;
+        low_rank_tile(item / parts * p.tile(), part * p.B / parts, (part + 1) * p.B / parts, tile);
+      }
+      finish_streams();
+    });
+  }
+
+  // to = the table's row + the offset, in pieces that stay in the first-level cache until they are streamed.
+  void add_offset(int64_t id, const A* offset, const Tile& tile, T* to) const {
+    if (p.weight.step != 1) p.weight.copy(id, tile.out, false);
+    const T* from = p.weight.step == 1 ? p.weight.row(id) : tile.out;
+    for (int64_t k = 0; k < p.d; k += kPiece) {
+      int64_t width = std::min(kPiece, p.d - k);
+      write_sum_row(from + k, offset + k, width, streaming ? tile.piece : to + k);
+      if (streaming) stream(to + k, tile.piece, width * sizeof(T));
+    }
+  }
+
+  void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const Tile& tile) const {
+    int64_t rows = std::min(p.tile(), p.N - first);
+    for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
+    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    for (int64_t t = 0; t < rows; ++t)
+      for (A *y = tile.y + t * p.ld, *end = y + p.width; y < end; y += kLanes<A>) store(y, p.scale * load(y));
+    for (int64_t b = first_row; b < last_row; ++b)
+      for (int64_t t = 0; t < rows; ++t) {
+        int64_t token = b * p.N + first + t;
+        add_offset(p.ids[token], tile.y + t * p.ld, tile, row(p.place_in_output(token)));
+      }
+  }
+};
+
+}  // namespace fastprefix::prompt_embedding

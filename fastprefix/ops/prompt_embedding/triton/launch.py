@@ -1,0 +1,149 @@
+"""From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles.
+
+What is small, and a plain sum or product, is left to PyTorch: the prompt's gradient, DePT's backward pass, the sum of
+the parts, the scatter to the table's gradient. All sums are in a fixed order.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import random
+from ..arguments import DIFFERENTIABLE, Arguments
+from ..validation import check_ids
+from . import tiles
+from .kernels import (
+    prompt_embedding_bwd_hidden_kernel,
+    prompt_embedding_bwd_weights_kernel,
+    prompt_embedding_fwd_kernel,
+    prompt_embedding_low_rank_fwd_kernel,
+)
+from .tiles import Tile
+
+_PARTS = 32  # of the tokens, in the sums of the backward pass
+
+
+def forward(a: Arguments) -> Tensor:
+    """[B, S + N, d]."""
+    check_ids(a.input_ids, a.weight.shape[0])
+    B, N = a.input_ids.shape
+    S, d = a.prompt_length, a.weight.shape[1]
+    output = torch.empty((B, S + N, d), dtype=a.weight.dtype, device=a.weight.device)
+    if output.numel() == 0:
+        return output
+    prompt = None if S == 0 else _dense(a.prompt)
+    table = (*_ids(a), *_table(a), prompt)
+    if a.low_rank_a is not None:
+        tile = tiles.low_rank(a.low_rank_a.shape[1], a.weight.element_size())
+        rows = min(B, 8)
+        programs = triton.cdiv(N, tile.BT) * triton.cdiv(B, rows) + triton.cdiv(B * S, tile.BT)
+        factors = (_dense(a.low_rank_a), _dense(a.low_rank_b))
+        sizes = (B, N, S, d, a.low_rank_a.shape[1], a.offset_scale, rows)
+        _launch(prompt_embedding_low_rank_fwd_kernel, (programs,), (*table, *factors, output, *sizes), tile)
+        return output
+    r = 1 if a.w1 is None else a.w1.shape[1]
+    tile = tiles.forward(r, a.weight.element_size())
+    programs = triton.cdiv(B * N, tile.BT) + triton.cdiv(B * S, tile.BT)
+    network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
+    arguments = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_dropout(a))
+    _launch(prompt_embedding_fwd_kernel, (programs,), arguments, tile)
+    return output
+
+
+def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> list[Tensor]:
+    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    S = a.prompt_length
+    gradients: dict[str, Tensor] = {}
+    if "prompt" in needs:
+        gradients["prompt"] = grad_output[:, :S].sum(0, dtype=torch.float32)
+    dh = None
+    if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
+        dh = _network_gradients(gradients, grad_output, a, needs)
+    if needs & {"low_rank_a", "low_rank_b"}:
+        _low_rank_gradients(gradients, grad_output[:, S:], a)
+    if "weight" in needs:
+        de = grad_output[:, S:].float()
+        if dh is not None and a.w1 is not None:
+            de = de + (dh @ a.w1.float().T).view(de.shape)
+        gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
+    results = []
+    for name in (name for name in DIFFERENTIABLE if name in needs):
+        tensor: Tensor = getattr(a, name)
+        results.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(gradients[name]))
+    return results
+
+
+def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: set[str]) -> Tensor:
+    """Enter the network's gradients; returns dh [B * N, r]."""
+    assert a.w1 is not None
+    B, N = a.input_ids.shape
+    (d, r), S, s = a.w1.shape, a.prompt_length, a.offset_scale
+    tile = tiles.hidden(r, a.weight.element_size())
+    blocks = triton.cdiv(B * N, tile.BT)
+    each = max(1, triton.cdiv(blocks, _PARTS))
+    parts = triton.cdiv(blocks, each)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
+
+    z, dh = floats(B * N, r), floats(B * N, r)
+    dw1 = floats(parts, d, r) if "w1" in needs else None
+    dw2 = floats(parts, d, r) if "w2" in needs else None
+    db2 = floats(parts, d) if "b2" in needs else None
+    if B * N * d > 0:
+        rows = (*_ids(a), *_table(a), grad_output, *grad_output.stride())
+        network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2))
+        arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_dropout(a))
+        _launch(prompt_embedding_bwd_hidden_kernel, (blocks, triton.cdiv(r, tile.RP)), arguments, tile)
+        if needs & {"w1", "w2", "b2"}:
+            tile = tiles.weights(r, a.weight.element_size())  # of as many tokens
+            grid = (triton.cdiv(d, tile.BD), parts, triton.cdiv(r, tile.RP))
+            arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, r, each)
+            _launch(prompt_embedding_bwd_weights_kernel, grid, arguments, tile)
+    if "b1" in needs:
+        gradients["b1"] = dh.sum(0)
+    if dw1 is not None:
+        gradients["w1"] = dw1.sum(0)
+    if dw2 is not None:
+        gradients["w2"] = s * dw2.sum(0).T
+    if db2 is not None:
+        gradients["b2"] = s * db2.sum(0)
+    return dh
+
+
+def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> None:
+    assert a.low_rank_a is not None
+    assert a.low_rank_b is not None
+    N = dy.shape[1]
+    summed = a.offset_scale * dy.sum(0, dtype=torch.float32)  # [N, d]: all rows of the batch share a position's offset
+    gradients["low_rank_a"] = summed.new_zeros(a.low_rank_a.shape)
+    gradients["low_rank_a"][:N] = summed @ a.low_rank_b.float().T
+    gradients["low_rank_b"] = a.low_rank_a[:N].float().T @ summed
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _ids(a: Arguments) -> tuple[Any, ...]:
+    return (a.input_ids, *a.input_ids.stride())
+
+
+def _table(a: Arguments) -> tuple[Any, ...]:
+    return (a.weight, *a.weight.stride())
+
+
+def _dropout(a: Arguments) -> tuple[int, float]:
+    return random.threshold(a.dropout_p), 0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: Tile) -> None:
+    """On the inputs' own device, whatever the current one is; CPU tensors: in the interpreter."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, BT=tile.BT, BD=tile.BD, RP=tile.RP, num_warps=tile.warps)

@@ -1,0 +1,47 @@
+"""The tiles of the kernels, as data. None has been measured on a device yet: they are chosen so that every kernel
+compiles without spills, on compute capability 8.0 and 9.0.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Tokens, columns of the model width, hidden units; warps."""
+
+    BT: int
+    BD: int
+    RP: int
+    warps: int
+
+
+def _padded(r: int) -> int:
+    """A power of two, which matrix instructions can take."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def forward(r: int, element_size: int) -> Tile:
+    """ADePT: a program needs all hidden units at once."""
+    RP = _padded(r)
+    if element_size == 4:
+        return Tile(16, 32, RP, 4) if RP <= 32 else Tile(16, 32, RP, 8) if RP <= 128 else Tile(16, 16, RP, 8)
+    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8)
+
+
+def low_rank(r: int, element_size: int) -> Tile:
+    """DePT: the rank is summed over part by part."""
+    RP = min(64, _padded(r))
+    if element_size == 4:
+        return Tile(16, 64, RP, 4) if RP <= 32 else Tile(16, 32, RP, 4)
+    return Tile(32, 64, RP, 4)
+
+
+def hidden(r: int, element_size: int) -> Tile:
+    """Backward, z and dh: a program for each part of the hidden units."""
+    RP = min(64, _padded(r))
+    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 4)
+
+
+def weights(r: int, element_size: int) -> Tile:
+    """Backward, sums over tokens: in blocks of as many tokens as in ``hidden``."""
+    RP = min(64, _padded(r))
+    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 8 if RP == 64 else 4)
