@@ -28,6 +28,18 @@ struct Gradients {
   Tensor sinks;        // [B, Hq, blocks]
 };
 
+// A block's log-sum-exp in two parts: rounded to one, it would cost all probabilities of a row their last digits.
+template <class A>
+struct LogSumExp {
+  A *high, *low;
+
+  void set(int64_t i, double value) {
+    high[i] = static_cast<A>(value);
+    low[i] = static_cast<A>(value - high[i]);
+  }
+  Vec<A> probability(Vec<A> s, int64_t c) const { return exp((s - load(high + c)) - load(low + c)); }
+};
+
 // Up to so many keys a second look at their scores costs next to nothing.
 constexpr int64_t kFewKeys = 16;
 
@@ -50,7 +62,7 @@ class Backward {
         band_(p),
         do_(grad_output),
         o_(output),
-        lse_(lse.data_ptr<A>()),
+        lse_(lse.data_ptr<double>()),
         slots_(p.B * p.Hq * p.query_blocks()),
         token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
         prefix_shape_{p.P, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
@@ -164,7 +176,8 @@ class Backward {
     Operand *q, *dout;            // Q^T, dO^T
     Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
     Operand *key_rows, *key_pairs, *value_rows;
-    A *lse, *prefix_lse, *delta, *prefix_delta;
+    LogSumExp<A> lse, prefix_lse;
+    A *delta, *prefix_delta;
     A* dq;  // dQ^T
     A *gates, *keeps, *products, *tanhs;
     A* gate_sums;  // per query block: [kKeys]
@@ -182,8 +195,8 @@ class Backward {
       key_rows = arena.take<Operand>(round_up(p.D, n) * kKeys);
       key_pairs = n == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
       value_rows = arena.take<Operand>(round_up(p.Dv, n) * kKeys);
-      lse = arena.take<A>(kQueries);
-      prefix_lse = arena.take<A>(kQueries);
+      lse = {arena.take<A>(kQueries), arena.take<A>(kQueries)};
+      prefix_lse = {arena.take<A>(kQueries), arena.take<A>(kQueries)};
       delta = arena.take<A>(kQueries);
       prefix_delta = arena.take<A>(kQueries);
       dq = arena.take<A>(p.D * kQueries);
@@ -249,8 +262,8 @@ class Backward {
       const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
       for (int64_t i = 0; i < kQueries; ++i) {
         delta[i] = i < queries.count ? inner(do_at + i * ds_, o_at + i * f.o_.strides[2]) : A(0);
-        lse[i] = i < queries.count ? read_lse(queries, i, 0) : A(0);
-        if (p.separate()) prefix_lse[i] = i < queries.count ? read_lse(queries, i, p.B * p.Hq * p.N) : A(0);
+        lse.set(i, i < queries.count ? read_lse(queries, i, 0) : 0);
+        if (p.separate()) prefix_lse.set(i, i < queries.count ? read_lse(queries, i, p.B * p.Hq * p.N) : 0);
       }
     }
 
@@ -262,9 +275,9 @@ class Backward {
     }
 
     // 0 for a row that sees nothing: its scores are all -inf, so its probabilities stay 0.
-    A read_lse(const QueryBlock& queries, int64_t i, int64_t plane) const {
-      A value = f.lse_[plane + (queries.b * p.Hq + queries.h) * p.N + queries.first + i];
-      return value == -std::numeric_limits<A>::infinity() ? A(0) : value;
+    double read_lse(const QueryBlock& queries, int64_t i, int64_t plane) const {
+      double value = f.lse_[plane + (queries.b * p.Hq + queries.h) * p.N + queries.first + i];
+      return value == -std::numeric_limits<double>::infinity() ? 0 : value;
     }
 
     // delta from the probabilities. The output will not do where it holds the sum of two softmaxes, since rounding it
@@ -273,18 +286,18 @@ class Backward {
       A* of_prefix = p.separate() ? prefix_delta : delta;
       std::fill_n(delta, kQueries, A(0));
       std::fill_n(of_prefix, kQueries, A(0));
-      const A* row_lse = p.separate() ? prefix_lse : lse;
+      const LogSumExp<A>& row_lse = p.separate() ? prefix_lse : lse;
       for_blocks(queries, Half::prefix, [&](auto block) { add_delta(queries, block, row_lse, of_prefix); });
       if (!p.separate() || needs.tokens() || needs.sinks)
         for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, lse, delta); });
     }
 
-    void add_delta(const QueryBlock& queries, const Columns& columns, const A* row_lse, A* sums) {
+    void add_delta(const QueryBlock& queries, const Columns& columns, const LogSumExp<A>& row_lse, A* sums) {
       Gate<A> gate = score_block(queries, columns);
       for (const Strip& strip : strips) {
         for_vectors<A>(strip, [&](int64_t r, int64_t c) {
           int64_t at = r * kQueries + c;
-          Vec<A> weight = gate.at(r, c) * exp(load(s.values + at) - load(row_lse + c));
+          Vec<A> weight = gate.at(r, c) * row_lse.probability(load(s.values + at), c);
           if (keeps) weight *= load(keeps + at);
           store(sums + c, load(sums + c) + weight * load(ds.values + at));
         });
@@ -301,7 +314,7 @@ class Backward {
 
     void differentiate_sink(const QueryBlock& queries) {
       A sink = static_cast<A>(*p.sinks.at(queries.h)), sum = 0;
-      for (int64_t i = 0; i < queries.count; ++i) sum -= std::exp(sink - lse[i]) * delta[i];
+      for (int64_t i = 0; i < queries.count; ++i) sum -= std::exp((sink - lse.high[i]) - lse.low[i]) * delta[i];
       *block_sum(f.gradients_.sinks, queries) = sum;
     }
 
@@ -365,13 +378,13 @@ class Backward {
     void differentiate_scores(
         const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       bool own_softmax = p.separate() && columns.half == Half::prefix;
-      const A* row_lse = own_softmax ? prefix_lse : lse;
+      const LogSumExp<A>& row_lse = own_softmax ? prefix_lse : lse;
       const A* row_delta = own_softmax ? prefix_delta : delta;
       A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
       bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> probability = exp(load(s.values + at) - load(row_lse + c)) * og;
+        Vec<A> probability = row_lse.probability(load(s.values + at), c) * og;
         Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
         if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
         Vec<A> d = probability * (g * dov - load(row_delta + c));
@@ -422,7 +435,7 @@ class Backward {
   const Gradients& gradients_;
   Band band_;
   View<const T> do_, o_;
-  const A* lse_;
+  const double* lse_;
   Slots slots_;
   KeySumsShape token_shape_, prefix_shape_;
   Tensor prefix_sums_, cut_sums_;

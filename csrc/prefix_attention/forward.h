@@ -84,7 +84,7 @@ class Forward {
 
  public:
   Forward(const Problem<T, A>& p, Tensor& output, Tensor& lse)
-      : p_(p), band_(p), output_(output), lse_(static_cast<A*>(lse.data_ptr())) {}
+      : p_(p), band_(p), output_(output), lse_(lse.data_ptr<double>()) {}
 
   void run() {
     Slots slots(p_.B * p_.Hq * p_.query_blocks());
@@ -237,16 +237,17 @@ class Forward {
     static Vec<A> inverse(Vec<A> l) { return l == 0 ? Vec<A>{} : A(1) / l; }
 
     void write_lse(const QueryBlock& queries, const Softmax<A>& softmax, int64_t plane) {
-      A* to = f.lse_ + plane + (queries.b * p.Hq + queries.h) * p.N + queries.first;
+      double* to = f.lse_ + plane + (queries.b * p.Hq + queries.h) * p.N + queries.first;
       for (int64_t i = 0; i < queries.count; ++i)
-        to[i] = softmax.l[i] == 0 ? -std::numeric_limits<A>::infinity() : softmax.m[i] + std::log(softmax.l[i]);
+        to[i] = softmax.l[i] == 0 ? -std::numeric_limits<double>::infinity()
+                                  : softmax.m[i] + std::log(static_cast<double>(softmax.l[i]));
     }
   };
 
   const Problem<T, A>& p_;
   Band band_;
   Tensor output_;
-  A* lse_;
+  double* lse_;
 };
 
 }  // namespace fastprefix

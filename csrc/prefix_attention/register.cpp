@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> run_forward(Arguments a) {
   Tensor output = empty_heads(a.query, a.value.size(3));
   std::vector<int64_t> planes{a.query.size(0), a.query.size(1), a.query.size(2)};
   if (a.output_gate) planes.insert(planes.begin(), 2);
-  Tensor lse = at::empty(planes, a.query.options().dtype(accumulator(a.query)));
+  Tensor lse = at::empty(planes, a.query.options().dtype(at::kDouble));
   dispatch(a.query.scalar_type(), [&](auto type) { forward_kernel<decltype(type)>(a, output, lse); });
   return {output, lse};
 }

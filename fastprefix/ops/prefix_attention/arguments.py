@@ -44,7 +44,9 @@ class Arguments(NamedTuple):
 
     @property
     def accumulator(self) -> torch.dtype:
-        """The dtype of sums, scores and the log-sum-exp: float32, and float64 for float64."""
+        """The dtype of sums and scores: float32, and float64 for float64. The log-sum-exp is float64 always: rounded to
+        float32, it would cost all probabilities of a row their last digits in the backward pass.
+        """
         return torch.float64 if self.query.dtype is torch.float64 else torch.float32
 
 

@@ -87,7 +87,7 @@ def _prefix_gradients_alone(
     do, prefix = _grouped(a, grad_output), _prefix_half(a)
     dov = _dov(prefix, do)
     if a.output_gate is None:
-        p = _probabilities(prefix.s, _grouped(a, lse))
+        p = _probabilities(prefix.s, _split_heads(a, lse))
         delta = (do * _grouped(a, output)).sum(-1, keepdim=True)
     else:
         p = _softmax([prefix.s], None).p[0]
@@ -112,7 +112,7 @@ class _Half(NamedTuple):
 class _Softmax(NamedTuple):
     p: list[Tensor]  # probabilities, block by block
     p_sink: Tensor | None  # [B, Hkv, G, N, 1]
-    lse: Tensor  # [B, Hkv, G, N], -inf in a row that sees nothing
+    lse: Tensor  # float64 [B, Hkv, G, N], -inf in a row that sees nothing
 
 
 def _prefix_half(a: Arguments) -> _Half:
@@ -275,12 +275,17 @@ def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
     e = [torch.exp(s - m) for s in blocks]
     z = torch.stack([x.sum(-1, keepdim=True) for x in e]).sum(0)
     p = [x / z.masked_fill(z == 0.0, 1.0) for x in e]
-    return _Softmax(p[:-1] if sinks is not None else p, p[-1] if sinks is not None else None, (m + z.log()).squeeze(-1))
+    return _Softmax(
+        p[:-1] if sinks is not None else p,
+        p[-1] if sinks is not None else None,
+        (m.double() + z.double().log()).squeeze(-1),
+    )
 
 
 def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     """e^(s - lse), and 0 where the row sees nothing (lse = -inf)."""
-    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+    return torch.exp((s - lse).to(s.dtype))
 
 
 def _through_softcap(a: Arguments, ds: Tensor, half: _Half) -> Tensor:

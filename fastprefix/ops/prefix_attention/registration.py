@@ -25,7 +25,7 @@ _TENSORS = 13  # the first of the arguments
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*arguments)
     planes = a.query.shape[:3] if a.output_gate is None else (2, *a.query.shape[:3])
-    return empty_heads(a.query, a.value.shape[3]), a.query.new_empty(planes, dtype=a.accumulator)
+    return empty_heads(a.query, a.value.shape[3]), a.query.new_empty(planes, dtype=torch.float64)
 
 
 def _backward_fake(
