@@ -66,13 +66,13 @@ struct Softmax {
   // Scores to probabilities (under the maximum so far), in place, and their sums.
   void exponentiate(const Strip& strip, A* s) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
-      Vec<A> shifted = shift(load(m + c)), sums = load(l + c);
+      Vec<A> shifted = shift(load(m + c)), sums{};  // from zero: one long sum would round more
       for (int64_t r = strip.row; r < strip.row + strip.rows; ++r) {
         Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
         sums += probability;
         store(s + r * kQueries + c, probability);
       }
-      store(l + c, sums);
+      store(l + c, load(l + c) + sums);
     }
   }
 };
