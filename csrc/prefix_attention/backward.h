@@ -40,8 +40,8 @@ struct LogSumExp {
   Vec<A> probability(Vec<A> s, int64_t c) const { return exp((s - load(high + c)) - load(low + c)); }
 };
 
-// Up to so many keys a second look at their scores costs next to nothing.
-constexpr int64_t kFewKeys = 16;
+// Up to so many keys, or queries, a second look at their scores costs little, and rounding averages out least.
+constexpr int64_t kFewKeys = 16, kFewQueries = 4;
 
 template <class M, class T>
 class Backward {
@@ -231,7 +231,7 @@ class Backward {
 
     void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
       prepare(queries);
-      if (p.separate() || p.P + p.M <= kFewKeys) find_deltas(queries);
+      if (p.separate() || p.P + p.M <= kFewKeys || p.N <= kFewQueries) find_deltas(queries);
       if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total(prefix_delta, queries);
       if (needs.sinks) differentiate_sink(queries);
       if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));

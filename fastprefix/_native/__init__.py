@@ -1,9 +1,10 @@
 """The compiled CPU kernels: which of the libraries this machine runs, and, where none can be, why."""
 
-import functools
 from pathlib import Path
 
 import torch
+
+from .._once import once
 
 _FOLDER = Path(__file__).parent
 _NOT_BUILT = (
@@ -19,7 +20,7 @@ def instruction_set() -> str:
     return capability if capability in ("avx2", "avx512") else "default"
 
 
-@functools.cache
+@once
 def load() -> str | None:
     """Load the library, once, which registers its kernels with PyTorch; why not, if it cannot be."""
     library = _FOLDER / f"{instruction_set()}.so"

@@ -4,7 +4,6 @@ An operation registers its operators once for every backend that has an implemen
 ``choose`` picks the one to call. A backend that was named is used or refused, never replaced.
 """
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _native
+from .._once import once
 from . import checks
 
 
@@ -38,8 +38,7 @@ def _always() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
+@once
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
