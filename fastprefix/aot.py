@@ -90,15 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: argparse.Namespace) -> int:
     """Compile, print, and return the exit status: 1 where something is not acceptable."""
-    parser = argparse.ArgumentParser(prog="fastprefix aot", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-def run(options: argparse.Namespace) -> int:
-    """The command, its options parsed."""
     if options.quick:
         options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
     faults = count = 0

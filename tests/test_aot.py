@@ -7,13 +7,12 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-PROGRAM = "import sys; from fastprefix import aot; sys.exit(aot.main(sys.argv[1:]))"
 
 
 def aot(*options: str) -> subprocess.CompletedProcess[str]:
     """In a fresh process: whether Triton interprets or compiles is settled when it is imported."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, *options]
+    command = [sys.executable, "-m", "fastprefix", "aot", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

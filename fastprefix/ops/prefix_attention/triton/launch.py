@@ -33,7 +33,8 @@ def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
     plan = _Plan(a, target)
     output = empty_heads(a.query, plan.DV)
     softmaxes = () if a.output_gate is None else (2,)
-    lse = plan.floats(*softmaxes, plan.B, plan.H, plan.N)
+    shape = (*softmaxes, plan.B, plan.H, plan.N)
+    lse = torch.empty(shape, dtype=torch.float64, device=a.query.device)
     keys = plan.M + plan.P
     if plan.N <= _DECODING and keys >= plan.target.split_from:
         plan.split_keys(output, lse)
@@ -134,7 +135,7 @@ class _Backward(_Plan):
         self._needs = needs
         self._output, self._do = matrix(output), matrix(grad_output)
         self._lse = lse
-        self._delta = torch.empty_like(lse)
+        self._delta = torch.empty_like(lse, dtype=torch.float32)
         self.gradients: dict[str, Tensor] = {}
 
     def _result(self, name: str) -> Tensor | None:
