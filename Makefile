@@ -29,7 +29,7 @@ bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(TEST)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..backends import choose
+from . import triton
 from .registration import OPERATION
 from .validation import canonical_arguments
 
@@ -54,6 +55,7 @@ def prompt_embedding(
     arguments = canonical_arguments(
         input_ids, weight, prompt, ffn=ffn, low_rank=low_rank, offset_scale=offset_scale, dropout_p=dropout_p
     )
-    name = choose(backend, weight.device, OPERATION.implemented)
+    refused = {"triton": triton.refusal(arguments)}
+    name = choose(backend, weight.device, OPERATION.implemented, refused=refused)
     output: Tensor = OPERATION.operator(name)(*arguments)
     return output
