@@ -74,7 +74,12 @@ def run(options: argparse.Namespace) -> int:
         hub.go_offline()
     corpus = _corpus(options)
     facts = environment.describe(device)
-    record = {"suite": "main", "arguments": vars(options), "environment": facts, "corpus": corpus.describe()}
+    record = {
+        "suite": "main",
+        "arguments": {k: v for k, v in vars(options).items() if k != "out"},
+        "environment": facts,
+        "corpus": corpus.describe(),
+    }
     size = models.SIZES[size_name]
     if options.model:
         chosen = subjects.named(options.model, corpus, size, rounds.steps, device, options.seed)
