@@ -111,9 +111,9 @@ def reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[R
     dtype = _DTYPES[dtype_name]
     compiler = _Compiler(arch, dtype_name, width, features)
     a = _arguments(dtype, width, 512, **_FEATURES[features])
-    output, lse = launch.forward(a, compiler)
+    output, normalizers = launch.forward(a, compiler)
     needs = [getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in DIFFERENTIABLE]
-    launch.backward(output, output, lse, a, needs, compiler)
+    launch.backward(output, output, normalizers, a, needs, compiler)
     launch.forward(_arguments(dtype, width, 1, **_FEATURES[features]), compiler)
     yield from compiler.reports
 

@@ -1,4 +1,4 @@
-// Backward: for a block of queries, all blocks of keys; scores are made again from the saved log-sum-exp.
+// Backward: for a block of queries, all blocks of keys; scores are made again, and normalised as the forward pass did.
 //
 // dq belongs to its block of queries. dK and dV are summed over blocks of queries and the heads of a group; work is
 // ordered so that these follow one another, and shared out in consecutive slots, so that most sums stay in one slot's
@@ -7,6 +7,7 @@
 
 #include <numeric>
 
+#include "few.h"
 #include "sums.h"
 #include "tiles.h"
 
@@ -24,24 +25,33 @@ struct Needs {
 struct Gradients {
   Tensor query, key, value, prefix_key, prefix_value;
   Tensor prefix_gate;  // [B, Hq, blocks or N, P]
-  Tensor output_gate;  // [B, Hq, blocks]
-  Tensor sinks;        // [B, Hq, blocks]
+  Tensor output_gate;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
+  Tensor sinks;        // float64 [B, Hq, blocks]
 };
 
-// A block's log-sum-exp in two parts: rounded to one, it would cost all probabilities of a row their last digits.
+// What the scores of a block of queries are normalised by: their maxima, and 1 / l.
 template <class A>
-struct LogSumExp {
-  A *high, *low;
+struct Normalizers {
+  A *m, *inverse;  // [kQueries]
 
-  void set(int64_t i, double value) {
-    high[i] = static_cast<A>(value);
-    low[i] = static_cast<A>(value - high[i]);
+  void take(Arena& arena) {
+    m = arena.take<A>(kQueries);
+    inverse = arena.take<A>(kQueries);
   }
-  Vec<A> probability(Vec<A> s, int64_t c) const { return exp((s - load(high + c)) - load(low + c)); }
+
+  // A row that sees nothing (its l is 0), or is not there, has probabilities of 0.
+  void read(const A* saved_m, const A* saved_l, int64_t count) {
+    for (int64_t i = 0; i < kQueries; ++i) {
+      bool sees = i < count && saved_l[i] != 0;
+      m[i] = sees ? saved_m[i] : A(0);
+      inverse[i] = sees ? A(1) / saved_l[i] : A(0);
+    }
+  }
+  Vec<A> probability(Vec<A> s, int64_t c) const { return exp(s - load(m + c)) * load(inverse + c); }
 };
 
-// Up to so many keys, or queries, a second look at their scores costs little, and rounding averages out least.
-constexpr int64_t kFewKeys = 16, kFewQueries = 4;
+// Up to so many keys, queries or columns, a second look at the scores costs little, and rounding averages out least.
+constexpr int64_t kFewKeys = 16, kFewQueries = 4, kFewColumns = 8;
 
 template <class M, class T>
 class Backward {
@@ -55,14 +65,14 @@ class Backward {
       const Gradients& gradients,
       const Tensor& grad_output,
       const Tensor& output,
-      const Tensor& lse)
+      const Tensor& normalizers)
       : p_(p),
         needs_(needs),
         gradients_(gradients),
         band_(p),
         do_(grad_output),
         o_(output),
-        lse_(lse.data_ptr<double>()),
+        normalizers_(normalizers.data_ptr<A>()),
         slots_(p.B * p.Hq * p.query_blocks()),
         token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
         prefix_shape_{p.P, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
@@ -175,11 +185,12 @@ class Backward {
     const Needs& needs;
     Operand *q, *dout;            // Q^T, dO^T
     Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
+    A *few_q, *few_do;            // or, for a few queries, Q and dO alone
     Operand *key_rows, *key_pairs, *value_rows;
-    LogSumExp<A> lse, prefix_lse;
+    Normalizers<A> tokens_by, prefix_by;
     A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
-    A *gates, *keeps, *products, *tanhs;
+    A *gates, *keeps, *products, *slopes;
     A* gate_sums;  // per query block: [kKeys]
     Tile<M> s;     // scores, then what multiplies do in dV
     Tile<M> ds;    // <do, v>, then what multiplies q in dK
@@ -192,11 +203,13 @@ class Backward {
       dout = arena.take<Operand>(round_up(p.Dv, n) * kQueries);
       q_rows = arena.take<Operand>(round_up(p.D, kLanes<A>) * kQueries);
       do_rows = arena.take<Operand>(round_up(p.Dv, kLanes<A>) * kQueries);
+      few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
+      few_do = arena.take<A>(kFew * round_up(p.Dv, kLanes<A>));
       key_rows = arena.take<Operand>(round_up(p.D, n) * kKeys);
       key_pairs = n == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
       value_rows = arena.take<Operand>(round_up(p.Dv, n) * kKeys);
-      lse = {arena.take<A>(kQueries), arena.take<A>(kQueries)};
-      prefix_lse = {arena.take<A>(kQueries), arena.take<A>(kQueries)};
+      tokens_by.take(arena);
+      prefix_by.take(arena);
       delta = arena.take<A>(kQueries);
       prefix_delta = arena.take<A>(kQueries);
       masses = arena.take<A>(kQueries);
@@ -205,7 +218,7 @@ class Backward {
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
       keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
       products = needs.prefix_gate ? arena.take<A>(kKeys * kQueries) : nullptr;
-      tanhs = p.softcap != 0 ? arena.take<A>(kKeys * kQueries) : nullptr;
+      slopes = p.softcap != 0 ? arena.take<A>(kKeys * kQueries) : nullptr;
       s.take(arena, true, false);
       ds.take(arena, true, true);
       token_sums = arena.take<A>(f.token_shape_.size());
@@ -233,7 +246,7 @@ class Backward {
 
     void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
       prepare(queries);
-      if (p.separate() || p.P + p.M <= kFewKeys || p.N <= kFewQueries) find_deltas(queries);
+      if (p.separate() || p.P + p.M <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns) find_deltas(queries);
       if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total(prefix_delta, queries);
       if (needs.sinks) differentiate_sink(queries);
       if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
@@ -252,21 +265,30 @@ class Backward {
         use(Columns{half, first, std::min(kKeys, end - first)});
     }
 
-    // Operands of the block's queries, their log-sum-exp and delta = <do, o>.
+    // Operands of the block's queries, what normalises them and delta = <do, o>.
     void prepare(const QueryBlock& queries) {
       const T* q_at = p.q.at(queries.b, queries.h, queries.first);
       const T* do_at = f.do_.at(queries.b, queries.h, queries.first);
       int64_t qs = p.q.strides[2], ds_ = f.do_.strides[2];
-      pack_transposed<M>(q_at, qs, queries.count, p.D, q);
-      pack_transposed<M>(do_at, ds_, queries.count, p.Dv, dout);
-      if (needs.key || needs.prefix_key) pack_vectors<M>(q_at, qs, queries.count, p.D, q_rows);
-      if (needs.value || needs.prefix_value) pack_vectors<M>(do_at, ds_, queries.count, p.Dv, do_rows);
-      const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
-      for (int64_t i = 0; i < kQueries; ++i) {
-        delta[i] = i < queries.count ? inner(do_at + i * ds_, o_at + i * f.o_.strides[2]) : A(0);
-        lse.set(i, i < queries.count ? read_lse(queries, i, 0) : 0);
-        if (p.separate()) prefix_lse.set(i, i < queries.count ? read_lse(queries, i, p.B * p.Hq * p.N) : 0);
+      if (queries.count <= kFew) {
+        pack_few(q_at, qs, queries.count, p.D, few_q);
+        pack_few(do_at, ds_, queries.count, p.Dv, few_do);
+      } else {
+        pack_transposed<M>(q_at, qs, queries.count, p.D, q);
+        pack_transposed<M>(do_at, ds_, queries.count, p.Dv, dout);
+        if (needs.key || needs.prefix_key) pack_vectors<M>(q_at, qs, queries.count, p.D, q_rows);
+        if (needs.value || needs.prefix_value) pack_vectors<M>(do_at, ds_, queries.count, p.Dv, do_rows);
       }
+      const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
+      for (int64_t i = 0; i < kQueries; ++i)
+        delta[i] = i < queries.count ? inner(do_at + i * ds_, o_at + i * f.o_.strides[2]) : A(0);
+      read_normalizers(queries, 0, tokens_by);
+      if (p.separate()) read_normalizers(queries, 1, prefix_by);
+    }
+
+    void read_normalizers(const QueryBlock& queries, int64_t softmax, Normalizers<A>& to) {
+      const A* saved = f.normalizers_;
+      to.read(saved + p.normalizer(queries, softmax, 0), saved + p.normalizer(queries, softmax, 1), queries.count);
     }
 
     A inner(const T* x, const T* y) const {
@@ -276,27 +298,21 @@ class Backward {
       return sum<A>(sums);
     }
 
-    // 0 for a row that sees nothing: its scores are all -inf, so its probabilities stay 0.
-    double read_lse(const QueryBlock& queries, int64_t i, int64_t plane) const {
-      double value = f.lse_[plane + (queries.b * p.Hq + queries.h) * p.N + queries.first + i];
-      return value == -std::numeric_limits<double>::infinity() ? 0 : value;
-    }
-
     // delta from the probabilities. The output will not do where it holds the sum of two softmaxes, since rounding it
     // hides the smaller one; nor where there are so few keys that what is left of <do, v> - delta is rounding.
     // They are divided by what the probabilities really add up to, or a row with one key would have gradients.
     void find_deltas(const QueryBlock& queries) {
       bool separate = p.separate();
       A *of_prefix = separate ? prefix_delta : delta, *prefix_mass = separate ? prefix_masses : masses;
-      const LogSumExp<A>& of_prefix_lse = separate ? prefix_lse : lse;
+      const Normalizers<A>& of_prefix_by = separate ? prefix_by : tokens_by;
       for (A* sums : {delta, prefix_delta, masses, prefix_masses}) std::fill_n(sums, kQueries, A(0));
       if (p.sinks)
         for (int64_t i = 0; i < queries.count; ++i) masses[i] = sink_probability(queries, i);
       for_blocks(queries, Half::prefix, [&](auto block) {
-        add_delta(queries, block, of_prefix_lse, of_prefix, prefix_mass);
+        add_delta(queries, block, of_prefix_by, of_prefix, prefix_mass);
       });
       if (!separate || needs.tokens() || needs.sinks)
-        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, lse, delta, masses); });
+        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, tokens_by, delta, masses); });
       for (int64_t i = 0; i < queries.count; ++i) {
         if (masses[i] != 0) delta[i] /= masses[i];
         if (prefix_masses[i] != 0) prefix_delta[i] /= prefix_masses[i];
@@ -304,34 +320,41 @@ class Backward {
     }
 
     void add_delta(
-        const QueryBlock& queries, const Columns& columns, const LogSumExp<A>& row_lse, A* sums, A* mass) {
+        const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
       Gate<A> gate = score_block(queries, columns);
       for (const Strip& strip : strips) {
-        for_vectors<A>(strip, [&](int64_t r, int64_t c) {
-          int64_t at = r * kQueries + c;
-          Vec<A> probability = row_lse.probability(load(s.values + at), c);
-          Vec<A> weight = gate.at(r, c) * probability;
-          if (keeps) weight *= load(keeps + at);
-          store(sums + c, load(sums + c) + weight * load(ds.values + at));
-          store(mass + c, load(mass + c) + probability);
-        });
+        for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+          for_groups(strip, [&](int64_t first, int64_t end) {
+            Vec<A> sum{}, probabilities{};
+            for (int64_t r = first; r < end; ++r) {
+              int64_t at = r * kQueries + c;
+              Vec<A> probability = by.probability(load(s.values + at), c);
+              Vec<A> dov = load(ds.values + at);
+              if (keeps) dov *= load(keeps + at);
+              sum += probability * (gate.at(r, c) * dov);  // in the order in which delta is subtracted from it
+              probabilities += probability;
+            }
+            store(sums + c, load(sums + c) + sum);
+            store(mass + c, load(mass + c) + probabilities);
+          });
+        }
       }
     }
 
     A sink_probability(const QueryBlock& queries, int64_t i) const {
-      return std::exp((static_cast<A>(*p.sinks.at(queries.h)) - lse.high[i]) - lse.low[i]);
+      return std::exp(static_cast<A>(*p.sinks.at(queries.h)) - tokens_by.m[i]) * tokens_by.inverse[i];
     }
 
-    A total(const A* values, const QueryBlock& queries) const {
-      return std::accumulate(values, values + queries.count, A(0));
+    double total(const A* values, const QueryBlock& queries) const {
+      return std::accumulate(values, values + queries.count, 0.0);
     }
 
-    A* block_sum(const Tensor& sums, const QueryBlock& queries) const {
-      return sums.data_ptr<A>() + (queries.b * p.Hq + queries.h) * p.query_blocks() + queries.index;
+    double* block_sum(const Tensor& sums, const QueryBlock& queries) const {
+      return sums.data_ptr<double>() + (queries.b * p.Hq + queries.h) * p.query_blocks() + queries.index;
     }
 
     void differentiate_sink(const QueryBlock& queries) {
-      A sum = 0;
+      double sum = 0;
       for (int64_t i = 0; i < queries.count; ++i) sum -= sink_probability(queries, i) * delta[i];
       *block_sum(f.gradients_.sinks, queries) = sum;
     }
@@ -344,29 +367,40 @@ class Backward {
       } else {
         visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
       }
-      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      auto kb = key_block<M>(
-          k.at(queries.b, queries.hkv, columns.first), k.strides[2], columns.rows, p.D, true, needs.query && keys,
-          key_rows, key_pairs);
-      auto vb = key_block<M>(
-          v.at(queries.b, queries.hkv, columns.first), v.strides[2], columns.rows, p.Dv, true, false, value_rows,
-          nullptr);
-      if (keys) *keys = kb;
+      multiply(queries, columns, keys);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
       for (const Strip& strip : strips) {
-        multiply(kb.along(p.D, q, s.values), strip);
-        multiply(vb.along(p.Dv, dout, ds.values), strip);
         if (products && of_prefix)
           for_vectors<A>(strip, [&](int64_t r, int64_t c) {
             store(products + r * kQueries + c, load(s.values + r * kQueries + c) * p.scale);
           });
-        make_scores(p, f.band_, queries, columns, strip, gate, s.values, tanhs);
+        make_scores(p, f.band_, queries, columns, strip, gate, s.values, slopes);
       }
       return gate;
     }
 
-    static void multiply(Product<M> product, const Strip& strip) {
+    // <q, k> in s and <do, v> in ds, for the strips.
+    void multiply(const QueryBlock& queries, const Columns& columns, KeyBlock<M>* keys) {
+      bool of_prefix = columns.half == Half::prefix;
+      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
+      const T* k_at = k.at(queries.b, queries.hkv, columns.first);
+      const T* v_at = v.at(queries.b, queries.hkv, columns.first);
+      if (queries.count <= kFew) {
+        score_few(k_at, k.strides[2], columns.rows, p.D, few_q, queries.count, s.values);
+        return score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
+      }
+      bool across = needs.query && keys;
+      auto kb = key_block<M>(k_at, k.strides[2], columns.rows, p.D, true, across, key_rows, key_pairs);
+      auto vb = key_block<M>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
+      for (const Strip& strip : strips) {
+        multiply_strip(kb.along(p.D, q, s.values), strip);
+        multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
+      }
+      if (keys) *keys = kb;
+    }
+
+    static void multiply_strip(Product<M> product, const Strip& strip) {
       product.a += strip.row * product.rs;
       product.b += strip.column * M::pair;
       product.c += strip.row * kQueries + strip.column;
@@ -378,12 +412,18 @@ class Backward {
       Gate<A> gate = score_block(queries, columns, &kb);
       bool of_prefix = columns.half == Half::prefix;
       bool need_dk = of_prefix ? needs.prefix_key : needs.key, need_dv = of_prefix ? needs.prefix_value : needs.value;
+      A* dk = need_dk ? sums.dk + columns.first * f.width(true, p.D) : nullptr;
+      A* dv = need_dv ? sums.dv + columns.first * f.width(true, p.Dv) : nullptr;
       for (const Strip& strip : strips) {
         differentiate_scores(queries, columns, strip, gate);
-        if (need_dv) s.round_natural(strip);
-        if (need_dv) add_to_rows(s, do_rows, p.Dv, sums.dv + columns.first * f.width(true, p.Dv), strip);
-        if (need_dk) ds.round_natural(strip);
-        if (need_dk) add_to_rows(ds, q_rows, p.D, sums.dk + columns.first * f.width(true, p.D), strip);
+        if (queries.count <= kFew) {
+          add_few(queries, columns, strip, dk, dv);
+          continue;
+        }
+        if (dv) s.round_natural(strip);
+        if (dv) add_to_rows(s, do_rows, p.Dv, dv, strip);
+        if (dk) ds.round_natural(strip);
+        if (dk) add_to_rows(ds, q_rows, p.D, dk, strip);
         if (needs.query) ds.round_pairs(strip);
         if (needs.query)
           kb.across(strip.row, strip.rows, ds.pairs + strip.column * M::pair, dq + strip.column)
@@ -392,21 +432,31 @@ class Backward {
       if (of_prefix && needs.prefix_gate) write_gate_gradient(queries, columns);
     }
 
+    // dV += P^T dO, dK += dS^T Q, dQ += dS K for a few queries.
+    void add_few(const QueryBlock& queries, const Columns& columns, const Strip& strip, A* dk, A* dv) const {
+      const View<const T>& k = columns.half == Half::prefix ? p.pk : p.k;
+      const T* k_at = k.at(queries.b, queries.hkv, columns.first + strip.row);
+      const A *probabilities = s.values + strip.row * kQueries, *gradients = ds.values + strip.row * kQueries;
+      if (dv) add_outer_few(probabilities, strip.rows, queries.count, few_do, p.Dv, dv + strip.row * f.width(true, p.Dv));
+      if (dk) add_outer_few(gradients, strip.rows, queries.count, few_q, p.D, dk + strip.row * f.width(true, p.D));
+      if (needs.query) add_values_few(k_at, k.strides[2], strip.rows, p.D, gradients, queries.count, dq);
+    }
+
     // P to P g keep in s, dP to dS c g in ds, and dg in products.
     void differentiate_scores(
         const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       bool own_softmax = p.separate() && columns.half == Half::prefix;
-      const LogSumExp<A>& row_lse = own_softmax ? prefix_lse : lse;
+      const Normalizers<A>& by = own_softmax ? prefix_by : tokens_by;
       const A* row_delta = own_softmax ? prefix_delta : delta;
       A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
       bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> probability = row_lse.probability(load(s.values + at), c) * og;
+        Vec<A> probability = by.probability(load(s.values + at), c) * og;
         Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
         if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
         Vec<A> d = probability * (g * dov - load(row_delta + c));
-        if (tanhs) d *= A(1) - load(tanhs + at) * load(tanhs + at);
+        if (slopes) d *= load(slopes + at);
         if (with_dg) store(products + at, d * load(products + at) + probability * dov);
         store(s.values + at, kept * g);
         store(ds.values + at, d * g * p.scale);
@@ -453,7 +503,7 @@ class Backward {
   const Gradients& gradients_;
   Band band_;
   View<const T> do_, o_;
-  const double* lse_;
+  const A* normalizers_;
   Slots slots_;
   KeySumsShape token_shape_, prefix_shape_;
   Tensor prefix_sums_, cut_sums_;

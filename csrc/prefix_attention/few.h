@@ -1,4 +1,4 @@
-// Both products for a few queries (decoding), where a block of 64 would be mostly empty: here the vectors lie along
+// The products for a few queries (decoding), where a block of 64 would be mostly empty: here the vectors lie along
 // the head size, keys and values are read as they come, once, and nothing is packed.
 #pragma once
 
@@ -8,13 +8,20 @@ namespace fastprefix {
 
 constexpr int64_t kFew = 2;
 
-// S^T [rows][kQueries] = K Q^T; `q`: [count][D padded with zeros to whole vectors].
+// Rows of a few queries, [count][width padded with zeros to whole vectors].
+template <class A, class T>
+void pack_few(const T* from, int64_t stride, int64_t count, int64_t width, A* to) {
+  pack_rows(from, stride, count, width, to, round_up(width, kLanes<A>));
+}
+
+// S^T [rows][kQueries] = K Q^T, and 0 for the queries that are not there.
 template <class T>
 void score_few(
     const T* k, int64_t stride, int64_t rows, int64_t D, const AccumulatorOf<T>* q, int64_t count,
     AccumulatorOf<T>* s) {
   using A = AccumulatorOf<T>;
   constexpr int n = kLanes<A>;
+  std::fill_n(s, rows * kQueries, A(0));
   for (int64_t i = 0; i < count; ++i, q += round_up(D, n))
     for (int64_t r0 = 0; r0 < rows; r0 += n) {
       Vec<A> sums[n] = {};
@@ -47,6 +54,16 @@ void add_values_few(
       for (int64_t d = d0; d < std::min(Dv, d0 + width * n); ++d)
         o[d * kQueries + i] += sums[(d - d0) / n][(d - d0) % n];
     }
+}
+
+// dV [rows][width padded] += P^T dO
+template <class A>
+void add_outer_few(const A* p, int64_t rows, int64_t count, const A* dout, int64_t width, A* sums) {
+  int64_t ld = round_up(width, kLanes<A>);
+  for (int64_t r = 0; r < rows; ++r, sums += ld)
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < ld; d += kLanes<A>)
+        store(sums + d, load(sums + d) + load(dout + i * ld + d) * p[r * kQueries + i]);
 }
 
 }  // namespace fastprefix

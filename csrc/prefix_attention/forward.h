@@ -66,13 +66,17 @@ struct Softmax {
   // Scores to probabilities (under the maximum so far), in place, and their sums.
   void exponentiate(const Strip& strip, A* s) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
-      Vec<A> shifted = shift(load(m + c)), sums{};  // from zero: one long sum would round more
-      for (int64_t r = strip.row; r < strip.row + strip.rows; ++r) {
-        Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
-        sums += probability;
-        store(s + r * kQueries + c, probability);
-      }
-      store(l + c, load(l + c) + sums);
+      Vec<A> shifted = shift(load(m + c)), sum{};
+      for_groups(strip, [&](int64_t first, int64_t end) {
+        Vec<A> group{};
+        for (int64_t r = first; r < end; ++r) {
+          Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
+          group += probability;
+          store(s + r * kQueries + c, probability);
+        }
+        sum += group;
+      });
+      store(l + c, load(l + c) + sum);
     }
   }
 };
@@ -83,8 +87,8 @@ class Forward {
   using Operand = typename M::Operand;
 
  public:
-  Forward(const Problem<T, A>& p, Tensor& output, Tensor& lse)
-      : p_(p), band_(p), output_(output), lse_(lse.data_ptr<double>()) {}
+  Forward(const Problem<T, A>& p, Tensor& output, Tensor& normalizers)
+      : p_(p), band_(p), output_(output), normalizers_(normalizers.data_ptr<A>()) {}
 
   void run() {
     Slots slots(p_.B * p_.Hq * p_.query_blocks());
@@ -134,7 +138,7 @@ class Forward {
     void attend(const QueryBlock& queries) {
       const T* rows = p.q.at(queries.b, queries.h, queries.first);
       if (queries.count <= kFew) {
-        pack_rows(rows, p.q.strides[2], queries.count, p.D, few_q, round_up(p.D, kLanes<A>));
+        pack_few(rows, p.q.strides[2], queries.count, p.D, few_q);
       } else {
         pack_transposed<M>(rows, p.q.strides[2], queries.count, p.D, q);
       }
@@ -174,10 +178,7 @@ class Forward {
 
     // S^T = K Q^T
     void score(const QueryBlock& queries, const Columns& columns, const T* k, int64_t stride) {
-      if (queries.count <= kFew) {
-        for (const Strip& strip : strips) std::fill_n(s.values + strip.row * kQueries, strip.rows * kQueries, A(0));
-        return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
-      }
+      if (queries.count <= kFew) return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
       auto block = key_block<M>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
       for (const Strip& strip : strips) {
         Product<M> product = block.along(p.D, q + strip.column * M::pair, s.values + strip.row * kQueries + strip.column);
@@ -213,7 +214,7 @@ class Forward {
       });
     }
 
-    // o = O / l (+ og times the prefix's), lse = m + log l.
+    // o = O / l (+ og times the prefix's).
     void finish(const QueryBlock& queries) {
       int64_t columns = round_up(queries.count, kLanes<A>);
       for (int64_t c = 0; c < columns; c += kLanes<A>) {
@@ -230,24 +231,22 @@ class Forward {
       T* to = static_cast<T*>(output.data_ptr()) + queries.b * output.stride(0) + queries.h * output.stride(1) +
               queries.first * output.stride(2);
       unpack_transposed(tokens.o, queries.count, p.Dv, to, output.stride(2));
-      write_lse(queries, tokens, 0);
-      if (p.separate()) write_lse(queries, prefix, p.B * p.Hq * p.N);
+      write_normalizers(queries, tokens, 0);
+      if (p.separate()) write_normalizers(queries, prefix, 1);
     }
 
     static Vec<A> inverse(Vec<A> l) { return l == 0 ? Vec<A>{} : A(1) / l; }
 
-    void write_lse(const QueryBlock& queries, const Softmax<A>& softmax, int64_t plane) {
-      double* to = f.lse_ + plane + (queries.b * p.Hq + queries.h) * p.N + queries.first;
-      for (int64_t i = 0; i < queries.count; ++i)
-        to[i] = softmax.l[i] == 0 ? -std::numeric_limits<double>::infinity()
-                                  : softmax.m[i] + std::log(static_cast<double>(softmax.l[i]));
+    void write_normalizers(const QueryBlock& queries, const Softmax<A>& softmax, int64_t which) {
+      std::copy_n(softmax.m, queries.count, f.normalizers_ + p.normalizer(queries, which, 0));
+      std::copy_n(softmax.l, queries.count, f.normalizers_ + p.normalizer(queries, which, 1));
     }
   };
 
   const Problem<T, A>& p_;
   Band band_;
   Tensor output_;
-  double* lse_;
+  A* normalizers_;
 };
 
 }  // namespace fastprefix

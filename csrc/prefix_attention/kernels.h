@@ -7,7 +7,7 @@
 namespace fastprefix {
 
 template <class T>
-void forward_kernel(const Arguments& a, Tensor& output, Tensor& lse);
+void forward_kernel(const Arguments& a, Tensor& output, Tensor& normalizers);
 
 template <class T>
 void backward_kernel(
@@ -16,21 +16,21 @@ void backward_kernel(
     const Gradients& gradients,
     const Tensor& grad_output,
     const Tensor& output,
-    const Tensor& lse);
+    const Tensor& normalizers);
 
 // The body of both, for tensors of type T and products in the manner of M.
 #define FASTPREFIX_DEFINE_KERNELS(T, M)                                                                       \
   template <>                                                                                                 \
-  void forward_kernel<T>(const Arguments& a, Tensor& output, Tensor& lse) {                                   \
+  void forward_kernel<T>(const Arguments& a, Tensor& output, Tensor& normalizers) {                                   \
     Problem<T, M::Accumulator> problem(a);                                                                    \
-    Forward<M, T>(problem, output, lse).run();                                                                \
+    Forward<M, T>(problem, output, normalizers).run();                                                                \
   }                                                                                                           \
   template <>                                                                                                 \
   void backward_kernel<T>(                                                                                    \
       const Arguments& a, const Needs& needs, const Gradients& gradients, const Tensor& grad_output,          \
-      const Tensor& output, const Tensor& lse) {                                                              \
+      const Tensor& output, const Tensor& normalizers) {                                                              \
     Problem<T, M::Accumulator> problem(a);                                                                    \
-    Backward<M, T>(problem, needs, gradients, grad_output, output, lse).run();                                \
+    Backward<M, T>(problem, needs, gradients, grad_output, output, normalizers).run();                                \
   }
 
 }  // namespace fastprefix

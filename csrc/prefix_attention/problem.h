@@ -41,7 +41,15 @@ struct View {
   }
 };
 
-// T: the tensors' type; A: that of sums, scores and the log-sum-exp.
+enum class Half { prefix, tokens };
+
+// The queries that are worked on together: `count` of them from `first` on, of row b and head h.
+struct QueryBlock {
+  int64_t b, h, hkv, first, count;
+  int64_t index;  // of the block within its row and head
+};
+
+// T: the tensors' type; A: that of sums and scores.
 template <class T, class A>
 struct Problem {
   int64_t B, Hq, Hkv, G, N, M, P, D, Dv;  // G: query heads for each key/value head
@@ -100,14 +108,10 @@ struct Problem {
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
   int64_t query_blocks() const { return (N + 63) / 64; }
-};
-
-enum class Half { prefix, tokens };
-
-// The queries that are worked on together: `count` of them from `first` on, of row b and head h.
-struct QueryBlock {
-  int64_t b, h, hkv, first, count;
-  int64_t index;  // of the block within its row and head
+  // Where, in normalizers [softmaxes][m, l][B, Hq, N], those of a block begin.
+  int64_t normalizer(const QueryBlock& queries, int64_t softmax, int64_t part) const {
+    return (((softmax * 2 + part) * B + queries.b) * Hq + queries.h) * N + queries.first;
+  }
 };
 
 }  // namespace fastprefix

@@ -47,11 +47,11 @@ void dispatch(at::ScalarType type, Call call) {
 
 std::tuple<Tensor, Tensor> run_forward(Arguments a) {
   Tensor output = empty_heads(a.query, a.value.size(3));
-  std::vector<int64_t> planes{a.query.size(0), a.query.size(1), a.query.size(2)};
-  if (a.output_gate) planes.insert(planes.begin(), 2);
-  Tensor lse = at::empty(planes, a.query.options().dtype(at::kDouble));
-  dispatch(a.query.scalar_type(), [&](auto type) { forward_kernel<decltype(type)>(a, output, lse); });
-  return {output, lse};
+  Tensor normalizers = at::empty(
+      {a.output_gate ? 2 : 1, 2, a.query.size(0), a.query.size(1), a.query.size(2)},
+      a.query.options().dtype(accumulator(a.query)));
+  dispatch(a.query.scalar_type(), [&](auto type) { forward_kernel<decltype(type)>(a, output, normalizers); });
+  return {output, normalizers};
 }
 
 // Sums for each block of queries [B, Hq, blocks, *] to the gradient of what was broadcast over them.
@@ -60,7 +60,7 @@ void sum_into(const Tensor& gradient, const Tensor& sums) {
 }
 
 std::vector<Tensor> run_backward(
-    const Arguments& original, Arguments a, const Tensor& grad_output, const Tensor& output, const Tensor& lse,
+    const Arguments& original, Arguments a, const Tensor& grad_output, const Tensor& output, const Tensor& normalizers,
     c10::List<bool> asked) {
   TORCH_CHECK(
       !asked[7] && !asked[8], "attn_mask and prefix_bias have gradients from the eager backend alone");
@@ -78,15 +78,15 @@ std::vector<Tensor> run_backward(
   auto sums = a.query.options().dtype(accumulator(a.query));
   Gradients gradients{results[0], results[1], results[2], results[3], results[4], {}, {}, {}};
   if (needs.prefix_gate) gradients.prefix_gate = at::empty({B, Hq, each_query ? N : blocks, P}, sums);
-  if (needs.output_gate) gradients.output_gate = at::empty({B, Hq, blocks}, sums);
-  if (needs.sinks) gradients.sinks = at::empty({B, Hq, blocks}, sums);
+  if (needs.output_gate) gradients.output_gate = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
+  if (needs.sinks) gradients.sinks = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
 
   if (B * N == 0) {
     for (const Tensor& result : results)
       if (result.defined()) result.zero_();
   } else {
     dispatch(a.query.scalar_type(), [&](auto type) {
-      backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, lse);
+      backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
     });
     if (needs.prefix_gate) {
       Tensor dg = gradients.prefix_gate;
@@ -122,11 +122,11 @@ std::tuple<Tensor, Tensor> forward(FASTPREFIX_ARGUMENTS) {
 }
 
 std::vector<Tensor> backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& lse, c10::List<bool> needs_grad,
+    const Tensor& grad_output, const Tensor& output, const Tensor& normalizers, c10::List<bool> needs_grad,
     FASTPREFIX_ARGUMENTS) {
   return run_backward(
       FASTPREFIX_COLLECT(), FASTPREFIX_COLLECT(with_dense_rows), with_dense_rows(grad_output), output,
-      lse.contiguous(), needs_grad);
+      normalizers.contiguous(), needs_grad);
 }
 
 }  // namespace

@@ -31,6 +31,15 @@ inline void for_vectors(const Strip& strip, Visit visit) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) visit(r, c);
 }
 
+// Calls visit(first row, end) for groups of a strip's rows. A sum over rows is made group by group and these are then
+// added up: one long sum would round more.
+template <class Visit>
+inline void for_groups(const Strip& strip, Visit visit) {
+  constexpr int64_t kGroup = 8;
+  int64_t end = strip.row + strip.rows;
+  for (int64_t first = strip.row; first < end; first += kGroup) visit(first, std::min(first + kGroup, end));
+}
+
 // A gate's values for a block of prefix keys, into `values`.
 template <class T, class A>
 Gate<A> read_gate(const Problem<T, A>& p, const QueryBlock& queries, const Columns& columns, A* values) {
@@ -85,7 +94,7 @@ void hide(
     });
 }
 
-// Products in `s` to scores, in place. `tanhs`, where given, gets tanh(score / softcap), which the backward pass needs.
+// Products in `s` to scores, in place. `slopes`, where given, gets the soft cap's derivative.
 template <class T, class A>
 void make_scores(
     const Problem<T, A>& p,
@@ -95,7 +104,7 @@ void make_scores(
     const Strip& strip,
     const Gate<A>& gate,
     A* s,
-    A* tanhs = nullptr) {
+    A* slopes = nullptr) {
   for_vectors<A>(strip, [&](int64_t r, int64_t c) {
     A* at = s + r * kQueries + c;
     store(at, load(at) * (gate.at(r, c) * p.scale));
@@ -103,9 +112,9 @@ void make_scores(
   if (p.softcap != 0)
     for_vectors<A>(strip, [&](int64_t r, int64_t c) {
       A* at = s + r * kQueries + c;
-      Vec<A> capped = tanh(load(at) / p.softcap);
-      if (tanhs) store(tanhs + r * kQueries + c, capped);
-      store(at, capped * p.softcap);
+      Tanh<A> capped = tanh(load(at) / p.softcap);
+      if (slopes) store(slopes + r * kQueries + c, capped.slope);
+      store(at, capped.value * p.softcap);
     });
   if (columns.half == Half::prefix) {
     if (p.prefix_bias) add_bias(p.prefix_bias, queries, columns, strip, s);

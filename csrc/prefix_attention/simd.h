@@ -147,20 +147,20 @@ inline void store_first(T* p, Vec<AccumulatorOf<T>> x, int64_t n) {
 
 // ---- functions ---------------------------------------------------------------------------------------------------
 
-// e^x to 2e-7; 0 from e^-87.6 downwards (so for -inf), NaN for NaN.
+// e^x to one unit in the last place; 0 from e^-87.6 downwards (so for -inf), NaN for NaN.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
-  constexpr float kLog2eRest = 1.92596303e-8f;  // log2(e) less its float: without it, a bias that grows with -x
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
   x = x < -88.1f ? splat(-88.1f) : x;
-  Vec<float> shifted = x * float(M_LOG2E) + kRound;
-  Vec<float> f = x * float(M_LOG2E) - (shifted - kRound);
-  f = x * kLog2eRest + f;
-  Vec<float> y = f * 1.54697320e-4f + 1.34004322e-3f;
-  y = y * f + 9.61802560e-3f;
-  y = y * f + 5.55032721e-2f;
-  y = y * f + 2.40226512e-1f;
-  y = y * f + 6.93147207e-1f;
-  y = y * f + 1.0f;
+  Vec<float> shifted = x * float(M_LOG2E) + kRound, n = shifted - kRound;
+  Vec<float> r = x - n * kLn2High;
+  r = r - n * kLn2Low;
+  Vec<float> y = r * 1.38144672e-3f + 8.36878084e-3f;
+  y = y * r + 4.16683927e-2f;
+  y = y * r + 1.66665196e-1f;
+  y = y * r + 4.99999940e-1f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
   Bits power = (reinterpret_cast<Bits>(shifted) << 23) + 0x3F800000u;
   return y * reinterpret_cast<Vec<float>>(power);
 }
@@ -170,7 +170,13 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-inline Vec<float> tanh(Vec<float> x) {
+// Its slope is 1 - tanh^2, which loses its digits as a difference where tanh is almost 1.
+template <class A>
+struct Tanh {
+  Vec<A> value, slope;
+};
+
+inline Tanh<float> tanh(Vec<float> x) {
   Vec<float> z = x * x;
   Vec<float> small = z * 2.21836e-3f + -8.27613e-3f;
   small = small * z + 2.174755e-2f;
@@ -181,12 +187,16 @@ inline Vec<float> tanh(Vec<float> x) {
   Vec<float> e = exp((x < 0 ? x : -x) * 2.0f);
   Vec<float> large = (1.0f - e) / (1.0f + e);
   large = x < 0 ? -large : large;
-  return z < 0.4225f ? small : large;
+  return {z < 0.4225f ? small : large, 4.0f * e / ((1.0f + e) * (1.0f + e))};
 }
 
-inline Vec<double> tanh(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
-  return x;
+inline Tanh<double> tanh(Vec<double> x) {
+  Tanh<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) {
+    y.value[i] = std::tanh(x[i]);
+    y.slope[i] = 1.0 / (std::cosh(x[i]) * std::cosh(x[i]));
+  }
+  return y;
 }
 
 template <class A>

@@ -44,10 +44,18 @@ class Arguments(NamedTuple):
 
     @property
     def accumulator(self) -> torch.dtype:
-        """The dtype of sums and scores: float32, and float64 for float64. The log-sum-exp is float64 always: rounded to
-        float32, it would cost all probabilities of a row their last digits in the backward pass.
-        """
+        """The dtype of sums and scores: float32, and float64 for float64."""
         return torch.float64 if self.query.dtype is torch.float64 else torch.float32
+
+    @property
+    def normalizers_shape(self) -> tuple[int, ...]:
+        """Of what the forward pass leaves to a backend's own backward pass: of each softmax and each row, the largest
+        score ``m`` and ``l``, the sum of ``e^(s - m)``; where a row sees nothing, ``l`` is 0 and ``m`` any number.
+
+        With an output gate the first softmax is the tokens', the second the prefix's. Not the log-sum-exp,
+        ``m + log l``: rounded to one number, it would cost all probabilities of a row their last digits.
+        """
+        return (1 if self.output_gate is None else 2, 2, *self.query.shape[:3])
 
 
 DIFFERENTIABLE = (

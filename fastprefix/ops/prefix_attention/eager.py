@@ -18,26 +18,25 @@ from .visibility import visible_tokens
 
 
 def forward(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv] and log-sum-exp: [B, Hq, N], with an output gate [2, B, Hq, N] (tokens, prefix)."""
+    """Output [B, Hq, N, Dv], and what normalised the probabilities (``Arguments.normalizers_shape``)."""
     prefix, tokens = _prefix_half(a), _token_half(a)
     if a.output_gate is None:
-        softmax = _softmax([prefix.s, tokens.s], _sinks(a))
-        p_prefix, p_tokens = softmax.p
+        softmaxes = [_softmax([prefix.s, tokens.s], _sinks(a))]
+        p_prefix, p_tokens = softmaxes[0].p
         og: Tensor | float = 1.0
-        lse = softmax.lse.reshape(a.query.shape[:3])
     else:
-        of_prefix, of_tokens = _softmax([prefix.s], None), _softmax([tokens.s], _sinks(a))
-        p_prefix, p_tokens = of_prefix.p[0], of_tokens.p[0]
+        softmaxes = [_softmax([tokens.s], _sinks(a)), _softmax([prefix.s], None)]
+        p_tokens, p_prefix = (softmax.p[0] for softmax in softmaxes)
         og = _grouped(a, a.output_gate[:, :, None])[..., None]
-        lse = torch.stack([of_tokens.lse, of_prefix.lse]).reshape(2, *a.query.shape[:3])
     o = _weighted_sum(p_tokens * tokens.keep, tokens.v)
     o = o + og * _weighted_sum(prefix.g * p_prefix * prefix.keep, prefix.v)
     output = empty_heads(a.query, a.value.shape[3])
-    return output.copy_(o.reshape(output.shape)), lse
+    normalizers = torch.stack([x for softmax in softmaxes for x in (softmax.m, softmax.l)])
+    return output.copy_(o.reshape(output.shape)), normalizers.reshape(a.normalizers_shape)
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs_grad: Sequence[bool]
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, a: Arguments, needs_grad: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
@@ -45,7 +44,7 @@ def backward(
     if any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks")):
         _all_gradients(gradients, grad_output, a, needs)
     else:
-        _prefix_gradients_alone(gradients, grad_output, output, lse, a, needs)
+        _prefix_gradients_alone(gradients, grad_output, output, normalizers, a, needs)
     results = []
     for name in (name for name in DIFFERENTIABLE if needs[name]):
         tensor: Tensor = getattr(a, name)
@@ -79,15 +78,16 @@ def _prefix_gradients_alone(
     gradients: dict[str, Tensor],
     grad_output: Tensor,
     output: Tensor,
-    lse: Tensor,
+    normalizers: Tensor,
     a: Arguments,
     needs: dict[str, bool],
 ) -> None:
-    """The prefix's half without the tokens', O(N P): what it has to know of them is in output and log-sum-exp."""
+    """The prefix's half without the tokens', O(N P): what it has to know of them is in output and normalisers."""
     do, prefix = _grouped(a, grad_output), _prefix_half(a)
     dov = _dov(prefix, do)
     if a.output_gate is None:
-        p = _probabilities(prefix.s, _split_heads(a, lse))
+        m, l = (_split_heads(a, x[..., None]) for x in normalizers[0])
+        p = torch.exp(prefix.s - m) / l.masked_fill(l == 0.0, 1.0)
         delta = (do * _grouped(a, output)).sum(-1, keepdim=True)
     else:
         p = _softmax([prefix.s], None).p[0]
@@ -104,7 +104,7 @@ class _Half(NamedTuple):
     v: Tensor  # [1|B, Hkv, K, Dv]
     g: Tensor | float  # the gate, broadcastable to the scores
     product: Tensor  # c <q, k>, before the gate
-    capped: Tensor  # after gate and soft cap, before bias and mask
+    gated: Tensor  # after the gate, before soft cap, bias and mask
     s: Tensor  # scores [B, Hkv, G, N, K]
     keep: Tensor | float  # dropout's factor
 
@@ -112,7 +112,8 @@ class _Half(NamedTuple):
 class _Softmax(NamedTuple):
     p: list[Tensor]  # probabilities, block by block
     p_sink: Tensor | None  # [B, Hkv, G, N, 1]
-    lse: Tensor  # float64 [B, Hkv, G, N], -inf in a row that sees nothing
+    m: Tensor  # [B, Hkv, G, N, 1]
+    l: Tensor  # [B, Hkv, G, N, 1]
 
 
 def _prefix_half(a: Arguments) -> _Half:
@@ -142,13 +143,12 @@ def _half(
 ) -> _Half:
     q, k, v = _grouped(a, a.query), k.to(a.accumulator), v.to(a.accumulator)
     product = a.scale * _scores(q, k)
-    capped = g * product
-    if a.softcap is not None:
-        capped = a.softcap * torch.tanh(capped / a.softcap)
-    s = capped if bias is None else capped + bias
+    gated = g * product
+    s = gated if a.softcap is None else a.softcap * torch.tanh(gated / a.softcap)
+    s = s if bias is None else s + bias
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    return _Half(q, k, v, g, product, capped, s, _keep_factor(a, s, first_column))
+    return _Half(q, k, v, g, product, gated, s, _keep_factor(a, s, first_column))
 
 
 def _dov(half: _Half, do: Tensor) -> Tensor:
@@ -273,23 +273,14 @@ def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
     m = m.amax(0).unsqueeze(-1)
     m = m.masked_fill(m == -torch.inf, 0.0)
     e = [torch.exp(s - m) for s in blocks]
-    z = torch.stack([x.sum(-1, keepdim=True) for x in e]).sum(0)
-    p = [x / z.masked_fill(z == 0.0, 1.0) for x in e]
-    return _Softmax(
-        p[:-1] if sinks is not None else p,
-        p[-1] if sinks is not None else None,
-        (m.double() + z.double().log()).squeeze(-1),
-    )
-
-
-def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    """e^(s - lse), and 0 where the row sees nothing (lse = -inf)."""
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
-    return torch.exp((s - lse).to(s.dtype))
+    l = torch.stack([x.sum(-1, keepdim=True) for x in e]).sum(0)
+    p = [x / l.masked_fill(l == 0.0, 1.0) for x in e]
+    return _Softmax(p if sinks is None else p[:-1], None if sinks is None else p[-1], m, l)
 
 
 def _through_softcap(a: Arguments, ds: Tensor, half: _Half) -> Tensor:
-    return ds if a.softcap is None else ds * (1.0 - (half.capped / a.softcap).square())
+    """Times 1 - tanh^2, as 1 / cosh^2: the difference loses its digits where tanh is almost 1."""
+    return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
 
 def _sum_to(ds: Tensor, like: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ _TENSORS = 13  # the first of the arguments
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*arguments)
-    planes = a.query.shape[:3] if a.output_gate is None else (2, *a.query.shape[:3])
-    return empty_heads(a.query, a.value.shape[3]), a.query.new_empty(planes, dtype=torch.float64)
+    normalizers = a.query.new_empty(a.normalizers_shape, dtype=a.accumulator)
+    return empty_heads(a.query, a.value.shape[3]), normalizers
 
 
 def _backward_fake(
-    grad_output: Tensor, output: Tensor, lse: Tensor, needs_grad: Sequence[bool], *arguments: Any
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     return [empty_gradient(tensor) for tensor, needed in zip(arguments, needs_grad, strict=False) if needed]
 
@@ -45,9 +45,9 @@ def _call_backward(ctx: Any, operator: Kernel, grads: Sequence[Tensor | None]) -
     nothing: list[Tensor | None] = [None] * (_TENSORS + len(ctx.options))
     if grads[0] is None:
         return tuple(nothing)
-    output, lse, *tensors = ctx.saved_tensors
+    output, normalizers, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-    gradients = iter(operator(grads[0], output, lse, needs, *tensors, *ctx.options))
+    gradients = iter(operator(grads[0], output, normalizers, needs, *tensors, *ctx.options))
     return tuple([next(gradients) if needed else None for needed in needs] + nothing[len(needs) :])
 
 
@@ -61,8 +61,9 @@ def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]
 
 OPERATION = Operation(
     "prefix_attention",
-    schema=f"({_ARGUMENTS}) -> (Tensor output, Tensor lse)",
-    backward_schema=f"(Tensor grad_output, Tensor output, Tensor lse, bool[] needs_grad, {_ARGUMENTS}) -> Tensor[]",
+    schema=f"({_ARGUMENTS}) -> (Tensor output, Tensor normalizers)",
+    backward_schema="(Tensor grad_output, Tensor output, Tensor normalizers, bool[] needs_grad, "
+    f"{_ARGUMENTS}) -> Tensor[]",
     fake=_forward_fake,
     backward_fake=_backward_fake,
     setup_context=_setup_context,
@@ -76,9 +77,9 @@ def _eager_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _eager_backward(
-    grad_output: Tensor, output: Tensor, lse: Tensor, needs_grad: Sequence[bool], *arguments: Any
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    return eager.backward(grad_output, output, lse, Arguments(*arguments), needs_grad)
+    return eager.backward(grad_output, output, normalizers, Arguments(*arguments), needs_grad)
 
 
 OPERATION.define("eager")

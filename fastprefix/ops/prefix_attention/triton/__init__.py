@@ -31,10 +31,10 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, lse: Tensor, needs_grad: Sequence[bool], *arguments: Any
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """The kernel of the backward operator."""
     from . import launch, targets
 
     a = Arguments(*arguments)
-    return launch.backward(grad_output, output, lse, a, needs_grad, targets.target_of(a.query.device))
+    return launch.backward(grad_output, output, normalizers, a, needs_grad, targets.target_of(a.query.device))

@@ -10,17 +10,19 @@ import triton.language as tl
 from .common import (
     capped_scores,
     from_natural,
+    inverse,
     kept,
     keys_of_queries,
     load_delta,
     load_entry,
-    load_lse,
+    load_normalizers,
     load_rows,
     output_gate,
-    power,
     prefix_gate,
     prefix_scores,
+    probability,
     queries_of_keys,
+    row_of,
     store_rows,
     through_cap,
     token_scores,
@@ -28,68 +30,94 @@ from .common import (
 
 
 @triton.jit
-def token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i, j, N, M, P, INSIDE: tl.constexpr):
+def token_probabilities(b_s, b_m, b_inverse, a, b, h, i, j, N, M, INSIDE: tl.constexpr):
+    """Probabilities from <q, k>."""
+    b_s = token_scores(capped_scores(b_s, a), a, b, h, i, j, N, M, INSIDE)
+    return probability(b_s, b_m, b_inverse, a)
+
+
+@triton.jit
+def prefix_probabilities(b_s, b_gate, b_m, b_inverse, a, b, h, i, p, N, P):
+    """Probabilities from <q, pk>."""
+    b_s = prefix_scores(capped_scores(b_s * b_gate, a), a, b, h, i, p, N, P)
+    return probability(b_s, b_m, b_inverse, a)
+
+
+@triton.jit
+def token_gradients(b_s, b_dov, b_m, b_inverse, b_delta, a, b, h, i, j, N, M, P, INSIDE: tl.constexpr):
     """Gradient of <q, k> c, and probability after dropout, from <q, k> and <do, v>."""
-    b_s = capped_scores(b_s, a)
-    b_p = power(token_scores(b_s, a, b, h, i, j, N, M, INSIDE) - b_lse, a)
+    b_p = token_probabilities(b_s, b_m, b_inverse, a, b, h, i, j, N, M, INSIDE)
     b_keep = kept(b_p, a, b, h, i, P + j)
     return through_cap(b_p * (b_keep * b_dov - b_delta), b_s, a), b_p * b_keep
 
 
 @triton.jit
-def prefix_gradients(b_s, b_dov, b_gate, b_lse, b_delta, a, b, h, i, p, N, P):
+def prefix_gradients(b_s, b_dov, b_gate, b_m, b_inverse, b_delta, a, b, h, i, p, N, P):
     """Gradient of g <q, pk> c, and probability after dropout (times the output gate), from <q, pk> and <do, pv>."""
-    b_s = capped_scores(b_s * b_gate, a)
-    b_p = output_gate(a, b, h) * power(prefix_scores(b_s, a, b, h, i, p, N, P) - b_lse, a)
+    b_p = output_gate(a, b, h) * prefix_probabilities(b_s, b_gate, b_m, b_inverse, a, b, h, i, p, N, P)
     b_keep = kept(b_p, a, b, h, i, p)
-    return through_cap(b_p * (b_keep * b_gate * b_dov - b_delta), b_s, a), b_p * b_keep
+    return through_cap(b_p * (b_keep * b_gate * b_dov - b_delta), b_s * b_gate, a), b_p * b_keep
 
 
-@triton.jit(do_not_specialize=["N", "P"])
+@triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_bwd_delta_kernel(
     a,
     o,
     do,
-    p_lse,
+    p_normalizers,
     p_delta,
     p_dog,
     p_dsinks,
     N,
+    M,
     P,
     D: tl.constexpr,
     DV: tl.constexpr,
     DP: tl.constexpr,
     DVP: tl.constexpr,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     BP: tl.constexpr,
+    TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = <do, o>; with two softmaxes one for each, and what the output gate gets; what the sinks get."""
+    """delta = <do, o>, and what the sinks get.
+
+    With two softmaxes a delta for each (the tokens' where TOKENS), from their probabilities, since the output is the
+    sum of both and its rounding hides the smaller one; and what the output gate gets.
+    """
     blocks = tl.cdiv(N, BM)
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
-    i = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    o_row = plane.to(tl.int64) * N + i
+    i0 = tl.program_id(0) % blocks * BM
+    i = i0 + tl.arange(0, BM)
     b_do = load_rows(do, b, h, i, i < N, DV, DVP)
-    b_o = load_rows(o, b, h, i, i < N, DV, DVP)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    if a.og.p is not None:
-        b_prefix = prefix_delta(b_do, p_lse, a, b, h, plane, i, N, P, D, DV, DP, BP, PRECISION)
-        tl.store(p_delta + (a.planes + plane).to(tl.int64) * N + i, b_prefix, mask=i < N)
+    if a.og.p is None:
+        b_o = load_rows(o, b, h, i, i < N, DV, DVP)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    else:
+        b_q = load_rows(a.q, b, h, i, i < N, D, DP)
+        b_prefix = prefix_delta(b_q, b_do, p_normalizers, a, b, h, plane, i[:, None], N, P, D, DV, BP, PRECISION)
+        tl.store(p_delta + row_of(1, plane, i, a, N), b_prefix, mask=i < N)
         if p_dog is not None:
             tl.store(p_dog + tl.program_id(0), tl.sum(b_prefix))
-        b_delta -= load_entry(a.og, b, h, h, h).to(tl.float32) * b_prefix
-    tl.store(p_delta + o_row, b_delta, mask=i < N)
+        b_delta = tl.zeros([BM], tl.float32)
+        if TOKENS:
+            b_delta = tokens_delta(
+                b_q, b_do, p_normalizers, a, b, h, plane, i0, i[:, None], N, M, P, D, DV, BN, PRECISION
+            )
+    tl.store(p_delta + row_of(0, plane, i, a, N), b_delta, mask=i < N)
     if p_dsinks is not None:
         b_sink = from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
-        b_p = power(b_sink - load_lse(p_lse, plane, i, N, a), a)
-        tl.store(p_dsinks + tl.program_id(0), -tl.sum(b_p * b_delta))
+        b_m, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, N)
+        tl.store(p_dsinks + tl.program_id(0), -tl.sum(probability(b_sink, b_m, b_inverse, a) * b_delta))
 
 
 @triton.jit
 def prefix_delta(
+    b_q,
     b_do,
-    p_lse,
+    p_normalizers,
     a,
     b,
     h,
@@ -99,24 +127,65 @@ def prefix_delta(
     P,
     D: tl.constexpr,
     DV: tl.constexpr,
-    DP: tl.constexpr,
     BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """<do, output of the prefix's own softmax> [BM]."""
-    b_q = load_rows(a.q, b, h, i, i < N, D, DP)
-    b_lse = load_lse(p_lse, a.planes + plane, i, N, a)[:, None]
+    """<do, output of the prefix's own softmax> [BM], divided by what the probabilities really add up to: a row with one
+    key would have gradients otherwise.
+    """
+    b_m, b_inverse = load_normalizers(p_normalizers, 1, plane, i, a, N)
     b_delta = tl.zeros([b_do.shape[0]], tl.float32)
+    b_mass = tl.zeros([b_do.shape[0]], tl.float32)
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
-        b_gate = prefix_gate(a, b, h, i[:, None], p[None, :], N, P)
-        b_pk = load_rows(a.pk, b, h // a.group, p, p < P, D, DP)
+        b_gate = prefix_gate(a, b, h, i, p[None, :], N, P)
+        b_pk = load_rows(a.pk, b, h // a.group, p, p < P, D, b_q.shape[1])
         b_pv = load_rows(a.pv, b, h // a.group, p, p < P, DV, b_do.shape[1])
-        b_s = capped_scores(tl.dot(b_q, tl.trans(b_pk), input_precision=PRECISION) * b_gate, a)
-        b_p = power(prefix_scores(b_s, a, b, h, i[:, None], p[None, :], N, P) - b_lse, a)
+        b_s = tl.dot(b_q, tl.trans(b_pk), input_precision=PRECISION)
+        b_p = prefix_probabilities(b_s, b_gate, b_m, b_inverse, a, b, h, i, p[None, :], N, P)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=PRECISION)
-        b_delta += tl.sum(b_p * kept(b_p, a, b, h, i[:, None], p[None, :]) * b_gate * b_dov, 1)
-    return b_delta
+        b_delta += tl.sum(b_p * (kept(b_p, a, b, h, i, p[None, :]) * b_gate * b_dov), 1)
+        b_mass += tl.sum(b_p, 1)
+    return b_delta * inverse(b_mass)
+
+
+@triton.jit
+def tokens_delta(
+    b_q,
+    b_do,
+    p_normalizers,
+    a,
+    b,
+    h,
+    plane,
+    i0,
+    i,
+    N,
+    M,
+    P,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<do, output of the tokens' own softmax> [BM], in the same way."""
+    b_m, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, N)
+    b_delta = tl.zeros([b_do.shape[0]], tl.float32)
+    b_mass = tl.zeros([b_do.shape[0]], tl.float32)
+    if a.sinks.p is not None:
+        b_sink = from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
+        b_mass += tl.sum(probability(b_sink, b_m, b_inverse, a), 1)
+    start, _, _, end = keys_of_queries(a, i0, tl.minimum(i0 + b_q.shape[0], N), N, M, BN)
+    for j0 in tl.range(start, end, BN):
+        j = j0 + tl.arange(0, BN)
+        b_k = load_rows(a.k, b, h // a.group, j, j < M, D, b_q.shape[1])
+        b_v = load_rows(a.v, b, h // a.group, j, j < M, DV, b_do.shape[1])
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_p = token_probabilities(b_s, b_m, b_inverse, a, b, h, i, j[None, :], N, M, False)
+        b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_delta += tl.sum(b_p * (kept(b_p, a, b, h, i, P + j[None, :]) * b_dov), 1)
+        b_mass += tl.sum(b_p, 1)
+    return b_delta * inverse(b_mass)
 
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
@@ -125,7 +194,7 @@ def prefix_attention_bwd_dq_kernel(
     do,
     dq,
     p_dgate,
-    p_lse,
+    p_normalizers,
     p_delta,
     N,
     M,
@@ -150,11 +219,9 @@ def prefix_attention_bwd_dq_kernel(
     b_q = load_rows(a.q, b, h, i, i < N, D, DP)  # [BM, DP]
     b_do = load_rows(do, b, h, i, i < N, DV, DVP)  # [BM, DVP]
     b_dq = tl.zeros([BM, DP], tl.float32)
-    prefix_plane = plane
-    if a.og.p is not None:
-        prefix_plane = a.planes + plane
-    b_lse = load_lse(p_lse, prefix_plane, i, N, a)[:, None]
-    b_delta = load_delta(p_delta, prefix_plane, i, N)[:, None]
+    own: tl.constexpr = a.og.p is not None  # the prefix has a softmax of its own
+    b_m, b_inverse = load_normalizers(p_normalizers, own, plane, i[:, None], a, N)
+    b_delta = load_delta(p_delta, own, plane, i[:, None], a, N)
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
         b_gate = prefix_gate(a, b, h, i[:, None], p[None, :], N, P)
@@ -162,7 +229,7 @@ def prefix_attention_bwd_dq_kernel(
         b_pv = load_rows(a.pv, b, h // a.group, p, p < P, DV, DVP)
         b_s = tl.dot(b_q, tl.trans(b_pk), input_precision=PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=PRECISION)
-        b_ds, b_p = prefix_gradients(b_s, b_dov, b_gate, b_lse, b_delta, a, b, h, i[:, None], p[None, :], N, P)
+        b_ds, b_p = prefix_gradients(b_s, b_dov, b_gate, b_m, b_inverse, b_delta, a, b, h, i[:, None], p[None, :], N, P)
         if p_dgate is not None:
             b_dgate = b_ds * (a.scale * b_s) + b_p * b_dov
             if SUM_GATE:
@@ -173,23 +240,23 @@ def prefix_attention_bwd_dq_kernel(
         if dq.p is not None:
             b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=PRECISION)
     if dq.p is not None:
-        b_lse = load_lse(p_lse, plane, i, N, a)[:, None]
-        b_delta = load_delta(p_delta, plane, i, N)[:, None]
+        b_m, b_inverse = load_normalizers(p_normalizers, 0, plane, i[:, None], a, N)
+        b_delta = load_delta(p_delta, 0, plane, i[:, None], a, N)
         lo, inner_lo, inner_hi, hi = keys_of_queries(a, i0, tl.minimum(i0 + BM, N), N, M, BN)
         if a.seed is not None:  # one loop for all, as for keys
             inner_lo, inner_hi = lo, lo
         if a.far is not None and a.seed is None:
             b_dq = add_tokens_to_dq(
-                b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], lo, tl.minimum(inner_lo, hi), N, M, P,
+                b_dq, b_q, b_do, b_m, b_inverse, b_delta, a, b, h, i[:, None], lo, tl.minimum(inner_lo, hi), N, M, P,
                 D, DV, BN, False, PRECISION,
             )  # fmt: skip
         if a.seed is None:
             b_dq = add_tokens_to_dq(
-                b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], inner_lo, inner_hi, N, M, P,
+                b_dq, b_q, b_do, b_m, b_inverse, b_delta, a, b, h, i[:, None], inner_lo, inner_hi, N, M, P,
                 D, DV, BN, True, PRECISION,
             )  # fmt: skip
         b_dq = add_tokens_to_dq(
-            b_dq, b_q, b_do, b_lse, b_delta, a, b, h, i[:, None], tl.maximum(inner_lo, inner_hi), hi, N, M, P,
+            b_dq, b_q, b_do, b_m, b_inverse, b_delta, a, b, h, i[:, None], tl.maximum(inner_lo, inner_hi), hi, N, M, P,
             D, DV, BN, False, PRECISION,
         )  # fmt: skip
         store_rows(dq, b, h, i, i < N, b_dq * a.scale, D)
@@ -200,7 +267,8 @@ def add_tokens_to_dq(
     b_dq,
     b_q,
     b_do,
-    b_lse,
+    b_m,
+    b_inverse,
     b_delta,
     a,
     b,
@@ -223,7 +291,7 @@ def add_tokens_to_dq(
         b_v = load_rows(a.v, b, h // a.group, j, j < M, DV, b_do.shape[1])
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_ds, _ = token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i, j[None, :], N, M, P, INSIDE)
+        b_ds, _ = token_gradients(b_s, b_dov, b_m, b_inverse, b_delta, a, b, h, i, j[None, :], N, M, P, INSIDE)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -234,7 +302,7 @@ def prefix_attention_bwd_dkv_kernel(
     do,
     dk,
     dv,
-    p_lse,
+    p_normalizers,
     p_delta,
     N,
     M,
@@ -265,17 +333,17 @@ def prefix_attention_bwd_dkv_kernel(
     for g in range(0, a.group):
         h = hk * a.group + g
         b_dk, b_dv = add_queries(
-            b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+            b_dk, b_dv, b_k, b_v, do, dk, dv, p_normalizers, p_delta, a, b, h, j[:, None],
             lo, inner_lo, N, M, P, D, DV, BM, False, PRECISION,
         )  # fmt: skip
         if a.seed is None:
             b_dk, b_dv = add_queries(
-                b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+                b_dk, b_dv, b_k, b_v, do, dk, dv, p_normalizers, p_delta, a, b, h, j[:, None],
                 inner_lo, inner_hi, N, M, P, D, DV, BM, True, PRECISION,
             )  # fmt: skip
         if a.far is not None and a.seed is None:
             b_dk, b_dv = add_queries(
-                b_dk, b_dv, b_k, b_v, do, dk, dv, p_lse, p_delta, a, b, h, j[:, None],
+                b_dk, b_dv, b_k, b_v, do, dk, dv, p_normalizers, p_delta, a, b, h, j[:, None],
                 tl.maximum(inner_lo, inner_hi), hi, N, M, P, D, DV, BM, False, PRECISION,
             )  # fmt: skip
     if dk.p is not None:
@@ -293,7 +361,7 @@ def add_queries(
     do,
     dk,
     dv,
-    p_lse,
+    p_normalizers,
     p_delta,
     a,
     b,
@@ -315,11 +383,11 @@ def add_queries(
         plane = b * a.heads + h
         b_q = load_rows(a.q, b, h, i, i < N, D, b_k.shape[1])
         b_do = load_rows(do, b, h, i, i < N, DV, b_v.shape[1])
-        b_lse = load_lse(p_lse, plane, i, N, a)[None, :]
-        b_delta = load_delta(p_delta, plane, i, N)[None, :]
+        b_m, b_inverse = load_normalizers(p_normalizers, 0, plane, i[None, :], a, N)
+        b_delta = load_delta(p_delta, 0, plane, i[None, :], a, N)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         b_dov = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_ds, b_p = token_gradients(b_s, b_dov, b_lse, b_delta, a, b, h, i[None, :], j, N, M, P, INSIDE)
+        b_ds, b_p = token_gradients(b_s, b_dov, b_m, b_inverse, b_delta, a, b, h, i[None, :], j, N, M, P, INSIDE)
         if dv.p is not None:
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         if dk.p is not None:
@@ -333,7 +401,7 @@ def prefix_attention_bwd_dprefix_kernel(
     do,
     dpk,
     dpv,
-    p_lse,
+    p_normalizers,
     p_delta,
     N,
     P,
@@ -359,6 +427,7 @@ def prefix_attention_bwd_dprefix_kernel(
     hk = tl.program_id(0) // blocks % kv_heads
     b0 = tl.program_id(0) // blocks // kv_heads
     first = tl.program_id(1) * chunk
+    own: tl.constexpr = a.og.p is not None  # the prefix has a softmax of its own
     b_pk = load_rows(a.pk, b0, hk, p, p < P, D, DP)  # [BP, DP]
     b_pv = load_rows(a.pv, b0, hk, p, p < P, DV, DVP)  # [BP, DVP]
     b_dpk = tl.zeros([BP, DP], tl.float32)
@@ -371,15 +440,13 @@ def prefix_attention_bwd_dprefix_kernel(
         plane = b * a.heads + h
         b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
         b_do = load_rows(do, b, h, i, r < rows, DV, DVP)
-        if a.og.p is not None:
-            plane += a.planes
-        b_lse = load_lse(p_lse, plane, i, N, a)[None, :]
-        b_delta = load_delta(p_delta, plane, i, N)[None, :]
+        b_m, b_inverse = load_normalizers(p_normalizers, own, plane[None, :], i[None, :], a, N)
+        b_delta = load_delta(p_delta, own, plane[None, :], i[None, :], a, N)
         b_gate = prefix_gate(a, b[None, :], h[None, :], i[None, :], p[:, None], N, P)
         b_s = tl.dot(b_pk, tl.trans(b_q), input_precision=PRECISION)  # [BP, BM]
         b_dov = tl.dot(b_pv, tl.trans(b_do), input_precision=PRECISION)
         b_ds, b_p = prefix_gradients(
-            b_s, b_dov, b_gate, b_lse, b_delta, a, b[None, :], h[None, :], i[None, :], p[:, None], N, P
+            b_s, b_dov, b_gate, b_m, b_inverse, b_delta, a, b[None, :], h[None, :], i[None, :], p[:, None], N, P
         )
         if dpv.p is not None:
             b_dpv = tl.dot((b_p * b_gate).to(b_do.dtype), b_do, b_dpv, input_precision=PRECISION)

@@ -3,8 +3,8 @@
 ``b, h, i`` are the coordinates of queries and ``j`` or ``p`` those of keys. They come in any shapes that broadcast
 together, so one function serves tiles of queries x keys and of keys x queries.
 
-Scores and log-sum-exps of float16 and bfloat16 inputs are in units of log2: log2(e) is part of the scale, so that exp2
-needs no further product. Those of float32 are natural: that product would be a rounding too many.
+Scores of float16 and bfloat16 inputs are in units of log2: log2(e) is part of the scale, so that exp2 needs no further
+product. Those of float32 are natural: that product would be a rounding too many.
 """
 
 import triton
@@ -67,14 +67,6 @@ def from_natural(x, a):
 
 
 @triton.jit
-def to_natural(x, a):
-    if a.q.p.dtype.element_ty == tl.float32:
-        return x
-    else:
-        return x * LN2
-
-
-@triton.jit
 def power(b_x, a):
     """e to the power of a difference of scores."""
     if a.q.p.dtype.element_ty == tl.float32:  # x = n ln 2 + r: the product with log2(e) is rounded where it is small
@@ -87,17 +79,15 @@ def power(b_x, a):
 
 
 @triton.jit
-def logarithm(b_x, a):
-    if a.q.p.dtype.element_ty == tl.float32:
-        return tl.log2(b_x) * LN2
-    else:
-        return tl.log2(b_x)
+def decay(x):
+    """e^(-2 |x|)."""
+    return tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
 
 
 @triton.jit
 def tanh(x):
     """By its series near zero, where the quotient would lose digits."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    e = decay(x)
     quotient = (1.0 - e) / (1.0 + e)
     y = x * x
     series = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
@@ -115,12 +105,15 @@ def capped_scores(b_s, a):
 
 @triton.jit
 def through_cap(b_ds, b_s, a):
-    """Gradient of the scores before the soft cap, from that after it and the capped scores."""
+    """Gradient of the scores before the soft cap, from that after it; ``b_s`` as ``capped_scores`` takes it.
+
+    Its slope, 1 - tanh^2, is not computed as a difference: that loses its digits where tanh is almost 1.
+    """
     if a.softcap is None:
         return b_ds
     else:
-        b_t = b_s * (1.0 / from_natural(a.softcap, a))
-        return b_ds * (1.0 - b_t * b_t)
+        e = decay(b_s * (a.scale / a.softcap))
+        return b_ds * (4.0 * e / ((1.0 + e) * (1.0 + e)))
 
 
 @triton.jit
@@ -136,10 +129,20 @@ def prefix_gate(a, b, h, i, p, N, P):
 
 
 @triton.jit
+def load_bias(x, b, h, i, j, a):
+    """Elements of a bias. The least finite numbers, which masks are made of, stay finite in the unit of the kernels:
+    where a row has nothing else, they hide nothing.
+    """
+    b_x = load_entry(x, b, h, i, j).to(tl.float32)
+    b_bias = from_natural(b_x, a)
+    return tl.where((b_bias == float("-inf")) & (b_x != float("-inf")), b_x, b_bias)
+
+
+@triton.jit
 def prefix_scores(b_s, a, b, h, i, p, N, P):
     """Add the bias to capped scores, and hide what lies beyond the prefix."""
     if a.bias.p is not None:
-        b_s += from_natural(load_entry(a.bias, b, h, tl.minimum(i, N - 1), tl.minimum(p, P - 1)).to(tl.float32), a)
+        b_s += load_bias(a.bias, b, h, tl.minimum(i, N - 1), tl.minimum(p, P - 1), a)
     return tl.where(p < P, b_s, float("-inf"))
 
 
@@ -156,7 +159,7 @@ def token_scores(b_s, a, b, h, i, j, N, M, INSIDE: tl.constexpr):
         b_s = tl.where(b_seen, b_s, float("-inf"))
     i, j = tl.minimum(i, N - 1), tl.minimum(j, M - 1)
     if a.mask.p is not None:
-        b_s += from_natural(load_entry(a.mask, b, h, i, j).to(tl.float32), a)
+        b_s += load_bias(a.mask, b, h, i, j, a)
     if a.visible.p is not None:
         b_s = tl.where(load_entry(a.visible, b, h, i, j) != 0, b_s, float("-inf"))
     if a.query_segments.p is not None:
@@ -201,28 +204,52 @@ def add_sink(b_acc, b_m, b_l, a, h):
 
 
 @triton.jit
-def log_sum(b_m, b_l, a):
-    """Logarithm of the sum of all exponentials; -inf where nothing was seen."""
-    return tl.where(b_l == 0.0, float("-inf"), b_m + logarithm(tl.where(b_l == 0.0, 1.0, b_l), a))
-
-
-@triton.jit
 def inverse(b_l):
     """1 / l, and 0 where nothing was seen."""
     return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
 
 
 @triton.jit
-def load_lse(p_lse, plane, i, N, a):
-    """Log-sum-exp for the backward pass: power(s - lse) is 0 in rows that are not there, and where nothing is seen."""
-    b_lse = tl.load(p_lse + plane.to(tl.int64) * N + i, mask=i < N, other=float("inf")).to(tl.float32)
-    b_lse = from_natural(b_lse, a)
-    return tl.where(b_lse == float("-inf"), 0.0, b_lse)
+def row_of(softmax, plane, i, a, N):
+    """Where a row's number stands in [softmaxes, B, Hq, N]."""
+    return (softmax * a.planes + plane).to(tl.int64) * N + i
 
 
 @triton.jit
-def load_delta(p_delta, plane, i, N):
-    return tl.load(p_delta + plane.to(tl.int64) * N + i, mask=i < N, other=0.0)
+def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, N):
+    """Maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
+    tl.store(p_normalizers + row_of(2 * softmax, plane, i, a, N), b_m, mask=there)
+    tl.store(p_normalizers + row_of(2 * softmax + 1, plane, i, a, N), b_l, mask=there)
+
+
+@triton.jit
+def load_normalizers(p_normalizers, softmax, plane, i, a, N):
+    """What ``probability`` takes of rows i: it is 0 in those that are not there, and in those that see nothing.
+
+    Maximum and 1 / sum, or, which saves a product for every pair, the log-sum-exp: in 16 bits its rounding is nothing,
+    unless a bias can make scores huge.
+    """
+    b_m = tl.load(p_normalizers + row_of(2 * softmax, plane, i, a, N), mask=i < N, other=0.0)
+    b_l = tl.load(p_normalizers + row_of(2 * softmax + 1, plane, i, a, N), mask=i < N, other=0.0)
+    if a.q.p.dtype.element_ty == tl.float32 or a.mask.p is not None or a.bias.p is not None:
+        return tl.where(b_l == 0.0, 0.0, b_m), inverse(b_l)
+    else:
+        b_lse = tl.where(b_l == 0.0, float("inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
+        return b_lse, b_lse
+
+
+@triton.jit
+def probability(b_s, b_m, b_inverse, a):
+    """e^(s - m) / l, by what ``load_normalizers`` loaded."""
+    if a.q.p.dtype.element_ty == tl.float32 or a.mask.p is not None or a.bias.p is not None:
+        return power(b_s - b_m, a) * b_inverse
+    else:
+        return power(b_s - b_m, a)
+
+
+@triton.jit
+def load_delta(p_delta, softmax, plane, i, a, N):
+    return tl.load(p_delta + row_of(softmax, plane, i, a, N), mask=i < N, other=0.0)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from .common import (
     inverse,
     load_entry,
     load_rows,
-    log_sum,
     power,
     row_address,
-    to_natural,
+    row_of,
+    store_normalizers,
 )
 from .forward import attend_band, attend_prefix
 
@@ -26,7 +26,7 @@ from .forward import attend_band, attend_prefix
 def prefix_attention_decode_kernel(
     a,
     p_parts,
-    p_lse,
+    p_sums,
     N,
     M,
     P,
@@ -44,7 +44,7 @@ def prefix_attention_decode_kernel(
     BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One part of the keys for a tile of queries: its normalised output [part, b, h, i, DV] and log-sum-exp."""
+    """One part of the keys for a tile of queries: weighted sums of values [part, b, h, i, DV], maxima and sums."""
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
     if pid < prefix_programs:
@@ -60,7 +60,7 @@ def prefix_attention_decode_kernel(
             b_acc, b_m, b_l, b_q, a, b[:, None], h[:, None], i[:, None], b0, hk,
             start, tl.minimum(start + prefix_chunk, P), N, P, D, DV, BP, PRECISION,
         )  # fmt: skip
-        store_part(p_parts, p_lse, part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+        store_part(p_parts, p_sums, part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
     else:
         rows = a.group * N
         part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, BM), kv_heads)
@@ -72,7 +72,7 @@ def prefix_attention_decode_kernel(
             b_acc, b_m, b_l, b_q, a, b0, h[:, None], 0, N, i[:, None], b0, hk,
             start, tl.minimum(start + chunk, M), N, M, P, D, DV, BN, PRECISION,
         )  # fmt: skip
-        store_part(p_parts, p_lse, prefix_parts + part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+        store_part(p_parts, p_sums, prefix_parts + part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
 
 
 @triton.jit
@@ -95,21 +95,21 @@ def nothing_yet(BM: tl.constexpr, DVP: tl.constexpr):
 
 
 @triton.jit
-def store_part(p_parts, p_lse, part, b_acc, b_m, b_l, there, b, h, i, a, N, DV: tl.constexpr):
+def store_part(p_parts, p_sums, part, b_acc, b_m, b_l, there, b, h, i, a, N, DV: tl.constexpr):
     o_d = tl.arange(0, b_acc.shape[1])
-    o_row = ((part * a.planes + b * a.heads + h).to(tl.int64)) * N + i
-    tl.store(p_lse + o_row, log_sum(b_m, b_l, a), mask=there)
-    b_o = b_acc * inverse(b_l)[:, None]
-    tl.store(p_parts + o_row[:, None] * DV + o_d[None, :], b_o, mask=there[:, None] & (o_d < DV)[None, :])
+    plane = b * a.heads + h
+    store_normalizers(p_sums, part, plane, i, there, b_m, b_l, a, N)
+    p_rows = p_parts + row_of(part, plane, i, a, N)[:, None] * DV + o_d[None, :]
+    tl.store(p_rows, b_acc, mask=there[:, None] & (o_d < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "prefix_parts", "parts"])
 def prefix_attention_combine_kernel(
     a,
     o,
-    p_out_lse,
+    p_normalizers,
     p_parts,
-    p_lse,
+    p_sums,
     N,
     prefix_parts,
     parts,
@@ -123,24 +123,27 @@ def prefix_attention_combine_kernel(
     plane = tl.program_id(0) // N
     i = tl.program_id(0) % N
     b, h = plane // a.heads, plane % a.heads
-    o_one, o_d = tl.arange(0, 1), tl.arange(0, DVP)
-    o_row = plane.to(tl.int64) * N + i
+    o_d = tl.arange(0, DVP)
+    i_one = i + tl.arange(0, 1)
+    there = i_one < N
     if a.og.p is None:
-        b_o, b_lse = join(p_parts, p_lse, o_row, 0, parts, True, a, h, N, DV, DVP, BS)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, parts, True, a, h, N, DV, DVP, BS)
     else:
-        b_o, b_lse = join(p_parts, p_lse, o_row, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
-        b_prefix, b_prefix_lse = join(p_parts, p_lse, o_row, 0, prefix_parts, False, a, h, N, DV, DVP, BS)
-        b_o += b_prefix * load_entry(a.og, b, h, i, i).to(tl.float32)
-        tl.store(p_out_lse + (a.planes + plane).to(tl.int64) * N + i + o_one, to_natural(b_prefix_lse, a))
-    tl.store(p_out_lse + o_row + o_one, to_natural(b_lse, a))
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, prefix_parts, False, a, h, N, DV, DVP, BS)
+        b_prefix = b_o * load_entry(a.og, b, h, i, i).to(tl.float32)
+        store_normalizers(p_normalizers, 1, plane, i_one, there, b_m, b_l, a, N)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
+        b_o += b_prefix
+    store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, N)
     tl.store(row_address(o, b, h, i) + o_d * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
 
 
 @triton.jit
 def join(
     p_parts,
-    p_lse,
-    o_row,
+    p_sums,
+    plane,
+    i,
     start,
     end,
     TOKENS: tl.constexpr,
@@ -151,7 +154,7 @@ def join(
     DVP: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Output [DVP] and log-sum-exp [1] of parts [start, end); the sink belongs to the tokens' softmax."""
+    """Output [DVP], maximum and sum [1] of parts [start, end); the sink belongs to the tokens' softmax."""
     o_d = tl.arange(0, DVP)
     b_acc = tl.zeros([DVP], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
@@ -160,14 +163,14 @@ def join(
     b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for s0 in tl.range(start, end, BS):
         s = s0 + tl.arange(0, BS)
-        o_part = o_row + s.to(tl.int64) * a.planes * N
-        b_lse = tl.load(p_lse + o_part, mask=s < end, other=float("-inf"))
-        there = (s < end)[:, None] & (o_d < DV)[None, :]
-        b_o = tl.load(p_parts + o_part[:, None] * DV + o_d[None, :], mask=there, other=0.0)  # [BS, DVP]
-        b_max = tl.maximum(b_m, tl.max(b_lse, 0))
+        b_part_m = tl.load(p_sums + row_of(2 * s, plane, i, a, N), mask=s < end, other=float("-inf"))  # [BS]
+        b_part_l = tl.load(p_sums + row_of(2 * s + 1, plane, i, a, N), mask=s < end, other=0.0)
+        p_rows = p_parts + row_of(s, plane, i, a, N)[:, None] * DV + o_d[None, :]
+        b_o = tl.load(p_rows, mask=(s < end)[:, None] & (o_d < DV)[None, :], other=0.0)  # [BS, DVP]
+        b_max = tl.maximum(b_m, tl.max(b_part_m, 0))
         b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_w, b_decay = power(b_lse - b_ref, a), power(b_m - b_ref, a)
-        b_acc = b_acc * b_decay + tl.sum(b_w[:, None] * b_o, 0)
-        b_l = b_l * b_decay + tl.sum(b_w, 0)
+        b_weight, b_decay = power(b_part_m - b_ref, a), power(b_m - b_ref, a)
+        b_acc = b_acc * b_decay + tl.sum(b_weight[:, None] * b_o, 0)
+        b_l = b_l * b_decay + tl.sum(b_weight * b_part_l, 0)
         b_m = b_max
-    return b_acc * inverse(b_l), log_sum(b_m, b_l, a)
+    return b_acc * inverse(b_l), b_m, b_l

@@ -1,7 +1,7 @@
 """The forward pass: one program for a block of queries of one head, prefix blocks first, then token blocks.
 
-With two softmaxes the tokens come first: their sum is divided out, and the prefix, whose log-sum-exp a pass over its
-scores has found, is then added to the same accumulator.
+With two softmaxes the tokens come first: their sum is divided out, and the prefix, whose sum a pass over its scores has
+found, is then added to the same accumulator.
 """
 
 import triton
@@ -14,14 +14,13 @@ from .common import (
     kept,
     keys_of_queries,
     load_rows,
-    log_sum,
     output_gate,
     power,
     prefix_gate,
     prefix_scores,
     softmax_step,
+    store_normalizers,
     store_rows,
-    to_natural,
     token_scores,
 )
 
@@ -30,7 +29,7 @@ from .common import (
 def prefix_attention_fwd_kernel(
     a,
     o,
-    p_lse,
+    p_normalizers,
     N,
     M,
     P,
@@ -62,11 +61,11 @@ def prefix_attention_fwd_kernel(
     )
     b_acc, b_m, b_l = add_sink(b_acc, b_m, b_l, a, h)
     b_acc = b_acc * inverse(b_l)[:, None]
-    tl.store(p_lse + plane.to(tl.int64) * N + i, to_natural(log_sum(b_m, b_l, a), a), mask=i < N)
+    store_normalizers(p_normalizers, 0, plane, i, i < N, b_m, b_l, a, N)
     if a.og.p is not None:
-        b_lse = prefix_log_sum(b_q, a, b, h, i[:, None], b, h // a.group, N, P, D, BP, PRECISION)
-        b_acc = add_prefix(b_acc, b_lse, b_q, a, b, h, i[:, None], N, P, D, DV, BP, PRECISION)
-        tl.store(p_lse + (a.planes + plane).to(tl.int64) * N + i, to_natural(b_lse, a), mask=i < N)
+        b_m, b_l = prefix_sums(b_q, a, b, h, i[:, None], b, h // a.group, N, P, D, BP, PRECISION)
+        b_acc = add_prefix(b_acc, b_m, b_l, b_q, a, b, h, i[:, None], N, P, D, DV, BP, PRECISION)
+        store_normalizers(p_normalizers, 1, plane, i, i < N, b_m, b_l, a, N)
     store_rows(o, b, h, i, i < N, b_acc, DV)
 
 
@@ -114,20 +113,21 @@ def attend_prefix(
 
 
 @triton.jit
-def prefix_log_sum(b_q, a, b, h, i, bk, hk, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):
-    """Log-sum-exp [BM] of the prefix scores alone."""
+def prefix_sums(b_q, a, b, h, i, bk, hk, N, P, D: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):
+    """Maximum and sum [BM] of the prefix scores alone."""
     b_m = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
     b_l = tl.zeros([b_q.shape[0]], tl.float32)
     for p0 in tl.range(0, P, BP):
         b_s = gated_scores(b_q, a, b, h, i, bk, hk, p0, N, P, D, BP, PRECISION)
         _, _, b_m, b_l = softmax_step(b_s, b_m, b_l, a)
-    return log_sum(b_m, b_l, a)
+    return b_m, b_l
 
 
 @triton.jit
 def add_prefix(
     b_acc,
-    b_lse,
+    b_m,
+    b_l,
     b_q,
     a,
     b,
@@ -141,11 +141,12 @@ def add_prefix(
     PRECISION: tl.constexpr,
 ):
     """Add the output of the prefix's own softmax, times the output gate."""
-    b_ref = tl.where(b_lse == float("-inf"), 0.0, b_lse)
+    b_ref = tl.where(b_l == 0.0, 0.0, b_m)
+    b_weight = output_gate(a, b, h) * inverse(b_l)[:, None]
     for p0 in tl.range(0, P, BP):
         p = p0 + tl.arange(0, BP)
         b_s = gated_scores(b_q, a, b, h, i, b, h // a.group, p0, N, P, D, BP, PRECISION)
-        b_p = output_gate(a, b, h) * power(b_s - b_ref[:, None], a)
+        b_p = b_weight * power(b_s - b_ref[:, None], a)
         b_p = b_p * prefix_gate(a, b, h, i, p[None, :], N, P) * kept(b_p, a, b, h, i, p[None, :])
         b_pv = load_rows(a.pv, b, h // a.group, p, p < P, DV, b_acc.shape[1])
         b_acc = tl.dot(b_p.to(b_pv.dtype), b_pv, b_acc, input_precision=PRECISION)

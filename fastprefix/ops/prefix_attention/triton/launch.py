@@ -29,24 +29,27 @@ _PARTS_BLOCK = 16
 
 
 def forward(a: Arguments, target: Target) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv] and log-sum-exp: [B, Hq, N], with an output gate [2, B, Hq, N] (tokens, prefix)."""
+    """Output [B, Hq, N, Dv], and what normalised the probabilities (``Arguments.normalizers_shape``)."""
     plan = _Plan(a, target)
     output = empty_heads(a.query, plan.DV)
-    softmaxes = () if a.output_gate is None else (2,)
-    shape = (*softmaxes, plan.B, plan.H, plan.N)
-    lse = torch.empty(shape, dtype=torch.float64, device=a.query.device)
+    normalizers = plan.floats(*a.normalizers_shape)
     keys = plan.M + plan.P
     if plan.N <= _DECODING and keys >= plan.target.split_from:
-        plan.split_keys(output, lse)
+        plan.split_keys(output, normalizers)
     else:
         blocks = triton.cdiv(plan.N, plan.tile("forward").BM)
-        arguments = (plan.problem, matrix(output), lse, plan.N, plan.M, plan.P)
+        arguments = (plan.problem, matrix(output), normalizers, plan.N, plan.M, plan.P)
         plan.launch("forward", prefix_attention_fwd_kernel, (plan.B * plan.H * blocks,), *arguments)
-    return output, lse
+    return output, normalizers
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, lse: Tensor, a: Arguments, needs_grad: Sequence[bool], target: Target
+    grad_output: Tensor,
+    output: Tensor,
+    normalizers: Tensor,
+    a: Arguments,
+    needs_grad: Sequence[bool],
+    target: Target,
 ) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
@@ -54,7 +57,7 @@ def backward(
         return []
     if refused := needs & {"attn_mask", "prefix_bias"}:
         raise ValueError(f"the triton backend has no gradient for {' and '.join(sorted(refused))}; the eager one has")
-    step = _Backward(a, target, grad_output, output, lse, needs)
+    step = _Backward(a, target, grad_output, output, normalizers, needs)
     step.delta()
     if needs & {"query", "prefix_gate"}:
         step.queries()
@@ -95,7 +98,7 @@ class _Plan:
         wanted = {constant: known[constant] for constant in kernel.arg_names if constant in known}
         self.target.launch(kernel, grid, arguments, wanted, tile)
 
-    def split_keys(self, output: Tensor, lse: Tensor) -> None:
+    def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
         """Few queries, many keys: parts of the keys side by side, then joined."""
         tile = self.tile("decode")
         queries = self.H // self.kv_heads * self.N
@@ -106,11 +109,12 @@ class _Plan:
         prefix_parts, prefix_chunk = self._split(self.P, tile.BP, prefix_tiles)
         token_parts, chunk = self._split(self.M, tile.BN, token_tiles)
         prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
-        sums, logs = self.floats(parts, self.B, self.H, self.N, self.DV), self.floats(parts, self.B, self.H, self.N)
+        queries_shape = (self.B, self.H, self.N)
+        values, sums = self.floats(parts, *queries_shape, self.DV), self.floats(parts, 2, *queries_shape)
         sizes = (self.N, self.M, self.P, prefix_programs, prefix_parts, token_parts, prefix_chunk, chunk)
         grid = (prefix_programs + token_tiles * token_parts,)
-        self.launch("decode", prefix_attention_decode_kernel, grid, self.problem, sums, logs, *sizes)
-        arguments = (matrix(output), lse, sums, logs, self.N, prefix_parts, parts)
+        self.launch("decode", prefix_attention_decode_kernel, grid, self.problem, values, sums, *sizes)
+        arguments = (matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
         grid = (self.B * self.H * self.N,)
         self.launch("decode", prefix_attention_combine_kernel, grid, self.problem, *arguments, BS=_PARTS_BLOCK)
 
@@ -129,13 +133,13 @@ class _Backward(_Plan):
     """The launches of a backward pass; each fills some of ``gradients``."""
 
     def __init__(
-        self, a: Arguments, target: Target, grad_output: Tensor, output: Tensor, lse: Tensor, needs: set[str]
+        self, a: Arguments, target: Target, grad_output: Tensor, output: Tensor, normalizers: Tensor, needs: set[str]
     ) -> None:
         super().__init__(a, target)
         self._needs = needs
         self._output, self._do = matrix(output), matrix(grad_output)
-        self._lse = lse
-        self._delta = torch.empty_like(lse, dtype=torch.float32)
+        self._normalizers = normalizers
+        self._delta = torch.empty_like(normalizers[:, 0])
         self.gradients: dict[str, Tensor] = {}
 
     def _result(self, name: str) -> Tensor | None:
@@ -160,9 +164,11 @@ class _Backward(_Plan):
         blocks = triton.cdiv(self.N, self.tile("delta").BM)
         output_gate = self._part("output_gate", self.B, self.H, blocks)
         sinks = self._part("sinks", self.B, self.H, blocks)
-        arguments = (self._output, self._do, self._lse, self._delta, output_gate, sinks, self.N, self.P)
+        arguments = (self._output, self._do, self._normalizers, self._delta, output_gate, sinks)
+        sizes = (self.N, self.M, self.P)
+        tokens = bool(self._needs & {"query", "key", "value", "sinks"})
         grid = (self.B * self.H * blocks,)
-        self.launch("delta", prefix_attention_bwd_delta_kernel, grid, self.problem, *arguments)
+        self.launch("delta", prefix_attention_bwd_delta_kernel, grid, self.problem, *arguments, *sizes, TOKENS=tokens)
         self._finish("output_gate", None if output_gate is None else output_gate.sum(2))
         self._finish("sinks", None if sinks is None else sinks.sum((0, 2)))
 
@@ -173,7 +179,7 @@ class _Backward(_Plan):
         by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if by_query else blocks, self.P)
         dgate = self._part("prefix_gate", *shape)
-        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._lse, self._delta)
+        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._normalizers, self._delta)
         grid = (self.B * self.H * blocks,)
         sizes = (self.N, self.M, self.P)
         self.launch("dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query)
@@ -189,7 +195,7 @@ class _Backward(_Plan):
         """Gradients of key and value."""
         dk, dv = self._result("key"), self._result("value")
         grid = (self.B * self.kv_heads * triton.cdiv(self.M, self.tile("dkv").BN),)
-        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._lse, self._delta)
+        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._normalizers, self._delta)
         sizes = (self.N, self.M, self.P)
         self.launch("dkv", prefix_attention_bwd_dkv_kernel, grid, self.problem, *arguments, *sizes)
 
@@ -205,7 +211,7 @@ class _Backward(_Plan):
         parts = max(1, triton.cdiv(rows, chunk))
         results = [self._result(name) for name in ("prefix_key", "prefix_value")]
         sums = [self._parts_of(result, parts) for result in results]
-        arguments = (self._do, *sums, self._lse, self._delta, self.N, self.P, rows, chunk, batch)
+        arguments = (self._do, *sums, self._normalizers, self._delta, self.N, self.P, rows, chunk, batch)
         self.launch("dprefix", prefix_attention_bwd_dprefix_kernel, (programs, parts), self.problem, *arguments)
         if parts > 1:
             for result, part in zip(results, sums, strict=True):
