@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -23,7 +27,8 @@ import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
 
 from . import models
-from .test_transformers import PROMPTS, loss_and_gradients
+from .float64 import Float64
+from .test_transformers import PROMPTS, assert_same, loss_and_gradients
 
 SMALL = {
     "hidden_size": 32,
@@ -44,6 +49,15 @@ SHARING: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, initializer_range=0.2, **NO_DROPOUT),
 }
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED: dict[str, Callable[[], PretrainedConfig]] = {
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),  # shorter than the prompt
+    "mistral-wide": lambda: MistralConfig(**GROUPED, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**GROUPED, sliding_window=6, use_sliding_window=True, **MIXED),
+    "gemma2": lambda: Gemma2Config(**GROUPED, sliding_window=6, pad_token_id=0, query_pre_attn_scalar=8, **MIXED),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, sliding_window=6, pad_token_id=0, **MIXED),
+    "gpt_oss": lambda: GptOssConfig(**GROUPED, num_local_experts=4, sliding_window=6, **MIXED),
+}
 
 
 def on_path(config: PretrainedConfig, shared_prompt: bool | None) -> Any:
@@ -55,24 +69,27 @@ def on_path(config: PretrainedConfig, shared_prompt: bool | None) -> Any:
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("family", SHARING)
-def test_sharing_is_the_default_and_changes_nothing(family: str, padding: str) -> None:
-    """Values and gradients of the textbook's path. Norms of these models round to float32, whence the tolerance: a
-    thousandth of float32's own, against sums in another order.
-    """
+@pytest.mark.parametrize(
+    "make", [*SHARING.values(), *WINDOWED.values()], ids=[*SHARING, *(f"window-{n}" for n in WINDOWED)]
+)
+def test_sharing_is_the_default_and_changes_nothing(make: Callable[[], PretrainedConfig], padding: str) -> None:
+    """Values and gradients of the textbook's path."""
     inputs = models.batch(padding)
     rows = inputs["attention_mask"].bool()
-    shared, textbook = on_path(SHARING[family](), None), on_path(SHARING[family](), False)
-    assert method_of(shared).prompt_path == "shared"
-    assert method_of(textbook).prompt_path == "textbook: shared_prompt=False"
-    actual, expected = (loss_and_gradients(model, inputs, rows) for model in (shared, textbook))
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        bound = 4 * torch.finfo(torch.float32).eps * expected[name].abs().max()
-        assert (actual[name] - expected[name]).abs().max() <= bound, name
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    if padding != "right":
-        assert torch.equal(shared.generate(**inputs, **options), textbook.generate(**inputs, **options))
+    with Float64():
+        shared, textbook = on_path(make(), None), on_path(make(), False)
+        assert method_of(shared).prompt_path == "shared"
+        assert method_of(textbook).prompt_path == "textbook: shared_prompt=False"
+        assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
+        if padding != "right":
+            options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            assert torch.equal(shared.generate(**inputs, **options), textbook.generate(**inputs, **options))
+
+
+LLAMA4 = {
+    **{**GROUPED, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 4},
+    "layer_types": ["chunked_attention", "full_attention"],
+}
 
 
 def opt() -> Any:
@@ -86,7 +103,7 @@ def opt() -> Any:
     ("make", "says"),
     [
         (models.encoder, "not causal"),
-        (lambda: AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=4)), "sliding window"),
+        (lambda: AutoModelForCausalLM.from_config(Llama4TextConfig(**LLAMA4)).eval(), "chunked_attention"),
     ],
 )
 def test_the_textbooks_path_where_sharing_is_not_exact(make: Callable[[], Any], says: str) -> None:

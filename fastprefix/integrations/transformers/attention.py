@@ -19,13 +19,16 @@ Prefix = tuple[Tensor, Tensor]
 
 
 class Binding(Protocol):
-    """What an attention module asks for its prefix and gates."""
+    """What an attention module asks for its prefix, gates and bias."""
 
     def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """The prefix, or None."""
 
     def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The prefix gate and the output gate, each or None."""
+
+    def bias(self, query: Tensor) -> Tensor | None:
+        """What is added to the scores of the prefix, ``[N, m]``, or None; -inf hides a prefix key."""
 
 
 def fastprefix_attention(
@@ -61,6 +64,7 @@ def fastprefix_attention(
         pv,
         prefix_gate=gates[0],
         output_gate=gates[1],
+        prefix_bias=None if binding is None or prefix is None else binding.bias(query),
         attn_mask=masking.attn_mask,
         is_causal=masking.is_causal,
         softcap=softcap,

@@ -6,6 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that turns embeddings into hidden states; some families do not name theirs."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

@@ -76,6 +76,27 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
     return Masking(None if everything else mask, True)
 
 
+def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
+    """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
+    zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
+    keys = torch.tensor([query, query - window + 1], device=device)
+    return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+
+
+def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Tensor | None:
+    """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
+
+    The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
+    None: the window reaches over everything.
+    """
+    end = length + past + query.shape[2]
+    if window is None or end <= window:
+        return None
+    positions = torch.arange(end - query.shape[2], end, device=query.device)[:, None]
+    hidden = torch.arange(length, device=query.device) <= positions - window
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
+
+
 def attended_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
     """Which of the last ``tokens`` keys are no padding, bool ``[B, tokens]``; None: all. The last query sees them all
     but the padding, causal or not.

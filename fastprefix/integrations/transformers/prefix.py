@@ -12,16 +12,17 @@ from ...methods import PrefixMethod
 from .attention import Prefix
 from .calls import by_name, parameter_names, past_length, shifted_positions
 from .implementation import Implementation
-from .masks import attended_tokens
+from .masks import attended_tokens, window_bias
 from .probe import Layer, first_tensor
 
 
 class LayerBinding:
     """What an attention module finds on itself: its prefix and its gates."""
 
-    def __init__(self, attachment: PrefixAttachment, index: int) -> None:
+    def __init__(self, attachment: PrefixAttachment, index: int, window: int | None) -> None:
         self.attachment = attachment
         self.index = index
+        self.window = window  # that cuts the prefix
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
         self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
 
@@ -35,6 +36,11 @@ class LayerBinding:
         method = self.attachment.method
         output_gate = method.output_gate(self.index)
         return self._prefix_gate(query, key, mask), None if output_gate is None else output_gate.to(query.dtype)
+
+    def bias(self, query: Tensor) -> Tensor | None:
+        """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
+        length = self.attachment.method.config.num_virtual_tokens
+        return window_bias(query, self.window, length, self.attachment.past)
 
     def _prefix_gate(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         method = self.attachment.method
@@ -71,7 +77,12 @@ class PrefixAttachment:
         self.backbone = model.base_model
         self.names = parameter_names(self.backbone)
         self.prefixes: list[Prefix] | None = None
-        bindings = {layer.module: LayerBinding(self, index) for index, layer in enumerate(layers)}
+        self.past = 0  # tokens in the cache of the call in progress
+        self.shifts = method.config.prefix_position == "shift"
+        bindings = {
+            layer.module: LayerBinding(self, index, layer.window if self.shifts else None)
+            for index, layer in enumerate(layers)
+        }
         self.implementation = Implementation(model, {**bindings})
         self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
         if method.needs_hidden():
@@ -92,12 +103,13 @@ class PrefixAttachment:
             )
         self.prefixes = self.method.prefixes()
         arguments = _rows_for_masks(arguments)
-        if self.method.config.prefix_position == "shift":
+        if self.shifts:
+            self.past = past_length(arguments)
             tokens = arguments.get("input_ids")
             if tokens is None:
                 tokens = arguments["inputs_embeds"]
             shift = self.method.config.num_virtual_tokens
-            arguments["position_ids"] = shifted_positions(arguments, tokens, past_length(arguments), shift)
+            arguments["position_ids"] = shifted_positions(arguments, tokens, self.past, shift)
         return (), arguments
 
     def prefix(self, index: int) -> Prefix:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ...methods import AttentionShape
 from ...methods.budget import embedding_width
 from .attention import fastprefix_attention
-from .masks import fastprefix_mask, read_mask
+from .masks import fastprefix_mask, read_mask, sees_all_of_window
 
 _NAME = "fastprefix_probe"
 _LOCK = threading.Lock()
@@ -33,6 +33,9 @@ class Layer:
     ``entry`` is the module, inside the layer that the attention belongs to, that is the first to be given the residual
     stream as it enters the layer (None: there is none). The layer's own hooks will not do to watch that stream:
     gradient checkpointing may run the layer again without them.
+
+    ``window`` is its sliding window (None: it sees all that went before), ``local`` says that it sees some other part
+    of what went before, such as a chunk.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Layer:
     value: Tensor
     entry: nn.Module | None
     window: int | None
+    local: bool
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -61,7 +65,7 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
         )
     if input_ids is None:
         input_ids = torch.zeros(1, 2, dtype=torch.long)
-    trace = _Trace(model)
+    trace, windows = _Trace(model), _Windows()
     layers: dict[nn.Module, Layer] = {}
 
     def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
@@ -74,12 +78,12 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
             width=embedding_width(model) if hidden is None else hidden.shape[-1],
             causal=_is_causal(mask, query),
         )
-        layers.setdefault(
-            module, Layer(trace.names[module], module, shape, key, value, entry, kwargs.get("sliding_window"))
-        )
+        window, local = windows.of(mask, kwargs.get("sliding_window"))
+        layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
         return fastprefix_attention(module, query, key, value, mask, **kwargs)
 
-    with _LOCK, evaluated(model), attention_implementation(model, _NAME, probe), trace, torch.no_grad():
+    implementation = attention_implementation(model, _NAME, probe, windows.mask)
+    with _LOCK, evaluated(model), implementation, trace, torch.no_grad():
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     if not layers:
         raise ValueError(
@@ -91,6 +95,31 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor that a module was called with: of a layer, the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+class _Windows:
+    """The sliding windows in the masks that are made, each mask carrying its own."""
+
+    def __init__(self) -> None:
+        self.made = False  # a mask with a window
+
+    def mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        """The mask function, which leaves a note on the mask."""
+        mask = fastprefix_mask(*args, local_size=local_size, **kwargs)
+        if local_size is not None:
+            self.made = True
+        if mask is not None:
+            sliding = local_size is None or sees_all_of_window(kwargs["mask_function"], local_size, mask.device)
+            mask.fastprefix_window = (local_size, False) if sliding else (None, True)  # type: ignore[attr-defined]
+        return mask
+
+    def of(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
+        """Window and ``local`` of a layer. The mask counts; one that a model made over says nothing any more, and what
+        the layer ``said`` was meant for other kernels.
+        """
+        unknown = (None, self.made or said is not None)
+        window: tuple[int | None, bool] = getattr(mask, "fastprefix_window", unknown)
+        return window
 
 
 class _Trace:
@@ -132,12 +161,12 @@ class _Trace:
 
 
 @contextmanager
-def attention_implementation(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
+def attention_implementation(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
     """Run a model on another attention function for a while."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, fastprefix_mask)
+    AttentionMaskInterface.register(name, mask)
     try:
         model.set_attn_implementation(name)
         yield

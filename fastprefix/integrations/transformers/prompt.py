@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .calls import by_name, parameter_names, past_length
+from .calls import backbone_of, by_name, parameter_names, past_length
 
 
 class PromptAttachment:
@@ -21,7 +21,7 @@ class PromptAttachment:
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
         self.method = method
-        self.backbone = model.base_model
+        self.backbone = backbone_of(model)
         self.embedding = model.get_input_embeddings()
         self.names = parameter_names(self.backbone)
         self.limit = _position_limit(self.backbone)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .attention import Prefix
-from .calls import by_name, parameter_names, past_length, shifted_positions
+from .attention import Binding, Prefix
+from .calls import backbone_of, by_name, parameter_names, past_length, shifted_positions
 from .implementation import Implementation
+from .masks import window_bias
 from .probe import Layer, evaluated, find_layers
 from .prompt import PromptAttachment
 
@@ -32,9 +33,11 @@ class SharedPrompt:
     def __init__(self) -> None:
         self.prefixes: dict[int, Prefix] | None = None
         self.capturing = False
+        self.past = 0  # tokens in the cache of the call in progress
 
-    def binding(self, index: int) -> SharedBinding:
-        return SharedBinding(self, index)
+    def bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
+        """What each layer's attention module is bound to."""
+        return {layer.module: SharedBinding(self, index, layer.window) for index, layer in enumerate(layers)}
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -47,15 +50,16 @@ class SharedPrompt:
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
-        return {"prefixes": None, "capturing": False}
+        return {"prefixes": None, "capturing": False, "past": 0}
 
 
 class SharedBinding:
     """What an attention module finds on itself: the prompt's keys and values in its layer."""
 
-    def __init__(self, shared: SharedPrompt, index: int) -> None:
+    def __init__(self, shared: SharedPrompt, index: int, window: int | None) -> None:
         self.shared = shared
         self.index = index
+        self.window = window
 
     def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """The prefix; None while the prompt itself runs, and on the textbook's path."""
@@ -72,6 +76,12 @@ class SharedBinding:
         """None: a prompt has no gates."""
         return None, None
 
+    def bias(self, query: Tensor) -> Tensor | None:
+        """A sliding window cuts the prompt as it does the tokens."""
+        assert self.shared.prefixes is not None
+        length = self.shared.prefixes[self.index][0].shape[1]
+        return window_bias(query, self.window, length, self.shared.past)
+
 
 class SharedPromptAttachment(PromptAttachment):
     """A prompt method on a decoder that runs its prompt once for the whole batch."""
@@ -82,8 +92,7 @@ class SharedPromptAttachment(PromptAttachment):
         self.shared = SharedPrompt()
         self.drops = has_dropout(self.backbone)
         self.kept: tuple[object, dict[int, Prefix]] | None = None  # for inference
-        bindings = {layer.module: self.shared.binding(index) for index, layer in enumerate(layers)}
-        self.implementation = Implementation(model, {**bindings})
+        self.implementation = Implementation(model, self.shared.bindings(layers))
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
@@ -96,7 +105,7 @@ class SharedPromptAttachment(PromptAttachment):
             return super().insert(module, args, kwargs)
         ids, rows = self.tokens(arguments)
         self.inserted = 0
-        past = past_length(arguments)
+        self.shared.past = past = past_length(arguments)
         self.shared.prefixes = self._prefixes()
         embeds = self.embed(ids, rows, past, with_prompt=False)
         length = self.method.config.num_virtual_tokens
@@ -149,7 +158,7 @@ def reason_not_shareable(model: PreTrainedModel) -> str | None:
     Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
     three others what they do as tokens in front of them.
     """
-    if "position_ids" not in parameter_names(model.base_model):
+    if "position_ids" not in parameter_names(backbone_of(model)):
         return "its positions cannot be set"
     try:
         layers = find_layers(model)
@@ -157,9 +166,11 @@ def reason_not_shareable(model: PreTrainedModel) -> str | None:
         return str(error)
     if not all(layer.shape.causal for layer in layers):
         return "its attention is not causal throughout, so a prompt sees what comes after it"
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-    if types or any(layer.window is not None for layer in layers):
-        return f"not all of its layers see all that went before ({', '.join(sorted(types)) or 'sliding windows'})"
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := sorted(types - {"full_attention", "sliding_attention"}):
+        return f"it has layers that see neither all that went before nor a sliding window of it ({', '.join(others)})"
+    if local := [layer.name for layer in layers if layer.local]:
+        return f"what these layers see of what went before is no sliding window: {', '.join(local)}"
     return _try(model, layers)
 
 
@@ -175,14 +186,14 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    shared, backbone = SharedPrompt(), model.base_model
+    shared, backbone = SharedPrompt(), backbone_of(model)
     prompt, tokens = torch.arange(6, device=model.device)[None].split(3, dim=1)
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -3:].double()
 
-    implementation = Implementation(model, {layer.module: shared.binding(i) for i, layer in enumerate(layers)})
+    implementation = Implementation(model, shared.bindings(layers))
     try:
         with evaluated(model), torch.no_grad():
             alone = run(tokens)
