@@ -19,9 +19,17 @@ from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
 
 if TYPE_CHECKING:
-    from .integrations.transformers import attach, detach, load_adapter, parameter_groups, save_adapter
+    from .integrations.transformers import (
+        attach,
+        detach,
+        export_cache,
+        load_adapter,
+        merge,
+        parameter_groups,
+        save_adapter,
+    )
 
-_ON_MODELS = ("attach", "detach", "load_adapter", "parameter_groups", "save_adapter")
+_ON_MODELS = ("attach", "detach", "export_cache", "load_adapter", "merge", "parameter_groups", "save_adapter")
 
 __all__ = [
     "ADePTConfig",
@@ -33,7 +41,9 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "export_cache",
     "load_adapter",
+    "merge",
     "parameter_groups",
     "prefix_attention",
     "prompt_embedding",

@@ -145,8 +145,8 @@ def test_dropout_in_training_takes_the_textbooks_path() -> None:
 def prompt_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often the prompt is run."""
     hooks, runs = model._fastprefix_attachment.hooks, []
-    run = type(hooks)._run_prompt
-    monkeypatch.setattr(type(hooks), "_run_prompt", lambda self: (runs.append(1), run(self))[1])
+    run = type(hooks).run_prompt
+    monkeypatch.setattr(type(hooks), "run_prompt", lambda self: (runs.append(1), run(self))[1])
     return runs
 
 

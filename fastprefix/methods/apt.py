@@ -3,7 +3,7 @@ fine-tuning", ACL 2023).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,13 +66,29 @@ class APT(PrefixTuning):
             for gate in self.layer_gates:
                 nn.init.ones_(gate)
 
+    def baked(self) -> PrefixTuning:
+        """The token gate depends on the input and stays; the layer gate and a reparameterisation are baked in."""
+        if not self.config.token_gate:
+            return super().baked()
+        if self.config.reparameterization is None and not self.config.layer_gate:
+            raise ValueError("APT's token gate depends on the input, and there is nothing beside it to bake in")
+        config = replace(self.config, reparameterization=None, layer_gate=False)
+        baked = APT(config, self.shapes)
+        baked.set_prefixes(self._gated_prefixes())
+        baked.gate_projections = nn.ParameterList(p.detach().clone() for p in self.gate_projections)
+        return baked
+
+    def constant_gate(self, layer: int) -> Tensor | None:
+        """The layer gate."""
+        return self.layer_gates[layer] if self.config.layer_gate else None
+
     def needs_hidden(self) -> bool:
         """The token-level gate is computed from hidden states."""
         return self.config.token_gate
 
     def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
         """``lambda_i sigmoid(h W_i)``: ``[B, 1, m]``, for each query ``[B, 1, N, m]``, or a scalar."""
-        gate = self.layer_gates[layer] if self.config.layer_gate else None
+        gate = self.constant_gate(layer)
         if not self.config.token_gate:
             return gate
         if hidden is None:

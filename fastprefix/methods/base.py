@@ -123,6 +123,14 @@ class PrefixMethod(nn.Module, ABC):
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer, computed once a step."""
 
+    def baked(self) -> PrefixMethod:
+        """The same for inference, from fewer parameters: what does not depend on the input is computed once.
+
+        Raises:
+            ValueError: there is nothing of that kind, and why.
+        """
+        raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
+
     def needs_hidden(self) -> bool:
         """Whether the gates are computed from hidden states."""
         return False

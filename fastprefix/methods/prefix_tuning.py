@@ -1,5 +1,7 @@
 """Prefix tuning (Li & Liang, ACL 2021; as P-tuning v2, Liu et al., ACL 2022)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -133,6 +135,33 @@ class PrefixTuning(PrefixMethod):
         """Keys and values of every layer."""
         prefixes: list[tuple[Tensor, Tensor]] = self.prefix()
         return prefixes
+
+    def set_prefixes(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the free keys and values copies of these."""
+        assert isinstance(self.prefix, FreePrefix)
+        self.prefix.keys = nn.ParameterList(key.detach().clone() for key, _ in prefixes)
+        self.prefix.values = nn.ParameterList(value.detach().clone() for _, value in prefixes)
+
+    def baked(self) -> PrefixTuning:
+        """A free prefix: a reparameterisation is computed, and gates are multiplied in."""
+        config = PrefixTuningConfig(
+            self.config.num_virtual_tokens,
+            modules_to_save=self.config.modules_to_save,
+            prefix_position=self.config.prefix_position,
+        )
+        baked = PrefixTuning(config, self.shapes)
+        baked.set_prefixes(self._gated_prefixes())
+        return baked
+
+    def _gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values times what of their gate does not depend on the input."""
+        gates = [self.constant_gate(layer) for layer in range(len(self.shapes))]
+        weights = [1.0 if gate is None else gate.unsqueeze(-1) for gate in gates]
+        return [(w * key, w * value) for w, (key, value) in zip(weights, self.prefixes(), strict=True)]
+
+    def constant_gate(self, layer: int) -> Tensor | None:
+        """What of a layer's gate does not depend on the input, a scalar or ``[m]``, or None."""
+        return self.prefix_gate(layer, None, None)
 
 
 register("prefix_tuning", PrefixTuningConfig, PrefixTuning)

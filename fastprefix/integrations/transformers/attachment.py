@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,29 @@ _STATE = "_fastprefix_attachment"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
+class Hooks(Protocol):
+    """What a method changed about how a model runs."""
+
+    def remove(self) -> None:
+        """Take everything back."""
+
+
 class Attachment:
     """What ``attach`` did to a model, so that ``detach`` can undo it."""
 
     def __init__(
         self,
         config: MethodConfig,
-        hooks: PromptAttachment | PrefixAttachment,
+        hooks: Hooks,
         requires_grad: dict[str, bool],
         saved_modules: dict[str, dict[str, Tensor]],
     ) -> None:
         self.config = config
-        self.hooks = hooks
+        self.hooks: Hooks = hooks
         self.requires_grad = requires_grad  # of the model's own parameters, before
         self.saved_modules = saved_modules  # weights of the modules that stay trainable, before
+        self.merged = False
+        self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
 
 
 def attach(model: Model, config: MethodConfig, *, tokenizer: Any = None) -> Model:
@@ -177,7 +186,7 @@ def _install(model: Model, config: MethodConfig, plan: _Plan) -> Model:
         module.requires_grad_(True)
     method, layers, path = plan
     model.add_module(MODULE, method.train(model.training))
-    hooks: PromptAttachment | PrefixAttachment
+    hooks: Hooks
     if isinstance(method, PrefixMethod):
         hooks = PrefixAttachment(model, method, layers)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a model that turns embeddings into hidden states; some families do not name theirs."""
     if model.base_model is not model:
         return model.base_model

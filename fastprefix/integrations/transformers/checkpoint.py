@@ -31,9 +31,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of a model into a directory, which is made if need be.
 
     Raises:
-        ValueError: the model has no method attached.
+        ValueError: the model has no method attached, or one that was merged into the model's own weights.
     """
     attachment = attachment_of(model)
+    if attachment.outside is not None:
+        raise ValueError(
+            f"model takes one whose adapter is whole; merged, {attachment.outside}: save it before merging"
+        )
     assert isinstance(model, PreTrainedModel)
     description = {
         **attachment.config.to_dict(),

@@ -134,13 +134,14 @@ class SharedPromptAttachment(PromptAttachment):
     def _prefixes(self) -> dict[int, Prefix]:
         """The prompt's keys and values in every layer; for inference they are kept while no parameter changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._run_prompt()
+            return self.run_prompt()
         state = _state(self.backbone, self.method)
         if self.kept is None or state is None or self.kept[0] != state:
-            self.kept = (state, self._run_prompt())
+            self.kept = (state, self.run_prompt())
         return self.kept[1]
 
-    def _run_prompt(self) -> dict[int, Prefix]:
+    def run_prompt(self) -> dict[int, Prefix]:
+        """The prompt's keys and values in every layer, computed."""
         prompt = self.method.prompt.to(self.table.dtype)
         with self.shared.capture(), _not_checkpointed(self.backbone):
             self.backbone.forward(inputs_embeds=prompt[None], use_cache=False)
