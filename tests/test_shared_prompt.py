@@ -120,13 +120,15 @@ def test_opt_moves_its_positions_or_does_not_share() -> None:
     torch.manual_seed(0)
     plain = opt().double().eval()
     inputs = models.batch("left")
-    results = []
+    rows = inputs["attention_mask"].bool()
+    results = [plain(**inputs).logits[rows]]
     for shared_prompt in (None, False):
         fastprefix.attach(plain, fastprefix.PromptTuningConfig(5, shared_prompt=shared_prompt))
         models.randomize(plain)
-        results.append(plain(**inputs).logits[inputs["attention_mask"].bool()])
+        results.append(plain(**inputs).logits[rows])
         fastprefix.detach(plain)
-    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(*results[1:], rtol=1e-8, atol=1e-8)
+    assert (results[0] - results[1]).abs().max() > 1e-2  # its head does not call the base model
 
 
 def test_dropout_in_training_takes_the_textbooks_path() -> None:
@@ -201,3 +203,104 @@ def test_low_precision_is_as_good_as_the_textbooks() -> None:
         for shared in (None, False)
     ]
     assert errors[0] <= 2 * errors[1]
+
+
+def without_cache(model: Any, **inputs: Tensor) -> Tensor:
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "adept"])
+def test_every_packed_sequence_sees_the_prompt(method: str) -> None:
+    """As if it stood in a row of its own."""
+    model, ids = fastprefix.attach(models.decoder(), PROMPTS[method]()), models.batch()["input_ids"][:1]
+    models.randomize(model)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    packed = without_cache(model, input_ids=ids, position_ids=positions)
+    parts = [without_cache(model, input_ids=part) for part in ids.split([3, 4], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(parts, dim=1), rtol=1e-10, atol=1e-10)
+    fastprefix.merge(model)
+    merged = without_cache(model, input_ids=ids, position_ids=positions)
+    torch.testing.assert_close(merged, packed, rtol=1e-10, atol=1e-10)
+
+
+PACKING_REFUSED: dict[str, tuple[Callable[[], Any], Any]] = {
+    "textbook": (models.decoder, fastprefix.PromptTuningConfig(5, shared_prompt=False)),
+    "window": (
+        lambda: AutoModelForCausalLM.from_config(WINDOWED["mistral"]()).double().eval(),
+        fastprefix.PromptTuningConfig(5),
+    ),
+    "dept": (models.decoder, fastprefix.DePTConfig(5, rank=3, max_length=32)),
+}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("case", PACKING_REFUSED)
+def test_packed_sequences_are_refused_where_they_would_go_wrong(case: str, merged: bool) -> None:
+    make, config = PACKING_REFUSED[case]
+    model = fastprefix.attach(make(), config)
+    if merged and case != "textbook":
+        fastprefix.merge(model)
+    inputs = {"input_ids": models.batch()["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    with pytest.raises(ValueError, match="packed"):
+        without_cache(model, **inputs)
+    without_cache(model, **inputs, attention_mask=torch.ones(3, 7))  # a mask says that each row is one sequence
+
+
+def block_diagonal(dtype: torch.dtype) -> Tensor:
+    """Two sequences in each row, as a mask of the caller's own."""
+    mask = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).tril().bool().expand(3, 1, 7, 7)
+    if dtype is torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("family", ["qwen2", "window-mistral"])
+def test_masks_for_each_query(family: str, dtype: torch.dtype) -> None:
+    """All tokens see the prompt, and the mask speaks of the tokens: on both paths the same."""
+    make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
+    inputs = {"input_ids": models.batch()["input_ids"], "attention_mask": block_diagonal(dtype)}
+    rows = torch.ones(3, 7, dtype=torch.bool)
+    with Float64():
+        shared, textbook = on_path(make(), None), on_path(make(), False)
+        assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
+    assert shared._fastprefix_attachment.hooks.inserted == (5 if "window" in family else 0)
+
+
+@pytest.mark.parametrize("shared_prompt", [None, False])
+@pytest.mark.parametrize("shape", [(3, 1, 1, 7), (3, 1, 7, 7), (3, 7, 7)])
+def test_masks_that_leave_open_what_the_prompt_sees_are_refused(shape: tuple[int, ...], shared_prompt: Any) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=shared_prompt))
+    if shared_prompt is None and shape == (3, 1, 7, 7):
+        return  # where the prompt runs by itself, it sees no tokens
+    with pytest.raises(ValueError, match=r"attention_mask takes .*causal|attention_mask takes \[B, K\]"):
+        model(input_ids=models.batch()["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def generated(model: Any, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    defaults = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens: Tensor = model.generate(**models.batch("left"), **{**defaults, **options})
+    return tokens
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "window-mistral", "window-gemma3", "window-gpt_oss"])
+def test_generation_is_the_textbooks(family: str, merged: bool) -> None:
+    """Greedy, sampled and with beams; with growing, static and no caches; rows padded on the left."""
+    make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
+    with Float64(), torch.no_grad():
+        shared, textbook = on_path(make(), None), on_path(make(), False)
+        if merged:
+            fastprefix.merge(shared)
+        for search in ({}, {"do_sample": True}, {"num_beams": 3}):
+            expected = generated(textbook, **search)
+            for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+                assert torch.equal(generated(shared, **search, **cache), expected), (search, cache)
+
+
+def test_a_static_cache_on_the_textbooks_path_is_refused() -> None:
+    """It has no room for the prompt."""
+    with pytest.raises(ValueError, match="cache"):
+        generated(on_path(SHARING["qwen2"](), False), cache_implementation="static")

@@ -6,14 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that turns embeddings into hidden states; some families do not name theirs."""
-    if model.base_model is not model:
-        return model.base_model
-    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+from transformers.masking_utils import find_packed_sequence_indices
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -32,6 +25,32 @@ def past_length(arguments: Mapping[str, Any]) -> int:
     """How many tokens are in the key/value cache that a call brings."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def is_packed(arguments: Mapping[str, Any], config: Any) -> bool:
+    """Whether a call's rows are packed sequences: by the rule of ``transformers``, without mask and cache, positions
+    that do not count on begin another sequence. In a trace, which cannot look at them, rows are taken for plain.
+    """
+    positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
+    cached = getattr(config, "use_cache", False) if use_cache is None else use_cache
+    if positions is None or positions.ndim != 2 or cached or torch.compiler.is_compiling():
+        return False
+    if arguments.get("attention_mask") is not None or arguments.get("past_key_values") is not None:
+        return False
+    return find_packed_sequence_indices(positions) is not None
+
+
+def refuse_packed(arguments: Mapping[str, Any], config: Any) -> None:
+    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
+
+    Raises:
+        ValueError: the rows are packed.
+    """
+    if is_packed(arguments, config):
+        raise ValueError(
+            "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
+            "counts from its beginning; got packed sequences"
+        )
 
 
 def shifted_positions(arguments: Mapping[str, Any], batch_tokens: Tensor, past: int, shift: int) -> Tensor:

@@ -32,7 +32,7 @@ from ...methods import (
 )
 from .attachment import MODULE, Attachment, Hooks, Model, attachment_of, method_of
 from .attention import Prefix
-from .calls import by_name, past_length
+from .calls import by_name, past_length, refuse_packed
 from .prefix import PrefixAttachment
 from .probe import Layer, evaluated, find_layers
 from .prompt import PromptAttachment
@@ -208,6 +208,7 @@ class OffsetAttachment(PromptAttachment):
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the offset."""
         arguments = by_name(self.names, args, kwargs)
+        refuse_packed(arguments, self.backbone.config)
         ids, rows = self.tokens(arguments)
         embeds: Tensor = self.embed(ids, rows, past_length(arguments), with_prompt=False)
         arguments.update(input_ids=None, inputs_embeds=embeds)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from ...methods import PrefixMethod
 from .attention import Prefix
-from .calls import by_name, parameter_names, past_length, shifted_positions
+from .calls import by_name, parameter_names, past_length, refuse_packed, shifted_positions
 from .implementation import Implementation
 from .masks import attended_tokens, window_bias
-from .probe import Layer, first_tensor
+from .probe import Layer, backbone_of, first_tensor
 
 
 class LayerBinding:
@@ -74,11 +74,12 @@ class PrefixAttachment:
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
         self.method = method
-        self.backbone = model.base_model
+        self.backbone = backbone_of(model)
         self.names = parameter_names(self.backbone)
         self.prefixes: list[Prefix] | None = None
         self.past = 0  # tokens in the cache of the call in progress
         self.shifts = method.config.prefix_position == "shift"
+        self.windows = any(layer.window is not None for layer in layers)
         bindings = {
             layer.module: LayerBinding(self, index, layer.window if self.shifts else None)
             for index, layer in enumerate(layers)
@@ -104,6 +105,8 @@ class PrefixAttachment:
         self.prefixes = self.method.prefixes()
         arguments = _rows_for_masks(arguments)
         if self.shifts:
+            if self.windows:
+                refuse_packed(arguments, self.backbone.config)
             self.past = past_length(arguments)
             tokens = arguments.get("input_ids")
             if tokens is None:

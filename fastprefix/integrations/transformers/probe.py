@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ...methods import AttentionShape
 from ...methods.budget import embedding_width
 from .attention import fastprefix_attention
+from .calls import parameter_names
 from .masks import fastprefix_mask, read_mask, sees_all_of_window
 
 _NAME = "fastprefix_probe"
@@ -90,6 +91,36 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
     return list(layers.values())
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The module that turns embeddings into hidden states: the outermost that a model calls with them.
+
+    That need not be its ``base_model``: some call a part of it.
+    """
+
+    def reached(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(module)
+
+    candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    handles = [m.register_forward_pre_hook(reached) for m in candidates if "inputs_embeds" in parameter_names(m)]
+    try:
+        with evaluated(model), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except _Reached as error:
+        return error.module
+    finally:
+        for handle in handles:
+            handle.remove()
+    return model
+
+
+class _Reached(Exception):  # noqa: N818 (nothing is wrong)
+    """Ends a run at a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

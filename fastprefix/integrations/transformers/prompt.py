@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .calls import backbone_of, by_name, parameter_names, past_length
+from .calls import by_name, parameter_names, past_length, refuse_packed
+from .probe import backbone_of
 
 
 class PromptAttachment:
@@ -44,6 +45,7 @@ class PromptAttachment:
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
         arguments = by_name(self.names, args, kwargs)
+        refuse_packed(arguments, self.backbone.config)
         ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
         past = past_length(arguments)
@@ -104,9 +106,7 @@ class PromptAttachment:
         batch, inserted = embeds.shape[0], self.inserted
         mask = arguments.get("attention_mask")
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                raise ValueError("attention_mask takes a tensor [B, K] with a prompt method")
-            arguments["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], dim=1)
+            arguments["attention_mask"] = _extended_mask(mask, batch, length, inserted)
         positions = arguments.get("position_ids")
         if positions is not None:
             prompt = torch.arange(inserted, device=positions.device).expand(positions.shape[0], -1)
@@ -114,6 +114,26 @@ class PromptAttachment:
         types = arguments.get("token_type_ids")
         if types is not None:
             arguments["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], inserted), types], dim=1)
+
+
+def _extended_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
+    """A mask for a prompt of so many tokens too, which all tokens see.
+
+    In a mask for each query the prompt's own rows are causal. That leaves open what a prompt sees of the tokens where
+    these see one another ahead.
+    """
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return torch.cat([mask.new_ones(batch, length), mask], dim=1)
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or inserted == 0:
+        raise ValueError("attention_mask takes [B, K] with a prompt in every row, or without a cache [B, 1, N, N]")
+    seen, hidden = (True, False) if mask.dtype is torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    tokens = mask.shape[3]
+    if mask.shape[2] != tokens or (mask.triu(1) == seen).logical_and(mask.new_ones(tokens, tokens).triu(1) != 0).any():
+        raise ValueError("attention_mask takes a causal [B, 1, N, N], or [B, K], with a prompt in every row")
+    extended = mask.new_full((*mask.shape[:2], length + tokens, length + tokens), seen)
+    extended[:, :, :length].masked_fill_(extended.new_ones(length, length + tokens).triu(1) != 0, hidden)
+    extended[:, :, length:, length:] = mask
+    return extended
 
 
 def _position_limit(backbone: nn.Module) -> int | None:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...methods import PromptMethod
+from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
-from .calls import backbone_of, by_name, parameter_names, past_length, shifted_positions
+from .calls import by_name, is_packed, parameter_names, past_length, shifted_positions
 from .implementation import Implementation
 from .masks import window_bias
-from .probe import Layer, evaluated, find_layers
+from .probe import Layer, backbone_of, evaluated, find_layers
 from .prompt import PromptAttachment
 
 
@@ -92,6 +92,7 @@ class SharedPromptAttachment(PromptAttachment):
         self.shared = SharedPrompt()
         self.drops = has_dropout(self.backbone)
         self.kept: tuple[object, dict[int, Prefix]] | None = None  # for inference
+        self.windows = any(layer.window is not None for layer in layers)
         self.implementation = Implementation(model, self.shared.bindings(layers))
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,8 +123,16 @@ class SharedPromptAttachment(PromptAttachment):
         if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
         mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            return "the attention mask is not [B, K]"
+        # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
+        if arguments.get("past_key_values") is None and mask is not None:
+            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+                return "the attention mask is neither [B, K] nor [B, 1, N, K]"
+            if mask.ndim == 4 and mask.shape[2] == 1:
+                return "in an attention mask of one row, the prompt sees the tokens"
+            if mask.ndim == 4 and self.windows:
+                return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
+        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone.config):
+            return "a sliding window and DePT's offset start anew with every packed sequence"
         return None
 
     def remove(self) -> None:
@@ -186,28 +195,54 @@ def has_dropout(module: nn.Module) -> bool:
     return False
 
 
+class _Trial(NamedTuple):
+    """What a prompt does to tokens, and how far from that it is when shared."""
+
+    effect: Tensor
+    error: Tensor
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Two orders of the same sums differ by rounding; a prompt that is carried past attention, by its effect."""
+        rounding = 0.1 if torch.finfo(dtype).bits == 16 else 1e-3
+        return bool(self.error <= rounding * self.effect)
+
+
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Three tokens as a prompt for three others: in front of them and shared, without and with padding."""
     shared, backbone = SharedPrompt(), backbone_of(model)
     prompt, tokens = torch.arange(6, device=model.device)[None].split(3, dim=1)
+    positions = torch.arange(3, 6, device=model.device)[None]
+    everything = torch.ones_like(tokens)
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
-        return hidden[:, -3:].double()
+        return hidden[:, -2:].double()
+
+    def trial(mask: Tensor) -> _Trial:
+        shared.prefixes = None
+        alone = run(tokens, attention_mask=mask)
+        textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=torch.cat([everything, mask], dim=1))
+        with shared.capture():
+            run(prompt)
+        actual = run(tokens, attention_mask=mask, position_ids=positions)
+        return _Trial((textbook - alone).abs().max(), (textbook - actual).abs().max())
 
     implementation = Implementation(model, shared.bindings(layers))
     try:
         with evaluated(model), torch.no_grad():
-            alone = run(tokens)
-            textbook = run(torch.cat([prompt, tokens], dim=1))
-            with shared.capture():
-                run(prompt)
-            actual = run(tokens, position_ids=torch.arange(3, 6, device=model.device)[None])
+            plain = trial(everything)
+            padded = trial(torch.tensor([[0, 1, 1]], device=model.device))
+            shared.prefixes = None
+            ignored = torch.equal(run(tokens, position_ids=2 * positions), run(tokens))
     finally:
         implementation.restore()
-    effect, error = (textbook - alone).abs().max(), (textbook - actual).abs().max()
-    # Two orders of the same sums differ by rounding; a prompt that is carried past attention, by all of its effect.
-    rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-3
-    return None if error <= rounding * effect else "sharing the prompt does not give what the textbook's way gives"
+    if plain.holds(model.dtype) and padded.holds(model.dtype):
+        return None
+    if ignored:
+        return "it ignores position_ids"
+    if plain.holds(model.dtype):
+        return "it counts positions by the attention mask"
+    return "sharing the prompt does not give what the textbook's way gives"
 
 
 def _state(*modules: nn.Module) -> object:
