@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "aot": "compiles every Triton kernel without a GPU; exit status 1 on an undeclared spill or a failure",
-    "info": "versions, devices, and which backends are usable, with the reason where one is not",
+    "info": "versions, devices, which backends are usable and why others are not; with --model, how prompts run on it",
     "parity": "parity of every usable backend with the float64 reference; exit status 1 on a miss",
 }
 """A command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``."""

@@ -1,7 +1,11 @@
-"""``python -m fastprefix info``: versions, devices, and which backends are usable, with the reason where not."""
+"""``python -m fastprefix info``: versions, devices, and which backends are usable, with the reason where not.
+
+With ``--model``, also how prompts would run on that model, and where prefixes go.
+"""
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -12,13 +16,33 @@ from .ops.backends import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``info`` has no options."""
+    """``info``'s options."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="also: how prompts would run on this model and why so, and to how many attention layers prefixes go. "
+        "Only its configuration is read",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Print everything."""
     for line in lines():
         print(line)
+    return 0 if args.model is None else _describe(args.model)
+
+
+def _describe(name: str) -> int:
+    """What methods would do on a model; exit status 1 where there is none."""
+    from .integrations.transformers.preview import preview
+
+    print()
+    try:
+        for line in preview(name):
+            print(line)
+    except (OSError, ValueError) as error:
+        print(f"--model takes a local folder or a name that the hub knows: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig
 
 from fastprefix import __main__ as cli
 from fastprefix import parity, testing
@@ -61,6 +63,35 @@ def test_info_in_a_process_of_its_own() -> None:
     output = subprocess.run([sys.executable, "-m", "fastprefix", "info"], capture_output=True, text=True, check=True)
     assert torch.__version__ in output.stdout
     assert "eager" in output.stdout
+
+
+MODELS = {
+    "llama": (
+        LlamaConfig(num_hidden_layers=3, architectures=["LlamaForCausalLM"], dtype="bfloat16"),
+        ["LlamaForCausalLM (llama)", "shared", "3 attention layers\n"],
+    ),
+    "mistral": (MistralConfig(num_hidden_layers=2), ["shared", "2 attention layers, 2 with a sliding window of 4096"]),
+    "mixtral": (MixtralConfig(num_hidden_layers=2), ["shared", "2 attention layers\n"]),
+    "bert": (BertConfig(architectures=["BertForSequenceClassification"]), ["textbook: ", "not causal", "12 attention"]),
+    "mamba": (MambaConfig(num_hidden_layers=2), ["textbook: ", "none: "]),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_info_on_a_model(
+    family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Told from the configuration of one that could hardly be built here."""
+    config, says = MODELS[family]
+    config.save_pretrained(tmp_path)
+    assert run(monkeypatch, "info", "--model", str(tmp_path)) == 0
+    output = capsys.readouterr().out
+    assert all(words in output for words in says), output
+
+
+def test_info_on_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(monkeypatch, "info", "--model", str(tmp_path)) == 1
+    assert "--model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("draws", [1, 5])
