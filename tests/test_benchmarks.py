@@ -13,7 +13,20 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import data, hub, main_job, memory, methods, models, plots, report, subjects, tasks, tokenizer
+from benchmarks import (
+    data,
+    hub,
+    main_job,
+    memory,
+    methods,
+    models,
+    plots,
+    report,
+    shared_prompt_cpu,
+    subjects,
+    tasks,
+    tokenizer,
+)
 from benchmarks.cli import main
 from benchmarks.contest import Contest, Rounds
 from benchmarks.data import Corpus
@@ -305,6 +318,21 @@ class TestMainJob:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert main(["--device", "cuda"]) == 2
         assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompt_cpu, "DECODED", 3)
+    threads, out = torch.get_num_threads(), tmp_path / "shared.json"
+    assert shared_prompt_cpu.main(["--quick", "--rounds", "1", "--prompt", "5", "--out", str(out)]) == 0
+    assert torch.get_num_threads() == threads
+    assert "PT textbook" in capsys.readouterr().out
+    results = json.loads(out.read_text())["results"]["5"]
+    for name, figures in results.items():
+        assert figures["failures"] == []
+        assert (figures["step"] is None) == (figures["step_bytes"] is None) == ("merged" in name)
+        assert figures["prefill_bytes"] > 0
+        assert len(figures["prefill"]["raw_ms"]) == len(figures["decode"]["raw_ms"]) == 1
+    assert results["PT shared"]["step_bytes"] < results["PT textbook"]["step_bytes"]
 
 
 def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
