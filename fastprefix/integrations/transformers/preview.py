@@ -15,11 +15,22 @@ from ...methods import PromptTuningConfig
 from .attachment import attach, detach, method_of
 from .probe import find_layers
 
-_SMALL = {"vocab_size": 128, "intermediate_size": 32, "moe_intermediate_size": 32, "ffn_dim": 32, "n_inner": 32}
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _HEAD_SIZE = 8
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_HEADS = (
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
+)
+_WIDTHS = {"hidden_size", "n_embd", "d_model", "embed_dim"}
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers", "encoder_layers"}
+_SMALL = {
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 32),
+    **dict.fromkeys(("ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 32),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    **{"qk_rope_head_dim": _HEAD_SIZE, "qk_head_dim": 16 + _HEAD_SIZE},
+    "rotary_dim": 4,
+    "vocab_size": 128,
+}
 _MOST_PARAMETERS = 300_000_000
 """A model is built as it is, where its small copy cannot be, up to here."""
 
@@ -68,24 +79,24 @@ def _random_model(config: Any) -> PreTrainedModel | None:
     ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
     if config.is_encoder_decoder:
         ids["decoder_input_ids"] = ids["input_ids"]
-    for variant in (_shrunk, copy.deepcopy):
+    for variant in (shrunk, copy.deepcopy):
         try:
             candidate = variant(config)
             with torch.device("meta"):
-                size = _build(candidate).num_parameters()
+                size = build(candidate).num_parameters()
             if size > _MOST_PARAMETERS:
                 continue
-            model: PreTrainedModel = _build(candidate).eval()
+            model: PreTrainedModel = build(candidate).eval()
             with torch.no_grad():
-                model.base_model(**ids)
+                model.base_model(**ids, use_cache=False)
         except Exception:  # whatever a family makes of sizes that it was not made for
             continue
         return model
     return None
 
 
-def _build(config: Any) -> PreTrainedModel:
-    """By the class that the configuration names, or else the one that it has in ``transformers``."""
+def build(config: Any) -> PreTrainedModel:
+    """A model with random weights, of the class that the configuration names, or else the one that it belongs to."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
     torch.manual_seed(0)
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
@@ -98,25 +109,52 @@ def _build(config: Any) -> PreTrainedModel:
     return model
 
 
-def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    """All layers and heads, each of them narrow; few words, experts and hidden neurons."""
+def shrunk(config: PretrainedConfig, layers: int | None = None) -> PretrainedConfig:
+    """All heads, each of them narrow; few words, experts and hidden neurons.
+
+    Args:
+        config: of a model, with those of its parts; it is left alone.
+        layers: how many there are at least, and one of every kind; None: all.
+    """
     small = copy.deepcopy(config)
-    text: Any = small.get_text_config()
-    heads = next((getattr(text, name) for name in _HEADS if isinstance(getattr(text, name, None), int)), 1)
-    for name in _WIDTHS:
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, heads * _HEAD_SIZE)
-    if isinstance(vars(text).get("head_dim"), int) and not hasattr(text, "kv_lora_rank"):
-        text.head_dim = _HEAD_SIZE
-    for name, size in _SMALL.items():
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, size)
-    for name in _EXPERTS:
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, min(16, getattr(text, name)))
-    text.pad_token_id = None
-    rope = getattr(text, "rope_parameters", None)
-    if isinstance(rope, dict) and "rope_type" in rope:  # lists of scales are as long as the heads are wide
-        kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        text.rope_parameters = {"rope_type": "default", **kept}
+    for part in parts(small):
+        _narrow(part)
+        if layers is not None:
+            _shorten(part, layers)
     return small
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(getattr(config, name, None), PretrainedConfig):
+            yield from parts(getattr(config, name))
+
+
+def _narrow(config: Any) -> None:
+    sizes = {name: value for name, value in vars(config).items() if type(value) is int}
+    heads = next((sizes[name] for name in _HEADS if name in sizes), 1)
+    for name in _WIDTHS & sizes.keys():
+        setattr(config, name, heads * _HEAD_SIZE)
+    for name, size in _SMALL.items():
+        if name in sizes:
+            setattr(config, name, min(size, sizes[name]))
+    if "head_dim" in vars(config):
+        config.head_dim = _HEAD_SIZE
+    if sizes.get("pad_token_id", 0) >= _SMALL["vocab_size"]:
+        config.pad_token_id = 0
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and any(isinstance(value, list) for value in rope.values()):  # as long as heads are wide
+        kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
+        sections = {"mrope_section": [2, 1, 1]} if "mrope_section" in rope else {}
+        config.rope_parameters = {**kept, "rope_type": "default", **sections}
+
+
+def _shorten(config: Any, layers: int) -> None:
+    for name in _LAYERS & vars(config).keys():
+        setattr(config, name, layers)
+    types = list(dict.fromkeys(vars(config).get("layer_types") or ()))
+    if types:
+        config.num_hidden_layers = max(layers, len(types))
+        config.layer_types = (types * layers)[: config.num_hidden_layers]
