@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -21,6 +23,8 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
+    RobertaConfig,
 )
 
 import fastprefix
@@ -304,3 +308,55 @@ def test_a_static_cache_on_the_textbooks_path_is_refused() -> None:
     """It has no room for the prompt."""
     with pytest.raises(ValueError, match="cache"):
         generated(on_path(SHARING["qwen2"](), False), cache_implementation="static")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("make", [SHARING["qwen2"], *WINDOWED.values()], ids=["qwen2", *WINDOWED])
+def test_an_input_in_parts(make: Callable[[], PretrainedConfig], merged: bool) -> None:
+    """A cache from one call goes on in the next, whatever the length of the parts."""
+    with Float64(), torch.no_grad():
+        model, ids = on_path(make(), None), models.batch()["input_ids"]
+        expected = on_path(make(), False)(input_ids=ids, use_cache=False).logits
+        if merged:
+            fastprefix.merge(model)
+        cache, parts = None, []
+        for part in ids.split([3, 1, 3], dim=1):
+            output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sliding_windows_compile_without_graph_breaks() -> None:
+    model, inputs = on_path(WINDOWED["gemma3"](), None), models.batch("left")
+    rows = inputs["attention_mask"].bool()
+    expected = loss_and_gradients(model, inputs, rows)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    assert_same(loss_and_gradients(model, inputs, rows), expected)
+
+
+REASONS: dict[str, tuple[PretrainedConfig, str]] = {
+    "roberta": (RobertaConfig(**SMALL, is_decoder=True), "do not count from 0"),
+    "bart": (BartConfig(d_model=32, decoder_layers=1, decoder_attention_heads=4, vocab_size=100), "cannot be set"),
+    "bloom": (BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=100), "cannot be set"),
+    "opt": (opt().config, "by the attention mask"),
+    "recurrent": (
+        Qwen3NextConfig(
+            **GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
+        ),
+        "linear_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_reasons(family: str) -> None:
+    """What differs by family, is tried and named."""
+    config, says = REASONS[family]
+    model = fastprefix.attach(AutoModelForCausalLM.from_config(config).eval(), fastprefix.PromptTuningConfig(5))
+    assert method_of(model).prompt_path.startswith("textbook: ")
+    assert says in method_of(model).prompt_path
+    fastprefix.detach(model)
+    with pytest.raises(ValueError, match=f"shared_prompt=True.*{says}"):
+        fastprefix.attach(model, fastprefix.PromptTuningConfig(5, shared_prompt=True))

@@ -34,7 +34,7 @@ SET = {"is_decoder": True, "sliding_window": WINDOW, "initializer_range": 0.2}
 UNSET: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
 }
@@ -90,11 +90,15 @@ def survey(family: str, class_name: str) -> Outcome:
 
 
 def _model(family: str, class_name: str) -> Any:
-    config = shrunk(AutoConfig.for_model(family, **UNSET.get(family, {})), LAYERS)
+    config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
+    if not isinstance(config, getattr(transformers, class_name).config_class):
+        config = config.get_text_config()
+    config = shrunk(config, LAYERS)
     for part in parts(config):
         for name, value in SET.items():
             if vars(part).get(name) is not None:
                 setattr(part, name, value)
+        part._experts_implementation = "eager"  # the others take no float64
     config.architectures = [class_name]
     with torch.device("meta"):
         size = build(config).num_parameters()

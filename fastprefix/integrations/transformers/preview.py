@@ -29,7 +29,7 @@ _SMALL = {
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
     **{"qk_rope_head_dim": _HEAD_SIZE, "qk_head_dim": 16 + _HEAD_SIZE},
     "rotary_dim": 4,
-    "vocab_size": 128,
+    **{"vocab_size": 128, "vocab_size_per_layer_input": 128},
 }
 _MOST_PARAMETERS = 300_000_000
 """A model is built as it is, where its small copy cannot be, up to here."""
@@ -145,10 +145,16 @@ def _narrow(config: Any) -> None:
     if sizes.get("pad_token_id", 0) >= _SMALL["vocab_size"]:
         config.pad_token_id = 0
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and any(isinstance(value, list) for value in rope.values()):  # as long as heads are wide
-        kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
-        sections = {"mrope_section": [2, 1, 1]} if "mrope_section" in rope else {}
-        config.rope_parameters = {**kept, "rope_type": "default", **sections}
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        config.rope_parameters = _narrow_rope(rope)
+
+
+def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Lists are as long as heads are wide; sections of a position in time and space add up to half of that."""
+    half = int(_HEAD_SIZE * rope.get("partial_rotary_factor", 1.0)) // 2
+    kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
+    scaled = {"rope_type": "default"} if len(kept) < len(rope) else {}
+    return {**kept, **scaled, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
 
 
 def _shorten(config: Any, layers: int) -> None:

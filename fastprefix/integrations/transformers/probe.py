@@ -69,7 +69,9 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
     trace, windows = _Trace(model), _Windows()
     layers: dict[nn.Module, Layer] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def probe(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         entry, hidden = trace.entry(module)
         shape = AttentionShape(
             heads=query.shape[1],
@@ -77,11 +79,11 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
             key_size=key.shape[3],
             value_size=value.shape[3],
             width=embedding_width(model) if hidden is None else hidden.shape[-1],
-            causal=_is_causal(mask, query),
+            causal=_is_causal(attention_mask, query),
         )
-        window, local = windows.of(mask, kwargs.get("sliding_window"))
+        window, local = windows.of(attention_mask, kwargs.get("sliding_window"))
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
-        return fastprefix_attention(module, query, key, value, mask, **kwargs)
+        return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
 
     implementation = attention_implementation(model, _NAME, probe, windows.mask)
     with _LOCK, evaluated(model), implementation, trace, torch.no_grad():
@@ -109,6 +111,8 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except _Reached as error:
         return error.module
+    except Exception as error:
+        raise ValueError(f"model takes one that runs on input_ids alone, got {_name(model)}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

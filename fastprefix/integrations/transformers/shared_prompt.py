@@ -233,13 +233,16 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
             plain = trial(everything)
             padded = trial(torch.tensor([[0, 1, 1]], device=model.device))
             shared.prefixes = None
-            ignored = torch.equal(run(tokens, position_ids=2 * positions), run(tokens))
+            default = run(tokens)
+            counted, doubled = (run(tokens, position_ids=ids) for ids in (positions - 3, 2 * positions))
     finally:
         implementation.restore()
     if plain.holds(model.dtype) and padded.holds(model.dtype):
         return None
-    if ignored:
+    if torch.equal(default, doubled):
         return "it ignores position_ids"
+    if not torch.equal(default, counted):
+        return "its positions do not count from 0"
     if plain.holds(model.dtype):
         return "it counts positions by the attention mask"
     return "sharing the prompt does not give what the textbook's way gives"
