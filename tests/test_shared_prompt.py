@@ -51,6 +51,7 @@ SHARING: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=None),
     "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
+    "roberta": lambda: RobertaConfig(**SMALL, is_decoder=True, hidden_dropout_prob=0.0, max_position_embeddings=40),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, initializer_range=0.2, **NO_DROPOUT),
 }
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -337,7 +338,6 @@ def test_sliding_windows_compile_without_graph_breaks() -> None:
 
 
 REASONS: dict[str, tuple[PretrainedConfig, str]] = {
-    "roberta": (RobertaConfig(**SMALL, is_decoder=True), "do not count from 0"),
     "bart": (BartConfig(d_model=32, decoder_layers=1, decoder_attention_heads=4, vocab_size=100), "cannot be set"),
     "bloom": (BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=100), "cannot be set"),
     "opt": (opt().config, "by the attention mask"),

@@ -28,12 +28,12 @@ from fastprefix.integrations.transformers.preview import build, parts, shrunk
 from tests.float64 import Float64
 
 BOUND = 1e-10
-LARGEST = 100_000_000  # parameters
+LARGEST = 200_000_000  # parameters
 PROMPT, TOKENS, WINDOW, LAYERS = 5, 7, 4, 2
 SET = {"is_decoder": True, "sliding_window": WINDOW, "initializer_range": 0.2}
 UNSET: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
@@ -91,13 +91,16 @@ def survey(family: str, class_name: str) -> Outcome:
 
 def _model(family: str, class_name: str) -> Any:
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
-    if not isinstance(config, getattr(transformers, class_name).config_class):
+    own = getattr(transformers, class_name).config_class
+    if not isinstance(config, own) and isinstance(config.get_text_config(), own):
         config = config.get_text_config()
     config = shrunk(config, LAYERS)
     for part in parts(config):
         for name, value in SET.items():
             if vars(part).get(name) is not None:
                 setattr(part, name, value)
+        if part.model_type.endswith("_thinker"):
+            part.vision_start_token_id = 0
         part._experts_implementation = "eager"  # the others take no float64
     config.architectures = [class_name]
     with torch.device("meta"):

@@ -1,8 +1,10 @@
 """Reading and changing the arguments of a forward call in a hook, whichever way the caller passed them."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,23 @@ def past_length(arguments: Mapping[str, Any]) -> int:
     """How many tokens are in the key/value cache that a call brings."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+class Positions(NamedTuple):
+    """The positions of a model: where they begin, and how many a table of absolute ones has (None: no such table)."""
+
+    first: int
+    limit: int | None
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> Positions:
+        """Those up to the padding's are not for tokens."""
+        for name, module in backbone.named_modules():
+            leaf = name.rpartition(".")[2]
+            if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
+                first = 0 if module.padding_idx is None else module.padding_idx + 1
+                return cls(first, module.num_embeddings - first)
+        return cls(0, None)
 
 
 def is_packed(arguments: Mapping[str, Any], config: Any) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PrefixMethod
 from .attention import Prefix
-from .calls import by_name, parameter_names, past_length, refuse_packed, shifted_positions
+from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
 from .implementation import Implementation
 from .masks import attended_tokens, window_bias
 from .probe import Layer, backbone_of, first_tensor
@@ -76,6 +76,7 @@ class PrefixAttachment:
         self.method = method
         self.backbone = backbone_of(model)
         self.names = parameter_names(self.backbone)
+        self.positions = Positions.of(self.backbone)
         self.prefixes: list[Prefix] | None = None
         self.past = 0  # tokens in the cache of the call in progress
         self.shifts = method.config.prefix_position == "shift"
@@ -112,7 +113,7 @@ class PrefixAttachment:
             if tokens is None:
                 tokens = arguments["inputs_embeds"]
             shift = self.method.config.num_virtual_tokens
-            arguments["position_ids"] = shifted_positions(arguments, tokens, self.past, shift)
+            arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, shift)
         return (), arguments
 
     def prefix(self, index: int) -> Prefix:

@@ -24,7 +24,9 @@ _WIDTHS = {"hidden_size", "n_embd", "d_model", "embed_dim"}
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers", "encoder_layers"}
 _SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 32),
-    **dict.fromkeys(("ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 32),
+    **dict.fromkeys(
+        ("ffn_dim", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 32
+    ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
     **{"qk_rope_head_dim": _HEAD_SIZE, "qk_head_dim": 16 + _HEAD_SIZE},

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .calls import by_name, parameter_names, past_length, refuse_packed
+from .calls import Positions, by_name, parameter_names, past_length, refuse_packed
 from .probe import backbone_of
 
 
@@ -25,7 +25,7 @@ class PromptAttachment:
         self.backbone = backbone_of(model)
         self.embedding = model.get_input_embeddings()
         self.names = parameter_names(self.backbone)
-        self.limit = _position_limit(self.backbone)
+        self.positions = Positions.of(self.backbone)
         self.inserted = 0  # prompt rows of the call in progress
         self.handles: list[RemovableHandle] = [
             self.backbone.register_forward_pre_hook(self.insert, with_kwargs=True),
@@ -51,10 +51,11 @@ class PromptAttachment:
         past = past_length(arguments)
         self.inserted = 0 if past > 0 else length
         embeds = self.embed(ids, rows, max(past - length, 0), with_prompt=self.inserted > 0)
-        if self.limit is not None and past + embeds.shape[1] > self.limit:
+        limit = self.positions.limit
+        if limit is not None and past + embeds.shape[1] > limit:
             raise ValueError(
                 f"num_virtual_tokens = {length} and an input of {past + embeds.shape[1] - length} tokens exceed the "
-                f"model's {self.limit} positions"
+                f"model's {limit} positions"
             )
         arguments.update(input_ids=None, inputs_embeds=embeds)
         self._extend(arguments, embeds, length)
@@ -109,7 +110,8 @@ class PromptAttachment:
             arguments["attention_mask"] = _extended_mask(mask, batch, length, inserted)
         positions = arguments.get("position_ids")
         if positions is not None:
-            prompt = torch.arange(inserted, device=positions.device).expand(positions.shape[0], -1)
+            first = self.positions.first
+            prompt = torch.arange(first, first + inserted, device=positions.device).expand(positions.shape[0], -1)
             arguments["position_ids"] = torch.cat([prompt, positions + length], dim=1)
         types = arguments.get("token_type_ids")
         if types is not None:
@@ -134,13 +136,3 @@ def _extended_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
     extended[:, :, :length].masked_fill_(extended.new_ones(length, length + tokens).triu(1) != 0, hidden)
     extended[:, :, length:, length:] = mask
     return extended
-
-
-def _position_limit(backbone: nn.Module) -> int | None:
-    """How many positions a model with a table of absolute positions has; None: no such table."""
-    for name, module in backbone.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - reserved
-    return None

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
-from .calls import by_name, is_packed, parameter_names, past_length, shifted_positions
+from .calls import Positions, by_name, is_packed, parameter_names, past_length, shifted_positions
 from .implementation import Implementation
 from .masks import window_bias
 from .probe import Layer, backbone_of, evaluated, find_layers
@@ -110,7 +110,7 @@ class SharedPromptAttachment(PromptAttachment):
         self.shared.prefixes = self._prefixes()
         embeds = self.embed(ids, rows, past, with_prompt=False)
         length = self.method.config.num_virtual_tokens
-        positions = shifted_positions(arguments, embeds, past, length)
+        positions = shifted_positions(arguments, embeds, past + self.positions.first, length)
         arguments.update(input_ids=None, inputs_embeds=embeds, position_ids=positions)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
@@ -209,13 +209,13 @@ class _Trial(NamedTuple):
 
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     """Three tokens as a prompt for three others: in front of them and shared, without and with padding."""
-    shared, backbone = SharedPrompt(), backbone_of(model)
+    shared, backbone, embedding = SharedPrompt(), backbone_of(model), model.get_input_embeddings()
     prompt, tokens = torch.arange(6, device=model.device)[None].split(3, dim=1)
-    positions = torch.arange(3, 6, device=model.device)[None]
+    counted = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
     everything = torch.ones_like(tokens)
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
-        hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
     def trial(mask: Tensor) -> _Trial:
@@ -224,7 +224,7 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=torch.cat([everything, mask], dim=1))
         with shared.capture():
             run(prompt)
-        actual = run(tokens, attention_mask=mask, position_ids=positions)
+        actual = run(tokens, attention_mask=mask, position_ids=counted + 3)
         return _Trial((textbook - alone).abs().max(), (textbook - actual).abs().max())
 
     implementation = Implementation(model, shared.bindings(layers))
@@ -234,15 +234,15 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
             padded = trial(torch.tensor([[0, 1, 1]], device=model.device))
             shared.prefixes = None
             default = run(tokens)
-            counted, doubled = (run(tokens, position_ids=ids) for ids in (positions - 3, 2 * positions))
+            explicit, doubled = (run(tokens, position_ids=ids) for ids in (counted, 2 * counted + 1))
     finally:
         implementation.restore()
     if plain.holds(model.dtype) and padded.holds(model.dtype):
         return None
     if torch.equal(default, doubled):
         return "it ignores position_ids"
-    if not torch.equal(default, counted):
-        return "its positions do not count from 0"
+    if not torch.equal(default, explicit):
+        return f"its positions do not count from {counted[0, 0]}"
     if plain.holds(model.dtype):
         return "it counts positions by the attention mask"
     return "sharing the prompt does not give what the textbook's way gives"
