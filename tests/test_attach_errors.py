@@ -88,10 +88,10 @@ def test_dept_input_longer_than_its_positions() -> None:
         model(**models.batch())
 
 
-def test_four_dimensional_masks_with_a_prompt() -> None:
+def test_three_dimensional_masks_with_a_prompt() -> None:
     model = fastprefix.attach(models.decoder(), PROMPT)
     with pytest.raises(ValueError, match="attention_mask"):
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, 4))
 
 
 def test_ids_and_embeddings_at_once() -> None:
