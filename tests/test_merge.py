@@ -16,7 +16,7 @@ from fastprefix.integrations.transformers.attachment import method_of
 
 from . import models
 from .float64 import Float64
-from .test_shared_prompt import NO_DROPOUT, SHARING, WINDOWED
+from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 from .test_transformers import FAMILIES, METHODS, attached
 
 MERGEABLE = {
@@ -105,7 +105,7 @@ def test_families(make: Callable[[], Any], method: str) -> None:
     torch.manual_seed(0)
     inputs = models.batch("left")
     with Float64(), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(make(), experts_implementation="eager").double().eval()
+        model = AutoModelForCausalLM.from_config(make(), **EAGER).double().eval()
         fastprefix.attach(model, METHODS[method]())
         models.randomize(model)
         expected = logits(model), model.generate(**inputs, **GENERATE, eos_token_id=None)
@@ -219,7 +219,7 @@ def test_an_exported_cache_serves_the_plain_model(name: str, padding: str) -> No
 def test_an_exported_cache_with_sliding_windows(name: str) -> None:
     with Float64(), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(WINDOWED[name](), experts_implementation="eager").double().eval()
+        model = AutoModelForCausalLM.from_config(WINDOWED[name](), **EAGER).double().eval()
         plain = copy.deepcopy(model)
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(5, prefix_position="shift"))
         models.randomize(model)

@@ -54,6 +54,8 @@ SHARING: dict[str, Callable[[], PretrainedConfig]] = {
     "roberta": lambda: RobertaConfig(**SMALL, is_decoder=True, hidden_dropout_prob=0.0, max_position_embeddings=40),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, initializer_range=0.2, **NO_DROPOUT),
 }
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+"""Others round experts to float32, and older ones leave Gemma 2's soft caps out."""
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 WINDOWED: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),  # shorter than the prompt
@@ -67,7 +69,7 @@ WINDOWED: dict[str, Callable[[], PretrainedConfig]] = {
 
 def on_path(config: PretrainedConfig, shared_prompt: bool | None) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+    model = AutoModelForCausalLM.from_config(config, **EAGER).double().eval()
     fastprefix.attach(model, fastprefix.ADePTConfig(5, bottleneck_dim=3, shared_prompt=shared_prompt))
     models.randomize(model)
     return model
