@@ -67,9 +67,9 @@ WINDOWED: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def on_path(config: PretrainedConfig, shared_prompt: bool | None) -> Any:
+def on_path(config: PretrainedConfig, shared_prompt: bool | None, **options: str) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, **EAGER).double().eval()
+    model = AutoModelForCausalLM.from_config(config, **{**EAGER, **options}).double().eval()
     fastprefix.attach(model, fastprefix.ADePTConfig(5, bottleneck_dim=3, shared_prompt=shared_prompt))
     models.randomize(model)
     return model
@@ -270,7 +270,8 @@ def test_masks_for_each_query(family: str, dtype: torch.dtype) -> None:
     inputs = {"input_ids": models.batch()["input_ids"], "attention_mask": block_diagonal(dtype)}
     rows = torch.ones(3, 7, dtype=torch.bool)
     with Float64():
-        shared, textbook = on_path(make(), None), on_path(make(), False)
+        # The library's eager attention takes no bool masks.
+        shared, textbook = (on_path(make(), path, attn_implementation="sdpa") for path in (None, False))
         assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
     assert shared._fastprefix_attachment.hooks.inserted == (5 if "window" in family else 0)
 
