@@ -18,7 +18,8 @@ class PromptTuningConfig(MethodConfig):
             replacement; "text", the rows of a text's tokens, repeated to m.
         init_text: the text, for ``init="text"``.
         init_vocab_size: "vocab" draws from that many first rows, 5,000 in the paper; None: from all.
-        shared_prompt: None, or False for the textbook path, which runs the prompt in every row of the batch.
+        shared_prompt: whether the prompt runs once for the whole batch, with the values and gradients of the textbook's
+            path, which runs it in every row. None: where that is exact; True: or else an error; False: no.
     """
 
     kind: ClassVar[str] = "prompt"

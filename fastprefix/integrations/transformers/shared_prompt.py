@@ -10,9 +10,9 @@ Where that is not exact the textbook's way is taken, and ``path`` says why.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,55 +195,50 @@ def has_dropout(module: nn.Module) -> bool:
     return False
 
 
-class _Trial(NamedTuple):
-    """What a prompt does to tokens, and how far from that it is when shared."""
-
-    effect: Tensor
-    error: Tensor
-
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Two orders of the same sums differ by rounding; a prompt that is carried past attention, by its effect."""
-        rounding = 0.1 if torch.finfo(dtype).bits == 16 else 1e-3
-        return bool(self.error <= rounding * self.effect)
-
-
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Three tokens as a prompt for three others: in front of them and shared, without and with padding."""
+    """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
     shared, backbone, embedding = SharedPrompt(), backbone_of(model), model.get_input_embeddings()
-    prompt, tokens = torch.arange(6, device=model.device)[None].split(3, dim=1)
-    counted = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
-    everything = torch.ones_like(tokens)
+    prompt, tokens = torch.arange(6, device=model.device).expand(2, -1).split(3, dim=1)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
+    positions = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
-    def trial(mask: Tensor) -> _Trial:
-        shared.prefixes = None
-        alone = run(tokens, attention_mask=mask)
-        textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=torch.cat([everything, mask], dim=1))
-        with shared.capture():
-            run(prompt)
-        actual = run(tokens, attention_mask=mask, position_ids=counted + 3)
-        return _Trial((textbook - alone).abs().max(), (textbook - actual).abs().max())
-
     implementation = Implementation(model, shared.bindings(layers))
     try:
         with evaluated(model), torch.no_grad():
-            plain = trial(everything)
-            padded = trial(torch.tensor([[0, 1, 1]], device=model.device))
+            alone = run(tokens, attention_mask=mask)
+            both = torch.cat([torch.ones_like(mask), mask], dim=1)
+            textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
+            with shared.capture():
+                run(prompt[:1])
+            actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
+            exact = _agreement(actual, textbook, alone, model.dtype)
             shared.prefixes = None
-            default = run(tokens)
-            explicit, doubled = (run(tokens, position_ids=ids) for ids in (counted, 2 * counted + 1))
+            return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])
     finally:
         implementation.restore()
-    if plain.holds(model.dtype) and padded.holds(model.dtype):
-        return None
-    if torch.equal(default, doubled):
+
+
+def _agreement(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
+    """Of which rows the textbook's values are hit. Two orders of the same sums differ by rounding; a prompt that is
+    carried past attention, by all of its effect.
+    """
+    effect, error = ((textbook - other).abs().amax(dim=(1, 2)) for other in (alone, actual))
+    agree: list[bool] = (error <= (0.1 if torch.finfo(dtype).bits == 16 else 1e-3) * effect).tolist()
+    return agree
+
+
+def _why_not(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
+    """The reason, from what a model does with positions; ``unpadded``: without padding, sharing was exact."""
+    default = run(tokens)
+    if torch.equal(default, run(tokens, position_ids=2 * positions + 1)):
         return "it ignores position_ids"
-    if not torch.equal(default, explicit):
-        return f"its positions do not count from {counted[0, 0]}"
-    if plain.holds(model.dtype):
+    if not torch.equal(default, run(tokens, position_ids=positions)):
+        return f"its positions do not count from {positions[0, 0]}"
+    if unpadded:
         return "it counts positions by the attention mask"
     return "sharing the prompt does not give what the textbook's way gives"
 
