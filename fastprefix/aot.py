@@ -32,6 +32,8 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "gate of queries": {"is_causal": True, "gate": 4},
     "separate": {"output_gate": True, "gate": 3},
     "padding": {"is_causal": True, "padding": True, "softcap": 30.0},
+    "dropout": {"padding": True, "gate": 3, "dropout_p": 0.1},
+    "separate, dropout": {"is_causal": True, "output_gate": True, "sinks": True, "dropout_p": 0.1},
     "everything": {
         "is_causal": True,
         "window_size": 100,

@@ -84,7 +84,10 @@ class _Plan:
         self._width = max(padded)
         x = self.problem
         pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
-        self._variant = "dropout" if x.seed is not None else "pairwise" if pairwise else "plain"
+        if x.seed is not None:
+            self._variant = "dropout of pairs" if pairwise else "dropout"
+        else:
+            self._variant = "pairwise" if pairwise else "plain" if x.og.p is None else "separate"
 
     def tile(self, name: str) -> tiles.Tile:
         return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)

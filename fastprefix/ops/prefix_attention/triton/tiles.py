@@ -79,7 +79,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
         (128, HALF): Tile(128, 64, 64, 8, 3),
         (256, HALF): Tile(64, 64, 32, 8, 2, _WIDE),
     },
-    "decode": _SM80["decode"],
+    "decode": {**_SM80["decode"], (128, HALF): Tile(16, 64, 64, 8, 2)},
     "delta": _SM80["delta"],
     "dq": {
         **_SM80["dq"],
@@ -99,8 +99,20 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
 }
 
 # Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
-# pair of query and key (a gate, a bias, a mask), and "dropout". Kernels that are not named have one tile for all calls.
-_ALL_AT_ONCE = "dropout with masks, biases and gates of pairs at once; not measured"
+# pair of query and key (a gate, a bias, a mask); "separate", with two softmaxes; "dropout"; and "dropout of pairs", with
+# dropout and something for each pair. Kernels that are not named have one tile for all calls.
+_SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+    "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
+    "dkv": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
+    "dprefix": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
+}
+_DROPOUT: dict[str, dict[tuple[int, str], Tile]] = {
+    "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+    "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+    "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+}
 _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
         "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
@@ -108,30 +120,22 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
         "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
         "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
     },
-    "dropout": {
-        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
-        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
-        "dkv": {
-            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
-            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
-        },
-        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
-    },
+    "dropout": _DROPOUT,
+    "dropout of pairs": _SMALLEST,
 }
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
         "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
         "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
     },
+    "separate": {"forward": {(64, HALF): Tile(128, 64, 64, 8, 3)}},
     "dropout": {
-        "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
-        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1, _ALL_AT_ONCE)},
-        "dkv": {
-            (64, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
-            (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE),
-        },
-        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1, _ALL_AT_ONCE)},
+        **_DROPOUT,
+        "decode": {(128, HALF): Tile(16, 32, 32, 4, 3)},
+        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     },
+    "dropout of pairs": {**_SMALLEST, "decode": {(128, HALF): Tile(16, 32, 32, 4, 3)}},
 }
 
 _INTERPRETER = {
