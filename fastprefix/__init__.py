@@ -19,6 +19,7 @@ from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
 
 if TYPE_CHECKING:
+    from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
         attach,
         detach,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
 
+_ON_PEFT_MODELS = ("accelerate", "decelerate")
 _ON_MODELS = ("attach", "detach", "export_cache", "load_adapter", "merge", "parameter_groups", "save_adapter")
 
 __all__ = [
@@ -39,7 +41,9 @@ __all__ = [
     "PromptTuningConfig",
     "ResidualPrefixConfig",
     "__version__",
+    "accelerate",
     "attach",
+    "decelerate",
     "detach",
     "export_cache",
     "load_adapter",
@@ -57,4 +61,8 @@ def __getattr__(name: str) -> Any:
         from .integrations import transformers
 
         return getattr(transformers, name)
+    if name in _ON_PEFT_MODELS:
+        from .integrations import peft
+
+        return getattr(peft, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import fastprefix_mask, read_mask
+from .masks import fastprefix_mask, read_mask, window_bias
 
 NAME = "fastprefix"
 BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
+
+CARRIED = "fastprefix_bindings"
+"""The keyword under which a call carries bindings of its own, by attention module, in place of those on the modules.
+
+A call's own arguments are also what gradient checkpointing runs a layer again with.
+"""
 
 Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
@@ -29,6 +37,33 @@ class Binding(Protocol):
 
     def bias(self, query: Tensor) -> Tensor | None:
         """What is added to the scores of the prefix, ``[N, m]``, or None; -inf hides a prefix key."""
+
+
+@dataclass(frozen=True, eq=False)
+class GivenPrefix:
+    """A binding that holds its prefix.
+
+    ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
+    all tokens; ``past`` of them are in a cache.
+    """
+
+    key: Tensor
+    value: Tensor
+    output_gate: Tensor | None = None
+    window: int | None = None
+    past: int = 0
+
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
+        """The prefix, where the query is and in its dtype."""
+        return self.key.to(query), self.value.to(query)
+
+    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
+        """The output gate."""
+        return None, None if self.output_gate is None else self.output_gate.to(query)
+
+    def bias(self, query: Tensor) -> Tensor | None:
+        """What hides the prefix that the window does not reach."""
+        return window_bias(query, self.window, self.key.shape[1], self.past)
 
 
 def fastprefix_attention(
@@ -51,7 +86,10 @@ def fastprefix_attention(
     for name, what in (("position_bias", position_bias), ("indices", kwargs.get("indices"))):
         if what is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which fastprefix does not serve")
-    binding: Binding | None = getattr(module, BINDING, None)
+    carried: Mapping[nn.Module, Binding] | None = kwargs.get(CARRIED)
+    binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.get(module)
+    if carried is not None and attention_mask is not None:
+        attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     masking = read_mask(attention_mask, query)
     prefix = None if binding is None else binding.prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix

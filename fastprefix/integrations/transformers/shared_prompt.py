@@ -174,6 +174,11 @@ def reason_not_shareable(model: PreTrainedModel) -> str | None:
         layers = find_layers(model)
     except ValueError as error:
         return str(error)
+    return reason_against_layers(model, layers) or _try(model, layers)
+
+
+def reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Why what a prompt does in a model's layers is not the same in every row, or cannot be handed on; None: it is."""
     if not all(layer.shape.causal for layer in layers):
         return "its attention is not causal throughout, so a prompt sees what comes after it"
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
@@ -181,7 +186,7 @@ def reason_not_shareable(model: PreTrainedModel) -> str | None:
         return f"it has layers that see neither all that went before nor a sliding window of it ({', '.join(others)})"
     if local := [layer.name for layer in layers if layer.local]:
         return f"what these layers see of what went before is no sliding window: {', '.join(local)}"
-    return _try(model, layers)
+    return None
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -1,0 +1,201 @@
+"""``accelerate``: a PEFT model keeps its API, its parameters and its numbers, and runs on these kernels."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..transformers.attachment import attachment_of
+from ..transformers.probe import Layer, evaluated, find_layers
+from ..transformers.shared_prompt import reason_against_layers
+from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
+from .prefix import CachedPrefix, PrefixAcceleration
+from .prompt import PromptAcceleration
+
+ATTRIBUTE = "fastprefix"
+"""The name under which an accelerated model has its ``Acceleration``."""
+_PREFIXES, _PROMPTS, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING"), "ADAPTION_PROMPT"
+
+Model = TypeVar("Model", bound=PeftModel)
+
+
+class Acceleration:
+    """What ``accelerate`` did to a model, so that ``decelerate`` can undo it."""
+
+    def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
+        self.hooks = hooks
+        self.prompt_path = prompt_path
+        """Of a prompt: "shared", it is run once for the whole batch; or "textbook: " and why PEFT's own path stays.
+
+        Where sharing is not exact in a single call (dropout while training, for one), that call runs it in every row.
+        """
+
+
+def accelerate(peft_model: Model) -> Model:
+    """Run a PEFT model on this package's kernels.
+
+    Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
+    and not concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt is run once for the
+    whole batch where that gives the same (``peft_model.fastprefix.prompt_path`` says whether). All of its adapters are
+    served, whichever is active.
+
+    Args:
+        peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: it cannot be accelerated, and why; it is left as it was.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model takes a peft.PeftModel, got {type(peft_model).__name__}")
+    _check(peft_model)
+    acceleration = _shared(peft_model) if _kind(peft_model) in _PROMPTS else Acceleration(_verified(peft_model), None)
+    setattr(peft_model, ATTRIBUTE, acceleration)
+    return peft_model
+
+
+def decelerate(peft_model: Model) -> Model:
+    """Undo ``accelerate``: the PEFT model runs as it did before.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    acceleration = vars(peft_model).get(ATTRIBUTE)
+    if not isinstance(acceleration, Acceleration):
+        raise ValueError(f"peft_model takes an accelerated model (fastprefix.accelerate), got {_name(peft_model)}")
+    if acceleration.hooks is not None:
+        acceleration.hooks.remove()
+    delattr(peft_model, ATTRIBUTE)
+    return peft_model
+
+
+def _check(peft_model: Any) -> None:
+    """Refuse what cannot be accelerated, before anything is changed."""
+    kind, model = _kind(peft_model), peft_model.get_base_model()
+    if ATTRIBUTE in vars(peft_model):
+        raise ValueError("peft_model is accelerated already")
+    if kind not in (*_PREFIXES, *_PROMPTS, _ADAPTION):
+        raise ValueError(f"peft_model takes {', '.join((*_PREFIXES, *_PROMPTS, _ADAPTION))}, got {kind}")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
+    if _is_attached(model):
+        raise ValueError("peft_model takes a model without a method of this package: detach it first")
+    if model.config.is_encoder_decoder and kind not in _PROMPTS:
+        raise ValueError(f"peft_model takes an encoder or a decoder, got the encoder-decoder {_name(model)}")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError("peft_model takes a model without tensor parallelism")
+    if peft_model._adapters_disabled:
+        raise ValueError("peft_model takes a model whose adapter is enabled: leave disable_adapter() first")
+    if kind == _ADAPTION:
+        for adapted in adapted_attentions(peft_model):
+            if (reason := reason_not_fusable(adapted)) is not None:
+                raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
+
+
+def _is_attached(model: PreTrainedModel) -> bool:
+    try:
+        attachment_of(model)
+    except ValueError:
+        return False
+    return True
+
+
+def _shared(peft_model: Any) -> Acceleration:
+    """A prompt's: shared where that is exact."""
+    model = peft_model.get_base_model()
+    try:
+        reason = reason_against_layers(model, find_layers(model))
+        if reason is None:
+            return Acceleration(_verified(peft_model), "shared")
+    except ValueError as error:
+        reason = str(error)
+    return Acceleration(None, f"textbook: {reason}")
+
+
+def _verified(peft_model: Any) -> CachedPrefix:
+    """The model on the kernels, with PEFT's own numbers in a trial.
+
+    Raises:
+        ValueError: with others; it is left as it was.
+    """
+    with evaluated(peft_model), torch.no_grad():
+        expected, base = _trial(peft_model), _trial_without(peft_model)
+        hooks = _install(peft_model)
+        try:
+            _compare(_trial(peft_model), expected, base, peft_model.get_base_model().dtype)
+        except BaseException as error:
+            hooks.remove()
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
+            raise ValueError(f"peft_model takes a model that runs on these kernels: {error!r}") from error
+    return hooks
+
+
+def _install(peft_model: Any) -> CachedPrefix:
+    kind, model = _kind(peft_model), peft_model.get_base_model()
+    if kind in _PREFIXES:
+        return PrefixAcceleration(peft_model, _numbered_layers(model))
+    if kind in _PROMPTS:
+        return PromptAcceleration(peft_model, find_layers(model))
+    return AdaptionPromptAcceleration(peft_model)
+
+
+def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
+    """The attention layers by their places in a key/value cache.
+
+    Raises:
+        ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
+    """
+    layers = find_layers(model)
+    if local := [layer.name for layer in layers if layer.local]:
+        raise ValueError(f"peft_model takes a model whose layers see all before them, or a window of it; not: {local}")
+    numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
+    if numbered.keys() != set(range(len(layers))):
+        raise ValueError(f"peft_model takes a model with numbered attention layers, got {_name(model)}")
+    return numbered
+
+
+def _trial(model: Any) -> Tensor:
+    """What a model says to four tokens, of which the last is padding."""
+    ids = torch.arange(4, device=model.device)[None]
+    output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True)[0]
+    return output.double()
+
+
+def _trial_without(peft_model: Any) -> Tensor:
+    """The same without the adapter. (PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.)"""
+    if peft_model.active_peft_config.is_prompt_learning:
+        return _trial(peft_model.base_model)
+    with peft_model.disable_adapter():
+        return _trial(peft_model)
+
+
+def _compare(actual: Tensor, expected: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+    """Refuse where the kernels do not give PEFT's numbers.
+
+    Two orders of the same sums differ by rounding; a prefix that is lost or misplaced, by about all of its effect.
+    """
+    own = expected[:, -base.shape[1] :] if expected.ndim == 3 else expected  # a prompt has logits too
+    effect = float((own - base).abs().max())
+    scale = float(expected.abs().max())
+    rounding = 0.1 if torch.finfo(dtype).bits == 16 else 1e-3
+    bound = rounding * effect + 16 * torch.finfo(dtype).eps * scale
+    error = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
+    if not error <= bound:
+        raise ValueError(f"peft_model would not get PEFT's numbers: they differ by {error:.1e} in a trial")
+
+
+def _kind(peft_model: Any) -> str:
+    kind = peft_model.peft_type
+    return str(getattr(kind, "value", kind))
+
+
+def _name(model: object) -> str:
+    return type(model).__name__

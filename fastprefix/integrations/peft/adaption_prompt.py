@@ -1,0 +1,65 @@
+"""PEFT's adaption prompts (LLaMA-Adapter): one call of ``prefix_attention`` with an output gate.
+
+PEFT runs an attention module, and then computes its queries again for a second attention to the adaption prompt, whose
+output it projects and adds.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..transformers.attention import CARRIED, GivenPrefix
+from .prefix import CachedPrefix
+
+
+class AdaptionPromptAcceleration(CachedPrefix):
+    """Every adapted attention of a PEFT model, of all of its adapters, passes its prompt to the attention inside it.
+
+    Those of an adapter that is added later compute the same as they did.
+    """
+
+    def __init__(self, peft_model: Any) -> None:
+        model: PreTrainedModel = peft_model.get_base_model()
+        super().__init__(model)
+        self.adapted = list(adapted_attentions(peft_model))
+        for module in self.adapted:
+            module.forward = functools.partial(_forward, module)
+
+    def remove(self) -> None:
+        """Take everything back."""
+        super().remove()
+        for module in self.adapted:
+            del module.forward
+
+
+def adapted_attentions(peft_model: Any) -> set[Any]:
+    """PEFT's adapted attention modules: of the active adapter, and of those that wait to be active."""
+    waiting = peft_model.base_model._cached_adapters.values()
+    active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
+    return {*active, *(module for modules in waiting for module in modules)}
+
+
+def _forward(adapted: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """What ``AdaptedAttention.forward`` computes."""
+    attention = adapted.model
+    key, value = (
+        project(adapted.adaption_prompt)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        for project in (attention.k_proj, attention.v_proj)
+    )
+    binding = GivenPrefix(key, value, output_gate=adapted.adaption_gate.reshape(1, 1))
+    output, weights = attention(**kwargs, **{CARRIED: {attention: binding}})
+    return output, weights
+
+
+def reason_not_fusable(module: nn.Module) -> str | None:
+    """Why an adapted attention cannot be one call; None: it can."""
+    attention: Any = module.model
+    if not hasattr(attention, "o_proj"):
+        return "PEFT adds this model's adaption prompts behind the output projection"
+    if attention.o_proj.bias is not None:
+        return "its output projection has a bias, which PEFT adds twice"
+    return None

@@ -1,0 +1,88 @@
+"""PEFT's prefix tuning and cartridges: their keys and values as they are, instead of a cache expanded to the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..transformers.attention import CARRIED, GivenPrefix
+from ..transformers.cache import PrefixCache
+from ..transformers.calls import by_name, parameter_names
+from ..transformers.implementation import Implementation
+from ..transformers.probe import Layer, backbone_of
+from ..transformers.shared_prompt import _reentrant as reentrant
+
+
+class CachedPrefix:
+    """A model whose attention takes its prefix from the ``PrefixCache`` that it is called with, if it is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.backbone: Any = backbone_of(model)
+        self.names = parameter_names(self.backbone)
+        self.implementation = Implementation(model, {})
+        self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the backbone: the call carries its prefix to the attention."""
+        arguments = by_name(self.names, args, kwargs)
+        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+            raise ValueError("output_attentions takes False on an accelerated model: its kernels make no weights")
+        cache = arguments.get("past_key_values")
+        if isinstance(cache, PrefixCache):
+            arguments[CARRIED] = cache.bindings()
+        return (), arguments
+
+    def remove(self) -> None:
+        """Take everything back."""
+        for handle in self.handles:
+            handle.remove()
+        self.implementation.restore()
+
+
+class PrefixAcceleration(CachedPrefix):
+    """``get_prompt`` of a PEFT model with prefixes gives a cache that does not hold them.
+
+    ``layers`` are its attention layers by their ``layer_idx``, the places that they have in PEFT's cache.
+    """
+
+    def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
+        super().__init__(peft_model.base_model)
+        self.layers = layers
+        self.peft_model = peft_model
+        peft_model.get_prompt = self.get_prompt
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> PrefixCache:
+        """The active adapter's prefix, computed once a call, for whatever batch size."""
+        peft_model = self.peft_model
+        config = peft_model.active_peft_config
+        encoder = peft_model.prompt_encoder[peft_model.active_adapter]
+        length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
+        rows = self._rows(encoder, config).to(peft_model.base_model.dtype)
+        keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
+        prefixes = {
+            layer.module: GivenPrefix(keys_values[2 * i], keys_values[2 * i + 1], window=layer.window)
+            for i, layer in self.layers.items()
+        }
+        return PrefixCache(layers, length, prefixes)
+
+    def _rows(self, encoder: Any, config: Any) -> Tensor:
+        """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
+        if not (config.inference_mode or reentrant(self.backbone)):
+            tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
+            rows: Tensor = encoder(tokens[None])[0]
+            return rows
+        # Reentrant checkpointing has every layer go back to the parameters: through views it can, else only once.
+        if getattr(encoder, "prefix_projection", False) and not config.inference_mode:
+            raise ValueError("prefix_projection takes gradient checkpointing with use_reentrant=False, got True")
+        weight: Tensor = encoder.embedding.weight
+        return weight
+
+    def remove(self) -> None:
+        """Take everything back."""
+        super().remove()
+        del self.peft_model.get_prompt
