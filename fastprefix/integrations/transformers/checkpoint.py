@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -19,26 +19,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..._version import __version__
-from ...methods import MethodConfig
-from .attachment import MODULE, Model, attach_empty, attachment_of, detach
+from ...methods import MethodConfig, PrefixTuningConfig
+from ...methods.base import check_choice
+from . import peft_format
+from .attachment import MODULE, Model, attach_empty, attachment_of, detach, method_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, format: Literal["fastprefix", "peft"] = "fastprefix"
+) -> None:
     """Write the adapter of a model into a directory, which is made if need be.
 
+    Args:
+        model: a model with a method attached.
+        directory: where to.
+        format: "fastprefix"; or "peft", as ``peft.PeftModel.from_pretrained`` reads it: a prompt on a language model,
+            or a shifted prefix, which is written as keys and values, whatever it was computed from.
+
     Raises:
-        ValueError: the model has no method attached, or one that was merged into the model's own weights.
+        ValueError: the model has no method attached, one that was merged into the model's own weights, or one that the
+            format has no place for.
     """
+    check_choice("format", format, ("fastprefix", "peft"))
     attachment = attachment_of(model)
     if attachment.outside is not None:
         raise ValueError(
             f"model takes one whose adapter is whole; merged, {attachment.outside}: save it before merging"
         )
     assert isinstance(model, PreTrainedModel)
+    if format == "peft":
+        description, tensors = peft_format.to_peft(model, method_of(model), attachment.saved_modules)
+        _write(Path(directory), description, tensors, {"format": "pt"})
+        return
     description = {
         **attachment.config.to_dict(),
         "base_model_type": model.config.model_type,
@@ -46,25 +62,43 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "base_model_name_or_path": model.name_or_path,
         "fastprefix_version": __version__,
     }
-    text = json.dumps(description, indent=2) + "\n"
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={_HEADER: text}))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    tensors = {name: p.detach() for name, p in _parameters(model).items()}
+    _write(Path(directory), description, tensors, {_HEADER: _text(description)})
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Attach the method that was saved in a directory, with its parameters; returns the model.
 
+    The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE.
+
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or of another model; the model is left as it was.
     """
-    path = Path(directory) / WEIGHTS_FILE
+    folder = Path(directory)
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}, got {directory}")
-    config, tensors = _read(path, model)
+        pickled = folder / "adapter_model.bin"
+        why = f", not {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
+        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {directory}")
+    header, tensors = _read(path)
+    if header is not None:
+        return _attach(model, _own_config(path, header, model), tensors)
+    config, tensors = peft_format.from_peft(folder / CONFIG_FILE, tensors, model)
+    if not isinstance(config, PrefixTuningConfig):
+        return _attach(model, config, tensors)
+    expected = peft_format.as_a_cache(model, tensors)
+    _attach(model, config, tensors)
+    try:
+        peft_format.check_as_a_cache(model, expected)
+    except ValueError:
+        detach(model)
+        raise
+    return model
+
+
+def _attach(model: Model, config: MethodConfig, tensors: dict[str, Tensor]) -> Model:
+    """Attach a method with its parameters, or leave the model as it was."""
     attach_empty(model, config)
     try:
         _fill(_parameters(model), tensors)
@@ -83,23 +117,37 @@ def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _read(path: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Options and tensors of an adapter, checked against the model's type."""
+def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The options in the header (None: not of this package) and the tensors of an adapter."""
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except Exception as error:
         raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
-    if header is None:
-        raise ValueError(f"{path} was not written by fastprefix.save_adapter: its header has no {_HEADER!r}")
+
+
+def _own_config(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
+    """The options in a header, checked against the model's type."""
     description: dict[str, Any] = json.loads(header)
     base = description.pop("base_model_type")
     for name in ("base_model_class", "base_model_name_or_path", "fastprefix_version"):
         description.pop(name)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter of a {base} model, got a {model.config.model_type} model")
-    return MethodConfig.from_dict(description), tensors
+    return MethodConfig.from_dict(description)
+
+
+def _text(description: dict[str, Any]) -> str:
+    return json.dumps(description, indent=2) + "\n"
+
+
+def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write both files."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(_text(description), encoding="utf-8"))
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:

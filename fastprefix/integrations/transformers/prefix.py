@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PrefixMethod
 from .attention import Prefix
+from .cache import PrefixCache
 from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
 from .implementation import Implementation
 from .masks import attended_tokens, window_bias
@@ -108,13 +109,22 @@ class PrefixAttachment:
         if self.shifts:
             if self.windows:
                 refuse_packed(arguments, self.backbone.config)
-            self.past = past_length(arguments)
-            tokens = arguments.get("input_ids")
-            if tokens is None:
-                tokens = arguments["inputs_embeds"]
-            shift = self.method.config.num_virtual_tokens
-            arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, shift)
+            self._shift(arguments)
         return (), arguments
+
+    def _shift(self, arguments: dict[str, Any]) -> None:
+        """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
+        length = self.method.config.num_virtual_tokens
+        encoder = not any(shape.causal for shape in self.method.shapes)
+        if encoder and arguments.get("position_ids") is None and "past_key_values" in self.names:
+            # Encoders count positions in their own ways (RoBERTa leaves padding out), but all from their cache on.
+            arguments["past_key_values"] = PrefixCache(len(self.method.shapes), length)
+            return
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments["inputs_embeds"]
+        self.past = past_length(arguments)
+        arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, length)
 
     def prefix(self, index: int) -> Prefix:
         """The prefix of a layer; a layer that is called outside its model computes its own."""

@@ -1,0 +1,229 @@
+"""Adapters as PEFT's files have them, read and written without PEFT.
+
+A PEFT prefix travels as a key/value cache, so it is a prefix with ``prefix_position="shift"``. What PEFT computes a
+prefix or a prompt from (a projection, the network of P-tuning) it does not save.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
+from .calls import parameter_names
+from .probe import Layer, evaluated, find_layers
+
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+_EMBEDDINGS = "prompt_embeddings"
+_TASKS = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
+
+
+def from_peft(
+    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
+) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """The configuration and the parameters, under this package's names, that a PEFT directory stands for.
+
+    Args:
+        path: its ``adapter_config.json``.
+        tensors: of its ``adapter_model.safetensors``.
+        model: the base model.
+
+    Raises:
+        ValueError: not a directory of PEFT's, another method, or an adapter of another model.
+    """
+    description = _description(path)
+    if description["peft_type"] in PROMPTS:
+        _check_heads(model)
+    rows = tensors.get(_EMBEDDINGS, torch.empty(0))
+    if rows.ndim != 2 or rows.numel() == 0:
+        raise ValueError(f"{path.parent} takes {_EMBEDDINGS!r} of rows and columns, got shape {tuple(rows.shape)}")
+    if len(rows) != description.get("num_virtual_tokens"):
+        raise ValueError(
+            f"{path} says num_virtual_tokens {description.get('num_virtual_tokens')}, got {len(rows)} rows"
+        )
+    modules = _modules(model, description["modules_to_save"])
+    parameters = {
+        f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
+        for name in modules
+        for key, _ in model.get_submodule(name).named_parameters()
+        if f"base_model.{name}.{key}" in tensors
+    }
+    if left := sorted(tensors.keys() - {_EMBEDDINGS} - {_peft_name(name) for name in parameters}):
+        raise ValueError(f"the adapter does not fit this model: it has no place for {', '.join(left)}")
+    options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
+    if description["peft_type"] in PROMPTS:
+        return PromptTuningConfig(**options), {"prompt": rows, **parameters}
+    return PrefixTuningConfig(prefix_position="shift", **options), {**_free_prefix(model, rows), **parameters}
+
+
+def to_peft(
+    model: PreTrainedModel, method: PromptMethod | PrefixMethod, modules: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's configuration and tensors for an attached method and the modules that stay trainable with it.
+
+    Raises:
+        ValueError: PEFT has nothing that computes the same.
+    """
+    modules = list(modules)
+    if isinstance(method, PromptMethod):
+        if type(method.config) is not PromptTuningConfig:
+            raise ValueError(f'format="peft" takes prompt tuning or a prefix, got {type(method.config).__name__}')
+        _check_heads(model)
+        rows = method.prompt.detach()
+        kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
+    else:
+        rows = _rows(model, method)
+        shape = method.shapes[0]
+        kind = {
+            "peft_type": "PREFIX_TUNING",
+            "token_dim": shape.kv_heads * shape.key_size,
+            "num_attention_heads": shape.kv_heads,
+            "num_layers": len(method.shapes),
+            "prefix_projection": False,
+        }
+    description = {
+        **kind,
+        "task_type": _task(model),
+        "base_model_name_or_path": model.name_or_path or None,
+        "inference_mode": True,
+        "modules_to_save": modules or None,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(rows),
+    }
+    parameters = {
+        f"base_model.{name}.{key}": p.detach()
+        for name in modules
+        for key, p in model.get_submodule(name).named_parameters()
+    }
+    return description, {_EMBEDDINGS: rows, **parameters}
+
+
+def as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+    """What a model without a method says to three tokens after a cache that holds a prefix, as PEFT gives it one."""
+    cache = DynamicCache()
+    layers = sum(name.startswith("prefix.keys.") for name in parameters)
+    for i in range(layers):
+        key, value = (parameters[f"prefix.{which}.{i}"].to(model.device, model.dtype) for which in ("keys", "values"))
+        cache.update(key[None], value[None], i)
+    return _three_tokens(model, cache.get_seq_length(), past_key_values=cache)
+
+
+def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
+    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did.
+
+    Raises:
+        ValueError: it says something else to the three tokens.
+    """
+    actual = _three_tokens(model, 0)
+    error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4
+    if not error <= rounding * scale:
+        raise ValueError(
+            f"{type(model).__name__} does not move its positions by a prefix as PEFT's cache moves them (off by "
+            f"{error:.1e} in a trial): load the adapter with PEFT, and use fastprefix.accelerate"
+        )
+
+
+def _three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
+    """The hidden states of three tokens after one that is padding."""
+    ids = torch.arange(4, device=model.device)[None]
+    mask = torch.ones(1, past + 4, dtype=torch.long, device=model.device)
+    mask[0, past] = 0
+    with evaluated(model), torch.no_grad():
+        hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state
+    return hidden[:, 1:].double()
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """PEFT's configuration, of a method that there is here."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} takes JSON, and cannot be read: {error}") from error
+    kind = description.get("peft_type") if isinstance(description, dict) else None
+    if kind not in (*PREFIXES, *PROMPTS):
+        raise ValueError(f"peft_type in {path} takes {', '.join((*PREFIXES, *PROMPTS))}, got {kind!r}")
+    if description.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"num_transformer_submodules in {path} takes 1: not an encoder-decoder's adapter")
+    assert isinstance(description, dict)
+    modules = description["modules_to_save"] = description.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"modules_to_save in {path} takes a list of names, got {modules!r}")
+    return description
+
+
+def _modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
+    """The modules that PEFT trains and saves for these names: those whose own name ends with one."""
+    endings = set(endings)
+    return [
+        name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
+    ]
+
+
+def _peft_name(name: str) -> str:
+    return "base_model." + name.removeprefix("modules_to_save.")
+
+
+def _free_prefix(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
+    """Keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``."""
+    layers = _ordered(model, find_layers(model))
+    first = layers[0].shape
+    if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
+        raise ValueError(
+            f"the adapter does not fit this model: {_EMBEDDINGS} takes {2 * len(layers)} times {first.kv_heads} times "
+            f"{first.key_size} columns, got {rows.shape[1]}"
+        )
+    blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
+    names = (f"prefix.{which}.{i}" for i in range(len(layers)) for which in ("keys", "values"))
+    return dict(zip(names, blocks, strict=True))
+
+
+def _rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
+    """PEFT's rows ``[m, 2 L Hkv D]`` of a prefix, with gates that do not depend on the input multiplied in."""
+    if method.config.prefix_position != "shift":
+        raise ValueError('format="peft" takes prefix_position="shift": PEFT moves the tokens up by the prefix')
+    if method.needs_hidden() or method.output_gate(0) is not None:
+        raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
+    _ordered(model, find_layers(model))
+    blocks = [block for pair in method.baked().prefixes() for block in pair]
+    return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1)
+
+
+def _ordered(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
+    """The layers, if PEFT's rows have a place for them: all of one shape, numbered as they are called."""
+    name = type(model).__name__
+    if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
+        raise ValueError(f"a PEFT prefix takes a model with numbered attention layers, got {name}")
+    shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
+    if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
+        raise ValueError(f"a PEFT prefix takes heads of one size in every layer, got {name}")
+    if "past_key_values" not in parameter_names(model.base_model):
+        raise ValueError(f"a PEFT prefix takes a model that takes past_key_values, got {name}")
+    if any(layer.local for layer in layers):
+        raise ValueError(f"a PEFT prefix takes layers that see all before them, or a window of it, got {name}")
+    return layers
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Heads that pool read PEFT's prompt as if it were text; here they see the caller's tokens."""
+    if _task(model) != "CAUSAL_LM":
+        raise ValueError(f"a PEFT prompt takes a causal language model here, got {type(model).__name__}")
+
+
+def _task(model: PreTrainedModel) -> str:
+    head = re.search(r"For(\w+)$", type(model).__name__)
+    task = _TASKS.get("" if head is None else head.group(1))
+    return task or ("CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION")
