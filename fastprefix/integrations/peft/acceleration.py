@@ -127,11 +127,13 @@ def _verified(peft_model: Any) -> CachedPrefix:
     """
     with evaluated(peft_model), torch.no_grad():
         expected, base = _trial(peft_model), _trial_without(peft_model)
-        hooks = _install(peft_model)
+        hooks = None
         try:
+            hooks = _install(peft_model)
             _compare(_trial(peft_model), expected, base, peft_model.get_base_model().dtype)
         except BaseException as error:
-            hooks.remove()
+            if hooks is not None:
+                hooks.remove()
             if isinstance(error, ValueError) or not isinstance(error, Exception):
                 raise
             raise ValueError(f"peft_model takes a model that runs on these kernels: {error!r}") from error
