@@ -31,8 +31,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastprefix
-from fastprefix.ops.prefix_attention.eager import forward as eager_forward
-from fastprefix.ops.prefix_attention.validation import canonical_arguments
+from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attention_cases, embedding_cases, measure
 
 Call = Callable[[], Tensor]
 Shape = tuple[int, int, int, int, int]  # B, Hq, Hkv, N, D
@@ -117,121 +116,43 @@ def attention_inputs(
 
 # Parity
 
-Case = tuple[str, dict[str, Any]]
+
+def parity_cases() -> list[Case]:
+    """The grid of ``python -m fastprefix parity``, and shapes that only a GPU runs in good time."""
+    large = [
+        *(AttentionCase(N=n, M=m, P=77, D=D, Hq=4) for n, m in ((113, 203), (239, 1)) for D in (64, 128)),
+        *(AttentionCase(N=257, M=257, P=77, D=D, Hq=4, options={"is_causal": True}) for D in (64, 80, 128, 256)),
+        AttentionCase(N=150, M=170, P=77, D=64, Hq=4, gate="BHNP", bias="HNP", mask="float"),
+        AttentionCase(N=150, M=170, P=77, D=64, Hq=4, gate="P", output_gate="BH", sinks=True),
+        AttentionCase(N=150, M=170, P=77, D=128, Hq=4, mask="padding", options={"dropout_p": 0.1}),
+        AttentionCase(B=8, N=150, M=170, P=1000, D=64, Hq=4, gate="B1P"),
+        AttentionCase(B=4, Hq=8, N=1, M=3000, P=600, D=128, options={"is_causal": True}),
+        AttentionCase(
+            Hq=4, N=4, M=1000, P=300, D=64, output_gate="BH", options={"is_causal": True, "window_size": 700}
+        ),
+    ]
+    return [*large, *attention_cases(66), *embedding_cases()]
 
 
-def parity_cases() -> Iterator[Case]:
-    """Shapes that are hard on kernels, then each feature."""
-    for n, m in ((1, 1), (3, 3), (113, 203), (239, 1), (257, 257)):
-        for D in (64, 128):
-            yield f"{n} x {m}, D {D}", {"N": n, "M": m, "D": D, "is_causal": n == 257}
-    for D, Dv in ((8, 8), (80, 80), (96, 40), (256, 256)):
-        yield f"D {D}, Dv {Dv}", {"D": D, "Dv": Dv, "is_causal": True}
-    yield "gate of keys", {"gate": (2, 2, 77), "is_causal": True}
-    yield "gate of queries", {"gate": (2, 4, 150, 77)}
-    yield "separate", {"output_gate": (2, 4), "gate": (77,), "sinks": True}
-    yield "prefix of each row", {"shared": False, "window_size": 50, "is_causal": True}
-    yield "window, softcap", {"window_size": 40, "softcap": 3.0, "sinks": True}
-    yield "masks", {"mask": (2, 4, 150, 170), "bias": (4, 1, 77)}
-    yield "padding, segments", {"padding": True, "segments": 3}
-    yield "dropout", {"dropout_p": 0.3}
-    yield "long prefix", {"P": 1000, "B": 8}
-    yield "no prefix", {"P": 0, "is_causal": True}
-    yield "no tokens", {"M": 0}
-    yield "decoding", {"N": 1, "M": 3000, "P": 600, "B": 4, "Hq": 8, "is_causal": True}
-    yield (
-        "decoding, separate",
-        {"N": 4, "M": 1000, "P": 300, "output_gate": (2, 4), "is_causal": True, "window_size": 700},
-    )
-
-
-def parity_inputs(
-    *, B: int = 2, Hq: int = 4, Hkv: int = 2, N: int = 150, M: int = 170, P: int = 77, D: int = 64, Dv: int = 0,
-    shared: bool = True, gate: Any = None, output_gate: Any = None, sinks: bool = False, mask: Any = None,
-    bias: Any = None, padding: bool = False, segments: int = 0, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Random float64 arguments that float16 and bfloat16 represent."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda").half().bfloat16().double()
-
-    Dv, rows = Dv or D, () if shared else (B,)
-    x: dict[str, Any] = {
-        "query": draw(B, Hq, N, D),
-        "key": draw(B, Hkv, M, D),
-        "value": draw(B, Hkv, M, Dv),
-        "prefix_key": draw(*rows, Hkv, P, D),
-        "prefix_value": draw(*rows, Hkv, P, Dv),
-        "sinks": draw(Hq) if sinks else None,
-        **options,
-    }
-    for name, size in (("prefix_gate", gate), ("output_gate", output_gate), ("attn_mask", mask), ("prefix_bias", bias)):
-        x[name] = None if size is None else draw(*size)
-    if padding:
-        x["attn_mask"] = torch.rand(B, M, device="cuda") > 0.3
-    if segments:
-        x["segment_ids"] = tuple(torch.randint(0, segments, (B, n), device="cuda") for n in (N, M))
-    return x
-
-
-DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "prefix_gate", "output_gate", "sinks")
-
-
-def outputs(function: Callable[..., Tensor], x: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in x.items()}
-    leaves = {k: cast[k].requires_grad_() for k in DIFFERENTIABLE if cast[k] is not None}
+def results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of the Triton backend."""
+    inputs = case.build(dtype, "cuda")
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items() if tensor.is_floating_point()}
     torch.manual_seed(5)
-    output = function(**cast)
-    seed = torch.Generator("cuda").manual_seed(3)
-    grad_output = torch.randn(output.shape, device="cuda", generator=seed).half().bfloat16().to(dtype)
-    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
-    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    output = case.operation(**inputs.tensors, **inputs.options, backend="triton")
+    return [output, *torch.autograd.grad(output, list(tensors.values()), torch.ones_like(output), allow_unused=True)]
 
 
-def ours(**arguments: Any) -> Tensor:
-    return fastprefix.prefix_attention(**arguments, backend="triton")
-
-
-def eager(**arguments: Any) -> Tensor:
-    return fastprefix.prefix_attention(**arguments, backend="eager")
-
-
-def largest_lse(x: dict[str, Any]) -> float:
-    names = ("window_size", "segment_ids", "softcap", "scale", "attn_mask", "prefix_bias", "sinks")
-    defaults: dict[str, Any] = {"is_causal": False, "dropout_p": 0.0}
-    defaults |= dict.fromkeys((*names, "prefix_gate", "output_gate"))
-    lse = eager_forward(canonical_arguments(**defaults | x))[1]
-    return lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0
-
-
-def check_parity(name: str, options: dict[str, Any], dtype_name: str, runs: int = 2) -> dict[str, Any]:
-    """The error of each result over its bound: twice the error of plain PyTorch in the same dtype, plus two ulp (for
-    gradients those of the saved log-sum-exp, where larger: its rounding is a relative error of every probability).
-
-    Uninitialised memory is NaN, and ``runs`` runs must give the same bits.
-    """
-    dtype = getattr(torch, dtype_name)
-    torch.manual_seed(len(name))
-    x = parity_inputs(**options)
-    exact = outputs(fastprefix.reference.prefix_attention, x, torch.float64)
-    plain = [outputs(f, x, dtype) for f in (fastprefix.reference.prefix_attention, eager)]
+def check_parity(case: Case, dtype_name: str) -> dict[str, Any]:
+    """Parity by the package's own rule, and the same bits from a second run. Uninitialised memory is NaN."""
+    dtype = DTYPES[dtype_name]
     torch.use_deterministic_algorithms(True)
-    got = [outputs(ours, x, dtype) for _ in range(runs)]
+    first, second = results(case, dtype), results(case, dtype)
+    same = all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
     torch.use_deterministic_algorithms(False)
-    rounding = torch.finfo(torch.float32).eps * largest_lse(x)
-    ratios = {}
-    for key, ideal in exact.items():
-        if ideal.numel():
-            other = max((p[key].double() - ideal).abs().max().item() for p in plain)
-            unit = torch.finfo(dtype).eps if key == "output" else max(torch.finfo(dtype).eps, rounding)
-            bound = 2 * other + 2 * unit * ideal.abs().max().item()
-            error = (got[0][key].double() - ideal).abs().max().item()
-            ratios[key] = error / bound if bound else (0.0 if error == 0 else float("inf"))
-    same = all(torch.equal(got[0][key], other[key]) for other in got[1:] for key in exact)
-    worst = max(ratios, key=lambda key: ratios[key] if ratios[key] == ratios[key] else float("inf"), default=None)
-    passed = same and all(ratio <= 1 for ratio in ratios.values())
-    row = {"case": name, "dtype": dtype_name, "passed": passed, "deterministic": same, "worst": worst}
-    return row | {"of bound": ratios}
+    report = measure(case, dtype, "triton", "cuda")
+    row = {"case": str(case), "dtype": dtype_name, "passed": same and report.ok, "deterministic": same}
+    return row | {"of bound": {row.name: row.ratio for row in report.rows}}
 
 
 def in_workers(jobs: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
@@ -254,8 +175,7 @@ def in_workers(jobs: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]
 
 
 def parity(log: Log, seconds: float) -> None:
-    dtypes = ("bfloat16", "float16", "float32")
-    jobs = [(check_parity, name, options, dtype) for dtype in dtypes for name, options in parity_cases()]
+    jobs = [(check_parity, case, dtype) for dtype in DTYPES for case in parity_cases()]
     passed = 0
     for row in in_workers(jobs, seconds):
         log.add("parity", row)
@@ -280,16 +200,22 @@ def sanitizer(log: Log, seconds: float) -> None:
 
 def small_cases() -> None:
     """What the memory checker watches."""
-    for options in (
-        {"is_causal": True, "gate": (2, 2, 77)},
-        {"N": 3, "M": 400, "D": 40, "is_causal": True},
-        {"output_gate": (2, 4), "gate": (2, 4, 113, 19), "N": 113, "M": 203, "P": 19, "D": 80},
+    for case in (
+        AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
+        AttentionCase(Hq=4, N=3, M=400, P=77, D=40, options={"is_causal": True}),
+        AttentionCase(Hq=4, N=113, M=203, P=19, D=80, gate="BHNP", output_gate="BH", sinks=True),
+        EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
+        EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
     ):
-        outputs(ours, parity_inputs(**options), torch.bfloat16)
+        results(case, torch.bfloat16)
     torch.cuda.synchronize()
 
 
 # Timing
+
+
+def ours(**arguments: Any) -> Tensor:
+    return fastprefix.prefix_attention(**arguments, backend="triton")
 
 
 def time_calls(calls: dict[str, Call], repeats: int = 12) -> dict[str, float]:
@@ -423,7 +349,7 @@ def flop(shape: Shape, P: int, causal: bool) -> float:
     return 4.0 * B * Hq * D * N * (P + (N / 2 if causal else N))
 
 
-def measure(shape: Shape, P: int, gate: str, causal: bool) -> dict[str, Any]:
+def time_shape(shape: Shape, P: int, gate: str, causal: bool) -> dict[str, Any]:
     x = attention_inputs(shape, P, gate, causal)
     row: dict[str, Any] = {"shape": shape, "P": P, "gate": gate, "causal": causal}
     calls = peer_calls(x)
@@ -483,7 +409,7 @@ def speed(log: Log, seconds: float) -> None:
         if time.monotonic() > end:
             left += 1
             continue
-        row = measure(*cell)
+        row = time_shape(*cell)
         log.add("speed", row)
         show(row)
     print(f"speed: {left} cells left out for want of time", flush=True)
@@ -564,8 +490,9 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 def set_tile(kernel: str, width: int, values: tuple[int, ...]) -> None:
     from fastprefix.ops.prefix_attention.triton import tiles
+    from fastprefix.ops.targets import architecture
 
-    table = tiles.ARCHITECTURES[tiles.architecture(torch.cuda.get_device_capability())]
+    table = tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())]
     table[kernel][(width, tiles.HALF)] = tiles.Tile(*values)  # type: ignore[arg-type]
 
 
@@ -600,11 +527,12 @@ def compile_tile(kernel: str, width: int, values: tuple[int, ...]) -> dict[str, 
 def tiles_stage(log: Log, seconds: float) -> None:
     """The fastest tile of each kernel; the table in the package is left as it is for the stages that follow."""
     from fastprefix.ops.prefix_attention.triton import tiles
+    from fastprefix.ops.targets import architecture
 
     end = time.monotonic() + seconds
     jobs = [(kernel, width, values) for width in (128, 64) for kernel in CANDIDATES for values in CANDIDATES[kernel]]
     list(in_workers([(compile_tile, *job) for job in jobs], seconds * 0.6))
-    table = tiles.ARCHITECTURES[tiles.architecture(torch.cuda.get_device_capability())]
+    table = tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())]
     for width, kernel in itertools.product((128, 64), CANDIDATES):
         own = tuple(table[kernel][(width, tiles.HALF)])
         found: dict[str, float] = {}

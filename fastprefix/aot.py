@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.prefix_attention.arguments import DIFFERENTIABLE, Arguments
-from .ops.prefix_attention.validation import canonical_arguments
+from .ops.prefix_attention import arguments as attention
+from .ops.prefix_attention.validation import canonical_arguments as attention_arguments
+from .ops.prompt_embedding import arguments as embedding
+from .ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 shares the tiles of bfloat16
 _WIDTHS = (64, 128, 256)
+_BOTTLENECKS = (19, 64, 512)
 _FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal, gate of keys": {"is_causal": True, "gate": 3},
@@ -48,12 +51,12 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel."""
+    """What the compiler made of one kernel. ``size`` is the width of the heads, or the bottleneck."""
 
     kernel: str
     arch: str
     dtype: str
-    width: int
+    size: str
     features: str
     tile: Any
     registers: int = 0
@@ -75,10 +78,10 @@ class Report:
 
     def line(self) -> str:
         """One line of the table."""
-        tile = f"{self.tile.BM}x{self.tile.BN}x{self.tile.BP} w{self.tile.warps} s{self.tile.stages}"
+        tile = f"{'x'.join(map(str, self.tile[:3]))} w{self.tile.warps} s{self.tile.stages}"
         verdict = self.fault or (f"declared: {self.tile.spills}" if self.spill else "")
         return (
-            f"{self.arch} {self.dtype:8} D{self.width:<3} {self.kernel:24} {tile:19} {self.registers:>3} registers "
+            f"{self.arch} {self.dtype:8} {self.size:<4} {self.kernel:24} {tile:19} {self.registers:>3} registers "
             f"{self.spill:>4} B stack {self.shared / 1024:>5.0f} KB shared  {self.matrix:10} {self.features}  {verdict}"
         )
 
@@ -89,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
     parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="of the heads")
     parser.add_argument("--features", nargs="+", choices=list(_FEATURES), default=list(_FEATURES))
+    parser.add_argument("--bottleneck", nargs="+", type=int, choices=_BOTTLENECKS, default=list(_BOTTLENECKS), help="r")
     parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
 
 
@@ -97,30 +101,59 @@ def main(options: argparse.Namespace) -> int:
     if options.quick:
         options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
     faults = count = 0
-    for choice in itertools.product(options.arch, options.dtype, options.width, options.features):
-        for report in reports(*choice):
-            print(report.line(), flush=True)
-            count += 1
-            faults += report.fault is not None
+    of_attention = itertools.product(options.arch, options.dtype, options.width, options.features)
+    of_embedding = itertools.product(options.arch, options.dtype, options.bottleneck)
+    for report in itertools.chain(
+        *(attention_reports(*choice) for choice in of_attention),
+        *(embedding_reports(*choice) for choice in of_embedding),
+    ):
+        print(report.line(), flush=True)
+        count += 1
+        faults += report.fault is not None
     print(f"{count} kernels compiled, {faults} not acceptable")
     return int(faults > 0)
 
 
-def reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
+def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
     """Compile the kernels of a training step and of a decoding step."""
     from .ops.prefix_attention.triton import launch
 
     dtype = _DTYPES[dtype_name]
-    compiler = _Compiler(arch, dtype_name, width, features)
-    a = _arguments(dtype, width, 512, **_FEATURES[features])
+    compiler = _Compiler(arch, dtype_name, f"D{width}", features)
+    a = _attention(dtype, width, 512, **_FEATURES[features])
     output, normalizers = launch.forward(a, compiler)
-    needs = [getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in DIFFERENTIABLE]
+    needs = [
+        getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in attention.DIFFERENTIABLE
+    ]
     launch.backward(output, output, normalizers, a, needs, compiler)
-    launch.forward(_arguments(dtype, width, 1, **_FEATURES[features]), compiler)
+    launch.forward(_attention(dtype, width, 1, **_FEATURES[features]), compiler)
     yield from compiler.reports
 
 
-def _arguments(
+def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
+    """Compile the kernels of ADePT's training step and DePT's forward pass, with a bottleneck or rank of r."""
+    from .ops.prompt_embedding.triton import launch
+
+    B, N, S, V, d = 4, 512, 60, 1000, 1024
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=_DTYPES[dtype_name], device="meta")
+
+    ids = torch.empty((B, N), dtype=torch.int64, device="meta")
+    offsets: dict[str, dict[str, Any]] = {
+        "ADePT": {"ffn": (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), "low_rank": None},
+        "DePT": {"ffn": None, "low_rank": (tensor(N, r), tensor(r, d))},
+    }
+    for method, offset in offsets.items():
+        compiler = _Compiler(arch, dtype_name, f"r{r}", method)
+        dropout_p = 0.1 if method == "ADePT" else 0.0
+        a = embedding_arguments(ids, tensor(V, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
+        needs = [getattr(a, name) is not None for name in embedding.DIFFERENTIABLE]
+        launch.backward(launch.forward(a, compiler), a, needs, compiler)
+        yield from compiler.reports
+
+
+def _attention(
     dtype: torch.dtype,
     D: int,
     N: int,
@@ -131,7 +164,7 @@ def _arguments(
     pairwise: bool = False,
     sinks: bool = False,
     **options: Any,
-) -> Arguments:
+) -> attention.Arguments:
     """Arguments of a call, without storage: a gate of 3 or 4 dimensions, a mask of keys, mask and bias of pairs."""
     B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
 
@@ -154,7 +187,7 @@ def _arguments(
         "is_causal": False,
         "dropout_p": 0.0,
     }
-    return canonical_arguments(**x | dict.fromkeys(("window_size", "softcap", "scale")) | options)
+    return attention_arguments(**x | dict.fromkeys(("window_size", "softcap", "scale")) | options)
 
 
 class _Compiler:
@@ -163,10 +196,10 @@ class _Compiler:
     processors = 132
     split_from = 256
 
-    def __init__(self, arch: str, dtype: str, width: int, features: str) -> None:
+    def __init__(self, arch: str, dtype: str, size: str, features: str) -> None:
         self.architecture = arch
         self.reports: list[Report] = []
-        self._dtype, self._width, self._features = dtype, width, features
+        self._dtype, self._size, self._features = dtype, size, features
         self._seen: set[str] = set()
         _pretend(int(arch.removeprefix("sm_")))
 
@@ -177,8 +210,8 @@ class _Compiler:
         if name in self._seen:
             return
         self._seen.add(name)
-        short = name.removeprefix("prefix_attention_").removesuffix("_kernel")
-        known = (short, self.architecture, self._dtype, self._width, self._features, tile)
+        short = name.removeprefix("prefix_attention_").removeprefix("prompt_").removesuffix("_kernel")
+        known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
             compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
         except Exception as failure:  # whatever the compiler raises is a line of the report

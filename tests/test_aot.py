@@ -22,6 +22,7 @@ def test_compiles_without_spills(arch: str, instruction: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].endswith(" 0 not acceptable")
+    assert {line.split()[3] for line in lines[:-1]} >= {"embedding_fwd", "embedding_bwd_hidden", "decode", "combine"}
     for kernel in ("fwd", "bwd_dq", "bwd_dkv", "bwd_dprefix"):
         assert instruction in next(line for line in lines if f" {kernel} " in line)
 
@@ -31,7 +32,7 @@ def test_a_spill_is_not_acceptable() -> None:
     from fastprefix.ops.prefix_attention.triton.tiles import Tile
 
     tile = Tile(64, 64, 64, 4, 2)
-    known = ("fwd", "sm_90", "bfloat16", 64, "full")
+    known = ("fwd", "sm_90", "bfloat16", "D64", "full")
     assert Report(*known, tile, 255, spill=8).fault is not None
     assert Report(*known, tile._replace(spills="measured faster"), 255, spill=8).fault is None
     assert Report(*known, tile, 100, shared=228 * 1024).fault is not None

@@ -233,7 +233,7 @@ if INTERPRETING:
         assert_close(x, torch.float32, wanted)
 
     def test_frozen_tokens_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-        from fastprefix.ops.prefix_attention.triton import targets
+        from fastprefix.ops import targets
 
         launched: list[str] = []
         launch = targets.Device.launch

@@ -5,11 +5,8 @@ with ``TRITON_INTERPRET=1``, and only there are the cases of the interpreter def
 """
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ from fastprefix.ops.prompt_embedding.registration import OPERATION
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = ("fwd", "low_rank_fwd", "bwd_hidden", "bwd_weights")
 
 
 def arguments(
@@ -122,45 +118,3 @@ else:
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-
-    POINTERS = {"p_ids": "*i64", "p_seed": "*i64"} | dict.fromkeys(("p_z", "p_dh", "p_dw1", "p_dw2", "p_db2"), "*fp32")
-    NUMBERS = {"scale": "fp32", "keep": "fp32", "drop_below": "i64"}
-
-    def compiled(name: str, arch: int, dtype: str, r: int):
-        """The kernel as it is launched on contiguous tensors with everything given."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        from fastprefix.ops.prompt_embedding.triton import kernels, tiles
-
-        of_kernel = {"fwd": tiles.forward, "low_rank_fwd": tiles.low_rank, "bwd_hidden": tiles.hidden}
-        tile = of_kernel.get(name, tiles.weights)(r, 4 if dtype == "fp32" else 2)
-        constants = {"BT": tile.BT, "BD": tile.BD, "RP": tile.RP, "stride_d": 1, "stride_dy_d": 1}
-        kernel = getattr(kernels, f"prompt_embedding_{name}_kernel")
-        signature, attributes = {}, {}
-        for index, argument in enumerate(kernel.arg_names):
-            pointer = POINTERS.get(argument, f"*{dtype}") if argument.startswith("p_") else None
-            signature[argument] = "constexpr" if argument in constants else pointer or NUMBERS.get(argument, "i32")
-            if pointer or argument in ("d", "stride_v"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        source = ASTSource(kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": tile.warps})
-
-    @pytest.mark.parametrize("arch", [80, 90])
-    @pytest.mark.parametrize(("dtype", "r"), [("bf16", 19), ("bf16", 64), ("bf16", 512), ("fp32", 19), ("fp32", 64)])
-    @pytest.mark.parametrize("name", KERNELS)
-    def test_compiles_without_spills(name: str, dtype: str, r: int, arch: int) -> None:
-        import triton
-
-        program = compiled(name, arch, dtype, r)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(program.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        assert re.findall(r"STACK:(\d+)", usage) == ["0"], usage
-        assert program.metadata.shared <= (163 if arch == 80 else 227) * 1024
-        if dtype == "bf16":
-            assert "mma" in program.asm["ptx"]

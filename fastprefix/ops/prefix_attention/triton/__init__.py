@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...targets import target_of
 from ..arguments import Arguments
 from .tiles import WIDEST
 
@@ -24,17 +25,17 @@ def refusal(a: Arguments) -> str | None:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The kernel of the forward operator."""
-    from . import launch, targets
+    from . import launch
 
     a = Arguments(*arguments)
-    return launch.forward(a, targets.target_of(a.query.device))
+    return launch.forward(a, target_of(a.query.device))
 
 
 def backward(
     grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """The kernel of the backward operator."""
-    from . import launch, targets
+    from . import launch
 
     a = Arguments(*arguments)
-    return launch.backward(grad_output, output, normalizers, a, needs_grad, targets.target_of(a.query.device))
+    return launch.backward(grad_output, output, normalizers, a, needs_grad, target_of(a.query.device))

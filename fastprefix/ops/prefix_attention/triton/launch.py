@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...targets import Target
 from ..arguments import DIFFERENTIABLE, Arguments
 from ..layout import empty_gradient, empty_heads
 from . import tiles
@@ -20,7 +21,6 @@ from .backward import (
 from .decode import prefix_attention_combine_kernel, prefix_attention_decode_kernel
 from .forward import prefix_attention_fwd_kernel
 from .operands import ABSENT, matrix, problem
-from .targets import Target
 
 _SUM_BLOCK = 1024
 _DECODING = 16  # queries, at most, for which keys are split over programs

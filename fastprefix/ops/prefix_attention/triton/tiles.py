@@ -99,8 +99,8 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
 }
 
 # Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
-# pair of query and key (a gate, a bias, a mask); "separate", with two softmaxes; "dropout"; and "dropout of pairs", with
-# dropout and something for each pair. Kernels that are not named have one tile for all calls.
+# pair of query and key (a gate, a bias, a mask); "separate", with two softmaxes; "dropout"; and "dropout of pairs",
+# with dropout and something for each pair. Kernels that are not named have one tile for all calls.
 _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
@@ -150,13 +150,6 @@ ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
 VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_90": _SM90_VARIANTS}
 WIDEST = 256
 """The widest head there is a tile for."""
-
-
-def architecture(capability: tuple[int, int]) -> str:
-    """The row for a device: its own, or that of the newest one before it."""
-    if capability >= (9, 0) and capability[0] in (9, 10, 11):
-        return "sm_90"
-    return "sm_80"
 
 
 def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> Tile:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...targets import target_of
 from ..arguments import Arguments
 
 WIDEST = 512  # r, of the network, which a program holds at once
@@ -27,11 +28,13 @@ def forward(*arguments: Any) -> Tensor:
     """The kernel of the forward operator."""
     from . import launch
 
-    return launch.forward(Arguments(*arguments))
+    a = Arguments(*arguments)
+    return launch.forward(a, target_of(a.weight.device))
 
 
 def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """The kernel of the backward operator."""
     from . import launch
 
-    return launch.backward(grad_output, Arguments(*arguments), needs_grad)
+    a = Arguments(*arguments)
+    return launch.backward(grad_output, a, needs_grad, target_of(a.weight.device))

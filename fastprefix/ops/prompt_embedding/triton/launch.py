@@ -4,7 +4,6 @@ What is small, and a plain sum or product, is left to PyTorch: the prompt's grad
 the parts, the scatter to the table's gradient. All sums are in a fixed order.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import triton
 from torch import Tensor
 
 from ... import random
+from ...targets import Target
 from ..arguments import DIFFERENTIABLE, Arguments
 from ..validation import check_ids
 from . import tiles
@@ -22,12 +22,11 @@ from .kernels import (
     prompt_embedding_fwd_kernel,
     prompt_embedding_low_rank_fwd_kernel,
 )
-from .tiles import Tile
 
 _PARTS = 32  # of the tokens, in the sums of the backward pass
 
 
-def forward(a: Arguments) -> Tensor:
+def forward(a: Arguments, target: Target) -> Tensor:
     """[B, S + N, d]."""
     check_ids(a.input_ids, a.weight.shape[0])
     B, N = a.input_ids.shape
@@ -43,18 +42,18 @@ def forward(a: Arguments) -> Tensor:
         programs = triton.cdiv(N, tile.BT) * triton.cdiv(B, rows) + triton.cdiv(B * S, tile.BT)
         factors = (_dense(a.low_rank_a), _dense(a.low_rank_b))
         sizes = (B, N, S, d, a.low_rank_a.shape[1], a.offset_scale, rows)
-        _launch(prompt_embedding_low_rank_fwd_kernel, (programs,), (*table, *factors, output, *sizes), tile)
+        _launch(target, prompt_embedding_low_rank_fwd_kernel, (programs,), (*table, *factors, output, *sizes), tile)
         return output
     r = 1 if a.w1 is None else a.w1.shape[1]
     tile = tiles.forward(r, a.weight.element_size())
     programs = triton.cdiv(B * N, tile.BT) + triton.cdiv(B * S, tile.BT)
     network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
     arguments = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_dropout(a))
-    _launch(prompt_embedding_fwd_kernel, (programs,), arguments, tile)
+    _launch(target, prompt_embedding_fwd_kernel, (programs,), arguments, tile)
     return output
 
 
-def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> list[Tensor]:
+def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool], target: Target) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
     S = a.prompt_length
@@ -63,7 +62,7 @@ def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> l
         gradients["prompt"] = grad_output[:, :S].sum(0, dtype=torch.float32)
     dh = None
     if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
-        dh = _network_gradients(gradients, grad_output, a, needs)
+        dh = _network_gradients(gradients, grad_output, a, needs, target)
     if needs & {"low_rank_a", "low_rank_b"}:
         _low_rank_gradients(gradients, grad_output[:, S:], a)
     if "weight" in needs:
@@ -78,7 +77,9 @@ def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> l
     return results
 
 
-def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: set[str]) -> Tensor:
+def _network_gradients(
+    gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: set[str], target: Target
+) -> Tensor:
     """Enter the network's gradients; returns dh [B * N, r]."""
     assert a.w1 is not None
     B, N = a.input_ids.shape
@@ -99,12 +100,12 @@ def _network_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arg
         rows = (*_ids(a), *_table(a), grad_output, *grad_output.stride())
         network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2))
         arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_dropout(a))
-        _launch(prompt_embedding_bwd_hidden_kernel, (blocks, triton.cdiv(r, tile.RP)), arguments, tile)
+        _launch(target, prompt_embedding_bwd_hidden_kernel, (blocks, triton.cdiv(r, tile.RP)), arguments, tile)
         if needs & {"w1", "w2", "b2"}:
             tile = tiles.weights(r, a.weight.element_size())  # of as many tokens
             grid = (triton.cdiv(d, tile.BD), parts, triton.cdiv(r, tile.RP))
             arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, r, each)
-            _launch(prompt_embedding_bwd_weights_kernel, grid, arguments, tile)
+            _launch(target, prompt_embedding_bwd_weights_kernel, grid, arguments, tile)
     if "b1" in needs:
         gradients["b1"] = dh.sum(0)
     if dw1 is not None:
@@ -142,8 +143,5 @@ def _dropout(a: Arguments) -> tuple[int, float]:
     return random.threshold(a.dropout_p), 0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: Tile) -> None:
-    """On the inputs' own device, whatever the current one is; CPU tensors: in the interpreter."""
-    device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, BT=tile.BT, BD=tile.BD, RP=tile.RP, num_warps=tile.warps)
+def _launch(target: Target, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: tiles.Tile) -> None:
+    target.launch(kernel, grid, arguments, {"BT": tile.BT, "BD": tile.BD, "RP": tile.RP}, tile)

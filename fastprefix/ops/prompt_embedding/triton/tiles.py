@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Tokens, columns of the model width, hidden units; warps."""
+    """Tokens, columns of the model width, hidden units; warps and pipeline stages."""
 
     BT: int
     BD: int
     RP: int
     warps: int
+    stages: int = 3
+    spills: str | None = None  # why a spill is accepted, where one is
 
 
 def _padded(r: int) -> int:
@@ -31,7 +33,7 @@ def low_rank(r: int, element_size: int) -> Tile:
     """DePT: the rank is summed over part by part."""
     RP = min(64, _padded(r))
     if element_size == 4:
-        return Tile(16, 64, RP, 4) if RP <= 32 else Tile(16, 32, RP, 4)
+        return Tile(16, 64, RP, 4) if RP <= 32 else Tile(16, 32, RP, 8)
     return Tile(32, 64, RP, 4)
 
 

@@ -1,26 +1,24 @@
-"""Where kernels are launched: on a CUDA device, or in Triton's interpreter."""
+"""Where Triton kernels are launched: on a CUDA device, or in Triton's interpreter."""
 
 import contextlib
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-from .tiles import Tile, architecture
-
 
 class Target(Protocol):
-    """A row of the tile table, a number of multiprocessors to fill, and a way to launch."""
+    """A row of the tile tables, a number of multiprocessors to fill, and a way to launch."""
 
     architecture: str
     processors: int
     split_from: int  # keys from which few queries are worth splitting over programs
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
-    ) -> None: ...
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
+    ) -> None:
+        """Launch a kernel with the warps and stages of its tile."""
 
 
 class Device:
@@ -36,7 +34,7 @@ class Device:
             self.architecture, self.processors = "interpreter", 4
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Tile
+        self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
     ) -> None:
         """Launch on the device's current stream."""
         here = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
@@ -44,12 +42,14 @@ class Device:
             kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """The row for a device: its own, or that of the newest one before it."""
+    if capability >= (9, 0) and capability[0] in (9, 10, 11):
+        return "sm_90"
+    return "sm_80"
+
+
 @functools.cache
 def target_of(device: torch.device) -> Device:
     """The target for tensors on ``device``."""
     return Device(device)
-
-
-def interpreting() -> bool:
-    """Whether kernels are run by Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
