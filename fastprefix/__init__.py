@@ -11,6 +11,7 @@ from .methods import (
     ADePTConfig,
     APTConfig,
     DePTConfig,
+    LlamaAdapterConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     ResidualPrefixConfig,
@@ -22,29 +23,32 @@ if TYPE_CHECKING:
     from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
         attach,
+        count_parameters,
         detach,
+        disable_adapter,
         export_cache,
         load_adapter,
         merge,
         parameter_groups,
         save_adapter,
+        set_adapter,
     )
-
-_ON_PEFT_MODELS = ("accelerate", "decelerate")
-_ON_MODELS = ("attach", "detach", "export_cache", "load_adapter", "merge", "parameter_groups", "save_adapter")
 
 __all__ = [
     "ADePTConfig",
     "APTConfig",
     "DePTConfig",
+    "LlamaAdapterConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "ResidualPrefixConfig",
     "__version__",
     "accelerate",
     "attach",
+    "count_parameters",
     "decelerate",
     "detach",
+    "disable_adapter",
     "export_cache",
     "load_adapter",
     "merge",
@@ -53,16 +57,17 @@ __all__ = [
     "prompt_embedding",
     "reference",
     "save_adapter",
+    "set_adapter",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_MODELS:
-        from .integrations import transformers
-
-        return getattr(transformers, name)
-    if name in _ON_PEFT_MODELS:
+    if name in ("accelerate", "decelerate"):
         from .integrations import peft
 
         return getattr(peft, name)
+    if name in __all__:
+        from .integrations import transformers
+
+        return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

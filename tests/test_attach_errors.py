@@ -25,9 +25,16 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
+def tensor_parallel() -> Any:
+    model = models.decoder()
+    model._tp_size = 2
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "config", "error", "says"),
     [
+        (tensor_parallel, PREFIX, ValueError, "without a tensor-parallel plan, got LlamaForCausalLM with tp_size=2"),
         (lambda: nn.Linear(2, 2), PREFIX, TypeError, "model takes a transformers model"),
         (models.decoder, {"num_virtual_tokens": 3}, TypeError, "config takes"),
         (models.decoder, fastprefix.PrefixTuningConfig, TypeError, "config takes"),

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 import fastprefix
-from fastprefix.methods import APT, METHODS, ADePT, DePT, MethodConfig, PrefixTuning, PromptTuning, ResidualPrefix
+from fastprefix.methods import (
+    APT,
+    METHODS,
+    ADePT,
+    DePT,
+    LlamaAdapter,
+    MethodConfig,
+    PrefixTuning,
+    PromptTuning,
+    ResidualPrefix,
+)
 from fastprefix.methods.shapes import AttentionShape, EmbeddingShape
 
 TABLE = EmbeddingShape(vocabulary=500, width=96)
@@ -206,7 +216,7 @@ def test_apt_gates_can_be_switched_off() -> None:
     layer.reset_parameters(None)
     gate = layer.prefix_gate(0, None, None)
     assert gate is not None
-    assert gate.shape == ()
+    assert gate.shape == (1,)
     token = APT(fastprefix.APTConfig(10, layer_gate=False), SHAPES)
     token.reset_parameters(None)
     assert token.prefix_gate(0, h, None).shape == (2, 1, 10)
@@ -217,6 +227,26 @@ def test_apt_pooling_by_default_and_refused() -> None:
     assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).pooling == "query"
     with pytest.raises(ValueError, match="mean"):
         APT(fastprefix.APTConfig(10, pooling="mean"), [DECODER_LAYER])
+
+
+def test_llama_adapter_starts_with_closed_gates() -> None:
+    torch.manual_seed(0)
+    method = LlamaAdapter(fastprefix.LlamaAdapterConfig(200, layers=2), SHAPES[1:])
+    method.reset_parameters(None)
+    assert count(method) == 2 * (200 * 96 + 6)
+    for layer in range(2):
+        states = method.projected_states(layer)
+        assert abs(states.std() - 1.0) < 0.05
+        assert not method.output_gate(layer).any()
+    nn.init.normal_(method.gates[1])
+    assert torch.equal(method.output_gate(1), torch.tanh(method.gates[1]))
+
+
+def test_llama_adapter_chooses_the_last_layers() -> None:
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 6) == range(4, 6)
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 6) == range(6)
+    with pytest.raises(ValueError, match=r"layers takes at most the 6 .* got 7"):
+        LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 6)
 
 
 def test_residual_prefix_is_its_formula() -> None:
@@ -274,6 +304,7 @@ def test_configurations_survive_saving(name: str) -> None:
         (lambda: fastprefix.PrefixTuningConfig(5, prefix_position="up"), ValueError, "prefix_position"),
         (lambda: fastprefix.APTConfig(5, pooling="max"), ValueError, "pooling"),
         (lambda: fastprefix.ResidualPrefixConfig(5, reparameterization=None), ValueError, "reparameterization"),
+        (lambda: fastprefix.LlamaAdapterConfig(5, layers=0), ValueError, "layers"),
         (lambda: MethodConfig.from_dict({"method": "lora"}), ValueError, "method"),
         (lambda: MethodConfig.from_dict({"method": "apt", "num_virtual_tokens": 5, "r": 1}), ValueError, "r"),
     ],

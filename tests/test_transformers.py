@@ -28,6 +28,7 @@ PREFIXES: dict[str, Callable[[], Any]] = {
     "apt": lambda: fastprefix.APTConfig(5),
     "apt-cls": lambda: fastprefix.APTConfig(5, pooling="cls"),
     "apt-query": lambda: fastprefix.APTConfig(5, pooling="query"),
+    "llama-adapter": lambda: fastprefix.LlamaAdapterConfig(5),
     "residual": lambda: fastprefix.ResidualPrefixConfig(5, bottleneck_dim=8, hidden_dim=16),
 }
 METHODS = {**PROMPTS, **PREFIXES}
@@ -135,6 +136,18 @@ def test_trainable_parameters(family: str, method: str) -> None:
     assert all((rate == 0.3) == (p is named.get("fastprefix.prompt")) for p, rate in rates.items())
 
 
+def test_parameters_are_counted() -> None:
+    model = attached("encoder", "adept")
+    count = fastprefix.count_parameters(model)
+    adept, head = 5 * 32 + 2 * 32 * 3 + 3 + 32, 2 * 32 + 2
+    assert count.groups == {"fastprefix": adept, "classifier": head}
+    assert count.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) == adept + head
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.share == count.trainable / count.total
+    share = f"{100 * count.share:.4f}%"
+    assert str(count) == f"453 of {count.total:,} parameters are trained ({share}): fastprefix 387, classifier 66"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss(method: str) -> None:
     model = fastprefix.attach(models.decoder(), METHODS[method]()).train()
@@ -142,7 +155,7 @@ def test_training_lowers_the_loss(method: str) -> None:
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     optimizer = torch.optim.Adam(fastprefix.parameter_groups(model, lr=0.02))
     losses = []
-    for _ in range(12):
+    for _ in range(16):
         loss = model(**inputs, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -218,12 +231,8 @@ def test_models_that_share_a_configuration_do_not_disturb_one_another(method: st
     assert torch.equal(first(**inputs).logits, attached_logits)
 
 
-# Reentrant checkpointing differentiates what a layer is given once for every layer, and so cannot serve a prefix that
-# comes out of a network which is run once a step.
-@pytest.mark.parametrize(
-    ("method", "reentrant"),
-    [(m, False) for m in METHODS] + [(m, True) for m in METHODS if m not in ("prefix-mlp", "residual")],
-)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("before", [True, False], ids=["before-attach", "after-attach"])
 def test_gradient_checkpointing(method: str, reentrant: bool, before: bool) -> None:
     inputs = models.batch("right")
@@ -236,20 +245,40 @@ def test_gradient_checkpointing(method: str, reentrant: bool, before: bool) -> N
     fastprefix.attach(model, METHODS[method]())
     if not before:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if reentrant:
-        model.enable_input_require_grads()
+    model.disable_input_require_grads()  # which transformers, by version, enables or not
     models.randomize(model)
     assert_same(loss_and_gradients(model.train(), inputs, rows), expected)
 
 
-@pytest.mark.parametrize("method", ["prefix-mlp", "apt", "apt-cls", "adept"])
-def test_compiled_without_graph_breaks(method: str) -> None:
-    model, inputs = attached("decoder", method), models.batch("right")
-    rows = inputs["attention_mask"].bool()
-    expected = loss_and_gradients(model, inputs, rows)
-    torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
-    assert_same(loss_and_gradients(model, inputs, rows), expected)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["prefix-mlp", "apt", "residual", "llama-adapter"])
+def test_gradient_checkpointing_of_several_calls(method: str, reentrant: bool) -> None:
+    """Two calls that are differentiated together, from ids and from embeddings, and one in between that is not."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = attached("encoder", method).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        inputs, mask = models.batch("right"), models.batch("right")["attention_mask"]
+        loss = model(**inputs).logits.square().sum()
+        with torch.no_grad():
+            model.eval()(**inputs)
+        embeds = model.train().get_input_embeddings()(inputs["input_ids"].flip(1)).detach()
+        loss = loss + model(inputs_embeds=embeds, attention_mask=mask).logits.pow(3).sum()
+        loss.backward()
+        assert not embeds.requires_grad
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_same(gradients[1], gradients[0])
+
+
+def test_reentrant_checkpointing_that_would_lose_gradients_is_refused() -> None:
+    model = attached("decoder", "prefix").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    table = model.model.embed_tokens.weight
+    model.model.embed_tokens = torch.nn.Module()
+    model.model.embed_tokens.forward = lambda ids: table[ids]
+    with pytest.raises(RuntimeError, match="use_reentrant takes False"):
+        model(**models.batch())
 
 
 def test_parameters_stay_float32_in_a_bfloat16_model() -> None:
@@ -258,18 +287,6 @@ def test_parameters_stay_float32_in_a_bfloat16_model() -> None:
     logits = model(**models.batch()).logits
     assert logits.dtype is torch.bfloat16
     logits.float().sum().backward()
-
-
-@pytest.mark.parametrize("method", ["apt", "adept"])
-def test_autocast(method: str) -> None:
-    model = attached("decoder", method).float()
-    inputs = models.batch("right")
-    exact = model(**inputs).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(**inputs).logits
-    logits.float().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method_of(model).parameters())
-    assert (logits - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,13 +16,21 @@ from fastprefix.integrations.transformers.attention import BINDING
 def textbook_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Concatenate ``[g pk; k]`` and ``[g pv; v]`` for every row and query head, and attend."""
+    """Concatenate ``[g pk; k]`` and ``[g pv; v]`` for every row and query head, and attend; or, with an output gate,
+    attend to each by itself.
+    """
     binding = getattr(module, BINDING)
     batch, heads = query.shape[:2]
     groups = heads // key.shape[1]
-    pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in binding.prefix(query, key, value))
-    gate, _ = binding.gates(query, key, mask)
+    states = binding.attachment.method.projected_states(binding.index)
+    prefix = binding.prefix(query, key, value) if states is None else projected(module, states, key.shape[3])
+    pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in prefix)
+    gate, output_gate = binding.gates(query, key, mask)
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if output_gate is not None:
+        scores = query @ k.mT * scaling + (0.0 if mask is None else mask[..., : k.shape[2]])
+        adapter = output_gate[:, None, None] * (query @ pk.mT * scaling).softmax(-1) @ pv
+        return (scores.softmax(-1) @ v + adapter).transpose(1, 2), scores
     if gate is None:
         gate = query.new_ones(())
     if gate.ndim < 4:  # one for all queries
@@ -35,6 +43,12 @@ def textbook_attention(
     weights = scores.softmax(-1)
     p_prefix, p_tokens = weights.split([pk.shape[2], k.shape[2]], dim=-1)
     return ((p_prefix * gate) @ pv + p_tokens @ v).transpose(1, 2), weights
+
+
+def projected(module: nn.Module, states: Tensor, size: int) -> list[Tensor]:
+    """LLaMA-Adapter's keys and values: of BERT's or Llama's own projections of its states."""
+    layers = (module.key, module.value) if hasattr(module, "key") else (module.k_proj, module.v_proj)
+    return [layer(states).unflatten(-1, (-1, size)).transpose(0, 1) for layer in layers]
 
 
 @contextmanager

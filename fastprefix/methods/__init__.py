@@ -7,6 +7,7 @@ from .adept import ADePT, ADePTConfig
 from .apt import APT, APTConfig
 from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
 from .dept import DePT, DePTConfig
+from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
@@ -22,6 +23,8 @@ __all__ = [
     "DePT",
     "DePTConfig",
     "EmbeddingShape",
+    "LlamaAdapter",
+    "LlamaAdapterConfig",
     "MethodConfig",
     "PrefixMethod",
     "PrefixTuning",

@@ -54,7 +54,7 @@ class APT(PrefixTuning):
         if config.token_gate:
             self.gate_projections = nn.ParameterList([torch.empty(shape.width, m) for shape in shapes])
         if config.layer_gate:
-            self.layer_gates = nn.ParameterList([torch.empty(()) for _ in shapes])
+            self.layer_gates = nn.ParameterList([torch.empty(1) for _ in shapes])  # FSDP takes no 0-D ones
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
         """``W = 0`` and ``lambda = 1``: every gate starts at 1/2."""
@@ -87,7 +87,7 @@ class APT(PrefixTuning):
         return self.config.token_gate
 
     def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
-        """``lambda_i sigmoid(h W_i)``: ``[B, 1, m]``, for each query ``[B, 1, N, m]``, or a scalar."""
+        """``lambda_i sigmoid(h W_i)``: ``[B, 1, m]``, for each query ``[B, 1, N, m]``, or ``[1]``."""
         gate = self.constant_gate(layer)
         if not self.config.token_gate:
             return gate

@@ -119,9 +119,18 @@ class PrefixMethod(nn.Module, ABC):
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
         """Initialise; ``text_keys_values`` are the frozen model's own for the text, for ``init="text"``."""
 
+    @classmethod
+    def chosen_layers(cls, config: Any, count: int) -> range:
+        """Which of a model's attention layers get a prefix."""
+        return range(count)
+
     @abstractmethod
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer, computed once a step."""
+
+    def projected_states(self, layer: int) -> Tensor | None:
+        """States ``[m, d]`` that the layer itself projects to its prefix, in place of ``prefixes``; None: none."""
+        return None
 
     def baked(self) -> PrefixMethod:
         """The same for inference, from fewer parameters: what does not depend on the input is computed once.

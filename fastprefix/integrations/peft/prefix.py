@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from ..transformers.attention import CARRIED, GivenPrefix
 from ..transformers.cache import PrefixCache
 from ..transformers.calls import by_name, parameter_names
+from ..transformers.checkpointing import reentrant
 from ..transformers.implementation import Implementation
 from ..transformers.probe import Layer, backbone_of
-from ..transformers.shared_prompt import _reentrant as reentrant
 
 
 class CachedPrefix:

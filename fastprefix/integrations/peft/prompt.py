@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..transformers.attention import CARRIED, GivenPrefix, Prefix
 from ..transformers.cache import PrefixCache
 from ..transformers.calls import by_name
+from ..transformers.checkpointing import not_checkpointed, reentrant
 from ..transformers.probe import Layer
-from ..transformers.shared_prompt import _not_checkpointed as not_checkpointed
-from ..transformers.shared_prompt import _reentrant as reentrant
 from ..transformers.shared_prompt import has_dropout
 from .prefix import CachedPrefix
 

@@ -1,8 +1,20 @@
 """The methods on ``transformers`` models: attach, detach, save, load, merge."""
 
-from .attachment import attach, detach
+from .attachment import attach, detach, disable_adapter, set_adapter
 from .checkpoint import load_adapter, save_adapter
 from .merging import export_cache, merge
-from .parameters import parameter_groups
+from .parameters import ParameterCount, count_parameters, parameter_groups
 
-__all__ = ["attach", "detach", "export_cache", "load_adapter", "merge", "parameter_groups", "save_adapter"]
+__all__ = [
+    "ParameterCount",
+    "attach",
+    "count_parameters",
+    "detach",
+    "disable_adapter",
+    "export_cache",
+    "load_adapter",
+    "merge",
+    "parameter_groups",
+    "save_adapter",
+    "set_adapter",
+]

@@ -3,58 +3,41 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PromptMethod
+from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod
+from .adapters import Adapter, Attachment, Hooks, Method
 from .heads import trainable_modules
 from .prefix import PrefixAttachment
 from .probe import Layer, find_layers, text_keys_values
+from .projection import find_projections
 from .prompt import PromptAttachment
+from .sharding import check_whole
 from .shared_prompt import SharedPromptAttachment, reason_not_shareable
 
-MODULE = "fastprefix"
-"""The name under which the method's parameters hang on the model."""
 _STATE = "_fastprefix_attachment"
+DEFAULT = "default"
+"""The name of an adapter that was given none."""
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-class Hooks(Protocol):
-    """What a method changed about how a model runs."""
-
-    def remove(self) -> None:
-        """Take everything back."""
-
-
-class Attachment:
-    """What ``attach`` did to a model, so that ``detach`` can undo it."""
-
-    def __init__(
-        self,
-        config: MethodConfig,
-        hooks: Hooks,
-        requires_grad: dict[str, bool],
-        saved_modules: dict[str, dict[str, Tensor]],
-    ) -> None:
-        self.config = config
-        self.hooks: Hooks = hooks
-        self.requires_grad = requires_grad  # of the model's own parameters, before
-        self.saved_modules = saved_modules  # weights of the modules that stay trainable, before
-        self.merged = False
-        self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
-
-
-def attach(model: Model, config: MethodConfig, *, tokenizer: Any = None) -> Model:
+def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer: Any = None) -> Model:
     """Attach a method: the model's own parameters are frozen, the method's are added.
+
+    A model takes several under different names. The one attached last is in use, until ``set_adapter``.
 
     Args:
         model: a ``transformers`` model; for prefix methods one whose attention goes through the attention interface,
             for prompt methods any with input embeddings.
         config: the method and its options.
+        name: of the adapter.
         tokenizer: for an initialisation from text; None: the one of the model's name or path.
 
     Returns:
@@ -62,41 +45,90 @@ def attach(model: Model, config: MethodConfig, *, tokenizer: Any = None) -> Mode
 
     Raises:
         TypeError: not a ``transformers`` model, or not a method's configuration.
-        ValueError: the model has a method attached already, or the method cannot be attached to it, and why.
+        ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
-    plan = _plan(model, config)
-    ids = _text_ids(model, config, tokenizer)
-    if isinstance(plan.method, PrefixMethod):
-        plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids))
-    else:
-        plan.method.reset_parameters(_table(model), ids)
-    return _install(model, config, plan)
+    _check(model, config, name)
+    with using(model, None):
+        plan = _plan(model, config)
+        ids = _text_ids(model, config, tokenizer)
+        if isinstance(plan.method, PrefixMethod):
+            plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids))
+        else:
+            plan.method.reset_parameters(_table(model), ids)
+        adapter = _adapter(model, config, plan)
+    return _install(model, adapter, name)
 
 
-def attach_empty(model: Model, config: MethodConfig) -> Model:
+def attach_empty(model: Model, config: MethodConfig, name: str = DEFAULT) -> Model:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
-    return _install(model, config, _plan(model, config))
+    _check(model, config, name)
+    with using(model, None):
+        adapter = _adapter(model, config, _plan(model, config))
+    return _install(model, adapter, name)
 
 
-def detach(model: Model) -> Model:
-    """Take the method off: the model, its weights and its behaviour are exactly as they were.
+def detach(model: Model, name: str | None = None) -> Model:
+    """Take adapters off: the model, its weights and its behaviour are exactly as they were.
+
+    Args:
+        model: a model with a method attached.
+        name: of the one to take off; if it is in use, none is afterwards. None: all of them.
+
+    Raises:
+        ValueError: the model has no method attached, or none of that name.
+    """
+    attachment = attachment_of(model)
+    gone = list(attachment.adapters) if name is None else [attachment.known(name)]
+    if attachment.active in gone:
+        _use(model, attachment, None)
+    for each in gone:
+        attachment.adapters.pop(each).drop_gradients(model)
+    if not attachment.adapters:
+        delattr(model, _STATE)
+        attachment.release(model)
+    return model
+
+
+def set_adapter(model: Model, name: str) -> Model:
+    """Use another adapter of a model, to run and to train; the others wait beside it, with their parameters.
+
+    Raises:
+        ValueError: the model has no method attached, or none of that name.
+    """
+    attachment = attachment_of(model)
+    former = attachment.active
+    if former != attachment.known(name):
+        _use(model, attachment, name)
+        if former is not None:
+            attachment.adapters[former].drop_gradients(model)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """A context in which the model does what it does without its adapter. It stays frozen.
 
     Raises:
         ValueError: the model has no method attached.
     """
-    attachment = attachment_of(model)
-    attachment.hooks.remove()
-    delattr(model, MODULE)
-    delattr(model, _STATE)
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, weights in attachment.saved_modules.items():
-            for key, parameter in modules[name].named_parameters():
-                parameter.copy_(weights[key])
-                parameter.grad = None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(attachment.requires_grad[name])
-    return model
+    attachment_of(model)
+    with using(model, None):
+        yield
+
+
+@contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """A context in which a model uses another of its adapters, if it has any; None: none of them."""
+    attachment = getattr(model, _STATE, None)
+    if attachment is None or attachment.active == name:
+        yield
+        return
+    former = attachment.active
+    _use(model, attachment, name)
+    try:
+        yield
+    finally:
+        _use(model, attachment, former)
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -111,28 +143,42 @@ def attachment_of(model: nn.Module) -> Attachment:
     return attachment
 
 
-def method_of(model: nn.Module) -> PromptMethod | PrefixMethod:
-    """The method attached to a model, with its parameters."""
-    attachment_of(model)
-    method: PromptMethod | PrefixMethod = getattr(model, MODULE)
-    return method
+def active_name(model: nn.Module) -> str | None:
+    """The adapter in use on a model, if any."""
+    attachment: Attachment | None = getattr(model, _STATE, None)
+    return None if attachment is None else attachment.active
+
+
+def method_of(model: nn.Module) -> Method:
+    """The method in use on a model, with its parameters."""
+    return attachment_of(model).adapter.method
+
+
+def _use(model: Any, attachment: Attachment, name: str | None) -> None:
+    check_whole(model)
+    if attachment.active is not None:
+        attachment.adapter.take_off(model)
+    attachment.active = name
+    if name is not None:
+        attachment.adapter.put_on(model)
 
 
 class _Plan(NamedTuple):
     """What is attached, and to what. Making it changes nothing; carrying it out cannot fail."""
 
-    method: PromptMethod | PrefixMethod
+    method: Method
     layers: list[Layer]  # the attention layers that the method needs
     prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
 
 
-def _check(model: PreTrainedModel, config: MethodConfig) -> None:
+def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model takes a transformers model, got {type(model).__name__}")
     if not isinstance(config, MethodConfig):
         raise TypeError(f"config takes a method's configuration, such as PrefixTuningConfig, got {config!r}")
-    if hasattr(model, _STATE):
-        raise ValueError("model has a method attached already: detach it first")
+    check_whole(model)
+    if name in getattr(getattr(model, _STATE, None), "adapters", ()):
+        raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model takes an encoder or a decoder, got the encoder-decoder {type(model).__name__}")
     trainable_modules(model, config.modules_to_save)
@@ -140,14 +186,17 @@ def _check(model: PreTrainedModel, config: MethodConfig) -> None:
 
 def _plan(model: PreTrainedModel, config: MethodConfig) -> _Plan:
     """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
-    _check(model, config)
     method_class = METHODS[config.method_name()][1]
     layers: list[Layer] = []
     path = None
-    method: PromptMethod | PrefixMethod
+    method: Method
     if issubclass(method_class, PrefixMethod):
         layers = find_layers(model)
+        layers = [layers[index] for index in method_class.chosen_layers(config, len(layers))]
         method = method_class(config, [layer.shape for layer in layers])
+        if method.projected_states(0) is not None:
+            for layer, projection in zip(layers, find_projections(model, layers), strict=True):
+                layer.projection = projection
         if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
             raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
     else:
@@ -176,16 +225,8 @@ def _table(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _install(model: Model, config: MethodConfig, plan: _Plan) -> Model:
-    """Freeze the model, hang the method on it, set its hooks."""
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    saved_modules = {}
-    for name, module in trainable_modules(model, config.modules_to_save).items():
-        saved_modules[name] = {key: p.detach().clone() for key, p in module.named_parameters()}
-        module.requires_grad_(True)
+def _adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapter:
     method, layers, path = plan
-    model.add_module(MODULE, method.train(model.training))
     hooks: Hooks
     if isinstance(method, PrefixMethod):
         hooks = PrefixAttachment(model, method, layers)
@@ -197,8 +238,15 @@ def _install(model: Model, config: MethodConfig, plan: _Plan) -> Model:
             if path == "shared"
             else PromptAttachment(model, method)
         )
-    setattr(model, _STATE, Attachment(copy.deepcopy(config), hooks, requires_grad, saved_modules))
-    return model
+    return Adapter(model, copy.deepcopy(config), method, hooks)
+
+
+def _install(model: Model, adapter: Adapter, name: str) -> Model:
+    """Freeze the model, if that is not done, and put an adapter on it."""
+    if not hasattr(model, _STATE):
+        setattr(model, _STATE, Attachment(model))
+    attachment_of(model).adapters[name] = adapter
+    return set_adapter(model, name)
 
 
 def _text_ids(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:

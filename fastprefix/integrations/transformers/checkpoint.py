@@ -22,7 +22,18 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .attachment import MODULE, Model, attach_empty, attachment_of, detach, method_of
+from .adapters import MODULE
+from .attachment import (
+    DEFAULT,
+    Model,
+    active_name,
+    attach_empty,
+    attachment_of,
+    detach,
+    set_adapter,
+    using,
+)
+from .sharding import whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,50 +41,64 @@ _HEADER = "fastprefix"
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, format: Literal["fastprefix", "peft"] = "fastprefix"
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    format: Literal["fastprefix", "peft"] = "fastprefix",
 ) -> None:
-    """Write the adapter of a model into a directory, which is made if need be.
+    """Write an adapter of a model into a directory, which is made if need be. Of a sharded model, in all its processes.
 
     Args:
         model: a model with a method attached.
-        directory: where to.
+        directory: where to; one for each adapter.
+        name: of the adapter; None: the one in use.
         format: "fastprefix"; or "peft", as ``peft.PeftModel.from_pretrained`` reads it: a prompt on a language model,
             or a shifted prefix, which is written as keys and values, whatever it was computed from.
 
     Raises:
-        ValueError: the model has no method attached, one that was merged into the model's own weights, or one that the
-            format has no place for.
+        ValueError: the model has no method attached, or none of that name, one that was merged into the model's own
+            weights, or one that the format has no place for.
     """
     check_choice("format", format, ("fastprefix", "peft"))
     attachment = attachment_of(model)
-    if attachment.outside is not None:
-        raise ValueError(
-            f"model takes one whose adapter is whole; merged, {attachment.outside}: save it before merging"
-        )
     assert isinstance(model, PreTrainedModel)
-    if format == "peft":
-        description, tensors = peft_format.to_peft(model, method_of(model), attachment.saved_modules)
-        _write(Path(directory), description, tensors, {"format": "pt"})
-        return
-    description = {
-        **attachment.config.to_dict(),
-        "base_model_type": model.config.model_type,
-        "base_model_class": type(model).__name__,
-        "base_model_name_or_path": model.name_or_path,
-        "fastprefix_version": __version__,
-    }
-    tensors = {name: p.detach() for name, p in _parameters(model).items()}
-    _write(Path(directory), description, tensors, {_HEADER: _text(description)})
+    with using(model, attachment.active if name is None else attachment.known(name)):
+        adapter = attachment.adapter
+        if adapter.outside is not None:
+            raise ValueError(
+                f"model takes one whose adapter is whole; merged, {adapter.outside}: save it before merging"
+            )
+        if format == "peft":
+            description, tensors = peft_format.to_peft(model, adapter.method, adapter.saved_modules)
+            metadata = {"format": "pt"}
+        else:
+            description = {
+                **adapter.config.to_dict(),
+                "base_model_type": model.config.model_type,
+                "base_model_class": type(model).__name__,
+                "base_model_name_or_path": model.name_or_path,
+                "fastprefix_version": __version__,
+            }
+            tensors = {key: p.detach() for key, p in _parameters(model).items()}
+            metadata = {_HEADER: _text(description)}
+        _write(Path(directory), description, {key: whole(tensor) for key, tensor in tensors.items()}, metadata)
 
 
-def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """Attach the method that was saved in a directory, with its parameters; returns the model.
+def load_adapter(model: Model, directory: str | os.PathLike[str], *, name: str = DEFAULT) -> Model:
+    """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
+
+    Args:
+        model: the model that it was saved from, or one like it.
+        directory: of the adapter.
+        name: that it gets on this model.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: the adapter is damaged or of another model; the model is left as it was.
+        ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
+            it was.
     """
     folder = Path(directory)
     path = folder / WEIGHTS_FILE
@@ -83,35 +108,45 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {directory}")
     header, tensors = _read(path)
     if header is not None:
-        return _attach(model, _own_config(path, header, model), tensors)
+        return _attach(model, _own_config(path, header, model), tensors, name)
     config, tensors = peft_format.from_peft(folder / CONFIG_FILE, tensors, model)
     if not isinstance(config, PrefixTuningConfig):
-        return _attach(model, config, tensors)
-    expected = peft_format.as_a_cache(model, tensors)
-    _attach(model, config, tensors)
+        return _attach(model, config, tensors, name)
+    former = active_name(model)
+    with using(model, None):
+        expected = peft_format.as_a_cache(model, tensors)
+    _attach(model, config, tensors, name)
     try:
         peft_format.check_as_a_cache(model, expected)
     except ValueError:
-        detach(model)
+        _take_off(model, name, former)
         raise
     return model
 
 
-def _attach(model: Model, config: MethodConfig, tensors: dict[str, Tensor]) -> Model:
+def _attach(model: Model, config: MethodConfig, tensors: dict[str, Tensor], name: str) -> Model:
     """Attach a method with its parameters, or leave the model as it was."""
-    attach_empty(model, config)
+    former = active_name(model)
+    attach_empty(model, config, name)
     try:
         _fill(_parameters(model), tensors)
     except ValueError:
-        detach(model)
+        _take_off(model, name, former)
         raise
     return model
+
+
+def _take_off(model: PreTrainedModel, name: str, former: str | None) -> None:
+    """Take an adapter off, and use the one that was in use before."""
+    detach(model, name)
+    if former is not None:
+        set_adapter(model, former)
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """What an adapter consists of: the method's parameters and those of the modules that stay trainable."""
     parameters = dict(model.get_submodule(MODULE).named_parameters())
-    for name in attachment_of(model).saved_modules:
+    for name in attachment_of(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():
             parameters[f"modules_to_save.{name}.{key}"] = parameter
     return parameters

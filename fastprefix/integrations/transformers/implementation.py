@@ -11,7 +11,8 @@ from .attention import BINDING, NAME, Binding, register
 
 class _Owner(NamedTuple):
     module: Any
-    config: Any  # the one that it had
+    former: Any  # its configuration before
+    own: Any  # and meanwhile
 
 
 class Implementation:
@@ -24,23 +25,27 @@ class Implementation:
     def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
         register()
         memo: dict[int, Any] = {}
+        self.bindings = bindings
         self.owners = [
-            _Owner(module, module.config)
+            _Owner(module, module.config, copy.deepcopy(module.config, memo))
             for module in model.modules()
             if hasattr(module, "config")
             and hasattr(module.config, "to_dict")
             and not isinstance(getattr(type(module), "config", None), property)
         ]
-        for owner in self.owners:
-            owner.module.config = copy.deepcopy(owner.config, memo)
+        self.resume()
         model.set_attn_implementation(NAME)
-        self.modules = list(bindings)
-        for module, binding in bindings.items():
+
+    def resume(self) -> None:
+        """Put back what ``restore`` took, what was changed in the configurations before included."""
+        for owner in self.owners:
+            owner.module.config = owner.own
+        for module, binding in self.bindings.items():
             setattr(module, BINDING, binding)
 
     def restore(self) -> None:
         """Take everything back."""
-        for module in self.modules:
+        for module in self.bindings:
             delattr(module, BINDING)
         for owner in self.owners:
-            owner.module.config = owner.config
+            owner.module.config = owner.former

@@ -30,7 +30,8 @@ from ...methods import (
     PromptTuning,
     PromptTuningConfig,
 )
-from .attachment import MODULE, Attachment, Hooks, Model, attachment_of, method_of
+from .adapters import MODULE, Adapter, Hooks
+from .attachment import Model, attachment_of
 from .attention import Prefix
 from .calls import by_name, past_length, refuse_packed
 from .prefix import PrefixAttachment
@@ -54,23 +55,23 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: the model has no method attached, or nothing of it can be baked in, and why.
     """
-    attachment = attachment_of(model)
-    if attachment.merged:
+    adapter = attachment_of(model).adapter
+    if adapter.merged:
         return model
-    method = method_of(model)
+    method, hooks = adapter.method, adapter.hooks
     with evaluated(model), torch.no_grad():
         if isinstance(method, PrefixMethod):
-            _merge_prefix(model, attachment, method)
-        elif isinstance(attachment.hooks, SharedPromptAttachment):
-            _merge_shared_prompt(model, attachment, method, attachment.hooks)
-        elif isinstance(method, ADePT) and isinstance(attachment.hooks, PromptAttachment):
-            _merge_table(model, attachment, method, attachment.hooks)
+            _merge_prefix(model, adapter, method)
+        elif isinstance(hooks, SharedPromptAttachment):
+            _merge_shared_prompt(model, adapter, method, hooks)
+        elif isinstance(method, ADePT) and isinstance(hooks, PromptAttachment):
+            _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(
                 f"model takes one with something to merge: {type(method).__name__} on the path "
                 f'"{method.prompt_path}" computes the prompt anew for every input'
             )
-    attachment.merged = True
+    adapter.merged = True
     model.requires_grad_(False)
     return model
 
@@ -84,17 +85,18 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     Raises:
         ValueError: the method is more than keys and values that stand before all tokens, and what it is.
     """
-    attachment, method = attachment_of(model), method_of(model)
+    adapter = attachment_of(model).adapter
+    method = adapter.method
     if not isinstance(method, PrefixMethod):
         raise ValueError(f"model takes one with a prefix; merge {type(method).__name__}'s prompt into one first")
-    if attachment.outside is not None:
-        raise ValueError(f"model takes one whose adapter is all in its prefix; {attachment.outside}")
+    if adapter.outside is not None:
+        raise ValueError(f"model takes one whose adapter is all in its prefix; {adapter.outside}")
     if method.config.prefix_position != "shift":
         raise ValueError('prefix_position takes "shift" for a cache, whose tokens come after it; got "none"')
     if method.needs_hidden():
         raise ValueError(f"model takes one whose gates do not depend on the input, got {type(method).__name__}")
-    assert isinstance(attachment.hooks, PrefixAttachment)
-    modules = attachment.hooks.implementation.modules
+    assert isinstance(adapter.hooks, PrefixAttachment)
+    modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_index(module), int)]:
         raise ValueError(f"model takes one whose attention layers have a layer_idx; without: {nameless[0]}")
     cache = DynamicCache(config=model.config)
@@ -109,15 +111,13 @@ def _index(module: nn.Module) -> Any:
     return getattr(module, "layer_idx", None)
 
 
-def _merge_prefix(model: Any, attachment: Attachment, method: PrefixMethod) -> None:
+def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     baked = method.baked()
-    attachment.hooks.remove()
-    _put(model, attachment, baked, [PrefixAttachment(model, baked, find_layers(model))])
+    adapter.hooks.remove()
+    _put(model, adapter, baked, [PrefixAttachment(model, baked, find_layers(model))])
 
 
-def _merge_shared_prompt(
-    model: Any, attachment: Attachment, method: PromptMethod, hooks: SharedPromptAttachment
-) -> None:
+def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptAttachment) -> None:
     """The prompt as a prefix that stands before all tokens."""
     prefixes = hooks.run_prompt()
     table = _rewritten(hooks) if isinstance(method, ADePT) else None
@@ -130,11 +130,11 @@ def _merge_shared_prompt(
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
         parts.append(OffsetAttachment(model, method))
-    _put(model, attachment, prefix, [*parts, PrefixAttachment(model, prefix, layers)])
-    attachment.outside = _outside(method)
+    _put(model, adapter, prefix, [*parts, PrefixAttachment(model, prefix, layers)])
+    adapter.outside = _outside(method)
 
 
-def _merge_table(model: Any, attachment: Attachment, method: ADePT, hooks: PromptAttachment) -> None:
+def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptAttachment) -> None:
     """ADePT's network alone: what is left is prompt tuning."""
     config = PromptTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
@@ -142,9 +142,10 @@ def _merge_table(model: Any, attachment: Attachment, method: ADePT, hooks: Promp
     prompt = PromptTuning(config, method.shape)
     prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
     table = NewTable(hooks, _rewritten(hooks))
+    hooks.remove()
     hooks.method, hooks.embedding = prompt, table.embedding
-    _put(model, attachment, prompt, [table, hooks])
-    attachment.outside = _outside(method)
+    _put(model, adapter, prompt, [table, hooks])
+    adapter.outside = _outside(method)
 
 
 def _outside(method: PromptMethod) -> str | None:
@@ -153,11 +154,12 @@ def _outside(method: PromptMethod) -> str | None:
     return "DePT's offset stands beside its prefix" if isinstance(method, DePT) else None
 
 
-def _put(model: Any, attachment: Attachment, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
-    """Exchange what is attached."""
+def _put(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
+    """Exchange what the adapter is."""
     setattr(model, MODULE, method.eval())
-    attachment.config = method.config
-    attachment.hooks = parts[0] if len(parts) == 1 else Several(parts)
+    adapter.config, adapter.method = method.config, method
+    adapter.hooks = parts[0] if len(parts) == 1 else Several(parts)
+    adapter.hooks.install(model)
 
 
 def _plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Sequence[Layer]) -> PrefixTuning:
@@ -192,8 +194,12 @@ class NewTable:
             for name, child in parent.named_children()
             if child is self.former
         ]
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Put it there. Meanwhile the model may have been moved."""
+        weight: Any = self.former.weight
         for parent, name in self.places:
-            setattr(parent, name, embedding)
+            setattr(parent, name, self.embedding.to(device=weight.device, dtype=weight.dtype))
 
     def remove(self) -> None:
         """Take it back. Meanwhile the model may have been moved."""
@@ -220,6 +226,11 @@ class Several:
 
     def __init__(self, parts: list[Hooks]) -> None:
         self.parts = parts
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Make them, the first first."""
+        for part in self.parts:
+            part.install(model)
 
     def remove(self) -> None:
         """Take everything back."""

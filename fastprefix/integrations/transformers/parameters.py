@@ -1,11 +1,54 @@
-"""The trainable parameters of a model with a method, as an optimiser takes them."""
+"""The trainable parameters of a model with a method: counted, and as an optimiser takes them."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .attachment import method_of
+from .adapters import MODULE
+from .attachment import attachment_of, method_of
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has and how many of them are trained; ``print`` shows it in a line.
+
+    ``groups`` has the trained ones by what they belong to: the method (under "fastprefix") and the modules that stay
+    trainable, each under its name.
+    """
+
+    total: int
+    groups: dict[str, int]
+
+    @property
+    def trainable(self) -> int:
+        """How many are trained."""
+        return sum(self.groups.values())
+
+    @property
+    def share(self) -> float:
+        """The trained ones, as a share of all."""
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        groups = ", ".join(f"{name} {count:,}" for name, count in self.groups.items())
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.share:.4%}): {groups}"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters of a model with a method, those of the adapter in use among them.
+
+    Raises:
+        ValueError: the model has no method attached, or none in use.
+    """
+    modules = (MODULE, *attachment_of(model).adapter.saved_modules)
+    assert isinstance(model, PreTrainedModel)
+    groups = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in modules}
+    return ParameterCount(model.num_parameters(), groups)
 
 
 def parameter_groups(

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PrefixMethod
 from .attention import Prefix
 from .cache import PrefixCache
 from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
+from .checkpointing import Cut, reentrant
 from .implementation import Implementation
 from .masks import attended_tokens, window_bias
 from .probe import Layer, backbone_of, first_tensor
@@ -20,16 +22,24 @@ from .probe import Layer, backbone_of, first_tensor
 class LayerBinding:
     """What an attention module finds on itself: its prefix and its gates."""
 
-    def __init__(self, attachment: PrefixAttachment, index: int, window: int | None) -> None:
+    def __init__(self, attachment: PrefixAttachment, index: int, layer: Layer) -> None:
         self.attachment = attachment
         self.index = index
-        self.window = window  # that cuts the prefix
+        self.window = layer.window if attachment.shifts else None  # that cuts the prefix
+        self.projection = layer.projection  # of a method that has the layer project its prefix
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
         self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
-        """The prefix in the dtype of the query."""
-        pk, pv = self.attachment.prefix(self.index)
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """The prefix in the dtype of the query; None while the layer projects it."""
+        states = self.attachment.method.projected_states(self.index)
+        if states is None or self.projection is None:
+            pk, pv = self.attachment.prefix(self.index)
+        elif self.projection.running:
+            self.projection.prefix(query, key, value)
+            return None
+        else:
+            pk, pv = self.projection(states.to(query.dtype))
         return pk.to(query.dtype), pv.to(query.dtype)
 
     def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -71,7 +81,7 @@ class LayerBinding:
 
 
 class PrefixAttachment:
-    """A prefix method on a model. Its attention implementation is "fastprefix" until it is removed."""
+    """A prefix method for a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
         self.method = method
@@ -82,20 +92,33 @@ class PrefixAttachment:
         self.past = 0  # tokens in the cache of the call in progress
         self.shifts = method.config.prefix_position == "shift"
         self.windows = any(layer.window is not None for layer in layers)
-        bindings = {
-            layer.module: LayerBinding(self, index, layer.window if self.shifts else None)
-            for index, layer in enumerate(layers)
-        }
-        self.implementation = Implementation(model, {**bindings})
-        self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
-        if method.needs_hidden():
-            for layer in layers:
-                self._watch(layer, bindings[layer.module])
+        self.cut = Cut()
+        self.embedding = model.get_input_embeddings()
+        self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
+        self.entries = {layer.module: layer.entry for layer in layers}
+        self.handles: list[RemovableHandle] = []
+        self.implementation: Implementation | None = None
 
-    def _watch(self, layer: Layer, binding: LayerBinding) -> None:
-        assert layer.entry is not None  # checked before anything was changed
-        self.handles.append(layer.entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
-        self.handles.append(layer.module.register_forward_hook(binding.leave_attention, always_call=True))
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention, and set the hooks."""
+        if self.implementation is None:
+            self.implementation = Implementation(model, {**self.bindings})
+        else:
+            self.implementation.resume()
+        self.handles = [
+            self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True),
+            self.backbone.register_forward_hook(self.end),
+            self.embedding.register_forward_hook(self.tie),
+        ]
+        if self.method.needs_hidden():
+            for attention, binding in self.bindings.items():
+                self._watch(attention, binding)
+
+    def _watch(self, attention: nn.Module, binding: LayerBinding) -> None:
+        entry = self.entries[attention]
+        assert entry is not None  # checked before anything was changed
+        self.handles.append(entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
+        self.handles.append(attention.register_forward_hook(binding.leave_attention, always_call=True))
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
@@ -105,7 +128,14 @@ class PrefixAttachment:
                 "output_attentions takes False with a prefix method: its kernels make no attention weights"
             )
         self.prefixes = self.method.prefixes()
+        if torch.is_grad_enabled():
+            if reentrant(self.backbone):
+                self.cut.cut(self.prefixes)
+            else:
+                self.cut.clear()
         arguments = _rows_for_masks(arguments)
+        if arguments.get("inputs_embeds") is not None:
+            arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shifts:
             if self.windows:
                 refuse_packed(arguments, self.backbone.config)
@@ -126,8 +156,22 @@ class PrefixAttachment:
         self.past = past_length(arguments)
         arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, length)
 
+    def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of the embedding: what enters the first layer is tied to prefixes that were cut off."""
+        return output if self.cut.tied else self.cut.tie(output)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the backbone."""
+        if not self.cut.tied:
+            raise RuntimeError(
+                f"use_reentrant takes False for gradient checkpointing of {type(module).__name__}, which does not call "
+                "its input embeddings: gradients would not reach the prefixes"
+            )
+
     def prefix(self, index: int) -> Prefix:
         """The prefix of a layer; a layer that is called outside its model computes its own."""
+        if (leaves := self.cut.prefix(index)) is not None:
+            return leaves
         prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
 
@@ -135,6 +179,7 @@ class PrefixAttachment:
         """Take everything back."""
         for handle in self.handles:
             handle.remove()
+        assert self.implementation is not None
         self.implementation.restore()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ...methods.budget import embedding_width
 from .attention import fastprefix_attention
 from .calls import parameter_names
 from .masks import fastprefix_mask, read_mask, sees_all_of_window
+
+if TYPE_CHECKING:
+    from .projection import Projection
 
 _NAME = "fastprefix_probe"
 _LOCK = threading.Lock()
@@ -47,6 +50,7 @@ class Layer:
     entry: nn.Module | None
     window: int | None
     local: bool
+    projection: Projection | None = None  # for a method that has the layer project its prefix
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:

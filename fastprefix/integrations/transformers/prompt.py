@@ -18,7 +18,7 @@ from .probe import backbone_of
 
 
 class PromptAttachment:
-    """A prompt method on a model."""
+    """A prompt method for a model; its hooks are set from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
         self.method = method
@@ -27,7 +27,11 @@ class PromptAttachment:
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.inserted = 0  # prompt rows of the call in progress
-        self.handles: list[RemovableHandle] = [
+        self.handles: list[RemovableHandle] = []
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Set the hooks."""
+        self.handles = [
             self.backbone.register_forward_pre_hook(self.insert, with_kwargs=True),
             self.backbone.register_forward_hook(self.crop),
         ]

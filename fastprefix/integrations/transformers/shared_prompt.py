@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
 from .calls import Positions, by_name, is_packed, parameter_names, past_length, shifted_positions
+from .checkpointing import not_checkpointed, reentrant
 from .implementation import Implementation
 from .masks import window_bias
 from .probe import Layer, backbone_of, evaluated, find_layers
 from .prompt import PromptAttachment
+from .sharding import is_sharded
 
 
 class SharedPrompt:
@@ -93,7 +95,16 @@ class SharedPromptAttachment(PromptAttachment):
         self.drops = has_dropout(self.backbone)
         self.kept: tuple[object, dict[int, Prefix]] | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
-        self.implementation = Implementation(model, self.shared.bindings(layers))
+        self.implementation: Implementation | None = None
+        self.bindings = self.shared.bindings(layers)
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention, and set the hooks."""
+        super().install(model)
+        if self.implementation is None:
+            self.implementation = Implementation(model, self.bindings)
+        else:
+            self.implementation.resume()
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
@@ -118,8 +129,10 @@ class SharedPromptAttachment(PromptAttachment):
         """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
         if self.drops and self.backbone.training:
             return "dropout in the model draws anew in every row"
-        if _reentrant(self.backbone):
+        if reentrant(self.backbone):
             return "reentrant gradient checkpointing differentiates a prefix once a layer"
+        if torch.is_grad_enabled() and is_sharded(self.backbone):
+            return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
         if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
         mask = arguments.get("attention_mask")
@@ -138,6 +151,7 @@ class SharedPromptAttachment(PromptAttachment):
     def remove(self) -> None:
         """Take everything back."""
         super().remove()
+        assert self.implementation is not None
         self.implementation.restore()
 
     def _prefixes(self) -> dict[int, Prefix]:
@@ -152,7 +166,7 @@ class SharedPromptAttachment(PromptAttachment):
     def run_prompt(self) -> dict[int, Prefix]:
         """The prompt's keys and values in every layer, computed."""
         prompt = self.method.prompt.to(self.table.dtype)
-        with self.shared.capture(), _not_checkpointed(self.backbone):
+        with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
             self.backbone.forward(inputs_embeds=prompt[None], use_cache=False)
         assert self.shared.prefixes is not None
         return self.shared.prefixes
@@ -257,27 +271,3 @@ def _state(*modules: nn.Module) -> object:
     if any(p.is_inference() for p in parameters):
         return None
     return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-
-
-def _checkpointed(backbone: nn.Module) -> list[Any]:
-    return [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
-
-
-def _reentrant(backbone: nn.Module) -> bool:
-    if not backbone.training:
-        return False
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointed(backbone))
-    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions if function)
-
-
-@contextmanager
-def _not_checkpointed(backbone: nn.Module) -> Iterator[None]:
-    """The prompt's one row is not worth running twice."""
-    modules = _checkpointed(backbone)
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True

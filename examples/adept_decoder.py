@@ -1,0 +1,101 @@
+"""Train a language model with ADePT, merge what was learned, and generate with it.
+
+    python examples/adept_decoder.py --model meta-llama/Llama-3.2-1B --text corpus.txt --out adapter
+
+TEXT has one example a line. Without ``--model`` a tiny random decoder is used, and without ``--text`` a few made-up
+sentences: that takes seconds.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from toy import SENTENCES, TINY, word_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import fastprefix
+
+
+def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The named decoder and its tokenizer; None: a tiny random one."""
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return AutoModelForCausalLM.from_pretrained(name), tokenizer
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        **TINY,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lines: list[str], epochs: int, lr: float) -> None:
+    """Teach the model to continue each line to its end."""
+
+    def batch(texts: list[str]) -> BatchEncoding:
+        inputs = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return inputs
+
+    loader = DataLoader(lines, batch_size=8, shuffle=True, collate_fn=batch)
+    optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=lr, prompt_lr=0.3))
+    model.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for inputs in loader:
+            loss = model(**inputs.to(model.device)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        print(f"epoch {epoch}: loss {total / len(loader):.3f}")
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="name or path of a decoder")
+    parser.add_argument("--text", help="one example a line")
+    parser.add_argument("--out", default="adept-adapter", help="where the adapter is saved")
+    parser.add_argument("--start", default="the film", help="what is continued in the end")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the network; that of the prompt is 0.3")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    model, tokenizer = load(options.model)
+    lines = [text for text, _ in SENTENCES]
+    if options.text is not None:
+        lines = Path(options.text).read_text(encoding="utf-8").splitlines()
+
+    # As many parameters as a soft prompt of 20 tokens has: 8 prompt tokens, and the rest for the network.
+    budget = 20 * model.config.hidden_size
+    config = fastprefix.ADePTConfig.for_budget(model, trainable=budget, num_virtual_tokens=8)
+    fastprefix.attach(model, config)
+    print(fastprefix.count_parameters(model))
+    train(model, tokenizer, lines, options.epochs, options.lr)
+
+    fastprefix.save_adapter(model, options.out)
+    print(f"the adapter is in {options.out}")
+
+    # For inference: the network becomes part of the embedding table, and the prompt keys and values of every layer.
+    fastprefix.merge(model)
+    start = tokenizer(options.start, return_tensors="pt").to(model.device)
+    output = model.generate(**start, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

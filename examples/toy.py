@@ -1,0 +1,35 @@
+"""What the examples run on by default: a few made-up sentences, a tokenizer of their words, a tiny model."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SENTENCES = [
+    (f"the {noun} was {adjective}", label)
+    for noun in ("film", "story", "music", "acting", "ending", "camera", "dialogue", "cast")
+    for adjective, label in (("wonderful", 1), ("moving", 1), ("brilliant", 1), ("dull", 0), ("awful", 0), ("flat", 0))
+]
+"""Sentences and their labels: 1 is praise."""
+
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "initializer_range": 0.2,
+}
+"""Options of a model that trains in seconds."""
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = sorted({word for sentence, _ in SENTENCES for word in sentence.split()})
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="[EOS]",
+        model_input_names=["input_ids", "attention_mask"],
+    )

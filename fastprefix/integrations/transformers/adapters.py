@@ -1,0 +1,123 @@
+"""The adapters of a model: each a method under a name, one of them at a time on the model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...methods import MethodConfig, PrefixMethod, PromptMethod
+from .heads import trainable_modules
+
+MODULE = "fastprefix"
+"""The name under which the parameters of the adapter in use hang on the model."""
+
+Method = PromptMethod | PrefixMethod
+
+
+class Hooks(Protocol):
+    """What a method changes about how a model runs."""
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Make the changes, again after ``remove`` too."""
+
+    def remove(self) -> None:
+        """Take everything back."""
+
+
+class Adapter:
+    """A method, its hooks and its weights of the base modules that it trains: on the model, or waiting beside it."""
+
+    def __init__(self, model: PreTrainedModel, config: MethodConfig, method: Method, hooks: Hooks) -> None:
+        self.config = config
+        self.method = method
+        self.hooks = hooks
+        self.merged = False
+        self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
+        modules = trainable_modules(model, config.modules_to_save)
+        self.saved_modules: dict[str, dict[str, Tensor]] = {
+            name: {key: p.detach().clone() for key, p in module.named_parameters()} for name, module in modules.items()
+        }
+        """Weights of those modules: the base model's while the adapter is on the model, otherwise the adapter's."""
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Make the model run and train with this adapter."""
+        self._exchange_weights(model)
+        for name in self.saved_modules:
+            model.get_submodule(name).requires_grad_(not self.merged)
+        model.add_module(MODULE, self.method.to(model.device).train(model.training))
+        self.hooks.install(model)
+
+    def take_off(self, model: PreTrainedModel) -> None:
+        """Make the model, which stays frozen, what it is without."""
+        self.hooks.remove()
+        delattr(model, MODULE)
+        for name in self.saved_modules:
+            model.get_submodule(name).requires_grad_(False)
+        self._exchange_weights(model)
+
+    def drop_gradients(self, model: PreTrainedModel) -> None:
+        """Of the modules that it trained: they are not for whoever trains them next."""
+        for name in self.saved_modules:
+            model.get_submodule(name).zero_grad()
+
+    def _exchange_weights(self, model: PreTrainedModel) -> None:
+        """Through ``data``: a graph that was made before the adapter was taken off is good once it is on again."""
+        for name, weights in self.saved_modules.items():
+            for key, parameter in model.get_submodule(name).named_parameters():
+                weights[key], parameter.data = parameter.data, weights[key].to(parameter)
+
+
+class Attachment:
+    """The adapters of a model that is frozen, and how it was before."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.quantized: bool = getattr(model, "is_quantized", False)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: str | None = None
+        model.requires_grad_(False)
+        if self.quantized:
+            vars(model)["is_quantized"] = (
+                False  # Trainer refuses to train quantised weights, and these it does not train
+            )
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Make the model, which has no adapters any more, what it was before."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.requires_grad[name])
+        if self.quantized:
+            vars(model)["is_quantized"] = True
+
+    @property
+    def adapter(self) -> Adapter:
+        """The one in use.
+
+        Raises:
+            ValueError: there is none in use.
+        """
+        if self.active is None:
+            names = ", ".join(map(repr, self.adapters))
+            raise ValueError(f"model has none of its adapters in use, which are {names}: see fastprefix.set_adapter")
+        return self.adapters[self.active]
+
+    def known(self, name: str) -> str:
+        """A name that one of the adapters has.
+
+        Raises:
+            ValueError: none has it.
+        """
+        if name not in self.adapters:
+            raise ValueError(f"name takes one of {', '.join(map(repr, self.adapters))}, got {name!r}")
+        return name
+
+    @property
+    def config(self) -> MethodConfig:
+        """Of the adapter in use."""
+        return self.adapter.config
+
+    @property
+    def hooks(self) -> Hooks:
+        """Of the adapter in use."""
+        return self.adapter.hooks
