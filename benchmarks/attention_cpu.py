@@ -22,6 +22,8 @@ from torch import Tensor
 
 import fastprefix
 
+from .memory import added_peak
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -131,19 +133,6 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, d
     return {name: quantiles(times) for name, times in samples.items()}
 
 
-def peak_bytes(call: Call) -> int:
-    """The most that a call holds at once of what it allocates, its result included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    del result
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events() if profile.profiler is not None else ():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def rows(shapes: Iterable[Shape], dtypes: Iterable[str], seconds: float) -> Iterable[dict[str, Any]]:
     for shape in shapes:
         for dtype in dtypes:
@@ -151,7 +140,7 @@ def rows(shapes: Iterable[Shape], dtypes: Iterable[str], seconds: float) -> Iter
                 problem = Problem(shape, DTYPES[dtype], causal)
                 peers = {"fused": problem.fused, "concat": problem.concat, "tokens": problem.tokens}
                 with torch.no_grad():
-                    peaks = {name: peak_bytes(peer) for name, peer in peers.items()}
+                    peaks = {name: added_peak(peer, torch.device("cpu")) for name, peer in peers.items()}
                 for direction, wrap in (("forward", problem.forward_of), ("forward+backward", problem.both_of)):
                     times = measure({name: wrap(peer) for name, peer in peers.items()}, seconds)
                     fused, scale = times["fused"]["p50"], 1 + shape.P / shape.M
