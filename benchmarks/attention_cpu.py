@@ -8,11 +8,9 @@ Peers, called in one process in rotated order: ``fused`` (this package), ``conca
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 import fastprefix
 
+from . import environment, report
 from .memory import added_peak
 
 
@@ -181,21 +180,6 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "torch": torch.__version__,
-        "fastprefix": fastprefix.__version__,
-        "cpu": model or platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
@@ -219,9 +203,8 @@ def main() -> None:
     for line in summary(results):
         print(json.dumps(line))
     if options.out:
-        document = {"environment": environment(), "results": results, "summary": summary(results)}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        facts = environment.describe(torch.device("cpu"))
+        report.write_json({"environment": facts, "results": results, "summary": summary(results)}, options.out)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ times; DePT no slower; the merged table at most 1.05 times.
 import argparse
 import collections
 import ctypes
-import datetime
-import json
-import platform
 import pydoc_data.topics
 import re
 import statistics
@@ -27,9 +24,13 @@ from torch.nn import functional as F
 
 import fastprefix
 
+from . import environment, plots, report
+from .memory import added_peak
+
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
 BATCHES = ((32, 256), (8, 1024))
 RANKS = (19, 64)
+LENGTHS = (16, 64, 256, 1024)
 S = 60
 TARGETS = {"adept": (1.5, 4.0), "dept": (1.5, 4.0), "merged": (1.05, None)}
 
@@ -77,27 +78,39 @@ def make_inputs(V: int, d: int, B: int, N: int, r: int, ids: str, dtype: torch.d
     )
 
 
+def behind_prompt(prompt: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([prompt.expand(rows.shape[0], -1, -1), rows], 1)
+
+
+def eager_dept(x: Inputs) -> Tensor:
+    """As the authors' code does it."""
+    a, b = x.low_rank
+    return behind_prompt(x.prompt, F.embedding(x.ids, x.weight) + (a @ b)[: x.ids.shape[1]])
+
+
+def eager_adept(x: Inputs) -> Tensor:
+    """As the authors' code does it."""
+    w1, b1, w2, b2 = x.ffn
+    e = F.embedding(x.ids, x.weight)
+    return behind_prompt(x.prompt, e + (F.relu(e @ w1 + b1) @ w2 + b2))
+
+
+compiled_dept = torch.compile(eager_dept, dynamic=True)
+compiled_adept = torch.compile(eager_adept, dynamic=True)
+
+
 def peers(x: Inputs, merged: Tensor) -> dict[str, Peer]:
     """All write [B, S + N, d], but the eager ones' intermediate results."""
-    B, N = x.ids.shape
-    longer = torch.cat([x.ids[:, :1].expand(B, S), x.ids], 1).contiguous()
-    w1, b1, w2, b2 = x.ffn
-    a, b = x.low_rank
-
-    def behind_prompt(rows: Tensor) -> Tensor:
-        return torch.cat([x.prompt.expand(B, -1, -1), rows], 1)
-
-    def eager_adept() -> Tensor:
-        e = F.embedding(x.ids, x.weight)
-        return behind_prompt(e + (F.relu(e @ w1 + b1) @ w2 + b2))
-
+    longer = torch.cat([x.ids[:, :1].expand(-1, S), x.ids], 1).contiguous()
     return {
         "lookup": lambda: F.embedding(longer, x.weight),
-        "pt_eager": lambda: behind_prompt(F.embedding(x.ids, x.weight)),
+        "pt_eager": lambda: behind_prompt(x.prompt, F.embedding(x.ids, x.weight)),
         "pt": lambda: fastprefix.prompt_embedding(x.ids, x.weight, x.prompt),
-        "dept_eager": lambda: behind_prompt(F.embedding(x.ids, x.weight) + (a @ b)[:N]),
+        "dept_eager": lambda: eager_dept(x),
+        "dept_compiled": lambda: compiled_dept(x),
         "dept": lambda: fastprefix.prompt_embedding(x.ids, x.weight, x.prompt, low_rank=x.low_rank),
-        "adept_eager": eager_adept,
+        "adept_eager": lambda: eager_adept(x),
+        "adept_compiled": lambda: compiled_adept(x),
         "adept": lambda: fastprefix.prompt_embedding(x.ids, x.weight, x.prompt, ffn=x.ffn),
         "merged": lambda: fastprefix.prompt_embedding(x.ids, merged, x.prompt),
     }
@@ -132,9 +145,9 @@ def seconds(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     return {name: statistics.median(of_peer) for name, of_peer in times.items()}
 
 
-def measure(x: Inputs, rounds: int) -> dict[str, dict[str, float]]:
+def measure(x: Inputs, merged: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of every peer, forward and forward + backward."""
-    everyone = peers(x, merge(x))
+    everyone = peers(x, merged)
     dy = torch.randn_like(everyone["lookup"]())
     forward = seconds({name: lambda p=p: forward_only(p) for name, p in everyone.items()}, rounds)  # type: ignore[misc]
     trained = {name: p for name, p in everyone.items() if name not in ("lookup", "merged")}
@@ -157,15 +170,34 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
+def measured(V: int, d: int, B: int, N: int, r: int, ids: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One setting: times, as multiples of the lookup's too, and what each peer's forward pass adds to memory."""
+    x = make_inputs(V, d, B, N, r, ids, dtype)
+    merged = merge(x)
+    times = measure(x, merged, rounds)
+    with torch.no_grad():
+        peaks = {name: added_peak(peer, torch.device("cpu")) for name, peer in peers(x, merged).items()}
+    setting = {"V": V, "d": d, "B": B, "N": N, "S": S, "r": r, "ids": ids, "distinct": x.ids.unique().numel()}
+    return setting | {"seconds": times, "times_lookup": against_lookup(times), "peak_bytes": peaks}
+
+
+def plot(lengths: list[dict[str, Any]], path: Path) -> None:
+    """Time over N, forward and forward + backward."""
+    panels = []
+    for which, title in (("forward", "forward"), ("forward_backward", "forward + backward")):
+        of = {
+            name: [(record["N"], 1e3 * record["seconds"][which][name]) for record in lengths]
+            for name in lengths[0]["seconds"][which]
+        }
+        panels.append(
+            plots.Panel(title, of | {"lookup": [(r["N"], 1e3 * r["seconds"]["forward"]["lookup"]) for r in lengths]})
+        )
+    plots.curves(panels, path, "lookup", "tokens a row", "milliseconds", logarithmic=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write; the plot over N goes beside it")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -173,37 +205,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kept = keep_freed_memory()
+    tables, batches = (TABLES[:1], BATCHES[:1]) if options.quick else (TABLES, BATCHES)
+    settings = [(*t, *b, r, ids) for t in tables for b in batches for r in RANKS for ids in ("text", "uniform")]
+    over_lengths = [(*tables[-1 if options.quick else 1], 32, N, RANKS[0], "text") for N in LENGTHS]
     records: list[dict[str, Any]] = []
-    for V, d in TABLES[:1] if options.quick else TABLES:
-        for B, N in BATCHES[:1] if options.quick else BATCHES:
-            for r in RANKS:
-                for ids in ("text", "uniform"):
-                    x = make_inputs(V, d, B, N, r, ids, getattr(torch, options.dtype))
-                    times = measure(x, options.rounds)
-                    record = {"V": V, "d": d, "B": B, "N": N, "S": S, "r": r, "ids": ids}
-                    record["distinct"] = x.ids.unique().numel()
-                    records.append(record | {"seconds": times, "times_lookup": against_lookup(times)})
-                    report(records[-1])
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "fastprefix": fastprefix.__version__,
-        "python": platform.python_version(),
-        "dtype": options.dtype,
-        "rounds": options.rounds,
-        "freed_memory_kept": kept,
-        "targets_times_lookup": TARGETS,
-        "results": records,
-    }
+    lengths: list[dict[str, Any]] = []
+    for setting in (*settings, *over_lengths):
+        record = measured(*setting, getattr(torch, options.dtype), options.rounds)
+        (records if len(records) < len(settings) else lengths).append(record)
+        show(record)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        facts = environment.describe(torch.device("cpu")) | {"freed_memory_kept": kept}
+        result = {"environment": facts, "dtype": options.dtype, "rounds": options.rounds}
+        result |= {"targets_times_lookup": TARGETS, "results": records, "over_lengths": lengths}
+        report.write_json(result, options.out)
+        plot(lengths, options.out.with_suffix(".png"))
 
 
-def report(record: dict[str, Any]) -> None:
+def show(record: dict[str, Any]) -> None:
     sizes = " ".join(f"{name}={record[name]}" for name in ("V", "d", "B", "N", "r", "ids", "distinct"))
     print(f"{sizes}  lookup {record['seconds']['forward']['lookup'] * 1e3:.2f} ms; times a lookup:")
     for which, ratios in record["times_lookup"].items():

@@ -23,6 +23,8 @@ def describe(device: torch.device) -> dict[str, object]:
         **{name: version(name) for name in PACKAGES},
         "device": str(device),
         "device_name": device_name(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,

@@ -189,7 +189,7 @@ def _write(record: dict[str, Any], results: list[tuple[Subject, list[Result]]], 
     tables = "\n\n".join(_table(*pair) for pair in results)
     (out / "main_job.md").write_text(f"{tables}\n\n{NOTES}\n", encoding="utf-8")
     curves = [_curves(*pair) for pair in results]
-    plots.loss_curves(curves, out / "main_job_loss.png", grey=FLOOR)
+    plots.curves(curves, out / "main_job_loss.png", FLOOR, "step", "loss on held-out text")
     bars = [_bars(*pair) for pair in results]
     plots.ratio_bars(bars, ("forward", "forward + backward"), out / "main_job_time.png")
 

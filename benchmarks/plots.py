@@ -19,16 +19,25 @@ class Panel(Generic[T]):
     series: Mapping[str, Sequence[T]]
 
 
-def loss_curves(panels: Sequence[Panel[tuple[int, float]]], path: Path, grey: str) -> None:
-    """Points (step, held-out loss) joined by lines; the competitor named ``grey`` is drawn dashed."""
+def curves(
+    panels: Sequence[Panel[tuple[int, float]]],
+    path: Path,
+    grey: str,
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
+) -> None:
+    """Points joined by lines; the competitor named ``grey`` is drawn dashed."""
     figure, all_axes = _figure(len(panels), 6.2, 4.2)
     colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, points in panel.series.items():
             style = "--o" if name == grey else "-o"
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, color=colours[name], label=name, linewidth=1.8, markersize=3.5)
-        axes.set(title=panel.title, xlabel="step", ylabel="loss on held-out text")
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, style, color=colours[name], label=name, linewidth=1.8, markersize=3.5)
+        axes.set(title=panel.title, xlabel=xlabel, ylabel=ylabel)
+        if logarithmic:
+            axes.set(xscale="log", yscale="log")
     _shared_legend(figure, all_axes, columns=4)
     _save(figure, path)
 
