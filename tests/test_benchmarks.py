@@ -336,6 +336,6 @@ def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
 
 
 def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
-    plots.loss_curves([plots.Panel("nothing", {})], tmp_path / "loss.png", grey=FLOOR)
+    plots.curves([plots.Panel("nothing", {})], tmp_path / "loss.png", FLOOR, "step", "loss")
     plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
