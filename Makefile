@@ -3,6 +3,7 @@
 #   make bench    the main job: the methods against their peers, on real text
 #   make test     build, then all tests
 #   make lint     ruff and mypy
+#   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 #
 # Own choices, as make variables:
 #   PYTHON=python3.12        the interpreter that makes the environment
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 
-.PHONY: bench test lint format install clean
+.PHONY: bench test lint sanitize format install clean
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -35,6 +36,9 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(INSTALLED)
+	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh -q $(TEST)
 
 format: $(BUILT)
 	$(BIN)/ruff format .
