@@ -14,14 +14,14 @@ void pack_few(const T* from, int64_t stride, int64_t count, int64_t width, A* to
   pack_rows(from, stride, count, width, to, round_up(width, kLanes<A>));
 }
 
-// S^T [rows][kQueries] = K Q^T, and 0 for the queries that are not there.
+// S^T [rows][kQueries] = K Q^T, and 0 in the rest of the first vector of each row.
 template <class T>
 void score_few(
     const T* k, int64_t stride, int64_t rows, int64_t D, const AccumulatorOf<T>* q, int64_t count,
     AccumulatorOf<T>* s) {
   using A = AccumulatorOf<T>;
   constexpr int n = kLanes<A>;
-  std::fill_n(s, rows * kQueries, A(0));
+  for (int64_t r = 0; r < rows; ++r) store(s + r * kQueries, Vec<A>{});
   for (int64_t i = 0; i < count; ++i, q += round_up(D, n))
     for (int64_t r0 = 0; r0 < rows; r0 += n) {
       Vec<A> sums[n] = {};

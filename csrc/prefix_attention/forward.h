@@ -23,11 +23,11 @@ struct Softmax {
     o = arena.take<A>(Dv * kQueries);
   }
 
-  // Nothing seen yet, or (a sink) one score that has no value.
-  void start(int64_t Dv, A sink = -std::numeric_limits<A>::infinity()) {
-    std::fill_n(m, kQueries, sink);
-    std::fill_n(l, kQueries, sink == -std::numeric_limits<A>::infinity() ? A(0) : A(1));
-    std::fill_n(o, Dv * kQueries, A(0));
+  // Nothing seen yet by the queries in so many columns, or (a sink) one score that has no value.
+  void start(int64_t Dv, int64_t columns, A sink = -std::numeric_limits<A>::infinity()) {
+    std::fill_n(m, columns, sink);
+    std::fill_n(l, columns, sink == -std::numeric_limits<A>::infinity() ? A(0) : A(1));
+    for (int64_t d = 0; d < Dv; ++d) std::fill_n(o + d * kQueries, columns, A(0));
   }
 
   // The maximum is finite or, in a row that has seen nothing, replaced by 0, so that -inf - m is -inf.
@@ -142,8 +142,9 @@ class Forward {
       } else {
         pack_transposed<M>(rows, p.q.strides[2], queries.count, p.D, q);
       }
-      tokens.start(p.Dv, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
-      if (p.separate()) prefix.start(p.Dv);
+      int64_t columns = round_up(queries.count, kLanes<A>);
+      tokens.start(p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
+      if (p.separate()) prefix.start(p.Dv, columns);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
       for (int64_t first = 0; first < p.P; first += kKeys)
         add_block(queries, {Half::prefix, first, std::min(kKeys, p.P - first)}, of_prefix);
