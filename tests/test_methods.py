@@ -223,8 +223,8 @@ def test_apt_gates_can_be_switched_off() -> None:
 
 
 def test_apt_pooling_by_default_and_refused() -> None:
-    assert APT(fastprefix.APTConfig(10), [LAYER]).pooling == "cls"
-    assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).pooling == "query"
+    assert APT(fastprefix.APTConfig(10), [LAYER]).poolings == ["cls"]
+    assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).poolings == ["query"]
     with pytest.raises(ValueError, match="mean"):
         APT(fastprefix.APTConfig(10, pooling="mean"), [DECODER_LAYER])
 
