@@ -259,6 +259,25 @@ def test_attentions_come_back_as_a_tuple() -> None:
     assert config.attentions == ("cross",)
 
 
+def test_one_row_masks_of_the_caller_are_refused() -> None:
+    model = attached("bart", fastprefix.PrefixTuningConfig(3))
+    inputs = {**batch(model), "decoder_input_ids": torch.ones(3, 2, dtype=torch.long)}
+    inputs["attention_mask"] = inputs["attention_mask"].bool()[:, None, None, :]
+    with pytest.raises(ValueError, match=r"attention_mask takes \[B, N\]"):
+        model(**inputs)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model = attached("bart", PREFIXES["residual"]()).train()
+    inputs = {**batch(model), "decoder_input_ids": torch.randint(3, 100, (3, 4))}
+    expected = loss_and_gradients(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actual = loss_and_gradients(model, inputs)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     model = attached("bart", fastprefix.PrefixTuningConfig(3)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -243,10 +243,10 @@ def test_llama_adapter_starts_with_closed_gates() -> None:
 
 
 def test_llama_adapter_chooses_the_last_layers() -> None:
-    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 6) == range(4, 6)
-    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 6) == range(6)
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 2 * SHAPES) == range(4, 6)
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 2 * SHAPES) == range(6)
     with pytest.raises(ValueError, match=r"layers takes at most the 6 .* got 7"):
-        LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 6)
+        LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 2 * SHAPES)
 
 
 def test_residual_prefix_is_its_formula() -> None:

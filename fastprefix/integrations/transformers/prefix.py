@@ -143,7 +143,10 @@ class PrefixAttachment:
                 self.cut.cut(self.prefixes)
             else:
                 self.cut.clear()
-        arguments = _rows_for_masks(arguments)
+        if self.embedding is None:
+            _refuse_one_row_masks(arguments)
+        else:
+            arguments = _rows_for_masks(arguments)
         if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shifts:
@@ -211,6 +214,15 @@ class PrefixAttachment:
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "prefixes": None}
+
+
+def _refuse_one_row_masks(arguments: dict[str, Any]) -> None:
+    """One row says "causal" here, and how many there should be differs between the halves of a model."""
+    for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
+        mask = arguments.get(name)
+        several = tokens is None or tokens.shape[1] > 1
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
+            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
 
 
 def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
