@@ -223,8 +223,8 @@ def test_apt_gates_can_be_switched_off() -> None:
 
 
 def test_apt_pooling_by_default_and_refused() -> None:
-    assert APT(fastprefix.APTConfig(10), [LAYER]).pooling == "cls"
-    assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).pooling == "query"
+    assert APT(fastprefix.APTConfig(10), [LAYER]).poolings == ["cls"]
+    assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).poolings == ["query"]
     with pytest.raises(ValueError, match="mean"):
         APT(fastprefix.APTConfig(10, pooling="mean"), [DECODER_LAYER])
 
@@ -243,10 +243,10 @@ def test_llama_adapter_starts_with_closed_gates() -> None:
 
 
 def test_llama_adapter_chooses_the_last_layers() -> None:
-    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 6) == range(4, 6)
-    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 6) == range(6)
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 2 * SHAPES) == range(4, 6)
+    assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 2 * SHAPES) == range(6)
     with pytest.raises(ValueError, match=r"layers takes at most the 6 .* got 7"):
-        LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 6)
+        LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 2 * SHAPES)
 
 
 def test_residual_prefix_is_its_formula() -> None:

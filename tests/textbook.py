@@ -19,7 +19,12 @@ def textbook_attention(
     """Concatenate ``[g pk; k]`` and ``[g pv; v]`` for every row and query head, and attend; or, with an output gate,
     attend to each by itself.
     """
-    binding = getattr(module, BINDING)
+    bias = kwargs.get("position_bias")
+    if bias is not None:  # as in T5: on the scores of the tokens
+        mask = bias if mask is None else bias + mask
+    binding = getattr(module, BINDING, None)
+    if binding is None:
+        return plain_attention(query, key, value, mask, scaling)
     batch, heads = query.shape[:2]
     groups = heads // key.shape[1]
     states = binding.attachment.method.projected_states(binding.index)
@@ -43,6 +48,14 @@ def textbook_attention(
     weights = scores.softmax(-1)
     p_prefix, p_tokens = weights.split([pk.shape[2], k.shape[2]], dim=-1)
     return ((p_prefix * gate) @ pv + p_tokens @ v).transpose(1, 2), weights
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """That of a layer without a prefix."""
+    scores = query @ key.mT * scaling + (0.0 if mask is None else mask)
+    return (scores.softmax(-1) @ value).transpose(1, 2), scores
 
 
 def projected(module: nn.Module, states: Tensor, size: int) -> list[Tensor]:

@@ -22,10 +22,10 @@ class APTConfig(PrefixTuningConfig):
     so every gate starts at 1/2. The paper leaves open which hidden state and how it is initialised.
 
     Args:
-        pooling: which hidden state gates. "cls", the first token that is no padding (the default for encoders; with a
+        pooling: which hidden state gates. "cls", the first token that is no padding (the default in encoders; with a
             cache the gate of the prefill is held); "mean", the mean over the tokens that are no padding (bidirectional
             attention only: in a decoder a token would see what comes after it); "query", every token gates for itself
-            (the default for decoders). None: the default.
+            (the default in decoders, cross-attention included). None: the default of each layer.
         token_gate: whether there is the token-level gate ``sigmoid(h W_i)``.
         layer_gate: whether there is the layer-level gate ``lambda_i``.
     """
@@ -46,10 +46,13 @@ class APT(PrefixTuning):
 
     def __init__(self, config: APTConfig, shapes: Sequence[AttentionShape]) -> None:
         super().__init__(config, shapes)
-        causal = any(shape.causal for shape in shapes)
-        self.pooling = config.pooling or ("query" if causal else "cls")
-        if self.pooling == "mean" and causal:
+        self.poolings = [config.pooling or ("cls" if _is_of_an_encoder(shape) else "query") for shape in shapes]
+        if config.pooling == "mean" and not all(map(_is_of_an_encoder, shapes)):
             raise ValueError('pooling="mean" takes bidirectional attention: here a token would see what comes after it')
+        if config.pooling == "cls" and any(shape.role == "cross" for shape in shapes):
+            raise ValueError(
+                'pooling="cls" takes self-attention, got cross-attention: choose attentions without "cross"'
+            )
         m = config.num_virtual_tokens
         if config.token_gate:
             self.gate_projections = nn.ParameterList([torch.empty(shape.width, m) for shape in shapes])
@@ -93,15 +96,15 @@ class APT(PrefixTuning):
             return gate
         if hidden is None:
             raise RuntimeError("APT's gate takes the hidden states that enter the layer, got none")
-        pooled = self._pool(hidden, attended)
+        pooled = self._pool(self.poolings[layer], hidden, attended)
         alpha = torch.sigmoid(pooled @ self.gate_projections[layer].to(pooled.dtype)).unsqueeze(1)
         return alpha if gate is None else gate * alpha
 
-    def _pool(self, hidden: Tensor, attended: Tensor | None) -> Tensor:
+    def _pool(self, pooling: str, hidden: Tensor, attended: Tensor | None) -> Tensor:
         """``[B, d]``, or every token's own ``[B, N, d]``."""
-        if self.pooling == "query":
+        if pooling == "query":
             return hidden
-        if self.pooling == "mean":
+        if pooling == "mean":
             if attended is None:
                 return hidden.mean(dim=1)
             weight = attended.to(hidden.dtype).unsqueeze(-1)
@@ -110,6 +113,10 @@ class APT(PrefixTuning):
             return hidden[:, 0]
         first = attended.to(torch.int32).argmax(dim=1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+
+
+def _is_of_an_encoder(shape: AttentionShape) -> bool:
+    return not shape.causal and shape.role != "cross"
 
 
 register("apt", APTConfig, APT)

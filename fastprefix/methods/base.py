@@ -120,9 +120,9 @@ class PrefixMethod(nn.Module, ABC):
         """Initialise; ``text_keys_values`` are the frozen model's own for the text, for ``init="text"``."""
 
     @classmethod
-    def chosen_layers(cls, config: Any, count: int) -> range:
+    def chosen_layers(cls, config: Any, shapes: Sequence[AttentionShape]) -> Sequence[int]:
         """Which of a model's attention layers get a prefix."""
-        return range(count)
+        return range(len(shapes))
 
     @abstractmethod
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:

@@ -48,8 +48,9 @@ class LlamaAdapter(PrefixMethod):
         self.gates = nn.ParameterList([torch.empty(shape.heads) for shape in shapes])
 
     @classmethod
-    def chosen_layers(cls, config: LlamaAdapterConfig, count: int) -> range:
+    def chosen_layers(cls, config: LlamaAdapterConfig, shapes: Sequence[AttentionShape]) -> range:
         """The last ``layers`` of them."""
+        count = len(shapes)
         layers = count if config.layers is None else config.layers
         if layers > count:
             raise ValueError(f"layers takes at most the {count} attention layers of the model, got {layers}")

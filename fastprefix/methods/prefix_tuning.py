@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import MethodConfig, PrefixMethod, check_choice, check_positive, register
-from .shapes import AttentionShape
+from .shapes import AttentionShape, Role
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,8 @@ class PrefixTuningConfig(MethodConfig):
         init_text: the text, for ``init="text"``.
         prefix_position: "none", tokens keep their positions; "shift", they are moved up by m, as when a prefix is
             passed as a key/value cache (PEFT, P-tuning v2).
+        attentions: which attention layers get a prefix: "encoder" and "decoder", the self-attention of each, "cross",
+            the attention of a decoder to its encoder. None: all.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -35,6 +37,7 @@ class PrefixTuningConfig(MethodConfig):
     init: Literal["normal", "zero", "text"] = "normal"
     init_text: str | None = None
     prefix_position: Literal["none", "shift"] = "none"
+    attentions: tuple[Role, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,12 +45,23 @@ class PrefixTuningConfig(MethodConfig):
         check_positive("hidden_dim", self.hidden_dim)
         check_choice("init", self.init, ("normal", "zero", "text"))
         check_choice("prefix_position", self.prefix_position, ("none", "shift"))
+        self._check_attentions()
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError(f'init_text goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
         if self.reparameterization is not None and self.init != "normal":
             raise ValueError(
                 f"init={self.init!r} is for free keys and values, got reparameterization={self.reparameterization!r}"
             )
+
+    def _check_attentions(self) -> None:
+        """One or more roles, as a tuple: files have lists."""
+        if self.attentions is None:
+            return
+        if not isinstance(self.attentions, tuple | list) or not self.attentions:
+            raise ValueError(f'attentions takes None or some of "encoder", "decoder", "cross", got {self.attentions!r}')
+        for role in self.attentions:
+            check_choice("attentions", role, ("encoder", "decoder", "cross"))
+        self.attentions = tuple(self.attentions)
 
 
 class FreePrefix(nn.Module):
@@ -107,6 +121,15 @@ class PrefixTuning(PrefixMethod):
         super().__init__(config, shapes)
         self.prefix = self._make_prefix()
 
+    @classmethod
+    def chosen_layers(cls, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
+        """Those of the roles in ``attentions``."""
+        wanted, found = config.attentions, sorted({shape.role for shape in shapes})
+        chosen = [index for index, shape in enumerate(shapes) if wanted is None or shape.role in wanted]
+        if not chosen:
+            raise ValueError(f"attentions takes some of what the model has, {', '.join(found)}; got {wanted!r}")
+        return chosen
+
     def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:
         length = self.config.num_virtual_tokens
         if self.config.reparameterization is None:
@@ -148,6 +171,7 @@ class PrefixTuning(PrefixMethod):
             self.config.num_virtual_tokens,
             modules_to_save=self.config.modules_to_save,
             prefix_position=self.config.prefix_position,
+            attentions=self.config.attentions,
         )
         baked = PrefixTuning(config, self.shapes)
         baked.set_prefixes(self._gated_prefixes())

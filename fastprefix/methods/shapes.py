@@ -1,6 +1,10 @@
 """What a method has to know of the model it attaches to."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["encoder", "decoder", "cross"]
+"""What an attention layer is for: self-attention of an encoder or a decoder, or attention to other tokens' keys."""
 
 
 @dataclass(frozen=True)
@@ -21,3 +25,4 @@ class AttentionShape:
     value_size: int
     width: int
     causal: bool
+    role: Role = "encoder"

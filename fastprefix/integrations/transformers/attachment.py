@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod
+from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig
 from .adapters import Adapter, Attachment, Hooks, Method
 from .heads import trainable_modules
+from .inputs import is_plain_text
 from .prefix import PrefixAttachment
-from .probe import Layer, find_layers, text_keys_values
+from .probe import Layer, find_layers, method_layers, text_keys_values
 from .projection import find_projections
 from .prompt import PromptAttachment
 from .sharding import check_whole
@@ -52,7 +53,7 @@ def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer
         plan = _plan(model, config)
         ids = _text_ids(model, config, tokenizer)
         if isinstance(plan.method, PrefixMethod):
-            plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids))
+            plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids, plan.layers))
         else:
             plan.method.reset_parameters(_table(model), ids)
         adapter = _adapter(model, config, plan)
@@ -179,9 +180,22 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     check_whole(model)
     if name in getattr(getattr(model, _STATE, None), "adapters", ()):
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model takes an encoder or a decoder, got the encoder-decoder {type(model).__name__}")
+    if not is_plain_text(model):
+        _check_not_plain_text(model, config)
     trainable_modules(model, config.modules_to_save)
+
+
+def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
+    """What takes one sequence of tokens is not for encoder-decoders, images and sound."""
+    what = f"the encoder-decoder {type(model).__name__}"
+    if not model.config.is_encoder_decoder:
+        what = f"{type(model).__name__}, whose input is {model.main_input_name}"
+    if not isinstance(config, PrefixTuningConfig):
+        raise ValueError(f"model takes an encoder or a decoder of text for {type(config).__name__}, got {what}")
+    if config.init == "text":
+        raise ValueError(f'init="text" takes an encoder or a decoder of text, got {what}')
+    if config.prefix_position == "shift":
+        raise ValueError(f'prefix_position takes "none" where positions cannot be shifted, got "shift" for {what}')
 
 
 def _plan(model: PreTrainedModel, config: MethodConfig) -> _Plan:
@@ -191,8 +205,7 @@ def _plan(model: PreTrainedModel, config: MethodConfig) -> _Plan:
     path = None
     method: Method
     if issubclass(method_class, PrefixMethod):
-        layers = find_layers(model)
-        layers = [layers[index] for index in method_class.chosen_layers(config, len(layers))]
+        layers = method_layers(model, config)
         method = method_class(config, [layer.shape for layer in layers])
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):

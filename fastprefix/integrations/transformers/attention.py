@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import fastprefix_mask, read_mask, window_bias
+from .masks import biased, fastprefix_mask, read_mask, window_bias
 
 NAME = "fastprefix"
 BINDING = "_fastprefix_binding"
@@ -83,14 +83,13 @@ def fastprefix_attention(
 
     A sliding window is in the mask already. Returns ``[B, N, H, Dv]`` and no attention weights.
     """
-    for name, what in (("position_bias", position_bias), ("indices", kwargs.get("indices"))):
-        if what is not None:
-            raise ValueError(f"{type(module).__name__} passes {name} to its attention, which fastprefix does not serve")
+    if kwargs.get("indices") is not None:
+        raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
     carried: Mapping[nn.Module, Binding] | None = kwargs.get(CARRIED)
     binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
-    masking = read_mask(attention_mask, query)
+    masking = biased(read_mask(attention_mask, query), position_bias, key)
     prefix = None if binding is None else binding.prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
     gates = (None, None) if binding is None or prefix is None else binding.gates(query, key, attention_mask)

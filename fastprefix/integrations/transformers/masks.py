@@ -76,6 +76,22 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
     return Masking(None if everything else mask, True)
 
 
+def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
+    """A mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it; all of the mask is written out
+    then. What is hidden gets the dtype's least number, as in the eager masks of ``transformers``.
+    """
+    if position_bias is None:
+        return masking
+    bias, mask = position_bias.to(key.dtype), masking.attn_mask
+    least = torch.finfo(bias.dtype).min
+    if mask is not None:
+        bias = bias.masked_fill(~mask, least) if mask.dtype is torch.bool else (bias + mask).clamp(min=least)
+    if masking.is_causal:
+        later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(later, least)
+    return Masking(bias, False)
+
+
 def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
     """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window

@@ -35,7 +35,7 @@ from .attachment import Model, attachment_of
 from .attention import Prefix
 from .calls import by_name, past_length, refuse_packed
 from .prefix import PrefixAttachment
-from .probe import Layer, evaluated, find_layers
+from .probe import Layer, evaluated, find_layers, method_layers
 from .prompt import PromptAttachment
 from .shared_prompt import SharedPromptAttachment
 
@@ -114,7 +114,7 @@ def _index(module: nn.Module) -> Any:
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     baked = method.baked()
     adapter.hooks.remove()
-    _put(model, adapter, baked, [PrefixAttachment(model, baked, find_layers(model))])
+    _put(model, adapter, baked, [PrefixAttachment(model, baked, method_layers(model, baked.config))])
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptAttachment) -> None:

@@ -15,6 +15,7 @@ from .cache import PrefixCache
 from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
 from .checkpointing import Cut, reentrant
 from .implementation import Implementation
+from .inputs import is_of_text
 from .masks import attended_tokens, window_bias
 from .probe import Layer, backbone_of, first_tensor
 
@@ -93,7 +94,10 @@ class PrefixAttachment:
         self.shifts = method.config.prefix_position == "shift"
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
-        self.embedding = model.get_input_embeddings()
+        halves = model.config.is_encoder_decoder
+        self.encoder: Any = model.get_encoder() if halves else None  # which generation calls by itself
+        self.running = False
+        self.embedding = model.get_input_embeddings() if is_of_text(model) and not halves else None
         self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
         self.entries = {layer.module: layer.entry for layer in layers}
         self.handles: list[RemovableHandle] = []
@@ -108,8 +112,12 @@ class PrefixAttachment:
         self.handles = [
             self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True),
             self.backbone.register_forward_hook(self.end),
-            self.embedding.register_forward_hook(self.tie),
         ]
+        if self.embedding is not None:
+            self.handles.append(self.embedding.register_forward_hook(self.tie))
+        if self.encoder is not None:
+            self.handles.append(self.encoder.register_forward_pre_hook(self.begin_encoder))
+            self.handles.append(self.backbone.register_forward_hook(self.leave_backbone, always_call=True))
         if self.method.needs_hidden():
             for attention, binding in self.bindings.items():
                 self._watch(attention, binding)
@@ -128,19 +136,40 @@ class PrefixAttachment:
                 "output_attentions takes False with a prefix method: its kernels make no attention weights"
             )
         self.prefixes = self.method.prefixes()
+        self.running = True
         if torch.is_grad_enabled():
             if reentrant(self.backbone):
+                self._check_embedding()
                 self.cut.cut(self.prefixes)
             else:
                 self.cut.clear()
-        arguments = _rows_for_masks(arguments)
-        if arguments.get("inputs_embeds") is not None:
+        if self.embedding is None:
+            _refuse_one_row_masks(arguments)
+        else:
+            arguments = _rows_for_masks(arguments)
+        if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shifts:
             if self.windows:
                 refuse_packed(arguments, self.backbone.config)
             self._shift(arguments)
         return (), arguments
+
+    def _check_embedding(self) -> None:
+        if self.embedding is None:
+            raise RuntimeError(
+                f"use_reentrant takes False for gradient checkpointing of {type(self.backbone).__name__}, which is no "
+                "encoder or decoder of text: gradients would not reach the prefixes"
+            )
+
+    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of an encoder: called by itself, it has prefixes computed, not those of a former call."""
+        if not self.running:
+            self.prefixes = self.method.prefixes()
+
+    def leave_backbone(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of an encoder-decoder, which is called after an error too."""
+        self.running = False
 
     def _shift(self, arguments: dict[str, Any]) -> None:
         """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
@@ -185,6 +214,15 @@ class PrefixAttachment:
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "prefixes": None}
+
+
+def _refuse_one_row_masks(arguments: dict[str, Any]) -> None:
+    """One row says "causal" here, and how many there should be differs between the halves of a model."""
+    for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
+        mask = arguments.get(name)
+        several = tokens is None or tokens.shape[1] > 1
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
+            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
 
 
 def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:

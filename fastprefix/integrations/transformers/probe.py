@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ...methods import AttentionShape
+from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
+from ...methods.shapes import Role
 from .attention import fastprefix_attention
 from .calls import parameter_names
+from .inputs import example_inputs, is_plain_text
 from .masks import fastprefix_mask, read_mask, sees_all_of_window
 
 if TYPE_CHECKING:
@@ -53,13 +55,15 @@ class Layer:
     projection: Projection | None = None  # for a method that has the layer project its prefix
 
 
-def text_keys_values(model: PreTrainedModel, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` that the model computes for ids ``[m]``, layer by layer."""
-    return [(layer.key[0], layer.value[0]) for layer in find_layers(model, input_ids[None])]
+def text_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` that layers of the model compute for ids ``[m]``."""
+    found = {layer.module: layer for layer in find_layers(model, input_ids[None])}
+    return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
 
 
 def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list[Layer]:
-    """The attention layers of a model, in the order in which they are called. Run on ``input_ids`` ``[1, N]``.
+    """The attention layers of a model, in the order in which they are called. A model of text is run on ``input_ids``
+    ``[1, N]``.
 
     Raises:
         ValueError: the model's attention does not go through the attention interface.
@@ -68,22 +72,23 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
         raise ValueError(
             f"model takes a model whose attention goes through the attention interface, got {_name(model)}"
         )
-    if input_ids is None:
-        input_ids = torch.zeros(1, 2, dtype=torch.long)
-    trace, windows = _Trace(model), _Windows()
+    inputs = example_inputs(model, input_ids)
+    trace, windows, halves = _Trace(model), _Windows(), _Halves(model)
     layers: dict[nn.Module, Layer] = {}
 
     def probe(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         entry, hidden = trace.entry(module)
+        causal, others = _is_causal(attention_mask, query), query.shape[2] != key.shape[2]
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],
             key_size=key.shape[3],
             value_size=value.shape[3],
             width=embedding_width(model) if hidden is None else hidden.shape[-1],
-            causal=_is_causal(attention_mask, query),
+            causal=causal,
+            role="cross" if others else halves.role(module, causal),
         )
         window, local = windows.of(attention_mask, kwargs.get("sliding_window"))
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
@@ -91,7 +96,7 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
 
     implementation = attention_implementation(model, _NAME, probe, windows.mask)
     with _LOCK, evaluated(model), implementation, trace, torch.no_grad():
-        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+        model.base_model(**inputs)
     if not layers:
         raise ValueError(
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
@@ -99,11 +104,22 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
     return list(layers.values())
 
 
+def method_layers(model: PreTrainedModel, config: MethodConfig) -> list[Layer]:
+    """The attention layers of a model that a prefix method is for."""
+    method_class = METHODS[config.method_name()][1]
+    assert issubclass(method_class, PrefixMethod)
+    layers = find_layers(model)
+    return [layers[index] for index in method_class.chosen_layers(config, [layer.shape for layer in layers])]
+
+
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The module that turns embeddings into hidden states: the outermost that a model calls with them.
 
-    That need not be its ``base_model``: some call a part of it.
+    That need not be its ``base_model``: some call a part of it. Of a model with two halves, or with another input than
+    text, it is the model.
     """
+    if not is_plain_text(model):
+        return model
 
     def reached(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _Reached(module)
@@ -134,6 +150,18 @@ class _Reached(Exception):  # noqa: N818 (nothing is wrong)
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor that a module was called with: of a layer, the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+class _Halves:
+    """Which half of an encoder-decoder a module is in; in any other model, what its attention is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
+
+    def role(self, module: nn.Module, causal: bool) -> Role:
+        """That of a self-attention."""
+        in_decoder = causal if self.encoder is None else module not in self.encoder
+        return "decoder" if in_decoder else "encoder"
 
 
 class _Windows:
