@@ -50,7 +50,8 @@ def lines() -> Iterator[str]:
     """What is printed."""
     yield f"fastprefix    {__version__}"
     yield f"python        {platform.python_version()} on {platform.platform()}"
-    for package in ("torch", "triton", "transformers"):
+    yield f"torch         {torch.__version__}"
+    for package in ("triton", "transformers"):
         yield f"{package:<13} {_version(package)}"
     yield f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     devices = [torch.device("cpu")]

@@ -2,8 +2,9 @@
 
 A mask's shape says the case, so that neither a keyword nor a module's ``is_causal`` has to be believed:
 
-- one row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
-- None, or ``[B, 1, N, K]`` expanded from one row: bidirectional, without or with key padding;
+- one bool row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
+- None, or ``[B, 1, N, K]`` expanded from one row: all keys, without or with key padding (bidirectional, or one query
+  that comes last);
 - anything else ``[B, 1, N, K]``: all of the mask.
 """
 
@@ -38,8 +39,10 @@ def fastprefix_mask(
         padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
         return None if padding is None else padding.expand(batch_size, 1, q_length, kv_length)
-    square = q_length == kv_length and not isinstance(q_offset, Tensor) and q_offset == kv_offset
-    if mask_function is causal_mask_function and allow_is_causal_skip and square:
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and not isinstance(q_offset, Tensor)
+    if causal and q_length == 1 and q_offset + 1 == kv_offset + kv_length:  # a token that is generated sees all keys
+        return None if padding is None else padding.expand(batch_size, 1, 1, kv_length)
+    if causal and q_length == kv_length and q_offset == kv_offset:
         if padding is None:
             padding = torch.ones((), dtype=torch.bool, device=device)
         return padding.expand(batch_size, 1, 1, kv_length)
@@ -68,11 +71,11 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
     """What a mask says to queries ``[B, H, N, D]``."""
     if mask is None:
         return Masking(None, False)
-    if mask.is_floating_point():
-        mask = mask.to(query.dtype)
+    if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
+        return Masking(mask.to(query.dtype), False)
     if mask.shape[2] != 1 or query.shape[2] == 1:
         return Masking(mask, False)
-    everything = mask.stride(3) == 0 and mask.shape[3] > 1 and mask.dtype is torch.bool
+    everything = mask.stride(3) == 0 and mask.shape[3] > 1
     return Masking(None if everything else mask, True)
 
 
