@@ -324,19 +324,18 @@ class Backward {
       Gate<A> gate = score_block(queries, columns);
       for (const Strip& strip : strips) {
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
-          for_groups(strip, [&](int64_t first, int64_t end) {
-            Vec<A> sum{}, probabilities{};
-            for (int64_t r = first; r < end; ++r) {
-              int64_t at = r * kQueries + c;
-              Vec<A> probability = by.probability(load(s.values + at), c);
-              Vec<A> dov = load(ds.values + at);
-              if (keeps) dov *= load(keeps + at);
-              sum += probability * (gate.at(r, c) * dov);  // in the order in which delta is subtracted from it
-              probabilities += probability;
-            }
-            store(sums + c, load(sums + c) + sum);
-            store(mass + c, load(mass + c) + probabilities);
+          Vec<A> probabilities = sum_rows<A>(strip, [&](int64_t r) {
+            Vec<A> probability = by.probability(load(s.values + r * kQueries + c), c);
+            store(s.values + r * kQueries + c, probability);
+            return probability;
           });
+          Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
+            Vec<A> dov = load(ds.values + r * kQueries + c);
+            if (keeps) dov *= load(keeps + r * kQueries + c);
+            return load(s.values + r * kQueries + c) * (gate.at(r, c) * dov);  // as delta is subtracted from it
+          });
+          store(sums + c, load(sums + c) + sum);
+          store(mass + c, load(mass + c) + probabilities);
         }
       }
     }

@@ -66,15 +66,11 @@ struct Softmax {
   // Scores to probabilities (under the maximum so far), in place, and their sums.
   void exponentiate(const Strip& strip, A* s) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
-      Vec<A> shifted = shift(load(m + c)), sum{};
-      for_groups(strip, [&](int64_t first, int64_t end) {
-        Vec<A> group{};
-        for (int64_t r = first; r < end; ++r) {
-          Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
-          group += probability;
-          store(s + r * kQueries + c, probability);
-        }
-        sum += group;
+      Vec<A> shifted = shift(load(m + c));
+      Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
+        Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
+        store(s + r * kQueries + c, probability);
+        return probability;
       });
       store(l + c, load(l + c) + sum);
     }

@@ -31,13 +31,20 @@ inline void for_vectors(const Strip& strip, Visit visit) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) visit(r, c);
 }
 
-// Calls visit(first row, end) for groups of a strip's rows. A sum over rows is made group by group and these are then
-// added up: one long sum would round more.
-template <class Visit>
-inline void for_groups(const Strip& strip, Visit visit) {
+// The sum of term(row) over a strip's rows, made group by group: one long sum would round more.
+template <class A, class Term>
+inline Vec<A> sum_rows(const Strip& strip, Term term) {
   constexpr int64_t kGroup = 8;
-  int64_t end = strip.row + strip.rows;
-  for (int64_t first = strip.row; first < end; first += kGroup) visit(first, std::min(first + kGroup, end));
+  Vec<A> sum{}, rest{};
+  int64_t r = strip.row, end = strip.row + strip.rows;
+  for (; r + kGroup <= end; r += kGroup) {
+    Vec<A> group{};
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kGroup; ++i) group += term(r + i);
+    sum += group;
+  }
+  for (; r < end; ++r) rest += term(r);
+  return sum + rest;
 }
 
 // A gate's values for a block of prefix keys, into `values`.
