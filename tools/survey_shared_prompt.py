@@ -6,8 +6,6 @@ padding, logits and the prompt's gradient are compared.
 """
 
 import argparse
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,28 +15,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.preview import build, parts, shrunk
 from tests.float64 import Float64
 
-BOUND = 1e-10
-LARGEST = 200_000_000  # parameters
-PROMPT, TOKENS, WINDOW, LAYERS = 5, 7, 4, 2
-SET = {"is_decoder": True, "sliding_window": WINDOW, "initializer_range": 0.2}
-UNSET: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
-}
-"""Options without which a family's own defaults make no model."""
+from .survey import BOUND, LAYERS, WINDOW, one_line, quiet, relative_error, small_model
+
+PROMPT, TOKENS = 5, 7
 
 
 @dataclass
@@ -73,41 +60,22 @@ def families() -> dict[str, str]:
 def survey(family: str, class_name: str) -> Outcome:
     """One family."""
     try:
-        models = [_model(family, class_name) for _ in range(2)]
+        models = [small_model(family, class_name, is_decoder=True) for _ in range(2)]
     except Exception as error:
-        return Outcome(family, f"not built: {_line(error)}")
+        return Outcome(family, f"not built: {one_line(error)}")
     try:
         for model, shared in zip(models, (None, False), strict=True):
             fastprefix.attach(model, fastprefix.PromptTuningConfig(PROMPT, shared_prompt=shared))
         path = models[0].fastprefix.prompt_path
         if path != "shared":
             return Outcome(family, path)
-        errors = [[_error(*pair) for pair in zip(*map(_run, models, (left, left)), strict=True)] for left in (0, 3)]
+        errors = [
+            [relative_error(*pair) for pair in zip(*map(_run, models, (left, left)), strict=True)] for left in (0, 3)
+        ]
     except Exception as error:
-        return Outcome(family, f"refused: {_line(error)}")
+        return Outcome(family, f"refused: {one_line(error)}")
     logits, gradients = zip(*errors, strict=True)
     return Outcome(family, path, max(logits), max(gradients))
-
-
-def _model(family: str, class_name: str) -> Any:
-    config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
-    own = getattr(transformers, class_name).config_class
-    if not isinstance(config, own) and isinstance(config.get_text_config(), own):
-        config = config.get_text_config()
-    config = shrunk(config, LAYERS)
-    for part in parts(config):
-        for name, value in SET.items():
-            if vars(part).get(name) is not None:
-                setattr(part, name, value)
-        if part.model_type.endswith("_thinker"):
-            part.vision_start_token_id = 0
-        part._experts_implementation = "eager"  # the others take no float64
-    config.architectures = [class_name]
-    with torch.device("meta"):
-        size = build(config).num_parameters()
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters are left")
-    return build(config).double().eval()
 
 
 def _run(model: Any, padding: int) -> tuple[Tensor, Tensor]:
@@ -123,14 +91,6 @@ def _run(model: Any, padding: int) -> tuple[Tensor, Tensor]:
     gradient = model.fastprefix.prompt.grad
     model.fastprefix.prompt.grad = None
     return logits.detach(), gradient
-
-
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160].replace("|", "/")
 
 
 def document(outcomes: list[Outcome]) -> Iterator[str]:
@@ -158,8 +118,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
     parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet()
     known = families()
     outcomes = []
     with Float64():

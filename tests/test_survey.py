@@ -1,0 +1,19 @@
+"""The survey's tool, on a family of each kind."""
+
+import pytest
+
+from tests.float64 import Float64
+from tools import survey_prefixes
+
+
+@pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit"])
+def test_prefixes_are_exact(family: str) -> None:
+    with Float64():
+        outcome = survey_prefixes.survey(family, survey_prefixes.families()[family])
+    assert outcome.verdict() == "exact", outcome
+
+
+def test_families_without_attention_are_refused() -> None:
+    with Float64():
+        outcome = survey_prefixes.survey("mamba", survey_prefixes.families()["mamba"])
+    assert outcome.verdict() == "refused", outcome

@@ -1,0 +1,194 @@
+"""On which families prefix methods are right: ``python -m tools.survey_prefixes --out FILE``.
+
+Every family of ``transformers`` is built small, with random weights and short sliding windows, and gets prefix tuning.
+Its outputs and the gradients of all prefixes are compared in float64, without and with padding, with the family's own
+eager attention over keys and values to which the prefix was concatenated.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionMaskInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+import fastprefix
+from fastprefix.integrations.transformers.attention import BINDING
+from fastprefix.integrations.transformers.inputs import example_inputs, is_of_text
+from fastprefix.integrations.transformers.probe import attention_implementation
+from tests.float64 import Float64
+
+from .survey import BOUND, LAYERS, WINDOW, one_line, quiet, relative_error, small_model, time_limit
+
+PREFIX, TOKENS, SECONDS = 3, 7, 60
+PADDINGS = ("none", "left", "right")
+
+
+@dataclass
+class Outcome:
+    """What became of one family: "compared", or why not, and errors relative to the largest value."""
+
+    family: str
+    path: str
+    outputs: float | None = None
+    gradients: float | None = None
+
+    def verdict(self) -> str:
+        """One of a few words to count."""
+        if self.outputs is None or self.gradients is None:
+            return self.path.partition(":")[0]
+        return "exact" if max(self.outputs, self.gradients) <= BOUND else "WRONG"
+
+    def row(self) -> str:
+        """Of the table."""
+        errors = [f"{e:.1e}" if e is not None else "" for e in (self.outputs, self.gradients)]
+        return f"| {self.family} | {self.verdict()} | {' | '.join(errors)} | {self.path.partition(': ')[2]} |"
+
+
+def families() -> dict[str, str]:
+    """Model types, and the class of their model, its head left out."""
+    names = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_MAPPING_NAMES}
+    return {family: name if isinstance(name, str) else name[0] for family, name in sorted(names.items())}
+
+
+def survey(family: str, class_name: str) -> Outcome:
+    """One family."""
+    try:
+        with time_limit(SECONDS):
+            model = small_model(family, class_name)
+    except Exception as error:
+        return Outcome(family, f"not built: {one_line(error)}")
+    try:
+        with time_limit(SECONDS):
+            model(**_inputs(model, "none"))
+    except Exception as error:
+        return Outcome(family, f"not run: {one_line(error)}")
+    try:
+        with time_limit(SECONDS):
+            fastprefix.attach(model, fastprefix.PrefixTuningConfig(PREFIX))
+    except Exception as error:
+        return Outcome(family, f"refused: {one_line(error)}")
+    try:
+        with time_limit(SECONDS):
+            errors = [_errors(model, padding) for padding in PADDINGS[: None if is_of_text(model) else 1]]
+    except Exception as error:
+        return Outcome(family, f"FAILED: {one_line(error)}")
+    outputs, gradients = zip(*errors, strict=True)
+    return Outcome(family, "compared", max(outputs), max(gradients))
+
+
+def _inputs(model: Any, padding: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = example_inputs(model)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        elif isinstance(value, Tensor):
+            inputs[name] = torch.randint(10, 100, (3, TOKENS), generator=generator)
+    if padding != "none":
+        inputs["attention_mask"] = torch.ones(3, TOKENS, dtype=torch.long)
+        inputs["attention_mask"][1, slice(3) if padding == "left" else slice(-3, None)] = 0
+    return inputs
+
+
+def _errors(model: Any, padding: str) -> tuple[float, float]:
+    """Of outputs at tokens that are no padding, and of the prefixes' gradients; the worst."""
+    inputs = _inputs(model, padding)
+    actual = _run(model, inputs)
+    with textbook(model):
+        expected = _run(model, inputs)
+    errors = [[relative_error(*pair) for pair in zip(*of, strict=True)] for of in zip(actual, expected, strict=True)]
+    return max(errors[0]), max(errors[1])
+
+
+def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The first output, without the rows of padding, and gradients."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = list(model.fastprefix.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    output = next(value for value in model(**inputs).to_tuple() if isinstance(value, Tensor) and value.requires_grad)
+    mask = inputs.get("attention_mask")
+    if mask is not None and output.shape[:2] == mask.shape:
+        output = output[mask.bool()]
+    weights = torch.arange(output.numel(), dtype=output.dtype).cos().reshape(output.shape)
+    gradients = torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
+    return [output.detach()], [g for g in gradients if g is not None]
+
+
+@contextmanager
+def textbook(model: Any) -> Iterator[None]:
+    """The family's own eager attention, and eager masks, over keys and values with the prefix in front of them."""
+    with attention_implementation(model, "textbook", _textbook, AttentionMaskInterface()["eager"]):
+        yield
+
+
+def _textbook(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    binding = getattr(module, BINDING, None)
+    if binding is not None:
+        rows = key.shape[0]
+        pk, pv = (x.expand(rows, -1, -1, -1) for x in binding.prefix(query, key, value))
+        if mask is not None:
+            mask = nn.functional.pad(mask[..., : key.shape[2]], (pk.shape[2], 0))
+        if isinstance(bias := kwargs.get("position_bias"), Tensor):
+            kwargs["position_bias"] = nn.functional.pad(bias[..., : key.shape[2]], (pk.shape[2], 0))
+        key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
+    eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    result: tuple[Tensor, Tensor] = eager(module, query, key, value, mask, **kwargs)
+    return result
+
+
+def document(outcomes: list[Outcome]) -> Iterator[str]:
+    """The report, as Markdown."""
+    counts = Counter(outcome.verdict() for outcome in outcomes)
+    yield "# Prefix methods: which families"
+    yield ""
+    yield (
+        f"`python -m tools.survey_prefixes`, transformers {transformers.__version__}, PyTorch {torch.__version__}: "
+        f"small random models in float64, {LAYERS} layers or one of every kind, {PREFIX} prefix tokens, text of "
+        f"{TOKENS} tokens without padding and with padding on either side, sliding windows of {WINDOW}. Errors of "
+        "outputs and of the prefixes' gradients against the family's own eager attention over concatenated keys and "
+        f"values, relative to the largest value; exact: at most {BOUND:g}."
+    )
+    yield ""
+    yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
+    yield ""
+    yield "| family | verdict | outputs | gradients | why |"
+    yield "|---|---|---:|---:|---|"
+    yield from (outcome.row() for outcome in outcomes)
+
+
+def main() -> int:
+    """Survey, print, write; 1 if a family is wrong or fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
+    parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
+    options = parser.parse_args()
+    quiet()
+    known = families()
+    outcomes = []
+    with Float64():
+        for family in options.family or known:
+            outcomes.append(survey(family, known[family]))
+            print(outcomes[-1].row(), flush=True)
+    text = "\n".join(document(outcomes)) + "\n"
+    print(text.splitlines()[4])
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+    return int(any(outcome.verdict() in ("WRONG", "FAILED") for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
