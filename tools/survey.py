@@ -1,10 +1,14 @@
 """What the surveys of ``transformers``' families have in common: small models with random weights, and errors."""
 
+import argparse
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fastprefix.integrations.transformers.preview import build, parts, shrunk
+from tests.float64 import Float64
 
 BOUND = 1e-10
 """An error relative to the largest value up to which a result in float64 is exact."""
@@ -27,6 +32,70 @@ UNSET: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
 }
 """Options without which a family's own defaults make no model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one family: errors of values and gradients, relative to the largest; or the path, and why."""
+
+    family: str
+    path: str
+    errors: tuple[float, ...] = ()
+
+    def verdict(self) -> str:
+        """One of a few words to count."""
+        if not self.errors:
+            return self.path.partition(":")[0]
+        return "exact" if max(self.errors) <= BOUND else "WRONG"
+
+    def row(self) -> str:
+        """Of the table."""
+        errors = [f"{error:.1e}" for error in self.errors] or ["", ""]
+        return f"| {self.family} | {self.verdict()} | {' | '.join(errors)} | {self.path.partition(': ')[2]} |"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A tool: what it looks at, and what its report says of that."""
+
+    description: str
+    title: str
+    how: str
+    families: Mapping[str, str]  # model types, and the class of their model
+    survey: Callable[[str, str], Outcome]
+
+    def main(self) -> int:
+        """Survey, print, write; 1 if a family is wrong or fails."""
+        parser = argparse.ArgumentParser(description=self.description)
+        parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
+        parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
+        options = parser.parse_args()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
+        outcomes = []
+        with Float64():
+            for family in options.family or self.families:
+                outcomes.append(self.survey(family, self.families[family]))
+                print(outcomes[-1].row(), flush=True)
+        text = "\n".join(self.document(outcomes)) + "\n"
+        print(text.splitlines()[4])
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text, encoding="utf-8")
+        return int(any(outcome.verdict() in ("WRONG", "FAILED") for outcome in outcomes))
+
+    def document(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
+        """The report, as Markdown."""
+        counts = Counter(outcome.verdict() for outcome in outcomes)
+        yield f"# {self.title}"
+        yield ""
+        yield f"transformers {transformers.__version__}, PyTorch {torch.__version__}. {self.how}"
+        yield ""
+        yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
+        yield ""
+        yield "| family | verdict | values | gradients | why |"
+        yield "|---|---|---:|---:|---|"
+        yield from (outcome.row() for outcome in outcomes)
 
 
 def small_model(family: str, class_name: str, **options: Any) -> Any:
@@ -59,12 +128,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def one_line(error: BaseException) -> str:
     """An error for a cell of a table."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:160].replace("|", "/")
-
-
-def quiet() -> None:
-    """Nothing of what models say when they are made."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 @contextmanager

@@ -5,17 +5,12 @@ Its outputs and the gradients of all prefixes are compared in float64, without a
 eager attention over keys and values to which the prefix was concatenated.
 """
 
-import argparse
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
@@ -24,33 +19,11 @@ import fastprefix
 from fastprefix.integrations.transformers.attention import BINDING
 from fastprefix.integrations.transformers.inputs import example_inputs, is_of_text
 from fastprefix.integrations.transformers.probe import attention_implementation
-from tests.float64 import Float64
 
-from .survey import BOUND, LAYERS, WINDOW, one_line, quiet, relative_error, small_model, time_limit
+from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 
 PREFIX, TOKENS, SECONDS = 3, 7, 60
 PADDINGS = ("none", "left", "right")
-
-
-@dataclass
-class Outcome:
-    """What became of one family: "compared", or why not, and errors relative to the largest value."""
-
-    family: str
-    path: str
-    outputs: float | None = None
-    gradients: float | None = None
-
-    def verdict(self) -> str:
-        """One of a few words to count."""
-        if self.outputs is None or self.gradients is None:
-            return self.path.partition(":")[0]
-        return "exact" if max(self.outputs, self.gradients) <= BOUND else "WRONG"
-
-    def row(self) -> str:
-        """Of the table."""
-        errors = [f"{e:.1e}" if e is not None else "" for e in (self.outputs, self.gradients)]
-        return f"| {self.family} | {self.verdict()} | {' | '.join(errors)} | {self.path.partition(': ')[2]} |"
 
 
 def families() -> dict[str, str]:
@@ -81,8 +54,7 @@ def survey(family: str, class_name: str) -> Outcome:
             errors = [_errors(model, padding) for padding in PADDINGS[: None if is_of_text(model) else 1]]
     except Exception as error:
         return Outcome(family, f"FAILED: {one_line(error)}")
-    outputs, gradients = zip(*errors, strict=True)
-    return Outcome(family, "compared", max(outputs), max(gradients))
+    return Outcome(family, "compared", tuple(map(max, zip(*errors, strict=True))))
 
 
 def _inputs(model: Any, padding: str) -> dict[str, Any]:
@@ -149,46 +121,16 @@ def _textbook(
     return result
 
 
-def document(outcomes: list[Outcome]) -> Iterator[str]:
-    """The report, as Markdown."""
-    counts = Counter(outcome.verdict() for outcome in outcomes)
-    yield "# Prefix methods: which families"
-    yield ""
-    yield (
-        f"`python -m tools.survey_prefixes`, transformers {transformers.__version__}, PyTorch {torch.__version__}: "
-        f"small random models in float64, {LAYERS} layers or one of every kind, {PREFIX} prefix tokens, text of "
-        f"{TOKENS} tokens without padding and with padding on either side, sliding windows of {WINDOW}. Errors of "
-        "outputs and of the prefixes' gradients against the family's own eager attention over concatenated keys and "
-        f"values, relative to the largest value; exact: at most {BOUND:g}."
-    )
-    yield ""
-    yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
-    yield ""
-    yield "| family | verdict | outputs | gradients | why |"
-    yield "|---|---|---:|---:|---|"
-    yield from (outcome.row() for outcome in outcomes)
-
-
-def main() -> int:
-    """Survey, print, write; 1 if a family is wrong or fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
-    parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
-    options = parser.parse_args()
-    quiet()
-    known = families()
-    outcomes = []
-    with Float64():
-        for family in options.family or known:
-            outcomes.append(survey(family, known[family]))
-            print(outcomes[-1].row(), flush=True)
-    text = "\n".join(document(outcomes)) + "\n"
-    print(text.splitlines()[4])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    return int(any(outcome.verdict() in ("WRONG", "FAILED") for outcome in outcomes))
-
+SURVEY = Survey(
+    __doc__ or "",
+    "Prefix methods: which families",
+    f"`python -m tools.survey_prefixes`: small random models in float64, {LAYERS} layers or one of every kind, "
+    f"{PREFIX} prefix tokens, text of {TOKENS} tokens without padding and with padding on either side, sliding windows of "
+    f"{WINDOW}. Errors of outputs and of the prefixes' gradients against the family's own eager attention over "
+    f"concatenated keys and values, relative to the largest value; exact: at most {BOUND:g}.",
+    families(),
+    survey,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(SURVEY.main())

@@ -5,15 +5,9 @@ and gets a prompt twice: on the path that ``attach`` chooses, and on the textboo
 padding, logits and the prompt's gradient are compared.
 """
 
-import argparse
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -21,34 +15,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import fastprefix
-from tests.float64 import Float64
 
-from .survey import BOUND, LAYERS, WINDOW, one_line, quiet, relative_error, small_model
+from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model
 
 PROMPT, TOKENS = 5, 7
-
-
-@dataclass
-class Outcome:
-    """What became of one family: the path of the prompt, or why there is none, and errors relative to the largest."""
-
-    family: str
-    path: str
-    logits: float | None = None
-    gradient: float | None = None
-
-    def verdict(self) -> str:
-        """One of a few words to count."""
-        if self.path != "shared":
-            return self.path.partition(":")[0]
-        assert self.logits is not None
-        assert self.gradient is not None
-        return "exact" if max(self.logits, self.gradient) <= BOUND else "WRONG"
-
-    def row(self) -> str:
-        """Of the table."""
-        errors = [f"{e:.1e}" if e is not None else "" for e in (self.logits, self.gradient)]
-        return f"| {self.family} | {self.verdict()} | {' | '.join(errors)} | {self.path.partition(': ')[2]} |"
 
 
 def families() -> dict[str, str]:
@@ -74,8 +44,7 @@ def survey(family: str, class_name: str) -> Outcome:
         ]
     except Exception as error:
         return Outcome(family, f"refused: {one_line(error)}")
-    logits, gradients = zip(*errors, strict=True)
-    return Outcome(family, path, max(logits), max(gradients))
+    return Outcome(family, path, tuple(map(max, zip(*errors, strict=True))))
 
 
 def _run(model: Any, padding: int) -> tuple[Tensor, Tensor]:
@@ -93,45 +62,16 @@ def _run(model: Any, padding: int) -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
-def document(outcomes: list[Outcome]) -> Iterator[str]:
-    """The report, as Markdown."""
-    counts = Counter(outcome.verdict() for outcome in outcomes)
-    yield "# One prompt for the whole batch: which families"
-    yield ""
-    yield (
-        f"`python -m tools.survey_shared_prompt`, transformers {transformers.__version__}, PyTorch "
-        f"{torch.__version__}: small random models in float64, {LAYERS} layers or one of every kind, {PROMPT} prompt "
-        f"tokens, rows of {TOKENS} tokens without and with padding on the left, sliding windows of {WINDOW}. Errors "
-        f"against the textbook's path, relative to the largest value; exact: at most {BOUND:g}."
-    )
-    yield ""
-    yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
-    yield ""
-    yield "| family | path | logits | prompt's gradient | why |"
-    yield "|---|---|---:|---:|---|"
-    yield from (outcome.row() for outcome in outcomes)
-
-
-def main() -> int:
-    """Survey, print, write; 1 if a family that shares is not exact."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
-    parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
-    options = parser.parse_args()
-    quiet()
-    known = families()
-    outcomes = []
-    with Float64():
-        for family in options.family or known:
-            outcomes.append(survey(family, known[family]))
-            print(outcomes[-1].row(), flush=True)
-    text = "\n".join(document(outcomes)) + "\n"
-    print(text.splitlines()[4])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    return int(any(outcome.verdict() == "WRONG" for outcome in outcomes))
-
+SURVEY = Survey(
+    __doc__ or "",
+    "One prompt for the whole batch: which families",
+    f"`python -m tools.survey_shared_prompt`: small random models in float64, {LAYERS} layers or one of every kind, "
+    f"{PROMPT} prompt tokens, rows of {TOKENS} tokens without and with padding on the left, sliding windows of "
+    f"{WINDOW}. Errors against the textbook's path, relative to the largest value; exact: at most {BOUND:g}; textbook: the "
+    "prompt runs in every row, and why.",
+    families(),
+    survey,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(SURVEY.main())
