@@ -125,8 +125,8 @@ SURVEY = Survey(
     __doc__ or "",
     "Prefix methods: which families",
     f"`python -m tools.survey_prefixes`: small random models in float64, {LAYERS} layers or one of every kind, "
-    f"{PREFIX} prefix tokens, text of {TOKENS} tokens without padding and with padding on either side, sliding windows of "
-    f"{WINDOW}. Errors of outputs and of the prefixes' gradients against the family's own eager attention over "
+    f"{PREFIX} prefix tokens, text of {TOKENS} tokens without padding and with padding on either side, sliding windows "
+    f"of {WINDOW}. Errors of outputs and of the prefixes' gradients against the family's own eager attention over "
     f"concatenated keys and values, relative to the largest value; exact: at most {BOUND:g}.",
     families(),
     survey,

@@ -67,8 +67,8 @@ SURVEY = Survey(
     "One prompt for the whole batch: which families",
     f"`python -m tools.survey_shared_prompt`: small random models in float64, {LAYERS} layers or one of every kind, "
     f"{PROMPT} prompt tokens, rows of {TOKENS} tokens without and with padding on the left, sliding windows of "
-    f"{WINDOW}. Errors against the textbook's path, relative to the largest value; exact: at most {BOUND:g}; textbook: the "
-    "prompt runs in every row, and why.",
+    f"{WINDOW}. Errors against the textbook's path, relative to the largest value; exact: at most {BOUND:g}; textbook: "
+    "the prompt runs in every row, and why.",
     families(),
     survey,
 )
