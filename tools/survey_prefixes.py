@@ -105,19 +105,19 @@ def textbook(model: Any) -> Iterator[None]:
 
 
 def _textbook(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     binding = getattr(module, BINDING, None)
     if binding is not None:
         rows = key.shape[0]
         pk, pv = (x.expand(rows, -1, -1, -1) for x in binding.prefix(query, key, value))
-        if mask is not None:
-            mask = nn.functional.pad(mask[..., : key.shape[2]], (pk.shape[2], 0))
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask[..., : key.shape[2]], (pk.shape[2], 0))
         if isinstance(bias := kwargs.get("position_bias"), Tensor):
             kwargs["position_bias"] = nn.functional.pad(bias[..., : key.shape[2]], (pk.shape[2], 0))
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
     eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    result: tuple[Tensor, Tensor] = eager(module, query, key, value, mask, **kwargs)
+    result: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
