@@ -13,7 +13,8 @@ def test_prefixes_are_exact(family: str) -> None:
     assert outcome.verdict() == "exact", outcome
 
 
-def test_families_without_attention_are_refused() -> None:
+@pytest.mark.parametrize("family", ["mamba", "bigbird_pegasus"])
+def test_families_that_are_not_served_are_refused(family: str) -> None:
     with Float64():
-        outcome = survey_prefixes.survey("mamba", survey_prefixes.families()["mamba"])
+        outcome = survey_prefixes.survey(family, survey_prefixes.families()[family])
     assert outcome.verdict() == "refused", outcome

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _NAME = "fastprefix_probe"
 _LOCK = threading.Lock()
+_NOT_SERVED = {"bigbird_pegasus", "bridgetower", "deepseek_v4", "paligemma", "t5gemma2"}
+"""Families that make or join masks of their own on the way to attention, so that its results would be wrong."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
     Raises:
         ValueError: the model's attention does not go through the attention interface.
     """
+    if model.config.model_type in _NOT_SERVED:
+        raise ValueError(f"model takes one whose masks mean what they usually mean, got {_name(model)}")
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"model takes a model whose attention goes through the attention interface, got {_name(model)}"
