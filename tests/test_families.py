@@ -225,7 +225,7 @@ def test_a_reparameterised_prefix_is_merged() -> None:
 @pytest.mark.parametrize(
     ("family", "config", "says"),
     [
-        ("t5", fastprefix.PromptTuningConfig(3), "encoder or a decoder of text.*encoder-decoder T5"),
+        ("t5", fastprefix.LlamaAdapterConfig(3), "model takes one of text for LlamaAdapterConfig.*encoder-decoder T5"),
         ("vit", fastprefix.PromptTuningConfig(3), "ViTForImageClassification, whose input is pixel_values"),
         ("vit", fastprefix.LlamaAdapterConfig(3), "LlamaAdapterConfig"),
         ("t5", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), 'prefix_position.*"none"'),

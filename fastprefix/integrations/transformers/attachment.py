@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig
+from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
 from .adapters import Adapter, Attachment, Hooks, Method
+from .encoder_prompt import EncoderPromptAttachment
 from .heads import trainable_modules
-from .inputs import Inputs, is_plain_text
+from .inputs import Inputs, is_of_text, is_plain_text
 from .prefix import PrefixAttachment
 from .probe import Layer, find_layers, method_layers, text_keys_values
 from .projection import find_projections
@@ -202,8 +203,10 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
+    if isinstance(config, PromptTuningConfig) and is_of_text(model):
+        return
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"model takes an encoder or a decoder of text for {type(config).__name__}, got {what}")
+        raise ValueError(f"model takes one of text for {type(config).__name__}, got {what}")
     if config.init == "text":
         raise ValueError(f'init="text" takes an encoder or a decoder of text, got {what}')
     if config.prefix_position == "shift":
@@ -238,7 +241,8 @@ def _prompt_path(model: PreTrainedModel, config: Any) -> str:
     """How the prompt will run: "shared", or "textbook: " and why."""
     if config.shared_prompt is False:
         return "textbook: shared_prompt=False"
-    reason = reason_not_shareable(model)
+    halves = model.config.is_encoder_decoder
+    reason = "its encoder's prompt sees what comes after it" if halves else reason_not_shareable(model)
     if reason is None:
         return "shared"
     if config.shared_prompt is True:
@@ -260,11 +264,12 @@ def _adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapt
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True
-        hooks = (
-            SharedPromptAttachment(model, method, layers, required)
-            if path == "shared"
-            else PromptAttachment(model, method)
-        )
+        if path == "shared":
+            hooks = SharedPromptAttachment(model, method, layers, required)
+        elif model.config.is_encoder_decoder:
+            hooks = EncoderPromptAttachment(model, method)
+        else:
+            hooks = PromptAttachment(model, method)
     return Adapter(model, copy.deepcopy(config), method, hooks)
 
 

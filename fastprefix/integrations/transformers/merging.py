@@ -65,7 +65,7 @@ def merge(model: Model) -> Model:
             _merge_prefix(model, adapter, method)
         elif isinstance(hooks, SharedPromptAttachment):
             _merge_shared_prompt(model, adapter, method, hooks)
-        elif isinstance(method, ADePT) and isinstance(hooks, PromptAttachment):
+        elif isinstance(method, ADePT) and type(hooks) is PromptAttachment:
             _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(
