@@ -15,6 +15,16 @@ class _Owner(NamedTuple):
     own: Any  # and meanwhile
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a model's attention, and that of parts with a copy of its configuration (T5's halves), which older
+    ``transformers`` pass over.
+    """
+    model.set_attn_implementation(name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
+            part.config._attn_implementation_internal = name
+
+
 class Implementation:
     """A model on the attention "fastprefix", each of its attention modules bound, until it is restored.
 
@@ -34,7 +44,7 @@ class Implementation:
             and not isinstance(getattr(type(module), "config", None), property)
         ]
         self.resume()
-        model.set_attn_implementation(NAME)
+        set_attention(model, NAME)
 
     def resume(self) -> None:
         """Put back what ``restore`` took, what was changed in the configurations before included."""

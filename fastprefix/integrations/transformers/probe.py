@@ -22,6 +22,7 @@ from ...methods.budget import embedding_width
 from ...methods.shapes import Role
 from .attention import fastprefix_attention
 from .calls import parameter_names
+from .implementation import set_attention
 from .inputs import example_inputs, is_plain_text
 from .masks import fastprefix_mask, read_mask, sees_all_of_window
 
@@ -239,7 +240,7 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(name)
+        set_attention(model, name)
         yield
     finally:
         for config, implementation in before:
