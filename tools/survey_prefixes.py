@@ -17,12 +17,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import fastprefix
 from fastprefix.integrations.transformers.attention import BINDING
-from fastprefix.integrations.transformers.inputs import example_inputs, is_of_text
-from fastprefix.integrations.transformers.probe import attention_implementation
+from fastprefix.integrations.transformers.borrowing import attention_implementation
+from fastprefix.integrations.transformers.inputs import candidates
 
 from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 
-PREFIX, TOKENS, SECONDS = 3, 7, 60
+PREFIX, ROWS, TOKENS, SECONDS = 3, 3, 7, 60
 PADDINGS = ("none", "left", "right")
 
 
@@ -39,11 +39,9 @@ def survey(family: str, class_name: str) -> Outcome:
             model = small_model(family, class_name)
     except Exception as error:
         return Outcome(family, f"not built: {one_line(error)}")
-    try:
-        with time_limit(SECONDS):
-            model(**_inputs(model, "none"))
-    except Exception as error:
-        return Outcome(family, f"not run: {one_line(error)}")
+    inputs = _runs_on(model)
+    if isinstance(inputs, Exception):
+        return Outcome(family, f"not run: {one_line(inputs)}")
     try:
         with time_limit(SECONDS):
             fastprefix.attach(model, fastprefix.PrefixTuningConfig(PREFIX))
@@ -51,29 +49,53 @@ def survey(family: str, class_name: str) -> Outcome:
         return Outcome(family, f"refused: {one_line(error)}")
     try:
         with time_limit(SECONDS):
-            errors = [_errors(model, padding) for padding in PADDINGS[: None if is_of_text(model) else 1]]
+            masks = [{}] if "attention_mask" not in inputs else [_padding(side) for side in PADDINGS]
+            errors = [_errors(model, {**inputs, **mask}) for mask in masks]
     except Exception as error:
         return Outcome(family, f"FAILED: {one_line(error)}")
     return Outcome(family, "compared", tuple(map(max, zip(*errors, strict=True))))
 
 
-def _inputs(model: Any, padding: str) -> dict[str, Any]:
+def _runs_on(model: Any) -> dict[str, Any] | Exception:
+    """The first inputs, made up from its configuration, on which a model runs."""
+    failure: Exception = ValueError("nothing is known of its inputs")
+    for inputs in candidates(model):
+        try:
+            with time_limit(SECONDS):
+                model(**(varied := _varied(inputs)))
+        except Exception as error:
+            failure = error
+        else:
+            return varied
+    return failure
+
+
+def _varied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """More tokens, and random ones."""
     generator = torch.Generator().manual_seed(0)
-    inputs = example_inputs(model)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        elif isinstance(value, Tensor):
-            inputs[name] = torch.randint(10, 100, (3, TOKENS), generator=generator)
-    if padding != "none":
-        inputs["attention_mask"] = torch.ones(3, TOKENS, dtype=torch.long)
-        inputs["attention_mask"][1, slice(3) if padding == "left" else slice(-3, None)] = 0
-    return inputs
+    shape = (ROWS, TOKENS)
+    random = {
+        name: torch.randint(10, 100, shape, generator=generator)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and name != "attention_mask" and not value.is_floating_point()
+    }
+    mask = {"attention_mask": torch.ones(shape, dtype=torch.long)} if "attention_mask" in inputs else {}
+    images = {
+        name: value[:1].expand(ROWS, *value.shape[1:])
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and random
+    }
+    return {**inputs, **random, **mask, **images}
 
 
-def _errors(model: Any, padding: str) -> tuple[float, float]:
+def _padding(side: str) -> dict[str, Tensor]:
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    mask[1, {"none": slice(0), "left": slice(3), "right": slice(-3, None)}[side]] = 0
+    return {"attention_mask": mask}
+
+
+def _errors(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
     """Of outputs at tokens that are no padding, and of the prefixes' gradients; the worst."""
-    inputs = _inputs(model, padding)
     actual = _run(model, inputs)
     with textbook(model):
         expected = _run(model, inputs)
@@ -84,6 +106,7 @@ def _errors(model: Any, padding: str) -> tuple[float, float]:
 def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The first output, without the rows of padding, and gradients."""
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)  # of models that hide some of their input at random
     parameters = list(model.fastprefix.parameters())
     with torch.no_grad():
         for parameter in parameters:
