@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 import fastprefix
 from fastprefix.integrations.transformers.attention import BINDING
 from fastprefix.integrations.transformers.borrowing import attention_implementation
 from fastprefix.integrations.transformers.inputs import candidates
+from fastprefix.integrations.transformers.masks import added, full_mask
 
 from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 
 PREFIX, ROWS, TOKENS, SECONDS = 3, 3, 7, 60
+Results = tuple[Tensor, Tensor]  # a model's output, and the gradients of all prefixes
 PADDINGS = ("none", "left", "right")
 
 
@@ -95,15 +96,15 @@ def _padding(side: str) -> dict[str, Tensor]:
 
 
 def _errors(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
-    """Of outputs at tokens that are no padding, and of the prefixes' gradients; the worst."""
+    """Of outputs at tokens that are no padding, and of the prefixes' gradients."""
     actual = _run(model, inputs)
     with textbook(model):
         expected = _run(model, inputs)
-    errors = [[relative_error(*pair) for pair in zip(*of, strict=True)] for of in zip(actual, expected, strict=True)]
-    return max(errors[0]), max(errors[1])
+    values, gradients = map(relative_error, actual, expected)
+    return values, gradients
 
 
-def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _run(model: Any, inputs: dict[str, Any]) -> Results:
     """The first output, without the rows of padding, and gradients."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(2)  # of models that hide some of their input at random
@@ -117,27 +118,34 @@ def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]
         output = output[mask.bool()]
     weights = torch.arange(output.numel(), dtype=output.dtype).cos().reshape(output.shape)
     gradients = torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
-    return [output.detach()], [g for g in gradients if g is not None]
+    return output.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 @contextmanager
 def textbook(model: Any) -> Iterator[None]:
-    """The family's own eager attention, and eager masks, over keys and values with the prefix in front of them."""
-    with attention_implementation(model, "textbook", _textbook, AttentionMaskInterface()["eager"]):
+    """The family's own eager attention, over keys and values with the prefix in front of them."""
+    with attention_implementation(model, "textbook", _textbook, full_mask):
         yield
 
 
 def _textbook(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    attention_mask = added(attention_mask, query.dtype)
     binding = getattr(module, BINDING, None)
     if binding is not None:
-        rows = key.shape[0]
+        rows, tokens = key.shape[0], key.shape[2]
         pk, pv = (x.expand(rows, -1, -1, -1) for x in binding.prefix(query, key, value))
+        columns = (pk.shape[2], 0)
         if attention_mask is not None:
-            attention_mask = nn.functional.pad(attention_mask[..., : key.shape[2]], (pk.shape[2], 0))
+            attention_mask = nn.functional.pad(attention_mask[..., :tokens], columns)
         if isinstance(bias := kwargs.get("position_bias"), Tensor):
-            kwargs["position_bias"] = nn.functional.pad(bias[..., : key.shape[2]], (pk.shape[2], 0))
+            kwargs["position_bias"] = nn.functional.pad(bias[..., :tokens], columns)
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
     eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     result: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, **kwargs)

@@ -8,16 +8,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import biased, fastprefix_mask, read_mask, window_bias
+from .masks import biased, fastprefix_mask, full_mask, read_mask, window_bias
 
 NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"
 """The same attention, for models that make something else of the masks that they are given."""
 
-MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: eager_mask}
+MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
 """The mask function of each name."""
 
 BINDING = "_fastprefix_binding"

@@ -57,8 +57,9 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield inputs
     else:
         decoder = _decoder_inputs(model, 1) if model.config.is_encoder_decoder else {}
-        for shape in _shapes(model, model.main_input_name):
-            yield {model.main_input_name: _noise(model, (1, *shape)), **decoder}
+        main = str(model.main_input_name)
+        for shape in _shapes(model, main):
+            yield {main: _noise(model, (1, *shape)), **decoder}
     together: dict[str, Any] = {"input_ids": ids}
     for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
         first = next(_shapes(model, name), None)

@@ -1,9 +1,9 @@
 """Whether this package's attention can take the place of a model's own: tried, call by call.
 
 A model may join masks, cut them, or pass arguments that only its own attention knows. So it is run on a few tokens,
-some of them padding, with its own eager attention and then with this package's. In the second run every call's result
-is replaced by the first run's: each call is compared on the same inputs, and rounding does not add up. Calls are made
-in float64, so that what remains of it is far below the effect of anything that is lost.
+some of them padding: with its own eager attention over the masks that SDPA would get, then with this package's. In the
+second run every call's result is replaced by the first run's: each call is compared on the same inputs, and rounding
+does not add up. Calls are made in float64, so that what remains of it is far below the effect of anything that is lost.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import eager_mask
 
 from .attention import FULL_MASKS, MASKS, NAME, fastprefix_attention
 from .borrowing import borrowed
 from .inputs import Inputs, candidates, is_plain_text
+from .masks import added, full_mask
 
 _NAME = "fastprefix_trial"
 _BOUND = 1e-4  # of the largest value: eager attention takes its softmax in float32
@@ -73,7 +73,7 @@ def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[Inputs,
     for inputs in choices:
         calls: list[_Call] = []
         try:
-            with borrowed(model, _NAME, _recorder(calls), eager_mask):
+            with borrowed(model, _NAME, _recorder(calls), full_mask):
                 model.base_model(**inputs)
         except Exception as error:  # whatever a family makes of such inputs
             failures.append(error)
@@ -108,6 +108,7 @@ def _recorder(calls: list[_Call]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         function = _eager_attention(module)
+        attention_mask = added(attention_mask, query.dtype)
         output = function(module, *_wide(query, key, value, attention_mask), **_wide_values(kwargs))[0]
         if (sees := _sees(attention_mask)) is not None:
             output = output.masked_fill(~sees[..., None, None], 0.0)
@@ -152,7 +153,7 @@ def _sees(mask: Tensor | None) -> Tensor | None:
     """Which queries see any key, in all heads, ``[B, N]``; None: all of them."""
     if mask is None or mask.ndim != 4:
         return None
-    visible = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = mask > torch.finfo(mask.dtype).min / 2
     return visible.any(dim=3).all(dim=1)
 
 
