@@ -14,6 +14,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 _LOCK = threading.Lock()
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a model's attention, and that of parts with a copy of its configuration (T5's halves), which older
+    ``transformers`` pass over.
+    """
+    model.set_attn_implementation(name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
+            part.config._attn_implementation_internal = name
+
+
 @contextmanager
 def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
     """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
@@ -29,7 +39,7 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(name)
+        set_attention(model, name)
         yield
     finally:
         for config, implementation in before:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import BINDING, Binding, register
+from .borrowing import set_attention
 from .trial import tried
 
 
@@ -36,7 +37,7 @@ class Implementation:
             and not isinstance(getattr(type(module), "config", None), property)
         ]
         self.resume()
-        model.set_attn_implementation(name)
+        set_attention(model, name)
 
     def resume(self) -> None:
         """Put back what ``restore`` took, what was changed in the configurations before included."""
