@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -35,6 +36,8 @@ def families() -> dict[str, str]:
 
 def survey(family: str, class_name: str) -> Outcome:
     """One family."""
+    if not getattr(transformers, class_name)._can_set_attn_implementation():
+        return Outcome(family, "refused: its attention does not go through the attention interface")
     try:
         with time_limit(SECONDS):
             model = small_model(family, class_name)
