@@ -36,7 +36,8 @@ def families() -> dict[str, str]:
 
 def survey(family: str, class_name: str) -> Outcome:
     """One family."""
-    if not getattr(transformers, class_name)._can_set_attn_implementation():
+    model_class = getattr(transformers, class_name)
+    if issubclass(model_class, transformers.PreTrainedModel) and not model_class._can_set_attn_implementation():
         return Outcome(family, "refused: its attention does not go through the attention interface")
     try:
         with time_limit(SECONDS):
