@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import main_job
+from . import attention, embedding, main_job, shared_prompt
 from .errors import BenchmarkError
 
 
@@ -18,7 +18,12 @@ class Suite:
     run: Callable[[argparse.Namespace], int]
 
 
-SUITES = {"main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run)}
+SUITES = {
+    "main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run),
+    "attention": Suite(attention.DESCRIPTION, attention.add_arguments, attention.run),
+    "embedding": Suite(embedding.DESCRIPTION, embedding.add_arguments, embedding.run),
+    "shared-prompt": Suite(shared_prompt.DESCRIPTION, shared_prompt.add_arguments, shared_prompt.run),
+}
 DEFAULT_SUITE = "main"
 
 

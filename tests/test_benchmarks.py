@@ -15,6 +15,8 @@ pytest.importorskip("tqdm")
 
 from benchmarks import (
     data,
+    embedding,
+    floors,
     hub,
     main_job,
     memory,
@@ -22,7 +24,8 @@ from benchmarks import (
     models,
     plots,
     report,
-    shared_prompt_cpu,
+    results,
+    shared_prompt,
     subjects,
     tasks,
     tokenizer,
@@ -321,21 +324,45 @@ class TestMainJob:
 
 
 def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prompt_cpu, "DECODED", 3)
-    threads, out = torch.get_num_threads(), tmp_path / "shared.json"
-    assert shared_prompt_cpu.main(["--quick", "--rounds", "1", "--prompt", "5", "--out", str(out)]) == 0
+    monkeypatch.setattr(shared_prompt, "DECODED", 3)
+    threads = torch.get_num_threads()
+    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
     assert "PT textbook" in capsys.readouterr().out
-    results = json.loads(out.read_text())["results"]["5"]
-    for name, figures in results.items():
-        assert figures["failures"] == []
-        assert (figures["step"] is None) == (figures["step_bytes"] is None) == ("merged" in name)
-        assert figures["prefill_bytes"] > 0
-        assert len(figures["prefill"]["raw_ms"]) == len(figures["decode"]["raw_ms"]) == 1
-    assert results["PT shared"]["step_bytes"] < results["PT textbook"]["step_bytes"]
+    run = results.read(tmp_path / "shared_prompt.json")
+    assert not run.faults
+    for name in {cell.competitor for cell in run.cells}:
+        directions = ["prefill", "decode"] if "merged" in name else ["step", "prefill", "decode"]
+        assert [cell.direction for cell in run.select(competitor=name)] == directions
+        assert [cell.direction for cell in run.select("bytes", competitor=name)] == directions[:-1]
+        assert all(cell.rounds == 1 and len(cell.samples or []) == 1 for cell in run.select(competitor=name))
+    shared, textbook = (run.one("bytes", competitor=f"PT {how}", direction="step") for how in ("shared", "textbook"))
+    assert shared.p50 < textbook.p50
+
+
+@pytest.mark.parametrize("suite", ["attention", "embedding"])
+def test_kernels(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it would compile for half a minute
+    monkeypatch.setattr(embedding, "keep_freed_memory", lambda: False)  # it would outlast the test
+    embedding.compiled.cache_clear()
+    assert main([suite, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    run = results.read(tmp_path / f"{suite}.json")
+    assert not run.faults
+    assert "x floor" in capsys.readouterr().out
+    for cell in run.cells:
+        ratio, floor = run.times_floor(cell), floors.of(run, cell)
+        assert ratio is not None
+        assert ratio > 0
+        assert (floor is None) == (cell.quantity == "bytes")
+        if floor:
+            assert floor.seconds(run.settings["rates"], "float32") > 0  # type: ignore[operator]
+    trained = {cell.competitor for cell in run.select(direction="forward+backward")}
+    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
 
 
 def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
     plots.curves([plots.Panel("nothing", {})], tmp_path / "loss.png", FLOOR, "step", "loss")
-    plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png")
+    plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png", "time")
     assert (tmp_path / "bars.png").read_bytes().startswith(PNG)
