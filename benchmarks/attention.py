@@ -17,7 +17,7 @@ import fastprefix
 
 from . import environment, floors, kernels, options, results, summaries
 from .kernels import DTYPES, Peer
-from .results import Case, Run
+from .results import Case, Cell, Fault, Run
 from .timing import Clock
 
 NAME = "attention"
@@ -142,11 +142,11 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": effort.seconds,
         "rates": floors.measure_rates(device, arguments.dtype, arguments.quick),
     }
-    whole = Run(NAME, environment.describe(device), settings, [])
+    facts, cells, faults = environment.describe(device), list[Cell](), list[Fault]()
     for case, shape in cases(arguments.quick, arguments.dtype):
         problem = Problem(shape, DTYPES[str(case["dtype"])], bool(case["causal"]), device)
-        cells, faults = kernels.measure(case, problem.peers(), problem.grad, clock, effort)
-        whole.cells.extend(cells)
-        whole.faults.extend(faults)
-        print(summaries.line(cells), flush=True)
-    return results.conclude(whole, arguments.out)
+        measured, failed = kernels.measure(case, problem.peers(), problem.grad, clock, effort)
+        print(summaries.line(measured), flush=True)
+        cells += measured
+        faults += failed
+    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)

@@ -22,7 +22,7 @@ import fastprefix
 
 from . import environment, floors, kernels, options, results, summaries
 from .kernels import DTYPES, Peer
-from .results import Case, Run
+from .results import Case, Cell, Fault, Run
 from .timing import Clock
 
 NAME = "embedding"
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     ids: str
 
 
-def settings(quick: bool) -> Iterator[Setting]:
+def grid(quick: bool) -> Iterator[Setting]:
     """The grid, then the second table over lengths that the grid does not have."""
     if quick:
         yield Setting(500, 16, 2, 24, 5, 3, "text")
@@ -178,19 +178,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     device = options.device_of(arguments)
     clock, effort = Clock(device), kernels.effort(arguments)
-    facts = {
+    settings = {
         "targets": TARGETS,
         "seconds": effort.seconds,
         "freed_memory_kept": keep_freed_memory(),
         "rates": floors.measure_rates(device, arguments.dtype, arguments.quick),
     }
-    whole = Run(NAME, environment.describe(device), facts, [])
+    facts, cells, faults = environment.describe(device), list[Cell](), list[Fault]()
     for dtype in arguments.dtype:
-        for setting in settings(arguments.quick):
+        for setting in grid(arguments.quick):
             inputs = Inputs(setting, DTYPES[dtype], device)
             case = inputs.case(setting, dtype)
-            cells, faults = kernels.measure(case, inputs.peers(), inputs.grad, clock, effort)
-            whole.cells.extend(cells)
-            whole.faults.extend(faults)
-            print(summaries.line(cells), flush=True)
-    return results.conclude(whole, arguments.out)
+            measured, failed = kernels.measure(case, inputs.peers(), inputs.grad, clock, effort)
+            print(summaries.line(measured), flush=True)
+            cells += measured
+            faults += failed
+    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)

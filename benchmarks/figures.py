@@ -1,5 +1,6 @@
 """The plots of results: which figures each suite shows, as panels of bars."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,9 @@ class Bars:
     xlabel: str
 
 
-def draw(bars: Bars, path: Path, dpi: int = 150) -> None:
-    """As a PNG."""
-    plots.ratio_bars(bars.panels, bars.kinds, path, bars.xlabel, dpi)
+def draw(bars: Bars, path: Path, dpi: int = 150, width: float = plots.WIDTH) -> None:
+    """As a PNG; ``width`` in inches, of each panel."""
+    plots.ratio_bars(bars.panels, bars.kinds, path, bars.xlabel, dpi, width)
 
 
 def main_job(run: Run) -> Bars:
@@ -53,6 +54,14 @@ def attention(run: Run) -> Bars:
         cases = [cell.case for cell in run.select(competitor="fused", direction="forward", dtype=dtype)]
         panels.append(Panel(dtype, {_attention_label(case): _over_concat(run, case) for case in cases}))
     return Bars(panels, KINDS, "times faster than concatenation (dashed: as fast)")
+
+
+OF_SUITE: dict[str, Callable[[Run], Bars]] = {
+    "main": main_job,
+    "attention": attention,
+    "embedding": embedding,
+    "shared-prompt": shared_prompt,
+}
 
 
 def _series(run: Run, directions: tuple[str, ...], case: Case) -> dict[str, list[float]]:

@@ -1,13 +1,16 @@
 """Plots of results, drawn without a display."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
 GREY = "#8c8c8c"
+WIDTH = 6.2
+"""Inches, of a panel."""
 
 T = TypeVar("T")
 
@@ -29,7 +32,7 @@ def curves(
     logarithmic: bool = False,
 ) -> None:
     """Points joined by lines; the competitor named ``grey`` is drawn dashed."""
-    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    figure, all_axes = _figure(len(panels), WIDTH, 4.2)
     colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, points in panel.series.items():
@@ -43,10 +46,17 @@ def curves(
     _save(figure, path)
 
 
-def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path, xlabel: str, dpi: int = 150) -> None:
+def ratio_bars(
+    panels: Sequence[Panel[float]],
+    kinds: Sequence[str],
+    path: Path,
+    xlabel: str,
+    dpi: int = 150,
+    width: float = WIDTH,
+) -> None:
     """For each competitor a bar of each kind, with its number; a dashed line at 1. The file says what was drawn."""
     rows = max((len(panel.series) * len(kinds) for panel in panels), default=0)
-    figure, all_axes = _figure(len(panels), 6.2, max(2.4, 1.4 + 0.2 * rows))
+    figure, all_axes = _figure(len(panels), width, max(2.4, 1.4 + 0.2 * rows))
     thickness = 0.8 / len(kinds)
     for axes, panel in zip(all_axes, panels, strict=True):
         names = list(panel.series)
@@ -67,6 +77,15 @@ def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path,
 def described(panels: Sequence[Panel[Any]]) -> str:
     """The figures of a plot as text, which its file keeps."""
     return json.dumps([asdict(panel) for panel in panels])
+
+
+@contextmanager
+def style(names: Sequence[str], settings: Mapping[str, str]) -> Iterator[None]:
+    """What is drawn inside has Matplotlib's styles of these names, and these settings."""
+    import matplotlib.style
+
+    with matplotlib.style.context([*names, dict(settings)]):
+        yield
 
 
 def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:

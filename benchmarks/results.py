@@ -8,8 +8,8 @@ Nothing that follows from the cells is kept with them: ratios, means and floors 
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,8 +76,8 @@ class Run:
     suite: str
     environment: dict[str, Any]
     settings: dict[str, Any]
-    cells: list[Cell]
-    faults: list[Fault] = field(default_factory=list)
+    cells: Sequence[Cell]
+    faults: Sequence[Fault] = ()
 
     def select(self, quantity: Quantity = "seconds", case: Case | None = None, **more: Value) -> list[Cell]:
         """The cells of a quantity that have the case's values, and these of competitor, role, direction or case."""
@@ -103,7 +103,7 @@ class Run:
     def times_floor(self, cell: Cell) -> float | None:
         """The cell's median as a multiple of the floor's."""
         floor = self.floor_of(cell)
-        return cell.p50 / floor.p50 if floor else None
+        return cell.p50 / floor.p50 if floor and floor.p50 else None
 
     @functools.cached_property
     def _floors(self) -> dict[tuple[Any, ...], Cell]:

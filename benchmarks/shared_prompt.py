@@ -164,10 +164,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table for each length, write."""
     device = options.device_of(arguments)
     size, rounds = (QUICK, 2) if arguments.quick else (FULL, 15)
-    whole = Run(NAME, environment.describe(device), {"targets": TARGETS}, [])
+    facts, settings = environment.describe(device), {"targets": TARGETS}
+    cells, faults = list[Cell](), list[Fault]()
     for S in arguments.prompt:
-        cells, faults = measure(size, S, arguments.rounds or rounds, device)
-        whole.cells.extend(cells)
-        whole.faults.extend(faults)
-        print(f"S = {S}\n\n{summaries.shared_prompt(whole, S).markdown()}\n", flush=True)
-    return results.conclude(whole, arguments.out)
+        measured, failed = measure(size, S, arguments.rounds or rounds, device)
+        print(f"{summaries.shared_prompt(Run(NAME, facts, settings, measured), S).markdown()}\n", flush=True)
+        cells += measured
+        faults += failed
+    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)

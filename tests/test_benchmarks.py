@@ -326,17 +326,18 @@ class TestMainJob:
 def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prompt, "DECODED", 3)
     threads = torch.get_num_threads()
-    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "--out", str(tmp_path)]) == 0
+    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "6", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
-    assert "PT textbook" in capsys.readouterr().out
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| PT textbook")]
+    assert [float(cell) > 0 for row in rows for cell in row[2:-1]] == [True] * 10
     run = results.read(tmp_path / "shared_prompt.json")
     assert not run.faults
     for name in {cell.competitor for cell in run.cells}:
         directions = ["prefill", "decode"] if "merged" in name else ["step", "prefill", "decode"]
-        assert [cell.direction for cell in run.select(competitor=name)] == directions
-        assert [cell.direction for cell in run.select("bytes", competitor=name)] == directions[:-1]
+        assert [cell.direction for cell in run.select(competitor=name, S=5)] == directions
+        assert [cell.direction for cell in run.select("bytes", competitor=name, S=6)] == directions[:-1]
         assert all(cell.rounds == 1 and len(cell.samples or []) == 1 for cell in run.select(competitor=name))
-    shared, textbook = (run.one("bytes", competitor=f"PT {how}", direction="step") for how in ("shared", "textbook"))
+    shared, textbook = (run.one("bytes", competitor=f"PT {x}", direction="step", S=5) for x in ("shared", "textbook"))
     assert shared.p50 < textbook.p50
 
 
