@@ -34,10 +34,10 @@ def main_job(run: Run) -> Bars:
 
 
 def embedding(run: Run) -> Bars:
-    """Every competitor, table by table, in units of the lookup; those that are not trained have no second bar."""
+    """Every competitor that trains, table by table, in units of the lookup."""
     cases = [cell.case for cell in run.select(case=EMBEDDING_CASE, role="floor")]
     panels = [Panel(f"table of {case['V']:,} x {case['d']:,}", _series(run, DIRECTIONS, case)) for case in cases]
-    return Bars(panels, KINDS, "time, times a lookup that writes the same output (dashed)")
+    return Bars(panels, KINDS, "time, times the lookup (dashed)")
 
 
 def shared_prompt(run: Run) -> Bars:
@@ -53,7 +53,7 @@ def attention(run: Run) -> Bars:
     for dtype in dict.fromkeys(str(cell.case["dtype"]) for cell in run.cells):
         cases = [cell.case for cell in run.select(competitor="fused", direction="forward", dtype=dtype)]
         panels.append(Panel(dtype, {_attention_label(case): _over_concat(run, case) for case in cases}))
-    return Bars(panels, KINDS, "times faster than concatenation (dashed: as fast)")
+    return Bars(panels, KINDS, "times faster than concatenation")
 
 
 OF_SUITE: dict[str, Callable[[Run], Bars]] = {

@@ -45,6 +45,7 @@ class Section:
 
     title: str
     text: str
+    faults: Sequence[str]
     tables: Sequence[Table]
     pictures: Sequence[Picture]
     everything: Table
@@ -64,14 +65,15 @@ TEXTS = {
     "main": (
         "Methods on whole models",
         "Every method and its peers train on the same batches, by turns. The floor is the frozen model without a "
-        "prompt or a prefix, its gradient taken down to the embeddings. Models have random weights: losses show that training "
-        "works, not how good a method is.",
+        "prompt or a prefix, its gradient taken down to the embeddings. Models have random weights: losses show that "
+        "training works, not how good a method is.",
     ),
     "attention": (
         "Prefix attention",
         "fused is prefix_attention; concat is gated concatenation and then PyTorch's attention; tokens, the floor, is "
         "PyTorch's attention without any prefix. Labels: batch x heads of query / key x queries x keys x head size, "
-        "prefix tokens. Means and extremes are over all shapes but those of one query.",
+        "prefix tokens. Means and extremes are over all shapes but that of one query; the share is fused / (tokens "
+        "x (1 + P / M)), so 1 is what PyTorch's attention would take for as many keys.",
     ),
     "embedding": (
         "Prompt embedding",
@@ -116,6 +118,7 @@ def _section(run: Run) -> Section:
     return Section(
         title + (f" ({instructions})" if instructions else ""),
         text,
+        [summaries.fault_text(fault) for fault in run.faults],
         list(TABLES.get(run.suite, _no_tables)(run)),
         _pictures(figures.OF_SUITE[run.suite](run)) if run.suite in figures.OF_SUITE and run.suite != "main" else [],
         summaries.everything(run),

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.readme:
         write_text(filled(options.readme.read_text(encoding="utf-8"), devices), options.readme)
         for device in devices:
-            draw_headline(device, options.results / device.name)
+            draw_headline(device, device.folder)
     print(f"page, plots and table in {options.out}")
     return 0
 

@@ -112,10 +112,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Device:
-    """The runs whose files lie in one folder."""
+    """The runs whose files lie in one folder, which has the device's name."""
 
-    name: str
+    folder: Path
     runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """What the device goes by."""
+        return self.folder.name
 
     def run(self, suite: str, **environment: object) -> Run:
         """The one of a suite, among several the one with these facts."""
@@ -159,7 +164,9 @@ def read(path: Path) -> Run:
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path}: could not be read ({error})") from error
     if document.get("suite") == "main":
-        return Run("main", document["environment"], {"corpus": document["corpus"]}, list(_main_cells(document)))
+        models = {subject["title"]: subject["description"] for subject in document["subjects"]}
+        settings = {"corpus": document["corpus"], "models": models}
+        return Run("main", document["environment"], settings, list(_main_cells(document)), list(_main_faults(document)))
     if "cells" not in document:
         raise BenchmarkError(f"{path}: not the results of a suite of `python -m benchmarks`")
     faults = [Fault(f["case"], f["competitor"], Failure(**f["failure"])) for f in document["faults"]]
@@ -170,7 +177,7 @@ def read(path: Path) -> Run:
 def read_devices(folder: Path) -> list[Device]:
     """The devices in a folder of results: a folder each; or the folder itself, where JSON lies in it directly."""
     folders = [folder] if list(folder.glob("*.json")) else sorted(path for path in folder.glob("*") if path.is_dir())
-    devices = [Device(path.name, [read(file) for file in sorted(path.glob("*.json"))]) for path in folders]
+    devices = [Device(path, [read(file) for file in sorted(path.glob("*.json"))]) for path in folders]
     if not any(device.runs for device in devices):
         raise BenchmarkError(f"{folder}: no results, neither JSON nor folders with JSON")
     return devices
@@ -183,7 +190,7 @@ _MAIN_ROLES: dict[str, Role] = {"floor": "floor", "fastprefix": "ours", "peft": 
 def _main_cells(document: dict[str, Any]) -> Iterator[Cell]:
     """The main job keeps its story by model and method; here are its figures."""
     for subject in document["subjects"]:
-        case = {"model": subject["title"], "tokens": subject["tokens_per_step"]}
+        case = _main_case(subject)
         for method in subject["methods"]:
             name, role = method["method"], _MAIN_ROLES[method["source"]]
             for key, direction in _MAIN_DIRECTIONS.items():
@@ -192,6 +199,17 @@ def _main_cells(document: dict[str, Any]) -> Iterator[Cell]:
             for what, quantity, value in _main_figures(method):
                 if value is not None:
                     yield Cell(case, name, role, what, quantity, value)
+
+
+def _main_faults(document: dict[str, Any]) -> Iterator[Fault]:
+    for subject in document["subjects"]:
+        for method in subject["methods"]:
+            if method["failure"]:
+                yield Fault(_main_case(subject), method["method"], Failure(**method["failure"]))
+
+
+def _main_case(subject: dict[str, Any]) -> Case:
+    return {"model": subject["title"], "tokens": subject["tokens_per_step"]}
 
 
 def _main_figures(method: dict[str, Any]) -> Iterator[tuple[str, Quantity, float | None]]:

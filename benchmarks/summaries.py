@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import floors
 from .report import MISSING, number, table
-from .results import Case, Cell, Device, Quantity, Run, Value
+from .results import Case, Cell, Device, Fault, Quantity, Run, Value
 
 DIRECTIONS = ("forward", "forward+backward")
 EMBEDDING_CASE: dict[str, Value] = {"B": 32, "N": 256, "r": 19, "ids": "text"}
@@ -46,6 +46,11 @@ def case_text(case: Case) -> str:
         return value if isinstance(value, str) else f"{name} {value:g}"
 
     return ", ".join(text(name, value) for name, value in case.items())
+
+
+def fault_text(fault: Fault) -> str:
+    """A competitor's failure in a line."""
+    return f"{fault.competitor}, {case_text(fault.case)}: FAILED in {fault.failure.stage}: {fault.failure.message}"
 
 
 def main_job(run: Run, model: str) -> Table:
@@ -108,13 +113,7 @@ def speeds(run: Run, dtype: str, direction: str, decoding: bool = False) -> list
 
 def attention(run: Run) -> Table:
     """Means over the shapes, for each type and direction."""
-    header = (
-        "`prefix_attention`",
-        "times faster than gated concatenation + SDPA",
-        "least",
-        "time, as a share of SDPA without prefix, scaled by (1 + P/M)",
-        "most",
-    )
+    header = ("prefix attention", "times faster than concatenation", "least", "share of plain SDPA, scaled", "most")
     rows = []
     for dtype in dict.fromkeys(str(cell.case["dtype"]) for cell in run.cells):
         for direction in DIRECTIONS:

@@ -303,6 +303,7 @@ class TestMainJob:
         assert floor["failure"] is None
         assert floor["tokens_per_second"] > 0
         assert broken["failure"]["stage"] == "set-up"
+        assert [fault.competitor for fault in results.read(tmp_path / "main_job.json").faults] == ["broken"] * 2
 
     def test_local_file_and_local_model(self, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
         words = tokenizer.train_or_load(corpus, TINY.vocabulary)
