@@ -1,12 +1,13 @@
 """The plots of results: which figures each suite shows, as panels of bars."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import plots
 from .plots import Panel
-from .results import Case, Run
+from .results import Case, Cell, Run
 from .summaries import DIRECTIONS, EMBEDDING_CASE
 
 KINDS = ("forward", "forward + backward")
@@ -51,8 +52,8 @@ def attention(run: Run) -> Bars:
     """How many times faster than concatenation, case by case, a panel for each type."""
     panels = []
     for dtype in dict.fromkeys(str(cell.case["dtype"]) for cell in run.cells):
-        cases = [cell.case for cell in run.select(competitor="fused", direction="forward", dtype=dtype)]
-        panels.append(Panel(dtype, {_attention_label(case): _over_concat(run, case) for case in cases}))
+        forward = run.select(competitor="fused", direction=DIRECTIONS[0], dtype=dtype)
+        panels.append(Panel(dtype, {_attention_label(cell.case): _over_concat(run, cell) for cell in forward}))
     return Bars(panels, KINDS, "times faster than concatenation")
 
 
@@ -80,8 +81,10 @@ def _attention_label(case: Case) -> str:
     return f"{B}x{Hq}/{Hkv}x{N}x{M}x{D}, P {P}{', causal' if case['causal'] else ''}"
 
 
-def _over_concat(run: Run, case: Case) -> list[float]:
-    cells = [
-        run.select(case=case, competitor=name, direction=d)[0].p50 for d in DIRECTIONS for name in ("concat", "fused")
+def _over_concat(run: Run, forward: Cell) -> list[float]:
+    """In both directions; not a number where one of the two failed."""
+    fused = [run.beside(replace(forward, direction=direction), "fused") for direction in DIRECTIONS]
+    return [
+        concat.p50 / cell.p50 if cell and concat else math.nan
+        for cell, concat in ((cell, run.beside(cell, "concat") if cell else None) for cell in fused)
     ]
-    return [cells[0] / cells[1], cells[2] / cells[3]]

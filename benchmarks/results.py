@@ -96,6 +96,10 @@ class Run:
             raise BenchmarkError(f"{self.suite}: {len(found)} cells of {quantity} {dict(case or {})} {more}")
         return found[0]
 
+    def beside(self, cell: Cell, competitor: str) -> Cell | None:
+        """Another competitor's cell of the same case, direction and quantity, where it came through."""
+        return self._cells.get((competitor, cell.direction, *cell.place))
+
     def floor_of(self, cell: Cell) -> Cell | None:
         """The floor's cell to compare with: in the same direction; the forward one where the floor trains nothing."""
         return self._floors.get((cell.direction, *cell.place)) or self._floors.get(("forward", *cell.place))
@@ -104,6 +108,10 @@ class Run:
         """The cell's median as a multiple of the floor's."""
         floor = self.floor_of(cell)
         return cell.p50 / floor.p50 if floor and floor.p50 else None
+
+    @functools.cached_property
+    def _cells(self) -> dict[tuple[Any, ...], Cell]:
+        return {(cell.competitor, cell.direction, *cell.place): cell for cell in self.cells}
 
     @functools.cached_property
     def _floors(self) -> dict[tuple[Any, ...], Cell]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import floors
 from .report import MISSING, number, table
@@ -67,8 +67,10 @@ def main_job(run: Run, model: str) -> Table:
     )
     cells = [cell for cell in run.cells if str(cell.case["model"]).startswith(model)]
     of_model = Run(run.suite, run.environment, run.settings, cells)
-    methods = dict.fromkeys(cell.competitor for cell in cells)
-    return Table(header, [_method(of_model, name) for name in methods])
+    failed = {fault.competitor: fault for fault in run.faults if str(fault.case["model"]).startswith(model)}
+    methods = dict.fromkeys([*(cell.competitor for cell in cells), *failed])
+    rows = [[name, fault_text(failed[name])] if name in failed else _method(of_model, name) for name in methods]
+    return Table(header, rows)
 
 
 def _method(run: Run, name: str) -> list[str]:
@@ -99,16 +101,13 @@ class Speed:
 
 def speeds(run: Run, dtype: str, direction: str, decoding: bool = False) -> list[Speed]:
     """Of every case; those of a single query are decoding."""
-
-    def speed(fused: Cell) -> Speed:
-        case = fused.case
-        concat = run.one(case=case, competitor="concat", direction=direction)
-        tokens = run.one(case=case, competitor="tokens", direction=direction)
-        scale = 1 + float(case["P"]) / float(case["M"])
-        return Speed(concat.p50 / fused.p50, fused.p50 / (scale * tokens.p50))
-
-    cells = run.select(competitor="fused", direction=direction, dtype=dtype)
-    return [speed(cell) for cell in cells if (cell.case["N"] == 1) == decoding]
+    found = []
+    for fused in run.select(competitor="fused", direction=direction, dtype=dtype):
+        case, concat, tokens = fused.case, run.beside(fused, "concat"), run.floor_of(fused)
+        if (case["N"] == 1) == decoding and concat and tokens:
+            scale = 1 + float(case["P"]) / float(case["M"])
+            found.append(Speed(concat.p50 / fused.p50, fused.p50 / (scale * tokens.p50)))
+    return found
 
 
 def attention(run: Run) -> Table:
@@ -119,8 +118,9 @@ def attention(run: Run) -> Table:
         for direction in DIRECTIONS:
             of = speeds(run, dtype, direction)
             over, share = [speed.over_concat for speed in of], [speed.of_tokens for speed in of]
-            figures = (geometric_mean(over), min(over), geometric_mean(share), max(share))
-            rows.append([f"{dtype} {_spaced(direction)}", *(number(figure, 2) for figure in figures)])
+            if of:
+                figures = (geometric_mean(over), min(over), geometric_mean(share), max(share))
+                rows.append([f"{dtype} {_spaced(direction)}", *(number(figure, 2) for figure in figures)])
     return Table(header, rows)
 
 
@@ -128,14 +128,14 @@ def embedding(run: Run) -> Table:
     """ADePT and its eager peer, in units of the lookup, for each table of the summary's cases."""
     header = ("table", "ADePT forward: fused", "eager", "forward + backward: fused", "eager")
     rows = []
-    for case in (cell.case for cell in run.select(case=EMBEDDING_CASE, role="floor")):
+    for floor in run.select(case=EMBEDDING_CASE, role="floor"):
         cells = [
-            cell
+            run.beside(replace(floor, direction=direction), name)
             for direction in DIRECTIONS
             for name in ("adept", "adept_eager")
-            for cell in run.select(case=case, competitor=name, direction=direction)
         ]
-        rows.append([f"{case['V']:,} x {case['d']:,}", *(number(run.times_floor(cell), 2) for cell in cells)])
+        ratios = [number(run.times_floor(cell) if cell else None, 2) for cell in cells]
+        rows.append([f"{floor.case['V']:,} x {floor.case['d']:,}", *ratios])
     return Table(header, rows)
 
 
@@ -174,7 +174,7 @@ def everything(run: Run) -> Table:
 
 
 def _timed(run: Run, cell: Cell) -> list[str]:
-    peak = run.select("bytes", cell.case, competitor=cell.competitor, direction=cell.direction)
+    peak = run.beside(replace(cell, quantity="bytes"), cell.competitor)
     floor = floors.of(run, cell)
     limit = floor.seconds(run.settings.get("rates", {}), str(cell.case["dtype"])) if floor else None
     return [
@@ -183,7 +183,7 @@ def _timed(run: Run, cell: Cell) -> list[str]:
         cell.direction,
         *(number(1e3 * t if t is not None else None, 3) for t in (cell.p50, cell.p20, cell.p80)),
         number(run.times_floor(cell), 2),
-        number(peak[0].p50 / 1e6 if peak else None),
+        number(peak.p50 / 1e6 if peak else None),
         number(floor.flops / 1e6 if floor else None),
         number(floor.bytes / 1e6 if floor else None),
         number(floor.flops / cell.p50 / 1e9 if floor else None),

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import (
+    attention,
     data,
     embedding,
     floors,
@@ -327,16 +328,18 @@ class TestMainJob:
 def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prompt, "DECODED", 3)
     threads = torch.get_num_threads()
-    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "6", "--out", str(tmp_path)]) == 0
+    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| PT textbook")]
-    assert [float(cell) > 0 for row in rows for cell in row[2:-1]] == [True] * 10
+    assert [float(cell) > 0 for row in rows for cell in row[2:-2]] == [
+        True
+    ] * 4  # a token's: a difference, all noise here
     run = results.read(tmp_path / "shared_prompt.json")
     assert not run.faults
     for name in {cell.competitor for cell in run.cells}:
         directions = ["prefill", "decode"] if "merged" in name else ["step", "prefill", "decode"]
         assert [cell.direction for cell in run.select(competitor=name, S=5)] == directions
-        assert [cell.direction for cell in run.select("bytes", competitor=name, S=6)] == directions[:-1]
+        assert [cell.direction for cell in run.select("bytes", competitor=name, S=5)] == directions[:-1]
         assert all(cell.rounds == 1 and len(cell.samples or []) == 1 for cell in run.select(competitor=name))
     shared, textbook = (run.one("bytes", competitor=f"PT {x}", direction="step", S=5) for x in ("shared", "textbook"))
     assert shared.p50 < textbook.p50
@@ -362,6 +365,22 @@ def test_kernels(
             assert floor.seconds(run.settings["rates"], "float32") > 0  # type: ignore[operator]
     trained = {cell.competitor for cell in run.select(direction="forward+backward")}
     assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
+
+
+def test_a_failing_peer_loses_no_other_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: attention.Problem) -> torch.Tensor:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(attention.Problem, "concat", broken)
+    assert main(["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 1
+    assert "RuntimeError: no such luck" in capsys.readouterr().err
+    run = results.read(tmp_path / "attention.json")
+    assert {fault.competitor for fault in run.faults} == {"concat"}
+    assert {cell.competitor for cell in run.cells} == {"fused", "tokens"}
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert "no such luck" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
