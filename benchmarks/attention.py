@@ -15,10 +15,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fastprefix
 
-from . import environment, floors, kernels, options, results, summaries
-from .kernels import DTYPES, Peer
-from .results import Case, Cell, Fault, Run
-from .timing import Clock
+from . import kernels, options
+from .kernels import Peer, Problem
+from .options import DTYPES
 
 NAME = "attention"
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
@@ -56,7 +55,7 @@ TARGETS = {
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
 
-class Problem:
+class Inputs:
     """Tensors of one shape, and the peers on them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device) -> None:
@@ -120,12 +119,13 @@ def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
     return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
 
 
-def cases(quick: bool, dtypes: list[str]) -> Iterator[tuple[Case, Shape]]:
+def problems(quick: bool, dtypes: list[str], device: torch.device) -> Iterator[Problem]:
     """Every shape, in every type, with and without a causal mask."""
     for shape in QUICK if quick else SHAPES:
         for dtype in dtypes:
             for causal in (False, True):
-                yield {**asdict(shape), "dtype": dtype, "causal": causal}, shape
+                inputs = Inputs(shape, DTYPES[dtype], causal, device)
+                yield Problem({**asdict(shape), "dtype": dtype, "causal": causal}, inputs.peers(), inputs.grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,17 +136,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     device = options.device_of(arguments)
-    clock, effort = Clock(device), kernels.effort(arguments)
-    settings = {
-        "targets": TARGETS,
-        "seconds": effort.seconds,
-        "rates": floors.measure_rates(device, arguments.dtype, arguments.quick),
-    }
-    facts, cells, faults = environment.describe(device), list[Cell](), list[Fault]()
-    for case, shape in cases(arguments.quick, arguments.dtype):
-        problem = Problem(shape, DTYPES[str(case["dtype"])], bool(case["causal"]), device)
-        measured, failed = kernels.measure(case, problem.peers(), problem.grad, clock, effort)
-        print(summaries.line(measured), flush=True)
-        cells += measured
-        faults += failed
-    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)
+    grid = problems(arguments.quick, arguments.dtype, device)
+    return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 import fastprefix
 
-from . import environment, floors, kernels, options, results, summaries
-from .kernels import DTYPES, Peer
-from .results import Case, Cell, Fault, Run
-from .timing import Clock
+from . import kernels, options
+from .kernels import Peer, Problem
+from .options import DTYPES
+from .results import Case
 
 NAME = "embedding"
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
@@ -174,23 +174,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_arguments(parser, dtypes=["float32"])
 
 
+def problems(quick: bool, dtypes: list[str], device: torch.device) -> Iterator[Problem]:
+    """The grid, in every type."""
+    for dtype in dtypes:
+        for setting in grid(quick):
+            inputs = Inputs(setting, DTYPES[dtype], device)
+            yield Problem(inputs.case(setting, dtype), inputs.peers(), inputs.grad)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     device = options.device_of(arguments)
-    clock, effort = Clock(device), kernels.effort(arguments)
-    settings = {
-        "targets": TARGETS,
-        "seconds": effort.seconds,
-        "freed_memory_kept": keep_freed_memory(),
-        "rates": floors.measure_rates(device, arguments.dtype, arguments.quick),
-    }
-    facts, cells, faults = environment.describe(device), list[Cell](), list[Fault]()
-    for dtype in arguments.dtype:
-        for setting in grid(arguments.quick):
-            inputs = Inputs(setting, DTYPES[dtype], device)
-            case = inputs.case(setting, dtype)
-            measured, failed = kernels.measure(case, inputs.peers(), inputs.grad, clock, effort)
-            print(summaries.line(measured), flush=True)
-            cells += measured
-            faults += failed
-    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)
+    settings = {"targets": TARGETS, "freed_memory_kept": keep_freed_memory()}
+    return kernels.run(NAME, problems(arguments.quick, arguments.dtype, device), settings, arguments, device)

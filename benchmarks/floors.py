@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .kernels import DTYPES
+from .options import DTYPES
 from .results import Cell, Run
 from .timing import Clock
 

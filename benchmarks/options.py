@@ -7,6 +7,7 @@ import torch
 
 from .errors import BenchmarkError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
 
 

@@ -142,8 +142,9 @@ class Device:
         return found[0]
 
 
-def write(run: Run, path: Path) -> None:
-    """Keep a run, a cell a line."""
+def write(run: Run, folder: Path) -> Path:
+    """Keep a run, a cell a line, in a file named after its suite."""
+    path = folder / f"{run.suite.replace('-', '_')}.json"
     head = {
         "suite": run.suite,
         "environment": run.environment,
@@ -153,13 +154,12 @@ def write(run: Run, path: Path) -> None:
     cells = ",\n".join(f"  {json.dumps(cell.record())}" for cell in run.cells)
     text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
     report.write_text(f'{text},\n "cells": [\n{cells}\n ]\n}}\n', path)
+    return path
 
 
 def conclude(run: Run, folder: Path) -> int:
     """The end of a suite: its file written, its faults shown. Exit status 1 if there were any."""
-    path = folder / f"{run.suite.replace('-', '_')}.json"
-    write(run, path)
-    print(f"\nresults in {path}")
+    print(f"\nresults in {write(run, folder)}")
     for fault in run.faults:
         print(f"\n{fault.competitor} {dict(fault.case)} failed:\n{fault.failure.traceback}", file=sys.stderr)
     return 1 if run.faults else 0

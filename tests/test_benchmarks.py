@@ -370,10 +370,10 @@ def test_kernels(
 def test_a_failing_peer_loses_no_other_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: attention.Problem) -> torch.Tensor:
+    def broken(self: attention.Inputs) -> torch.Tensor:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(attention.Problem, "concat", broken)
+    monkeypatch.setattr(attention.Inputs, "concat", broken)
     assert main(["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 1
     assert "RuntimeError: no such luck" in capsys.readouterr().err
     run = results.read(tmp_path / "attention.json")

@@ -104,8 +104,9 @@ class TestFilesAndCells:
         timed = Cell.timed(CASE, "timed", "ours", "forward", Samples([0.3, 0.1, 0.2]))
         fault = Fault(CASE, "broken", Failure("forward", "RuntimeError: no", "Traceback"))
         whole = replace(run_of(1.0), cells=[*run_of(1.0).cells, timed], faults=[fault])
-        results.write(whole, tmp_path / "attention.json")
-        assert results.read(tmp_path / "attention.json") == whole
+        path = results.write(whole, tmp_path)
+        assert path == tmp_path / "attention.json"
+        assert results.read(path) == whole
         assert timed.p50 == 0.2
         assert timed.samples == [0.3, 0.1, 0.2]
 
@@ -130,15 +131,15 @@ class TestFloors:
     @pytest.mark.parametrize("causal", [False, True])
     def test_attention(self, causal: bool) -> None:
         shape = attention.Shape(2, 4, 2, 5, 7, 8, 3)
-        problem = attention.Problem(shape, torch.float32, causal, torch.device("cpu"))
+        inputs = attention.Inputs(shape, torch.float32, causal, torch.device("cpu"))
         case = {**vars(shape), "dtype": "float32", "causal": causal}
         fused, tokens = (
             floors.attention(Cell(case, "", role, "forward", "seconds", 1.0)) for role in ("ours", "floor")
         )
-        visible = int(problem.mask.sum()) if problem.mask is not None else shape.N * (shape.M + shape.P)
+        visible = int(inputs.mask.sum()) if inputs.mask is not None else shape.N * (shape.M + shape.P)
         assert fused.flops == 4 * shape.B * shape.Hq * shape.D * visible
         assert tokens.flops == 4 * shape.B * shape.Hq * shape.D * (visible - shape.N * shape.P)
-        moved = [*problem.peers()["fused"].leaves, problem.fused()]
+        moved = [*inputs.peers()["fused"].leaves, inputs.fused()]
         assert fused.bytes == sum(tensor.nbytes for tensor in moved)
         both = floors.attention(Cell(case, "", "ours", "forward+backward", "seconds", 1.0))
         assert (both.flops, both.bytes) == (3.5 * fused.flops, 2 * fused.bytes)
@@ -203,9 +204,8 @@ class TestReport:
 
 class TestCompare:
     def _status(self, tmp_path: Path, old: Run, new: Run) -> int:
-        results.write(old, tmp_path / "old" / "attention.json")
-        results.write(new, tmp_path / "new.json")
-        return main(["compare", str(tmp_path / "new.json"), "--against", str(tmp_path / "old")])
+        results.write(old, tmp_path / "old")
+        return main(["compare", str(results.write(new, tmp_path / "new")), "--against", str(tmp_path / "old")])
 
     @pytest.mark.parametrize(
         ("new", "status", "said"),
