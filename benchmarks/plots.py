@@ -69,7 +69,8 @@ def ratio_bars(
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set(title=panel.title, xlabel=xlabel)
+        axes.set_title(panel.title)
+        axes.set_xlabel(xlabel, loc="right")  # it may be longer than the axes, but not than these and their labels
     _shared_legend(figure, all_axes, columns=len(kinds))
     _save(figure, path, dpi, {"Description": described(panels)})
 

@@ -8,7 +8,7 @@ Nothing that follows from the cells is kept with them: ratios, means and floors 
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,6 +165,10 @@ def conclude(run: Run, folder: Path) -> int:
     return 1 if run.faults else 0
 
 
+class NoCellsError(BenchmarkError):
+    """JSON of another kind."""
+
+
 def read(path: Path) -> Run:
     """A suite's JSON, the main job's among them."""
     try:
@@ -176,7 +180,7 @@ def read(path: Path) -> Run:
         settings = {"corpus": document["corpus"], "models": models}
         return Run("main", document["environment"], settings, list(_main_cells(document)), list(_main_faults(document)))
     if "cells" not in document:
-        raise BenchmarkError(f"{path}: not the results of a suite of `python -m benchmarks`")
+        raise NoCellsError(f"{path}: no cells, so not the results of a suite of `python -m benchmarks`")
     faults = [Fault(f["case"], f["competitor"], Failure(**f["failure"])) for f in document["faults"]]
     cells = [Cell(**cell) for cell in document["cells"]]
     return Run(document["suite"], document["environment"], document["settings"], cells, faults)
@@ -185,10 +189,19 @@ def read(path: Path) -> Run:
 def read_devices(folder: Path) -> list[Device]:
     """The devices in a folder of results: a folder each; or the folder itself, where JSON lies in it directly."""
     folders = [folder] if list(folder.glob("*.json")) else sorted(path for path in folder.glob("*") if path.is_dir())
-    devices = [Device(path, [read(file) for file in sorted(path.glob("*.json"))]) for path in folders]
+    devices = [Device(path, list(_readable(sorted(path.glob("*.json"))))) for path in folders]
     if not any(device.runs for device in devices):
         raise BenchmarkError(f"{folder}: no results, neither JSON nor folders with JSON")
     return devices
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[Run]:
+    """Raw figures of other tools may lie beside the results; that they are left out is said."""
+    for path in paths:
+        try:
+            yield read(path)
+        except NoCellsError as error:
+            print(f"left out: {error}", file=sys.stderr)
 
 
 _MAIN_DIRECTIONS = {"forward": "forward", "forward_backward": "forward+backward"}

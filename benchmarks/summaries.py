@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from . import floors
 from .report import MISSING, number, table
@@ -165,12 +166,14 @@ def _of_floor(run: Run, cell: Cell, scale: float, unit: str) -> str:
 
 
 def everything(run: Run) -> Table:
-    """All times of a run, with memory and floors where they are known."""
+    """All times of a run, with memory and floors; without columns of which nothing is known."""
     header = (
         "case", "competitor", "direction", "ms", "p20", "p80", "x floor", "peak MB",
         "MFLOP at least", "MB at least", "GFLOP/s", "GB/s", "x limit",
     )  # fmt: skip
-    return Table(header, [_timed(run, cell) for cell in run.select()])
+    rows = [_timed(run, cell) for cell in run.select()]
+    known = [any(row[i] != MISSING for row in rows) for i in range(len(header))]
+    return Table(list(compress(header, known)), [list(compress(row, known)) for row in rows])
 
 
 def _timed(run: Run, cell: Cell) -> list[str]:

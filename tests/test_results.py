@@ -116,6 +116,13 @@ class TestFilesAndCells:
         with pytest.raises(BenchmarkError, match=r"other\.json"):
             results.read(tmp_path / "other.json")
 
+    def test_other_files_beside_results_are_left_out(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        results.write(run_of(1.0), tmp_path)
+        (tmp_path / "raw.json").write_text("{}")
+        (device,) = results.read_devices(tmp_path)
+        assert [run.suite for run in device.runs] == ["attention"]
+        assert "left out: " in capsys.readouterr().err
+
     def test_a_backward_pass_is_compared_with_a_floor_that_only_goes_forward(self) -> None:
         run = run_of(1.0, floor=0.5)
         both = replace(run.cells[1], direction="forward+backward")
