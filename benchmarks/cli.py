@@ -11,7 +11,7 @@ from .errors import BenchmarkError
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark: what it is, its options, and a function that runs it and returns the exit status."""
+    """A benchmark, or work on results: what it is, its options, a function that runs it and returns the exit status."""
 
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]

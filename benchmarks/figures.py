@@ -8,7 +8,7 @@ from pathlib import Path
 from . import plots
 from .plots import Panel
 from .results import Case, Cell, Run
-from .summaries import DIRECTIONS, EMBEDDING_CASE
+from .summaries import DIRECTIONS, EMBEDDING_CASE, table_text
 
 KINDS = ("forward", "forward + backward")
 TIMES_FLOOR = "time, times the frozen floor (dashed)"
@@ -37,7 +37,7 @@ def main_job(run: Run) -> Bars:
 def embedding(run: Run) -> Bars:
     """Every competitor that trains, table by table, in units of the lookup."""
     cases = [cell.case for cell in run.select(case=EMBEDDING_CASE, role="floor")]
-    panels = [Panel(f"table of {case['V']:,} x {case['d']:,}", _series(run, DIRECTIONS, case)) for case in cases]
+    panels = [Panel(f"table of {table_text(case)}", _series(run, DIRECTIONS, case)) for case in cases]
     return Bars(panels, KINDS, "time, times the lookup (dashed)")
 
 

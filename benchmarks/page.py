@@ -114,9 +114,8 @@ def _order(run: Run) -> tuple[int, int]:
 
 def _section(run: Run) -> Section:
     title, text = TEXTS.get(run.suite, (run.suite, ""))
-    instructions = run.environment.get("cpu_capability")
     return Section(
-        title + (f" ({instructions})" if instructions else ""),
+        title + (f" ({run.instructions})" if run.instructions else ""),
         text,
         [summaries.fault_text(fault) for fault in run.faults],
         list(TABLES.get(run.suite, _no_tables)(run)),

@@ -76,8 +76,8 @@ def draw_plots(device: Device, folder: Path) -> None:
     for of_suite in device.runs:
         bars = figures.OF_SUITE.get(of_suite.suite)
         if bars:
-            capability = of_suite.environment.get("cpu_capability") or "gpu"
-            figures.draw(bars(of_suite), folder / f"{of_suite.suite}-{capability.lower()}.png")
+            parts = [of_suite.suite, *([of_suite.instructions.lower()] if of_suite.instructions else [])]
+            figures.draw(bars(of_suite), folder / f"{'-'.join(parts)}.png")
 
 
 def draw_headline(device: Device, folder: Path) -> None:

@@ -79,6 +79,12 @@ class Run:
     cells: Sequence[Cell]
     faults: Sequence[Fault] = ()
 
+    @property
+    def instructions(self) -> str | None:
+        """The CPU's best that were used, where it ran on one."""
+        environment = self.environment
+        return environment.get("cpu_capability") if environment.get("device") == "cpu" else None
+
     def select(self, quantity: Quantity = "seconds", case: Case | None = None, **more: Value) -> list[Cell]:
         """The cells of a quantity that have the case's values, and these of competitor, role, direction or case."""
         wanted = {**(case or {}), **more}

@@ -44,9 +44,14 @@ def case_text(case: Case) -> str:
     def text(name: str, value: Value) -> str:
         if isinstance(value, bool):
             return name if value else f"not {name}"
-        return value if isinstance(value, str) else f"{name} {value:g}"
+        return value if isinstance(value, str) else f"{name} {value:.10g}"
 
     return ", ".join(text(name, value) for name, value in case.items())
+
+
+def table_text(case: Case) -> str:
+    """The table of an embedding's case; float32 goes without saying."""
+    return f"{case['V']:,} x {case['d']:,}" + ("" if case["dtype"] == "float32" else f", {case['dtype']}")
 
 
 def fault_text(fault: Fault) -> str:
@@ -136,7 +141,7 @@ def embedding(run: Run) -> Table:
             for name in ("adept", "adept_eager")
         ]
         ratios = [number(run.times_floor(cell) if cell else None, 2) for cell in cells]
-        rows.append([f"{floor.case['V']:,} x {floor.case['d']:,}", *ratios])
+        rows.append([table_text(floor.case), *ratios])
     return Table(header, rows)
 
 
