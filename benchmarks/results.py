@@ -181,12 +181,14 @@ def read(path: Path) -> Run:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path}: could not be read ({error})") from error
-    if document.get("suite") == "main":
+    if not (isinstance(document, dict) and {"suite", "environment"} <= set(document)):
+        raise NoCellsError(f"{path}: not the results of a suite of `python -m benchmarks`")
+    if document["suite"] == "main":
         models = {subject["title"]: subject["description"] for subject in document["subjects"]}
         settings = {"corpus": document["corpus"], "models": models}
         return Run("main", document["environment"], settings, list(_main_cells(document)), list(_main_faults(document)))
     if "cells" not in document:
-        raise NoCellsError(f"{path}: no cells, so not the results of a suite of `python -m benchmarks`")
+        raise NoCellsError(f"{path}: results of {document['suite']}, which has no cells")
     faults = [Fault(f["case"], f["competitor"], Failure(**f["failure"])) for f in document["faults"]]
     cells = [Cell(**cell) for cell in document["cells"]]
     return Run(document["suite"], document["environment"], document["settings"], cells, faults)
@@ -195,7 +197,7 @@ def read(path: Path) -> Run:
 def read_devices(folder: Path) -> list[Device]:
     """The devices in a folder of results: a folder each; or the folder itself, where JSON lies in it directly."""
     folders = [folder] if list(folder.glob("*.json")) else sorted(path for path in folder.glob("*") if path.is_dir())
-    devices = [Device(path, list(_readable(sorted(path.glob("*.json"))))) for path in folders]
+    devices = [Device(path.resolve(), list(_readable(sorted(path.glob("*.json"))))) for path in folders]
     if not any(device.runs for device in devices):
         raise BenchmarkError(f"{folder}: no results, neither JSON nor folders with JSON")
     return devices
