@@ -50,7 +50,8 @@ def csv_text(devices: Sequence[Device]) -> str:
     """All cells as one table: a row each, a column for every parameter of any case."""
     rows = [row for device in devices for of_suite in device.runs for row in _flat(device, of_suite)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -110,7 +110,7 @@ class TestFilesAndCells:
         assert timed.p50 == 0.2
         assert timed.samples == [0.3, 0.1, 0.2]
 
-    @pytest.mark.parametrize("content", ["{", "{}", '{"suite": "else"}'])
+    @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"suite": "else", "environment": {}}'])
     def test_other_files_are_refused(self, content: str, tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(BenchmarkError, match=r"other\.json"):
