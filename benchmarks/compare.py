@@ -1,8 +1,9 @@
 """Whether something became slower: a new result against the committed one of the same suite and device.
 
-Only ratios are compared, to the floor of the same run: a busy or a throttled machine slows both down. A ratio has moved
-when its range before, from p20 / (the floor's p80) to p80 / (the floor's p20), and its range now do not overlap, and
-the medians differ by more than a tolerance; a figure without p20 and p80 is a range of one point.
+Only ratios are compared, to the floor of the same run: a slow or a throttled machine slows both down. A busy one does
+not slow all alike, and this says so. A ratio has moved when its range before, from p20 / (the floor's p80) to p80 /
+(the floor's p20), and its range now do not overlap, and the medians differ by more than a tolerance; a figure without
+p20 and p80 is a range of one point.
 """
 
 import argparse
@@ -20,6 +21,8 @@ DESCRIPTION = "A new result against the committed one of the same suite and devi
 SAME_DEVICE = ("device_name", "cpu_capability", "threads")
 QUANTITIES = ("seconds", "bytes")
 TOLERANCE = 0.05
+BUSY = 0.5
+"""The load a core, from the minute before the run, that is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
         raise BenchmarkError(f"{options.new}: no case in common with the result of {old.environment['date']}")
     moved = sorted((change for change in both if change.moved(options.tolerance)), key=lambda change: -change.factor)
     print(f"{new.suite}: {len(both)} ratios against those of {old.environment['date']}; {len(moved)} moved")
+    load, cores = new.environment.get("load_average"), new.environment.get("cpu_count")
+    if load and cores and load > BUSY * cores:
+        print(f"the machine was busy (load {load:.1f} on {cores} cores): measure again before you believe this")
     if moved:
         header = ("case", "competitor", "what", "x floor before", "now", "change", "")
         print("\n" + table(header, [_row(change) for change in moved]))

@@ -30,6 +30,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "cpu_bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "cuda": torch.version.cuda,
     }
 

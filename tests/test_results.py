@@ -232,6 +232,13 @@ class TestCompare:
         assert self._status(tmp_path, run_of(1.0), new) == status
         assert said in capsys.readouterr().out
 
+    @pytest.mark.parametrize(("load", "busy"), [(0.3, False), (1.5, True), (None, False)])
+    def test_a_busy_machine_is_said(
+        self, load: float | None, busy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self._status(tmp_path, run_of(1.0), run_of(1.0, load_average=load, cpu_count=2)) == 0
+        assert ("the machine was busy" in capsys.readouterr().out) == busy
+
     def test_another_device_is_no_comparison(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self._status(tmp_path, run_of(1.0), run_of(1.0, threads=3)) == 2
         assert "0 results of attention" in capsys.readouterr().err
