@@ -5,20 +5,27 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import main_job
+from . import attention, compare, embedding, main_job, publish, shared_prompt
 from .errors import BenchmarkError
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark: what it is, its options, and a function that runs it and returns the exit status."""
+    """A benchmark, or work on results: what it is, its options, a function that runs it and returns the exit status."""
 
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
 
-SUITES = {"main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run)}
+SUITES = {
+    "main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run),
+    "attention": Suite(attention.DESCRIPTION, attention.add_arguments, attention.run),
+    "embedding": Suite(embedding.DESCRIPTION, embedding.add_arguments, embedding.run),
+    "shared-prompt": Suite(shared_prompt.DESCRIPTION, shared_prompt.add_arguments, shared_prompt.run),
+    "compare": Suite(compare.DESCRIPTION, compare.add_arguments, compare.run),
+    "report": Suite(publish.DESCRIPTION, publish.add_arguments, publish.run),
+}
 DEFAULT_SUITE = "main"
 
 

@@ -3,11 +3,13 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "triton", "peft", "datasets", "tokenizers")
 
 
@@ -20,6 +22,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "fastprefix": fastprefix.__version__,
+        **checkout(),
         **{name: version(name) for name in PACKAGES},
         "device": str(device),
         "device_name": device_name(device),
@@ -27,6 +30,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "cpu_bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "cuda": torch.version.cuda,
     }
 
@@ -37,6 +41,21 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def checkout() -> dict[str, object]:
+    """The commit that the code is at and whether files differ from it; None where this is no checkout."""
+    if not (ROOT / ".git").exists():
+        return {"commit": None, "dirty": None}
+    return {"commit": _git("rev-parse", "HEAD") or None, "dirty": bool(_git("status", "--porcelain"))}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a tree that it does not trust
+        return ""
+    return done.stdout.strip()
 
 
 def device_name(device: torch.device) -> str:

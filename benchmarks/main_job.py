@@ -9,19 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from . import contest, data, environment, hub, models, plots, report, subjects
+from . import contest, data, environment, figures, hub, models, plots, report, subjects
 from .contest import Contest, Result, Rounds
 from .data import Corpus
-from .errors import BenchmarkError
 from .methods import FLOOR, all_methods
+from .options import add_common, device_of, positive
 from .plots import Panel
+from .results import read
 from .subjects import Subject
 
 DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
-DEFAULT_OUT = Path(__file__).parent / "out"
 ROUNDS = {
     "quick": Rounds(steps=24, evaluations=4, warmup=2),
     "cpu": Rounds(steps=32, evaluations=4, warmup=3),
@@ -40,31 +39,22 @@ classifier's head is trained with every method, and counted."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The main job's options."""
-    parser.add_argument("--quick", action="store_true", help="small models and few steps, under a minute")
+    add_common(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
     source.add_argument("--dataset", metavar="NAME[/CONFIG]", help="text from a data set of the Hugging Face hub")
     parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: guessed)")
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: guessed)")
     parser.add_argument("--model", metavar="NAME", help="a model of the hub or a local folder, in place of the two")
-    parser.add_argument("--steps", type=_positive, help="training steps")
-    parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--steps", type=positive, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, table and plots")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the main job; 0 if every method came through, 1 otherwise."""
     start = time.perf_counter()
     _silence_libraries()
-    device = _device(options.device)
+    device = device_of(options)
     size_name = "quick" if options.quick else device.type
     rounds = ROUNDS[size_name]
     if options.steps is not None:
@@ -98,15 +88,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _needs_hub(options: argparse.Namespace) -> bool:
     return bool(options.dataset or (options.model and not Path(options.model).is_dir()))
-
-
-def _device(asked: torch.device | None) -> torch.device:
-    device = asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise BenchmarkError(f"--device {device}: cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} sees no GPU")
-    return device
 
 
 def _silence_libraries() -> None:
@@ -185,27 +166,17 @@ def _record(subject: Subject, results: list[Result]) -> dict[str, Any]:
 
 
 def _write(record: dict[str, Any], results: list[tuple[Subject, list[Result]]], out: Path) -> None:
-    report.write_json(record | {"subjects": [_record(*pair) for pair in results]}, out / "main_job.json")
+    path = out / "main_job.json"
+    report.write_json(record | {"subjects": [_record(*pair) for pair in results]}, path)
     tables = "\n\n".join(_table(*pair) for pair in results)
     (out / "main_job.md").write_text(f"{tables}\n\n{NOTES}\n", encoding="utf-8")
     curves = [_curves(*pair) for pair in results]
     plots.curves(curves, out / "main_job_loss.png", FLOOR, "step", "loss on held-out text")
-    bars = [_bars(*pair) for pair in results]
-    plots.ratio_bars(bars, ("forward", "forward + backward"), out / "main_job_time.png")
+    figures.draw(figures.main_job(read(path)), out / "main_job_time.png")
 
 
 def _curves(subject: Subject, results: list[Result]) -> Panel[tuple[int, float]]:
     return Panel(subject.title, {r.method.name: r.held_out_losses for r in results if r.held_out_losses})
-
-
-def _bars(subject: Subject, results: list[Result]) -> Panel[float]:
-    floor = contest.floor_of(results)
-    ratios = {
-        r.method.name: (contest.times_floor(r.forward, floor.forward), contest.times_floor(r.step, floor.step))
-        for r in results
-    }
-    # A method that failed on the way has one of the two, or neither.
-    return Panel(subject.title, {name: [f, s] for name, (f, s) in ratios.items() if f is not None and s is not None})
 
 
 def _conclusion(results: list[tuple[Subject, list[Result]]], out: Path, seconds: float) -> int:

@@ -1,12 +1,16 @@
 """Plots of results, drawn without a display."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
 GREY = "#8c8c8c"
+WIDTH = 6.2
+"""Inches, of a panel."""
 
 T = TypeVar("T")
 
@@ -28,7 +32,7 @@ def curves(
     logarithmic: bool = False,
 ) -> None:
     """Points joined by lines; the competitor named ``grey`` is drawn dashed."""
-    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+    figure, all_axes = _figure(len(panels), WIDTH, 4.2)
     colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, points in panel.series.items():
@@ -42,9 +46,17 @@ def curves(
     _save(figure, path)
 
 
-def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path) -> None:
-    """Times as multiples of the floor: for each competitor a bar of each kind, with its number."""
-    figure, all_axes = _figure(len(panels), 6.2, 4.2)
+def ratio_bars(
+    panels: Sequence[Panel[float]],
+    kinds: Sequence[str],
+    path: Path,
+    xlabel: str,
+    dpi: int = 150,
+    width: float = WIDTH,
+) -> None:
+    """For each competitor a bar of each kind, with its number; a dashed line at 1. The file says what was drawn."""
+    rows = max((len(panel.series) * len(kinds) for panel in panels), default=0)
+    figure, all_axes = _figure(len(panels), width, max(2.4, 1.4 + 0.2 * rows))
     thickness = 0.8 / len(kinds)
     for axes, panel in zip(all_axes, panels, strict=True):
         names = list(panel.series)
@@ -57,9 +69,24 @@ def ratio_bars(panels: Sequence[Panel[float]], kinds: Sequence[str], path: Path)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set(title=panel.title, xlabel="time, times the frozen floor (dashed)")
+        axes.set_title(panel.title)
+        axes.set_xlabel(xlabel, loc="right")  # it may be longer than the axes, but not than these and their labels
     _shared_legend(figure, all_axes, columns=len(kinds))
-    _save(figure, path)
+    _save(figure, path, dpi, {"Description": described(panels)})
+
+
+def described(panels: Sequence[Panel[Any]]) -> str:
+    """The figures of a plot as text, which its file keeps."""
+    return json.dumps([asdict(panel) for panel in panels])
+
+
+@contextmanager
+def style(names: Sequence[str], settings: Mapping[str, str]) -> Iterator[None]:
+    """What is drawn inside has Matplotlib's styles of these names, and these settings."""
+    import matplotlib.style
+
+    with matplotlib.style.context([*names, dict(settings)]):
+        yield
 
 
 def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -90,6 +117,6 @@ def _colours(panels: Sequence[Panel[Any]], grey: str) -> dict[str, str]:
     return {grey: GREY, **{name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}}
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, dpi: int = 150, metadata: Mapping[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi, metadata=metadata)

@@ -35,8 +35,13 @@ def number(value: float | None, digits: int = 1, suffix: str = "") -> str:
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
-    """Keep the results; by way of a second file, so that a run that is killed leaves the old ones whole."""
+    """Keep the results."""
+    write_text(json.dumps(results, indent=1, default=str) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file by way of a second one, so that a run that is killed leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -42,10 +42,10 @@ def built(corpus: Corpus, size: Size, steps: int, device: torch.device, seed: in
     if corpus.train_labels is not None:
         encoder = models.build_encoder(size, len(corpus.class_names), pad, seed)
         task = tasks.classification(corpus, words, shape, seed)
-        subjects.append(Subject("encoder, BERT shape", _placed(encoder, device), task, random_weights=True))
+        subjects.append(Subject("encoder, BERT shape", placed(encoder, device), task, random_weights=True))
     decoder = models.build_decoder(size, pad, end, seed)
     task = tasks.language_modelling(corpus, words, shape, seed)
-    return [*subjects, Subject("decoder, Llama shape", _placed(decoder, device), task, random_weights=True)]
+    return [*subjects, Subject("decoder, Llama shape", placed(decoder, device), task, random_weights=True)]
 
 
 def named(name: str, corpus: Corpus, size: Size, steps: int, device: torch.device, seed: int) -> list[Subject]:
@@ -55,10 +55,11 @@ def named(name: str, corpus: Corpus, size: Size, steps: int, device: torch.devic
     model = models.load_model(name, kind, len(corpus.class_names), words.pad_token_id, seed)
     shape = Shape(size.rows, size.length, steps, device)
     make = tasks.language_modelling if kind == "causal_lm" else tasks.classification
-    return [Subject(name, _placed(model, device), make(corpus, words, shape, seed), random_weights=False)]
+    return [Subject(name, placed(model, device), make(corpus, words, shape, seed), random_weights=False)]
 
 
-def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device, in the type to measure it in."""
     # Half the memory and several times the speed on a GPU; on a CPU float32 is what kernels are fast in.
     nn.Module.to(model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model

@@ -1,9 +1,10 @@
 """Timing that competitors share: interleaved rounds, so that a machine's mood hits all of them alike."""
 
+import itertools
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +58,7 @@ class Failure:
 
 
 class Clock:
-    """Wall-clock seconds of work on a device: on a GPU, until its queue has run dry."""
+    """Seconds of work on a device: by the wall's clock; on a GPU by its events, from an empty queue to an empty one."""
 
     def __init__(self, device: torch.device) -> None:
         """Measure what runs on ``device``."""
@@ -65,20 +66,36 @@ class Clock:
 
     def __call__(self, work: Callable[[], object]) -> float:
         """The seconds that ``work()`` takes."""
-        self._wait()
+        if self.device.type == "cuda":
+            return self._by_events(work)
         start = time.perf_counter()
         work()
-        self._wait()
         return time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _by_events(self, work: Callable[[], object]) -> float:
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
 
 def timed(work: Callable[[], object], clock: Clock) -> Job:
     """A job that does the same in every round, all of it timed."""
     return lambda _: clock(work)
+
+
+def until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
+    """Numbers for ``interleave``: ``warmup`` of them, then what begins within ``seconds``, and ``least`` anyway."""
+    yield from range(warmup)
+    end = time.perf_counter() + seconds
+    for i in itertools.count():
+        if i >= least and time.perf_counter() >= end:
+            return
+        yield warmup + i
 
 
 def interleave(

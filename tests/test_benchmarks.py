@@ -14,7 +14,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import (
+    attention,
     data,
+    embedding,
+    floors,
     hub,
     main_job,
     memory,
@@ -22,7 +25,8 @@ from benchmarks import (
     models,
     plots,
     report,
-    shared_prompt_cpu,
+    results,
+    shared_prompt,
     subjects,
     tasks,
     tokenizer,
@@ -300,6 +304,7 @@ class TestMainJob:
         assert floor["failure"] is None
         assert floor["tokens_per_second"] > 0
         assert broken["failure"]["stage"] == "set-up"
+        assert [fault.competitor for fault in results.read(tmp_path / "main_job.json").faults] == ["broken"] * 2
 
     def test_local_file_and_local_model(self, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
         words = tokenizer.train_or_load(corpus, TINY.vocabulary)
@@ -321,21 +326,64 @@ class TestMainJob:
 
 
 def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prompt_cpu, "DECODED", 3)
-    threads, out = torch.get_num_threads(), tmp_path / "shared.json"
-    assert shared_prompt_cpu.main(["--quick", "--rounds", "1", "--prompt", "5", "--out", str(out)]) == 0
+    monkeypatch.setattr(shared_prompt, "DECODED", 3)
+    threads = torch.get_num_threads()
+    assert main(["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
-    assert "PT textbook" in capsys.readouterr().out
-    results = json.loads(out.read_text())["results"]["5"]
-    for name, figures in results.items():
-        assert figures["failures"] == []
-        assert (figures["step"] is None) == (figures["step_bytes"] is None) == ("merged" in name)
-        assert figures["prefill_bytes"] > 0
-        assert len(figures["prefill"]["raw_ms"]) == len(figures["decode"]["raw_ms"]) == 1
-    assert results["PT shared"]["step_bytes"] < results["PT textbook"]["step_bytes"]
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| PT textbook")]
+    assert [float(cell) > 0 for row in rows for cell in row[2:-2]] == [
+        True
+    ] * 4  # a token's: a difference, all noise here
+    run = results.read(tmp_path / "shared_prompt.json")
+    assert not run.faults
+    for name in {cell.competitor for cell in run.cells}:
+        directions = ["prefill", "decode"] if "merged" in name else ["step", "prefill", "decode"]
+        assert [cell.direction for cell in run.select(competitor=name, S=5)] == directions
+        assert [cell.direction for cell in run.select("bytes", competitor=name, S=5)] == directions[:-1]
+        assert all(cell.rounds == 1 and len(cell.samples or []) == 1 for cell in run.select(competitor=name))
+    shared, textbook = (run.one("bytes", competitor=f"PT {x}", direction="step", S=5) for x in ("shared", "textbook"))
+    assert shared.p50 < textbook.p50
+
+
+@pytest.mark.parametrize("suite", ["attention", "embedding"])
+def test_kernels(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it would compile for half a minute
+    monkeypatch.setattr(embedding, "keep_freed_memory", lambda: False)  # it would outlast the test
+    embedding.compiled.cache_clear()
+    assert main([suite, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    run = results.read(tmp_path / f"{suite}.json")
+    assert not run.faults
+    assert "x floor" in capsys.readouterr().out
+    for cell in run.cells:
+        ratio, floor = run.times_floor(cell), floors.of(run, cell)
+        assert ratio is not None
+        assert ratio > 0
+        assert (floor is None) == (cell.quantity == "bytes")
+        if floor:
+            assert floor.seconds(run.settings["rates"], "float32") > 0  # type: ignore[operator]
+    trained = {cell.competitor for cell in run.select(direction="forward+backward")}
+    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
+
+
+def test_a_failing_peer_loses_no_other_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: attention.Inputs) -> torch.Tensor:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(attention.Inputs, "concat", broken)
+    assert main(["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 1
+    assert "RuntimeError: no such luck" in capsys.readouterr().err
+    run = results.read(tmp_path / "attention.json")
+    assert {fault.competitor for fault in run.faults} == {"concat"}
+    assert {cell.competitor for cell in run.cells} == {"fused", "tokens"}
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert "no such luck" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_plots_take_a_panel_without_curves(tmp_path: Path) -> None:
     plots.curves([plots.Panel("nothing", {})], tmp_path / "loss.png", FLOOR, "step", "loss")
-    plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png")
+    plots.ratio_bars([plots.Panel("nothing", {})], ("forward",), tmp_path / "bars.png", "time")
     assert (tmp_path / "bars.png").read_bytes().startswith(PNG)

@@ -126,6 +126,7 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "dropout": _DROPOUT,
     "dropout of pairs": _SMALLEST,
 }
+_SM90_DECODE_DROPOUT = {(64, HALF): Tile(16, 32, 32, 4, 2), (128, HALF): Tile(16, 32, 32, 4, 2)}
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
         "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
@@ -134,12 +135,13 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "separate": {"forward": {(64, HALF): Tile(128, 64, 64, 8, 3)}},
     "dropout": {
         **_DROPOUT,
+        "decode": _SM90_DECODE_DROPOUT,
         "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
         "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     },
     "dropout of pairs": {
         **_SMALLEST,
-        "decode": {(64, HALF): Tile(16, 32, 32, 4, 2), (128, HALF): Tile(16, 32, 32, 4, 2)},
+        "decode": _SM90_DECODE_DROPOUT,
         "dq": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
     },
 }

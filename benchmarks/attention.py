@@ -1,0 +1,140 @@
+"""Prefix attention against what PyTorch offers, on grids of shapes, types and masks.
+
+``fused`` is this package, ``concat`` gated concatenation and then SDPA; ``tokens``, the floor, is SDPA on the tokens
+alone: no prefix at all. The gate is one for each row and prefix token.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+import fastprefix
+
+from . import kernels, options
+from .kernels import Peer, Problem
+from .options import DTYPES
+
+NAME = "attention"
+DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch, heads, tokens of query and key, head size, prefix tokens."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    N: int
+    M: int
+    D: int
+    P: int
+
+
+SHAPES = (
+    Shape(8, 12, 12, 128, 128, 64, 20),
+    Shape(4, 8, 8, 512, 512, 64, 100),
+    Shape(1, 8, 8, 2048, 2048, 64, 128),
+    Shape(16, 12, 12, 64, 64, 64, 100),
+    Shape(4, 32, 8, 256, 256, 128, 64),
+    Shape(16, 12, 12, 1, 512, 64, 100),
+)
+QUICK = (Shape(2, 4, 2, 32, 32, 16, 8),)
+TARGETS = {
+    "float32 forward": 1.9,
+    "bfloat16 forward": 3.4,
+    "float32 forward+backward": 1.7,
+    "bfloat16 forward+backward": 3.3,
+}
+"""Geometric means over concatenation, on two AVX-512 cores."""
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
+
+class Inputs:
+    """Tensors of one shape, and the peers on them."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device) -> None:
+        """Draw them."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+
+        s = shape
+        self.causal = causal
+        self.q, self.k, self.v = draw(s.B, s.Hq, s.N, s.D), draw(s.B, s.Hkv, s.M, s.D), draw(s.B, s.Hkv, s.M, s.D)
+        self.pk, self.pv = draw(s.Hkv, s.P, s.D), draw(s.Hkv, s.P, s.D)
+        self.gate = draw(s.B, 1, s.P)
+        self.grad = draw(s.B, s.Hq, s.N, s.D).detach()
+        self.grouped = s.Hq != s.Hkv
+        self.mask_tokens = lower_right(s.N, s.M, 0, device) if causal and s.N != s.M else None
+        self.mask = lower_right(s.N, s.M, s.P, device) if causal else None
+
+    def fused(self) -> Tensor:
+        """This package."""
+        backend = BACKENDS[self.q.device.type]
+        return fastprefix.prefix_attention(
+            self.q, self.k, self.v, self.pk, self.pv, prefix_gate=self.gate, is_causal=self.causal, backend=backend
+        )
+
+    def concat(self) -> Tensor:
+        """What a user without these kernels writes."""
+        gate, batch = self.gate[..., None], self.q.shape[0]
+        k = torch.cat([(self.pk * gate).expand(batch, -1, -1, -1), self.k], dim=2)
+        v = torch.cat([(self.pv * gate).expand(batch, -1, -1, -1), self.v], dim=2)
+        return F.scaled_dot_product_attention(self.q, k, v, attn_mask=self.mask, enable_gqa=self.grouped)
+
+    def tokens(self) -> Tensor:
+        """No prefix."""
+        return F.scaled_dot_product_attention(
+            self.q,
+            self.k,
+            self.v,
+            attn_mask=self.mask_tokens,
+            is_causal=self.causal and self.mask_tokens is None,
+            enable_gqa=self.grouped,
+        )
+
+    def peers(self) -> dict[str, Peer]:
+        """All of them, with what each trains."""
+        tokens = (self.q, self.k, self.v)
+        everything = (*tokens, self.pk, self.pv, self.gate)
+        return {
+            "fused": Peer("ours", self.fused, everything),
+            "concat": Peer("peer", self.concat, everything),
+            "tokens": Peer("floor", self.tokens, tokens),
+        }
+
+
+def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
+    """The mask of N causal queries over P prefix tokens and M tokens, in the form that SDPA is fastest with."""
+    if device.type == "cuda":
+        bias: Tensor = causal_lower_right(N, P + M)
+        return bias
+    return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
+
+
+def problems(quick: bool, dtypes: list[str], device: torch.device) -> Iterator[Problem]:
+    """Every shape, in every type, with and without a causal mask."""
+    for shape in QUICK if quick else SHAPES:
+        for dtype in dtypes:
+            for causal in (False, True):
+                inputs = Inputs(shape, DTYPES[dtype], causal, device)
+                yield Problem({**asdict(shape), "dtype": dtype, "causal": causal}, inputs.peers(), inputs.grad)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's options."""
+    kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    device = options.device_of(arguments)
+    grid = problems(arguments.quick, arguments.dtype, device)
+    return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)

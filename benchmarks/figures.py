@@ -1,0 +1,90 @@
+"""The plots of results: which figures each suite shows, as panels of bars."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import plots
+from .plots import Panel
+from .results import Case, Cell, Run
+from .summaries import DIRECTIONS, EMBEDDING_CASE, table_text
+
+KINDS = ("forward", "forward + backward")
+TIMES_FLOOR = "time, times the frozen floor (dashed)"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A plot of ratios: its panels, the kinds of bars, and what the lengths mean."""
+
+    panels: list[Panel[float]]
+    kinds: tuple[str, ...]
+    xlabel: str
+
+
+def draw(bars: Bars, path: Path, dpi: int = 150, width: float = plots.WIDTH) -> None:
+    """As a PNG; ``width`` in inches, of each panel."""
+    plots.ratio_bars(bars.panels, bars.kinds, path, bars.xlabel, dpi, width)
+
+
+def main_job(run: Run) -> Bars:
+    """Every method on every model, in units of the floor."""
+    models = dict.fromkeys(str(cell.case["model"]) for cell in run.cells)
+    return Bars([Panel(model, _series(run, DIRECTIONS, {"model": model})) for model in models], KINDS, TIMES_FLOOR)
+
+
+def embedding(run: Run) -> Bars:
+    """Every competitor that trains, table by table, in units of the lookup."""
+    cases = [cell.case for cell in run.select(case=EMBEDDING_CASE, role="floor")]
+    panels = [Panel(f"table of {table_text(case)}", _series(run, DIRECTIONS, case)) for case in cases]
+    return Bars(panels, KINDS, "time, times the lookup (dashed)")
+
+
+def shared_prompt(run: Run) -> Bars:
+    """Training steps and prefills at every length, in units of the floor."""
+    lengths = dict.fromkeys(cell.case["S"] for cell in run.cells)
+    panels = [Panel(f"{S} prompt tokens", _series(run, ("step", "prefill"), {"S": S})) for S in lengths]
+    return Bars(panels, ("training step", "prefill"), TIMES_FLOOR)
+
+
+def attention(run: Run) -> Bars:
+    """How many times faster than concatenation, case by case, a panel for each type."""
+    panels = []
+    for dtype in dict.fromkeys(str(cell.case["dtype"]) for cell in run.cells):
+        forward = run.select(competitor="fused", direction=DIRECTIONS[0], dtype=dtype)
+        panels.append(Panel(dtype, {_attention_label(cell.case): _over_concat(run, cell) for cell in forward}))
+    return Bars(panels, KINDS, "times faster than concatenation")
+
+
+OF_SUITE: dict[str, Callable[[Run], Bars]] = {
+    "main": main_job,
+    "attention": attention,
+    "embedding": embedding,
+    "shared-prompt": shared_prompt,
+}
+
+
+def _series(run: Run, directions: tuple[str, ...], case: Case) -> dict[str, list[float]]:
+    """The competitors that have all directions."""
+    series: dict[str, list[float]] = {}
+    for direction in directions:
+        for cell in run.select(case=case, direction=direction):
+            ratio = run.times_floor(cell)
+            if ratio is not None:
+                series.setdefault(cell.competitor, []).append(ratio)
+    return {name: ratios for name, ratios in series.items() if len(ratios) == len(directions)}
+
+
+def _attention_label(case: Case) -> str:
+    B, Hq, Hkv, N, M, D, P = (case[name] for name in ("B", "Hq", "Hkv", "N", "M", "D", "P"))
+    return f"{B}x{Hq}/{Hkv}x{N}x{M}x{D}, P {P}{', causal' if case['causal'] else ''}"
+
+
+def _over_concat(run: Run, forward: Cell) -> list[float]:
+    """In both directions; not a number where one of the two failed."""
+    fused = [run.beside(replace(forward, direction=direction), "fused") for direction in DIRECTIONS]
+    return [
+        concat.p50 / cell.p50 if cell and concat else math.nan
+        for cell, concat in ((cell, run.beside(cell, "concat") if cell else None) for cell in fused)
+    ]
