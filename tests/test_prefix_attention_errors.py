@@ -75,3 +75,32 @@ def test_bad_input(function, bad, error, name):
     }
     with pytest.raises(error, match=rf"^{name}\b"):
         function(**(good | bad))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "name"),
+    [
+        ({"is_causal": True}, {"is_causal": 1}, "is_causal"),
+        ({"window_size": 1}, {"window_size": True}, "window_size"),
+        ({"window_size": 1}, {"window_size": 1.0}, "window_size"),
+        ({"scale": 1.0}, {"scale": True}, "scale"),
+        ({"dropout_p": 0.0}, {"dropout_p": False}, "dropout_p"),
+        ({"segment_ids": (Z(2, B, N).long()[0], Z(B, M).long())}, {"segment_ids": Z(2, B, N).long()}, "segment_ids"),
+    ],
+)
+def test_what_equals_a_right_argument_is_not_taken_for_it(right, wrong, name):
+    """Calls like one that was checked are not checked again."""
+    tensors = (Z(B, HQ, N, D), Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
+    for _ in range(2):
+        fastprefix.prefix_attention(*tensors, **right)
+        with pytest.raises(TypeError, match=rf"^{name}\b"):
+            fastprefix.prefix_attention(*tensors, **wrong)
+
+
+def test_autocast_is_part_of_what_was_checked():
+    query, rest = Z(B, HQ, N, D), (Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fastprefix.prefix_attention(query.bfloat16(), *rest)
+        with pytest.raises(TypeError, match=r"^key"):
+            fastprefix.prefix_attention(query.bfloat16(), *rest)

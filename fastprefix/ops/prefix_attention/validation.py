@@ -1,6 +1,7 @@
 """From a caller's arguments to the canonical ones, or to an error that names the argument."""
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ _PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one a r
 _GATE = "up to three dimensions that broadcast to [B, Hkv, P], or four that broadcast to [B, Hq, N, P]"
 _MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts to [B, Hq, N, M]"
 _SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
+
+_CHECKED: set[Hashable] = set()
+_MOST_CHECKED = 4096
 
 
 def canonical_arguments(
@@ -34,24 +38,29 @@ def canonical_arguments(
     dropout_p: float,
 ) -> Arguments:
     """Check every argument, then bring them to the form of :class:`Arguments`, by views alone."""
-    _check_tokens(query, key, value)
-    _check_prefix(query, key, value, prefix_key, prefix_value)
-    _check_options(is_causal, window_size, softcap, scale, dropout_p)
-    heads = query.shape[1]
-    query_segments, key_segments = _canonical_segments(query, key, segment_ids)
-    if sinks is not None:
-        _check_companion("sinks", sinks, query, "[Hq]")
-        checks.check_shape("sinks", sinks, (heads,), f"[Hq] = [{heads}]")
+    options = (is_causal, window_size, softcap, scale, dropout_p)
+    tensors = (query, key, value, prefix_key, prefix_value, prefix_gate, output_gate, attn_mask, prefix_bias, sinks)
+    signature = _signature(tensors, segment_ids, options)
+    if signature is None or signature not in _CHECKED:
+        _check_tokens(query, key, value)
+        _check_prefix(query, key, value, prefix_key, prefix_value)
+        _check_options(*options)
+        _check_gates(query, key, prefix_key, prefix_gate, output_gate)
+        _check_masks(query, key, prefix_key, attn_mask, prefix_bias)
+        _check_segments(query, key, segment_ids)
+        _check_sinks(query, sinks)
+        _remember(signature)
+    query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
     return Arguments(
         query,
         key,
         value,
         prefix_key if prefix_key.ndim == 4 else prefix_key[None],
         prefix_value if prefix_value.ndim == 4 else prefix_value[None],
-        _canonical_gate(query, key, prefix_key, prefix_gate),
-        _canonical_output_gate(query, output_gate),
-        _canonical_mask(query, key, attn_mask),
-        _canonical_bias(query, prefix_key, prefix_bias),
+        prefix_gate if prefix_gate is None or prefix_gate.ndim == 4 else _leading_ones(prefix_gate, 3),
+        _leading_ones(output_gate, 2),
+        _canonical_mask(attn_mask),
+        _leading_ones(prefix_bias, 4),
         sinks,
         query_segments,
         key_segments,
@@ -62,6 +71,33 @@ def canonical_arguments(
         1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         float(dropout_p),
     )
+
+
+def _signature(
+    tensors: tuple[Tensor | None, ...], segment_ids: tuple[Tensor, Tensor] | None, options: tuple[object, ...]
+) -> Hashable | None:
+    """All that the checks look at; None where that cannot be told, as in a trace and of what is no tensor.
+
+    A model calls with the same shapes in every layer, and what was checked once need not be again: in a decoding step
+    of a small model the checks would take as long as the rest of the call.
+    """
+    if torch.compiler.is_compiling() or not isinstance(segment_ids, tuple | list | None):
+        return None
+    try:
+        everything = tensors if segment_ids is None else tensors + tuple(segment_ids)
+        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in everything])
+        signature = (seen, options, tuple(map(type, options)), checks.autocast_dtype(tensors[0].device))  # type: ignore[union-attr]
+        hash(signature)
+    except (AttributeError, TypeError):
+        return None
+    return signature
+
+
+def _remember(signature: Hashable | None) -> None:
+    if signature is not None:
+        if len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED.add(signature)
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -139,60 +175,47 @@ def _check_options(
     checks.check_probability("dropout_p", dropout_p)
 
 
-def _canonical_gate(query: Tensor, key: Tensor, prefix_key: Tensor, gate: Tensor | None) -> Tensor | None:
-    if gate is None:
-        return None
-    _check_companion("prefix_gate", gate, query, _GATE)
+def _check_gates(
+    query: Tensor, key: Tensor, prefix_key: Tensor, prefix_gate: Tensor | None, output_gate: Tensor | None
+) -> None:
     batch, heads, queries, _ = query.shape
-    length = prefix_key.shape[-2]
-    full = (batch, heads, queries, length) if gate.ndim == 4 else (batch, key.shape[1], length)
-    checks.check_broadcastable("prefix_gate", gate, full, f"{_GATE}; here {full}")
-    return gate if gate.ndim == 4 else _leading_ones(gate, 3)
+    if prefix_gate is not None:
+        _check_companion("prefix_gate", prefix_gate, query, _GATE)
+        length = prefix_key.shape[-2]
+        full = (batch, heads, queries, length) if prefix_gate.ndim == 4 else (batch, key.shape[1], length)
+        checks.check_broadcastable("prefix_gate", prefix_gate, full, f"{_GATE}; here {full}")
+    if output_gate is not None:
+        takes = f"a tensor that broadcasts to [B, Hq] = {(batch, heads)}"
+        _check_companion("output_gate", output_gate, query, takes)
+        checks.check_broadcastable("output_gate", output_gate, (batch, heads), takes)
 
 
-def _canonical_output_gate(query: Tensor, gate: Tensor | None) -> Tensor | None:
-    if gate is None:
-        return None
-    takes = f"a tensor that broadcasts to [B, Hq] = {tuple(query.shape[:2])}"
-    _check_companion("output_gate", gate, query, takes)
-    checks.check_broadcastable("output_gate", gate, query.shape[:2], takes)
-    return _leading_ones(gate, 2)
-
-
-def _canonical_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    checks.check_tensor("attn_mask", mask, _MASK)
-    checks.check_device("attn_mask", mask, query.device, "query")
+def _check_masks(
+    query: Tensor, key: Tensor, prefix_key: Tensor, mask: Tensor | None, prefix_bias: Tensor | None
+) -> None:
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    if mask.dtype is torch.bool and mask.ndim == 2:
-        checks.check_broadcastable(
-            "attn_mask", mask, (batch, keys), f"{_MASK}; a bool mask of two dimensions is [B, M] = {(batch, keys)}"
-        )
-        return mask[:, None, None, :]
-    if mask.dtype is not torch.bool:
-        _check_companion("attn_mask", mask, query, _MASK)
-    full = (batch, heads, queries, keys)
-    checks.check_broadcastable("attn_mask", mask, full, f"{_MASK}; here {full}")
-    return _leading_ones(mask, 4)
+    if mask is not None:
+        checks.check_tensor("attn_mask", mask, _MASK)
+        checks.check_device("attn_mask", mask, query.device, "query")
+        if mask.dtype is not torch.bool:
+            _check_companion("attn_mask", mask, query, _MASK)
+        if _is_padding(mask):
+            takes = f"{_MASK}; a bool mask of two dimensions is [B, M] = {(batch, keys)}"
+            checks.check_broadcastable("attn_mask", mask, (batch, keys), takes)
+        else:
+            full = (batch, heads, queries, keys)
+            checks.check_broadcastable("attn_mask", mask, full, f"{_MASK}; here {full}")
+    if prefix_bias is not None:
+        full = (batch, heads, queries, prefix_key.shape[-2])
+        takes = f"a tensor that broadcasts to [B, Hq, N, P] = {full}"
+        _check_companion("prefix_bias", prefix_bias, query, takes)
+        checks.check_broadcastable("prefix_bias", prefix_bias, full, takes)
 
 
-def _canonical_bias(query: Tensor, prefix_key: Tensor, bias: Tensor | None) -> Tensor | None:
-    if bias is None:
-        return None
-    full = (*query.shape[:3], prefix_key.shape[-2])
-    takes = f"a tensor that broadcasts to [B, Hq, N, P] = {full}"
-    _check_companion("prefix_bias", bias, query, takes)
-    checks.check_broadcastable("prefix_bias", bias, full, takes)
-    return _leading_ones(bias, 4)
-
-
-def _canonical_segments(
-    query: Tensor, key: Tensor, segment_ids: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _check_segments(query: Tensor, key: Tensor, segment_ids: tuple[Tensor, Tensor] | None) -> None:
     if segment_ids is None:
-        return None, None
+        return
     if not isinstance(segment_ids, tuple | list):
         raise checks.wrong_type("segment_ids", segment_ids, _SEGMENTS)
     if len(segment_ids) != 2:
@@ -203,8 +226,24 @@ def _canonical_segments(
         shape = (tokens.shape[0], tokens.shape[2])
         checks.check_shape(name, segments, (None, None), f"{_SEGMENTS}; here {shape}")
         checks.check_broadcastable(name, segments, shape, f"{_SEGMENTS}; here {shape}")
-    return segment_ids[0], segment_ids[1]
 
 
-def _leading_ones(tensor: Tensor, ndim: int) -> Tensor:
-    return tensor[(None,) * (ndim - tensor.ndim)] if tensor.ndim < ndim else tensor
+def _check_sinks(query: Tensor, sinks: Tensor | None) -> None:
+    if sinks is not None:
+        heads = query.shape[1]
+        _check_companion("sinks", sinks, query, "[Hq]")
+        checks.check_shape("sinks", sinks, (heads,), f"[Hq] = [{heads}]")
+
+
+def _is_padding(mask: Tensor) -> bool:
+    return mask.dtype is torch.bool and mask.ndim == 2
+
+
+def _canonical_mask(mask: Tensor | None) -> Tensor | None:
+    if mask is not None and _is_padding(mask):
+        return mask[:, None, None, :]
+    return _leading_ones(mask, 4)
+
+
+def _leading_ones(tensor: Tensor | None, ndim: int) -> Tensor | None:
+    return tensor if tensor is None or tensor.ndim >= ndim else tensor[(None,) * (ndim - tensor.ndim)]
