@@ -3,6 +3,7 @@
 #   make bench    the main job: the methods against their peers, on real text
 #   make test     build, then all tests
 #   make lint     ruff and mypy
+#   make docs     the documentation's site, in site/
 #   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 #
 # Own choices, as make variables:
@@ -23,8 +24,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # The stamp names what was installed, so another TORCH installs again, and the same one does not.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
+DOCUMENTED := $(VENV)/.documented
 
-.PHONY: bench test lint sanitize format install clean
+.PHONY: bench test lint docs sanitize format install clean
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -36,6 +38,9 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: $(INSTALLED)
 	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh -q $(TEST)
@@ -58,6 +63,10 @@ $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
 
+$(DOCUMENTED): $(INSTALLED)
+	FASTPREFIX_BUILD_EXT=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -path './fastprefix/*' -exec rm -f {} +

@@ -1,7 +1,8 @@
 """Build of the package; everything static is in pyproject.toml. Here: the CPU kernels.
 
 The same sources are compiled once for each instruction set, into libraries of which the package loads one (see
-``fastprefix/_native/__init__.py``). ``FASTPREFIX_BUILD_EXT=0``, or no C++ compiler, leaves them out.
+``fastprefix/_native/__init__.py``). Their names say which PyTorch they were compiled against, since they run with no
+other. ``FASTPREFIX_BUILD_EXT=0``, or no C++ compiler, leaves them out.
 """
 
 import os
@@ -9,10 +10,13 @@ import platform
 import shutil
 from pathlib import Path
 
+import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.extension import Extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
+TORCH = "_".join(torch.__version__.split(".")[:2])  # PyTorch keeps its C++ interface within a minor version
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 # The names of ``torch.backends.cpu.get_cpu_capability()``, in small letters; never the building machine's own set.
@@ -41,13 +45,20 @@ class Build(BuildExtension):  # type: ignore[misc]
             self.build_temp = folder
 
 
+class Wheel(bdist_wheel):
+    """One wheel for every Python: the libraries are PyTorch's and no Python modules."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 def extensions() -> list[Extension]:
     if os.environ.get("FASTPREFIX_BUILD_EXT", "1") == "0" or shutil.which(get_cxx_compiler()) is None:
         return []
     extra = os.environ.get("FASTPREFIX_CXXFLAGS", "").split()
     return [
         CppExtension(
-            f"fastprefix._native.{name}",
+            f"fastprefix._native.{name}_torch{TORCH}",
             SOURCES,
             extra_compile_args=[*FLAGS, *flags, *extra],
             extra_link_args=["-fopenmp", "-s", *extra],
@@ -58,5 +69,5 @@ def extensions() -> list[Extension]:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
 )

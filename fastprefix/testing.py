@@ -126,7 +126,7 @@ def measure_parity(
     draws: int = 1,
     seed: int = 0,
 ) -> Report:
-    """:func:`assert_parity` that reports and does not judge."""
+    """``assert_parity`` that reports and does not judge."""
     named = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(_names(function, inputs), inputs, strict=True))
     by_name = isinstance(inputs, Mapping)
     options = dict(options or {})

@@ -1,9 +1,16 @@
 """What the tests share: small inputs, and the backends that are usable here."""
 
-import pytest
-import torch
+import os
+import tempfile
 
-from fastprefix.ops.backends import BACKENDS
+# Compiled graphs know an operator by its name: those of another version of this package must not be found again.
+_CACHE = tempfile.TemporaryDirectory(prefix="fastprefix-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from fastprefix.ops.backends import BACKENDS  # noqa: E402
 
 USABLE = [name for name, backend in BACKENDS.items() if backend.refusal(torch.device("cpu")) is None]
 

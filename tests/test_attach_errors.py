@@ -39,7 +39,7 @@ def tensor_parallel() -> Any:
         (models.decoder, {"num_virtual_tokens": 3}, TypeError, "config takes"),
         (models.decoder, fastprefix.PrefixTuningConfig, TypeError, "config takes"),
         (bloom, PREFIX, ValueError, "attention interface"),
-        (t5, PROMPT, ValueError, "encoder-decoder"),
+        (t5, fastprefix.LlamaAdapterConfig(3), ValueError, "encoder-decoder"),
         (models.encoder, fastprefix.PromptTuningConfig(3, shared_prompt=True), ValueError, "shared_prompt.*not causal"),
         (models.decoder, fastprefix.PrefixTuningConfig(3, modules_to_save=["head"]), ValueError, "modules_to_save"),
         (models.decoder, fastprefix.APTConfig(3, pooling="mean"), ValueError, "pooling"),

@@ -214,6 +214,20 @@ def test_cached_and_uncached_generation_agree(family: str, method: str) -> None:
         assert torch.equal(cached, model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=3))
 
 
+@pytest.mark.parametrize("family", ["vit", "bart"])
+def test_compiles_without_graph_breaks(family: str) -> None:
+    model = attached(family, fastprefix.PrefixTuningConfig(5))
+    inputs = batch(model)
+    if family in ENCODER_DECODERS:
+        inputs["decoder_input_ids"] = torch.randint(3, 100, (3, 4))
+    expected = model(**inputs)[0]
+    torch._dynamo.reset()
+    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
+    assert torch.equal(actual, expected)
+    actual.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.fastprefix.parameters())
+
+
 def test_a_reparameterised_prefix_is_merged() -> None:
     config = fastprefix.ResidualPrefixConfig(5, bottleneck_dim=8, hidden_dim=16, attentions=("cross",))
     model = attached("bart", config)
@@ -225,7 +239,7 @@ def test_a_reparameterised_prefix_is_merged() -> None:
 @pytest.mark.parametrize(
     ("family", "config", "says"),
     [
-        ("t5", fastprefix.PromptTuningConfig(3), "encoder or a decoder of text.*encoder-decoder T5"),
+        ("t5", fastprefix.LlamaAdapterConfig(3), "model takes one of text for LlamaAdapterConfig.*encoder-decoder T5"),
         ("vit", fastprefix.PromptTuningConfig(3), "ViTForImageClassification, whose input is pixel_values"),
         ("vit", fastprefix.LlamaAdapterConfig(3), "LlamaAdapterConfig"),
         ("t5", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), 'prefix_position.*"none"'),

@@ -6,14 +6,14 @@ from tests.float64 import Float64
 from tools import survey_prefixes
 
 
-@pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit"])
+@pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit", "paligemma", "t5gemma2", "clip"])
 def test_prefixes_are_exact(family: str) -> None:
     with Float64():
         outcome = survey_prefixes.survey(family, survey_prefixes.families()[family])
     assert outcome.verdict() == "exact", outcome
 
 
-@pytest.mark.parametrize("family", ["mamba", "bigbird_pegasus"])
+@pytest.mark.parametrize("family", ["mamba", "big_bird", "inkling2_text"])
 def test_families_that_are_not_served_are_refused(family: str) -> None:
     with Float64():
         outcome = survey_prefixes.survey(family, survey_prefixes.families()[family])

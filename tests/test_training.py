@@ -1,6 +1,7 @@
 """Training as users do it: Trainer, accelerate, autocast, compiled models, quantised bases."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from fastprefix.integrations.transformers.attachment import method_of
 from . import models
 from .test_transformers import FAMILIES, METHODS, assert_same, attached, loss_and_gradients
 
+CHECKPOINTING = next(  # what transformers calls it
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
 SOME = ["prefix-mlp", "apt", "llama-adapter", "adept"]
 
 
@@ -99,8 +105,8 @@ def test_trainer_trains_saves_and_resumes(family: str, method: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("encoder", {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}),
-        ("encoder", {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}),
+        ("encoder", {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}),
+        ("encoder", {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}),
         ("decoder", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     ],
     ids=["checkpointing", "reentrant", "accumulation"],

@@ -11,18 +11,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 import fastprefix
 from fastprefix.integrations.transformers.attention import BINDING
-from fastprefix.integrations.transformers.inputs import example_inputs, is_of_text
-from fastprefix.integrations.transformers.probe import attention_implementation
+from fastprefix.integrations.transformers.borrowing import attention_implementation
+from fastprefix.integrations.transformers.inputs import candidates
+from fastprefix.integrations.transformers.masks import added, full_mask
 
 from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 
-PREFIX, TOKENS, SECONDS = 3, 7, 60
+PREFIX, ROWS, TOKENS, SECONDS = 3, 3, 7, 60
+Results = tuple[Tensor, Tensor]  # a model's output, and the gradients of all prefixes
 PADDINGS = ("none", "left", "right")
 
 
@@ -34,16 +36,17 @@ def families() -> dict[str, str]:
 
 def survey(family: str, class_name: str) -> Outcome:
     """One family."""
+    model_class = getattr(transformers, class_name)
+    if issubclass(model_class, transformers.PreTrainedModel) and not model_class._can_set_attn_implementation():
+        return Outcome(family, "refused: its attention does not go through the attention interface")
     try:
         with time_limit(SECONDS):
             model = small_model(family, class_name)
     except Exception as error:
         return Outcome(family, f"not built: {one_line(error)}")
-    try:
-        with time_limit(SECONDS):
-            model(**_inputs(model, "none"))
-    except Exception as error:
-        return Outcome(family, f"not run: {one_line(error)}")
+    inputs = _runs_on(model)
+    if isinstance(inputs, Exception):
+        return Outcome(family, f"not run: {one_line(inputs)}")
     try:
         with time_limit(SECONDS):
             fastprefix.attach(model, fastprefix.PrefixTuningConfig(PREFIX))
@@ -51,39 +54,64 @@ def survey(family: str, class_name: str) -> Outcome:
         return Outcome(family, f"refused: {one_line(error)}")
     try:
         with time_limit(SECONDS):
-            errors = [_errors(model, padding) for padding in PADDINGS[: None if is_of_text(model) else 1]]
+            masks = [{}] if "attention_mask" not in inputs else [_padding(side) for side in PADDINGS]
+            errors = [_errors(model, {**inputs, **mask}) for mask in masks]
     except Exception as error:
         return Outcome(family, f"FAILED: {one_line(error)}")
     return Outcome(family, "compared", tuple(map(max, zip(*errors, strict=True))))
 
 
-def _inputs(model: Any, padding: str) -> dict[str, Any]:
+def _runs_on(model: Any) -> dict[str, Any] | Exception:
+    """The first inputs, made up from its configuration, on which a model runs."""
+    failure: Exception = ValueError("nothing is known of its inputs")
+    for inputs in candidates(model):
+        try:
+            with time_limit(SECONDS):
+                model(**(varied := _varied(inputs)))
+        except Exception as error:
+            failure = error
+        else:
+            return varied
+    return failure
+
+
+def _varied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """More tokens, and random ones."""
     generator = torch.Generator().manual_seed(0)
-    inputs = example_inputs(model)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        elif isinstance(value, Tensor):
-            inputs[name] = torch.randint(10, 100, (3, TOKENS), generator=generator)
-    if padding != "none":
-        inputs["attention_mask"] = torch.ones(3, TOKENS, dtype=torch.long)
-        inputs["attention_mask"][1, slice(3) if padding == "left" else slice(-3, None)] = 0
-    return inputs
+    shape = (ROWS, TOKENS)
+    random = {
+        name: torch.randint(10, 100, shape, generator=generator)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and name != "attention_mask" and not value.is_floating_point()
+    }
+    mask = {"attention_mask": torch.ones(shape, dtype=torch.long)} if "attention_mask" in inputs else {}
+    images = {
+        name: value[:1].expand(ROWS, *value.shape[1:])
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and random
+    }
+    return {**inputs, **random, **mask, **images}
 
 
-def _errors(model: Any, padding: str) -> tuple[float, float]:
-    """Of outputs at tokens that are no padding, and of the prefixes' gradients; the worst."""
-    inputs = _inputs(model, padding)
+def _padding(side: str) -> dict[str, Tensor]:
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    mask[1, {"none": slice(0), "left": slice(3), "right": slice(-3, None)}[side]] = 0
+    return {"attention_mask": mask}
+
+
+def _errors(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
+    """Of outputs at tokens that are no padding, and of the prefixes' gradients."""
     actual = _run(model, inputs)
     with textbook(model):
         expected = _run(model, inputs)
-    errors = [[relative_error(*pair) for pair in zip(*of, strict=True)] for of in zip(actual, expected, strict=True)]
-    return max(errors[0]), max(errors[1])
+    values, gradients = map(relative_error, actual, expected)
+    return values, gradients
 
 
-def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _run(model: Any, inputs: dict[str, Any]) -> Results:
     """The first output, without the rows of padding, and gradients."""
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)  # of models that hide some of their input at random
     parameters = list(model.fastprefix.parameters())
     with torch.no_grad():
         for parameter in parameters:
@@ -94,27 +122,34 @@ def _run(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]
         output = output[mask.bool()]
     weights = torch.arange(output.numel(), dtype=output.dtype).cos().reshape(output.shape)
     gradients = torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
-    return [output.detach()], [g for g in gradients if g is not None]
+    return output.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 @contextmanager
 def textbook(model: Any) -> Iterator[None]:
-    """The family's own eager attention, and eager masks, over keys and values with the prefix in front of them."""
-    with attention_implementation(model, "textbook", _textbook, AttentionMaskInterface()["eager"]):
+    """The family's own eager attention, over keys and values with the prefix in front of them."""
+    with attention_implementation(model, "textbook", _textbook, full_mask):
         yield
 
 
 def _textbook(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    attention_mask = added(attention_mask, query.dtype)
     binding = getattr(module, BINDING, None)
     if binding is not None:
-        rows = key.shape[0]
+        rows, tokens = key.shape[0], key.shape[2]
         pk, pv = (x.expand(rows, -1, -1, -1) for x in binding.prefix(query, key, value))
+        columns = (pk.shape[2], 0)
         if attention_mask is not None:
-            attention_mask = nn.functional.pad(attention_mask[..., : key.shape[2]], (pk.shape[2], 0))
+            attention_mask = nn.functional.pad(attention_mask[..., :tokens], columns)
         if isinstance(bias := kwargs.get("position_bias"), Tensor):
-            kwargs["position_bias"] = nn.functional.pad(bias[..., : key.shape[2]], (pk.shape[2], 0))
+            kwargs["position_bias"] = nn.functional.pad(bias[..., :tokens], columns)
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
     eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     result: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, **kwargs)

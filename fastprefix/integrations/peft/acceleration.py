@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..transformers.attachment import attachment_of
-from ..transformers.probe import Layer, evaluated, find_layers
+from ..transformers.borrowing import evaluated
+from ..transformers.probe import Layer, find_layers
 from ..transformers.shared_prompt import reason_against_layers
 from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration

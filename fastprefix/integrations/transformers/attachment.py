@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig
+from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
 from .adapters import Adapter, Attachment, Hooks, Method
+from .encoder_prompt import EncoderPromptAttachment
 from .heads import trainable_modules
-from .inputs import is_plain_text
+from .inputs import Inputs, is_of_text, is_plain_text
 from .prefix import PrefixAttachment
 from .probe import Layer, find_layers, method_layers, text_keys_values
 from .projection import find_projections
 from .prompt import PromptAttachment
 from .sharding import check_whole
 from .shared_prompt import SharedPromptAttachment, reason_not_shareable
+from .trial import takes_text
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -29,7 +31,14 @@ DEFAULT = "default"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer: Any = None) -> Model:
+def attach(
+    model: Model,
+    config: MethodConfig,
+    *,
+    name: str = DEFAULT,
+    tokenizer: Any = None,
+    example_inputs: Inputs | None = None,
+) -> Model:
     """Attach a method: the model's own parameters are frozen, the method's are added.
 
     A model takes several under different names. The one attached last is in use, until ``set_adapter``.
@@ -40,6 +49,8 @@ def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer
         config: the method and its options.
         name: of the adapter.
         tokenizer: for an initialisation from text; None: the one of the model's name or path.
+        example_inputs: for prefix methods, keyword arguments that the model's attention layers are found with; None:
+            small ones made up from its configuration, of text, images or sound.
 
     Returns:
         The same model. It stays an ordinary ``transformers`` model.
@@ -50,7 +61,7 @@ def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer
     """
     _check(model, config, name)
     with using(model, None):
-        plan = _plan(model, config)
+        plan = _plan(model, config, example_inputs)
         ids = _text_ids(model, config, tokenizer)
         if isinstance(plan.method, PrefixMethod):
             plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids, plan.layers))
@@ -60,11 +71,13 @@ def attach(model: Model, config: MethodConfig, *, name: str = DEFAULT, tokenizer
     return _install(model, adapter, name)
 
 
-def attach_empty(model: Model, config: MethodConfig, name: str = DEFAULT) -> Model:
+def attach_empty(
+    model: Model, config: MethodConfig, name: str = DEFAULT, example_inputs: Inputs | None = None
+) -> Model:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     _check(model, config, name)
     with using(model, None):
-        adapter = _adapter(model, config, _plan(model, config))
+        adapter = _adapter(model, config, _plan(model, config, example_inputs))
     return _install(model, adapter, name)
 
 
@@ -190,22 +203,26 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
+    if isinstance(config, PromptTuningConfig) and is_of_text(model):
+        return
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"model takes an encoder or a decoder of text for {type(config).__name__}, got {what}")
+        raise ValueError(f"model takes one of text for {type(config).__name__}, got {what}")
     if config.init == "text":
         raise ValueError(f'init="text" takes an encoder or a decoder of text, got {what}')
     if config.prefix_position == "shift":
         raise ValueError(f'prefix_position takes "none" where positions cannot be shifted, got "shift" for {what}')
 
 
-def _plan(model: PreTrainedModel, config: MethodConfig) -> _Plan:
+def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None) -> _Plan:
     """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
     method_class = METHODS[config.method_name()][1]
     layers: list[Layer] = []
     path = None
     method: Method
     if issubclass(method_class, PrefixMethod):
-        layers = method_layers(model, config)
+        layers = method_layers(model, config, example_inputs)
+        if not takes_text(model):
+            _check_not_plain_text(model, config)
         method = method_class(config, [layer.shape for layer in layers])
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
@@ -224,7 +241,8 @@ def _prompt_path(model: PreTrainedModel, config: Any) -> str:
     """How the prompt will run: "shared", or "textbook: " and why."""
     if config.shared_prompt is False:
         return "textbook: shared_prompt=False"
-    reason = reason_not_shareable(model)
+    halves = model.config.is_encoder_decoder
+    reason = "its encoder's prompt sees what comes after it" if halves else reason_not_shareable(model)
     if reason is None:
         return "shared"
     if config.shared_prompt is True:
@@ -246,11 +264,12 @@ def _adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapt
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True
-        hooks = (
-            SharedPromptAttachment(model, method, layers, required)
-            if path == "shared"
-            else PromptAttachment(model, method)
-        )
+        if path == "shared":
+            hooks = SharedPromptAttachment(model, method, layers, required)
+        elif model.config.is_encoder_decoder:
+            hooks = EncoderPromptAttachment(model, method)
+        else:
+            hooks = PromptAttachment(model, method)
     return Adapter(model, copy.deepcopy(config), method, hooks)
 
 

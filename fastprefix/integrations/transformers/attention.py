@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import biased, fastprefix_mask, read_mask, window_bias
+from .masks import biased, fastprefix_mask, full_mask, read_mask, window_bias
 
 NAME = "fastprefix"
+FULL_MASKS = "fastprefix_full_masks"
+"""The same attention, for models that make something else of the masks that they are given."""
+
+MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
+"""The mask function of each name."""
+
 BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
 
@@ -114,5 +120,6 @@ def fastprefix_attention(
 
 def register() -> None:
     """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
-    AttentionInterface.register(NAME, fastprefix_attention)
-    AttentionMaskInterface.register(NAME, fastprefix_mask)
+    for name, mask in MASKS.items():
+        AttentionInterface.register(name, fastprefix_attention)
+        AttentionMaskInterface.register(name, mask)

@@ -37,12 +37,13 @@ class Positions(NamedTuple):
 
     @classmethod
     def of(cls, backbone: nn.Module) -> Positions:
-        """Those up to the padding's are not for tokens."""
+        """Those up to the padding's are not for tokens, nor those of a table that is read from an offset on."""
         for name, module in backbone.named_modules():
             leaf = name.rpartition(".")[2]
             if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
                 first = 0 if module.padding_idx is None else module.padding_idx + 1
-                return cls(first, module.num_embeddings - first)
+                offset: Any = getattr(module, "offset", 0)
+                return cls(first, module.num_embeddings - first - offset)
         return cls(0, None)
 
 

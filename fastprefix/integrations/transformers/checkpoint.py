@@ -33,6 +33,7 @@ from .attachment import (
     set_adapter,
     using,
 )
+from .inputs import Inputs
 from .sharding import whole
 
 CONFIG_FILE = "adapter_config.json"
@@ -85,13 +86,16 @@ def save_adapter(
         _write(Path(directory), description, {key: whole(tensor) for key, tensor in tensors.items()}, metadata)
 
 
-def load_adapter(model: Model, directory: str | os.PathLike[str], *, name: str = DEFAULT) -> Model:
+def load_adapter(
+    model: Model, directory: str | os.PathLike[str], *, name: str = DEFAULT, example_inputs: Inputs | None = None
+) -> Model:
     """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
 
     Args:
         model: the model that it was saved from, or one like it.
         directory: of the adapter.
         name: that it gets on this model.
+        example_inputs: as for ``attach``.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE.
 
@@ -108,7 +112,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, name: str =
         raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {directory}")
     header, tensors = _read(path)
     if header is not None:
-        return _attach(model, _own_config(path, header, model), tensors, name)
+        return _attach(model, _own_config(path, header, model), tensors, name, example_inputs)
     config, tensors = peft_format.from_peft(folder / CONFIG_FILE, tensors, model)
     if not isinstance(config, PrefixTuningConfig):
         return _attach(model, config, tensors, name)
@@ -124,10 +128,16 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, name: str =
     return model
 
 
-def _attach(model: Model, config: MethodConfig, tensors: dict[str, Tensor], name: str) -> Model:
+def _attach(
+    model: Model,
+    config: MethodConfig,
+    tensors: dict[str, Tensor],
+    name: str,
+    example_inputs: Inputs | None = None,
+) -> Model:
     """Attach a method with its parameters, or leave the model as it was."""
     former = active_name(model)
-    attach_empty(model, config, name)
+    attach_empty(model, config, name, example_inputs)
     try:
         _fill(_parameters(model), tensors)
     except ValueError:

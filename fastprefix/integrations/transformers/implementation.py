@@ -1,4 +1,4 @@
-"""Switching a model's attention to "fastprefix", and back."""
+"""Switching a model's attention to this package's, and back."""
 
 import copy
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import BINDING, NAME, Binding, register
+from .attention import BINDING, Binding, register
+from .borrowing import set_attention
+from .trial import tried
 
 
 class _Owner(NamedTuple):
@@ -16,7 +18,7 @@ class _Owner(NamedTuple):
 
 
 class Implementation:
-    """A model on the attention "fastprefix", each of its attention modules bound, until it is restored.
+    """A model on this package's attention, each of its attention modules bound, until it is restored.
 
     The model gets configurations of its own meanwhile, since the name of the attention stands in the configuration and
     another model may share it.
@@ -24,6 +26,7 @@ class Implementation:
 
     def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
         register()
+        name = tried(model).attention
         memo: dict[int, Any] = {}
         self.bindings = bindings
         self.owners = [
@@ -34,7 +37,7 @@ class Implementation:
             and not isinstance(getattr(type(module), "config", None), property)
         ]
         self.resume()
-        model.set_attn_implementation(NAME)
+        set_attention(model, name)
 
     def resume(self) -> None:
         """Put back what ``restore`` took, what was changed in the configurations before included."""

@@ -1,12 +1,27 @@
-"""What a model of any kind is run on, to see what it does: two tokens, an image, a second of sound."""
+"""What a model of any kind is run on, to see what it does: a few tokens, an image, a second of sound."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .calls import parameter_names
+
+Inputs = Mapping[str, Any]
+"""The keyword arguments of a model."""
+
+_ROWS, _TOKENS, _PADDING = 2, 6, 2
+_FRAMES = 64  # of sound, where a model takes any number
+_IMAGE = 64  # pixels on a side, where a model takes any
+
+_IMAGE_SIZES = ("image_size", "crop_size")
+_VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
+_SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size")
+"""What configurations call such a size."""
 
 
 def is_of_text(model: PreTrainedModel) -> bool:
@@ -19,29 +34,51 @@ def is_plain_text(model: PreTrainedModel) -> bool:
     return is_of_text(model) and not model.config.is_encoder_decoder
 
 
-def example_inputs(model: PreTrainedModel, input_ids: Tensor | None = None) -> dict[str, Any]:
-    """The smallest input that a model runs on. In an encoder-decoder the decoder's is shorter than the encoder's, which
-    tells cross-attention from self-attention.
-
-    Args:
-        model: any.
-        input_ids: ``[1, N]``, to run a model of text on; None: zeros.
-
-    Raises:
-        ValueError: it is not known what the model takes.
+def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+    """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
+    cross-attention from self-attention.
     """
-    inputs: dict[str, Any] = {}
-    halves = model.config.is_encoder_decoder
-    if not is_of_text(model):
-        inputs[model.main_input_name] = torch.zeros(_shape(model), dtype=model.dtype, device=model.device)
+    ids = input_ids.to(model.device)
+    if model.config.is_encoder_decoder:
+        return {"input_ids": _ending(model, ids), **_decoder_inputs(model, len(ids))}
+    return {"input_ids": ids, "use_cache": False}
+
+
+def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Small inputs on which a model may run, the most telling first: its main input alone, text with padding before
+    text without; then everything that it takes and of which a size is known.
+    """
+    ids = _tokens(model)
+    if is_of_text(model):
+        inputs = text_inputs(model, ids)
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[-1, :_PADDING] = 0
+        yield {**inputs, "attention_mask": mask}
+        yield inputs
     else:
-        tokens = torch.zeros(1, 3 if halves else 2, dtype=torch.long) if input_ids is None else input_ids
-        inputs["input_ids"] = _ending(model, tokens.to(model.device)) if halves else tokens.to(model.device)
-    if halves:
-        inputs["decoder_input_ids"] = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    if halves or is_of_text(model):
-        inputs["use_cache"] = False
-    return inputs
+        decoder = _decoder_inputs(model, 1) if model.config.is_encoder_decoder else {}
+        main = str(model.main_input_name)
+        for shape in _shapes(model, main):
+            yield {main: _noise(model, (1, *shape)), **decoder}
+    together: dict[str, Any] = {"input_ids": ids}
+    for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
+        first = next(_shapes(model, name), None)
+        if first is not None and name in parameter_names(model.base_model):
+            together[name] = _noise(model, (_ROWS, *first))
+    if model.config.is_encoder_decoder:
+        together |= _decoder_inputs(model, _ROWS)
+    yield together
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    """Different ones, as far as there are so many."""
+    text: Any = model.config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None) or _TOKENS
+    return (torch.arange(_ROWS * _TOKENS, device=model.device) % vocabulary).view(_ROWS, _TOKENS)
+
+
+def _decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
+    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=model.device), "use_cache": False}
 
 
 def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -53,19 +90,39 @@ def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _shape(model: PreTrainedModel) -> tuple[int, ...]:
-    """The shape of an input that is no text, by the configuration."""
-    config: Any = model.config
-    name = model.main_input_name
-    mel, size = getattr(config, "num_mel_bins", None), getattr(config, "image_size", None)
-    if name == "pixel_values" and size is not None:
+def _noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+
+
+def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes that a row of an input that is no text may have, by the configuration."""
+    config = model.config
+    if name.startswith("pixel_values"):
+        size = _size(config, *_IMAGE_SIZES) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
-        return 1, getattr(config, "num_channels", 3), height, width
-    if name == "input_features" and mel is not None and hasattr(config, "max_source_positions"):
-        return 1, mel, 2 * config.max_source_positions
-    if name == "input_values":
-        return (1, 16000) if mel is None else (1, config.max_length, mel)
-    raise ValueError(
-        "model takes one whose input is input_ids, or pixel_values, input_features or input_values of sizes that its "
-        f"configuration says; got {type(model).__name__} with {name}"
-    )
+        image = (_size(config, "num_channels") or 3, height, width)
+        frames = _size(config, *_VIDEO_LENGTHS)
+        yield image if frames is None else (frames, *image)
+        return
+    spectrum, length = _size(config, *_SPECTRUM_SIZES), _size(config, "max_source_positions")
+    if name == "input_features" and spectrum is not None:
+        if length is not None:
+            yield spectrum, 2 * length
+        yield _FRAMES, spectrum
+        yield spectrum, _FRAMES
+    elif name == "input_values" and spectrum is not None:
+        yield _size(config, "max_length") or _FRAMES, spectrum
+    elif name == "input_values":
+        yield (16000,)
+        yield 1, 16000
+
+
+def _size(config: Any, *names: str) -> Any:
+    """The first of these sizes in a configuration, or in one inside it; None: it has none."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else value
+    inside = (getattr(config, name, None) for name in config.sub_configs)
+    return next((s for part in inside if isinstance(part, PretrainedConfig) and (s := _size(part, *names))), None)

@@ -46,7 +46,7 @@ def fastprefix_mask(
         if padding is None:
             padding = torch.ones((), dtype=torch.bool, device=device)
         return padding.expand(batch_size, 1, 1, kv_length)
-    return sdpa_mask(
+    return full_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -54,10 +54,17 @@ def fastprefix_mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=False,
         device=device,
-        **{**kwargs, "allow_is_bidirectional_skip": False},
+        **kwargs,
     )
+
+
+def full_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """A mask function that always writes out all of the mask, bool ``[B, 1, N, K]``."""
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
+    assert mask is not None
+    return mask
 
 
 class Masking(NamedTuple):
@@ -77,6 +84,13 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
         return Masking(mask, False)
     everything = mask.stride(3) == 0 and mask.shape[3] > 1
     return Masking(None if everything else mask, True)
+
+
+def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to add to scores, as eager attention takes it: what is hidden gets the dtype's least number."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:

@@ -33,9 +33,10 @@ from ...methods import (
 from .adapters import MODULE, Adapter, Hooks
 from .attachment import Model, attachment_of
 from .attention import Prefix
+from .borrowing import evaluated
 from .calls import by_name, past_length, refuse_packed
 from .prefix import PrefixAttachment
-from .probe import Layer, evaluated, find_layers, method_layers
+from .probe import Layer, find_layers, method_layers
 from .prompt import PromptAttachment
 from .shared_prompt import SharedPromptAttachment
 
@@ -64,7 +65,7 @@ def merge(model: Model) -> Model:
             _merge_prefix(model, adapter, method)
         elif isinstance(hooks, SharedPromptAttachment):
             _merge_shared_prompt(model, adapter, method, hooks)
-        elif isinstance(method, ADePT) and isinstance(hooks, PromptAttachment):
+        elif isinstance(method, ADePT) and type(hooks) is PromptAttachment:
             _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
+from .borrowing import evaluated
 from .calls import parameter_names
-from .probe import Layer, evaluated, find_layers
+from .probe import Layer, find_layers
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 _EMBEDDINGS = "prompt_embeddings"

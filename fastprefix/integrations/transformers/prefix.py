@@ -15,9 +15,9 @@ from .cache import PrefixCache
 from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
 from .checkpointing import Cut, reentrant
 from .implementation import Implementation
-from .inputs import is_of_text
 from .masks import attended_tokens, window_bias
 from .probe import Layer, backbone_of, first_tensor
+from .trial import takes_text
 
 
 class LayerBinding:
@@ -86,7 +86,8 @@ class PrefixAttachment:
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
         self.method = method
-        self.backbone = backbone_of(model)
+        text = takes_text(model)
+        self.backbone = backbone_of(model) if text else model
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.prefixes: list[Prefix] | None = None
@@ -97,7 +98,7 @@ class PrefixAttachment:
         halves = model.config.is_encoder_decoder
         self.encoder: Any = model.get_encoder() if halves else None  # which generation calls by itself
         self.running = False
-        self.embedding = model.get_input_embeddings() if is_of_text(model) and not halves else None
+        self.embedding = model.get_input_embeddings() if text else None
         self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
         self.entries = {layer.module: layer.entry for layer in layers}
         self.handles: list[RemovableHandle] = []

@@ -1,4 +1,4 @@
-"""Finding a model's attention layers by running it once on two tokens: whatever calls the attention interface, is one.
+"""Finding a model's attention layers by running it on something small: what calls the attention interface, is one.
 
 That needs no knowledge of model families. It also gives the keys and values that a text has in every layer.
 """
@@ -6,32 +6,28 @@ That needs no knowledge of model families. It also gives the keys and values tha
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
-from .attention import fastprefix_attention
-from .calls import parameter_names
-from .inputs import example_inputs, is_plain_text
-from .masks import fastprefix_mask, read_mask, sees_all_of_window
+from .attention import MASKS, fastprefix_attention
+from .borrowing import borrowed, evaluated
+from .calls import by_name, parameter_names
+from .inputs import Inputs, is_plain_text, text_inputs
+from .masks import read_mask, sees_all_of_window
+from .trial import tried
 
 if TYPE_CHECKING:
     from .projection import Projection
 
 _NAME = "fastprefix_probe"
-_LOCK = threading.Lock()
-_NOT_SERVED = {"bigbird_pegasus", "bridgetower", "deepseek_v4", "paligemma", "t5gemma2"}
-"""Families that make or join masks of their own on the way to attention, so that its results would be wrong."""
 
 
 @dataclass
@@ -63,21 +59,26 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Lay
     return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
 
 
-def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list[Layer]:
-    """The attention layers of a model, in the order in which they are called. A model of text is run on ``input_ids``
-    ``[1, N]``.
+def find_layers(
+    model: PreTrainedModel, input_ids: Tensor | None = None, example_inputs: Inputs | None = None
+) -> list[Layer]:
+    """The attention layers of a model, in the order in which they are called.
+
+    Args:
+        model: any.
+        input_ids: ``[1, N]``, for a model of text to run on; None: what the trial of its attention ran on.
+        example_inputs: a caller's, for that trial.
 
     Raises:
-        ValueError: the model's attention does not go through the attention interface.
+        ValueError: the model's attention does not go through the attention interface, or is not as it says.
     """
-    if model.config.model_type in _NOT_SERVED:
-        raise ValueError(f"model takes one whose masks mean what they usually mean, got {_name(model)}")
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"model takes a model whose attention goes through the attention interface, got {_name(model)}"
         )
-    inputs = example_inputs(model, input_ids)
-    trace, windows, halves = _Trace(model), _Windows(), _Halves(model)
+    trial = tried(model, example_inputs)
+    inputs = trial.inputs if input_ids is None else text_inputs(model, input_ids)
+    trace, windows, halves = _Trace(model), _Windows(MASKS[trial.attention]), _Halves(model)
     layers: dict[nn.Module, Layer] = {}
 
     def probe(
@@ -98,8 +99,7 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
         return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
 
-    implementation = attention_implementation(model, _NAME, probe, windows.mask)
-    with _LOCK, evaluated(model), implementation, trace, torch.no_grad():
+    with borrowed(model, _NAME, probe, windows.mask), trace:
         model.base_model(**inputs)
     if not layers:
         raise ValueError(
@@ -108,33 +108,37 @@ def find_layers(model: PreTrainedModel, input_ids: Tensor | None = None) -> list
     return list(layers.values())
 
 
-def method_layers(model: PreTrainedModel, config: MethodConfig) -> list[Layer]:
+def method_layers(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None) -> list[Layer]:
     """The attention layers of a model that a prefix method is for."""
     method_class = METHODS[config.method_name()][1]
     assert issubclass(method_class, PrefixMethod)
-    layers = find_layers(model)
+    layers = find_layers(model, example_inputs=example_inputs)
     return [layers[index] for index in method_class.chosen_layers(config, [layer.shape for layer in layers])]
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The module that turns embeddings into hidden states: the outermost that a model calls with them.
 
-    That need not be its ``base_model``: some call a part of it. Of a model with two halves, or with another input than
-    text, it is the model.
+    That need not be its ``base_model``: some call a part of it. Of a model with two halves, with another input than
+    text, or that makes the masks before it calls such a part, it is the model.
     """
     if not is_plain_text(model):
         return model
 
-    def reached(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Reached(module)
+    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(module, by_name(parameter_names(module), args, kwargs).get("attention_mask"))
 
     candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    handles = [m.register_forward_pre_hook(reached) for m in candidates if "inputs_embeds" in parameter_names(m)]
+    reach = [m for m in candidates if "inputs_embeds" in parameter_names(m)]
+    handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in reach]
+    mask = torch.tensor([[0, 1]], device=model.device)
+    masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
     try:
         with evaluated(model), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    except _Reached as error:
-        return error.module
+            model(input_ids=torch.zeros_like(mask), use_cache=False, **masks)
+    except _Reached as found:
+        passed_on = found.mask is None or (isinstance(found.mask, Tensor) and found.mask.shape == mask.shape)
+        return found.module if passed_on else model
     except Exception as error:
         raise ValueError(f"model takes one that runs on input_ids alone, got {_name(model)}: {error}") from error
     finally:
@@ -144,11 +148,12 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 class _Reached(Exception):  # noqa: N818 (nothing is wrong)
-    """Ends a run at a module."""
+    """Ends a run at a module, which was given this mask."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, mask: Any) -> None:
         super().__init__()
         self.module = module
+        self.mask = mask
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -171,12 +176,13 @@ class _Halves:
 class _Windows:
     """The sliding windows in the masks that are made, each mask carrying its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask_function: Any) -> None:
+        self.mask_function = mask_function
         self.made = False  # a mask with a window
 
     def mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         """The mask function, which leaves a note on the mask."""
-        mask = fastprefix_mask(*args, local_size=local_size, **kwargs)
+        mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
             self.made = True
         if mask is not None:
@@ -231,37 +237,8 @@ class _Trace:
         return None, None
 
 
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """Run a model on another attention function for a while."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask)
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards; the random state is left alone too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
-    """Whether the first of two tokens is kept from seeing the second."""
+    """Whether the first token, of the first row, is kept from seeing the last."""
     masking = read_mask(mask, query)
     if masking.is_causal or masking.attn_mask is None:
         return masking.is_causal

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .attention import Prefix
+from .borrowing import evaluated
 from .implementation import Implementation
-from .probe import Layer, evaluated, find_layers, first_tensor
+from .probe import Layer, find_layers, first_tensor
 
 
 class Projection:

@@ -20,9 +20,9 @@ from .probe import backbone_of
 class PromptAttachment:
     """A prompt method for a model; its hooks are set from ``install`` to ``remove``."""
 
-    def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, backbone: nn.Module | None = None) -> None:
         self.method = method
-        self.backbone = backbone_of(model)
+        self.backbone: Any = backbone_of(model) if backbone is None else backbone
         self.embedding = model.get_input_embeddings()
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
+from .borrowing import evaluated
 from .calls import Positions, by_name, is_packed, parameter_names, past_length, shifted_positions
 from .checkpointing import not_checkpointed, reentrant
 from .implementation import Implementation
 from .masks import window_bias
-from .probe import Layer, backbone_of, evaluated, find_layers
+from .probe import Layer, backbone_of, find_layers
 from .prompt import PromptAttachment
 from .sharding import is_sharded
 

@@ -33,15 +33,17 @@ def prefix_attention(
     With one softmax over prefix and tokens (prefix tuning, Li & Liang 2021; APT, Zhang et al. 2023), ``c`` the scale
     and ``g`` the prefix gate:
 
-    .. math::
-        o_i = \operatorname{softmax}_{p, j}(c\, g_p \langle q_i, pk_p \rangle,\; c \langle q_i, k_j \rangle)
-              \cdot (g_p\, pv_p,\; v_j)
+    ```math
+    o_i = \operatorname{softmax}_{p, j}(c\, g_p \langle q_i, pk_p \rangle,\; c \langle q_i, k_j \rangle)
+          \cdot (g_p\, pv_p,\; v_j)
+    ```
 
     With an ``output_gate`` ``og``, two softmaxes (LLaMA-Adapter, Zhang et al. 2024):
 
-    .. math::
-        o_i = \operatorname{softmax}_j(c \langle q_i, k_j \rangle)\, v
-              + og_h \operatorname{softmax}_p(c\, g_p \langle q_i, pk_p \rangle)\, (g\, pv)
+    ```math
+    o_i = \operatorname{softmax}_j(c \langle q_i, k_j \rangle)\, v
+          + og_h \operatorname{softmax}_p(c\, g_p \langle q_i, pk_p \rangle)\, (g\, pv)
+    ```
 
     Every query sees the whole prefix: masks, causality, windows and segments speak of the tokens only. A query that
     sees nothing at all has output 0. ``B``, ``N``, ``M`` and ``P`` may be 0. Gradients exist for all floating tensors,

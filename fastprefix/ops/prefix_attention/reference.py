@@ -31,7 +31,7 @@ def prefix_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Gated prefix attention in plain PyTorch; arguments, shapes and errors of :func:`fastprefix.prefix_attention`."""
+    """Gated prefix attention in plain PyTorch; arguments, shapes and errors of ``fastprefix.prefix_attention``."""
     arguments = canonical_arguments(
         query,
         key,

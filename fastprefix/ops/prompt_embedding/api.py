@@ -24,9 +24,10 @@ def prompt_embedding(
     With ``e_t`` the table's row for token t at position i, and ``s`` the scale, the token's row is ``e_t`` (prompt
     tuning, Lester et al. 2021), or
 
-    .. math::
-        e_t + s\,(a b)_i \quad\text{(DePT, Shi \& Lipani 2024)} \qquad
-        e_t + s\,(\operatorname{relu}(e_t w_1 + b_1)\, w_2 + b_2) \quad\text{(ADePT, Tang et al. 2025)}
+    ```math
+    e_t + s\,(a b)_i \quad\text{(DePT, Shi and Lipani 2024)} \qquad
+    e_t + s\,(\operatorname{relu}(e_t w_1 + b_1)\, w_2 + b_2) \quad\text{(ADePT, Tang et al. 2025)}
+    ```
 
     Padding tokens get the offset like any other. ``B``, ``N`` and ``S`` may be 0. For the backward pass nothing is
     kept but the ids: rows are gathered again.

@@ -21,7 +21,7 @@ def prompt_embedding(
     offset_scale: float = 1.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The prompt embedding in plain PyTorch; arguments, shapes, errors of :func:`fastprefix.prompt_embedding`."""
+    """The prompt embedding in plain PyTorch; arguments, shapes, errors of ``fastprefix.prompt_embedding``."""
     arguments = canonical_arguments(
         input_ids, weight, prompt, ffn=ffn, low_rank=low_rank, offset_scale=offset_scale, dropout_p=dropout_p
     )

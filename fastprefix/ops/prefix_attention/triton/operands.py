@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     seed: Tensor | None
     drop_below: int | None  # dropped where the random word lies below
     keep_scale: float | None
+    nothing: None = None  # Triton 3.6 loses what inner tuples lack, unless the outer one lacks something itself
 
 
 def strided(tensor: Tensor, dimensions: str = "bhnc") -> Strided:
