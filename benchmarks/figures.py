@@ -1,11 +1,12 @@
 """The plots of results: which figures each suite shows, as panels of bars."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import plots
+from .methods import FLOOR
 from .plots import Panel
 from .results import Case, Cell, Run
 from .summaries import DIRECTIONS, EMBEDDING_CASE, table_text
@@ -22,10 +23,34 @@ class Bars:
     kinds: tuple[str, ...]
     xlabel: str
 
+    def single(self) -> Iterator["Bars"]:
+        """A plot for each panel that has anything."""
+        return (replace(self, panels=[panel]) for panel in self.panels if panel.series)
 
-def draw(bars: Bars, path: Path, dpi: int = 150, width: float = plots.WIDTH) -> None:
+
+@dataclass(frozen=True)
+class Curves:
+    """A plot of figures over a length: its panels, the competitor to draw in grey, what the axes mean."""
+
+    panels: list[Panel[tuple[int, float]]]
+    grey: str
+    xlabel: str
+    ylabel: str
+
+    def single(self) -> Iterator["Curves"]:
+        """A plot for each panel that has anything."""
+        return (replace(self, panels=[panel]) for panel in self.panels if panel.series)
+
+
+Figure = Bars | Curves
+
+
+def draw(figure: Figure, path: Path, dpi: int = 150, width: float = plots.WIDTH) -> None:
     """As a PNG; ``width`` in inches, of each panel."""
-    plots.ratio_bars(bars.panels, bars.kinds, path, bars.xlabel, dpi, width)
+    if isinstance(figure, Curves):
+        plots.curves(figure.panels, path, figure.grey, figure.xlabel, figure.ylabel, dpi=dpi, width=width)
+    else:
+        plots.ratio_bars(figure.panels, figure.kinds, path, figure.xlabel, dpi, width)
 
 
 def main_job(run: Run) -> Bars:
@@ -57,11 +82,28 @@ def attention(run: Run) -> Bars:
     return Bars(panels, KINDS, "times faster than concatenation")
 
 
-OF_SUITE: dict[str, Callable[[Run], Bars]] = {
+def whole_models(run: Run) -> Curves:
+    """Training steps of each model over the length of the input, and over that of the prefix."""
+    panels = []
+    for model in dict.fromkeys(str(cell.case["model"]) for cell in run.cells):
+        cross = run.select(model=model, direction="step")[0].case
+        for x, fixed in (("N", "P"), ("P", "N")):
+            cells = run.select(case={"model": model, fixed: cross[fixed]}, direction="step")
+            series: dict[str, list[tuple[int, float]]] = {}
+            for cell in sorted(cells, key=lambda cell, x=x: int(cell.case[x])):  # type: ignore[misc]
+                ratio = run.times_floor(cell)
+                if ratio is not None:
+                    series.setdefault(cell.competitor, []).append((int(cell.case[x]), ratio))
+            panels.append(Panel(f"{model}, {fixed} = {cross[fixed]}, over {x}", series))
+    return Curves(panels, FLOOR, "tokens of the input (N), or of prompt and prefix (P)", "training step, x floor")
+
+
+OF_SUITE: dict[str, Callable[[Run], Figure]] = {
     "main": main_job,
     "attention": attention,
     "embedding": embedding,
     "shared-prompt": shared_prompt,
+    "models": whole_models,
 }
 
 

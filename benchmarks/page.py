@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import figures, plots, summaries
-from .figures import Bars
+from .figures import Figure
 from .results import Device, Run
 from .summaries import Table
 
@@ -85,6 +85,11 @@ TEXTS = {
         "A soft prompt on a decoder, run once for the whole batch (shared), in every row (textbook, PEFT) or merged "
         "into keys and values, in units of the frozen model without a prompt.",
     ),
+    "models": (
+        "Whole models at published shapes",
+        "Training steps and inference over lengths of the input (N) and of prompt and prefix (P), in units of the "
+        "frozen model without them. eager: as the methods' authors write them.",
+    ),
 }
 
 
@@ -135,6 +140,11 @@ def _shared_tables(run: Run) -> Iterator[Table]:
         yield summaries.shared_prompt(run, int(S))
 
 
+def _model_tables(run: Run) -> Iterator[Table]:
+    for model in dict.fromkeys(str(cell.case["model"]) for cell in run.cells):
+        yield summaries.whole_model(run, model)
+
+
 def _no_tables(run: Run) -> Iterator[Table]:
     return iter(())
 
@@ -144,6 +154,7 @@ TABLES: dict[str, Callable[[Run], Iterator[Table]]] = {
     "attention": lambda run: iter([summaries.attention(run)]),
     "embedding": lambda run: iter([summaries.embedding(run)]),
     "shared-prompt": _shared_tables,
+    "models": _model_tables,
 }
 
 
@@ -160,16 +171,15 @@ def _fact(run: Run, key: str) -> str:
     return "not recorded" if value is None else str(value)
 
 
-def _pictures(bars: Bars) -> list[Picture]:
+def _pictures(figure: Figure) -> list[Picture]:
     """A picture for each panel: a narrow page stacks them, a wide one sets them side by side."""
-    single = [(panel.title, replace(bars, panels=[panel])) for panel in bars.panels if panel.series]
-    return [Picture(title, *(_drawn(one, theme) for theme in THEMES)) for title, one in single]
+    return [Picture(one.panels[0].title, *(_drawn(one, theme) for theme in THEMES)) for one in figure.single()]
 
 
-def _drawn(bars: Bars, theme: str) -> str:
+def _drawn(figure: Figure, theme: str) -> str:
     with plots.style(THEMES[theme], CLEAR), TemporaryDirectory() as folder:
         path = Path(folder) / "plot.png"
-        figures.draw(bars, path, dpi=110, width=4.6)
+        figures.draw(figure, path, dpi=110, width=4.6)
         return _data_uri(path.read_bytes(), "image/png")
 
 

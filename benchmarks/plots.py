@@ -30,9 +30,11 @@ def curves(
     xlabel: str,
     ylabel: str,
     logarithmic: bool = False,
+    dpi: int = 150,
+    width: float = WIDTH,
 ) -> None:
-    """Points joined by lines; the competitor named ``grey`` is drawn dashed."""
-    figure, all_axes = _figure(len(panels), WIDTH, 4.2)
+    """Points joined by lines; the competitor named ``grey`` is drawn dashed. The file says what was drawn."""
+    figure, all_axes = _figure(len(panels), width, 4.2)
     colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
         for name, points in panel.series.items():
@@ -42,8 +44,8 @@ def curves(
         axes.set(title=panel.title, xlabel=xlabel, ylabel=ylabel)
         if logarithmic:
             axes.set(xscale="log", yscale="log")
-    _shared_legend(figure, all_axes, columns=4)
-    _save(figure, path)
+    _shared_legend(figure, all_axes, columns=4 if width * len(panels) > 6 else 3)
+    _save(figure, path, dpi, {"Description": described(panels)})
 
 
 def ratio_bars(

@@ -165,6 +165,24 @@ def shared_prompt(run: Run, S: int) -> Table:
     return Table(header, rows)
 
 
+def whole_model(run: Run, model: str) -> Table:
+    """Every rival on one model, at the lengths that were measured first."""
+    case = run.select(model=model)[0].case
+    header = (
+        f"{model}, {case['rows']} x {case['N']} tokens, P = {case['P']}",
+        *("training step", "its memory", "inference", "its memory", "rows/s trained"),
+    )
+    rows = []
+    for name in (cell.competitor for cell in run.select(case=case, direction="step")):
+        row = [name]
+        for direction in ("step", "inference"):
+            row.append(_of_floor(run, run.one(case=case, competitor=name, direction=direction), 1e3, " ms"))
+            row.append(_of_floor(run, run.one("bytes", case, competitor=name, direction=direction), 1e-6, " MB"))
+        step = run.one(case=case, competitor=name, direction="step")
+        rows.append([*row, number(float(case["rows"]) / step.p50)])
+    return Table(header, rows)
+
+
 def _of_floor(run: Run, cell: Cell, scale: float, unit: str) -> str:
     """A multiple of the floor's; the floor's own in full."""
     return number(scale * cell.p50, 1, unit) if cell.role == "floor" else number(run.times_floor(cell), 2)
@@ -245,6 +263,24 @@ def short_prompt_sentence(device: Device) -> str:
     )
 
 
+def saved_sentence(device: Device) -> str:
+    """What a stated job costs with PEFT, and here."""
+    run, rows, epochs = device.run("models"), 67_349, 3
+    model = list(dict.fromkeys(str(cell.case["model"]) for cell in run.cells))[-1]
+    case = run.select(model=model)[0].case
+
+    def told(name: str) -> str:
+        hours = epochs * rows / float(case["rows"]) * run.one(case=case, competitor=name, direction="step").p50 / 3600
+        return f"{hours:.1f} h and {run.one('bytes', case, competitor=name, direction='step').p50 / 1e6:,.0f} MB"
+
+    pairs = (("PT", "PEFT PT"), ("prefix tuning", "PEFT prefix tuning"))
+    costs = "; ".join(f"{ours}: {told(ours)}, with PEFT {told(peer)}" for ours, peer in pairs)
+    return (
+        f"{epochs} epochs over {rows:,} rows (SST-2's) of {case['N']} tokens on {model}, P = {case['P']}, "
+        f"forward + backward alone: {costs}."
+    )
+
+
 SNIPPETS: dict[str, Callable[[Device], Table | str]] = {
     "decoder": lambda device: main_job(device.run("main"), "decoder"),
     "encoder": lambda device: main_job(device.run("main"), "encoder"),
@@ -254,5 +290,8 @@ SNIPPETS: dict[str, Callable[[Device], Table | str]] = {
     "shared-prompt": lambda device: shared_prompt(device.run("shared-prompt"), 100),
     "shared-prompt-60": short_prompt_sentence,
     "embedding": lambda device: embedding(device.run("embedding")),
+    "bert": lambda device: whole_model(device.run("models"), "BERT-base"),
+    "llama": lambda device: whole_model(device.run("models"), "Llama, 12 x 768"),
+    "saved": saved_sentence,
 }
 """What a Markdown file can have filled in, by the name in its marker."""

@@ -23,6 +23,7 @@ from benchmarks import (
     memory,
     methods,
     models,
+    page,
     plots,
     report,
     results,
@@ -30,6 +31,7 @@ from benchmarks import (
     subjects,
     tasks,
     tokenizer,
+    whole_models,
 )
 from benchmarks.cli import main
 from benchmarks.contest import Contest, Rounds
@@ -325,6 +327,19 @@ class TestMainJob:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert main(["--device", "cuda"]) == 2
         assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_whole_models_in_the_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_models, "QUICK", whole_models.QUICK[-1:])
+    assert main(["models", "--quick", "--rows", "1", "--out", str(tmp_path)]) == 0
+    run = results.read(tmp_path / "models.json")
+    assert {cell.case["model"] for cell in run.cells} == {"Llama, 12 x 768"}
+    assert {cell.case["rows"] for cell in run.cells} == {1}
+    assert not run.faults
+    for table in page.TABLES["models"](run):
+        assert all(len(row) == len(table.header) and "-" not in row for row in table.rows)
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
+    assert "Llama, 12 x 768" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
 
 
 def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
