@@ -135,6 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
-    device = options.device_of(arguments)
+    device = options.device_for(arguments.device)
     grid = problems(arguments.quick, arguments.dtype, device)
     return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)

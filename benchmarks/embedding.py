@@ -184,6 +184,6 @@ def problems(quick: bool, dtypes: list[str], device: torch.device) -> Iterator[P
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
-    device = options.device_of(arguments)
+    device = options.device_for(arguments.device)
     settings = {"targets": TARGETS, "freed_memory_kept": keep_freed_memory()}
     return kernels.run(NAME, problems(arguments.quick, arguments.dtype, device), settings, arguments, device)

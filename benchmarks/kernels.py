@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import environment, floors, results, summaries
 from .memory import added_peak
-from .options import DTYPES, add_common, add_threads
+from .options import DTYPES, add_common, add_threads, set_threads
 from .results import Case, Cell, Fault, Role, Run
 from .timing import Clock, Job, interleave, timed, until
 
@@ -61,6 +61,7 @@ def run(
     device: torch.device,
 ) -> int:
     """Measure, print and write one problem after another; exit status 1 if a peer failed."""
+    set_threads(arguments.threads)
     facts, cells, faults = environment.describe(device), list[Cell](), list[Fault]()
     effort = Effort(0.0, least=2) if arguments.quick else Effort(arguments.seconds)
     settings |= {"seconds": effort.seconds, "rates": floors.measure_rates(device, arguments.dtype, arguments.quick)}

@@ -1,10 +1,8 @@
 """The main job: every method on real text, on an encoder and on a decoder, against the frozen floor and PEFT."""
 
 import argparse
-import logging
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from . import contest, data, environment, figures, hub, models, plots, report, s
 from .contest import Contest, Result, Rounds
 from .data import Corpus
 from .methods import FLOOR, all_methods
-from .options import add_common, device_of, positive
+from .options import add_common, device_for, is_of_hub, positive, silence_libraries
 from .plots import Panel
 from .results import read
 from .subjects import Subject
@@ -53,15 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the main job; 0 if every method came through, 1 otherwise."""
     start = time.perf_counter()
-    _silence_libraries()
-    device = device_of(options)
+    silence_libraries()
+    device = device_for(options.device)
     size_name = "quick" if options.quick else device.type
     rounds = ROUNDS[size_name]
     if options.steps is not None:
         rounds = replace(rounds, steps=options.steps)
-    if _needs_hub(options) and not hub.reachable():
-        print("the Hugging Face hub cannot be reached: only what is in the local cache can be used", file=sys.stderr)
-        hub.go_offline()
+    if options.dataset or is_of_hub(options.model):
+        hub.prepare()
     corpus = _corpus(options)
     facts = environment.describe(device)
     record = {
@@ -84,16 +81,6 @@ def run(options: argparse.Namespace) -> int:
         # After every model: whoever stops the run keeps what is done.
         _write(record | {"seconds": time.perf_counter() - start}, results, options.out)
     return _conclusion(results, options.out, time.perf_counter() - start)
-
-
-def _needs_hub(options: argparse.Namespace) -> bool:
-    return bool(options.dataset or (options.model and not Path(options.model).is_dir()))
-
-
-def _silence_libraries() -> None:
-    """Advice of the libraries about sequence lengths and padding would tear the progress bar apart."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _corpus(options: argparse.Namespace) -> Corpus:

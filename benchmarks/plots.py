@@ -77,20 +77,6 @@ def ratio_bars(
     _save(figure, path, dpi, {"Description": described(panels)})
 
 
-def described(panels: Sequence[Panel[Any]]) -> str:
-    """The figures of a plot as text, which its file keeps."""
-    return json.dumps([asdict(panel) for panel in panels])
-
-
-@contextmanager
-def style(names: Sequence[str], settings: Mapping[str, str]) -> Iterator[None]:
-    """What is drawn inside has Matplotlib's styles of these names, and these settings."""
-    import matplotlib.style
-
-    with matplotlib.style.context([*names, dict(settings)]):
-        yield
-
-
 def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,3 +108,17 @@ def _colours(panels: Sequence[Panel[Any]], grey: str) -> dict[str, str]:
 def _save(figure: Any, path: Path, dpi: int = 150, metadata: Mapping[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, metadata=metadata)
+
+
+def described(panels: Sequence[Panel[Any]]) -> str:
+    """The figures of a plot as text, which its file keeps."""
+    return json.dumps([asdict(panel) for panel in panels])
+
+
+@contextmanager
+def style(names: Sequence[str], settings: Mapping[str, str]) -> Iterator[None]:
+    """What is drawn inside has Matplotlib's styles of these names, and these settings."""
+    import matplotlib.style
+
+    with matplotlib.style.context([*names, dict(settings)]):
+        yield

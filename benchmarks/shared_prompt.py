@@ -162,7 +162,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table for each length, write."""
-    device = options.device_of(arguments)
+    options.silence_libraries()
+    options.set_threads(arguments.threads)
+    device = options.device_for(arguments.device)
     size, rounds = (QUICK, 2) if arguments.quick else (FULL, 15)
     facts, settings = environment.describe(device), {"targets": TARGETS}
     cells, faults = list[Cell](), list[Fault]()

@@ -218,7 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a line for each pair of lengths, write."""
-    device = options.device_of(arguments)
+    options.set_threads(arguments.threads)
+    device = options.device_for(arguments.device)
     places = [(TOKENS, PREFIX), *((N, PREFIX) for N in LENGTHS), *((TOKENS, P) for P in PREFIXES)]
     shapes, rounds = SHAPES, arguments.rounds
     if arguments.quick:

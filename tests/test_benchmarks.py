@@ -40,10 +40,12 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.methods import FLOOR, Method, Prepared
 from benchmarks.models import Size
 from benchmarks.timing import Clock, Samples, interleave, timed
+from fastprefix.ops.backends import BACKENDS
 
 CPU = torch.device("cpu")
 TINY = Size(layers=1, width=32, heads=2, vocabulary=512, rows=2, length=16)
 PNG = b"\x89PNG"
+needs_kernels = pytest.mark.skipif(BACKENDS["cpu"].refusal(CPU) is not None, reason="without its C++ kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -360,7 +362,7 @@ def test_shared_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     assert shared.p50 < textbook.p50
 
 
-@pytest.mark.parametrize("suite", ["attention", "embedding"])
+@pytest.mark.parametrize("suite", [pytest.param("attention", marks=needs_kernels), "embedding"])
 def test_kernels(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +384,7 @@ def test_kernels(
     assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
 
 
+@needs_kernels
 def test_a_failing_peer_loses_no_other_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

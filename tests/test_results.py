@@ -42,7 +42,7 @@ class TestReadme:
     def test_tables_and_sentences_are_those_of_the_data(self) -> None:
         text = README.read_text(encoding="utf-8")
         assert publish.filled(text, DEVICES) == text, "python -m benchmarks report --readme README.md"
-        assert len(publish.MARKER.findall(text)) == len(summaries.SNIPPETS)
+        assert len(publish.MARKER.findall(text)) == text.count("<!-- results:") == text.count("<!-- /results") >= 8
 
     def test_plot_is_that_of_the_data(self) -> None:
         from PIL import Image
@@ -146,7 +146,7 @@ class TestFloors:
         visible = int(inputs.mask.sum()) if inputs.mask is not None else shape.N * (shape.M + shape.P)
         assert fused.flops == 4 * shape.B * shape.Hq * shape.D * visible
         assert tokens.flops == 4 * shape.B * shape.Hq * shape.D * (visible - shape.N * shape.P)
-        moved = [*inputs.peers()["fused"].leaves, inputs.fused()]
+        moved = [*inputs.peers()["fused"].leaves, inputs.concat()]
         assert fused.bytes == sum(tensor.nbytes for tensor in moved)
         both = floors.attention(Cell(case, "", "ours", "forward+backward", "seconds", 1.0))
         assert (both.flops, both.bytes) == (3.5 * fused.flops, 2 * fused.bytes)
