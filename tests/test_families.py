@@ -222,6 +222,10 @@ def test_compiles_without_graph_breaks(family: str) -> None:
         inputs["decoder_input_ids"] = torch.randint(3, 100, (3, 4))
     expected = model(**inputs)[0]
     torch._dynamo.reset()
+    try:
+        torch.compile(build(family), fullgraph=True, backend="eager")(**inputs)
+    except torch._dynamo.exc.Unsupported:
+        pytest.skip("with this version of transformers, the plain model has graph breaks")
     actual = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
     assert torch.equal(actual, expected)
     actual.sum().backward()

@@ -30,8 +30,10 @@ UNSET: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "videoprism": {"vision_config": {"image_size": 36, "num_frames": 2}},
+    "videoprism_vision_model": {"image_size": 36, "num_frames": 2},
 }
-"""Options without which a family's own defaults make no model."""
+"""Options without which a family's own defaults make no model, or one that takes too long."""
 
 
 @dataclass(frozen=True)
