@@ -8,9 +8,10 @@ from pathlib import Path
 from . import plots
 from .methods import FLOOR
 from .plots import Panel
-from .results import Case, Cell, Run
-from .summaries import DIRECTIONS, EMBEDDING_CASE, table_text
+from .results import Case, Cell, Run, Value
+from .summaries import DIRECTIONS, EMBEDDING_CASE, spaced, table_text
 
+CURVES_TABLE: dict[str, Value] = {"V": 32_128, "d": 1024}
 KINDS = ("forward", "forward + backward")
 TIMES_FLOOR = "time, times the frozen floor (dashed)"
 
@@ -88,23 +89,39 @@ def whole_models(run: Run) -> Curves:
     for model in dict.fromkeys(str(cell.case["model"]) for cell in run.cells):
         cross = run.select(model=model, direction="step")[0].case
         for x, fixed in (("N", "P"), ("P", "N")):
-            cells = run.select(case={"model": model, fixed: cross[fixed]}, direction="step")
-            series: dict[str, list[tuple[int, float]]] = {}
-            for cell in sorted(cells, key=lambda cell, x=x: int(cell.case[x])):  # type: ignore[misc]
-                ratio = run.times_floor(cell)
-                if ratio is not None:
-                    series.setdefault(cell.competitor, []).append((int(cell.case[x]), ratio))
+            series = _over(run, x, {"model": model, fixed: cross[fixed]}, "step")
             panels.append(Panel(f"{model}, {fixed} = {cross[fixed]}, over {x}", series))
     return Curves(panels, FLOOR, "tokens of the input (N), or of prompt and prefix (P)", "training step, x floor")
 
 
-OF_SUITE: dict[str, Callable[[Run], Figure]] = {
-    "main": main_job,
-    "attention": attention,
-    "embedding": embedding,
-    "shared-prompt": shared_prompt,
-    "models": whole_models,
+def embedding_curves(run: Run) -> Curves:
+    """Every competitor in one table, over the length of the input."""
+    table = run.select(case={**EMBEDDING_CASE, **CURVES_TABLE}, role="floor")[:1]
+    panels = []
+    for direction in DIRECTIONS if table else ():
+        same = {name: value for name, value in table[0].case.items() if name != "N"}
+        panels.append(Panel(spaced(direction), _over(run, "N", same, direction)))
+    return Curves(panels, "lookup", "tokens of a row (N)", "time, times the lookup")
+
+
+def _over(run: Run, x: str, case: Case, direction: str) -> dict[str, list[tuple[int, float]]]:
+    """Every competitor's ratio to the floor, by the values of one parameter."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for cell in run.select(case=case, direction=direction):
+        ratio = run.times_floor(cell)
+        if ratio is not None:
+            series.setdefault(cell.competitor, []).append((int(cell.case[x]), ratio))
+    return {name: sorted(points) for name, points in series.items()}
+
+
+OF_SUITE: dict[str, dict[str, Callable[[Run], Figure]]] = {
+    "main": {"": main_job},
+    "attention": {"": attention},
+    "embedding": {"": embedding, "lengths": embedding_curves},
+    "shared-prompt": {"": shared_prompt},
+    "models": {"": whole_models},
 }
+"""The plots of each suite; the names of all but the first are part of their files' names."""
 
 
 def _series(run: Run, directions: tuple[str, ...], case: Case) -> dict[str, list[float]]:

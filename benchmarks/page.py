@@ -1,7 +1,7 @@
 """Results as one HTML page that needs nothing else: plots inside it, no script, no request, light and dark."""
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,9 +124,14 @@ def _section(run: Run) -> Section:
         text,
         [summaries.fault_text(fault) for fault in run.faults],
         list(TABLES.get(run.suite, _no_tables)(run)),
-        _pictures(figures.OF_SUITE[run.suite](run)) if run.suite in figures.OF_SUITE and run.suite != "main" else [],
+        [picture for figure in _own_figures(run) for picture in _pictures(figure(run))],
         summaries.everything(run),
     )
+
+
+def _own_figures(run: Run) -> Iterable[Callable[[Run], Figure]]:
+    """The main job's are the headline."""
+    return figures.OF_SUITE.get(run.suite, {}).values() if run.suite != "main" else ()
 
 
 def _main_tables(run: Run) -> Iterator[Table]:

@@ -73,12 +73,11 @@ def _flat(device: Device, of_suite: Run) -> Iterator[dict[str, Any]]:
 
 
 def draw_plots(device: Device, folder: Path) -> None:
-    """A PNG for each run."""
+    """The PNGs of each run."""
     for of_suite in device.runs:
-        bars = figures.OF_SUITE.get(of_suite.suite)
-        if bars:
-            parts = [of_suite.suite, *([of_suite.instructions.lower()] if of_suite.instructions else [])]
-            figures.draw(bars(of_suite), folder / f"{'-'.join(parts)}.png")
+        for name, figure in figures.OF_SUITE.get(of_suite.suite, {}).items():
+            parts = filter(None, (of_suite.suite, name, (of_suite.instructions or "").lower()))
+            figures.draw(figure(of_suite), folder / f"{'-'.join(parts)}.png")
 
 
 def draw_headline(device: Device, folder: Path) -> None:

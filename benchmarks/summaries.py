@@ -126,7 +126,7 @@ def attention(run: Run) -> Table:
             over, share = [speed.over_concat for speed in of], [speed.of_tokens for speed in of]
             if of:
                 figures = (geometric_mean(over), min(over), geometric_mean(share), max(share))
-                rows.append([f"{dtype} {_spaced(direction)}", *(number(figure, 2) for figure in figures)])
+                rows.append([f"{dtype} {spaced(direction)}", *(number(figure, 2) for figure in figures)])
     return Table(header, rows)
 
 
@@ -223,7 +223,8 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _spaced(direction: str) -> str:
+def spaced(direction: str) -> str:
+    """As it is read."""
     return direction.replace("+", " + ")
 
 
