@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import main_job
 from .errors import BenchmarkError
+from .study import suite as study
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,10 @@ class Suite:
     run: Callable[[argparse.Namespace], int]
 
 
-SUITES = {"main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run)}
+SUITES = {
+    "main": Suite(main_job.DESCRIPTION, main_job.add_arguments, main_job.run),
+    "study": Suite(study.DESCRIPTION, study.add_arguments, study.run),
+}
 DEFAULT_SUITE = "main"
 
 

@@ -1,6 +1,7 @@
 """The Hugging Face hub, where it cannot be reached."""
 
 import os
+import sys
 import urllib.error
 import urllib.request
 
@@ -26,3 +27,10 @@ def go_offline() -> None:
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
+
+
+def prepare() -> None:
+    """Before something is asked of the hub: where it does not answer, say so, and look in the caches alone."""
+    if not reachable():
+        print("the Hugging Face hub cannot be reached: only what is in the local cache can be used", file=sys.stderr)
+        go_offline()

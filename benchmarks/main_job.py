@@ -1,10 +1,8 @@
 """The main job: every method on real text, on an encoder and on a decoder, against the frozen floor and PEFT."""
 
 import argparse
-import logging
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from tqdm import tqdm
 from . import contest, data, environment, hub, models, plots, report, subjects
 from .contest import Contest, Result, Rounds
 from .data import Corpus
-from .errors import BenchmarkError
 from .methods import FLOOR, all_methods
+from .options import device_for, is_of_hub, positive, silence_libraries
 from .plots import Panel
 from .subjects import Subject
 
@@ -47,31 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: guessed)")
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: guessed)")
     parser.add_argument("--model", metavar="NAME", help="a model of the hub or a local folder, in place of the two")
-    parser.add_argument("--steps", type=_positive, help="training steps")
+    parser.add_argument("--steps", type=positive, help="training steps")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, table and plots")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the main job; 0 if every method came through, 1 otherwise."""
     start = time.perf_counter()
-    _silence_libraries()
-    device = _device(options.device)
+    silence_libraries()
+    device = device_for(options.device)
     size_name = "quick" if options.quick else device.type
     rounds = ROUNDS[size_name]
     if options.steps is not None:
         rounds = replace(rounds, steps=options.steps)
-    if _needs_hub(options) and not hub.reachable():
-        print("the Hugging Face hub cannot be reached: only what is in the local cache can be used", file=sys.stderr)
-        hub.go_offline()
+    if options.dataset or is_of_hub(options.model):
+        hub.prepare()
     corpus = _corpus(options)
     facts = environment.describe(device)
     record = {
@@ -94,25 +84,6 @@ def run(options: argparse.Namespace) -> int:
         # After every model: whoever stops the run keeps what is done.
         _write(record | {"seconds": time.perf_counter() - start}, results, options.out)
     return _conclusion(results, options.out, time.perf_counter() - start)
-
-
-def _needs_hub(options: argparse.Namespace) -> bool:
-    return bool(options.dataset or (options.model and not Path(options.model).is_dir()))
-
-
-def _device(asked: torch.device | None) -> torch.device:
-    device = asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise BenchmarkError(f"--device {device}: cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} sees no GPU")
-    return device
-
-
-def _silence_libraries() -> None:
-    """Advice of the libraries about sequence lengths and padding would tear the progress bar apart."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _corpus(options: argparse.Namespace) -> Corpus:

@@ -50,7 +50,15 @@ LONGEST_PROMPT = 128  # positions that BERT's table must have beside the text's
 
 def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedModel:
     """A BERT-shaped classifier with random weights."""
-    config = BertConfig(
+    config = encoder_config(size, pad)
+    config.num_labels = classes
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(config)
+
+
+def encoder_config(size: Size, pad: int) -> BertConfig:
+    """BERT's shape in so small."""
+    return BertConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
@@ -63,9 +71,6 @@ def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedMo
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    config.num_labels = classes
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(config)
 
 
 def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
