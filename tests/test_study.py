@@ -30,7 +30,7 @@ from benchmarks.study.trials import GateReading, Outcome, Point, Setting, Subjec
 CPU = torch.device("cpu")
 TINY = Size(layers=2, width=32, heads=2, vocabulary=64, rows=4, length=16)
 PNG = b"\x89PNG"
-SETTING = Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16)
+SETTING = Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2)
 SUBJECT = Subject("weights", "texts", {"torch": "2"})
 ALL = Sizes(None, None, None)
 

@@ -110,12 +110,14 @@ def _reparameterised(residual: bool, gate: bool) -> Make:
     return make
 
 
-FULL_RATES = (Rates(5e-5), Rates(2e-5), Rates(1e-4))
-HEAD_RATES = (Rates(1e-3), Rates(3e-3), Rates(1e-2))
+# Published rates and, since those are for thousands of steps, larger ones; prompts also smaller ones, for 0.3 is large
+# beside the embeddings of an encoder. As many candidates for every method.
+FULL_RATES = (Rates(2e-5), Rates(5e-5), Rates(1e-4))
+HEAD_RATES = (Rates(1e-3), Rates(1e-2), Rates(3e-2))
 PROMPT_RATES = (Rates(prompt=0.3), Rates(prompt=0.03), Rates(prompt=0.003))
 DEPT_RATES = (Rates(1e-3, 0.3), Rates(1e-3, 0.03), Rates(5e-3, 0.003))
 ADEPT_RATES = (Rates(1e-4, 0.3), Rates(1e-3, 0.03), Rates(1e-3, 0.003))
-PREFIX_RATES = (Rates(1e-2), Rates(3e-3), Rates(3e-2))
+PREFIX_RATES = (Rates(1e-2), Rates(3e-2), Rates(1e-1))
 NETWORK_RATES = (Rates(1e-3), Rates(3e-3), Rates(1e-2))
 
 NETWORKS = {  # whether there is a residual network, and a gate

@@ -44,7 +44,7 @@ class Defaults:
 
 
 WHOLE = Defaults(
-    Setting(steps=600, search_steps=150, evaluate_every=50, patience=4, rows=16, max_length=64),
+    Setting(steps=600, search_steps=150, evaluate_every=50, patience=4, rows=16, max_length=64, head_rate=1e-2),
     Sizes(train=4000, dev=500, test=None),
     seeds=3,
     lengths=(10, 50, 100, 200),
@@ -53,7 +53,7 @@ WHOLE = Defaults(
     prefix_tokens=20,
 )
 QUICK = Defaults(
-    Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16),
+    Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2),
     Sizes(train=32, dev=16, test=16),
     seeds=2,
     lengths=(2, 4),
@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max-length", "tokens of a text"),
     ):
         parser.add_argument(f"--{name}", type=positive, help=meaning)
+    parser.add_argument("--head-rate", type=float, help="learning rate of the classifier's head, with every method")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for finished runs, tables and plots")
@@ -194,7 +195,7 @@ def _introduction(
             f"budget  {budget.prompt:,} parameters for prompt methods, {budget.prefix:,} for prefix methods",
             f"train   {setting.steps} steps of {setting.rows} texts of at most {setting.max_length} tokens; dev split "
             f"every {setting.evaluate_every} steps, patience {setting.patience}; rates by {setting.search_steps} steps "
-            f"of seed {study.seeds[0]}; {len(study.seeds)} seeds",
+            f"of seed {study.seeds[0]}; head's rate {setting.head_rate:g}; {len(study.seeds)} seeds",
             f"device  {facts['device_name']} ({facts['device']}), {facts['threads']} threads",
             f"with    {versions}",
         ]

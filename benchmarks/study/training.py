@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from ..memory import added_peak
-from ..methods import HEAD_RATE, PROMPT_RATE, Prepared, attached, group_of
+from ..methods import Prepared, attached, group_of
 from ..models import head_parameters
 from ..tasks import Batch
 from ..timing import Clock
@@ -68,9 +68,10 @@ def run(trial: Trial, bench: Bench, tick: Callable[[], object]) -> Outcome:
 
 def prepare(trial: Trial, model: PreTrainedModel) -> Prepared:
     """The model with what is trained, and its learning rates."""
-    config, rates = trial.contestant.config, trial.rates
+    config, rates, head_rate = trial.contestant.config, trial.rates, trial.setting.head_rate
     if config is not None:
-        return attached(model, config, rates.main or HEAD_RATE, rates.prompt or PROMPT_RATE)
+        # A rate that a method has nothing for goes unused.
+        return attached(model, config, rates.main or 0.0, rates.prompt or 0.0, head_rate)
     assert rates.main is not None
     head = head_parameters(model)
     if trial.contestant.trains == "head":
@@ -79,7 +80,7 @@ def prepare(trial: Trial, model: PreTrainedModel) -> Prepared:
             parameter.requires_grad_(True)
         return Prepared(model, group_of(head, rates.main))
     body = [p for p in model.parameters() if p not in set(head)]
-    return Prepared(model, group_of(body, rates.main) + group_of(head, HEAD_RATE))
+    return Prepared(model, group_of(body, rates.main) + group_of(head, head_rate))
 
 
 class _Training:

@@ -20,6 +20,7 @@ class Setting:
     patience: int  # evaluations without a better one before a training ends
     rows: int
     max_length: int
+    head_rate: float  # of the classifier's head, with every method; the head alone has rates of its own
 
 
 @dataclass(frozen=True)
