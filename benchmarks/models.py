@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastprefix.integrations.transformers.heads import trainable_modules
+
 from .errors import BenchmarkError, first_line
 from .tasks import TaskKind
 
 ATTENTION = "sdpa"  # of the floor and the peers; fastprefix puts its own in where a method needs it
-HEADS_TO_TRAIN = ("classifier", "score")  # the names that PEFT goes by, so that all methods train the same head
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,5 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of a classifier's head; a language model's head stays frozen."""
-    heads = [child for name, child in model.named_children() if name in HEADS_TO_TRAIN]
-    return [parameter for head in heads for parameter in head.parameters()]
+    """The parameters of a classifier's head, all that fastprefix trains of it; a language model's stays frozen."""
+    return [parameter for module in trainable_modules(model, None).values() for parameter in module.parameters()]

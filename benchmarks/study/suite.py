@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     lengths = defaults.lengths if options.lengths is None else options.lengths
     seeds = range(options.seeds or defaults.seeds)
     study = Plan(
-        table=contestants.at_budget(options.methods, model, budget, setting.max_length),
+        table=contestants.at_budget(list(dict.fromkeys(options.methods)), model, budget, setting.max_length),
         lengths=plan.over_lengths(options.length_methods, lengths),
         seeds=seeds,
         length_seeds=range(options.length_seeds or len(seeds)),

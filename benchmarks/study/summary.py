@@ -14,6 +14,10 @@ from .trials import Outcome
 HEADER = (
     "method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "ms a step", "peak MB",
 )  # fmt: skip
+COMPARED = (  # what the papers found: the first above the second
+    ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"),
+    ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
+)  # fmt: skip
 NOTES = """\
 Mean and standard deviation over the seeds. trainable: without the classifier's head, which every method trains too.
 rates: of the prompt / of the rest, chosen on the dev split. best step: with the best dev accuracy, whose weights are
@@ -22,8 +26,10 @@ optimizer. peak MB: what forward and backward of the longest batch add to the mo
 
 
 def tables(findings: Findings) -> str:
-    """The methods at their budgets and, where there are any, the prefix methods over lengths."""
+    """The methods at their budgets, their differences and, where there are any, the prefix methods over lengths."""
     parts = [report.table(HEADER, [_cells(row) for row in findings.table if row.runs])]
+    if compared := [cells for pair in COMPARED if (cells := _compared(findings, *pair))]:
+        parts.append(report.table(("difference of test %", "mean", "of each seed"), compared))
     if lengths := _lengths(findings):
         header = ("test % with a prefix of", *map(str, lengths), "largest - least")
         parts.append(report.table(header, [_over_lengths(name, findings, lengths) for name in findings.lengths]))
@@ -44,6 +50,18 @@ def _cells(row: Row) -> list[str]:
         report.number(1e3 * statistics.median(outcome.seconds_a_step for outcome in outcomes), 0),
         report.number(max(peaks) / 1e6 if peaks else None),
     ]
+
+
+def _compared(findings: Findings, above: str, below: str) -> list[str] | None:
+    """Seed by seed: the same batches in the same order, and the same head at the start."""
+    runs = {row.contestant.name: row.runs for row in findings.table}
+    seeds = [seed for seed in runs.get(above, {}) if seed in runs.get(below, {})]
+    pairs = [tested([runs[above][seed], runs[below][seed]]) for seed in seeds]
+    differences = [100 * (pair[0] - pair[1]) for pair in pairs]
+    if not differences:
+        return None
+    each = ", ".join(f"{difference:+.1f}" for difference in differences)
+    return [f"{above} - {below}", f"{statistics.mean(differences):+.1f}", each]
 
 
 def title(row: Row) -> str:

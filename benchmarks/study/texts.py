@@ -14,7 +14,7 @@ SPLIT_OFF = 0.1  # of the training file, for dev and for test each, where no fil
 
 @dataclass(frozen=True)
 class Source:
-    """The files and how many of their rows to take; None: split off, or all."""
+    """The files, None: split off from the training file; and their columns, None: guessed."""
 
     train: Path
     dev: Path | None
