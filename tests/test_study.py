@@ -30,7 +30,9 @@ from benchmarks.study.trials import GateReading, Outcome, Point, Setting, Subjec
 CPU = torch.device("cpu")
 TINY = Size(layers=2, width=32, heads=2, vocabulary=64, rows=4, length=16)
 PNG = b"\x89PNG"
-SETTING = Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2)
+SETTING = Setting(
+    steps=4, length_steps=3, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2
+)
 SUBJECT = Subject("weights", "texts", {"torch": "2"})
 ALL = Sizes(None, None, None)
 
@@ -331,6 +333,7 @@ class TestPlan:
             return _outcome()
 
         plan.carry_out(study, run, findings)
+        assert {trial.steps for trial in done if not trial.search} == {SETTING.length_steps}
         searched = {trial.contestant.config.num_virtual_tokens for trial in done if trial.search}  # type: ignore[union-attr]
         assert searched == {50}
         assert {length: list(row.runs) for length, row in findings.lengths["prefix tuning"].items()} == {

@@ -29,10 +29,19 @@ class Plan:
     def steps(self) -> int:
         """Of all trainings together, if none ends early."""
         searched = [*self.table, *(searched_length(by_length) for by_length in self.lengths.values())]
-        searches = sum(len(contestant.candidates) for contestant in searched if len(contestant.candidates) > 1)
-        over_lengths = sum(len(by_length) for by_length in self.lengths.values())
-        runs = len(self.table) * len(self.seeds) + over_lengths * len(self.length_seeds)
-        return searches * min(self.setting.search_steps, self.setting.steps) + runs * self.setting.steps
+        over_lengths = [contestant for by_length in self.lengths.values() for contestant in by_length.values()]
+        runs = [(contestant, self.seeds) for contestant in self.table]
+        runs += [(contestant, self.length_seeds) for contestant in over_lengths]
+        trials = [
+            *(
+                self.trial(c, rates, 0, search=True)
+                for c in searched
+                if len(c.candidates) > 1
+                for rates in c.candidates
+            ),
+            *(self.trial(c, c.candidates[0], seed) for c, seeds in runs for seed in seeds),
+        ]
+        return sum(trial.steps for trial in trials)
 
 
 @dataclass

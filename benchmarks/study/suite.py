@@ -44,7 +44,16 @@ class Defaults:
 
 
 WHOLE = Defaults(
-    Setting(steps=600, search_steps=150, evaluate_every=50, patience=4, rows=16, max_length=64, head_rate=1e-2),
+    Setting(
+        steps=600,
+        length_steps=600,
+        search_steps=150,
+        evaluate_every=50,
+        patience=4,
+        rows=16,
+        max_length=64,
+        head_rate=1e-2,
+    ),
     Sizes(train=4000, dev=500, test=None),
     seeds=3,
     lengths=(10, 50, 100, 200),
@@ -53,7 +62,9 @@ WHOLE = Defaults(
     prefix_tokens=20,
 )
 QUICK = Defaults(
-    Setting(steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2),
+    Setting(
+        steps=4, length_steps=4, search_steps=2, evaluate_every=2, patience=2, rows=4, max_length=16, head_rate=1e-2
+    ),
     Sizes(train=32, dev=16, test=16),
     seeds=2,
     lengths=(2, 4),
@@ -90,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-examples", type=positive, help="how many to draw (default: all)")
     for name, meaning in (
         ("steps", "of a training, at most"),
+        ("length-steps", "of a training of the comparison over lengths, at most"),
         ("search-steps", "of a training that scores learning rates"),
         ("evaluate-every", "steps between evaluations on the dev split"),
         ("patience", "evaluations without a better one before a training ends"),

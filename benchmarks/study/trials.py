@@ -15,6 +15,7 @@ class Setting:
     """What all trainings of a study share."""
 
     steps: int  # at most; early stopping may end one before
+    length_steps: int  # the same, in the comparison over lengths
     search_steps: int  # of a training that only scores learning rates
     evaluate_every: int
     patience: int  # evaluations without a better one before a training ends
@@ -46,12 +47,13 @@ class Trial:
     @property
     def steps(self) -> int:
         """How many steps it takes at most."""
-        return min(self.setting.search_steps, self.setting.steps) if self.search else self.setting.steps
+        steps = self.setting.length_steps if self.contestant.group == "length" else self.setting.steps
+        return min(self.setting.search_steps, steps) if self.search else steps
 
     def description(self) -> dict[str, Any]:
         """All that the outcome depends on, as plain data."""
         config = self.contestant.config
-        shared = {k: v for k, v in asdict(self.setting).items() if k not in ("steps", "search_steps")}
+        shared = {k: v for k, v in asdict(self.setting).items() if k not in ("steps", "length_steps", "search_steps")}
         description = {
             "format": FORMAT,
             "method": self.contestant.name,
