@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastprefix.integrations.transformers.adapters import MODULE
 from fastprefix.integrations.transformers.heads import trainable_modules
 
 from .errors import BenchmarkError, first_line
@@ -151,4 +152,5 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters of a classifier's head, all that fastprefix trains of it; a language model's stays frozen."""
-    return [parameter for module in trainable_modules(model, None).values() for parameter in module.parameters()]
+    modules = {name: module for name, module in trainable_modules(model, None).items() if name != MODULE}
+    return [parameter for module in modules.values() for parameter in module.parameters()]

@@ -270,6 +270,20 @@ class TestEarlyStopping:
         assert torch.equal(weights[0], weights[-1])
 
 
+@pytest.mark.parametrize("key", list(ENTRIES))
+def test_every_kind_of_parameter_has_its_own_rate(key: str) -> None:
+    model = models.build_encoder(TINY, 2, 0, seed=0)
+    (contestant,) = contestants.at_budget([key], model, TestBudget.BUDGET, TINY.length)
+    rates = Rates(0.25, 0.5)
+    prepared = training.prepare(_trial(contestant=contestant, rates=rates), model)
+    rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
+    expected = {name: 0.25 for name, p in model.named_parameters() if p.requires_grad}
+    expected |= {name: 0.5 for name in expected if name == "fastprefix.prompt"}
+    if key != "head":
+        expected |= {name: SETTING.head_rate for name in expected if name.startswith("classifier")}
+    assert {name: rate_of[p] for name, p in model.named_parameters() if p in rate_of} == expected
+
+
 class TestStore:
     def test_gives_back_what_was_kept(self, tmp_path: Path) -> None:
         store, trial = Store(tmp_path), _trial()
