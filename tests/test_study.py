@@ -113,6 +113,8 @@ class TestSuite:
         monkeypatch.setattr(training, "run", interrupted)
         assert main(arguments) == 1
         assert "goes on from here" in capsys.readouterr().err
+        assert main([*arguments, "--report"]) == 0
+        assert len(trained) == 4
 
         def counted(trial: Trial, *rest: object) -> Outcome:
             trained.append(trial.key())

@@ -17,7 +17,7 @@ from .. import environment, hub, models, report
 from ..options import device_for, is_of_hub, positive, silence_libraries
 from ..timing import Failure
 from . import batches, contestants, plan, pretraining, summary, texts, training
-from .contestants import ENTRIES, LENGTH_METHODS, Budget
+from .contestants import ENTRIES, LENGTH_METHODS, Budget, Contestant
 from .plan import Findings, Plan
 from .store import Store
 from .texts import Sizes, Source, Texts
@@ -111,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=positive, help=meaning)
     parser.add_argument("--head-rate", type=float, help="learning rate of the classifier's head, with every method")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of the finished runs")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for finished runs, tables and plots")
 
@@ -133,20 +134,10 @@ def run(options: argparse.Namespace) -> int:
     budget = contestants.budget_for(
         model, options.prompt_tokens or defaults.prompt_tokens, options.prefix_tokens or defaults.prefix_tokens
     )
-    lengths = defaults.lengths if options.lengths is None else options.lengths
-    seeds = range(options.seeds or defaults.seeds)
-    study = Plan(
-        table=contestants.at_budget(list(dict.fromkeys(options.methods)), model, budget, setting.max_length),
-        lengths=plan.over_lengths(options.length_methods, lengths),
-        seeds=seeds,
-        length_seeds=range(options.length_seeds or len(seeds)),
-        setting=setting,
-        subject=Subject(
-            model=_fingerprint(model),
-            texts=bench.texts.fingerprint(),
-            software={name: facts[name] for name in SOFTWARE} | {"device": device.type},
-        ),
-    )
+    software = {package: facts[package] for package in SOFTWARE} | {"device": device.type}
+    subject = Subject(_fingerprint(model), bench.texts.fingerprint(), software)
+    table = contestants.at_budget(list(dict.fromkeys(options.methods)), model, budget, setting.max_length)
+    study = _plan(options, defaults, setting, subject, table)
     introduction = _introduction(name, model, budget, study, given, facts)
     print(introduction, flush=True)
     record = {
@@ -155,7 +146,22 @@ def run(options: argparse.Namespace) -> int:
         "environment": facts,
         "introduction": introduction,
     }
-    return _Study(study, bench, options.out, record).run()
+    return _Study(study, bench, options, record).run()
+
+
+def _plan(
+    options: argparse.Namespace, defaults: Defaults, setting: Setting, subject: Subject, table: list[Contestant]
+) -> Plan:
+    lengths = defaults.lengths if options.lengths is None else options.lengths
+    seeds = range(options.seeds or defaults.seeds)
+    return Plan(
+        table=table,
+        lengths=plan.over_lengths(options.length_methods, lengths),
+        seeds=seeds,
+        length_seeds=range(options.length_seeds or len(seeds)),
+        setting=setting,
+        subject=subject,
+    )
 
 
 Record = TypeVar("Record", Setting, Sizes)
@@ -217,9 +223,10 @@ def _introduction(
 class _Study:
     """A plan being carried out: what is in the store is taken from there."""
 
-    def __init__(self, study: Plan, bench: Bench, out: Path, record: dict[str, Any]) -> None:
-        self.plan, self.bench, self.out, self.record = study, bench, out, record
-        self.store = Store(out / "runs")
+    def __init__(self, study: Plan, bench: Bench, options: argparse.Namespace, record: dict[str, Any]) -> None:
+        self.plan, self.bench, self.out, self.record = study, bench, options.out, record
+        self.store = Store(self.out / "runs")
+        self.report_only: bool = options.report
         self.findings = Findings()
         self.failures: list[tuple[Trial, Failure]] = []
         self.kept = 0
@@ -249,6 +256,8 @@ class _Study:
             self.kept += 1
             self._no_longer_to_do(trial.steps)
             return outcome
+        if self.report_only:
+            return None
         before = self.bar.n
         self.bar.set_description_str(f"{trial.contestant.name}, {'search' if trial.search else f'seed {trial.seed}'}")
         try:
