@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import attention, compare, embedding, main_job, publish, shared_prompt, whole_models
 from .errors import BenchmarkError
+from .study import suite as study
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ SUITES = {
     "embedding": Suite(embedding.DESCRIPTION, embedding.add_arguments, embedding.run),
     "shared-prompt": Suite(shared_prompt.DESCRIPTION, shared_prompt.add_arguments, shared_prompt.run),
     "models": Suite(whole_models.DESCRIPTION, whole_models.add_arguments, whole_models.run),
+    "study": Suite(study.DESCRIPTION, study.add_arguments, study.run),
     "compare": Suite(compare.DESCRIPTION, compare.add_arguments, compare.run),
     "report": Suite(publish.DESCRIPTION, publish.add_arguments, publish.run),
 }

@@ -17,6 +17,15 @@ MOST_CLASSES = 200  # more distinct values than that are no class labels
 
 
 @dataclass(frozen=True)
+class Passages:
+    """What a file or a data set has: texts and, where there is a column of them, labels as they stand there."""
+
+    name: str
+    texts: list[str]
+    labels: list[str] | None
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Passages with, where there are any, their classes; split into a part to train on and a part held out."""
 
@@ -40,21 +49,31 @@ def python_documentation(seed: int) -> Corpus:
 
 
 def from_file(path: Path, seed: int, text_column: str | None = None, label_column: str | None = None) -> Corpus:
-    """A tab-separated file with a header line, or a JSON-lines file, read through ``datasets``."""
+    """A tab-separated file with a header line, or a JSON-lines file, split into two parts."""
+    return _split(read_file(path, "--data", text_column, label_column, MOST_ROWS), seed)
+
+
+def read_file(
+    path: Path, option: str, text_column: str | None = None, label_column: str | None = None, most: int | None = None
+) -> Passages:
+    """The first ``most`` rows, or all, of a tab-separated file with a header line or of a JSON-lines file.
+
+    ``option`` is what the user named the file with, for errors.
+    """
     readers: dict[str, tuple[str, dict[str, Any]]] = {
         ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),  # 3 is csv.QUOTE_NONE: quotes are ordinary characters
         ".jsonl": ("json", {}),
         ".json": ("json", {}),
     }
     if not path.is_file():
-        raise BenchmarkError(f"--data {path}: no such file")
+        raise BenchmarkError(f"{option} {path}: no such file")
     if path.suffix not in readers:
-        raise BenchmarkError(f"--data {path}: takes a .tsv file with a header line or a .jsonl file")
+        raise BenchmarkError(f"{option} {path}: takes a .tsv file with a header line or a .jsonl file")
     from datasets import load_dataset
 
     builder, options = readers[path.suffix]
-    rows = _load(f"--data {path}", lambda: load_dataset(builder, data_files=str(path), split="train", **options))
-    return _from_rows(path.name, rows, seed, text_column, label_column)
+    rows = _load(f"{option} {path}", lambda: load_dataset(builder, data_files=str(path), split="train", **options))
+    return _columns(path.name, rows, text_column, label_column, most)
 
 
 def from_hub(name: str, seed: int, text_column: str | None = None, label_column: str | None = None) -> Corpus:
@@ -74,7 +93,7 @@ def from_hub(name: str, seed: int, text_column: str | None = None, label_column:
             return load_dataset(*parts, split="train")
 
     rows = _load(f"--dataset {name}", load)
-    return _from_rows(name, rows, seed, text_column, label_column)
+    return _split(_columns(name, rows, text_column, label_column, MOST_ROWS), seed)
 
 
 def _load(option: str, load: Callable[[], Any]) -> Any:
@@ -87,7 +106,7 @@ def _load(option: str, load: Callable[[], Any]) -> Any:
         raise BenchmarkError(f"{option}: could not be read ({first_line(error)})") from error
 
 
-def _from_rows(name: str, rows: Any, seed: int, text_column: str | None, label_column: str | None) -> Corpus:
+def _columns(name: str, rows: Any, text_column: str | None, label_column: str | None, most: int | None) -> Passages:
     columns: list[str] = rows.column_names
     text_column = text_column or _first_of(TEXT_COLUMNS, columns)
     if text_column not in columns:
@@ -95,11 +114,14 @@ def _from_rows(name: str, rows: Any, seed: int, text_column: str | None, label_c
     if label_column is not None and label_column not in columns:
         raise BenchmarkError(f"{name}: no column {label_column!r} for --label-column; there are {columns}")
     label_column = label_column or _first_of(LABEL_COLUMNS, columns)
-
-    rows = rows.select(range(min(len(rows), MOST_ROWS)))
+    if most is not None:
+        rows = rows.select(range(min(len(rows), most)))
     texts = [str(text) for text in rows[text_column]]
-    labels = [str(label) for label in rows[label_column]] if label_column else None
-    return _corpus(name, texts, labels, seed)
+    return Passages(name, texts, [str(label) for label in rows[label_column]] if label_column else None)
+
+
+def _split(passages: Passages, seed: int) -> Corpus:
+    return _corpus(passages.name, passages.texts, passages.labels, seed)
 
 
 def _first_of(candidates: tuple[str, ...], columns: list[str]) -> str | None:
@@ -114,9 +136,7 @@ def _corpus(name: str, texts: list[str], labels: list[str] | None, seed: int) ->
     cut = max(1, round(HELD_OUT * len(kept)))
     held_out, train = kept[:cut], kept[cut:]
 
-    class_names = sorted({labels[i] for i in kept}) if labels else []
-    if labels and len(class_names) > MOST_CLASSES:
-        raise BenchmarkError(f"{name}: {len(class_names)} distinct labels, more than {MOST_CLASSES}: not a class label")
+    class_names = class_names_of(name, [labels[i] for i in kept]) if labels else []
     ids = {label: index for index, label in enumerate(class_names)}
     return Corpus(
         name=name,
@@ -126,3 +146,11 @@ def _corpus(name: str, texts: list[str], labels: list[str] | None, seed: int) ->
         held_out_labels=[ids[labels[i]] for i in held_out] if labels else None,
         class_names=class_names,
     )
+
+
+def class_names_of(name: str, labels: list[str]) -> list[str]:
+    """The distinct labels, in order."""
+    names = sorted(set(labels))
+    if len(names) > MOST_CLASSES:
+        raise BenchmarkError(f"{name}: {len(names)} distinct labels, more than {MOST_CLASSES}: not a class label")
+    return names

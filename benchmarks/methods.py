@@ -73,39 +73,47 @@ def _floor(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
     head = head_parameters(model)
     for parameter in head:
         parameter.requires_grad_(True)
-    return Prepared(model, _group(head, HEAD_RATE))
+    return Prepared(model, group_of(head, HEAD_RATE))
 
 
-def _group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+def group_of(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them: a group, or none where there are none."""
     return [{"params": parameters, "lr": rate}] if parameters else []
 
 
 def _prompt_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    return _attached(model, fastprefix.PromptTuningConfig(PROMPT_TOKENS), OFFSET_RATE)
+    return attached(model, fastprefix.PromptTuningConfig(PROMPT_TOKENS), OFFSET_RATE)
 
 
 def _dept(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    return _attached(model, fastprefix.DePTConfig(SHORT_PROMPT_TOKENS, rank=DEPT_RANK, max_length=length), OFFSET_RATE)
+    return attached(model, fastprefix.DePTConfig(SHORT_PROMPT_TOKENS, rank=DEPT_RANK, max_length=length), OFFSET_RATE)
 
 
 def _adept(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    return _attached(model, fastprefix.ADePTConfig(SHORT_PROMPT_TOKENS, bottleneck_dim=ADEPT_WIDTH), OFFSET_RATE)
+    return attached(model, fastprefix.ADePTConfig(SHORT_PROMPT_TOKENS, bottleneck_dim=ADEPT_WIDTH), OFFSET_RATE)
 
 
 def _prefix_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    return _attached(model, fastprefix.PrefixTuningConfig(PREFIX_TOKENS), PREFIX_RATE)
+    return attached(model, fastprefix.PrefixTuningConfig(PREFIX_TOKENS), PREFIX_RATE)
 
 
 def _apt(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    return _attached(model, fastprefix.APTConfig(PREFIX_TOKENS), PREFIX_RATE)
+    return attached(model, fastprefix.APTConfig(PREFIX_TOKENS), PREFIX_RATE)
 
 
-def _attached(model: PreTrainedModel, config: fastprefix.methods.MethodConfig, rate: float) -> Prepared:
+def attached(
+    model: PreTrainedModel,
+    config: fastprefix.methods.MethodConfig,
+    rate: float,
+    prompt_rate: float = PROMPT_RATE,
+    head_rate: float = HEAD_RATE,
+) -> Prepared:
+    """A method of the package on a model, with a rate of its own for the prompt, the head, and everything else."""
     fastprefix.attach(model, config)
     head = head_parameters(model)
-    groups = fastprefix.parameter_groups(model, prompt_lr=PROMPT_RATE, lr=rate)
+    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, lr=rate)
     without_head = [{**group, "params": [p for p in group["params"] if p not in set(head)]} for group in groups]
-    return Prepared(model, [group for group in without_head if group["params"]] + _group(head, HEAD_RATE))
+    return Prepared(model, [group for group in without_head if group["params"]] + group_of(head, head_rate))
 
 
 def _peft_prompt_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
@@ -133,4 +141,4 @@ def _peft(model: PreTrainedModel, config: Any, rate: float) -> Prepared:
     trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
     head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]
-    return Prepared(wrapped, _group(prompt, rate) + _group(head, HEAD_RATE))
+    return Prepared(wrapped, group_of(prompt, rate) + group_of(head, HEAD_RATE))

@@ -21,11 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastprefix.integrations.transformers.adapters import MODULE
+from fastprefix.integrations.transformers.heads import trainable_modules
+
 from .errors import BenchmarkError, first_line
 from .tasks import TaskKind
 
 ATTENTION = "sdpa"  # of the floor and the peers; fastprefix puts its own in where a method needs it
-HEADS_TO_TRAIN = ("classifier", "score")  # the names that PEFT goes by, so that all methods train the same head
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ LONGEST_PROMPT = 128  # positions that BERT's table must have beside the text's
 
 def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedModel:
     """A BERT-shaped classifier with random weights."""
-    config = BertConfig(
+    config = encoder_config(size, pad)
+    config.num_labels = classes
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(config)
+
+
+def encoder_config(size: Size, pad: int) -> BertConfig:
+    """BERT's shape in so small."""
+    return BertConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
@@ -63,9 +73,6 @@ def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedMo
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    config.num_labels = classes
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(config)
 
 
 def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
@@ -144,6 +151,6 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of a classifier's head; a language model's head stays frozen."""
-    heads = [child for name, child in model.named_children() if name in HEADS_TO_TRAIN]
-    return [parameter for head in heads for parameter in head.parameters()]
+    """The parameters of a classifier's head, all that fastprefix trains of it; a language model's stays frozen."""
+    modules = {name: module for name, module in trainable_modules(model, None).items() if name != MODULE}
+    return [parameter for module in modules.values() for parameter in module.parameters()]

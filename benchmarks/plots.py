@@ -1,6 +1,7 @@
 """Plots of results, drawn without a display."""
 
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,14 +27,14 @@ class Panel(Generic[T]):
 def curves(
     panels: Sequence[Panel[tuple[int, float]]],
     path: Path,
-    grey: str,
+    grey: str | None,
     xlabel: str,
     ylabel: str,
     logarithmic: bool = False,
     dpi: int = 150,
     width: float = WIDTH,
 ) -> None:
-    """Points joined by lines; the competitor named ``grey`` is drawn dashed. The file says what was drawn."""
+    """Points joined by lines; the competitor named ``grey``, if any, is dashed. The file says what was drawn."""
     figure, all_axes = _figure(len(panels), width, 4.2)
     colours = _colours(panels, grey)
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -77,6 +78,23 @@ def ratio_bars(
     _save(figure, path, dpi, {"Description": described(panels)})
 
 
+def dots(panel: Panel[float], path: Path, xlabel: str) -> None:
+    """For each competitor its values as dots, and their mean as a line with its number."""
+    names = list(panel.series)
+    figure, (axes,) = _figure(1, 7.2, max(2.4, 0.36 * len(names) + 1.2))
+    for i, name in enumerate(names):
+        values = panel.series[name]
+        mean = statistics.mean(values)
+        axes.plot(values, [i] * len(values), "o", color=COLOURS[0], alpha=0.6, markersize=5)
+        axes.plot([mean, mean], [i - 0.3, i + 0.3], color=COLOURS[1], linewidth=2)
+        axes.annotate(f"{mean:.1f}", (mean, i - 0.32), ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.08)
+    axes.set(title=panel.title, xlabel=xlabel)
+    _save(figure, path)
+
+
 def _figure(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,7 +117,7 @@ def _shared_legend(figure: Any, all_axes: list[Any], columns: int) -> None:
     )
 
 
-def _colours(panels: Sequence[Panel[Any]], grey: str) -> dict[str, str]:
+def _colours(panels: Sequence[Panel[Any]], grey: str | None) -> dict[str | None, str]:
     """The same colour for a competitor in every panel, whether or not all panels have it."""
     names = dict.fromkeys(name for panel in panels for name in panel.series if name != grey)
     return {grey: GREY, **{name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
@@ -231,6 +232,13 @@ class TestMethods:
         shared = {id(p) for p in encoder.parameters()} & {id(p) for p in copy.parameters()}
         own = [p for p in encoder.parameters() if id(p) not in shared]
         assert own == models.head_parameters(encoder)
+
+    def test_a_head_of_several_modules_is_shared_in_no_part(self) -> None:
+        config = DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+        model = DistilBertForSequenceClassification(config)
+        assert len(models.head_parameters(model)) == 4
+        copy = models.with_shared_weights(model)
+        assert not {id(p) for p in model.parameters()} & {id(p) for p in models.head_parameters(copy)}
 
     def test_floor_brings_the_gradient_down_to_the_embeddings(self, corpus: Corpus) -> None:
         subject = _tiny(corpus)[1]
