@@ -36,10 +36,10 @@ def families() -> dict[str, str]:
 
 def survey(family: str, class_name: str) -> Outcome:
     """One family."""
-    model_class = getattr(transformers, class_name)
-    if issubclass(model_class, transformers.PreTrainedModel) and not model_class._can_set_attn_implementation():
-        return Outcome(family, "refused: its attention does not go through the attention interface")
     try:
+        model_class = getattr(transformers, class_name)
+        if issubclass(model_class, transformers.PreTrainedModel) and not model_class._can_set_attn_implementation():
+            return Outcome(family, "refused: its attention does not go through the attention interface")
         with time_limit(SECONDS):
             model = small_model(family, class_name)
     except Exception as error:
