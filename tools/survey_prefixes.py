@@ -86,7 +86,7 @@ def _varied(inputs: dict[str, Any]) -> dict[str, Any]:
     }
     mask = {"attention_mask": torch.ones(shape, dtype=torch.long)} if "attention_mask" in inputs else {}
     images = {
-        name: value[:1].expand(ROWS, *value.shape[1:])
+        name: torch.randn(ROWS, *value.shape[1:], generator=generator, dtype=value.dtype)
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.is_floating_point() and random
     }
@@ -109,18 +109,21 @@ def _errors(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
 
 
 def _run(model: Any, inputs: dict[str, Any]) -> Results:
-    """The first output, without the rows of padding, and gradients."""
+    """All outputs that depend on the prefixes, and gradients; with padding, the first without the padding's rows, since
+    others may have pooled them.
+    """
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(2)  # of models that hide some of their input at random
     parameters = list(model.fastprefix.parameters())
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    output = next(value for value in model(**inputs).to_tuple() if isinstance(value, Tensor) and value.requires_grad)
+    outputs = [value for value in model(**inputs).to_tuple() if isinstance(value, Tensor) and value.requires_grad]
     mask = inputs.get("attention_mask")
-    if mask is not None and output.shape[:2] == mask.shape:
-        output = output[mask.bool()]
-    weights = torch.arange(output.numel(), dtype=output.dtype).cos().reshape(output.shape)
+    if mask is not None and not mask.all():
+        outputs = [output[mask.bool()] if output.shape[:2] == mask.shape else output for output in outputs[:1]]
+    output = torch.cat([output.flatten() for output in outputs])
+    weights = torch.arange(len(output), dtype=output.dtype).cos()
     gradients = torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
     return output.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
 
