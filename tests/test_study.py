@@ -276,11 +276,12 @@ class TestEarlyStopping:
 def test_every_kind_of_parameter_has_its_own_rate(key: str) -> None:
     model = models.build_encoder(TINY, 2, 0, seed=0)
     (contestant,) = contestants.at_budget([key], model, TestBudget.BUDGET, TINY.length)
-    rates = Rates(0.25, 0.5)
+    rates = Rates(0.25, 0.5, 0.125)
     prepared = training.prepare(_trial(contestant=contestant, rates=rates), model)
     rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
     expected = {name: 0.25 for name, p in model.named_parameters() if p.requires_grad}
     expected |= {name: 0.5 for name in expected if name == "fastprefix.prompt"}
+    expected |= {name: 0.125 for name in expected if "gate" in name}
     if key != "head":
         expected |= {name: SETTING.head_rate for name in expected if name.startswith("classifier")}
     assert {name: rate_of[p] for name, p in model.named_parameters() if p in rate_of} == expected

@@ -16,6 +16,7 @@ HEADER = (
 )  # fmt: skip
 COMPARED = (  # what the papers found: the first above the second
     ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"),
+    ("APT, slow gates", "prefix tuning"),
     ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
 )  # fmt: skip
 NOTES = """\
