@@ -110,6 +110,7 @@ class TestSuite:
             return train(trial, *rest)  # type: ignore[arg-type]
 
         arguments = _arguments(reviews, out, "--lengths", "--methods", "head", "full")
+        assert main([*_arguments(reviews, out), "--report"]) == 0  # nothing yet
         monkeypatch.setattr(training, "run", interrupted)
         assert main(arguments) == 1
         assert "goes on from here" in capsys.readouterr().err
