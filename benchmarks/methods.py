@@ -107,11 +107,12 @@ def attached(
     rate: float,
     prompt_rate: float = PROMPT_RATE,
     head_rate: float = HEAD_RATE,
+    gate_rate: float | None = None,
 ) -> Prepared:
-    """A method of the package on a model, with a rate of its own for the prompt, the head, and everything else."""
+    """A method of the package on a model, with rates of their own for prompt, head, gates (None: the rest's), rest."""
     fastprefix.attach(model, config)
     head = head_parameters(model)
-    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, lr=rate)
+    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, gate_lr=gate_rate, lr=rate)
     without_head = [{**group, "params": [p for p in group["params"] if p not in set(head)]} for group in groups]
     return Prepared(model, [group for group in without_head if group["params"]] + group_of(head, head_rate))
 

@@ -110,6 +110,7 @@ class TestSuite:
             return train(trial, *rest)  # type: ignore[arg-type]
 
         arguments = _arguments(reviews, out, "--lengths", "--methods", "head", "full")
+        assert main([*_arguments(reviews, out), "--report"]) == 0  # nothing yet
         monkeypatch.setattr(training, "run", interrupted)
         assert main(arguments) == 1
         assert "goes on from here" in capsys.readouterr().err
@@ -276,11 +277,12 @@ class TestEarlyStopping:
 def test_every_kind_of_parameter_has_its_own_rate(key: str) -> None:
     model = models.build_encoder(TINY, 2, 0, seed=0)
     (contestant,) = contestants.at_budget([key], model, TestBudget.BUDGET, TINY.length)
-    rates = Rates(0.25, 0.5)
+    rates = Rates(0.25, 0.5, 0.125)
     prepared = training.prepare(_trial(contestant=contestant, rates=rates), model)
     rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
     expected = {name: 0.25 for name, p in model.named_parameters() if p.requires_grad}
     expected |= {name: 0.5 for name in expected if name == "fastprefix.prompt"}
+    expected |= {name: 0.125 for name in expected if "gate" in name}
     if key != "head":
         expected |= {name: SETTING.head_rate for name in expected if name.startswith("classifier")}
     assert {name: rate_of[p] for name, p in model.named_parameters() if p in rate_of} == expected

@@ -124,16 +124,18 @@ def test_prompt_methods_match_the_textbook(family: str, method: str, padding: st
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainable_parameters(family: str, method: str) -> None:
-    """The method's and the fresh head's, and nothing else; in parameter groups with two learning rates."""
+    """The method's and the fresh head's, and nothing else; in parameter groups with the rates of each kind."""
     model = attached(family, method)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     head = {"classifier.weight", "classifier.bias"} if family == "encoder" else set()
     assert trainable == {f"fastprefix.{name}" for name, _ in method_of(model).named_parameters()} | head
-    groups = fastprefix.parameter_groups(model, lr=1e-4, prompt_lr=0.3)
+    groups = fastprefix.parameter_groups(model, lr=1e-4, prompt_lr=0.3, gate_lr=1e-3)
     rates = {p: group["lr"] for group in groups for p in group["params"]}
-    named = dict(model.named_parameters())
-    assert {p for name, p in named.items() if name in trainable} == set(rates)
-    assert all((rate == 0.3) == (p is named.get("fastprefix.prompt")) for p, rate in rates.items())
+    expected = dict.fromkeys(trainable, 1e-4)
+    expected |= {name: 1e-3 for name in trainable if name.startswith("fastprefix.") and "gate" in name}
+    expected |= {name: 0.3 for name in trainable if name == "fastprefix.prompt"}
+    assert {name: rates[p] for name, p in model.named_parameters() if p in rates} == expected
+    assert sum(len(group["params"]) for group in groups) == len(rates)
 
 
 def test_parameters_are_counted() -> None:

@@ -18,13 +18,18 @@ RESIDUAL_BOTTLENECK = 8  # at the equal budget, where the default of 128 would l
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: of the soft prompt, and of everything else but the classifier's head; None: there is none."""
+    """Learning rates: of the soft prompt, of gates, and of everything else but the classifier's head.
+
+    None: there is nothing of the kind; gates are trained at the main rate then.
+    """
 
     main: float | None = None
     prompt: float | None = None
+    gate: float | None = None
 
     def __str__(self) -> str:
-        return " / ".join(f"{rate:g}" for rate in (self.prompt, self.main) if rate is not None)
+        rates = " / ".join(f"{rate:g}" for rate in (self.prompt, self.main) if rate is not None)
+        return rates if self.gate is None else f"{rates}, gates {self.gate:g}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ PROMPT_RATES = (Rates(prompt=0.3), Rates(prompt=0.03), Rates(prompt=0.003))
 DEPT_RATES = (Rates(1e-3, 0.3), Rates(1e-3, 0.03), Rates(5e-3, 0.003))
 ADEPT_RATES = (Rates(1e-4, 0.3), Rates(1e-3, 0.03), Rates(1e-3, 0.003))
 PREFIX_RATES = (Rates(1e-2), Rates(3e-2), Rates(1e-1))
+GATED_RATES = (Rates(3e-2, gate=1e-3), Rates(1e-1, gate=1e-3), Rates(1e-1, gate=1e-4))
 NETWORK_RATES = (Rates(1e-3), Rates(3e-3), Rates(1e-2))
 
 NETWORKS = {  # whether there is a residual network, and a gate
@@ -134,6 +140,7 @@ ENTRIES = {
     "adept": Entry("ADePT", "prompt", ADEPT_RATES, _adept),
     "prefix": Entry("prefix tuning", "prefix", PREFIX_RATES, _prefix_tuning),
     "apt": Entry("APT", "prefix", PREFIX_RATES, _apt),
+    "apt-gates": Entry("APT, slow gates", "prefix", GATED_RATES, _apt),
     "mlp": Entry("MLP prefix", "prefix", NETWORK_RATES, _reparameterised(*NETWORKS["mlp"])),
     "mlp+gate": Entry("MLP prefix + gate", "prefix", NETWORK_RATES, _reparameterised(*NETWORKS["mlp+gate"])),
     "residual": Entry("residual prefix", "prefix", NETWORK_RATES, _reparameterised(*NETWORKS["residual"])),

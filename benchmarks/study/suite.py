@@ -214,6 +214,9 @@ def _introduction(
             f"train   {setting.steps} steps of {setting.rows} texts of at most {setting.max_length} tokens; dev split "
             f"every {setting.evaluate_every} steps, patience {setting.patience}; rates by {setting.search_steps} steps "
             f"of seed {study.seeds[0]}; head's rate {setting.head_rate:g}; {len(study.seeds)} seeds",
+            f"lengths {setting.length_steps} steps, {len(study.length_seeds)} seeds"
+            if study.lengths
+            else "lengths none",
             f"device  {facts['device_name']} ({facts['device']}), {facts['threads']} threads",
             f"with    {versions}",
         ]
@@ -273,7 +276,6 @@ class _Study:
     def _no_longer_to_do(self, steps: int) -> None:
         """Steps that need no time are no progress: the time that remains is reckoned from the others."""
         self.bar.total -= steps
-        self.bar.refresh()
 
     def _write_tables(self) -> None:
         report.write_json(self.record | summary.record(self.findings), self.out / "study.json")

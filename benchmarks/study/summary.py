@@ -16,6 +16,7 @@ HEADER = (
 )  # fmt: skip
 COMPARED = (  # what the papers found: the first above the second
     ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"),
+    ("APT, slow gates", "prefix tuning"),
     ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
 )  # fmt: skip
 NOTES = """\
@@ -138,10 +139,9 @@ def draw(findings: Findings, out: Path) -> None:
     )
     if panels := [panel for row in findings.table for panel in _gate_panels(row)]:
         plots.curves(panels, out / "study_gates.png", None, "step", "gate, mean over dev texts")
-    if lengths := _lengths(findings):
-        panel = Panel(
-            "test accuracy over lengths", {name: _curve(findings, name, lengths) for name in findings.lengths}
-        )
+    curves = {name: _curve(findings, name, _lengths(findings)) for name in findings.lengths}
+    if curves := {name: curve for name, curve in curves.items() if curve}:
+        panel = Panel("test accuracy over lengths", curves)
         plots.curves(
             [panel], out / "study_lengths.png", None, "prefix tokens", "% of the test texts, mean of the seeds"
         )

@@ -71,7 +71,7 @@ def prepare(trial: Trial, model: PreTrainedModel) -> Prepared:
     config, rates, head_rate = trial.contestant.config, trial.rates, trial.setting.head_rate
     if config is not None:
         # A rate that a method has nothing for goes unused.
-        return attached(model, config, rates.main or 0.0, rates.prompt or 0.0, head_rate)
+        return attached(model, config, rates.main or 0.0, rates.prompt or 0.0, head_rate, rates.gate)
     assert rates.main is not None
     head = head_parameters(model)
     if trial.contestant.trains == "head":

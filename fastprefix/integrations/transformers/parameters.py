@@ -52,22 +52,31 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, prompt_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    lr: float,
+    prompt_lr: float | None = None,
+    gate_lr: float | None = None,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the two learning rates that prompt methods are trained with.
+    """Parameter groups with the learning rates that methods are trained with.
 
     Args:
         model: a model with a method attached.
-        lr: for everything but a soft prompt: prefixes, offsets, gates, and the modules that stay trainable.
+        lr: for everything else: prefixes, offsets, and the modules that stay trainable.
         prompt_lr: for the soft prompt; None: ``lr``.
+        gate_lr: for gates; None: ``lr``. APT's are projections of a whole hidden state: at a rate that is right for the
+            prefix, they are all at 1 within some tens of steps of Adam.
         weight_decay: for all groups.
     """
     method = method_of(model)
-    prompt = {method.prompt} if isinstance(method, PromptMethod) else set()
-    rest = [p for p in model.parameters() if p.requires_grad and p not in prompt]
-    groups: list[dict[str, Any]] = []
-    if prompt:
-        groups.append({"params": list(prompt), "lr": lr if prompt_lr is None else prompt_lr})
-    if rest:
-        groups.append({"params": rest, "lr": lr})
-    return [{**group, "weight_decay": weight_decay} for group in groups]
+    prompt = [method.prompt] if isinstance(method, PromptMethod) else []
+    gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]
+    apart = {*prompt, *gates}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in apart]
+    groups = [(prompt, prompt_lr), (gates, gate_lr), (rest, None)]
+    return [
+        {"params": parameters, "lr": lr if own_lr is None else own_lr, "weight_decay": weight_decay}
+        for parameters, own_lr in groups
+        if parameters
+    ]
