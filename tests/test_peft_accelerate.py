@@ -452,10 +452,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "attention interface",
     ),
-    "encoder-decoder": (
-        lambda: tuned(bart(), "prefix", "SEQ_2_SEQ_LM"),
-        "encoder-decoder BartForConditionalGeneration",
-    ),
     "gpt2-adaption": (
         lambda: tuned(AutoModelForCausalLM.from_config(GPT2Config(**GPT2)), "adaption", "CAUSAL_LM"),
         "behind the output projection",

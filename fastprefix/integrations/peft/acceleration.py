@@ -88,8 +88,6 @@ def _check(peft_model: Any) -> None:
         raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
     if _is_attached(model):
         raise ValueError("peft_model takes a model without a method of this package: detach it first")
-    if model.config.is_encoder_decoder and kind not in _PROMPTS:
-        raise ValueError(f"peft_model takes an encoder or a decoder, got the encoder-decoder {_name(model)}")
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("peft_model takes a model without tensor parallelism")
     if peft_model._adapters_disabled:
@@ -157,6 +155,8 @@ def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
         ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
     """
     layers = find_layers(model)
+    if model.config.is_encoder_decoder:
+        layers = [layer for layer in layers if layer.shape.role == "decoder"]
     if local := [layer.name for layer in layers if layer.local]:
         raise ValueError(f"peft_model takes a model whose layers see all before them, or a window of it; not: {local}")
     numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
@@ -168,7 +168,8 @@ def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
 def _trial(model: Any) -> Tensor:
     """What a model says to four tokens, of which the last is padding."""
     ids = torch.arange(4, device=model.device)[None]
-    output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True)[0]
+    decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
     return output.double()
 
 

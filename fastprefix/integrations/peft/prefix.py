@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ..transformers.attention import CARRIED, GivenPrefix
 from ..transformers.cache import PrefixCache
@@ -31,6 +31,8 @@ class CachedPrefix:
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError("output_attentions takes False on an accelerated model: its kernels make no weights")
         cache = arguments.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):
             arguments[CARRIED] = cache.bindings()
         return (), arguments
@@ -45,7 +47,8 @@ class CachedPrefix:
 class PrefixAcceleration(CachedPrefix):
     """``get_prompt`` of a PEFT model with prefixes gives a cache that does not hold them.
 
-    ``layers`` are its attention layers by their ``layer_idx``, the places that they have in PEFT's cache.
+    ``layers`` are its attention layers by their ``layer_idx``, the places that they have in PEFT's cache; those of an
+    encoder-decoder, in which the decoder attends to itself.
     """
 
     def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
@@ -53,10 +56,16 @@ class PrefixAcceleration(CachedPrefix):
         self.layers = layers
         self.peft_model = peft_model
         peft_model.get_prompt = self.get_prompt
+        self.handles += [
+            layer.module.register_forward_pre_hook(_bias_prefix, with_kwargs=True)
+            for layer in layers.values()
+            if getattr(layer.module, "has_relative_attention_bias", False)
+            and "position_bias" in parameter_names(layer.module)
+        ]
 
     def get_prompt(
         self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
-    ) -> PrefixCache:
+    ) -> PrefixCache | EncoderDecoderCache:
         """The active adapter's prefix, computed once a call, for whatever batch size."""
         peft_model = self.peft_model
         config = peft_model.active_peft_config
@@ -64,11 +73,15 @@ class PrefixAcceleration(CachedPrefix):
         length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
         rows = self._rows(encoder, config).to(peft_model.base_model.dtype)
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
+        two_halves = self.backbone.config.is_encoder_decoder
+        # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
+        first = {i: (4 * i) % (2 * layers) if two_halves else 2 * i for i in self.layers}
         prefixes = {
-            layer.module: GivenPrefix(keys_values[2 * i], keys_values[2 * i + 1], window=layer.window)
+            layer.module: GivenPrefix(keys_values[first[i]], keys_values[first[i] + 1], window=layer.window)
             for i, layer in self.layers.items()
         }
-        return PrefixCache(layers, length, prefixes)
+        cache = PrefixCache(layers, length, prefixes)
+        return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
 
     def _rows(self, encoder: Any, config: Any) -> Tensor:
         """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
@@ -86,3 +99,16 @@ class PrefixAcceleration(CachedPrefix):
         """Take everything back."""
         super().remove()
         del self.peft_model.get_prompt
+
+
+def _bias_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an attention that makes T5's relative biases: the prefix, which stands at the positions
+    before all tokens, gets the first of them. T5 counts the keys, among which it is not.
+    """
+    binding = kwargs.get(CARRIED, {}).get(module)
+    if binding is not None and kwargs.get("position_bias") is None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        queries, seen = hidden.shape[1], binding.key.shape[1] + binding.past
+        bias = module.compute_bias(queries, seen + queries, device=hidden.device, past_seen_tokens=seen)
+        kwargs["position_bias"] = bias
+    return args, kwargs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import biased, fastprefix_mask, full_mask, read_mask, window_bias
+from .masks import biased, fastprefix_mask, full_mask, read_mask, split_bias, window_bias
 
 NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"
@@ -87,7 +87,8 @@ def fastprefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a module to its tokens and, where it is bound to one, to its prefix.
 
-    A sliding window is in the mask already. Returns ``[B, N, H, Dv]`` and no attention weights.
+    A sliding window is in the mask already. Where ``position_bias`` is wider than the keys, its first columns are the
+    prefix's. Returns ``[B, N, H, Dv]`` and no attention weights.
     """
     if kwargs.get("indices") is not None:
         raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
@@ -95,10 +96,13 @@ def fastprefix_attention(
     binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
+    prefix_bias, position_bias = split_bias(position_bias, key)
     masking = biased(read_mask(attention_mask, query), position_bias, key)
     prefix = None if binding is None else binding.prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
     gates = (None, None) if binding is None or prefix is None else binding.gates(query, key, attention_mask)
+    if binding is not None and prefix is not None and (hidden := binding.bias(query)) is not None:
+        prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
     output = prefix_attention(
         query,
         key,
@@ -107,7 +111,7 @@ def fastprefix_attention(
         pv,
         prefix_gate=gates[0],
         output_gate=gates[1],
-        prefix_bias=None if binding is None or prefix is None else binding.bias(query),
+        prefix_bias=None if prefix_bias is None else prefix_bias.to(query.dtype),
         attn_mask=masking.attn_mask,
         is_causal=masking.is_causal,
         softcap=softcap,

@@ -109,6 +109,13 @@ def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Maski
     return Masking(bias, False)
 
 
+def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A bias ``[..., m + K]`` on scores as that of the prefix (None: it has no columns for it) and that of K tokens."""
+    if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
+        return None, position_bias
+    return position_bias[..., : -key.shape[2]], position_bias[..., -key.shape[2] :]
+
+
 def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
     """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
