@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import attention, compare, embedding, main_job, publish, shared_prompt, whole_models
+from . import adapterhub, attention, compare, embedding, main_job, publish, shared_prompt, whole_models
 from .errors import BenchmarkError
 from .study import suite as study
 
@@ -25,6 +25,7 @@ SUITES = {
     "embedding": Suite(embedding.DESCRIPTION, embedding.add_arguments, embedding.run),
     "shared-prompt": Suite(shared_prompt.DESCRIPTION, shared_prompt.add_arguments, shared_prompt.run),
     "models": Suite(whole_models.DESCRIPTION, whole_models.add_arguments, whole_models.run),
+    "adapterhub": Suite(adapterhub.DESCRIPTION, adapterhub.add_arguments, adapterhub.run),
     "study": Suite(study.DESCRIPTION, study.add_arguments, study.run),
     "compare": Suite(compare.DESCRIPTION, compare.add_arguments, compare.run),
     "report": Suite(publish.DESCRIPTION, publish.add_arguments, publish.run),

@@ -76,8 +76,15 @@ def encoder_config(size: Size, pad: int) -> BertConfig:
 
 
 def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
-    """A Llama-shaped language model (grouped-query attention) with random weights."""
-    config = LlamaConfig(
+    """A Llama-shaped language model with random weights."""
+    config = decoder_config(size, pad, end)
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def decoder_config(size: Size, pad: int, end: int) -> LlamaConfig:
+    """Llama's shape in so small, with grouped-query attention."""
+    return LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
@@ -91,8 +98,6 @@ def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
         use_cache=False,
         **_common(size),
     )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
 
 
 def _common(size: Size) -> dict[str, Any]:

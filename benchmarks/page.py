@@ -90,6 +90,11 @@ TEXTS = {
         "Training steps and inference over lengths of the input (N) and of prompt and prefix (P), in units of the "
         "frozen model without them. eager: as the methods' authors write them.",
     ),
+    "adapterhub": (
+        "AdapterHub's prefix tuning",
+        "The same models in an environment of their own, with the older transformers that adapters needs, in units "
+        "of the frozen model there.",
+    ),
 }
 
 
@@ -160,6 +165,7 @@ TABLES: dict[str, Callable[[Run], Iterator[Table]]] = {
     "embedding": lambda run: iter([summaries.embedding(run)]),
     "shared-prompt": _shared_tables,
     "models": _model_tables,
+    "adapterhub": _model_tables,
 }
 
 

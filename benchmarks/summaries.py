@@ -282,6 +282,24 @@ def saved_sentence(device: Device) -> str:
     )
 
 
+def adapterhub_sentence(device: Device) -> str:
+    """What AdapterHub's prefix tuning costs, in numbers."""
+    run = device.run("adapterhub")
+    steps = run.select(competitor="adapters prefix tuning", direction="step")
+
+    def told(step: Cell) -> str:
+        memory = run.one("bytes", step.case, competitor=step.competitor, direction="step")
+        inference = run.one(case=step.case, competitor=step.competitor, direction="inference")
+        of_floor = [number(run.times_floor(cell), 2) for cell in (step, memory, inference)]
+        return f"a step {of_floor[0]} ({of_floor[1]} of its memory), inference {of_floor[2]} on {step.case['model']}"
+
+    versions = f"adapters {run.environment['adapters']}, transformers {run.environment['transformers']}"
+    return (
+        f"AdapterHub's prefix tuning, same shapes, in units of the frozen model in its own environment ({versions}): "
+        f"{'; '.join(told(step) for step in steps)}."
+    )
+
+
 SNIPPETS: dict[str, Callable[[Device], Table | str]] = {
     "decoder": lambda device: main_job(device.run("main"), "decoder"),
     "encoder": lambda device: main_job(device.run("main"), "encoder"),
@@ -294,5 +312,6 @@ SNIPPETS: dict[str, Callable[[Device], Table | str]] = {
     "bert": lambda device: whole_model(device.run("models"), "BERT-base"),
     "llama": lambda device: whole_model(device.run("models"), "Llama, 12 x 768"),
     "saved": saved_sentence,
+    "adapterhub": adapterhub_sentence,
 }
 """What a Markdown file can have filled in, by the name in its marker."""

@@ -9,7 +9,7 @@ to memory at their peak.
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 import fastprefix
 
 from . import embedding, environment, models, options, results, subjects, summaries
-from .memory import added_peak
 from .methods import ADEPT_WIDTH, DEPT_RANK, FLOOR, all_methods
 from .models import Size, head_parameters
 from .results import Case, Cell, Fault, Role, Run
+from .steps import Work, side_by_side
 from .tasks import TaskKind
-from .timing import Clock, interleave, timed
 
 NAME = "models"
 DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
@@ -56,6 +55,11 @@ QUICK = tuple(
     Shape(shape.name, shape.task, Size(layers=2, width=32, heads=2, vocabulary=256, rows=2, length=32))
     for shape in SHAPES
 )
+
+
+def with_rows(shapes: Sequence[Shape], rows: int) -> tuple[Shape, ...]:
+    """The same shapes, with so many rows in a batch."""
+    return tuple(replace(shape, size=replace(shape.size, rows=rows)) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -149,25 +153,6 @@ def _peft(config: Callable[..., Any], task: str, P: int, model: PreTrainedModel)
     return wrapped
 
 
-class Work:
-    """What is measured of one rival."""
-
-    def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
-        self.model, self.batch = model, batch
-
-    def step(self) -> None:
-        """Forward and backward."""
-        self.model.train()
-        self.model(**self.batch).loss.backward()
-        self.model.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def inference(self) -> None:
-        """Forward."""
-        self.model.eval()
-        self.model(**self.batch)
-
-
 def batch_of(shape: Shape, N: int, device: torch.device) -> dict[str, Tensor]:
     """Random tokens without padding, and labels."""
     generator = torch.Generator().manual_seed(0)
@@ -186,19 +171,10 @@ def measure(
     case: Case = {"model": shape.name, "N": N, "P": P, "rows": shape.size.rows, "dtype": dtype}
     chosen = {rival.name: rival for rival in rivals(shape.task, N, P, shape.size.width)}
     batch = batch_of(shape, N, device)
-    works = {name: Work(rival.prepare(models.with_shared_weights(base)), batch) for name, rival in chosen.items()}
-    cells: list[Cell] = []
-    faults: list[Fault] = []
-    for direction in ("step", "inference"):
-        calls = {name: getattr(work, direction) for name, work in works.items()}
-        jobs = {name: timed(call, Clock(device)) for name, call in calls.items()}
-        samples, failures = interleave(jobs, range(rounds + 1), warmup=1, stage=direction)
-        for name, of_rival in samples.items():
-            role = chosen[name].role
-            cells.append(Cell.timed(case, name, role, direction, of_rival))
-            cells.append(Cell(case, name, role, direction, "bytes", added_peak(calls[name], device)))
-        faults += [Fault(case, name, failure) for name, failure in failures.items()]
-    return cells, faults
+    works = {
+        name: Work(rival.prepare(models.with_shared_weights(base)), batch, rival.role) for name, rival in chosen.items()
+    }
+    return side_by_side(works, case, rounds, device)
 
 
 def build(shape: Shape, device: torch.device) -> PreTrainedModel:
@@ -225,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         places, shapes, rounds = [(16, 4), (24, 4)], QUICK, 1
     if arguments.rows:
-        shapes = tuple(replace(shape, size=replace(shape.size, rows=arguments.rows)) for shape in shapes)
+        shapes = with_rows(shapes, arguments.rows)
     settings = {"sizes": {shape.name: asdict(shape.size) for shape in shapes}}
     whole = Run(NAME, environment.describe(device), settings, list[Cell](), list[Fault]())
     for shape in shapes:

@@ -1,6 +1,7 @@
 """The benchmarks: their data, tokenizer, timing, reports, and the main job in the small."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import (
+    adapterhub,
     attention,
     data,
     embedding,
@@ -30,6 +32,7 @@ from benchmarks import (
     results,
     shared_prompt,
     subjects,
+    summaries,
     tasks,
     tokenizer,
     whole_models,
@@ -335,6 +338,31 @@ class TestMainJob:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert main(["--device", "cuda"]) == 2
         assert "sees no GPU" in capsys.readouterr().err
+
+
+FAKE_ADAPTERS = """
+import torch
+__version__ = "0.0"
+class PrefixTuningConfig:
+    def __init__(self, flat, prefix_length): self.rows = prefix_length
+def init(model):
+    def add_adapter(name, config): model.extra = torch.nn.Parameter(torch.zeros(config.rows))
+    model.add_adapter, model.train_adapter = add_adapter, lambda name: None
+"""
+
+
+def test_adapterhub_in_the_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is run for real, with a library of the same interface."""
+    (tmp_path / "adapters.py").write_text(FAKE_ADAPTERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(adapterhub, "ready", lambda folder: Path(sys.executable))
+    assert main(["adapterhub", "--quick", "--out", str(tmp_path)]) == 0
+    run = results.read(tmp_path / "adapterhub.json")
+    assert run.environment["adapters"] == "0.0"
+    assert len(run.cells) == 2 * 2 * 2 * 2  # models, rivals, directions, seconds and bytes
+    assert {cell.competitor for cell in run.cells} == {"frozen floor", "adapters prefix tuning"}
+    sentence = summaries.adapterhub_sentence(results.Device(tmp_path, [run]))
+    assert sentence.count("BERT-base") == sentence.count("Llama, 12 x 768") == 1
 
 
 def test_whole_models_in_the_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
