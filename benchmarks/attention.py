@@ -1,17 +1,19 @@
 """Prefix attention against what PyTorch offers, on grids of shapes, types and masks.
 
 ``fused`` is this package, ``concat`` gated concatenation and then SDPA; ``tokens``, the floor, is SDPA on the tokens
-alone: no prefix at all. The gate is one for each row and prefix token.
+alone: no prefix at all. With ``--flex``, ``flex`` is gated concatenation and then compiled FlexAttention, which has no
+backward on a CPU. The gate is one for each row and prefix token.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastprefix
 
@@ -82,12 +84,33 @@ class Inputs:
             self.q, self.k, self.v, self.pk, self.pv, prefix_gate=self.gate, is_causal=self.causal, backend=backend
         )
 
-    def concat(self) -> Tensor:
-        """What a user without these kernels writes."""
+    def concatenated(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the gated prefix and the tokens."""
         gate, batch = self.gate[..., None], self.q.shape[0]
         k = torch.cat([(self.pk * gate).expand(batch, -1, -1, -1), self.k], dim=2)
         v = torch.cat([(self.pv * gate).expand(batch, -1, -1, -1), self.v], dim=2)
+        return k, v
+
+    def concat(self) -> Tensor:
+        """What a user without these kernels writes."""
+        k, v = self.concatenated()
         return F.scaled_dot_product_attention(self.q, k, v, attn_mask=self.mask, enable_gqa=self.grouped)
+
+    def flex(self) -> Callable[[], Tensor]:
+        """The same with FlexAttention, compiled for this shape."""
+        N, M, seen = self.q.shape[2], self.k.shape[2], self.pk.shape[1] + self.k.shape[2] - self.q.shape[2]
+        mask = None
+        if self.causal:
+            columns = self.pk.shape[1] + M
+            mask = create_block_mask(lambda b, h, i, j: j <= i + seen, None, None, N, columns, str(self.q.device))
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def call() -> Tensor:
+            query = self.q if torch.is_grad_enabled() else self.q.detach()  # it asks on a CPU, even without gradients
+            output: Tensor = compiled(query, *self.concatenated(), block_mask=mask, enable_gqa=self.grouped)
+            return output
+
+        return call
 
     def tokens(self) -> Tensor:
         """No prefix."""
@@ -100,15 +123,18 @@ class Inputs:
             enable_gqa=self.grouped,
         )
 
-    def peers(self) -> dict[str, Peer]:
+    def peers(self, flex: bool = False) -> dict[str, Peer]:
         """All of them, with what each trains."""
         tokens = (self.q, self.k, self.v)
         everything = (*tokens, self.pk, self.pv, self.gate)
-        return {
+        peers = {
             "fused": Peer("ours", self.fused, everything),
             "concat": Peer("peer", self.concat, everything),
             "tokens": Peer("floor", self.tokens, tokens),
         }
+        if flex:
+            peers["flex"] = Peer("peer", self.flex(), everything if self.q.is_cuda else ())
+        return peers
 
 
 def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
@@ -119,22 +145,24 @@ def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
     return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
 
 
-def problems(quick: bool, dtypes: list[str], device: torch.device) -> Iterator[Problem]:
+def problems(quick: bool, dtypes: list[str], device: torch.device, flex: bool = False) -> Iterator[Problem]:
     """Every shape, in every type, with and without a causal mask."""
     for shape in QUICK if quick else SHAPES:
         for dtype in dtypes:
             for causal in (False, True):
+                torch.compiler.reset()  # what was compiled for another shape
                 inputs = Inputs(shape, DTYPES[dtype], causal, device)
-                yield Problem({**asdict(shape), "dtype": dtype, "causal": causal}, inputs.peers(), inputs.grad)
+                yield Problem({**asdict(shape), "dtype": dtype, "causal": causal}, inputs.peers(flex), inputs.grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's options."""
     kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     device = options.device_for(arguments.device)
-    grid = problems(arguments.quick, arguments.dtype, device)
+    grid = problems(arguments.quick, arguments.dtype, device, arguments.flex)
     return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)

@@ -151,6 +151,13 @@ class TestFloors:
         both = floors.attention(Cell(case, "", "ours", "forward+backward", "seconds", 1.0))
         assert (both.flops, both.bytes) == (3.5 * fused.flops, 2 * fused.bytes)
 
+    @torch.no_grad()
+    def test_flex_attention_is_concatenation(self) -> None:
+        inputs = attention.Inputs(attention.Shape(2, 4, 2, 5, 7, 16, 3), torch.float32, True, torch.device("cpu"))
+        for name, peer in inputs.peers(flex=True).items():
+            if name != "tokens":
+                torch.testing.assert_close(peer.call(), inputs.concat())
+
     @pytest.mark.parametrize("method", ["dept", "adept"])
     def test_embedding_products(self, method: str) -> None:
         setting = embedding.Setting(64, 8, 1, 6, 2, 3, "text")
