@@ -56,16 +56,36 @@ def test_one_at_a_time(family: str, pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix", "adept"])
-def test_what_is_configured_meanwhile_stays_with_the_adapter(method: str) -> None:
+def test_what_is_configured_meanwhile_holds_until_detach(method: str) -> None:
     model = models.decoder()
-    config = model.config
+    config, own = model.config, model.config._attn_implementation
     fastprefix.attach(model, METHODS[method]())
     model.config.use_cache = False
     with fastprefix.disable_adapter(model):
-        assert model.config is config
-        assert model.config.use_cache
+        assert not model.config.use_cache
+        assert model.config._attn_implementation == own
+    fastprefix.attach(model, METHODS[method](), name="b")
     assert not model.config.use_cache
     assert fastprefix.detach(model).config is config
+    assert config.use_cache
+    assert config._attn_implementation == own
+
+
+def test_a_model_that_gained_a_parameter_is_detached() -> None:
+    model = fastprefix.attach(models.encoder(), METHODS["prefix"]())
+    model.extra = torch.nn.Linear(2, 2)
+    assert not any(name.startswith("fastprefix") for name, _ in fastprefix.detach(model).named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["prefix", "apt", "adept"])
+def test_another_attention_on_an_attached_model_is_noticed(method: str) -> None:
+    model, inputs = fastprefix.attach(models.decoder(), METHODS[method]()), models.batch()
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="set_attn_implementation takes no other attention"):
+        model(**inputs)
+    fastprefix.detach(model)
+    model(**inputs)
 
 
 def test_one_is_taken_off() -> None:

@@ -12,7 +12,7 @@ from ..transformers.attention import CARRIED, GivenPrefix
 from ..transformers.cache import PrefixCache
 from ..transformers.calls import by_name, parameter_names
 from ..transformers.checkpointing import reentrant
-from ..transformers.implementation import Implementation
+from ..transformers.implementation import Implementation, OwnConfigurations
 from ..transformers.probe import Layer, backbone_of
 
 
@@ -22,11 +22,13 @@ class CachedPrefix:
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone: Any = backbone_of(model)
         self.names = parameter_names(self.backbone)
+        self.configurations = OwnConfigurations(model)
         self.implementation = Implementation(model, {})
         self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: the call carries its prefix to the attention."""
+        self.implementation.check()
         arguments = by_name(self.names, args, kwargs)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError("output_attentions takes False on an accelerated model: its kernels make no weights")
@@ -42,6 +44,7 @@ class CachedPrefix:
         for handle in self.handles:
             handle.remove()
         self.implementation.restore()
+        self.configurations.restore()
 
 
 class PrefixAcceleration(CachedPrefix):

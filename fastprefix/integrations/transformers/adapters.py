@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
 from .heads import trainable_modules
+from .implementation import OwnConfigurations
 
 MODULE = "fastprefix"
 """The name under which the parameters of the adapter in use hang on the model."""
@@ -74,6 +75,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.configurations = OwnConfigurations(model)
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
@@ -84,9 +86,10 @@ class Attachment:
             )
 
     def release(self, model: PreTrainedModel) -> None:
-        """Make the model, which has no adapters any more, what it was before."""
+        """Make the model, which has no adapters any more, what it was before; what it gained since stays as it is."""
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad[name])
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        self.configurations.restore()
         if self.quantized:
             vars(model)["is_quantized"] = True
 

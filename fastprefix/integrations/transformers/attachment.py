@@ -98,8 +98,8 @@ def detach(model: Model, name: str | None = None) -> Model:
     for each in gone:
         attachment.adapters.pop(each).drop_gradients(model)
     if not attachment.adapters:
-        delattr(model, _STATE)
         attachment.release(model)
+        delattr(model, _STATE)
     return model
 
 

@@ -131,6 +131,8 @@ class PrefixAttachment:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
+        assert self.implementation is not None
+        self.implementation.check()
         arguments = by_name(self.names, args, kwargs)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError(

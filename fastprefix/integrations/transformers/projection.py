@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention import Prefix
 from .borrowing import evaluated
-from .implementation import Implementation
+from .implementation import switched
 from .probe import Layer, find_layers, first_tensor
 
 
@@ -79,15 +79,11 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
         for handle in handles:
             handle.remove()
     projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
-    implementation = Implementation(model, {p.module: p for p in projections})
-    try:
-        with evaluated(model), torch.no_grad():
-            if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
-                raise ValueError(
-                    f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
-                )
-    finally:
-        implementation.restore()
+    with switched(model, {p.module: p for p in projections}), evaluated(model), torch.no_grad():
+        if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
+            raise ValueError(
+                f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
+            )
     return projections
 
 

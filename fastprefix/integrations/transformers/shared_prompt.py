@@ -23,7 +23,7 @@ from .attention import Binding, Prefix
 from .borrowing import evaluated
 from .calls import Positions, by_name, is_packed, parameter_names, past_length, shifted_positions
 from .checkpointing import not_checkpointed, reentrant
-from .implementation import Implementation
+from .implementation import Implementation, switched
 from .masks import window_bias
 from .probe import Layer, backbone_of, find_layers
 from .prompt import PromptAttachment
@@ -109,6 +109,8 @@ class SharedPromptAttachment(PromptAttachment):
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
+        assert self.implementation is not None
+        self.implementation.check()
         arguments = by_name(self.names, args, kwargs)
         reason = self.reason_against(arguments)
         if reason is not None:
@@ -226,20 +228,16 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
-    implementation = Implementation(model, shared.bindings(layers))
-    try:
-        with evaluated(model), torch.no_grad():
-            alone = run(tokens, attention_mask=mask)
-            both = torch.cat([torch.ones_like(mask), mask], dim=1)
-            textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
-            with shared.capture():
-                run(prompt[:1])
-            actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
-            exact = _agreement(actual, textbook, alone, model.dtype)
-            shared.prefixes = None
-            return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])
-    finally:
-        implementation.restore()
+    with switched(model, shared.bindings(layers)), evaluated(model), torch.no_grad():
+        alone = run(tokens, attention_mask=mask)
+        both = torch.cat([torch.ones_like(mask), mask], dim=1)
+        textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
+        with shared.capture():
+            run(prompt[:1])
+        actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
+        exact = _agreement(actual, textbook, alone, model.dtype)
+        shared.prefixes = None
+        return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])
 
 
 def _agreement(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
