@@ -363,3 +363,64 @@ def test_reasons(family: str) -> None:
     fastprefix.detach(model)
     with pytest.raises(ValueError, match=f"shared_prompt=True.*{says}"):
         fastprefix.attach(model, fastprefix.PromptTuningConfig(5, shared_prompt=True))
+
+
+@torch.no_grad()
+def test_what_is_kept_for_inference_follows_every_change() -> None:
+    """Optimizers that write through ``.data``, autocast, another embedding."""
+    inputs, model = models.batch(), fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5))
+
+    def assert_fresh() -> None:
+        actual = model(**inputs).logits
+        with torch.enable_grad():  # nothing is kept
+            torch.testing.assert_close(actual, model(**inputs).logits, rtol=1e-10, atol=1e-10)
+
+    assert_fresh()
+    model.fastprefix.prompt.data.mul_(5)
+    assert_fresh()
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+    kept = model(**inputs).logits
+    with torch.enable_grad():
+        torch.testing.assert_close(kept, model(**inputs).logits)
+    model.double().set_input_embeddings(torch.nn.Embedding(models.VOCABULARY, models.WIDTH).double())
+    assert_fresh()
+    model.get_input_embeddings().weight.mul_(2)
+    assert_fresh()
+
+
+@torch.no_grad()
+def test_peft_layers_in_the_model_are_followed() -> None:
+    peft, inputs, base = pytest.importorskip("peft"), models.batch(), models.decoder()
+    base.add_adapter(peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+    model = fastprefix.attach(base.double().eval(), fastprefix.PromptTuningConfig(5))
+    model(**inputs)
+    model.disable_adapters()
+    actual = model(**inputs).logits
+    with torch.enable_grad():
+        torch.testing.assert_close(actual, model(**inputs).logits, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_as_it_was_begun() -> None:
+    """A prompt that is in a cache is not attended to a second time; one that is not, is not left out."""
+    ids = models.batch()["input_ids"]
+    model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
+    expected = model(ids).logits[:, -1:]
+    model.train()
+    model.model.layers.eval()  # the textbook's path, and nothing is dropped
+    begun = model(ids[:, :-1], use_cache=True).past_key_values
+    model.eval()
+    actual = model(ids[:, -1:], past_key_values=begun).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    begun = model(ids[:, :-1], use_cache=True).past_key_values
+    model.train()
+    with pytest.raises(ValueError, match="past_key_values takes no cache that was filled while"):
+        model(ids[:, -1:], past_key_values=begun)
+
+
+def test_a_static_cache_has_no_room_for_a_prompt_in_every_row() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=False))
+    with pytest.raises(ValueError, match="takes a cache that grows"):
+        model.generate(**models.batch(), max_new_tokens=2, cache_implementation="static")

@@ -57,8 +57,8 @@ class Implementation:
         """Switch, again after ``restore`` too."""
         configs = {id(module.config): module.config for module in _configured(self.model)}
         self.former = [(config, config._attn_implementation_internal) for config in configs.values()]
-        watched = [module.config for module in self.bindings if hasattr(module, "config")] or [self.model.config]
-        self.watched = list({id(config): config for config in watched}.values())
+        readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
+        self.watched = list({id(module.config): module.config for module in readers}.values())
         set_attention(self.model, self.name)
         for module, binding in self.bindings.items():
             setattr(module, BINDING, binding)

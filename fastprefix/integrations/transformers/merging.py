@@ -144,7 +144,7 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptAttac
     prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
     table = NewTable(hooks, _rewritten(hooks))
     hooks.remove()
-    hooks.method, hooks.embedding = prompt, table.embedding
+    hooks.method = prompt
     _put(model, adapter, prompt, [table, hooks])
     adapter.outside = _outside(method)
 

@@ -41,7 +41,7 @@ class LayerBinding:
             return None
         else:
             pk, pv = self.projection(states.to(query.dtype))
-        return pk.to(query.dtype), pv.to(query.dtype)
+        return pk.to(query), pv.to(query)
 
     def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The prefix gate and the output gate."""

@@ -23,7 +23,7 @@ class PromptAttachment:
     def __init__(self, model: PreTrainedModel, method: PromptMethod, backbone: nn.Module | None = None) -> None:
         self.method = method
         self.backbone: Any = backbone_of(model) if backbone is None else backbone
-        self.embedding = model.get_input_embeddings()
+        self.model = model
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.inserted = 0  # prompt rows of the call in progress
@@ -40,6 +40,11 @@ class PromptAttachment:
             self.handles.append(pooler.register_forward_pre_hook(self.crop_pooled))
 
     @property
+    def embedding(self) -> Any:
+        """The model's, which may be given another one."""
+        return self.model.get_input_embeddings()
+
+    @property
     def table(self) -> Tensor:
         """The embedding table."""
         weight = self.embedding.weight
@@ -53,6 +58,11 @@ class PromptAttachment:
         ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
         past = past_length(arguments)
+        if getattr(arguments.get("past_key_values"), "is_compileable", False):
+            raise ValueError(
+                "past_key_values, cache_implementation: takes a cache that grows, since the prompt's rows are in it "
+                "beside the tokens, got a static one"
+            )
         self.inserted = 0 if past > 0 else length
         embeds = self.embed(ids, rows, max(past - length, 0), with_prompt=self.inserted > 0)
         limit = self.positions.limit

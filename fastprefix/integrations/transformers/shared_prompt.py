@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .masks import window_bias
 from .probe import Layer, backbone_of, find_layers
 from .prompt import PromptAttachment
 from .sharding import is_sharded
+
+_FILLED = "fastprefix_filled"
+"""The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
 
 
 class SharedPrompt:
@@ -86,6 +89,14 @@ class SharedBinding:
         return window_bias(query, self.window, length, self.shared.past)
 
 
+class _Kept(NamedTuple):
+    """A prompt's keys and values in every layer, and what they were computed of."""
+
+    state: object
+    prompt: Tensor
+    prefixes: dict[int, Prefix]
+
+
 class SharedPromptAttachment(PromptAttachment):
     """A prompt method on a decoder that runs its prompt once for the whole batch."""
 
@@ -94,7 +105,7 @@ class SharedPromptAttachment(PromptAttachment):
         self.required = required  # shared_prompt=True: a call that cannot share is an error
         self.shared = SharedPrompt()
         self.drops = has_dropout(self.backbone)
-        self.kept: tuple[object, dict[int, Prefix]] | None = None  # for inference
+        self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
         self.implementation: Implementation | None = None
         self.bindings = self.shared.bindings(layers)
@@ -112,21 +123,31 @@ class SharedPromptAttachment(PromptAttachment):
         assert self.implementation is not None
         self.implementation.check()
         arguments = by_name(self.names, args, kwargs)
-        reason = self.reason_against(arguments)
-        if reason is not None:
+        past, reason = past_length(arguments), self.reason_against(arguments)
+        filled = getattr(arguments.get("past_key_values"), _FILLED, None) if past > 0 else None
+        if filled == "shared" and reason is not None:
+            raise ValueError(f"past_key_values takes no cache that was filled while the prompt was shared: {reason}")
+        if filled == "textbook" or reason is not None:
             if self.required:
                 raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
             self.shared.prefixes = None
             return super().insert(module, args, kwargs)
         ids, rows = self.tokens(arguments)
         self.inserted = 0
-        self.shared.past = past = past_length(arguments)
-        self.shared.prefixes = self._prefixes()
+        self.shared.past = past
+        self.shared.prefixes = self._prefixes(past)
         embeds = self.embed(ids, rows, past, with_prompt=False)
         length = self.method.config.num_virtual_tokens
         positions = shifted_positions(arguments, embeds, past + self.positions.first, length)
         arguments.update(input_ids=None, inputs_embeds=embeds, position_ids=positions)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+
+    def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the backbone: hidden states of the caller's tokens. The cache is told what is in it."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
+            setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
+        return super().crop(module, args, output)
 
     def reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
@@ -157,14 +178,24 @@ class SharedPromptAttachment(PromptAttachment):
         assert self.implementation is not None
         self.implementation.restore()
 
-    def _prefixes(self) -> dict[int, Prefix]:
+    def _prefixes(self, past: int) -> dict[int, Prefix]:
         """The prompt's keys and values in every layer; for inference they are kept while no parameter changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        prompt = self.method.prompt
+        captured = prompt.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or captured:
             return self.run_prompt()
         state = _state(self.backbone, self.method)
-        if self.kept is None or state is None or self.kept[0] != state:
-            self.kept = (state, self.run_prompt())
-        return self.kept[1]
+        if self.kept is None or state is None or self.kept.state != state or not (past or self._is_good(self.kept)):
+            self.kept = _Kept(state, prompt.clone(), self.run_prompt())
+        return self.kept.prefixes
+
+    def _is_good(self, kept: _Kept) -> bool:
+        """Whether nothing has changed that ``_state`` does not tell: a prompt written through ``.data``, as optimizers
+        do, or PEFT's layers, which may be merged so or switched. Asked once a sequence.
+        """
+        return torch.equal(kept.prompt, self.method.prompt) and not any(
+            hasattr(module, "merged_adapters") for module in self.backbone.modules()
+        )
 
     def run_prompt(self) -> dict[int, Prefix]:
         """The prompt's keys and values in every layer, computed."""
@@ -262,11 +293,13 @@ def _why_not(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpa
 
 
 def _state(*modules: nn.Module) -> object:
-    """Something that is equal as long as no parameter was changed or moved; None where that cannot be told.
+    """Something that is equal while no parameter is changed or moved, nor autocast; None where that cannot be told.
 
     PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
     """
     parameters = [p for module in modules for p in module.parameters()]
     if any(p.is_inference() for p in parameters):
         return None
-    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+    kind = parameters[0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
