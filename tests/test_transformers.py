@@ -349,3 +349,31 @@ def test_what_a_layer_was_given_is_not_kept_alive(method: str) -> None:
     bindings = [m._fastprefix_binding for m in model.modules() if hasattr(m, "_fastprefix_binding")]
     assert len(bindings) == models.LAYERS
     assert all(binding.hidden is None for binding in bindings)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
+    """Whatever the model runs in between, and in whichever mode."""
+    model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
+    models.randomize(model)
+    ids = models.batch()["input_ids"]
+    with torch.set_grad_enabled(grad):
+        expected = model(ids).logits[:, -2:]
+        cache = model(ids[:, :-2], use_cache=True).past_key_values
+        model(ids.flip(0), use_cache=True)
+        actual = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (5, 6)]
+    torch.testing.assert_close(torch.cat(actual, dim=1), expected, rtol=1e-10, atol=1e-10)
+    with fastprefix.disable_adapter(model):
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values takes a cache that was filled with this adapter"):
+        model(ids[:, -1:], past_key_values=cache)
+
+
+def test_pooled_gates_are_compiled_without_graph_breaks() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
+    models.randomize(model)
+    ids = models.batch()["input_ids"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=True).logits, model(ids).logits, rtol=1e-10, atol=1e-10)

@@ -19,6 +19,9 @@ from .masks import attended_tokens, window_bias
 from .probe import Layer, backbone_of, first_tensor
 from .trial import takes_text
 
+_GATES = "fastprefix_gates"
+"""The attribute of a key/value cache that holds the gates of its sequences."""
+
 
 class LayerBinding:
     """What an attention module finds on itself: its prefix and its gates."""
@@ -29,7 +32,6 @@ class LayerBinding:
         self.window = layer.window if attachment.shifts else None  # that cuts the prefix
         self.projection = layer.projection  # of a method that has the layer project its prefix
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
-        self.held: Tensor | None = None  # the gate of the prefill, while tokens are generated
 
     def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """The prefix in the dtype of the query; None while the layer projects it."""
@@ -40,14 +42,14 @@ class LayerBinding:
             self.projection.prefix(query, key, value)
             return None
         else:
-            pk, pv = self.projection(states.to(query.dtype))
+            pk, pv = self.projection(states.to(query))
         return pk.to(query), pv.to(query)
 
     def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The prefix gate and the output gate."""
         method = self.attachment.method
         output_gate = method.output_gate(self.index)
-        return self._prefix_gate(query, key, mask), None if output_gate is None else output_gate.to(query.dtype)
+        return self._prefix_gate(query, key, mask), None if output_gate is None else output_gate.to(query)
 
     def bias(self, query: Tensor) -> Tensor | None:
         """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
@@ -55,18 +57,21 @@ class LayerBinding:
         return window_bias(query, self.window, length, self.attachment.past)
 
     def _prefix_gate(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        method = self.attachment.method
-        decoding = key.shape[2] > query.shape[2]
-        if decoding and self.held is not None:
-            return self.held
+        method, attachment = self.attachment.method, self.attachment
+        if attachment.decoding and self.index in attachment.held:
+            return attachment.held[self.index].to(query)
         attended = attended_tokens(mask, query.shape[2]) if method.needs_hidden() else None
         gate = method.prefix_gate(self.index, self.hidden, attended)
         if gate is None:
             return None
-        gate = gate.to(query.dtype)
-        holds = gate.ndim == 3 and method.needs_hidden() and not torch.is_grad_enabled()
-        self.held = gate if holds and not decoding else None
-        return gate
+        if gate.ndim == 3 and method.needs_hidden():  # pooled from the first tokens, for those to come as well
+            if attachment.decoding:
+                raise ValueError(
+                    "past_key_values takes a cache that was filled with this adapter, whose gates are pooled from a "
+                    "sequence's first tokens"
+                )
+            attachment.held[self.index] = gate
+        return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the module that is given what entered the layer."""
@@ -78,7 +83,7 @@ class LayerBinding:
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
-        return {**self.__dict__, "hidden": None, "held": None}
+        return {**self.__dict__, "hidden": None}
 
 
 class PrefixAttachment:
@@ -92,6 +97,8 @@ class PrefixAttachment:
         self.positions = Positions.of(self.backbone)
         self.prefixes: list[Prefix] | None = None
         self.past = 0  # tokens in the cache of the call in progress
+        self.decoding = False  # the call in progress goes on with what is in its cache
+        self.held: dict[int, Tensor] = {}  # gates pooled from a sequence's first tokens, by layer
         self.shifts = method.config.prefix_position == "shift"
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
@@ -140,6 +147,7 @@ class PrefixAttachment:
             )
         self.prefixes = self.method.prefixes()
         self.running = True
+        self._take_up(arguments.get("past_key_values"))
         if torch.is_grad_enabled():
             if reentrant(self.backbone):
                 self._check_embedding()
@@ -157,6 +165,11 @@ class PrefixAttachment:
                 refuse_packed(arguments, self.backbone.config)
             self._shift(arguments)
         return (), arguments
+
+    def _take_up(self, cache: Any) -> None:
+        """The gates of the sequences that are in a cache, if any are."""
+        self.decoding = self.method.needs_hidden() and cache is not None and int(cache.get_seq_length()) > 0
+        self.held = getattr(cache, _GATES, {}) if self.decoding else {}
 
     def _check_embedding(self) -> None:
         if self.embedding is None:
@@ -194,6 +207,10 @@ class PrefixAttachment:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the backbone."""
+        cache = getattr(output, "past_key_values", None)
+        if self.held and not self.decoding and cache is not None:
+            setattr(cache, _GATES, self.held)
+        self.decoding, self.held = False, {}
         if not self.cut.tied:
             raise RuntimeError(
                 f"use_reentrant takes False for gradient checkpointing of {type(module).__name__}, which does not call "
@@ -216,7 +233,7 @@ class PrefixAttachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
-        return {**self.__dict__, "prefixes": None}
+        return {**self.__dict__, "prefixes": None, "held": {}}
 
 
 def _refuse_one_row_masks(arguments: dict[str, Any]) -> None:
