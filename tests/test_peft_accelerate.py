@@ -538,3 +538,12 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     losses = re.findall(r"loss (\S+)", capsys.readouterr().out)
     assert len(losses) == 3
     assert len(set(losses)) == 1
+
+
+def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
+    """And is not taken for a causal one."""
+    model, inputs = family("decoder", "adaption"), models.batch()
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    expected = model(inputs["input_ids"], attention_mask=mask).logits
+    actual = fastprefix.accelerate(model)(inputs["input_ids"], attention_mask=mask).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)

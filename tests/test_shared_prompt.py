@@ -390,6 +390,13 @@ def test_what_is_kept_for_inference_follows_every_change() -> None:
     assert_fresh()
 
 
+def test_the_path_is_that_of_the_last_call() -> None:
+    model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
+    for training, path in ((False, "shared"), (True, "textbook: dropout in the model draws anew in every row")):
+        model.train(training)(**models.batch())
+        assert method_of(model).prompt_path == path
+
+
 @torch.no_grad()
 def test_peft_layers_in_the_model_are_followed() -> None:
     peft, inputs, base = pytest.importorskip("peft"), models.batch(), models.decoder()

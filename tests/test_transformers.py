@@ -377,3 +377,21 @@ def test_pooled_gates_are_compiled_without_graph_breaks() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=True).logits, model(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
+    model = fastprefix.attach(models.encoder(), fastprefix.PrefixTuningConfig(5, prefix_position="shift"))
+    inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
+    model(**inputs)
+    inputs = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in inputs.items()}
+    with pytest.raises(ValueError, match=r'prefix_position="shift" moves 60 tokens up by 5'):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["prefix", "adept", "textbook"])
+def test_replicas_of_data_parallel_are_refused(method: str) -> None:
+    configs = {**METHODS, "textbook": lambda: fastprefix.PromptTuningConfig(3, shared_prompt=False)}
+    model, inputs = fastprefix.attach(models.decoder(), configs[method]()), models.batch()
+    model.model._is_replica = True
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel takes a model without an adapter"):
+        model(**inputs)

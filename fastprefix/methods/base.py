@@ -90,7 +90,9 @@ class PromptMethod(nn.Module, ABC):
         self.shape = shape
         self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, shape.width))
         self.prompt_path: str | None = None
-        """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not."""
+        """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not. Known from
+        ``attach`` on; dropout while training and the like decide anew in every call, and it is the last call's.
+        """
 
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:

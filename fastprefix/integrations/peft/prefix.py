@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ..transformers.attention import CARRIED, GivenPrefix
 from ..transformers.cache import PrefixCache
-from ..transformers.calls import by_name, parameter_names
+from ..transformers.calls import by_name, parameter_names, refuse_one_row_masks, refuse_replicas, rows_for_masks
 from ..transformers.checkpointing import reentrant
 from ..transformers.implementation import Implementation, OwnConfigurations
 from ..transformers.probe import Layer, backbone_of
@@ -29,9 +29,14 @@ class CachedPrefix:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: the call carries its prefix to the attention."""
         self.implementation.check()
+        refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError("output_attentions takes False on an accelerated model: its kernels make no weights")
+        if self.backbone.config.is_encoder_decoder:
+            refuse_one_row_masks(arguments)
+        else:
+            arguments = rows_for_masks(arguments)
         cache = arguments.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache

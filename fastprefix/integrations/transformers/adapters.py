@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +13,9 @@ from .implementation import OwnConfigurations
 
 MODULE = "fastprefix"
 """The name under which the parameters of the adapter in use hang on the model."""
+
+OPTIONS = "fastprefix_adapter"
+"""The attribute of an attached model's configuration that says the options of the adapter in use: for checkpoints."""
 
 Method = PromptMethod | PrefixMethod
 
@@ -48,12 +51,17 @@ class Adapter:
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
         model.add_module(MODULE, self.method.to(model.device).train(model.training))
+        setattr(model.config, OPTIONS, self.config.to_dict())
+        if self.merged:
+            refuse_saving(model)
         self.hooks.install(model)
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Make the model, which stays frozen, what it is without."""
         self.hooks.remove()
         delattr(model, MODULE)
+        vars(model.config).pop(OPTIONS, None)
+        vars(model).pop("save_pretrained", None)
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
         self._exchange_weights(model)
@@ -68,6 +76,18 @@ class Adapter:
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 weights[key], parameter.data = parameter.data, weights[key].to(parameter)
+
+
+def refuse_saving(model: PreTrainedModel) -> None:
+    """Have ``save_pretrained`` refuse: what it would write of a merged model, is none when it is read again."""
+    vars(model)["save_pretrained"] = _refuse
+
+
+def _refuse(*args: object, **kwargs: object) -> NoReturn:
+    raise ValueError(
+        "save_pretrained takes a model without a merged adapter, whose weights would be read as another model's: keep "
+        "the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again"
+    )
 
 
 class Attachment:

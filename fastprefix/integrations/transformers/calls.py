@@ -23,6 +23,16 @@ def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def refuse_replicas(module: nn.Module) -> None:
+    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter.
+
+    Raises:
+        RuntimeError: the module is one.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError("nn.DataParallel takes a model without an adapter, whose state replicas share: use DDP")
+
+
 def past_length(arguments: Mapping[str, Any]) -> int:
     """How many tokens are in the key/value cache that a call brings."""
     cache = arguments.get("past_key_values")
@@ -80,3 +90,26 @@ def shifted_positions(arguments: Mapping[str, Any], batch_tokens: Tensor, past: 
         tokens = batch_tokens.shape[1]
         positions = torch.arange(past, past + tokens, device=batch_tokens.device)[None]
     return positions + shift
+
+
+def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
+    """One row says "causal" here, and how many there should be differs between the halves of a model.
+
+    Raises:
+        ValueError: a 4-D mask of one row.
+    """
+    for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
+        mask = arguments.get(name)
+        several = tokens is None or tokens.shape[1] > 1
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
+            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
+
+
+def rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:
+        tokens = arguments.get("input_ids")
+        length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
+        arguments["attention_mask"] = mask.expand(-1, -1, length, -1)
+    return arguments

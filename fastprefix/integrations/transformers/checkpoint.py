@@ -35,10 +35,13 @@ from .attachment import (
 )
 from .inputs import Inputs
 from .sharding import whole
+from .whole_checkpoint import read_whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
+_ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
+"""What a header says beside the options."""
 
 
 def save_adapter(
@@ -97,7 +100,8 @@ def load_adapter(
         name: that it gets on this model.
         example_inputs: as for ``attach``.
 
-    The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE.
+    The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
+    or a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -107,9 +111,12 @@ def load_adapter(
     folder = Path(directory)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
+        if (found := read_whole(folder, model)) is not None:
+            return _attach(model, *found, name, example_inputs)
         pickled = folder / "adapter_model.bin"
         why = f", not {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
-        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {directory}")
+        got = directory if folder.is_dir() else f"{directory}, which is no folder"
+        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {got}")
     header, tensors = _read(path)
     if header is not None:
         return _attach(model, _own_config(path, header, model), tensors, name, example_inputs)
@@ -175,9 +182,9 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 def _own_config(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
     """The options in a header, checked against the model's type."""
     description: dict[str, Any] = json.loads(header)
-    base = description.pop("base_model_type")
-    for name in ("base_model_class", "base_model_name_or_path", "fastprefix_version"):
-        description.pop(name)
+    if missing := [name for name in _ABOUT if name not in description]:
+        raise ValueError(f"{path} takes an adapter's header, which is damaged: it has no {', '.join(missing)}")
+    base, *_ = (description.pop(name) for name in _ABOUT)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter of a {base} model, got a {model.config.model_type} model")
     return MethodConfig.from_dict(description)
@@ -198,7 +205,8 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
 def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy tensors into parameters, all or, where names or shapes differ, none."""
     if names := sorted(parameters.keys() ^ tensors.keys()):
-        raise ValueError(f"the adapter does not fit this model: {', '.join(names)} on one side only")
+        sides = [f"{name} ({'the model' if name in parameters else 'the adapter'} has it)" for name in names]
+        raise ValueError(f"the adapter does not fit this model: {', '.join(sides)} on one side only")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             got, takes = tuple(tensors[name].shape), tuple(parameter.shape)

@@ -35,17 +35,18 @@ class ParameterCount:
         return self.trainable / self.total
 
     def __str__(self) -> str:
-        groups = ", ".join(f"{name} {count:,}" for name, count in self.groups.items())
+        groups = ", ".join(f"{name} {count:,}" for name, count in self.groups.items()) or "nothing"
         return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.share:.4%}): {groups}"
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the parameters of a model with a method, those of the adapter in use among them.
+    """Count the parameters of a model with a method, those of the adapter in use among them; merged, none is trained.
 
     Raises:
         ValueError: the model has no method attached, or none in use.
     """
-    modules = (MODULE, *attachment_of(model).adapter.saved_modules)
+    adapter = attachment_of(model).adapter
+    modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
     assert isinstance(model, PreTrainedModel)
     groups = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in modules}
     return ParameterCount(model.num_parameters(), groups)
@@ -68,7 +69,12 @@ def parameter_groups(
         gate_lr: for gates; None: ``lr``. APT's are projections of a whole hidden state: at a rate that is right for the
             prefix, they are all at 1 within some tens of steps of Adam.
         weight_decay: for all groups.
+
+    Raises:
+        ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
     """
+    if attachment_of(model).adapter.merged:
+        raise ValueError("model takes one whose adapter is not merged, which cannot be trained: detach it first")
     method = method_of(model)
     prompt = [method.prompt] if isinstance(method, PromptMethod) else []
     gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]

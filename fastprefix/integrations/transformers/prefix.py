@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 from ...methods import PrefixMethod
 from .attention import Prefix
 from .cache import PrefixCache
-from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, shifted_positions
+from .calls import (
+    Positions,
+    by_name,
+    parameter_names,
+    past_length,
+    refuse_one_row_masks,
+    refuse_packed,
+    refuse_replicas,
+    rows_for_masks,
+    shifted_positions,
+)
 from .checkpointing import Cut, reentrant
 from .implementation import Implementation
 from .masks import attended_tokens, window_bias
@@ -140,6 +150,7 @@ class PrefixAttachment:
         """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
         assert self.implementation is not None
         self.implementation.check()
+        refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError(
@@ -155,9 +166,9 @@ class PrefixAttachment:
             else:
                 self.cut.clear()
         if self.embedding is None:
-            _refuse_one_row_masks(arguments)
+            refuse_one_row_masks(arguments)
         else:
-            arguments = _rows_for_masks(arguments)
+            arguments = rows_for_masks(arguments)
         if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shifts:
@@ -199,6 +210,11 @@ class PrefixAttachment:
         if tokens is None:
             tokens = arguments["inputs_embeds"]
         self.past = past_length(arguments)
+        end, limit = length + self.past + tokens.shape[1], self.positions.limit
+        if limit is not None and end > limit:
+            raise ValueError(
+                f'prefix_position="shift" moves {end - length} tokens up by {length}, beyond {limit} positions'
+            )
         arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, length)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -234,22 +250,3 @@ class PrefixAttachment:
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "prefixes": None, "held": {}}
-
-
-def _refuse_one_row_masks(arguments: dict[str, Any]) -> None:
-    """One row says "causal" here, and how many there should be differs between the halves of a model."""
-    for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
-        mask = arguments.get(name)
-        several = tokens is None or tokens.shape[1] > 1
-        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
-            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
-
-
-def _rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:
-        tokens = arguments.get("input_ids")
-        length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
-        arguments["attention_mask"] = mask.expand(-1, -1, length, -1)
-    return arguments

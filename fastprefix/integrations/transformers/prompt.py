@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .calls import Positions, by_name, parameter_names, past_length, refuse_packed
+from .calls import Positions, by_name, parameter_names, past_length, refuse_packed, refuse_replicas
 from .probe import backbone_of
 
 
@@ -53,6 +53,7 @@ class PromptAttachment:
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
+        refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone.config)
         ids, rows = self.tokens(arguments)

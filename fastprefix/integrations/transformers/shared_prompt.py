@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
 from .borrowing import evaluated
-from .calls import Positions, by_name, is_packed, parameter_names, past_length, shifted_positions
+from .calls import Positions, by_name, is_packed, parameter_names, past_length, refuse_replicas, shifted_positions
 from .checkpointing import not_checkpointed, reentrant
 from .implementation import Implementation, switched
 from .masks import window_bias
@@ -122,12 +122,18 @@ class SharedPromptAttachment(PromptAttachment):
         """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
         assert self.implementation is not None
         self.implementation.check()
+        refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         past, reason = past_length(arguments), self.reason_against(arguments)
         filled = getattr(arguments.get("past_key_values"), _FILLED, None) if past > 0 else None
         if filled == "shared" and reason is not None:
             raise ValueError(f"past_key_values takes no cache that was filled while the prompt was shared: {reason}")
-        if filled == "textbook" or reason is not None:
+        if filled == "textbook":
+            reason = "the prompt is in the cache"
+        path = "shared" if reason is None else f"textbook: {reason}"
+        if self.method.prompt_path != path:
+            self.method.prompt_path = path
+        if reason is not None:
             if self.required:
                 raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
             self.shared.prefixes = None
