@@ -36,8 +36,11 @@ def tensor_parallel() -> Any:
     [
         (tensor_parallel, PREFIX, ValueError, "without a tensor-parallel plan, got LlamaForCausalLM with tp_size=2"),
         (lambda: nn.Linear(2, 2), PREFIX, TypeError, "model takes a transformers model"),
-        (models.decoder, {"num_virtual_tokens": 3}, TypeError, "config takes"),
-        (models.decoder, fastprefix.PrefixTuningConfig, TypeError, "config takes"),
+        (lambda: torch.compile(models.decoder()), PREFIX, TypeError, "OptimizedModule: attach first, then compile"),
+        (lambda: models.decoder().to("meta"), PREFIX, ValueError, "whose weights are loaded"),
+        (models.decoder, {"num_virtual_tokens": 3}, TypeError, r"config takes.*got builtins\.dict"),
+        (models.decoder, fastprefix.PrefixTuningConfig, TypeError, "got the class fastprefix.PrefixTuningConfig"),
+        (models.decoder, torch.nn.Linear(1, 1), TypeError, r"such as fastprefix.PrefixTuningConfig\(20\), got torch.L"),
         (bloom, PREFIX, ValueError, "attention interface"),
         (t5, fastprefix.LlamaAdapterConfig(3), ValueError, "encoder-decoder"),
         (models.encoder, fastprefix.PromptTuningConfig(3, shared_prompt=True), ValueError, "shared_prompt.*not causal"),

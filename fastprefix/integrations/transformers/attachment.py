@@ -186,16 +186,27 @@ class _Plan(NamedTuple):
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model takes a transformers model, got {type(model).__name__}")
-    if not isinstance(config, MethodConfig):
-        raise TypeError(f"config takes a method's configuration, such as PrefixTuningConfig, got {config!r}")
+    _check_types(model, config)
     check_whole(model)
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
+    if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model takes one whose weights are loaded, got parameters on the meta device")
     if name in getattr(getattr(model, _STATE, None), "adapters", ()):
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
     if not is_plain_text(model):
         _check_not_plain_text(model, config)
     trainable_modules(model, config.modules_to_save)
+
+
+def _check_types(model: Any, config: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": ": see fastprefix.accelerate"}
+        hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
+        raise TypeError(f"model takes a transformers model, got {type(model).__name__}{hint}")
+    if not isinstance(config, MethodConfig):
+        what = ("the class ", config) if isinstance(config, type) else ("", type(config))
+        got = f"{what[0]}{what[1].__module__.partition('.')[0]}.{what[1].__name__}"
+        raise TypeError(f"config takes a method's configuration, such as fastprefix.PrefixTuningConfig(20), got {got}")
 
 
 def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
