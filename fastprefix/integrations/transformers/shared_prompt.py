@@ -206,8 +206,10 @@ class SharedPromptAttachment(PromptAttachment):
     def run_prompt(self) -> dict[int, Prefix]:
         """The prompt's keys and values in every layer, computed."""
         prompt = self.method.prompt.to(self.table.dtype)
+        # Said, since some models remember where a former call's rows were.
+        positions = self.positions.first + torch.arange(len(prompt), device=prompt.device)[None]
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
-            self.backbone.forward(inputs_embeds=prompt[None], use_cache=False)
+            self.backbone.forward(inputs_embeds=prompt[None], position_ids=positions, use_cache=False)
         assert self.shared.prefixes is not None
         return self.shared.prefixes
 
@@ -228,7 +230,12 @@ def reason_not_shareable(model: PreTrainedModel) -> str | None:
         layers = find_layers(model)
     except ValueError as error:
         return str(error)
-    return reason_against_layers(model, layers) or _try(model, layers)
+    if (reason := reason_against_layers(model, layers)) is not None:
+        return reason
+    try:
+        return _try(model, layers)
+    except Exception as error:  # whatever a family makes of it
+        return f"trying to share the prompt failed: {type(error).__name__}: {error}"
 
 
 def reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
@@ -270,7 +277,7 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
         with shared.capture():
-            run(prompt[:1])
+            run(prompt[:1], position_ids=positions)
         actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
         exact = _agreement(actual, textbook, alone, model.dtype)
         shared.prefixes = None
