@@ -52,6 +52,7 @@ format: $(BUILT)
 install: $(BUILT)
 
 $(INSTALLED): constraints.txt pyproject.toml
+	@echo "installing PyTorch, transformers and the tools of tests and benchmarks in $(VENV) (a few minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt setuptools ninja $(TORCH)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install $(TRITON)
@@ -60,10 +61,12 @@ $(INSTALLED): constraints.txt pyproject.toml
 
 # No build isolation: it would install a second PyTorch to build with.
 $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f)
+	@echo "building the C++ kernels (a few minutes on two cores)"
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
 
 $(DOCUMENTED): $(INSTALLED)
+	@echo "installing the documentation's tools (a minute)"
 	FASTPREFIX_BUILD_EXT=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import adapterhub, attention, compare, embedding, main_job, publish, shared_prompt, whole_models
 from .errors import BenchmarkError
+from .options import QUICK_NOTE
 from .study import suite as study
 
 
@@ -51,7 +52,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run a suite. Exit status 0: done; 1: some of it failed, the rest was reported; 2: it could not start."""
     suite, options = parse(arguments)
     try:
-        return suite.run(options)
+        status = suite.run(options)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if getattr(options, "quick", False):
+        print(f"\n{QUICK_NOTE}")
+    return status

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import results
+from . import environment, results
 from .errors import BenchmarkError
 from .report import number, table
 from .results import Cell, Run
@@ -21,8 +21,6 @@ DESCRIPTION = "A new result against the committed one of the same suite and devi
 SAME_DEVICE = ("device_name", "cpu_capability", "threads")
 QUANTITIES = ("seconds", "bytes")
 TOLERANCE = 0.05
-BUSY = 0.5
-"""The load a core, from the minute before the run, that is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,8 @@ def run(options: argparse.Namespace) -> int:
         raise BenchmarkError(f"{options.new}: no case in common with the result of {old.environment['date']}")
     moved = sorted((change for change in both if change.moved(options.tolerance)), key=lambda change: -change.factor)
     print(f"{new.suite}: {len(both)} ratios against those of {old.environment['date']}; {len(moved)} moved")
-    load, cores = new.environment.get("load_average"), new.environment.get("cpu_count")
-    if load and cores and load > BUSY * cores:
-        print(f"the machine was busy (load {load:.1f} on {cores} cores): measure again before you believe this")
+    if busy := environment.busy(new.environment):
+        print(busy)
     if moved:
         header = ("case", "competitor", "what", "x floor before", "now", "change", "")
         print("\n" + table(header, [_row(change) for change in moved]))

@@ -4,13 +4,17 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "triton", "peft", "datasets", "tokenizers")
+BUSY = 0.5
+"""The load a core, from the minute before the run, that is worth a warning."""
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -33,6 +37,14 @@ def describe(device: torch.device) -> dict[str, object]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "cuda": torch.version.cuda,
     }
+
+
+def busy(facts: Mapping[str, Any]) -> str | None:
+    """The warning that others used the machine before the run; None where they did not, or nobody knows."""
+    load, cores = facts.get("load_average"), facts.get("cpu_count")
+    if not load or not cores or load <= BUSY * cores:
+        return None
+    return f"the machine was busy (load {load:.1f} on {cores} cores): measure again before you believe this"
 
 
 def version(package: str) -> str | None:

@@ -13,10 +13,11 @@ from . import contest, data, environment, figures, hub, models, plots, report, s
 from .contest import Contest, Result, Rounds
 from .data import Corpus
 from .methods import FLOOR, all_methods
-from .options import add_common, device_for, is_of_hub, positive, silence_libraries
+from .options import QUICK_NOTE, add_common, device_for, is_of_hub, positive, silence_libraries
 from .plots import Panel
 from .results import read
 from .subjects import Subject
+from .timing import NOISE, Samples
 
 DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 ROUNDS = {
@@ -28,11 +29,13 @@ HEADER = (
     "method", "trainable", "forward ms", "x floor", "fwd + bwd ms", "x floor", "tokens/s", "peak MB",
     "loss first", "last",
 )  # fmt: skip
-NOTES = """\
+NOISY = "~"
+NOTES = f"""\
 frozen floor: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
 every method must. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd + bwd; peak MB:
 what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. A
-classifier's head is trained with every method, and counted."""
+classifier's head is trained with every method, and counted. {NOISY}: noise, p20 or p80 of the time (of a ratio: of one
+of its two times) is more than {NOISE:.0%} off the median."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,11 +113,13 @@ def _run_one(subject: Subject, rounds: Rounds, seed: int) -> list[Result]:
 def _introduction(corpus: Corpus, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers"))
     peers = f"peft {facts['peft']}" if facts["peft"] else "peft is not installed: no peers"
+    busy = environment.busy(facts)
     return "\n".join(
         [
             f"text    {corpus.describe()}",
             f"device  {facts['device_name']} ({facts['device']}), {facts['threads']} threads",
             f"with    {versions}, {peers}",
+            *([f"warning {busy}"] if busy else []),
         ]
     )
 
@@ -130,10 +135,8 @@ def _row(result: Result, floor: Result) -> list[str]:
     return [
         result.method.name,
         report.number(result.trainable, 0),
-        report.number(1e3 * result.forward.median),
-        report.number(contest.times_floor(result.forward, floor.forward), 2),
-        report.number(1e3 * result.step.median),
-        report.number(contest.times_floor(result.step, floor.step), 2),
+        *_time(result.forward, floor.forward),
+        *_time(result.step, floor.step),
         report.number(result.tokens_per_second, 0),
         report.number(result.peak_bytes / 1e6 if result.peak_bytes is not None else None),
         report.number(result.held_out_losses[0][1], 3),
@@ -141,12 +144,20 @@ def _row(result: Result, floor: Result) -> list[str]:
     ]
 
 
+def _time(samples: Samples, floor: Samples) -> tuple[str, str]:
+    """Milliseconds and the multiple of the floor's, each marked where it is noise."""
+    noisy = samples.noisy, samples.noisy or (bool(floor.seconds) and floor.noisy)
+    cells = report.number(1e3 * samples.median), report.number(contest.times_floor(samples, floor), 2)
+    first, second = (NOISY * marked + cell for marked, cell in zip(noisy, cells, strict=True))
+    return first, second
+
+
 def _record(subject: Subject, results: list[Result]) -> dict[str, Any]:
     floor = contest.floor_of(results)
     return {
         "title": subject.title,
         "description": subject.describe(),
-        "random_weights": subject.random_weights,
+        "weights": subject.weights,
         "tokens_per_step": subject.task.tokens_per_step(),
         "methods": [result.record(floor) for result in results],
     }
@@ -156,7 +167,8 @@ def _write(record: dict[str, Any], results: list[tuple[Subject, list[Result]]], 
     path = out / "main_job.json"
     report.write_json(record | {"subjects": [_record(*pair) for pair in results]}, path)
     tables = "\n\n".join(_table(*pair) for pair in results)
-    (out / "main_job.md").write_text(f"{tables}\n\n{NOTES}\n", encoding="utf-8")
+    remarks = filter(None, (environment.busy(record["environment"]), record["arguments"]["quick"] and QUICK_NOTE))
+    report.write_text("\n\n".join([tables, NOTES, *remarks]) + "\n", out / "main_job.md")
     curves = [_curves(*pair) for pair in results]
     plots.curves(curves, out / "main_job_loss.png", FLOOR, "step", "loss on held-out text")
     figures.draw(figures.main_job(read(path)), out / "main_job_time.png")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ SIZES = {
     "cpu": Size(layers=4, width=256, heads=4, vocabulary=4096, rows=8, length=128),
     "cuda": Size(layers=12, width=1024, heads=16, vocabulary=4096, rows=32, length=256),
 }
+_WHENCE = "; tokenizer.save_pretrained writes one into the model's folder"
 LONGEST_PROMPT = 128  # positions that BERT's table must have beside the text's
 
 
@@ -107,7 +109,7 @@ def _common(size: Size) -> dict[str, Any]:
 
 def task_of(name: str) -> TaskKind:
     """Whether the named model is a decoder to be measured on language modelling, or to be given a classifier's head."""
-    config = _load(name, AutoConfig.from_pretrained)
+    config = _load(name, "configuration", AutoConfig.from_pretrained)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("CausalLM", "LMHeadModel")):
         return "causal_lm"
@@ -118,7 +120,9 @@ def task_of(name: str) -> TaskKind:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The named model's tokenizer, with a padding token."""
-    tokenizer: PreTrainedTokenizerBase = _load(name, AutoTokenizer.from_pretrained)
+    tokenizer: PreTrainedTokenizerBase = _load(name, "tokenizer", AutoTokenizer.from_pretrained, hint=_WHENCE)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # made up, for want of files
+        raise BenchmarkError(f"--model {name}: no tokenizer{_WHENCE}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -129,23 +133,24 @@ def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: i
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
     if kind == "causal_lm":
-        model = _load(name, AutoModelForCausalLM.from_pretrained, **options)
+        model = _load(name, "model", AutoModelForCausalLM.from_pretrained, **options)
     else:
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-        model = _load(name, AutoModelForSequenceClassification.from_pretrained, **options)
+        model = _load(name, "model", AutoModelForSequenceClassification.from_pretrained, **options)
     model.config.pad_token_id = pad
     model.config.use_cache = False
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _load(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+def _load(name: str, what: str, from_pretrained: Callable[..., Any], hint: str = "", **options: Any) -> Any:
     try:
         return from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise BenchmarkError(
-            f"--model {name}: neither a local folder nor a model that the hub could give ({first_line(error)})"
-        ) from error
+    except OSError as error:
+        place = "the folder has none" if Path(name).is_dir() else "neither a local folder nor what the hub could give"
+        raise BenchmarkError(f"--model {name}: no {what}, {place} ({first_line(error)})") from error
+    except (ValueError, KeyError) as error:
+        raise BenchmarkError(f"--model {name}: its {what} cannot be used here ({first_line(error)}){hint}") from error
 
 
 def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from fastprefix.info import could_be_of_hub
+
 from .errors import BenchmarkError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
+QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and ratios mean nothing."
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +54,16 @@ def device_for(asked: torch.device | None) -> torch.device:
 
 
 def is_of_hub(model: str | None) -> bool:
-    """Whether ``--model`` names a model of the hub, and not a local folder."""
-    return model is not None and not Path(model).is_dir()
+    """Whether ``--model`` names a model of the hub, and not a local folder.
+
+    Raises:
+        BenchmarkError: it can only be a folder, and there is none.
+    """
+    if model is None or Path(model).is_dir():
+        return False
+    if not could_be_of_hub(model):
+        raise BenchmarkError(f"--model {model}: no such folder")
+    return True
 
 
 def silence_libraries() -> None:

@@ -1,6 +1,7 @@
 """What the methods are tried on: a frozen model with a task, built here or loaded by name."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,16 +20,15 @@ class Subject:
     title: str
     model: PreTrainedModel
     task: Task
-    random_weights: bool
+    weights: str = "RANDOM weights"
 
     def describe(self) -> str:
         """Model, weights and batches in one line."""
         config = self.model.config
         rows, length = self.task.train[0]["input_ids"].shape
-        weights = "RANDOM weights" if self.random_weights else "pretrained weights"
         return (
             f"{self.model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of "
-            f"{config.hidden_size}, {str(self.model.dtype).removeprefix('torch.')}, {weights}; "
+            f"{config.hidden_size}, {str(self.model.dtype).removeprefix('torch.')}, {self.weights}; "
             f"{self.task.description}, {rows} x {length} tokens, {len(self.task.train)} steps"
         )
 
@@ -42,10 +42,10 @@ def built(corpus: Corpus, size: Size, steps: int, device: torch.device, seed: in
     if corpus.train_labels is not None:
         encoder = models.build_encoder(size, len(corpus.class_names), pad, seed)
         task = tasks.classification(corpus, words, shape, seed)
-        subjects.append(Subject("encoder, BERT shape", placed(encoder, device), task, random_weights=True))
+        subjects.append(Subject("encoder, BERT shape", placed(encoder, device), task))
     decoder = models.build_decoder(size, pad, end, seed)
     task = tasks.language_modelling(corpus, words, shape, seed)
-    return [*subjects, Subject("decoder, Llama shape", placed(decoder, device), task, random_weights=True)]
+    return [*subjects, Subject("decoder, Llama shape", placed(decoder, device), task)]
 
 
 def named(name: str, corpus: Corpus, size: Size, steps: int, device: torch.device, seed: int) -> list[Subject]:
@@ -55,7 +55,8 @@ def named(name: str, corpus: Corpus, size: Size, steps: int, device: torch.devic
     model = models.load_model(name, kind, len(corpus.class_names), words.pad_token_id, seed)
     shape = Shape(size.rows, size.length, steps, device)
     make = tasks.language_modelling if kind == "causal_lm" else tasks.classification
-    return [Subject(name, placed(model, device), make(corpus, words, shape, seed), random_weights=False)]
+    weights = "weights of the folder" if Path(name).is_dir() else "pretrained weights"
+    return [Subject(name, placed(model, device), make(corpus, words, shape, seed), weights)]
 
 
 def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -11,6 +11,9 @@ import torch
 
 from .errors import first_line
 
+NOISE = 0.15
+"""As a share of the median: times that spread further are marked."""
+
 Job = Callable[[int], float]
 """Does its round of the given number and returns the seconds that its timed part took."""
 
@@ -31,6 +34,11 @@ class Samples:
         if len(self.seconds) == 1:
             return self.seconds[0]
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[percent - 1]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether p20 or p80 is further from the median than noise should be."""
+        return max(self.percentile(80) - self.median, self.median - self.percentile(20)) > NOISE * self.median
 
     def summary(self) -> dict[str, float | int | list[float]]:
         """What the JSON keeps, in milliseconds."""

@@ -12,6 +12,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import torch
 from toy import SENTENCES, TINY, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -43,7 +44,8 @@ def load(name: str | None, labels: int) -> tuple[PreTrainedModel, PreTrainedToke
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
         return model, AutoTokenizer.from_pretrained(name)
     tokenizer = word_tokenizer()
-    config = BertConfig(**TINY, vocab_size=len(tokenizer), num_labels=labels)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # it is too small for noise
+    config = BertConfig(**TINY, **still, vocab_size=len(tokenizer), num_labels=labels)
     return BertForSequenceClassification(config), tokenizer
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--data", help="tab-separated texts and labels")
     parser.add_argument("--out", default="apt-adapter", help="where the adapter is saved")
     parser.add_argument("--tokens", type=int, default=20, help="length of the prefix")
-    parser.add_argument("--epochs", type=float, default=30)
+    parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--lr", type=float, default=2e-2)
     options = parser.parse_args()
 
@@ -75,16 +77,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            learning_rate=options.lr,
             num_train_epochs=options.epochs,
             logging_strategy="epoch",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(
             model,
             arguments,
+            optimizers=(torch.optim.AdamW(fastprefix.parameter_groups(model, lr=options.lr)), None),
             train_dataset=rows[held_out:],
             eval_dataset=rows[:held_out],
             data_collator=DataCollatorWithPadding(tokenizer),

@@ -4,8 +4,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
-    (f"the {noun} was {adjective}", label)
+    (f"the {noun} {verb} {adjective}", label)
     for noun in ("film", "story", "music", "acting", "ending", "camera", "dialogue", "cast")
+    for verb in ("was", "seemed")
     for adjective, label in (("wonderful", 1), ("moving", 1), ("brilliant", 1), ("dull", 0), ("awful", 0), ("flat", 0))
 ]
 """Sentences and their labels: 1 is praise."""

@@ -3,6 +3,7 @@
 Importing the package is cheap: ``transformers`` is imported at the first use of a name that needs it.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
@@ -20,6 +21,7 @@ from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
 
 if TYPE_CHECKING:
+    from . import testing
     from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
         attach,
@@ -58,10 +60,13 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "testing",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return importlib.import_module(".testing", __name__)
     if name in ("accelerate", "decelerate"):
         from .integrations import peft
 

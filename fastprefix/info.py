@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,9 @@ def _describe(name: str) -> int:
     from .integrations.transformers.preview import preview
 
     print()
+    if not Path(name).is_dir() and not could_be_of_hub(name):
+        print(f"--model {name}: no such folder", file=sys.stderr)
+        return 1
     try:
         for line in preview(name):
             print(line)
@@ -44,6 +48,17 @@ def _describe(name: str) -> int:
         print(f"--model takes a local folder or a name that the hub knows: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def could_be_of_hub(name: str) -> bool:
+    """Whether the Hugging Face hub could have a model of this name: other names are paths."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
 
 
 def lines() -> Iterator[str]:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PretrainedConfig,
+)
 
 pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
@@ -43,6 +51,7 @@ from benchmarks.data import Corpus
 from benchmarks.errors import BenchmarkError
 from benchmarks.methods import FLOOR, Method, Prepared
 from benchmarks.models import Size
+from benchmarks.options import QUICK_NOTE
 from benchmarks.timing import Clock, Samples, interleave, timed
 from fastprefix.ops.backends import BACKENDS
 
@@ -200,6 +209,10 @@ class TestTiming:
         assert summary["p20_ms"] == pytest.approx(3.0)
         assert summary["p80_ms"] == pytest.approx(9.0)
 
+    @pytest.mark.parametrize(("seconds", "noisy"), [([1.0] * 3 + [1.1] * 3, False), ([1.0, 1.0, 1.0, 1.3, 1.3], True)])
+    def test_noise(self, seconds: list[float], noisy: bool) -> None:
+        assert Samples(seconds).noisy == noisy
+
 
 def test_added_peak_is_what_was_held_at_once() -> None:
     size = 64 * 2**20
@@ -290,6 +303,8 @@ class TestMainJob:
         assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "RANDOM weights" in printed
+        assert printed.splitlines()[-1] == QUICK_NOTE
+        assert QUICK_NOTE in (tmp_path / "main_job.md").read_text()
         assert (tmp_path / "main_job.md").read_text().splitlines()[2] in printed
         for name in ("main_job_loss.png", "main_job_time.png"):
             assert (tmp_path / name).read_bytes().startswith(PNG)
@@ -305,6 +320,12 @@ class TestMainJob:
         assert len(floor["losses"]) == 6
         assert len(floor["forward_backward"]["raw_ms"]) == 5
         assert len(floor["forward"]["raw_ms"]) == 3 * tasks.HELD_OUT_BATCHES
+
+    def test_noise_is_marked(self) -> None:
+        steady, noisy = Samples([1.0] * 5), Samples([1.0, 1.0, 1.0, 2.0, 2.0])
+        assert main_job._time(steady, noisy) == ("1,000.0", "~1.00")
+        assert main_job._time(noisy, steady) == ("~1,000.0", "~1.00")
+        assert main_job._time(steady, steady) == ("1,000.0", "1.00")
 
     def test_a_failing_method_is_reported_beside_the_others(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -331,8 +352,40 @@ class TestMainJob:
         arguments = ["--data", str(text), "--model", str(folder), "--quick", "--device", "cpu", "--out", str(tmp_path)]
         assert main(arguments) == 0
         (subject,) = json.loads((tmp_path / "main_job.json").read_text())["subjects"]
-        assert subject["random_weights"] is False
+        assert subject["weights"] == "weights of the folder"
         assert subject["methods"][1]["trainable"] == 100 * TINY.width
+
+    @pytest.mark.parametrize(
+        ("config", "with_tokenizer", "message"),
+        [
+            (LlamaConfig(), False, "tokenizer.save_pretrained writes one"),
+            (BertConfig(), False, "tokenizer.save_pretrained writes one"),  # whose empty one is made up
+            (MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=512), True, "its model cannot be used here"),
+        ],
+        ids=["llama", "bert", "mamba"],
+    )
+    def test_a_folder_that_cannot_be_used(
+        self,
+        config: PretrainedConfig,
+        with_tokenizer: bool,
+        message: str,
+        corpus: Corpus,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+        config.save_pretrained(tmp_path)
+        if with_tokenizer:
+            tokenizer.train_or_load(corpus, TINY.vocabulary).save_pretrained(tmp_path)
+            MambaForCausalLM(config).save_pretrained(tmp_path)
+        assert main(["--quick", "--device", "cpu", "--model", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "the hub" not in error
+
+    def test_no_such_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--model", "../models/nothing"]) == 2
+        assert capsys.readouterr().err == "error: --model ../models/nothing: no such folder\n"
 
     def test_no_gpu_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

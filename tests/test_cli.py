@@ -92,6 +92,8 @@ def test_info_on_a_model(
 def test_info_on_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(monkeypatch, "info", "--model", str(tmp_path)) == 1
     assert "--model" in capsys.readouterr().err
+    assert run(monkeypatch, "info", "--model", "../w/nope") == 1
+    assert capsys.readouterr().err == "--model ../w/nope: no such folder\n"
 
 
 @pytest.mark.parametrize("draws", [1, 5])

@@ -1,6 +1,7 @@
 """The examples run as they are, and leave an adapter."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def test_finetune_classifier(table: bool, tmp_path: Path) -> None:
     (tmp_path / "data.tsv").write_text(TABLE, encoding="utf-8")
     printed = run("finetune_classifier.py", tmp_path, *(["--data", "data.tsv", "--epochs", "1"] if table else []))
     assert "parameters are trained" in printed
-    assert "accuracy on held-out rows" in printed
+    accuracy = float(re.findall(r"accuracy on held-out rows: (\S+)", printed)[0])
+    assert table or accuracy > 0.9
 
 
 def test_adept_decoder(tmp_path: Path) -> None:

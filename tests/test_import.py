@@ -14,6 +14,14 @@ def test_import_pulls_in_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_testing_needs_no_import_of_its_own():
+    code = "import fastprefix; print(fastprefix.testing.assert_parity.__name__)"
+    assert (
+        "assert_parity"
+        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
+
+
 def test_command_line():
     run = subprocess.run([sys.executable, "-m", "fastprefix", "info"], capture_output=True, text=True, check=True)
     assert "eager" in run.stdout

@@ -1,6 +1,8 @@
 """The methods by themselves: options, initialisation, parameter counts, gates."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -132,8 +134,10 @@ def test_dept_budget_of_100_prompt_tokens(length: int, rank: int) -> None:
     assert config.rank == rank
 
 
-def test_published_adept_setting_has_76051_parameters() -> None:
-    assert count(ADePT(fastprefix.ADePTConfig(60, bottleneck_dim=19), EmbeddingShape(10, 768))) == 76_051
+def test_the_defaults_of_60_tokens_are_the_published_settings() -> None:
+    shape = EmbeddingShape(10, 768)
+    assert count(ADePT(fastprefix.ADePTConfig(60), shape)) == 76_051
+    assert count(DePT(fastprefix.DePTConfig(60), shape)) == 60 * 768 + 30 * (256 + 768)
 
 
 def test_budget_too_small_is_refused() -> None:
@@ -279,9 +283,9 @@ def test_residual_prefix_switches() -> None:
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_configurations_survive_saving(name: str) -> None:
-    required = {"dept": {"rank": 3}, "adept": {"bottleneck_dim": 3}}
-    config = METHODS[name][0](5, modules_to_save=["head"], **required.get(name, {}))
+    config = METHODS[name][0](5, modules_to_save=["head"])
     assert MethodConfig.from_dict(config.to_dict()) == config
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -296,6 +300,9 @@ def test_configurations_survive_saving(name: str) -> None:
         (lambda: fastprefix.PromptTuningConfig(5, shared_prompt="yes"), ValueError, "shared_prompt"),
         (lambda: fastprefix.DePTConfig(5, rank=0), ValueError, "rank"),
         (lambda: fastprefix.DePTConfig(5, rank=2, max_length=-1), ValueError, "max_length"),
+        (lambda: fastprefix.DePTConfig(5, alpha=float("nan")), ValueError, "alpha"),
+        (lambda: fastprefix.DePTConfig(5, alpha="8"), TypeError, "alpha"),
+        (lambda: fastprefix.APTConfig(5, poolng="cls"), TypeError, r"meant: pooling\?\); it takes .*token_gate"),
         (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=0), ValueError, "bottleneck_dim"),
         (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=2, dropout=1.5), ValueError, "dropout"),
         (lambda: fastprefix.PrefixTuningConfig(5, reparameterization="lstm"), ValueError, "reparameterization"),

@@ -77,6 +77,28 @@ def test_bad_input(function, bad, error, name):
         function(**(good | bad))
 
 
+def test_an_integer_mask_is_told_what_to_become():
+    tensors = (Z(B, HQ, N, D), Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
+    with pytest.raises(TypeError, match=r"attn_mask\.bool\(\).*torch\.int64") as caught:
+        fastprefix.prefix_attention(*tensors, attn_mask=Z(B, M, dtype=torch.int64))
+    assert "floating point" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Z(B, HQ, N, D).numpy(), r"got numpy\.ndarray of shape \(2, 4, 3, 8\)$"),
+        (torch.nn.Embedding(50, D), r"got a module, Embedding: pass its \.weight$"),
+        (torch.nn.ReLU(), r"got a module, ReLU$"),
+        ([[0.0] * 1000] * 1000, r"got list .{1,300}$"),
+    ],
+)
+def test_what_is_no_tensor_is_named_and_not_printed(value, words):
+    tensors = (Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
+    with pytest.raises(TypeError, match=words):
+        fastprefix.prefix_attention(value, *tensors)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "name"),
     [

@@ -16,7 +16,8 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 class ADePTConfig(PromptTuningConfig):
     """A short prompt and one small network on every token: ``e + relu(e w1 + b1) w2 + b2``.
 
-    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 for the network. The published setting is m = 60, r = 19.
+    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 for the network. The published setting at d = 768 is
+    m = 60, r = 19.
 
     Args:
         bottleneck_dim: ``r``.
@@ -24,7 +25,7 @@ class ADePTConfig(PromptTuningConfig):
             0.1.
     """
 
-    bottleneck_dim: int
+    bottleneck_dim: int = 19
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.prompt_embedding import prompt_embedding
 from .shapes import AttentionShape, EmbeddingShape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod]]] = {}
 """Configuration and method by name, the name that saved adapters carry."""
@@ -26,6 +31,13 @@ def register(name: str, config: type[MethodConfig], method: type[PromptMethod] |
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         raise ValueError(f"{name} takes one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} takes a finite number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} takes a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -50,6 +62,12 @@ class MethodConfig:
     num_virtual_tokens: int = dataclasses.field(kw_only=False)
     modules_to_save: list[str] | None = None
 
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuse options that there are not before the dataclass does, and say which there are."""
+        if wrong := cls._wrong_names(options):
+            raise TypeError(wrong)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_positive("num_virtual_tokens", self.num_virtual_tokens)
 
@@ -73,12 +91,20 @@ class MethodConfig:
         name = options.pop("method", None)
         check_choice("method", name, tuple(METHODS))
         config = METHODS[str(name)][0]
-        known = {field.name for field in dataclasses.fields(config)}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(
-                f"{config.__name__} has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
-            )
+        if wrong := config._wrong_names(options):
+            raise ValueError(wrong)
         return config(**options)
+
+    @classmethod
+    def _wrong_names(cls, names: Iterable[str]) -> str | None:
+        """What to say of names that are no options, with the closest ones that are; None: all are options."""
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        unknown = sorted(set(names) - set(known))
+        if not unknown:
+            return None
+        close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f" (meant: {', '.join(close)}?)" if close else ""
+        return f"{cls.__name__} has no option {', '.join(unknown)}{hint}; it takes {', '.join(known)}"
 
 
 class PromptMethod(nn.Module, ABC):

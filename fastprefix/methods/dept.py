@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import check_positive, register
+from .base import check_finite, check_positive, register
 from .budget import embedding_width, largest_within
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -16,7 +16,8 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 class DePTConfig(PromptTuningConfig):
     """A short prompt and a low-rank offset ``scale (a b)_i`` on the token at position i.
 
-    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 to 5e-3 for the pair.
+    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 to 5e-3 for the pair. The published setting at d = 768 is m = 60,
+    r = 30, T = 256.
 
     Args:
         rank: ``r`` of ``a [T, r]`` and ``b [r, d]``.
@@ -24,7 +25,7 @@ class DePTConfig(PromptTuningConfig):
         alpha: the scale is ``alpha / sqrt(r)``, as in the authors' code.
     """
 
-    rank: int
+    rank: int = 30
     max_length: int = 256
     alpha: float = 8.0
 
@@ -32,6 +33,7 @@ class DePTConfig(PromptTuningConfig):
         super().__post_init__()
         check_positive("rank", self.rank)
         check_positive("max_length", self.max_length)
+        check_finite("alpha", self.alpha)
 
     @classmethod
     def for_budget(

@@ -4,20 +4,29 @@ Nothing here reads a tensor's values, so nothing synchronises with a device and 
 ``torch.compile``.
 """
 
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Size = int | torch.SymInt
 
 
 def describe(value: object) -> str:
-    """Say what an argument got: dtype, shape and device of a tensor, type and value of anything else."""
+    """Say what an argument got: dtype, shape and device of a tensor, type and shape of another array, the type of a
+    module, type and value, if need be shortened, of anything else.
+    """
+    kind = type(value)
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, nn.Module):
+        hint = ": pass its .weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+        return f"a module, {kind.__name__}{hint}"
+    if isinstance(shape := getattr(value, "shape", None), tuple):
+        return f"{kind.__module__}.{kind.__name__} of shape {shape}"
+    return f"{kind.__name__} {reprlib.repr(value)}"
 
 
 def wrong_type(name: str, value: object, takes: str) -> TypeError:

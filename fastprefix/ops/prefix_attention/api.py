@@ -30,6 +30,9 @@ def prefix_attention(
 ) -> Tensor:
     r"""Attention over tokens and a learned, gated prefix, as if both had been concatenated, without concatenating.
 
+    THE LAYOUT IS ``[B, H, N, D]``, heads before length, as PyTorch's: flash-attention's ``[B, N, H, D]`` has to be
+    transposed (``x.transpose(1, 2)``, a view), and where its sizes happen to fit it goes unnoticed.
+
     With one softmax over prefix and tokens (prefix tuning, Li & Liang 2021; APT, Zhang et al. 2023), ``c`` the scale
     and ``g`` the prefix gate:
 

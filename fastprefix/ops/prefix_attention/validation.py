@@ -198,6 +198,8 @@ def _check_masks(
     if mask is not None:
         checks.check_tensor("attn_mask", mask, _MASK)
         checks.check_device("attn_mask", mask, query.device, "query")
+        if mask.dtype is not torch.bool and not mask.is_floating_point():
+            raise checks.wrong_type("attn_mask", mask, f"{_MASK} (attn_mask.bool() of one of zeros and ones)")
         if mask.dtype is not torch.bool:
             _check_companion("attn_mask", mask, query, _MASK)
         if _is_padding(mask):
