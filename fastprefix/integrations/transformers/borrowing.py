@@ -27,7 +27,13 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 @contextmanager
 def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
     """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
-    with _LOCK, evaluated(model), attention_implementation(model, name, function, mask), torch.no_grad():
+    with (
+        _LOCK,
+        forgotten(model),
+        evaluated(model),
+        attention_implementation(model, name, function, mask),
+        torch.no_grad(),
+    ):
         yield
 
 
@@ -45,6 +51,19 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
         for config, implementation in before:
             config._attn_implementation_internal = implementation
         del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """What modules remember of the calls in this context is forgotten, such as Qwen-VL's positions of a batch."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            now.clear()
+            now.update(attributes)
 
 
 @contextmanager
