@@ -242,6 +242,8 @@ def reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | 
     """Why what a prompt does in a model's layers is not the same in every row, or cannot be handed on; None: it is."""
     if not all(layer.shape.causal for layer in layers):
         return "its attention is not causal throughout, so a prompt sees what comes after it"
+    if any(getattr(layer.module, "is_causal", True) is False for layer in layers):
+        return "its layers are not causal by themselves, and SDPA, where it gets no mask, shows them what comes after"
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if others := sorted(types - {"full_attention", "sliding_attention"}):
         return f"it has layers that see neither all that went before nor a sliding window of it ({', '.join(others)})"
