@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import checks
 from .base import check_positive, register
 from .budget import embedding_width, largest_within
 from .prompt_tuning import PromptTuning, PromptTuningConfig
@@ -32,6 +33,9 @@ class DePTConfig(PromptTuningConfig):
         super().__post_init__()
         check_positive("rank", self.rank)
         check_positive("max_length", self.max_length)
+        checks.check_number("alpha", self.alpha, "a finite number")
+        if not math.isfinite(self.alpha):
+            raise checks.wrong_value("alpha", self.alpha, "a finite number")
 
     @classmethod
     def for_budget(
