@@ -2,11 +2,13 @@
 
     PYTHONPATH=. python benchmarks/gpu.py --out result.json
 
-Every stage has a time of its own; one that fails or runs out of it is reported, and the others go on. The raw figures
-are written after each step. Kernels are compiled by worker processes beforehand: nothing compiles while a clock runs.
+Every stage has a time and a process of its own; one that fails, hangs or loses the device is reported, and the others
+go on. The raw figures are written after each step. Kernels are compiled by worker processes beforehand: nothing
+compiles while a clock runs.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
@@ -14,13 +16,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ import fastprefix
 from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attention_cases, embedding_cases, measure
 
 Call = Callable[[], Tensor]
+Job = tuple[Any, ...]  # a function and its arguments
 Shape = tuple[int, int, int, int, int]  # B, Hq, Hkv, N, D
 
 SHAPES: tuple[Shape, ...] = (
@@ -45,7 +50,13 @@ SHAPES: tuple[Shape, ...] = (
 )
 PREFIXES = (128, 16, 100, 2048)
 GATES = ("none", "row", "query", "separate")
-SECONDS = {"parity": 110, "sanitizer": 60, "tiles": 120, "decoding": 30, "speed": 150, "flex": 40}
+SECONDS = {"parity": 110, "sanitizer": 60, "tiles": 100, "decoding": 30, "speed": 140, "flex": 40}
+LIMIT = 520  # of all stages with the starts of their processes; 20 more for what comes before ``main``
+GRACE = 15  # beyond its seconds, for a stage's start and its last step
+CYCLES = 2e9  # a second; hardly any device has more
+TIMING = (
+    "device time by CUDA events; the device spins until a call's launches are queued, so Python's time is not in it"
+)
 PEERS = {
     "concat + flash": SDPBackend.FLASH_ATTENTION,
     "concat + cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -54,11 +65,11 @@ PEERS = {
 
 
 class Log:
-    """The results so far, on disk after every step."""
+    """The results so far, on disk after every step; a stage goes on where the last one ended."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.results: dict[str, Any] = {"environment": environment()}
+        self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def add(self, stage: str, row: dict[str, Any]) -> None:
         self.results.setdefault(stage, []).append(row)
@@ -66,24 +77,44 @@ class Log:
 
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self.results, indent=1, default=str))
+        whole = self._path.with_name(self._path.name + ".new")  # a stage may be ended while it writes
+        whole.write_text(json.dumps(self.results, indent=1, default=str))
+        whole.replace(self._path)
 
 
 def environment() -> dict[str, Any]:
     import triton
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
-        "driver": driver,
+        "driver": driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "fastprefix": fastprefix.__version__,
+        "timing": TIMING,
     }
+
+
+def driver() -> str | None:
+    """Its version, where ``nvidia-smi`` is there to say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return None
+
+
+def usable() -> bool:
+    """Whether the device still works for this process: after an illegal access, every later call fails as well."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 # Inputs
@@ -134,44 +165,103 @@ def parity_cases() -> list[Case]:
     return [*large, *attention_cases(66), *embedding_cases()]
 
 
-def results(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of the Triton backend."""
-    inputs = case.build(dtype, "cuda")
-    tensors = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items() if tensor.is_floating_point()}
+def results(case: Case, dtype: torch.dtype, device: str = "cuda", backend: str = "triton") -> list[Tensor]:
+    """Output and gradients."""
+    inputs = case.build(dtype, device)
+    values = (value if isinstance(value, tuple) else (value,) for value in inputs.tensors.values())
+    leaves = [tensor.requires_grad_() for tensor in itertools.chain(*values) if tensor.is_floating_point()]
     torch.manual_seed(5)
-    output = case.operation(**inputs.tensors, **inputs.options, backend="triton")
-    return [output, *torch.autograd.grad(output, list(tensors.values()), torch.ones_like(output), allow_unused=True)]
+    output = case.operation(**inputs.tensors, **inputs.options, backend=backend)
+    return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)]
 
 
 def check_parity(case: Case, dtype_name: str) -> dict[str, Any]:
     """Parity by the package's own rule, and the same bits from a second run. Uninitialised memory is NaN."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses; it is read when CUDA starts
     dtype = DTYPES[dtype_name]
     torch.use_deterministic_algorithms(True)
-    first, second = results(case, dtype), results(case, dtype)
+    try:
+        first, second = results(case, dtype), results(case, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
     same = all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    torch.use_deterministic_algorithms(False)
     report = measure(case, dtype, "triton", "cuda")
     row = {"case": str(case), "dtype": dtype_name, "passed": same and report.ok, "deterministic": same}
-    return row | {"of bound": {row.name: row.ratio for row in report.rows}}
+    return row | {"of bound": {result.name: result.ratio for result in report.rows}}
 
 
-def in_workers(jobs: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Any]:
-    """Run ``function, *arguments`` in worker processes; yield results, exceptions among them, until time is up."""
+# Worker processes
+
+
+def work(connection: Connection) -> None:
+    """A worker: a job after the other, until one leaves the device unusable."""
+    while True:
+        function, *arguments = connection.recv()
+        try:
+            answer = function(*arguments)
+        except Exception as error:  # a row of the report
+            answer = {"job": arguments, "error": repr(error)}
+        go_on = usable()
+        connection.send((answer, go_on))
+        if not go_on:
+            return
+
+
+def in_workers(jobs: Sequence[Job], seconds: float, most: int = 14) -> Iterator[Any]:
+    """Run ``function, *arguments`` in worker processes; yield results, errors among them, until time is up.
+
+    A worker that died or lost the device is replaced, so what one job did is no other's error.
+    """
     context = multiprocessing.get_context("spawn")
     end = time.monotonic() + seconds
-    pool = ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context)
-    futures = {pool.submit(*job): job for job in jobs}
+    waiting = deque(jobs)
+    workers: dict[Connection, tuple[Any, Job]] = {}
+
+    def give(connection: Connection, process: Any) -> None:
+        if waiting:
+            workers[connection] = process, waiting.popleft()
+            connection.send(workers[connection][1])
+        else:
+            process.kill()
+
+    def start() -> None:
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(there,), daemon=True)
+        process.start()
+        there.close()  # so that the end of the process is the end of the pipe
+        give(here, process)
+
     try:
-        for future in as_completed(futures, timeout=seconds):
-            error = future.exception()
-            yield future.result() if error is None else {"job": futures[future][1:], "error": repr(error)}
-    except TimeoutError:
-        yield {"error": f"not finished within {seconds:.0f} s"}
+        for _ in range(min(most, os.cpu_count() or 1, len(jobs))):
+            start()
+        while workers:
+            ready = wait(list(workers), max(0.0, end - time.monotonic()))
+            if not ready:
+                yield {"error": f"not finished within {seconds:.0f} s", "left out": len(workers) + len(waiting)}
+                return
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                process, job = workers.pop(connection)
+                try:
+                    answer, go_on = connection.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    answer, go_on = {"job": job[1:], "error": f"its process died, exit code {process.exitcode}"}, False
+                if go_on:
+                    give(connection, process)
+                elif waiting:
+                    start()
+                yield answer
     finally:
-        workers = list((getattr(pool, "_processes", None) or {}).values())
-        pool.shutdown(wait=time.monotonic() < end - 1, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
+        for process, _ in workers.values():
+            process.kill()
+
+
+def compiled(log: Log, jobs: Sequence[Job], seconds: float) -> None:
+    """Have kernels compiled side by side; they land in the cache on disk."""
+    for row in in_workers(jobs, seconds):
+        if "error" in row:
+            log.add("compilation", row)
 
 
 def parity(log: Log, seconds: float) -> None:
@@ -190,25 +280,31 @@ def sanitizer(log: Log, seconds: float) -> None:
     if not Path(tool).exists():
         log.add("sanitizer", {"skipped": "compute-sanitizer is not installed"})
         return
+    end = time.monotonic() + seconds
+    compiled(log, [(small_case, case) for case in SMALL], seconds / 2)
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--small"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    left = end - time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left, check=False)
     tail = (done.stdout + done.stderr)[-1500:]
     log.add("sanitizer", {"exit status": done.returncode, "output": tail})
     print(f"sanitizer: exit status {done.returncode}\n{tail[-400:]}", flush=True)
 
 
-def small_cases() -> None:
-    """What the memory checker watches."""
-    for case in (
-        AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
-        AttentionCase(Hq=4, N=3, M=400, P=77, D=40, options={"is_causal": True}),
-        AttentionCase(Hq=4, N=113, M=203, P=19, D=80, gate="BHNP", output_gate="BH", sinks=True),
-        EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
-        EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
-    ):
-        results(case, torch.bfloat16)
+SMALL: tuple[Case, ...] = (
+    AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
+    AttentionCase(Hq=4, N=3, M=400, P=77, D=40, options={"is_causal": True}),
+    AttentionCase(Hq=4, N=113, M=203, P=19, D=80, gate="BHNP", output_gate="BH", sinks=True),
+    EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
+    EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
+)
+"""What the memory checker watches."""
+
+
+def small_case(case: Case) -> dict[str, Any]:
+    results(case, torch.bfloat16)
     torch.cuda.synchronize()
+    return {}
 
 
 # Timing
@@ -218,18 +314,28 @@ def ours(**arguments: Any) -> Tensor:
     return fastprefix.prefix_attention(**arguments, backend="triton")
 
 
+def launch_cycles(call: Call) -> int:
+    """Cycles that a device must spin for a call to be queued whole meanwhile: twice what Python took, at most 25 ms."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return int(min(0.025, 2 * (time.perf_counter() - start)) * CYCLES)
+
+
 def time_calls(calls: dict[str, Call], repeats: int = 12) -> dict[str, float]:
-    """Median milliseconds of each, by CUDA events; the order rotates, and the cache is swept before each."""
+    """Median milliseconds of each (see ``TIMING``); the order rotates, and the cache is swept before each."""
+    if not calls:
+        return {}
     sweep = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
-    for call in calls.values():
-        call()
-        call()
+    cycles = {name: launch_cycles(call) for name, call in calls.items()}
     names = list(calls)
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             sweep.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(cycles[name])
             start.record()
             calls[name]()
             end.record()
@@ -322,7 +428,13 @@ def peer_calls(x: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     def one(backend: SDPBackend) -> Tensor:
         return sdpa(q, *concatenated(x), causal, backend)
 
-    return calls | {name: functools.partial(one, backend) for name, backend in PEERS.items()}
+    dense = causal and x["prefix_key"].shape[-2] > 0
+    return calls | {
+        name + (", dense mask" if dense and backend is SDPBackend.CUDNN_ATTENTION else ""): functools.partial(
+            one, backend
+        )
+        for name, backend in PEERS.items()
+    }
 
 
 def working(
@@ -337,7 +449,9 @@ def working(
             torch.cuda.synchronize()
             good[name] = prepare(call)
         except Exception as error:  # a peer that cannot is a result too
-            bad[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+            bad[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+            if not usable():
+                raise
     return good, bad
 
 
@@ -391,9 +505,15 @@ def cells() -> Iterator[tuple[Shape, int, str, bool]]:
                 yield shape, P, gate, causal
 
 
-def compile_cell(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
-    """Have the kernels of a cell compiled; they land in the cache on disk."""
-    x = attention_inputs((1, *shape[1:3], 256, shape[4]), 128, gate, causal)
+def compile_jobs() -> list[Job]:
+    """One for each specialisation of the kernels that the cells have: that of a batch, whatever its length."""
+    kinds = {(shape[1:3], shape[4], P, gate, causal): (shape, P, gate, causal) for shape, P, gate, causal in cells()}
+    return [(compile_cell, *kind) for kind in kinds.values()]
+
+
+def compile_cell(shape: Shape, P: int, gate: str, causal: bool) -> dict[str, Any]:
+    """Run the kernels of a cell on short inputs."""
+    x = attention_inputs((*shape[:3], 256, shape[4]), P, gate, causal)
     trained(lambda: ours(**x), x)()
     inferred(lambda: ours(**x))()
     torch.cuda.synchronize()
@@ -402,8 +522,7 @@ def compile_cell(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
 
 def speed(log: Log, seconds: float) -> None:
     end = time.monotonic() + seconds
-    kinds = {(shape[1:3], shape[4], gate, causal): (shape, gate, causal) for shape, _, gate, causal in cells()}
-    list(in_workers([(compile_cell, *kind) for kind in kinds.values()], seconds / 3))
+    compiled(log, compile_jobs(), seconds / 3)
     left = 0
     for cell in cells():
         if time.monotonic() > end:
@@ -441,13 +560,13 @@ def flex(log: Log, seconds: float) -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     end = time.monotonic() + seconds
-    compiled = torch.compile(flex_attention, dynamic=False)
     P = 128
     for shape in (SHAPES[3], SHAPES[2], SHAPES[1], SHAPES[0], SHAPES[4]):
         if time.monotonic() > end:
             log.add("flex", {"left out": shape})
             continue
-        row = compare_flex(shape, P, compiled, create_block_mask)
+        torch._dynamo.reset()  # past its limit of recompilations it would refuse
+        row = compare_flex(shape, P, torch.compile(flex_attention, dynamic=False, fullgraph=True), create_block_mask)
         log.add("flex", row)
         print("flex", json.dumps(row), flush=True)
 
@@ -488,12 +607,24 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
 """(BM, BN, BP, warps, stages), tried for heads of 64 and 128 in bfloat16."""
 
 
-def set_tile(kernel: str, width: int, values: tuple[int, ...]) -> None:
+def rows_of(kernel: str) -> Any:
+    """The tile table's for this device: by width and dtype."""
     from fastprefix.ops.prefix_attention.triton import tiles
     from fastprefix.ops.targets import architecture
 
-    table = tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())]
-    table[kernel][(width, tiles.HALF)] = tiles.Tile(*values)  # type: ignore[arg-type]
+    return tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())][kernel]
+
+
+def own_tile(kernel: str, width: int) -> tuple[Any, ...]:
+    from fastprefix.ops.prefix_attention.triton import tiles
+
+    return tuple(rows_of(kernel)[(width, tiles.HALF)])
+
+
+def set_tile(kernel: str, width: int, values: tuple[Any, ...]) -> None:
+    from fastprefix.ops.prefix_attention.triton import tiles
+
+    rows_of(kernel)[(width, tiles.HALF)] = tiles.Tile(*values)
 
 
 def tile_case(kernel: str, width: int, values: tuple[int, ...], N: int) -> Call:
@@ -519,31 +650,38 @@ def tile_case(kernel: str, width: int, values: tuple[int, ...], N: int) -> Call:
 
 
 def compile_tile(kernel: str, width: int, values: tuple[int, ...]) -> dict[str, Any]:
-    tile_case(kernel, width, values, 256)()
-    torch.cuda.synchronize()
+    own = own_tile(kernel, width)
+    try:
+        tile_case(kernel, width, values, 256)()
+        torch.cuda.synchronize()
+    finally:
+        set_tile(kernel, width, own)
     return {}
 
 
 def tiles_stage(log: Log, seconds: float) -> None:
-    """The fastest tile of each kernel; the table in the package is left as it is for the stages that follow."""
-    from fastprefix.ops.prefix_attention.triton import tiles
-    from fastprefix.ops.targets import architecture
-
+    """The fastest tile of each kernel; the stages that follow have the package's own."""
     end = time.monotonic() + seconds
-    jobs = [(kernel, width, values) for width in (128, 64) for kernel in CANDIDATES for values in CANDIDATES[kernel]]
-    list(in_workers([(compile_tile, *job) for job in jobs], seconds * 0.6))
-    table = tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())]
+    jobs = [
+        (compile_tile, kernel, width, values)
+        for width in (128, 64)
+        for kernel in CANDIDATES
+        for values in CANDIDATES[kernel]
+    ]
+    compiled(log, jobs, seconds * 0.6)
     for width, kernel in itertools.product((128, 64), CANDIDATES):
-        own = tuple(table[kernel][(width, tiles.HALF)])
+        own = own_tile(kernel, width)
         found: dict[str, float] = {}
         for values in dict.fromkeys((own[:5], *CANDIDATES[kernel])):
             if time.monotonic() > end:
                 break
             try:
-                found[str(values)] = time_calls({"": tile_case(kernel, width, values, 2048)}, repeats=8)[""]  # type: ignore[arg-type]
+                found[str(values)] = time_calls({"": tile_case(kernel, width, values, 2048)}, repeats=8)[""]
             except Exception as error:  # too much shared memory, say
                 log.add("tiles", {"kernel": kernel, "width": width, "tile": values, "error": str(error)[:200]})
-        set_tile(kernel, width, own)  # type: ignore[arg-type]
+                if not usable():
+                    raise
+        set_tile(kernel, width, own)
         if found:
             best = min(found, key=lambda tile: found[tile])
             log.add("tiles", {"kernel": kernel, "width": width, "ms": found, "best": best, "own": str(own[:5])})
@@ -560,7 +698,42 @@ STAGES = {
 }
 
 
+def run_stage(name: str, path: Path, seconds: float) -> None:
+    log = Log(path)
+    if "environment" not in log.results:
+        log.results["environment"] = environment()
+    start = time.monotonic()
+    try:
+        STAGES[name](log, seconds)
+    except Exception:
+        log.add("failures", {"stage": name, "error": traceback.format_exc()})
+        print(f"stage {name} failed:\n{traceback.format_exc()}", flush=True)
+    log.results.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
+    log.save()
+
+
+def _in_own_group(function: Callable[..., object], *arguments: Any) -> None:
+    os.setsid()
+    function(*arguments)
+
+
+def supervised(job: Job, seconds: float) -> str | None:
+    """Run a job in a process of its own, and end it with all that it started. Returns why it did not end by itself."""
+    process = multiprocessing.get_context("spawn").Process(target=_in_own_group, args=job)
+    process.start()
+    assert process.pid is not None
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if code is None:
+        return f"ended after {seconds:.0f} s"
+    return None if code == 0 else f"its process died, exit code {code}"
+
+
 def main() -> int:
+    end = time.monotonic() + LIMIT
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the raw figures go")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
@@ -570,21 +743,22 @@ def main() -> int:
         print("benchmarks/gpu.py needs a CUDA device, and PyTorch finds none", file=sys.stderr)
         return 2
     if options.small:
-        small_cases()
+        for case in SMALL:
+            small_case(case)
         return 0
-    log = Log(options.out)
+    options.out.unlink(missing_ok=True)
     for name in options.stages:
-        start = time.monotonic()
-        try:
-            STAGES[name](log, SECONDS[name])
-        except Exception:  # the other stages go on
-            log.add("failures", {"stage": name, "traceback": traceback.format_exc()})
-            print(f"stage {name} failed:\n{traceback.format_exc()}", flush=True)
-        log.results.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
-        log.save()
-        torch.cuda.empty_cache()
-    print("seconds:", log.results["seconds"], flush=True)
-    return int("failures" in log.results)
+        left = end - time.monotonic()
+        failure: str | None = f"left out, with {left:.0f} s left"
+        if left > GRACE:
+            seconds = min(SECONDS[name], left - GRACE)
+            failure = supervised((run_stage, name, options.out, seconds), seconds + GRACE)
+        if failure is not None:
+            Log(options.out).add("failures", {"stage": name, "error": failure})
+            print(f"stage {name}: {failure}", flush=True)
+    found = Log(options.out).results
+    print("seconds:", found.get("seconds"), flush=True)
+    return int("failures" in found)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def once(question: Callable[[], T]) -> Callable[[], T]:
-    """The function, run at its first call; a trace takes its answer as a constant.
+def once(question: Callable[P, T]) -> Callable[P, T]:
+    """The function, run at its first call with an argument; a trace takes its answer as a constant.
 
     ``torch.compiler.assume_constant_result`` says the same by the same attribute, but imports the compiler to say it.
     """
     answer = functools.cache(question)
 
     @functools.wraps(question)
-    def ask() -> T:
-        return answer()
+    def ask(*arguments: P.args, **named: P.kwargs) -> T:
+        return answer(*arguments, **named)  # type: ignore[arg-type]
 
     ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return ask

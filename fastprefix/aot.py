@@ -22,7 +22,7 @@ from .ops.prefix_attention.validation import canonical_arguments as attention_ar
 from .ops.prompt_embedding import arguments as embedding
 from .ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
 
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 shares the tiles of bfloat16

@@ -27,6 +27,32 @@ def test_compiles_without_spills(arch: str, instruction: str) -> None:
         assert instruction in next(line for line in lines if f" {kernel} " in line)
 
 
+def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
+    options = ("--arch", "sm_86", "--dtype", "bfloat16", "--width", "256", "--features", "full", "--bottleneck", "19")
+    done = aot(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " bwd_dkv " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "capabilities"),
+    [
+        ("sm_80", [(8, 0), (8, 7)]),
+        ("sm_86", [(8, 6), (8, 9), (12, 0), (12, 1)]),
+        ("sm_90", [(9, 0), (10, 0), (10, 3), (11, 0)]),
+    ],
+)
+def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
+    from fastprefix.aot import SHARED_MEMORY
+    from fastprefix.ops.prefix_attention.triton import tiles
+    from fastprefix.ops.targets import architecture
+
+    assert [architecture(capability) for capability in capabilities] == [row] * len(capabilities)
+    assert row in tiles.ARCHITECTURES
+    assert row in tiles.VARIANTS
+    assert row in SHARED_MEMORY
+
+
 def test_a_spill_is_not_acceptable() -> None:
     from fastprefix.aot import Report
     from fastprefix.ops.prefix_attention.triton.tiles import Tile

@@ -20,15 +20,31 @@ def test_unknown_and_unusable_backends_are_refused(case, monkeypatch):
         case.operation(**tensors, backend="fastest")
     with pytest.raises(TypeError, match=r"^backend"):
         case.operation(**tensors, backend=1)
-    monkeypatch.setitem(backends.BACKENDS, "broken", backends.Backend("broken", None, lambda: "it was not built"))
+    monkeypatch.setitem(
+        backends.BACKENDS, "broken", backends.Backend("broken", None, lambda device: "it was not built")
+    )
     with pytest.raises(ValueError, match="backend 'broken' is not usable here: it was not built"):
         case.operation(**tensors, backend="broken")
-    monkeypatch.setitem(backends.BACKENDS, "cuda_only", backends.Backend("cuda_only", ("cuda",), lambda: None))
+    monkeypatch.setitem(backends.BACKENDS, "cuda_only", backends.Backend("cuda_only", ("cuda",), lambda device: None))
     with pytest.raises(ValueError, match="it runs on cuda tensors, not on cpu"):
         case.operation(**tensors, backend="cuda_only")
-    monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend("other", None, lambda: None))
+    monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend("other", None, lambda device: None))
     with pytest.raises(ValueError, match="does not have this operation"):
         case.operation(**tensors, backend="other")
+
+
+def test_triton_looks_at_the_device_of_the_inputs(monkeypatch):
+    """Two of them, the current one too old for the kernels."""
+    capabilities = {None: (7, 5), torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (8, 0)}
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device])
+    monkeypatch.setattr(torch.version, "hip", None)
+    refusal = backends._no_triton.__wrapped__
+    assert "8.0 or newer, not 7.5" in refusal(torch.device("cuda", 0))
+    assert refusal(torch.device("cuda", 1)) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in refusal(torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "prefix_bias"])

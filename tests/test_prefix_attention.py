@@ -53,6 +53,19 @@ def test_gradcheck(case):
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**63 - 1])
+def test_a_window_over_everything_hides_nothing(backend, window, causal):
+    t = leaves(AttentionCase(N=5, M=7, P=3))
+
+    def run(**options):
+        output = prefix_attention(**t, is_causal=causal, backend=backend, **options)
+        return output, *torch.autograd.grad(output, t.values(), torch.ones_like(output))
+
+    for got, expected in zip(run(window_size=window), run(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
 def test_compile(backend, compiler, dynamic):
     torch._dynamo.reset()

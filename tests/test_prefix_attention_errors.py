@@ -46,6 +46,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("prefix_bias bool", {"prefix_bias": Z(N, P).bool()}, TypeError, "prefix_bias"),
     ("is_causal", {"is_causal": 1}, TypeError, "is_causal"),
     ("window_size zero", {"window_size": 0}, ValueError, "window_size"),
+    ("window_size beyond 64 bits", {"window_size": 2**63}, ValueError, "window_size"),
     ("window_size float", {"window_size": 2.0}, TypeError, "window_size"),
     ("segment_ids tensor", {"segment_ids": Z(B, N).long()}, TypeError, "segment_ids"),
     ("segment_ids single", {"segment_ids": (Z(B, N).long(),)}, ValueError, "segment_ids"),

@@ -136,6 +136,8 @@ CASES: dict[str, Inputs] = {
     "causal window of many tiles": {"is_causal": True, "window_size": 70, "N": 100, "M": 130, "B": 1, "Hq": 2},
     "window": {"window_size": 5, "N": 70, "M": 66, "B": 1},
     "narrow window": {"window_size": 2, "N": 40, "M": 40, "B": 1, "P": 0},
+    "window of 32 bits": {"is_causal": True, "window_size": 2**31 - 1, "N": 40, "M": 45, "B": 1},
+    "window of 63 bits": {"window_size": 2**63 - 1, "N": 45, "M": 40, "B": 1},
     "segments": {"segments": 3},
     "padding": {"hidden": (2, 45)},
     "bool mask": {"hidden": (2, 1, 37, 45)},
@@ -183,6 +185,7 @@ CASES: dict[str, Inputs] = {
     "no keys but sinks": {"M": 0, "P": 0, "sinks": True},
     "no queries": {"N": 0, "gate": (2, 2, 19), "sinks": True},
     "no rows": {"B": 0, "gate": (19,), "output_gate": (4,)},
+    "no rows, prefix of each": {"B": 0, "shared": False, "gate": (19,)},
     "decoding": {"N": 1, "M": 140, "P": 70, "is_causal": True},
     "decoding, a few": {"N": 5, "M": 100, "P": 40, "is_causal": True, "B": 3, "Hq": 8},
     "decoding, prefix of each row": {"N": 2, "M": 100, "P": 70, "shared": False, "gate": (2, 2, 70)},
@@ -281,6 +284,33 @@ if INTERPRETING:
         x = {"is_causal": True, "dropout_p": 0.0} | dict.fromkeys(names) | inputs(N=5, M=6, P=3, gate=(3,), sinks=True)
         x = {k: v.float().requires_grad_() if isinstance(v, Tensor) else v for k, v in x.items()}
         torch.library.opcheck(torch.ops.fastprefix.prefix_attention.triton, tuple(canonical_arguments(**x)))
+
+    @pytest.mark.parametrize(
+        ("dtype", "precision", "used"),
+        [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee")],
+    )
+    def test_precision_of_products(
+        dtype: torch.dtype, precision: str, used: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The user's, by PyTorch's newer switch: once it is set, the older one cannot be read."""
+        from fastprefix.ops import targets
+
+        seen: set[str] = set()
+        launch = targets.Device.launch
+
+        def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+            seen.add(constants["PRECISION"])
+            launch(self, kernel, grid, arguments, constants, tile)
+
+        monkeypatch.setattr(targets.Device, "launch", record)
+        x = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in inputs(N=20, M=20, B=1).items()}
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, precision
+        try:
+            triton_backend(**x)
+        finally:
+            matmul.fp32_precision = before
+        assert seen == {used}
 
     def test_compiles_whole() -> None:
         x = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs(N=5, M=6, P=3, gate=(3,)).items()}

@@ -191,9 +191,8 @@ class Backward {
     A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
     A *gates, *keeps, *products, *slopes;
-    A* gate_sums;  // per query block: [kKeys]
-    Tile<M> s;     // scores, then what multiplies do in dV
-    Tile<M> ds;    // <do, v>, then what multiplies q in dK
+    Tile<M> s;   // scores, then what multiplies do in dV
+    Tile<M> ds;  // <do, v>, then what multiplies q in dK
     A* token_sums;
     std::vector<Strip> strips;
 

@@ -1,16 +1,14 @@
-// Dropout from counter-based random numbers, the same on every backend: Philox4x32-10 (Salmon et al., SC 2011), the
-// key is the seed, the counter (column, query, row and head, 0), the first word decides.
+// Dropout: Philox's key is the seed, the counter (column, query, row and head, 0), the first word decides.
 #pragma once
 
-#include <cstdint>
-
-#include "pack.h"
+#include "../common/philox.h"
 #include "problem.h"
 
 namespace fastprefix {
 
 // The first words for one column and kQueries consecutive queries.
-inline void philox_row(uint32_t k0, uint32_t k1, uint32_t column, uint32_t first_query, uint32_t plane, uint32_t* word) {
+inline void philox_row(
+    uint32_t k0, uint32_t k1, uint32_t column, uint32_t first_query, uint32_t plane, uint32_t (&word)[kQueries]) {
   uint32_t c1[kQueries], c2[kQueries], c3[kQueries];
   for (int64_t i = 0; i < kQueries; ++i) {
     word[i] = column;
@@ -18,14 +16,7 @@ inline void philox_row(uint32_t k0, uint32_t k1, uint32_t column, uint32_t first
     c2[i] = plane;
     c3[i] = 0;
   }
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-    for (int64_t i = 0; i < kQueries; ++i) {
-      uint64_t first = uint64_t{word[i]} * 0xD2511F53u, second = uint64_t{c2[i]} * 0xCD9E8D57u;
-      word[i] = static_cast<uint32_t>(second >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(second);
-      c2[i] = static_cast<uint32_t>(first >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(first);
-    }
+  philox(k0, k1, word, c1, c2, c3);
 }
 
 // Dropout's factors for a block of scores: factors[row][query].

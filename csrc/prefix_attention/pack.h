@@ -1,16 +1,13 @@
 // Moving operands into the forms that the product wants, a block at a time, in a thread's own scratch memory.
 #pragma once
 
+#include "../common/round_up.h"
 #include "gemm.h"
+#include "problem.h"
 
 namespace fastprefix {
 
-constexpr int64_t kQueries = 64;  // queries in a block: the vector side of S^T
-constexpr int64_t kKeys = 96;     // keys in a block
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t kKeys = 96;  // keys in a block
 
 // rows x width of T to operands, rows `ld` apart and padded with zeros up to there.
 template <class Op, class T>

@@ -41,6 +41,12 @@ struct View {
   }
 };
 
+constexpr int64_t kQueries = 64;  // queries in a block: the vector side of S^T
+
+inline int64_t query_blocks(int64_t queries) {
+  return (queries + kQueries - 1) / kQueries;
+}
+
 enum class Half { prefix, tokens };
 
 // The queries that are worked on together: `count` of them from `first` on, of row b and head h.
@@ -107,7 +113,7 @@ struct Problem {
 
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
-  int64_t query_blocks() const { return (N + 63) / 64; }
+  int64_t query_blocks() const { return fastprefix::query_blocks(N); }
   // Where, in normalizers [softmaxes][m, l][B, Hq, N], those of a block begin.
   int64_t normalizer(const QueryBlock& queries, int64_t softmax, int64_t part) const {
     return (((softmax * 2 + part) * B + queries.b) * Hq + queries.h) * N + queries.first;

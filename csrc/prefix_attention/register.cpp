@@ -73,7 +73,7 @@ std::vector<Tensor> run_backward(
     if (asked[i]) results[i] = empty_gradient(*tensors[i]);
 
   int64_t B = a.query.size(0), Hq = a.query.size(1), Hkv = a.key.size(1), N = a.query.size(2), P = a.prefix_key.size(2);
-  int64_t blocks = (N + kQueries - 1) / kQueries;
+  int64_t blocks = query_blocks(N);
   bool each_query = a.prefix_gate && a.prefix_gate->dim() == 4 && a.prefix_gate->size(2) == N;
   auto sums = a.query.options().dtype(accumulator(a.query));
   Gradients gradients{results[0], results[1], results[2], results[3], results[4], {}, {}, {}};

@@ -24,7 +24,7 @@ struct Columns {
   int64_t first, rows;
 };
 
-// Calls visit(row, column, pointer) for every vector of a strip of a block.
+// Calls visit(row, column) for every vector of a strip of a block.
 template <class A, class Visit>
 inline void for_vectors(const Strip& strip, Visit visit) {
   for (int64_t r = strip.row; r < strip.row + strip.rows; ++r)

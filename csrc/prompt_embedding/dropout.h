@@ -1,9 +1,9 @@
-// Dropout from counter-based random numbers, the same on every backend: Philox4x32-10 (Salmon et al., SC 2011), the
-// key is the seed, the counter (hidden unit, position, batch row, 0), the first word decides.
+// Dropout: Philox's key is the seed, the counter (hidden unit, position, batch row, 0), the first word decides.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
+
+#include "../common/philox.h"
 
 namespace fastprefix::prompt_embedding {
 
@@ -34,16 +34,10 @@ struct Dropout {
   }
 
  private:
-  uint32_t word(uint32_t c0, uint32_t c1, uint32_t c2) const {
-    uint32_t c3 = 0, k0 = key_low, k1 = key_high;
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      uint64_t first = uint64_t{c0} * 0xD2511F53u, second = uint64_t{c2} * 0xCD9E8D57u;
-      c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(second);
-      c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(first);
-    }
-    return c0;
+  uint32_t word(uint32_t unit, uint32_t position, uint32_t row) const {
+    uint32_t c0[1] = {unit}, c1[1] = {position}, c2[1] = {row}, c3[1] = {0};
+    philox(key_low, key_high, c0, c1, c2, c3);
+    return c0[0];
   }
 };
 

@@ -1,13 +1,10 @@
 // Rows of a tensor of type T, to and from rows of sums of type A padded with zeros to whole vectors.
 #pragma once
 
+#include "../common/round_up.h"
 #include "../prefix_attention/simd.h"
 
 namespace fastprefix::prompt_embedding {
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 // memcpy past the caches, for an output that they could not hold: memory is written without being read first.
 inline void stream(void* to, const void* from, int64_t bytes) {

@@ -18,11 +18,11 @@ from . import checks
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run the operations: its name, the device types it runs on, and why it is not usable (None: it is)."""
+    """A way to run the operations: its name, the device types it runs on, and why not on a device (None: it does)."""
 
     name: str
     devices: tuple[str, ...] | None  # None: all
-    reason_unusable: Callable[[], str | None]
+    reason_unusable: Callable[[torch.device], str | None]
     interpretable: bool = False  # with TRITON_INTERPRET=1 it runs on the CPU too, if it is named
 
     def refusal(self, device: torch.device) -> str | None:
@@ -31,20 +31,26 @@ class Backend:
             return None
         if self.devices is not None and device.type not in self.devices:
             return f"it runs on {' and '.join(self.devices)} tensors, not on {device.type} tensors"
-        return self.reason_unusable()
+        return self.reason_unusable(device)
 
 
-def _always() -> str | None:
+def _always(device: torch.device) -> str | None:
     return None
 
 
+def _no_libraries(device: torch.device) -> str | None:
+    return _native.load()
+
+
 @once
-def _no_triton() -> str | None:
+def _no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is not None:
+        return "its kernels are for CUDA, and this PyTorch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs a device of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
     return None
@@ -54,7 +60,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("triton", ("cuda",), _no_triton, interpretable=True),
-        Backend("cpu", ("cpu",), _native.load),
+        Backend("cpu", ("cpu",), _no_libraries),
         Backend("eager", None, _always),
     )
 }

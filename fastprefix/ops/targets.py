@@ -43,9 +43,11 @@ class Device:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The row for a device: its own, or that of the newest one before it."""
-    if capability >= (9, 0) and capability[0] in (9, 10, 11):
+    """The row for a device: the newest one that is no newer and asks for no more shared memory than it has."""
+    if capability[0] in (9, 10, 11):
         return "sm_90"
+    if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KB a block
+        return "sm_86"
     return "sm_80"
 
 

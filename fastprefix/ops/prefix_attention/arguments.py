@@ -38,11 +38,6 @@ class Arguments(NamedTuple):
         return self.query.shape[1] // self.key.shape[1]
 
     @property
-    def shared_prefix(self) -> bool:
-        """One prefix for the whole batch."""
-        return self.prefix_key.shape[0] == 1 and self.prefix_value.shape[0] == 1
-
-    @property
     def accumulator(self) -> torch.dtype:
         """The dtype of sums and scores: float32, and float64 for float64."""
         return torch.float64 if self.query.dtype is torch.float64 else torch.float32

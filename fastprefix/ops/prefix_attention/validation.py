@@ -14,6 +14,9 @@ _GATE = "up to three dimensions that broadcast to [B, Hkv, P], or four that broa
 _MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts to [B, Hq, N, M]"
 _SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
 
+_WINDOW = "a whole number of at least 1 and less than 2**63, or None"
+_FURTHEST = 2**30  # positions and their distances fit into 32 bits, in which Triton kernels compute them
+
 _CHECKED: set[Hashable] = set()
 _MOST_CHECKED = 4096
 
@@ -66,7 +69,7 @@ def canonical_arguments(
         key_segments,
         random.draw_seed(query.device) if dropout_p > 0.0 else None,
         is_causal,
-        window_size,
+        _canonical_window(window_size, query.shape[2], key.shape[2]),
         None if softcap is None else float(softcap),
         1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         float(dropout_p),
@@ -161,9 +164,9 @@ def _check_options(
     checks.check_flag("is_causal", is_causal)
     if window_size is not None:
         if isinstance(window_size, bool) or not isinstance(window_size, int | torch.SymInt):
-            raise checks.wrong_type("window_size", window_size, "a whole number of at least 1, or None")
-        if window_size < 1:
-            raise checks.wrong_value("window_size", window_size, "a whole number of at least 1, or None")
+            raise checks.wrong_type("window_size", window_size, _WINDOW)
+        if not 1 <= window_size < 2**63:
+            raise checks.wrong_value("window_size", window_size, _WINDOW)
     if softcap is not None:
         checks.check_number("softcap", softcap, "a number above 0, or None")
         if not 0.0 < softcap < math.inf:
@@ -245,6 +248,16 @@ def _canonical_mask(mask: Tensor | None) -> Tensor | None:
     if mask is not None and _is_padding(mask):
         return mask[:, None, None, :]
     return _leading_ones(mask, 4)
+
+
+def _canonical_window(window_size: int | None, queries: int, keys: int) -> int | None:
+    """No wider than what no distance exceeds, so that no kernel's sum of a position and a window overflows.
+
+    Sizes are looked at only where the window is huge: a trace of dynamic shapes gets no guards from ordinary ones.
+    """
+    if window_size is None or window_size <= _FURTHEST:
+        return window_size
+    return min(window_size, max(queries, keys, _FURTHEST))
 
 
 def _leading_ones(tensor: Tensor | None, ndim: int) -> Tensor | None:

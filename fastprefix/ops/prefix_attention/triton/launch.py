@@ -68,6 +68,12 @@ def backward(
     return [step.gradients[name] for name in DIFFERENTIABLE if name in needs]
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """Of the products: float32 ones are the user's choice, by the switch that PyTorch's own products have."""
+    matmul = torch.backends.cuda.matmul  # "allow_tf32", its older name, cannot be read once this one has been set
+    return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
+
+
 class _Plan:
     """What the launches of a call have in common."""
 
@@ -80,7 +86,7 @@ class _Plan:
         self.P = a.prefix_key.shape[2]
         padded = [max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV)]
         self._constants: dict[str, Any] = {"D": self.D, "DV": self.DV, "DP": padded[0], "DVP": padded[1]}
-        self._constants["PRECISION"] = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self._constants["PRECISION"] = _precision(a.query.dtype)
         self._width = max(padded)
         x = self.problem
         pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
@@ -228,7 +234,7 @@ class _Backward(_Plan):
         if result is None or parts == 1:
             return ABSENT if result is None else matrix(result)
         batch, heads, length, size = result.shape
-        stride = (result[0].numel(), *result.stride()[1:])
+        stride = (heads * length * size, *result.stride()[1:])
         return matrix(
             torch.empty_strided((parts * batch, heads, length, size), stride, dtype=torch.float32, device=result.device)
         )

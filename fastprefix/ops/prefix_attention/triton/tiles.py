@@ -24,7 +24,7 @@ HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 _WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
 _FLOAT = "float32 products run without matrix units; not measured"
 
-# kernel -> (widest head, dtype) -> tile
+# kernel -> (widest head, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
 _SM80: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
         (64, HALF): Tile(128, 64, 64, 8, 2),
@@ -74,6 +74,13 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
         (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
         (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
+}
+_SM86: dict[str, dict[tuple[int, str], Tile]] = {
+    **_SM80,
+    "decode": {**_SM80["decode"], (64, HALF): Tile(16, 64, 64, 4, 3)},
+    "delta": {**_SM80["delta"], (128, HALF): Tile(32, 32, 32, 4, 2)},
+    "dkv": {**_SM80["dkv"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
+    "dprefix": {**_SM80["dprefix"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
 }
 _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
@@ -126,6 +133,10 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "dropout": _DROPOUT,
     "dropout of pairs": _SMALLEST,
 }
+_SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
+    **_SM80_VARIANTS,
+    "dropout of pairs": {**_SMALLEST, "dkv": {**_SMALLEST["dkv"], (64, HALF): Tile(32, 32, 32, 8, 1)}},
+}
 _SM90_DECODE_DROPOUT = {(64, HALF): Tile(16, 32, 32, 4, 2), (128, HALF): Tile(16, 32, 32, 4, 2)}
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
@@ -152,10 +163,11 @@ _INTERPRETER = {
 
 ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "sm_80": _SM80,
+    "sm_86": _SM86,
     "sm_90": _SM90,
     "interpreter": _INTERPRETER,
 }
-VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_90": _SM90_VARIANTS}
+VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_86": _SM86_VARIANTS, "sm_90": _SM90_VARIANTS}
 WIDEST = 256
 """The widest head there is a tile for."""
 
