@@ -212,7 +212,7 @@ def inverse(b_l):
 @triton.jit
 def row_of(softmax, plane, i, a, N):
     """Where a row's number stands in [softmaxes, B, Hq, N]."""
-    return (softmax * a.planes + plane).to(tl.int64) * N + i
+    return (softmax * (a.planes16 // 16) + plane).to(tl.int64) * N + i
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def prefix_attention_decode_kernel(
     if pid < prefix_programs:
         rows = a.group * N
         if a.pk.b is None:
-            rows *= a.planes // a.heads
+            rows *= a.planes16 // 16 // a.heads
         part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, BM), kv_heads)
         r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
         b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
