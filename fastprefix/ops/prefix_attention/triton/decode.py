@@ -135,7 +135,7 @@ def prefix_attention_combine_kernel(
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
         b_o += b_prefix
     store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, N)
-    tl.store(row_address(o, b, h, i) + o_d * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
+    tl.store(row_address(o, b, h, i) + o_d.to(tl.int64) * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
 
 
 @triton.jit
