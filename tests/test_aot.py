@@ -34,6 +34,14 @@ def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
     assert " bwd_dkv " in done.stdout
 
 
+def test_narrow_and_padded_heads_and_rounded_products() -> None:
+    widths, features = ("--width", "16", "80", "128"), ("--features", "causal, gate of keys")
+    done = aot("--arch", "sm_80", "--dtype", "bfloat16", "tf32", *widths, *features, "--bottleneck", "9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(line.split()[1], line.split()[2]) for line in done.stdout.splitlines()[:-1] if " fwd " in line}
+    assert found == {("bfloat16", "D16"), ("bfloat16", "D80"), ("bfloat16", "D128"), ("tf32", "D128")}
+
+
 @pytest.mark.parametrize(
     ("row", "capabilities"),
     [
