@@ -1,4 +1,4 @@
-"""``python -m fastprefix aot``: compile every Triton kernel in every tile of the table, without a GPU, and report.
+"""``python -m fastprefix aot``: compile every Triton kernel in the tiles of the tables, without a GPU, and report.
 
 The launches are those of real calls, on tensors without storage: what is compiled is what would run. Registers, spills
 and shared memory come from the compiled machine code, matrix instructions from the PTX.
@@ -25,9 +25,13 @@ from .ops.prompt_embedding.validation import canonical_arguments as embedding_ar
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 shares the tiles of bfloat16
-_WIDTHS = (64, 128, 256)
-_BOTTLENECKS = (19, 64, 512)
+# float16 shares the tiles of bfloat16; "tf32" is attention in float32 whose products are rounded
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+_WIDTHS = (16, 64, 80, 128, 256)
+_SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 alone
+_SAMPLED_FEATURES = ("full", "causal, gate of keys", "everything")
+_QUICK_BOTTLENECKS = (19, 64, 512)
+_BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 100, 200)
 _FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal, gate of keys": {"is_causal": True, "gate": 3},
@@ -100,9 +104,13 @@ def main(options: argparse.Namespace) -> int:
     """Compile, print, and return the exit status: 1 where something is not acceptable."""
     if options.quick:
         options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
+        options.bottleneck = _QUICK_BOTTLENECKS
     faults = count = 0
-    of_attention = itertools.product(options.arch, options.dtype, options.width, options.features)
-    of_embedding = itertools.product(options.arch, options.dtype, options.bottleneck)
+    combinations = itertools.product(options.arch, options.dtype, options.width, options.features)
+    of_attention = (combination for combination in combinations if _wanted(*combination))
+    of_embedding = itertools.product(
+        options.arch, [name for name in options.dtype if name != "tf32"], options.bottleneck
+    )
     for report in itertools.chain(
         *(attention_reports(*choice) for choice in of_attention),
         *(embedding_reports(*choice) for choice in of_embedding),
@@ -114,6 +122,13 @@ def main(options: argparse.Namespace) -> int:
     return int(faults > 0)
 
 
+def _wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
+    """Whether one combination is compiled."""
+    if width in _SAMPLED:
+        return dtype_name == "bfloat16" and features in _SAMPLED_FEATURES
+    return dtype_name != "tf32" or features in _SAMPLED_FEATURES
+
+
 def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
     """Compile the kernels of a training step and of a decoding step."""
     from .ops.prefix_attention.triton import launch
@@ -121,12 +136,17 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
     dtype = _DTYPES[dtype_name]
     compiler = _Compiler(arch, dtype_name, f"D{width}", features)
     a = _attention(dtype, width, 512, **_FEATURES[features])
-    output, normalizers = launch.forward(a, compiler)
     needs = [
         getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in attention.DIFFERENTIABLE
     ]
-    launch.backward(output, output, normalizers, a, needs, compiler)
-    launch.forward(_attention(dtype, width, 1, **_FEATURES[features]), compiler)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype_name == "tf32" else "ieee"
+    try:
+        output, normalizers = launch.forward(a, compiler)
+        launch.backward(output, output, normalizers, a, needs, compiler)
+        launch.forward(_attention(dtype, width, 1, **_FEATURES[features]), compiler)
+    finally:
+        matmul.fp32_precision = before
     yield from compiler.reports
 
 

@@ -34,6 +34,14 @@ def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
     assert " bwd_dkv " in done.stdout
 
 
+def test_narrow_and_padded_heads_and_rounded_products() -> None:
+    widths, features = ("--width", "16", "80", "128"), ("--features", "causal, gate of keys")
+    done = aot("--arch", "sm_80", "--dtype", "bfloat16", "tf32", *widths, *features, "--bottleneck", "9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(line.split()[1], line.split()[2]) for line in done.stdout.splitlines()[:-1] if " fwd " in line}
+    assert found == {("bfloat16", "D16"), ("bfloat16", "D80"), ("bfloat16", "D128"), ("tf32", "D128")}
+
+
 @pytest.mark.parametrize(
     ("row", "capabilities"),
     [
@@ -51,6 +59,55 @@ def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
     assert row in tiles.ARCHITECTURES
     assert row in tiles.VARIANTS
     assert row in SHARED_MEMORY
+
+
+COUNT = """
+import torch, triton
+from fastprefix import aot
+from fastprefix.ops.prefix_attention.triton import launch as attention
+from fastprefix.ops.prompt_embedding import arguments
+from fastprefix.ops.prompt_embedding.triton import launch as embedding
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+
+def count(*, compile, fn, **_):
+    kinds.setdefault(fn.name, set()).add(compile["key"])
+    return True  # do not compile
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+kinds = {}
+aot._pretend(80)
+triton.knobs.runtime.jit_cache_hook = count
+options = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
+options |= {"softcap": None, "sinks": None, "scale": None, "is_causal": True, "dropout_p": 0.0}
+for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
+    ids, d, r = tensor(B, N, dtype=torch.int64), 768, 19
+    network, pair = (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), (tensor(512, r), tensor(r, d))
+    for offset in {"ffn": network, "low_rank": None}, {"ffn": None, "low_rank": pair}:
+        dropout_p = 0.1 if offset["ffn"] else 0.0
+        a = aot.embedding_arguments(ids, tensor(99, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
+        needs = [getattr(a, name) is not None for name in arguments.DIFFERENTIABLE]
+        embedding.backward(embedding.forward(a, Target()), a, needs, Target())
+    if N > 16:
+        q, k, p = tensor(B, 4, N, 64), tensor(B, 2, N + S, 64), tensor(2, 50, 64)
+        a = aot.attention_arguments(q, k, k, p, p, **options)
+        output, normalizers = attention.forward(a, Target())
+        attention.backward(output, output, normalizers, a, [x is not None for x in a[:10]], Target())
+print(*sorted(name for name, keys in kinds.items() if len(keys) > 1))
+print(len(kinds))
+"""
+
+
+def test_another_batch_or_length_compiles_nothing_anew() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["", "10"]
 
 
 def test_a_spill_is_not_acceptable() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -278,6 +279,13 @@ if INTERPRETING:
         assert_close(x, torch.float32)
         output = triton_backend(**{k: v.float() if isinstance(v, Tensor) else v for k, v in x.items()})
         assert output.stride() == empty_heads(x["query"], x["value"].shape[3]).stride()
+
+    def test_columns_further_apart_than_32_bits_say() -> None:
+        apart = 2**23 + 2**16
+        memory = torch.from_numpy(numpy.empty(256 * apart, dtype=numpy.float16))  # few of its pages are ever touched
+        x = {k: v.half() if isinstance(v, Tensor) else v for k, v in inputs(1, 1, 1, 20, 20, 3, 256, 16).items()}
+        far = memory.as_strided(x["key"].shape, (1, 1, 1, apart)).copy_(x["key"])
+        assert torch.equal(triton_backend(**{**x, "key": far}), triton_backend(**x))
 
     def test_operators_keep_pytorch_rules() -> None:
         names = ("window_size", "segment_ids", "softcap", "scale")

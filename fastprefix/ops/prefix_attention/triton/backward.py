@@ -436,7 +436,7 @@ def prefix_attention_bwd_dprefix_kernel(
         r = r0 + tl.arange(0, BM)
         i = tl.where(r < rows, r % N, N)  # [BM]
         h = hk * a.group + r // N % a.group
-        b = tl.minimum(b0 + r // N // a.group, a.planes // a.heads - 1)
+        b = tl.minimum(b0 + r // N // a.group, a.planes16 // 16 // a.heads - 1)
         plane = b * a.heads + h
         b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
         b_do = load_rows(do, b, h, i, r < rows, DV, DVP)

@@ -33,7 +33,7 @@ def row_address(x, b, h, n):
 def load_rows(x, b, h, n, there, D: tl.constexpr, DP: tl.constexpr):
     """Rows ``n`` [R] of a matrix as a tile [R, DP]: zero where a row is not ``there``, and beyond column D."""
     o_d = tl.arange(0, DP)
-    p_rows = row_address(x, b, h, n)[:, None] + o_d[None, :] * x.c
+    p_rows = row_address(x, b, h, n)[:, None] + o_d.to(tl.int64)[None, :] * x.c
     if DP == D:
         return tl.load(p_rows, mask=there[:, None], other=0.0)
     else:
@@ -44,7 +44,7 @@ def load_rows(x, b, h, n, there, D: tl.constexpr, DP: tl.constexpr):
 def store_rows(x, b, h, n, there, b_x, D: tl.constexpr):
     """Store a tile [R, DP] as the rows ``n`` of a matrix, in its dtype."""
     o_d = tl.arange(0, b_x.shape[1])
-    p_rows = row_address(x, b, h, n)[:, None] + o_d[None, :] * x.c
+    p_rows = row_address(x, b, h, n)[:, None] + o_d.to(tl.int64)[None, :] * x.c
     tl.store(p_rows, b_x.to(x.p.dtype.element_ty), mask=there[:, None] & (o_d < D)[None, :])
 
 
@@ -212,7 +212,7 @@ def inverse(b_l):
 @triton.jit
 def row_of(softmax, plane, i, a, N):
     """Where a row's number stands in [softmaxes, B, Hq, N]."""
-    return (softmax * a.planes + plane).to(tl.int64) * N + i
+    return (softmax * (a.planes16 // 16) + plane).to(tl.int64) * N + i
 
 
 @triton.jit

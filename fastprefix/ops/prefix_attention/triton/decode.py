@@ -50,7 +50,7 @@ def prefix_attention_decode_kernel(
     if pid < prefix_programs:
         rows = a.group * N
         if a.pk.b is None:
-            rows *= a.planes // a.heads
+            rows *= a.planes16 // 16 // a.heads
         part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, BM), kv_heads)
         r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
         b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
@@ -135,7 +135,7 @@ def prefix_attention_combine_kernel(
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
         b_o += b_prefix
     store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, N)
-    tl.store(row_address(o, b, h, i) + o_d * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
+    tl.store(row_address(o, b, h, i) + o_d.to(tl.int64) * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
 
 
 @triton.jit

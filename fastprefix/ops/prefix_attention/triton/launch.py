@@ -87,7 +87,7 @@ class _Plan:
         padded = [max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV)]
         self._constants: dict[str, Any] = {"D": self.D, "DV": self.DV, "DP": padded[0], "DVP": padded[1]}
         self._constants["PRECISION"] = _precision(a.query.dtype)
-        self._width = max(padded)
+        self._width = max(self.D, self.DV)
         x = self.problem
         pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
         if x.seed is not None:

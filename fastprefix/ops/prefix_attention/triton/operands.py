@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     far: int | None
     heads: int  # Hq
     group: int  # Hq // Hkv
-    planes: int  # B * Hq
+    planes16: int  # 16 * B * Hq: a multiple of 16 whatever B is, so that Triton compiles nothing anew for another one
     scale: float
     softcap: float | None
     seed: Tensor | None
@@ -91,7 +91,7 @@ def problem(a: Arguments) -> Problem:
         far,
         heads,
         a.groups,
-        batch * heads,
+        16 * batch * heads,
         a.scale,
         a.softcap,
         a.dropout_seed,

@@ -27,7 +27,9 @@ _FLOAT = "float32 products run without matrix units; not measured"
 # kernel -> (widest head, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
 _SM80: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
+        (16, HALF): Tile(128, 64, 64, 4, 2),
         (64, HALF): Tile(128, 64, 64, 8, 2),
+        (127, HALF): Tile(128, 32, 64, 8, 2),  # where columns are padded, every load has a mask
         (128, HALF): Tile(128, 64, 64, 8, 2),
         (256, HALF): Tile(64, 32, 32, 8, 2, _WIDE),
         (64, SINGLE): Tile(64, 32, 32, 4, 2, _FLOAT),
@@ -51,6 +53,7 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
         (256, SINGLE): Tile(16, 16, 16, 4, 1, _FLOAT),
     },
     "dq": {
+        (16, HALF): Tile(64, 64, 64, 4, 2),
         (64, HALF): Tile(64, 64, 64, 8, 2),
         (128, HALF): Tile(64, 64, 32, 8, 2),
         (256, HALF): Tile(64, 32, 32, 8, 1, _WIDE),
@@ -80,7 +83,7 @@ _SM86: dict[str, dict[tuple[int, str], Tile]] = {
     "decode": {**_SM80["decode"], (64, HALF): Tile(16, 64, 64, 4, 3)},
     "delta": {**_SM80["delta"], (128, HALF): Tile(32, 32, 32, 4, 2)},
     "dkv": {**_SM80["dkv"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
-    "dprefix": {**_SM80["dprefix"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
+    "dprefix": {**_SM80["dprefix"], (16, HALF): Tile(32, 64, 64, 4, 1), (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
 }
 _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
@@ -114,7 +117,12 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
 _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
-    "dkv": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
+    "dkv": {
+        (16, HALF): Tile(16, 32, 32, 4, 1),
+        (64, HALF): Tile(32, 32, 32, 4, 1),
+        (127, HALF): Tile(16, 32, 32, 8, 1),
+        (128, HALF): Tile(32, 32, 32, 4, 1),
+    },
     "dprefix": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
 }
 _DROPOUT: dict[str, dict[tuple[int, str], Tile]] = {
@@ -175,7 +183,6 @@ WIDEST = 256
 def tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> Tile:
     """The tile of a kernel for heads of ``width`` columns."""
     kind = SINGLE if dtype is torch.float32 else HALF
-    rows = ARCHITECTURES[architecture][kernel]
-    fit = next(key for key in sorted(rows) if key[1] == kind and width <= key[0])
     special = VARIANTS.get(architecture, {}).get(variant, {}).get(kernel, {})
-    return special.get(fit, rows[fit])
+    tables = (special, ARCHITECTURES[architecture][kernel])
+    return next(rows[key] for rows in tables for key in sorted(rows) if key[1] == kind and width <= key[0])

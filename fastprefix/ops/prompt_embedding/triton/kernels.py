@@ -2,12 +2,14 @@
 """The kernels. ``t`` counts tokens (b * N + i), ``c`` columns of the model width, ``j`` hidden units.
 
 ``BT``, ``BD`` and ``RP`` are the sizes of tiles; RP covers all hidden units in the forward pass of ADePT, elsewhere a
-part of them. Small parameters and the output are
-contiguous; the table and the ids are read where they lie.
+part of them. Small parameters and the output are contiguous; the table and the ids are read where they lie. Nothing is
+compiled anew for another batch or length (``VARYING``).
 """
 
 import triton
 import triton.language as tl
+
+VARYING = ["stride_ids_b", "B", "N", "S", "rows", "blocks"]
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def copy_prompt(p_prompt, p_out, block, B, N, S, d, BT: tl.constexpr, BD: tl.con
         tl.store(p_out + (o_to * d)[:, None] + o_c[None, :], b_x, mask=there[:, None] & (o_c < d)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_fwd_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
     p_prompt, p_w1, p_b1, p_w2, p_b2, p_seed, p_out,
@@ -100,7 +102,7 @@ def prompt_embedding_fwd_kernel(
             tl.store(p_row[:, None] + o_c[None, :], b_e, mask=there[:, None] & (o_c < d)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_low_rank_fwd_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_a, p_b, p_out,
     B, N, S, d, r, scale, rows,
@@ -132,7 +134,7 @@ def prompt_embedding_low_rank_fwd_kernel(
                 tl.store(p_row[:, None] + o_c[None, :], b_e, mask=(o_i < N)[:, None] & (o_c < d)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_bwd_hidden_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
     p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
@@ -167,7 +169,7 @@ def prompt_embedding_bwd_hidden_kernel(
     tl.store(p_dh + o_z, b_dh, mask=b_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_bwd_weights_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
     p_z, p_dh, p_dw1, p_dw2, p_db2,

@@ -1,5 +1,5 @@
 """The tiles of the kernels, as data. None has been measured on a device yet: they are chosen so that every kernel
-compiles without spills, on compute capability 8.0 and 9.0.
+compiles without spills, on compute capability 8.0, 8.6 and 9.0.
 """
 
 from typing import NamedTuple
@@ -26,14 +26,14 @@ def forward(r: int, element_size: int) -> Tile:
     RP = _padded(r)
     if element_size == 4:
         return Tile(16, 32, RP, 4) if RP <= 32 else Tile(16, 32, RP, 8) if RP <= 128 else Tile(16, 16, RP, 8)
-    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8)
+    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8, 2)
 
 
 def low_rank(r: int, element_size: int) -> Tile:
     """DePT: the rank is summed over part by part."""
     RP = min(64, _padded(r))
     if element_size == 4:
-        return Tile(16, 64, RP, 4) if RP <= 32 else Tile(16, 32, RP, 8)
+        return Tile(16, 64, RP, 4, 2) if RP == 16 else Tile(16, 32, RP, 4, 2 if RP == 32 else 3)
     return Tile(32, 64, RP, 4)
 
 
