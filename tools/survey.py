@@ -1,6 +1,7 @@
 """What the surveys of ``transformers``' families have in common: small models with random weights, and errors."""
 
 import argparse
+import gc
 import logging
 import signal
 import warnings
@@ -79,6 +80,7 @@ class Survey:
             for family in options.family or self.families:
                 outcomes.append(self.survey(family, self.families[family]))
                 print(outcomes[-1].row(), flush=True)
+                gc.collect()  # models are cycles, and large
         text = "\n".join(self.document(outcomes)) + "\n"
         print(text.splitlines()[4])
         if options.out:
