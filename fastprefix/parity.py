@@ -55,8 +55,8 @@ class AttentionCase:
     permuted: bool = False  # [B, N, H, D] in memory
     options: dict[str, Any] = field(default_factory=dict)
 
-    operation: Callable[..., Tensor] = prefix_attention
-    implemented: tuple[str, ...] = ATTENTION.implemented
+    operation: Callable[..., Tensor] = field(default=prefix_attention, repr=False)
+    implemented: tuple[str, ...] = field(default=ATTENTION.implemented, repr=False)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
         """Draw the tensors; the same seed gives the same numbers on every device."""
@@ -133,8 +133,8 @@ class EmbeddingCase:
     spare: int = 0  # T - N
     options: dict[str, Any] = field(default_factory=dict)
 
-    operation: Callable[..., Tensor] = prompt_embedding
-    implemented: tuple[str, ...] = EMBEDDING.implemented
+    operation: Callable[..., Tensor] = field(default=prompt_embedding, repr=False)
+    implemented: tuple[str, ...] = field(default=EMBEDDING.implemented, repr=False)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
         """Draw the tensors; the same seed gives the same numbers on every device."""
