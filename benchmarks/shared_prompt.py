@@ -168,9 +168,11 @@ def run(arguments: argparse.Namespace) -> int:
     size, rounds = (QUICK, 2) if arguments.quick else (FULL, 15)
     facts, settings = environment.describe(device), {"targets": TARGETS}
     cells, faults = list[Cell](), list[Fault]()
+    whole = Run(NAME, facts, settings, cells, faults)
     for S in arguments.prompt:
         measured, failed = measure(size, S, arguments.rounds or rounds, device)
         print(f"{summaries.shared_prompt(Run(NAME, facts, settings, measured), S).markdown()}\n", flush=True)
         cells += measured
         faults += failed
-    return results.conclude(Run(NAME, facts, settings, cells, faults), arguments.out)
+        results.write(whole, arguments.out)  # whoever stops the run keeps what is done
+    return results.conclude(whole, arguments.out)
