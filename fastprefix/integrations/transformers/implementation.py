@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import BINDING, Binding, register
+from .attention import BINDING, NAME, Binding, register
 from .borrowing import set_attention
 from .trial import tried
 
@@ -64,13 +64,13 @@ class Implementation:
             setattr(module, BINDING, binding)
 
     def check(self) -> None:
-        """Notice that the attention was switched to another since.
+        """Notice that the attention was switched to another since, but for this package's own trials.
 
         Raises:
             RuntimeError: it was; the model would run without its adapter.
         """
         for config in self.watched:
-            if (name := config._attn_implementation) != self.name:
+            if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
                     f"set_attn_implementation takes no other attention while an adapter is on the model, got {name!r}: "
                     f"its attention is {self.name!r} until the adapter is taken off"
