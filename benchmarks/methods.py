@@ -63,17 +63,20 @@ def all_methods() -> list[Method]:
 
 
 def _floor(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    """No prompt and no prefix; forward + backward still goes down to the embeddings' output.
+    return Prepared(frozen(model), group_of(head_parameters(model), HEAD_RATE))
+
+
+def frozen(model: PreTrainedModel) -> nn.Module:
+    """The floor: no prompt and no prefix; forward + backward still goes down to the embeddings' output.
 
     Every method trains something in or below the first layer, so every one of them has to bring the gradient down
     there. A floor whose backward stopped at the head would be one that no method of this kind can reach.
     """
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-    head = head_parameters(model)
-    for parameter in head:
+    for parameter in head_parameters(model):
         parameter.requires_grad_(True)
-    return Prepared(model, group_of(head, HEAD_RATE))
+    return model
 
 
 def group_of(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -118,27 +121,23 @@ def attached(
 
 
 def _peft_prompt_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
-    import peft
-
-    config = peft.PromptTuningConfig(task_type=_peft_task(task), num_virtual_tokens=PROMPT_TOKENS)
-    return _peft(model, config, PROMPT_RATE)
+    return _peft(with_peft("PromptTuningConfig", task, PROMPT_TOKENS, model), PROMPT_RATE)
 
 
 def _peft_prefix_tuning(model: PreTrainedModel, task: TaskKind, length: int) -> Prepared:
+    return _peft(with_peft("PrefixTuningConfig", task, PREFIX_TOKENS, model), PREFIX_RATE)
+
+
+def with_peft(config: str, task: TaskKind, P: int, model: PreTrainedModel) -> nn.Module:
+    """A model with P virtual tokens of PEFT's, of the configuration that is named."""
     import peft
 
-    config = peft.PrefixTuningConfig(task_type=_peft_task(task), num_virtual_tokens=PREFIX_TOKENS)
-    return _peft(model, config, PREFIX_RATE)
+    kind = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[task]
+    wrapped: nn.Module = peft.get_peft_model(model, getattr(peft, config)(task_type=kind, num_virtual_tokens=P))
+    return wrapped
 
 
-def _peft_task(task: TaskKind) -> str:
-    return {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[task]
-
-
-def _peft(model: PreTrainedModel, config: Any, rate: float) -> Prepared:
-    import peft
-
-    wrapped: nn.Module = peft.get_peft_model(model, config)
+def _peft(wrapped: nn.Module, rate: float) -> Prepared:
     trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
     head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]

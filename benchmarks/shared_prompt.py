@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 import fastprefix
 from fastprefix.methods import MethodConfig
 
-from . import environment, models, options, results, subjects, summaries
+from . import environment, models, options, results, steps, subjects, summaries
 from .memory import added_peak
-from .methods import ADEPT_WIDTH, DEPT_RANK, FLOOR, all_methods
+from .methods import ADEPT_WIDTH, DEPT_RANK, FLOOR, frozen, with_peft
 from .models import Size
 from .results import Case, Cell, Fault, Role, Run
 from .timing import Clock, Job, interleave, timed
@@ -55,18 +55,15 @@ def rivals(S: int, length: int) -> list[Rival]:
     dept = partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED)
     adept = partial(fastprefix.ADePTConfig, S, bottleneck_dim=ADEPT_WIDTH)
     ours: dict[str, Callable[..., MethodConfig]] = {"PT": prompt, "DePT": dept, "ADePT": adept}
-    chosen = [Rival(FLOOR, "floor", _floor)]
+    chosen = [Rival(FLOOR, "floor", frozen)]
     for name, make in ours.items():
         chosen.append(Rival(f"{name} shared", "ours", partial(_attached, make(shared_prompt=True))))
     chosen.append(Rival("PT textbook", "ours", partial(_attached, prompt(shared_prompt=False))))
     for name, make in ours.items():
         chosen.append(Rival(f"{name} merged", "ours", partial(_merged, make()), trains=False))
-    return [*chosen, *([Rival("PEFT PT", "peer", partial(_peft, S))] if importlib.util.find_spec("peft") else [])]
-
-
-def _floor(model: PreTrainedModel) -> nn.Module:
-    floor = next(method for method in all_methods() if method.name == FLOOR)
-    return floor.prepare(model, "causal_lm", 0).model
+    if importlib.util.find_spec("peft"):
+        chosen.append(Rival("PEFT PT", "peer", partial(with_peft, "PromptTuningConfig", "causal_lm", S)))
+    return chosen
 
 
 def _attached(config: MethodConfig, model: PreTrainedModel) -> nn.Module:
@@ -77,30 +74,18 @@ def _merged(config: MethodConfig, model: PreTrainedModel) -> nn.Module:
     return fastprefix.merge(fastprefix.attach(model, config))
 
 
-def _peft(S: int, model: PreTrainedModel) -> nn.Module:
-    import peft
-
-    wrapped: nn.Module = peft.get_peft_model(model, peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=S))
-    return wrapped
-
-
-class Work:
+class Work(steps.Work):
     """What is measured of one rival."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids, self.mask = model, ids, torch.ones_like(ids)
-
-    def step(self) -> None:
-        """Forward and backward."""
-        self.model.train()
-        self.model(input_ids=self.ids, attention_mask=self.mask, labels=self.ids).loss.backward()
-        self.model.zero_grad(set_to_none=True)
+    def __init__(self, model: Any, ids: Tensor, role: Role) -> None:
+        self.tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        super().__init__(model, {**self.tokens, "labels": ids}, role)
 
     @torch.no_grad()
     def prefill(self) -> None:
         """All tokens at once, into a cache, and the logits of the last."""
         self.model.eval()
-        self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=True, logits_to_keep=1)
+        self.model(**self.tokens, use_cache=True, logits_to_keep=1)
 
     def decode(self, clock: Clock) -> float:
         """Seconds a token: so many more tokens take so much longer."""
@@ -110,7 +95,7 @@ class Work:
     def _generate(self, tokens: int) -> None:
         self.model.eval()
         options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
-        self.model.generate(input_ids=self.ids, attention_mask=self.mask, pad_token_id=0, **options)
+        self.model.generate(**self.tokens, pad_token_id=0, **options)
 
 
 def measure(size: Size, S: int, rounds: int, device: torch.device) -> tuple[list[Cell], list[Fault]]:
@@ -120,7 +105,8 @@ def measure(size: Size, S: int, rounds: int, device: torch.device) -> tuple[list
     clock, case = Clock(device), {"S": S, **asdict(size)}
     chosen = {rival.name: rival for rival in rivals(S, size.length)}
     works = {
-        name: Work(rival.prepare(models.with_shared_weights(base)), ids.to(device)) for name, rival in chosen.items()
+        name: Work(rival.prepare(models.with_shared_weights(base)), ids.to(device), rival.role)
+        for name, rival in chosen.items()
     }
     trained = {name: work for name, work in works.items() if chosen[name].trains}
     jobs: dict[str, dict[str, Job]] = {

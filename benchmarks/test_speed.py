@@ -62,4 +62,4 @@ def test_training_step(benchmark: Benchmark, name: str) -> None:
     base: Any = models.build_decoder(size, pad=0, end=1, seed=0)
     (rival,) = (rival for rival in shared_prompt.rivals(PROMPT_TOKENS, size.length) if rival.name == name)
     ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
-    benchmark(shared_prompt.Work(rival.prepare(base), ids).step)
+    benchmark(shared_prompt.Work(rival.prepare(base), ids, rival.role).step)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import fastprefix
 
 from . import embedding, environment, models, options, results, subjects, summaries
-from .methods import ADEPT_WIDTH, DEPT_RANK, FLOOR, all_methods
+from .methods import ADEPT_WIDTH, DEPT_RANK, FLOOR, frozen, with_peft
 from .models import Size, head_parameters
 from .results import Case, Cell, Fault, Role, Run
 from .steps import Work, side_by_side
@@ -120,8 +120,7 @@ class EagerNetwork(nn.Module):
 
 def rivals(task: TaskKind, N: int, P: int, width: int) -> Iterator[Rival]:
     """All of them, with prompts and prefixes of P tokens."""
-    floor = next(method for method in all_methods() if method.name == FLOOR)
-    yield Rival(FLOOR, "floor", lambda model: floor.prepare(model, task, N).model)
+    yield Rival(FLOOR, "floor", frozen)
     configs = {
         "PT": fastprefix.PromptTuningConfig(P),
         "DePT": fastprefix.DePTConfig(P, rank=DEPT_RANK, max_length=N),
@@ -135,22 +134,12 @@ def rivals(task: TaskKind, N: int, P: int, width: int) -> Iterator[Rival]:
     yield Rival("DePT, eager", "peer", lambda model: _placed(EagerPrompt(model, P, EagerLowRank(N, width)), model))
     yield Rival("ADePT, eager", "peer", lambda model: _placed(EagerPrompt(model, P, EagerNetwork(width)), model))
     if importlib.util.find_spec("peft"):
-        import peft
-
-        kind = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[task]
-        yield Rival("PEFT PT", "peer", partial(_peft, peft.PromptTuningConfig, kind, P))
-        yield Rival("PEFT prefix tuning", "peer", partial(_peft, peft.PrefixTuningConfig, kind, P))
+        yield Rival("PEFT PT", "peer", partial(with_peft, "PromptTuningConfig", task, P))
+        yield Rival("PEFT prefix tuning", "peer", partial(with_peft, "PrefixTuningConfig", task, P))
 
 
 def _placed(module: nn.Module, model: PreTrainedModel) -> nn.Module:
     return module.to(device=model.device, dtype=model.dtype)
-
-
-def _peft(config: Callable[..., Any], task: str, P: int, model: PreTrainedModel) -> nn.Module:
-    import peft
-
-    wrapped: nn.Module = peft.get_peft_model(model, config(task_type=task, num_virtual_tokens=P))
-    return wrapped
 
 
 def batch_of(shape: Shape, N: int, device: torch.device) -> dict[str, Tensor]:

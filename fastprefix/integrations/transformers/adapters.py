@@ -51,10 +51,16 @@ class Adapter:
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
         model.add_module(MODULE, self.method.to(model.device).train(model.training))
+        self.mark(model)
+        self.hooks.install(model)
+
+    def mark(self, model: PreTrainedModel) -> None:
+        """Say in the model's configuration what is on it, for checkpoints of the whole; merged, it makes none: what
+        ``save_pretrained`` would write, is no model when it is read again.
+        """
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
-            refuse_saving(model)
-        self.hooks.install(model)
+            vars(model)["save_pretrained"] = _refuse_saving
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Make the model, which stays frozen, what it is without."""
@@ -78,12 +84,7 @@ class Adapter:
                 weights[key], parameter.data = parameter.data, weights[key].to(parameter)
 
 
-def refuse_saving(model: PreTrainedModel) -> None:
-    """Have ``save_pretrained`` refuse: what it would write of a merged model, is none when it is read again."""
-    vars(model)["save_pretrained"] = _refuse
-
-
-def _refuse(*args: object, **kwargs: object) -> NoReturn:
+def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
         "save_pretrained takes a model without a merged adapter, whose weights would be read as another model's: keep "
         "the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again"

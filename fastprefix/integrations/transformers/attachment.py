@@ -204,8 +204,8 @@ def _check_types(model: Any, config: Any) -> None:
         hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
         raise TypeError(f"model takes a transformers model, got {type(model).__name__}{hint}")
     if not isinstance(config, MethodConfig):
-        what = ("the class ", config) if isinstance(config, type) else ("", type(config))
-        got = f"{what[0]}{what[1].__module__.partition('.')[0]}.{what[1].__name__}"
+        kind = config if isinstance(config, type) else type(config)
+        got = f"{'the class ' * (kind is config)}{kind.__module__.partition('.')[0]}.{kind.__name__}"
         raise TypeError(f"config takes a method's configuration, such as fastprefix.PrefixTuningConfig(20), got {got}")
 
 

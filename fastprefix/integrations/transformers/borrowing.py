@@ -27,13 +27,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 @contextmanager
 def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
     """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
-    with (
-        _LOCK,
-        forgotten(model),
-        evaluated(model),
-        attention_implementation(model, name, function, mask),
-        torch.no_grad(),
-    ):
+    with _LOCK, forgotten(model), attention_implementation(model, name, function, mask), torch.no_grad():
         yield
 
 
@@ -55,10 +49,11 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
 
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
-    """What modules remember of the calls in this context is forgotten, such as Qwen-VL's positions of a batch."""
+    """``evaluated``, and what modules remember of the calls is forgotten, such as Qwen-VL's positions of a batch."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        yield
+        with evaluated(model):
+            yield
     finally:
         for module, attributes in before:
             now = vars(module)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,6 +34,7 @@ from .attachment import (
 )
 from .inputs import Inputs
 from .sharding import whole
+from .tensor_files import opened
 from .whole_checkpoint import read_whole
 
 CONFIG_FILE = "adapter_config.json"
@@ -171,12 +171,9 @@ def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The options in the header (None: not of this package) and the tensors of an adapter."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except Exception as error:
-        raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
+    with opened(path) as file:
+        header = (file.metadata() or {}).get(_HEADER)
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
 def _own_config(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:

@@ -30,7 +30,7 @@ from ...methods import (
     PromptTuning,
     PromptTuningConfig,
 )
-from .adapters import MODULE, OPTIONS, Adapter, Hooks, refuse_saving
+from .adapters import MODULE, Adapter, Hooks
 from .attachment import Model, attachment_of
 from .attention import Prefix
 from .borrowing import evaluated
@@ -73,7 +73,7 @@ def merge(model: Model) -> Model:
                 f'"{method.prompt_path}" computes the prompt anew for every input'
             )
     adapter.merged = True
-    refuse_saving(model)
+    adapter.mark(model)
     model.requires_grad_(False)
     return model
 
@@ -160,7 +160,6 @@ def _put(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, part
     """Exchange what the adapter is."""
     setattr(model, MODULE, method.eval())
     adapter.config, adapter.method = method.config, method
-    setattr(model.config, OPTIONS, method.config.to_dict())
     adapter.hooks = parts[0] if len(parts) == 1 else Several(parts)
     adapter.hooks.install(model)
 

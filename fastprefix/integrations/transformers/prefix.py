@@ -158,7 +158,7 @@ class PrefixAttachment:
             )
         self.prefixes = self.method.prefixes()
         self.running = True
-        self._take_up(arguments.get("past_key_values"))
+        self._take_up(arguments)
         if torch.is_grad_enabled():
             if reentrant(self.backbone):
                 self._check_embedding()
@@ -177,10 +177,10 @@ class PrefixAttachment:
             self._shift(arguments)
         return (), arguments
 
-    def _take_up(self, cache: Any) -> None:
-        """The gates of the sequences that are in a cache, if any are."""
-        self.decoding = self.method.needs_hidden() and cache is not None and int(cache.get_seq_length()) > 0
-        self.held = getattr(cache, _GATES, {}) if self.decoding else {}
+    def _take_up(self, arguments: dict[str, Any]) -> None:
+        """The gates of the sequences that are in a call's cache, if any are."""
+        self.decoding = self.method.needs_hidden() and past_length(arguments) > 0
+        self.held = getattr(arguments["past_key_values"], _GATES, {}) if self.decoding else {}
 
     def _check_embedding(self) -> None:
         if self.embedding is None:

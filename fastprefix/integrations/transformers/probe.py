@@ -18,7 +18,7 @@ from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
 from .attention import MASKS, fastprefix_attention
-from .borrowing import borrowed, evaluated, forgotten
+from .borrowing import borrowed, forgotten
 from .calls import by_name, parameter_names
 from .inputs import Inputs, is_plain_text, text_inputs
 from .masks import read_mask, sees_all_of_window
@@ -134,7 +134,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     mask = torch.tensor([[0, 1]], device=model.device)
     masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
     try:
-        with forgotten(model), evaluated(model), torch.no_grad():
+        with forgotten(model), torch.no_grad():
             model(input_ids=torch.zeros_like(mask), use_cache=False, **masks)
     except _Reached as found:
         passed_on = found.mask is None or (isinstance(found.mask, Tensor) and found.mask.shape == mask.shape)

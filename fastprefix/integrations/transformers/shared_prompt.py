@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ...methods import DePT, PromptMethod
 from .attention import Binding, Prefix
-from .borrowing import evaluated, forgotten
+from .borrowing import forgotten
 from .calls import Positions, by_name, is_packed, parameter_names, past_length, refuse_replicas, shifted_positions
 from .checkpointing import not_checkpointed, reentrant
 from .implementation import Implementation, switched
@@ -274,7 +274,7 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
-    with switched(model, shared.bindings(layers)), forgotten(model), evaluated(model), torch.no_grad():
+    with switched(model, shared.bindings(layers)), forgotten(model), torch.no_grad():
         alone = run(tokens, attention_mask=mask)
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -17,6 +16,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ...methods import MethodConfig
 from .adapters import MODULE, OPTIONS
 from .heads import trainable_modules
+from .tensor_files import opened
 
 
 def read_whole(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
@@ -38,15 +38,12 @@ def read_whole(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict
     renamed = {f"{MODULE}.": ""}
     renamed |= {f"{name}.": f"modules_to_save.{name}." for name in trainable_modules(model, config.modules_to_save)}
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (it is no mapping)
-                    for begin, instead in renamed.items():
-                        if key.startswith(begin):
-                            tensors[instead + key.removeprefix(begin)] = opened.get_tensor(key)
-        except Exception as error:
-            raise ValueError(f"{file} takes a safetensors file, and cannot be read: {error}") from error
+    for path in files:
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                for begin, instead in renamed.items():
+                    if key.startswith(begin):
+                        tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
     return config, tensors
 
 
