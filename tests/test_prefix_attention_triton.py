@@ -307,7 +307,7 @@ if INTERPRETING:
         launch = targets.Device.launch
 
         def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-            seen.add(constants["PRECISION"])
+            seen.add(constants["T"].PRECISION)
             launch(self, kernel, grid, arguments, constants, tile)
 
         monkeypatch.setattr(targets.Device, "launch", record)

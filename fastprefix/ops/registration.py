@@ -59,12 +59,7 @@ class Operation:
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
         forward, backward = self._overload(self.name, backend), self._overload(f"{self.name}_backward", backend)
 
-        def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return self._call_backward(ctx, backward, grads)
-
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{self.name}.{backend}", autograd, setup_context=self._setup_context, lib=_LIBRARY
-        )
+        _LIBRARY.impl(f"{self.name}.{backend}", self._autograd_kernel(backend, forward, backward), "Autograd")
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY
         )
@@ -82,6 +77,31 @@ class Operation:
     def _overload(self, name: str, backend: str) -> Kernel:
         operator: Kernel = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
         return operator
+
+    def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel) -> Kernel:
+        """What ``torch.library.register_autograd`` would make, less the time it takes in each call: for every argument
+        it asks for the schema's list of all, to add defaults, of which these schemas have none.
+        """
+
+        def forward_and_save(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = forward(*arguments)
+            self._setup_context(ctx, arguments, output)
+            return output
+
+        def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return self._call_backward(ctx, backward, grads)
+
+        methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(differentiate)}
+        function: Any = type(f"{self.name}_{name}", (torch.autograd.Function,), methods)
+
+        def kernel(*arguments: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+                return function.apply(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*arguments)
+
+        return kernel
 
     def _autocast_kernel(self, operator: Kernel, device_type: str) -> Kernel:
         def kernel(*arguments: Any) -> Any:

@@ -7,17 +7,11 @@ so that keys are read once for all of them. Prefix and tokens are parts like any
 import triton
 import triton.language as tl
 
-from .common import (
-    from_natural,
-    inverse,
-    load_entry,
-    load_rows,
-    power,
-    row_address,
-    row_of,
-    store_normalizers,
-)
 from .forward import attend_band, attend_prefix
+from .kinds import Lengths, Queries
+from .memory import load_entry, row_address, row_numbers
+from .scores import sink_score
+from .softmax import finite, inverse, nothing_yet, power, store_normalizers
 
 
 @triton.jit(
@@ -35,44 +29,27 @@ def prefix_attention_decode_kernel(
     token_parts,
     prefix_chunk,
     chunk,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    DP: tl.constexpr,
-    DVP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    T: tl.constexpr,
 ):
     """One part of the keys for a tile of queries: weighted sums of values [part, b, h, i, DV], maxima and sums."""
+    n = Lengths(N, M, P)
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
+    rows = a.group * N
     if pid < prefix_programs:
-        rows = a.group * N
         if a.pk.b is None:
             rows *= a.planes16 // 16 // a.heads
-        part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, BM), kv_heads)
-        r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
-        b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
-        b_acc, b_m, b_l = nothing_yet(BM, DVP)
+        part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, T.BM), kv_heads)
+        x, there = queries(tile, rows, b0, hk, a, n, T)
         start = part * prefix_chunk
-        b_acc, b_m, b_l = attend_prefix(
-            b_acc, b_m, b_l, b_q, a, b[:, None], h[:, None], i[:, None], b0, hk,
-            start, tl.minimum(start + prefix_chunk, P), N, P, D, DV, BP, PRECISION,
-        )  # fmt: skip
-        store_part(p_parts, p_sums, part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+        sums = attend_prefix(nothing_yet(T.BM, T.DVP), x, start, tl.minimum(start + prefix_chunk, P), a, n, T)
+        store_part(p_parts, p_sums, part, sums, x, there, a, n, T)
     else:
-        rows = a.group * N
-        part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, BM), kv_heads)
-        r, b, h, i = queries(tile, rows, b0, hk, N, a, BM)
-        b_q = load_rows(a.q, b, h, i, r < rows, D, DP)
-        b_acc, b_m, b_l = nothing_yet(BM, DVP)
+        part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, T.BM), kv_heads)
+        x, there = queries(tile, rows, b0, hk, a, n, T)
         start = part * chunk
-        b_acc, b_m, b_l = attend_band(
-            b_acc, b_m, b_l, b_q, a, b0, h[:, None], 0, N, i[:, None], b0, hk,
-            start, tl.minimum(start + chunk, M), N, M, P, D, DV, BN, PRECISION,
-        )  # fmt: skip
-        store_part(p_parts, p_sums, prefix_parts + part, b_acc, b_m, b_l, r < rows, b, h, i, a, N, DV)
+        sums = attend_band(nothing_yet(T.BM, T.DVP), x, 0, N, start, tl.minimum(start + chunk, M), a, n, T)
+        store_part(p_parts, p_sums, prefix_parts + part, sums, x, there, a, n, T)
 
 
 @triton.jit
@@ -82,94 +59,72 @@ def locate(pid, parts, tiles, kv_heads):
 
 
 @triton.jit
-def queries(tile, rows, b0, hk, N, a, BM: tl.constexpr):
-    """Coordinates of a tile of the queries that share keys: all those of a group, from row ``b0`` of the batch on."""
-    r = tile * BM + tl.arange(0, BM)
+def queries(tile, rows, b0, hk, a, n, T: tl.constexpr):
+    """A tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on; and which are
+    there.
+    """
+    r = tile * T.BM + tl.arange(0, T.BM)[:, None]
     o_r = tl.minimum(r, rows - 1)
-    return r, b0 + o_r // N // a.group, hk * a.group + o_r // N % a.group, o_r % N
+    b, h, i = b0 + o_r // n.N // a.group, hk * a.group + o_r // n.N % a.group, o_r % n.N
+    o_d = tl.arange(0, T.DP)[None, :]
+    p_q = row_address(a.q, b, h, i) + o_d.to(tl.int64) * a.q.c
+    b_q = tl.load(p_q, mask=(r < rows) & (o_d < T.D), other=0.0)
+    return Queries(b_q, b, h, i, b0, hk), r < rows
 
 
 @triton.jit
-def nothing_yet(BM: tl.constexpr, DVP: tl.constexpr):
-    return tl.zeros([BM, DVP], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-
-
-@triton.jit
-def store_part(p_parts, p_sums, part, b_acc, b_m, b_l, there, b, h, i, a, N, DV: tl.constexpr):
-    o_d = tl.arange(0, b_acc.shape[1])
-    plane = b * a.heads + h
-    store_normalizers(p_sums, part, plane, i, there, b_m, b_l, a, N)
-    p_rows = p_parts + row_of(part, plane, i, a, N)[:, None] * DV + o_d[None, :]
-    tl.store(p_rows, b_acc, mask=there[:, None] & (o_d < DV)[None, :])
+def store_part(p_parts, p_sums, part, sums, x, there, a, n, T: tl.constexpr):
+    o_d = tl.arange(0, T.DVP)[None, :]
+    plane = x.b * a.heads + x.h
+    store_normalizers(p_sums, part, plane, x.i, there, sums.m[:, None], sums.l[:, None], a, n)
+    row = (part * (a.planes16 // 16) + plane).to(tl.int64) * n.N + x.i
+    tl.store(p_parts + row * T.DV + o_d, sums.acc, mask=there & (o_d < T.DV))
 
 
 @triton.jit(do_not_specialize=["N", "prefix_parts", "parts"])
 def prefix_attention_combine_kernel(
-    a,
-    o,
-    p_normalizers,
-    p_parts,
-    p_sums,
-    N,
-    prefix_parts,
-    parts,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BS: tl.constexpr,
+    a, o, p_normalizers, p_parts, p_sums, N, prefix_parts, parts, T: tl.constexpr, BS: tl.constexpr
 ):
     """Join the parts of one query, in a fixed order: one softmax over all, or one over the prefix's and one over the
     tokens', and the sinks.
     """
+    n = Lengths(N, N, N)
     plane = tl.program_id(0) // N
     i = tl.program_id(0) % N
     b, h = plane // a.heads, plane % a.heads
-    o_d = tl.arange(0, DVP)
+    o_d = tl.arange(0, T.DVP)
     i_one = i + tl.arange(0, 1)
     there = i_one < N
     if a.og.p is None:
-        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, parts, True, a, h, N, DV, DVP, BS)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, parts, True, a, h, n, T, BS)
     else:
-        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, prefix_parts, False, a, h, N, DV, DVP, BS)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, prefix_parts, False, a, h, n, T, BS)
         b_prefix = b_o * load_entry(a.og, b, h, i, i).to(tl.float32)
-        store_normalizers(p_normalizers, 1, plane, i_one, there, b_m, b_l, a, N)
-        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, N, DV, DVP, BS)
+        store_normalizers(p_normalizers, 1, plane, i_one, there, b_m, b_l, a, n)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, n, T, BS)
         b_o += b_prefix
-    store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, N)
-    tl.store(row_address(o, b, h, i) + o_d.to(tl.int64) * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < DV)
+    store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, n)
+    tl.store(row_address(o, b, h, i) + o_d.to(tl.int64) * o.c, b_o.to(o.p.dtype.element_ty), mask=o_d < T.DV)
 
 
 @triton.jit
-def join(
-    p_parts,
-    p_sums,
-    plane,
-    i,
-    start,
-    end,
-    TOKENS: tl.constexpr,
-    a,
-    h,
-    N,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BS: tl.constexpr,
-):
+def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, n, T: tl.constexpr, BS: tl.constexpr):
     """Output [DVP], maximum and sum [1] of parts [start, end); the sink belongs to the tokens' softmax."""
-    o_d = tl.arange(0, DVP)
-    b_acc = tl.zeros([DVP], tl.float32)
+    o_d = tl.arange(0, T.DVP)[None, :]
+    b_acc = tl.zeros([o_d.shape[1]], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
     if TOKENS and a.sinks.p is not None:
-        b_m = tl.full([1], 0.0, tl.float32) + from_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
+        b_m = tl.full([1], 0.0, tl.float32) + sink_score(a, h)
     b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for s0 in tl.range(start, end, BS):
         s = s0 + tl.arange(0, BS)
-        b_part_m = tl.load(p_sums + row_of(2 * s, plane, i, a, N), mask=s < end, other=float("-inf"))  # [BS]
-        b_part_l = tl.load(p_sums + row_of(2 * s + 1, plane, i, a, N), mask=s < end, other=0.0)
-        p_rows = p_parts + row_of(s, plane, i, a, N)[:, None] * DV + o_d[None, :]
-        b_o = tl.load(p_rows, mask=(s < end)[:, None] & (o_d < DV)[None, :], other=0.0)  # [BS, DVP]
+        b_part_m = tl.load(row_numbers(p_sums, 2 * s, plane, a, n) + i, mask=s < end, other=float("-inf"))  # [BS]
+        b_part_l = tl.load(row_numbers(p_sums, 2 * s + 1, plane, a, n) + i, mask=s < end, other=0.0)
+        row = (s * (a.planes16 // 16) + plane).to(tl.int64) * n.N + i
+        p_part = p_parts + row[:, None] * T.DV + o_d
+        b_o = tl.load(p_part, mask=(s < end)[:, None] & (o_d < T.DV), other=0.0)  # [BS, DVP]
         b_max = tl.maximum(b_m, tl.max(b_part_m, 0))
-        b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_weight, b_decay = power(b_part_m - b_ref, a), power(b_m - b_ref, a)
+        b_weight, b_decay = power(b_part_m - finite(b_max), a), power(b_m - finite(b_max), a)
         b_acc = b_acc * b_decay + tl.sum(b_weight[:, None] * b_o, 0)
         b_l = b_l * b_decay + tl.sum(b_weight * b_part_l, 0)
         b_m = b_max

@@ -20,6 +20,7 @@ from .backward import (
 )
 from .decode import prefix_attention_combine_kernel, prefix_attention_decode_kernel
 from .forward import prefix_attention_fwd_kernel
+from .kinds import Shape
 from .operands import ABSENT, matrix, problem
 
 _SUM_BLOCK = 1024
@@ -85,27 +86,33 @@ class _Plan:
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
         padded = [max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV)]
-        self._constants: dict[str, Any] = {"D": self.D, "DV": self.DV, "DP": padded[0], "DVP": padded[1]}
-        self._constants["PRECISION"] = _precision(a.query.dtype)
+        self._widths = (self.D, self.DV, *padded)
+        self._precision = _precision(a.query.dtype)
         self._width = max(self.D, self.DV)
         x = self.problem
         pairwise = any(part.p is not None and part.n is not None for part in (x.query_gate, x.mask, x.visible, x.bias))
         if x.seed is not None:
             self._variant = "dropout of pairs" if pairwise else "dropout"
+        elif pairwise:
+            self._variant = "pairwise"
         else:
-            self._variant = "pairwise" if pairwise else "plain" if x.og.p is None else "separate"
+            self._variant = "capped" if x.softcap is not None else "separate" if x.og.p is not None else "plain"
 
     def tile(self, name: str) -> tiles.Tile:
-        return tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+        """The table's, with no larger a block of prefix keys than a short prefix fills, where it is but an operand."""
+        tile = tiles.tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+        if name in ("forward", "delta", "dq"):
+            tile = tile._replace(BP=min(tile.BP, max(16, triton.next_power_of_2(self.P))))
+        return tile
 
     def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty."""
         if 0 in grid:
             return
         tile = self.tile(name)
-        known = self._constants | {"BM": tile.BM, "BN": tile.BN, "BP": tile.BP} | constants
-        wanted = {constant: known[constant] for constant in kernel.arg_names if constant in known}
-        self.target.launch(kernel, grid, arguments, wanted, tile)
+        if "T" in kernel.arg_names:
+            constants["T"] = Shape(*self._widths, tile.BM, tile.BN, tile.BP, self._precision)
+        self.target.launch(kernel, grid, arguments, constants, tile)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
         """Few queries, many keys: parts of the keys side by side, then joined."""
@@ -148,7 +155,7 @@ class _Backward(_Plan):
         self._needs = needs
         self._output, self._do = matrix(output), matrix(grad_output)
         self._normalizers = normalizers
-        self._delta = torch.empty_like(normalizers[:, 0])
+        self._rows = self.floats(normalizers.shape[0], 2 if self.problem.exact is None else 3, self.B, self.H, self.N)
         self.gradients: dict[str, Tensor] = {}
 
     def _result(self, name: str) -> Tensor | None:
@@ -173,7 +180,7 @@ class _Backward(_Plan):
         blocks = triton.cdiv(self.N, self.tile("delta").BM)
         output_gate = self._part("output_gate", self.B, self.H, blocks)
         sinks = self._part("sinks", self.B, self.H, blocks)
-        arguments = (self._output, self._do, self._normalizers, self._delta, output_gate, sinks)
+        arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)
         sizes = (self.N, self.M, self.P)
         tokens = bool(self._needs & {"query", "key", "value", "sinks"})
         grid = (self.B * self.H * blocks,)
@@ -188,7 +195,7 @@ class _Backward(_Plan):
         by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if by_query else blocks, self.P)
         dgate = self._part("prefix_gate", *shape)
-        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._normalizers, self._delta)
+        arguments = (self._do, ABSENT if dq is None else matrix(dq), dgate, self._rows)
         grid = (self.B * self.H * blocks,)
         sizes = (self.N, self.M, self.P)
         self.launch("dq", prefix_attention_bwd_dq_kernel, grid, self.problem, *arguments, *sizes, SUM_GATE=not by_query)
@@ -204,7 +211,7 @@ class _Backward(_Plan):
         """Gradients of key and value."""
         dk, dv = self._result("key"), self._result("value")
         grid = (self.B * self.kv_heads * triton.cdiv(self.M, self.tile("dkv").BN),)
-        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._normalizers, self._delta)
+        arguments = (self._do, *(ABSENT if x is None else matrix(x) for x in (dk, dv)), self._rows)
         sizes = (self.N, self.M, self.P)
         self.launch("dkv", prefix_attention_bwd_dkv_kernel, grid, self.problem, *arguments, *sizes)
 
@@ -212,15 +219,14 @@ class _Backward(_Plan):
         """Gradients of prefix_key and prefix_value: one tall problem for each key/value head, in parts if long."""
         batch = self.a.prefix_key.shape[0]
         tile = self.tile("dprefix")
-        rows = self.H // self.kv_heads * self.N * (self.B if batch == 1 else 1)
+        tiles = self.H // self.kv_heads * triton.cdiv(self.N, tile.BM) * (self.B if batch == 1 else 1)
         programs = batch * self.kv_heads * triton.cdiv(self.P, tile.BP)
-        blocks = max(1, triton.cdiv(rows, tile.BM))
-        parts = min(blocks, max(1, 2 * self.target.processors // max(1, programs)))
-        chunk = triton.cdiv(blocks, parts) * tile.BM
-        parts = max(1, triton.cdiv(rows, chunk))
+        parts = min(max(1, tiles), max(1, 2 * self.target.processors // max(1, programs)))
+        chunk = max(1, triton.cdiv(tiles, parts))
+        parts = max(1, triton.cdiv(tiles, chunk))
         results = [self._result(name) for name in ("prefix_key", "prefix_value")]
         sums = [self._parts_of(result, parts) for result in results]
-        arguments = (self._do, *sums, self._normalizers, self._delta, self.N, self.P, rows, chunk, batch)
+        arguments = (self._do, *sums, self._rows, self.N, self.M, self.P, tiles, chunk, batch)
         self.launch("dprefix", prefix_attention_bwd_dprefix_kernel, (programs, parts), self.problem, *arguments)
         if parts > 1:
             for result, part in zip(results, sums, strict=True):

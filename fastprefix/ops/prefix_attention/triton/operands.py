@@ -53,6 +53,8 @@ class Problem(NamedTuple):
     seed: Tensor | None
     drop_below: int | None  # dropped where the random word lies below
     keep_scale: float | None
+    linear: int | None  # 1: a score that is not hidden is the product times a positive scale, in 16 bits
+    exact: int | None  # 1: maximum and sum of a row are kept apart in the backward pass too
     nothing: None = None  # Triton 3.6 loses what inner tuples lack, unless the outer one lacks something itself
 
 
@@ -72,6 +74,9 @@ def problem(a: Arguments) -> Problem:
     gate = a.prefix_gate
     batch, heads = a.query.shape[:2]
     dropped = a.dropout_seed is not None
+    single = a.query.dtype is torch.float32
+    linear = a.softcap is None and mask.p is None and a.scale > 0 and not single
+    biased = mask.p is not None or a.prefix_bias is not None
     return Problem(
         matrix(a.query),
         matrix(a.key),
@@ -97,6 +102,8 @@ def problem(a: Arguments) -> Problem:
         a.dropout_seed,
         random.threshold(a.dropout_p) if dropped else None,
         (0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
+        1 if linear else None,
+        1 if single or biased else None,
     )
 
 

@@ -58,24 +58,24 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
     },
     "dq": {
         (16, HALF): Tile(64, 64, 64, 4, 2),
-        (64, HALF): Tile(64, 64, 64, 8, 2),
-        (128, HALF): Tile(64, 64, 32, 8, 2),
+        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (128, HALF): Tile(64, 64, 64, 8, 2),
         (256, HALF): Tile(64, 32, 32, 8, 1, _WIDE),
         (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
         (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
         (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
     "dkv": {
-        (64, HALF): Tile(32, 128, 128, 8, 1),
-        (128, HALF): Tile(32, 64, 64, 8, 2),
+        (64, HALF): Tile(32, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 64, 8, 2),
         (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
         (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
         (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
         (256, SINGLE): Tile(16, 16, 16, 8, 1, _FLOAT),
     },
     "dprefix": {
-        (64, HALF): Tile(32, 64, 64, 8, 1),
-        (128, HALF): Tile(64, 64, 64, 8, 1),
+        (64, HALF): Tile(32, 64, 64, 4, 2),
+        (128, HALF): Tile(64, 64, 64, 8, 2),
         (256, HALF): Tile(32, 64, 64, 8, 1, _WIDE),
         (64, SINGLE): Tile(32, 32, 32, 4, 1, _FLOAT),
         (128, SINGLE): Tile(32, 32, 32, 8, 1, _FLOAT),
@@ -85,7 +85,7 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
 _SM86: dict[str, dict[tuple[int, str], Tile]] = {
     **_SM80,
     "decode": {**_SM80["decode"], (64, HALF): Tile(16, 64, 64, 4, 3)},
-    "delta": {**_SM80["delta"], (128, HALF): Tile(32, 32, 32, 4, 2)},
+    "delta": {**_SM80["delta"], (128, HALF): Tile(64, 32, 32, 4, 1)},
     "dkv": {**_SM80["dkv"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
     "dprefix": {**_SM80["dprefix"], (16, HALF): Tile(32, 64, 64, 4, 1), (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
 }
@@ -93,33 +93,47 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
         **_SM80["forward"],
         (64, HALF): Tile(128, 64, 64, 4, 3),
-        (128, HALF): Tile(128, 64, 64, 8, 3),
+        (128, HALF): Tile(128, 128, 64, 8, 2),
         (256, HALF): Tile(64, 64, 32, 8, 2, _WIDE),
     },
-    "decode": {**_SM80["decode"], (128, HALF): Tile(16, 32, 64, 4, 2)},
+    "decode": {
+        **_SM80["decode"],
+        (64, HALF): Tile(16, 64, 32, 4, 2),
+        (127, HALF): Tile(16, 64, 64, 4, 2),
+        (128, HALF): Tile(16, 64, 32, 4, 2),
+    },
     "delta": _SM80["delta"],
     "dq": {
         **_SM80["dq"],
-        (64, HALF): Tile(128, 64, 64, 8, 2),
+        (64, HALF): Tile(128, 128, 64, 8, 2),
         (128, HALF): Tile(128, 64, 64, 8, 2),
     },
     "dkv": {
         **_SM80["dkv"],
-        (64, HALF): Tile(32, 128, 128, 8, 2),
-        (128, HALF): Tile(32, 64, 64, 8, 1),
+        (64, HALF): Tile(64, 128, 64, 8, 2),
+        (128, HALF): Tile(32, 128, 64, 8, 2),
     },
     "dprefix": {
         **_SM80["dprefix"],
-        (64, HALF): Tile(32, 128, 128, 8, 2),
-        (128, HALF): Tile(32, 64, 64, 8, 2),
+        (64, HALF): Tile(64, 64, 64, 4, 2),
+        (128, HALF): Tile(32, 64, 64, 4, 2),
     },
 }
 
 # Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
-# pair of query and key (a gate, a bias, a mask); "separate", with two softmaxes; "dropout"; and "dropout of pairs",
-# with dropout and something for each pair. Kernels that are not named have one tile for all calls.
+# pair of query and key (a gate, a bias, a mask); "capped", with a soft cap; "separate", with two softmaxes; "dropout";
+# and "dropout of pairs", with dropout and something for each pair. Kernels that are not named have one tile for all.
+_DECODE_DROPOUT = {
+    (16, HALF): Tile(16, 32, 32, 4, 2, _NARROW),
+    (64, HALF): Tile(16, 32, 32, 4, 2),
+    (128, HALF): Tile(16, 32, 32, 4, 2),
+}
 _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
-    "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+    "forward": {
+        (64, HALF): Tile(64, 32, 32, 8, 1),
+        (127, HALF): Tile(64, 32, 32, 8, 1, _PADDED),
+        (128, HALF): Tile(64, 32, 32, 8, 1),
+    },
     "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
     "dkv": {
         (16, HALF): Tile(16, 32, 32, 4, 1),
@@ -128,12 +142,14 @@ _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
         (128, HALF): Tile(32, 32, 32, 4, 1),
     },
     "dprefix": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
+    "decode": _DECODE_DROPOUT,
 }
 _DROPOUT: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
     "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    "decode": _DECODE_DROPOUT,
 }
 _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
@@ -142,6 +158,7 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
         "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
         "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
     },
+    "capped": {"dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1)}},
     "dropout": _DROPOUT,
     "dropout of pairs": _SMALLEST,
 }
@@ -149,23 +166,33 @@ _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     **_SM80_VARIANTS,
     "dropout of pairs": {**_SMALLEST, "dkv": {**_SMALLEST["dkv"], (64, HALF): Tile(32, 32, 32, 8, 1)}},
 }
-_SM90_DECODE_DROPOUT = {(64, HALF): Tile(16, 32, 32, 4, 2), (128, HALF): Tile(16, 32, 32, 4, 2)}
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
-        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 32, 4, 2)},
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(128, 64, 64, 8, 2)},
         "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+        "dprefix": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(32, 128, 128, 8, 2)},
     },
-    "separate": {"forward": {(64, HALF): Tile(128, 64, 64, 8, 3)}},
+    "capped": {
+        "forward": {(128, HALF): Tile(128, 64, 64, 8, 3)},
+        "dq": {(64, HALF): Tile(128, 64, 64, 8, 2), (128, HALF): Tile(128, 64, 64, 8, 2)},
+    },
+    "separate": {
+        "forward": {(64, HALF): Tile(128, 64, 64, 8, 3)},
+        "dprefix": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(32, 128, 128, 8, 2)},
+    },
     "dropout": {
         **_DROPOUT,
-        "decode": _SM90_DECODE_DROPOUT,
-        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 4, 1)},
+        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 2)},
         "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
     },
     "dropout of pairs": {
         **_SMALLEST,
-        "decode": _SM90_DECODE_DROPOUT,
-        "dq": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
+        "dq": {
+            (16, HALF): Tile(64, 32, 32, 8, 1),
+            (64, HALF): Tile(32, 32, 32, 4, 1),
+            (128, HALF): Tile(32, 32, 32, 4, 1),
+        },
     },
 }
 
