@@ -1,22 +1,19 @@
 """``python -m fastprefix aot``: compile every Triton kernel in the tiles of the tables, without a GPU, and report.
 
 The launches are those of real calls, on tensors without storage: what is compiled is what would run. Registers, spills
-and shared memory come from the compiled machine code, matrix instructions from the PTX.
+and the lengths of loops come from the compiled machine code, matrix instructions from the PTX.
 """
 
 import argparse
 import itertools
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import machine_code
 from .ops.prefix_attention import arguments as attention
 from .ops.prefix_attention.validation import canonical_arguments as attention_arguments
 from .ops.prompt_embedding import arguments as embedding
@@ -67,6 +64,7 @@ class Report:
     spill: int = 0
     shared: int = 0
     matrix: str = "-"
+    loops: tuple[int, ...] = ()
     failure: str | None = None
 
     @property
@@ -83,11 +81,13 @@ class Report:
     def line(self) -> str:
         """One line of the table."""
         tile = f"{'x'.join(map(str, self.tile[:3]))} w{self.tile.warps} s{self.tile.stages}"
-        verdict = self.fault or (f"declared: {self.tile.spills}" if self.spill else "")
-        return (
+        columns = (
             f"{self.arch} {self.dtype:8} {self.size:<4} {self.kernel:24} {tile:19} {self.registers:>3} registers "
-            f"{self.spill:>4} B stack {self.shared / 1024:>5.0f} KB shared  {self.matrix:10} {self.features}  {verdict}"
+            f"{self.spill:>4} B stack {self.shared / 1024:>5.0f} KB shared  {self.matrix:10}"
         )
+        loops = "/".join(map(str, self.loops))
+        verdict = self.fault or (f"declared: {self.tile.spills}" if self.spill else "")
+        return "  ".join(filter(None, (columns, loops and f"loops of {loops}", self.features, verdict)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,9 +237,10 @@ class _Compiler:
         except Exception as failure:  # whatever the compiler raises is a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return
-        registers, spill = _resources(compiled.asm["cubin"])
-        matrix = _matrix_instructions(compiled.asm["ptx"])
-        self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix))
+        registers, spill = machine_code.resources(compiled.asm["cubin"])
+        matrix = machine_code.matrix_instructions(compiled.asm["ptx"])
+        loops = machine_code.loops(compiled.asm["cubin"])
+        self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix, loops))
 
 
 def _innermost(failure: BaseException) -> str:
@@ -264,21 +265,3 @@ def _pretend(capability: int) -> None:
             return GPUTarget("cuda", capability, 32)
 
     triton.runtime.driver.set_active(Driver())
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack (which is where spills go) a thread."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
-
-
-def _matrix_instructions(ptx: str) -> str:
-    counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
-    return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"

@@ -129,6 +129,7 @@ CASES: dict[str, Inputs] = {
     "narrow heads": {"D": 8, "Dv": 8, "B": 1},
     "one query, one key": {"N": 1, "M": 1, "P": 1},
     "three": {"N": 3, "M": 3, "P": 3, "is_causal": True},
+    "short prefix of many queries": {"P": 5, "N": 70, "M": 70, "B": 1, "gate": (2, 5)},
     "multi query": {"Hq": 3, "Hkv": 1, "is_causal": True},
     "causal": {"is_causal": True, "N": 70, "M": 70, "B": 1},
     "causal, more keys": {"is_causal": True, "N": 40, "M": 101, "B": 1},
@@ -151,6 +152,8 @@ CASES: dict[str, Inputs] = {
     "softcap": {"softcap": 1.5, "gate": (19,)},
     "sinks": {"sinks": True, "is_causal": True, "N": 50, "M": 40},
     "scale": {"scale": 0.3},
+    "negative scale": {"scale": -0.3, "is_causal": True, "hidden": (2, 45)},
+    "no scale": {"scale": 0.0, "is_causal": True},
     "prefix of each row": {"shared": False, "P": 40},
     "gate of keys": {"gate": (19,)},
     "gate of heads": {"gate": (2, 1)},
@@ -210,7 +213,21 @@ CASES: dict[str, Inputs] = {
     "decoding, no prefix": {"N": 1, "M": 100, "P": 0},
     "decoding, no tokens": {"N": 1, "M": 0, "P": 100},
 }
-HALF_CASES = ("plain", "multi query", "causal window", "gate of queries", "separate, gated", "decoding, a few")
+HALF_CASES = (
+    "plain",
+    "multi query",
+    "causal window",
+    "segments",
+    "padding",
+    "softcap",
+    "negative scale",
+    "no scale",
+    "prefix bias",
+    "gate of queries",
+    "separate, gated",
+    "separate, sinks, softcap",
+    "decoding, a few",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The tile sizes, as data: by architecture, kernel, width of the head and dtype. No search happens at run time.
 
 What is not said to spill does not, with Triton 3.6, 3.7 and 3.8: each brings a compiler that allots registers its way.
-The rows of sm_86, and of heads of 16 and of 65 to 127 columns, are sure of 3.8 alone.
 """
 
 from typing import NamedTuple
@@ -84,7 +83,7 @@ _SM80: dict[str, dict[tuple[int, str], Tile]] = {
 }
 _SM86: dict[str, dict[tuple[int, str], Tile]] = {
     **_SM80,
-    "decode": {**_SM80["decode"], (64, HALF): Tile(16, 64, 64, 4, 3)},
+    "decode": {**_SM80["decode"], (64, HALF): Tile(16, 64, 64, 4, 3), (128, HALF): Tile(16, 32, 32, 4, 3)},
     "delta": {**_SM80["delta"], (128, HALF): Tile(64, 32, 32, 4, 1)},
     "dkv": {**_SM80["dkv"], (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
     "dprefix": {**_SM80["dprefix"], (16, HALF): Tile(32, 64, 64, 4, 1), (256, HALF): Tile(32, 32, 32, 8, 1, _WIDE)},
@@ -125,7 +124,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
 # and "dropout of pairs", with dropout and something for each pair. Kernels that are not named have one tile for all.
 _DECODE_DROPOUT = {
     (16, HALF): Tile(16, 32, 32, 4, 2, _NARROW),
-    (64, HALF): Tile(16, 32, 32, 4, 2),
+    (64, HALF): Tile(16, 64, 32, 4, 2),
     (128, HALF): Tile(16, 32, 32, 4, 2),
 }
 _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {

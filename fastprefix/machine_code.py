@@ -1,0 +1,49 @@
+"""What the compiler made of a Triton kernel, read with the tools that Triton brings along."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SHORTEST_LOOP = 8
+"""Instructions. Shorter ones are no loops of the kernel's, but the padding at its end and waits on barriers."""
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (which is where spills go) a thread."""
+    usage = _tool(cubin, "cuobjdump", "-res-usage")
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def matrix_instructions(ptx: str) -> str:
+    """How many products of matrices there are, by the kind of instruction."""
+    counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
+
+
+def loops(cubin: bytes) -> tuple[int, ...]:
+    """Instructions that a warp issues in each innermost loop, in their order: jumps back tell where one begins."""
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    position = 0
+    for line in _tool(cubin, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = position
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            if target := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1]):
+                jumps.append((position, target[1]))
+            position += 1
+    spans = [(labels[target], at) for at, target in jumps if labels[target] + _SHORTEST_LOOP <= at]
+    inner = [x for x in spans if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in spans)]
+    return tuple(end - start + 1 for start, end in sorted(inner))
+
+
+def _tool(cubin: bytes, name: str, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
