@@ -85,8 +85,8 @@ class _Plan:
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
-        padded = [max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV)]
-        self._widths = (self.D, self.DV, *padded)
+        DP, DVP = (max(16, triton.next_power_of_2(size)) for size in (self.D, self.DV))
+        self._widths = (self.D, self.DV, DP, DVP)
         self._precision = _precision(a.query.dtype)
         self._width = max(self.D, self.DV)
         x = self.problem

@@ -88,12 +88,14 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, n):
 
 @triton.jit
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, n):
-    """What the kernels after the delta pass load: [softmaxes, 3, B, Hq, N], or 2 where there is no inverse."""
-    COUNT: tl.constexpr = 2 if a.exact is None else 3
-    tl.store(row_numbers(p_rows, COUNT * softmax, plane, a, n) + i, b_reference, mask=i < n.N)
-    tl.store(row_numbers(p_rows, COUNT * softmax + 1, plane, a, n) + i, b_delta, mask=i < n.N)
-    if a.exact is not None:
-        tl.store(row_numbers(p_rows, COUNT * softmax + 2, plane, a, n) + i, b_inverse, mask=i < n.N)
+    """What the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where there is an inverse."""
+    if a.exact is None:
+        tl.store(row_numbers(p_rows, 2 * softmax, plane, a, n) + i, b_reference, mask=i < n.N)
+        tl.store(row_numbers(p_rows, 2 * softmax + 1, plane, a, n) + i, b_delta, mask=i < n.N)
+    else:
+        tl.store(row_numbers(p_rows, 3 * softmax, plane, a, n) + i, b_reference, mask=i < n.N)
+        tl.store(row_numbers(p_rows, 3 * softmax + 1, plane, a, n) + i, b_delta, mask=i < n.N)
+        tl.store(row_numbers(p_rows, 3 * softmax + 2, plane, a, n) + i, b_inverse, mask=i < n.N)
 
 
 @triton.jit
