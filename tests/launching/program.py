@@ -1,0 +1,120 @@
+"""Launch every kernel with Triton's own launcher, on a driver without a device, and compare what arrives.
+
+Run by ``tests/test_launching.py``, in a process of its own: ``python -m tests.launching.program FOLDER``, where FOLDER
+has the driver. The tensors are the CPU's; nothing is computed.
+"""
+
+import ctypes
+import os
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastprefix.ops import backends, prefix_attention, prompt_embedding
+from fastprefix.parity import AttentionCase, Case, EmbeddingCase
+
+BYTES = {"u64": 8, "b64": 8, "f64": 8, "u32": 4, "b32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
+CASES: tuple[Case, ...] = (
+    AttentionCase(N=70, M=75, P=20, D=64, gate="P", permuted=True, options={"is_causal": True}),
+    AttentionCase(Hq=4, N=70, M=70, P=20, D=64, gate="BHNP", output_gate="BH", mask="float", bias="HNP", segments=True,
+                  sinks=True, options={"softcap": 30.0, "window_size": 50, "scale": -0.3}),
+    AttentionCase(N=70, M=300, P=300, D=80, mask="padding", options={"dropout_p": 0.1}),
+    AttentionCase(N=1, M=300, P=300, D=128, prefix_a_row=True),
+    EmbeddingCase(N=40, d=64, r=9, offset="ffn", options={"dropout_p": 0.1}),
+    EmbeddingCase(N=40, d=64, r=9, offset="low_rank"),
+)  # fmt: skip
+
+
+class Target:
+    """An H100, as far as launching goes."""
+
+    architecture, processors, split_from = "sm_90", 132, 256
+
+    def __init__(self) -> None:
+        self.launched: set[str] = set()
+        self._launches = Path(os.environ["LAUNCHES"])
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, tile: Any) -> None:
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = kernel.warmup(*arguments, grid=grid, **constants, **options)
+        os.environ["PARAMETERS"] = " ".join(map(str, parameter_sizes(compiled.asm["ptx"])))
+        self._launches.write_text("")
+        kernel[grid](*arguments, **constants, **options)
+        name, *numbers = self._launches.read_text().split()
+        expected = [
+            *grid,
+            *(1,) * (3 - len(grid)),
+            32 * tile.warps,
+            *parameters(kernel, arguments),
+            0,
+            0,
+        ]  # two scratches
+        assert name == kernel.__name__, f"{name} was launched, not {kernel.__name__}"
+        assert list(map(int, numbers)) == expected, f"{name} got\n{numbers}, not\n{expected}"
+        self.launched.add(name)
+
+
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel."""
+    head = ptx[ptx.index(".entry") :]
+    return [BYTES[kind] for kind in re.findall(r"\.param \.(\w+)", head[: head.index("{")])]
+
+
+def parameters(kernel: Any, arguments: Any) -> Iterator[int]:
+    """The bits of what a kernel is to get: what is None, and ones that are compiled in, do not travel."""
+    for parameter, argument in zip(kernel.params, arguments, strict=False):
+        for value in leaves(argument):
+            if isinstance(value, Tensor):
+                yield value.data_ptr()
+            elif isinstance(value, float):
+                yield struct.unpack("I", struct.pack("f", value))[0]
+            elif value is not None and (value != 1 or parameter.do_not_specialize):
+                yield value % 2 ** (64 if abs(value) >= 2**31 else 32)
+
+
+def leaves(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, tuple):
+        for part in argument:
+            yield from leaves(part)
+    else:
+        yield argument
+
+
+def pretend(folder: str) -> None:
+    """A CUDA device for Triton, and the Triton backend for CPU tensors."""
+    ctypes.CDLL(f"{folder}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+    from triton.backends.nvidia.driver import CudaDriver
+
+    triton.runtime.driver.set_active(CudaDriver())
+    backends.BACKENDS["triton"] = backends.Backend("triton", None, lambda device: None)
+
+
+def main(folder: str) -> None:
+    pretend(folder)
+    target = Target()
+    prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
+    for case in CASES:
+        inputs = case.build(torch.bfloat16)
+        values = [x for name, x in inputs.tensors.items() if name not in ("attn_mask", "prefix_bias")]
+        tensors = [x for value in values for x in leaves(value) if x.is_floating_point()]
+        for tensor in tensors:
+            tensor.requires_grad_()
+        output = case.operation(**inputs.tensors, **inputs.options, backend="triton")
+        torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)
+    print(*sorted(target.launched), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
