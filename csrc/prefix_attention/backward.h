@@ -367,7 +367,7 @@ class Backward {
       }
       multiply(queries, columns, keys);
       Gate<A> gate = read_gate(p, queries, columns, gates);
-      if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
+      if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       for (const Strip& strip : strips) {
         if (products && of_prefix)
           for_vectors<A>(strip, [&](int64_t r, int64_t c) {

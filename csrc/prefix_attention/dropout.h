@@ -1,33 +1,64 @@
-// Dropout: Philox's key is the seed, the counter (column, query, row and head, 0), the first word decides.
+// Dropout: Philox's key is the seed, the counter (column, query, row and head, 0 for the prefix or 1 for tokens), where
+// column and query lack their bit of value 8. Four words decide for two queries and two columns, 8 apart: by those bits.
 #pragma once
 
 #include "../common/philox.h"
 #include "problem.h"
+#include "simd.h"
 
 namespace fastprefix {
 
-// The first words for one column and kQueries consecutive queries.
-inline void philox_row(
-    uint32_t k0, uint32_t k1, uint32_t column, uint32_t first_query, uint32_t plane, uint32_t (&word)[kQueries]) {
-  uint32_t c1[kQueries], c2[kQueries], c3[kQueries];
-  for (int64_t i = 0; i < kQueries; ++i) {
-    word[i] = column;
-    c1[i] = first_query + static_cast<uint32_t>(i);
-    c2[i] = plane;
-    c3[i] = 0;
-  }
-  philox(k0, k1, word, c1, c2, c3);
+constexpr int64_t kApart = 8;
+
+#if defined(CPU_CAPABILITY_AVX512)  // the compiler would multiply whole lanes, which takes several instructions
+template <>
+inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <>
+inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
+}
+#endif
+
+// As many numbers of type X as a vector has words.
+template <class X>
+struct AsManyOf {
+  typedef X type __attribute__((vector_size(kLanes<uint64_t> * sizeof(X))));
+};
+
+template <class T, class A>
+inline void store_kept(const Problem<T, A>& p, Vec<uint64_t> words, A* factors) {
+  using Mask = typename AsManyOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>::type;
+  auto kept = __builtin_convertvector(words, typename AsManyOf<uint32_t>::type) >= p.drop_below;
+  typename AsManyOf<A>::type none{}, factor = __builtin_convertvector(kept, Mask) ? none + p.keep : none;
+  std::memcpy(factors, &factor, sizeof(factor));
 }
 
-// Dropout's factors for a block of scores: factors[row][query].
+// Dropout's factors for a block of scores: factors[column][query]. Its first query is a multiple of 16.
 template <class T, class A>
-void keep_factors(const Problem<T, A>& p, const QueryBlock& queries, int64_t first_column, int64_t rows, A* factors) {
-  uint32_t words[kQueries];
-  uint32_t plane = static_cast<uint32_t>(queries.b * p.Hq + queries.h);
-  for (int64_t r = 0; r < rows; ++r, factors += kQueries) {
-    uint32_t column = static_cast<uint32_t>(first_column + r), query = static_cast<uint32_t>(queries.first);
-    philox_row(p.seed_low, p.seed_high, column, query, plane, words);
-    for (int64_t i = 0; i < kQueries; ++i) factors[i] = words[i] >= p.drop_below ? p.keep : A(0);
+void keep_factors(const Problem<T, A>& p, const QueryBlock& queries, uint64_t first_column, int64_t columns, bool tokens, A* factors) {
+  Vec<uint64_t> lanes;
+  for (int64_t i = 0; i < kLanes<uint64_t>; ++i) lanes[i] = i;
+  for (int64_t r = 0; r < columns; ++r, factors += kQueries) {
+    uint64_t column = first_column + r, later = column / kApart % 2;
+    if (later && r >= kApart) continue;  // made with the column 8 before it
+    bool both = !later && r + kApart < columns;
+    for (int64_t first = 0; first < kQueries; first += 2 * kApart)
+      for (int64_t i = first; i < first + kApart; i += kLanes<uint64_t>) {
+        Vec<uint64_t> c[4] = {
+            splat(column - later * kApart),
+            lanes + static_cast<uint64_t>(queries.first + i),
+            splat(static_cast<uint64_t>(queries.b * p.Hq + queries.h)),
+            splat(uint64_t{tokens})};
+        philox(p.seed_low, p.seed_high, c);
+        store_kept(p, c[later], factors + i);
+        store_kept(p, c[2 + later], factors + i + kApart);
+        if (!both) continue;
+        store_kept(p, c[1], factors + kApart * kQueries + i);
+        store_kept(p, c[3], factors + kApart * kQueries + i + kApart);
+      }
   }
 }
 

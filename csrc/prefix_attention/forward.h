@@ -162,7 +162,7 @@ class Forward {
       const T* k_at = k.at(queries.b, queries.hkv, columns.first);
       const T* v_at = v.at(queries.b, queries.hkv, columns.first);
       Gate<A> gate = read_gate(p, queries, columns, gates);
-      if (p.drops) keep_factors(p, queries, columns.first + (of_prefix ? 0 : p.P), columns.rows, keeps);
+      if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       score(queries, columns, k_at, k.strides[2]);
       for (const Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, s.values);
       softmax.raise(strips, s.values, round_up(queries.count, kLanes<A>), p.Dv);

@@ -69,7 +69,7 @@ struct Problem {
   A softcap = 0;  // 0: none
   bool drops = false;
   uint32_t seed_low = 0, seed_high = 0;
-  uint64_t drop_below = 0;  // an element is dropped where its random word lies below this
+  uint32_t drop_below = 0;  // an element is dropped where its random word lies below this
   A keep = 1;               // what a kept one is multiplied by
 
   explicit Problem(const Arguments& a)
@@ -106,8 +106,10 @@ struct Problem {
       drops = true;
       seed_low = static_cast<uint32_t>(seed);
       seed_high = static_cast<uint32_t>(seed >> 32);
-      drop_below = static_cast<uint64_t>(std::nearbyint(a.dropout_p * 0x1p32));
-      keep = a.dropout_p == 1.0 ? A(0) : static_cast<A>(1.0 / (1.0 - a.dropout_p));
+      double below = std::nearbyint(a.dropout_p * 0x1p32);
+      bool none_kept = below == 0x1p32;  // which is no word
+      drop_below = none_kept ? 0 : static_cast<uint32_t>(below);
+      keep = none_kept ? A(0) : static_cast<A>(1.0 / (1.0 - a.dropout_p));
     }
   }
 

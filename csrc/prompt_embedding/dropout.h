@@ -35,9 +35,9 @@ struct Dropout {
 
  private:
   uint32_t word(uint32_t unit, uint32_t position, uint32_t row) const {
-    uint32_t c0[1] = {unit}, c1[1] = {position}, c2[1] = {row}, c3[1] = {0};
-    philox(key_low, key_high, c0, c1, c2, c3);
-    return c0[0];
+    uint64_t c[4] = {unit, position, row, 0};
+    philox(key_low, key_high, c);
+    return static_cast<uint32_t>(c[0]);
   }
 };
 

@@ -1,8 +1,8 @@
 """Dropout from counter-based random numbers: the forward pass stores a seed, and the backward pass draws again.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed, the
-counter is the element's own position, and the first of the four words decides. So a decision depends on the position
-alone, not on tiles, threads or devices, and every backend drops the same elements.
+counter is made of the element's position. So a decision depends on the position alone, not on tiles, threads or
+devices, and every backend drops the same elements.
 """
 
 import math
@@ -43,22 +43,40 @@ def threshold(p: float) -> int:
     return round(p * 2**32)
 
 
-def keep_factor(seed: Tensor, p: float, column: Tensor, row: Tensor, plane: Tensor) -> Tensor:
-    """What dropout multiplies by: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped.
+def keep_factor_at(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
+    """What dropout multiplies by: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped. float64.
 
-    ``column``, ``row`` and ``plane`` are integer tensors that broadcast to the elements' shape. float64.
+    The counter is (column, row, plane, 0), and its first word decides: columns along the last dimension of ``shape``,
+    rows along the one before it, planes along all the others together.
     """
-    word = philox(seed, column, row, plane, torch.zeros_like(plane))[0]
-    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-    return (word >= threshold(p)).to(torch.float64) * scale
+    *_, rows, columns = shape
+    row, column = (torch.arange(size, device=seed.device) for size in (rows, columns))
+    words = philox(seed, column, row[:, None], _planes(shape, seed.device), torch.zeros_like(seed))
+    return _factor(words[0], p)
 
 
-def keep_factor_at(seed: Tensor, p: float, shape: torch.Size, first_column: int = 0) -> Tensor:
-    """:func:`keep_factor` for a whole tensor: columns along the last dimension, rows along the one before it, planes
-    along all the others together.
+def pair_keep_factor_at(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
+    """:func:`keep_factor_at` for probabilities: rows are queries, columns keys, the prefix's or (``tokens``) tokens'.
+
+    The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
+    the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.
     """
-    *planes, rows, columns = shape
-    column = torch.arange(first_column, first_column + columns, device=seed.device)
-    row = torch.arange(rows, device=seed.device)[:, None]
-    plane = torch.arange(math.prod(planes), device=seed.device).reshape(*planes, 1, 1)
-    return keep_factor(seed, p, column, row, plane)
+    *_, rows, columns = shape
+    row, column = (_without_bit_3(size, seed.device) for size in (rows, columns))
+    words = philox(seed, column, row[:, None], _planes(shape, seed.device), torch.full_like(seed, int(tokens)))
+    blocks = torch.stack(words, -1).unflatten(-1, (2, 2)).unflatten(-3, (-1, 8)).unflatten(-5, (-1, 8))
+    whole = blocks.movedim((-2, -1), (-5, -2))  # [..., 16 rows, bit 3, 8, 16 columns, bit 3, 8]
+    return _factor(whole.flatten(-6, -4).flatten(-3)[..., :rows, :columns], p)
+
+
+def _without_bit_3(size: int, device: torch.device) -> Tensor:
+    """The numbers below ``size``, and up to a multiple of 16, whose bit of value 8 is not set."""
+    return (torch.arange(0, size, 16, device=device)[:, None] + torch.arange(8, device=device)).flatten()
+
+
+def _planes(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.arange(math.prod(shape[:-2]), device=device).reshape(*shape[:-2], 1, 1)
+
+
+def _factor(word: Tensor, p: float) -> Tensor:
+    return (word >= threshold(p)).to(torch.float64) * (0.0 if p == 1.0 else 1.0 / (1.0 - p))

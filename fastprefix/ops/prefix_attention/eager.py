@@ -119,7 +119,7 @@ class _Softmax(NamedTuple):
 def _prefix_half(a: Arguments) -> _Half:
     g = _grouped_gate(a)
     bias = None if a.prefix_bias is None else _grouped(a, a.prefix_bias)
-    return _half(a, a.prefix_key, a.prefix_value, g, bias, None, first_column=0)
+    return _half(a, a.prefix_key, a.prefix_value, g, bias, None, tokens=False)
 
 
 def _token_half(a: Arguments) -> _Half:
@@ -129,7 +129,7 @@ def _token_half(a: Arguments) -> _Half:
     visible = visible_tokens(a)
     if visible is not None:
         visible = _split_heads(a, visible)
-    return _half(a, a.key, a.value, 1.0, bias, visible, first_column=a.prefix_key.shape[2])
+    return _half(a, a.key, a.value, 1.0, bias, visible, tokens=True)
 
 
 def _half(
@@ -139,7 +139,7 @@ def _half(
     g: Tensor | float,
     bias: Tensor | None,
     visible: Tensor | None,
-    first_column: int,
+    tokens: bool,
 ) -> _Half:
     q, k, v = _grouped(a, a.query), k.to(a.accumulator), v.to(a.accumulator)
     product = a.scale * _scores(q, k)
@@ -148,7 +148,7 @@ def _half(
     s = s if bias is None else s + bias
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    return _Half(q, k, v, g, product, gated, s, _keep_factor(a, s, first_column))
+    return _Half(q, k, v, g, product, gated, s, _keep_factor(a, s, tokens))
 
 
 def _dov(half: _Half, do: Tensor) -> Tensor:
@@ -295,8 +295,8 @@ def _sum_gate(a: Arguments, dg: Tensor) -> Tensor:
     return dg.sum(dim=(2, 3)).sum_to_size(a.prefix_gate.shape)
 
 
-def _keep_factor(a: Arguments, s: Tensor, first_column: int) -> Tensor | float:
-    """Dropout's factor for a block of columns [B, Hkv, G, N, K]; the counter is (column, query, row and head)."""
+def _keep_factor(a: Arguments, s: Tensor, tokens: bool) -> Tensor | float:
+    """Dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
     if a.dropout_seed is None:
         return 1.0
-    return random.keep_factor_at(a.dropout_seed, a.dropout_p, s.shape, first_column).to(s.dtype)
+    return random.pair_keep_factor_at(a.dropout_seed, a.dropout_p, s.shape, tokens).to(s.dtype)

@@ -69,11 +69,11 @@ def attend(a: Arguments) -> Tensor:
     if a.output_gate is None:  # one softmax
         probabilities = _softmax(torch.cat([s_prefix, s_tokens, s_sinks], dim=-1))
         p_prefix, p_tokens, _ = probabilities.split([*columns, s_sinks.shape[-1]], dim=-1)
-        return (g * _drop(a, p_prefix, 0)) @ pv + _drop(a, p_tokens, columns[0]) @ v
+        return (g * _drop(a, p_prefix, tokens=False)) @ pv + _drop(a, p_tokens, tokens=True) @ v
 
     p_tokens = _softmax(torch.cat([s_tokens, s_sinks], dim=-1))[..., : columns[1]]
-    o_tokens = _drop(a, p_tokens, columns[0]) @ v
-    o_prefix = (g * _drop(a, _softmax(s_prefix), 0)) @ pv
+    o_tokens = _drop(a, p_tokens, tokens=True) @ v
+    o_prefix = (g * _drop(a, _softmax(s_prefix), tokens=False)) @ pv
     return o_tokens + a.output_gate[:, :, None, None] * o_prefix
 
 
@@ -115,9 +115,9 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
-def _drop(a: Arguments, probabilities: Tensor, first_column: int) -> Tensor:
-    """Dropout on a block of columns; the prefix's columns come first."""
+def _drop(a: Arguments, probabilities: Tensor, tokens: bool) -> Tensor:
+    """Dropout on the probabilities of the prefix, or of the tokens."""
     if a.dropout_seed is None:
         return probabilities
-    factor = random.keep_factor_at(a.dropout_seed, a.dropout_p, probabilities.shape, first_column)
+    factor = random.pair_keep_factor_at(a.dropout_seed, a.dropout_p, probabilities.shape, tokens)
     return probabilities * factor.to(probabilities.dtype)

@@ -42,7 +42,7 @@ def prefix_probabilities(b_qk, b_gate, at, b_reference, b_inverse, a, n):
 def token_gradients(b_qk, b_dov, at, rows, a, n, INSIDE: tl.constexpr):
     """Gradient of <q, k> c, and probability after dropout, from <q, k> and <do, v>."""
     b_p = token_probabilities(b_qk, at, rows.reference, rows.inverse, a, n, INSIDE)
-    b_keep = kept(at, a, n.P)
+    b_keep = kept(at, a, True)
     return through_cap(b_p * (b_keep * b_dov - rows.delta), b_qk, no_gate(), a), b_p * b_keep
 
 
@@ -50,7 +50,7 @@ def token_gradients(b_qk, b_dov, at, rows, a, n, INSIDE: tl.constexpr):
 def prefix_gradients(b_qk, b_dov, b_gate, at, rows, a, n):
     """Gradient of g <q, pk> c, and probability after dropout (times the output gate), from <q, pk> and <do, pv>."""
     b_p = output_gate(a, at.b, at.h) * prefix_probabilities(b_qk, b_gate, at, rows.reference, rows.inverse, a, n)
-    b_keep = kept(at, a, 0)
+    b_keep = kept(at, a, False)
     return through_cap(b_p * (b_keep * b_gate * b_dov - rows.delta), b_qk, b_gate, a), b_p * b_keep
 
 
@@ -106,7 +106,7 @@ def prefix_delta(x, b_do, b_reference, b_inverse, a, n, T: tl.constexpr):
         b_qk = tl.dot(x.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_p = prefix_probabilities(b_qk, b_gate, at, b_reference[:, None], b_inverse[:, None], a, n)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
-        b_delta += tl.sum(b_p * (kept(at, a, 0) * b_gate * b_dov), 1)
+        b_delta += tl.sum(b_p * (kept(at, a, False) * b_gate * b_dov), 1)
         b_mass += tl.sum(b_p, 1)
     return b_delta * inverse(b_mass)
 
@@ -126,7 +126,7 @@ def tokens_delta(x, b_do, i0, b_reference, b_inverse, a, n, T: tl.constexpr):
         b_qk = tl.dot(x.q, tl.trans(b_k), input_precision=T.PRECISION)
         b_p = token_probabilities(b_qk, at, b_reference[:, None], b_inverse[:, None], a, n, False)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
-        b_delta += tl.sum(b_p * (kept(at, a, n.P) * b_dov), 1)
+        b_delta += tl.sum(b_p * (kept(at, a, True) * b_dov), 1)
         b_mass += tl.sum(b_p, 1)
     return b_delta * inverse(b_mass)
 

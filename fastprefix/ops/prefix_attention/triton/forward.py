@@ -45,7 +45,7 @@ def gated_scores(x, p0, a, n, T: tl.constexpr):
     b_pk = load_block(a.pk, x.key_b, x.key_h, p0, n.P, T.BP, T.D, T.DP)
     b_gate = prefix_gate(at, a, n)
     b_s = capped_scores(tl.dot(x.q, tl.trans(b_pk), input_precision=T.PRECISION), b_gate, a)
-    return prefix_scores(b_s, at, a, n), b_gate * kept(at, a, 0)
+    return prefix_scores(b_s, at, a, n), b_gate * kept(at, a, False)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def attend_tokens(sums, x, start, end, a, n, T: tl.constexpr, INSIDE: tl.constex
             factor = from_natural(a.scale, a)
         b_s = token_scores(b_s, at, a, n, INSIDE)
         b_p, b_decay, b_m, b_l = softmax_step(b_s, factor, sums.m, sums.l, a)
-        b_p = b_p * kept(at, a, n.P)
+        b_p = b_p * kept(at, a, True)
         b_v = load_block(a.v, x.key_b, x.key_h, j0, n.M, T.BN, T.DV, T.DVP, INSIDE)
         b_acc = sums.acc * b_decay[:, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=T.PRECISION)

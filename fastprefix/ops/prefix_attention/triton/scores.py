@@ -143,12 +143,16 @@ def token_scores(b_s, at, a, n, INSIDE: tl.constexpr):
 
 
 @triton.jit
-def kept(at, a, first_column):
-    """What dropout multiplies by. The counter is the element's position, tokens' keys after the prefix's."""
+def kept(at, a, TOKENS: tl.constexpr):
+    """What dropout multiplies by. Four words of a counter decide for two queries and two keys, 8 apart: a thread has
+    those four in its registers, so the compiler can draw once for all of them.
+    """
     if a.seed is None:
         return no_gate()
     else:
         zero = tl.zeros_like(at.i + at.j)
-        column, row = first_column + at.j + zero, at.i + zero
-        word, _, _, _ = tl.philox(tl.load(a.seed), column, row, at.b * a.heads + at.h + zero, zero)
+        plane = at.b * a.heads + at.h + zero
+        w00, w01, w10, w11 = tl.philox(tl.load(a.seed), (at.j & -9) + zero, (at.i & -9) + zero, plane, zero + TOKENS)
+        w0, w1 = tl.where((at.j & 8) == 0, w00, w01), tl.where((at.j & 8) == 0, w10, w11)
+        word = tl.where((at.i & 8) == 0, w0, w1)
         return tl.where(word.to(tl.int64) >= a.drop_below, a.keep_scale, 0.0)
