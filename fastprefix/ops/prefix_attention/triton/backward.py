@@ -200,7 +200,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
     b, hk = tl.program_id(0) // blocks // kv_heads, tl.program_id(0) // blocks % kv_heads
     b_k = load_block(a.k, b, hk, j0, M, T.BN, T.D, T.DP)
     b_v = load_block(a.v, b, hk, j0, M, T.BN, T.DV, T.DVP)
-    x = Keys(b_k, b_v, b, hk, tl.minimum(j0 + tl.arange(0, T.BN), M - 1)[:, None])
+    x = Keys(b_k, b_v, b, hk, j0 + tl.arange(0, T.BN)[:, None])
     sums = KeySums(zeros(T.BN, T.DP), zeros(T.BN, T.DVP))
     lo, inner_lo, inner_hi, hi = queries_of_keys(a, j0, tl.minimum(j0 + T.BN, M), n, T.BM)
     inner_lo = tl.minimum(inner_lo, hi)
@@ -225,18 +225,19 @@ def add_queries(sums, x, do, dk, dv, p_rows, start, end, a, n, T: tl.constexpr, 
 
     All heads in one loop, not one in another: that takes fewer registers, and loads run ahead from head to head.
     """
-    h, i0 = x.h * a.group, start
-    for _ in tl.range(0, a.group * tl.cdiv(end - start, T.BM)):
-        sums = add_block(sums, x, x.b, h, i0, do, dk, dv, p_rows, a, n, T, False, INSIDE)
-        h, i0 = next_block(h, i0, start, end, T)
+    blocks = tl.cdiv(end - start, T.BM)
+    h, block = x.h * a.group, 0
+    for _ in tl.range(0, a.group * blocks):
+        sums = add_block(sums, x, x.b, h, start + block * T.BM, do, dk, dv, p_rows, a, n, T, False, INSIDE)
+        h, block = next_block(h, block, blocks)
     return sums
 
 
 @triton.jit
-def next_block(h, i0, start, end, T: tl.constexpr):
-    """The next block of queries [start, end) of a head, or the first of the next head."""
-    following = i0 + T.BM
-    return tl.where(following < end, h, h + 1), tl.where(following < end, following, start)
+def next_block(h, block, blocks):
+    """The next of the ``blocks`` of queries of a head, or the first of the next head."""
+    following = block + 1
+    return tl.where(following < blocks, h, h + 1), tl.where(following < blocks, following, 0)
 
 
 @triton.jit
@@ -271,20 +272,21 @@ def prefix_attention_bwd_dprefix_kernel(a, do, dpk, dpv, p_rows, N, M, P, tiles,
     all rows of the batch (of one, where each has its own prefix) and of all heads of the group, one after another.
     """
     n = Lengths(N, M, P)
-    blocks = tl.cdiv(P, T.BP)
+    prefix_blocks = tl.cdiv(P, T.BP)
     kv_heads = a.heads // a.group
-    p0 = tl.program_id(0) % blocks * T.BP
-    hk, b0 = tl.program_id(0) // blocks % kv_heads, tl.program_id(0) // blocks // kv_heads
+    p0 = tl.program_id(0) % prefix_blocks * T.BP
+    hk, b0 = tl.program_id(0) // prefix_blocks % kv_heads, tl.program_id(0) // prefix_blocks // kv_heads
     b_pk = load_block(a.pk, b0, hk, p0, P, T.BP, T.D, T.DP)
     b_pv = load_block(a.pv, b0, hk, p0, P, T.BP, T.DV, T.DVP)
-    x = Keys(b_pk, b_pv, b0, hk, tl.minimum(p0 + tl.arange(0, T.BP), P - 1)[:, None])
+    x = Keys(b_pk, b_pv, b0, hk, p0 + tl.arange(0, T.BP)[:, None])
     sums = KeySums(zeros(T.BP, T.DP), zeros(T.BP, T.DVP))
     first = tl.program_id(1) * chunk
-    head, i0 = first // tl.cdiv(N, T.BM), first % tl.cdiv(N, T.BM) * T.BM  # of all the rows' heads
+    blocks = tl.cdiv(N, T.BM)
+    head, block = first // blocks, first % blocks  # of all the rows' heads
     b, h = b0 + head // a.group, hk * a.group + head % a.group
     for _ in tl.range(first, tl.minimum(first + chunk, tiles)):
-        sums = add_block(sums, x, b, h, i0, do, dpk, dpv, p_rows, a, n, T, True, False)
-        h, i0 = next_block(h, i0, 0, N, T)
+        sums = add_block(sums, x, b, h, block * T.BM, do, dpk, dpv, p_rows, a, n, T, True, False)
+        h, block = next_block(h, block, blocks)
         last = h == (hk + 1) * a.group
         b, h = tl.where(last, b + 1, b), tl.where(last, hk * a.group, h)
     part = tl.program_id(1) * batch + b0  # the parts are laid out as if they were rows of the batch

@@ -73,7 +73,7 @@ def problem(a: Arguments) -> Problem:
     near, far = _band(a)
     gate = a.prefix_gate
     batch, heads = a.query.shape[:2]
-    dropped = a.dropout_seed is not None
+    dropped, below = a.dropout_seed is not None, random.threshold(a.dropout_p)
     single = a.query.dtype is torch.float32
     linear = a.softcap is None and mask.p is None and a.scale > 0 and not single
     biased = mask.p is not None or a.prefix_bias is not None
@@ -100,8 +100,8 @@ def problem(a: Arguments) -> Problem:
         a.scale,
         a.softcap,
         a.dropout_seed,
-        random.threshold(a.dropout_p) if dropped else None,
-        (0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
+        below % 2**32 if dropped else None,
+        (0.0 if below == 2**32 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
         1 if linear else None,
         1 if single or biased else None,
     )

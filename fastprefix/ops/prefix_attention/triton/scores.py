@@ -130,7 +130,7 @@ def token_scores(b_s, at, a, n, INSIDE: tl.constexpr):
             b_seen = b_seen & (o_distance <= a.far)
         b_s = tl.where(b_seen, b_s, float("-inf"))
     i, j = tl.minimum(at.i, n.N - 1), at.j
-    if not INSIDE:
+    if not INSIDE or at.j.shape[1] == 1:  # where keys are rows, nothing hides those that are not there
         j = tl.minimum(j, n.M - 1)
     if a.mask.p is not None:
         b_s += load_bias(a.mask, at.b, at.h, i, j, a)
@@ -155,4 +155,4 @@ def kept(at, a, TOKENS: tl.constexpr):
         w00, w01, w10, w11 = tl.philox(tl.load(a.seed), (at.j & -9) + zero, (at.i & -9) + zero, plane, zero + TOKENS)
         w0, w1 = tl.where((at.j & 8) == 0, w00, w01), tl.where((at.j & 8) == 0, w10, w11)
         word = tl.where((at.i & 8) == 0, w0, w1)
-        return tl.where(word.to(tl.int64) >= a.drop_below, a.keep_scale, 0.0)
+        return tl.where(word >= tl.cast(a.drop_below, tl.uint32), a.keep_scale, 0.0)

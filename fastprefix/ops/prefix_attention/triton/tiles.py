@@ -144,10 +144,10 @@ _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
     "decode": _DECODE_DROPOUT,
 }
 _DROPOUT: dict[str, dict[tuple[int, str], Tile]] = {
-    "forward": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
-    "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
-    "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
-    "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 1)},
+    "forward": {(64, HALF): Tile(128, 64, 64, 8, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
+    "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 64, 64, 8, 2)},
+    "dkv": {(64, HALF): Tile(32, 64, 64, 4, 2), (128, HALF): Tile(64, 64, 64, 8, 2)},
+    "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 2)},
     "decode": _DECODE_DROPOUT,
 }
 _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
@@ -180,10 +180,11 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
         "dprefix": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(32, 128, 128, 8, 2)},
     },
     "dropout": {
-        **_DROPOUT,
-        "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(64, 32, 32, 4, 1)},
-        "dkv": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(32, 64, 64, 8, 2)},
-        "dprefix": {(64, HALF): Tile(32, 64, 64, 8, 1), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(128, 64, 64, 8, 2)},
+        "dq": {(64, HALF): Tile(64, 64, 32, 4, 1), (128, HALF): Tile(64, 32, 32, 4, 1)},
+        "dkv": {(64, HALF): Tile(32, 128, 64, 8, 2), (128, HALF): Tile(32, 128, 64, 8, 2)},
+        "dprefix": {(64, HALF): Tile(32, 64, 64, 4, 2), (128, HALF): Tile(64, 32, 32, 8, 1)},
+        "decode": _DECODE_DROPOUT,
     },
     "dropout of pairs": {
         **_SMALLEST,
