@@ -124,7 +124,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
 # and "dropout of pairs", with dropout and something for each pair. Kernels that are not named have one tile for all.
 _DECODE_DROPOUT = {
     (16, HALF): Tile(16, 32, 32, 4, 2, _NARROW),
-    (64, HALF): Tile(16, 64, 32, 4, 2),
+    (64, HALF): Tile(16, 32, 32, 4, 3),
     (128, HALF): Tile(16, 32, 32, 4, 2),
 }
 _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
@@ -140,7 +140,7 @@ _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
         (127, HALF): Tile(16, 32, 32, 8, 1),
         (128, HALF): Tile(32, 32, 32, 4, 1),
     },
-    "dprefix": {(64, HALF): Tile(32, 32, 32, 4, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
+    "dprefix": {(64, HALF): Tile(32, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
     "decode": _DECODE_DROPOUT,
 }
 _DROPOUT: dict[str, dict[tuple[int, str], Tile]] = {
@@ -169,7 +169,7 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
         "forward": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(128, 64, 64, 8, 2)},
         "dq": {(64, HALF): Tile(64, 64, 32, 4, 2), (128, HALF): Tile(64, 64, 32, 8, 2)},
-        "dprefix": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(32, 128, 128, 8, 2)},
+        "dprefix": {(64, HALF): Tile(64, 64, 64, 4, 2), (128, HALF): Tile(32, 64, 64, 8, 2)},
     },
     "capped": {
         "forward": {(128, HALF): Tile(128, 64, 64, 8, 3)},
