@@ -2,7 +2,8 @@
 
 ``fused`` is this package, ``concat`` gated concatenation and then SDPA; ``tokens``, the floor, is SDPA on the tokens
 alone: no prefix at all. With ``--flex``, ``flex`` is gated concatenation and then compiled FlexAttention, which has no
-backward on a CPU. The gate is one for each row and prefix token.
+backward on a CPU. With ``--dropout P``, all of them drop probabilities, as models do that train with dropout. The gate
+is one for each row and prefix token.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from . import kernels, options
+from .errors import BenchmarkError
 from .kernels import Peer, Problem
 from .options import DTYPES
 
@@ -60,7 +62,9 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 class Inputs:
     """Tensors of one shape, and the peers on them."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device, dropout_p: float = 0.0
+    ) -> None:
         """Draw them."""
         generator = torch.Generator().manual_seed(0)
 
@@ -68,7 +72,7 @@ class Inputs:
             return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
 
         s = shape
-        self.causal = causal
+        self.causal, self.dropout_p = causal, dropout_p
         self.q, self.k, self.v = draw(s.B, s.Hq, s.N, s.D), draw(s.B, s.Hkv, s.M, s.D), draw(s.B, s.Hkv, s.M, s.D)
         self.pk, self.pv = draw(s.Hkv, s.P, s.D), draw(s.Hkv, s.P, s.D)
         self.gate = draw(s.B, 1, s.P)
@@ -81,7 +85,15 @@ class Inputs:
         """This package."""
         backend = BACKENDS[self.q.device.type]
         return fastprefix.prefix_attention(
-            self.q, self.k, self.v, self.pk, self.pv, prefix_gate=self.gate, is_causal=self.causal, backend=backend
+            self.q,
+            self.k,
+            self.v,
+            self.pk,
+            self.pv,
+            prefix_gate=self.gate,
+            is_causal=self.causal,
+            dropout_p=self.dropout_p,
+            backend=backend,
         )
 
     def concatenated(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +106,9 @@ class Inputs:
     def concat(self) -> Tensor:
         """What a user without these kernels writes."""
         k, v = self.concatenated()
-        return F.scaled_dot_product_attention(self.q, k, v, attn_mask=self.mask, enable_gqa=self.grouped)
+        return F.scaled_dot_product_attention(
+            self.q, k, v, attn_mask=self.mask, dropout_p=self.dropout_p, enable_gqa=self.grouped
+        )
 
     def flex(self) -> Callable[[], Tensor]:
         """The same with FlexAttention, compiled for this shape."""
@@ -119,6 +133,7 @@ class Inputs:
             self.k,
             self.v,
             attn_mask=self.mask_tokens,
+            dropout_p=self.dropout_p,
             is_causal=self.causal and self.mask_tokens is None,
             enable_gqa=self.grouped,
         )
@@ -145,24 +160,32 @@ def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
     return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
 
 
-def problems(quick: bool, dtypes: list[str], device: torch.device, flex: bool = False) -> Iterator[Problem]:
+def problems(arguments: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Every shape, in every type, with and without a causal mask."""
-    for shape in QUICK if quick else SHAPES:
-        for dtype in dtypes:
+    for shape in QUICK if arguments.quick else SHAPES:
+        if arguments.dropout and shape.N == 1:
+            continue  # nothing is dropped where tokens are generated
+        for dtype in arguments.dtype:
             for causal in (False, True):
                 torch.compiler.reset()  # what was compiled for another shape
-                inputs = Inputs(shape, DTYPES[dtype], causal, device)
-                yield Problem({**asdict(shape), "dtype": dtype, "causal": causal}, inputs.peers(flex), inputs.grad)
+                inputs = Inputs(shape, DTYPES[dtype], causal, device, arguments.dropout)
+                case = {**asdict(shape), "dtype": dtype, "causal": causal}
+                yield Problem(case, inputs.peers(arguments.flex), inputs.grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's options."""
     kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; its own results")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
+    if not 0 <= arguments.dropout < 1 or (arguments.dropout and arguments.flex):
+        raise BenchmarkError("--dropout takes a number from 0 to below 1, and FlexAttention has none")
     device = options.device_for(arguments.device)
-    grid = problems(arguments.quick, arguments.dtype, device, arguments.flex)
+    grid = problems(arguments, device)
+    if arguments.dropout:
+        return kernels.run(f"{NAME}-dropout", grid, {"dropout": arguments.dropout}, arguments, device)
     return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)

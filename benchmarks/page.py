@@ -75,6 +75,10 @@ TEXTS = {
         "prefix tokens. Means and extremes are over all shapes but that of one query; the share is fused / (tokens "
         "x (1 + P / M)), so 1 is what PyTorch's attention would take for as many keys.",
     ),
+    "attention-dropout": (
+        "Prefix attention with dropout",
+        "The same, where every competitor drops probabilities.",
+    ),
     "embedding": (
         "Prompt embedding",
         "prompt_embedding (pt, dept, adept, merged) and the same in PyTorch, in units of a plain lookup that writes "
@@ -162,6 +166,7 @@ def _no_tables(run: Run) -> Iterator[Table]:
 TABLES: dict[str, Callable[[Run], Iterator[Table]]] = {
     "main": _main_tables,
     "attention": lambda run: iter([summaries.attention(run)]),
+    "attention-dropout": lambda run: iter([summaries.attention(run)]),
     "embedding": lambda run: iter([summaries.embedding(run)]),
     "shared-prompt": _shared_tables,
     "models": _model_tables,

@@ -474,6 +474,19 @@ def test_kernels(
 
 
 @needs_kernels
+def test_attention_with_dropout_has_results_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path), "--dropout"]
+    assert main([*options, "0.1"]) == 0
+    run = results.read(tmp_path / "attention_dropout.json")
+    assert (run.suite, run.settings["dropout"]) == ("attention-dropout", 0.1)
+    assert {cell.competitor for cell in run.cells} == {"fused", "concat", "tokens"}
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert "Prefix attention with dropout" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert main([*options, "1.5"]) == 2
+    assert "--dropout takes a number" in capsys.readouterr().err
+
+
+@needs_kernels
 def test_a_failing_peer_loses_no_other_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
