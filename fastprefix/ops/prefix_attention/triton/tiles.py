@@ -163,7 +163,11 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
 }
 _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     **_SM80_VARIANTS,
-    "dropout of pairs": {**_SMALLEST, "dkv": {**_SMALLEST["dkv"], (64, HALF): Tile(32, 32, 32, 8, 1)}},
+    "dropout of pairs": {
+        **_SMALLEST,
+        "dkv": {**_SMALLEST["dkv"], (64, HALF): Tile(32, 32, 32, 8, 1)},
+        "dprefix": {**_SMALLEST["dprefix"], (64, HALF): Tile(32, 32, 32, 4, 1)},
+    },
 }
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], Tile]]] = {
     "pairwise": {
