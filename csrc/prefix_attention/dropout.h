@@ -1,5 +1,6 @@
-// Dropout: Philox's key is the seed, the counter (column, query, row and head, 0 for the prefix or 1 for tokens), where
-// column and query lack their bit of value 8. Four words decide for two queries and two columns, 8 apart: by those bits.
+// Dropout: Philox's key is the seed, its counter (column, query, row and head, 0 for the prefix or 1 for tokens), where
+// column and query lack their bit of value 8. Those two bits choose the word: four words decide for two queries and two
+// columns, 8 apart.
 #pragma once
 
 #include "../common/philox.h"
@@ -28,6 +29,7 @@ struct AsManyOf {
   typedef X type __attribute__((vector_size(kLanes<uint64_t> * sizeof(X))));
 };
 
+// Words become factors.
 template <class T, class A>
 inline void store_kept(const Problem<T, A>& p, Vec<uint64_t> words, A* factors) {
   using Mask = typename AsManyOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>::type;
@@ -38,7 +40,13 @@ inline void store_kept(const Problem<T, A>& p, Vec<uint64_t> words, A* factors) 
 
 // Dropout's factors for a block of scores: factors[column][query]. Its first query is a multiple of 16.
 template <class T, class A>
-void keep_factors(const Problem<T, A>& p, const QueryBlock& queries, uint64_t first_column, int64_t columns, bool tokens, A* factors) {
+void keep_factors(
+    const Problem<T, A>& p,
+    const QueryBlock& queries,
+    uint64_t first_column,
+    int64_t columns,
+    bool tokens,
+    A* factors) {
   Vec<uint64_t> lanes;
   for (int64_t i = 0; i < kLanes<uint64_t>; ++i) lanes[i] = i;
   for (int64_t r = 0; r < columns; ++r, factors += kQueries) {
