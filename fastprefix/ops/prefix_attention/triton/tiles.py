@@ -92,6 +92,7 @@ _SM90: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
         **_SM80["forward"],
         (64, HALF): Tile(128, 64, 64, 4, 3),
+        (127, HALF): Tile(128, 64, 64, 8, 2),
         (128, HALF): Tile(128, 128, 64, 8, 2),
         (256, HALF): Tile(64, 64, 32, 8, 2, _WIDE),
     },
@@ -131,7 +132,7 @@ _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
     "forward": {
         (64, HALF): Tile(64, 32, 32, 8, 1),
         (127, HALF): Tile(64, 32, 32, 8, 1, _PADDED),
-        (128, HALF): Tile(64, 32, 32, 8, 1),
+        (128, HALF): Tile(64, 32, 32, 8, 2),
     },
     "dq": {(64, HALF): Tile(64, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 4, 1)},
     "dkv": {
