@@ -23,7 +23,7 @@ HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 
 _WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
 _NARROW = "8 bytes where heads have 16 columns, with some versions of Triton; not measured"
-_PADDED = "16 bytes where every load masks columns, with Triton 3.6 and 3.7; not measured"
+_PADDED = "up to 16 bytes where every load masks columns, with some versions of Triton; not measured"
 _FLOAT = "float32 products run without matrix units; not measured"
 
 # kernel -> (widest head, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
@@ -138,7 +138,7 @@ _SMALLEST: dict[str, dict[tuple[int, str], Tile]] = {
     "dkv": {
         (16, HALF): Tile(16, 32, 32, 4, 1),
         (64, HALF): Tile(32, 32, 32, 4, 1),
-        (127, HALF): Tile(16, 32, 32, 8, 1),
+        (127, HALF): Tile(16, 32, 32, 8, 1, _PADDED),
         (128, HALF): Tile(32, 32, 32, 4, 1),
     },
     "dprefix": {(64, HALF): Tile(32, 32, 32, 8, 1), (128, HALF): Tile(32, 32, 32, 8, 1)},
