@@ -267,6 +267,21 @@ def avx2_sentence(device: Device) -> str:
     )
 
 
+def dropout_sentence(device: Device) -> str:
+    """Attention with dropout, in numbers."""
+    run = device.run("attention-dropout")
+
+    def told(dtype: str) -> str:
+        over = [[speed.over_concat for speed in speeds(run, dtype, direction)] for direction in DIRECTIONS]
+        forward, both = (f"{geometric_mean(values):.1f} (at least {min(values):.1f})" for values in over)
+        return f"{dtype} {forward} forward, {both} forward + backward"
+
+    return (
+        f"With dropout of {run.settings['dropout']}, as BERT and GPT-2 have it in training, PyTorch's attention on a CPU "
+        f"writes all probabilities down. Times faster than concatenation: {told('float32')}; {told('bfloat16')}."
+    )
+
+
 def short_prompt_sentence(device: Device) -> str:
     """Training steps with a shorter prompt, in numbers."""
     run = device.run("shared-prompt")
@@ -321,6 +336,7 @@ SNIPPETS: dict[str, Callable[[Device], Table | str]] = {
     "attention-decoding": decoding_sentence,
     "attention-avx2": avx2_sentence,
     "attention-flex": flex_sentence,
+    "attention-dropout": dropout_sentence,
     "shared-prompt": lambda device: shared_prompt(device.run("shared-prompt"), 100),
     "shared-prompt-60": short_prompt_sentence,
     "embedding": lambda device: embedding(device.run("embedding")),
