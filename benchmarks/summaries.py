@@ -277,8 +277,8 @@ def dropout_sentence(device: Device) -> str:
         return f"{dtype} {forward} forward, {both} forward + backward"
 
     return (
-        f"With dropout of {run.settings['dropout']}, as BERT and GPT-2 have it in training, PyTorch's attention on a CPU "
-        f"writes all probabilities down. Times faster than concatenation: {told('float32')}; {told('bfloat16')}."
+        f"With dropout of {run.settings['dropout']}, as BERT and GPT-2 have it in training, PyTorch's attention on a "
+        f"CPU writes all probabilities down. Times faster than concatenation: {told('float32')}; {told('bfloat16')}."
     )
 
 
