@@ -52,7 +52,7 @@ def _describe(name: str) -> int:
 
 def could_be_of_hub(name: str) -> bool:
     """Whether the Hugging Face hub could have a model of this name: other names are paths."""
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # there, not exported
 
     try:
         validate_repo_id(name)

@@ -37,7 +37,7 @@ def run_stage(name: str, path: Path, seconds: float) -> None:
     start = time.monotonic()
     try:
         STAGES[name](log, seconds)
-    except Exception:
+    except Exception:  # the stages that follow are worth having all the same
         log.add("failures", {"stage": name, "error": traceback.format_exc()})
         print(f"stage {name} failed:\n{traceback.format_exc()}", flush=True)
     log.results.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)

@@ -58,7 +58,6 @@ class Operation:
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
         forward, backward = self._overload(self.name, backend), self._overload(f"{self.name}_backward", backend)
-
         _LIBRARY.impl(f"{self.name}.{backend}", self._autograd_kernel(backend, forward, backward), "Autograd")
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.gpu.parity import results
 from fastprefix.ops import backends, prefix_attention, prompt_embedding
 from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
@@ -48,14 +49,8 @@ class Target:
         self._launches.write_text("")
         kernel[grid](*arguments, **constants, **options)
         name, *numbers = self._launches.read_text().split()
-        expected = [
-            *grid,
-            *(1,) * (3 - len(grid)),
-            32 * tile.warps,
-            *parameters(kernel, arguments),
-            0,
-            0,
-        ]  # two scratches
+        blocks, scratches = (*grid, 1, 1)[:3], (0, 0)
+        expected = [*blocks, 32 * tile.warps, *parameters(kernel, arguments), *scratches]
         assert name == kernel.__name__, f"{name} was launched, not {kernel.__name__}"
         assert list(map(int, numbers)) == expected, f"{name} got\n{numbers}, not\n{expected}"
         self.launched.add(name)
@@ -106,13 +101,7 @@ def main(folder: str) -> None:
     target = Target()
     prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
     for case in CASES:
-        inputs = case.build(torch.bfloat16)
-        values = [x for name, x in inputs.tensors.items() if name not in ("attn_mask", "prefix_bias")]
-        tensors = [x for value in values for x in leaves(value) if x.is_floating_point()]
-        for tensor in tensors:
-            tensor.requires_grad_()
-        output = case.operation(**inputs.tensors, **inputs.options, backend="triton")
-        torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)
+        results(case, torch.bfloat16, "cpu", "triton")
     print(*sorted(target.launched), sep="\n")
 
 

@@ -20,5 +20,5 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except Exception as error:
+    except Exception as error:  # a damaged file fails in its own way, when it is opened or when a tensor is read
         raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
