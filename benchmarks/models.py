@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastprefix.integrations.transformers.adapters import MODULE
-from fastprefix.integrations.transformers.heads import trainable_modules
+from fastprefix.integrations.transformers.adapter import MODULE, trainable_modules
 
 from .errors import BenchmarkError, first_line
 from .tasks import TaskKind

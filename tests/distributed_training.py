@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastprefix
-from fastprefix.integrations.transformers.sharding import whole
+from fastprefix.integrations.transformers.adapter import whole
 
 from . import models
 from .test_transformers import METHODS, attached

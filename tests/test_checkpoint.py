@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastprefix
-from fastprefix.integrations.transformers import checkpoint
+from fastprefix.integrations.transformers import saving
 
 from . import models
 from .test_transformers import FAMILIES, METHODS, attached
@@ -58,7 +58,7 @@ def test_an_interrupted_save_leaves_one_whole_adapter(
     old, new, inputs = attached("decoder", "prefix"), attached("decoder", "apt"), models.batch()
     fastprefix.save_adapter(old, tmp_path)
     replace = Path.replace
-    interrupted = {"weights": checkpoint.WEIGHTS_FILE, "config": checkpoint.CONFIG_FILE}[step]
+    interrupted = {"weights": saving.WEIGHTS_FILE, "config": saving.CONFIG_FILE}[step]
 
     def fail(self: Path, target: Path) -> Path:
         if target.name == interrupted:
@@ -81,14 +81,14 @@ def test_no_adapter_there(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path)
-    path = tmp_path / checkpoint.WEIGHTS_FILE
+    path = tmp_path / saving.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, tmp_path / checkpoint.WEIGHTS_FILE)
+    save_file({"weight": torch.zeros(3)}, tmp_path / saving.WEIGHTS_FILE)
     with pytest.raises(ValueError, match="was not written by"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 

@@ -39,7 +39,7 @@ from transformers import (
 import fastprefix
 from fastprefix.integrations.peft import acceleration
 from fastprefix.integrations.transformers import attention
-from fastprefix.integrations.transformers.probe import find_layers
+from fastprefix.integrations.transformers.discovery import find_layers
 
 from . import models
 from .test_shared_prompt import GROUPED, NO_DROPOUT, SMALL

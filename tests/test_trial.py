@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 import fastprefix
 from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
-from fastprefix.integrations.transformers.trial import tried
+from fastprefix.integrations.transformers.switching import tried
 from tools.survey_prefixes import textbook
 
 from . import models

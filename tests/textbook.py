@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastprefix.integrations.transformers.attention import BINDING
-from fastprefix.integrations.transformers.implementation import Implementation
+from fastprefix.integrations.transformers.switching import Implementation
 
 
 def textbook_attention(

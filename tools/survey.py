@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.preview import build, parts, shrunk
+from fastprefix.integrations.transformers.discovery import build, parts, shrunk
 from tests.float64 import Float64
 
 BOUND = 1e-10

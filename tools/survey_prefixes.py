@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 import fastprefix
-from fastprefix.integrations.transformers.attention import BINDING
-from fastprefix.integrations.transformers.borrowing import attention_implementation
-from fastprefix.integrations.transformers.implementation import Implementation
-from fastprefix.integrations.transformers.inputs import candidates
-from fastprefix.integrations.transformers.masks import added, full_mask
+from fastprefix.integrations.transformers.attention import BINDING, added, full_mask
+from fastprefix.integrations.transformers.switching import Implementation, attention_implementation, candidates
 
 from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 

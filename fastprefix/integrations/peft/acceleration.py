@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..transformers.attachment import attachment_of
-from ..transformers.borrowing import evaluated
-from ..transformers.probe import Layer, find_layers
+from ..transformers.discovery import Layer, find_layers
 from ..transformers.shared_prompt import reason_against_layers
+from ..transformers.switching import evaluated
 from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from ..transformers.attention import CARRIED, GivenPrefix
-from ..transformers.cache import PrefixCache
-from ..transformers.calls import by_name, parameter_names, refuse_one_row_masks, refuse_replicas, rows_for_masks
-from ..transformers.checkpointing import reentrant
-from ..transformers.implementation import Implementation, OwnConfigurations
-from ..transformers.probe import Layer, backbone_of
+from ..transformers.discovery import Layer, backbone_of
+from ..transformers.hooks import (
+    by_name,
+    parameter_names,
+    reentrant,
+    refuse_one_row_masks,
+    refuse_replicas,
+    rows_for_masks,
+)
+from ..transformers.prefix import PrefixCache
+from ..transformers.switching import Implementation, OwnConfigurations
 
 
 class CachedPrefix:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..transformers.attention import CARRIED, GivenPrefix, Prefix
-from ..transformers.cache import PrefixCache
-from ..transformers.calls import by_name
-from ..transformers.checkpointing import not_checkpointed, reentrant
-from ..transformers.probe import Layer
+from ..transformers.discovery import Layer
+from ..transformers.hooks import by_name, not_checkpointed, reentrant
+from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import has_dropout
 from .prefix import CachedPrefix
 

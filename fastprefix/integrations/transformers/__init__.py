@@ -1,9 +1,9 @@
 """The methods on ``transformers`` models: attach, detach, save, load, merge."""
 
 from .attachment import attach, detach, disable_adapter, set_adapter
-from .checkpoint import load_adapter, save_adapter
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
+from .saving import load_adapter, save_adapter
 
 __all__ = [
     "ParameterCount",

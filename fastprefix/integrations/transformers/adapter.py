@@ -1,15 +1,69 @@
-"""The adapters of a model: each a method under a name, one of them at a time on the model."""
+"""Hold the adapters of a model: each is a method under a name, and one of them at a time is in use.
+
+Also: which modules of the base model stay trainable, and which models are sharded over processes.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
-from .heads import trainable_modules
-from .implementation import OwnConfigurations
+from .switching import OwnConfigurations
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are spread over processes, as by FSDP2."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered from all processes."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()
+    return gathered
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse to change what a model trains once it is spread: its processes would not exchange those gradients.
+
+    Raises:
+        ValueError: it is sharded, or has a tensor-parallel plan.
+    """
+    name, size = type(model).__name__, getattr(model, "tp_size", None) or 1
+    if size > 1:
+        raise ValueError(f"model takes one without a tensor-parallel plan, got {name} with tp_size={size}")
+    if is_sharded(model):
+        raise ValueError(
+            f"model takes one that is not sharded, got {name} with sharded parameters: attach, switch and detach "
+            "before fully_shard"
+        )
+
+
+_FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
+
+
+def trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
+    """The modules that stay trainable, by name.
+
+    Raises:
+        ValueError: a name that the model does not have.
+    """
+    if names is not None:
+        modules = dict(model.named_modules())
+        if missing := [name for name in names if name not in modules or not name]:
+            raise ValueError(f"modules_to_save takes names of modules of {type(model).__name__}, got {missing}")
+        return {name: modules[name] for name in names}
+    if not _FRESH_HEAD.search(type(model).__name__):
+        return {}
+    children = model.named_children()
+    return {name: child for name, child in children if child is not model.base_model and list(child.parameters())}
+
 
 MODULE = "fastprefix"
 """The name under which the parameters of the adapter in use hang on the model."""

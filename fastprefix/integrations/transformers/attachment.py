@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
-from .adapters import Adapter, Attachment, Hooks, Method
-from .encoder_prompt import EncoderPromptAttachment
-from .heads import trainable_modules
-from .inputs import Inputs, is_of_text, is_plain_text
-from .prefix import PrefixAttachment
-from .probe import Layer, find_layers, method_layers, text_keys_values
-from .projection import find_projections
-from .prompt import PromptAttachment
-from .sharding import check_whole
-from .shared_prompt import SharedPromptAttachment, reason_not_shareable
-from .trial import takes_text
+from .adapter import Adapter, Attachment, Hooks, Method, check_whole, trainable_modules
+from .discovery import Layer, find_layers, find_projections, method_layers, text_keys_values
+from .prefix import PrefixHooks
+from .prompt import EncoderPromptHooks, PromptHooks
+from .shared_prompt import SharedPromptHooks, reason_not_shareable
+from .switching import Inputs, is_of_text, is_plain_text, takes_text
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -271,16 +266,16 @@ def _adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapt
     method, layers, path = plan
     hooks: Hooks
     if isinstance(method, PrefixMethod):
-        hooks = PrefixAttachment(model, method, layers)
+        hooks = PrefixHooks(model, method, layers)
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True
         if path == "shared":
-            hooks = SharedPromptAttachment(model, method, layers, required)
+            hooks = SharedPromptHooks(model, method, layers, required)
         elif model.config.is_encoder_decoder:
-            hooks = EncoderPromptAttachment(model, method)
+            hooks = EncoderPromptHooks(model, method)
         else:
-            hooks = PromptAttachment(model, method)
+            hooks = PromptHooks(model, method)
     return Adapter(model, copy.deepcopy(config), method, hooks)
 
 

@@ -1,16 +1,157 @@
-"""The attention function that ``transformers`` calls under the name "fastprefix"."""
+"""Register this package's attention and masks with ``transformers``.
+
+The shape of a mask tells its case, so neither a keyword nor a module's ``is_causal`` has to be trusted:
+
+- one bool row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
+- None, or ``[B, 1, N, K]`` expanded from one row: all keys, without or with key padding (bidirectional, or one query
+  that comes last);
+- anything else ``[B, 1, N, K]``: the complete mask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 
 from ...ops.prefix_attention import prefix_attention
-from .masks import biased, fastprefix_mask, full_mask, read_mask, split_bias, window_bias
+
+
+def fastprefix_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of the attention mask interface; padding is never lost, and plain cases stay small."""
+    padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
+    if mask_function is bidirectional_mask_function:
+        return None if padding is None else padding.expand(batch_size, 1, q_length, kv_length)
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and not isinstance(q_offset, Tensor)
+    if causal and q_length == 1 and q_offset + 1 == kv_offset + kv_length:  # a token that is generated sees all keys
+        return None if padding is None else padding.expand(batch_size, 1, 1, kv_length)
+    if causal and q_length == kv_length and q_offset == kv_offset:
+        if padding is None:
+            padding = torch.ones((), dtype=torch.bool, device=device)
+        return padding.expand(batch_size, 1, 1, kv_length)
+    return full_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
+    )
+
+
+def full_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """A mask function that always writes out all of the mask, bool ``[B, 1, N, K]``."""
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
+    assert mask is not None
+    return mask
+
+
+class Masking(NamedTuple):
+    """A mask as ``prefix_attention`` takes it."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+
+
+def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
+    """What a mask says to queries ``[B, H, N, D]``."""
+    if mask is None:
+        return Masking(None, False)
+    if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
+        return Masking(mask.to(query.dtype), False)
+    if mask.shape[2] != 1 or query.shape[2] == 1:
+        return Masking(mask, False)
+    everything = mask.stride(3) == 0 and mask.shape[3] > 1
+    return Masking(None if everything else mask, True)
+
+
+def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to add to scores, as eager attention takes it: what is hidden gets the dtype's least number."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
+    """A mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it; all of the mask is written out
+    then. What is hidden gets the dtype's least number, as in the eager masks of ``transformers``.
+    """
+    if position_bias is None:
+        return masking
+    bias, mask = position_bias.to(key.dtype), masking.attn_mask
+    least = torch.finfo(bias.dtype).min
+    if mask is not None:
+        bias = bias.masked_fill(~mask, least) if mask.dtype is torch.bool else (bias + mask).clamp(min=least)
+    if masking.is_causal:
+        later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(later, least)
+    return Masking(bias, False)
+
+
+def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A bias ``[..., m + K]`` on scores as that of the prefix (None: it has no columns for it) and that of K tokens."""
+    if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
+        return None, position_bias
+    return position_bias[..., : -key.shape[2]], position_bias[..., -key.shape[2] :]
+
+
+def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
+    """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
+    zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
+    keys = torch.tensor([query, query - window + 1], device=device)
+    return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+
+
+def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Tensor | None:
+    """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
+
+    The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
+    None: the window reaches over everything.
+    """
+    end = length + past + query.shape[2]
+    if window is None or end <= window:
+        return None
+    positions = torch.arange(end - query.shape[2], end, device=query.device)[:, None]
+    hidden = torch.arange(length, device=query.device) <= positions - window
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
+
+
+def attended_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the last ``tokens`` keys are no padding, bool ``[B, tokens]``; None: all. The last query sees them all
+    but the padding, causal or not.
+    """
+    if mask is None:
+        return None
+    row = mask[:, 0, -1, -tokens:]
+    return row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
+
 
 NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"

@@ -1,31 +1,33 @@
-"""Finding a model's attention layers by running it on something small: what calls the attention interface, is one.
+"""Find the attention layers of a model, and build small copies of it.
 
-That needs no knowledge of model families. It also gives the keys and values that a text has in every layer.
+Layers are found by running the model on a small input and recording which modules call the attention interface, so no
+model family has to be known. The same run yields the keys and values of a text in every layer, and the keys and values
+that a layer's own projections compute for states that are not tokens (LLaMA-Adapter).
+
+A small copy has the class and configuration of a model, narrow heads and random weights.
 """
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
-from .attention import MASKS, fastprefix_attention
-from .borrowing import borrowed, forgotten
-from .calls import by_name, parameter_names
-from .inputs import Inputs, is_plain_text, text_inputs
-from .masks import read_mask, sees_all_of_window
-from .trial import tried
-
-if TYPE_CHECKING:
-    from .projection import Projection
+from .attention import MASKS, Prefix, fastprefix_attention, read_mask, sees_all_of_window
+from .hooks import by_name, parameter_names
+from .switching import Inputs, borrowed, evaluated, forgotten, is_plain_text, switched, text_inputs, tried
 
 _NAME = "fastprefix_probe"
 
@@ -248,3 +250,204 @@ def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
 
 def _name(model: nn.Module) -> str:
     return type(model).__name__
+
+
+class Projection:
+    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``, as an attention module computes them.
+
+    The module is called as its model calls it for one token at position 0, where a rotary embedding does not rotate;
+    each state is such a token, in a row of its own. So nothing has to be known of the module, neither the names of its
+    projections nor what else it does to keys and values.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module = module
+        self.call = (args, kwargs)
+        self.running = False
+        self.projected: Prefix | None = None
+
+    def __call__(self, states: Tensor) -> Prefix:
+        hidden = first_tensor(*self.call)
+
+        def adapted(tensor: Tensor) -> Tensor:
+            """The states in place of the token; the rest where and as the states are, should the model have moved."""
+            if tensor is hidden:
+                return states[:, None]
+            return tensor.to(states if tensor.is_floating_point() else states.device)
+
+        args, kwargs = tree_map_only(Tensor, adapted, self.call)
+        self.running = True
+        try:
+            self.module.forward(*args, **kwargs)
+        finally:
+            self.running, projected, self.projected = False, self.projected, None
+        if projected is None:
+            raise RuntimeError(f"{type(self.module).__name__} did not call the attention interface")
+        key, value = projected  # [m, Hkv, 1, D]
+        return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
+
+    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Take what the module calls its attention with; for that call there is no prefix."""
+        self.projected = (key, value)
+
+    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
+        """None."""
+        return None, None
+
+    def bias(self, query: Tensor) -> None:
+        """None."""
+
+
+def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projection]:
+    """The projections of attention layers, found by running the model on one token.
+
+    Raises:
+        ValueError: a layer whose keys and values are not its own projections of what enters it.
+    """
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, (args, dict(kwargs)))
+
+    handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        find_layers(model, torch.zeros(1, 1, dtype=torch.long))
+    finally:
+        for handle in handles:
+            handle.remove()
+    projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
+    with switched(model, {p.module: p for p in projections}), evaluated(model), torch.no_grad():
+        if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
+            raise ValueError(
+                f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
+            )
+    return projections
+
+
+def _projects(layer: Layer, projection: Projection) -> bool:
+    """Whether a projection gives each of two states keys and values of its own, in the layer's shapes."""
+    hidden = first_tensor(*projection.call)
+    if hidden is None or hidden.shape != (1, 1, layer.shape.width):
+        return False
+    keys, values = projection(torch.randn(2, layer.shape.width).to(hidden))
+    shape = layer.shape
+    return (
+        keys.shape == (shape.kv_heads, 2, shape.key_size)
+        and values.shape == (shape.kv_heads, 2, shape.value_size)
+        and not torch.equal(keys[:, 0], keys[:, 1])
+        and not torch.equal(values[:, 0], values[:, 1])
+    )
+
+
+_HEAD_SIZE = 8
+_HEADS = (
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
+)
+_WIDTHS = {"hidden_size", "n_embd", "d_model", "embed_dim"}
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers", "encoder_layers"}
+_SMALL = {
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 32),
+    **dict.fromkeys(
+        ("ffn_dim", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 32
+    ),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    **{"qk_rope_head_dim": _HEAD_SIZE, "qk_head_dim": 16 + _HEAD_SIZE},
+    "rotary_dim": 4,
+    **{"vocab_size": 128, "vocab_size_per_layer_input": 128},
+}
+_MOST_PARAMETERS = 300_000_000
+"""A model is built as it is, where its small copy cannot be, up to here."""
+
+
+def random_model(config: Any) -> PreTrainedModel | None:
+    """A small copy of a model that runs; else the model itself, if it is small; else None."""
+    ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+    if config.is_encoder_decoder:
+        ids["decoder_input_ids"] = ids["input_ids"]
+    for variant in (shrunk, copy.deepcopy):
+        try:
+            candidate = variant(config)
+            with torch.device("meta"):
+                size = build(candidate).num_parameters()
+            if size > _MOST_PARAMETERS:
+                continue
+            model: PreTrainedModel = build(candidate).eval()
+            with torch.no_grad():
+                model.base_model(**ids, use_cache=False)
+        except Exception:  # whatever a family makes of sizes that it was not made for
+            continue
+        return model
+    return None
+
+
+def build(config: Any) -> PreTrainedModel:
+    """A model with random weights, of the class that the configuration names, or else the one that it belongs to."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    torch.manual_seed(0)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return named(config)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        model = AutoModel.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def shrunk(config: PretrainedConfig, layers: int | None = None) -> PretrainedConfig:
+    """All heads, each of them narrow; few words, experts and hidden neurons.
+
+    Args:
+        config: of a model, with those of its parts; it is left alone.
+        layers: how many there are at least, and one of every kind; None: all.
+    """
+    small = copy.deepcopy(config)
+    for part in parts(small):
+        _narrow(part)
+        if layers is not None:
+            _shorten(part, layers)
+    return small
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(getattr(config, name, None), PretrainedConfig):
+            yield from parts(getattr(config, name))
+
+
+def _narrow(config: Any) -> None:
+    sizes = {name: value for name, value in vars(config).items() if type(value) is int}
+    heads = next((sizes[name] for name in _HEADS if name in sizes), 1)
+    for name in _WIDTHS & sizes.keys():
+        setattr(config, name, heads * _HEAD_SIZE)
+    for name, size in _SMALL.items():
+        if name in sizes:
+            setattr(config, name, min(size, sizes[name]))
+    if "head_dim" in vars(config):
+        config.head_dim = _HEAD_SIZE
+    if sizes.get("pad_token_id", 0) >= _SMALL["vocab_size"]:
+        config.pad_token_id = 0
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        config.rope_parameters = _narrow_rope(rope)
+
+
+def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Lists are as long as heads are wide; sections of a position in time and space add up to half of that."""
+    half = int(_HEAD_SIZE * rope.get("partial_rotary_factor", 1.0)) // 2
+    kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
+    scaled = {"rope_type": "default"} if len(kept) < len(rope) else {}
+    return {**kept, **scaled, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
+
+
+def _shorten(config: Any, layers: int) -> None:
+    for name in _LAYERS & vars(config).keys():
+        setattr(config, name, layers)
+    types = list(dict.fromkeys(vars(config).get("layer_types") or ()))
+    if types:
+        config.num_hidden_layers = max(layers, len(types))
+        config.layer_types = (types * layers)[: config.num_hidden_layers]

@@ -30,15 +30,15 @@ from ...methods import (
     PromptTuning,
     PromptTuningConfig,
 )
-from .adapters import MODULE, Adapter, Hooks
+from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, attachment_of
 from .attention import Prefix
-from .borrowing import evaluated
-from .calls import by_name, past_length, refuse_packed
-from .prefix import PrefixAttachment
-from .probe import Layer, find_layers, method_layers
-from .prompt import PromptAttachment
-from .shared_prompt import SharedPromptAttachment
+from .discovery import Layer, find_layers, method_layers
+from .hooks import by_name, past_length, refuse_packed
+from .prefix import PrefixHooks
+from .prompt import PromptHooks
+from .shared_prompt import SharedPromptHooks
+from .switching import evaluated
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -63,9 +63,9 @@ def merge(model: Model) -> Model:
     with evaluated(model), torch.no_grad():
         if isinstance(method, PrefixMethod):
             _merge_prefix(model, adapter, method)
-        elif isinstance(hooks, SharedPromptAttachment):
+        elif isinstance(hooks, SharedPromptHooks):
             _merge_shared_prompt(model, adapter, method, hooks)
-        elif isinstance(method, ADePT) and type(hooks) is PromptAttachment:
+        elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
             _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(
@@ -97,7 +97,7 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         raise ValueError('prefix_position takes "shift" for a cache, whose tokens come after it; got "none"')
     if method.needs_hidden():
         raise ValueError(f"model takes one whose gates do not depend on the input, got {type(method).__name__}")
-    assert isinstance(adapter.hooks, PrefixAttachment)
+    assert isinstance(adapter.hooks, PrefixHooks)
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_index(module), int)]:
         raise ValueError(f"model takes one whose attention layers have a layer_idx; without: {nameless[0]}")
@@ -116,10 +116,10 @@ def _index(module: nn.Module) -> Any:
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     baked = method.baked()
     adapter.hooks.remove()
-    _put(model, adapter, baked, [PrefixAttachment(model, baked, method_layers(model, baked.config))])
+    _put(model, adapter, baked, [PrefixHooks(model, baked, method_layers(model, baked.config))])
 
 
-def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptAttachment) -> None:
+def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """The prompt as a prefix that stands before all tokens."""
     prefixes = hooks.run_prompt()
     table = _rewritten(hooks) if isinstance(method, ADePT) else None
@@ -132,11 +132,11 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
         parts.append(OffsetAttachment(model, method))
-    _put(model, adapter, prefix, [*parts, PrefixAttachment(model, prefix, layers)])
+    _put(model, adapter, prefix, [*parts, PrefixHooks(model, prefix, layers)])
     adapter.outside = _outside(method)
 
 
-def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptAttachment) -> None:
+def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
     """ADePT's network alone: what is left is prompt tuning."""
     config = PromptTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
@@ -173,7 +173,7 @@ def _plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Sequence
     return prefix
 
 
-def _rewritten(hooks: PromptAttachment) -> nn.Embedding:
+def _rewritten(hooks: PromptHooks) -> nn.Embedding:
     """The embedding with ADePT's offset, in blocks; whatever else the former does to a row is in it too."""
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
@@ -188,7 +188,7 @@ def _rewritten(hooks: PromptAttachment) -> nn.Embedding:
 class NewTable:
     """A backbone with another embedding in the places of its own."""
 
-    def __init__(self, hooks: PromptAttachment, embedding: nn.Embedding) -> None:
+    def __init__(self, hooks: PromptHooks, embedding: nn.Embedding) -> None:
         self.former, self.embedding = hooks.embedding, embedding
         self.places = [
             (parent, name)
@@ -210,7 +210,7 @@ class NewTable:
             setattr(parent, name, self.former.to(device=weight.device, dtype=weight.dtype))
 
 
-class OffsetAttachment(PromptAttachment):
+class OffsetAttachment(PromptHooks):
     """A prompt method's offset without its prompt."""
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

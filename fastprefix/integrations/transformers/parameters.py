@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .adapters import MODULE
+from .adapter import MODULE
 from .attachment import attachment_of, method_of
 
 

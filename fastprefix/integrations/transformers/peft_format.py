@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
-from .borrowing import evaluated
-from .calls import parameter_names
-from .probe import Layer, find_layers
+from .discovery import Layer, find_layers
+from .hooks import parameter_names
+from .switching import evaluated
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 _EMBEDDINGS = "prompt_embeddings"

@@ -1,33 +1,80 @@
-"""Prefix methods on a model: each attention layer bound to its prefix and gates."""
+"""Bind each attention layer of a model to its prefix and gates.
+
+``PrefixCache`` is a key/value cache that stands for a prefix: it counts the prefix's tokens and holds none of them. A
+model that gets one computes positions and masks as it would with a cache that holds the prefix, expanded to the batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ...methods import PrefixMethod
-from .attention import Prefix
-from .cache import PrefixCache
-from .calls import (
+from .attention import GivenPrefix, Prefix, attended_tokens, window_bias
+from .discovery import Layer, backbone_of, first_tensor
+from .hooks import (
+    Cut,
     Positions,
     by_name,
     parameter_names,
     past_length,
+    reentrant,
     refuse_one_row_masks,
     refuse_packed,
     refuse_replicas,
     rows_for_masks,
     shifted_positions,
 )
-from .checkpointing import Cut, reentrant
-from .implementation import Implementation
-from .masks import attended_tokens, window_bias
-from .probe import Layer, backbone_of, first_tensor
-from .trial import takes_text
+from .switching import Implementation, takes_text
+
+
+class PrefixCache(Cache):
+    """The keys and values of the tokens after a prefix; for calls that carry it, also the prefix, by module."""
+
+    def __init__(self, layers: int, length: int, prefixes: Mapping[nn.Module, GivenPrefix] | None = None) -> None:
+        super().__init__(layers=[PrefixCacheLayer(length) for _ in range(layers)])
+        self.prefixes = prefixes or {}
+        self.length = length
+
+    def bindings(self) -> dict[nn.Module, GivenPrefix]:
+        """What the next call's attention modules are bound to."""
+        past = int(self.get_seq_length()) - self.length
+        return {module: replace(prefix, past=past) for module, prefix in self.prefixes.items()}
+
+
+class PrefixCacheLayer(DynamicLayer):
+    """One layer's tokens, after a prefix of ``prefix_length``."""
+
+    def __init__(self, prefix_length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.prefix_length = prefix_length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens; the first ones are kept as they are, not copied."""
+        if self.is_initialized:
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """How many tokens came before, those of the prefix too."""
+        return self.prefix_length + int(super().get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys there are, and at which position they begin: after the prefix."""
+        return int(super().get_seq_length()) + query_length, self.prefix_length
+
 
 _GATES = "fastprefix_gates"
 """The attribute of a key/value cache that holds the gates of its sequences."""
@@ -36,7 +83,7 @@ _GATES = "fastprefix_gates"
 class LayerBinding:
     """What an attention module finds on itself: its prefix and its gates."""
 
-    def __init__(self, attachment: PrefixAttachment, index: int, layer: Layer) -> None:
+    def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
         self.attachment = attachment
         self.index = index
         self.window = layer.window if attachment.shifts else None  # that cuts the prefix
@@ -96,7 +143,7 @@ class LayerBinding:
         return {**self.__dict__, "hidden": None}
 
 
-class PrefixAttachment:
+class PrefixHooks:
     """A prefix method for a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:

@@ -1,27 +1,33 @@
-"""Saved adapters: ``adapter_model.safetensors`` with the parameters, ``adapter_config.json`` with the options.
+"""Save and load adapters: ``adapter_model.safetensors`` holds the parameters, ``adapter_config.json`` the options.
 
-The options stand in the header of the tensor file too, and that copy is the one that counts: a file is replaced in one
-step, two files are not, so a save that is interrupted leaves either the old adapter or the new one, whole.
+The header of the tensor file holds the options too, and that copy counts: one file is replaced in one step, two are
+not, so an interrupted save leaves either the old adapter or the new one, complete.
+
+Adapters can also be read from a checkpoint of the whole model, as Trainer and ``save_pretrained`` write it for an
+attached model: the model's configuration holds the adapter's options, and its weights hold the adapter's parameters.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapters import MODULE
+from .adapter import MODULE, OPTIONS, trainable_modules, whole
 from .attachment import (
     DEFAULT,
     Model,
@@ -32,10 +38,57 @@ from .attachment import (
     set_adapter,
     using,
 )
-from .inputs import Inputs
-from .sharding import whole
-from .tensor_files import opened
-from .whole_checkpoint import read_whole
+from .switching import Inputs
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it cannot be read, and why.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except Exception as error:  # a damaged file fails in its own way, when it is opened or when a tensor is read
+        raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
+
+
+def read_whole(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+    """The method and its parameters under the names of an adapter file; None: there is no such checkpoint.
+
+    Raises:
+        ValueError: it is of another model, or damaged.
+    """
+    path = folder / CONFIG_NAME
+    files = _files(folder)
+    if not path.is_file() or not files:
+        return None
+    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if OPTIONS not in description:
+        return None
+    if description.get("model_type") != model.config.model_type:
+        raise ValueError(f"{path} is of a {description.get('model_type')} model, got a {model.config.model_type} model")
+    config = MethodConfig.from_dict(description[OPTIONS])
+    renamed = {f"{MODULE}.": ""}
+    renamed |= {f"{name}.": f"modules_to_save.{name}." for name in trainable_modules(model, config.modules_to_save)}
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                for begin, instead in renamed.items():
+                    if key.startswith(begin):
+                        tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
+    return config, tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return [folder / SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else []
+
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

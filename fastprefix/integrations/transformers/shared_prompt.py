@@ -19,15 +19,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...methods import DePT, PromptMethod
-from .attention import Binding, Prefix
-from .borrowing import forgotten
-from .calls import Positions, by_name, is_packed, parameter_names, past_length, refuse_replicas, shifted_positions
-from .checkpointing import not_checkpointed, reentrant
-from .implementation import Implementation, switched
-from .masks import window_bias
-from .probe import Layer, backbone_of, find_layers
-from .prompt import PromptAttachment
-from .sharding import is_sharded
+from .adapter import is_sharded
+from .attention import Binding, Prefix, window_bias
+from .discovery import Layer, backbone_of, find_layers
+from .hooks import (
+    Positions,
+    by_name,
+    is_packed,
+    not_checkpointed,
+    parameter_names,
+    past_length,
+    reentrant,
+    refuse_replicas,
+    shifted_positions,
+)
+from .prompt import PromptHooks
+from .switching import Implementation, forgotten, switched
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
@@ -97,7 +104,7 @@ class _Kept(NamedTuple):
     prefixes: dict[int, Prefix]
 
 
-class SharedPromptAttachment(PromptAttachment):
+class SharedPromptHooks(PromptHooks):
     """A prompt method on a decoder that runs its prompt once for the whole batch."""
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod, layers: list[Layer], required: bool) -> None:

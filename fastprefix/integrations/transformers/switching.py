@@ -1,26 +1,208 @@
-"""Whether this package's attention can take the place of a model's own: tried, call by call.
+"""Run a model on another attention function, and restore it afterwards.
 
-A model may join masks, cut them, or pass arguments that only its own attention knows. So it is run on a few tokens,
-some of them padding: with its own eager attention over the masks that SDPA would get, then with this package's. In the
-second run every call's result is replaced by the first run's: each call is compared on the same inputs, and rounding
-does not add up. Calls are made in float64, so that what remains of it is far below the effect of anything that is lost.
+A conformance run decides whether this package's attention can replace a model's own. A model may join masks, cut them,
+or pass arguments that only its own attention knows. So it is run on a few tokens, some of them padding: first with its
+own eager attention over the masks that SDPA would get, then with this package's attention. In the second run, the
+result of every call is replaced by the result of the first run. Each call is therefore compared on the same inputs, and
+rounding does not add up. Calls are made in float64, which keeps rounding far below the effect of anything that is lost.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from .attention import FULL_MASKS, MASKS, NAME, fastprefix_attention
-from .borrowing import borrowed
-from .inputs import Inputs, candidates, is_plain_text
-from .masks import added, full_mask
+from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, added, fastprefix_attention, full_mask, register
+from .hooks import parameter_names
+
+_LOCK = threading.Lock()
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a model's attention, and that of parts with a copy of its configuration (T5's halves), which older
+    ``transformers`` pass over.
+    """
+    model.set_attn_implementation(name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
+            part.config._attn_implementation_internal = name
+
+
+@contextmanager
+def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
+    """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
+    with _LOCK, forgotten(model), attention_implementation(model, name, function, mask), torch.no_grad():
+        yield
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
+    """A model on another attention function and mask function, which have a name meanwhile."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask)
+    try:
+        set_attention(model, name)
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """``evaluated``, and what modules remember of the calls is forgotten, such as Qwen-VL's positions of a batch."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        with evaluated(model):
+            yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            now.clear()
+            now.update(attributes)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode back afterwards; the random state is left alone too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+Inputs = Mapping[str, Any]
+"""The keyword arguments of a model."""
+
+_ROWS, _TOKENS, _PADDING = 2, 6, 2
+_FRAMES = 64  # of sound, where a model takes any number
+_IMAGE = 64  # pixels on a side, where a model takes any
+
+_IMAGE_SIZES = ("image_size", "crop_size")
+_VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
+_SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size")
+"""What configurations call such a size."""
+
+
+def is_of_text(model: PreTrainedModel) -> bool:
+    """Whether a model's input is token ids."""
+    return str(model.main_input_name) == "input_ids"
+
+
+def is_plain_text(model: PreTrainedModel) -> bool:
+    """Whether a model's input is token ids, all in one sequence."""
+    return is_of_text(model) and not model.config.is_encoder_decoder
+
+
+def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+    """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
+    cross-attention from self-attention.
+    """
+    ids = input_ids.to(model.device)
+    if model.config.is_encoder_decoder:
+        return {"input_ids": _ending(model, ids), **_decoder_inputs(model, len(ids))}
+    return {"input_ids": ids, "use_cache": False}
+
+
+def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Small inputs on which a model may run, the most telling first: its main input alone, text with padding before
+    text without; then everything that it takes and of which a size is known.
+    """
+    ids = _tokens(model)
+    if is_of_text(model):
+        inputs = text_inputs(model, ids)
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[-1, :_PADDING] = 0
+        yield {**inputs, "attention_mask": mask}
+        yield inputs
+    else:
+        decoder = _decoder_inputs(model, 1) if model.config.is_encoder_decoder else {}
+        main = str(model.main_input_name)
+        for shape in _shapes(model, main):
+            yield {main: _noise(model, (1, *shape)), **decoder}
+    together: dict[str, Any] = {"input_ids": ids}
+    for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
+        first = next(_shapes(model, name), None)
+        if first is not None and name in parameter_names(model.base_model):
+            together[name] = _noise(model, (_ROWS, *first))
+    if model.config.is_encoder_decoder:
+        together |= _decoder_inputs(model, _ROWS)
+    yield together
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    """Different ones, as far as there are so many."""
+    text: Any = model.config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None) or _TOKENS
+    return (torch.arange(_ROWS * _TOKENS, device=model.device) % vocabulary).view(_ROWS, _TOKENS)
+
+
+def _decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
+    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=model.device), "use_cache": False}
+
+
+def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The last token is the one that ends a sequence: BART's classifiers read its hidden state."""
+    end = getattr(model.config, "eos_token_id", None)
+    if isinstance(end, int):
+        tokens = tokens.clone()
+        tokens[:, -1] = end
+    return tokens
+
+
+def _noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+
+
+def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes that a row of an input that is no text may have, by the configuration."""
+    config = model.config
+    if name.startswith("pixel_values"):
+        size = _size(config, *_IMAGE_SIZES) or _IMAGE
+        height, width = (size, size) if isinstance(size, int) else size
+        image = (_size(config, "num_channels") or 3, height, width)
+        frames = _size(config, *_VIDEO_LENGTHS)
+        yield image if frames is None else (frames, *image)
+        return
+    spectrum, length = _size(config, *_SPECTRUM_SIZES), _size(config, "max_source_positions")
+    if name == "input_features" and spectrum is not None:
+        if length is not None:
+            yield spectrum, 2 * length
+        yield _FRAMES, spectrum
+        yield spectrum, _FRAMES
+    elif name == "input_values" and spectrum is not None:
+        yield _size(config, "max_length") or _FRAMES, spectrum
+    elif name == "input_values":
+        yield (16000,)
+        yield 1, 16000
+
+
+def _size(config: Any, *names: str) -> Any:
+    """The first of these sizes in a configuration, or in one inside it; None: it has none."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else value
+    inside = (getattr(config, name, None) for name in config.sub_configs)
+    return next((s for part in inside if isinstance(part, PretrainedConfig) and (s := _size(part, *names))), None)
+
 
 _NAME = "fastprefix_trial"
 _BOUND = 1e-4  # of the largest value: eager attention takes its softmax in float32
@@ -167,3 +349,94 @@ def _wide_values(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Owner(NamedTuple):
+    module: Any
+    former: Any  # its configuration before
+    own: Any  # and meanwhile
+
+
+class OwnConfigurations:
+    """Configurations of its own for a model, until they are given back.
+
+    The name of the attention stands in the configuration, and another model may share it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        memo: dict[int, Any] = {}
+        self.owners = [
+            _Owner(module, module.config, copy.deepcopy(module.config, memo)) for module in _configured(model)
+        ]
+        for owner in self.owners:
+            owner.module.config = owner.own
+
+    def restore(self) -> None:
+        """Give the model's former configurations back, without what was changed meanwhile."""
+        for owner in self.owners:
+            owner.module.config = owner.former
+
+
+class Implementation:
+    """A model on this package's attention, each of its attention modules bound, until it is restored."""
+
+    def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
+        register()
+        self.model = model
+        self.name = tried(model).attention
+        self.bindings = bindings
+        self.former: list[tuple[Any, str | None]] = []
+        self.watched: list[Any] = []  # the configurations that the bound modules read
+        self.resume()
+
+    def resume(self) -> None:
+        """Switch, again after ``restore`` too."""
+        configs = {id(module.config): module.config for module in _configured(self.model)}
+        self.former = [(config, config._attn_implementation_internal) for config in configs.values()]
+        readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
+        self.watched = list({id(module.config): module.config for module in readers}.values())
+        set_attention(self.model, self.name)
+        for module, binding in self.bindings.items():
+            setattr(module, BINDING, binding)
+
+    def check(self) -> None:
+        """Notice that the attention was switched to another since, but for this package's own trials.
+
+        Raises:
+            RuntimeError: it was; the model would run without its adapter.
+        """
+        for config in self.watched:
+            if not str(name := config._attn_implementation).startswith(NAME):
+                raise RuntimeError(
+                    f"set_attn_implementation takes no other attention while an adapter is on the model, got {name!r}: "
+                    f"its attention is {self.name!r} until the adapter is taken off"
+                )
+
+    def restore(self) -> None:
+        """Take everything back."""
+        for module in self.bindings:
+            delattr(module, BINDING)
+        for config, name in self.former:
+            config._attn_implementation_internal = name
+
+
+@contextmanager
+def switched(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
+    """A context in which a model is on this package's attention."""
+    configurations = OwnConfigurations(model)
+    try:
+        implementation = Implementation(model, bindings)
+        try:
+            yield
+        finally:
+            implementation.restore()
+    finally:
+        configurations.restore()
+
+
+def _configured(model: nn.Module) -> Iterator[Any]:
+    """The modules that hold a configuration."""
+    for module in model.modules():
+        of_its_class = isinstance(getattr(type(module), "config", None), property)
+        if not of_its_class and isinstance(getattr(module, "config", None), PretrainedConfig):
+            yield module
