@@ -12,6 +12,8 @@ from ..transformers.attention import CARRIED, GivenPrefix
 from ..transformers.discovery import Layer, backbone_of
 from ..transformers.hooks import (
     by_name,
+    cache_parameter,
+    find_cache,
     parameter_names,
     reentrant,
     refuse_one_row_masks,
@@ -28,6 +30,7 @@ class CachedPrefix:
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone: Any = backbone_of(model)
         self.names = parameter_names(self.backbone)
+        self.cache_name = cache_parameter(self.names) or "past_key_values"
         self.configurations = OwnConfigurations(model)
         self.implementation = Implementation(model, {})
         self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
@@ -43,7 +46,7 @@ class CachedPrefix:
             refuse_one_row_masks(arguments)
         else:
             arguments = rows_for_masks(arguments)
-        cache = arguments.get("past_key_values")
+        cache: Any = find_cache(arguments)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):

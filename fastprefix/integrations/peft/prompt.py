@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..transformers.attention import CARRIED, GivenPrefix, Prefix
 from ..transformers.discovery import Layer
-from ..transformers.hooks import by_name, not_checkpointed, reentrant
+from ..transformers.hooks import by_name, find_cache, not_checkpointed, reentrant
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import has_dropout
 from .prefix import CachedPrefix
@@ -61,7 +61,8 @@ class PromptAcceleration(CachedPrefix):
         prompt, tokens = prompt.to(embeds), embeds[:, prompt.shape[1] :]
         if self._shares(arguments):
             self.ran, cache = self._run(prompt, arguments)
-            arguments.update(inputs_embeds=tokens, past_key_values=cache)
+            arguments["inputs_embeds"] = tokens
+            arguments[self.cache_name] = cache
             types = arguments.get("token_type_ids")
             if types is not None:
                 arguments["token_type_ids"] = types[:, prompt.shape[1] :]
@@ -112,7 +113,7 @@ class PromptAcceleration(CachedPrefix):
 
     def _shares(self, arguments: dict[str, Any]) -> bool:
         """Whether the prompt can run once in this call."""
-        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        cache, mask = find_cache(arguments), arguments.get("attention_mask")
         drops = self.drops and self.backbone.training  # anew in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or mask.ndim == 2

@@ -9,15 +9,18 @@ layers, hands the gradients of the leaves to the network, once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import Prefix
+
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -42,9 +45,31 @@ def refuse_replicas(module: nn.Module) -> None:
         raise RuntimeError("nn.DataParallel takes a model without an adapter, whose state replicas share: use DDP")
 
 
+def cache_parameter(names: Container[str]) -> str | None:
+    """Return the name of the cache among the parameters of a module, or None if the module takes no cache.
+
+    ``transformers`` 5.24 renamed ``past_key_values`` to ``cache``.
+    """
+    return next((name for name in _CACHE_NAMES if name in names), None)
+
+
+def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None:
+    """Return the key/value cache among the arguments or the outputs of a call, found by its type.
+
+    Raises:
+        TypeError: an argument that has a cache's name is something else.
+    """
+    if isinstance(values, Mapping):
+        for name in _CACHE_NAMES:
+            if not isinstance(given := values.get(name), Cache | None):
+                raise TypeError(f"`{name}` must be a transformers Cache, got {type(given).__name__}")
+        values = list(values.values())
+    return next((value for value in values or () if isinstance(value, Cache)), None)
+
+
 def past_length(arguments: Mapping[str, Any]) -> int:
-    """How many tokens are in the key/value cache that a call brings."""
-    cache = arguments.get("past_key_values")
+    """Return how many tokens are in the key/value cache of a call."""
+    cache = find_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -74,7 +99,7 @@ def is_packed(arguments: Mapping[str, Any], config: Any) -> bool:
     cached = getattr(config, "use_cache", False) if use_cache is None else use_cache
     if positions is None or positions.ndim != 2 or cached or torch.compiler.is_compiling():
         return False
-    if arguments.get("attention_mask") is not None or arguments.get("past_key_values") is not None:
+    if arguments.get("attention_mask") is not None or find_cache(arguments) is not None:
         return False
     return find_packed_sequence_indices(positions) is not None
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
 from .discovery import Layer, find_layers
-from .hooks import parameter_names
+from .hooks import cache_parameter, parameter_names
 from .switching import evaluated
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
@@ -117,7 +117,7 @@ def as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tens
     for i in range(layers):
         key, value = (parameters[f"prefix.{which}.{i}"].to(model.device, model.dtype) for which in ("keys", "values"))
         cache.update(key[None], value[None], i)
-    return _three_tokens(model, cache.get_seq_length(), past_key_values=cache)
+    return _three_tokens(model, cache.get_seq_length(), **{_cache_parameter(model): cache})
 
 
 def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
@@ -211,11 +211,17 @@ def _ordered(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
     shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
     if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
         raise ValueError(f"a PEFT prefix takes heads of one size in every layer, got {name}")
-    if "past_key_values" not in parameter_names(model.base_model):
-        raise ValueError(f"a PEFT prefix takes a model that takes past_key_values, got {name}")
+    _cache_parameter(model)
     if any(layer.local for layer in layers):
         raise ValueError(f"a PEFT prefix takes layers that see all before them, or a window of it, got {name}")
     return layers
+
+
+def _cache_parameter(model: PreTrainedModel) -> str:
+    name = cache_parameter(parameter_names(model.base_model))
+    if name is None:
+        raise ValueError(f"a PEFT prefix requires a model with a key/value cache, got {type(model).__name__}")
+    return name
 
 
 def _check_heads(model: PreTrainedModel) -> None:

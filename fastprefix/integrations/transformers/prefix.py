@@ -23,6 +23,8 @@ from .hooks import (
     Cut,
     Positions,
     by_name,
+    cache_parameter,
+    find_cache,
     parameter_names,
     past_length,
     reentrant,
@@ -227,7 +229,7 @@ class PrefixHooks:
     def _take_up(self, arguments: dict[str, Any]) -> None:
         """The gates of the sequences that are in a call's cache, if any are."""
         self.decoding = self.method.needs_hidden() and past_length(arguments) > 0
-        self.held = getattr(arguments["past_key_values"], _GATES, {}) if self.decoding else {}
+        self.held = getattr(find_cache(arguments), _GATES, {}) if self.decoding else {}
 
     def _check_embedding(self) -> None:
         if self.embedding is None:
@@ -249,9 +251,9 @@ class PrefixHooks:
         """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
         length = self.method.config.num_virtual_tokens
         encoder = not any(shape.causal for shape in self.method.shapes)
-        if encoder and arguments.get("position_ids") is None and "past_key_values" in self.names:
+        if encoder and arguments.get("position_ids") is None and (name := cache_parameter(self.names)) is not None:
             # Encoders count positions in their own ways (RoBERTa leaves padding out), but all from their cache on.
-            arguments["past_key_values"] = PrefixCache(len(self.method.shapes), length)
+            arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
         tokens = arguments.get("input_ids")
         if tokens is None:
@@ -270,7 +272,7 @@ class PrefixHooks:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the backbone."""
-        cache = getattr(output, "past_key_values", None)
+        cache = find_cache(output)
         if self.held and not self.decoding and cache is not None:
             setattr(cache, _GATES, self.held)
         self.decoding, self.held = False, {}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .discovery import backbone_of
-from .hooks import Positions, by_name, parameter_names, past_length, refuse_packed, refuse_replicas
+from .hooks import Positions, by_name, find_cache, parameter_names, past_length, refuse_packed, refuse_replicas
 
 
 class PromptHooks:
@@ -60,7 +60,7 @@ class PromptHooks:
         ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
         past = past_length(arguments)
-        if getattr(arguments.get("past_key_values"), "is_compileable", False):
+        if getattr(find_cache(arguments), "is_compileable", False):
             raise ValueError(
                 "past_key_values, cache_implementation: takes a cache that grows, since the prompt's rows are in it "
                 "beside the tokens, got a static one"

@@ -25,6 +25,7 @@ from .discovery import Layer, backbone_of, find_layers
 from .hooks import (
     Positions,
     by_name,
+    find_cache,
     is_packed,
     not_checkpointed,
     parameter_names,
@@ -132,7 +133,7 @@ class SharedPromptHooks(PromptHooks):
         refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         past, reason = past_length(arguments), self.reason_against(arguments)
-        filled = getattr(arguments.get("past_key_values"), _FILLED, None) if past > 0 else None
+        filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
         if filled == "shared" and reason is not None:
             raise ValueError(f"past_key_values takes no cache that was filled while the prompt was shared: {reason}")
         if filled == "textbook":
@@ -157,7 +158,7 @@ class SharedPromptHooks(PromptHooks):
 
     def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the backbone: hidden states of the caller's tokens. The cache is told what is in it."""
-        cache = getattr(output, "past_key_values", None)
+        cache = find_cache(output)
         if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
             setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
         return super().crop(module, args, output)
@@ -174,7 +175,7 @@ class SharedPromptHooks(PromptHooks):
             return "an auxiliary loss counts the prompt's tokens in every row"
         mask = arguments.get("attention_mask")
         # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
-        if arguments.get("past_key_values") is None and mask is not None:
+        if find_cache(arguments) is None and mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
                 return "the attention mask is neither [B, K] nor [B, 1, N, K]"
             if mask.ndim == 4 and mask.shape[2] == 1:
