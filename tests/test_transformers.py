@@ -279,7 +279,7 @@ def test_reentrant_checkpointing_that_would_lose_gradients_is_refused() -> None:
     table = model.model.embed_tokens.weight
     model.model.embed_tokens = torch.nn.Module()
     model.model.embed_tokens.forward = lambda ids: table[ids]
-    with pytest.raises(RuntimeError, match="use_reentrant takes False"):
+    with pytest.raises(RuntimeError, match="use_reentrant"):
         model(**models.batch())
 
 

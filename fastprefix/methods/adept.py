@@ -46,6 +46,7 @@ class ADePT(PromptTuning):
     """The prompt and the network. ``w2`` and both biases start at 0, and so does the offset."""
 
     config: ADePTConfig
+    changes_tokens = True
 
     def __init__(self, config: ADePTConfig, shape: Any) -> None:
         super().__init__(config, shape)

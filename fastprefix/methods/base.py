@@ -110,6 +110,9 @@ class MethodConfig:
 class PromptMethod(nn.Module, ABC):
     """A soft prompt before the tokens and, by method, an offset on them. Changes what enters the first layer."""
 
+    changes_tokens: ClassVar[bool] = False
+    """Whether the method adds an offset to the tokens' embeddings."""
+
     def __init__(self, config: Any, shape: EmbeddingShape) -> None:
         super().__init__()
         self.config = config

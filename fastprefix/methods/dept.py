@@ -49,6 +49,7 @@ class DePT(PromptTuning):
     """The prompt and the pair. ``b`` starts at 0, and so does the offset."""
 
     config: DePTConfig
+    changes_tokens = True
 
     def __init__(self, config: DePTConfig, shape: Any) -> None:
         super().__init__(config, shape)

@@ -149,6 +149,72 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
+def entry_of(backbone: nn.Module, embedding: nn.Module) -> nn.Module:
+    """Return the module whose output is what a model calls ``inputs_embeds``.
+
+    That is the embedding module, or a block around it where a family's ``inputs_embeds`` skip the whole block (ESM).
+    Which it is, is found by giving the model the output of each in turn: the first module behind all of them must get
+    what it gets from the ids.
+    """
+    names = {module: name for name, module in backbone.named_modules()}
+    around = _parents(backbone, names.get(embedding, ""))
+    blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
+    if not blocks:
+        return embedding
+    candidates = [embedding, *blocks]
+    seen: dict[nn.Module, Any] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.setdefault(module, output)
+
+    handles = [module.register_forward_hook(record) for module in candidates]
+    try:
+        expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=_plain_ids(backbone))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in candidates:
+        if isinstance(seen.get(module), Tensor) and expected is not None:
+            actual = _first_state(backbone, [*around, *blocks[-1].modules()], inputs_embeds=seen[module])
+            if actual is not None and actual.shape == expected.shape and torch.allclose(actual, expected):
+                return module
+    return embedding
+
+
+def _parents(backbone: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules between a backbone and one of its modules, from the inside out."""
+    parts = name.split(".")[:-1]
+    return [backbone.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
+
+
+def _plain_ids(backbone: nn.Module) -> Tensor:
+    return torch.arange(3, 8, device=next(backbone.parameters()).device)[None]
+
+
+def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor) -> Tensor | None:
+    """Return the first ``[B, N, d]`` that a module not among those ``before`` is called with, or None."""
+
+    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = first_tensor(args, kwargs)
+        if state is not None and state.is_floating_point() and state.ndim == 3:
+            raise _Reached(module, state)
+
+    others = set(backbone.modules()) - {backbone, *before}
+    handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in others]
+    try:
+        with forgotten(backbone), torch.no_grad():
+            backbone(**inputs)
+    except _Reached as found:
+        state: Tensor = found.mask
+        return state
+    except Exception:  # whatever a family makes of embeddings that it does not expect
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
 class _Reached(Exception):  # noqa: N818 (nothing is wrong)
     """Ends a run at a module, which was given this mask."""
 

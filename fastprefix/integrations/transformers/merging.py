@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import (
@@ -34,7 +34,7 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, attachment_of
 from .attention import Prefix
 from .discovery import Layer, find_layers, method_layers
-from .hooks import by_name, past_length, refuse_packed
+from .hooks import Forward, by_name, past_length, refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
@@ -131,7 +131,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
         parts.append(NewTable(hooks, table))
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
-        parts.append(OffsetAttachment(model, method))
+        parts.append(OffsetHooks(model, method))
     _put(model, adapter, prefix, [*parts, PrefixHooks(model, prefix, layers)])
     adapter.outside = _outside(method)
 
@@ -180,7 +180,7 @@ def _rewritten(hooks: PromptHooks) -> nn.Embedding:
         raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
     table = torch.empty_like(hooks.table, requires_grad=False)
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
-        table[ids[0] : ids[-1] + 1] = hooks.embed(ids[None], None, 0, with_prompt=False)[0]
+        table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
     return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
 
@@ -210,17 +210,14 @@ class NewTable:
             setattr(parent, name, self.former.to(device=weight.device, dtype=weight.dtype))
 
 
-class OffsetAttachment(PromptHooks):
+class OffsetHooks(PromptHooks):
     """A prompt method's offset without its prompt."""
 
-    def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the backbone: embeddings with the offset."""
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone on embeddings with the offset."""
         arguments = by_name(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone.config)
-        ids, rows = self.tokens(arguments)
-        embeds: Tensor = self.embed(ids, rows, past_length(arguments), with_prompt=False)
-        arguments.update(input_ids=None, inputs_embeds=embeds)
-        return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+        return self.run_with_offset(forward, arguments, past_length(arguments))
 
 
 class Several:

@@ -21,9 +21,12 @@ from .attention import GivenPrefix, Prefix, attended_tokens, window_bias
 from .discovery import Layer, backbone_of, first_tensor
 from .hooks import (
     Cut,
+    Forward,
+    Interception,
     Positions,
     by_name,
     cache_parameter,
+    check_mask_length,
     find_cache,
     parameter_names,
     past_length,
@@ -167,7 +170,7 @@ class PrefixHooks:
         self.embedding = model.get_input_embeddings() if text else None
         self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
         self.entries = {layer.module: layer.entry for layer in layers}
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | Interception] = []
         self.implementation: Implementation | None = None
 
     def install(self, model: PreTrainedModel) -> None:
@@ -177,14 +180,12 @@ class PrefixHooks:
         else:
             self.implementation.resume()
         self.handles = [
-            self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True),
-            self.backbone.register_forward_hook(self.end),
+            Interception(self.backbone, self.run),
         ]
         if self.embedding is not None:
             self.handles.append(self.embedding.register_forward_hook(self.tie))
         if self.encoder is not None:
-            self.handles.append(self.encoder.register_forward_pre_hook(self.begin_encoder))
-            self.handles.append(self.backbone.register_forward_hook(self.leave_backbone, always_call=True))
+            self.handles.append(Interception(self.encoder, self.run_encoder))
         if self.method.needs_hidden():
             for attention, binding in self.bindings.items():
                 self._watch(attention, binding)
@@ -195,12 +196,21 @@ class PrefixHooks:
         self.handles.append(entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
         self.handles.append(attention.register_forward_hook(binding.leave_attention, always_call=True))
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the backbone: the prefixes are computed once, and positions shifted."""
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone with its prefixes."""
+        arguments = self.begin(by_name(self.names, args, kwargs))
+        try:
+            output = forward(**arguments)
+        finally:
+            self.running = False
+        self.end(output)
+        return output
+
+    def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Compute the prefixes, once for all layers, and return the arguments with shifted positions."""
         assert self.implementation is not None
         self.implementation.check()
-        refuse_replicas(module)
-        arguments = by_name(self.names, args, kwargs)
+        refuse_replicas(self.backbone)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions takes False with a prefix method: its kernels make no attention weights"
@@ -217,6 +227,7 @@ class PrefixHooks:
         if self.embedding is None:
             refuse_one_row_masks(arguments)
         else:
+            self._check_mask(arguments)
             arguments = rows_for_masks(arguments)
         if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
@@ -224,7 +235,15 @@ class PrefixHooks:
             if self.windows:
                 refuse_packed(arguments, self.backbone.config)
             self._shift(arguments)
-        return (), arguments
+        return arguments
+
+    def _check_mask(self, arguments: dict[str, Any]) -> None:
+        given = arguments.get("input_ids")
+        if given is None:
+            given = arguments.get("inputs_embeds")
+        if given is not None and not getattr(find_cache(arguments), "is_compileable", False):
+            tokens = past_length(arguments) + given.shape[given.ndim - 1 - given.is_floating_point()]
+            check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
 
     def _take_up(self, arguments: dict[str, Any]) -> None:
         """The gates of the sequences that are in a call's cache, if any are."""
@@ -238,14 +257,11 @@ class PrefixHooks:
                 "encoder or decoder of text: gradients would not reach the prefixes"
             )
 
-    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of an encoder: called by itself, it has prefixes computed, not those of a former call."""
+    def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an encoder. Called by itself, it gets newly computed prefixes, not those of a former call."""
         if not self.running:
             self.prefixes = self.method.prefixes()
-
-    def leave_backbone(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of an encoder-decoder, which is called after an error too."""
-        self.running = False
+        return forward(*args, **kwargs)
 
     def _shift(self, arguments: dict[str, Any]) -> None:
         """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
@@ -270,16 +286,16 @@ class PrefixHooks:
         """Forward hook of the embedding: what enters the first layer is tied to prefixes that were cut off."""
         return output if self.cut.tied else self.cut.tie(output)
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the backbone."""
+    def end(self, output: Any) -> None:
+        """Keep the gates with the cache, and check that gradients will reach the prefixes."""
         cache = find_cache(output)
         if self.held and not self.decoding and cache is not None:
             setattr(cache, _GATES, self.held)
         self.decoding, self.held = False, {}
         if not self.cut.tied:
             raise RuntimeError(
-                f"use_reentrant takes False for gradient checkpointing of {type(module).__name__}, which does not call "
-                "its input embeddings: gradients would not reach the prefixes"
+                f"Gradient checkpointing of {type(self.backbone).__name__} requires use_reentrant=False: it does not "
+                "call its input embeddings, so gradients would not reach the prefixes."
             )
 
     def prefix(self, index: int) -> Prefix:

@@ -23,8 +23,10 @@ from .adapter import is_sharded
 from .attention import Binding, Prefix, window_bias
 from .discovery import Layer, backbone_of, find_layers
 from .hooks import (
+    Forward,
     Positions,
     by_name,
+    check_mask_length,
     find_cache,
     is_packed,
     not_checkpointed,
@@ -34,7 +36,7 @@ from .hooks import (
     refuse_replicas,
     shifted_positions,
 )
-from .prompt import PromptHooks
+from .prompt import PromptHooks, flatten_leading, unflatten_leading
 from .switching import Implementation, forgotten, switched
 
 _FILLED = "fastprefix_filled"
@@ -126,42 +128,50 @@ class SharedPromptHooks(PromptHooks):
         else:
             self.implementation.resume()
 
-    def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the prompt once, then the backbone on the tokens, moved up by its length."""
         assert self.implementation is not None
         self.implementation.check()
-        refuse_replicas(module)
+        refuse_replicas(self.backbone)
         arguments = by_name(self.names, args, kwargs)
         past, reason = past_length(arguments), self.reason_against(arguments)
         filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
         if filled == "shared" and reason is not None:
-            raise ValueError(f"past_key_values takes no cache that was filled while the prompt was shared: {reason}")
+            raise ValueError(
+                f"`past_key_values` was filled with a shared prompt, which this call cannot use: {reason}."
+            )
         if filled == "textbook":
             reason = "the prompt is in the cache"
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
-        if reason is not None:
-            if self.required:
-                raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
+        if reason is None:
+            output = self.run_shared(forward, arguments, past)
+        elif self.required:
+            raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
+        else:
             self.shared.prefixes = None
-            return super().insert(module, args, kwargs)
-        ids, rows = self.tokens(arguments)
-        self.inserted = 0
-        self.shared.past = past
-        self.shared.prefixes = self._prefixes(past)
-        embeds = self.embed(ids, rows, past, with_prompt=False)
-        length = self.method.config.num_virtual_tokens
-        positions = shifted_positions(arguments, embeds, past + self.positions.first, length)
-        arguments.update(input_ids=None, inputs_embeds=embeds, position_ids=positions)
-        return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
-
-    def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the backbone: hidden states of the caller's tokens. The cache is told what is in it."""
+            output = self.run_in_every_row(forward, arguments)
         cache = find_cache(output)
         if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
             setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
-        return super().crop(module, args, output)
+        return output
+
+    def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
+        """Run the backbone on the tokens, with the prompt's keys and values as a prefix."""
+        leading, arguments = flatten_leading(arguments)
+        ids, rows = self.tokens(arguments)
+        given = rows if ids is None else ids
+        assert given is not None
+        length = self.method.config.num_virtual_tokens
+        check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
+        self.shared.past = past
+        self.shared.prefixes = self._prefixes(past)
+        arguments["position_ids"] = shifted_positions(arguments, given, past + self.positions.first, length)
+        output = self.run_with_offset(forward, arguments, past)
+        if leading is not None:
+            unflatten_leading(output, leading)
+        return output
 
     def reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
@@ -217,7 +227,7 @@ class SharedPromptHooks(PromptHooks):
         # Said, since some models remember where a former call's rows were.
         positions = self.positions.first + torch.arange(len(prompt), device=prompt.device)[None]
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
-            self.backbone.forward(inputs_embeds=prompt[None], position_ids=positions, use_cache=False)
+            self.run_alone(prompt, position_ids=positions, use_cache=False)
         assert self.shared.prefixes is not None
         return self.shared.prefixes
 
@@ -273,13 +283,13 @@ def has_dropout(module: nn.Module) -> bool:
 
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
-    shared, backbone, embedding = SharedPrompt(), backbone_of(model), model.get_input_embeddings()
+    shared, backbone = SharedPrompt(), backbone_of(model)
     prompt, tokens = torch.arange(6, device=model.device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
     positions = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
-        hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
+        hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
     with switched(model, shared.bindings(layers)), forgotten(model), torch.no_grad():
