@@ -9,10 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..transformers.attachment import attachment_of
 from ..transformers.discovery import Layer, find_layers
 from ..transformers.shared_prompt import reason_against_layers
-from ..transformers.switching import evaluated
+from ..transformers.switching import adapting, device_of, evaluated
 from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
@@ -86,7 +85,7 @@ def _check(peft_model: Any) -> None:
         raise ValueError(f"peft_model takes {', '.join((*_PREFIXES, *_PROMPTS, _ADAPTION))}, got {kind}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
-    if _is_attached(model):
+    if adapting(model):
         raise ValueError("peft_model takes a model without a method of this package: detach it first")
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("peft_model takes a model without tensor parallelism")
@@ -96,14 +95,6 @@ def _check(peft_model: Any) -> None:
         for adapted in adapted_attentions(peft_model):
             if (reason := reason_not_fusable(adapted)) is not None:
                 raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
-
-
-def _is_attached(model: PreTrainedModel) -> bool:
-    try:
-        attachment_of(model)
-    except ValueError:
-        return False
-    return True
 
 
 def _shared(peft_model: Any) -> Acceleration:
@@ -167,7 +158,7 @@ def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
 
 def _trial(model: Any) -> Tensor:
     """What a model says to four tokens, of which the last is padding."""
-    ids = torch.arange(4, device=model.device)[None]
+    ids = torch.arange(4, device=device_of(model))[None]
     decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
     return output.double()

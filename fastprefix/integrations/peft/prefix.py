@@ -21,7 +21,7 @@ from ..transformers.hooks import (
     rows_for_masks,
 )
 from ..transformers.prefix import PrefixCache
-from ..transformers.switching import Implementation, OwnConfigurations
+from ..transformers.switching import Implementation, runs_with_adapter
 
 
 class CachedPrefix:
@@ -31,7 +31,6 @@ class CachedPrefix:
         self.backbone: Any = backbone_of(model)
         self.names = parameter_names(self.backbone)
         self.cache_name = cache_parameter(self.names) or "past_key_values"
-        self.configurations = OwnConfigurations(model)
         self.implementation = Implementation(model, {})
         self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
 
@@ -50,6 +49,11 @@ class CachedPrefix:
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):
+            if runs_with_adapter(self.backbone):
+                raise ValueError(
+                    "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in "
+                    "the same call as an accelerated PEFT adapter: call the base model itself, or detach its adapter"
+                )
             arguments[CARRIED] = cache.bindings()
         return (), arguments
 
@@ -58,7 +62,6 @@ class CachedPrefix:
         for handle in self.handles:
             handle.remove()
         self.implementation.restore()
-        self.configurations.restore()
 
 
 class PrefixAcceleration(CachedPrefix):

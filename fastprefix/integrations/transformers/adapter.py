@@ -6,14 +6,17 @@ Also: which modules of the base model stay trainable, and which models are shard
 from __future__ import annotations
 
 import re
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
-from .switching import OwnConfigurations
+from .switching import OPTIONS, OwnConfigurations, User, device_of
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -68,9 +71,6 @@ def trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[s
 MODULE = "fastprefix"
 """The name under which the parameters of the adapter in use hang on the model."""
 
-OPTIONS = "fastprefix_adapter"
-"""The attribute of an attached model's configuration that says the options of the adapter in use: for checkpoints."""
-
 Method = PromptMethod | PrefixMethod
 
 
@@ -92,6 +92,7 @@ class Adapter:
         self.method = method
         self.hooks = hooks
         self.merged = False
+        self.guard: RemovableHandle | None = None  # against training, while it is merged and on the model
         self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
         modules = trainable_modules(model, config.modules_to_save)
         self.saved_modules: dict[str, dict[str, Tensor]] = {
@@ -104,7 +105,7 @@ class Adapter:
         self._exchange_weights(model)
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
-        model.add_module(MODULE, self.method.to(model.device).train(model.training))
+        model.add_module(MODULE, self.method.to(device_of(model)).train(model.training))
         self.mark(model)
         self.hooks.install(model)
 
@@ -115,6 +116,7 @@ class Adapter:
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
             vars(model)["save_pretrained"] = _refuse_saving
+            self.guard = model.register_forward_hook(_refuse_training)
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Make the model, which stays frozen, what it is without."""
@@ -122,6 +124,8 @@ class Adapter:
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
         vars(model).pop("save_pretrained", None)
+        if self.guard is not None:
+            self.guard.remove()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
         self._exchange_weights(model)
@@ -132,10 +136,21 @@ class Adapter:
             model.get_submodule(name).zero_grad()
 
     def _exchange_weights(self, model: PreTrainedModel) -> None:
-        """Through ``data``: a graph that was made before the adapter was taken off is good once it is on again."""
+        """Exchange ``data``: a graph that was made before the adapter was taken off is good once it is on again."""
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
-                weights[key], parameter.data = parameter.data, weights[key].to(parameter)
+                if key in weights:
+                    weights[key], parameter.data = parameter.data, _grown(weights[key].to(parameter), parameter.data)
+
+
+def _grown(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor in the shape of another, which has since been resized, with what the other has beyond it."""
+    if tensor.shape == other.shape:
+        return tensor
+    grown = other.clone()
+    common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, other.shape, strict=True))
+    grown[common] = tensor[common]
+    return grown
 
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
@@ -145,12 +160,50 @@ def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     )
 
 
+def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Have the outputs that a training loop would differentiate raise an error then (a forward hook).
+
+    These are losses, and while the model is in training mode all floating tensors.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return output
+
+    def guarded(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+            return value
+        if value.ndim > 0 and not module.training:
+            return value
+        return _Untrainable.apply(value, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = guarded(value)
+        return output
+    return tuple(map(guarded, output)) if type(output) is tuple else guarded(output)
+
+
+class _Untrainable(torch.autograd.Function):
+    """The identity, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "the adapter on `model` is merged, so nothing of the model can be trained: call fastprefix.detach first, "
+            "then attach or load the adapter again"
+        )
+
+
 class Attachment:
     """The adapters of a model that is frozen, and how it was before."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.configurations = OwnConfigurations(model)
+        self.user = User(type(model).__name__)
+        self.configurations = OwnConfigurations(model, self.user)
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
@@ -164,7 +217,7 @@ class Attachment:
         """Make the model, which has no adapters any more, what it was before; what it gained since stays as it is."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-        self.configurations.restore()
+        self.configurations.release()
         if self.quantized:
             vars(model)["is_quantized"] = True
 

@@ -17,7 +17,7 @@ from .discovery import Layer, find_layers, find_projections, method_layers, text
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, reason_not_shareable
-from .switching import Inputs, is_of_text, is_plain_text, takes_text
+from .switching import Inputs, adapting, device_of, is_of_text, is_plain_text, loaded, takes_text
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -61,7 +61,8 @@ def attach(
         if isinstance(plan.method, PrefixMethod):
             plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids, plan.layers))
         else:
-            plan.method.reset_parameters(_table(model), ids)
+            with loaded(model, model.get_input_embeddings()):
+                plan.method.reset_parameters(_table(model), ids)
         adapter = _adapter(model, config, plan)
     return _install(model, adapter, name)
 
@@ -168,6 +169,7 @@ def _use(model: Any, attachment: Attachment, name: str | None) -> None:
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
+    attachment.user.acts = name is not None
     if name is not None:
         attachment.adapter.put_on(model)
 
@@ -190,7 +192,32 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
     if not is_plain_text(model):
         _check_not_plain_text(model, config)
-    trainable_modules(model, config.modules_to_save)
+    _check_alone(model)
+    trainable = trainable_modules(model, config.modules_to_save)
+    if lost := [name for name, module in trainable.items() if any(p.is_meta for p in module.parameters())]:
+        raise ValueError(
+            f"`modules_to_save` names modules that stay trainable, and accelerate has offloaded the weights of {lost}: "
+            "leave these modules on the device in the device map, or pass modules_to_save=[]"
+        )
+
+
+def _check_alone(model: PreTrainedModel) -> None:
+    """Refuse a model whose adapters would be inside another adapter's model, or around it.
+
+    Neither could then be put aside while the other is tried, and each would freeze and hold the other's parameters.
+    """
+    for name, module in model.named_modules():
+        if module is not model and hasattr(module, _STATE):
+            raise ValueError(
+                f"`model` has an adapter inside already, on its {name!r} ({type(module).__name__}): detach that one "
+                "first, or attach both to the same model under different names"
+            )
+    own = getattr(model, _STATE, None)
+    if around := [user.adapts for user in adapting(model) if own is None or user is not own.user]:
+        raise ValueError(
+            f"`model` has an adapter outside already: it shares modules with a {around[0]} that has one. Detach that "
+            "one first, or attach both to the same model under different names"
+        )
 
 
 def _check_types(model: Any, config: Any) -> None:
@@ -239,7 +266,7 @@ def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs |
         method = method_class(config, EmbeddingShape(*_table(model).shape))
         path = _prompt_path(model, config)
         layers = find_layers(model) if path == "shared" else []
-    method.to(device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
+    method.to(device=device_of(model), dtype=torch.promote_types(model.dtype, torch.float32))
     return _Plan(method, layers, path)
 
 

@@ -234,7 +234,14 @@ def fastprefix_attention(
     if kwargs.get("indices") is not None:
         raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
     carried: Mapping[nn.Module, Binding] | None = kwargs.get(CARRIED)
-    binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.get(module)
+    binding: Binding | None = getattr(module, BINDING, None)
+    if carried is not None:
+        if binding is not None:
+            raise ValueError(
+                f"{type(module).__name__} has a prefix of fastprefix.attach, which cannot act in the same call as an "
+                "accelerated PEFT adapter: call the base model itself, or detach its adapter"
+            )
+        binding = carried.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     prefix_bias, position_bias = split_bias(position_bias, key)

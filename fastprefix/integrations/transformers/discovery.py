@@ -27,7 +27,17 @@ from ...methods.budget import embedding_width
 from ...methods.shapes import Role
 from .attention import MASKS, Prefix, fastprefix_attention, read_mask, sees_all_of_window
 from .hooks import by_name, parameter_names
-from .switching import Inputs, borrowed, evaluated, forgotten, is_plain_text, switched, text_inputs, tried
+from .switching import (
+    Inputs,
+    borrowed,
+    device_of,
+    evaluated,
+    forgotten,
+    is_plain_text,
+    switched,
+    text_inputs,
+    tried,
+)
 
 _NAME = "fastprefix_probe"
 
@@ -133,7 +143,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     reach = [m for m in candidates if "inputs_embeds" in parameter_names(m)]
     handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in reach]
-    mask = torch.tensor([[0, 1]], device=model.device)
+    mask = torch.tensor([[0, 1]], device=device_of(model))
     masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
     try:
         with forgotten(model), torch.no_grad():

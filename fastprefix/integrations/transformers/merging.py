@@ -38,7 +38,7 @@ from .hooks import Forward, by_name, past_length, refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
-from .switching import evaluated
+from .switching import configurations_of, device_of, evaluated, loaded
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -178,18 +178,26 @@ def _rewritten(hooks: PromptHooks) -> nn.Embedding:
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
         raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
-    table = torch.empty_like(hooks.table, requires_grad=False)
+    table = torch.empty_like(hooks.table, requires_grad=False, device=device_of(hooks.model))
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
-        table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
+        with loaded(hooks.model, former):
+            table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
     return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
 
 
 class NewTable:
-    """A backbone with another embedding in the places of its own."""
+    """A backbone with another embedding in the places of its own.
+
+    Weights that are tied to the former table stay as they are. The configurations say so in the meantime, or
+    ``tie_weights``, which resizing a vocabulary calls too, would tie them to the new table.
+    """
 
     def __init__(self, hooks: PromptHooks, embedding: nn.Embedding) -> None:
+        self.model = hooks.model
         self.former, self.embedding = hooks.embedding, embedding
+        self.tying: list[Any] = []  # the configurations that said that weights are tied
+        self.tied: list[str] = []  # the names of the parameters that were tied to the former table
         self.places = [
             (parent, name)
             for parent in hooks.backbone.modules()
@@ -198,16 +206,39 @@ class NewTable:
         ]
 
     def install(self, model: PreTrainedModel) -> None:
-        """Put it there. Meanwhile the model may have been moved."""
+        """Put the new embedding there. The model may have been moved or resized since the table was computed."""
         weight: Any = self.former.weight
+        _resize_like(self.embedding.to(device=device_of(model), dtype=weight.dtype), self.former)
         for parent, name in self.places:
-            setattr(parent, name, self.embedding.to(device=weight.device, dtype=weight.dtype))
+            setattr(parent, name, self.embedding)
+        self.tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+        self.tying = [config for config in configurations_of(model) if getattr(config, "tie_word_embeddings", False)]
+        for config in self.tying:
+            config.tie_word_embeddings = False
 
     def remove(self) -> None:
-        """Take it back. Meanwhile the model may have been moved."""
+        """Put the former embedding back. The model may have been moved or resized since."""
+        for config in self.tying:
+            config.tie_word_embeddings = True
         weight = self.embedding.weight
+        if not self.former.weight.is_meta:  # where accelerate has offloaded it, it has not been moved
+            _resize_like(self.former.to(device=weight.device, dtype=weight.dtype), self.embedding)
         for parent, name in self.places:
-            setattr(parent, name, self.former.to(device=weight.device, dtype=weight.dtype))
+            if getattr(parent, name) is self.embedding:
+                setattr(parent, name, self.former)
+        for name in self.tied:
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, self.former.weight)
+
+
+def _resize_like(embedding: nn.Embedding, other: nn.Embedding) -> None:
+    """Give an embedding as many rows as another has; those that it lacks are the other's."""
+    rows, former = other.weight.shape[0], embedding.weight.shape[0]
+    if rows != former:
+        embedding.weight.data = torch.cat(
+            [embedding.weight.data[:rows], other.weight.data[former:].to(embedding.weight)]
+        )
+        embedding.num_embeddings, embedding.padding_idx = rows, other.padding_idx
 
 
 class OffsetHooks(PromptHooks):

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
 from .discovery import Layer, find_layers
 from .hooks import cache_parameter, parameter_names
-from .switching import evaluated
+from .switching import device_of, evaluated
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 _EMBEDDINGS = "prompt_embeddings"
@@ -115,7 +115,9 @@ def as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tens
     cache = DynamicCache()
     layers = sum(name.startswith("prefix.keys.") for name in parameters)
     for i in range(layers):
-        key, value = (parameters[f"prefix.{which}.{i}"].to(model.device, model.dtype) for which in ("keys", "values"))
+        key, value = (
+            parameters[f"prefix.{which}.{i}"].to(device_of(model), model.dtype) for which in ("keys", "values")
+        )
         cache.update(key[None], value[None], i)
     return _three_tokens(model, cache.get_seq_length(), **{_cache_parameter(model): cache})
 
@@ -138,8 +140,8 @@ def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
 
 def _three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
     """The hidden states of three tokens after one that is padding."""
-    ids = torch.arange(4, device=model.device)[None]
-    mask = torch.ones(1, past + 4, dtype=torch.long, device=model.device)
+    ids = torch.arange(4, device=device_of(model))[None]
+    mask = torch.ones(1, past + 4, dtype=torch.long, device=device_of(model))
     mask[0, past] = 0
     with evaluated(model), torch.no_grad():
         hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state

@@ -27,7 +27,7 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapter import MODULE, OPTIONS, trainable_modules, whole
+from .adapter import MODULE, trainable_modules, whole
 from .attachment import (
     DEFAULT,
     Model,
@@ -38,7 +38,7 @@ from .attachment import (
     set_adapter,
     using,
 )
-from .switching import Inputs
+from .switching import OPTIONS, Inputs
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from .hooks import (
     shifted_positions,
 )
 from .prompt import PromptHooks, flatten_leading, unflatten_leading
-from .switching import Implementation, forgotten, switched
+from .switching import Implementation, device_of, forgotten, switched
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
@@ -283,10 +283,10 @@ def has_dropout(module: nn.Module) -> bool:
 
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
-    shared, backbone = SharedPrompt(), backbone_of(model)
-    prompt, tokens = torch.arange(6, device=model.device).expand(2, -1).split(3, dim=1)
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
-    positions = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
+    shared, backbone, device = SharedPrompt(), backbone_of(model), device_of(model)
+    prompt, tokens = torch.arange(6, device=device).expand(2, -1).split(3, dim=1)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
+    positions = Positions.of(backbone).first + torch.arange(3, device=device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state

@@ -13,7 +13,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -47,8 +47,7 @@ def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Ite
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
     """A model on another attention function and mask function, which have a name meanwhile."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [(config, config._attn_implementation) for config in configurations_of(model)]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
@@ -62,16 +61,46 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
 
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
-    """``evaluated``, and what modules remember of the calls is forgotten, such as Qwen-VL's positions of a batch."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Run in ``evaluated``, and undo what the calls leave on modules, such as Qwen-VL's positions of a batch.
+
+    Containers get their contents back in place, since handles of hooks refer to them. ``transformers`` installs its
+    output-capturing hooks in the first call, for one, and notes that in an attribute: both have to go, or both to stay.
+    """
+    before = [(module, dict(vars(module)), list(_contents(vars(module)))) for module in model.modules()]
     try:
         with evaluated(model):
             yield
     finally:
-        for module, attributes in before:
-            now = vars(module)
-            now.clear()
-            now.update(attributes)
+        for module, attributes, contents in before:
+            _refill(vars(module), attributes)
+            for container, content in contents:
+                _refill(container, content)
+
+
+_Container = dict[Any, Any] | list[Any] | set[Any]
+
+
+def _contents(container: _Container) -> Iterator[tuple[_Container, _Container]]:
+    """Yield the containers inside a container, each with a copy of what is in it."""
+    for value in container.values() if isinstance(container, dict) else container:
+        if isinstance(value, dict | list | set):
+            yield value, copy.copy(value)
+            yield from _contents(value)
+
+
+def _refill(container: _Container, content: _Container) -> None:
+    """Give a container its former content, and leave it alone where it has that."""
+    if isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, set) or not _is_same(container, content):
+        container.clear()
+        container.update(content)
+
+
+def _is_same(first: dict[Any, Any], second: Any) -> bool:
+    """Return whether two dictionaries hold the same objects in the same order."""
+    pairs = zip(first.items(), second.items(), strict=False)
+    return len(first) == len(second) and all(a is c and b is d for (a, b), (c, d) in pairs)
 
 
 @contextmanager
@@ -85,6 +114,37 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model runs on.
+
+    It is that of its weights; where accelerate loads offloaded weights in time, the one to which it loads them.
+    """
+    device: torch.device = model.device
+    if device.type == "meta":
+        for module in model.modules():
+            hook = getattr(module, "_hf_hook", None)
+            for each in getattr(hook, "hooks", (hook,)):
+                execution_device = getattr(each, "execution_device", None)
+                if execution_device is not None:
+                    return torch.device(execution_device)
+    return device
+
+
+@contextmanager
+def loaded(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Make the weights of a module of a model readable in this context, if accelerate has offloaded them.
+
+    The hooks of the modules around it are asked too, since one of them may load the weights of all that is inside it.
+    """
+    with ExitStack() as stack:
+        for around in model.modules():
+            hook = getattr(around, "_hf_hook", None)
+            if hook is not None and any(inside is module for inside in around.modules()):
+                hook.pre_forward(around)
+                stack.callback(hook.post_forward, around, None)
+        yield
 
 
 Inputs = Mapping[str, Any]
@@ -114,7 +174,7 @@ def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
     """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
     cross-attention from self-attention.
     """
-    ids = input_ids.to(model.device)
+    ids = input_ids.to(device_of(model))
     if model.config.is_encoder_decoder:
         return {"input_ids": _ending(model, ids), **_decoder_inputs(model, len(ids))}
     return {"input_ids": ids, "use_cache": False}
@@ -150,11 +210,11 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     """Different ones, as far as there are so many."""
     text: Any = model.config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or _TOKENS
-    return (torch.arange(_ROWS * _TOKENS, device=model.device) % vocabulary).view(_ROWS, _TOKENS)
+    return (torch.arange(_ROWS * _TOKENS, device=device_of(model)) % vocabulary).view(_ROWS, _TOKENS)
 
 
 def _decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
-    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=model.device), "use_cache": False}
+    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=device_of(model)), "use_cache": False}
 
 
 def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -168,7 +228,7 @@ def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 def _noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    return torch.randn(shape, generator=generator).to(device_of(model), model.dtype)
 
 
 def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
@@ -351,30 +411,173 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class _Owner(NamedTuple):
-    module: Any
-    former: Any  # its configuration before
-    own: Any  # and meanwhile
+OPTIONS = "fastprefix_adapter"
+"""The attribute of an attached model's configuration that says the options of the adapter in use: for checkpoints."""
+
+_ATTENTION = "_attn_implementation_internal"
+"""The attribute of a configuration that holds the name of the attention."""
+
+_CLAIM = "_fastprefix_claim"
+"""The attribute of a module that holds its ``_Claim``. An attribute is copied and pickled with the module."""
+
+
+class User:
+    """A user of a model's configurations: an adapter, an accelerated PEFT model, or a trial.
+
+    It refers to nothing, so that whoever copies a part of a model copies no more than that part.
+    """
+
+    def __init__(self, adapts: str | None = None) -> None:
+        self.adapts = adapts
+        """The class of the model that this user attached adapters to, if it did."""
+        self.acts = False
+        """Whether every call of that model runs with an adapter now."""
+
+
+class _Configuration:
+    """A copy in the place of a configuration, since that may be shared with other models."""
+
+    def __init__(self, former: Any, own: Any) -> None:
+        self.former = former
+        self.own = own
+        self.parts: list[_Configuration] = []
+        self.known = _values(own)  # when it was made or last handed back
+        self.attentions: dict[User, str] = {}  # that users need
+        self.attention: str | None = None  # before the first of them
+
+    def all(self) -> Iterator[_Configuration]:
+        """Yield it and those inside it."""
+        yield self
+        for part in self.parts:
+            yield from part.all()
+
+    def need(self, user: User, attention: str) -> None:
+        """Note that a user needs an attention; set nothing."""
+        if not self.attentions:
+            self.attention = self.own._attn_implementation
+        self.attentions[user] = attention
+
+    def forgo(self, user: User) -> None:
+        """Set the attention for the users that are left, unless it was switched to another one from outside."""
+        if self.attentions.pop(user, None) is None or not str(self.own._attn_implementation).startswith(NAME):
+            return
+        setattr(self.own, _ATTENTION, _strongest(self.attentions.values()) if self.attentions else self.attention)
+
+    def hand_back(self) -> None:
+        """Make in the former configuration what changes were made in this one, but for this package's own."""
+        values = _values(self.own)
+        if self.attentions:
+            values[_ATTENTION] = self.known[_ATTENTION]
+        for name in self.known.keys() | values.keys():
+            if name not in values:
+                vars(self.former).pop(name, None)
+            elif name not in self.known or not _equal(self.known[name], values[name]):
+                vars(self.former)[name] = values[name]
+        self.known = values
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Return copies of the values in a configuration, and the configurations inside it as they are."""
+    return {
+        name: value if isinstance(value, PretrainedConfig) else copy.deepcopy(value)
+        for name, value in vars(config).items()
+        if name != OPTIONS
+    }
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, PretrainedConfig) or isinstance(second, PretrainedConfig):
+        return first is second
+    return type(first) is type(second) and bool(first == second)
+
+
+def _strongest(attentions: Iterable[str]) -> str:
+    """Return the attention that is right for all who need one of these: full masks are for every model."""
+    return FULL_MASKS if FULL_MASKS in attentions else NAME
+
+
+class _Claim:
+    """The users of a module, and the configuration that it has until the last of them leaves."""
+
+    def __init__(self, configuration: _Configuration) -> None:
+        self.configuration = configuration
+        self.users: list[User] = []
 
 
 class OwnConfigurations:
-    """Configurations of its own for a model, until they are given back.
+    """Give a model configurations of its own until all of their users have released them, in whatever order.
 
-    The name of the attention stands in the configuration, and another model may share it.
+    The name of the attention stands in the configuration, and another model may share it. Each module remembers its
+    former configuration and its users, so users may have different parts of a model in common.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        memo: dict[int, Any] = {}
-        self.owners = [
-            _Owner(module, module.config, copy.deepcopy(module.config, memo)) for module in _configured(model)
-        ]
-        for owner in self.owners:
-            owner.module.config = owner.own
+    def __init__(self, model: nn.Module, user: User) -> None:
+        self.user = user
+        self.modules: list[Any] = list(_configured(model))
+        known: dict[int, _Configuration] = {}
+        for module in self.modules:
+            if (claim := _claim_of(module)) is not None:
+                for each in claim.configuration.all():
+                    known[id(each.former)] = known[id(each.own)] = each
+        copies: dict[int, Any] = {key: each.own for key, each in known.items()}
+        for module in self.modules:
+            claim = _claim_of(module)
+            if claim is None:
+                claim = _Claim(_configuration(module.config, known, copies))
+                setattr(module, _CLAIM, claim)
+                module.config = claim.configuration.own
+            claim.users.append(user)
 
-    def restore(self) -> None:
-        """Give the model's former configurations back, without what was changed meanwhile."""
-        for owner in self.owners:
-            owner.module.config = owner.former
+    def configurations(self) -> list[_Configuration]:
+        """Return those of all of the modules."""
+        claims = filter(None, map(_claim_of, self.modules))
+        return list({id(each): each for claim in claims for each in claim.configuration.all()}.values())
+
+    def release(self) -> None:
+        """Give former configurations back where nobody else uses the present ones.
+
+        They have what was changed since, but for this package's own changes.
+        """
+        left: dict[Any, _Configuration] = {}
+        for module in self.modules:
+            claim: _Claim | None = vars(module).get(_CLAIM)
+            if claim is not None and self.user in claim.users:
+                claim.users.remove(self.user)
+                if not claim.users:
+                    left[module] = claim.configuration
+        for configuration in {id(each): each for root in left.values() for each in root.all()}.values():
+            configuration.hand_back()
+        for module, configuration in left.items():
+            delattr(module, _CLAIM)
+            if vars(module).get("config") is configuration.own:
+                module.config = configuration.former
+
+
+def _claim_of(module: nn.Module) -> _Claim | None:
+    """Return the claim on a module, unless somebody gave the module another configuration since."""
+    claim: _Claim | None = vars(module).get(_CLAIM)
+    return claim if claim is not None and claim.configuration.own is vars(module).get("config") else None
+
+
+def _configuration(config: Any, known: dict[int, _Configuration], copies: dict[int, Any]) -> _Configuration:
+    """Return the record of a configuration, made if there is none, with those of the configurations inside it."""
+    if id(config) not in known:
+        made = known[id(config)] = _Configuration(config, copy.deepcopy(config, copies))
+        made.parts = [_configuration(part, known, copies) for part in _inside(config)]
+    return known[id(config)]
+
+
+def adapting(model: nn.Module) -> list[User]:
+    """Return the users that have adapters on a model, on a part of it, or on what it is a part of."""
+    claims = (vars(module).get(_CLAIM) for module in model.modules())
+    users = {user: None for claim in claims if claim is not None for user in claim.users}
+    return [user for user in users if user.adapts is not None]
+
+
+def runs_with_adapter(module: nn.Module) -> bool:
+    """Return whether a call of a module with a configuration runs with an adapter that ``attach`` put there."""
+    claim: _Claim | None = vars(module).get(_CLAIM)
+    return claim is not None and any(user.acts for user in claim.users)
 
 
 class Implementation:
@@ -385,17 +588,29 @@ class Implementation:
         self.model = model
         self.name = tried(model).attention
         self.bindings = bindings
-        self.former: list[tuple[Any, str | None]] = []
+        self.user = User()
+        self.configurations: OwnConfigurations | None = None
         self.watched: list[Any] = []  # the configurations that the bound modules read
         self.resume()
 
     def resume(self) -> None:
-        """Switch, again after ``restore`` too."""
-        configs = {id(module.config): module.config for module in _configured(self.model)}
-        self.former = [(config, config._attn_implementation_internal) for config in configs.values()]
+        """Switch, again after ``restore`` too.
+
+        Raises:
+            ValueError: another adapter has one of the attention modules.
+        """
+        if taken := [type(module).__name__ for module in self.bindings if BINDING in vars(module)]:
+            raise ValueError(
+                f"`model` has another adapter on its attention layers ({taken[0]}), and a layer has one prefix at a "
+                "time: detach that adapter first"
+            )
+        self.configurations = OwnConfigurations(self.model, self.user)
+        configurations = self.configurations.configurations()
+        for configuration in configurations:
+            configuration.need(self.user, self.name)
+        set_attention(self.model, _strongest({name for each in configurations for name in each.attentions.values()}))
         readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
         self.watched = list({id(module.config): module.config for module in readers}.values())
-        set_attention(self.model, self.name)
         for module, binding in self.bindings.items():
             setattr(module, BINDING, binding)
 
@@ -413,25 +628,25 @@ class Implementation:
                 )
 
     def restore(self) -> None:
-        """Take everything back."""
-        for module in self.bindings:
-            delattr(module, BINDING)
-        for config, name in self.former:
-            config._attn_implementation_internal = name
+        """Take back what is this user's. The attention is the former one once nobody needs this package's."""
+        assert self.configurations is not None
+        for module, binding in self.bindings.items():
+            if vars(module).get(BINDING) is binding:
+                delattr(module, BINDING)
+        for configuration in self.configurations.configurations():
+            configuration.forgo(self.user)
+        self.configurations.release()
+        self.configurations = None
 
 
 @contextmanager
 def switched(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
     """A context in which a model is on this package's attention."""
-    configurations = OwnConfigurations(model)
+    implementation = Implementation(model, bindings)
     try:
-        implementation = Implementation(model, bindings)
-        try:
-            yield
-        finally:
-            implementation.restore()
+        yield
     finally:
-        configurations.restore()
+        implementation.restore()
 
 
 def _configured(model: nn.Module) -> Iterator[Any]:
@@ -440,3 +655,20 @@ def _configured(model: nn.Module) -> Iterator[Any]:
         of_its_class = isinstance(getattr(type(module), "config", None), property)
         if not of_its_class and isinstance(getattr(module, "config", None), PretrainedConfig):
             yield module
+
+
+def configurations_of(model: nn.Module) -> list[Any]:
+    """Return the configurations of all modules of a model, and those inside them."""
+    found: dict[int, Any] = {}
+    waiting = [module.config for module in _configured(model)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += _inside(config)
+    return list(found.values())
+
+
+def _inside(config: Any) -> list[Any]:
+    """Return the configurations that are values of a configuration."""
+    return [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
