@@ -172,11 +172,14 @@ class PrefixMethod(nn.Module, ABC):
         """Whether the gates are computed from hidden states."""
         return False
 
-    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+    def prefix_gate(
+        self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
+    ) -> Tensor | None:
         """The prefix gate of a layer, or None.
 
         ``hidden`` ``[B, N, d]`` is what enters the layer, ``attended`` bool ``[B, N]`` says which tokens are no
-        padding (None: all); both are there only where ``needs_hidden`` says so.
+        padding (None: all), and ``sequences`` int ``[B, N]`` which sequence of a packed row each belongs to, counted
+        up (None: one a row); they are there only where ``needs_hidden`` says so.
         """
         return None
 

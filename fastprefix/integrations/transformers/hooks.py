@@ -91,26 +91,35 @@ class Positions(NamedTuple):
         return cls(0, None)
 
 
-def is_packed(arguments: Mapping[str, Any], config: Any) -> bool:
-    """Whether a call's rows are packed sequences: by the rule of ``transformers``, without mask and cache, positions
-    that do not count on begin another sequence. In a trace, which cannot look at them, rows are taken for plain.
+def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
+    """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
+
+    The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
+    it begins another sequence. A trace cannot look at positions and always gets indices.
     """
     positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
-    cached = getattr(config, "use_cache", False) if use_cache is None else use_cache
-    if positions is None or positions.ndim != 2 or cached or torch.compiler.is_compiling():
-        return False
+    cached = getattr(backbone.config, "use_cache", False) if use_cache is None else use_cache
+    if backbone.training and getattr(backbone, "gradient_checkpointing", False):
+        cached = False  # as transformers decides inside the call
+    if positions is None or positions.ndim != 2 or cached:
+        return None
     if arguments.get("attention_mask") is not None or find_cache(arguments) is not None:
-        return False
-    return find_packed_sequence_indices(positions) is not None
+        return None
+    return find_packed_sequence_indices(positions)
 
 
-def refuse_packed(arguments: Mapping[str, Any], config: Any) -> None:
+def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
+    """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
+    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
+
+
+def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
     """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
 
     Raises:
         ValueError: the rows are packed.
     """
-    if is_packed(arguments, config):
+    if is_packed(arguments, backbone):
         raise ValueError(
             "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
             "counts from its beginning; got packed sequences"

@@ -216,7 +216,7 @@ class OffsetAttachment(PromptHooks):
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the offset."""
         arguments = by_name(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone.config)
+        refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         embeds: Tensor = self.embed(ids, rows, past_length(arguments), with_prompt=False)
         arguments.update(input_ids=None, inputs_embeds=embeds)
