@@ -163,11 +163,23 @@ def test_generation(name: str, padding: int, options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.stack(plain.logits), torch.stack(special.logits), **EXACT)
 
 
+@pytest.mark.parametrize("method", [fastprefix.PrefixTuningConfig(3), fastprefix.PromptTuningConfig(3)])
+def test_a_static_cache_that_the_prompt_fills(method: Any) -> None:
+    """The mask that ``generate`` has made for it has one row, which means "causal"."""
+    model = attached(DECODERS["llama"](), method)
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 1, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "do_sample": False}
+    static = model.generate(IDS, cache_implementation="static", disable_compile=True, **options).logits
+    torch.testing.assert_close(static, model.generate(IDS, **options).logits, **EXACT)
+
+
 def chunks(model: Any, mask: Tensor, cache: Any, *ends: int) -> Tensor:
     """Return the logits of a call for each piece of the tokens."""
     begins = (0, *ends[:-1])
     out = [
-        model(IDS[:, b:e], attention_mask=mask[:, :e], position_ids=positions(mask)[:, b:e], past_key_values=cache).logits
+        model(
+            IDS[:, b:e], attention_mask=mask[:, :e], position_ids=positions(mask)[:, b:e], past_key_values=cache
+        ).logits
         for b, e in zip(begins, ends, strict=True)
     ]
     return torch.cat(out, dim=1)

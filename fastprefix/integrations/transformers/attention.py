@@ -181,12 +181,12 @@ def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
     if past == 0 and bool(alone.any()):
         raise ValueError(
             "`attention_mask` separates several sequences in a row, but a pooled gate belongs to one sequence: pass "
-            "position_ids that restart with each sequence and no mask and cache instead, or use pooling=\"query\""
+            'position_ids that restart with each sequence and no mask and cache instead, or use pooling="query"'
         )
     if bool((seen & ~own).any()):
         raise ValueError(
             "`attention_mask` hides a token from itself but not from others, so that its padding is unknown to a "
-            "pooled gate: pass a mask [B, N], or use pooling=\"query\""
+            'pooled gate: pass a mask [B, N], or use pooling="query"'
         )
 
 

@@ -135,6 +135,18 @@ def shifted_positions(arguments: Mapping[str, Any], batch_tokens: Tensor, past: 
     return positions + shift
 
 
+def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a mask is a caller's own 4-D mask of one row.
+
+    For a static cache, ``generate`` has the mask made beforehand, and where the prompt fills the cache, it has one row
+    too, which means "causal".
+    """
+    if mask.ndim != 4 or mask.shape[2] > 1:
+        return False
+    cache = find_cache(arguments)
+    return not (cache is not None and cache.is_compileable and mask.dtype is torch.bool)
+
+
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
     """One row says "causal" here, and how many there should be differs between the halves of a model.
 
@@ -144,14 +156,14 @@ def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
     for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
         mask = arguments.get(name)
         several = tokens is None or tokens.shape[1] > 1
-        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
+        if isinstance(mask, Tensor) and _is_own_row(mask, arguments) and several:
             raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
 
 
 def rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
     """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:
+    if isinstance(mask, Tensor) and _is_own_row(mask, arguments):
         tokens = arguments.get("input_ids")
         length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
         arguments["attention_mask"] = mask.expand(-1, -1, length, -1)
