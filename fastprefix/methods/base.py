@@ -47,6 +47,13 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
 
 
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {value!r}")
+
+
 @dataclass(kw_only=True)
 class MethodConfig:
     """A method's options.

@@ -146,7 +146,7 @@ def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Te
 def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
 
-    ``past`` tokens are in the cache. Static caches have columns behind those of the call, sliding ones lost some before.
+    ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
     """
     row = mask[:, 0]
     visible = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2

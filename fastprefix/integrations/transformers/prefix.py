@@ -83,7 +83,7 @@ class PrefixCacheLayer(DynamicLayer):
 _GATES = "fastprefix_gates"
 """The attribute of a key/value cache that holds the gates of its sequences."""
 _SEQUENCES = "fastprefix_sequences"
-"""The attribute of a mask that holds the sequences of packed rows, for layers that gradient checkpointing runs again."""
+"""The attribute of a mask that holds the sequences of packed rows, for layers that checkpointing runs again."""
 _SELECTIONS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 """The methods of a key/value cache that move its rows."""
 
