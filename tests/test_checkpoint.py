@@ -113,3 +113,68 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> 
     assert torch.equal(wider(**inputs).logits, logits)
     with pytest.raises(ValueError, match="method attached"):
         fastprefix.detach(wider)
+
+
+def _edit(path: Path, **options: object) -> None:
+    description = {**json.loads(path.read_text()), **options}
+    path.write_text(json.dumps({name: value for name, value in description.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"alpha": 16.0}, r"alpha: 8\.0 -> 16\.0"),
+        ({"rank": ...}, "rank: 3 -> nothing"),
+        ({"typo": 1}, "typo: nothing -> 1"),
+        ({"base_model_type": "bert"}, 'base_model_type: "llama" -> "bert"'),
+    ],
+)
+def test_options_that_were_edited_by_hand_are_refused(tmp_path: Path, options: dict[str, object], what: str) -> None:
+    """They would have no effect: the tensor file holds the options too."""
+    model = fastprefix.attach(models.decoder(), fastprefix.DePTConfig(5, rank=3, max_length=12))
+    fastprefix.save_adapter(model, tmp_path)
+    path, other = tmp_path / saving.CONFIG_FILE, models.decoder()
+    _edit(path, **options)
+    with pytest.raises(ValueError, match=rf"`adapter_config.json` in .* was edited by hand \({what}\)\. .* delete"):
+        fastprefix.load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="model"):  # nothing was attached
+        fastprefix.detach(other)
+    path.unlink()
+    inputs = models.batch()
+    assert torch.equal(fastprefix.load_adapter(other, tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_file_of_options_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path)
+    (tmp_path / saving.CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"`adapter_config.json` must be JSON, .* delete"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("edit", [{"save_id": "of another save", "num_virtual_tokens": 9}, {"save_id": ...}, {}])
+def test_other_ids_and_informative_entries_are_no_error(tmp_path: Path, edit: dict[str, object]) -> None:
+    """Other options go with another id, after an interrupted save, and with none, before ids were written."""
+    model, inputs = attached("decoder", "prefix"), models.batch()
+    fastprefix.save_adapter(model, tmp_path)
+    _edit(tmp_path / saving.CONFIG_FILE, base_model_name_or_path="moved", **edit)
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_adapters_without_an_id_are_loaded(tmp_path: Path) -> None:
+    model, inputs = attached("decoder", "prefix"), models.batch()
+    fastprefix.save_adapter(model, tmp_path)
+    header, tensors = saving._read(tmp_path / saving.WEIGHTS_FILE)
+    assert header is not None
+    description = {name: value for name, value in json.loads(header).items() if name != "save_id"}
+    saving._write(tmp_path, {**description, "hidden_dim": 3}, tensors, {"fastprefix": json.dumps(description)})
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_save_has_the_same_id_every_time(tmp_path: Path) -> None:
+    model, ids = attached("decoder", "prefix"), []
+    for folder in ("a", "b", "c"):
+        if folder == "c":
+            models.randomize(model, 0.1)
+        fastprefix.save_adapter(model, tmp_path / folder)
+        ids.append(json.loads((tmp_path / folder / saving.CONFIG_FILE).read_text())["save_id"])
+    assert ids[0] == ids[1] != ids[2]

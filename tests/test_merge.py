@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
@@ -246,3 +246,28 @@ def test_what_is_more_than_a_cache_is_not_exported() -> None:
     gated = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, prefix_position="shift"))
     with pytest.raises(ValueError, match="depend on the input"):
         fastprefix.export_cache(gated)
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_layers_that_share_keys_and_values_are_exported_once(family: str) -> None:
+    """The last two layers read the keys and values of the first two from the cache, those of a prefix too."""
+    sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 100)
+    sizes |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "sliding_window": 6}
+    options: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2, "initializer_range": 0.2}
+    if family == "gemma3n":
+        options |= {"intermediate_size": [64] * 4, "laurel_rank": 4, "altup_num_inputs": 2}
+        options |= {"activation_sparsity_pattern": [0.0] * 4}
+    else:
+        options |= {"intermediate_size": 64, "global_head_dim": 8}
+    torch.manual_seed(0)
+    with Float64():
+        config = AutoConfig.for_model(f"{family}_text", **sizes, **options)
+        plain = AutoModelForCausalLM.from_config(config).double().eval()
+        model = fastprefix.attach(copy.deepcopy(plain), fastprefix.PrefixTuningConfig(5, prefix_position="shift"))
+        models.randomize(model)
+        with pytest.raises(ValueError, match=r"layer 2 of Gemma.* reads those of layer 0 from a cache"):
+            fastprefix.export_cache(model)
+        prefixes = model.fastprefix.prefixes()
+        model.fastprefix.set_prefixes([*prefixes[:2], *prefixes[:2]])
+        torch.testing.assert_close(*exported(model, plain, "left"), rtol=1e-10, atol=1e-10)

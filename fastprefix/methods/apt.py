@@ -89,19 +89,26 @@ class APT(PrefixTuning):
         """The token-level gate is computed from hidden states."""
         return self.config.token_gate
 
-    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+    def prefix_gate(
+        self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
+    ) -> Tensor | None:
         """``lambda_i sigmoid(h W_i)``: ``[B, 1, m]``, for each query ``[B, 1, N, m]``, or ``[1]``."""
         gate = self.constant_gate(layer)
         if not self.config.token_gate:
             return gate
         if hidden is None:
             raise RuntimeError("APT's gate takes the hidden states that enter the layer, got none")
-        pooled = self._pool(self.poolings[layer], hidden, attended)
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"APT's gate requires hidden states [B, N, d] that enter each layer, got {list(hidden.shape)}: use "
+                "token_gate=False"
+            )
+        pooled = self._pool(self.poolings[layer], hidden, attended, sequences)
         alpha = torch.sigmoid(pooled @ self.gate_projections[layer].to(pooled.dtype)).unsqueeze(1)
         return alpha if gate is None else gate * alpha
 
-    def _pool(self, pooling: str, hidden: Tensor, attended: Tensor | None) -> Tensor:
-        """``[B, d]``, or every token's own ``[B, N, d]``."""
+    def _pool(self, pooling: str, hidden: Tensor, attended: Tensor | None, sequences: Tensor | None) -> Tensor:
+        """Return ``[B, d]``, or for every token its own or that of its sequence ``[B, N, d]``."""
         if pooling == "query":
             return hidden
         if pooling == "mean":
@@ -109,10 +116,18 @@ class APT(PrefixTuning):
                 return hidden.mean(dim=1)
             weight = attended.to(hidden.dtype).unsqueeze(-1)
             return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        if sequences is not None:
+            return hidden.gather(1, _first_tokens(sequences).unsqueeze(-1).expand_as(hidden))
         if attended is None:
             return hidden[:, 0]
         first = attended.to(torch.int32).argmax(dim=1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+
+
+def _first_tokens(sequences: Tensor) -> Tensor:
+    """Return the place of the first token of each token's sequence, ``[B, N]``."""
+    begins = torch.diff(sequences, prepend=sequences[:, :1], dim=1) != 0
+    return (torch.arange(sequences.shape[1], device=sequences.device) * begins).cummax(dim=1).values
 
 
 def _is_of_an_encoder(shape: AttentionShape) -> bool:

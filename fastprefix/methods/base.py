@@ -47,6 +47,13 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
 
 
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {value!r}")
+
+
 @dataclass(kw_only=True)
 class MethodConfig:
     """A method's options.
@@ -175,11 +182,14 @@ class PrefixMethod(nn.Module, ABC):
         """Whether the gates are computed from hidden states."""
         return False
 
-    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+    def prefix_gate(
+        self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
+    ) -> Tensor | None:
         """The prefix gate of a layer, or None.
 
         ``hidden`` ``[B, N, d]`` is what enters the layer, ``attended`` bool ``[B, N]`` says which tokens are no
-        padding (None: all); both are there only where ``needs_hidden`` says so.
+        padding (None: all), and ``sequences`` int ``[B, N]`` which sequence of a packed row each belongs to, counted
+        up (None: one a row); they are there only where ``needs_hidden`` says so.
         """
         return None
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import MethodConfig, PrefixMethod, check_choice, check_positive, register
+from .base import MethodConfig, PrefixMethod, check_choice, check_count, check_positive, register
 from .shapes import AttentionShape, Role
 
 
@@ -28,6 +28,8 @@ class PrefixTuningConfig(MethodConfig):
             passed as a key/value cache (PEFT, P-tuning v2).
         attentions: which attention layers get a prefix: "encoder" and "decoder", the self-attention of each, "cross",
             the attention of a decoder to its encoder. None: all.
+        num_frozen_tokens: how many of the first tokens keep the keys and values that they start with, as in a
+            cartridge. No gradient, optimizer step or weight decay changes them.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -38,6 +40,7 @@ class PrefixTuningConfig(MethodConfig):
     init_text: str | None = None
     prefix_position: Literal["none", "shift"] = "none"
     attentions: tuple[Role, ...] | None = None
+    num_frozen_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,11 +49,26 @@ class PrefixTuningConfig(MethodConfig):
         check_choice("init", self.init, ("normal", "zero", "text"))
         check_choice("prefix_position", self.prefix_position, ("none", "shift"))
         self._check_attentions()
+        self._check_frozen()
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError(f'init_text goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
         if self.reparameterization is not None and self.init != "normal":
             raise ValueError(
                 f"init={self.init!r} is for free keys and values, got reparameterization={self.reparameterization!r}"
+            )
+
+    def _check_frozen(self) -> None:
+        """Check that there are as many tokens to freeze, and that each has keys and values of its own."""
+        check_count("num_frozen_tokens", self.num_frozen_tokens)
+        if self.num_frozen_tokens > self.num_virtual_tokens:
+            raise ValueError(
+                f"`num_frozen_tokens` must be at most `num_virtual_tokens`, which is {self.num_virtual_tokens}, got "
+                f"{self.num_frozen_tokens}"
+            )
+        if self.num_frozen_tokens and self.reparameterization is not None:
+            raise ValueError(
+                f"`num_frozen_tokens` must be 0 with a reparameterization, which computes all tokens from shared "
+                f"weights, got {self.num_frozen_tokens}: use reparameterization=None"
             )
 
     def _check_attentions(self) -> None:
@@ -65,15 +83,38 @@ class PrefixTuningConfig(MethodConfig):
 
 
 class FreePrefix(nn.Module):
-    """Keys and values as parameters."""
+    """Keys and values as parameters: those of the first ``frozen`` tokens apart from the others, without a gradient."""
 
-    def __init__(self, length: int, shapes: Sequence[AttentionShape]) -> None:
+    def __init__(self, length: int, shapes: Sequence[AttentionShape], frozen: int = 0) -> None:
         super().__init__()
-        self.keys = nn.ParameterList([torch.empty(s.kv_heads, length, s.key_size) for s in shapes])
-        self.values = nn.ParameterList([torch.empty(s.kv_heads, length, s.value_size) for s in shapes])
+        self.frozen = frozen
+        self.set(
+            [
+                (torch.empty(s.kv_heads, length, s.key_size), torch.empty(s.kv_heads, length, s.value_size))
+                for s in shapes
+            ]
+        )
+
+    def set(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the parameters copies of these keys and values of all tokens."""
+        keys, values = zip(*prefixes, strict=True)
+        self.keys, self.values = self._parameters_of(keys), self._parameters_of(values)
+        if self.frozen:
+            self.frozen_keys, self.frozen_values = self._frozen_of(keys), self._frozen_of(values)
+
+    def _parameters_of(self, tensors: Sequence[Tensor]) -> nn.ParameterList:
+        return nn.ParameterList(tensor[:, self.frozen :].detach().clone() for tensor in tensors)
+
+    def _frozen_of(self, tensors: Sequence[Tensor]) -> nn.ParameterList:
+        frozen = nn.ParameterList(tensor[:, : self.frozen].detach().clone() for tensor in tensors)
+        return frozen.requires_grad_(False)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.keys, self.values, strict=True))
+        keys, values = list(self.keys), list(self.values)
+        if self.frozen:
+            keys = [torch.cat(pair, dim=1) for pair in zip(self.frozen_keys, keys, strict=True)]
+            values = [torch.cat(pair, dim=1) for pair in zip(self.frozen_values, values, strict=True)]
+        return list(zip(keys, values, strict=True))
 
 
 class ReparameterizedPrefix(nn.Module):
@@ -133,7 +174,7 @@ class PrefixTuning(PrefixMethod):
     def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:
         length = self.config.num_virtual_tokens
         if self.config.reparameterization is None:
-            return FreePrefix(length, self.shapes)
+            return FreePrefix(length, self.shapes, self.config.num_frozen_tokens)
         return ReparameterizedPrefix(length, self.shapes, self.config.hidden_dim)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
@@ -141,18 +182,17 @@ class PrefixTuning(PrefixMethod):
         if isinstance(self.prefix, ReparameterizedPrefix):
             self.prefix.reset_parameters()
             return
-        parameters = list(zip(self.prefix.keys, self.prefix.values, strict=True))
+        if self.config.init == "text" and text_keys_values is None:
+            raise ValueError('init="text" takes the keys and values of the text')
         with torch.no_grad():
-            for layer, pair in enumerate(parameters):
-                for which, parameter in enumerate(pair):
-                    if self.config.init == "normal":
-                        nn.init.normal_(parameter, std=0.02)
-                    elif self.config.init == "zero":
-                        nn.init.zeros_(parameter)
-                    elif text_keys_values is None:
-                        raise ValueError('init="text" takes the keys and values of the text')
-                    else:
-                        parameter.copy_(text_keys_values[layer][which])
+            former = self.prefixes()
+            initial = text_keys_values or [(self._draw(key), self._draw(value)) for key, value in former]
+            pairs = zip(initial, former, strict=True)
+            self.prefix.set([(new[0].to(old[0]), new[1].to(old[1])) for new, old in pairs])
+
+    def _draw(self, tensor: Tensor) -> Tensor:
+        """Return initial values of a tensor's shape that come from no text."""
+        return torch.zeros_like(tensor) if self.config.init == "zero" else nn.init.normal_(tensor.clone(), std=0.02)
 
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer."""
@@ -162,8 +202,7 @@ class PrefixTuning(PrefixMethod):
     def set_prefixes(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the free keys and values copies of these."""
         assert isinstance(self.prefix, FreePrefix)
-        self.prefix.keys = nn.ParameterList(key.detach().clone() for key, _ in prefixes)
-        self.prefix.values = nn.ParameterList(value.detach().clone() for _, value in prefixes)
+        self.prefix.set(prefixes)
 
     def baked(self) -> PrefixTuning:
         """A free prefix: a reparameterisation is computed, and gates are multiplied in."""
@@ -172,6 +211,7 @@ class PrefixTuning(PrefixMethod):
             modules_to_save=self.config.modules_to_save,
             prefix_position=self.config.prefix_position,
             attentions=self.config.attentions,
+            num_frozen_tokens=self.config.num_frozen_tokens,
         )
         baked = PrefixTuning(config, self.shapes)
         baked.set_prefixes(self._gated_prefixes())

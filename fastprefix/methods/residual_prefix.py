@@ -64,7 +64,9 @@ class ResidualPrefix(PrefixTuning):
         if self.config.gate:
             nn.init.zeros_(self.gate_logits)
 
-    def prefix_gate(self, layer: int, hidden: Tensor | None, attended: Tensor | None) -> Tensor | None:
+    def prefix_gate(
+        self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
+    ) -> Tensor | None:
         """``sigmoid(w)``, ``[m]``."""
         if not self.config.gate:
             return None

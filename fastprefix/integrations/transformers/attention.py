@@ -143,14 +143,51 @@ def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Te
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
 
 
-def attended_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of the last ``tokens`` keys are no padding, bool ``[B, tokens]``; None: all. The last query sees them all
-    but the padding, causal or not.
+def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
+    """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
+
+    ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
     """
-    if mask is None:
+    row = mask[:, 0]
+    visible = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
+    return visible, min(past, mask.shape[3] - tokens)
+
+
+def attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
+    """Return which of a call's own tokens are no padding, bool ``[B, tokens]``; None: all of them.
+
+    A token sees itself unless it is padding, whatever a window or a causal mask hides from it.
+    """
+    if mask is None or (mask.shape[2] == 1 and mask.shape[3] > 1 and mask.stride(3) == 0):
         return None
-    row = mask[:, 0, -1, -tokens:]
-    return row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
+    visible, start = own_keys(mask, tokens, past)
+    if visible.shape[1] == 1:  # the padding of all keys
+        return visible[:, 0, start : start + tokens]
+    return visible.diagonal(start, 1, 2)[:, :tokens]
+
+
+def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
+    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row.
+
+    Raises:
+        ValueError: a token that is seen by others does not see itself, or sees no token before it.
+    """
+    visible, start = own_keys(mask, tokens, past)
+    visible = visible.expand(-1, tokens, -1)
+    own = visible.diagonal(start, 1, 2)[:, :tokens]
+    seen = visible[:, :, start : start + tokens].any(dim=1)
+    first = own & (own.cumsum(dim=1) == 1)
+    alone = own & ~first & ~visible.tril(start - 1).any(dim=2)
+    if past == 0 and bool(alone.any()):
+        raise ValueError(
+            "`attention_mask` separates several sequences in a row, but a pooled gate belongs to one sequence: pass "
+            'position_ids that restart with each sequence and no mask and cache instead, or use pooling="query"'
+        )
+    if bool((seen & ~own).any()):
+        raise ValueError(
+            "`attention_mask` hides a token from itself but not from others, so that its padding is unknown to a "
+            'pooled gate: pass a mask [B, N], or use pooling="query"'
+        )
 
 
 NAME = "fastprefix"

@@ -316,12 +316,12 @@ class _Trace:
 
 
 def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
-    """Whether the first token, of the first row, is kept from seeing the last."""
+    """Return whether the first token of the first row is kept from seeing the second, which any window would reach."""
     masking = read_mask(mask, query)
     if masking.is_causal or masking.attn_mask is None:
         return masking.is_causal
-    seen = masking.attn_mask[0, 0, 0, -1]
-    return not bool(seen) if seen.dtype is torch.bool else bool(seen < -1)
+    seen = masking.attn_mask[0, 0, 0, 1:2]
+    return not bool(seen.all()) if seen.dtype is torch.bool else bool((seen < -1).any())
 
 
 def _name(model: nn.Module) -> str:

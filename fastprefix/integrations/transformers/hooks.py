@@ -176,26 +176,35 @@ class Positions(NamedTuple):
         return cls(0, None)
 
 
-def is_packed(arguments: Mapping[str, Any], config: Any) -> bool:
-    """Whether a call's rows are packed sequences: by the rule of ``transformers``, without mask and cache, positions
-    that do not count on begin another sequence. In a trace, which cannot look at them, rows are taken for plain.
+def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
+    """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
+
+    The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
+    it begins another sequence. A trace cannot look at positions and always gets indices.
     """
     positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
-    cached = getattr(config, "use_cache", False) if use_cache is None else use_cache
-    if positions is None or positions.ndim != 2 or cached or torch.compiler.is_compiling():
-        return False
+    cached = getattr(backbone.config, "use_cache", False) if use_cache is None else use_cache
+    if backbone.training and getattr(backbone, "gradient_checkpointing", False):
+        cached = False  # as transformers decides inside the call
+    if positions is None or positions.ndim != 2 or cached:
+        return None
     if arguments.get("attention_mask") is not None or find_cache(arguments) is not None:
-        return False
-    return find_packed_sequence_indices(positions) is not None
+        return None
+    return find_packed_sequence_indices(positions)
 
 
-def refuse_packed(arguments: Mapping[str, Any], config: Any) -> None:
+def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
+    """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
+    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
+
+
+def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
     """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
 
     Raises:
         ValueError: the rows are packed.
     """
-    if is_packed(arguments, config):
+    if is_packed(arguments, backbone):
         raise ValueError(
             "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
             "counts from its beginning; got packed sequences"
@@ -211,6 +220,18 @@ def shifted_positions(arguments: Mapping[str, Any], batch_tokens: Tensor, past: 
     return positions + shift
 
 
+def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a mask is a caller's own 4-D mask of one row.
+
+    For a static cache, ``generate`` has the mask made beforehand, and where the prompt fills the cache, it has one row
+    too, which means "causal".
+    """
+    if mask.ndim != 4 or mask.shape[2] > 1:
+        return False
+    cache = find_cache(arguments)
+    return not (cache is not None and cache.is_compileable and mask.dtype is torch.bool)
+
+
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
     """One row says "causal" here, and how many there should be differs between the halves of a model.
 
@@ -220,14 +241,14 @@ def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
     for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
         mask = arguments.get(name)
         several = tokens is None or tokens.shape[1] > 1
-        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and several:
+        if isinstance(mask, Tensor) and _is_own_row(mask, arguments) and several:
             raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
 
 
 def rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
     """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:
+    if isinstance(mask, Tensor) and _is_own_row(mask, arguments):
         tokens = arguments.get("input_ids")
         length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
         arguments["attention_mask"] = mask.expand(-1, -1, length, -1)

@@ -13,7 +13,7 @@ an output head shares its weights, that costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,10 +103,34 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         raise ValueError(f"model takes one whose attention layers have a layer_idx; without: {nameless[0]}")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        for module, pair in zip(modules, method.baked().prefixes(), strict=True):
-            key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
-            cache.update(key, value, _index(module))
+        prefixes = dict(zip(map(_index, modules), method.baked().prefixes(), strict=True))
+        sources = _shared_sources(model, prefixes)
+        for index, pair in prefixes.items():
+            if index not in sources:
+                key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
+                cache.update(key, value, index)
+            elif not all(map(torch.equal, pair, prefixes[sources[index]])):
+                raise ValueError(
+                    f"`model` must be one with the same prefix in layers that share their keys and values, but layer "
+                    f"{index} of {type(model).__name__} reads those of layer {sources[index]} from a cache, and its "
+                    "prefix is another: use the adapter on the model instead"
+                )
     return cache
+
+
+def _shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int, int]:
+    """Return the layers that keep nothing in a cache, and for each the layer whose keys and values it reads.
+
+    That is the last layer of the same type that does keep its own.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    kept = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    return {
+        index: max(source for source in range(kept) if types[source] == types[index])
+        for index in indices
+        if index >= kept
+    }
 
 
 def _index(module: nn.Module) -> Any:
@@ -247,7 +271,7 @@ class OffsetHooks(PromptHooks):
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone on embeddings with the offset."""
         arguments = by_name(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone.config)
+        refuse_packed(arguments, self.backbone)
         return self.run_with_offset(forward, arguments, past_length(arguments))
 
 

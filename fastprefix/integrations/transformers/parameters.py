@@ -48,7 +48,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     adapter = attachment_of(model).adapter
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
     assert isinstance(model, PreTrainedModel)
-    groups = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in modules}
+    groups = {
+        name: sum(p.numel() for p in model.get_submodule(name).parameters() if p.requires_grad) for name in modules
+    }
     return ParameterCount(model.num_parameters(), groups)
 
 

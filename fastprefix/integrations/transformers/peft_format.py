@@ -65,7 +65,9 @@ def from_peft(
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
     if description["peft_type"] in PROMPTS:
         return PromptTuningConfig(**options), {"prompt": rows, **parameters}
-    return PrefixTuningConfig(prefix_position="shift", **options), {**_free_prefix(model, rows), **parameters}
+    frozen = description["num_frozen_tokens"]
+    config = PrefixTuningConfig(prefix_position="shift", num_frozen_tokens=frozen, **options)
+    return config, {**_free_prefix(model, rows, frozen), **parameters}
 
 
 def to_peft(
@@ -86,13 +88,15 @@ def to_peft(
     else:
         rows = _rows(model, method)
         shape = method.shapes[0]
+        frozen = method.config.num_frozen_tokens
         kind = {
-            "peft_type": "PREFIX_TUNING",
+            **({"peft_type": "CARTRIDGE", "num_frozen_tokens": frozen} if frozen else {"peft_type": "PREFIX_TUNING"}),
             "token_dim": shape.kv_heads * shape.key_size,
             "num_attention_heads": shape.kv_heads,
             "num_layers": len(method.shapes),
-            "prefix_projection": False,
         }
+        if not frozen:
+            kind["prefix_projection"] = False
     description = {
         **kind,
         "task_type": _task(model),
@@ -115,11 +119,15 @@ def as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tens
     cache = DynamicCache()
     layers = sum(name.startswith("prefix.keys.") for name in parameters)
     for i in range(layers):
-        key, value = (
-            parameters[f"prefix.{which}.{i}"].to(device_of(model), model.dtype) for which in ("keys", "values")
-        )
+        key, value = (_whole(parameters, which, i).to(device_of(model), model.dtype) for which in ("keys", "values"))
         cache.update(key[None], value[None], i)
     return _three_tokens(model, cache.get_seq_length(), **{_cache_parameter(model): cache})
+
+
+def _whole(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
+    """Return the keys or values of all tokens of a layer, those of frozen tokens first."""
+    names = (f"prefix.frozen_{which}.{layer}", f"prefix.{which}.{layer}")
+    return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
 
 
 def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
@@ -162,6 +170,9 @@ def _description(path: Path) -> dict[str, Any]:
     if description.get("num_transformer_submodules") not in (None, 1):
         raise ValueError(f"num_transformer_submodules in {path} takes 1: not an encoder-decoder's adapter")
     assert isinstance(description, dict)
+    frozen = description.setdefault("num_frozen_tokens", 0)
+    if not isinstance(frozen, int):
+        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, got {frozen!r}")
     modules = description["modules_to_save"] = description.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ValueError(f"modules_to_save in {path} takes a list of names, got {modules!r}")
@@ -180,8 +191,8 @@ def _peft_name(name: str) -> str:
     return "base_model." + name.removeprefix("modules_to_save.")
 
 
-def _free_prefix(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
-    """Keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``."""
+def _free_prefix(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
+    """Keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, those of the first ``frozen`` tokens apart."""
     layers = _ordered(model, find_layers(model))
     first = layers[0].shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
@@ -190,8 +201,11 @@ def _free_prefix(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
             f"{first.key_size} columns, got {rows.shape[1]}"
         )
     blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
-    names = (f"prefix.{which}.{i}" for i in range(len(layers)) for which in ("keys", "values"))
-    return dict(zip(names, blocks, strict=True))
+    names = [f"{which}.{i}" for i in range(len(layers)) for which in ("keys", "values")]
+    parameters = {f"prefix.{name}": block[:, frozen:] for name, block in zip(names, blocks, strict=True)}
+    if frozen:
+        parameters |= {f"prefix.frozen_{name}": block[:, :frozen] for name, block in zip(names, blocks, strict=True)}
+    return parameters
 
 
 def _rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:

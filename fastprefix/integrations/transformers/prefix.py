@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...methods import PrefixMethod
-from .attention import GivenPrefix, Prefix, attended_tokens, window_bias
+from .attention import GivenPrefix, Prefix, attended_tokens, check_one_sequence, window_bias
 from .discovery import Layer, backbone_of, first_tensor
 from .hooks import (
     Cut,
@@ -28,6 +29,7 @@ from .hooks import (
     cache_parameter,
     check_mask_length,
     find_cache,
+    packed_sequences,
     parameter_names,
     past_length,
     reentrant,
@@ -83,6 +85,58 @@ class PrefixCacheLayer(DynamicLayer):
 
 _GATES = "fastprefix_gates"
 """The attribute of a key/value cache that holds the gates of its sequences."""
+_SEQUENCES = "fastprefix_sequences"
+"""The attribute of a mask that holds the sequences of packed rows, for layers that checkpointing runs again."""
+_SELECTIONS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+"""The methods of a key/value cache that move its rows."""
+
+
+class HeldGates:
+    """The gates of the sequences of a key/value cache, pooled from the first tokens of each.
+
+    ``gates`` are ``[B, 1, m]`` by layer. ``begun`` says which sequences have begun, bool ``[B]``: the others have had
+    nothing but padding so far. None: all of them.
+    """
+
+    def __init__(self, gates: dict[int, Tensor] | None = None, begun: Tensor | None = None) -> None:
+        self.gates = gates or {}
+        self.begun = begun
+
+    def gate(self, index: int, pooled: Tensor) -> Tensor:
+        """Return a layer's gate: that of sequences that have begun is kept."""
+        if self.begun is None:
+            return self.gates[index]
+        return torch.where(self.begun[:, None, None], self.gates[index], pooled)
+
+    def followed_by(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
+        """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
+        if begun is not None and self.begun is not None:
+            begun = begun | self.begun
+        if begun is not None and not torch.compiler.is_compiling() and bool(begun.all()):
+            begun = None
+        return HeldGates(gates, begun)
+
+    def hold(self, cache: Cache) -> None:
+        """Put the gates on a cache. They move with its rows, as when a beam search reorders them."""
+        setattr(cache, _GATES, self)
+        for name in _SELECTIONS:
+            if hasattr(cache, name):
+                setattr(cache, name, partial(_select_rows, cache, name))
+
+    def selected(self, name: str, rows: Any) -> HeldGates:
+        """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
+
+        def select(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(rows, 0) if name == "batch_repeat_interleave" else tensor[rows]
+
+        gates = {index: select(gate) for index, gate in self.gates.items()}
+        return HeldGates(gates, None if self.begun is None else select(self.begun))
+
+
+def _select_rows(cache: Cache, name: str, rows: Any) -> None:
+    """Move the rows of a cache and of the gates that it holds."""
+    getattr(type(cache), name)(cache, rows)
+    setattr(cache, _GATES, getattr(cache, _GATES).selected(name, rows))
 
 
 class LayerBinding:
@@ -111,28 +165,28 @@ class LayerBinding:
         """The prefix gate and the output gate."""
         method = self.attachment.method
         output_gate = method.output_gate(self.index)
-        return self._prefix_gate(query, key, mask), None if output_gate is None else output_gate.to(query)
+        return self._prefix_gate(query, mask), None if output_gate is None else output_gate.to(query)
 
     def bias(self, query: Tensor) -> Tensor | None:
         """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
         length = self.attachment.method.config.num_virtual_tokens
         return window_bias(query, self.window, length, self.attachment.past)
 
-    def _prefix_gate(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         method, attachment = self.attachment.method, self.attachment
-        if attachment.decoding and self.index in attachment.held:
-            return attachment.held[self.index].to(query)
-        attended = attended_tokens(mask, query.shape[2]) if method.needs_hidden() else None
-        gate = method.prefix_gate(self.index, self.hidden, attended)
-        if gate is None:
-            return None
-        if gate.ndim == 3 and method.needs_hidden():  # pooled from the first tokens, for those to come as well
-            if attachment.decoding:
-                raise ValueError(
-                    "past_key_values takes a cache that was filled with this adapter, whose gates are pooled from a "
-                    "sequence's first tokens"
-                )
-            attachment.held[self.index] = gate
+        if not method.needs_hidden():
+            gate = method.prefix_gate(self.index, None, None)
+            return None if gate is None else gate.to(query)
+        causal, held = method.shapes[self.index].causal, attachment.held
+        if causal and held.begun is None and self.index in held.gates:
+            return held.gates[self.index].to(query)
+        attended = attended_tokens(mask, query.shape[2], attachment.past if causal else 0)
+        sequences = attachment.sequences_of(mask) if causal else None
+        packed = {} if sequences is None else {"sequences": sequences}
+        gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
+        assert gate is not None
+        if causal and gate.ndim == 3:  # pooled from the first tokens of a sequence, for those to come too
+            gate = attachment.hold(self.index, gate, attended)
         return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,9 +212,7 @@ class PrefixHooks:
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.prefixes: list[Prefix] | None = None
-        self.past = 0  # tokens in the cache of the call in progress
-        self.decoding = False  # the call in progress goes on with what is in its cache
-        self.held: dict[int, Tensor] = {}  # gates pooled from a sequence's first tokens, by layer
+        self._forget_gates()
         self.shifts = method.config.prefix_position == "shift"
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
@@ -233,7 +285,7 @@ class PrefixHooks:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shifts:
             if self.windows:
-                refuse_packed(arguments, self.backbone.config)
+                refuse_packed(arguments, self.backbone)
             self._shift(arguments)
         return arguments
 
@@ -245,10 +297,59 @@ class PrefixHooks:
             tokens = past_length(arguments) + given.shape[given.ndim - 1 - given.is_floating_point()]
             check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
 
+    def _forget_gates(self) -> None:
+        """Begin without gates of sequences: nothing of a former call is left."""
+        self.past = 0  # tokens in the cache of the call in progress
+        self.held = HeldGates()  # gates of the sequences in that cache
+        self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
+        self.begun: Tensor | None = None  # which of them had a token in the call; None: all
+        self.sequences: Tensor | None = None  # of the call's tokens, where rows are packed
+
     def _take_up(self, arguments: dict[str, Any]) -> None:
-        """The gates of the sequences that are in a call's cache, if any are."""
-        self.decoding = self.method.needs_hidden() and past_length(arguments) > 0
-        self.held = getattr(find_cache(arguments), _GATES, {}) if self.decoding else {}
+        """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
+        self._forget_gates()
+        self.past = past_length(arguments)
+        if not self.method.needs_hidden():
+            return
+        if self.past > 0:
+            self.held = getattr(find_cache(arguments), _GATES, self.held)
+        self.sequences = packed_sequences(arguments, self.backbone)
+        for name in ("attention_mask", "decoder_attention_mask"):
+            mask = arguments.get(name)
+            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > 1 and self._pools():
+                check_one_sequence(mask, mask.shape[2], self.past)
+
+    def _pools(self) -> bool:
+        """Return whether a gate depends on several tokens. A trace cannot look at masks."""
+        poolings = getattr(self.method, "poolings", ())
+        return any(pooling != "query" for pooling in poolings) and not torch.compiler.is_compiling()
+
+    def sequences_of(self, mask: Tensor | None) -> Tensor | None:
+        """Return the sequences of packed rows. A layer that is run again finds those of its own call on its mask."""
+        if self.sequences is None or mask is None or torch.compiler.is_compiling():
+            return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
+        setattr(mask, _SEQUENCES, self.sequences)
+        return self.sequences
+
+    def hold(self, index: int, gate: Tensor, attended: Tensor | None) -> Tensor:
+        """Keep a layer's gate for the calls that go on with this one's cache, and return the gate of this call."""
+        if self.past > 0:
+            if index not in self.held.gates:
+                raise ValueError(
+                    "past_key_values takes a cache that was filled with this adapter, whose gates are pooled from a "
+                    "sequence's first tokens"
+                )
+            gate = self.held.gate(index, gate)
+        self.pooled[index] = gate
+        self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
+        return gate
+
+    def _put_down(self, output: Any) -> None:
+        """Leave the pooled gates of a call on its cache."""
+        cache = find_cache(output)
+        if self.pooled and cache is not None:
+            self.held.followed_by(self.pooled, self.begun).hold(cache)
+        self._forget_gates()
 
     def _check_embedding(self) -> None:
         if self.embedding is None:
@@ -274,7 +375,6 @@ class PrefixHooks:
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments["inputs_embeds"]
-        self.past = past_length(arguments)
         end, limit = length + self.past + tokens.shape[1], self.positions.limit
         if limit is not None and end > limit:
             raise ValueError(
@@ -288,10 +388,7 @@ class PrefixHooks:
 
     def end(self, output: Any) -> None:
         """Keep the gates with the cache, and check that gradients will reach the prefixes."""
-        cache = find_cache(output)
-        if self.held and not self.decoding and cache is not None:
-            setattr(cache, _GATES, self.held)
-        self.decoding, self.held = False, {}
+        self._put_down(output)
         if not self.cut.tied:
             raise RuntimeError(
                 f"Gradient checkpointing of {type(self.backbone).__name__} requires use_reentrant=False: it does not "
@@ -314,4 +411,4 @@ class PrefixHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
-        return {**self.__dict__, "prefixes": None, "held": {}}
+        return {**self.__dict__, "prefixes": None, "held": HeldGates(), "pooled": {}, "begun": None, "sequences": None}

@@ -108,7 +108,7 @@ class PromptHooks:
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
-        refuse_packed(arguments, self.backbone.config)
+        refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         cache, length = find_cache(arguments), self.method.config.num_virtual_tokens
         if getattr(cache, "is_compileable", False):

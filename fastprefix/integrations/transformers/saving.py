@@ -1,7 +1,8 @@
 """Save and load adapters: ``adapter_model.safetensors`` holds the parameters, ``adapter_config.json`` the options.
 
 The header of the tensor file holds the options too, and that copy counts: one file is replaced in one step, two are
-not, so an interrupted save leaves either the old adapter or the new one, complete.
+not, so an interrupted save leaves either the old adapter or the new one, complete. Both files carry the id of the save
+that wrote them. Different ids tell an interrupted save from a file that was edited by hand.
 
 Adapters can also be read from a checkpoint of the whole model, as Trainer and ``save_pretrained`` write it for an
 attached model: the model's configuration holds the adapter's options, and its weights hold the adapter's parameters.
@@ -9,6 +10,7 @@ attached model: the model's configuration holds the adapter's options, and its w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -95,6 +97,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
 _ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
 """What a header says beside the options."""
+_SAVE_ID = "save_id"
+_INFORMATIVE = ("base_model_name_or_path",)
+"""What may be changed by hand, since nothing is made of it."""
 
 
 def save_adapter(
@@ -137,9 +142,10 @@ def save_adapter(
                 "base_model_name_or_path": model.name_or_path,
                 "fastprefix_version": __version__,
             }
-            tensors = {key: p.detach() for key, p in _parameters(model).items()}
+            tensors = {key: whole(p.detach()).cpu().contiguous() for key, p in _parameters(model).items()}
+            description[_SAVE_ID] = _save_id(description, tensors)
             metadata = {_HEADER: _text(description)}
-        _write(Path(directory), description, {key: whole(tensor) for key, tensor in tensors.items()}, metadata)
+        _write(Path(directory), description, tensors, metadata)
 
 
 def load_adapter(
@@ -234,10 +240,53 @@ def _own_config(path: Path, header: str, model: PreTrainedModel) -> MethodConfig
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"{path} takes an adapter's header, which is damaged: it has no {', '.join(missing)}")
+    _check_unedited(path.with_name(CONFIG_FILE), description)
     base, *_ = (description.pop(name) for name in _ABOUT)
+    description.pop(_SAVE_ID, None)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter of a {base} model, got a {model.config.model_type} model")
     return MethodConfig.from_dict(description)
+
+
+def _check_unedited(path: Path, header: dict[str, Any]) -> None:
+    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at.
+
+    Raises:
+        ValueError: the file is of the same save as the header, and has other options, or it cannot be read.
+    """
+    if _SAVE_ID not in header or not path.is_file():
+        return
+    way_out = (
+        "The options belong to the parameters and are stored with them in "
+        f"{WEIGHTS_FILE}. Undo the change or delete {CONFIG_FILE}, and the adapter is loaded as it was saved"
+    )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{CONFIG_FILE}` must be JSON, but {path} cannot be read: {error}. {way_out}") from error
+    if not isinstance(found, dict) or found.get(_SAVE_ID) != header[_SAVE_ID]:
+        return
+    names = sorted((header.keys() | found.keys()) - set(_INFORMATIVE))
+    edits = [
+        f"{name}: {_shown(header, name)} -> {_shown(found, name)}"
+        for name in names
+        if name not in header or name not in found or header[name] != found[name]
+    ]
+    if edits:
+        raise ValueError(f"`{CONFIG_FILE}` in {path.parent} was edited by hand ({', '.join(edits)}). {way_out}")
+
+
+def _shown(options: dict[str, Any], name: str) -> str:
+    return json.dumps(options[name]) if name in options else "nothing"
+
+
+def _save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return an id that all processes of a sharded save agree on: a digest of what is saved."""
+    digest = hashlib.sha256(_text(description).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _text(description: dict[str, Any]) -> str:
@@ -246,7 +295,7 @@ def _text(description: dict[str, Any]) -> str:
 
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(_text(description), encoding="utf-8"))

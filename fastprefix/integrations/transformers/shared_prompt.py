@@ -192,7 +192,7 @@ class SharedPromptHooks(PromptHooks):
                 return "in an attention mask of one row, the prompt sees the tokens"
             if mask.ndim == 4 and self.windows:
                 return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
-        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone.config):
+        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone):
             return "a sliding window and DePT's offset start anew with every packed sequence"
         return None
 
