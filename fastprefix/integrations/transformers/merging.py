@@ -132,8 +132,12 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
         parts.append(OffsetAttachment(model, method))
-    _put(model, adapter, prefix, [*parts, PrefixHooks(model, prefix, layers)])
+    merged = PrefixHooks(model, prefix, layers)
+    merged.longest = hooks.positions.by_length
+    _put(model, adapter, prefix, [*parts, merged])
     adapter.outside = _outside(method)
+    if merged.longest is not None and adapter.outside is None:
+        adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens alone"
 
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
@@ -216,7 +220,7 @@ class OffsetAttachment(PromptHooks):
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: embeddings with the offset."""
         arguments = by_name(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone.config)
+        refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         embeds: Tensor = self.embed(ids, rows, past_length(arguments), with_prompt=False)
         arguments.update(input_ids=None, inputs_embeds=embeds)

@@ -56,7 +56,7 @@ class PromptHooks:
         """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
         refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone.config)
+        refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
         past = past_length(arguments)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...methods import DePT, PromptMethod
+from ...methods import DePT, PromptMethod, PromptTuning
 from .adapter import is_sharded
 from .attention import Binding, Prefix, window_bias
 from .discovery import Layer, backbone_of, find_layers
 from .hooks import (
     Positions,
+    PositionShift,
     by_name,
     find_cache,
     is_packed,
@@ -32,13 +33,18 @@ from .hooks import (
     past_length,
     reentrant,
     refuse_replicas,
-    shifted_positions,
 )
 from .prompt import PromptHooks
 from .switching import Implementation, forgotten, switched
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
+_PROMPT = "fastprefix_prompt"
+"""The attribute of a key/value cache that holds the shared prompt's keys and values of its first call.
+
+What a prompt computes may depend on that call (its token types, the rotary frequencies for its length), and a prompt
+in every row would be in the cache too.
+"""
 
 
 class SharedPrompt:
@@ -97,6 +103,15 @@ class SharedBinding:
         return window_bias(query, self.window, length, self.shared.past)
 
 
+class PromptCall(NamedTuple):
+    """What the prompt's run depends on in the call that it runs for."""
+
+    typed: bool
+    """The call has token types; the prompt's are 0."""
+    reach: Tensor | None
+    """The last position of the call, where rotary frequencies depend on it."""
+
+
 class _Kept(NamedTuple):
     """A prompt's keys and values in every layer, and what they were computed of."""
 
@@ -112,6 +127,8 @@ class SharedPromptHooks(PromptHooks):
         super().__init__(model, method)
         self.required = required  # shared_prompt=True: a call that cannot share is an error
         self.shared = SharedPrompt()
+        self.shift = PositionShift(self.backbone)
+        self.suspended = False  # the call in progress runs on the model's own attention, for its weights
         self.drops = has_dropout(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
@@ -121,6 +138,7 @@ class SharedPromptHooks(PromptHooks):
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
+        self.handles += self.shift.install()
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
         else:
@@ -129,6 +147,7 @@ class SharedPromptHooks(PromptHooks):
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the backbone: run the prompt once, then the tokens, moved up by its length."""
         assert self.implementation is not None
+        self.end_call()  # a former one may have failed
         self.implementation.check()
         refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
@@ -145,15 +164,16 @@ class SharedPromptHooks(PromptHooks):
             if self.required:
                 raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
             self.shared.prefixes = None
+            if self.asks_for_weights(arguments):
+                self.suspend()
             return super().insert(module, args, kwargs)
         ids, rows = self.tokens(arguments)
         self.inserted = 0
         self.shared.past = past
-        self.shared.prefixes = self._prefixes(past)
-        embeds = self.embed(ids, rows, past, with_prompt=False)
-        length = self.method.config.num_virtual_tokens
-        positions = shifted_positions(arguments, embeds, past + self.positions.first, length)
-        arguments.update(input_ids=None, inputs_embeds=embeds, position_ids=positions)
+        self.shared.prefixes = self.prefixes_for(arguments)
+        if not (self.shift.inside and type(self.method) is PromptTuning):
+            arguments.update(input_ids=None, inputs_embeds=self.embed(ids, rows, past, with_prompt=False))
+        self.shift.begin(arguments, self.method.config.num_virtual_tokens)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
     def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -161,7 +181,46 @@ class SharedPromptHooks(PromptHooks):
         cache = find_cache(output)
         if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
             setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
+        self.remember(cache)
+        self.end_call()
         return super().crop(module, args, output)
+
+    def remember(self, cache: Any) -> None:
+        """Let a cache that this call began hold the prompt's keys and values, for the calls that continue it."""
+        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
+            return
+        if self.shared.past == 0 or not hasattr(cache, _PROMPT):
+            setattr(cache, _PROMPT, self.shared.prefixes)
+
+    def end_call(self) -> None:
+        """Forget what holds for one call."""
+        self.shift.shift = 0
+        if self.suspended:
+            assert self.implementation is not None
+            self.implementation.resume()
+            self.suspended = False
+
+    def asks_for_weights(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether a call asks for attention weights, which this package's kernels do not make."""
+        asked = arguments.get("output_attentions")
+        return bool(getattr(self.backbone.config, "output_attentions", False) if asked is None else asked)
+
+    def suspend(self) -> None:
+        """Run the call that begins on the model's own attention.
+
+        Raises:
+            ValueError: that makes no weights either.
+        """
+        assert self.implementation is not None
+        watched = {id(config) for config in self.implementation.watched}
+        names = {str(name) for config, name in self.implementation.former if id(config) in watched}
+        if names != {"eager"}:
+            raise ValueError(
+                f'`output_attentions` requires a model with attn_implementation="eager", got {", ".join(names)}. '
+                "Detach the adapter, set the attention and attach it again."
+            )
+        self.implementation.restore()
+        self.suspended = True
 
     def reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
@@ -173,6 +232,10 @@ class SharedPromptHooks(PromptHooks):
             return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
         if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
+        if self.asks_for_weights(arguments):
+            return "attention weights are asked for, which the fused kernels do not make"
+        if self.positions.by_length is not None and self._computes_positions(arguments):
+            return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
         mask = arguments.get("attention_mask")
         # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
         if find_cache(arguments) is None and mask is not None:
@@ -182,7 +245,7 @@ class SharedPromptHooks(PromptHooks):
                 return "in an attention mask of one row, the prompt sees the tokens"
             if mask.ndim == 4 and self.windows:
                 return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
-        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone.config):
+        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone):
             return "a sliding window and DePT's offset start anew with every packed sequence"
         return None
 
@@ -192,16 +255,43 @@ class SharedPromptHooks(PromptHooks):
         assert self.implementation is not None
         self.implementation.restore()
 
-    def _prefixes(self, past: int) -> dict[int, Prefix]:
-        """The prompt's keys and values in every layer; for inference they are kept while no parameter changes."""
-        prompt = self.method.prompt
-        captured = prompt.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or captured:
-            return self.run_prompt()
+    def _computes_positions(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether the backbone gives its text model positions that are no plain count: those of images."""
+        text = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+        others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
+        return self.shift.inside and arguments.get("position_ids") is None and others
+
+    def prefixes_for(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer: of a call that goes on, those that its cache began with.
+
+        For inference they are kept while no parameter changes.
+        """
+        self.shift.shift = 0
+        past, compiling = self.shared.past, torch.compiler.is_compiling()
+        typed = any(arguments.get(name) is not None for name in self._type_names())
+        by_length = self.positions.by_length
+        begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
+        if begun is not None and not (compiling and by_length is None and not typed):
+            prefixes: dict[int, Prefix] = begun
+            return prefixes
+        reach = None
+        if by_length is not None:
+            reach = self.positions.moved(arguments, self.method.config.num_virtual_tokens).amax()
+        call = PromptCall(typed, reach)
+        captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.is_grad_enabled() or compiling or captured:
+            return self.run_prompt(call)
+        if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
+            return self.run_prompt(call)  # its keys are for this length alone
+        return self._kept(call, past)
+
+    def _kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
         state = _state(self.backbone, self.method)
-        if self.kept is None or state is None or self.kept.state != state or not (past or self._is_good(self.kept)):
-            self.kept = _Kept(state, prompt.clone(), self.run_prompt())
-        return self.kept.prefixes
+        kept = self.kept
+        if kept is None or state is None or kept.state != (call.typed, state) or not (past or self._is_good(kept)):
+            kept = self.kept = _Kept((call.typed, state), self.method.prompt.clone(), self.run_prompt(call))
+        return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
         """Whether nothing has changed that ``_state`` does not tell: a prompt written through ``.data``, as optimizers
@@ -211,14 +301,28 @@ class SharedPromptHooks(PromptHooks):
             hasattr(module, "merged_adapters") for module in self.backbone.modules()
         )
 
-    def run_prompt(self) -> dict[int, Prefix]:
-        """The prompt's keys and values in every layer, computed."""
+    def _type_names(self) -> list[str]:
+        """Return the names of the arguments that give each token a type."""
+        return [name for name in self.names if name == "token_type_ids"]
+
+    def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
+        """Compute the prompt's keys and values in every layer, for a call."""
         prompt = self.method.prompt.to(self.table.dtype)
+        length = len(prompt)
         # Said, since some models remember where a former call's rows were.
-        positions = self.positions.first + torch.arange(len(prompt), device=prompt.device)[None]
+        positions = self.positions.first + torch.arange(length, device=prompt.device)
+        if call is not None and call.reach is not None:
+            # The rotary frequencies are those for the largest position. One more token stands there, seen by none.
+            prompt = torch.cat([prompt, prompt[:1]])
+            positions = torch.cat([positions, call.reach[None]])
+        types = {}
+        if call is not None and call.typed:
+            types = {name: torch.zeros_like(positions)[None] for name in self._type_names()}
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
-            self.backbone.forward(inputs_embeds=prompt[None], position_ids=positions, use_cache=False)
+            self.backbone.forward(inputs_embeds=prompt[None], position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
+        pairs = self.shared.prefixes.items()
+        self.shared.prefixes = {index: (key[:, :length], value[:, :length]) for index, (key, value) in pairs}
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,7 +380,8 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     shared, backbone, embedding = SharedPrompt(), backbone_of(model), model.get_input_embeddings()
     prompt, tokens = torch.arange(6, device=model.device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
-    positions = Positions.of(backbone).first + torch.arange(3, device=model.device)[None]
+    counts = Positions.of(backbone)
+    positions = counts.first + torch.arange(3, device=model.device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
@@ -288,7 +393,8 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
         with shared.capture():
             run(prompt[:1], position_ids=positions)
-        actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        actual = run(tokens, attention_mask=mask, position_ids=counts.moved(inputs, 3))
         exact = _agreement(actual, textbook, alone, model.dtype)
         shared.prefixes = None
         return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])
