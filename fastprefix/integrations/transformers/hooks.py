@@ -126,24 +126,28 @@ class Positions(NamedTuple):
         else:
             counted = True
             positions = self.first + shift + torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        self._check(positions, past + tokens.shape[1] + shift, counted, shift)
+        self.check(None if counted else positions, past + tokens.shape[1] + shift, shift)
         return positions
 
-    def _check(self, positions: Tensor, rows: int, counted: bool, shift: int) -> None:
-        """Refuse positions beyond the table. On a GPU they are only looked at where the row itself does not fit."""
-        if self.limit is None or (not counted and torch.compiler.is_compiling()):
-            return
-        if not counted and positions.numel() > 0 and (positions.device.type == "cpu" or rows > self.limit):
-            rows = int(positions.max()) + 1 - self.first
-        self.check_rows(rows, shift)
+    def check(self, positions: Tensor | None, rows: int, shift: int) -> None:
+        """Refuse a call whose positions exceed the model's table.
 
-    def check_rows(self, rows: int, shift: int) -> None:
-        """Refuse rows that need more positions than the table has.
+        Args:
+            positions: of all tokens, with the ``shift``; None: they are counted, and there are so many ``rows``. On a
+                GPU they are only looked at where the rows themselves do not fit, and in a trace never.
+            rows: the length of the row, with the ``shift``.
+            shift: the number of virtual tokens.
 
         Raises:
             ValueError: they do.
         """
-        if self.limit is not None and rows > self.limit:
+        if self.limit is None:
+            return
+        if positions is not None:
+            if torch.compiler.is_compiling() or (positions.device.type != "cpu" and rows <= self.limit):
+                return
+            rows = int(positions.max()) + 1 - self.first
+        if rows > self.limit:
             raise ValueError(
                 f"`num_virtual_tokens` = {shift} moves an input of {rows - shift} tokens up to {rows} positions, but "
                 f"the model has {self.limit} positions. Shorten the input or use fewer virtual tokens."
@@ -272,6 +276,44 @@ def _same_frequencies_up_to(reader: nn.Module) -> int | None:
                 former = getattr(config, "original_max_position_embeddings", None)
                 limits.append(each.get("original_max_position_embeddings") or former or longest)
     return min(limits, default=None)
+
+
+class RouterMask:
+    """Extend the attention mask by which a model's head counts the tokens of each expert.
+
+    The load-balancing loss is computed of every token that the backbone saw, a prompt in every row included, with the
+    mask that the model was called with.
+    """
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.names = parameter_names(model)
+        self.length = length
+        self.given: Tensor | None = None
+        self.extended: Tensor | None = None
+
+    def extend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: extend its mask, if an auxiliary loss will be computed."""
+        self.given = self.extended = None
+        arguments = by_name(self.names, args, kwargs)
+        mask = arguments.get("attention_mask")
+        if not asks_for(arguments, module, "output_router_logits") or past_length(arguments) > 0:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        self.given, self.extended = mask, nn.functional.pad(mask, (self.length, 0), value=1)
+        return (), {**arguments, "attention_mask": self.extended}
+
+    def restore(self, arguments: dict[str, Any]) -> None:
+        """Give a call of the backbone the caller's own mask back."""
+        if self.extended is not None and arguments.get("attention_mask") is self.extended:
+            arguments["attention_mask"] = self.given
+        self.given = self.extended = None
+
+
+def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool:
+    """Tell whether a call asks for an output by an argument, or by default its module's configuration does."""
+    asked = arguments.get(name)
+    return bool(getattr(getattr(module, "config", None), name, False) if asked is None else asked)
 
 
 def is_packed(arguments: Mapping[str, Any], backbone: nn.Module) -> bool:

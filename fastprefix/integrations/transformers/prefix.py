@@ -258,7 +258,7 @@ class PrefixHooks:
             rows = length + ids.shape[1]
             if shift.positions.limit is not None and rows > shift.positions.limit and shift.positions.first > 0:
                 rows = length + int((ids >= shift.positions.first).sum(1).max())
-            shift.positions.check_rows(rows, length)
+            shift.positions.check(None, rows, length)
             shift.begin(arguments, 0)
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return

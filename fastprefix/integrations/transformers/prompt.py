@@ -15,7 +15,16 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .discovery import backbone_of
-from .hooks import Positions, by_name, find_cache, parameter_names, past_length, refuse_packed, refuse_replicas
+from .hooks import (
+    Positions,
+    RouterMask,
+    by_name,
+    find_cache,
+    parameter_names,
+    past_length,
+    refuse_packed,
+    refuse_replicas,
+)
 
 
 class PromptHooks:
@@ -27,6 +36,7 @@ class PromptHooks:
         self.model = model
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
+        self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.inserted = 0  # prompt rows of the call in progress
         self.handles: list[RemovableHandle] = []
 
@@ -36,6 +46,8 @@ class PromptHooks:
             self.backbone.register_forward_pre_hook(self.insert, with_kwargs=True),
             self.backbone.register_forward_hook(self.crop),
         ]
+        if self.backbone is not model:
+            self.handles.append(model.register_forward_pre_hook(self.router_mask.extend, with_kwargs=True))
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
             self.handles.append(pooler.register_forward_pre_hook(self.crop_pooled))
@@ -56,6 +68,7 @@ class PromptHooks:
         """Forward pre-hook of the backbone: embeddings with the prompt; masks, positions and types to match."""
         refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
+        self.router_mask.restore(arguments)
         refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         length = self.method.config.num_virtual_tokens
@@ -67,14 +80,9 @@ class PromptHooks:
             )
         self.inserted = 0 if past > 0 else length
         embeds = self.embed(ids, rows, max(past - length, 0), with_prompt=self.inserted > 0)
-        limit = self.positions.limit
-        if limit is not None and past + embeds.shape[1] > limit:
-            raise ValueError(
-                f"num_virtual_tokens = {length} and an input of {past + embeds.shape[1] - length} tokens exceed the "
-                f"model's {limit} positions"
-            )
         arguments.update(input_ids=None, inputs_embeds=embeds)
         self._extend(arguments, embeds, length)
+        self.positions.check(arguments.get("position_ids"), past + embeds.shape[1], length)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
     def crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -127,8 +135,10 @@ class PromptHooks:
         positions = arguments.get("position_ids")
         if positions is not None:
             first = self.positions.first
-            prompt = torch.arange(first, first + inserted, device=positions.device).expand(positions.shape[0], -1)
-            arguments["position_ids"] = torch.cat([prompt, positions + length], dim=1)
+            prompt = torch.arange(first, first + inserted, device=positions.device).expand(*positions.shape[:-1], -1)
+            arguments["position_ids"] = torch.cat([prompt, positions + length], dim=-1)
+            if mask is None and find_cache(arguments) is None:  # else a gap behind the prompt begins another sequence
+                arguments["attention_mask"] = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         types = arguments.get("token_type_ids")
         if types is not None:
             arguments["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], inserted), types], dim=1)

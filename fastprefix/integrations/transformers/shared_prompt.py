@@ -25,6 +25,7 @@ from .discovery import Layer, backbone_of, find_layers
 from .hooks import (
     Positions,
     PositionShift,
+    asks_for,
     by_name,
     find_cache,
     is_packed,
@@ -106,8 +107,8 @@ class SharedBinding:
 class PromptCall(NamedTuple):
     """What the prompt's run depends on in the call that it runs for."""
 
-    typed: bool
-    """The call has token types; the prompt's are 0."""
+    types: dict[str, tuple[int, ...]]
+    """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""
     reach: Tensor | None
     """The last position of the call, where rotary frequencies depend on it."""
 
@@ -164,7 +165,7 @@ class SharedPromptHooks(PromptHooks):
             if self.required:
                 raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
             self.shared.prefixes = None
-            if self.asks_for_weights(arguments):
+            if asks_for(arguments, self.backbone, "output_attentions"):
                 self.suspend()
             return super().insert(module, args, kwargs)
         ids, rows = self.tokens(arguments)
@@ -200,11 +201,6 @@ class SharedPromptHooks(PromptHooks):
             self.implementation.resume()
             self.suspended = False
 
-    def asks_for_weights(self, arguments: dict[str, Any]) -> bool:
-        """Tell whether a call asks for attention weights, which this package's kernels do not make."""
-        asked = arguments.get("output_attentions")
-        return bool(getattr(self.backbone.config, "output_attentions", False) if asked is None else asked)
-
     def suspend(self) -> None:
         """Run the call that begins on the model's own attention.
 
@@ -230,9 +226,9 @@ class SharedPromptHooks(PromptHooks):
             return "reentrant gradient checkpointing differentiates a prefix once a layer"
         if torch.is_grad_enabled() and is_sharded(self.backbone):
             return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
-        if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
+        if asks_for(arguments, self.backbone, "output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
-        if self.asks_for_weights(arguments):
+        if asks_for(arguments, self.backbone, "output_attentions"):
             return "attention weights are asked for, which the fused kernels do not make"
         if self.positions.by_length is not None and self._computes_positions(arguments):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
@@ -268,16 +264,16 @@ class SharedPromptHooks(PromptHooks):
         """
         self.shift.shift = 0
         past, compiling = self.shared.past, torch.compiler.is_compiling()
-        typed = any(arguments.get(name) is not None for name in self._type_names())
+        types = _token_arguments(arguments)
         by_length = self.positions.by_length
         begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
-        if begun is not None and not (compiling and by_length is None and not typed):
+        if begun is not None and not (compiling and by_length is None and not types):
             prefixes: dict[int, Prefix] = begun
             return prefixes
         reach = None
         if by_length is not None:
             reach = self.positions.moved(arguments, self.method.config.num_virtual_tokens).amax()
-        call = PromptCall(typed, reach)
+        call = PromptCall(types, reach)
         captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.is_grad_enabled() or compiling or captured:
             return self.run_prompt(call)
@@ -289,8 +285,8 @@ class SharedPromptHooks(PromptHooks):
         """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
         state = _state(self.backbone, self.method)
         kept = self.kept
-        if kept is None or state is None or kept.state != (call.typed, state) or not (past or self._is_good(kept)):
-            kept = self.kept = _Kept((call.typed, state), self.method.prompt.clone(), self.run_prompt(call))
+        if kept is None or state is None or kept.state != (call.types, state) or not (past or self._is_good(kept)):
+            kept = self.kept = _Kept((call.types, state), self.method.prompt.clone(), self.run_prompt(call))
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
@@ -300,10 +296,6 @@ class SharedPromptHooks(PromptHooks):
         return torch.equal(kept.prompt, self.method.prompt) and not any(
             hasattr(module, "merged_adapters") for module in self.backbone.modules()
         )
-
-    def _type_names(self) -> list[str]:
-        """Return the names of the arguments that give each token a type."""
-        return [name for name in self.names if name == "token_type_ids"]
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the prompt's keys and values in every layer, for a call."""
@@ -315,9 +307,8 @@ class SharedPromptHooks(PromptHooks):
             # The rotary frequencies are those for the largest position. One more token stands there, seen by none.
             prompt = torch.cat([prompt, prompt[:1]])
             positions = torch.cat([positions, call.reach[None]])
-        types = {}
-        if call is not None and call.typed:
-            types = {name: torch.zeros_like(positions)[None] for name in self._type_names()}
+        sizes = {} if call is None else call.types
+        types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
             self.backbone.forward(inputs_embeds=prompt[None], position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
@@ -328,6 +319,25 @@ class SharedPromptHooks(PromptHooks):
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "kept": None}
+
+
+def _token_arguments(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the arguments that say something of each token, ``[B, N, ...]``, and the sizes of what they say."""
+    ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = ids if rows is None else rows
+    if tokens is None:
+        return {}
+    columns = tokens.shape[1]
+    others = ("input_ids", "attention_mask", "position_ids")
+    return {
+        name: tuple(value.shape[2:])
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and value.ndim in (2, 3)
+        and value.shape[1] == columns
+        and name not in others
+    }
 
 
 def reason_not_shareable(model: PreTrainedModel) -> str | None:
