@@ -304,9 +304,7 @@ class SharedPromptHooks(PromptHooks):
         # Said, since some models remember where a former call's rows were.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
         if call is not None and call.reach is not None:
-            # The rotary frequencies are those for the largest position. One more token stands there, seen by none.
-            prompt = torch.cat([prompt, prompt[:1]])
-            positions = torch.cat([positions, call.reach[None]])
+            prompt, positions = reaching(prompt, positions, call.reach)
         sizes = {} if call is None else call.types
         types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
@@ -319,6 +317,16 @@ class SharedPromptHooks(PromptHooks):
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "kept": None}
+
+
+def reaching(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a prompt ``[..., S, d]`` and its positions ``[..., S]`` with one more token, at the position ``reach``.
+
+    LongRoPE and dynamic NTK take their frequencies for the largest position of a call. Attention is causal, so nothing
+    but the frequencies depends on the last token.
+    """
+    last = reach.expand(*positions.shape[:-1], 1)
+    return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
 
 
 def _token_arguments(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
