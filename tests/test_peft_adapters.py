@@ -1,5 +1,6 @@
 """Adapters between PEFT and this package: the same logits, both ways, and what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -101,16 +102,19 @@ def test_positions_of_other_models(name: str, tmp_path: Path) -> None:
     assert_close(fastprefix.load_adapter(base(), tmp_path)(**inputs).logits, tuned_model(**inputs).logits)
 
 
-def test_positions_that_cannot_be_moved_are_refused(tmp_path: Path) -> None:
-    """OPT counts from the mask, unless it is told positions."""
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_positions_that_are_counted_by_the_mask(padding: str, tmp_path: Path) -> None:
+    """OPT's."""
     task, auto, config = OTHERS["opt"]
     torch.manual_seed(0)
-    model = auto.from_config(config()).double()
-    tuned(auto.from_config(config()), "prefix", task).save_pretrained(tmp_path)
-    before = model(**models.batch()).logits
-    with pytest.raises(ValueError, match=r"OPTForCausalLM does not move its positions.*fastprefix\.accelerate"):
-        fastprefix.load_adapter(model, tmp_path)
-    assert torch.equal(model(**models.batch()).logits, before)
+    model = auto.from_config(config()).double().eval()
+    expected = tuned(copy.deepcopy(model), "prefix", task)
+    expected.save_pretrained(tmp_path)
+    inputs = models.batch(padding)
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        actual = fastprefix.load_adapter(model, tmp_path)(**inputs).logits
+        assert_close(actual[seen], expected(**inputs).logits[seen])
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("prompt_tuning", "prefix-shift")])

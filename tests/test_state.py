@@ -582,7 +582,9 @@ def test_training_a_merged_model_says_what_to_do(method: str, training: bool) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("order", ["attach hook detach unhook", "attach hook unhook detach", "hook attach unhook detach"])
+@pytest.mark.parametrize(
+    "order", ["attach hook detach unhook", "attach hook unhook detach", "hook attach unhook detach"]
+)
 def test_hooks_of_accelerate_come_and_go_in_any_order(order: str, method: str) -> None:
     model = models.decoder()
     former, bare = state(model), logits(model)

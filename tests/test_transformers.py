@@ -384,7 +384,7 @@ def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
     inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
     model(**inputs)
     inputs = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in inputs.items()}
-    with pytest.raises(ValueError, match=r'prefix_position="shift" moves 60 tokens up by 5'):
+    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 moves an input of 60 tokens .* 64 positions"):
         model(**inputs)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..transformers.attention import CARRIED, GivenPrefix, Prefix
 from ..transformers.discovery import Layer
 from ..transformers.hooks import by_name, find_cache, not_checkpointed, reentrant
+from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
-from ..transformers.shared_prompt import has_dropout
+from ..transformers.shared_prompt import has_dropout, reaching
 from .prefix import CachedPrefix
 
 
@@ -28,6 +29,7 @@ class PromptAcceleration(CachedPrefix):
         self.layers = layers
         self.peft_model = peft_model
         self.drops = has_dropout(self.backbone)
+        self.positions = Positions.of(self.backbone)
         self.calling = False  # PEFT's forward or generate is in progress, and nobody else asks for the prompt
         self.prompt: Tensor | None = None  # [1, m, d], waiting for the call of the backbone
         self.ran: Any = None  # the prompt's run, waiting for that call's end
@@ -124,12 +126,27 @@ class PromptAcceleration(CachedPrefix):
         """What the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer."""
         seen = {layer.module: _Seen() for layer in self.layers}
         states = arguments.get("output_hidden_states")
+        length, options = prompt.shape[1], {}
+        if self.positions.by_length is not None:
+            positions = self.positions.moved(arguments, 0)
+            prompt, options["position_ids"] = reaching(prompt, positions[..., :1, :length], positions.amax())
         with not_checkpointed(self.backbone):
             ran = self.backbone.forward(
-                inputs_embeds=prompt, use_cache=False, output_hidden_states=states, return_dict=True, **{CARRIED: seen}
+                inputs_embeds=prompt,
+                use_cache=False,
+                output_hidden_states=states,
+                return_dict=True,
+                **options,
+                **{CARRIED: seen},
             )
-        prefixes = {layer.module: GivenPrefix(*seen[layer.module].pair, window=layer.window) for layer in self.layers}
-        return ran, PrefixCache(len(self.layers), prompt.shape[1], prefixes)
+        ran.last_hidden_state = ran.last_hidden_state[:, :length]
+        if states:
+            ran.hidden_states = tuple(state[:, :length] for state in ran.hidden_states)
+        prefixes = {}
+        for layer in self.layers:
+            key, value = seen[layer.module].pair
+            prefixes[layer.module] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
+        return ran, PrefixCache(len(self.layers), length, prefixes)
 
 
 class _Seen:

@@ -13,12 +13,11 @@ import inspect
 import types
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import Prefix
 
@@ -147,6 +146,12 @@ def past_length(arguments: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool:
+    """Tell whether a call asks for an output by an argument, or by default its module's configuration does."""
+    asked = arguments.get(name)
+    return bool(getattr(getattr(module, "config", None), name, False) if asked is None else asked)
+
+
 def check_mask_length(mask: Any, tokens: int, length: int) -> None:
     """Refuse a padding mask that is not about the caller's tokens.
 
@@ -156,68 +161,6 @@ def check_mask_length(mask: Any, tokens: int, length: int) -> None:
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
         hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
         raise ValueError(f"`attention_mask` must be [B, {tokens}], got {list(mask.shape)}.{hint}")
-
-
-class Positions(NamedTuple):
-    """The positions of a model: where they begin, and how many a table of absolute ones has (None: no such table)."""
-
-    first: int
-    limit: int | None
-
-    @classmethod
-    def of(cls, backbone: nn.Module) -> Positions:
-        """Those up to the padding's are not for tokens, nor those of a table that is read from an offset on."""
-        for name, module in backbone.named_modules():
-            leaf = name.rpartition(".")[2]
-            if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
-                first = 0 if module.padding_idx is None else module.padding_idx + 1
-                offset: Any = getattr(module, "offset", 0)
-                return cls(first, module.num_embeddings - first - offset)
-        return cls(0, None)
-
-
-def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
-    """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
-
-    The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
-    it begins another sequence. A trace cannot look at positions and always gets indices.
-    """
-    positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
-    cached = getattr(backbone.config, "use_cache", False) if use_cache is None else use_cache
-    if backbone.training and getattr(backbone, "gradient_checkpointing", False):
-        cached = False  # as transformers decides inside the call
-    if positions is None or positions.ndim != 2 or cached:
-        return None
-    if arguments.get("attention_mask") is not None or find_cache(arguments) is not None:
-        return None
-    return find_packed_sequence_indices(positions)
-
-
-def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
-    """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
-    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
-
-
-def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
-    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
-
-    Raises:
-        ValueError: the rows are packed.
-    """
-    if is_packed(arguments, backbone):
-        raise ValueError(
-            "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
-            "counts from its beginning; got packed sequences"
-        )
-
-
-def shifted_positions(arguments: Mapping[str, Any], batch_tokens: Tensor, past: int, shift: int) -> Tensor:
-    """Position ids moved up by ``shift``; those of a caller who gave none count from ``past``."""
-    positions = arguments.get("position_ids")
-    if positions is None:
-        tokens = batch_tokens.shape[1]
-        positions = torch.arange(past, past + tokens, device=batch_tokens.device)[None]
-    return positions + shift
 
 
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:

@@ -34,7 +34,8 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, attachment_of
 from .attention import Prefix
 from .discovery import Layer, find_layers, method_layers
-from .hooks import Forward, by_name, past_length, refuse_packed
+from .hooks import Forward, by_name, past_length
+from .positions import refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
@@ -156,8 +157,12 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
         parts.append(OffsetHooks(model, method))
-    _put(model, adapter, prefix, [*parts, PrefixHooks(model, prefix, layers)])
+    merged = PrefixHooks(model, prefix, layers)
+    merged.longest = hooks.positions.by_length
+    _put(model, adapter, prefix, [*parts, merged])
     adapter.outside = _outside(method)
+    if merged.longest is not None and adapter.outside is None:
+        adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens alone"
 
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:

@@ -24,21 +24,18 @@ from .hooks import (
     Cut,
     Forward,
     Interception,
-    Positions,
     by_name,
     cache_parameter,
     check_mask_length,
     find_cache,
-    packed_sequences,
     parameter_names,
     past_length,
     reentrant,
     refuse_one_row_masks,
-    refuse_packed,
     refuse_replicas,
     rows_for_masks,
-    shifted_positions,
 )
+from .positions import PositionShift, packed_sequences, refuse_packed
 from .switching import Implementation, takes_text
 
 
@@ -145,7 +142,7 @@ class LayerBinding:
     def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
         self.attachment = attachment
         self.index = index
-        self.window = layer.window if attachment.shifts else None  # that cuts the prefix
+        self.window = layer.window if attachment.shift is not None else None  # that cuts the prefix
         self.projection = layer.projection  # of a method that has the layer project its prefix
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
 
@@ -210,10 +207,10 @@ class PrefixHooks:
         text = takes_text(model)
         self.backbone = backbone_of(model) if text else model
         self.names = parameter_names(self.backbone)
-        self.positions = Positions.of(self.backbone)
+        self.shift = PositionShift(self.backbone) if method.config.prefix_position == "shift" else None
+        self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None
         self._forget_gates()
-        self.shifts = method.config.prefix_position == "shift"
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
         halves = model.config.is_encoder_decoder
@@ -234,6 +231,8 @@ class PrefixHooks:
         self.handles = [
             Interception(self.backbone, self.run),
         ]
+        if self.shift is not None:
+            self.handles += self.shift.install()
         if self.embedding is not None:
             self.handles.append(self.embedding.register_forward_hook(self.tie))
         if self.encoder is not None:
@@ -283,10 +282,10 @@ class PrefixHooks:
             arguments = rows_for_masks(arguments)
         if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
-        if self.shifts:
+        if self.shift is not None:
             if self.windows:
                 refuse_packed(arguments, self.backbone)
-            self._shift(arguments)
+            self._shift(arguments, self.shift)
         return arguments
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
@@ -364,23 +363,29 @@ class PrefixHooks:
             self.prefixes = self.method.prefixes()
         return forward(*args, **kwargs)
 
-    def _shift(self, arguments: dict[str, Any]) -> None:
+    def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
         """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
-        length = self.method.config.num_virtual_tokens
+        length, ids = self.method.config.num_virtual_tokens, arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
-        if encoder and arguments.get("position_ids") is None and (name := cache_parameter(self.names)) is not None:
-            # Encoders count positions in their own ways (RoBERTa leaves padding out), but all from their cache on.
+        name = cache_parameter(self.names)
+        if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
+            # Encoders count ids in their own ways (RoBERTa leaves padding out), but all from their cache on.
+            rows = length + ids.shape[1]
+            if shift.positions.limit is not None and rows > shift.positions.limit and shift.positions.first > 0:
+                rows = length + int((ids >= shift.positions.first).sum(1).max())
+            shift.positions.check(None, rows, length)
+            shift.begin(arguments, 0)
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments["inputs_embeds"]
-        end, limit = length + self.past + tokens.shape[1], self.positions.limit
-        if limit is not None and end > limit:
-            raise ValueError(
-                f'prefix_position="shift" moves {end - length} tokens up by {length}, beyond {limit} positions'
-            )
-        arguments["position_ids"] = shifted_positions(arguments, tokens, self.past + self.positions.first, length)
+        if self.longest is not None and self.past == 0:
+            ends = int(shift.positions.moved(arguments, length).max()) + 1
+            if ends > self.longest:
+                raise ValueError(
+                    f"`input_ids` ends at position {ends} with the merged prompt in front, but its keys are rotated "
+                    f"for rows of up to {self.longest} tokens: in longer ones this model rotates all keys differently. "
+                    "Detach the adapter and attach it without merging."
+                )
+        shift.begin(arguments, length)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the embedding: what enters the first layer is tied to prefixes that were cut off."""

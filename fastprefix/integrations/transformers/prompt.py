@@ -27,15 +27,15 @@ from .discovery import backbone_of, entry_of
 from .hooks import (
     Forward,
     Interception,
-    Positions,
+    asks_for,
     by_name,
     check_mask_length,
     find_cache,
     parameter_names,
     past_length,
-    refuse_packed,
     refuse_replicas,
 )
+from .positions import Positions, refuse_packed
 
 
 @dataclass
@@ -59,6 +59,7 @@ class PromptHooks:
         self.model = model
         self.names = parameter_names(self.backbone)
         self.positions = Positions.of(self.backbone)
+        self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.placeholder = placeholder_id(model.config)
         self.insertion: Insertion | None = None  # of the call in progress
         self.handles: list[RemovableHandle | Interception] = []
@@ -73,6 +74,8 @@ class PromptHooks:
     def install(self, model: PreTrainedModel) -> None:
         """Set the hooks."""
         self.handles = [Interception(self.backbone, self.run)]
+        if self.backbone is not model:
+            self.handles.append(Interception(model, self.router_mask.run))
         self._hook_pooler()
         self._hook_embedding()
 
@@ -108,6 +111,7 @@ class PromptHooks:
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
+        self.router_mask.restore(arguments)
         refuse_packed(arguments, self.backbone)
         ids, rows = self.tokens(arguments)
         cache, length = find_cache(arguments), self.method.config.num_virtual_tokens
@@ -125,8 +129,8 @@ class PromptHooks:
         given = rows if ids is None else ids
         assert given is not None
         insertion = Insertion(inserted, given.shape[1], max(past - length, 0))
-        self._check_positions(past + inserted + given.shape[1], length)
         self._extend(arguments, given, max(past - length, 0), insertion)
+        self.positions.check(arguments.get("position_ids"), past + inserted + given.shape[1], length)
         as_tuple = not (self.backbone.config.return_dict if (asked := arguments.get("return_dict")) is None else asked)
         if as_tuple:
             arguments["return_dict"] = True
@@ -300,14 +304,6 @@ class PromptHooks:
 
     # The arguments of the backbone
 
-    def _check_positions(self, end: int, length: int) -> None:
-        limit = self.positions.limit
-        if limit is not None and end > limit:
-            raise ValueError(
-                f"`num_virtual_tokens` = {length} and an input of {end - length} tokens exceed the model's {limit} "
-                "positions. Shorten the input or the prompt."
-            )
-
     def _extend(self, arguments: dict[str, Any], given: Tensor, past: int, insertion: Insertion) -> None:
         """Extend ids, masks, positions and everything else that is said of each token to the prompt's rows."""
         batch, tokens, inserted = given.shape[0], insertion.tokens, insertion.rows
@@ -321,6 +317,8 @@ class PromptHooks:
             first = self.positions.first
             prompt = torch.arange(first, first + inserted, device=positions.device).expand(*positions.shape[:-1], -1)
             arguments["position_ids"] = torch.cat([prompt, positions + length], dim=-1)
+            if mask is None and find_cache(arguments) is None:  # else a gap behind the prompt begins another sequence
+                arguments["attention_mask"] = given.new_ones(batch, inserted + tokens, dtype=torch.long)
         if given.is_floating_point():
             arguments["inputs_embeds"] = self.embed_rows(given, insertion.first_position, inserted > 0)
         else:
@@ -331,6 +329,39 @@ class PromptHooks:
 
 
 _EXTENDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+class RouterMask:
+    """Extend the attention mask by which a model's head counts the tokens of each expert.
+
+    The load-balancing loss is computed of every token that the backbone saw, a prompt in every row included, with the
+    mask that the model was called with.
+    """
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.model = model
+        self.names = parameter_names(model)
+        self.length = length
+        self.given: Tensor | None = None
+        self.extended: Tensor | None = None
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with an extended mask, if an auxiliary loss will be computed."""
+        self.given = self.extended = None
+        arguments = by_name(self.names, args, kwargs)
+        mask = arguments.get("attention_mask")
+        if not asks_for(arguments, self.model, "output_router_logits") or past_length(arguments) > 0:
+            return forward(*args, **kwargs)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return forward(*args, **kwargs)
+        self.given, self.extended = mask, nn.functional.pad(mask, (self.length, 0), value=1)
+        return forward(**{**arguments, "attention_mask": self.extended})
+
+    def restore(self, arguments: dict[str, Any]) -> None:
+        """Give a call of the backbone the caller's own mask back."""
+        if self.extended is not None and arguments.get("attention_mask") is self.extended:
+            arguments["attention_mask"] = self.given
+        self.given = self.extended = None
 
 
 def placeholder_id(config: PretrainedConfig) -> int:

@@ -24,23 +24,28 @@ from .attention import Binding, Prefix, window_bias
 from .discovery import Layer, backbone_of, find_layers
 from .hooks import (
     Forward,
-    Positions,
+    asks_for,
     by_name,
     check_mask_length,
     find_cache,
-    is_packed,
     not_checkpointed,
     parameter_names,
     past_length,
     reentrant,
     refuse_replicas,
-    shifted_positions,
 )
+from .positions import Positions, PositionShift, is_packed
 from .prompt import PromptHooks, flatten_leading, unflatten_leading
 from .switching import Implementation, device_of, forgotten, switched
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
+_PROMPT = "fastprefix_prompt"
+"""The attribute of a key/value cache that holds the shared prompt's keys and values of its first call.
+
+What a prompt computes may depend on that call (its token types, the rotary frequencies for its length), and a prompt
+in every row would be in the cache too.
+"""
 
 
 class SharedPrompt:
@@ -99,6 +104,15 @@ class SharedBinding:
         return window_bias(query, self.window, length, self.shared.past)
 
 
+class PromptCall(NamedTuple):
+    """What the prompt's run depends on in the call that it runs for."""
+
+    types: dict[str, tuple[int, ...]]
+    """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""
+    reach: Tensor | None
+    """The last position of the call, where rotary frequencies depend on it."""
+
+
 class _Kept(NamedTuple):
     """A prompt's keys and values in every layer, and what they were computed of."""
 
@@ -114,6 +128,8 @@ class SharedPromptHooks(PromptHooks):
         super().__init__(model, method)
         self.required = required  # shared_prompt=True: a call that cannot share is an error
         self.shared = SharedPrompt()
+        self.shift = PositionShift(self.backbone)
+        self.suspended = False  # the call in progress runs on the model's own attention, for its weights
         self.drops = has_dropout(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
@@ -123,6 +139,7 @@ class SharedPromptHooks(PromptHooks):
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
+        self.handles += self.shift.install()
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
         else:
@@ -145,16 +162,22 @@ class SharedPromptHooks(PromptHooks):
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
-        if reason is None:
-            output = self.run_shared(forward, arguments, past)
-        elif self.required:
+        if reason is not None and self.required:
             raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
-        else:
-            self.shared.prefixes = None
-            output = self.run_in_every_row(forward, arguments)
+        try:
+            if reason is None:
+                output = self.run_shared(forward, arguments, past)
+            else:
+                self.shared.prefixes = None
+                if asks_for(arguments, self.backbone, "output_attentions"):
+                    self.suspend()
+                output = self.run_in_every_row(forward, arguments)
+        finally:
+            self.end_call()
         cache = find_cache(output)
         if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
             setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
+        self.remember(cache)
         return output
 
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
@@ -166,12 +189,44 @@ class SharedPromptHooks(PromptHooks):
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
         self.shared.past = past
-        self.shared.prefixes = self._prefixes(past)
-        arguments["position_ids"] = shifted_positions(arguments, given, past + self.positions.first, length)
+        self.shared.prefixes = self.prefixes_for(arguments)
+        self.shift.begin(arguments, length)
         output = self.run_with_offset(forward, arguments, past)
         if leading is not None:
             unflatten_leading(output, leading)
         return output
+
+    def remember(self, cache: Any) -> None:
+        """Let a cache that this call began hold the prompt's keys and values, for the calls that continue it."""
+        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
+            return
+        if self.shared.past == 0 or not hasattr(cache, _PROMPT):
+            setattr(cache, _PROMPT, self.shared.prefixes)
+
+    def end_call(self) -> None:
+        """Forget what holds for one call."""
+        self.shift.shift = 0
+        if self.suspended:
+            assert self.implementation is not None
+            self.implementation.resume()
+            self.suspended = False
+
+    def suspend(self) -> None:
+        """Run the call that begins on the model's own attention.
+
+        Raises:
+            ValueError: that makes no weights either.
+        """
+        assert self.implementation is not None
+        self.implementation.restore()
+        self.suspended = True
+        readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
+        names = {str(module.config._attn_implementation) for module in readers}
+        if names != {"eager"}:
+            raise ValueError(
+                f'`output_attentions` requires a model with attn_implementation="eager", got {", ".join(names)}. '
+                "Detach the adapter, set the attention and attach it again."
+            )
 
     def reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
@@ -181,8 +236,12 @@ class SharedPromptHooks(PromptHooks):
             return "reentrant gradient checkpointing differentiates a prefix once a layer"
         if torch.is_grad_enabled() and is_sharded(self.backbone):
             return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
-        if getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits"):
+        if asks_for(arguments, self.backbone, "output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
+        if asks_for(arguments, self.backbone, "output_attentions"):
+            return "attention weights are asked for, which the fused kernels do not make"
+        if self.positions.by_length is not None and self._computes_positions(arguments):
+            return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
         mask = arguments.get("attention_mask")
         # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
         if find_cache(arguments) is None and mask is not None:
@@ -202,16 +261,43 @@ class SharedPromptHooks(PromptHooks):
         assert self.implementation is not None
         self.implementation.restore()
 
-    def _prefixes(self, past: int) -> dict[int, Prefix]:
-        """The prompt's keys and values in every layer; for inference they are kept while no parameter changes."""
-        prompt = self.method.prompt
-        captured = prompt.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or captured:
-            return self.run_prompt()
+    def _computes_positions(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether the backbone gives its text model positions that are no plain count: those of images."""
+        text = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+        others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
+        return self.shift.inside and arguments.get("position_ids") is None and others
+
+    def prefixes_for(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer: of a call that goes on, those that its cache began with.
+
+        For inference they are kept while no parameter changes.
+        """
+        self.shift.shift = 0
+        past, compiling = self.shared.past, torch.compiler.is_compiling()
+        types = _token_arguments(arguments)
+        by_length = self.positions.by_length
+        begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
+        if begun is not None and not (compiling and by_length is None and not types):
+            prefixes: dict[int, Prefix] = begun
+            return prefixes
+        reach = None
+        if by_length is not None:
+            reach = self.positions.moved(arguments, self.method.config.num_virtual_tokens).amax()
+        call = PromptCall(types, reach)
+        captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.is_grad_enabled() or compiling or captured:
+            return self.run_prompt(call)
+        if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
+            return self.run_prompt(call)  # its keys are for this length alone
+        return self._kept(call, past)
+
+    def _kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
         state = _state(self.backbone, self.method)
-        if self.kept is None or state is None or self.kept.state != state or not (past or self._is_good(self.kept)):
-            self.kept = _Kept(state, prompt.clone(), self.run_prompt())
-        return self.kept.prefixes
+        kept = self.kept
+        if kept is None or state is None or kept.state != (call.types, state) or not (past or self._is_good(kept)):
+            kept = self.kept = _Kept((call.types, state), self.method.prompt.clone(), self.run_prompt(call))
+        return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
         """Whether nothing has changed that ``_state`` does not tell: a prompt written through ``.data``, as optimizers
@@ -221,19 +307,55 @@ class SharedPromptHooks(PromptHooks):
             hasattr(module, "merged_adapters") for module in self.backbone.modules()
         )
 
-    def run_prompt(self) -> dict[int, Prefix]:
-        """The prompt's keys and values in every layer, computed."""
+    def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
+        """Compute the prompt's keys and values in every layer, for a call."""
         prompt = self.method.prompt.to(self.table.dtype)
+        length = len(prompt)
         # Said, since some models remember where a former call's rows were.
-        positions = self.positions.first + torch.arange(len(prompt), device=prompt.device)[None]
+        positions = self.positions.first + torch.arange(length, device=prompt.device)
+        if call is not None and call.reach is not None:
+            prompt, positions = reaching(prompt, positions, call.reach)
+        sizes = {} if call is None else call.types
+        types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
         with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
-            self.run_alone(prompt, position_ids=positions, use_cache=False)
+            self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
+        pairs = self.shared.prefixes.items()
+        self.shared.prefixes = {index: (key[:, :length], value[:, :length]) for index, (key, value) in pairs}
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
         return {**self.__dict__, "kept": None}
+
+
+def reaching(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a prompt ``[..., S, d]`` and its positions ``[..., S]`` with one more token, at the position ``reach``.
+
+    LongRoPE and dynamic NTK take their frequencies for the largest position of a call. Attention is causal, so nothing
+    but the frequencies depends on the last token.
+    """
+    last = reach.expand(*positions.shape[:-1], 1)
+    return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
+
+
+def _token_arguments(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the arguments that say something of each token, ``[B, N, ...]``, and the sizes of what they say."""
+    ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = ids if rows is None else rows
+    if tokens is None:
+        return {}
+    columns = tokens.shape[1]
+    others = ("input_ids", "attention_mask", "position_ids")
+    return {
+        name: tuple(value.shape[2:])
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and value.ndim in (2, 3)
+        and value.shape[1] == columns
+        and name not in others
+    }
 
 
 def reason_not_shareable(model: PreTrainedModel) -> str | None:
@@ -286,7 +408,8 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     shared, backbone, device = SharedPrompt(), backbone_of(model), device_of(model)
     prompt, tokens = torch.arange(6, device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
-    positions = Positions.of(backbone).first + torch.arange(3, device=device)[None]
+    counts = Positions.of(backbone)
+    positions = counts.first + torch.arange(3, device=device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
@@ -298,7 +421,8 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
         with shared.capture():
             run(prompt[:1], position_ids=positions)
-        actual = run(tokens, attention_mask=mask, position_ids=positions + 3)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        actual = run(tokens, attention_mask=mask, position_ids=counts.moved(inputs, 3))
         exact = _agreement(actual, textbook, alone, model.dtype)
         shared.prefixes = None
         return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])

@@ -1,0 +1,255 @@
+"""Find out how a model counts the positions of its tokens, and move them up by the length of a prompt or prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+
+from .hooks import by_name, find_cache, parameter_names, past_length
+
+
+class Positions(NamedTuple):
+    """The way a model counts the positions of its tokens."""
+
+    first: int
+    """The position of the first token."""
+    limit: int | None
+    """The number of positions in a table of learned ones; None without such a table."""
+    by_mask: bool
+    """True if padding is not counted: positions follow from the attention mask (OPT)."""
+    by_length: int | None
+    """The longest row up to which rotary frequencies are the same; None if they never depend on the row's length."""
+    reader: nn.Module
+    """The module that reads ``position_ids``: the backbone, or the text model inside it."""
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> Positions:
+        """Find out how a model counts, without running any of its layers.
+
+        A text model inside a backbone gets positions from it, which may be more than a count (M-RoPE), or begin at 1.
+        """
+        reader = _text_model(backbone)
+        table = _position_table(reader)
+        first, limit = 0, None
+        if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
+        if reader is not backbone:
+            handed = _stopped(backbone, reader, _handed_positions)
+            first = first if handed is None else int(handed.min())
+        by_mask = table is not None and _counts_by_mask(backbone, table)
+        return cls(first, limit, by_mask, _same_frequencies_up_to(reader), reader)
+
+    def moved(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
+        """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
+
+        Raises:
+            ValueError: they exceed the model's table of positions.
+        """
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments["inputs_embeds"]
+        given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), past_length(arguments)
+        counted = False
+        if given is not None:
+            positions: Tensor = given + shift
+        elif self.by_mask and isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = mask.long()
+            positions = ((seen.cumsum(1) + shift) * seen - 1)[:, -tokens.shape[1] :]
+        else:
+            counted = True
+            positions = self.first + shift + torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        self.check(None if counted else positions, past + tokens.shape[1] + shift, shift)
+        return positions
+
+    def check(self, positions: Tensor | None, rows: int, shift: int) -> None:
+        """Refuse a call whose positions exceed the model's table.
+
+        Args:
+            positions: of all tokens, with the ``shift``; None: they are counted, and there are so many ``rows``. On a
+                GPU they are only looked at where the rows themselves do not fit, and in a trace never.
+            rows: the length of the row, with the ``shift``.
+            shift: the number of virtual tokens.
+
+        Raises:
+            ValueError: they do.
+        """
+        if self.limit is None:
+            return
+        if positions is not None:
+            if torch.compiler.is_compiling() or (positions.device.type != "cpu" and rows <= self.limit):
+                return
+            rows = int(positions.max()) + 1 - self.first
+        if rows > self.limit:
+            raise ValueError(
+                f"`num_virtual_tokens` = {shift} moves an input of {rows - shift} tokens up to {rows} positions, but "
+                f"the model has {self.limit} positions. Shorten the input or use fewer virtual tokens."
+            )
+
+
+class PositionShift:
+    """Move up the positions that a model reads, be they given or the model's own."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.positions = Positions.of(backbone)
+        self.inside = self.positions.reader is not backbone
+        self.names = parameter_names(self.positions.reader)
+        self.shift = 0  # of the call in progress
+
+    def install(self) -> list[RemovableHandle]:
+        """Set the hook on a text model inside the backbone."""
+        if not self.inside:
+            return []
+        return [self.positions.reader.register_forward_pre_hook(self.move, with_kwargs=True)]
+
+    def begin(self, arguments: dict[str, Any], shift: int) -> None:
+        """Move a call of the backbone, given its arguments; a ``shift`` of 0 leaves it as it is."""
+        self.shift = shift
+        if shift > 0 and not self.inside:
+            arguments["position_ids"] = self.positions.moved(arguments, shift)
+
+    def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the text model: its positions are final here."""
+        if self.shift == 0:
+            return None
+        arguments = by_name(self.names, args, kwargs)
+        return (), {**arguments, "position_ids": self.positions.moved(arguments, self.shift)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {**self.__dict__, "shift": 0}
+
+
+def _text_model(backbone: nn.Module) -> nn.Module:
+    """Return the innermost model inside a backbone that holds the input embeddings and reads ``position_ids``."""
+    try:
+        embedding = backbone.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return backbone
+    models = (module for module in backbone.modules() if isinstance(module, PreTrainedModel))
+    readers = [model for model in models if "position_ids" in parameter_names(model)]
+    return next((m for m in reversed(readers) if any(child is embedding for child in m.modules())), backbone)
+
+
+def _position_table(reader: nn.Module) -> nn.Embedding | None:
+    """Return the table of learned positions of a text model, if it has one."""
+    for name, module in reader.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
+            return module
+    return None
+
+
+class _Stopped(Exception):  # noqa: N818 (nothing is wrong)
+    """End a run at a module."""
+
+    def __init__(self, seen: Tensor | None) -> None:
+        super().__init__()
+        self.seen = seen
+
+
+def _stopped(
+    backbone: nn.Module, module: nn.Module, look: Callable[..., Tensor | None], mask: Sequence[int] = (1, 1, 1)
+) -> Tensor | None:
+    """Run a model on three tokens until it calls a module, and return what is seen there; None if it does not run."""
+    device = next(backbone.parameters()).device
+    padding = getattr(getattr(backbone, "config", None), "pad_token_id", None)
+    ids = torch.full((1, 3), 1 if padding == 0 else 0, device=device)
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        raise _Stopped(look(module, args, kwargs, *output))
+
+    after = look is _read_rows
+    register = module.register_forward_hook if after else module.register_forward_pre_hook
+    handle = register(stop, with_kwargs=True)
+    options = {"attention_mask": torch.tensor([mask], device=device), "use_cache": False}
+    options = {name: value for name, value in options.items() if name in parameter_names(backbone)}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            backbone(input_ids=ids, **options)
+    except _Stopped as stopped:
+        return stopped.seen
+    except Exception:  # it takes no ids alone, and nothing can be seen
+        return None
+    finally:
+        handle.remove()
+    return None
+
+
+def _handed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the position ids that a text model is called with."""
+    positions: Tensor | None = by_name(parameter_names(module), args, kwargs).get("position_ids")
+    return positions
+
+
+def _read_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Return the rows that were read from a table."""
+    return output
+
+
+def _counts_by_mask(backbone: nn.Module, table: nn.Embedding) -> bool:
+    """Tell whether padding before a token changes which row of the table it gets."""
+    plain, padded = (_stopped(backbone, table, _read_rows, mask) for mask in ((1, 1, 1), (0, 1, 1)))
+    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
+
+
+def _same_frequencies_up_to(reader: nn.Module) -> int | None:
+    """Return the longest row up to which rotary frequencies do not depend on its length (LongRoPE, dynamic NTK)."""
+    configs = [module.config for module in reader.modules() if isinstance(module, PreTrainedModel)]
+    limits: list[int] = []
+    for config in configs:
+        rope = getattr(config, "rope_parameters", None)
+        for each in (rope, *rope.values()) if isinstance(rope, dict) else ():
+            if not isinstance(each, dict):
+                continue
+            kind, longest = str(each.get("rope_type", "default")), config.max_position_embeddings
+            if "dynamic" in kind:
+                limits.append(longest)
+            elif kind == "longrope" or "long_factor" in each:
+                former = getattr(config, "original_max_position_embeddings", None)
+                limits.append(each.get("original_max_position_embeddings") or former or longest)
+    return min(limits, default=None)
+
+
+def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
+    """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
+
+    The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
+    it begins another sequence. Positions of several dimensions are ``[4, B, N]`` where the first is that of the text. A
+    trace cannot look at positions and always gets indices.
+    """
+    positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
+    cached = getattr(backbone.config, "use_cache", False) if use_cache is None else use_cache
+    if backbone.training and getattr(backbone, "gradient_checkpointing", False):
+        cached = False  # as transformers decides inside the call
+    if positions is None or cached:
+        return None
+    if positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]
+    if positions.ndim != 2 or arguments.get("attention_mask") is not None or find_cache(arguments) is not None:
+        return None
+    return find_packed_sequence_indices(positions)
+
+
+def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
+    """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
+    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
+
+
+def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
+    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
+
+    Raises:
+        ValueError: the rows are packed.
+    """
+    if is_packed(arguments, backbone):
+        raise ValueError(
+            "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
+            "counts from its beginning; got packed sequences"
+        )
