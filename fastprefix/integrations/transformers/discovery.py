@@ -159,7 +159,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return model
 
 
-def entry_of(backbone: nn.Module, embedding: nn.Module) -> nn.Module:
+def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
     """Return the module whose output is what a model calls ``inputs_embeds``.
 
     That is the embedding module, or a block around it where a family's ``inputs_embeds`` skip the whole block (ESM).
@@ -179,7 +179,8 @@ def entry_of(backbone: nn.Module, embedding: nn.Module) -> nn.Module:
 
     handles = [module.register_forward_hook(record) for module in candidates]
     try:
-        expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=_plain_ids(backbone))
+        ids = torch.tensor([ordinary_ids(backbone.config, 5)], device=next(backbone.parameters()).device)
+        expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -197,8 +198,14 @@ def _parents(backbone: nn.Module, name: str) -> list[nn.Module]:
     return [backbone.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
 
 
-def _plain_ids(backbone: nn.Module) -> Tensor:
-    return torch.arange(3, 8, device=next(backbone.parameters()).device)[None]
+def ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
+    """Return token ids that mean nothing special to a model: neither padding nor the place of an image."""
+    special: set[Any] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith(("token_id", "token_index", "token_ids")):
+                special |= set(value) if isinstance(value, list | tuple) else {value}
+    return [i for i in range(len(special) + count) if i not in special][:count]
 
 
 def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor) -> Tensor | None:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from ...methods import PromptMethod
-from .discovery import backbone_of, entry_of
+from .discovery import backbone_of, entry_of, ordinary_ids
 from .hooks import (
     Forward,
     Interception,
@@ -373,12 +373,7 @@ def placeholder_id(config: PretrainedConfig) -> int:
     text: Any = config.get_text_config()
     if needs_ids(config):
         return int(text.pad_token_id or 0)
-    special: set[Any] = set()
-    for part in (config, text):
-        for name, value in vars(part).items():
-            if name.endswith(("token_id", "token_index", "token_ids")):
-                special |= set(value) if isinstance(value, list | tuple) else {value}
-    return next(i for i in range(len(special) + 1) if i not in special)
+    return ordinary_ids(config, 1)[0]
 
 
 def needs_ids(config: PretrainedConfig) -> bool:

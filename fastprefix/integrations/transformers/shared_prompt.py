@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ...methods import DePT, PromptMethod
 from .adapter import is_sharded
 from .attention import Binding, Prefix, window_bias
-from .discovery import Layer, backbone_of, find_layers
+from .discovery import Layer, backbone_of, find_layers, ordinary_ids
 from .hooks import (
     Forward,
     asks_for,
@@ -406,7 +406,7 @@ def has_dropout(module: nn.Module) -> bool:
 def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
     shared, backbone, device = SharedPrompt(), backbone_of(model), device_of(model)
-    prompt, tokens = torch.arange(6, device=device).expand(2, -1).split(3, dim=1)
+    prompt, tokens = torch.tensor(ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
     counts = Positions.of(backbone)
     positions = counts.first + torch.arange(3, device=device)[None]
