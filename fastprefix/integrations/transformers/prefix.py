@@ -24,8 +24,8 @@ from .hooks import (
     Positions,
     by_name,
     cache_parameter,
+    checked_names,
     find_cache,
-    parameter_names,
     past_length,
     reentrant,
     refuse_one_row_masks,
@@ -152,7 +152,7 @@ class PrefixHooks:
         self.method = method
         text = takes_text(model)
         self.backbone = backbone_of(model) if text else model
-        self.names = parameter_names(self.backbone)
+        self.names = checked_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.prefixes: list[Prefix] | None = None
         self.past = 0  # tokens in the cache of the call in progress

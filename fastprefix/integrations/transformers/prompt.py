@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .discovery import backbone_of
-from .hooks import Positions, by_name, find_cache, parameter_names, past_length, refuse_packed, refuse_replicas
+from .hooks import Positions, by_name, checked_names, find_cache, past_length, refuse_packed, refuse_replicas
 
 
 class PromptHooks:
@@ -25,7 +25,7 @@ class PromptHooks:
         self.method = method
         self.backbone: Any = backbone_of(model) if backbone is None else backbone
         self.model = model
-        self.names = parameter_names(self.backbone)
+        self.names = checked_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.inserted = 0  # prompt rows of the call in progress
         self.handles: list[RemovableHandle] = []
@@ -167,7 +167,7 @@ class EncoderPromptHooks(PromptHooks):
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
         super().__init__(model, method, model.get_encoder())
         self.decoder: nn.Module = model.get_decoder()
-        self.decoder_names = parameter_names(self.decoder)
+        self.decoder_names = checked_names(self.decoder)
         missing = [name for name in ("inputs_embeds", "attention_mask") if name not in self.names]
         if missing or _MASK not in self.decoder_names:
             raise ValueError(
