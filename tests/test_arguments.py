@@ -24,15 +24,15 @@ class Deprecated(LlamaModel):
     """A family that calls its positions otherwise, and still translates the former name."""
 
     @deprecate_kwarg("position_ids", "99.0.0", new_name="positions")
-    def forward(self, input_ids: Any = None, positions: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, positions: Any = None, inputs_embeds: Any = None, **kwargs: Any):
         return super().forward(input_ids, position_ids=positions, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class OtherCache(LlamaModel):
     """A family that calls its cache otherwise."""
 
-    def forward(self, input_ids: Any = None, memory: Cache | None = None, inputs_embeds: Any = None, **rest: Any) -> Any:
-        return super().forward(input_ids, inputs_embeds=inputs_embeds, **rest)
+    def forward(self, input_ids: Any = None, memory: Cache | None = None, inputs_embeds: Any = None, **kwargs: Any):
+        return super().forward(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def decoder_of(family: type[nn.Module]) -> Any:
