@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment that is made here, once.
 #
 #   make bench    the main job: the methods against their peers, on real text
-#   make test     build, then all tests
+#   make test     build, then all tests; those of PEFT once more, with the transformers that PEFT works with
+#   make matrix   the model tests on the oldest, the pinned and the newest libraries (an hour and 15 GB, not part of CI)
 #   make lint     ruff and mypy
 #   make docs     the documentation's site, in site/
 #   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
@@ -11,6 +12,7 @@
 #   TORCH=torch==2.11.0      another PyTorch; it brings its own Triton, where it is a CUDA build
 #   BENCH="--quick"          arguments of `python -m benchmarks`
 #   TEST="-k parity"         arguments of pytest
+#   MATRIX="--only newest"   arguments of tools/matrix.py
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,6 +20,7 @@ TRITON ?= triton==3.7.1
 VENV ?= .venv
 BENCH ?=
 TEST ?=
+MATRIX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -25,14 +28,23 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
+# A folder that stands before the environment's packages on the path of PEFT's tests.
+OVERLAY := $(VENV)/peft-overlay
+OVERLAID := $(OVERLAY)/.installed
 
-.PHONY: bench test lint docs sanitize format install clean
+.PHONY: bench test matrix lint docs sanitize format install clean
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(BENCH)
 
-test: $(BUILT)
+# Pytest exits with 5 where TEST selects no test of PEFT.
+test: $(BUILT) $(OVERLAID)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(TEST)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OVERLAY)) REQUIRE_PEFT=1 \
+		$(BIN)/python -m pytest --numprocesses auto -m peft $(TEST) $(if $(TEST),|| test $$? -eq 5)
+
+matrix:
+	$(PYTHON) tools/matrix.py $(MATRIX)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
@@ -64,6 +76,12 @@ $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f
 	@echo "building the C++ kernels (a few minutes on two cores)"
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
+
+$(OVERLAID): constraints-peft.txt $(INSTALLED)
+	@echo "installing the transformers that PEFT works with in $(OVERLAY)"
+	rm -rf $(OVERLAY)
+	$(PIP) install --no-deps --target $(OVERLAY) --requirement constraints-peft.txt
+	touch $@
 
 $(DOCUMENTED): $(INSTALLED)
 	@echo "installing the documentation's tools (a minute)"

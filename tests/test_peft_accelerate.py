@@ -41,10 +41,11 @@ from fastprefix.integrations.peft import acceleration
 from fastprefix.integrations.transformers import attention
 from fastprefix.integrations.transformers.discovery import find_layers
 
-from . import models
+from . import models, peft_support
 from .test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from .test_transformers import assert_same, loss_and_gradients
 
+pytestmark = pytest.mark.peft
 LENGTH = 5
 KINDS: dict[str, Callable[..., Any]] = {
     "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=LENGTH),
@@ -62,6 +63,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "adaption": lambda task: peft.AdaptionPromptConfig(task_type=task, adapter_len=LENGTH, adapter_layers=1),
 }
 PREFIXES = ["prefix", "prefix-projection", "cartridge"]
+OF_PEFTS_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT runs itself
 CASES = [("encoder", kind) for kind in PREFIXES] + [("decoder", kind) for kind in KINDS]
 PADDINGS = ["none", "right", "left"]
 
@@ -79,6 +81,8 @@ def _adaption_prompts_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuned(base: Any, kind: str, task: str, **options: Any) -> Any:
     """A PEFT model with random parameters."""
+    if kind in PREFIXES and task in OF_PEFTS_HEADS:
+        peft_support.require(peft_support.prefixes_of_classifiers)
     torch.manual_seed(0)
     config = KINDS[kind](task)
     for name, value in options.items():
@@ -134,6 +138,8 @@ def test_gradient_checkpointing(name: str, kind: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_pefts(kind: str, padding: str, options: dict[str, Any]) -> None:
+    if kind != "adaption":
+        peft_support.require(peft_support.generation)
     inputs, model = models.batch(padding), family("decoder", kind)
 
     def generate() -> Tensor:
@@ -197,6 +203,7 @@ def test_other_tasks_and_positions(name: str, kind: str, padding: str) -> None:
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "windows"])
 def test_generation_with_other_positions_and_windows(name: str, kind: str, padding: str) -> None:
+    peft_support.require(peft_support.generation)
     task, auto, config = OTHERS[name]
     torch.manual_seed(0)
     model, inputs = tuned(auto.from_config(config()).double(), kind, task), models.batch(padding)
@@ -207,6 +214,7 @@ def test_generation_with_other_positions_and_windows(name: str, kind: str, paddi
 
 def test_a_prompt_where_the_cache_holds_something_else() -> None:
     """DeepSeek's cache holds what its keys and values are made from."""
+    peft_support.require(peft_support.generation)
     config = DeepseekV3Config(
         **{**SMALL, "num_key_value_heads": 4},
         q_lora_rank=None,

@@ -21,9 +21,10 @@ from transformers import (
 import fastprefix
 from fastprefix.integrations.transformers import attention
 
-from . import models
+from . import models, peft_support
 from .test_peft_accelerate import LENGTH, PREFIXES, tuned
 
+pytestmark = pytest.mark.peft
 LAYERS = 3
 BART = {
     "d_model": 32,
@@ -117,6 +118,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_is_pefts(name: str, beams: int) -> None:
+    peft_support.require(peft_support.generation)
     model, inputs = family(name), models.batch("right")
     options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(**inputs, **options)

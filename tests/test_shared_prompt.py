@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from transformers import (
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
 
-from . import models
+from . import models, peft_support
 from .float64 import Float64
 from .test_transformers import PROMPTS, assert_same, loss_and_gradients
 
@@ -396,9 +397,11 @@ def test_the_path_is_that_of_the_last_call() -> None:
         assert method_of(model).prompt_path == path
 
 
+@pytest.mark.peft
 @torch.no_grad()
 def test_peft_layers_in_the_model_are_followed() -> None:
-    peft, inputs, base = pytest.importorskip("peft"), models.batch(), models.decoder()
+    peft_support.require(peft_support.layers_in_models)
+    inputs, base = models.batch(), models.decoder()
     base.add_adapter(peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
     model = fastprefix.attach(base.double().eval(), fastprefix.PromptTuningConfig(5))
     model(**inputs)

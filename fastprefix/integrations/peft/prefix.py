@@ -13,6 +13,7 @@ from ..transformers.discovery import Layer, backbone_of
 from ..transformers.hooks import (
     by_name,
     cache_parameter,
+    checked_names,
     find_cache,
     parameter_names,
     reentrant,
@@ -29,7 +30,7 @@ class CachedPrefix:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone: Any = backbone_of(model)
-        self.names = parameter_names(self.backbone)
+        self.names = checked_names(self.backbone)
         self.cache_name = cache_parameter(self.names) or "past_key_values"
         self.implementation = Implementation(model, {})
         self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]

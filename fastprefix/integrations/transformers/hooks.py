@@ -11,17 +11,32 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.utils.generic import TransformersKwargs
 
 from .attention import Prefix
 
-_CACHE_NAMES = ("cache", "past_key_values")
+READ_ARGUMENTS = frozenset(
+    {
+        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "use_cache"),
+        *("decoder_input_ids", "decoder_attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+    }
+)
+"""The arguments of models that are read or written by name. Caches are found by type instead."""
+
+READ_SETTINGS = frozenset({"use_cache", "output_attentions", "output_router_logits"})
+"""The attributes of configurations that stand for arguments that a call leaves out."""
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -29,6 +44,76 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def checked_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's positional forward arguments, provided that none has a name unknown here.
+
+    Most models lack some of ``READ_ARGUMENTS``, so a missing argument proves nothing. A renamed one shows in one of
+    three ways: the module itself translates the former name, the library's main models do not know the name any more,
+    or the module takes a cache and none of its arguments has a cache's name.
+
+    Raises:
+        ValueError: an argument has been renamed.
+    """
+    names, model = parameter_names(module), type(module).__name__
+    for old, new in _renamed(module.forward).items():
+        if old in READ_ARGUMENTS:
+            raise ValueError(f"`{old}` is called `{new}` in {model}, which this fastprefix does not know: {_ADVICE}")
+    arguments, settings = _vocabulary()
+    if unknown := sorted(READ_ARGUMENTS - arguments - set(names)):
+        raise ValueError(f"{_library()} has no argument `{unknown[0]}`, which {model} may need: {_ADVICE}")
+    if unknown := sorted(READ_SETTINGS - settings):
+        raise ValueError(f"{_library()} has no setting `{unknown[0]}`, which {model} may need: {_ADVICE}")
+    caches = _cache_parameters(module.forward)
+    if len(caches) == 1 and cache_parameter(names) is None:  # codecs have two, one for each half
+        raise ValueError(
+            f"`{caches[0]}` of {model} is a key/value cache under a name that this fastprefix does not know: {_ADVICE}"
+        )
+    return names
+
+
+_ADVICE = "use a newer fastprefix, or a transformers version that this one supports"
+
+
+def _library() -> str:
+    return f"transformers {transformers.__version__}"
+
+
+def _renamed(forward: Callable[..., Any]) -> dict[str, str]:
+    """Return the deprecated argument names of a function with their new names.
+
+    ``deprecate_kwarg`` of ``transformers`` keeps both in the closures of its wrappers.
+    """
+    renamed: dict[str, str] = {}
+    function: Any = forward
+    while function is not None:
+        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+        if code is not None and cells:
+            closure = {n: c for n, c in zip(code.co_freevars, cells, strict=True) if n in ("old_name", "new_name")}
+            if len(closure) == 2 and closure["new_name"].cell_contents is not None:
+                renamed[closure["old_name"].cell_contents] = closure["new_name"].cell_contents
+        function = getattr(function, "__wrapped__", None)
+    return renamed
+
+
+@functools.cache
+def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
+    """Return the arguments and the settings that the main models of ``transformers``, one of each kind, know."""
+    kinds = (transformers.LlamaModel, transformers.BertModel, transformers.BartModel)
+    arguments = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    settings = vars(transformers.MixtralConfig()).keys() | set(dir(transformers.MixtralConfig))
+    return frozenset(arguments | TransformersKwargs.__annotations__.keys()), frozenset(settings)
+
+
+def _cache_parameters(forward: Callable[..., Any]) -> list[str]:
+    """Return the arguments of a function that are annotated as a cache."""
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(forward))
+    except (NameError, TypeError):  # a type that is imported for type checkers only, or no function
+        return []
+    kinds = {name: typing.get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
+    return [n for n, types in kinds.items() if any(isinstance(t, type) and issubclass(t, Cache) for t in types)]
 
 
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

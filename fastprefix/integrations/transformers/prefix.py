@@ -27,8 +27,8 @@ from .hooks import (
     by_name,
     cache_parameter,
     check_mask_length,
+    checked_names,
     find_cache,
-    parameter_names,
     past_length,
     reentrant,
     refuse_one_row_masks,
@@ -206,7 +206,7 @@ class PrefixHooks:
         self.method = method
         text = takes_text(model)
         self.backbone = backbone_of(model) if text else model
-        self.names = parameter_names(self.backbone)
+        self.names = checked_names(self.backbone)
         self.shift = PositionShift(self.backbone) if method.config.prefix_position == "shift" else None
         self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None

@@ -30,6 +30,7 @@ from .hooks import (
     asks_for,
     by_name,
     check_mask_length,
+    checked_names,
     find_cache,
     parameter_names,
     past_length,
@@ -57,7 +58,7 @@ class PromptHooks:
         self.method = method
         self.backbone: Any = backbone_of(model) if backbone is None else backbone
         self.model = model
-        self.names = parameter_names(self.backbone)
+        self.names = checked_names(self.backbone)
         self.positions = Positions.of(self.backbone)
         self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.placeholder = placeholder_id(model.config)
@@ -513,7 +514,7 @@ class EncoderPromptHooks(PromptHooks):
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
         super().__init__(model, method, model.get_encoder())
         self.decoder: nn.Module = model.get_decoder()
-        self.decoder_names = parameter_names(self.decoder)
+        self.decoder_names = checked_names(self.decoder)
         missing = [name for name in ("inputs_embeds", "attention_mask") if name not in self.names]
         if missing or _MASK not in self.decoder_names:
             raise ValueError(
