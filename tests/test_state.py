@@ -563,7 +563,7 @@ def test_training_a_merged_model_says_what_to_do(method: str, training: bool) ->
     model, inputs = attached(models.decoder(), method), models.batch()
     model = fastprefix.merge(model).train(training)
     loss = model(**inputs, labels=inputs["input_ids"]).loss
-    with pytest.raises(RuntimeError, match="is merged, so nothing of the model can be trained: call fastprefix.detach"):
+    with pytest.raises(RuntimeError, match="is merged"):
         loss.backward()
     output = model(**inputs, return_dict=False)[0]
     if training:
