@@ -284,7 +284,13 @@ def _prompt_path(model: PreTrainedModel, config: Any) -> str:
 
 
 def _table(model: PreTrainedModel) -> Tensor:
-    weight = model.get_input_embeddings().weight
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`model` must have a table of input embeddings for a prompt, but {type(model).__name__} has none. Prefix "
+            "methods may work on it."
+        ) from error
     assert isinstance(weight, Tensor)
     return weight
 

@@ -137,26 +137,62 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     if not is_plain_text(model):
         return model
 
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(module, by_name(parameter_names(module), args, kwargs).get("attention_mask"))
-
     candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    reach = [m for m in candidates if "inputs_embeds" in parameter_names(m)]
-    handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in reach]
-    mask = torch.tensor([[0, 1]], device=device_of(model))
+    found = _first_called(model, [m for m in candidates if "inputs_embeds" in parameter_names(m)])
+    if found is None:
+        return model
+    mask = found.arguments.get("attention_mask")
+    passed_on = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, _FEW))
+    return found.module if passed_on else model
+
+
+def receives_ids(model: PreTrainedModel, backbone: nn.Module) -> bool:
+    """Return whether a model hands its ids on to the backbone, rather than what it made of them."""
+    found = None if backbone is model else _first_called(model, [backbone])
+    return found is None or found.arguments.get("input_ids") is not None
+
+
+_FEW = 8  # tokens, for models that pool them
+
+
+def _first_called(model: PreTrainedModel, modules: list[nn.Module]) -> _Reached | None:
+    """Run a model on a few tokens, and return the call of the first of some modules that it calls, or None.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+
+    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(module, by_name(parameter_names(module), args, kwargs))
+
+    handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in modules]
+    ids = torch.tensor([ordinary_ids(model.config, _FEW)], device=device_of(model))
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
     masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
     try:
         with forgotten(model), torch.no_grad():
-            model(input_ids=torch.zeros_like(mask), use_cache=False, **masks)
+            model(input_ids=ids, use_cache=False, **masks)
     except _Reached as found:
-        passed_on = found.mask is None or (isinstance(found.mask, Tensor) and found.mask.shape == mask.shape)
-        return found.module if passed_on else model
+        return found
     except Exception as error:
-        raise ValueError(f"model takes one that runs on input_ids alone, got {_name(model)}: {error}") from error
+        raise ValueError(
+            f"`model` must run on input_ids alone, but {_name(model)} raised {type(error).__name__}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return model
+    return None
+
+
+def embeds_ids_as_given(backbone: Any, embedding: nn.Module) -> bool:
+    """Return whether a backbone calls its embedding module with the ids that it gets, or more behind them.
+
+    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
+    """
+    found = _first_called(backbone, [embedding])
+    ids = None if found is None else first_tensor((), found.arguments)
+    return ids is not None and ids.ndim == 2 and ids.shape[0] == 1 and ids.shape[1] >= _FEW
 
 
 def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
@@ -179,7 +215,7 @@ def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
 
     handles = [module.register_forward_hook(record) for module in candidates]
     try:
-        ids = torch.tensor([ordinary_ids(backbone.config, 5)], device=next(backbone.parameters()).device)
+        ids = torch.tensor([ordinary_ids(backbone.config, _FEW)], device=device_of(backbone))
         expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=ids)
     finally:
         for handle in handles:
@@ -214,7 +250,7 @@ def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor)
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = first_tensor(args, kwargs)
         if state is not None and state.is_floating_point() and state.ndim == 3:
-            raise _Reached(module, state)
+            raise _Reached(module, {"state": state})
 
     others = set(backbone.modules()) - {backbone, *before}
     handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in others]
@@ -222,7 +258,7 @@ def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor)
         with forgotten(backbone), torch.no_grad():
             backbone(**inputs)
     except _Reached as found:
-        state: Tensor = found.mask
+        state: Tensor = found.arguments["state"]
         return state
     except Exception:  # whatever a family makes of embeddings that it does not expect
         return None
@@ -233,12 +269,12 @@ def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor)
 
 
 class _Reached(Exception):  # noqa: N818 (nothing is wrong)
-    """Ends a run at a module, which was given this mask."""
+    """End a run at a module, which was called with these arguments."""
 
-    def __init__(self, module: nn.Module, mask: Any) -> None:
+    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.module = module
-        self.mask = mask
+        self.arguments = arguments
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -22,8 +22,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from ...methods import PromptMethod
-from .discovery import backbone_of, entry_of, ordinary_ids
+from ...methods import DePT, PromptMethod
+from .discovery import backbone_of, embeds_ids_as_given, entry_of, ordinary_ids, receives_ids
 from .hooks import (
     Forward,
     Interception,
@@ -68,9 +68,26 @@ class PromptHooks:
         self.interception: Interception
         self.finish_id = 0
         self.hooked: Any = None  # the embedding module that has the hooks
+        self.receives_ids = receives_ids(model, self.backbone)
+        self.by_rows = not (self.receives_ids and embeds_ids_as_given(self.backbone, self.embedding))
+        self.offset_done = False  # the embedding module has added the offset already, outside of the backbone
+        self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
         self.entry: Any = entry_of(self.backbone, self.embedding)
         self.entry_is_embedding = self.entry is self.embedding
+
+    def _check_inputs(self) -> None:
+        name = type(self.backbone).__name__
+        if self.by_rows and "inputs_embeds" not in self.names:
+            raise ValueError(
+                f"`model` must call its input embeddings with the ids that it gets, or accept inputs_embeds. {name} "
+                "does neither."
+            )
+        if not self.receives_ids and isinstance(self.method, DePT):
+            raise ValueError(
+                f"`model` must hand ids to its decoder for DePT, whose offset depends on the position, but "
+                f"{type(self.model).__name__} hands it embeddings. Use ADePT."
+            )
 
     def install(self, model: PreTrainedModel) -> None:
         """Set the hooks."""
@@ -114,7 +131,7 @@ class PromptHooks:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
         self.router_mask.restore(arguments)
         refuse_packed(arguments, self.backbone)
-        ids, rows = self.tokens(arguments)
+        self.tokens(arguments)
         cache, length = find_cache(arguments), self.method.config.num_virtual_tokens
         if getattr(cache, "is_compileable", False):
             raise ValueError(
@@ -126,9 +143,7 @@ class PromptHooks:
         past = past_length(arguments)
         inserted = 0 if past > 0 else length
         leading, arguments = flatten_leading(arguments)
-        ids, rows = self.tokens(arguments)
-        given = rows if ids is None else ids
-        assert given is not None
+        given = self.given(arguments)
         insertion = Insertion(inserted, given.shape[1], max(past - length, 0))
         self._extend(arguments, given, max(past - length, 0), insertion)
         self.positions.check(arguments.get("position_ids"), past + inserted + given.shape[1], length)
@@ -152,13 +167,13 @@ class PromptHooks:
 
     def run_with_offset(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
         """Run the backbone on the tokens alone, with the method's offset; ``past`` of them are in the cache."""
-        ids, rows = self.tokens(arguments)
         if not self.method.changes_tokens:
             return forward(**arguments)
-        if ids is None:
-            assert rows is not None
-            return forward(**{**arguments, "inputs_embeds": self.embed_rows(rows, past, with_prompt=False)})
-        return self.embedding_as(Insertion(0, ids.shape[1], past), forward, arguments)
+        given = self.given(arguments)
+        if given.is_floating_point():
+            arguments["inputs_embeds"] = self.embed_rows(given, past, with_prompt=False)
+            return forward(**arguments)
+        return self.embedding_as(Insertion(0, given.shape[1], past), forward, arguments)
 
     def crop(self, output: Any, insertion: Insertion) -> Any:
         """Return the backbone's output for the caller's tokens."""
@@ -180,6 +195,18 @@ class PromptHooks:
             )
         return output
 
+    def given(self, arguments: dict[str, Any]) -> Tensor:
+        """Return the ids ``[B, N]`` or the embeddings ``[B, N, d]`` that the backbone will get."""
+        ids, rows = self.tokens(arguments)
+        if ids is None:
+            assert rows is not None
+            return rows
+        if not self.by_rows:
+            return ids
+        arguments.update(input_ids=None, inputs_embeds=self.embedding(ids))
+        embeds: Tensor = arguments["inputs_embeds"]
+        return embeds
+
     def tokens(self, arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return the caller's ids ``[B, N]`` or embeddings ``[B, N, d]``.
 
@@ -199,11 +226,16 @@ class PromptHooks:
         """Return embeddings ``[B, N, d]`` with the method's offset, and with the prompt ``[B, S + N, d]``."""
         if not with_prompt and not self.method.changes_tokens:
             return rows
+        if self.offset_done:
+            self.offset_done = False
+            return self._before(rows) if with_prompt else rows
         if rows.shape[1] == 0:
-            return self.method.prompt.to(rows.dtype).expand(len(rows), -1, -1) if with_prompt else rows
-        # The rows stand in for the table, and every token looks up its own.
-        positions = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).reshape(rows.shape[:2])
-        return self.method.embed(positions, rows.flatten(0, 1), first_position, with_prompt)
+            return self._before(rows) if with_prompt else rows
+        return self.method.embed(*_rows_as_table(rows), first_position, with_prompt)
+
+    def _before(self, rows: Tensor) -> Tensor:
+        """Return the prompt before rows that need nothing else."""
+        return torch.cat([self.method.prompt.to(rows.dtype).expand(rows.shape[0], -1, -1), rows], dim=1)
 
     # A pooler inside the backbone pools the caller's first token, not the prompt's.
 
@@ -249,13 +281,16 @@ class PromptHooks:
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the embedding module on the caller's own ids, then change what it returns as the method says."""
         insertion, here = self.insertion, self.entry_is_embedding
+        if not self.receives_ids and insertion is None and self.method.changes_tokens:
+            self.offset_done = True
+            return self.method.embed(*_rows_as_table(forward(*args, **kwargs)), 0, with_prompt=False)
         if insertion is None or (not here and not self.method.changes_tokens):
             return forward(*args, **kwargs)
         columns = insertion.rows if here else 0
         if not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
         insertion.embedded = True
-        args, kwargs = _without_columns(args, kwargs, columns, columns + insertion.tokens)
+        args, kwargs = _without_columns(args, kwargs, columns)
         with_prompt = here and insertion.rows > 0
         if self._is_plain():
             ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -265,7 +300,14 @@ class PromptHooks:
             insertion.unfinished = True
             self.hooked._forward_hooks.move_to_end(self.finish_id)
             return rows
-        return self.embed_rows(rows, insertion.first_position, with_prompt)
+        return self._finish(rows, insertion)
+
+    def _finish(self, output: Any, insertion: Insertion) -> Any:
+        """Return what the embedding module returned, changed; I-BERT's returns a scale beside it."""
+        with_prompt = self.entry_is_embedding and insertion.rows > 0
+        if isinstance(output, tuple):
+            return (self.embed_rows(output[0], insertion.first_position, with_prompt), *output[1:])
+        return self.embed_rows(output, insertion.first_position, with_prompt)
 
     def finish_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the embedding module, behind all others: add what they were not to see."""
@@ -273,8 +315,7 @@ class PromptHooks:
         if insertion is None or not insertion.unfinished:
             return None
         insertion.unfinished = False
-        with_prompt = self.entry_is_embedding and insertion.rows > 0
-        return self.embed_rows(output, insertion.first_position, with_prompt)
+        return self._finish(output, insertion)
 
     def enter(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block around the embedding on the caller's own tokens, and put the prompt before what it returns."""
@@ -283,12 +324,9 @@ class PromptHooks:
         if insertion is None or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
         insertion.embedded = True
-        args, kwargs = _without_columns(args, kwargs, columns, columns + insertion.tokens)
+        args, kwargs = _without_columns(args, kwargs, columns)
         rows = forward(*args, **kwargs)
-        if columns == 0:
-            return rows
-        prompt = self.method.prompt.to(rows.dtype)
-        return torch.cat([prompt.expand(rows.shape[0], -1, -1), rows], dim=1)
+        return rows if columns == 0 else self._before(rows)
 
     def _is_plain(self) -> bool:
         """Return whether the embedding module is a lookup and nothing else, which the fused kernel computes."""
@@ -382,19 +420,26 @@ def needs_ids(config: PretrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", None))
 
 
+def _rows_as_table(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return embeddings ``[B, N, d]`` as ids and a table in which every token has a row."""
+    ids = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).reshape(rows.shape[:2])
+    return ids, rows.flatten(0, 1)
+
+
 def _is_of(args: tuple[Any, ...], kwargs: dict[str, Any], columns: int) -> bool:
-    """Return whether a call of the embedding is that of the call's tokens: ``[B, columns]`` comes first."""
+    """Return whether a call of the embedding is that of the call's tokens: ``[B, columns]``, or padded (Longformer)."""
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    return first is not None and first.ndim == 2 and first.shape[1] == columns and not first.is_floating_point()
+    return first is not None and first.ndim == 2 and first.shape[1] >= columns and not first.is_floating_point()
 
 
 def _without_columns(
-    args: tuple[Any, ...], kwargs: dict[str, Any], columns: int, all_columns: int
+    args: tuple[Any, ...], kwargs: dict[str, Any], columns: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call without the prompt's columns."""
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
     def cut(value: Tensor) -> Tensor:
-        return value[:, columns:] if value.ndim >= 2 and value.shape[1] == all_columns else value
+        return value[:, columns:] if value.ndim >= 2 and value.shape[1] == first.shape[1] else value
 
     without: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, cut, (args, kwargs))
     return without

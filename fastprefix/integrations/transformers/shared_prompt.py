@@ -183,9 +183,7 @@ class SharedPromptHooks(PromptHooks):
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
         """Run the backbone on the tokens, with the prompt's keys and values as a prefix."""
         leading, arguments = flatten_leading(arguments)
-        ids, rows = self.tokens(arguments)
-        given = rows if ids is None else ids
-        assert given is not None
+        given = self.given(arguments)
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
         self.shared.past = past
