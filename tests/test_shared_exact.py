@@ -45,7 +45,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
-from fastprefix.integrations.transformers.hooks import find_cache
+from fastprefix.integrations.transformers.hooks import cache_parameter, find_cache, parameter_names
 
 from . import models
 from .float64 import Float64
@@ -166,25 +166,32 @@ def assert_same_call(model: Any, plain: Any, **inputs: Tensor) -> None:
     assert_close(*gradients)
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_short_and_long_rows(family: str, padding: str) -> None:
+def test_short_and_long_rows(family: str) -> None:
     """Rows within and beyond the original context and the windows, in turn: what models remember of a long one too."""
     with Float64():
         plain = build(FAMILIES[family]())
         model = attached(plain)
-        for tokens in (7, CONTEXT - LENGTH, CONTEXT - LENGTH + 1, 24, 7):
+        fits = CONTEXT - LENGTH
+        for tokens, padding in (
+            (7, "none"),
+            (fits, "right"),
+            (fits + 1, "none"),
+            (24, "left"),
+            (24, "right"),
+            (7, "left"),
+        ):
             assert_same_call(model, plain, **batch(tokens, padding))
             assert method_of(model).prompt_path == "shared"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_LENGTH)
 def test_inference_in_turn(family: str) -> None:
     """What is kept of the prompt for inference is for rows of the same kind."""
     with Float64(), torch.no_grad():
         plain = build(FAMILIES[family]())
         model = attached(plain)
-        for tokens in (7, 24, 8, 20, 24, 11, 7):
+        for tokens in (7, 24, 8, 24, 11, 7):
             inputs = batch(tokens, "left")
             seen = inputs["attention_mask"].bool()
             expected = textbook(plain, model.fastprefix.prompt, **inputs).logits[:, LENGTH:][seen]
@@ -196,7 +203,7 @@ def test_inference_in_turn(family: str) -> None:
 def test_a_continued_cache(family: str, grad: bool) -> None:
     """Keys in the cache stay as they were rotated when a later piece crosses the original context."""
     inputs = batch(24, "left")
-    seen, pieces = inputs["attention_mask"].bool(), (6, 3, 1, 10, 1, 3)
+    seen, pieces = inputs["attention_mask"].bool(), (6, 4, 13, 1)
     with Float64(), torch.set_grad_enabled(grad):
         plain = build(FAMILIES[family]())
         model = attached(plain)
@@ -275,11 +282,10 @@ def test_a_merged_prompt_is_refused_where_its_rotation_is_another() -> None:
             fastprefix.export_cache(model)
 
 
-@pytest.mark.parametrize("tokens", [7, 24])
 @pytest.mark.parametrize("family", BY_LENGTH)
-def test_accelerated_prompts(family: str, tokens: int) -> None:
+def test_accelerated_prompts(family: str) -> None:
     peft = pytest.importorskip("peft")
-    inputs = batch(tokens, "left")
+    inputs = batch(24, "left")
     with Float64(), torch.no_grad():
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
         model = peft.get_peft_model(build(BY_LENGTH[family]()), config).double().eval()
@@ -412,7 +418,7 @@ def test_images_behind_a_prefix(family: str) -> None:
         call = text_model_call(plain, inputs)
         call["position_ids"] = call["position_ids"] + LENGTH
         call["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (LENGTH, 0), value=1)
-        call["past_key_values"] = cache
+        call[cache_parameter(parameter_names(plain.model.language_model))] = cache
         expected = plain.lm_head(plain.model.language_model(**call).last_hidden_state)
         seen = inputs["attention_mask"].bool()
         assert_close(model(**inputs).logits[seen], expected[seen])
