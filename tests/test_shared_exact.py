@@ -231,6 +231,36 @@ def test_a_continued_cache(family: str, grad: bool) -> None:
             assert_close(*(torch.autograd.grad(s, leaf)[0] for s, leaf in zip(sums, leaves, strict=True)))
 
 
+@pytest.mark.parametrize("family", ["longrope-llama", "longrope-gemma3-full-layers", "dynamic-llama"])
+def test_generation_across_the_original_context(family: str) -> None:
+    """With growing, static and no caches, as with the prompt in every row, which keeps what a cache holds too."""
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with Float64(), torch.no_grad():
+        plain = build(FAMILIES[family]())
+        model, every_row = (
+            attached(plain, fastprefix.PromptTuningConfig(LENGTH, shared_prompt=s)) for s in (None, False)
+        )
+        for search in ({}, {"num_beams": 2}):
+            expected = every_row.generate(**batch(8, "left"), **options, **search)
+            assert torch.equal(model.generate(**batch(8, "left"), **options, **search), expected)
+            static = {"cache_implementation": "static"}
+            assert torch.equal(model.generate(**batch(8, "left"), **options, **search, **static), expected)
+        options["use_cache"] = False
+        expected = every_row.generate(**batch(8, "left"), **options)
+        assert torch.equal(model.generate(**batch(8, "left"), **options), expected)
+
+
+@pytest.mark.parametrize("tokens", [7, 24])
+def test_rotary_frequencies_for_the_row_compile_without_graph_breaks(tokens: int) -> None:
+    with Float64():
+        model = attached(build(BY_LENGTH["longrope-llama"]()))
+        ids = batch(tokens)["input_ids"]
+        expected = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_two_caches_in_turn_and_a_copied_one() -> None:
     """Each continues with the prompt that it began with."""
     with Float64(), torch.no_grad():
