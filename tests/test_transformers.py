@@ -383,7 +383,7 @@ def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
     model = fastprefix.attach(models.encoder(), fastprefix.PrefixTuningConfig(5, prefix_position="shift"))
     inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
     model(**inputs)
-    inputs = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in inputs.items()}
+    inputs = {"input_ids": torch.ones(1, 60, dtype=torch.long), "position_ids": torch.arange(60)[None]}
     with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 moves an input of 60 tokens .* 64 positions"):
         model(**inputs)
 

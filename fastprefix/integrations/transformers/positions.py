@@ -208,7 +208,7 @@ def _same_frequencies_up_to(reader: nn.Module) -> int | None:
         for each in (rope, *rope.values()) if isinstance(rope, dict) else ():
             if not isinstance(each, dict):
                 continue
-            kind, longest = str(each.get("rope_type", "default")), config.max_position_embeddings
+            kind, longest = str(each.get("rope_type", "default")), getattr(config, "max_position_embeddings", None) or 0
             if "dynamic" in kind:
                 limits.append(longest)
             elif kind == "longrope" or "long_factor" in each:
