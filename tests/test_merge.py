@@ -253,7 +253,7 @@ def test_layers_that_share_keys_and_values_are_exported_once(family: str) -> Non
     """The last two layers read the keys and values of the first two from the cache, those of a prefix too."""
     sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 100)
     sizes |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "sliding_window": 6}
+    sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "sliding_window": 16}
     options: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2, "initializer_range": 0.2}
     if family == "gemma3n":
         options |= {"intermediate_size": [64] * 4, "laurel_rank": 4, "altup_num_inputs": 2}

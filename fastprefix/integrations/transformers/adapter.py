@@ -6,11 +6,13 @@ Also: which modules of the base model stay trainable, and which models are shard
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -84,6 +86,85 @@ class Hooks(Protocol):
         """Take everything back."""
 
 
+def _trained(parameter: Tensor) -> Tensor:
+    """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it."""
+    weight = parameter.detach().clone()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.is_floating_point() else weight
+
+
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Casts:
+    """The hooks of modules that are trained in float32 within a model of lower precision.
+
+    Their inputs are cast to their own precision, and their outputs to that of the model, so that nothing around them
+    notices. Modules outside that have one of their parameters, as a tied embedding does, are treated alike.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        called = [each for module in modules for each in _called(module)]
+        inside = {each for module in called for each in module.modules()}
+        self.parameters = [p for module in called for p in module.parameters() if p.is_floating_point()]
+        own = set(self.parameters)
+        tied = [m for m in model.modules() if m not in inside and not own.isdisjoint(m._parameters.values())]
+        self.modules = [*called, *tied]
+        frozen = [p for p in model.parameters() if p not in own and p.dtype in _PRECISIONS]
+        alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
+        self.model_parameter = next(iter(alike or frozen), None)  # tells in which precision the model is now
+        self.precision = self.model_precision()
+        self.handles: list[RemovableHandle] = []
+
+    def model_precision(self) -> torch.dtype | None:
+        """Return the precision that the model has now, or None where all of it is trained."""
+        return None if self.model_parameter is None else self.model_parameter.dtype
+
+    def fitting(self, weight: Tensor, trained: bool) -> Tensor:
+        """Return a weight that waited beside the model, which may have been moved and given another precision."""
+        now = self.model_precision()
+        if now is not None and now is not self.precision and weight.is_floating_point():
+            weight = weight.to(torch.promote_types(now, torch.float32) if trained else now)
+        return weight
+
+    def install(self) -> None:
+        """Set the hooks, where the precisions differ."""
+        self.precision = self.model_precision()
+        if all(p.dtype is self.precision for p in self.parameters):
+            return
+        for module in self.modules:
+            self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._leave))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.precision = self.model_precision()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: cast what enters a module to the precision of its parameters."""
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        return _cast((args, kwargs), dtype)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: cast what a module returns to the precision of the model."""
+        precision = self.model_precision()
+        return output if precision is None else _cast(output, precision)
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """Return the module, or in place of a mere container the modules in it."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [module] if list(module.parameters()) else []
+    return [each for child in module.children() for each in _called(child)]
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Return nested values with all floating tensors in another precision."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
+
+
 class Adapter:
     """A method, its hooks and its weights of the base modules that it trains: on the model, or waiting beside it."""
 
@@ -96,13 +177,15 @@ class Adapter:
         self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
         modules = trainable_modules(model, config.modules_to_save)
         self.saved_modules: dict[str, dict[str, Tensor]] = {
-            name: {key: p.detach().clone() for key, p in module.named_parameters()} for name, module in modules.items()
+            name: {key: _trained(p) for key, p in module.named_parameters()} for name, module in modules.items()
         }
         """Weights of those modules: the base model's while the adapter is on the model, otherwise the adapter's."""
+        self.casts = Casts(model, modules.values())
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Make the model run and train with this adapter."""
-        self._exchange_weights(model)
+        self._exchange_weights(model, trained=True)
+        self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
         model.add_module(MODULE, self.method.to(device_of(model)).train(model.training))
@@ -128,26 +211,28 @@ class Adapter:
             self.guard.remove()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
-        self._exchange_weights(model)
+        self._exchange_weights(model, trained=False)
+        self.casts.remove()
 
     def drop_gradients(self, model: PreTrainedModel) -> None:
         """Of the modules that it trained: they are not for whoever trains them next."""
         for name in self.saved_modules:
             model.get_submodule(name).zero_grad()
 
-    def _exchange_weights(self, model: PreTrainedModel) -> None:
+    def _exchange_weights(self, model: PreTrainedModel, trained: bool) -> None:
         """Exchange ``data``: a graph that was made before the adapter was taken off is good once it is on again."""
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:
-                    weights[key], parameter.data = parameter.data, _grown(weights[key].to(parameter), parameter.data)
+                    weight = self.casts.fitting(weights[key], trained).to(parameter.device)
+                    weights[key], parameter.data = parameter.data, _grown(weight, parameter.data)
 
 
 def _grown(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor in the shape of another, which has since been resized, with what the other has beyond it."""
     if tensor.shape == other.shape:
         return tensor
-    grown = other.clone()
+    grown = other.to(tensor.dtype, copy=True)
     common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, other.shape, strict=True))
     grown[common] = tensor[common]
     return grown
