@@ -108,7 +108,8 @@ def install(environment: Environment, folder: Path) -> Path:
     wanted = "\n".join(environment.requirements)
     if not stamp.exists() or stamp.read_text("utf-8") != wanted or "--upgrade" in environment.requirements:
         print(f"installing {environment.name}: {' '.join(environment.requirements)}", flush=True)
-        venv.create(place, with_pip=True)
+        if not python.exists():
+            venv.create(place, with_pip=True, symlinks=True)
         torch = [each for each in environment.requirements if each not in PACKAGES[1:]]
         pip(python, "setuptools>=77", "ninja", *torch)
         pip(python, "--no-build-isolation", f"{ROOT}[test]", *environment.requirements)
