@@ -35,7 +35,7 @@ from .hooks import (
     shifted_positions,
 )
 from .prompt import PromptHooks
-from .switching import Implementation, device_of, forgotten, switched
+from .switching import Implementation, device_of, forgotten, loaded, switched
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
@@ -279,7 +279,9 @@ def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     positions = Positions.of(backbone).first + torch.arange(3, device=device_of(model))[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
-        hidden: Tensor = backbone(inputs_embeds=embedding(ids), use_cache=False, **kwargs).last_hidden_state
+        with loaded(model, embedding):
+            rows = embedding(ids)
+        hidden: Tensor = backbone(inputs_embeds=rows, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
     with switched(model, shared.bindings(layers)), forgotten(model), torch.no_grad():

@@ -124,12 +124,25 @@ def device_of(model: PreTrainedModel) -> torch.device:
     device: torch.device = model.device
     if device.type == "meta":
         for module in model.modules():
-            hook = getattr(module, "_hf_hook", None)
-            for each in getattr(hook, "hooks", (hook,)):
+            for each in _accelerate_hooks(module):
                 execution_device = getattr(each, "execution_device", None)
                 if execution_device is not None:
                     return torch.device(execution_device)
     return device
+
+
+def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that accelerate has on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def loads_all_inside(module: nn.Module) -> bool:
+    """Return whether accelerate loads the weights of all modules inside a module by their names, as it found them."""
+    return any(
+        getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
+        for hook in _accelerate_hooks(module)
+    )
 
 
 @contextmanager
