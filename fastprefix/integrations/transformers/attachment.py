@@ -80,6 +80,9 @@ def attach_empty(
 def detach(model: Model, name: str | None = None) -> Model:
     """Take adapters off: the model, its weights and its behaviour are exactly as they were.
 
+    What was changed in the meantime by others stays: its configuration, a vocabulary that was resized, and other
+    adapters, such as accelerated PEFT models around the same base.
+
     Args:
         model: a model with a method attached.
         name: of the one to take off; if it is in use, none is afterwards. None: all of them.
