@@ -521,6 +521,25 @@ def test_prefixes_of_offloaded_models_are_trained(method: str, kind: str, folder
     fastprefix.detach(model)
 
 
+@pytest.mark.parametrize("kind", OFFLOADED)
+@pytest.mark.parametrize("method", ["prompt", "prompt-in-every-row", "adept"])
+def test_prompts_of_offloaded_models_are_trained(method: str, kind: str, folder: str) -> None:
+    plain, model = models.decoder(), offloaded(kind, folder)
+    inputs = models.batch("left")
+    ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"] = plain.get_input_embeddings()(ids).detach()
+    bare = logits(model, **inputs)
+    for each in (plain, model):
+        attached(each, method)
+        each(**inputs, labels=ids).loss.backward()
+    assert model.fastprefix.prompt_path == plain.fastprefix.prompt_path
+    for p, expected in zip(model.fastprefix.parameters(), plain.fastprefix.parameters(), strict=True):
+        assert same(p.grad, expected.grad)
+    assert same(logits(model, **inputs), logits(plain, **inputs))
+    fastprefix.detach(model)
+    assert same(logits(model, **inputs), bare)
+
+
 class Tokenizer:
     """A tokenizer that makes three ids of whatever text."""
 
