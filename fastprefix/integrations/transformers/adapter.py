@@ -272,7 +272,7 @@ class _Untrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.clone()  # no view, since Trainer scales losses in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> NoReturn:

@@ -17,7 +17,7 @@ from .discovery import Layer, find_layers, find_projections, method_layers, text
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, reason_not_shareable
-from .switching import Inputs, adapting, device_of, is_of_text, is_plain_text, loaded, takes_text
+from .switching import Inputs, adapting, device_of, is_of_text, is_plain_text, loaded, loads_all_inside, takes_text
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -79,6 +79,9 @@ def attach_empty(
 
 def detach(model: Model, name: str | None = None) -> Model:
     """Take adapters off: the model, its weights and its behaviour are exactly as they were.
+
+    What was changed in the meantime by others stays: its configuration, a vocabulary that was resized, and other
+    adapters, such as accelerated PEFT models around the same base.
 
     Args:
         model: a model with a method attached.
@@ -193,6 +196,11 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     if not is_plain_text(model):
         _check_not_plain_text(model, config)
     _check_alone(model)
+    if loads_all_inside(model):
+        raise ValueError(
+            "`model` is offloaded with its own class in preload_module_classes, so accelerate would look for the "
+            "adapter's parameters among the offloaded weights: offload it without that class"
+        )
     trainable = trainable_modules(model, config.modules_to_save)
     if lost := [name for name, module in trainable.items() if any(p.is_meta for p in module.parameters())]:
         raise ValueError(

@@ -39,7 +39,7 @@ from .positions import refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
-from .switching import configurations_of, device_of, evaluated, loaded
+from .switching import configurations_of, device_of, evaluated, loaded, loads_all_inside
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -207,6 +207,12 @@ def _rewritten(hooks: PromptHooks) -> nn.Embedding:
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
         raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
+    around = (m for m in hooks.model.modules() if loads_all_inside(m))
+    if any(inside is former for module in around for inside in module.modules()):
+        raise ValueError(
+            "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table in "
+            "the place of the merged one: offload it without that option, or do not merge"
+        )
     table = torch.empty_like(hooks.table, requires_grad=False, device=device_of(hooks.model))
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
         with loaded(hooks.model, former):

@@ -299,11 +299,12 @@ class SharedPromptHooks(PromptHooks):
 
     def _is_good(self, kept: _Kept) -> bool:
         """Whether nothing has changed that ``_state`` does not tell: a prompt written through ``.data``, as optimizers
-        do, or PEFT's layers, which may be merged so or switched. Asked once a sequence.
+        do, PEFT's layers, which may be merged so or switched, or weights that accelerate has offloaded. Asked once a
+        sequence.
         """
-        return torch.equal(kept.prompt, self.method.prompt) and not any(
-            hasattr(module, "merged_adapters") for module in self.backbone.modules()
-        )
+        unknown = any(hasattr(module, "merged_adapters") for module in self.backbone.modules())
+        unknown = unknown or any(parameter.is_meta for parameter in self.backbone.parameters())
+        return not unknown and torch.equal(kept.prompt, self.method.prompt)
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the prompt's keys and values in every layer, for a call."""
@@ -455,6 +456,6 @@ def _state(*modules: nn.Module) -> object:
     parameters = [p for module in modules for p in module.parameters()]
     if any(p.is_inference() for p in parameters):
         return None
-    kind = parameters[0].device.type
+    kind = parameters[-1].device.type  # the adapter's, since offloaded weights are on the meta device between calls
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)

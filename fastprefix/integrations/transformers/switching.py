@@ -92,7 +92,7 @@ def _refill(container: _Container, content: _Container) -> None:
     """Give a container its former content, and leave it alone where it has that."""
     if isinstance(container, list):
         container[:] = content
-    elif isinstance(container, set) or not _is_same(container, content):
+    elif container != content if isinstance(container, set) else not _is_same(container, content):
         container.clear()
         container.update(content)
 
@@ -124,12 +124,25 @@ def device_of(model: PreTrainedModel) -> torch.device:
     device: torch.device = model.device
     if device.type == "meta":
         for module in model.modules():
-            hook = getattr(module, "_hf_hook", None)
-            for each in getattr(hook, "hooks", (hook,)):
+            for each in _accelerate_hooks(module):
                 execution_device = getattr(each, "execution_device", None)
                 if execution_device is not None:
                     return torch.device(execution_device)
     return device
+
+
+def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that accelerate has on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def loads_all_inside(module: nn.Module) -> bool:
+    """Return whether accelerate loads the weights of all modules inside a module by their names, as it found them."""
+    return any(
+        getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
+        for hook in _accelerate_hooks(module)
+    )
 
 
 @contextmanager
@@ -472,7 +485,7 @@ class _Configuration:
             if name not in values:
                 vars(self.former).pop(name, None)
             elif name not in self.known or not _equal(self.known[name], values[name]):
-                vars(self.former)[name] = values[name]
+                vars(self.former)[name] = vars(self.own)[name]
         self.known = values
 
 
@@ -488,7 +501,10 @@ def _values(config: Any) -> dict[str, Any]:
 def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, PretrainedConfig) or isinstance(second, PretrainedConfig):
         return first is second
-    return type(first) is type(second) and bool(first == second)
+    try:
+        return type(first) is type(second) and bool(first == second)
+    except (RuntimeError, ValueError):  # arrays, of which the present one will do
+        return False
 
 
 def _strongest(attentions: Iterable[str]) -> str:
@@ -576,7 +592,7 @@ def adapting(model: nn.Module) -> list[User]:
 
 def runs_with_adapter(module: nn.Module) -> bool:
     """Return whether a call of a module with a configuration runs with an adapter that ``attach`` put there."""
-    claim: _Claim | None = vars(module).get(_CLAIM)
+    claim: _Claim | None = getattr(module, _CLAIM, None)
     return claim is not None and any(user.acts for user in claim.users)
 
 
