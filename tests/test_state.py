@@ -523,11 +523,13 @@ def test_prefixes_of_offloaded_models_are_trained(method: str, kind: str, folder
 
 @pytest.mark.parametrize("kind", OFFLOADED)
 @pytest.mark.parametrize("method", ["prompt", "prompt-in-every-row", "adept"])
-def test_prompts_of_offloaded_models_are_trained(method: str, kind: str, folder: str) -> None:
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_prompts_of_offloaded_models_are_trained(given: str, method: str, kind: str, folder: str) -> None:
     plain, model = models.decoder(), offloaded(kind, folder)
     inputs = models.batch("left")
-    ids = inputs.pop("input_ids")
-    inputs["inputs_embeds"] = plain.get_input_embeddings()(ids).detach()
+    ids = inputs["input_ids"]
+    if given == "inputs_embeds":
+        inputs = {given: plain.get_input_embeddings()(ids).detach(), "attention_mask": inputs["attention_mask"]}
     bare = logits(model, **inputs)
     for each in (plain, model):
         attached(each, method)

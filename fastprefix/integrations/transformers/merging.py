@@ -146,7 +146,8 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """The prompt as a prefix that stands before all tokens."""
-    prefixes = hooks.run_prompt()
+    with loaded(model, hooks.backbone):
+        prefixes = hooks.run_prompt()
     table = _rewritten(hooks) if isinstance(method, ADePT) else None
     hooks.remove()
     layers = find_layers(model)
