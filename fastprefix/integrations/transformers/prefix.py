@@ -357,8 +357,7 @@ class PrefixHooks:
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
         tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments["inputs_embeds"]
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens.flatten(0, -2)  # several choices a row
         end, limit = length + self.past + tokens.shape[1], self.positions.limit
         if limit is not None and end > limit:
             raise ValueError(
