@@ -36,7 +36,7 @@ def test_torch_export(method: str, merged: bool) -> None:
         torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize(("method", "merged"), [("prefix", False), ("prompt", True), ("adept", False)])
+@pytest.mark.parametrize(("method", "merged"), [("prefix", False), ("prompt", True)])
 def test_onnx(method: str, merged: bool) -> None:
     """ONNX has no operators of this package; the formula in plain PyTorch takes their place."""
     pytest.importorskip("onnxscript")
