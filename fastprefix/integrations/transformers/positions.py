@@ -54,18 +54,19 @@ class Positions(NamedTuple):
         """
         tokens = arguments.get("input_ids")
         if tokens is None:
-            tokens = arguments["inputs_embeds"]
+            tokens = arguments["inputs_embeds"][..., 0]
+        count = tokens.shape[-1]  # GPT-2 accepts several choices a row
         given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), past_length(arguments)
         counted = False
         if given is not None:
             positions: Tensor = given + shift
         elif self.by_mask and isinstance(mask, Tensor) and mask.ndim == 2:
             seen = mask.long()
-            positions = ((seen.cumsum(1) + shift) * seen - 1)[:, -tokens.shape[1] :]
+            positions = ((seen.cumsum(1) + shift) * seen - 1)[:, -count:]
         else:
             counted = True
-            positions = self.first + shift + torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        self.check(None if counted else positions, past + tokens.shape[1] + shift, shift)
+            positions = self.first + shift + torch.arange(past, past + count, device=tokens.device)[None]
+        self.check(None if counted else positions, past + count + shift, shift)
         return positions
 
     def check(self, positions: Tensor | None, rows: int, shift: int) -> None:

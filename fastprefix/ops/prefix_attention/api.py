@@ -1,9 +1,11 @@
 """``prefix_attention``: what it means and what it takes."""
 
+import torch
 from torch import Tensor
 
 from ..backends import choose
 from . import triton
+from .reference import attend
 from .registration import OPERATION
 from .validation import canonical_arguments
 
@@ -103,6 +105,8 @@ def prefix_attention(
     eager_only = _eager_only(attn_mask=attn_mask, prefix_bias=prefix_bias)
     refused = {"triton": triton.refusal(arguments)}
     name = choose(backend, query.device, OPERATION.implemented, eager_only, refused)
+    if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
+        return attend(arguments)
     output: Tensor = OPERATION.operator(name)(*arguments)[0]
     return output
 

@@ -1,9 +1,11 @@
 """``prompt_embedding``: what it means and what it takes."""
 
+import torch
 from torch import Tensor
 
 from ..backends import choose
 from . import triton
+from .reference import embed
 from .registration import OPERATION
 from .validation import canonical_arguments
 
@@ -58,5 +60,7 @@ def prompt_embedding(
     )
     refused = {"triton": triton.refusal(arguments)}
     name = choose(backend, weight.device, OPERATION.implemented, refused=refused)
+    if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
+        return embed(arguments)
     output: Tensor = OPERATION.operator(name)(*arguments)
     return output
