@@ -192,7 +192,7 @@ def embeds_ids_as_given(backbone: Any, embedding: nn.Module) -> bool:
     """
     found = _first_called(backbone, [embedding])
     ids = None if found is None else first_tensor((), found.arguments)
-    return ids is not None and ids.ndim == 2 and ids.shape[0] == 1 and ids.shape[1] >= _FEW
+    return ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == [ordinary_ids(backbone.config, _FEW)]
 
 
 def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
