@@ -42,6 +42,7 @@ from fastprefix.integrations.transformers import attention
 from fastprefix.integrations.transformers.discovery import find_layers
 
 from . import models
+from .float64 import Float64
 from .test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from .test_transformers import assert_same, loss_and_gradients
 
@@ -104,10 +105,13 @@ def test_logits_loss_and_gradients_are_pefts(name: str, kind: str, padding: str)
     inputs = models.batch(padding)
     labels = inputs["input_ids"] if name == "decoder" else torch.tensor([0, 1, 1])
     model = family(name, kind)
-    expected, loss, state = evaluated(model, inputs), model(**inputs, labels=labels).loss, model.state_dict()
+    expected, state = evaluated(model, inputs), model.state_dict()
+    with Float64():  # transformers computes a loss in float32
+        loss = model(**inputs, labels=labels).loss
     assert fastprefix.accelerate(model) is model
     assert_same(evaluated(model, inputs), expected)
-    torch.testing.assert_close(model(**inputs, labels=labels).loss, loss, rtol=1e-12, atol=1e-12)
+    with Float64():
+        torch.testing.assert_close(model(**inputs, labels=labels).loss, loss, rtol=1e-12, atol=1e-12)
     assert_same(model.state_dict(), state)
     assert model.fastprefix.prompt_path == ("shared" if kind.startswith("p-") or kind == "prompt" else None)
 

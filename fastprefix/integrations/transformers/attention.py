@@ -10,7 +10,10 @@ The shape of a mask tells its case, so neither a keyword nor a module's ``is_cau
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -163,11 +166,8 @@ MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
 BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
 
-CARRIED = "fastprefix_bindings"
-"""The keyword under which a call carries bindings of its own, by attention module, in place of those on the modules.
-
-A call's own arguments are also what gradient checkpointing runs a layer again with.
-"""
+WATCHED = "_fastprefix_watched"
+"""The attribute of an attention module that counts the accelerated PEFT models whose calls carry its prefix."""
 
 Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
@@ -213,6 +213,87 @@ class GivenPrefix:
         return window_bias(query, self.window, self.key.shape[1], self.past)
 
 
+@dataclass(frozen=True, eq=False)
+class CarriedBindings:
+    """The bindings of one call of a model, by attention module, in place of those on the modules.
+
+    ``own_attention`` names a registered attention to run in place of this package's: a call without an adapter gives
+    exactly the numbers of the model's own attention.
+    """
+
+    bindings: Mapping[nn.Module, Binding]
+    own_attention: str | None = None
+
+
+class _Call(threading.local):
+    """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
+
+    carried: CarriedBindings | None = None
+
+
+_CALL = _Call()
+
+
+def carried_bindings() -> CarriedBindings | None:
+    """Return what the call in progress carries, or None outside of such a call."""
+    return _CALL.carried
+
+
+@contextmanager
+def carrying(carried: CarriedBindings | None) -> Iterator[None]:
+    """Carry bindings to every attention module that is called in this context, in this thread."""
+    former, _CALL.carried = _CALL.carried, carried
+    try:
+        yield
+    finally:
+        _CALL.carried = former
+
+
+class CarryingCheckpoint:
+    """A gradient checkpointing function that runs a layer again with the bindings that its first run carried."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """Return the options of the function, where it is a ``functools.partial``."""
+        keywords: Mapping[str, Any] = getattr(self.function, "keywords", {})
+        return keywords
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer now, and let it be run again in the backward pass."""
+        if torch.compiler.is_compiling():  # the backward pass is traced: no layer runs again
+            return self.function(run, *args, **kwargs)
+        return self.function(_CarryingRun(run, _CALL.carried), *args, **kwargs)
+
+
+class _CarryingRun(NamedTuple):
+    """The run of a layer with the bindings of the call that it belongs to."""
+
+    run: Callable[..., Any]
+    carried: CarriedBindings | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with carrying(self.carried):
+            return self.run(*args, **kwargs)
+
+
+def _refuse_lost_bindings(module: nn.Module) -> None:
+    """Refuse to run an attention again in a backward pass without the bindings that its first run carried.
+
+    Raises:
+        RuntimeError: a gradient checkpointing that this package does not know.
+    """
+    if torch.compiler.is_compiling() or not getattr(module, WATCHED, 0):
+        return
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(module).__name__} runs again in a backward pass, where the prefix of its call is unknown. Enable "
+            "gradient checkpointing with `gradient_checkpointing_enable()`, not by another wrapper"
+        )
+
+
 def fastprefix_attention(
     module: nn.Module,
     query: Tensor,
@@ -233,8 +314,10 @@ def fastprefix_attention(
     """
     if kwargs.get("indices") is not None:
         raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
-    carried: Mapping[nn.Module, Binding] | None = kwargs.get(CARRIED)
-    binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.get(module)
+    carried = _CALL.carried
+    if carried is None:
+        _refuse_lost_bindings(module)
+    binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     prefix_bias, position_bias = split_bias(position_bias, key)
@@ -263,8 +346,24 @@ def fastprefix_attention(
     return output.transpose(1, 2), None
 
 
+def _attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run this package's attention, or the one that the call in progress names in its place."""
+    own = _own_attention()
+    return fastprefix_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
+
+
+def _mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
+    own = _own_attention()
+    return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
+
+
+def _own_attention() -> str | None:
+    return None if _CALL.carried is None else _CALL.carried.own_attention
+
+
 def register() -> None:
     """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, fastprefix_attention)
-        AttentionMaskInterface.register(name, mask)
+        AttentionInterface.register(name, _attention_of_call)
+        AttentionMaskInterface.register(name, functools.partial(_mask_of_call, mask))
