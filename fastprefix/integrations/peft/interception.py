@@ -11,8 +11,8 @@ class Interception:
     """A method of one object that runs through a function, until it is removed.
 
     The function is given the former method and the arguments. A copy of the object has a copy of the interception.
-    Whatever replaces the method later, such as a hook of ``accelerate``, keeps calling this object. It stays there
-    without an effect if it is removed first.
+    Whatever replaces the method later, such as a hook of ``accelerate``, keeps calling this object, which stays without
+    an effect if it is removed first.
     """
 
     def __init__(
@@ -21,17 +21,10 @@ class Interception:
         self.owner = owner
         self.name = name
         self.around: Callable[..., Any] | None = around
-        self.default = default  # where the class has no such method
         self.before: Callable[..., Any] | None = vars(owner).get(name)
+        self.default = default  # where neither the object nor its class has one
+        self.__wrapped__ = self._former()  # whose signature `inspect` shows
         setattr(owner, name, self)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """Return the former method, whose signature ``inspect`` shows."""
-        former = self.default if self.before is None else self.before
-        if former is not None:
-            return former
-        return types.MethodType(getattr(type(self.owner), self.name), self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method through the function."""
@@ -50,3 +43,16 @@ class Interception:
         delattr(self.owner, self.name)
         if before is not None:
             setattr(self.owner, self.name, before)
+
+    def _former(self) -> Callable[..., Any]:
+        former = self.default if self.before is None else self.before
+        return types.MethodType(getattr(type(self.owner), self.name), self.owner) if former is None else former
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the method of the class out: ``pickle`` would look it up on the object, where this object is."""
+        return {name: value for name, value in vars(self).items() if name != "__wrapped__"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Look the method up again."""
+        vars(self).update(state)
+        self.__wrapped__ = self._former()
