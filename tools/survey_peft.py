@@ -85,7 +85,10 @@ def _survey(family: str, name: str, class_name: str, kind: str) -> Outcome:
 
 def _tuned(base: Any, kind: str) -> Any:
     two_halves = base.config.is_encoder_decoder
-    options: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM", "num_virtual_tokens": VIRTUAL}
+    options: dict[str, Any] = {
+        "task_type": "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM",
+        "num_virtual_tokens": VIRTUAL,
+    }
     model: Any = peft.get_peft_model(base, KINDS[kind](**options)).double().eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -142,6 +145,7 @@ def _logits(model: Any, padding: int) -> Tensor:
         return logits[:, -TOKENS:][mask.bool()]
     mask[1, TOKENS - padding :] = 0
     logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4]).logits
+    assert isinstance(logits, Tensor)
     return logits
 
 
@@ -167,8 +171,8 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 HOW = (
-    f"Each family has {LAYERS} layers, sliding windows of {WINDOW} tokens, {VIRTUAL} virtual tokens and {TOKENS} tokens "
-    f"in 3 rows. Exact: values and gradients within {BOUND:.0e} of the largest of PEFT's own."
+    f"Each family has {LAYERS} layers, sliding windows of {WINDOW} tokens, {VIRTUAL} virtual tokens and {TOKENS} "
+    f"tokens in 3 rows. Exact: values and gradients within {BOUND:.0e} of the largest of PEFT's own."
 )
 SURVEY = Survey(__doc__ or "", "PEFT's prefixes and prompts, accelerated, by family", HOW, families(), survey)
 

@@ -7,7 +7,6 @@ output it projects and adds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
 from ..transformers.discovery import find_layers
-from .interception import Interception
+from ..transformers.hooks import Forward, Interception
 from .prefix import CachedPrefix
 
 
@@ -30,9 +29,7 @@ class AdaptionPromptAcceleration(CachedPrefix):
         adapted = list(adapted_attentions(peft_model))
         super().__init__(model, [layer.module for layer in find_layers(model)])
         self.adapter_model = peft_model.base_model
-        for module in adapted:
-            run = functools.partial(_forward, module)
-            self.interceptions.append(Interception(module, "forward", run))
+        self.handles += [Interception(module, functools.partial(_forward, module)) for module in adapted]
 
     def without_prefix(self) -> CarriedBindings | None:
         """Return what a call carries whose adapted attentions bring their prompts themselves."""
@@ -46,7 +43,7 @@ def adapted_attentions(peft_model: Any) -> set[Any]:
     return {*active, *(module for modules in waiting for module in modules)}
 
 
-def _forward(adapted: Any, forward: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, Any]:
+def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """What ``AdaptedAttention.forward`` computes."""
     attention = adapted.model
     key, value = (
@@ -55,7 +52,7 @@ def _forward(adapted: Any, forward: Callable[..., Any], **kwargs: Any) -> tuple[
     )
     binding = GivenPrefix(key, value, output_gate=adapted.adaption_gate.reshape(1, 1))
     with carrying(CarriedBindings({attention: binding})):
-        output, weights = attention(**kwargs)
+        output, weights = attention(*args, **kwargs)
     return output, weights
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -30,6 +32,8 @@ from ..transformers.attention import (
 )
 from ..transformers.discovery import Layer, backbone_of
 from ..transformers.hooks import (
+    Forward,
+    Interception,
     by_name,
     cache_parameter,
     find_cache,
@@ -41,7 +45,6 @@ from ..transformers.hooks import (
 )
 from ..transformers.prefix import PrefixCache
 from ..transformers.switching import Implementation, OwnConfigurations
-from .interception import Interception
 
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
@@ -65,12 +68,14 @@ class CachedPrefix:
         self.configurations = OwnConfigurations(model)
         self.implementation = Implementation(model, {})
         self.own_attention = _registered({name for _, name in self.implementation.former})
-        self.handles = [self.backbone.register_forward_pre_hook(_refuse_replica)]
-        self.interceptions = [Interception(self.backbone, "forward", self.run)]
+        self.handles: list[RemovableHandle | Interception] = [
+            self.backbone.register_forward_pre_hook(_refuse_replica),
+            Interception(self.backbone, self.run),
+        ]
         for module in self.modules.values():
             setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone; the call carries its prefix to the attention."""
         self.implementation.check()
         arguments = by_name(self.names, args, kwargs)
@@ -122,9 +127,7 @@ class CachedPrefix:
 
     def remove(self) -> None:
         """Remove all hooks."""
-        for interception in reversed(self.interceptions):
-            interception.remove()
-        for handle in self.handles:
+        for handle in reversed(self.handles):
             handle.remove()
         for module in self.modules.values():
             setattr(module, WATCHED, getattr(module, WATCHED) - 1)
@@ -190,32 +193,42 @@ class PromptLearning(CachedPrefix):
     def __init__(self, peft_model: Any, attentions: Iterable[nn.Module], backbone: nn.Module | None = None) -> None:
         super().__init__(peft_model.base_model, attentions, backbone)
         self.peft_model = peft_model
-        self.handles.append(peft_model.register_forward_pre_hook(_refuse_replica))
-        self.interceptions += [
-            Interception(peft_model, "get_prompt", self.get_prompt),
-            Interception(peft_model, "forward", self.call),
+        self.handles += [
+            peft_model.register_forward_pre_hook(_refuse_replica),
+            Interception(peft_model, self.call),
         ]
+        peft_model.get_prompt = self.get_prompt
         if hasattr(peft_model, "generate"):
-            self.interceptions.append(Interception(peft_model, "generate", self.call))
+            peft_model.generate = self.generate
 
-    def get_prompt(self, get_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """Return PEFT's prompt, or in PEFT's own calls what stands for it."""
         call = self.call_in_progress()
         if call is None:
-            return get_prompt(*args, **kwargs)
-        return self.prompt_of_call(call, get_prompt, *args, **kwargs)
+            return type(self.peft_model).get_prompt(self.peft_model, batch_size, task_ids, max_cache_len)
+        return self.prompt_of_call(call, batch_size, task_ids)
 
-    def prompt_of_call(self, call: PeftCall, get_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
         """Return what stands for the prompt in one of PEFT's calls."""
         raise NotImplementedError
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward`` or ``generate`` of the PEFT model."""
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run PEFT's ``generate``."""
+        return self.call(functools.partial(type(self.peft_model).generate, self.peft_model), args, kwargs)
+
+    def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a method of the PEFT model that asks for the prompt."""
         with self._calling() as call:
             result = method(*args, **kwargs)
         if call.prompt is not None:
             raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt")
         return result
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        super().remove()
+        del self.peft_model.get_prompt
+        self.peft_model.__dict__.pop("generate", None)
 
     def call_in_progress(self) -> PeftCall | None:
         """Return the PEFT model's call in progress in this thread, or None."""
@@ -252,7 +265,7 @@ class PrefixAcceleration(PromptLearning):
         ]
 
     def prompt_of_call(
-        self, call: PeftCall, get_prompt: Callable[..., Any], *args: Any, **kwargs: Any
+        self, call: PeftCall, batch_size: int, task_ids: Tensor | None
     ) -> PrefixCache | EncoderDecoderCache:
         """Return a cache with the active adapter's prefix, computed once a call, for whatever batch size."""
         peft_model = self.peft_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +11,18 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..transformers.attention import CarriedBindings, GivenPrefix, Prefix, carrying
 from ..transformers.discovery import Layer, backbone_of
-from ..transformers.hooks import by_name, find_cache, not_checkpointed, parameter_names, reentrant
+from ..transformers.hooks import (
+    Forward,
+    Interception,
+    by_name,
+    find_cache,
+    not_checkpointed,
+    parameter_names,
+    reentrant,
+)
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import has_dropout
 from ..transformers.switching import forgotten
-from .interception import Interception
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before
 
 _LOSS = "_loss_function"
@@ -39,24 +45,32 @@ class PromptAcceleration(PromptLearning):
         self.drops = has_dropout(self.backbone)
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
-            self.interceptions.append(Interception(head, "forward", self.run_head))
+            self.handles.append(Interception(head, self.run_head))
+        self.former_loss = vars(model).get(_LOSS)
         if getattr(model, "loss_function", None) is ForCausalLMLoss:
-            self.interceptions.append(Interception(model, _LOSS, self.loss, default=ForCausalLMLoss))
+            setattr(model, _LOSS, self.loss)
 
-    def prompt_of_call(
-        self, call: PeftCall, get_prompt: Callable[..., Any], batch_size: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
         """Return a placeholder for the prompt in every row."""
-        prompt: Tensor = get_prompt(1, *args, **kwargs)
+        prompt: Tensor = type(self.peft_model).get_prompt(self.peft_model, 1, task_ids)
         call.prompt = prompt
         return prompt.detach().expand(batch_size, -1, -1)
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def remove(self) -> None:
+        """Remove all hooks."""
+        super().remove()
+        attributes = vars(self.peft_model.base_model)
+        if attributes.get(_LOSS) == self.loss:
+            del attributes[_LOSS]
+            if self.former_loss is not None:
+                attributes[_LOSS] = self.former_loss
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the prompt once, then the tokens after it. The result has both, as PEFT's heads and labels expect."""
         arguments = by_name(self.names, args, kwargs)
         call = self.call_in_progress()
         if call is None or call.prompt is None:
-            return super().run(forward, **arguments)
+            return super().run(forward, (), arguments)
         embeds = arguments["inputs_embeds"]
         prompt, call.prompt = call.prompt.to(embeds), None
         length = prompt.shape[1]
@@ -64,40 +78,40 @@ class PromptAcceleration(PromptLearning):
         if alone is None:
             prompts = prompt.expand(embeds.shape[0], -1, -1)
             arguments["inputs_embeds"] = torch.cat([prompts, embeds[:, length:]], dim=1)
-            return super().run(forward, **arguments)
+            return super().run(forward, (), arguments)
         self.implementation.check()
         ran, cache = self._run_prompt(forward, prompt, alone)
         rest = {name: value[..., length:] for name, value in _per_token(arguments, embeds).items()}
         arguments.update(rest, inputs_embeds=embeds[:, length:])
         arguments[self.cache_name] = cache
-        return self._restored(call, ran, super().run(forward, **arguments))
+        return self._restored(call, ran, super().run(forward, (), arguments))
 
-    def run_head(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the head on hidden states; on the prompt's, which are the same in every row, once."""
-        call = self.call_in_progress()
+        states = self._states()
         given = next(iter((*args, *kwargs.values())), None)
-        if call is None or call.states is None or not isinstance(given, Tensor) or torch.compiler.is_compiling():
+        if states is None or not isinstance(given, Tensor) or not states.is_whole(given):
             return forward(*args, **kwargs)
-        if not call.states.is_whole(given):
-            return forward(*args, **kwargs)
-        return repeat_before(forward(call.states.prompt), forward(call.states.tokens))
+        return repeat_before(forward(states.prompt), forward(states.tokens))
 
-    def loss(self, loss: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss of a language model. PEFT's labels for the prompt are all -100, so its rows add nothing."""
+    def loss(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss of a language model from the last position of the prompt on, whose label is the first token.
+
+        PEFT's labels of the prompt itself are all -100, so that its other rows add nothing.
+        """
+        states = self._states()
+        whole = () if states is None else states.whole.shape[:2]
+        options = kwargs.get("shift_labels"), kwargs.get("ignore_index")
+        if states is not None and logits.shape[:2] == labels.shape == whole and options == (None, None):
+            first = states.prompt.shape[1] - 1
+            logits, labels = logits[:, first:].float().contiguous(), labels[:, first:]
+        loss: Tensor = ForCausalLMLoss(logits, labels, *args, **kwargs)
+        return loss
+
+    def _states(self) -> SplitStates | None:
+        """Return what the backbone returned to the call in progress, where the prompt ran once."""
         call = self.call_in_progress()
-        arguments = by_name(("logits", "labels"), args, kwargs)
-        logits, labels = arguments.get("logits"), arguments.get("labels")
-        if call is None or call.states is None or arguments.get("shift_labels") is not None:
-            return loss(*args, **kwargs)
-        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
-            return loss(*args, **kwargs)
-        rows = call.states.whole.shape[:2]
-        if len(args) > 2 or logits.shape[:2] != rows or labels.shape != rows or arguments.get("ignore_index") is not None:
-            return loss(*args, **kwargs)
-        first = call.states.prompt.shape[1] - 1
-        arguments["logits"] = logits[:, first:].float().contiguous()
-        arguments["labels"] = labels[:, first:]
-        return loss(**arguments)
+        return None if call is None or torch.compiler.is_compiling() else call.states
 
     def _restored(self, call: PeftCall, ran: Any, output: Any) -> Any:
         """Put the prompt's hidden states before every row's."""
@@ -129,9 +143,7 @@ class PromptAcceleration(PromptLearning):
             alone[name] = first
         return alone
 
-    def _run_prompt(
-        self, forward: Callable[..., Any], prompt: Tensor, alone: dict[str, Any]
-    ) -> tuple[Any, PrefixCache]:
+    def _run_prompt(self, forward: Forward, prompt: Tensor, alone: dict[str, Any]) -> tuple[Any, PrefixCache]:
         """Return what the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer."""
         seen = {layer.module: _Seen() for layer in self.layers}
         with not_checkpointed(self.backbone), carrying(CarriedBindings(seen)):

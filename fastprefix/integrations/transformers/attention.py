@@ -349,7 +349,11 @@ def fastprefix_attention(
 def _attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run this package's attention, or the one that the call in progress names in its place."""
     own = _own_attention()
-    return fastprefix_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
+    return (
+        fastprefix_attention(module, *args, **kwargs)
+        if own is None
+        else AttentionInterface()[own](module, *args, **kwargs)
+    )
 
 
 def _mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,10 @@ layers, hands the gradients of the leaves to the network, once.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Container, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,6 +35,78 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+Forward = Callable[..., Any]
+"""What a module is run by."""
+
+Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""A function that runs a call: ``around(forward, args, kwargs)`` returns what the module returns."""
+
+
+class Interception:
+    """Run a module's ``forward`` inside another function, whether the module or its ``forward`` is called.
+
+    It stands on the module as the instance attribute ``forward``, as accelerate's replacement does. Where accelerate
+    has replaced ``forward`` already, it stands inside that replacement, so either can be removed first. It is copied
+    and pickled with its module.
+    """
+
+    def __init__(self, module: nn.Module, around: Around) -> None:
+        self.module = module
+        self.around: Around | None = around
+        attributes: dict[str, Any] = vars(module)
+        slot = next(name for name in _FORWARD_SLOTS if name in attributes or name == "forward")
+        self.inner: Callable[..., Any] | None = attributes.get(slot)  # None: the forward of the module's class
+        attributes[slot] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
+            args = args[1:]
+        if self.around is None:
+            return self.forward(*args, **kwargs)
+        return self.around(self.forward, args, kwargs)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Return the forward that would run without the interception."""
+        if self.inner is None:
+            return functools.partial(type(self.module).forward, self.module)
+        return self.inner
+
+    @property
+    def is_innermost(self) -> bool:
+        """Return whether the forward inside is that of the module's class."""
+        return self.inner is None or getattr(self.inner, "__func__", None) is type(self.module).forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Return the signature of the forward inside, for ``inspect.signature``."""
+        return inspect.signature(self.forward)
+
+    def remove(self) -> None:
+        """Remove the interception, or make it pass every call on where something else holds it."""
+        self.around = None
+        attributes: dict[str, Any] = vars(self.module)
+        for slot in _FORWARD_SLOTS:
+            if attributes.get(slot) is self:
+                if self.inner is not None:
+                    attributes[slot] = self.inner
+                elif slot == "forward":
+                    del attributes[slot]
+                else:  # accelerate calls it
+                    attributes[slot] = types.MethodType(type(self.module).forward, self.module)
+                return
+            holder = attributes.get(slot)
+            while isinstance(holder, Interception):
+                if holder.inner is self:
+                    holder.inner = self.inner
+                    return
+                holder = holder.inner
+
+
+_FORWARD_SLOTS = ("_old_forward", "forward")
+"""The attributes of a module that may hold a replaced forward: accelerate's name for what it calls comes first."""
 
 
 def refuse_replicas(module: nn.Module) -> None:
@@ -71,6 +145,17 @@ def past_length(arguments: Mapping[str, Any]) -> int:
     """Return how many tokens are in the key/value cache of a call."""
     cache = find_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_mask_length(mask: Any, tokens: int, length: int) -> None:
+    """Refuse a padding mask that is not about the caller's tokens.
+
+    Raises:
+        ValueError: its length is not that of the ``tokens``; PEFT's habit is to count the prompt's too.
+    """
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
+        hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
+        raise ValueError(f"`attention_mask` must be [B, {tokens}], got {list(mask.shape)}.{hint}")
 
 
 class Positions(NamedTuple):
