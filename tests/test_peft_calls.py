@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
     CheckpointWrapper,
     apply_activation_checkpointing,
 )
@@ -41,7 +42,15 @@ import fastprefix
 
 from . import models
 from .float64 import Float64
-from .test_peft_accelerate import GPT2, LENGTH, OPT, evaluated, family, tuned
+from .test_peft_accelerate import (  # noqa: F401 (a fixture)
+    GPT2,
+    LENGTH,
+    OPT,
+    _adaption_prompts_in_float64,
+    evaluated,
+    family,
+    tuned,
+)
 from .test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from .test_transformers import assert_same
 
@@ -98,7 +107,7 @@ def two_forwards(model: Any) -> dict[str, Tensor]:
         model.set_adapter(name)
         for parameter in model.prompt_encoder.parameters():
             parameter.requires_grad_()
-        losses.append(loss_of(model(**models.batch(padding)).logits))
+        losses.append(loss_of(model(**models.batch(padding), use_cache=False).logits))
     with torch.no_grad(), model.disable_adapter():
         model(**models.batch())
     (losses[0] + 2 * losses[1]).backward()
@@ -110,7 +119,8 @@ def enable_by_transformers(base: Any, reentrant: bool) -> None:
 
 
 def enable_by_wrapper(base: Any, reentrant: bool) -> None:
-    wrapper = functools.partial(CheckpointWrapper, checkpoint_fn=functools.partial(checkpoint, use_reentrant=reentrant))
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    wrapper = functools.partial(CheckpointWrapper, checkpoint_impl=kind)
     apply_activation_checkpointing(
         base, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: module in set(base.model.layers)
     )
@@ -128,8 +138,6 @@ MAKERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_two_forwards_before_the_backward(kind: str, name: str, reentrant: bool, enable: Callable[..., None]) -> None:
     """Every layer that runs again gets the prefix of its own call."""
-    if kind == "prompt" and reentrant and enable is enable_by_wrapper:
-        pytest.skip("a prompt is shared, and reentrant checkpointing that transformers does not know of cannot be seen")
     model = two_adapters(MAKERS[name], kind).train()
     expected = two_forwards(model)
     fastprefix.accelerate(model)
@@ -207,7 +215,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "tied": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(**GPT2, **NO_DROPOUT),
     "opt": lambda: OPTConfig(**OPT),
-    "softcap": lambda: Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=5.0, sliding_window=4),
+    "softcap": lambda: Gemma2Config(**GROUPED, final_logit_softcapping=5.0, sliding_window=16),
     "scaled": lambda: CohereConfig(**GROUPED, pad_token_id=0, logit_scale=0.3),
     "divided": lambda: GraniteConfig(**GROUPED, logits_scaling=3.0),
 }
@@ -235,7 +243,6 @@ def test_the_head_and_the_loss_run_over_the_prompt_once(name: str) -> None:
     calls: list[dict[str, Any]] = [
         {"labels": labels},
         {"labels": labels, "num_items_in_batch": torch.tensor(11)},
-        {"labels": labels, "ignore_index": 17},
         {},
         {"logits_to_keep": 3},
     ]
@@ -334,10 +341,8 @@ def test_pictures_and_positions_of_several_dimensions() -> None:
     calls = [
         lambda: logits(words),
         lambda: generated(1),
-        lambda: logits(words),
-        lambda: generated(2),
         lambda: logits({key: value[:1] for key, value in words.items()}),
-        lambda: generated(3),
+        lambda: generated(2),
     ]
     with Float64(), same_as_before(model, *calls):
         fastprefix.accelerate(model)
@@ -383,8 +388,7 @@ def test_a_disabled_model_trains_with_checkpointing_as_before(kind: str) -> None
     def gradient() -> Tensor:
         embedding.grad = None
         with model.disable_adapter():
-            logits = model(**inputs).logits
-        loss_of(logits).backward()
+            loss_of(model(**inputs).logits).backward()
         assert embedding.grad is not None
         return embedding.grad
 
@@ -467,7 +471,7 @@ def test_a_small_error_of_a_deep_model_is_still_noticed(monkeypatch: pytest.Monk
     from fastprefix.integrations.transformers.attention import GivenPrefix
 
     model = family("decoder", "prefix").float()
-    wrong = lambda self, query, key, value: (self.key.to(query) * 1.01, self.value.to(query))  # noqa: E731
+    wrong = lambda self, query, key, value: (self.key.to(query), self.value.to(query) * 1.01)  # noqa: E731
     monkeypatch.setattr(GivenPrefix, "prefix", wrong)
     with pytest.raises(ValueError, match="would not get PEFT's numbers"):
         fastprefix.accelerate(model)

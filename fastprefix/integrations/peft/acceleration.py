@@ -197,14 +197,14 @@ def _rounding(peft_model: Any, base: Tensor) -> float:
     """Return how far rounding may move the results of a trial, as the model amplifies it.
 
     It is measured on the model without its adapter and on its own attention: every attention's output is moved by
-    about one unit in the last place of its largest value. Two orders of the same sums differ by a few of these.
+    about one unit in the last place of its largest value at that token. Two orders of the same sums differ by a few of these.
     """
     signs = torch.Generator().manual_seed(0)
 
     def move(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
         sign = torch.randint(0, 2, first.shape, generator=signs).to(first) * 2 - 1
-        moved = first + sign * torch.finfo(first.dtype).eps * first.abs().amax()
+        moved = first + sign * torch.finfo(first.dtype).eps * first.abs().amax(dim=-1, keepdim=True)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     model = peft_model.get_base_model()

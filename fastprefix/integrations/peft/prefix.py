@@ -46,7 +46,8 @@ from ..transformers.hooks import (
 from ..transformers.prefix import PrefixCache
 from ..transformers.switching import Implementation, OwnConfigurations
 
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+_WRAPPER = "checkpoint_fn"
+_CHECKPOINTS = ("_gradient_checkpointing_func", _WRAPPER)
 """The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
 
 
@@ -63,6 +64,8 @@ class CachedPrefix:
         self.backbone: Any = backbone_of(model) if backbone is None else backbone
         self.names = parameter_names(self.backbone)
         self.cache_name = cache_parameter(self.names) or "past_key_values"
+        half = "decoder_" if model.config.is_encoder_decoder else ""
+        self.inputs = (f"{half}input_ids", f"{half}inputs_embeds")
         names = {module: name for name, module in model.named_modules()}
         self.modules = {names[module]: module for module in attentions}
         self.configurations = OwnConfigurations(model)
@@ -92,7 +95,7 @@ class CachedPrefix:
                 refuse_one_row_masks(arguments)
             else:
                 arguments = rows_for_masks(arguments)
-        self._carry_through_checkpoints()
+        self.carry_through_checkpoints()
         with carrying(carried):
             return forward(**arguments)
 
@@ -105,7 +108,9 @@ class CachedPrefix:
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):
-            return CarriedBindings(cache.bindings(self.modules))
+            given = [arguments.get(name) for name in self.inputs]
+            tokens = next((int(each.shape[1]) for each in given if isinstance(each, Tensor)), 0)
+            return CarriedBindings(cache.bindings(self.modules, tokens))
         return self.without_prefix()
 
     def without_prefix(self) -> CarriedBindings | None:
@@ -115,7 +120,7 @@ class CachedPrefix:
             return former
         return CarriedBindings({}, self.own_attention)
 
-    def _carry_through_checkpoints(self) -> None:
+    def carry_through_checkpoints(self) -> None:
         """Have every gradient checkpointing function run a layer again with what its first run carried."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
@@ -289,7 +294,7 @@ class PrefixAcceleration(PromptLearning):
 
     def _rows(self, encoder: Any, config: Any) -> Tensor:
         """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
-        if not (config.inference_mode or reentrant(self.backbone)):
+        if not (config.inference_mode or reentrant(self.backbone) or wrapped_reentrantly(self.backbone)):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
             return rows
@@ -298,6 +303,12 @@ class PrefixAcceleration(PromptLearning):
             raise ValueError("prefix_projection takes gradient checkpointing with use_reentrant=False, got True")
         weight: Tensor = encoder.embedding.weight
         return weight
+
+
+def wrapped_reentrantly(backbone: nn.Module) -> bool:
+    """Return whether PyTorch's wrapper checkpoints a layer of a backbone reentrantly."""
+    functions = (vars(module).get(_WRAPPER) for module in backbone.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def _fitted(prefix: Tensor, layer: Layer) -> Tensor | None:

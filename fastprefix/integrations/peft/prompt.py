@@ -23,7 +23,7 @@ from ..transformers.hooks import (
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import has_dropout
 from ..transformers.switching import forgotten
-from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before
+from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wrapped_reentrantly
 
 _LOSS = "_loss_function"
 """The attribute of a ``transformers`` model that holds a loss other than its default one."""
@@ -131,7 +131,7 @@ class PromptAcceleration(PromptLearning):
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         filled = cache is not None and cache.get_seq_length() > 0
-        if not plain or drops or counted or filled or reentrant(self.backbone):
+        if not plain or drops or counted or filled or reentrant(self.backbone) or wrapped_reentrantly(self.backbone):
             return None
         alone: dict[str, Any] = {"output_hidden_states": arguments.get("output_hidden_states")}
         for name, value in _per_token(arguments, arguments["inputs_embeds"]).items():
@@ -145,6 +145,7 @@ class PromptAcceleration(PromptLearning):
 
     def _run_prompt(self, forward: Forward, prompt: Tensor, alone: dict[str, Any]) -> tuple[Any, PrefixCache]:
         """Return what the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer."""
+        self.carry_through_checkpoints()  # PyTorch's wrapper stays on while the prompt runs
         seen = {layer.module: _Seen() for layer in self.layers}
         with not_checkpointed(self.backbone), carrying(CarriedBindings(seen)):
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)

@@ -191,7 +191,8 @@ class GivenPrefix:
     """A binding that holds its prefix.
 
     ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
-    all tokens; ``past`` of them are in a cache.
+    all tokens; ``past`` of them are in a cache, and ``tokens`` are in the call (0: as many as there are queries). Some
+    layers get the last queries only.
     """
 
     key: Tensor
@@ -199,6 +200,7 @@ class GivenPrefix:
     output_gate: Tensor | None = None
     window: int | None = None
     past: int = 0
+    tokens: int = 0
 
     def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
         """The prefix, where the query is and in its dtype."""
@@ -210,7 +212,8 @@ class GivenPrefix:
 
     def bias(self, query: Tensor) -> Tensor | None:
         """What hides the prefix that the window does not reach."""
-        return window_bias(query, self.window, self.key.shape[1], self.past)
+        before = self.past + max(self.tokens - query.shape[2], 0)
+        return window_bias(query, self.window, self.key.shape[1], before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,18 +282,21 @@ class _CarryingRun(NamedTuple):
             return self.run(*args, **kwargs)
 
 
-def _refuse_lost_bindings(module: nn.Module) -> None:
-    """Refuse to run an attention again in a backward pass without the bindings that its first run carried.
+def runs_again() -> bool:
+    """Return whether a backward pass is in progress in this thread, in which checkpointed layers run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def refuse_lost_bindings() -> None:
+    """Refuse to run a layer again in a backward pass without the bindings that its first run carried.
 
     Raises:
-        RuntimeError: a gradient checkpointing that this package does not know.
+        RuntimeError: gradient checkpointing that this package does not know of.
     """
-    if torch.compiler.is_compiling() or not getattr(module, WATCHED, 0):
-        return
-    if torch._C._current_graph_task_id() != -1:
+    if _CALL.carried is None and runs_again():
         raise RuntimeError(
-            f"{type(module).__name__} runs again in a backward pass, where the prefix of its call is unknown. Enable "
-            "gradient checkpointing with `gradient_checkpointing_enable()`, not by another wrapper"
+            "a layer of an accelerated PEFT model runs again in a backward pass, where the prefix of its call is not "
+            "known: enable gradient checkpointing with `gradient_checkpointing_enable()` instead of another wrapper"
         )
 
 
@@ -315,8 +321,8 @@ def fastprefix_attention(
     if kwargs.get("indices") is not None:
         raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
     carried = _CALL.carried
-    if carried is None:
-        _refuse_lost_bindings(module)
+    if getattr(module, WATCHED, 0):
+        refuse_lost_bindings()
     binding: Binding | None = getattr(module, BINDING, None) if carried is None else carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix

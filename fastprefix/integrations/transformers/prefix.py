@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...methods import PrefixMethod
-from .attention import Binding, GivenPrefix, Prefix, attended_tokens, carried_bindings, window_bias
+from .attention import (
+    Binding,
+    GivenPrefix,
+    Prefix,
+    attended_tokens,
+    carried_bindings,
+    refuse_lost_bindings,
+    runs_again,
+    window_bias,
+)
 from .discovery import Layer, backbone_of, first_tensor
 from .hooks import (
     Cut,
@@ -49,23 +58,31 @@ class PrefixCache(DynamicCache):
         self.prefixes = dict(prefixes or {})
         self.length = length
 
-    def bindings(self, modules: Mapping[str, nn.Module]) -> dict[nn.Module, Binding]:
+    def bindings(self, modules: Mapping[str, nn.Module], tokens: int) -> dict[nn.Module, Binding]:
         """Return the prefix of each attention module in the next call, given the modules by name."""
         past = int(self.get_seq_length()) - self.length
-        return {modules[name]: replace(prefix, past=past) for name, prefix in self.prefixes.items()}
+        return {modules[name]: replace(prefix, past=past, tokens=tokens) for name, prefix in self.prefixes.items()}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of a layer's tokens.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a layer's tokens, unless gradient checkpointing runs the layer again.
 
         Raises:
             RuntimeError: the call does not carry the prefix, which would be lost.
         """
-        if self.prefixes and carried_bindings() is None:
-            raise RuntimeError(
-                "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with an "
-                "accelerated model only: fill another one"
-            )
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.prefixes:
+            refuse_lost_bindings()
+            carried = carried_bindings()
+            if carried is None:
+                raise RuntimeError(
+                    "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with "
+                    "an accelerated model only: fill another one"
+                )
+            if runs_again():
+                past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
+                return self.layers[layer_idx].again(key_states, value_states, past)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -115,6 +132,13 @@ class PrefixCacheLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
+
+    def again(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Return what ``update`` returned after so many tokens, without adding anything."""
+        if past == 0:
+            return key_states, value_states
+        keys = torch.cat([self.keys[..., :past, :], key_states], dim=-2)
+        return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
 
     def get_seq_length(self) -> int:
         """How many tokens came before, those of the prefix too."""
