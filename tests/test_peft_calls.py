@@ -2,8 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -295,15 +294,6 @@ QWEN_EYES = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "pa
 QWEN_IDS = {"image_token_id": 98, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
 
 
-@contextmanager
-def same_as_before(model: Any, *calls: Callable[[], Tensor]) -> Iterator[None]:
-    """Compare calls before and after what is done in this context."""
-    expected = [call() for call in calls]
-    yield
-    for call, wanted in zip(calls, expected, strict=True):
-        torch.testing.assert_close(call(), wanted, rtol=1e-10, atol=1e-10)
-
-
 def test_pictures_and_positions_of_several_dimensions() -> None:
     """Qwen2-VL remembers the positions of a batch from one call to the next."""
     config = Qwen2VLConfig(
@@ -311,8 +301,10 @@ def test_pictures_and_positions_of_several_dimensions() -> None:
         vision_config={**QWEN_EYES, "temporal_patch_size": 2, "mlp_ratio": 2},
         **QWEN_IDS,
     )
-    torch.manual_seed(0)
-    model = tuned(Qwen2VLForConditionalGeneration(config), "prompt", "CAUSAL_LM")
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return tuned(Qwen2VLForConditionalGeneration(config), "prompt", "CAUSAL_LM")
 
     def pictures(rows: int) -> dict[str, Tensor]:
         ids = torch.randint(3, 90, (rows, 16), generator=torch.Generator().manual_seed(0))
@@ -327,26 +319,26 @@ def test_pictures_and_positions_of_several_dimensions() -> None:
             "mm_token_type_ids": (ids == 98).long(),
         }
 
-    def generated(rows: int) -> Tensor:
+    def generated(model: Any, rows: int) -> Tensor:
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         tokens: Tensor = model.generate(**pictures(rows), **options)
         return tokens
 
-    def logits(inputs: dict[str, Tensor]) -> Tensor:
+    def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             output: Tensor = model(**inputs).logits
         return output
 
-    words = models.batch("left")
-    calls = [
-        lambda: logits(words),
-        lambda: generated(1),
-        lambda: logits({key: value[:1] for key, value in words.items()}),
-        lambda: generated(2),
-    ]
-    with Float64(), same_as_before(model, *calls):
-        fastprefix.accelerate(model)
+    def results(model: Any) -> list[Tensor]:
+        words = models.batch("left")
+        one = {key: value[:1] for key, value in words.items()}
+        return [logits(model, words), generated(model, 1), logits(model, one), generated(model, 2)]
+
+    with Float64():
+        expected, model = results(make()), fastprefix.accelerate(make())
         assert model.fastprefix.prompt_path == "shared"
+        for actual, wanted in zip(results(model), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

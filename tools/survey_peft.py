@@ -100,14 +100,13 @@ def _tuned(base: Any, kind: str) -> Any:
 
 def _results(model: Any, accelerated: bool = False) -> Iterator[tuple[str, Tensor]]:
     """What a model computes, by what was asked of it."""
+    ids = _ids()  # a generation comes first: some models remember positions of the rows
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    yield "tokens", model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     yield "logits", _logits(model, 0).detach()
     yield "gradients", _gradients(model, 0)
     yield "logits left", _logits(model, 3).detach()
     yield "gradients left", _gradients(model, 3)
-    ids = _ids()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    yield "tokens", model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    yield "logits again", _logits(model, 0).detach()
     with model.disable_adapter():
         yield "logits disabled", _logits(model, 3).detach()
     base = model.get_base_model()

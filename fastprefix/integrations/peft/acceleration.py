@@ -20,6 +20,8 @@ from .prompt import PromptAcceleration
 ATTRIBUTE = "fastprefix"
 """The name under which an accelerated model has its ``Acceleration``."""
 _PREFIXES, _PROMPTS, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING"), "ADAPTION_PROMPT"
+KINDS = (*_PREFIXES, *_PROMPTS, _ADAPTION)
+"""The methods of PEFT that can be accelerated."""
 
 Model = TypeVar("Model", bound=PeftModel)
 
@@ -82,8 +84,8 @@ def _check(peft_model: Any) -> None:
     kind, model = _kind(peft_model), peft_model.get_base_model()
     if ATTRIBUTE in vars(peft_model):
         raise ValueError("peft_model is accelerated already")
-    if kind not in (*_PREFIXES, *_PROMPTS, _ADAPTION):
-        raise ValueError(f"peft_model takes {', '.join((*_PREFIXES, *_PROMPTS, _ADAPTION))}, got {kind}")
+    if kind not in KINDS:
+        raise ValueError(f"peft_model takes {', '.join(KINDS)}, got {kind}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
     if _is_attached(model):
@@ -197,7 +199,8 @@ def _rounding(peft_model: Any, base: Tensor) -> float:
     """Return how far rounding may move the results of a trial, as the model amplifies it.
 
     It is measured on the model without its adapter and on its own attention: every attention's output is moved by
-    about one unit in the last place of its largest value at that token. Two orders of the same sums differ by a few of these.
+    about one unit in the last place of its largest value at that token. Two orders of the same sums differ by a few of
+    these.
     """
     signs = torch.Generator().manual_seed(0)
 

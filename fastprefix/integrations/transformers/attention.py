@@ -129,7 +129,10 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
     """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
     keys = torch.tensor([query, query - window + 1], device=device)
-    return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+    try:
+        return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+    except IndexError:  # it looks positions of the batch up: images, for one, are seen in both directions
+        return False
 
 
 def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Tensor | None:
