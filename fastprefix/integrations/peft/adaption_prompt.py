@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..transformers.attention import CARRIED, GivenPrefix
+from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
+from ..transformers.discovery import find_layers
+from ..transformers.hooks import Forward, Interception
 from .prefix import CachedPrefix
 
 
@@ -24,16 +26,14 @@ class AdaptionPromptAcceleration(CachedPrefix):
 
     def __init__(self, peft_model: Any) -> None:
         model: PreTrainedModel = peft_model.get_base_model()
-        super().__init__(model)
-        self.adapted = list(adapted_attentions(peft_model))
-        for module in self.adapted:
-            module.forward = functools.partial(_forward, module)
+        adapted = list(adapted_attentions(peft_model))
+        super().__init__(model, [layer.module for layer in find_layers(model)])
+        self.adapter_model = peft_model.base_model
+        self.handles += [Interception(module, functools.partial(_forward, module)) for module in adapted]
 
-    def remove(self) -> None:
-        """Take everything back."""
-        super().remove()
-        for module in self.adapted:
-            del module.forward
+    def without_prefix(self) -> CarriedBindings | None:
+        """Return what a call carries whose adapted attentions bring their prompts themselves."""
+        return CarriedBindings({}) if self.adapter_model._enabled else super().without_prefix()
 
 
 def adapted_attentions(peft_model: Any) -> set[Any]:
@@ -43,7 +43,7 @@ def adapted_attentions(peft_model: Any) -> set[Any]:
     return {*active, *(module for modules in waiting for module in modules)}
 
 
-def _forward(adapted: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """What ``AdaptedAttention.forward`` computes."""
     attention = adapted.model
     key, value = (
@@ -51,7 +51,8 @@ def _forward(adapted: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         for project in (attention.k_proj, attention.v_proj)
     )
     binding = GivenPrefix(key, value, output_gate=adapted.adaption_gate.reshape(1, 1))
-    output, weights = attention(**kwargs, **{CARRIED: {attention: binding}})
+    with carrying(CarriedBindings({attention: binding})):
+        output, weights = attention(*args, **kwargs)
     return output, weights
 
 

@@ -1,16 +1,39 @@
-"""PEFT's prefix tuning and cartridges: their keys and values as they are, instead of a cache expanded to the batch."""
+"""Run PEFT's prefix tuning and cartridges on their keys and values, instead of a cache expanded to the batch."""
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
 
-from ..transformers.attention import CARRIED, GivenPrefix
+from ..transformers.attention import (
+    BINDING,
+    NAME,
+    WATCHED,
+    Binding,
+    CarriedBindings,
+    CarryingCheckpoint,
+    GivenPrefix,
+    carried_bindings,
+    carrying,
+)
 from ..transformers.discovery import Layer, backbone_of
 from ..transformers.hooks import (
+    Forward,
+    Interception,
     by_name,
     cache_parameter,
     checked_names,
@@ -24,28 +47,63 @@ from ..transformers.hooks import (
 from ..transformers.prefix import PrefixCache
 from ..transformers.switching import Implementation, runs_with_adapter
 
+_WRAPPER = "checkpoint_fn"
+_CHECKPOINTS = ("_gradient_checkpointing_func", _WRAPPER)
+"""The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
+
 
 class CachedPrefix:
-    """A model whose attention takes its prefix from the ``PrefixCache`` that it is called with, if it is."""
+    """A model whose attention takes its prefix from the ``PrefixCache`` that the model is called with, if any.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.backbone: Any = backbone_of(model)
+    ``attentions`` are the modules that a prefix reaches. A call carries their bindings to them. Gradient checkpointing
+    runs a layer again with those of its first run.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, attentions: Iterable[nn.Module], backbone: nn.Module | None = None
+    ) -> None:
+        self.backbone: Any = backbone_of(model) if backbone is None else backbone
         self.names = checked_names(self.backbone)
         self.cache_name = cache_parameter(self.names) or "past_key_values"
+        half = "decoder_" if model.config.is_encoder_decoder else ""
+        self.inputs = (f"{half}input_ids", f"{half}inputs_embeds")
+        names = {module: name for name, module in model.named_modules()}
+        self.modules = {names[module]: module for module in attentions}
         self.implementation = Implementation(model, {})
-        self.handles = [self.backbone.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        self.own_attention = _registered(self.implementation.former_attentions())
+        self.handles: list[RemovableHandle | Interception] = [
+            self.backbone.register_forward_pre_hook(_refuse_replica),
+            Interception(self.backbone, self.run),
+        ]
+        for module in self.modules.values():
+            setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the backbone: the call carries its prefix to the attention."""
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone; the call carries its prefix to the attention."""
         self.implementation.check()
-        refuse_replicas(module)
         arguments = by_name(self.names, args, kwargs)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
-            raise ValueError("output_attentions takes False on an accelerated model: its kernels make no weights")
-        if self.backbone.config.is_encoder_decoder:
-            refuse_one_row_masks(arguments)
-        else:
-            arguments = rows_for_masks(arguments)
+            raise ValueError(
+                "`output_attentions` must be False on an accelerated model, whose kernels make no attention weights: "
+                "call fastprefix.decelerate first"
+            )
+        carried = self.carried(arguments)
+        if carried is None:
+            return forward(**arguments)
+        if carried.own_attention is None:
+            if self.backbone.config.is_encoder_decoder:
+                refuse_one_row_masks(arguments)
+            else:
+                arguments = rows_for_masks(arguments)
+        self.carry_through_checkpoints()
+        with carrying(carried):
+            return forward(**arguments)
+
+    def carried(self, arguments: dict[str, Any]) -> CarriedBindings | None:
+        """Return what a call carries: the prefix in its cache, or the model's own attention in a call without one.
+
+        None: what is bound to the modules, by an adapter of this package beside PEFT's.
+        """
         cache: Any = find_cache(arguments)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -55,28 +113,159 @@ class CachedPrefix:
                     "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in "
                     "the same call as an accelerated PEFT adapter: call the base model itself, or detach its adapter"
                 )
-            arguments[CARRIED] = cache.bindings()
-        return (), arguments
+            given = [arguments.get(name) for name in self.inputs]
+            tokens = next((int(each.shape[1]) for each in given if isinstance(each, Tensor)), 0)
+            return CarriedBindings(cache.bindings(self.modules, tokens))
+        return self.without_prefix()
+
+    def without_prefix(self) -> CarriedBindings | None:
+        """Return what a call without a prefix carries."""
+        former = carried_bindings()
+        if former is not None or any(hasattr(module, BINDING) for module in self.modules.values()):
+            return former
+        return CarriedBindings({}, self.own_attention)
+
+    def carry_through_checkpoints(self) -> None:
+        """Have every gradient checkpointing function run a layer again with what its first run carried."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        for module in self.backbone.modules():
+            for name in _CHECKPOINTS:
+                function = vars(module).get(name)
+                if function is not None and not isinstance(function, CarryingCheckpoint):
+                    setattr(module, name, CarryingCheckpoint(function))
 
     def remove(self) -> None:
-        """Take everything back."""
-        for handle in self.handles:
+        """Remove all hooks."""
+        for handle in reversed(self.handles):
             handle.remove()
+        for module in self.modules.values():
+            setattr(module, WATCHED, getattr(module, WATCHED) - 1)
+            if not getattr(module, WATCHED):
+                delattr(module, WATCHED)
+        if not any(hasattr(module, WATCHED) for module in self.modules.values()):
+            self._restore_checkpoints()
         self.implementation.restore()
 
+    def _restore_checkpoints(self) -> None:
+        for module in self.backbone.modules():
+            for name in _CHECKPOINTS:
+                function = vars(module).get(name)
+                if isinstance(function, CarryingCheckpoint):
+                    setattr(module, name, function.function)
 
-class PrefixAcceleration(CachedPrefix):
-    """``get_prompt`` of a PEFT model with prefixes gives a cache that does not hold them.
 
-    ``layers`` are its attention layers by their ``layer_idx``, the places that they have in PEFT's cache; those of an
-    encoder-decoder, in which the decoder attends to itself.
+class PeftCall:
+    """A call of a PEFT model in progress."""
+
+    def __init__(self, owner: PromptLearning) -> None:
+        self.owner = owner
+        self.prompt: Tensor | None = None  # [1, m, d], waiting for the call of the backbone
+        self.states: SplitStates | None = None  # what the backbone returned
+
+
+class SplitStates:
+    """Hidden states ``[B, m + N, d]``, and the parts that they were made of: ``[1, m, d]`` and ``[B, N, d]``."""
+
+    def __init__(self, prompt: Tensor, tokens: Tensor) -> None:
+        self.prompt = prompt
+        self.tokens = tokens
+        self.whole = repeat_before(prompt, tokens)
+
+    def is_whole(self, states: Tensor) -> bool:
+        """Return whether a tensor is all of the states, such as a slice over all positions."""
+        whole = self.whole
+        same = states.shape == whole.shape and states.stride() == whole.stride() and states.dtype == whole.dtype
+        return same and states.data_ptr() == whole.data_ptr()
+
+
+def repeat_before(prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Return ``[1, m, d]`` before every row of ``[B, N, d]``."""
+    return torch.cat([prompt.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+
+class _PeftCalls(threading.local):
+    """The call in progress in each thread."""
+
+    current: PeftCall | None = None
+
+
+_CALLS = _PeftCalls()
+
+
+class PromptLearning(CachedPrefix):
+    """A model whose PEFT model asks for its prefix or prompt in ``get_prompt``, and then calls the model.
+
+    In PEFT's own calls ``get_prompt`` returns what ``prompt_of_call`` returns; anybody else gets what PEFT returns.
+    """
+
+    def __init__(self, peft_model: Any, attentions: Iterable[nn.Module], backbone: nn.Module | None = None) -> None:
+        super().__init__(peft_model.base_model, attentions, backbone)
+        self.peft_model = peft_model
+        self.handles += [
+            peft_model.register_forward_pre_hook(_refuse_replica),
+            Interception(peft_model, self.call),
+        ]
+        peft_model.get_prompt = self.get_prompt
+        if hasattr(peft_model, "generate"):
+            peft_model.generate = self.generate
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """Return PEFT's prompt, or in PEFT's own calls what stands for it."""
+        call = self.call_in_progress()
+        if call is None:
+            return type(self.peft_model).get_prompt(self.peft_model, batch_size, task_ids, max_cache_len)
+        return self.prompt_of_call(call, batch_size, task_ids)
+
+    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
+        """Return what stands for the prompt in one of PEFT's calls."""
+        raise NotImplementedError
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run PEFT's ``generate``."""
+        return self.call(functools.partial(type(self.peft_model).generate, self.peft_model), args, kwargs)
+
+    def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a method of the PEFT model that asks for the prompt."""
+        with self._calling() as call:
+            result = method(*args, **kwargs)
+        if call.prompt is not None:
+            raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt")
+        return result
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        super().remove()
+        del self.peft_model.get_prompt
+        self.peft_model.__dict__.pop("generate", None)
+
+    def call_in_progress(self) -> PeftCall | None:
+        """Return the PEFT model's call in progress in this thread, or None."""
+        call = _CALLS.current
+        return call if call is not None and call.owner is self else None
+
+    @contextmanager
+    def _calling(self) -> Iterator[PeftCall]:
+        former, call = _CALLS.current, PeftCall(self)
+        _CALLS.current = call
+        try:
+            yield call
+        finally:
+            _CALLS.current = former
+
+
+class PrefixAcceleration(PromptLearning):
+    """``get_prompt`` of a PEFT model with prefixes returns a cache that does not hold them.
+
+    ``layers`` are its attention layers by their ``layer_idx``, which is their place in PEFT's cache; in an
+    encoder-decoder, those in which the decoder attends to itself.
     """
 
     def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
-        super().__init__(peft_model.base_model)
+        super().__init__(peft_model, [layer.module for layer in layers.values()])
         self.layers = layers
-        self.peft_model = peft_model
-        peft_model.get_prompt = self.get_prompt
+        self.sources = _sources(layers)
+        self.layer_names = {module: name for name, module in self.modules.items()}
         self.handles += [
             layer.module.register_forward_pre_hook(_bias_prefix, with_kwargs=True)
             for layer in layers.values()
@@ -84,10 +273,10 @@ class PrefixAcceleration(CachedPrefix):
             and "position_bias" in parameter_names(layer.module)
         ]
 
-    def get_prompt(
-        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    def prompt_of_call(
+        self, call: PeftCall, batch_size: int, task_ids: Tensor | None
     ) -> PrefixCache | EncoderDecoderCache:
-        """The active adapter's prefix, computed once a call, for whatever batch size."""
+        """Return a cache with the active adapter's prefix, computed once a call, for whatever batch size."""
         peft_model = self.peft_model
         config = peft_model.active_peft_config
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]
@@ -95,18 +284,21 @@ class PrefixAcceleration(CachedPrefix):
         rows = self._rows(encoder, config).to(peft_model.base_model.dtype)
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
         two_halves = self.backbone.config.is_encoder_decoder
-        # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
-        first = {i: (4 * i) % (2 * layers) if two_halves else 2 * i for i in self.layers}
-        prefixes = {
-            layer.module: GivenPrefix(keys_values[first[i]], keys_values[first[i] + 1], window=layer.window)
-            for i, layer in self.layers.items()
-        }
-        cache = PrefixCache(layers, length, prefixes)
+        prefixes = {}
+        for index, layer in self.layers.items():
+            source = self.sources[index]
+            # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
+            first = (4 * source) % (2 * layers) if two_halves else 2 * source
+            pair = [_fitted(tensor, layer) for tensor in keys_values[first : first + 2]]
+            if pair[0] is not None and pair[1] is not None:
+                name = self.layer_names[layer.module]
+                prefixes[name] = GivenPrefix(pair[0], pair[1], window=layer.window)
+        cache = PrefixCache(len(self.layers), length, prefixes)
         return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
 
     def _rows(self, encoder: Any, config: Any) -> Tensor:
         """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
-        if not (config.inference_mode or reentrant(self.backbone)):
+        if not (config.inference_mode or reentrant(self.backbone) or wrapped_reentrantly(self.backbone)):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
             return rows
@@ -116,18 +308,46 @@ class PrefixAcceleration(CachedPrefix):
         weight: Tensor = encoder.embedding.weight
         return weight
 
-    def remove(self) -> None:
-        """Take everything back."""
-        super().remove()
-        del self.peft_model.get_prompt
+
+def wrapped_reentrantly(backbone: nn.Module) -> bool:
+    """Return whether PyTorch's wrapper checkpoints a layer of a backbone reentrantly."""
+    functions = (vars(module).get(_WRAPPER) for module in backbone.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+
+
+def _fitted(prefix: Tensor, layer: Layer) -> Tensor | None:
+    """Cut keys or values ``[H, m, D]`` to a layer's heads and head size, as PEFT does; None: the layer's are larger."""
+    heads, size = layer.shape.kv_heads, layer.shape.key_size
+    if heads > prefix.shape[0] or size > prefix.shape[2]:
+        return None
+    return prefix[:heads, :, :size]
+
+
+def _sources(layers: dict[int, Layer]) -> dict[int, int]:
+    """Return for each layer the one whose keys it attends to: another one's, where layers share keys and values."""
+    first: dict[tuple[Any, ...], int] = {}
+    identities = {index: (layer.key.data_ptr(), layer.key.shape) for index, layer in sorted(layers.items())}
+    return {index: first.setdefault(identity, index) for index, identity in identities.items()}
+
+
+def _registered(names: set[str | None]) -> str | None:
+    """Return the attention of a model's configurations, if there is one and ``transformers`` has it by name."""
+    name = next(iter(names)) if len(names) == 1 else None
+    known = name in AttentionInterface() and name in AttentionMaskInterface()
+    return name if known and not str(name).startswith(NAME) else None
+
+
+def _refuse_replica(module: nn.Module, args: tuple[Any, ...]) -> None:
+    refuse_replicas(module)
 
 
 def _bias_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention that makes T5's relative biases: the prefix, which stands at the positions
     before all tokens, gets the first of them. T5 counts the keys, among which it is not.
     """
-    binding = kwargs.get(CARRIED, {}).get(module)
-    if binding is not None and kwargs.get("position_bias") is None:
+    carried = carried_bindings()
+    binding: Binding | None = None if carried is None else carried.bindings.get(module)
+    if isinstance(binding, GivenPrefix) and kwargs.get("position_bias") is None:
         hidden = args[0] if args else kwargs["hidden_states"]
         queries, seen = hidden.shape[1], binding.key.shape[1] + binding.past
         bias = module.compute_bias(queries, seen + queries, device=hidden.device, past_seen_tokens=seen)

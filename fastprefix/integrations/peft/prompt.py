@@ -1,152 +1,228 @@
-"""PEFT's prompts on a decoder, run once for the whole batch; ``shared_prompt`` says why that is exact."""
+"""Run PEFT's prompts on a decoder once for the whole batch; ``shared_prompt`` explains why that is exact."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import CARRIED, GivenPrefix, Prefix
-from ..transformers.discovery import Layer
-from ..transformers.hooks import by_name, find_cache, not_checkpointed, reentrant
+from ..transformers.attention import CarriedBindings, GivenPrefix, Prefix, carrying
+from ..transformers.discovery import Layer, backbone_of
+from ..transformers.hooks import (
+    Forward,
+    Interception,
+    by_name,
+    find_cache,
+    not_checkpointed,
+    parameter_names,
+    reentrant,
+)
 from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import has_dropout, reaching
-from .prefix import CachedPrefix
+from ..transformers.switching import forgotten
+from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wrapped_reentrantly
+
+_LOSS = "_loss_function"
+"""The attribute of a ``transformers`` model that holds a loss other than its default one."""
 
 
-class PromptAcceleration(CachedPrefix):
-    """PEFT goes on putting the prompt before every row; the backbone takes it off again and runs it once.
+class PromptAcceleration(PromptLearning):
+    """PEFT goes on putting the prompt before every row; the backbone removes it and runs it once.
 
-    PEFT asks for its prompt in ``get_prompt`` and then calls the model. What it gets is a placeholder without gradient,
-    and the prompt itself waits for the call of the backbone. ``layers`` are the attention layers.
+    PEFT asks for its prompt in ``get_prompt`` and then calls the model. It gets a placeholder without a gradient, and
+    the prompt itself waits for the call of the backbone. The head, too, runs on the prompt's states once, and the loss
+    starts at the last of them, whose label is the first token.
     """
 
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
-        super().__init__(peft_model.base_model)
+        model = peft_model.base_model
+        backbone = innermost_backbone(model)
+        self.positions = Positions.of(backbone)  # found by running it, so before it has hooks
+        super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
-        self.peft_model = peft_model
+        self.layer_names = {module: name for name, module in self.modules.items()}
         self.drops = has_dropout(self.backbone)
-        self.positions = Positions.of(self.backbone)
-        self.calling = False  # PEFT's forward or generate is in progress, and nobody else asks for the prompt
-        self.prompt: Tensor | None = None  # [1, m, d], waiting for the call of the backbone
-        self.ran: Any = None  # the prompt's run, waiting for that call's end
-        self.handles += [
-            peft_model.register_forward_pre_hook(self.open_call),
-            peft_model.register_forward_hook(self.close_call, always_call=True),
-            self.backbone.register_forward_hook(self.restore_prompt, always_call=True),
-        ]
-        peft_model.get_prompt = self.get_prompt
-        if hasattr(peft_model, "generate"):
-            peft_model.generate = self.generate
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self.handles.append(Interception(head, self.run_head))
+        self.former_loss = vars(model).get(_LOSS)
+        if getattr(model, "loss_function", None) is ForCausalLMLoss:
+            setattr(model, _LOSS, self.loss)
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
-        """The prompt in every row, as PEFT has it; in PEFT's own calls a placeholder for it."""
-        peft_model = self.peft_model
-        get_prompt = functools.partial(type(peft_model).get_prompt, peft_model)
-        if not self.calling:
-            every_row: Tensor = get_prompt(batch_size, task_ids)
-            return every_row
-        prompt: Tensor = get_prompt(1, task_ids)
-        self.prompt = prompt
+    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
+        """Return a placeholder for the prompt in every row."""
+        prompt: Tensor = type(self.peft_model).get_prompt(self.peft_model, 1, task_ids)
+        call.prompt = prompt
         return prompt.detach().expand(batch_size, -1, -1)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the backbone: run the prompt once, then the tokens after it."""
-        prompt, self.prompt = self.prompt, None
-        if prompt is None:
-            return super().begin(module, args, kwargs)
-        arguments = by_name(self.names, args, kwargs)
-        embeds = arguments["inputs_embeds"]
-        prompt, tokens = prompt.to(embeds), embeds[:, prompt.shape[1] :]
-        if self._shares(arguments):
-            self.ran, cache = self._run(prompt, arguments)
-            arguments["inputs_embeds"] = tokens
-            arguments[self.cache_name] = cache
-            types = arguments.get("token_type_ids")
-            if types is not None:
-                arguments["token_type_ids"] = types[:, prompt.shape[1] :]
-        else:
-            arguments["inputs_embeds"] = torch.cat([prompt.expand(embeds.shape[0], -1, -1), tokens], dim=1)
-        return super().begin(module, (), arguments)
+    def remove(self) -> None:
+        """Remove all hooks."""
+        super().remove()
+        attributes = vars(self.peft_model.base_model)
+        if attributes.get(_LOSS) == self.loss:
+            del attributes[_LOSS]
+            if self.former_loss is not None:
+                attributes[_LOSS] = self.former_loss
 
-    def restore_prompt(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the backbone: the prompt's hidden states before every row's, for PEFT's heads and labels."""
-        ran, self.ran = self.ran, None
-        if ran is None or output is None:
-            return output
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the prompt once, then the tokens after it. The result has both, as PEFT's heads and labels expect."""
+        arguments = by_name(self.names, args, kwargs)
+        call = self.call_in_progress()
+        if call is None or call.prompt is None:
+            return super().run(forward, (), arguments)
+        embeds = arguments["inputs_embeds"]
+        prompt, call.prompt = call.prompt.to(embeds), None
+        length = prompt.shape[1]
+        alone = self._arguments_of_prompt(arguments, length)
+        if alone is None:
+            prompts = prompt.expand(embeds.shape[0], -1, -1)
+            arguments["inputs_embeds"] = torch.cat([prompts, embeds[:, length:]], dim=1)
+            return super().run(forward, (), arguments)
+        self.implementation.check()
+        reach = None
+        if self.positions.by_length is not None:
+            positions = self.positions.moved(arguments, 0)
+            reach = positions[..., :1, :length], positions.amax()
+        ran, cache = self._run_prompt(forward, prompt, alone, reach)
+        rest = {name: value[..., length:] for name, value in _per_token(arguments, embeds).items()}
+        arguments.update(rest, inputs_embeds=embeds[:, length:])
+        arguments[self.cache_name] = cache
+        return self._restored(call, ran, super().run(forward, (), arguments))
+
+    def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the head on hidden states; on the prompt's, which are the same in every row, once."""
+        states = self._states()
+        given = next(iter((*args, *kwargs.values())), None)
+        if states is None or not isinstance(given, Tensor) or not states.is_whole(given):
+            return forward(*args, **kwargs)
+        return repeat_before(forward(states.prompt), forward(states.tokens))
+
+    def loss(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss of a language model from the last position of the prompt on, whose label is the first token.
+
+        PEFT's labels of the prompt itself are all -100, so that its other rows add nothing.
+        """
+        states = self._states()
+        whole = () if states is None else states.whole.shape[:2]
+        options = kwargs.get("shift_labels"), kwargs.get("ignore_index")
+        if states is not None and logits.shape[:2] == labels.shape == whole and options == (None, None):
+            first = states.prompt.shape[1] - 1
+            logits, labels = logits[:, first:].float().contiguous(), labels[:, first:]
+        loss: Tensor = ForCausalLMLoss(logits, labels, *args, **kwargs)
+        return loss
+
+    def _states(self) -> SplitStates | None:
+        """Return what the backbone returned to the call in progress, where the prompt ran once."""
+        call = self.call_in_progress()
+        return None if call is None or torch.compiler.is_compiling() else call.states
+
+    def _restored(self, call: PeftCall, ran: Any, output: Any) -> Any:
+        """Put the prompt's hidden states before every row's."""
+        first = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        call.states = SplitStates(ran.last_hidden_state, first)
         if isinstance(output, tuple):
-            return (_before(ran.last_hidden_state, output[0]), *output[1:])
-        output.last_hidden_state = _before(ran.last_hidden_state, output.last_hidden_state)
+            return (call.states.whole, *output[1:])
+        output.last_hidden_state = call.states.whole
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(map(_before, ran.hidden_states, output.hidden_states))
+            output.hidden_states = tuple(map(repeat_before, ran.hidden_states, output.hidden_states))
         return output
 
-    def open_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the PEFT model."""
-        self.calling = True
-
-    def close_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the PEFT model, called whatever happened."""
-        lost = output is not None and self.prompt is not None
-        self.calling, self.prompt = False, None
-        if lost:
-            raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt")
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's ``generate``."""
-        self.calling = True
-        try:
-            return type(self.peft_model).generate(self.peft_model, *args, **kwargs)
-        finally:
-            self.calling, self.prompt = False, None
-
-    def remove(self) -> None:
-        """Take everything back."""
-        super().remove()
-        del self.peft_model.get_prompt
-        self.peft_model.__dict__.pop("generate", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
-        return {**self.__dict__, "calling": False, "prompt": None, "ran": None}
-
-    def _shares(self, arguments: dict[str, Any]) -> bool:
-        """Whether the prompt can run once in this call."""
+    def _arguments_of_prompt(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
+        """Return what the prompt's own run needs besides its embeddings; None: the prompt has to run in every row."""
         cache, mask = find_cache(arguments), arguments.get("attention_mask")
         drops = self.drops and self.backbone.training  # anew in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
-        plain = mask is None or mask.ndim == 2
+        plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         filled = cache is not None and cache.get_seq_length() > 0
-        return plain and not (drops or counted or filled or reentrant(self.backbone))
+        if not plain or drops or counted or filled or reentrant(self.backbone) or wrapped_reentrantly(self.backbone):
+            return None
+        alone: dict[str, Any] = {"output_hidden_states": arguments.get("output_hidden_states")}
+        for name, value in _per_token(arguments, arguments["inputs_embeds"]).items():
+            if name == "attention_mask":
+                continue
+            first = value[..., :1, :length]
+            if value.shape[-2] > 1 and not torch.equal(value[..., :length], first.expand(*value.shape[:-1], -1)):
+                return None
+            alone[name] = first
+        return alone
 
-    def _run(self, prompt: Tensor, arguments: dict[str, Any]) -> tuple[Any, PrefixCache]:
-        """What the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer."""
+    def _run_prompt(
+        self, forward: Forward, prompt: Tensor, alone: dict[str, Any], reach: tuple[Tensor, Tensor] | None
+    ) -> tuple[Any, PrefixCache]:
+        """Return what the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer.
+
+        ``reach`` holds the prompt's positions and the last one of the call, where rotary frequencies depend on it.
+        """
+        self.carry_through_checkpoints()  # PyTorch's wrapper stays on while the prompt runs
+        length = prompt.shape[1]
+        if reach is not None:
+            longer = {name: _with_one_more(value) for name, value in alone.items()}
+            prompt, longer["position_ids"] = reaching(prompt, *reach)
+            alone = longer
         seen = {layer.module: _Seen() for layer in self.layers}
-        states = arguments.get("output_hidden_states")
-        length, options = prompt.shape[1], {}
-        if self.positions.by_length is not None:
-            positions = self.positions.moved(arguments, 0)
-            prompt, options["position_ids"] = reaching(prompt, positions[..., :1, :length], positions.amax())
-        with not_checkpointed(self.backbone):
-            ran = self.backbone.forward(
-                inputs_embeds=prompt,
-                use_cache=False,
-                output_hidden_states=states,
-                return_dict=True,
-                **options,
-                **{CARRIED: seen},
-            )
+        with not_checkpointed(self.backbone), carrying(CarriedBindings(seen)):
+            ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
-        if states:
+        if getattr(ran, "hidden_states", None) is not None:
             ran.hidden_states = tuple(state[:, :length] for state in ran.hidden_states)
         prefixes = {}
         for layer in self.layers:
             key, value = seen[layer.module].pair
-            prefixes[layer.module] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
+            name = self.layer_names[layer.module]
+            prefixes[name] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
         return ran, PrefixCache(len(self.layers), length, prefixes)
+
+
+def _with_one_more(value: Any) -> Any:
+    """Return an argument that holds a number for every token, with the last one twice."""
+    return torch.cat([value, value[..., -1:]], dim=-1) if isinstance(value, Tensor) else value
+
+
+def _per_token(arguments: dict[str, Any], embeds: Tensor) -> dict[str, Tensor]:
+    """Return the arguments that hold a number for every token ``[..., B, m + N]`` of the embeddings."""
+    rows, tokens = embeds.shape[:2]
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.ndim in (2, 3) and value is not embeds
+        if value.shape[-1] == tokens and value.shape[-2] in (1, rows) and not value.is_floating_point()
+    }
+
+
+def innermost_backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the innermost module that a model calls with embeddings and an attention mask ``[B, N]``.
+
+    Models of images and text compute positions of several dimensions before they call it.
+    """
+    backbone = backbone_of(model)
+    found: list[nn.Module] = [backbone]
+    table = model.get_input_embeddings()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+
+    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = by_name(parameter_names(module), args, kwargs)
+        embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.shape == ids.shape
+        if plain and isinstance(embeds, Tensor) and module in set(found[-1].modules()):
+            found.append(module)
+
+    inside = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m is not backbone]
+    handles = [
+        m.register_forward_pre_hook(reached, with_kwargs=True) for m in inside if "inputs_embeds" in parameter_names(m)
+    ]
+    try:
+        with forgotten(model), torch.no_grad():
+            backbone(inputs_embeds=table(ids), attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception:  # whatever a family makes of embeddings alone
+        return backbone
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[-1]
 
 
 class _Seen:
@@ -164,8 +240,3 @@ class _Seen:
 
     def bias(self, query: Tensor) -> None:
         """None: there is no prefix."""
-
-
-def _before(prompt: Tensor, tokens: Tensor) -> Tensor:
-    """``[1, m, d]`` before ``[B, N, d]``."""
-    return torch.cat([prompt.expand(tokens.shape[0], -1, -1), tokens], dim=1)

@@ -10,7 +10,10 @@ The shape of a mask tells its case, so neither a keyword nor a module's ``is_cau
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -126,7 +129,10 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
     """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
     keys = torch.tensor([query, query - window + 1], device=device)
-    return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+    try:
+        return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+    except IndexError:  # it looks positions of the batch up: images, for one, are seen in both directions
+        return False
 
 
 def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Tensor | None:
@@ -200,11 +206,8 @@ MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
 BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
 
-CARRIED = "fastprefix_bindings"
-"""The keyword under which a call carries bindings of its own, by attention module, in place of those on the modules.
-
-A call's own arguments are also what gradient checkpointing runs a layer again with.
-"""
+WATCHED = "_fastprefix_watched"
+"""The attribute of an attention module that counts the accelerated PEFT models whose calls carry its prefix."""
 
 Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
@@ -228,7 +231,8 @@ class GivenPrefix:
     """A binding that holds its prefix.
 
     ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
-    all tokens; ``past`` of them are in a cache.
+    all tokens; ``past`` of them are in a cache, and ``tokens`` are in the call (0: as many as there are queries). Some
+    layers get the last queries only.
     """
 
     key: Tensor
@@ -236,6 +240,7 @@ class GivenPrefix:
     output_gate: Tensor | None = None
     window: int | None = None
     past: int = 0
+    tokens: int = 0
 
     def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
         """The prefix, where the query is and in its dtype."""
@@ -247,7 +252,92 @@ class GivenPrefix:
 
     def bias(self, query: Tensor) -> Tensor | None:
         """What hides the prefix that the window does not reach."""
-        return window_bias(query, self.window, self.key.shape[1], self.past)
+        before = self.past + max(self.tokens - query.shape[2], 0)
+        return window_bias(query, self.window, self.key.shape[1], before)
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedBindings:
+    """The bindings of one call of a model, by attention module, in place of those on the modules.
+
+    ``own_attention`` names a registered attention to run in place of this package's: a call without an adapter gives
+    exactly the numbers of the model's own attention.
+    """
+
+    bindings: Mapping[nn.Module, Binding]
+    own_attention: str | None = None
+
+
+class _Call(threading.local):
+    """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
+
+    carried: CarriedBindings | None = None
+
+
+_CALL = _Call()
+
+
+def carried_bindings() -> CarriedBindings | None:
+    """Return what the call in progress carries, or None outside of such a call."""
+    return _CALL.carried
+
+
+@contextmanager
+def carrying(carried: CarriedBindings | None) -> Iterator[None]:
+    """Carry bindings to every attention module that is called in this context, in this thread."""
+    former, _CALL.carried = _CALL.carried, carried
+    try:
+        yield
+    finally:
+        _CALL.carried = former
+
+
+class CarryingCheckpoint:
+    """A gradient checkpointing function that runs a layer again with the bindings that its first run carried."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """Return the options of the function, where it is a ``functools.partial``."""
+        keywords: Mapping[str, Any] = getattr(self.function, "keywords", {})
+        return keywords
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer now, and let it be run again in the backward pass."""
+        if torch.compiler.is_compiling():  # the backward pass is traced: no layer runs again
+            return self.function(run, *args, **kwargs)
+        return self.function(_CarryingRun(run, _CALL.carried), *args, **kwargs)
+
+
+class _CarryingRun(NamedTuple):
+    """The run of a layer with the bindings of the call that it belongs to."""
+
+    run: Callable[..., Any]
+    carried: CarriedBindings | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with carrying(self.carried):
+            return self.run(*args, **kwargs)
+
+
+def runs_again() -> bool:
+    """Return whether a backward pass is in progress in this thread, in which checkpointed layers run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def refuse_lost_bindings() -> None:
+    """Refuse to run a layer again in a backward pass without the bindings that its first run carried.
+
+    Raises:
+        RuntimeError: gradient checkpointing that this package does not know of.
+    """
+    if _CALL.carried is None and runs_again():
+        raise RuntimeError(
+            "a layer of an accelerated PEFT model runs again in a backward pass, where the prefix of its call is not "
+            "known: enable gradient checkpointing with `gradient_checkpointing_enable()` instead of another wrapper"
+        )
 
 
 def fastprefix_attention(
@@ -270,15 +360,17 @@ def fastprefix_attention(
     """
     if kwargs.get("indices") is not None:
         raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
-    carried: Mapping[nn.Module, Binding] | None = kwargs.get(CARRIED)
+    carried = _CALL.carried
+    if getattr(module, WATCHED, 0):
+        refuse_lost_bindings()
     binding: Binding | None = getattr(module, BINDING, None)
     if carried is not None:
-        if binding is not None:
+        if binding is not None and carried.bindings:
             raise ValueError(
                 f"{type(module).__name__} has a prefix of fastprefix.attach, which cannot act in the same call as an "
                 "accelerated PEFT adapter: call the base model itself, or detach its adapter"
             )
-        binding = carried.get(module)
+        binding = carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     prefix_bias, position_bias = split_bias(position_bias, key)
@@ -307,8 +399,28 @@ def fastprefix_attention(
     return output.transpose(1, 2), None
 
 
+def _attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run this package's attention, or the one that the call in progress names in its place."""
+    own = _own_attention()
+    return (
+        fastprefix_attention(module, *args, **kwargs)
+        if own is None
+        else AttentionInterface()[own](module, *args, **kwargs)
+    )
+
+
+def _mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
+    own = _own_attention()
+    return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
+
+
+def _own_attention() -> str | None:
+    return None if _CALL.carried is None else _CALL.carried.own_attention
+
+
 def register() -> None:
     """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, fastprefix_attention)
-        AttentionMaskInterface.register(name, mask)
+        AttentionInterface.register(name, _attention_of_call)
+        AttentionMaskInterface.register(name, functools.partial(_mask_of_call, mask))

@@ -295,20 +295,22 @@ class _Halves:
 
 
 class _Windows:
-    """The sliding windows in the masks that are made, each mask carrying its own."""
+    """The sliding windows in the masks that are made. A view of a mask, such as a slice, has the mask's."""
 
     def __init__(self, mask_function: Any) -> None:
         self.mask_function = mask_function
         self.made = False  # a mask with a window
+        self.masks: dict[int, tuple[Tensor, tuple[int | None, bool]]] = {}  # by their storage, and what each says
 
     def mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-        """The mask function, which leaves a note on the mask."""
+        """The mask function; what the mask says is kept."""
         mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
             self.made = True
         if mask is not None:
             sliding = local_size is None or sees_all_of_window(kwargs["mask_function"], local_size, mask.device)
-            mask.fastprefix_window = (local_size, False) if sliding else (None, True)  # type: ignore[attr-defined]
+            window = (local_size, False) if sliding else (None, True)
+            self.masks[mask.untyped_storage().data_ptr()] = mask, window
         return mask
 
     def of(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
@@ -316,8 +318,8 @@ class _Windows:
         the layer ``said`` was meant for other kernels.
         """
         unknown = (None, self.made or said is not None)
-        window: tuple[int | None, bool] = getattr(mask, "fastprefix_window", unknown)
-        return window
+        found = None if mask is None else self.masks.get(mask.untyped_storage().data_ptr())
+        return unknown if found is None else found[1]
 
 
 class _Trace:

@@ -164,6 +164,11 @@ class Interception:
         return self.inner is None or getattr(self.inner, "__func__", None) is type(self.module).forward
 
     @property
+    def __wrapped__(self) -> Forward:
+        """Return the forward inside, for whoever looks through wrappers."""
+        return self.forward
+
+    @property
     def __signature__(self) -> inspect.Signature:
         """Return the signature of the forward inside, for ``inspect.signature``."""
         return inspect.signature(self.forward)

@@ -15,10 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...methods import PrefixMethod
-from .attention import GivenPrefix, Prefix, attended_tokens, check_one_sequence, window_bias
+from .attention import (
+    Binding,
+    GivenPrefix,
+    Prefix,
+    attended_tokens,
+    carried_bindings,
+    check_one_sequence,
+    refuse_lost_bindings,
+    runs_again,
+    window_bias,
+)
 from .discovery import Layer, backbone_of, first_tensor
 from .hooks import (
     Cut,
@@ -39,22 +49,83 @@ from .positions import PositionShift, packed_sequences, refuse_packed
 from .switching import Implementation, takes_text
 
 
-class PrefixCache(Cache):
-    """The keys and values of the tokens after a prefix; for calls that carry it, also the prefix, by module."""
+class PrefixCache(DynamicCache):
+    """The keys and values of the tokens after a prefix, and the prefix itself for calls that carry it.
 
-    def __init__(self, layers: int, length: int, prefixes: Mapping[nn.Module, GivenPrefix] | None = None) -> None:
-        super().__init__(layers=[PrefixCacheLayer(length) for _ in range(layers)])
-        self.prefixes = prefixes or {}
+    Prefixes are kept by the names of their attention modules: a name survives ``copy.deepcopy`` and ``pickle``.
+    """
+
+    layers: Any  # of ``PrefixCacheLayer``
+
+    def __init__(self, layers: int, length: int, prefixes: Mapping[str, GivenPrefix] | None = None) -> None:
+        super().__init__()
+        self.layers = [PrefixCacheLayer(length) for _ in range(layers)]
+        self.prefixes = dict(prefixes or {})
         self.length = length
 
-    def bindings(self) -> dict[nn.Module, GivenPrefix]:
-        """What the next call's attention modules are bound to."""
+    def bindings(self, modules: Mapping[str, nn.Module], tokens: int) -> dict[nn.Module, Binding]:
+        """Return the prefix of each attention module in the next call, given the modules by name."""
         past = int(self.get_seq_length()) - self.length
-        return {module: replace(prefix, past=past) for module, prefix in self.prefixes.items()}
+        return {modules[name]: replace(prefix, past=past, tokens=tokens) for name, prefix in self.prefixes.items()}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a layer's tokens, unless gradient checkpointing runs the layer again.
+
+        Raises:
+            RuntimeError: the call does not carry the prefix, which would be lost.
+        """
+        if self.prefixes:
+            refuse_lost_bindings()
+            carried = carried_bindings()
+            if carried is None:
+                raise RuntimeError(
+                    "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with "
+                    "an accelerated model only: fill another one"
+                )
+            if runs_again():
+                past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
+                ran: tuple[Tensor, Tensor] = self.layers[layer_idx].again(key_states, value_states, past)
+                return ran
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, and where there are fewer, the last ones of the prefix.
+
+        ``tokens_to_remove`` is negative; older ``transformers`` give a positive length to keep instead.
+        """
+        total = int(self.get_seq_length())
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(total - tokens_to_remove, 0)
+        tokens = total - self.length
+        for layer in self.layers:
+            layer.remove_tokens(min(removed, tokens))
+        if removed > tokens:
+            self._set_length(max(total - removed, 0))
+
+    def reset(self) -> None:
+        """Remove everything, the prefix too."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._set_length(0)
+
+    def _set_length(self, length: int) -> None:
+        """Keep only so many tokens of the prefix."""
+        self.length = length
+        for layer in self.layers:
+            layer.prefix_length = length
+        shorter = (
+            (name, replace(prefix, key=prefix.key[:, :length], value=prefix.value[:, :length]))
+            for name, prefix in self.prefixes.items()
+        )
+        self.prefixes = dict(shorter) if length else {}
 
 
 class PrefixCacheLayer(DynamicLayer):
     """One layer's tokens, after a prefix of ``prefix_length``."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, prefix_length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,6 +142,13 @@ class PrefixCacheLayer(DynamicLayer):
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
+    def again(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Return what ``update`` returned after so many tokens, without adding anything."""
+        if past == 0:
+            return key_states, value_states
+        keys = torch.cat([self.keys[..., :past, :], key_states], dim=-2)
+        return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
+
     def get_seq_length(self) -> int:
         """How many tokens came before, those of the prefix too."""
         return self.prefix_length + int(super().get_seq_length())
@@ -78,6 +156,26 @@ class PrefixCacheLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys there are, and at which position they begin: after the prefix."""
         return int(super().get_seq_length()) + query_length, self.prefix_length
+
+    def remove_tokens(self, count: int) -> None:
+        """Remove the last tokens, of which there are at least so many."""
+        if count > 0 and self.is_initialized:
+            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Reorder the rows. A layer that never ran, such as one beyond a model's last, has none."""
+        if self.is_initialized:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.is_initialized:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        if self.is_initialized:
+            super().batch_select_indices(indices)
 
 
 _GATES = "fastprefix_gates"

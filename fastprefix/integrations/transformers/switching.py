@@ -643,6 +643,11 @@ class Implementation:
                     f"its attention is {self.name!r} until the adapter is taken off"
                 )
 
+    def former_attentions(self) -> set[str | None]:
+        """Return the attentions that the model had before this package's."""
+        assert self.configurations is not None
+        return {each.attention for each in self.configurations.configurations() if each.attentions}
+
     def restore(self) -> None:
         """Take back what is this user's. The attention is the former one once nobody needs this package's."""
         assert self.configurations is not None
