@@ -34,8 +34,8 @@ OVERLAID := $(OVERLAY)/.installed
 
 .PHONY: bench test matrix lint docs sanitize format install clean
 
-bench: $(BUILT)
-	$(BIN)/python -m benchmarks $(BENCH)
+bench: $(BUILT) $(OVERLAID)
+	PYTHONPATH=$(abspath $(OVERLAY)) $(BIN)/python -m benchmarks $(BENCH)
 
 # Pytest exits with 5 where TEST selects no test of PEFT.
 test: $(BUILT) $(OVERLAID)

@@ -55,6 +55,8 @@ from benchmarks.options import QUICK_NOTE
 from benchmarks.timing import Clock, Samples, interleave, timed
 from fastprefix.ops.backends import BACKENDS
 
+from . import peft_support
+
 CPU = torch.device("cpu")
 TINY = Size(layers=1, width=32, heads=2, vocabulary=512, rows=2, length=16)
 PNG = b"\x89PNG"
@@ -277,7 +279,9 @@ class TestMethods:
         masks = [batch["attention_mask"] for batch in task.train]
         assert task.tokens_per_step() == sum(int(mask.sum()) for mask in masks) / len(masks)
 
+    @pytest.mark.peft
     def test_every_method_trains(self, corpus: Corpus) -> None:
+        peft_support.require(peft_support.prefixes_of_classifiers)
         for subject in _tiny(corpus):
             contest = Contest(subject.model, subject.task, methods.all_methods(), seed=0)
             results = contest.run(Rounds(steps=4, evaluations=2, warmup=1), tick=lambda _: None)
@@ -299,7 +303,9 @@ class TestMainJob:
         monkeypatch.setitem(models.SIZES, "quick", TINY)
         monkeypatch.setitem(main_job.ROUNDS, "quick", Rounds(steps=6, evaluations=3, warmup=1))
 
+    @pytest.mark.peft
     def test_all_of_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        peft_support.require(peft_support.prefixes_of_classifiers)
         assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "RANDOM weights" in printed
