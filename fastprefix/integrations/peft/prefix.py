@@ -29,6 +29,7 @@ from ..transformers.attention import (
     GivenPrefix,
     carried_bindings,
     carrying,
+    two_adapters,
 )
 from ..transformers.discovery import Layer, backbone_of
 from ..transformers.hooks import (
@@ -109,10 +110,7 @@ class CachedPrefix:
             cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):
             if runs_with_adapter(self.backbone):
-                raise ValueError(
-                    "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in "
-                    "the same call as an accelerated PEFT adapter: call the base model itself, or detach its adapter"
-                )
+                raise two_adapters()
             given = [arguments.get(name) for name in self.inputs]
             tokens = next((int(each.shape[1]) for each in given if isinstance(each, Tensor)), 0)
             return CarriedBindings(cache.bindings(self.modules, tokens))

@@ -340,6 +340,14 @@ def refuse_lost_bindings() -> None:
         )
 
 
+def two_adapters() -> ValueError:
+    """Return the error of a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
+    return ValueError(
+        "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call as "
+        "an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
+    )
+
+
 def fastprefix_attention(
     module: nn.Module,
     query: Tensor,
@@ -366,10 +374,7 @@ def fastprefix_attention(
     binding: Binding | None = getattr(module, BINDING, None)
     if carried is not None:
         if binding is not None and carried.bindings:
-            raise ValueError(
-                f"{type(module).__name__} has a prefix of fastprefix.attach, which cannot act in the same call as an "
-                "accelerated PEFT adapter: call the base model itself, or detach its adapter"
-            )
+            raise two_adapters()
         binding = carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix

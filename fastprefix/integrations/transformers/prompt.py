@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from ...methods import DePT, PromptMethod
+from .attention import two_adapters
 from .discovery import backbone_of, embeds_ids_as_given, entry_of, ordinary_ids, receives_ids
 from .hooks import (
     Forward,
@@ -37,6 +38,7 @@ from .hooks import (
     refuse_replicas,
 )
 from .positions import Positions, refuse_packed
+from .prefix import PrefixCache
 
 
 @dataclass
@@ -138,6 +140,8 @@ class PromptHooks:
                 "`past_key_values` or `cache_implementation` must be a cache that grows, since it holds the prompt's "
                 "rows beside the tokens. Use a DynamicCache, or share the prompt."
             )
+        if isinstance(cache, PrefixCache):
+            raise two_adapters()
         if cache is not None:
             count_all_rows(cache)
         past = past_length(arguments)
