@@ -343,8 +343,8 @@ def refuse_lost_bindings() -> None:
 def two_adapters() -> ValueError:
     """Return the error of a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
     return ValueError(
-        "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call as "
-        "an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
+        "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
+        "as an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
     )
 
 
