@@ -1,6 +1,7 @@
 """Calls of accelerated PEFT models: how they carry a prefix, and what a prompt's rows cost; PEFT is the oracle."""
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -281,6 +282,8 @@ def test_token_types_of_a_decoder(kind: str, auto: Any) -> None:
     torch.manual_seed(0)
     task = "SEQ_CLS" if auto is AutoModelForSequenceClassification else "TOKEN_CLS"
     model = tuned(auto.from_config(GPT2Config(**GPT2, **NO_DROPOUT)), kind, task)
+    if kind == "prefix" and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        pytest.skip("this PEFT gives such a model of this transformers no prefix: its cache has another name")
     inputs = {**models.batch("right"), "token_type_ids": models.batch()["input_ids"] % 2 + 3}
     expected = evaluated(model, inputs)
     fastprefix.accelerate(model)

@@ -55,10 +55,9 @@ class PrefixCache(DynamicCache):
     Prefixes are kept by the names of their attention modules: a name survives ``copy.deepcopy`` and ``pickle``.
     """
 
-    layers: Any  # of ``PrefixCacheLayer``
-
     def __init__(self, layers: int, length: int, prefixes: Mapping[str, GivenPrefix] | None = None) -> None:
         super().__init__()
+        self.layer_class_to_replicate = None
         self.layers = [PrefixCacheLayer(length) for _ in range(layers)]
         self.prefixes = dict(prefixes or {})
         self.length = length
@@ -86,8 +85,7 @@ class PrefixCache(DynamicCache):
                 )
             if runs_again():
                 past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
-                ran: tuple[Tensor, Tensor] = self.layers[layer_idx].again(key_states, value_states, past)
-                return ran
+                return self._prefix_layers()[layer_idx].again(key_states, value_states, past)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -99,7 +97,7 @@ class PrefixCache(DynamicCache):
         total = int(self.get_seq_length())
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(total - tokens_to_remove, 0)
         tokens = total - self.length
-        for layer in self.layers:
+        for layer in self._prefix_layers():
             layer.remove_tokens(min(removed, tokens))
         if removed > tokens:
             self._set_length(max(total - removed, 0))
@@ -109,10 +107,13 @@ class PrefixCache(DynamicCache):
         super().reset()  # type: ignore[no-untyped-call]
         self._set_length(0)
 
+    def _prefix_layers(self) -> list[PrefixCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PrefixCacheLayer)]
+
     def _set_length(self, length: int) -> None:
         """Keep only so many tokens of the prefix."""
         self.length = length
-        for layer in self.layers:
+        for layer in self._prefix_layers():
             layer.prefix_length = length
         shorter = (
             (name, replace(prefix, key=prefix.key[:, :length], value=prefix.value[:, :length]))
@@ -123,9 +124,6 @@ class PrefixCache(DynamicCache):
 
 class PrefixCacheLayer(DynamicLayer):
     """One layer's tokens, after a prefix of ``prefix_length``."""
-
-    keys: Any
-    values: Any
 
     def __init__(self, prefix_length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -144,7 +142,7 @@ class PrefixCacheLayer(DynamicLayer):
 
     def again(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
         """Return what ``update`` returned after so many tokens, without adding anything."""
-        if past == 0:
+        if past == 0 or self.keys is None or self.values is None:
             return key_states, value_states
         keys = torch.cat([self.keys[..., :past, :], key_states], dim=-2)
         return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
@@ -159,7 +157,7 @@ class PrefixCacheLayer(DynamicLayer):
 
     def remove_tokens(self, count: int) -> None:
         """Remove the last tokens, of which there are at least so many."""
-        if count > 0 and self.is_initialized:
+        if count > 0 and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
     def reorder_cache(self, beam_idx: Any) -> None:
