@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.discovery import build, parts, shrunk
+from fastprefix.integrations.transformers.discovery import parts, small_copy
 from tests.float64 import Float64
 
 BOUND = 1e-10
@@ -108,20 +108,13 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
     own = getattr(transformers, class_name).config_class
     if not isinstance(config, own) and isinstance(config.get_text_config(), own):
         config = config.get_text_config()
-    config = shrunk(config, LAYERS)
     for part in parts(config):
-        for name, value in (SET | options).items():
+        for name, value in options.items():
             if vars(part).get(name) is not None:
                 setattr(part, name, value)
         if part.model_type.endswith("_thinker"):
             part.vision_start_token_id = 0
-        part._experts_implementation = "eager"  # the others take no float64
-    config.architectures = [class_name]
-    with torch.device("meta"):
-        size = build(config).num_parameters()
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters are left")
-    return build(config).double().eval()
+    return small_copy(config, getattr(transformers, class_name), torch.float64)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
