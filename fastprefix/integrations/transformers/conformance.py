@@ -14,7 +14,9 @@ import functools
 import json
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from transformers import PreTrainedModel, StaticCache
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from ...methods import METHODS, MethodConfig, PrefixMethod
@@ -36,6 +39,10 @@ BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
 _VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
 _PADDING = 3
+_TINY = 2_000_000
+"""A model of so many parameters is as cheap to run as its small copy."""
+_LARGEST = 100_000_000
+"""A model of which there is no small copy is checked itself up to this size."""
 _PACKAGE = str(Path(__file__).parents[2])
 
 Verdict = Literal["ok", "differs", "fails", "refused", "not applicable"]
@@ -149,11 +156,30 @@ def check(
     with _LOCK:
         if names is not None or key not in _REPORTS:
             plain = copy_of(model)
-            report = _compared(plain, small_method, attach, names)
+            if plain is None:
+                none = Finding("ids", "not applicable", reason="no small copy of the model runs")
+                return Report(type(model).__name__, type(config).__name__, (none,))
+            if getattr(plain, "generation_config", None) is not None:
+                plain.generation_config.eos_token_id = None  # two tokens are generated in any case
+            with _quiet():
+                report = _compared(plain, small_method, attach, names)
             if names is not None:
                 return report
             _REPORTS[key] = report
         return _REPORTS[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the families say of a small copy's sizes from the user."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def structure(model: PreTrainedModel) -> str:
@@ -168,10 +194,19 @@ def structure(model: PreTrainedModel) -> str:
     return json.dumps(contents, sort_keys=True, default=str)
 
 
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a small copy of a model in float64, or a copy of the model itself where none can be built."""
+def copy_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a small copy of a model in float64, or a copy of the model itself where none can be built; None: the model
+    is too large for that, or its weights are not floating point numbers in memory.
+    """
     small = _small(model)
-    return copy.deepcopy(model).double().eval() if small is None else copy.deepcopy(small)
+    if small is not None:
+        copied: PreTrainedModel = copy.deepcopy(small)
+        return copied
+    unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
+    if unusual or model.num_parameters() > _LARGEST:
+        return None
+    own: PreTrainedModel = copy.deepcopy(model).double().eval()
+    return own
 
 
 def _small(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -188,6 +223,12 @@ def _small(model: PreTrainedModel) -> PreTrainedModel | None:
         if len(_COPIES) > 8:
             del _COPIES[next(iter(_COPIES))]
     return _COPIES[key]
+
+
+def stand_in(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the small copy of a model that its trials are held on, or the model itself where there is none."""
+    small = None if model.num_parameters() <= _TINY else _small(model)
+    return model if small is None else small
 
 
 def small_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
@@ -355,7 +396,6 @@ class Situations:
                 "boxes": alike("boxes", self._boxes),
                 "long inputs": alike("long", self._long),
                 "packed sequences": self._packed,
-                "images": alike("images", self._images),
             }
         if self.caches:
             chosen |= {
@@ -367,7 +407,7 @@ class Situations:
             }
         if self.is_text and self.plain.can_generate():
             chosen["beam search"] = self._beams
-        return chosen | {
+        chosen |= {
             "forward called directly": self._direct,
             "gradient checkpointing": functools.partial(self._checkpointing, False),
             "reentrant gradient checkpointing": functools.partial(self._checkpointing, True),
@@ -375,6 +415,9 @@ class Situations:
             "selected hidden states": alike("selected", self._states([0, -1]), gradients=False),
             "tuples": alike("tuples", self._tuples, gradients=False),
         }
+        if self.is_plain:  # last: some models remember where a former call's images were
+            chosen["images"] = alike("images", self._images)
+        return chosen
 
     # Comparisons
 
@@ -517,7 +560,7 @@ class Situations:
         model: Any = subject.model
         with torch.no_grad():
             output = model.generate(
-                do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0, eos_token_id=-1,
+                do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
                 max_new_tokens=2, **options,
             )  # fmt: skip
         scores = getattr(output, "sequences_scores", None)

@@ -265,8 +265,10 @@ class PrefixTextbook:
         return record
 
     @staticmethod
-    def _attend_anywhere(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        mask = added(mask, query.dtype)
+    def _attend_anywhere(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        mask = added(attention_mask, query.dtype)
         if mask is not None:
             mask = mask[..., : key.shape[2]]
         book: PrefixTextbook | None = getattr(module, _BOOK, None)
