@@ -30,7 +30,9 @@ from .hooks import by_name, parameter_names
 from .switching import (
     Inputs,
     borrowed,
+    called,
     candidates,
+    disown,
     evaluated,
     forgotten,
     is_plain_text,
@@ -111,8 +113,13 @@ def find_layers(
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
         return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
 
-    with borrowed(model, _NAME, probe, windows.mask), trace:
-        model.base_model(**inputs)
+    try:
+        with borrowed(model, _NAME, probe, windows.mask), trace:
+            called(model)(**inputs)
+    except Exception:  # a small copy may run on what the model itself does not
+        if not disown(model):
+            raise
+        return find_layers(model, input_ids, example_inputs)
     if not layers:
         raise ValueError(
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
@@ -366,7 +373,7 @@ _LAYERS = (
     *("decoder_layers", "encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
     *("decoder_num_hidden_layers", "speech_encoder_layers", "conf_num_hidden_layers"),
 )
-_WIDTH_NAME = re.compile(r"(^|_)(hidden_size|hidden_dim|embed_dim|embedding_size|d_model)$")
+_WIDTH_NAME = re.compile(r"(^|_)(hidden_size|hidden_dim|embed_dim|embedding_size|d_model|projection_dim)$")
 _SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(
@@ -463,7 +470,7 @@ def running_inputs(model: PreTrainedModel) -> Inputs:
     for inputs in candidates(model):
         try:
             with forgotten(model), torch.no_grad():
-                model.base_model(**inputs)
+                called(model)(**inputs)
         except Exception as error:  # whatever the family makes of such inputs
             failures.append(error)
         else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -114,6 +115,12 @@ def is_plain_text(model: PreTrainedModel) -> bool:
     return is_of_text(model) and not model.config.is_encoder_decoder
 
 
+def called(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that runs on its input, without a head where that can be left out."""
+    base: nn.Module = model.base_model
+    return base if {str(model.main_input_name), "kwargs"} & set(inspect.signature(base.forward).parameters) else model
+
+
 def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
     """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
     cross-attention from self-attention.
@@ -143,7 +150,7 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     together: dict[str, Any] = {"input_ids": ids}
     for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
         first = next(_shapes(model, name), None)
-        if first is not None and name in parameter_names(model.base_model):
+        if first is not None and name in parameter_names(called(model)):
             together[name] = _noise(model, (_ROWS, *first))
     if model.config.is_encoder_decoder:
         together |= _decoder_inputs(model, _ROWS)
@@ -153,7 +160,7 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 def _required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Everything that a model requires and whose meaning its name tells; images come as patches, then as pixels."""
-    parameters = inspect.signature(model.base_model.forward).parameters.values()
+    parameters = inspect.signature(called(model).forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     demanded = {p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds}
     names = [p.name for p in parameters]
@@ -189,7 +196,7 @@ def image_candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 def _made_up(model: PreTrainedModel, name: str, sound: tuple[int, ...], frames: int) -> Tensor | None:
     """A small input of a name that says what it is; None: it does not."""
     size = functools.partial(_size, model.config)
-    names = parameter_names(model.base_model)
+    names = parameter_names(called(model))
     patch = size("patch_size") or 1
     patch = patch if isinstance(patch, int) else patch[-1]
     pixels = (size("num_channels", "in_channels", "in_chans") or 3) * (size("temporal_patch_size") or 1) * patch**2
@@ -292,10 +299,15 @@ _DONE: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 class Trial(NamedTuple):
-    """The name under which this package's attention does what a model's own does, and what that was tried on."""
+    """The name under which this package's attention does what a model's own does, and what that was tried on.
+
+    ``choice`` counts the candidates before those inputs. ``adopted``: from the trial of a small copy.
+    """
 
     attention: str
     inputs: Inputs
+    choice: int = 0
+    adopted: bool = False
 
 
 class _Call(NamedTuple):
@@ -321,9 +333,29 @@ def tried(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial
             configuration suggests.
     """
     if example_inputs is not None or model not in _DONE:
-        inputs, calls = _run_own(model, candidates(model) if example_inputs is None else [example_inputs])
-        _DONE[model] = Trial(_compared(model, inputs, calls), inputs)
+        choice, inputs, calls = _run_own(model, candidates(model) if example_inputs is None else [example_inputs])
+        _DONE[model] = Trial(_compared(model, inputs, calls), inputs, choice)
     return _DONE[model]
+
+
+def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
+    """Take the trial of a small copy for a model's own, which costs three passes over the model.
+
+    Raises:
+        ValueError: the copy's attention is not all in its arguments.
+    """
+    trial = tried(small)
+    inputs = next(itertools.islice(candidates(model), trial.choice, None), None)
+    if model not in _DONE and inputs is not None:
+        _DONE[model] = Trial(trial.attention, inputs, trial.choice, adopted=True)
+
+
+def disown(model: PreTrainedModel) -> bool:
+    """Drop a trial that was adopted; return whether it was."""
+    adopted = model in _DONE and _DONE[model].adopted
+    if adopted:
+        del _DONE[model]
+    return adopted
 
 
 def takes_text(model: PreTrainedModel) -> bool:
@@ -331,18 +363,18 @@ def takes_text(model: PreTrainedModel) -> bool:
     return is_plain_text(model) and set(tried(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
-def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[Inputs, list[_Call]]:
-    """The first inputs on which the model runs, and what its own attention makes of them."""
+def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_Call]]:
+    """The first inputs on which the model runs, which they are, and what its own attention makes of them."""
     failures: list[Exception] = []
     for inputs in choices:
         calls: list[_Call] = []
         try:
             with borrowed(model, _NAME, _recorder(calls), full_mask):
-                model.base_model(**inputs)
+                called(model)(**inputs)
         except Exception as error:  # whatever a family makes of such inputs
             failures.append(error)
         else:
-            return inputs, calls
+            return len(failures), inputs, calls
     why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
     raise ValueError(
         f"example_inputs takes keyword arguments on which {type(model).__name__} runs, since it does not run on "
@@ -355,7 +387,7 @@ def _compared(model: PreTrainedModel, inputs: Inputs, calls: list[_Call]) -> str
     for name in (NAME, FULL_MASKS):
         try:
             with borrowed(model, _NAME, _comparison(calls), MASKS[name]):
-                model.base_model(**inputs)
+                called(model)(**inputs)
         except Exception as error:  # it differs, or cannot be done: a family that joins masks has no use for none
             differs = error
         else:
