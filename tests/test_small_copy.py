@@ -126,7 +126,7 @@ def test_a_class_may_be_named() -> None:
 
 
 def test_what_does_not_run_says_why() -> None:
-    with pytest.raises(CopyError, match="cannot be built: .*prediction_length"):
+    with pytest.raises(CopyError, match="cannot be built: ValueError: The `prediction_length`"):
         small_copy(config_of("informer"))
 
 

@@ -39,6 +39,7 @@ BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
 _VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
 _PADDING = 3
+_NEW = 3  # tokens that are generated: the second beam search step is the first to choose among beams
 _TINY = 2_000_000
 """A model of so many parameters is as cheap to run as its small copy."""
 _LARGEST = 100_000_000
@@ -160,7 +161,7 @@ def check(
                 none = Finding("ids", "not applicable", reason="no small copy of the model runs")
                 return Report(type(model).__name__, type(config).__name__, (none,))
             if getattr(plain, "generation_config", None) is not None:
-                plain.generation_config.eos_token_id = None  # two tokens are generated in any case
+                plain.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
             with _quiet():
                 report = _compared(plain, small_method, attach, names)
             if names is not None:
@@ -556,12 +557,12 @@ class Situations:
         return [_values(second)[0], _values(other)[0]]
 
     def _generated(self, subject: _Subject, **options: Any) -> tuple[_Numbers, Any]:
-        """Generate two tokens; return what was said of them, and everything."""
+        """Generate some tokens; return what was said of them, and everything."""
         model: Any = subject.model
         with torch.no_grad():
             output = model.generate(
                 do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
-                max_new_tokens=2, **options,
+                max_new_tokens=_NEW, **options,
             )  # fmt: skip
         scores = getattr(output, "sequences_scores", None)
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
@@ -576,7 +577,7 @@ class Situations:
 
     def _beams(self) -> Compared:
         inputs = {k: v for k, v in self._inputs(self.ids, "left").items() if k in ("input_ids", "attention_mask")}
-        options = {"num_beams": 2, "num_return_sequences": 2, "output_scores": True}
+        options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
         expected = self._anew("beams", **inputs, **options)
         return _difference(self._generated(self.subject, **inputs, **options)[0], expected)
 

@@ -50,6 +50,7 @@ class PromptTextbook:
         self.past = 0  # tokens in the cache of the call in progress
         embedding: Any = model.get_input_embeddings()
         self.block = _block_around(model, embedding)
+        self.first = _first_position(model)
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.backbone.register_forward_hook(self._end)
         embedding.register_forward_hook(self._embed)
@@ -74,7 +75,7 @@ class PromptTextbook:
             arguments["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
         if (positions := arguments.get("position_ids")) is not None:
             front = torch.arange(self.inserted, device=positions.device).expand(*positions.shape[:-1], -1)
-            arguments["position_ids"] = torch.cat([front + self._first(), positions + length], dim=-1)
+            arguments["position_ids"] = torch.cat([front + self.first, positions + length], dim=-1)
         for name, value in arguments.items():
             if name not in ("input_ids", "attention_mask", "position_ids") and _is_of_tokens(value, given):
                 arguments[name] = torch.cat([value.new_zeros(len(value), self.inserted, *value.shape[2:]), value], 1)
@@ -85,11 +86,6 @@ class PromptTextbook:
         else:
             arguments["input_ids"] = nn.functional.pad(given, (self.inserted, 0), value=self.placeholder)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
-
-    def _first(self) -> int:
-        """Return the position of the first token of a row."""
-        tables = _position_tables(self.backbone)
-        return 0 if not tables or tables[0].padding_idx is None else tables[0].padding_idx + 1
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
@@ -180,9 +176,49 @@ def _block_around(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | N
     return None
 
 
-def _position_tables(model: nn.Module) -> list[nn.Embedding]:
-    named = model.named_modules()
+def _text_part(model: PreTrainedModel) -> nn.Module:
+    """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return model
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
+    return parts[-1] if parts else model
+
+
+def _position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    named = _text_part(model).named_modules()
     return [m for name, m in named if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES]
+
+
+def _rotary_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    modules = _text_part(model).modules()
+    return [m for m in modules if "rotary" in type(m).__name__.lower() and "position_ids" in parameter_names(m)]
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Return the position of the first token of a row, as the model counts by itself."""
+    if not is_plain_text(model):
+        return 0
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(by_name(parameter_names(module), args, kwargs)["position_ids"])
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in _rotary_embeddings(model)]
+    try:
+        if handles:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[5, 6, 7]]))
+    except Exception:  # a model that needs more than ids counts from 0
+        seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if seen:
+        return int(seen[0].min())
+    tables = _position_tables(model)
+    return 0 if not tables or tables[0].padding_idx is None else tables[0].padding_idx + 1
 
 
 class PrefixTextbook:
@@ -201,7 +237,7 @@ class PrefixTextbook:
         self.found = layers
         self.prefixes: list[tuple[Tensor, Tensor]] = []
         self.hidden: dict[int, Tensor] = {}
-        self.gates: dict[int, Tensor] = {}  # pooled from a sequence's first tokens
+        self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # pooled from first tokens, and which rows have begun
         self.padding: dict[str, Tensor | None] = {}
         self.past = 0
         self.shift = method.config.num_virtual_tokens if method.config.prefix_position == "shift" else 0
@@ -234,7 +270,7 @@ class PrefixTextbook:
         self.padding = {"encoder": mask, "decoder": mask}
         if self.model.config.is_encoder_decoder:
             self.padding["decoder"] = inputs.get("decoder_attention_mask")
-        self.gates = getattr(cache, _GATES, {}) if self.past else {}
+        self.gates = dict(getattr(cache, _GATES, {})) if self.past else {}
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -248,9 +284,8 @@ class PrefixTextbook:
         with torch.no_grad():
             for table in _position_tables(self.model):
                 table.weight[: -self.shift] = table.weight[self.shift :].clone()
-        for module in self.model.modules():
-            if "rotary" in type(module).__name__.lower() and "position_ids" in parameter_names(module):
-                module.register_forward_pre_hook(self._move, with_kwargs=True)
+        for module in _rotary_embeddings(self.model):
+            module.register_forward_pre_hook(self._move, with_kwargs=True)
 
     def _move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = by_name(parameter_names(module), args, kwargs)
@@ -345,8 +380,6 @@ class PrefixTextbook:
 
     def _gate(self, index: int, query: Tensor) -> Tensor | None:
         """Return the prefix gate, broadcastable to ``[B, Hkv, m]`` or ``[B, Hq, N, m]``."""
-        if index in self.gates:
-            return self.gates[index].to(query)
         attended = self.padding["encoder" if self.found[index].shape.role == "encoder" else "decoder"]
         hidden = self.hidden.get(index)
         if attended is not None and hidden is not None:
@@ -355,7 +388,11 @@ class PrefixTextbook:
         if gate is None:
             return None
         if gate.ndim == 3 and self.method.needs_hidden():
-            self.gates[index] = gate
+            begun = torch.ones(len(gate), dtype=torch.bool) if attended is None else attended.any(dim=1)
+            if index in self.gates:  # of the rows that had begun in a former call
+                held, former = self.gates[index]
+                gate, begun = torch.where(former[:, None, None], held, gate), begun | former
+            self.gates[index] = gate, begun
         gate = gate.to(query)
         return gate if gate.ndim >= 3 else gate.reshape((1,) * (3 - gate.ndim) + gate.shape)
 
