@@ -9,11 +9,12 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastprefix
+from fastprefix.integrations.transformers import conformance
 from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
 from fastprefix.integrations.transformers.switching import tried
-from tools.survey_prefixes import textbook
 
 from . import models
+from .textbook import textbook
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -37,6 +38,7 @@ def test_usual_models_pass_in_every_dtype(build: Any, dtype: torch.dtype) -> Non
 
 
 def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.forget()
     own = modeling_llama.eager_attention_forward
 
     def halved(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -53,6 +55,7 @@ def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: p
 
 
 def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.forget()
     make = modeling_llama.create_causal_mask
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **kwargs: make(**kwargs) * 1.0)
     model = llama(torch.float64)

@@ -138,6 +138,16 @@ def forget() -> None:
     _COPIES.clear()
 
 
+def reports(model: PreTrainedModel, config: MethodConfig) -> list[Report]:
+    """Return what is remembered of a method, whatever its other options, on a model's class and configuration."""
+    name, contents = config.method_name(), structure(model)
+    return [
+        report
+        for key, report in _REPORTS.items()
+        if key.model_class is type(model) and key.config == contents and json.loads(key.method)["method"] == name
+    ]
+
+
 def check(
     model: PreTrainedModel,
     config: MethodConfig,

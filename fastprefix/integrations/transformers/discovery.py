@@ -10,7 +10,9 @@ A small copy has the class and configuration of a model, narrow heads and random
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -367,6 +369,11 @@ _KEY_VALUE_HEADS = (
     *("encoder_num_key_value_heads", "decoder_num_key_value_heads", "num_global_key_value_heads"),
 )
 _HEAD_SIZES = ("head_dim", "d_kv", "d_head", "swa_head_dim", "global_head_dim", "attention_head_dim")
+_STATES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("num_heads", "head_dim", "expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+)
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_model")
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers", "num_decoder_layers"),
@@ -446,6 +453,8 @@ def small_copy(
         built = False
         try:
             candidate = small_config(config, scale)
+            if model_class is not None and scale.head_size is not None:
+                _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
                 size = build(candidate, model_class).num_parameters()
             if size > _MOST_PARAMETERS:
@@ -564,8 +573,9 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
         elif _is_list_of_sizes(vars(config).get(name)):
             setattr(config, name, [min(size, value) for value in vars(config)[name]])
     for name in _HEAD_SIZES:
-        if name in sizes:
+        if name in sizes or (name == "head_dim" and name in vars(config)):
             setattr(config, name, head_size)
+    _narrow_states(config, head_size)
     if "qk_rope_head_dim" in sizes:
         config.qk_rope_head_dim = head_size
     if "qk_head_dim" in sizes:
@@ -574,6 +584,18 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
         if isinstance(rope := vars(config).get(name), dict):
             setattr(config, name, _narrow_rope(rope, head_size, head_dim))
     return widths
+
+
+def _narrow_states(config: Any, head_size: int) -> None:
+    """Fit the heads of a state space to the width: all of them are ``expand`` times as wide."""
+    for heads, size, expand in _STATES:
+        sizes = _sizes(config)
+        factor = vars(config).get(expand)
+        if heads in sizes and size in sizes and isinstance(factor, int | float) and "hidden_size" in sizes:
+            setattr(config, size, head_size)
+            setattr(config, heads, max(int(factor * config.hidden_size) // head_size, 1))
+            for groups in {"n_groups", "mamba_n_groups", "mamba_ngroups"} & sizes.keys():
+                setattr(config, groups, 1)
 
 
 def _is_list_of_sizes(value: Any) -> bool:
@@ -606,6 +628,18 @@ def _sections(sections: list[int], pairs: int) -> list[int]:
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
     small[0] += pairs - sum(small)
     return small if small[0] > 0 else [pairs, *(0 for _ in sections[1:])]
+
+
+def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
+    """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
+    home = sys.modules.get(model_class.__module__)
+    if home is None or "mrope_section" not in inspect.getsource(home):
+        return
+    for part in parts(config):
+        rope = vars(part).get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
+            pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
+            rope["mrope_section"] = _sections([2, 3, 3], pairs)
 
 
 def _scale_positions(config: Any) -> None:

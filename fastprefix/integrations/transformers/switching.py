@@ -118,7 +118,7 @@ def is_plain_text(model: PreTrainedModel) -> bool:
 def called(model: PreTrainedModel) -> nn.Module:
     """Return the part of a model that runs on its input, without a head where that can be left out."""
     base: nn.Module = model.base_model
-    return base if {str(model.main_input_name), "kwargs"} & set(inspect.signature(base.forward).parameters) else model
+    return base if str(model.main_input_name) in inspect.signature(base.forward).parameters else model
 
 
 def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
