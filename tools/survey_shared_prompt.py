@@ -28,9 +28,9 @@ def survey(family: str, class_name: str) -> Outcome:
 SURVEY = Survey(
     __doc__ or "",
     "One prompt for the whole batch: which families",
-    "`python -m tools.survey_shared_prompt`: small random models in float64, one layer of every kind, 3 prompt "
-    "tokens. works: the prompt runs once for the whole batch. Values and the prompt's gradient agree to 1e-10 with the prompt's "
-    "embeddings in front of every row, in as many situations as the table says.",
+    "`python -m tools.survey_shared_prompt`: small random models in float64, one layer of every kind, 3 prompt tokens. "
+    "works: the prompt runs once for the whole batch. Values and the prompt's gradient agree to 1e-10 with the "
+    "prompt's embeddings in front of every row, in as many situations as the table says.",
     families(),
     survey,
 )
