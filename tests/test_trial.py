@@ -1,5 +1,6 @@
 """What a model's attention is tried with before a prefix is attached."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +12,21 @@ from transformers.models.llama import modeling_llama
 import fastprefix
 from fastprefix.integrations.transformers import conformance
 from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
+from fastprefix.integrations.transformers.discovery import find_layers
 from fastprefix.integrations.transformers.switching import tried
+from fastprefix.integrations.transformers.textbook import PrefixTextbook
 
 from . import models
-from .textbook import textbook
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Nothing is remembered of models whose code a test changes."""
+    conformance.forget()
+    yield
+    conformance.forget()
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
@@ -38,7 +48,6 @@ def test_usual_models_pass_in_every_dtype(build: Any, dtype: torch.dtype) -> Non
 
 
 def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    conformance.forget()
     own = modeling_llama.eager_attention_forward
 
     def halved(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +64,6 @@ def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: p
 
 
 def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    conformance.forget()
     make = modeling_llama.create_causal_mask
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **kwargs: make(**kwargs) * 1.0)
     model = llama(torch.float64)
@@ -65,8 +73,9 @@ def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPa
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     actual = model(ids, attention_mask=mask).logits
-    with textbook(model):
-        expected = model(ids, attention_mask=mask).logits
+    plain = llama(torch.float64)
+    book = PrefixTextbook(plain, model.fastprefix, find_layers(plain))
+    expected = book(input_ids=ids, attention_mask=mask).logits
     seen = mask.bool()
     torch.testing.assert_close(actual[seen], expected[seen])
 

@@ -32,7 +32,7 @@ from transformers.utils.generic import ModelOutput
 from ...methods import METHODS, MethodConfig, PrefixMethod
 from .discovery import CONTEXT, CopyError, method_layers, parts, running_inputs, small_config, small_copy
 from .hooks import cache_parameter, find_cache, parameter_names
-from .switching import forgotten, image_candidates, is_of_text, is_plain_text
+from .switching import Inputs, forgotten, image_candidates, is_of_text, is_plain_text
 from .textbook import PrefixTextbook, PromptTextbook
 
 BOUND = 1e-10
@@ -383,6 +383,16 @@ class Situations:
         ordinary = torch.tensor(_ordinary(self.config) or [0])
         self.long_ids = ordinary[torch.randint(len(ordinary), (_ROWS, _LONG), generator=generator)]
         self.ids = self.long_ids[:, :_TOKENS]
+        if self.is_text and not self._runs_on_text():
+            self.is_text = self.is_plain = self.caches = False
+
+    def _runs_on_text(self) -> bool:
+        try:
+            with forgotten(self.plain), torch.no_grad():
+                self.plain(**self._inputs(self.ids))
+        except Exception:  # a model that requires something beside text
+            return False
+        return True
 
     def findings(self, names: Sequence[str] | None = None) -> Iterator[Finding]:
         """Yield what became of each situation but autocast."""
@@ -589,7 +599,17 @@ class Situations:
         inputs = {k: v for k, v in self._inputs(self.ids, "left").items() if k in ("input_ids", "attention_mask")}
         options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
         expected = self._anew("beams", **inputs, **options)
-        return _difference(self._generated(self.subject, **inputs, **options)[0], expected)
+        compared = _difference(self._generated(self.subject, **inputs, **options)[0], expected)
+        return self._unless_plain_differs(compared, inputs, options)
+
+    def _unless_plain_differs(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
+        """Return an error of cached generation, unless the model without a method says other things with a cache."""
+        if compared.error > BOUND:
+            plain = _Subject(self.plain.__call__, self.plain, [])
+            kept, anew = (self._generated(plain, **inputs, **options, use_cache=cached)[0] for cached in (True, False))
+            if _difference(kept, anew).error > BOUND:
+                raise _Absent("the model itself says other things with a cache than without")
+        return compared
 
     def _second_turn(self) -> Compared:
         """Generate twice with one cache."""
@@ -600,7 +620,7 @@ class Situations:
         inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
         kept = {str(self.cache_name): _cache(first)}
         actual = self._generated(self.subject, **inputs, **kept)[0]
-        return _difference(actual, self._anew("second turn", **inputs))
+        return self._unless_plain_differs(_difference(actual, self._anew("second turn", **inputs)), inputs, {})
 
     def _direct(self) -> Compared:
         subject = self.subject._replace(run=self.subject.model.forward)
