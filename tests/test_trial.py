@@ -1,5 +1,6 @@
 """What a model's attention is tried with before a prefix is attached."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,13 +10,23 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastprefix
+from fastprefix.integrations.transformers import conformance
 from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
+from fastprefix.integrations.transformers.discovery import find_layers
 from fastprefix.integrations.transformers.switching import tried
-from tools.survey_prefixes import textbook
+from fastprefix.integrations.transformers.textbook import PrefixTextbook
 
 from . import models
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Nothing is remembered of models whose code a test changes."""
+    conformance.forget()
+    yield
+    conformance.forget()
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
@@ -62,8 +73,9 @@ def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPa
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     actual = model(ids, attention_mask=mask).logits
-    with textbook(model):
-        expected = model(ids, attention_mask=mask).logits
+    plain = llama(torch.float64)
+    book = PrefixTextbook(plain, model.fastprefix, find_layers(plain))
+    expected = book(input_ids=ids, attention_mask=mask).logits
     seen = mask.bool()
     torch.testing.assert_close(actual[seen], expected[seen])
 

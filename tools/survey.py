@@ -1,6 +1,7 @@
-"""What the surveys of ``transformers``' families have in common: small models with random weights, and errors."""
+"""What the surveys of ``transformers``' families have in common: a row for each, in a CSV that can be resumed."""
 
 import argparse
+import csv
 import gc
 import logging
 import signal
@@ -8,29 +9,30 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.discovery import build, parts, shrunk
+import fastprefix
+from fastprefix.integrations.transformers.conformance import reports
+from fastprefix.integrations.transformers.discovery import CopyError, parts, small_copy
 from tests.float64 import Float64
 
-BOUND = 1e-10
-"""An error relative to the largest value up to which a result in float64 is exact."""
-LARGEST = 200_000_000  # parameters
-WINDOW, LAYERS = 4, 2
-SET = {"sliding_window": WINDOW, "initializer_range": 0.2}
+SECONDS = 60
 UNSET: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "informer": {"prediction_length": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "time_series_transformer": {"prediction_length": 4},
     "videoprism": {"vision_config": {"image_size": 36, "num_frames": 2}},
     "videoprism_vision_model": {"image_size": 36, "num_frames": 2},
 }
@@ -39,22 +41,25 @@ UNSET: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one family: errors of values and gradients, relative to the largest; or the path, and why."""
+    """One family: "works", "in every row", "refused", "not built" or "not run", and why.
+
+    ``situations`` counts those that agree with the textbook, ``error`` is the largest of them; ``notes`` are those that
+    are refused or fail with an error.
+    """
 
     family: str
-    path: str
-    errors: tuple[float, ...] = ()
-
-    def verdict(self) -> str:
-        """One of a few words to count."""
-        if not self.errors:
-            return self.path.partition(":")[0]
-        return "exact" if max(self.errors) <= BOUND else "WRONG"
+    model: str
+    verdict: str
+    why: str = ""
+    situations: int = 0
+    error: float = 0.0
+    notes: str = ""
 
     def row(self) -> str:
-        """Of the table."""
-        errors = [f"{error:.1e}" for error in self.errors] or ["", ""]
-        return f"| {self.family} | {self.verdict()} | {' | '.join(errors)} | {self.path.partition(': ')[2]} |"
+        """Return a row of the report's table."""
+        error = f"{self.error:.1e}" if self.situations else ""
+        cells = (self.family, self.verdict, str(self.situations or ""), error, self.why, self.notes)
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 @dataclass(frozen=True)
@@ -68,38 +73,102 @@ class Survey:
     survey: Callable[[str, str], Outcome]
 
     def main(self) -> int:
-        """Survey, print, write; 1 if a family is wrong or fails."""
+        """Survey, print, write; return 1 if a family fails in a way that nothing expects."""
         parser = argparse.ArgumentParser(description=self.description)
-        parser.add_argument("--out", type=Path, help="write the table here, as Markdown")
+        parser.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
+        parser.add_argument("--out", type=Path, help="write a report of all rows here, as Markdown")
         parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
+        parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
         options = parser.parse_args()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
-        outcomes = []
-        with Float64():
-            for family in options.family or self.families:
-                outcomes.append(self.survey(family, self.families[family]))
-                print(outcomes[-1].row(), flush=True)
+        part, of = map(int, options.part.split("/"))
+        known = {outcome.family: outcome for outcome in read(options.csv)}
+        for family in (options.family or list(self.families))[part::of]:
+            if family not in known:
+                known[family] = self.one(family)
+                print(known[family].row(), flush=True)
+                append(options.csv, known[family])
                 gc.collect()  # models are cycles, and large
-        text = "\n".join(self.document(outcomes)) + "\n"
+        text = "\n".join(self.document(sorted(known.values(), key=lambda outcome: outcome.family))) + "\n"
         print(text.splitlines()[4])
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(text, encoding="utf-8")
-        return int(any(outcome.verdict() in ("WRONG", "FAILED") for outcome in outcomes))
+        return int(any(outcome.verdict == "FAILED" for outcome in known.values()))
+
+    def one(self, family: str) -> Outcome:
+        """Survey one family, whatever comes."""
+        name = self.families[family]
+        try:
+            with time_limit(3 * SECONDS):
+                return self.survey(family, name)
+        except CopyError as error:
+            return Outcome(family, name, "not run" if error.built else "not built", one_line(error))
+        except (ImportError, TimeoutError) as error:
+            return Outcome(family, name, "not built", one_line(error))
+        except Exception as error:
+            return Outcome(family, name, "FAILED", one_line(error))
 
     def document(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
-        """The report, as Markdown."""
-        counts = Counter(outcome.verdict() for outcome in outcomes)
+        """Yield the lines of the report, as Markdown."""
+        counts = Counter(outcome.verdict for outcome in outcomes)
         yield f"# {self.title}"
         yield ""
         yield f"transformers {transformers.__version__}, PyTorch {torch.__version__}. {self.how}"
         yield ""
         yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
         yield ""
-        yield "| family | verdict | values | gradients | why |"
-        yield "|---|---|---:|---:|---|"
+        yield "| family | verdict | situations | largest error | why | refused or failing situations |"
+        yield "|---|---|---:|---:|---|---|"
         yield from (outcome.row() for outcome in outcomes)
+
+
+def read(path: Path | None) -> list[Outcome]:
+    """Return the rows of a CSV; none if there is no such file."""
+    if path is None or not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = {"situations": int, "error": float}
+    return [Outcome(**{name: numbers.get(name, str)(value) for name, value in row.items()}) for row in rows]
+
+
+def append(path: Path | None, outcome: Outcome) -> None:
+    """Append a row to a CSV, which begins with the names of its columns."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begins = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if begins:
+            writer.writerow(field.name for field in fields(Outcome))
+        writer.writerow(astuple(outcome))
+
+
+def surveyed(family: str, class_name: str, config: Any, **options: Any) -> Outcome:
+    """Attach a method to a small model of a family, with the check, and return what became of it."""
+    model_class = getattr(transformers, class_name)
+    is_model = issubclass(model_class, transformers.PreTrainedModel)
+    if is_model and config.kind == "prefix" and not model_class._can_set_attn_implementation():
+        return Outcome(family, class_name, "refused", "its attention does not go through the attention interface")
+    with Float64():
+        model = small_model(family, class_name, **options)
+    try:
+        fastprefix.attach(model, config)
+    except ValueError as error:
+        return Outcome(family, class_name, "refused", one_line(error))
+    path = getattr(model.fastprefix, "prompt_path", None)
+    verdict, why = "works", ""
+    if path not in (None, "shared"):
+        verdict, why = "in every row", path.partition(": ")[2]
+    fastprefix.detach(model)
+    report = reports(model, config)[-1]
+    agree = [finding for finding in report.findings if finding.verdict == "ok" and finding.situation != "autocast"]
+    notes = "; ".join(str(f) for f in report.findings if f.verdict in ("refused", "fails"))
+    error = max((finding.error for finding in agree), default=0.0)
+    return Outcome(family, class_name, verdict, why, len(agree), error, notes[:600])
 
 
 def small_model(family: str, class_name: str, **options: Any) -> Any:
@@ -108,30 +177,18 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
     own = getattr(transformers, class_name).config_class
     if not isinstance(config, own) and isinstance(config.get_text_config(), own):
         config = config.get_text_config()
-    config = shrunk(config, LAYERS)
     for part in parts(config):
-        for name, value in (SET | options).items():
+        for name, value in options.items():
             if vars(part).get(name) is not None:
                 setattr(part, name, value)
         if part.model_type.endswith("_thinker"):
             part.vision_start_token_id = 0
-        part._experts_implementation = "eager"  # the others take no float64
-    config.architectures = [class_name]
-    with torch.device("meta"):
-        size = build(config).num_parameters()
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters are left")
-    return build(config).double().eval()
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float((actual - expected).abs().max() / expected.abs().max())
+    return small_copy(config, getattr(transformers, class_name), torch.float64)
 
 
 def one_line(error: BaseException) -> str:
     """An error for a cell of a table."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160].replace("|", "/")
+    return " ".join(f"{type(error).__name__}: {error}".split())[:240].replace("|", "/")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,12 +13,24 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
+from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, check_whole, trainable_modules
+from .conformance import stand_in
 from .discovery import Layer, find_layers, find_projections, method_layers, text_keys_values
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, reason_not_shareable
-from .switching import Inputs, adapting, device_of, is_of_text, is_plain_text, loaded, loads_all_inside, takes_text
+from .switching import (
+    Inputs,
+    adapting,
+    adopt,
+    device_of,
+    is_of_text,
+    is_plain_text,
+    loaded,
+    loads_all_inside,
+    takes_text,
+)
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -33,6 +46,7 @@ def attach(
     name: str = DEFAULT,
     tokenizer: Any = None,
     example_inputs: Inputs | None = None,
+    check: bool = True,
 ) -> Model:
     """Attach a method: the model's own parameters are frozen, the method's are added.
 
@@ -46,6 +60,8 @@ def attach(
         tokenizer: for an initialisation from text; None: the one of the model's name or path.
         example_inputs: for prefix methods, keyword arguments that the model's attention layers are found with; None:
             small ones made up from its configuration, of text, images or sound.
+        check: whether the method is compared with the textbook on a small copy of the model first, once a class and
+            configuration. A prompt that cannot be shared exactly then runs in every row.
 
     Returns:
         The same model. It stays an ordinary ``transformers`` model.
@@ -56,7 +72,7 @@ def attach(
     """
     _check(model, config, name)
     with using(model, None):
-        plan = _plan(model, config, example_inputs)
+        plan = _plan(model, config, example_inputs, check)
         ids = _text_ids(model, config, tokenizer)
         if isinstance(plan.method, PrefixMethod):
             plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids, plan.layers))
@@ -73,7 +89,7 @@ def attach_empty(
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     _check(model, config, name)
     with using(model, None):
-        adapter = _adapter(model, config, _plan(model, config, example_inputs))
+        adapter = _adapter(model, config, _plan(model, config, example_inputs, check=False))
     return _install(model, adapter, name)
 
 
@@ -254,14 +270,18 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
         raise ValueError(f'prefix_position takes "none" where positions cannot be shifted, got "shift" for {what}')
 
 
-def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None) -> _Plan:
+def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
     """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
     method_class = METHODS[config.method_name()][1]
+    if example_inputs is None and (small := stand_in(model)) is not model:
+        adopt(model, small)
     layers: list[Layer] = []
     path = None
     method: Method
     if issubclass(method_class, PrefixMethod):
         layers = method_layers(model, config, example_inputs)
+        if check:
+            _refuse_wrong(conformance.check(model, config, _attach_unchecked), "Use another method or model.")
         if not takes_text(model):
             _check_not_plain_text(model, config)
         method = method_class(config, [layer.shape for layer in layers])
@@ -272,23 +292,53 @@ def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs |
             raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
     else:
         method = method_class(config, EmbeddingShape(*_table(model).shape))
-        path = _prompt_path(model, config)
+        path = _prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
     method.to(device=device_of(model), dtype=torch.promote_types(model.dtype, torch.float32))
     return _Plan(method, layers, path)
 
 
-def _prompt_path(model: PreTrainedModel, config: Any) -> str:
-    """How the prompt will run: "shared", or "textbook: " and why."""
-    if config.shared_prompt is False:
-        return "textbook: shared_prompt=False"
-    halves = model.config.is_encoder_decoder
-    reason = "its encoder's prompt sees what comes after it" if halves else reason_not_shareable(model)
+def _prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
+    """How the prompt will run: "shared", or "textbook: " and why.
+
+    Raises:
+        ValueError: neither is exact, or what ``shared_prompt`` asks for is not.
+    """
+    reason = _reason_against_sharing(model, config, check)
     if reason is None:
         return "shared"
     if config.shared_prompt is True:
         raise ValueError(f"shared_prompt=True cannot be exact on {type(model).__name__}: {reason}")
+    if check:
+        in_every_row = replace(config, shared_prompt=False)
+        _refuse_wrong(conformance.check(model, in_every_row, _attach_unchecked), "Use a prefix method.")
     return f"textbook: {reason}"
+
+
+def _reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
+    if config.shared_prompt is False:
+        return "shared_prompt=False"
+    if model.config.is_encoder_decoder:
+        return "its encoder's prompt sees what comes after it"
+    reason = reason_not_shareable(stand_in(model))
+    if reason is None and check:
+        report = conformance.check(model, replace(config, shared_prompt=None), _attach_unchecked)
+        reason = None if report.agrees else str(report.wrong[0])
+    return reason
+
+
+def _refuse_wrong(report: conformance.Report, alternative: str) -> None:
+    """Refuse what the textbook contradicts.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not report.agrees:
+        raise ValueError(report.sentence(alternative))
+
+
+def _attach_unchecked(model: Model, config: MethodConfig) -> Model:
+    return attach(model, config, check=False)
 
 
 def _table(model: PreTrainedModel) -> Tensor:

@@ -10,7 +10,9 @@ A small copy has the class and configuration of a model, narrow heads and random
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +32,10 @@ from .hooks import by_name, parameter_names
 from .switching import (
     Inputs,
     borrowed,
+    called,
+    candidates,
     device_of,
+    disown,
     evaluated,
     forgotten,
     is_plain_text,
@@ -111,8 +116,13 @@ def find_layers(
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
         return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
 
-    with borrowed(model, _NAME, probe, windows.mask), trace:
-        model.base_model(**inputs)
+    try:
+        with borrowed(model, _NAME, probe, windows.mask), trace:
+            called(model)(**inputs)
+    except Exception:  # a small copy may run on what the model itself does not
+        if not disown(model):
+            raise
+        return find_layers(model, input_ids, example_inputs)
     if not layers:
         raise ValueError(
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
@@ -460,52 +470,140 @@ def _projects(layer: Layer, projection: Projection) -> bool:
     )
 
 
-_HEAD_SIZE = 8
 _HEADS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
     *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
+    *("num_decoder_attention_heads", "decoder_num_attention_heads", "encoder_num_attention_heads"),
+    *("swa_num_attention_heads", "num_sliding_attention_heads"),
 )
-_WIDTHS = {"hidden_size", "n_embd", "d_model", "embed_dim"}
-_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers", "encoder_layers"}
+_KEY_VALUE_HEADS = (
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "swa_num_key_value_heads"),
+    *("encoder_num_key_value_heads", "decoder_num_key_value_heads", "num_global_key_value_heads"),
+)
+_HEAD_SIZES = ("head_dim", "d_kv", "d_head", "swa_head_dim", "global_head_dim", "attention_head_dim")
+_STATES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("num_heads", "head_dim", "expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+)
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_model")
+_LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers", "num_decoder_layers"),
+    *("decoder_layers", "encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
+    *("decoder_num_hidden_layers", "speech_encoder_layers", "conf_num_hidden_layers"),
+)
+_WIDTH_NAME = re.compile(r"(^|_)(hidden_size|hidden_dim|embed_dim|embedding_size|d_model|projection_dim)$")
 _SMALL = {
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 32),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(
         ("ffn_dim", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 32
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
-    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
-    **{"qk_rope_head_dim": _HEAD_SIZE, "qk_head_dim": 16 + _HEAD_SIZE},
-    "rotary_dim": 4,
-    **{"vocab_size": 128, "vocab_size_per_layer_input": 128},
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "rotary_dim": 4},
 }
-_MOST_PARAMETERS = 300_000_000
-"""A model is built as it is, where its small copy cannot be, up to here."""
+_VOCABULARY = 128
+_VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size", "decoder_vocab_size")
+_TOKEN_NAME = re.compile(r"_token_ids?$|_token_index$|^eos_token_id$|_token_indices$")
+_WINDOWS = (
+    *("sliding_window", "sliding_window_size", "local_attention", "attention_window_size", "window_size"),
+    "attention_chunk_size",
+)
+"""What parts with a vocabulary call a window over text; elsewhere these are of pixels or frames."""
+WINDOW = 4
+"""The sliding windows and chunks of a small copy, in tokens."""
+CONTEXT = 16
+"""The original context of a small copy whose rotary embedding changes beyond it, in tokens."""
+_POSITIONS = 512
+_FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""How many of a model's first layers are of another kind."""
+_PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
+_LAYER_INDICES_NAME = re.compile(r"(?<!out_)(idxs|indexes|indices|layer_ids|_layers|_blocks)$")
+_LAYER_SOURCES_NAME = re.compile(r"source_layers$")
+_MOST_KINDS = 8
+_MOST_PARAMETERS = 100_000_000
+"""A model whose small copies do not run is copied in full up to this size."""
 
 
-def random_model(config: Any) -> PreTrainedModel | None:
-    """A small copy of a model that runs; else the model itself, if it is small; else None."""
-    ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
-    if config.is_encoder_decoder:
-        ids["decoder_input_ids"] = ids["input_ids"]
-    for variant in (shrunk, copy.deepcopy):
+@dataclass(frozen=True)
+class _Scale:
+    """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), and whether
+    it has fewer layers.
+    """
+
+    head_size: int | None
+    heads: int | None
+    fewer_layers: bool
+
+
+_SCALES = (_Scale(16, 4, True), _Scale(8, None, True), _Scale(None, None, True), _Scale(None, None, False))
+
+
+class CopyError(ValueError):
+    """No small copy of a model can be built, or none runs (``built``)."""
+
+    def __init__(self, built: bool, error: BaseException | None) -> None:
+        why = "" if error is None else f": {type(error).__name__}: {error}"
+        super().__init__(f"a small copy of the model {'does not run' if built else 'cannot be built'}{why}")
+        self.built = built
+
+
+def small_copy(
+    config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Return the smallest copy of a model that runs on some input, with random weights.
+
+    Args:
+        config: the configuration of the model. It is not changed.
+        model_class: the class of the model. None: the class that the configuration names.
+        dtype: of the copy.
+
+    Raises:
+        CopyError: the model is too large in every size, or does not run on inputs that its configuration suggests.
+    """
+    failures: list[CopyError] = []
+    for scale in _SCALES:
+        built = False
         try:
-            candidate = variant(config)
+            candidate = small_config(config, scale)
+            if model_class is not None and scale.head_size is not None:
+                _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
-                size = build(candidate).num_parameters()
+                size = build(candidate, model_class).num_parameters()
             if size > _MOST_PARAMETERS:
-                continue
-            model: PreTrainedModel = build(candidate).eval()
-            with torch.no_grad():
-                model.base_model(**ids, use_cache=False)
-        except Exception:  # whatever a family makes of sizes that it was not made for
-            continue
-        return model
-    return None
+                raise ValueError(f"{size:,} parameters are left")
+            model: PreTrainedModel = randomized(build(candidate, model_class)).eval()
+            nn.Module.to(model, dtype)
+            built = True
+            running_inputs(model)
+            return model
+        except Exception as error:  # the families' own checks of sizes that they were not made for
+            failures.append(CopyError(built, error))
+    raise next((failure for failure in failures if failure.built), failures[0])
 
 
-def build(config: Any) -> PreTrainedModel:
-    """A model with random weights, of the class that the configuration names, or else the one that it belongs to."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+def running_inputs(model: PreTrainedModel) -> Inputs:
+    """Return the first small inputs on which a model runs.
+
+    Raises:
+        Exception: the error of the first ones, if the model runs on none.
+    """
+    failures: list[Exception] = []
+    for inputs in candidates(model):
+        try:
+            with forgotten(model), torch.no_grad():
+                called(model)(**inputs)
+        except Exception as error:  # whatever the family makes of such inputs
+            failures.append(error)
+        else:
+            return inputs
+    raise failures[0] if failures else ValueError("nothing is known of its inputs")
+
+
+def build(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model with random weights, of the class given, of the class that the configuration names, or else of the one
+    that it belongs to.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None) if model_class is None else model_class
     torch.manual_seed(0)
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
         return named(config)
@@ -517,18 +615,38 @@ def build(config: Any) -> PreTrainedModel:
     return model
 
 
-def shrunk(config: PretrainedConfig, layers: int | None = None) -> PretrainedConfig:
-    """All heads, each of them narrow; few words, experts and hidden neurons.
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """Move biases, scales and gates of a model off their initial values, so that nothing is hidden by a 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1 and parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_((0.1 * noise).to(parameter))
+    return model
 
-    Args:
-        config: of a model, with those of its parts; it is left alone.
-        layers: how many there are at least, and one of every kind; None: all.
+
+def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0]) -> PretrainedConfig:
+    """Return a small copy of a configuration and of those inside it.
+
+    It keeps what the model does: the rotary embedding's type, every kind of layer, shared keys and values, the tokens
+    with a meaning. Widths, vocabularies, windows and contexts are scaled down.
     """
     small = copy.deepcopy(config)
-    for part in parts(small):
-        _narrow(part)
-        if layers is not None:
-            _shorten(part, layers)
+    every = list(parts(small))
+    widths: dict[int, int] = {}
+    for part in every:
+        if scale.head_size is not None:
+            widths |= _narrow(part, scale.head_size, scale.heads)
+        _scale_positions(part)
+        if scale.fewer_layers:
+            _shorten(part)
+        _calm(part)
+    for part in every:
+        for name, value in list(vars(part).items()):
+            if type(value) is int and value in widths and _WIDTH_NAME.search(name) and name not in _WIDTHS:
+                setattr(part, name, widths[value])
+    _limit_vocabulary(every)
     return small
 
 
@@ -540,35 +658,224 @@ def parts(config: Any) -> Iterator[Any]:
             yield from parts(getattr(config, name))
 
 
-def _narrow(config: Any) -> None:
-    sizes = {name: value for name, value in vars(config).items() if type(value) is int}
-    heads = next((sizes[name] for name in _HEADS if name in sizes), 1)
-    for name in _WIDTHS & sizes.keys():
-        setattr(config, name, heads * _HEAD_SIZE)
+def _sizes(config: Any) -> dict[str, int]:
+    return {name: value for name, value in vars(config).items() if type(value) is int}
+
+
+def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
+    """Make heads narrow and few; return the new width of each old one."""
+    sizes = _sizes(config)
+    before = next((sizes[name] for name in _HEADS if name in sizes), 1)
+    head_dim = sizes.get("head_dim") or next((sizes[name] // before for name in _WIDTHS if name in sizes), head_size)
+    after = before if heads is None else min(before, heads)
+    for name in _HEADS:
+        if name in sizes:
+            setattr(config, name, sizes[name] if heads is None else min(sizes[name], heads))
+    for name in _KEY_VALUE_HEADS:
+        if name in sizes and heads is not None:
+            grouped = 1 if sizes[name] == 1 else max(after // 2, 1)
+            setattr(config, name, after if sizes[name] >= before else grouped)
+    widths = {sizes[name]: after * head_size for name in _WIDTHS if sizes.get(name)}
+    for name in _WIDTHS:
+        if sizes.get(name):
+            setattr(config, name, after * head_size)
     for name, size in _SMALL.items():
         if name in sizes:
             setattr(config, name, min(size, sizes[name]))
-    if "head_dim" in vars(config):
-        config.head_dim = _HEAD_SIZE
-    if sizes.get("pad_token_id", 0) >= _SMALL["vocab_size"]:
-        config.pad_token_id = 0
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
-        config.rope_parameters = _narrow_rope(rope)
+        elif _is_list_of_sizes(vars(config).get(name)):
+            setattr(config, name, [min(size, value) for value in vars(config)[name]])
+    for name in _HEAD_SIZES:
+        if name in sizes or (name == "head_dim" and name in vars(config)):
+            setattr(config, name, head_size)
+    _narrow_states(config, head_size)
+    if "qk_rope_head_dim" in sizes:
+        config.qk_rope_head_dim = head_size
+    if "qk_head_dim" in sizes:
+        config.qk_head_dim = getattr(config, "qk_nope_head_dim", 0) + head_size
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := vars(config).get(name), dict):
+            setattr(config, name, _narrow_rope(rope, head_size, head_dim))
+    return widths
 
 
-def _narrow_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Lists are as long as heads are wide; sections of a position in time and space add up to half of that."""
-    half = int(_HEAD_SIZE * rope.get("partial_rotary_factor", 1.0)) // 2
-    kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
-    scaled = {"rope_type": "default"} if len(kept) < len(rope) else {}
-    return {**kept, **scaled, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
+def _narrow_states(config: Any, head_size: int) -> None:
+    """Fit the heads of a state space to the width: all of them are ``expand`` times as wide."""
+    for heads, size, expand in _STATES:
+        sizes = _sizes(config)
+        factor = vars(config).get(expand)
+        if heads in sizes and size in sizes and isinstance(factor, int | float) and "hidden_size" in sizes:
+            setattr(config, size, head_size)
+            setattr(config, heads, max(int(factor * config.hidden_size) // head_size, 1))
+            for groups in {"n_groups", "mamba_n_groups", "mamba_ngroups"} & sizes.keys():
+                setattr(config, groups, 1)
 
 
-def _shorten(config: Any, layers: int) -> None:
-    for name in _LAYERS & vars(config).keys():
-        setattr(config, name, layers)
-    types = list(dict.fromkeys(vars(config).get("layer_types") or ()))
-    if types:
-        config.num_hidden_layers = max(layers, len(types))
-        config.layer_types = (types * layers)[: config.num_hidden_layers]
+def _is_list_of_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(each) is int for each in value)
+
+
+def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str, Any]:
+    """Cut the lists of a rotary embedding, or of one for every type of layer, to the size of the heads.
+
+    A list of factors has one for each pair of columns, and its first and last ones are kept. Sections of a position in
+    time and space add up to the number of pairs.
+    """
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {k: _narrow_rope(v, head_size, former) if isinstance(v, dict) else v for k, v in rope.items()}
+    partial = rope.get("partial_rotary_factor") or 1.0
+    pairs, small = dict(rope), max(int(head_size * partial) // 2, 1)
+    for name, value in rope.items():
+        if not isinstance(value, list | tuple) or len(value) < 2:
+            continue
+        if "section" in name:
+            pairs[name] = _sections(list(value), small)
+        elif name.endswith("factor"):
+            pairs[name] = [value[round(i * (len(value) - 1) / max(small - 1, 1))] for i in range(small)]
+    return pairs
+
+
+def _sections(sections: list[int], pairs: int) -> list[int]:
+    """Sections in about the same proportions, as many pairs in all."""
+    total = sum(sections)
+    small = [max(pairs * section // total, 1 if section else 0) for section in sections]
+    small[0] += pairs - sum(small)
+    return small if small[0] > 0 else [pairs, *(0 for _ in sections[1:])]
+
+
+def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
+    """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
+    home = sys.modules.get(model_class.__module__)
+    if home is None or "mrope_section" not in inspect.getsource(home):
+        return
+    for part in parts(config):
+        rope = vars(part).get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
+            pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
+            rope["mrope_section"] = _sections([2, 3, 3], pairs)
+
+
+def _scale_positions(config: Any) -> None:
+    """Scale windows, chunks and contexts down, so that short inputs reach beyond them."""
+    sizes = _sizes(config)
+    for name in _WINDOWS:
+        if "vocab_size" in sizes and sizes.get(name, 0) > WINDOW:
+            setattr(config, name, WINDOW)
+    if _is_list_of_sizes(windows := vars(config).get("attention_window")):
+        config.attention_window = [min(window, WINDOW) for window in windows]
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in _ropes(vars(config).get(name))]
+    limit = sizes.get("max_position_embeddings")
+    originals = {rope.get("original_max_position_embeddings") for rope in ropes}
+    originals |= {sizes.get("original_max_position_embeddings")}
+    original = next((each for each in originals if each), None)
+    if any("dynamic" in str(rope.get("rope_type")) for rope in ropes):
+        original = limit
+    if not original or not ropes:
+        return
+    for rope in ropes:
+        if rope.get("original_max_position_embeddings"):
+            rope["original_max_position_embeddings"] = CONTEXT
+    if "original_max_position_embeddings" in sizes:
+        config.original_max_position_embeddings = CONTEXT
+    if limit:
+        config.max_position_embeddings = max(CONTEXT * limit // original, CONTEXT)
+
+
+def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
+    """The rotary embeddings in an option: itself, or one for every type of layer."""
+    if isinstance(rope, dict):
+        inside = [value for value in rope.values() if isinstance(value, dict)]
+        yield from inside or [rope]
+
+
+def _calm(config: Any) -> None:
+    """Take out what would make two runs differ, and start from weights that are large enough to tell."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    if isinstance(vars(config).get("initializer_range"), float):
+        config.initializer_range = 0.2
+    config._experts_implementation = "eager"  # the other ones take no float64
+    if vars(config).get("quantization_config") is not None:
+        del config.quantization_config
+    if isinstance(positions := vars(config).get("max_position_embeddings"), int):
+        config.max_position_embeddings = min(positions, _POSITIONS)
+
+
+def _shorten(config: Any) -> None:
+    """Keep one layer of every kind, and at least two."""
+    sizes = _sizes(config)
+    names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
+    if not names:
+        return
+    for count in {sizes[name] for name in names}:
+        _shorten_to_kinds(config, count, [name for name in names if sizes[name] == count])
+
+
+def _shorten_to_kinds(config: Any, count: int, names: list[str]) -> None:
+    """Shorten what a configuration says of so many layers."""
+    values = vars(config)
+    lists = {n: v for n, v in values.items() if isinstance(v, list | tuple) and len(v) == count and count > 2}
+    sources = {n: v for n, v in lists.items() if _LAYER_SOURCES_NAME.search(n)}
+    indices = {
+        name: value
+        for name, value in values.items()
+        if name not in lists
+        and _LAYER_INDICES_NAME.search(name)
+        and _is_list_of_sizes(value)
+        and max(value) <= count
+        and min(value) >= 0
+    }
+    counts = {n: values[n] for n in _FLAGGED_COUNTS if type(values.get(n)) is int}
+    shared = values.get("num_kv_shared_layers") or 0
+
+    def kind(layer: int) -> str:
+        told = [value[layer] for name, value in lists.items() if name not in sources]
+        told += [value[layer] == layer for value in sources.values()]
+        told += [layer in value for value in indices.values()]
+        told += [layer < value for value in counts.values()]
+        return repr([*told, layer >= count - shared])
+
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kinds.setdefault(kind(layer), layer)
+    chosen = set(list(kinds.values())[:_MOST_KINDS])
+    periods = [v for n, v in values.items() if type(v) is int and 1 < v <= count and _PERIOD_NAME.search(n)]
+    if "layer_types" not in lists and "layers_block_type" not in lists and periods:
+        chosen |= set(range(min(max(periods), count)))
+    for source in sources.values():
+        chosen |= {source[layer] for layer in chosen if type(source[layer]) is int and 0 <= source[layer] < count}
+    chosen |= set(range(min(2, count))) if len(chosen) < 2 else set()
+    kept = sorted(chosen)
+    place = {layer: index for index, layer in enumerate(kept)}
+    for name, value in lists.items():
+        setattr(config, name, [value[layer] for layer in kept])
+    for name, value in sources.items():
+        setattr(config, name, [place.get(value[layer], value[layer]) for layer in kept])
+    for name, value in indices.items():
+        setattr(config, name, [place[layer] for layer in value if layer in place])
+    for name, value in counts.items():
+        setattr(config, name, sum(layer < value for layer in kept))
+    if shared:
+        config.num_kv_shared_layers = sum(layer >= count - shared for layer in kept)
+    for name in names:
+        setattr(config, name, len(kept))
+
+
+def _limit_vocabulary(configs: list[Any]) -> None:
+    """Give a model few words, and its tokens with a meaning places among them, the same in every part."""
+    limits = [value for part in configs for name in _VOCABULARIES if type(value := vars(part).get(name)) is int]
+    least = min([_VOCABULARY, *(limit for limit in limits if limit > 1)])
+    named = [(part, name, value) for part in configs for name, value in vars(part).items() if _TOKEN_NAME.search(name)]
+    ids = {each for _, _, value in named for each in (value if isinstance(value, list | tuple) else [value])}
+    known = {each for each in ids if type(each) is int and each >= 0}
+    free = (each for each in range(least - 1, -1, -1) if each not in known)
+    places = {each: each if each < least else next(free) for each in sorted(known)}
+    for part, name, value in named:
+        if isinstance(value, list | tuple):
+            setattr(part, name, [places.get(each, each) for each in value])
+        else:
+            setattr(part, name, places.get(value, value))
+    for part in configs:
+        for name in _VOCABULARIES:
+            if type(size := vars(part).get(name)) is int:
+                setattr(part, name, min(size, _VOCABULARY))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...methods import PromptTuningConfig
 from .attachment import attach, detach, method_of
-from .discovery import find_layers, random_model
+from .discovery import CopyError, find_layers, small_copy
 
 
 def preview(name: str) -> Iterator[str]:
@@ -25,8 +25,9 @@ def preview(name: str) -> Iterator[str]:
         ValueError: the configuration is of a model that ``transformers`` itself does not have.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    model = random_model(config)
-    if model is None:
+    try:
+        model = small_copy(config)
+    except CopyError:
         yield "model         cannot be built small; attach a method to the model itself: model.fastprefix.prompt_path"
         return
     yield f"model         {type(model).__name__} ({config.model_type}), tried with random weights"

@@ -10,6 +10,9 @@ rounding does not add up. Calls are made in float64, which keeps rounding far be
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -166,6 +169,8 @@ Inputs = Mapping[str, Any]
 _ROWS, _TOKENS, _PADDING = 2, 6, 2
 _FRAMES = 64  # of sound, where a model takes any number
 _IMAGE = 64  # pixels on a side, where a model takes any
+_SPECTRUM = 80
+_SIDE = 4  # patches on a side, where a model takes them
 
 _IMAGE_SIZES = ("image_size", "crop_size")
 _VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
@@ -181,6 +186,12 @@ def is_of_text(model: PreTrainedModel) -> bool:
 def is_plain_text(model: PreTrainedModel) -> bool:
     """Whether a model's input is token ids, all in one sequence."""
     return is_of_text(model) and not model.config.is_encoder_decoder
+
+
+def called(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that runs on its input, without a head where that can be left out."""
+    base: nn.Module = model.base_model
+    return base if str(model.main_input_name) in inspect.signature(base.forward).parameters else model
 
 
 def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
@@ -212,11 +223,89 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     together: dict[str, Any] = {"input_ids": ids}
     for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
         first = next(_shapes(model, name), None)
-        if first is not None and name in parameter_names(model.base_model):
+        if first is not None and name in parameter_names(called(model)):
             together[name] = _noise(model, (_ROWS, *first))
     if model.config.is_encoder_decoder:
         together |= _decoder_inputs(model, _ROWS)
     yield together
+    yield from _required(model)
+
+
+def _required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Everything that a model requires and whose meaning its name tells; images come as patches, then as pixels."""
+    parameters = inspect.signature(called(model).forward).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    demanded = {p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds}
+    names = [p.name for p in parameters]
+    helpful = {"bbox", "grid_thw", "input_features_mask", "feature_attention_mask", "pixel_position_ids"} & {*names}
+    main = {str(model.main_input_name)} & {*names}
+    decoder = _decoder_inputs(model, _ROWS) if model.config.is_encoder_decoder else {}
+    spectrum = _size(model.config, *_SPECTRUM_SIZES) or _SPECTRUM
+    for sound in (*_shapes(model, "input_features"), (_FRAMES, spectrum), (spectrum, _FRAMES)):
+        frames = sound[0] if sound[1] == spectrum else sound[1]
+        made = {name: _made_up(model, name, sound, frames) for name in sorted(demanded | helpful | main)}
+        if made and None not in made.values():
+            yield {**made, **decoder}
+        if not any("input_features" in name for name in made):
+            break
+
+
+def image_candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Yield small images, alone or as patches, for a model that has them beside text."""
+    base: Any = model.base_model
+    names = inspect.signature(base.get_image_features).parameters
+    size = functools.partial(_size, model.config)
+    patch = size("patch_size") or 1
+    if "image_grid_thw" in names and isinstance(patch, int):
+        pixels = (size("in_channels", "num_channels") or 3) * (size("temporal_patch_size") or 1) * patch**2
+        yield {
+            "pixel_values": _noise(model, (_SIDE**2, pixels)),
+            "image_grid_thw": torch.tensor([[1, _SIDE, _SIDE]], device=model.device),
+        }
+    for shape in _shapes(model, "pixel_values"):
+        yield {"pixel_values": _noise(model, (1, *shape))}
+
+
+def _made_up(model: PreTrainedModel, name: str, sound: tuple[int, ...], frames: int) -> Tensor | None:
+    """A small input of a name that says what it is; None: it does not."""
+    size = functools.partial(_size, model.config)
+    names = parameter_names(called(model))
+    patch = size("patch_size") or 1
+    patch = patch if isinstance(patch, int) else patch[-1]
+    pixels = (size("num_channels", "in_channels", "in_chans") or 3) * (size("temporal_patch_size") or 1) * patch**2
+    width, history = size("hidden_size", "d_model") or 1, size("context_length", "seq_length") or _FRAMES
+    patches = (_SIDE**2, pixels) if "grid_thw" in names else (_ROWS, _SIDE**2, pixels)
+    states = (_ROWS, _TOKENS, size("encoder_hidden_size") or width)
+    noises: dict[str, tuple[int, ...]] = {
+        "hidden_states": patches if "grid_thw" in names else (_ROWS, _TOKENS, width),
+        "input_features": (_ROWS, *sound),
+        "audio_mel": (_ROWS, frames, *(each for each in sound if each != frames)),
+        "past_values": (_ROWS, history, size("num_input_channels") or 1),
+        **dict.fromkeys(("query_embeds", "inputs_embeds"), (_ROWS, _TOKENS, width)),
+        "encoder_hidden_states": states,
+    }
+    if {"grid_thw", "spatial_shapes", "pixel_position_ids"} & {*names}:
+        noises["pixel_values"] = patches
+    side = torch.tensor([[1, _SIDE, _SIDE]])
+    integers: dict[str, Tensor] = {
+        **dict.fromkeys(("input_ids", "qformer_input_ids"), _tokens(model)),
+        **dict.fromkeys(("grid_thw", "image_grid_thw"), side),
+        **dict.fromkeys(("input_features_mask", "feature_attention_mask"), torch.ones(_ROWS, frames).long()),
+        "bbox": (torch.arange(4) + 1).expand(_ROWS, _TOKENS, 4),
+        "merge_sizes": torch.tensor([size("spatial_merge_size") or 2]),
+        "spatial_shapes": side[:, 1:].expand(_ROWS, -1),
+        "pixel_attention_mask": torch.ones(_ROWS, _SIDE**2).long(),
+        "pixel_position_ids": torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)).expand(_ROWS, -1, -1),
+        "audio_mel_mask": torch.zeros(_ROWS, frames, dtype=torch.bool),
+        "past_values_padding": torch.zeros(_ROWS, history).long(),
+        "freq": torch.zeros(_ROWS, 1).long(),
+    }
+    if name in integers:
+        return integers[name].to(model.device)
+    if name in noises:
+        return _noise(model, noises[name])
+    shape = next(_shapes(model, name), None)
+    return None if shape is None else _noise(model, (_ROWS, *shape))
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
@@ -283,10 +372,15 @@ _DONE: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 class Trial(NamedTuple):
-    """The name under which this package's attention does what a model's own does, and what that was tried on."""
+    """The name under which this package's attention does what a model's own does, and what that was tried on.
+
+    ``choice`` counts the candidates before those inputs. ``adopted``: from the trial of a small copy.
+    """
 
     attention: str
     inputs: Inputs
+    choice: int = 0
+    adopted: bool = False
 
 
 class _Call(NamedTuple):
@@ -312,9 +406,29 @@ def tried(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial
             configuration suggests.
     """
     if example_inputs is not None or model not in _DONE:
-        inputs, calls = _run_own(model, candidates(model) if example_inputs is None else [example_inputs])
-        _DONE[model] = Trial(_compared(model, inputs, calls), inputs)
+        choice, inputs, calls = _run_own(model, candidates(model) if example_inputs is None else [example_inputs])
+        _DONE[model] = Trial(_compared(model, inputs, calls), inputs, choice)
     return _DONE[model]
+
+
+def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
+    """Take the trial of a small copy for a model's own, which costs three passes over the model.
+
+    Raises:
+        ValueError: the copy's attention is not all in its arguments.
+    """
+    trial = tried(small)
+    inputs = next(itertools.islice(candidates(model), trial.choice, None), None)
+    if model not in _DONE and inputs is not None:
+        _DONE[model] = Trial(trial.attention, inputs, trial.choice, adopted=True)
+
+
+def disown(model: PreTrainedModel) -> bool:
+    """Drop a trial that was adopted; return whether it was."""
+    adopted = model in _DONE and _DONE[model].adopted
+    if adopted:
+        del _DONE[model]
+    return adopted
 
 
 def takes_text(model: PreTrainedModel) -> bool:
@@ -322,18 +436,18 @@ def takes_text(model: PreTrainedModel) -> bool:
     return is_plain_text(model) and set(tried(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
-def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[Inputs, list[_Call]]:
-    """The first inputs on which the model runs, and what its own attention makes of them."""
+def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_Call]]:
+    """The first inputs on which the model runs, which they are, and what its own attention makes of them."""
     failures: list[Exception] = []
     for inputs in choices:
         calls: list[_Call] = []
         try:
             with borrowed(model, _NAME, _recorder(calls), full_mask):
-                model.base_model(**inputs)
+                called(model)(**inputs)
         except Exception as error:  # whatever a family makes of such inputs
             failures.append(error)
         else:
-            return inputs, calls
+            return len(failures), inputs, calls
     why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
     raise ValueError(
         f"example_inputs takes keyword arguments on which {type(model).__name__} runs, since it does not run on "
@@ -346,7 +460,7 @@ def _compared(model: PreTrainedModel, inputs: Inputs, calls: list[_Call]) -> str
     for name in (NAME, FULL_MASKS):
         try:
             with borrowed(model, _NAME, _comparison(calls), MASKS[name]):
-                model.base_model(**inputs)
+                called(model)(**inputs)
         except Exception as error:  # it differs, or cannot be done: a family that joins masks has no use for none
             differs = error
         else:

@@ -1,0 +1,796 @@
+"""Check what a method does to a model against the textbook, on a small copy of the model.
+
+The copy has the class and the configuration of the model, narrow heads, one layer of every kind and random weights. The
+method is attached to it, and values and the gradients of everything that is trained are compared in float64 with
+``textbook``, in the situations in which models are used. So a model of 70 billion parameters costs no more than a tiny
+one. A report is remembered in the process; nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from transformers import PreTrainedModel, StaticCache
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+
+from ...methods import METHODS, MethodConfig, PrefixMethod
+from .discovery import CONTEXT, CopyError, method_layers, parts, running_inputs, small_config, small_copy
+from .hooks import cache_parameter, find_cache, parameter_names
+from .switching import Inputs, forgotten, image_candidates, is_of_text, is_plain_text
+from .textbook import PrefixTextbook, PromptTextbook
+
+BOUND = 1e-10
+"""The largest error, relative to the largest value, of what agrees in float64."""
+_VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
+_PADDING = 3
+_NEW = 3  # tokens that are generated: the second beam search step is the first to choose among beams
+_TINY = 2_000_000
+"""A model of so many parameters is as cheap to run as its small copy."""
+_LARGEST = 100_000_000
+"""A model of which there is no small copy is checked itself up to this size."""
+_PACKAGE = str(Path(__file__).parents[2])
+
+Verdict = Literal["ok", "differs", "fails", "refused", "not applicable"]
+
+
+class Float64(TorchFunctionMode):
+    """In this context nothing in float64 is rounded to float32, and nothing starts in float32.
+
+    The norms, rotary embeddings and routers of ``transformers`` compute in float32 otherwise.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.float:
+            return args[0] if args[0].dtype is torch.float64 else args[0].double()
+        widened = {name: self._widen(value) for name, value in (kwargs or {}).items()}
+        return function(*map(self._widen, args), **widened)
+
+    def _widen(self, value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one situation.
+
+    "differs": by ``error``, relative to the largest value. "fails": with an error that is not this package's own.
+    "refused": with one that is. "not applicable": the model without a method does not run in this situation.
+    """
+
+    situation: str
+    verdict: Verdict
+    error: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.verdict == "differs":
+            return f"{self.situation}: differs from the textbook by {self.error:.1e} of the largest value"
+        return f"{self.situation}: {self.verdict}" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every situation of a method on a family of models."""
+
+    family: str
+    method: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """Return what gives other numbers than the textbook, or what no use of the method can do without."""
+        basic = {"ids"}
+        return tuple(
+            f
+            for f in self.findings
+            if f.verdict == "differs" or (f.situation in basic and f.verdict in ("fails", "refused"))
+        )
+
+    @property
+    def agrees(self) -> bool:
+        """Return whether nothing is wrong."""
+        return not self.wrong
+
+    def sentence(self, alternative: str) -> str:
+        """Return what to tell a user: the family, the situation and the alternative."""
+        first = self.wrong[0]
+        what = f"differ from the textbook by {first.error:.1e}" if first.verdict == "differs" else "cannot be computed"
+        why = f" ({first.reason})" if first.reason else ""
+        case = f"{self.method} on {self.family}: with {first.situation}, its values or gradients"
+        return f"{case} {what}{why}. {alternative}"
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.method} on {self.family}", *(f"  {finding}" for finding in self.findings)])
+
+
+class _Key(NamedTuple):
+    model_class: type
+    config: str
+    method: str
+
+
+_REPORTS: dict[_Key, Report] = {}
+_COPIES: dict[tuple[type, str], PreTrainedModel | None] = {}
+_LOCK = threading.RLock()
+
+
+def forget() -> None:
+    """Forget all reports, for whoever changes the code of a model in the process."""
+    _REPORTS.clear()
+    _COPIES.clear()
+
+
+def reports(model: PreTrainedModel, config: MethodConfig) -> list[Report]:
+    """Return what is remembered of a method, whatever its other options, on a model's class and configuration."""
+    name, contents = config.method_name(), structure(model)
+    return [
+        report
+        for key, report in _REPORTS.items()
+        if key.model_class is type(model) and key.config == contents and json.loads(key.method)["method"] == name
+    ]
+
+
+def check(
+    model: PreTrainedModel,
+    config: MethodConfig,
+    attach: Callable[[PreTrainedModel, MethodConfig], Any],
+    names: Sequence[str] | None = None,
+) -> Report:
+    """Compare a method with the textbook in every situation that a model's class and configuration have.
+
+    Args:
+        model: not changed. Only where no small copy of it can be built is a copy of the model itself used.
+        config: the method and its options, as they would be attached.
+        attach: attaches a method to a model that it is given, without checking.
+        names: of the situations to check. None: all of them.
+    """
+    small_method = small_method_config(model, config)
+    key = _Key(type(model), structure(model), json.dumps(small_method.to_dict(), sort_keys=True, default=str))
+    with _LOCK:
+        if names is not None or key not in _REPORTS:
+            plain = copy_of(model)
+            if plain is None:
+                none = Finding("ids", "not applicable", reason="no small copy of the model runs")
+                return Report(type(model).__name__, type(config).__name__, (none,))
+            if getattr(plain, "generation_config", None) is not None:
+                plain.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
+            with _quiet():
+                report = _compared(plain, small_method, attach, names)
+            if names is not None:
+                return report
+            _REPORTS[key] = report
+        return _REPORTS[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the families say of a small copy's sizes from the user."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def structure(model: PreTrainedModel) -> str:
+    """Return what of a model's configuration says how it computes, with its sizes made small."""
+    try:
+        config = small_config(model.config)
+    except Exception:  # a family's own checks of sizes that it was not made for
+        config = model.config
+    contents = config.to_dict()
+    for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        contents.pop(name, None)
+    return json.dumps(contents, sort_keys=True, default=str)
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a small copy of a model in float64, or a copy of the model itself where none can be built; None: the model
+    is too large for that, or its weights are not floating point numbers in memory.
+    """
+    small = _small(model)
+    if small is not None:
+        copied: PreTrainedModel = copy.deepcopy(small)
+        return copied
+    unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
+    if unusual or model.num_parameters() > _LARGEST:
+        return None
+    own: PreTrainedModel = copy.deepcopy(model).double().eval()
+    return own
+
+
+def _small(model: PreTrainedModel) -> PreTrainedModel | None:
+    key = (type(model), structure(model))
+    if key not in _COPIES:
+        config = copy.deepcopy(model.config)
+        for part in parts(config):
+            part._attn_implementation_internal = None
+        with Float64(), torch.random.fork_rng(devices=[]):
+            try:
+                _COPIES[key] = small_copy(config, type(model), torch.float64)
+            except CopyError:
+                _COPIES[key] = None
+        if len(_COPIES) > 8:
+            del _COPIES[next(iter(_COPIES))]
+    return _COPIES[key]
+
+
+def stand_in(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the small copy of a model that its trials are held on, or the model itself where there is none."""
+    small = None if model.num_parameters() <= _TINY else _small(model)
+    return model if small is None else small
+
+
+def small_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
+    """Return a method's options with short prompts and narrow networks, not initialized from a text."""
+    limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in limits and type(value) is int:
+            changed[field.name] = min(value, limits[field.name])
+        elif field.name == "max_length" and type(value) is int:
+            changed[field.name] = 64
+        elif field.name == "init" and value not in ("random", "normal"):
+            changed[field.name] = field.default
+        elif field.name == "init_text":
+            changed[field.name] = None
+        elif isinstance(value, float) and "dropout" in field.name:
+            changed[field.name] = 0.0
+        elif field.name == "modules_to_save" and value is not None:
+            small = _small(model)
+            known = {name for name, _ in (model if small is None else small).named_modules()}
+            changed[field.name] = [name for name in value if name in known]
+    return dataclasses.replace(config, **changed)
+
+
+class _Subject(NamedTuple):
+    """Something that runs like a model: a function of its keyword arguments, and what is trained."""
+
+    run: Callable[..., Any]
+    model: Any
+    trained: list[Tensor]
+
+
+def _compared(
+    plain: PreTrainedModel, config: MethodConfig, attach: Callable[..., Any], names: Sequence[str] | None
+) -> Report:
+    """Attach a method to a copy, give it random parameters, and go through all situations."""
+    family, method_name = type(plain).__name__, type(config).__name__
+    attached = copy.deepcopy(plain)
+    try:
+        with Float64(), torch.random.fork_rng(devices=[]):
+            attach(attached, config)
+    except Exception as error:
+        return Report(family, method_name, (Finding("ids", _blame(error), reason=_one_line(error)),))
+    trained = {name: p for name, p in attached.named_parameters() if p.requires_grad}
+    _randomize(trained.values())
+    book_model = copy.deepcopy(plain).requires_grad_(False)
+    heads = dict(book_model.named_parameters())
+    for name, parameter in trained.items():
+        if name in heads:
+            heads[name].data.copy_(parameter.data)
+            heads[name].requires_grad_(True)
+    leaves: list[Tensor] = [heads.get(name, parameter) for name, parameter in trained.items()]
+    with Float64():
+        book = _textbook(book_model, config, attached.fastprefix)
+    parameters: list[Tensor] = list(trained.values())
+    situations = Situations(
+        _Subject(attached.__call__, attached, parameters), _Subject(book, book_model, leaves), plain
+    )
+    return Report(family, method_name, _all(situations, names))
+
+
+def _all(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
+    with Float64(), torch.random.fork_rng(devices=[]):
+        found = list(situations.findings(names))
+    if names is None or "autocast" in names:  # last, since it rounds the weights
+        found.append(situations.autocast())
+    return tuple(found)
+
+
+def _textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
+    if issubclass(METHODS[config.method_name()][1], PrefixMethod):
+        return PrefixTextbook(model, method, method_layers(model, config))
+    return PromptTextbook(model, method, placeholder(model.config))
+
+
+def placeholder(config: Any) -> int:
+    """Return the id of an ordinary token, or of the padding where a family has embeddings for every layer."""
+    text = config.get_text_config()
+    if getattr(text, "hidden_size_per_layer_input", None):
+        return int(text.pad_token_id or 0)
+    return _ordinary(config)[-1]
+
+
+def _ordinary(config: Any) -> list[int]:
+    """Return the ids of some tokens without a meaning of their own."""
+    special: set[Any] = set()
+    for part in parts(config):
+        for name, value in vars(part).items():
+            if "token" in name:
+                special |= set(value) if isinstance(value, list | tuple) else {value} if type(value) is int else set()
+    size = getattr(config.get_text_config(), "vocab_size", None) or 64
+    return [each for each in range(3, size) if each not in special][:48]
+
+
+def _randomize(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((0.3 * noise).to(parameter))
+
+
+def _blame(error: BaseException) -> Verdict:
+    """Return "refused" for this package's own errors, and "fails" for all others."""
+    frames = traceback.extract_tb(error.__traceback__)
+    said = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
+    return "refused" if said else "fails"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+class _Absent(Exception):  # noqa: N818 (nothing is wrong)
+    """A model has no such situation."""
+
+
+Run = Callable[..., Any]
+"""A model or its textbook, as a function of the model's keyword arguments."""
+
+Make = Callable[[Run], list[Tensor]]
+"""What a situation makes of either of them: tensors to compare."""
+
+
+class Situations:
+    """The situations in which a method is compared with the textbook, on one small model."""
+
+    def __init__(self, subject: _Subject, book: _Subject, plain: PreTrainedModel) -> None:
+        self.subject = subject
+        self.book = book
+        self.plain = plain
+        self.config = plain.config
+        self.names = parameter_names(plain.base_model)
+        self.is_text = is_of_text(plain)
+        self.is_plain = is_plain_text(plain)
+        self.cache_name = cache_parameter(self.names)
+        self.caches = self.is_plain and self.cache_name is not None and plain.can_generate()
+        self.results: dict[str, Any] = {}  # of the textbook, by what was run
+        generator = torch.Generator().manual_seed(1)
+        ordinary = torch.tensor(_ordinary(self.config) or [0])
+        self.long_ids = ordinary[torch.randint(len(ordinary), (_ROWS, _LONG), generator=generator)]
+        self.ids = self.long_ids[:, :_TOKENS]
+        if self.is_text and not self._runs_on_text():
+            self.is_text = self.is_plain = self.caches = False
+
+    def _runs_on_text(self) -> bool:
+        try:
+            with forgotten(self.plain), torch.no_grad():
+                self.plain(**self._inputs(self.ids))
+        except Exception:  # a model that requires something beside text
+            return False
+        return True
+
+    def findings(self, names: Sequence[str] | None = None) -> Iterator[Finding]:
+        """Yield what became of each situation but autocast."""
+        for name, situation in self._situations().items():
+            if names is None or name in names:
+                yield _find(name, situation)
+
+    def _situations(self) -> dict[str, Callable[[], Compared]]:
+        def alike(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
+            return functools.partial(self._alike, key, run, gradients)
+
+        chosen: dict[str, Callable[[], Compared]] = {"ids": alike("ids", self._plainest)}
+        if self.is_text:
+            chosen |= {f"{side} padding": alike(side, self._rows(side)) for side in ("left", "right")}
+            chosen["a row alone"] = alike("alone", self._alone)
+        if self.is_plain:
+            chosen |= {
+                "inputs_embeds": alike("embeds", self._embeddings),
+                "explicit positions": alike("positions", self._positions),
+                "three-dimensional positions": alike("3-D positions", self._three_dimensions),
+                "token types": alike("types", self._types),
+                "boxes": alike("boxes", self._boxes),
+                "long inputs": alike("long", self._long),
+                "packed sequences": self._packed,
+            }
+        if self.caches:
+            chosen |= {
+                "a cached continuation": alike("pieces", self._pieces("none")),
+                "a cached continuation with left padding": alike("left pieces", self._pieces("left", _PADDING)),
+                "a static cache": alike("static", self._pieces("left", _PADDING, self._static), gradients=False),
+                "a copied cache": alike("copied", self._copied, gradients=False),
+                "a second turn of generation": self._second_turn,
+            }
+        if self.is_text and self.plain.can_generate():
+            chosen["beam search"] = self._beams
+        chosen |= {
+            "forward called directly": self._direct,
+            "gradient checkpointing": functools.partial(self._checkpointing, False),
+            "reentrant gradient checkpointing": functools.partial(self._checkpointing, True),
+            "hidden states": alike("states", self._states(True), gradients=False),
+            "selected hidden states": alike("selected", self._states([0, -1]), gradients=False),
+            "tuples": alike("tuples", self._tuples, gradients=False),
+        }
+        if self.is_plain:  # last: some models remember where a former call's images were
+            chosen["images"] = alike("images", self._images)
+        return chosen
+
+    # Comparisons
+
+    def _alike(self, key: str, run: Make, gradients: bool = True) -> Compared:
+        """Compare the same run of both."""
+        expected = self._expected(key, self.book, run, gradients)
+        return _difference(_evaluated(self.subject, run, gradients), expected)
+
+    def _expected(self, key: str, book: _Subject, run: Make, gradients: bool = True) -> _Numbers:
+        """Return the textbook's numbers; what the textbook cannot run is no situation of the model."""
+        if key not in self.results:
+            try:
+                self.results[key] = _evaluated(book, run, gradients)
+            except _Absent as absent:
+                self.results[key] = absent
+            except Exception as error:  # whatever the family makes of it
+                self.results[key] = _Absent(_one_line(error))
+        result: _Numbers | _Absent = self.results[key]
+        if isinstance(result, _Absent):
+            raise result
+        return result
+
+    # Runs, of the method or of the textbook
+
+    def _inputs(self, ids: Tensor, padding: str = "none") -> dict[str, Any]:
+        """Return arguments for ids ``[B, N]``; all rows but the first have padding."""
+        mask = torch.ones_like(ids)
+        mask[1:, {"none": slice(0), "left": slice(_PADDING), "right": slice(-_PADDING, None)}[padding]] = 0
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        inputs: dict[str, Any] = {"attention_mask": mask}
+        inputs["input_ids"] = ids.masked_fill(mask == 0, pad if type(pad) is int and pad >= 0 else 0)
+        if self.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids[:, :2]
+        if "bbox" in self.names:
+            inputs["bbox"] = torch.arange(1, 5).expand(*ids.shape, 4)
+        if self.cache_name is not None:
+            inputs["use_cache"] = False
+        return inputs
+
+    def _given(self) -> dict[str, Any]:
+        """Return the plainest arguments on which a model runs."""
+        if self.is_text:
+            return self._inputs(self.ids)
+        return dict(running_inputs(self.plain))
+
+    def _rows(self, padding: str) -> Make:
+        return lambda run: _values(run(**(inputs := self._inputs(self.ids, padding))), inputs["attention_mask"])
+
+    def _plainest(self, run: Run) -> list[Tensor]:
+        return _values(run(**self._given()))
+
+    def _alone(self, run: Run) -> list[Tensor]:
+        return _values(run(**self._inputs(self.ids[1:])))
+
+    def _long(self, run: Run) -> list[Tensor]:
+        return _values(run(**self._inputs(self.long_ids)))
+
+    def _embeddings(self, run: Run) -> list[Tensor]:
+        self._needs("inputs_embeds")
+        inputs = self._inputs(self.ids, "left")
+        with torch.no_grad():
+            rows = self.plain.get_input_embeddings()(inputs.pop("input_ids"))
+        return _values(run(inputs_embeds=rows, **inputs), inputs["attention_mask"])
+
+    def _positions(self, run: Run) -> list[Tensor]:
+        self._needs("position_ids")
+        positions = torch.arange(2, 2 + _TOKENS).expand(_ROWS, -1)
+        return _values(run(**self._inputs(self.ids), position_ids=positions))
+
+    def _three_dimensions(self, run: Run) -> list[Tensor]:
+        if not any("section" in str(vars(part).get("rope_parameters")) for part in parts(self.config)):
+            raise _Absent("positions have one dimension")
+        steps = torch.arange(_TOKENS)
+        positions = torch.stack([steps, steps // 2, steps % 3])[:, None].expand(-1, _ROWS, -1)
+        return _values(run(**self._inputs(self.ids), position_ids=positions))
+
+    def _types(self, run: Run) -> list[Tensor]:
+        self._needs("token_type_ids")
+        inputs = self._inputs(self.ids, "left")
+        return _values(run(**inputs, token_type_ids=self.ids % 2), inputs["attention_mask"])
+
+    def _boxes(self, run: Run) -> list[Tensor]:
+        self._needs("bbox")
+        corners = torch.stack([self.ids % 5, self.ids % 7, self.ids % 5 + 9, self.ids % 7 + 9], dim=-1)
+        return _values(run(**{**self._inputs(self.ids), "bbox": corners}))
+
+    def _images(self, run: Run) -> list[Tensor]:
+        return _values(run(**image_inputs(self.plain, self.ids[:1])))
+
+    def _packed(self) -> Compared:
+        """Compare two sequences in a row with each of them alone."""
+        self._needs("position_ids")
+        if not self.caches:
+            raise _Absent("sequences cannot be packed")
+        cuts = (slice(0, 3), slice(3, _TOKENS))
+        positions = torch.cat([torch.arange(cut.stop - cut.start) for cut in cuts])[None]
+
+        def packed(run: Run) -> list[Tensor]:
+            return _values(run(input_ids=self.ids[:1], position_ids=positions, use_cache=False))
+
+        def alone(run: Run) -> list[Tensor]:
+            each = [_values(run(input_ids=self.ids[:1, cut], use_cache=False))[0] for cut in cuts]
+            return [torch.cat(each, dim=1)]
+
+        plain = _Subject(self.plain.__call__, self.plain, [])
+        together = self._expected("plain packed", plain, packed, gradients=False)
+        if _difference(together, self._expected("plain apart", plain, alone, gradients=False)).error > BOUND:
+            raise _Absent("the model does not tell packed sequences apart")
+        return _difference(_evaluated(self.subject, packed), self._expected("apart", self.book, alone))
+
+    def _pieces(self, padding: str, cut: int = 4, cache: Callable[[], Any] = lambda: None) -> Make:
+        """Run ids in two calls, the second with the cache of the first."""
+
+        def run_pieces(run: Run) -> list[Tensor]:
+            inputs = self._inputs(self.ids, padding)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            first = self._step(run, ids[:, :cut], mask[:, :cut], cache())
+            second = self._step(run, ids[:, cut:], mask, _cache(first))
+            return [*_values(first, mask[:, :cut])[:1], *_values(second, mask[:, cut:])[:1]]
+
+        return run_pieces
+
+    def _step(self, run: Run, ids: Tensor, mask: Tensor, cache: Any) -> Any:
+        given = {} if cache is None else {str(self.cache_name): cache}
+        return run(input_ids=ids, attention_mask=mask, use_cache=True, **given)
+
+    def _static(self) -> Any:
+        return StaticCache(config=self.plain.config, max_cache_len=_TOKENS + _VIRTUAL_TOKENS + 2)
+
+    def _copied(self, run: Run) -> list[Tensor]:
+        mask = torch.ones_like(self.ids)
+        first = self._step(run, self.ids[:, :4], mask[:, :4], None)
+        copied = copy.deepcopy(_cache(first))
+        second = self._step(run, self.ids[:, 4:], mask, _cache(first))
+        other = self._step(run, self.ids[:, 4:].flip(1), mask, copied)
+        return [_values(second)[0], _values(other)[0]]
+
+    def _generated(self, subject: _Subject, **options: Any) -> tuple[_Numbers, Any]:
+        """Generate some tokens; return what was said of them, and everything."""
+        model: Any = subject.model
+        with torch.no_grad():
+            output = model.generate(
+                do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
+                max_new_tokens=_NEW, **options,
+            )  # fmt: skip
+        scores = getattr(output, "sequences_scores", None)
+        return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
+
+    def _anew(self, key: str, **options: Any) -> _Numbers:
+        """Return what the textbook says when it generates without a cache."""
+
+        def run(_: Run) -> list[Tensor]:
+            return self._generated(self.book, **options, use_cache=False)[0].values
+
+        return self._expected(key, self.book, run, gradients=False)
+
+    def _beams(self) -> Compared:
+        inputs = {k: v for k, v in self._inputs(self.ids, "left").items() if k in ("input_ids", "attention_mask")}
+        options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
+        expected = self._anew("beams", **inputs, **options)
+        compared = _difference(self._generated(self.subject, **inputs, **options)[0], expected)
+        return self._unless_plain_differs(compared, inputs, options)
+
+    def _unless_plain_differs(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
+        """Return an error of cached generation, unless the model without a method says other things with a cache."""
+        if compared.error > BOUND:
+            plain = _Subject(self.plain.__call__, self.plain, [])
+            kept, anew = (self._generated(plain, **inputs, **options, use_cache=cached)[0] for cached in (True, False))
+            if _difference(kept, anew).error > BOUND:
+                raise _Absent("the model itself says other things with a cache than without")
+        return compared
+
+    def _second_turn(self) -> Compared:
+        """Generate twice with one cache."""
+        mask = torch.ones_like(self.ids)
+        self._anew("first turn", input_ids=self.ids, attention_mask=mask)
+        first = self._generated(self.subject, input_ids=self.ids, attention_mask=mask)[1]
+        turn = torch.cat([first.sequences, self.ids[:, :3]], dim=1)
+        inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
+        kept = {str(self.cache_name): _cache(first)}
+        actual = self._generated(self.subject, **inputs, **kept)[0]
+        return self._unless_plain_differs(_difference(actual, self._anew("second turn", **inputs)), inputs, {})
+
+    def _direct(self) -> Compared:
+        subject = self.subject._replace(run=self.subject.model.forward)
+        return _difference(_evaluated(subject, self._plainest), self._expected("ids", self.book, self._plainest))
+
+    def _checkpointing(self, reentrant: bool) -> Compared:
+        model: Any = self.subject.model
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise _Absent("the model has no gradient checkpointing")
+
+        def training(run: Run) -> list[Tensor]:
+            self.book.model.train()
+            torch.manual_seed(0)
+            return self._plainest(run)
+
+        expected = self._expected("training", self.book, training)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
+        model.train()
+        try:
+            return _difference(_evaluated(self.subject, training), expected)
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval()
+            self.book.model.eval()
+
+    def _states(self, which: Any) -> Make:
+        return lambda run: _values(run(**self._given(), output_hidden_states=which))
+
+    def _tuples(self, run: Run) -> list[Tensor]:
+        output = run(**self._given(), return_dict=False)
+        return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def autocast(self) -> Finding:
+        """Compare under bfloat16 autocast, outside ``Float64``: at most four times as wrong as the textbook is. The
+        weights of both are rounded to float32.
+        """
+        name = "autocast"
+        try:
+            for each in (self.subject, self.book):
+                each.model.float()
+            exact = self._expected("float32", self.book, self._plainest)
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = self._expected("bfloat16", self.book, self._plainest)
+                actual = _evaluated(self.subject, self._plainest)
+        except _Absent as absent:
+            return Finding(name, "not applicable", reason=str(absent))
+        except Exception as error:
+            return Finding(name, _blame(error), reason=_one_line(error))
+        own, ours = _difference(rounded, exact), _difference(actual, exact)
+        return Finding(name, "ok" if ours.error <= max(4 * own.error, 0.05) else "differs", ours.error, ours.where)
+
+    def _needs(self, name: str) -> None:
+        if name not in self.names:
+            raise _Absent(f"the model has no {name}")
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
+    """Checkpoint a function that runs in ``Float64``, which the backward pass leaves."""
+
+    def wide(*inputs: Any) -> Any:
+        with Float64():
+            return function(*inputs)
+
+    return checkpoint.checkpoint(wide, *args, use_reentrant=use_reentrant)
+
+
+def image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Return arguments with an image between two halves of ids ``[1, N]``.
+
+    Raises:
+        _Absent: the model has no images, or their size is not known.
+    """
+    base: Any = model.base_model
+    token = next(
+        (v for n in ("image_token_id", "image_token_index") if type(v := getattr(model.config, n, 0)) is int), 0
+    )
+    if not hasattr(base, "get_image_features") or token == 0:
+        raise _Absent("the model has no images")
+    names = parameter_names(base)
+    for images in image_candidates(model):
+        try:
+            with forgotten(model), torch.no_grad():
+                features = base.get_image_features(**images)
+                features = getattr(features, "pooler_output", features)
+        except Exception:  # whatever the family makes of such images
+            continue
+        features = features if isinstance(features, list | tuple) else [features]
+        count = sum(each.shape[:-1].numel() for each in features)
+        start = getattr(model.config, "vision_start_token_id", None)
+        before = ids[:, :3] if start is None else torch.cat([ids[:, :3], torch.full((1, 1), start)], 1)
+        row = torch.cat([before, torch.full((1, count), token), ids[:, 3:]], 1)
+        types = {n: (row == token).int() for n in ("mm_token_type_ids",) if n in names}
+        types |= {n: torch.zeros_like(row) for n in ("token_type_ids",) if n in names}
+        return {"input_ids": row, "attention_mask": torch.ones_like(row), "use_cache": False, **images, **types}
+    raise _Absent("no small images are known")
+
+
+def _cache(output: Any) -> Any:
+    return find_cache(output if isinstance(output, tuple) else list(output.values()))
+
+
+def _values(output: Any, mask: Tensor | None = None) -> list[Tensor]:
+    """Return what an output says, without its padding; what is pooled from padded rows may say something of that."""
+    if not isinstance(output, ModelOutput):
+        return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
+    skipped = ("attentions", "encoder_", "past", "loss", "cross_", "router")
+    named = [(n, v) for n, v in output.items() if not any(word in n for word in skipped)]
+    flat = [each for _, value in named for each in (value if isinstance(value, list | tuple) else [value])]
+    tensors = [value for value in flat if isinstance(value, Tensor) and value.is_floating_point()]
+    if mask is None or bool(mask.all()):
+        return tensors
+    rows = [value[mask.bool()] for value in tensors if value.shape[:2] == mask.shape]
+    return rows or tensors[:1]
+
+
+class _Numbers(NamedTuple):
+    values: list[Tensor]
+    gradients: list[Tensor]
+
+
+def _find(name: str, situation: Callable[[], Compared]) -> Finding:
+    try:
+        compared = situation()
+    except _Absent as absent:
+        return Finding(name, "not applicable", reason=str(absent))
+    except Exception as error:
+        return Finding(name, _blame(error), reason=_one_line(error))
+    return Finding(name, "ok" if compared.error <= BOUND else "differs", *compared)
+
+
+class Compared(NamedTuple):
+    """The largest error, relative to the largest value, and of what."""
+
+    error: float
+    where: str
+
+
+def _evaluated(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
+    """Return values, and the gradients of a fixed combination of them."""
+    with torch.set_grad_enabled(gradients):
+        values = run(subject.run)
+    if not gradients or not subject.trained:
+        return _Numbers([value.detach() for value in values], [])
+    output = torch.cat([value.flatten() for value in values])
+    weights = torch.arange(len(output)).to(output.dtype).cos()
+    if output.requires_grad:
+        torch.autograd.backward([output], [weights])  # what is checkpointed runs again, under ``Float64`` too
+    found = [parameter.grad for parameter in subject.trained]
+    for parameter in subject.trained:
+        parameter.grad = None
+    pairs = zip(found, subject.trained, strict=True)
+    return _Numbers([value.detach() for value in values], [torch.zeros_like(p) if g is None else g for g, p in pairs])
+
+
+def _difference(actual: _Numbers, expected: _Numbers) -> Compared:
+    values = _relative(actual.values, expected.values)
+    if not expected.gradients:
+        return Compared(values, "values")
+    scale = max(float(g.abs().max()) for g in expected.gradients)
+    pairs = zip(actual.gradients, expected.gradients, strict=True)
+    gradients = max(float((a - e).abs().max()) / max(float(e.abs().max()), 1e-3 * scale, 1e-300) for a, e in pairs)
+    return max(Compared(values, "values"), Compared(gradients, "gradients"))
+
+
+def _relative(actual: list[Tensor], expected: list[Tensor]) -> float:
+    if [value.shape for value in actual] != [value.shape for value in expected]:
+        return float("inf")
+    errors = [(float((a - e).abs().max()), float(e.abs().max())) for a, e in zip(actual, expected, strict=True)]
+    largest = max((error / max(scale, 1e-300) for error, scale in errors), default=0.0)
+    return largest if largest == largest else float("inf")

@@ -1,0 +1,427 @@
+"""Run methods on a plain model the textbook's way: slowly, with nothing of this package's kernels and hooks.
+
+A prompt stands in every row: placeholder ids before the caller's, whose embeddings are the prompt's rows, and a mask
+that counts them. A prefix is concatenated to the keys and values of each attention call, under the eager attention of
+the model's own file. ``conformance`` compares what is attached with this.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from ... import reference
+from ...methods import PrefixMethod, PromptMethod
+from .attention import added, full_mask
+from .discovery import Layer, first_tensor
+from .hooks import by_name, find_cache, parameter_names
+from .switching import is_plain_text, set_attention
+
+_NAME = "fastprefix_textbook"
+_BOOK = "_fastprefix_textbook"
+_GATES = "fastprefix_textbook_gates"
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
+
+
+class PromptTextbook:
+    """A plain model with a prompt method in every row.
+
+    Args:
+        model: a model without adapters, which is the textbook's from then on.
+        method: whose parameters are read in every call.
+        placeholder: the id that stands where a row of the prompt will be.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, placeholder: int) -> None:
+        self.model = model
+        self.method = method
+        self.placeholder = placeholder
+        self.backbone: nn.Module = model.base_model
+        self.names = parameter_names(self.backbone)
+        self.inserted = 0
+        self.tokens = 0
+        self.past = 0  # tokens in the cache of the call in progress
+        embedding: Any = model.get_input_embeddings()
+        self.block = _block_around(model, embedding)
+        self.first = _first_position(model)
+        self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.backbone.register_forward_hook(self._end)
+        embedding.register_forward_hook(self._embed)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the model's output for the caller's tokens."""
+        return self.model(**inputs)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = by_name(self.names, args, kwargs)
+        length = self.method.config.num_virtual_tokens
+        ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        given = rows if ids is None else ids
+        if given is None:
+            return None
+        cache = None if self.model.config.is_encoder_decoder else find_cache(arguments)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.inserted, self.past = (length, 0) if past == 0 else (0, past - length)
+        self.tokens = given.shape[1]
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            arguments["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
+        if (positions := arguments.get("position_ids")) is not None:
+            front = torch.arange(self.inserted, device=positions.device).expand(*positions.shape[:-1], -1)
+            arguments["position_ids"] = torch.cat([front + self.first, positions + length], dim=-1)
+        for name, value in arguments.items():
+            if name not in ("input_ids", "attention_mask", "position_ids") and _is_of_tokens(value, given):
+                arguments[name] = torch.cat([value.new_zeros(len(value), self.inserted, *value.shape[2:]), value], 1)
+        if rows is not None:
+            arguments["inputs_embeds"] = self._changed(rows)
+        elif self.block is not None:
+            arguments["inputs_embeds"] = self._front(self._run_block(arguments.pop("input_ids"), mask))
+        else:
+            arguments["input_ids"] = nn.functional.pad(given, (self.inserted, 0), value=self.placeholder)
+        return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
+        if self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
+            return None
+        return self._changed(output[:, self.inserted :])
+
+    def _changed(self, rows: Tensor) -> Tensor:
+        """Return embeddings with the offset, and with the prompt before them."""
+        at = torch.arange(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
+        offset = self.method.offset(rows.shape[1], self.past, rows.dtype)
+        return self._front(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
+
+    def _front(self, rows: Tensor) -> Tensor:
+        prompt = self.method.prompt[: self.inserted].to(rows.dtype).expand(len(rows), -1, -1)
+        return torch.cat([prompt, rows], dim=1)
+
+    def _run_block(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.block is not None
+        given = {"input_ids": ids, "attention_mask": mask}
+        inserted, self.inserted = self.inserted, 0
+        try:
+            names = parameter_names(self.block)
+            output: Tensor = self.block(**{name: value for name, value in given.items() if name in names})
+        finally:
+            self.inserted = inserted
+        return output
+
+    def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the backbone: keep the tokens' rows, and pool the first of them."""
+        if self.inserted == 0 or self.model.config.is_encoder_decoder:
+            return None
+        cropped = _cropped(output, self.inserted, self.inserted + self.tokens)
+        pooler = getattr(module, "pooler", None)
+        if isinstance(cropped, ModelOutput):
+            if cropped.get("pooler_output") is not None and isinstance(pooler, nn.Module):
+                cropped["pooler_output"] = pooler(cropped[0])
+        elif isinstance(pooler, nn.Module):
+            cropped = (cropped[0], pooler(cropped[0]), *cropped[2:])
+        return cropped
+
+
+def _is_of_tokens(value: Any, given: Tensor) -> bool:
+    is_integer = isinstance(value, Tensor) and not value.is_floating_point()
+    return is_integer and value.ndim >= 2 and value.shape[:2] == given.shape[:2]
+
+
+def _cropped(output: Any, first: int, rows: int) -> Any:
+    """Return an output whose states have so many rows without the first ones."""
+    if isinstance(output, ModelOutput):
+        for name, value in list(output.items()):
+            output[name] = _cropped(value, first, rows)
+        return output
+    if isinstance(output, tuple):
+        return tuple(_cropped(value, first, rows) for value in output)
+    has_rows = isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] == rows
+    return output[:, first:] if has_rows else output
+
+
+def _block_around(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | None:
+    """Return the block whose output is what a model calls ``inputs_embeds``, or None where that is the embedding's.
+
+    A model gives the same on ids and on the right embeddings.
+    """
+    if not is_plain_text(model) or "inputs_embeds" not in parameter_names(model.base_model):
+        return None
+    path = next((name for name, module in model.base_model.named_modules() if module is embedding), "").split(".")
+    around = [model.base_model.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
+    blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
+    seen: dict[nn.Module, Any] = {}
+    modules = [embedding, *blocks]
+    handles = [m.register_forward_hook(lambda m, _, output: seen.setdefault(m, output) and None) for m in modules]
+    ids = torch.tensor([[5, 6, 7]])
+    try:
+        with torch.no_grad():
+            expected = model.base_model(input_ids=ids)[0]
+            for handle in handles:
+                handle.remove()
+            for module in modules:
+                actual = model.base_model(inputs_embeds=seen[module])[0]
+                if actual.shape == expected.shape and torch.allclose(actual, expected):
+                    return None if module is embedding else module
+    except Exception:  # a model that needs its ids, or something beside them
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _text_part(model: PreTrainedModel) -> nn.Module:
+    """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return model
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
+    return parts[-1] if parts else model
+
+
+def _position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    named = _text_part(model).named_modules()
+    return [m for name, m in named if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES]
+
+
+def _rotary_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    modules = _text_part(model).modules()
+    return [m for m in modules if "rotary" in type(m).__name__.lower() and "position_ids" in parameter_names(m)]
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Return the position of the first token of a row, as the model counts by itself."""
+    if not is_plain_text(model):
+        return 0
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(by_name(parameter_names(module), args, kwargs)["position_ids"])
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in _rotary_embeddings(model)]
+    try:
+        if handles:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[5, 6, 7]]))
+    except Exception:  # a model that needs more than ids counts from 0
+        seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if seen:
+        return int(seen[0].min())
+    tables = _position_tables(model)
+    return 0 if not tables or tables[0].padding_idx is None else tables[0].padding_idx + 1
+
+
+class PrefixTextbook:
+    """A plain model with a prefix method, under the eager attention of its own file.
+
+    Args:
+        model: a model without adapters, which is the textbook's from then on.
+        method: whose parameters are read in every call.
+        layers: of that model, in the method's order.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
+        self.model = model
+        self.method = method
+        self.layers = {layer.module: index for index, layer in enumerate(layers)}
+        self.found = layers
+        self.prefixes: list[tuple[Tensor, Tensor]] = []
+        self.hidden: dict[int, Tensor] = {}
+        self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # pooled from first tokens, and which rows have begun
+        self.padding: dict[str, Tensor | None] = {}
+        self.past = 0
+        self.shift = method.config.num_virtual_tokens if method.config.prefix_position == "shift" else 0
+        AttentionInterface.register(_NAME, self._attend_anywhere)
+        AttentionMaskInterface.register(_NAME, full_mask)
+        set_attention(model, _NAME)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.config._attn_implementation_internal = _NAME
+        for layer in layers:
+            match = re.match(r"(.*\.\d+)(\.|$)", layer.name)
+            if method.needs_hidden() and match is not None:
+                entered = model.get_submodule(match.group(1))
+                entered.register_forward_pre_hook(self._entering(self.layers[layer.module]), with_kwargs=True)
+            setattr(layer.module, _BOOK, self)
+        model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.base_model.register_forward_hook(self._end)
+        if self.shift:
+            self._move_positions()
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the model's output."""
+        return self.model(**inputs)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the backbone."""
+        inputs = by_name(parameter_names(module), args, kwargs)
+        mask, cache = inputs.get("attention_mask"), find_cache(inputs)
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.padding = {"encoder": mask, "decoder": mask}
+        if self.model.config.is_encoder_decoder:
+            self.padding["decoder"] = inputs.get("decoder_attention_mask")
+        self.gates = dict(getattr(cache, _GATES, {})) if self.past else {}
+        self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the backbone: the cache carries the gates of its sequences."""
+        cache = find_cache(output if isinstance(output, tuple) else list(output.values()))
+        if self.gates and cache is not None:
+            setattr(cache, _GATES, self.gates)
+
+    def _move_positions(self) -> None:
+        """Move everything that turns positions into embeddings up by the length of the prefix."""
+        with torch.no_grad():
+            for table in _position_tables(self.model):
+                table.weight[: -self.shift] = table.weight[self.shift :].clone()
+        for module in _rotary_embeddings(self.model):
+            module.register_forward_pre_hook(self._move, with_kwargs=True)
+
+    def _move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = by_name(parameter_names(module), args, kwargs)
+        return (), {**arguments, "position_ids": arguments["position_ids"] + self.shift}
+
+    def _entering(self, index: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = first_tensor(args, kwargs)
+            assert hidden is not None
+            self.hidden[index] = hidden
+
+        return record
+
+    @staticmethod
+    def _attend_anywhere(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        mask = added(attention_mask, query.dtype)
+        if mask is not None:
+            mask = mask[..., : key.shape[2]]
+        book: PrefixTextbook | None = getattr(module, _BOOK, None)
+        if book is None:
+            return _eager(module)(module, query, key, value, mask, **kwargs)
+        return book.attend(module, query, key, value, mask, kwargs)
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """Attend to the prefix and the tokens in one softmax, or in two where the method has an output gate."""
+        index = self.layers[module]
+        pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._prefix(module, index))
+        gate, output_gate = self._gate(index, query), self.method.output_gate(index)
+        if output_gate is not None:
+            output = _eager(module)(module, query, key, value, mask, **kwargs)[0]
+            own = _own_softmax(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
+            return output + own.transpose(1, 2), None
+        if gate is None or gate.ndim < 4:
+            if gate is not None:
+                pk, pv = (tensor * gate.unsqueeze(-1) for tensor in (pk, pv))
+            return self._joint(module, query, key, value, mask, kwargs, pk, pv, slice(None))
+        rows = []
+        for i in range(query.shape[2]):  # every query has gates of its own
+            own = gate[:, :, i].unsqueeze(-1)
+            row = slice(i, i + 1)
+            rows.append(self._joint(module, query, key, value, mask, kwargs, pk * own, pv * own, row)[0])
+        return torch.cat(rows, dim=1), None
+
+    def _joint(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+        pk: Tensor,
+        pv: Tensor,
+        rows: slice,
+    ) -> Any:
+        """Attend from some rows of the queries to keys and values behind the prefix's."""
+        columns = (pk.shape[2], 0)
+        window = self.found[self.layers[module]].window if self.shift else None
+        if mask is None and window is not None:
+            mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+        if mask is not None:
+            mask = nn.functional.pad(mask, columns)
+            if window is not None:
+                ahead = torch.arange(query.shape[2])[:, None] + self.past + self.shift - torch.arange(self.shift)
+                hidden = nn.functional.pad(ahead >= window, (0, key.shape[2]))
+                mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            mask = mask[:, :, rows]
+        bias = kwargs.get("position_bias")
+        if isinstance(bias, Tensor):
+            kwargs = {**kwargs, "position_bias": nn.functional.pad(bias[..., : key.shape[2]], columns)[:, :, rows]}
+        key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
+        return _eager(module)(module, query[:, :, rows], key, value, mask, **kwargs)
+
+    def _prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
+        states = self.method.projected_states(index)
+        if states is None:
+            return self.prefixes[index]
+        size = self.found[index].shape
+        names = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"))
+        known = [pair for pair in names if all(isinstance(getattr(module, n, None), nn.Module) for n in pair)]
+        if not known:
+            raise NotImplementedError(f"the projections of {type(module).__name__} are not known by name")
+        key, value = (getattr(module, name)(states.to(next(module.parameters()))) for name in known[0])
+        key = key.unflatten(-1, (size.kv_heads, size.key_size))
+        norm = getattr(module, "k_norm", None)
+        key = norm(key) if isinstance(norm, nn.Module) else key
+        return key.transpose(0, 1), value.unflatten(-1, (size.kv_heads, size.value_size)).transpose(0, 1)
+
+    def _gate(self, index: int, query: Tensor) -> Tensor | None:
+        """Return the prefix gate, broadcastable to ``[B, Hkv, m]`` or ``[B, Hq, N, m]``."""
+        attended = self.padding["encoder" if self.found[index].shape.role == "encoder" else "decoder"]
+        hidden = self.hidden.get(index)
+        if attended is not None and hidden is not None:
+            attended = attended[:, -hidden.shape[1] :].bool()
+        gate = self.method.prefix_gate(index, hidden, attended)
+        if gate is None:
+            return None
+        if gate.ndim == 3 and self.method.needs_hidden():
+            begun = torch.ones(len(gate), dtype=torch.bool) if attended is None else attended.any(dim=1)
+            if index in self.gates:  # of the rows that had begun in a former call
+                held, former = self.gates[index]
+                gate, begun = torch.where(former[:, None, None], held, gate), begun | former
+            self.gates[index] = gate, begun
+        gate = gate.to(query)
+        return gate if gate.ndim >= 3 else gate.reshape((1,) * (3 - gate.ndim) + gate.shape)
+
+
+def _own_softmax(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return ``[B, H, N, Dv]``: attention to a prefix alone."""
+    groups = query.shape[1] // pk.shape[1]
+    pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
+    scale = kwargs.get("scaling")
+    scores = query @ pk.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if (cap := kwargs.get("softcap")) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    output: Tensor = scores.softmax(-1) @ pv
+    return output
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Return the eager attention of the file that a module's class is from."""
+    homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
+    found = (getattr(home, "eager_attention_forward", None) for home in homes)
+    return next((function for function in found if function is not None), _plain)
+
+
+def _plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attend as a module without an eager attention in its file does."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if mask is None else scores + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
