@@ -37,7 +37,8 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.peft import acceleration
-from fastprefix.integrations.transformers import attention
+from fastprefix.integrations.transformers import attention, conformance
+from fastprefix.integrations.transformers.attention import GivenPrefix
 from fastprefix.integrations.transformers.discovery import find_layers
 
 from . import models, peft_support
@@ -562,3 +563,15 @@ def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
     expected = model(inputs["input_ids"], attention_mask=mask).logits
     actual = fastprefix.accelerate(model)(inputs["input_ids"], attention_mask=mask).logits
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_the_check_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.forget()
+    own = GivenPrefix.prefix
+    monkeypatch.setattr(GivenPrefix, "prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v)))
+    peft_model = peft.get_peft_model(
+        models.decoder(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    )
+    with pytest.raises(ValueError, match="PREFIX_TUNING on LlamaForCausalLM: with ids, its values or gradients differ"):
+        fastprefix.accelerate(peft_model)
+    conformance.forget()

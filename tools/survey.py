@@ -191,17 +191,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:240].replace("|", "/")
 
 
+class _Stopped(BaseException):
+    """Not an ``Exception``, which whoever tries several sizes or inputs would take for one of their failures."""
+
+
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in what takes longer."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
+        raise _Stopped
 
     former = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     try:
         yield
+    except _Stopped:
+        raise TimeoutError(f"not done within {seconds} s") from None
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)

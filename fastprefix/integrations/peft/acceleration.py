@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
 from ..transformers.shared_prompt import reason_against_layers
 from ..transformers.switching import adapting, device_of, evaluated
@@ -37,7 +39,7 @@ class Acceleration:
         """
 
 
-def accelerate(peft_model: Model) -> Model:
+def accelerate(peft_model: Model, check: bool = True) -> Model:
     """Run a PEFT model on this package's kernels.
 
     Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
@@ -47,6 +49,8 @@ def accelerate(peft_model: Model) -> Model:
 
     Args:
         peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT.
+        check: whether an accelerated model is compared with PEFT's own on a small copy of the base first, once a class
+            and configuration. A prompt that differs stays on PEFT's path.
 
     Returns:
         The same model.
@@ -58,9 +62,18 @@ def accelerate(peft_model: Model) -> Model:
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model takes a peft.PeftModel, got {type(peft_model).__name__}")
     _check(peft_model)
-    acceleration = _shared(peft_model) if _kind(peft_model) in _PROMPTS else Acceleration(_verified(peft_model), None)
-    setattr(peft_model, ATTRIBUTE, acceleration)
+    setattr(peft_model, ATTRIBUTE, _accelerated(peft_model, check))
     return peft_model
+
+
+def _accelerated(peft_model: Any, check: bool) -> Acceleration:
+    report = _report(peft_model) if check else None
+    is_prompt = _kind(peft_model) in _PROMPTS
+    if report is not None and not report.agrees:
+        if is_prompt:
+            return Acceleration(None, f"textbook: {report.wrong[0]}")
+        raise ValueError(report.sentence("Use the PEFT model as it is."))
+    return _shared(peft_model) if is_prompt else Acceleration(_verified(peft_model), None)
 
 
 def decelerate(peft_model: Model) -> Model:
@@ -97,6 +110,37 @@ def _check(peft_model: Any) -> None:
         for adapted in adapted_attentions(peft_model):
             if (reason := reason_not_fusable(adapted)) is not None:
                 raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
+
+
+def _report(peft_model: Any) -> conformance.Report:
+    """What accelerating does to a small copy of a PEFT model with its active adapter's options."""
+    config = _small_config(peft_model.active_peft_config)
+
+    def make(base: PreTrainedModel) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        right: Any = get_peft_model(base, config).double()  # PEFT's parameters are float32
+        return right, accelerate(copy.deepcopy(right), check=False)
+
+    options = {name: str(value) for name, value in sorted(vars(config).items())}
+    return conformance.check_pair(peft_model.get_base_model(), _kind(peft_model), str(options), make)
+
+
+def _small_config(config: Any) -> Any:
+    """The options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
+    small = copy.deepcopy(config)
+    limits = {"num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 1, "encoder_hidden_size": 8}
+    read = ("token_dim", "num_attention_heads", "num_layers", "base_model_name_or_path", "tokenizer_name_or_path")
+    for name, value in vars(small).items():
+        if name in limits and value is not None:
+            setattr(small, name, min(value, limits[name]))
+        elif name in read:
+            setattr(small, name, None)
+        elif name in ("encoder_dropout", "num_frozen_tokens"):
+            setattr(small, name, type(value)(0))
+    if hasattr(small, "prompt_tuning_init"):
+        small.prompt_tuning_init, small.prompt_tuning_init_text = "RANDOM", None
+    small.inference_mode = False
+    return small
 
 
 def _shared(peft_model: Any) -> Acceleration:

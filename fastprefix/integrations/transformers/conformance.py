@@ -46,6 +46,12 @@ _LARGEST = 100_000_000
 """A model of which there is no small copy is checked itself up to this size."""
 _PACKAGE = str(Path(__file__).parents[2])
 
+_PAIRED = (
+    *("ids", "left padding", "right padding", "a row alone", "long inputs", "beam search"),
+    *("forward called directly", "gradient checkpointing", "tuples", "autocast"),
+)
+"""The situations of models whose calls take what the base's take, but whose caches are their own."""
+
 Verdict = Literal["ok", "differs", "fails", "refused", "not applicable"]
 
 
@@ -178,6 +184,43 @@ def check(
                 return report
             _REPORTS[key] = report
         return _REPORTS[key]
+
+
+def check_pair(
+    model: PreTrainedModel, method: str, options: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]
+) -> Report:
+    """Compare two models that are to be the same, such as an accelerated one with what it was before.
+
+    Args:
+        model: the base of both, which is not changed.
+        method: what a report calls it.
+        options: everything that says what ``make`` makes, but for the base.
+        make: of a small copy of the base, the model that says what is right, and the other one.
+    """
+    key = _Key(type(model), structure(model), f"{method} {options}")
+    with _LOCK:
+        if key not in _REPORTS:
+            plain = copy_of(model)
+            _REPORTS[key] = Report(type(model).__name__, method, ()) if plain is None else _paired(plain, method, make)
+        return _REPORTS[key]
+
+
+def _paired(plain: PreTrainedModel, method: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> Report:
+    if getattr(plain, "generation_config", None) is not None:
+        plain.generation_config.eos_token_id = None
+    with _quiet():
+        try:
+            with Float64(), torch.random.fork_rng(devices=[]):
+                right, other = make(copy.deepcopy(plain))
+        except Exception as error:
+            return Report(type(plain).__name__, method, (Finding("ids", _blame(error), reason=_one_line(error)),))
+        for each in (right, other):
+            _randomize(p for p in each.parameters() if p.requires_grad)
+            each.eval()
+        subject, book = (
+            _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
+        )
+        return Report(type(plain).__name__, method, _all(Situations(subject, book, plain, paired=True), _PAIRED))
 
 
 @contextmanager
@@ -368,7 +411,8 @@ Make = Callable[[Run], list[Tensor]]
 class Situations:
     """The situations in which a method is compared with the textbook, on one small model."""
 
-    def __init__(self, subject: _Subject, book: _Subject, plain: PreTrainedModel) -> None:
+    def __init__(self, subject: _Subject, book: _Subject, plain: PreTrainedModel, paired: bool = False) -> None:
+        self.paired = paired
         self.subject = subject
         self.book = book
         self.plain = plain
@@ -588,10 +632,11 @@ class Situations:
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
 
     def _anew(self, key: str, **options: Any) -> _Numbers:
-        """Return what the textbook says when it generates without a cache."""
+        """Return what the textbook says when it generates without a cache; a pair has its own caches."""
+        caching = {} if self.paired else {"use_cache": False}
 
         def run(_: Run) -> list[Tensor]:
-            return self._generated(self.book, **options, use_cache=False)[0].values
+            return self._generated(self.book, **options, **caching)[0].values
 
         return self._expected(key, self.book, run, gradients=False)
 

@@ -48,7 +48,8 @@ class Insertion:
     rows: int  # of the prompt, before the tokens: 0 where it is in the cache, or shared
     tokens: int
     first_position: int
-    embedded: bool = False  # the embedding module was called with the ids
+    embedded: bool = False  # the embedding module was called with the ids; GPT-2 calls it with token types after that
+    entered: bool = False  # a block around it was
     state: Tensor | None = None  # the last hidden states, for a pooler that gets only the first of them
     unfinished: bool = False  # other hooks come between the module's output and the method's changes to it
 
@@ -192,7 +193,7 @@ class PromptHooks:
             output = forward(**arguments)
         finally:
             self.insertion = former
-        if not insertion.embedded and arguments.get("input_ids") is not None:
+        if not (insertion.embedded or insertion.entered) and arguments.get("input_ids") is not None:
             raise RuntimeError(
                 f"{type(self.backbone).__name__} did not call its input embeddings with `input_ids`, so the adapter "
                 "had no effect. Pass `inputs_embeds` instead."
@@ -291,7 +292,7 @@ class PromptHooks:
         if insertion is None or (not here and not self.method.changes_tokens):
             return forward(*args, **kwargs)
         columns = insertion.rows if here else 0
-        if not _is_of(args, kwargs, columns + insertion.tokens):
+        if insertion.embedded or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
         insertion.embedded = True
         args, kwargs = _without_columns(args, kwargs, columns)
@@ -325,9 +326,9 @@ class PromptHooks:
         """Run a block around the embedding on the caller's own tokens, and put the prompt before what it returns."""
         insertion = self.insertion
         columns = 0 if insertion is None else insertion.rows
-        if insertion is None or not _is_of(args, kwargs, columns + insertion.tokens):
+        if insertion is None or insertion.entered or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
-        insertion.embedded = True
+        insertion.entered = True
         args, kwargs = _without_columns(args, kwargs, columns)
         rows = forward(*args, **kwargs)
         return rows if columns == 0 else self._before(rows)

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from ... import reference
 from ...methods import PrefixMethod, PromptMethod
 from .attention import added, full_mask
-from .discovery import Layer, first_tensor
+from .discovery import Layer, backbone_of, first_tensor
 from .hooks import by_name, find_cache, parameter_names
 from .switching import is_plain_text, set_attention
 
@@ -43,12 +43,14 @@ class PromptTextbook:
         self.model = model
         self.method = method
         self.placeholder = placeholder
-        self.backbone: nn.Module = model.base_model
+        halves = model.config.is_encoder_decoder
+        self.backbone: nn.Module = model.base_model if halves else backbone_of(model)
         self.names = parameter_names(self.backbone)
         self.inserted = 0
         self.tokens = 0
+        self.embedded = False  # the ids of the call in progress
         self.past = 0  # tokens in the cache of the call in progress
-        embedding: Any = model.get_input_embeddings()
+        embedding: Any = (model.get_encoder() if halves else model).get_input_embeddings()
         self.block = _block_around(model, embedding)
         self.first = _first_position(model)
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -69,7 +71,7 @@ class PromptTextbook:
         cache = None if self.model.config.is_encoder_decoder else find_cache(arguments)
         past = 0 if cache is None else int(cache.get_seq_length())
         self.inserted, self.past = (length, 0) if past == 0 else (0, past - length)
-        self.tokens = given.shape[1]
+        self.tokens, self.embedded = given.shape[1], False
         mask = arguments.get("attention_mask")
         if mask is not None:
             arguments["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
@@ -89,8 +91,9 @@ class PromptTextbook:
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
-        if self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
+        if self.embedded or self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
             return None
+        self.embedded = True  # GPT-2 calls it with token types after that
         return self._changed(output[:, self.inserted :])
 
     def _changed(self, rows: Tensor) -> Tensor:
@@ -157,7 +160,11 @@ def _block_around(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | N
     blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
     seen: dict[nn.Module, Any] = {}
     modules = [embedding, *blocks]
-    handles = [m.register_forward_hook(lambda m, _, output: seen.setdefault(m, output) and None) for m in modules]
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.setdefault(module, output)
+
+    handles = [module.register_forward_hook(record) for module in modules]
     ids = torch.tensor([[5, 6, 7]])
     try:
         with torch.no_grad():
