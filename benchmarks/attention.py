@@ -2,12 +2,12 @@
 
 ``fused`` is this package. ``concat`` concatenates the gated prefix and the tokens and runs SDPA. ``tokens``, the floor,
 is SDPA on the tokens without a prefix. With ``--flex``, ``flex`` is concatenation and compiled FlexAttention, which has
-no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. There is one gate per row and prefix token.
+no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. The gate is one per row and prefix token.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,90 +50,103 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Inputs:
-    """Hold the tensors of one shape, and compute the output of each peer."""
+    """Hold the tensors of one shape, and compute the output of each peer.
+
+    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (a separate softmax) or "none".
+    """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device, dropout_p: float = 0.0
+        self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device, dropout_p: float = 0.0, gate: str = "row"
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def draw(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+            return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_()
 
-        B, Hq, Hkv, N, M, D, P = shape
-        self.causal, self.dropout_p, self.grouped = causal, dropout_p, Hq != Hkv
+        B, Hq, Hkv, N, M, D, P = self.shape = shape
+        self.causal, self.dropout_p, self.repeats_heads = causal, dropout_p, False
         self.q, self.k, self.v = draw(B, Hq, N, D), draw(B, Hkv, M, D), draw(B, Hkv, M, D)
-        self.pk, self.pv, self.gate = draw(Hkv, P, D), draw(Hkv, P, D), draw(B, 1, P)
+        self.pk, self.pv = draw(Hkv, P, D), draw(Hkv, P, D)
         self.grad = draw(B, Hq, N, D).detach()
+        names = {"row": "prefix_gate", "query": "prefix_gate", "separate": "output_gate"}
+        sizes = {"row": (B, 1, P), "query": (B, Hq, N, P), "separate": (B, Hq)}
+        self.gates = {names[gate]: draw(*sizes[gate])} if gate in names else {}
         self.mask_tokens = build_mask(N, M, 0, device) if causal and N != M else None
         self.mask = build_mask(N, M, P, device) if causal else None
 
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.q, self.k, self.v, self.pk, self.pv, *self.gates.values())
+
     def run_fused(self) -> Tensor:
-        """Run this package."""
-        return fastprefix.prefix_attention(
-            self.q, self.k, self.v, self.pk, self.pv, prefix_gate=self.gate, is_causal=self.causal,
-            dropout_p=self.dropout_p, backend=BACKENDS[self.q.device.type],
-        )  # fmt: skip
+        options: dict[str, Any] = {"is_causal": self.causal, "dropout_p": self.dropout_p, **self.gates}
+        backend = BACKENDS[self.q.device.type]
+        return fastprefix.prefix_attention(self.q, self.k, self.v, self.pk, self.pv, **options, backend=backend)
 
     def concatenate(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the gated prefix and the tokens."""
-        gate, batch = self.gate[..., None], self.q.shape[0]
+        gate, batch = self.gates["prefix_gate"][..., None] if self.gates else 1, self.q.shape[0]
         k = torch.cat([(self.pk * gate).expand(batch, -1, -1, -1), self.k], dim=2)
         v = torch.cat([(self.pv * gate).expand(batch, -1, -1, -1), self.v], dim=2)
         return k, v
 
+    def run_sdpa(self, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        groups = self.shape.Hq // self.shape.Hkv
+        if self.repeats_heads:  # for kernels without grouped heads
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        options: dict[str, Any] = {"dropout_p": self.dropout_p, "enable_gqa": groups > 1}
+        return F.scaled_dot_product_attention(self.q, k, v, attn_mask=mask, is_causal=causal, **options)
+
     def run_concat(self) -> Tensor:
         """Run what a user without these kernels writes."""
-        k, v = self.concatenate()
-        return F.scaled_dot_product_attention(
-            self.q, k, v, attn_mask=self.mask, dropout_p=self.dropout_p, enable_gqa=self.grouped
-        )
+        if "output_gate" in self.gates:
+            pk, pv = (t.expand(self.q.shape[0], -1, -1, -1) for t in (self.pk, self.pv))
+            return self.run_tokens() + self.gates["output_gate"][..., None, None] * self.run_sdpa(pk, pv)
+        return self.run_sdpa(*self.concatenate(), mask=self.mask)
+
+    def run_tokens(self) -> Tensor:
+        """Run attention without a prefix."""
+        return self.run_sdpa(self.k, self.v, self.mask_tokens, self.causal and self.mask_tokens is None)
 
     def compile_flex(self) -> Callable[[], Tensor]:
-        """Return the same with FlexAttention, compiled for this shape."""
-        N, M, P = self.q.shape[2], self.k.shape[2], self.pk.shape[1]
-        seen, mask = P + M - N, None
+        """Return concatenation with FlexAttention, compiled for this shape."""
+        N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            mask = create_block_mask(lambda b, h, i, j: j <= i + seen, None, None, N, P + M, str(self.q.device))
+            mask = create_block_mask(lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device))
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def call() -> Tensor:
             # On a CPU it refuses inputs that require gradients, even where none are computed.
             query = self.q if torch.is_grad_enabled() else self.q.detach()
-            output: Tensor = compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=self.grouped)
+            output: Tensor = compiled(
+                query, *self.concatenate(), block_mask=mask, enable_gqa=self.shape.Hq != self.shape.Hkv
+            )
             return output
 
         return call
 
-    def run_tokens(self) -> Tensor:
-        """Run attention without a prefix."""
-        return F.scaled_dot_product_attention(
-            self.q, self.k, self.v, attn_mask=self.mask_tokens, dropout_p=self.dropout_p,
-            is_causal=self.causal and self.mask_tokens is None, enable_gqa=self.grouped,
-        )  # fmt: skip
-
     def peers(self, flex: bool = False) -> dict[str, KernelPeer]:
-        """Return all peers with the tensors that each trains."""
-        tokens = (self.q, self.k, self.v)
-        everything = (*tokens, self.pk, self.pv, self.gate)
         peers = {
-            "fused": KernelPeer("ours", self.run_fused, everything),
-            "concat": KernelPeer("theirs", self.run_concat, everything),
-            "tokens": KernelPeer("floor", self.run_tokens, tokens),
+            "fused": KernelPeer("ours", self.run_fused, self.leaves),
+            "concat": KernelPeer("theirs", self.run_concat, self.leaves),
+            "tokens": KernelPeer("floor", self.run_tokens, self.leaves[:3]),
         }
-        return peers | ({"flex": KernelPeer("theirs", self.compile_flex(), everything if self.q.is_cuda else ())} if flex else {})
+        if flex:
+            peers["flex"] = KernelPeer("theirs", self.compile_flex(), self.leaves if self.q.is_cuda else ())
+        return peers
 
 
 def build_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
     """Return the mask of N causal queries over P prefix tokens and M tokens, in the form that SDPA is fastest with."""
-    if device.type == "cuda":
-        bias: Tensor = causal_lower_right(N, P + M)
-        return bias
-    return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
+    bias: Tensor = causal_lower_right(N, P + M)
+    return bias if device.type == "cuda" else build_dense_mask(N, M, P, device)
+
+
+def build_dense_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
+    return torch.ones(N, P + M, dtype=torch.bool, device=device).tril(P + M - N)
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Return every shape in every type, with and without a causal mask."""
     for shape in QUICK if options.quick else SHAPES:
         if options.dropout and shape.N == 1:
             continue  # nothing is dropped where tokens are generated
@@ -146,18 +159,14 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
     device = set_up(options)
-    problems = list_problems(options, device)
-    if options.dropout:
-        return kernels.run("attention-dropout", problems, options, device, dropout=options.dropout)
-    return kernels.run("attention", problems, options, device)
+    suite, more = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
+    return kernels.run(suite, list_problems(options, device), options, device, **more)

@@ -190,7 +190,13 @@ class Task:
 
 
 def build_task(
-    kind: TaskKind, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, size: Size, steps: int, device: torch.device, seed: int
+    kind: TaskKind,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    steps: int,
+    device: torch.device,
+    seed: int,
 ) -> Task:
     """Draw batches of token ids."""
     if kind == "classification" and not corpus.classes:

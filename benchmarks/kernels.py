@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import limits
 from .measure import Role, Row, count_until, measure
 from .options import DTYPES, add_common
 from .results import Record, describe_times
@@ -26,6 +25,13 @@ class KernelPeer:
     call: Callable[[], Tensor]
     leaves: Sequence[Tensor] = ()
 
+    @torch.no_grad()
+    def run_forward(self) -> Tensor:
+        return self.call()
+
+    def run_both(self, grad: Tensor) -> object:
+        return torch.autograd.grad(self.call(), self.leaves, grad, allow_unused=True)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,27 +43,11 @@ class Problem:
 
     def works(self) -> dict[str, dict[str, Callable[[], object]]]:
         """Return the calls to be timed, by direction and peer."""
-        return {
-            "forward": {name: partial(run_forward, peer) for name, peer in self.peers.items()},
-            "forward+backward": {
-                name: partial(run_both, peer, self.grad) for name, peer in self.peers.items() if peer.leaves
-            },
-        }
-
-
-@torch.no_grad()
-def run_forward(peer: KernelPeer) -> Tensor:
-    """Run the forward pass without gradients."""
-    return peer.call()
-
-
-def run_both(peer: KernelPeer, grad: Tensor) -> object:
-    """Run the forward and the backward pass."""
-    return torch.autograd.grad(peer.call(), peer.leaves, grad, allow_unused=True)
+        both = {name: partial(peer.run_both, self.grad) for name, peer in self.peers.items() if peer.leaves}
+        return {"forward": {name: peer.run_forward for name, peer in self.peers.items()}, "forward+backward": both}
 
 
 def add_arguments(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-    """Add the options of suites of operations."""
     add_common(parser)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each direction of each case")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
@@ -67,10 +57,8 @@ def run(
     suite: str, problems: Iterable[Problem], options: argparse.Namespace, device: torch.device, **settings: Any
 ) -> int:
     """Measure, print and write one problem after another."""
-    seconds, least = (0.0, 2) if options.quick else (options.seconds, LEAST_ROUNDS)
-    rates = limits.measure_rates(device, options.dtype, options.quick)
-    record = Record.start(suite, device, options.quick, seconds=seconds, rates=rates, **settings)
-    warmup = WARMUP[device.type]
+    seconds, least, warmup = (0.0, 2, 1) if options.quick else (options.seconds, LEAST_ROUNDS, WARMUP[device.type])
+    record = Record.start(suite, device, options.quick, seconds=seconds, **settings)
     for problem in problems:
         roles, rows = {name: peer.role for name, peer in problem.peers.items()}, list[Row]()
         for direction, calls in problem.works().items():

@@ -79,7 +79,9 @@ def list_peers(kind: TaskKind, length: int) -> list[ModelPeer]:
     ]
 
 
-def build_subjects(options: argparse.Namespace, corpus: Corpus, size: Size, steps: int, device: torch.device) -> list[Subject]:
+def build_subjects(
+    options: argparse.Namespace, corpus: Corpus, size: Size, steps: int, device: torch.device
+) -> list[Subject]:
     """Build an encoder and a decoder with a tokenizer trained on the corpus, or load the model of ``--model``."""
     if options.model:
         kind, words = models.find_kind(options.model), models.load_tokenizer(options.model)
@@ -268,10 +270,12 @@ def show(record: Record, title: str) -> str:
 
 def draw(record: Record, out: Path) -> None:
     """Draw the times and the losses."""
-    report.plot_methods(record).draw(out / "main_job_time.png")
+    report.PLOTS["main-job"][""](record).draw(out / "main_job_time.png")
     curves = [row for row in record.rows if row["direction"] == "held out"]
     panels = {
-        title: pd.DataFrame({row["peer"]: pd.Series(row["samples"], row["steps"]) for row in curves if row["model"] == title})
+        title: pd.DataFrame(
+            {row["peer"]: pd.Series(row["samples"], row["steps"]) for row in curves if row["model"] == title}
+        )
         for title in record.settings["models"]
     }
     report.Plot(panels, "step", "loss on held-out text", "line").draw(out / "main_job_loss.png")

@@ -94,7 +94,9 @@ def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
-def wrap_with_peft(model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE) -> Prepared:
+def wrap_with_peft(
+    model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE
+) -> Prepared:
     """Wrap a model with a method of PEFT."""
     import peft
 
@@ -144,6 +146,8 @@ class EagerPrompt(nn.Module):
         return self.model(inputs_embeds=prepend_prompt(self.prompt, rows), attention_mask=mask, labels=labels)
 
 
-def attach_eager(model: PreTrainedModel, tokens: int, offset: Literal["low_rank", "network"] | None, length: int) -> Prepared:
+def attach_eager(
+    model: PreTrainedModel, tokens: int, offset: Literal["low_rank", "network"] | None, length: int
+) -> Prepared:
     """Prepare PT, DePT (``low_rank``) or ADePT (``network``) in eager PyTorch."""
     return Prepared(EagerPrompt(model, tokens, offset, length))

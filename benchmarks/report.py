@@ -10,20 +10,18 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from . import limits, results
+from . import results
 from .measure import BenchmarkError
 from .options import DEFAULT_OUT
 from .results import FIGURES, Record, describe_fault
 
 DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
 FORWARD, BOTH = "forward", "forward+backward"
-HEADLINE = "headline.png"
-MISSING = "-"
-NOISY = "~"
+MISSING, NOISY = "-", "~"
 NOISE = 0.15
 """As a share of the median: times that spread further are marked."""
 TEXT_CASE = "B == 32 and N == 256 and r == 19 and ids == 'text'"
-"""The cases of the embedding's summary. The CSV file has all cases."""
+"""The cases of the embedding's table and plot. The CSV file has all cases."""
 
 
 class Table(NamedTuple):
@@ -33,8 +31,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """Return the table for a file or a terminal."""
-        rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has one cell
+        rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
         align = ("left", *["right"] * (len(self.header) - 1))
         return tabulate(rows, self.header, tablefmt="pipe", disable_numparse=True, colalign=align if rows else None)
 
@@ -45,67 +42,52 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 
 def geometric_mean(values: Any) -> float:
-    """Return the geometric mean of ratios."""
     return float(np.exp(np.log(values).mean()))
 
 
 def load_frame(record: Record) -> pd.DataFrame:
-    """Return the rows of a record, with the ratio of each to the floor of its case and direction.
+    """Return the rows of a record with their ratios to the floor, and the range of these: low, x floor, high.
 
-    Where the floor trains nothing, training is compared with its forward pass.
+    The floor is that of the same case, quantity and direction; where it trains nothing, that of the forward pass.
     """
     frame = pd.DataFrame(record.rows)
-    case = [name for name in frame if name not in (*FIGURES, "peer", "role", "direction")]
-    floors = frame[frame.role == "floor"][[*case, "direction", "p50"]].rename(columns={"p50": "floor"})
-    frame = frame.merge(floors, how="left", on=[*case, "direction"])
-    forward = floors[floors.direction == FORWARD].drop(columns="direction").rename(columns={"floor": "forward floor"})
-    frame = frame.merge(forward, how="left", on=case)
-    frame["x floor"] = frame.p50 / frame.pop("floor").fillna(frame.pop("forward floor")).replace(0, np.nan)
-    return frame
+    place = [name for name in frame if name not in (*FIGURES, "peer", "role", "direction")]
+    figures = frame.reindex(columns=["p50", "p20", "p80"])
+    figures = figures.assign(p20=figures.p20.fillna(figures.p50), p80=figures.p80.fillna(figures.p50))
+    floors = figures.assign(**frame[[*place, "direction"]])[frame.role == "floor"]
+    same = frame[[*place, "direction"]].merge(floors, how="left", on=[*place, "direction"])
+    forward = frame[place].merge(floors[floors.direction == FORWARD], how="left", on=place)
+    floor = same[["p50", "p20", "p80"]].fillna(forward).replace(0, np.nan)
+    ratios = {"low": figures.p20 / floor.p80, "x floor": figures.p50 / floor.p50, "high": figures.p80 / floor.p20}
+    return frame.assign(**ratios)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
-    """Show every method of the main job on the model whose title begins with ``model``.
-
-    Args:
-        record: The results of the main job.
-        model: The beginning of the title.
-        in_detail: Also show milliseconds, and mark what is noise.
-    """
-    faults = [[fault["peer"], *describe_fault(fault).split(": ")[1:]] for fault in record.faults]
-    times = ("forward, x floor", "fwd + bwd, x floor")
-    if in_detail:
-        times = ("forward ms", "x floor", "fwd + bwd ms", "x floor")
-    header = ("method", "trainable", *times, "tokens/s", "peak MB", "loss first", "last")
+    """Show every method of the main job on a model. In detail: with milliseconds, and with marks where times are noise."""
     frame = load_frame(record)
     frame = frame[frame.model.str.startswith(model)]
     tokens = record.settings["models"][frame.model.iloc[0]]["tokens_per_step"]
-    at, rows = frame.set_index(["peer", "quantity", "direction"]), []
-    noisy = {name for name, row in at.iterrows() if is_noisy(row)}
+    at, floor, rows = frame.set_index(["peer", "quantity", "direction"]), frame.peer[frame.role == "floor"].iloc[0], []
     for peer in frame.peer.unique():
         cells = []
         for direction in (FORWARD, BOTH):
-            time = at.loc[(peer, "seconds", direction)]
-            marks = [(name, "seconds", direction) in noisy for name in (peer, frame.peer[frame.role == "floor"].iloc[0])]
-            cells += [NOISY * marks[0] + number(1e3 * time.p50, 1)] if in_detail else []
-            cells.append(NOISY * (in_detail and any(marks)) + number(time["x floor"]))
-        losses = at.loc[(peer, "loss", "held out")].samples
+            time, of_floor = (at.loc[(name, "seconds", direction)] for name in (peer, floor))
+            cells += [NOISY * is_noisy(time) + number(1e3 * time.p50, 1)] * in_detail
+            cells += [NOISY * (in_detail and (is_noisy(time) or is_noisy(of_floor))) + number(time["x floor"])]
         rows.append([
-            peer,
-            number(at.p50[peer, "parameters", "training"], 0),
-            *cells,
-            number(tokens / at.p50[peer, "seconds", BOTH], 0),
-            number(at.p50[peer, "bytes", BOTH] / 1e6, 1),
-            *(number(loss, 3) for loss in (losses[0], losses[-1])),
+            peer, number(at.p50[peer, "parameters", "training"], 0), *cells,
+            number(tokens / at.p50[peer, "seconds", BOTH], 0), number(at.p50[peer, "bytes", BOTH] / 1e6, 1),
+            *(number(at.samples[peer, "loss", "held out"][i], 3) for i in (0, -1)),
         ])  # fmt: skip
-    return Table(header, rows + faults)
+    rows += [[fault["peer"], "FAILED", fault["message"]] for fault in record.faults if fault["model"].startswith(model)]
+    times = ("forward ms", "x floor", "fwd + bwd ms", "x floor") if in_detail else ("forward, x floor", "fwd + bwd, x floor")
+    return Table(("method", "trainable", *times, "tokens/s", "peak MB", "loss first", "last"), rows)
 
 
 def is_noisy(row: Any) -> bool:
-    """Return whether p20 or p80 is further from the median than noise should be."""
     return bool(max(row.p80 - row.p50, row.p50 - row.p20) > NOISE * row.p50)
 
 
@@ -116,167 +98,134 @@ def pair_attention(record: Record, peer: str = "concat", decoding: bool | None =
         frame = frame[(frame.N == 1) == decoding]
     case = [name for name in frame if name not in (*FIGURES, "peer", "role")]
     times = frame.pivot(index=case, columns="peer", values="p50").reset_index()
-    times["over"] = times[peer] / times.fused
-    times["share"] = times.fused / ((1 + times.P / times.M) * times.tokens)
-    return times.dropna(subset="over")
+    shares = times.fused / ((1 + times.P / times.M) * times.tokens)
+    return times.assign(over=times[peer] / times.fused, share=shares).dropna(subset="over")
+
+
+def group_attention(record: Record, *choice: Any) -> list[tuple[str, pd.DataFrame]]:
+    """Group the cases by type and direction, in the order of the record."""
+    order = list(dict.fromkeys((row["dtype"], row["direction"]) for row in record.rows))
+    groups = pair_attention(record, *choice).groupby(["dtype", "direction"])
+    return [(f"{key[0]} {key[1].replace('+', ' + ')}", groups.get_group(key)) for key in order if key in groups.groups]
 
 
 def tabulate_attention(record: Record) -> Table:
     """Show means over the shapes, for each type and direction."""
-    pairs = pair_attention(record)
-    rows = [
-        [
-            f"{dtype} {direction.replace('+', ' + ')}",
-            *map(number, (geometric_mean(of.over), of.over.min(), geometric_mean(of.share), of.share.max())),
-        ]
-        for (dtype, direction), of in group_in_order(pairs, record, "dtype", "direction")
+    header = "prefix attention", "times faster than concatenation", "least", "share of plain SDPA, scaled", "most"
+    figures = [
+        (title, (geometric_mean(of.over), of.over.min(), geometric_mean(of.share), of.share.max()))
+        for title, of in group_attention(record)
     ]
-    share = "share of plain SDPA, scaled"
-    return Table(("prefix attention", "times faster than concatenation", "least", share, "most"), rows)
-
-
-def group_in_order(frame: pd.DataFrame, record: Record, *columns: str) -> list[tuple[Any, pd.DataFrame]]:
-    """Group the rows, in the order in which the record has the groups."""
-    order = list(dict.fromkeys(tuple(row[column] for column in columns) for row in record.rows))
-    return sorted(frame.groupby(list(columns)), key=lambda group: order.index(group[0]))
+    return Table(header, [[title, *map(number, values)] for title, values in figures])
 
 
 def tabulate_more_attention(records: dict[str, Record]) -> Table:
     """Show decoding, compiled FlexAttention, dropout and AVX2."""
-    main, dropout = records["attention"], records["attention_dropout"]
-    parts = [
-        ("decoding, over concatenation", main, "concat", True),
+    main, dropout, rows = records["attention"], records["attention_dropout"], []
+    M, P = next((row["M"], row["P"]) for row in main.rows if row["N"] == 1)
+    for title, record, peer, decoding in (
+        (f"decoding, {M} keys, P = {P}, over concatenation", main, "concat", True),
         ("over concatenation and compiled FlexAttention", main, "flex", None),
         (f"dropout {dropout.settings['dropout']}, over concatenation", dropout, "concat", False),
-        ("AVX2, over concatenation", records["attention_avx2"], "concat", False),
-    ]
-    rows = []
-    for title, record, peer, decoding in parts:
-        for (dtype, direction), of in group_in_order(
-            pair_attention(record, peer, decoding), record, "dtype", "direction"
-        ):
+        ("AVX2 alone, over concatenation", records["attention_avx2"], "concat", False),
+    ):
+        for kind, of in group_attention(record, peer, decoding):
             figures = (geometric_mean(of.over), of.over.min(), of.over.max(), of.share.max())
-            rows.append([f"{title}, {dtype} {direction.replace('+', ' + ')}", *map(number, figures)])
+            rows.append([f"{title}, {kind}", *map(number, figures)])
     return Table(("prefix attention", "times faster", "least", "most", "share of plain SDPA, scaled: most"), rows)
 
 
 def tabulate_embedding(record: Record) -> Table:
-    """Show ADePT and its eager peer in units of the lookup, for each table of the summary's cases."""
-    frame = load_frame(record).query(f"quantity == 'seconds' and {TEXT_CASE}")
-    rows = []
+    """Show ADePT and its eager peer in units of the lookup, for each embedding table."""
+    frame, rows = load_frame(record).query(f"quantity == 'seconds' and {TEXT_CASE}"), []
     for (V, d, dtype), of in frame.groupby(["V", "d", "dtype"]):
         ratios = of.set_index(["direction", "peer"])["x floor"]
-        cells = [number(ratios.get((direction, peer))) for direction in (FORWARD, BOTH) for peer in ("adept", "adept_eager")]
-        rows.append([name_table(V, d, dtype), *cells])
+        cells = (ratios.get((direction, peer)) for direction in (FORWARD, BOTH) for peer in ("adept", "adept_eager"))
+        rows.append([f"{V:,} x {d:,}" + f", {dtype}" * (dtype != "float32"), *map(number, cells)])
     return Table(("table", "ADePT forward: fused", "eager", "forward + backward: fused", "eager"), rows)
 
 
-def name_table(V: int, d: int, dtype: str) -> str:
-    """Name an embedding table. Its type is float32 unless it is named."""
-    return f"{V:,} x {d:,}" + ("" if dtype == "float32" else f", {dtype}")
-
-
-def tabulate_ratios(frame: pd.DataFrame, title: str, columns: dict[tuple[str, str], str]) -> Table:
-    """Show every peer in units of the floor, and the floor in its own units."""
-    at, rows = frame.set_index(["peer", "quantity", "direction"]), []
+def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str]) -> Table:
+    """Show time and memory of every peer in units of the floor, and of the floor in its own units."""
+    at, rows = frame.set_index(["peer", "direction", "quantity"]), []
+    columns = {(direction, "seconds"): name for direction, name in directions.items()}
+    columns |= {(direction, "bytes"): "its memory" for direction in directions if direction != "decode"}
+    order = sorted(columns, key=lambda key: list(directions).index(key[0]))
     for peer, role in frame[["peer", "role"]].drop_duplicates().itertuples(index=False):
         cells = []
-        for quantity, direction in columns:
-            scale, unit = {"seconds": (1e3, " ms"), "bytes": (1e-6, " MB")}[quantity]
-            if (peer, quantity, direction) not in at.index:
+        for key in order:
+            scale, digits, unit = (1e3, 1, " ms") if key[1] == "seconds" else (1e-6, 1, " MB")
+            if (peer, *key) not in at.index:
                 cells.append(MISSING)
             elif role == "floor":
-                cells.append(number(scale * at.p50[peer, quantity, direction], 1, unit))
+                cells.append(number(scale * at.p50[(peer, *key)], digits, unit))
             else:
-                cells.append(number(at["x floor"][peer, quantity, direction]))
+                cells.append(number(at["x floor"][(peer, *key)]))
         rows.append([peer, *cells])
-    return Table((title, *columns.values()), rows)
+    return Table((title, *(columns[key] for key in order)), rows)
 
 
 def tabulate_shared_prompt(record: Record, S: int) -> Table:
-    """Show every peer with a prompt of one length."""
     frame = load_frame(record).query("S == @S")
-    prefill = frame[frame.direction == "prefill"].peer.unique()  # the order of the table: after merging nothing trains
-    frame = frame.set_index("peer", drop=False).loc[prefill].reset_index(drop=True)
-    columns = {
-        ("seconds", "step"): "training step", ("bytes", "step"): "its memory", ("seconds", "prefill"): "prefill",
-        ("bytes", "prefill"): "its memory", ("seconds", "decode"): "a token",
-    }  # fmt: skip
-    return tabulate_ratios(frame, f"{S} prompt tokens", columns)
-
-
-MODEL_COLUMNS = {
-    ("seconds", "step"): "training step", ("bytes", "step"): "its memory",
-    ("seconds", "inference"): "inference", ("bytes", "inference"): "its memory",
-}  # fmt: skip
+    # All peers have a prefill; a merged one has no training step. The order of the prefills is that of the peers.
+    frame = frame.set_index("peer", drop=False).loc[frame[frame.direction == "prefill"].peer.unique()]
+    directions = {"step": "training step", "prefill": "prefill", "decode": "a token"}
+    return tabulate_ratios(frame.reset_index(drop=True), f"{S} prompt tokens", directions)
 
 
 def select_model(record: Record, model: str) -> pd.DataFrame:
     """Return the rows of one whole model at the lengths that were measured first."""
     frame = load_frame(record).query("model == @model")
-    first = frame.iloc[0]
-    return frame[(frame.N == first.N) & (frame.P == first.P)]
+    return frame[(frame.N == frame.N.iloc[0]) & (frame.P == frame.P.iloc[0])]
 
 
 def tabulate_model(record: Record, model: str) -> Table:
-    """Show every peer on one whole model."""
     frame = select_model(record, model)
-    first = frame.iloc[0]
-    title = f"{model}, {first['rows']} x {first.N} tokens, P = {first.P}"
-    header, rows = tabulate_ratios(frame, title, MODEL_COLUMNS)
+    batch = frame["rows"].iloc[0]
+    title = f"{model}, {batch} x {frame.N.iloc[0]} tokens, P = {frame.P.iloc[0]}"
+    header, rows = tabulate_ratios(frame, title, {"step": "training step", "inference": "inference"})
     seconds = frame.query("quantity == 'seconds' and direction == 'step'").set_index("peer").p50
-    if record.suite == "adapterhub":
-        return Table(header, rows)
-    rows = [[*row, number(first["rows"] / seconds.get(row[0], np.nan), 1)] for row in rows]
-    return Table((*header, "rows/s trained"), rows)
+    return Table((*header, "rows/s trained"), [[*row, number(batch / seconds.get(row[0], np.nan), 1)] for row in rows])
 
 
 def tabulate_saved(record: Record) -> Table:
     """Show what three epochs over as many rows as SST-2 has cost here and with PEFT."""
-    epochs, count = 3, 67_349
-    model = record.rows[-1]["model"]
+    epochs, count, model = 3, 67_349, record.rows[-1]["model"]
     frame = select_model(record, model).query("direction == 'step'")
-    at, batch = frame.set_index(["peer", "quantity"]).p50, frame["rows"].iloc[0]
-    rows = []
-    for ours, theirs in (("PT", "PEFT PT"), ("prefix tuning", "PEFT prefix tuning")):
-        hours = [number(epochs * count / batch * at[peer, "seconds"] / 3600, 1) for peer in (ours, theirs)]
-        rows.append([ours, *hours, *(number(at[peer, "bytes"] / 1e6, 0) for peer in (ours, theirs))])
+    at, steps, rows = frame.set_index(["peer", "quantity"]).p50, epochs * count / frame["rows"].iloc[0], []
+    for peers in (("PT", "PEFT PT"), ("prefix tuning", "PEFT prefix tuning")):
+        hours = [number(steps * at[peer, "seconds"] / 3600, 1) for peer in peers]
+        rows.append([peers[0], *hours, *(number(at[peer, "bytes"] / 1e6, 0) for peer in peers)])
     return Table((f"{epochs} x {count:,} rows, {model}", "hours", "with PEFT", "MB", "with PEFT"), rows)
 
 
 def tabulate_gpu(record: Record) -> Table:
-    """Show the times of the kernels on a GPU, their rates, and the ratios to the best peer and to the best floor."""
-    frame, rows = pd.DataFrame(record.rows), []
-    if "B" not in frame:
-        return Table(("case",), rows)
-    frame = frame[(frame.quantity == "seconds") & frame.B.notna()]
-    case = ["direction", "B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
-    for key, of in frame.groupby(case, sort=False):
-        best = of.groupby("role").p50.min()
-        ours, values = best.get("ours", np.nan), dict(zip(case, key, strict=True))
-        flops = limits.count_attention({**values, "role": "ours", "dtype": "bfloat16"}).flops
-        shape = "x".join(f"{values[name]:.0f}" for name in case[1:7])
-        title = f"{values['direction']}, {shape}, P {values['P']:.0f}, {values['gate']}{', causal' * values['causal']}"
-        ratios = (best.get("theirs", np.nan) / ours, ours / best.get("floor", np.nan))
-        rows.append([title, number(1e3 * ours, 3), number(flops / ours / 1e12, 0), *map(number, ratios)])
-    return Table(("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), rows)
+    """Show the times of prefix attention on a GPU, its rate, and the ratios to the best peer and the best floor."""
+    header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
+    cases = [row for row in record.rows if row["quantity"] == "seconds" and "gate" in row]
+    keys = ["direction", "B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
+    for key, of in pd.DataFrame(cases).groupby(keys, sort=False) if cases else ():
+        direction, B, Hq, _, N, M, D, P, gate, causal = key
+        best = of.groupby("role").p50.min().reindex(["ours", "theirs", "floor"])
+        flops = (4 if direction == FORWARD else 14) * B * Hq * D * N * (P + M - (N / 2 if causal else 0))
+        title = f"{direction}, {'x'.join(map(str, key[1:7]))}, P {P}, {gate}{', causal' * causal}"
+        ratios = (best.theirs / best.ours, best.ours / best.floor)
+        rows.append([title, number(1e3 * best.ours, 3), number(flops / best.ours / 1e12, 0), *map(number, ratios)])
+    return Table(header, rows)
 
 
-def models_of(record: Record) -> list[str]:
-    """Return the models of a record, in order."""
-    return list(dict.fromkeys(row["model"] for row in record.rows))
+def tabulate_each(table: Callable[[Record, Any], Table], column: str) -> Callable[[Record], list[Table]]:
+    return lambda record: [table(record, value) for value in dict.fromkeys(row[column] for row in record.rows)]
 
 
 TABLES: dict[str, Callable[[Record], list[Table]]] = {
-    "main-job": lambda record: [tabulate_methods(record, model) for model in models_of(record)],
+    "main-job": tabulate_each(tabulate_methods, "model"),
     "attention": lambda record: [tabulate_attention(record)],
     "attention-dropout": lambda record: [tabulate_attention(record)],
     "embedding": lambda record: [tabulate_embedding(record)],
-    "shared-prompt": lambda record: [
-        tabulate_shared_prompt(record, S) for S in dict.fromkeys(row["S"] for row in record.rows)
-    ],
-    "models": lambda record: [tabulate_model(record, model) for model in models_of(record)],
-    "adapterhub": lambda record: [tabulate_model(record, model) for model in models_of(record)],
+    "shared-prompt": tabulate_each(tabulate_shared_prompt, "S"),
+    "models": tabulate_each(tabulate_model, "model"),
+    "adapterhub": tabulate_each(tabulate_model, "model"),
     "gpu": lambda record: [tabulate_gpu(record)],
 }
 """The tables of each suite."""
@@ -298,13 +247,13 @@ README_TABLES: dict[str, Callable[[dict[str, Record]], Table]] = {
 
 
 def readme_table(name: str, folder: Path = results.FOLDER) -> str:
-    """Return a table of committed results for cog: ``DEVICE/TABLE``.
+    """Return a table of results for cog, by ``DEVICE/TABLE``.
 
     Raises:
-        BenchmarkError: The results are unknown or must not be published.
+        BenchmarkError: The table is unknown, or the results must not be published.
     """
     device, _, table = name.partition("/")
-    records = results.read_devices(folder / device).get(device, {}) if (folder / device).is_dir() else {}
+    records = results.read_devices(folder / device).get(device, {})
     for stem, record in records.items():
         if objections := record.find_objections():
             raise BenchmarkError(f"{device}/{stem}.json is not published: {' and '.join(objections)}; measure again")
@@ -316,70 +265,64 @@ def readme_table(name: str, folder: Path = results.FOLDER) -> str:
 
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255")  # Okabe-Ito first
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255"]  # Okabe-Ito first
 
 
 class Plot(NamedTuple):
-    """Describe a plot: one panel per title, with a row per bar or per point, and a column per color."""
+    """Describe a plot: a panel for each title. An index is a bar or a point, and a column is a color."""
 
     panels: dict[str, pd.DataFrame]
     xlabel: str
     ylabel: str = ""
-    kind: Literal["barh", "line", "dots"] = "barh"
+    kind: Literal["barh", "line"] = "barh"
 
     def describe(self) -> str:
         """Return the figures of the plot as text, which its file contains."""
         return json.dumps({title: json.loads(panel.to_json(double_precision=6)) for title, panel in self.panels.items()})
 
     def draw(self, path: Path, dpi: int = 150) -> None:
-        """Write a PNG file."""
         from matplotlib.figure import Figure
 
-        longest = max((panel.size for panel in self.panels.values()), default=0)
-        height = max(2.4, 1.4 + 0.2 * longest) if self.kind == "barh" else 4.2
-        figure = Figure(figsize=(6.2 * max(1, len(self.panels)), height), layout="constrained")
-        for axes, (title, panel) in zip(figure.subplots(1, max(1, len(self.panels)), squeeze=False)[0],
-                                        self.panels.items(), strict=False):  # fmt: skip
-            style = {"kind": "barh", "width": 0.8} if self.kind == "barh" else {"kind": "line", "marker": "o"}
-            if self.kind == "dots":
-                style |= {"linestyle": "none", "alpha": 0.6}
+        bars, count = self.kind == "barh", max(1, len(self.panels))
+        height = 1.4 + 0.2 * max((panel.size for panel in self.panels.values()), default=5) if bars else 4.2
+        figure = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
+        all_axes = figure.subplots(1, count, squeeze=False)[0]
+        for axes, (title, panel) in zip(all_axes, self.panels.items(), strict=False):
+            style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
             if panel.size:
-                panel.plot(ax=axes, legend=False, color=COLORS[: panel.shape[1]] * 2, **style)
-            if self.kind == "barh":
-                for bars in axes.containers:
-                    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-                axes.axvline(1.0, color="#8c8c8c", linestyle="--", linewidth=1)
+                panel.plot(ax=axes, kind=self.kind, legend=False, color=COLORS * 4, **style)
+            if bars:
+                for container in axes.containers:
+                    axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
+                axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
                 axes.invert_yaxis()
                 axes.margins(x=0.12)
             axes.set(title=title, xlabel=self.xlabel, ylabel=self.ylabel)
-            axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
             axes.set_axisbelow(True)
-        labels = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        labels = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi, metadata={"Description": self.describe()})
 
 
-def plot_bars(frame: pd.DataFrame, by: str | list[str], directions: Sequence[str], xlabel: str) -> Plot:
+def plot_bars(by: str, directions: Sequence[str], where: str = "index >= 0") -> Callable[[Record], Plot]:
     """Plot the ratios to the floor: a panel for each value of ``by``, a bar for each peer and direction."""
-    panels = {}
-    for title, of in frame[frame.quantity == "seconds"].groupby(by, sort=False):
-        table = of.pivot(index="peer", columns="direction", values="x floor")
-        panel = table.reindex(index=of.peer.unique(), columns=list(directions)).dropna()
-        panels[", ".join(map(str, title)) if isinstance(title, tuple) else f"{by} {title}"] = panel
-    return Plot(panels, xlabel)
 
+    def plot(record: Record) -> Plot:
+        frame, panels = load_frame(record).query(f"quantity == 'seconds' and {where}"), {}
+        for title, of in frame.groupby(by, sort=False):
+            table = of.pivot(index="peer", columns="direction", values="x floor")
+            panels[f"{by} {title}" if by != "model" else title] = table.reindex(of.peer.unique())[list(directions)].dropna()
+        return Plot(panels, "time, times the floor (dashed)")
 
-def plot_methods(record: Record) -> Plot:
-    """Plot the main job: every method on every model."""
-    return plot_bars(load_frame(record), ["model"], (FORWARD, BOTH), "time, times the frozen floor (dashed)")
+    return plot
 
 
 def plot_attention(record: Record) -> Plot:
     """Plot how much faster the fused kernel is than concatenation, case by case."""
     pairs = pair_attention(record, decoding=None)
-    names = [name for name in ("B", "Hq", "Hkv", "N", "M", "D", "P") if name in pairs]
+    names = ["B", "Hq", "Hkv", "N", "M", "D", "P"]
     pairs["case"] = pairs[names].astype(str).agg("x".join, axis=1) + pairs.causal.map({True: ", causal", False: ""})
     panels = {
         str(dtype): of.pivot(index="case", columns="direction", values="over").reindex(of.case.unique())
@@ -388,118 +331,87 @@ def plot_attention(record: Record) -> Plot:
     return Plot(panels, f"times faster than concatenation ({' x '.join(names)})")
 
 
-def plot_lengths(frame: pd.DataFrame, by: str, x: str, fixed: dict[str, Any], direction: str) -> dict[str, pd.DataFrame]:
-    """Return curves of the ratios to the floor over ``x``: a panel for each value of ``by``."""
-    chosen = frame[(frame.quantity == "seconds") & (frame.direction == direction)]
-    for name, value in fixed.items():
-        chosen = chosen[chosen[name] == value]
-    return {
-        f"{title}, {direction} over {x}": of.pivot(index=x, columns="peer", values="x floor")
-        for title, of in chosen.groupby(by, sort=False)
-    }
+def plot_lengths(by: str, axes: dict[str, str], direction: str, where: str = "index >= 0") -> Callable[[Record], Plot]:
+    """Plot the ratios to the floor over lengths. ``axes`` maps each length to the one that is kept fixed."""
+
+    def plot(record: Record) -> Plot:
+        frame, panels = load_frame(record).query(f"quantity == 'seconds' and direction == @direction and {where}"), {}
+        for x, fixed in axes.items():
+            chosen = frame[frame[fixed] == frame[fixed].iloc[0]]
+            for title, of in chosen.groupby(by, sort=False):
+                panels[f"{title}, over {x}"] = of.pivot(index=x, columns="peer", values="x floor")
+        return Plot(panels, "tokens", f"{direction}, x floor", "line")
+
+    return plot
 
 
-def plot_models(record: Record) -> Plot:
-    """Plot training steps over the length of the input and over that of the prefix."""
-    frame = load_frame(record)
-    first = frame.iloc[0]
-    over = [plot_lengths(frame, "model", x, {y: first[y]}, "step") for x, y in (("N", "P"), ("P", "N"))]
-    return Plot(over[0] | over[1], "tokens of the input (N) or of prompt and prefix (P)", "training step, x floor", "line")
-
-
-def plot_embedding_lengths(record: Record) -> Plot:
-    """Plot one table over the length of the input."""
-    frame = load_frame(record)
-    fixed = {"V": 32_128, "d": 1024, "B": 32, "r": 19, "ids": "text"}
-    panels = [plot_lengths(frame, "dtype", "N", fixed, direction) for direction in (FORWARD, BOTH)]
-    return Plot(panels[0] | panels[1], "tokens of a row (N)", "time, times the lookup", "line")
-
-
+ONE_TABLE = "V == 32128 and d == 1024 and B == 32 and r == 19 and ids == 'text'"
 PLOTS: dict[str, dict[str, Callable[[Record], Plot]]] = {
-    "main-job": {"": plot_methods},
+    "main-job": {"": plot_bars("model", (FORWARD, BOTH))},
     "attention": {"": plot_attention},
     "attention-dropout": {"": plot_attention},
     "embedding": {
-        "": lambda record: plot_bars(
-            load_frame(record).query(TEXT_CASE), ["V", "d", "dtype"], (FORWARD, BOTH), "time, times the lookup (dashed)"
-        ),
-        "-lengths": plot_embedding_lengths,
+        "": plot_bars("V", (FORWARD, BOTH), TEXT_CASE),
+        "-lengths": plot_lengths("dtype", {"N": "V"}, BOTH, ONE_TABLE),
     },
-    "shared-prompt": {"": lambda record: plot_bars(load_frame(record), "S", ("step", "prefill"), "time, times the floor")},
-    "models": {"": plot_models},
+    "shared-prompt": {"": plot_bars("S", ("step", "prefill"))},
+    "models": {"": plot_lengths("model", {"N": "P", "P": "N"}, "step")},
 }
 """The plots of each suite, by the ending of the file's name."""
 
 
+def draw_headline(path: Path, record: Record) -> None:
+    """Draw the plot of the README from the main job."""
+    PLOTS["main-job"][""](record).draw(path, dpi=100)
+
+
 # ---- report --------------------------------------------------------------------------------------------------------
-
-
-def load_all(devices: dict[str, dict[str, Record]]) -> pd.DataFrame:
-    """Return all rows of all results, with their environment and the least work of the operation."""
-    frames = []
-    for device, records in devices.items():
-        for record in records.values():
-            frame = load_frame(record)
-            if (count := limits.COUNTS.get(record.suite)) is not None:
-                seconds = frame.quantity == "seconds"
-                works = [count(row) if row["quantity"] == "seconds" else None for row in record.rows]
-                rates = record.settings.get("rates", {})
-                frame.loc[seconds, "least_flops"] = [work.flops for work in works if work]
-                frame.loc[seconds, "least_bytes"] = [work.bytes for work in works if work]
-                frame.loc[seconds, "least_seconds"] = [
-                    work.seconds(rates, row["dtype"]) for work, row in zip(works, record.rows, strict=True) if work
-                ]
-            facts = ("date", "commit", "dirty", "fastprefix", "torch", "device_name", "cpu_capability", "threads")
-            about = {name: record.environment.get(name) for name in facts}
-            frames.append(frame.assign(folder=device, suite=record.suite, **about))
-    return pd.concat(frames, ignore_index=True)
 
 
 def describe_record(name: str, record: Record) -> str:
     """Return the section of a record in the report."""
     facts = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
     about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in facts)
-    objections = [f"Do not publish: {' and '.join(found)}." for found in [record.find_objections()] if found]
+    objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
     tables = [table.markdown() for table in TABLES.get(record.suite, lambda _: [])(record)]
     return "\n\n".join([f"## {name}", about, *objections, *tables, *map(describe_fault, record.faults)]) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables and plots")
     parser.add_argument("--readme", type=Path, help="update the tables of this file, and the plot beside the results")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the report."""
-    devices = results.read_devices(options.results)
-    options.out.mkdir(parents=True, exist_ok=True)
-    load_all(devices).to_csv(options.out / "results.csv", index=False)
-    for device, records in devices.items():
-        sections = [describe_record(name, record) for name, record in records.items()]
-        results.write_text("\n".join(sections), options.out / device / "report.md")
+    frames = []
+    for device, records in results.read_devices(options.results).items():
+        sections = []
         for name, record in records.items():
+            about = {fact: record.environment.get(fact) for fact in ("date", "commit", "device_name", "threads", "torch")}
+            frames.append(load_frame(record).assign(folder=device, file=name, **about))
+            sections.append(describe_record(name, record))
             for ending, plot in PLOTS.get(record.suite, {}).items():
                 plot(record).draw(options.out / device / f"{name}{ending}.png")
+            if options.readme and record.suite == "main-job":
+                draw_headline(options.results / device / "headline.png", record)
+        results.write_text("\n".join(sections), options.out / device / "report.md")
+    pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     if options.readme:
         update(options.readme)
-        for device, records in results.read_devices(results.FOLDER).items():
-            if "main_job" in records:
-                plot_methods(records["main_job"]).draw(results.FOLDER / device / HEADLINE, dpi=100)
     print(f"tables and plots in {options.out}")
     return 0
 
 
-def update(path: Path, check: bool = False) -> int:
-    """Run cog on a file. With ``check``, only return 0 if nothing would change."""
+def update(path: Path, check: bool = False) -> bool:
+    """Fill in the tables of a file with cog. With ``check``, only return whether nothing would change."""
     from cogapp import Cog
     from cogapp.cogapp import CogCheckFailed, CogUserException
 
     try:
         Cog().callable_main(["cog", "-e", "--check" if check else "-r", str(path)])
     except CogCheckFailed:
-        return 1
+        return False
     except CogUserException as error:
         raise BenchmarkError(f"{path}: {error}") from error
-    return 0
+    return True

@@ -39,7 +39,9 @@ class Record:
 
     def write(self, folder: Path) -> Path:
         """Write the record to a file that is named after its suite."""
-        path = folder / f"{self.suite.replace('-', '_')}.json"
+        return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
+
+    def write_to(self, path: Path) -> Path:
         head = {name: getattr(self, name) for name in ("suite", "environment", "settings", "faults")}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)

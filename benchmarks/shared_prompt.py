@@ -85,9 +85,7 @@ def build_works(size: Size, peers: list[ModelPeer], device: torch.device) -> dic
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=generator).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return {
-        peer.name: PromptWork(peer.prepare(models.share_weights(base)).model, batch, peer.role) for peer in peers
-    }
+    return {peer.name: PromptWork(peer.prepare(models.share_weights(base)).model, batch, peer.role) for peer in peers}
 
 
 def compare_peers(size: Size, S: int, rounds: int, device: torch.device, record: Record, out: Path) -> None:

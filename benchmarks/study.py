@@ -303,7 +303,9 @@ def read_gates(model: PreTrainedModel, batch: data.Batch) -> list[list[float]] |
     return means or None
 
 
-def set_arguments(folder: str, device: torch.device, steps: int, rows: int, seed: int, **more: Any) -> TrainingArguments:
+def set_arguments(
+    folder: str, device: torch.device, steps: int, rows: int, seed: int, **more: Any
+) -> TrainingArguments:
     """Return the arguments of every training."""
     return TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=rows, per_device_eval_batch_size=EVALUATION_ROWS,
@@ -416,14 +418,18 @@ def load_texts(options: argparse.Namespace) -> tuple[dict[str, Dataset], list[st
     parts: dict[str, Dataset] = {}
     for part, path in (("train", options.data), ("dev", options.dev), ("test", options.test)):
         if path is not None:
-            rows = data.read_file(path, "--data" if part == "train" else f"--{part}", options.text_column, options.label_column)
+            rows = data.read_file(
+                path, "--data" if part == "train" else f"--{part}", options.text_column, options.label_column
+            )
             if "label" not in rows.column_names:
                 raise BenchmarkError(f"{path}: name the column of the labels with --label-column")
             parts[part] = rows
         else:
             count = round(SPLIT_OFF * len(parts["train"]))
             if count < 1:
-                raise BenchmarkError(f"{options.data.name}: too few examples to split some off; give a file with --{part}")
+                raise BenchmarkError(
+                    f"{options.data.name}: too few examples to split some off; give a file with --{part}"
+                )
             split = parts["train"].train_test_split(count, seed=SPLIT_SEED)
             parts["train"], parts[part] = split["train"], split["test"]
     classes = data.list_classes(options.data.name, parts["train"])
@@ -467,10 +473,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=meaning)
     parser.add_argument("--text-column", metavar="NAME", help="default: guessed")
     parser.add_argument("--label-column", metavar="NAME", help="default: guessed")
-    parser.add_argument("--model", metavar="NAME", help="a folder or a model of the hub (default: pretrain a small one)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a folder or a model of the hub (default: pretrain a small one)"
+    )
     parser.add_argument("--methods", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="METHOD",
                         help=f"rows of the table: {', '.join(ENTRIES)}")  # fmt: skip
-    parser.add_argument("--lengths", nargs="*", type=positive, metavar="N", help="prefix lengths to compare; none: skip")
+    parser.add_argument(
+        "--lengths", nargs="*", type=positive, metavar="N", help="prefix lengths to compare; none: skip"
+    )
     parser.add_argument("--length-methods", nargs="+", choices=LENGTH_METHODS, default=list(LENGTH_METHODS),
                         metavar="METHOD", help=f"to compare over lengths: {', '.join(LENGTH_METHODS)}")  # fmt: skip
     parser.add_argument("--length-seeds", type=positive, help="of the comparison over lengths (default: --seeds)")
