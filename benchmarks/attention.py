@@ -56,7 +56,13 @@ class Inputs:
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device, dropout_p: float = 0.0, gate: str = "row"
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        causal: bool,
+        device: torch.device,
+        dropout_p: float = 0.0,
+        gate: str = "row",
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
@@ -112,7 +118,9 @@ class Inputs:
         """Return concatenation with FlexAttention, compiled for this shape."""
         N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            mask = create_block_mask(lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device))
+            mask = create_block_mask(
+                lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device)
+            )
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def call() -> Tensor:

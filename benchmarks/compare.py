@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     old = find_same_device(new, options.against)
     about = [*case_of(new.rows[0]), "peer", "role", "direction", "quantity"]
     before, now = (load_frame(record).set_index(about)[RATIOS] for record in (old, new))
-    both = now.join(before, how="inner", rsuffix=" before").dropna().reset_index()
+    both = now.join(before.add_suffix(" before"), how="inner").dropna().reset_index()
     both = both[(both.role != "floor") & both.quantity.isin(["seconds", "bytes"])]
     if both.empty:
         raise BenchmarkError(f"{options.new}: no case in common with the result of {old.environment['date']}")

@@ -43,7 +43,9 @@ class Problem:
 
     def works(self) -> dict[str, dict[str, Callable[[], object]]]:
         """Return the calls to be timed, by direction and peer."""
-        both = {name: partial(peer.run_both, self.grad) for name, peer in self.peers.items() if peer.leaves}
+        both: dict[str, Callable[[], object]] = {
+            name: partial(peer.run_both, self.grad) for name, peer in self.peers.items() if peer.leaves
+        }
         return {"forward": {name: peer.run_forward for name, peer in self.peers.items()}, "forward+backward": both}
 
 

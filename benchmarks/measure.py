@@ -125,7 +125,7 @@ def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequenc
     """Summarize the seconds of all rounds."""
     quantiles = {f"p{percent}": find_percentile(samples, percent) for percent in (50, 20, 80)}
     counts = {"rounds": len(samples), "samples": [round(seconds, 9) for seconds in samples]}
-    return figure_row(case, peer, role, direction, "seconds", **quantiles, **counts)
+    return figure_row(case, peer, role, direction, "seconds", quantiles.pop("p50"), **quantiles, **counts)
 
 
 def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, p50: float, **more: Any) -> Row:

@@ -62,8 +62,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
     }
     if kind == "classification":
         return BertConfig(
-            **shared,
-            num_labels=classes,
+            **shared | {"num_labels": classes},
             intermediate_size=4 * size.width,
             max_position_embeddings=size.length + LONGEST_PROMPT,
             # Attention dropout would put the floor and other packages on PyTorch's slow path on a CPU.
@@ -85,7 +84,8 @@ def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: 
     """Build a model with random weights."""
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
-    return place(auto.from_config(config), device)
+    model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
+    return place(model, device)
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

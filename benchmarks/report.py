@@ -33,7 +33,8 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
         align = ("left", *["right"] * (len(self.header) - 1))
-        return tabulate(rows, self.header, tablefmt="pipe", disable_numparse=True, colalign=align if rows else None)
+        options = {"tablefmt": "pipe", "disable_numparse": True, "colalign": align if rows else None}
+        return str(tabulate(rows, self.header, **options))
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -83,7 +84,11 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
             *(number(at.samples[peer, "loss", "held out"][i], 3) for i in (0, -1)),
         ])  # fmt: skip
     rows += [[fault["peer"], "FAILED", fault["message"]] for fault in record.faults if fault["model"].startswith(model)]
-    times = ("forward ms", "x floor", "fwd + bwd ms", "x floor") if in_detail else ("forward, x floor", "fwd + bwd, x floor")
+    times = (
+        ("forward ms", "x floor", "fwd + bwd ms", "x floor")
+        if in_detail
+        else ("forward, x floor", "fwd + bwd, x floor")
+    )
     return Table(("method", "trainable", *times, "tokens/s", "peak MB", "loss first", "last"), rows)
 
 
@@ -176,7 +181,7 @@ def tabulate_shared_prompt(record: Record, S: int) -> Table:
 def select_model(record: Record, model: str) -> pd.DataFrame:
     """Return the rows of one whole model at the lengths that were measured first."""
     frame = load_frame(record).query("model == @model")
-    return frame[(frame.N == frame.N.iloc[0]) & (frame.P == frame.P.iloc[0])]
+    return frame[(frame.N.iloc[0] == frame.N) & (frame.P.iloc[0] == frame.P)]
 
 
 def tabulate_model(record: Record, model: str) -> Table:
@@ -278,14 +283,16 @@ class Plot(NamedTuple):
 
     def describe(self) -> str:
         """Return the figures of the plot as text, which its file contains."""
-        return json.dumps({title: json.loads(panel.to_json(double_precision=6)) for title, panel in self.panels.items()})
+        return json.dumps(
+            {title: json.loads(panel.to_json(double_precision=6)) for title, panel in self.panels.items()}
+        )
 
     def draw(self, path: Path, dpi: int = 150) -> None:
         from matplotlib.figure import Figure
 
         bars, count = self.kind == "barh", max(1, len(self.panels))
         height = 1.4 + 0.2 * max((panel.size for panel in self.panels.values()), default=5) if bars else 4.2
-        figure = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
+        figure: Any = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
         all_axes = figure.subplots(1, count, squeeze=False)[0]
         for axes, (title, panel) in zip(all_axes, self.panels.items(), strict=False):
             style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
@@ -313,7 +320,9 @@ def plot_bars(by: str, directions: Sequence[str], where: str = "index >= 0") -> 
         frame, panels = load_frame(record).query(f"quantity == 'seconds' and {where}"), {}
         for title, of in frame.groupby(by, sort=False):
             table = of.pivot(index="peer", columns="direction", values="x floor")
-            panels[f"{by} {title}" if by != "model" else title] = table.reindex(of.peer.unique())[list(directions)].dropna()
+            panels[f"{by} {title}" if by != "model" else title] = table.reindex(of.peer.unique())[
+                list(directions)
+            ].dropna()
         return Plot(panels, "time, times the floor (dashed)")
 
     return plot
@@ -388,7 +397,9 @@ def run(options: argparse.Namespace) -> int:
     for device, records in results.read_devices(options.results).items():
         sections = []
         for name, record in records.items():
-            about = {fact: record.environment.get(fact) for fact in ("date", "commit", "device_name", "threads", "torch")}
+            about = {
+                fact: record.environment.get(fact) for fact in ("date", "commit", "device_name", "threads", "torch")
+            }
             frames.append(load_frame(record).assign(folder=device, file=name, **about))
             sections.append(describe_record(name, record))
             for ending, plot in PLOTS.get(record.suite, {}).items():

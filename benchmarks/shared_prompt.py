@@ -6,6 +6,7 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
+from fastprefix.methods import MethodConfig
 
 from . import models
 from .measure import Clock, measure
@@ -32,7 +34,7 @@ DECODED = 32  # tokens
 
 def list_peers(S: int, length: int) -> list[ModelPeer]:
     """Return all peers with a prompt of S tokens."""
-    configs = {
+    configs: dict[str, Callable[..., MethodConfig]] = {
         "PT": partial(fastprefix.PromptTuningConfig, S),
         "DePT": partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED),
         "ADePT": partial(fastprefix.ADePTConfig, S, bottleneck_dim=ADEPT_WIDTH),
