@@ -26,7 +26,6 @@ ENVIRONMENT = ROOT / ".venv-adapterhub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
     parser.add_argument("--rows", type=positive, default=2, help="in a batch (default: 2)")

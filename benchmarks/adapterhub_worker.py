@@ -39,7 +39,6 @@ PEERS: dict[str, tuple[Role, Callable[[Any, int], None]]] = {
 
 
 def build(configuration: dict[str, Any]) -> Any:
-    """Build a model with random weights."""
     kind = configuration.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **configuration)
     auto = transformers.AutoModelForSequenceClassification if kind == "bert" else transformers.AutoModelForCausalLM
@@ -49,7 +48,6 @@ def build(configuration: dict[str, Any]) -> Any:
 
 
 def main(plan_path: Path, results_path: Path) -> None:
-    """Carry out a plan."""
     plan = json.loads(plan_path.read_text(encoding="utf-8"))
     if plan["threads"] is not None:
         torch.set_num_threads(plan["threads"])

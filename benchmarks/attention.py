@@ -2,7 +2,8 @@
 
 ``fused`` is this package. ``concat`` concatenates the gated prefix and the tokens and runs SDPA. ``tokens``, the floor,
 is SDPA on the tokens without a prefix. With ``--flex``, ``flex`` is concatenation and compiled FlexAttention, which has
-no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. The gate is one per row and prefix token.
+no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. There is one gate per row and prefix
+token.
 """
 
 import argparse
@@ -52,7 +53,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 class Inputs:
     """Hold the tensors of one shape, and compute the output of each peer.
 
-    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (a separate softmax) or "none".
+    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (two softmaxes) or "none".
     """
 
     def __init__(

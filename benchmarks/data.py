@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ TOPICS = {
     "data model": "objects types specialnames customization attribute-access callable-types sequence-types "
     "numeric-types context-managers",
     "execution and debugging": "execmodel naming dynamic-features exceptions debugger",
-    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls comparisons "
+    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
+    "comparisons "
     "conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions unary",
     "statements": "assert assignment augassign break continue del global import nonlocal pass raise return yield "
     "compound async class else for function if try while with",
@@ -47,7 +49,6 @@ class Corpus:
     classes: list[str]
 
     def describe(self) -> str:
-        """Describe the corpus in one line."""
         classes = f"{len(self.classes)} classes" if self.classes else "no labels"
         return f"{self.name}: {len(self.train):,} passages to train on, {len(self.held_out):,} held out, {classes}"
 
@@ -83,26 +84,21 @@ def read_file(path: Path, option: str, text_column: str | None = None, label_col
     # 3 is csv.QUOTE_NONE: quotes are ordinary characters.
     options = {"delimiter": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
     builder = "csv" if path.suffix == ".tsv" else "json"
-    rows = try_to_read(
-        f"{option} {path}", lambda: load_dataset(builder, data_files=str(path), split="train", **options)
-    )
-    return choose_columns(path.name, rows, text_column, label_column)
+    load = partial(load_dataset, builder, data_files=str(path), split="train", **options)
+    return choose_columns(path.name, try_to_read(f"{option} {path}", load), text_column, label_column)
 
 
 def read_hub(name: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
     """Read the train split of ``NAME``, ``NAME/CONFIG``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG``."""
-    from datasets.exceptions import DatasetNotFoundError
 
     def load() -> Any:
-        parts = name.split("/")
-        if len(parts) == 3:
-            return load_dataset("/".join(parts[:2]), parts[2], split="train")
+        path, _, config = name.rpartition("/")
         try:
             return load_dataset(name, split="train")
-        except DatasetNotFoundError:
-            if len(parts) != 2:
+        except Exception:
+            if not path:
                 raise
-            return load_dataset(*parts, split="train")
+            return load_dataset(path, config, split="train")
 
     return choose_columns(name, try_to_read(f"--dataset {name}", load), text_column, label_column)
 
@@ -143,7 +139,6 @@ def build_corpus(name: str, rows: Dataset, seed: int) -> Corpus:
 
 
 def list_classes(name: str, rows: Dataset) -> list[str]:
-    """Return the distinct labels."""
     classes = sorted(set(rows["label"])) if "label" in rows.column_names else []
     if len(classes) > MOST_CLASSES:
         raise BenchmarkError(f"{name}: {len(classes)} distinct labels, more than {MOST_CLASSES}: not a class label")
@@ -151,7 +146,6 @@ def list_classes(name: str, rows: Dataset) -> list[str]:
 
 
 def number_labels(rows: Dataset, classes: list[str]) -> Dataset:
-    """Replace labels by the numbers of their classes."""
     if not classes:
         return rows
     return Dataset.from_dict({"text": rows["text"], "label": [classes.index(label) for label in rows["label"]]})
@@ -179,7 +173,6 @@ class Task:
     held_out: list[Batch]
 
     def describe(self) -> str:
-        """Describe the batches."""
         rows, length = self.train[0]["input_ids"].shape
         kind = {"causal_lm": "language modelling", "classification": "classification of passages"}[self.kind]
         return f"{kind}, {rows} x {length} tokens, {len(self.train)} steps"
@@ -198,7 +191,6 @@ def build_task(
     device: torch.device,
     seed: int,
 ) -> Task:
-    """Draw batches of token ids."""
     if kind == "classification" and not corpus.classes:
         raise BenchmarkError(f"{corpus.name}: no column of labels, so nothing to classify")
     make = cut_blocks if kind == "causal_lm" else pad_passages

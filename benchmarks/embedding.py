@@ -70,7 +70,6 @@ def add_offset(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
 
 
 def prepend_prompt(prompt: Tensor, rows: Tensor) -> Tensor:
-    """Return the prompt and the rows of the tokens."""
     return torch.cat([prompt.expand(rows.shape[0], -1, -1), rows], 1)
 
 
@@ -117,12 +116,10 @@ class Inputs:
         self.longer = torch.cat([self.ids[:, :1].expand(-1, S), self.ids], 1).contiguous()
 
     def problem(self, setting: Setting, dtype: str) -> Problem:
-        """Return the case, with the number of rows of the table that it needs, and its peers."""
         case: dict[str, Any] = {**setting._asdict(), "distinct": self.ids.unique().numel(), "dtype": dtype}
         return Problem(case, self.peers(), self.grad)
 
     def peers(self) -> dict[str, KernelPeer]:
-        """Return all peers with the tensors that each trains."""
         ours = fastprefix.prompt_embedding
         x, low_rank, ffn = (self.ids, self.weight, self.prompt), self.low_rank, self.ffn
         pt, dept, adept = (self.prompt,), (self.prompt, *low_rank), (self.prompt, *ffn)
@@ -151,19 +148,16 @@ def keep_freed_memory() -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     kernels.add_arguments(parser, dtypes=["float32"])
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Return the grid in every type."""
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
             yield Inputs(setting, DTYPES[dtype], device).problem(setting, dtype)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
     device = set_up(options)
     kept = keep_freed_memory()
     return kernels.run("embedding", list_problems(options, device), options, device, freed_memory_kept=kept)

@@ -109,14 +109,25 @@ def serve(connection: Any) -> None:
         connection.send((answer, usable))
 
 
-def run_jobs(jobs: Sequence[tuple[Any, ...]], seconds: float, workers: int = 14) -> list[dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[tuple[Any, ...]],
+    seconds: float,
+    workers: int = 14,
+    done: Callable[[tuple[Any, ...], dict[str, Any]], None] = lambda job, answer: None,
+) -> list[dict[str, Any]]:
     """Run ``(function, *arguments)`` in worker processes, and return the answers in the order of the jobs.
 
-    A worker that dies or loses the device is replaced, so the failure of one job is no failure of another.
+    A worker that dies or loses the device is replaced, so the failure of one job is no failure of another. ``done`` is
+    called after each job.
     """
-    context, end = multiprocessing.get_context("spawn"), time.monotonic() + seconds
-    answers: list[dict[str, Any]] = [{"error": "left out for lack of time"} for _ in jobs]
+    context, end, lock = multiprocessing.get_context("spawn"), time.monotonic() + seconds, threading.Lock()
+    answers: dict[int, dict[str, Any]] = {}
     waiting = deque(range(len(jobs)))
+
+    def finish(number: int, answer: dict[str, Any]) -> None:
+        with lock:
+            answers[number] = answer
+            done(jobs[number], answer)
 
     def lead_worker() -> None:
         process: Any = None
@@ -135,10 +146,11 @@ def run_jobs(jobs: Sequence[tuple[Any, ...]], seconds: float, workers: int = 14)
                 here.send(jobs[number])
                 if not here.poll(max(0.0, end - time.monotonic())):
                     break
-                answers[number], usable = here.recv()
+                answer, usable = here.recv()
             except (EOFError, OSError):
                 process.join()
-                answers[number], usable = {"error": f"the process died, exit code {process.exitcode}"}, False
+                answer, usable = {"error": f"the process died, exit code {process.exitcode}"}, False
+            finish(number, answer)
             process = process if usable else None
         if process is not None:
             process.kill()
@@ -148,7 +160,9 @@ def run_jobs(jobs: Sequence[tuple[Any, ...]], seconds: float, workers: int = 14)
         thread.start()
     for thread in threads:
         thread.join()
-    return answers
+    for number in sorted(set(range(len(jobs))) - answers.keys()):
+        finish(number, {"error": "left out for lack of time"})
+    return [answers[number] for number in range(len(jobs))]
 
 
 def run_in_own_group(function: Callable[..., object], *arguments: Any) -> None:
@@ -203,13 +217,15 @@ def check_case(case: Case, dtype: str, device: str = "cuda", backend: str = "tri
 
 def check_parity(add: Add, seconds: float) -> None:
     cases = [(case, dtype) for dtype in DTYPES for case in (*LARGE, *attention_cases(66), *embedding_cases())]
-    answers = run_jobs([(check_case, *job) for job in cases], seconds)
-    for (case, dtype), answer in zip(cases, answers, strict=True):
-        about = {"case": str(case), "dtype": dtype}
+
+    def add_answer(job: tuple[Any, ...], answer: dict[str, Any]) -> None:
+        about = {"case": str(job[1]), "dtype": job[2]}
         if "error" in answer:
             add([], [fault(about, "triton", "parity", RuntimeError(answer["error"]))])
         else:
             add([figure_row(about, "triton", "ours", "parity", "share of the bound", answer["of bound"])], [])
+
+    answers = run_jobs([(check_case, *case) for case in cases], seconds, done=add_answer)
     print(f"parity: {sum('error' not in answer for answer in answers)} of {len(cases)} passed", flush=True)
 
 

@@ -32,7 +32,8 @@ NOTES = f"""\
 {FLOOR}: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
 every method must. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd + bwd; peak MB:
 what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. The head of
-a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
+a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off
+the median."""
 
 
 class Rounds(NamedTuple):
@@ -56,7 +57,6 @@ class Subject:
     weights: str = "RANDOM weights"
 
     def describe(self) -> str:
-        """Describe the model, its weights and the batches."""
         config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")
         shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, {dtype}"
         parameters = f"{self.model.num_parameters() / 1e6:.1f} M parameters"
@@ -200,7 +200,6 @@ def compare_peers(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     add_common(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
@@ -213,7 +212,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_corpus(options: argparse.Namespace) -> Corpus:
-    """Read the text that the options name."""
     columns = (options.text_column, options.label_column)
     if options.data:
         return data.build_corpus(options.data.name, data.read_file(options.data, "--data", *columns), options.seed)
@@ -254,7 +252,8 @@ def run(options: argparse.Namespace) -> int:
             measured = compare_peers(subject, peers, rounds, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
         record.settings["seconds"] = time.perf_counter() - start
         record.add(measured, options.out)
-        tables.append(f"**{subject.title}**: {subject.describe()}\n\n" + show(record, subject.title))
+        table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
+        tables.append(f"**{subject.title}**: {subject.describe()}\n\n{table}")
         print(f"\n{tables[-1]}", flush=True)
     remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
     write_text("\n\n".join([*tables, *remarks]) + "\n", options.out / "main_job.md")
@@ -263,19 +262,11 @@ def run(options: argparse.Namespace) -> int:
     return record.conclude(options.out)
 
 
-def show(record: Record, title: str) -> str:
-    """Return the table of one model."""
-    return report.tabulate_methods(record, title, in_detail=True).markdown()
-
-
 def draw(record: Record, out: Path) -> None:
-    """Draw the times and the losses."""
     report.PLOTS["main-job"][""](record).draw(out / "main_job_time.png")
     curves = [row for row in record.rows if row["direction"] == "held out"]
-    panels = {
-        title: pd.DataFrame(
-            {row["peer"]: pd.Series(row["samples"], row["steps"]) for row in curves if row["model"] == title}
-        )
-        for title in record.settings["models"]
-    }
+    panels: dict[str, pd.DataFrame] = {}
+    for title in record.settings["models"]:
+        of_model = [row for row in curves if row["model"] == title]
+        panels[title] = pd.DataFrame({row["peer"]: pd.Series(row["samples"], row["steps"]) for row in of_model})
     report.Plot(panels, "step", "loss on held-out text", "line").draw(out / "main_job_loss.png")

@@ -39,13 +39,11 @@ class BenchmarkError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
-    """Describe a peer that failed."""
     text = "".join(traceback.format_exception(error))
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
@@ -57,7 +55,6 @@ class Clock:
         self.device = device
 
     def __call__(self, work: Callable[[], object]) -> float:
-        """Return the seconds that ``work()`` takes."""
         if self.device.type == "cuda":
             return self._count_with_events(work)
         start = time.perf_counter()
@@ -86,11 +83,7 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
 
 
 def interleave(
-    jobs: Mapping[str, Job],
-    rounds: Iterable[int],
-    *,
-    warmup: int = 0,
-    tick: Callable[[str], object] = lambda _: None,
+    jobs: Mapping[str, Job], rounds: Iterable[int], *, warmup: int = 0, tick: Callable[[str], object] = lambda _: None
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Run every job once per round. Each round begins with another job, so that drift affects all of them alike.
 
@@ -115,7 +108,6 @@ def interleave(
 
 
 def find_percentile(samples: Sequence[float], percent: int) -> float:
-    """Return an interpolated percentile."""
     if len(samples) == 1:
         return samples[0]
     return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]
@@ -129,7 +121,6 @@ def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequenc
 
 
 def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, p50: float, **more: Any) -> Row:
-    """Describe one measured figure."""
     return {**case, "peer": peer, "role": role, "direction": direction, "quantity": quantity, "p50": p50, **more}
 
 
@@ -145,18 +136,9 @@ def measure(
     clock: Callable[[Callable[[], Any]], float] | None = None,
     memory: bool = True,
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers in turns, then measure the memory of each. Return rows and faults.
+    """Time all peers in turns, then measure the memory of each, unless ``memory`` is False. Return rows and faults.
 
-    Args:
-        case: The parameters of the case.
-        direction: The name of what the calls do.
-        calls: The work of each peer.
-        roles: The role of each peer.
-        device: The device on which they work.
-        rounds: The numbers of the rounds.
-        warmup: The number of the first round that is kept.
-        clock: Returns the seconds of a call. By default it times the call.
-        memory: Also measure the peak of what each call adds.
+    ``clock`` returns the seconds of a call. By default it times the call.
     """
     time_call = clock or Clock(device)
     jobs: dict[str, Job] = {name: (lambda _, call=call: time_call(call)) for name, call in calls.items()}  # type: ignore[misc]
@@ -224,7 +206,6 @@ def find_busyness(facts: Mapping[str, Any]) -> str | None:
 
 
 def find_version(package: str) -> str | None:
-    """Return the installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -243,7 +224,6 @@ def run_git(*arguments: str) -> str | None:
 
 
 def find_device_name(device: torch.device) -> str:
-    """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

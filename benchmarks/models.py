@@ -81,7 +81,6 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
 
 
 def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """Build a model with random weights."""
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
     model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]

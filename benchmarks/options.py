@@ -65,23 +65,19 @@ def is_from_hub(model: str | None) -> bool:
 
 
 def is_hub_reachable() -> bool:
-    """Return whether the hub answers within five seconds."""
+    """Return whether the hub answers within five seconds, although with an error."""
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, although an error
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
     return True
 
 
 def prepare_hub() -> None:
     """Use only the local caches if the hub does not answer. Otherwise its libraries would retry for a minute."""
-    if is_hub_reachable():
-        return
-    import datasets
-    import huggingface_hub
+    if not is_hub_reachable():
+        import datasets
+        import huggingface_hub
 
-    print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
+        print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -51,7 +51,6 @@ class ModelPeer:
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
-    """Return one parameter group, or none where there are no parameters."""
     return [{"params": parameters, "lr": rate}] if parameters else []
 
 
@@ -90,14 +89,12 @@ def attach(
 
 
 def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
-    """Attach a method and merge it for inference."""
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
 def wrap_with_peft(
     model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE
 ) -> Prepared:
-    """Wrap a model with a method of PEFT."""
     import peft
 
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]

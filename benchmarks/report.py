@@ -16,6 +16,7 @@ from .options import DEFAULT_OUT
 from .results import FIGURES, Record, describe_fault
 
 DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
+FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
 MISSING, NOISY = "-", "~"
 NOISE = 0.15
@@ -67,7 +68,7 @@ def load_frame(record: Record) -> pd.DataFrame:
 
 
 def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
-    """Show every method of the main job on a model. In detail: with milliseconds, and with marks where times are noise."""
+    """Show every method of the main job on a model. In detail: with milliseconds, and with marks of noise."""
     frame = load_frame(record)
     frame = frame[frame.model.str.startswith(model)]
     tokens = record.settings["models"][frame.model.iloc[0]]["tokens_per_step"]
@@ -297,7 +298,8 @@ class Plot(NamedTuple):
         for axes, (title, panel) in zip(all_axes, self.panels.items(), strict=False):
             style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
             if panel.size:
-                panel.plot(ax=axes, kind=self.kind, legend=False, color=COLORS * 4, **style)
+                style |= {"ax": axes, "kind": self.kind, "legend": False, "color": COLORS * 4}
+                panel.plot(**style)
             if bars:
                 for container in axes.containers:
                     axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
@@ -328,18 +330,6 @@ def plot_bars(by: str, directions: Sequence[str], where: str = "index >= 0") -> 
     return plot
 
 
-def plot_attention(record: Record) -> Plot:
-    """Plot how much faster the fused kernel is than concatenation, case by case."""
-    pairs = pair_attention(record, decoding=None)
-    names = ["B", "Hq", "Hkv", "N", "M", "D", "P"]
-    pairs["case"] = pairs[names].astype(str).agg("x".join, axis=1) + pairs.causal.map({True: ", causal", False: ""})
-    panels = {
-        str(dtype): of.pivot(index="case", columns="direction", values="over").reindex(of.case.unique())
-        for dtype, of in pairs.groupby("dtype", sort=False)
-    }
-    return Plot(panels, f"times faster than concatenation ({' x '.join(names)})")
-
-
 def plot_lengths(by: str, axes: dict[str, str], direction: str, where: str = "index >= 0") -> Callable[[Record], Plot]:
     """Plot the ratios to the floor over lengths. ``axes`` maps each length to the one that is kept fixed."""
 
@@ -357,8 +347,6 @@ def plot_lengths(by: str, axes: dict[str, str], direction: str, where: str = "in
 ONE_TABLE = "V == 32128 and d == 1024 and B == 32 and r == 19 and ids == 'text'"
 PLOTS: dict[str, dict[str, Callable[[Record], Plot]]] = {
     "main-job": {"": plot_bars("model", (FORWARD, BOTH))},
-    "attention": {"": plot_attention},
-    "attention-dropout": {"": plot_attention},
     "embedding": {
         "": plot_bars("V", (FORWARD, BOTH), TEXT_CASE),
         "-lengths": plot_lengths("dtype", {"N": "V"}, BOTH, ONE_TABLE),
@@ -369,18 +357,12 @@ PLOTS: dict[str, dict[str, Callable[[Record], Plot]]] = {
 """The plots of each suite, by the ending of the file's name."""
 
 
-def draw_headline(path: Path, record: Record) -> None:
-    """Draw the plot of the README from the main job."""
-    PLOTS["main-job"][""](record).draw(path, dpi=100)
-
-
 # ---- report --------------------------------------------------------------------------------------------------------
 
 
 def describe_record(name: str, record: Record) -> str:
     """Return the section of a record in the report."""
-    facts = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
-    about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in facts)
+    about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
     objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
     tables = [table.markdown() for table in TABLES.get(record.suite, lambda _: [])(record)]
     return "\n\n".join([f"## {name}", about, *objections, *tables, *map(describe_fault, record.faults)]) + "\n"
@@ -397,15 +379,13 @@ def run(options: argparse.Namespace) -> int:
     for device, records in results.read_devices(options.results).items():
         sections = []
         for name, record in records.items():
-            about = {
-                fact: record.environment.get(fact) for fact in ("date", "commit", "device_name", "threads", "torch")
-            }
+            about = {fact: record.environment.get(fact) for fact in FACTS}
             frames.append(load_frame(record).assign(folder=device, file=name, **about))
             sections.append(describe_record(name, record))
             for ending, plot in PLOTS.get(record.suite, {}).items():
                 plot(record).draw(options.out / device / f"{name}{ending}.png")
             if options.readme and record.suite == "main-job":
-                draw_headline(options.results / device / "headline.png", record)
+                PLOTS["main-job"][""](record).draw(options.results / device / "headline.png", dpi=100)
         results.write_text("\n".join(sections), options.out / device / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     if options.readme:
@@ -420,7 +400,8 @@ def update(path: Path, check: bool = False) -> bool:
     from cogapp.cogapp import CogCheckFailed, CogUserException
 
     try:
-        Cog().callable_main(["cog", "-e", "--check" if check else "-r", str(path)])
+        cog: Any = Cog()
+        cog.callable_main(["cog", "-e", "--check" if check else "-r", str(path)])
     except CogCheckFailed:
         return False
     except CogUserException as error:

@@ -32,13 +32,11 @@ class Record:
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
     def add(self, measured: tuple[Iterable[Row], Iterable[Row]], folder: Path) -> None:
-        """Append rows and faults, and write the file, so that an interrupted run keeps its results."""
         self.rows += measured[0]
         self.faults += measured[1]
         self.write(folder)
 
     def write(self, folder: Path) -> Path:
-        """Write the record to a file that is named after its suite."""
         return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
 
     def write_to(self, path: Path) -> Path:
@@ -65,13 +63,11 @@ class Record:
 
 
 def describe_fault(fault: Row) -> str:
-    """Describe a failure in one line."""
     case = {name: value for name, value in fault.items() if name not in ("peer", "stage", "message", "traceback")}
     return f"{fault['peer']}, {describe_case(case)}: FAILED in {fault['stage']}: {fault['message']}"
 
 
 def describe_case(case: Row) -> str:
-    """Describe the parameters of a case in one line."""
     return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in case.items())
 
 
@@ -95,7 +91,6 @@ def describe_times(rows: list[Row]) -> str:
 
 
 def read(path: Path) -> Record:
-    """Read a record."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -33,7 +33,6 @@ DECODED = 32  # tokens
 
 
 def list_peers(S: int, length: int) -> list[ModelPeer]:
-    """Return all peers with a prompt of S tokens."""
     configs: dict[str, Callable[..., MethodConfig]] = {
         "PT": partial(fastprefix.PromptTuningConfig, S),
         "DePT": partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED),
@@ -60,7 +59,6 @@ class PromptWork(ModelWork):
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """Return the batch without labels."""
         return {name: tensor for name, tensor in self.batch.items() if name != "labels"}
 
     @torch.no_grad()
@@ -75,14 +73,12 @@ class PromptWork(ModelWork):
 
     @torch.no_grad()
     def generate(self, tokens: int) -> None:
-        """Generate so many tokens."""
         self.model.eval()
         options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
         self.model.generate(**self.tokens, pad_token_id=0, **options)
 
 
 def build_works(size: Size, peers: list[ModelPeer], device: torch.device) -> dict[str, PromptWork]:
-    """Prepare all peers on copies of one model."""
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=generator).to(device)
@@ -104,7 +100,6 @@ def compare_peers(size: Size, S: int, rounds: int, device: torch.device, record:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, help="default: 15; 2 with --quick")
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")

@@ -16,14 +16,12 @@ class ModelWork:
         self.model, self.batch, self.role = model, batch, role
 
     def step(self) -> None:
-        """Run forward and backward."""
         self.model.train()
         self.model(**self.batch).loss.backward()
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def inference(self) -> None:
-        """Run the forward pass."""
         self.model.eval()
         self.model(**self.batch)
 

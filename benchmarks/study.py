@@ -8,6 +8,7 @@ file in ``OUT/runs``, named by a digest of all that it depends on, so that an in
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,36 +64,42 @@ QUICK = DEFAULTS | {
     "train_examples": 32, "dev_examples": 16, "test_examples": 16, "seeds": 2, "lengths": (2, 4), "prompt_tokens": 20,
     "prefix_tokens": 16,
 }  # fmt: skip
+Rates = dict[str, Any]
 SHARED = ("evaluate_every", "patience", "rows", "max_length", "head_rate")  # change the outcome of every training
 
 
-class Rates(NamedTuple):
-    """Learning rates of the prompt, of the gates, and of everything else but the head. None: there is nothing of it."""
-
-    main: float | None = None
-    prompt: float | None = None
-    gate: float | None = None
+def set_rates(main: Any = None, prompt: Any = None, gate: Any = None) -> Rates:
+    """Return learning rates of the prompt, of the gates, and of everything else but the head. None: nothing of it."""
+    return {"main": main, "prompt": prompt, "gate": gate}
 
 
-class Entry(NamedTuple):
-    """A method before it is fitted to a model, a budget and the longest input. The published rates come first."""
-
-    name: str
-    group: str
-    candidates: tuple[Rates, ...]
-    make: Callable[[PreTrainedModel, int, int], MethodConfig] | None = None
-
-
-class StudyPeer(NamedTuple):
-    """A row of a table. ``config`` is None for the whole model ("full") and for its head alone ("head")."""
-
-    key: str
-    group: str = "reference"
-    config: MethodConfig | None = None
-
-    @property
-    def entry(self) -> Entry:
-        return ENTRIES[self.key]
+PREFIX_RATES = [set_rates(rate) for rate in (1e-2, 3e-2, 1e-1)]
+NETWORK_RATES = [set_rates(rate) for rate in (1e-3, 3e-3, 1e-2)]
+NETWORKS = {"mlp": (False, False), "mlp+gate": (False, True), "residual": (True, False), "residual+gate": (True, True)}
+PEERS: dict[str, tuple[str, str, list[Rates]]] = {
+    "full": ("full fine-tuning", "reference", [set_rates(rate) for rate in (2e-5, 5e-5, 1e-4)]),
+    "head": ("head alone", "reference", [set_rates(rate) for rate in (1e-3, 1e-2, 3e-2)]),
+    "pt": ("PT", "prompt", [set_rates(prompt=rate) for rate in (0.3, 0.03, 0.003)]),
+    "dept": ("DePT", "prompt", [set_rates(1e-3, 0.3), set_rates(1e-3, 0.03), set_rates(5e-3, 0.003)]),
+    "adept": ("ADePT", "prompt", [set_rates(1e-4, 0.3), set_rates(1e-3, 0.03), set_rates(1e-3, 0.003)]),
+    "prefix": ("prefix tuning", "prefix", PREFIX_RATES),
+    "apt": ("APT", "prefix", PREFIX_RATES),
+    "apt-gates": (
+        "APT, slow gates",
+        "prefix",
+        [set_rates(3e-2, None, 1e-3), *(set_rates(1e-1, None, g) for g in (1e-3, 1e-4))],
+    ),
+    "mlp": ("MLP prefix", "prefix", NETWORK_RATES),
+    "mlp+gate": ("MLP prefix + gate", "prefix", NETWORK_RATES),
+    "residual": ("residual prefix", "prefix", NETWORK_RATES),
+    "residual+gate": ("residual prefix + gate", "prefix", NETWORK_RATES),
+}
+"""The name, the group and the candidates of the rates, of which the published come first."""
+LENGTH_METHODS = ("prefix", *NETWORKS)
+COMPARED = (  # the findings of the papers: the first above the second
+    ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"), ("APT, slow gates", "prefix tuning"),
+    ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
+)  # fmt: skip
 
 
 def count_parameters(model: PreTrainedModel, config: MethodConfig) -> int:
@@ -100,105 +108,63 @@ def count_parameters(model: PreTrainedModel, config: MethodConfig) -> int:
     return fastprefix.count_parameters(attached).groups["fastprefix"]
 
 
-def find_largest(model: PreTrainedModel, make: Callable[[int], MethodConfig], budget: int) -> int:
-    """Return the largest size within a budget. Parameters grow by the same number with each step of the size."""
-    one, two = (count_parameters(model, make(size)) for size in (1, 2))
-    if one > budget:
-        raise ValueError(f"the smallest has {one:,} parameters, got {budget:,}")
-    return 1 + (budget - one) // (two - one)
+def fit_config(key: str, model: PreTrainedModel, options: argparse.Namespace) -> MethodConfig | None:
+    """Return a method as large as the budget of its group allows: that of a plain prompt or of a plain prefix.
 
-
-def fill(make: Callable[[int], MethodConfig]) -> Callable[[PreTrainedModel, int, int], MethodConfig]:
-    """Use as many tokens as the budget allows."""
-    return lambda model, budget, length: make(find_largest(model, make, budget))
-
-
-def make_dept(model: PreTrainedModel, budget: int, length: int) -> MethodConfig:
-    tokens = max(1, round(SHORT_PROMPT * find_largest(model, fastprefix.PromptTuningConfig, budget)))
-    return fastprefix.DePTConfig.for_budget(model, trainable=budget, num_virtual_tokens=tokens, max_length=length)
-
-
-def make_adept(model: PreTrainedModel, budget: int, length: int) -> MethodConfig:
-    tokens = max(1, round(SHORT_PROMPT * find_largest(model, fastprefix.PromptTuningConfig, budget)))
-    return fastprefix.ADePTConfig.for_budget(model, trainable=budget, num_virtual_tokens=tokens)
-
-
-def widen(residual: bool, gate: bool) -> Callable[[PreTrainedModel, int, int], MethodConfig]:
-    """Use as many tokens as prefix tuning, and the widest network within the budget, although export drops it."""
-
-    def make(model: PreTrainedModel, budget: int, length: int) -> MethodConfig:
-        options: dict[str, Any] = {"bottleneck_dim": BOTTLENECK, "residual": residual, "gate": gate}
-        tokens = find_largest(model, fastprefix.PrefixTuningConfig, budget)
-        width = find_largest(model, lambda h: fastprefix.ResidualPrefixConfig(tokens, hidden_dim=h, **options), budget)
-        return fastprefix.ResidualPrefixConfig(tokens, hidden_dim=width, **options)
-
-    return make
-
-
-NETWORKS = {"mlp": (False, False), "mlp+gate": (False, True), "residual": (True, False), "residual+gate": (True, True)}
-PREFIX_RATES = (Rates(1e-2), Rates(3e-2), Rates(1e-1))
-GATED_RATES = (Rates(3e-2, gate=1e-3), Rates(1e-1, gate=1e-3), Rates(1e-1, gate=1e-4))
-NETWORK_RATES = (Rates(1e-3), Rates(3e-3), Rates(1e-2))
-PROMPT_RATES = (Rates(prompt=0.3), Rates(prompt=0.03), Rates(prompt=0.003))
-DEPT_RATES = (Rates(1e-3, 0.3), Rates(1e-3, 0.03), Rates(5e-3, 0.003))
-ADEPT_RATES = (Rates(1e-4, 0.3), Rates(1e-3, 0.03), Rates(1e-3, 0.003))
-ENTRIES = {
-    "full": Entry("full fine-tuning", "reference", (Rates(2e-5), Rates(5e-5), Rates(1e-4))),
-    "head": Entry("head alone", "reference", (Rates(1e-3), Rates(1e-2), Rates(3e-2))),
-    "pt": Entry("PT", "prompt", PROMPT_RATES, fill(fastprefix.PromptTuningConfig)),
-    "dept": Entry("DePT", "prompt", DEPT_RATES, make_dept),
-    "adept": Entry("ADePT", "prompt", ADEPT_RATES, make_adept),
-    "prefix": Entry("prefix tuning", "prefix", PREFIX_RATES, fill(fastprefix.PrefixTuningConfig)),
-    "apt": Entry("APT", "prefix", PREFIX_RATES, fill(fastprefix.APTConfig)),
-    "apt-gates": Entry("APT, slow gates", "prefix", GATED_RATES, fill(fastprefix.APTConfig)),
-    "mlp": Entry("MLP prefix", "prefix", NETWORK_RATES, widen(*NETWORKS["mlp"])),
-    "mlp+gate": Entry("MLP prefix + gate", "prefix", NETWORK_RATES, widen(*NETWORKS["mlp+gate"])),
-    "residual": Entry("residual prefix", "prefix", NETWORK_RATES, widen(*NETWORKS["residual"])),
-    "residual+gate": Entry("residual prefix + gate", "prefix", NETWORK_RATES, widen(*NETWORKS["residual+gate"])),
-}
-LENGTH_METHODS = ("prefix", *NETWORKS)
-COMPARED = (  # the findings of the papers: the first above the second
-    ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"), ("APT, slow gates", "prefix tuning"),
-    ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
-)  # fmt: skip
-
-
-def fit_peer(key: str, model: PreTrainedModel, options: argparse.Namespace) -> StudyPeer:
-    """Return a row of the table, as large as the budget of its group allows: that of a plain prompt or plain prefix.
-
-    A prompt as large as a usual prefix would have hundreds of tokens, hence two budgets.
+    A prompt as large as a usual prefix would have hundreds of tokens, hence two budgets. A network is counted, although
+    export drops it.
     """
-    entry = ENTRIES[key]
-    if entry.make is None:
-        return StudyPeer(key)
-    prompt, prefix = fastprefix.PromptTuningConfig, fastprefix.PrefixTuningConfig
-    of_group = {"prompt": prompt(options.prompt_tokens), "prefix": prefix(options.prefix_tokens)}
-    try:
-        budget = count_parameters(model, of_group[entry.group])
-        return StudyPeer(key, entry.group, entry.make(model, budget, options.max_length))
-    except ValueError as error:
-        raise BenchmarkError(f"{entry.name} does not fit --{entry.group}-tokens ({error}); give more") from error
+    name, group_name, _ = PEERS[key]
+    prompt, prefix, residual = (
+        fastprefix.PromptTuningConfig,
+        fastprefix.PrefixTuningConfig,
+        fastprefix.ResidualPrefixConfig,
+    )
+
+    def fill(make: Callable[[int], MethodConfig]) -> int:
+        """Return the largest size within the budget. Parameters grow by the same number with each step of the size."""
+        one, two = (count_parameters(model, make(size)) for size in (1, 2))
+        if one > budget:
+            raise BenchmarkError(
+                f"{name} does not fit --{group_name}-tokens, give more: it has at least {one:,} parameters"
+            )
+        return 1 + (budget - one) // (two - one)
+
+    if group_name == "reference":
+        return None
+    if group_name == "prompt":
+        budget = count_parameters(model, prompt(options.prompt_tokens))
+        tokens = fill(prompt)
+        fitted: dict[str, Any] = {"trainable": budget, "num_virtual_tokens": max(1, round(SHORT_PROMPT * tokens))}
+        if key == "dept":
+            return fastprefix.DePTConfig.for_budget(model, **fitted, max_length=options.max_length)
+        return prompt(tokens) if key == "pt" else fastprefix.ADePTConfig.for_budget(model, **fitted)
+    budget = count_parameters(model, prefix(options.prefix_tokens))
+    if key in NETWORKS:
+        tokens, (with_residual, with_gate) = fill(prefix), NETWORKS[key]
+        make = partial(residual, tokens, bottleneck_dim=BOTTLENECK, residual=with_residual, gate=with_gate)
+        return make(hidden_dim=fill(lambda width: make(hidden_dim=width)))
+    return prefix(fill(prefix)) if key == "prefix" else fastprefix.APTConfig(fill(fastprefix.APTConfig))
 
 
-def size_peer(key: str, tokens: int) -> StudyPeer:
+def size_config(key: str, tokens: int) -> MethodConfig:
     """Return a prefix method with so many tokens, whatever it costs. Networks have the default widths."""
     if key not in NETWORKS:
-        return StudyPeer(key, "length", fastprefix.PrefixTuningConfig(tokens))
+        return fastprefix.PrefixTuningConfig(tokens)
     residual, gate = NETWORKS[key]
-    return StudyPeer(key, "length", fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate))
+    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate)
 
 
-def prepare(peer: StudyPeer, rates: Rates, model: PreTrainedModel, head_rate: float) -> Prepared:
+def prepare(key: str, config: MethodConfig | None, rates: Rates, model: PreTrainedModel, head_rate: float) -> Prepared:
     """Return the model with what is trained, and its learning rates."""
-    if peer.config is not None:
-        return attach(model, peer.config, rates.main or 0.0, rates.prompt or 0.0, head_rate, rates.gate)
-    assert rates.main is not None
+    if config is not None:
+        return attach(model, config, rates["main"] or 0.0, rates["prompt"] or 0.0, head_rate, rates["gate"])
     head = models.head_parameters(model)
-    if peer.key == "head":
+    if key == "head":
         freeze_body(model)
-        return Prepared(model, group(head, rates.main))
+        return Prepared(model, group(head, rates["main"]))
     body = [p for p in model.parameters() if p not in set(head)]
-    return Prepared(model, group(body, rates.main) + group(head, head_rate))
+    return Prepared(model, group(body, rates["main"]) + group(head, head_rate))
 
 
 class Watcher(TrainerCallback):
@@ -239,7 +205,7 @@ def measure_accuracy(predicted: Any) -> dict[str, float]:
 
 
 class Study(NamedTuple):
-    """Hold what all trainings share: the model by seed, its tokenizer, the texts as token ids, options, device, digests."""
+    """Hold what all trainings share: the model by seed, its tokenizer, token ids, options, device and digests."""
 
     load: Callable[[int], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
@@ -248,27 +214,30 @@ class Study(NamedTuple):
     device: torch.device
     subject: dict[str, Any]
 
-    def train(self, peer: StudyPeer, rates: Rates, seed: int, search: bool = False) -> dict[str, Any]:
+    def train(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int, kind: str) -> Any:
         """Return the outcome of a training, which is read from its file if it was finished before."""
-        options = vars(self.options)
-        steps = options["length_steps" if peer.group == "length" else "steps"]
-        steps, kind = (min(options["search_steps"], steps), "search") if search else (steps, "run")
-        config = peer.config.to_dict() if peer.config else peer.key
-        about = {"config": config, "rates": rates._asdict(), "seed": seed, "kind": kind, "steps": steps, **self.subject}
-        about |= {name: options[name] for name in SHARED}
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        path: Path = self.options.out / "runs" / f"{peer.key}-{kind}-seed{seed}-{key}.json"
+        about = {
+            "config": config.to_dict() if config else key,
+            "rates": rates,
+            "seed": seed,
+            "steps": steps,
+            "kind": kind,
+        }
+        about |= self.subject | {name: getattr(self.options, name) for name in SHARED}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        path: Path = self.options.out / "runs" / f"{key}-{kind}-seed{seed}-{digest}.json"
         if not path.exists():
-            print(f"{peer.entry.name}, {kind}, seed {seed}, {steps} steps", flush=True)
-            write_text(json.dumps(about | {"outcome": self.run(peer, rates, seed, search, steps)}), path)
-        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["outcome"]
-        return outcome
+            print(f"{PEERS[key][0]}, {kind}, seed {seed}, {steps} steps", flush=True)
+            outcome = self.run(key, config, rates, seed, steps)
+            write_text(json.dumps(about | {"outcome": outcome}), path)
+        return json.loads(path.read_text(encoding="utf-8"))["outcome"]
 
-    def run(self, peer: StudyPeer, rates: Rates, seed: int, search: bool, steps: int) -> dict[str, Any]:
+    def run(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int) -> dict[str, Any]:
         """Train, stop early, and test the best weights."""
         torch.manual_seed(seed)
         model, options, collate = self.load(seed), self.options, DataCollatorWithPadding(self.tokenizer)
-        prepared, watcher = prepare(peer, rates, model, options.head_rate), Watcher(model, options.patience)
+        prepared = prepare(key, config, rates, model, options.head_rate)
+        watcher = Watcher(model, options.patience)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=options.rows, per_device_eval_batch_size=64,
@@ -284,17 +253,17 @@ class Study(NamedTuple):
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             watcher.restore()
-            predicted: Any = None if search else trainer.predict(self.texts["test"])
+            tested: Any = trainer.predict(self.texts["test"])
         assert watcher.best is not None
         (accuracy, negative_loss), step, _ = watcher.best
         head = sum(p.numel() for p in models.head_parameters(model))
         batch: Any = collate(sorted(self.texts["train"], key=lambda row: len(row["input_ids"]))[-options.rows :])
-        work = lambda: model.train()(**batch.to(self.device)).loss.backward()  # noqa: E731
+        peak = added_peak(lambda: model.train()(**batch.to(self.device)).loss.backward(), self.device)
         return {
             "dev_accuracy": accuracy, "dev_loss": -negative_loss, "best_step": step, "steps": len(watcher.seconds),
-            "test_accuracy": None if search else predicted.metrics["test_accuracy"], "trainable": prepared.count_trainable() - head, "head": head,
-            "seconds_a_step": statistics.median(watcher.seconds), "curve": watcher.curve,
-            "peak_bytes": None if search else added_peak(work, self.device),
+            "test_accuracy": tested.metrics["test_accuracy"], "trainable": prepared.count_trainable() - head,
+            "head": head, "seconds_a_step": statistics.median(watcher.seconds), "peak_bytes": peak,
+            "curve": watcher.curve,
         }  # fmt: skip
 
 
@@ -362,44 +331,40 @@ def set_up_study(options: argparse.Namespace, device: torch.device) -> tuple[Stu
 def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> None:
     """Search rates with the first seed, then train every seed. An interrupted study has some seeds of all methods."""
     options, model = study.options, study.load(0)
-    jobs: list[tuple[StudyPeer, Rates | None, dict[str, Any]]] = []
 
-    def attempt(peer: StudyPeer, rates: Rates, seed: int, search: bool = False) -> dict[str, Any] | None:
+    def attempt(key: str, *arguments: Any) -> Any:
         try:
-            return study.train(peer, rates, seed, search)
+            return study.train(key, *arguments)
         except Exception:  # the failure of one method must not lose the results of the others
-            failures.append(f"{peer.entry.name}, seed {seed}, failed:\n{traceback.format_exc()}")
+            failures.append(f"{PEERS[key][0]} failed:\n{traceback.format_exc()}")
             return None
 
-    def add_rows(searched: StudyPeer, peers: list[StudyPeer]) -> list[dict[str, Any]]:
-        """Search rates for one peer, and add rows that are trained with the best of them."""
-        found = [(attempt(searched, rates, 0, search=True), rates) for rates in searched.entry.candidates]
-        scored = [(outcome["dev_accuracy"], -outcome["dev_loss"], rates) for outcome, rates in found if outcome]
-        best = max(scored, key=lambda score: score[:2])[2] if scored else None
-        about = {
-            "method": searched.entry.name, "group": searched.group, "rates": best._asdict() if best else None,
-            "search": [{"rates": rates._asdict(), "dev_accuracy": accuracy} for accuracy, _, rates in scored],
-        }  # fmt: skip
-        rows = [{**about, "config": peer.config.to_dict() if peer.config else None, "runs": {}} for peer in peers]
-        jobs.extend((peer, best, row) for peer, row in zip(peers, rows, strict=True))
+    def train_all(
+        of_key: dict[str, list[MethodConfig | None]], steps: int, seeds: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Train the configurations of each method with the rates that are best for the middle one."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for key, configs in of_key.items():
+            middle, (name, group_name, candidates) = configs[(len(configs) - 1) // 2], PEERS[key]
+            found = [(attempt(key, middle, r, 0, min(options.search_steps, steps), "search"), r) for r in candidates]
+            scored = [(outcome["dev_accuracy"], -outcome["dev_loss"], rates) for outcome, rates in found if outcome]
+            about = {
+                "method": name, "group": group_name, "rates": max(scored, key=lambda s: s[:2])[2] if scored else None,
+                "search": [{"rates": rates, "dev_accuracy": accuracy} for accuracy, _, rates in scored],
+            }  # fmt: skip
+            rows[key] = [{**about, "config": config.to_dict() if config else None, "runs": {}} for config in configs]
+        for seed, key in itertools.product(range(seeds), of_key):
+            for config, row in zip(of_key[key], rows[key], strict=True):
+                if row["rates"] and (outcome := attempt(key, config, row["rates"], seed, steps, "run")):
+                    row["runs"][str(seed)] = outcome
         return rows
 
-    def run_seeds(seeds: int) -> None:
-        for seed in range(seeds):
-            for peer, rates, row in jobs:
-                if rates is not None and (outcome := attempt(peer, rates, seed)) is not None:
-                    row["runs"][str(seed)] = outcome
-        jobs.clear()
-
-    for key in dict.fromkeys(options.methods):
-        peer = fit_peer(key, model, options)
-        document["table"] += add_rows(peer, [peer])
-    run_seeds(options.seeds)
-    for key in options.length_methods if options.lengths else ():
-        middle = sorted(options.lengths)[(len(options.lengths) - 1) // 2]  # one rate for all lengths
-        rows = add_rows(size_peer(key, middle), [size_peer(key, length) for length in options.lengths])
-        document["lengths"][ENTRIES[key].name] = dict(zip(map(str, options.lengths), rows, strict=True))
-    run_seeds(options.length_seeds or options.seeds)
+    fitted = {key: [fit_config(key, model, options)] for key in options.methods}
+    document["table"] += [row for rows in train_all(fitted, options.steps, options.seeds).values() for row in rows]
+    lengths = sorted(options.lengths)
+    sized: Any = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
+    for key, rows in train_all(sized, options.length_steps, options.length_seeds or options.seeds).items():
+        document["lengths"][PEERS[key][0]] = dict(zip(map(str, lengths), rows, strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -412,8 +377,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", metavar="NAME", help="default: guessed")
     parser.add_argument("--label-column", metavar="NAME", help="default: guessed")
     parser.add_argument("--model", metavar="NAME", help="a pretrained encoder: a folder, or a model of the hub")
-    parser.add_argument("--methods", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="METHOD",
-                        help=f"rows of the table: {', '.join(ENTRIES)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=PEERS, default=list(PEERS), metavar="METHOD",
+                        help=f"rows of the table: {', '.join(PEERS)}")  # fmt: skip
     parser.add_argument("--lengths", nargs="*", type=positive, metavar="N", help="prefix lengths; none: skip")
     parser.add_argument("--length-methods", nargs="+", choices=LENGTH_METHODS, default=list(LENGTH_METHODS),
                         metavar="METHOD", help=f"to compare over lengths: {', '.join(LENGTH_METHODS)}")  # fmt: skip
@@ -460,9 +425,10 @@ def summarize(document: dict[str, Any]) -> list[Table]:
     for row in finished:
         runs, rates = pd.DataFrame(row["runs"].values()), row["rates"]
         shown = " / ".join(f"{rate:g}" for rate in (rates["prompt"], rates["main"]) if rate is not None)
+        shown += f", gates {rates['gate']:g}" if rates["gate"] else ""
         rows.append([
-            name_row(row), number(runs.trainable.iloc[0], 0), shown + (f", gates {rates['gate']:g}" if rates["gate"] else ""),
-            str(len(runs)), describe_spread(runs.test_accuracy), describe_spread(runs.dev_accuracy),
+            name_row(row), number(runs.trainable.iloc[0], 0), shown, str(len(runs)),
+            describe_spread(runs.test_accuracy), describe_spread(runs.dev_accuracy),
             number(runs.best_step.mean(), 0), number(1e3 * runs.seconds_a_step.median(), 0),
             number(runs.peak_bytes.max() / 1e6, 1),
         ])  # fmt: skip
@@ -485,24 +451,20 @@ def summarize(document: dict[str, Any]) -> list[Table]:
 
 
 def read_accuracies(row: dict[str, Any]) -> Any:
-    """Return the test accuracies by seed."""
     return pd.Series({seed: outcome["test_accuracy"] for seed, outcome in row["runs"].items()}, dtype=float)
 
 
 def read_lengths(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the test accuracies by method and length."""
     of_method = document["lengths"].items()
     found = {name: {n: read_accuracies(row) for n, row in rows.items() if row["runs"]} for name, rows in of_method}
     return {name: of for name, of in found.items() if of}
 
 
 def describe_spread(shares: Any) -> str:
-    """Return the mean and the standard deviation in percent."""
     return f"{100 * shares.mean():.1f}" + (f" ± {100 * shares.std():.1f}" if len(shares) > 1 else "")
 
 
 def name_row(row: dict[str, Any]) -> str:
-    """Return the name of a method and its sizes."""
     config = row["config"]
     if config is None:
         return str(row["method"])

@@ -51,7 +51,6 @@ def choose_shapes(options: argparse.Namespace) -> tuple[ModelShape, ...]:
 
 
 def list_peers(kind: TaskKind, N: int, P: int) -> list[ModelPeer]:
-    """Return all peers with prompts and prefixes of P tokens."""
     configs = {
         "PT": fastprefix.PromptTuningConfig(P),
         "DePT": fastprefix.DePTConfig(P, rank=DEPT_RANK, max_length=N),
@@ -81,14 +80,12 @@ def draw_batch(shape: ModelShape, N: int, device: torch.device) -> dict[str, Ten
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
     parser.add_argument("--rows", type=positive, help="in a batch (default: 4)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
     device, shapes = set_up(options), choose_shapes(options)
     record = Record.start("models", device, options.quick, sizes={s.name: s.size._asdict() for s in shapes})
     for shape in shapes:

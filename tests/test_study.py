@@ -14,7 +14,6 @@ pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 pytest.importorskip("tokenizers")
 
-import fastprefix
 from benchmarks import data, models, results, study
 from benchmarks.__main__ import main
 from benchmarks.models import Size
@@ -90,24 +89,22 @@ def test_errors(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", [key for key, entry in study.ENTRIES.items() if entry.make is not None])
+@pytest.mark.parametrize("key", [key for key in study.PEERS if key not in ("full", "head")])
 def test_every_method_fills_its_budget(key: str) -> None:
     model: Any = models.build("classification", models.configure("classification", TINY), CPU)
-    options = type("Options", (), {"prompt_tokens": 40, "prefix_tokens": 40, "max_length": TINY.length})
-    peer = study.fit_peer(key, model, options)  # type: ignore[arg-type]
-    assert peer.config is not None
-    count = study.count_parameters(model, peer.config)
-    budget = 40 * TINY.width * (1 if peer.group == "prompt" else 2 * TINY.layers)
+    options: Any = type("Options", (), {"prompt_tokens": 40, "prefix_tokens": 40, "max_length": TINY.length})
+    config = study.fit_config(key, model, options)
+    assert config is not None
+    count = study.count_parameters(model, config)
+    budget = 40 * TINY.width * (1 if study.PEERS[key][1] == "prompt" else 2 * TINY.layers)
     assert 0.9 * budget < count <= budget
-    rates = study.Rates(0.25, 0.5, 0.125)
-    prepared = study.prepare(peer, rates, model, head_rate=0.01)
+    prepared = study.prepare(key, config, study.set_rates(0.25, 0.5, 0.125), model, head_rate=0.01)
     rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kinds = {"classifier": 0.01, "fastprefix.prompt": 0.5}
             gate = 0.125 if "gate" in name else 0.25
             assert rate_of[parameter] == next((kinds[k] for k in kinds if name.startswith(k)), gate)
-    fastprefix.detach(model)
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:
