@@ -229,11 +229,11 @@ def check_parity(add: Add, seconds: float) -> None:
     print(f"parity: {sum('error' not in answer for answer in answers)} of {len(cases)} passed", flush=True)
 
 
-def run_small() -> int:
-    for case in SMALL:
+def run_small(*cases: Case) -> dict[str, Any]:
+    for case in cases:
         run_case(case, torch.bfloat16)
     torch.cuda.synchronize()
-    return 0
+    return {}
 
 
 def check_memory(add: Add, seconds: float) -> None:
@@ -243,7 +243,7 @@ def check_memory(add: Add, seconds: float) -> None:
         print("sanitizer: compute-sanitizer is not installed", flush=True)
         return
     start = time.monotonic()
-    run_jobs([(run_case, case, torch.bfloat16) for case in SMALL], seconds / 2)  # only to compile
+    run_jobs([(run_small, case) for case in SMALL], seconds / 2)  # only to compile
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--small"]
     environment, left = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, seconds - (time.monotonic() - start)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False)
@@ -452,7 +452,8 @@ def run(options: argparse.Namespace) -> int:
         print("benchmarks.gpu needs a CUDA device, and PyTorch finds none", file=sys.stderr)
         return 2
     if options.small:
-        return run_small()
+        run_small(*SMALL)
+        return 0
     return run_stages(options.stages, options.out, CUDA)
 
 

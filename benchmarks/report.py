@@ -364,7 +364,7 @@ def describe_record(name: str, record: Record) -> str:
     """Return the section of a record in the report."""
     about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
     objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
-    tables = [table.markdown() for table in TABLES.get(record.suite, lambda _: [])(record)]
+    tables = [table.markdown() for table in (TABLES[record.suite](record) if record.suite in TABLES else [])]
     return "\n\n".join([f"## {name}", about, *objections, *tables, *map(describe_fault, record.faults)]) + "\n"
 
 

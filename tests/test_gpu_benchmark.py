@@ -1,5 +1,6 @@
 """``python -m benchmarks.gpu``, as far as it can be tested without a GPU."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 
-from benchmarks import attention, gpu, results
+from benchmarks import attention, gpu, report, results
 from benchmarks.measure import figure_row, timed_row
 from fastprefix.ops.prefix_attention.triton.operands import problem
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
@@ -151,6 +152,50 @@ def test_a_failing_stage_loses_no_other_result(tmp_path: Path, monkeypatch: pyte
     assert [(fault["stage"], fault["message"]) for fault in record.faults] == [("parity", "RuntimeError: no such luck")]
     assert [row["direction"] for row in record.rows] == ["parity", "forward", "forward"]
     assert set(record.settings["seconds"]) == {"parity", "speed"}
+
+
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every stage on the CPU, with a few small cases and in one process."""
+
+    def run_jobs(jobs: Any, seconds: float, done: Any = lambda job, answer: None) -> list[Any]:
+        answers = [job[0](*job[1:]) for job in jobs]
+        for job, answer in zip(jobs, answers, strict=True):
+            done(job, answer)
+        return answers
+
+    def time_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        return {name: [1e-3] * (call() is not None) for name, call in calls.items()}
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nexit 0\n")
+    tool.chmod(0o755)
+    own = {(width, "half"): (64, 64, 64, 4, 2, None) for width in (64, 128)}
+    shapes = [attention.Shape(2, 4, 2, 8, 8, 16, 3), attention.Shape(2, 4, 2, 1, 8, 16, 3)]
+    problems = [(shape, gate, shape.N > 1) for shape in shapes for gate in ("none", "row", "query", "separate")]
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(attention.BACKENDS, "cpu", "eager")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "CUDA", CPU)
+    monkeypatch.setattr(gpu, "build_problem", functools.partial(gpu.build_problem, device=CPU))
+    monkeypatch.setattr(gpu, "check_case", functools.partial(gpu.check_case, device="cpu", backend="eager"))
+    run_case = gpu.run_case
+    monkeypatch.setattr(gpu, "run_case", lambda case, dtype, *_: run_case(case, dtype, "cpu", "eager"))
+    monkeypatch.setattr(gpu, "run_jobs", run_jobs)
+    monkeypatch.setattr(gpu, "time_turns", time_turns)
+    monkeypatch.setattr(gpu, "supervise", lambda job, seconds: job[0](*job[1:]))
+    monkeypatch.setattr(gpu, "find_tiles", lambda kernel: (own, lambda *values: values, "half"))
+    monkeypatch.setattr(gpu, "build_tile_call", lambda kernel, width, N: lambda: kernel)
+    monkeypatch.setattr(gpu, "list_problems", lambda: iter(problems))
+    monkeypatch.setattr(gpu, "LARGE", [])
+    monkeypatch.setattr(gpu, "attention_cases", lambda count: [AttentionCase(P=2)])
+    assert gpu.run_stages(list(gpu.STAGES), tmp_path / "gpu.json", CPU) == 0
+    record = results.read(tmp_path / "gpu.json")
+    of = {(row["direction"], row["peer"]) for row in record.rows}
+    assert {("parity", "triton"), ("tile", "dkv"), ("forward", "fused"), ("forward+backward", "tokens, flash")} <= of
+    assert {row["N"] for row in record.rows if row["direction"] == "forward+backward"} == {8}
+    # Not every kernel of SDPA runs on a CPU. That is recorded and is no failure.
+    assert {fault["peer"].split(", ")[1] for fault in record.faults} <= {"cudnn", "efficient"}
+    assert len(report.tabulate_gpu(record).rows) == 12
 
 
 def test_all_stages_fit_into_nine_minutes() -> None:
