@@ -369,7 +369,7 @@ def list_compilations() -> list[tuple[Any, ...]]:
     """Return one job per specialization of the kernels, which hardly depends on the batch and on the length."""
     kinds = {}
     for shape, *rest in list_problems():
-        kinds[shape.B == 1, shape[1:3], shape.N == 1, shape[5:], *rest] = (shorten(shape), *rest)
+        kinds[(shape.B == 1, shape[1:3], shape.N == 1, shape[5:], *rest)] = (shorten(shape), *rest)
     return [(compile_problem, *kind) for kind in kinds.values()]
 
 

@@ -19,16 +19,6 @@ PROMPT_PEERS = {peer.name: peer for peer in shared_prompt.list_peers(60, 128) if
 Benchmark = Callable[[Callable[[], object]], object]
 
 
-def build_attention() -> kernels.Problem:
-    inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
-    return kernels.Problem({}, inputs.peers(), inputs.grad)
-
-
-def build_embedding() -> kernels.Problem:
-    return embedding.Inputs(SETTING, torch.float32, CPU).problem(SETTING, "float32")
-
-
-BUILD = {"attention": build_attention, "embedding": build_embedding}
 FORWARD = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager", "merged", "lookup")}
 BOTH = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager")}
 CASES = [
@@ -41,7 +31,12 @@ CASES = [
 
 @pytest.mark.parametrize(("suite", "direction", "name"), CASES)
 def test_kernel(benchmark: Benchmark, suite: str, direction: str, name: str) -> None:
-    benchmark(BUILD[suite]().works()[direction][name])
+    if suite == "attention":
+        inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
+        problem = kernels.Problem({}, inputs.peers(), inputs.grad)
+    else:
+        problem = embedding.Inputs(SETTING, torch.float32, CPU).problem(SETTING, "float32")
+    benchmark(problem.works()[direction][name])
 
 
 @pytest.mark.benchmark(group="training step")

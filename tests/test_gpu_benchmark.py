@@ -187,6 +187,8 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "build_tile_call", lambda kernel, width, N: lambda: kernel)
     monkeypatch.setattr(gpu, "list_problems", lambda: iter(problems))
     monkeypatch.setattr(gpu, "LARGE", [])
+    monkeypatch.setattr(gpu, "SMALL", gpu.SMALL[-1:])
+    monkeypatch.setattr(gpu, "embedding_cases", lambda: embedding_cases()[:1])
     monkeypatch.setattr(gpu, "attention_cases", lambda count: [AttentionCase(P=2)])
     assert gpu.run_stages(list(gpu.STAGES), tmp_path / "gpu.json", CPU) == 0
     record = results.read(tmp_path / "gpu.json")
