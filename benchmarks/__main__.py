@@ -28,9 +28,10 @@ def main(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "main"
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
-    if name in SUITES:
-        suite = importlib.import_module(f".{SUITES[name]}", __package__)
-        suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
+    if name not in SUITES:
+        parser.error(f"unknown suite {name!r}; the suites are {', '.join(SUITES)}")
+    suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
     if name == "main" and "main" not in arguments[:1] and not {"-h", "--help"} & set(arguments):
         arguments = ["main", *arguments]
     options = parser.parse_args(arguments)
