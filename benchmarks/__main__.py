@@ -1,7 +1,49 @@
-"""Entry point of ``python -m benchmarks``."""
+"""Command line: ``python -m benchmarks [SUITE] [options]``. Without the name of a suite, the main job runs."""
 
+import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 
-from .cli import main
+from .measure import BenchmarkError
+from .options import QUICK_NOTE
 
-sys.exit(main(sys.argv[1:]))
+SUITES = {
+    "main": "main_job",
+    "attention": "attention",
+    "embedding": "embedding",
+    "shared-prompt": "shared_prompt",
+    "models": "whole_models",
+    "adapterhub": "adapterhub",
+    "gpu": "gpu",
+    "study": "study",
+    "compare": "compare",
+    "report": "report",
+}
+"""The module of each command. It has DESCRIPTION, add_arguments and run. Only the module in use is imported."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a suite. Exit status 0: success; 1: a part of it failed; 2: it could not start."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else "main"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
+    if name not in SUITES:
+        parser.error(f"unknown suite {name!r}; the suites are {', '.join(SUITES)}")
+    suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
+    if name == "main" and "main" not in arguments[:1] and not {"-h", "--help"} & set(arguments):
+        arguments = ["main", *arguments]
+    options = parser.parse_args(arguments)
+    try:
+        status: int = suite.run(options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if getattr(options, "quick", False):
+        print(f"\n{QUICK_NOTE}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

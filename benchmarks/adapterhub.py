@@ -1,7 +1,7 @@
-"""AdapterHub's ``adapters``, which needs an older ``transformers``, in an environment of its own.
+"""AdapterHub's ``adapters``, which needs an older ``transformers``, in a separate environment.
 
-Its times are multiples of its own frozen model's, of the same shape and in the same environment: what its methods add
-can be compared with what other methods add in ours (the suite ``models``), not its seconds with our seconds.
+Its times are multiples of its own frozen model's, of the same shape and in the same environment. These ratios can be
+compared with those of the suite ``models``; seconds cannot.
 """
 
 import argparse
@@ -15,74 +15,63 @@ from typing import Any
 
 import torch
 
-from . import environment, models, options, results, summaries
-from .errors import BenchmarkError
-from .report import write_json
-from .results import Cell, Fault, Run
-from .timing import Failure
-from .whole_models import CLASSES, PREFIX, QUICK, SHAPES, TOKENS, Shape, batch_of, with_rows
+from . import models
+from .measure import ROOT, BenchmarkError, find_version
+from .options import add_common, positive, set_up
+from .results import Record, describe_times
+from .whole_models import CLASSES, PREFIX, TOKENS, ModelShape, choose_shapes, draw_batch
 
-NAME = "adapterhub"
-DESCRIPTION = "AdapterHub's prefix and prompt tuning on whole models, in an environment of their own."
-ENVIRONMENT = environment.ROOT / ".venv-adapterhub"
-REQUIREMENTS = ("adapters==1.3.0", f"torch=={environment.version('torch')}")
+DESCRIPTION = "AdapterHub's prefix tuning on whole models, in a separate environment."
+ENVIRONMENT = ROOT / ".venv-adapterhub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The suite's options."""
-    options.add_common(parser)
-    options.add_threads(parser)
-    parser.add_argument("--rounds", type=options.positive, default=3, help="default: 3")
-    parser.add_argument("--rows", type=options.positive, default=2, help="in a batch (default: 2)")
-    parser.add_argument(
-        "--environment", type=Path, default=ENVIRONMENT, metavar="DIR", help="made and filled where it is missing"
-    )
+    add_common(parser)
+    parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
+    parser.add_argument("--rows", type=positive, default=2, help="in a batch (default: 2)")
+    parser.add_argument("--environment", type=Path, default=ENVIRONMENT, metavar="DIR", help="created if it is missing")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Have the other environment measure, print a line for each model, write."""
-    device = options.device_for(arguments.device)
-    N, P, shapes, rounds = TOKENS, PREFIX, SHAPES, arguments.rounds
-    if arguments.quick:
-        N, P, shapes, rounds = 16, 4, QUICK, 1
-    described = [describe(shape, N) for shape in with_rows(shapes, arguments.rows)]
-    plan = {"device": str(device), "threads": arguments.threads, "rounds": rounds, "P": P, "shapes": described}
-    measured = carry_out(plan, ready(arguments.environment))
-    facts = environment.describe(device) | {"fastprefix": None, "peft": None} | measured["versions"]
-    cells = [Cell(**cell) for cell in measured["cells"]]
-    faults = [Fault(f["case"], f["competitor"], Failure(**f["failure"])) for f in measured["faults"]]
+def run(options: argparse.Namespace) -> int:
+    """Measure in the other environment, print, write."""
+    device, shapes = set_up(options), choose_shapes(options)
+    N, P, rounds = (16, 4, 1) if options.quick else (TOKENS, PREFIX, options.rounds)
+    plan = {"device": str(device), "threads": options.threads, "rounds": rounds, "P": P}
+    measured = run_worker(plan | {"shapes": [describe_model(shape, N) for shape in shapes]}, options.environment)
+    record = Record.start("adapterhub", device, options.quick)
+    record.environment |= {"fastprefix": None, "peft": None} | measured["versions"]
+    record.rows, record.faults = measured["rows"], measured["faults"]
     for shape in shapes:
-        print(summaries.line([cell for cell in cells if cell.case["model"] == shape.name]), flush=True)
-    return results.conclude(Run(NAME, facts, {}, cells, faults), arguments.out)
+        print(describe_times([row for row in record.rows if row["model"] == shape.name]), flush=True)
+    return record.conclude(options.out)
 
 
-def describe(shape: Shape, N: int) -> dict[str, Any]:
-    """A model and its batch as JSON, for a process without this package."""
-    if shape.task == "causal_lm":
-        configuration = models.decoder_config(shape.size, pad=0, end=1).to_dict()
-    else:
-        configuration = models.encoder_config(shape.size, pad=0).to_dict() | {"num_labels": CLASSES}
-    batch = {name: tensor.tolist() for name, tensor in batch_of(shape, N, torch.device("cpu")).items()}
+def describe_model(shape: ModelShape, N: int) -> dict[str, Any]:
+    """Describe a model and its batch for a process without this package."""
+    configuration = models.configure(shape.kind, shape.size, classes=CLASSES).to_dict()
+    batch = {name: tensor.tolist() for name, tensor in draw_batch(shape, N, torch.device("cpu")).items()}
     return {"name": shape.name, "configuration": configuration, "batch": batch}
 
 
-def carry_out(plan: dict[str, Any], python: Path) -> Any:
-    """What the worker writes, run by another environment's interpreter."""
+def run_worker(plan: dict[str, Any], environment: Path) -> Any:
+    """Have the interpreter of another environment carry out a plan, and return what it measured."""
+    python = prepare_environment(environment)
     with tempfile.TemporaryDirectory() as folder:
         plan_path, results_path = Path(folder) / "plan.json", Path(folder) / "results.json"
-        write_json(plan, plan_path)
+        plan_path.write_text(json.dumps(plan), encoding="utf-8")
         command = [str(python), "-m", "benchmarks.adapterhub_worker", str(plan_path), str(results_path)]
-        if subprocess.run(command, cwd=environment.ROOT).returncode:
-            raise BenchmarkError(f"--environment {python.parent.parent}: the measurement in it failed, see above")
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise BenchmarkError(f"--environment {environment}: the measurement failed, see above")
         return json.loads(results_path.read_text(encoding="utf-8"))
 
 
-def ready(folder: Path) -> Path:
-    """The interpreter of an environment that has ``adapters``; it is made where it is missing."""
+def prepare_environment(folder: Path) -> Path:
+    """Return the interpreter of an environment with ``adapters``. The environment is created if it is missing."""
     python = folder / "bin" / "python"
+    requirements = ("adapters==1.3.0", f"torch=={find_version('torch')}")
     if not python.exists():
-        print(f"installing {', '.join(REQUIREMENTS)} in {folder}", file=sys.stderr)
+        print(f"installing {', '.join(requirements)} in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True)
     if subprocess.run([python, "-c", "import adapters"], capture_output=True).returncode:
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     return python

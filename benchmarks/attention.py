@@ -1,14 +1,14 @@
-"""Prefix attention against what PyTorch offers, on grids of shapes, types and masks.
+"""Prefix attention and its peers in PyTorch, on grids of shapes, types and masks.
 
-``fused`` is this package, ``concat`` gated concatenation and then SDPA; ``tokens``, the floor, is SDPA on the tokens
-alone: no prefix at all. With ``--flex``, ``flex`` is gated concatenation and then compiled FlexAttention, which has no
-backward on a CPU. With ``--dropout P``, all of them drop probabilities, as models do that train with dropout. The gate
-is one for each row and prefix token.
+``fused`` is this package. ``concat`` concatenates the gated prefix and the tokens and runs SDPA. ``tokens``, the floor,
+is SDPA on the tokens without a prefix. With ``--flex``, ``flex`` is concatenation and compiled FlexAttention, which has
+no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. There is one gate per row and prefix
+token.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastprefix
 
-from . import kernels, options
-from .errors import BenchmarkError
-from .kernels import Peer, Problem
-from .options import DTYPES
+from . import kernels
+from .kernels import KernelPeer, Problem
+from .measure import BenchmarkError
+from .options import DTYPES, set_up
 
-NAME = "attention"
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Batch, heads, tokens of query and key, head size, prefix tokens."""
 
     B: int
@@ -49,143 +47,135 @@ SHAPES = (
     Shape(16, 12, 12, 1, 512, 64, 100),
 )
 QUICK = (Shape(2, 4, 2, 32, 32, 16, 8),)
-TARGETS = {
-    "float32 forward": 1.9,
-    "bfloat16 forward": 3.4,
-    "float32 forward+backward": 1.7,
-    "bfloat16 forward+backward": 3.3,
-}
-"""Geometric means over concatenation, on two AVX-512 cores."""
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Inputs:
-    """Tensors of one shape, and the peers on them."""
+    """Hold the tensors of one shape, and compute the output of each peer.
+
+    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (two softmaxes) or "none".
+    """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, causal: bool, device: torch.device, dropout_p: float = 0.0
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        causal: bool,
+        device: torch.device,
+        dropout_p: float = 0.0,
+        gate: str = "row",
     ) -> None:
-        """Draw them."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def draw(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+            return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_()
 
-        s = shape
-        self.causal, self.dropout_p = causal, dropout_p
-        self.q, self.k, self.v = draw(s.B, s.Hq, s.N, s.D), draw(s.B, s.Hkv, s.M, s.D), draw(s.B, s.Hkv, s.M, s.D)
-        self.pk, self.pv = draw(s.Hkv, s.P, s.D), draw(s.Hkv, s.P, s.D)
-        self.gate = draw(s.B, 1, s.P)
-        self.grad = draw(s.B, s.Hq, s.N, s.D).detach()
-        self.grouped = s.Hq != s.Hkv
-        self.mask_tokens = lower_right(s.N, s.M, 0, device) if causal and s.N != s.M else None
-        self.mask = lower_right(s.N, s.M, s.P, device) if causal else None
+        B, Hq, Hkv, N, M, D, P = self.shape = shape
+        self.causal, self.dropout_p, self.repeats_heads = causal, dropout_p, False
+        self.q, self.k, self.v = draw(B, Hq, N, D), draw(B, Hkv, M, D), draw(B, Hkv, M, D)
+        self.pk, self.pv = draw(Hkv, P, D), draw(Hkv, P, D)
+        self.grad = draw(B, Hq, N, D).detach()
+        names = {"row": "prefix_gate", "query": "prefix_gate", "separate": "output_gate"}
+        sizes = {"row": (B, 1, P), "query": (B, Hq, N, P), "separate": (B, Hq)}
+        self.gates = {names[gate]: draw(*sizes[gate])} if gate in names else {}
+        self.mask_tokens = build_mask(N, M, 0, device) if causal and N != M else None
+        self.mask = build_mask(N, M, P, device) if causal else None
 
-    def fused(self) -> Tensor:
-        """This package."""
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.q, self.k, self.v, self.pk, self.pv, *self.gates.values())
+
+    def run_fused(self) -> Tensor:
+        options: dict[str, Any] = {"is_causal": self.causal, "dropout_p": self.dropout_p, **self.gates}
         backend = BACKENDS[self.q.device.type]
-        return fastprefix.prefix_attention(
-            self.q,
-            self.k,
-            self.v,
-            self.pk,
-            self.pv,
-            prefix_gate=self.gate,
-            is_causal=self.causal,
-            dropout_p=self.dropout_p,
-            backend=backend,
-        )
+        return fastprefix.prefix_attention(self.q, self.k, self.v, self.pk, self.pv, **options, backend=backend)
 
-    def concatenated(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the gated prefix and the tokens."""
-        gate, batch = self.gate[..., None], self.q.shape[0]
+    def concatenate(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the gated prefix and the tokens."""
+        gate, batch = self.gates["prefix_gate"][..., None] if self.gates else 1, self.q.shape[0]
         k = torch.cat([(self.pk * gate).expand(batch, -1, -1, -1), self.k], dim=2)
         v = torch.cat([(self.pv * gate).expand(batch, -1, -1, -1), self.v], dim=2)
         return k, v
 
-    def concat(self) -> Tensor:
-        """What a user without these kernels writes."""
-        k, v = self.concatenated()
-        return F.scaled_dot_product_attention(
-            self.q, k, v, attn_mask=self.mask, dropout_p=self.dropout_p, enable_gqa=self.grouped
-        )
+    def run_sdpa(self, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        groups = self.shape.Hq // self.shape.Hkv
+        if self.repeats_heads:  # for kernels without grouped heads
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        options: dict[str, Any] = {"dropout_p": self.dropout_p, "enable_gqa": groups > 1}
+        return F.scaled_dot_product_attention(self.q, k, v, attn_mask=mask, is_causal=causal, **options)
 
-    def flex(self) -> Callable[[], Tensor]:
-        """The same with FlexAttention, compiled for this shape."""
-        N, M, seen = self.q.shape[2], self.k.shape[2], self.pk.shape[1] + self.k.shape[2] - self.q.shape[2]
-        mask = None
+    def run_concat(self) -> Tensor:
+        """Run what a user without these kernels writes."""
+        if "output_gate" in self.gates:
+            pk, pv = (t.expand(self.q.shape[0], -1, -1, -1) for t in (self.pk, self.pv))
+            return self.run_tokens() + self.gates["output_gate"][..., None, None] * self.run_sdpa(pk, pv)
+        return self.run_sdpa(*self.concatenate(), mask=self.mask)
+
+    def run_tokens(self) -> Tensor:
+        """Run attention without a prefix."""
+        return self.run_sdpa(self.k, self.v, self.mask_tokens, self.causal and self.mask_tokens is None)
+
+    def compile_flex(self) -> Callable[[], Tensor]:
+        """Return concatenation with FlexAttention, compiled for this shape."""
+        N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            columns = self.pk.shape[1] + M
-            mask = create_block_mask(lambda b, h, i, j: j <= i + seen, None, None, N, columns, str(self.q.device))
+            mask = create_block_mask(
+                lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device)
+            )
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def call() -> Tensor:
-            query = self.q if torch.is_grad_enabled() else self.q.detach()  # it asks on a CPU, even without gradients
-            output: Tensor = compiled(query, *self.concatenated(), block_mask=mask, enable_gqa=self.grouped)
+            # On a CPU it refuses inputs that require gradients, even where none are computed.
+            query = self.q if torch.is_grad_enabled() else self.q.detach()
+            output: Tensor = compiled(
+                query, *self.concatenate(), block_mask=mask, enable_gqa=self.shape.Hq != self.shape.Hkv
+            )
             return output
 
         return call
 
-    def tokens(self) -> Tensor:
-        """No prefix."""
-        return F.scaled_dot_product_attention(
-            self.q,
-            self.k,
-            self.v,
-            attn_mask=self.mask_tokens,
-            dropout_p=self.dropout_p,
-            is_causal=self.causal and self.mask_tokens is None,
-            enable_gqa=self.grouped,
-        )
-
-    def peers(self, flex: bool = False) -> dict[str, Peer]:
-        """All of them, with what each trains."""
-        tokens = (self.q, self.k, self.v)
-        everything = (*tokens, self.pk, self.pv, self.gate)
+    def peers(self, flex: bool = False) -> dict[str, KernelPeer]:
         peers = {
-            "fused": Peer("ours", self.fused, everything),
-            "concat": Peer("peer", self.concat, everything),
-            "tokens": Peer("floor", self.tokens, tokens),
+            "fused": KernelPeer("ours", self.run_fused, self.leaves),
+            "concat": KernelPeer("theirs", self.run_concat, self.leaves),
+            "tokens": KernelPeer("floor", self.run_tokens, self.leaves[:3]),
         }
         if flex:
-            peers["flex"] = Peer("peer", self.flex(), everything if self.q.is_cuda else ())
+            peers["flex"] = KernelPeer("theirs", self.compile_flex(), self.leaves if self.q.is_cuda else ())
         return peers
 
 
-def lower_right(N: int, M: int, P: int, device: torch.device) -> Tensor:
-    """The mask of N causal queries over P prefix tokens and M tokens, in the form that SDPA is fastest with."""
-    if device.type == "cuda":
-        bias: Tensor = causal_lower_right(N, P + M)
-        return bias
-    return torch.ones(N, P + M, dtype=torch.bool).tril(P + M - N)
+def build_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
+    """Return the mask of N causal queries over P prefix tokens and M tokens, in the form that SDPA is fastest with."""
+    bias: Tensor = causal_lower_right(N, P + M)
+    return bias if device.type == "cuda" else build_dense_mask(N, M, P, device)
 
 
-def problems(arguments: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Every shape, in every type, with and without a causal mask."""
-    for shape in QUICK if arguments.quick else SHAPES:
-        if arguments.dropout and shape.N == 1:
+def build_dense_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
+    return torch.ones(N, P + M, dtype=torch.bool, device=device).tril(P + M - N)
+
+
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    for shape in QUICK if options.quick else SHAPES:
+        if options.dropout and shape.N == 1:
             continue  # nothing is dropped where tokens are generated
-        for dtype in arguments.dtype:
+        for dtype in options.dtype:
             for causal in (False, True):
-                torch.compiler.reset()  # what was compiled for another shape
-                inputs = Inputs(shape, DTYPES[dtype], causal, device, arguments.dropout)
-                case = {**asdict(shape), "dtype": dtype, "causal": causal}
-                yield Problem(case, inputs.peers(arguments.flex), inputs.grad)
+                torch.compiler.reset()  # remove what was compiled for another shape
+                inputs = Inputs(shape, DTYPES[dtype], causal, device, options.dropout)
+                case = {**shape._asdict(), "dtype": dtype, "causal": causal}
+                yield Problem(case, inputs.peers(options.flex), inputs.grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The suite's options."""
     kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; its own results")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write."""
-    if not 0 <= arguments.dropout < 1 or (arguments.dropout and arguments.flex):
-        raise BenchmarkError("--dropout takes a number from 0 to below 1, and FlexAttention has none")
-    device = options.device_for(arguments.device)
-    grid = problems(arguments, device)
-    if arguments.dropout:
-        return kernels.run(f"{NAME}-dropout", grid, {"dropout": arguments.dropout}, arguments, device)
-    return kernels.run(NAME, grid, {"targets": TARGETS}, arguments, device)
+def run(options: argparse.Namespace) -> int:
+    if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
+        raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
+    device = set_up(options)
+    suite, more = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
+    return kernels.run(suite, list_problems(options, device), options, device, **more)

@@ -1,156 +1,226 @@
-"""Where the text comes from: Python's documentation, a local file, or the Hugging Face hub."""
+"""Text and its batches: Python's documentation, a local file, or a data set of the Hugging Face hub."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import pydoc_text
-from .errors import BenchmarkError, first_line
+import tokenizers
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .measure import BenchmarkError, first_line
+from .models import Size, TaskKind
+
+Batch = dict[str, Tensor]
 TEXT_COLUMNS = ("text", "sentence", "passage", "content", "document", "sentence1", "question", "premise")
 LABEL_COLUMNS = ("label", "labels", "class", "topic", "category")
-HELD_OUT = 0.1  # of the passages, for the losses in the table
+HELD_OUT = 0.1  # of the passages
+HELD_OUT_BATCHES = 4
 MOST_ROWS = 20_000  # of a data set: more than any of these short runs reads
-MOST_CLASSES = 200  # more distinct values than that are no class labels
-
-
-@dataclass(frozen=True)
-class Passages:
-    """What a file or a data set has: texts and, where there is a column of them, labels as they stand there."""
-
-    name: str
-    texts: list[str]
-    labels: list[str] | None
+MOST_CLASSES = 200  # more distinct values are not class labels
+LONGEST_PASSAGE = 500  # characters
+TOPICS = {
+    "literals and formatting": "strings numbers integers floating imaginary identifiers id-classes formatstrings",
+    "data model": "objects types specialnames customization attribute-access callable-types sequence-types "
+    "numeric-types context-managers",
+    "execution and debugging": "execmodel naming dynamic-features exceptions debugger",
+    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
+    "comparisons "
+    "conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions unary",
+    "statements": "assert assignment augassign break continue del global import nonlocal pass raise return yield "
+    "compound async class else for function if try while with",
+    "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects specialattrs "
+    "string-methods truth typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable",
+}
+"""The topics of Python's documentation, by the part of the manuals that they were taken from."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Passages with, where there are any, their classes; split into a part to train on and a part held out."""
+    """Hold passages in the column "text" and, if there are ``classes``, their numbers in the column "label"."""
 
     name: str
-    train: list[str]
-    held_out: list[str]
-    train_labels: list[int] | None
-    held_out_labels: list[int] | None
-    class_names: list[str]
+    train: Dataset
+    held_out: Dataset
+    classes: list[str]
 
     def describe(self) -> str:
-        """One line for the report."""
-        classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
-        return f"{self.name}: {len(self.train):,} passages to train on, {len(self.held_out):,} held out{classes}"
+        classes = f"{len(self.classes)} classes" if self.classes else "no labels"
+        return f"{self.name}: {len(self.train):,} passages to train on, {len(self.held_out):,} held out, {classes}"
 
 
-def python_documentation(seed: int) -> Corpus:
-    """The documentation that comes with the interpreter; see ``pydoc_text`` for the classes."""
-    texts, classes = pydoc_text.passages()
-    return _corpus("Python documentation (pydoc_data.topics)", texts, classes, seed)
+def read_python_documentation() -> Dataset:
+    """Read the documentation that every interpreter contains. A paragraph of several topics counts once."""
+    from pydoc_data.topics import topics
+
+    texts, labels, seen = list[str](), list[str](), set[str]()
+    for label, names in TOPICS.items():
+        for name in names.split():
+            passage = ""
+            for paragraph in topics.get(name, "").split("\n\n"):  # interpreters differ in their topics
+                key = " ".join(paragraph.split())
+                if not key or key in seen:
+                    continue
+                seen.add(key)
+                if passage and len(passage) + len(paragraph) > LONGEST_PASSAGE:
+                    texts.append(passage)
+                    passage = ""
+                passage += ("\n\n" if passage else "") + paragraph.strip("\n")
+            texts += [passage] if passage else []
+            labels += [label] * (len(texts) - len(labels))
+    return Dataset.from_dict({"text": texts, "label": labels})
 
 
-def from_file(path: Path, seed: int, text_column: str | None = None, label_column: str | None = None) -> Corpus:
-    """A tab-separated file with a header line, or a JSON-lines file, split into two parts."""
-    return _split(read_file(path, "--data", text_column, label_column, MOST_ROWS), seed)
-
-
-def read_file(
-    path: Path, option: str, text_column: str | None = None, label_column: str | None = None, most: int | None = None
-) -> Passages:
-    """The first ``most`` rows, or all, of a tab-separated file with a header line or of a JSON-lines file.
-
-    ``option`` is what the user named the file with, for errors.
-    """
-    readers: dict[str, tuple[str, dict[str, Any]]] = {
-        ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),  # 3 is csv.QUOTE_NONE: quotes are ordinary characters
-        ".jsonl": ("json", {}),
-        ".json": ("json", {}),
-    }
+def read_file(path: Path, option: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
+    """Read a tab-separated file with a header line or a JSON-lines file. ``option`` names it in errors."""
     if not path.is_file():
         raise BenchmarkError(f"{option} {path}: no such file")
-    if path.suffix not in readers:
-        raise BenchmarkError(f"{option} {path}: takes a .tsv file with a header line or a .jsonl file")
-    from datasets import load_dataset
+    if path.suffix not in (".tsv", ".jsonl", ".json"):
+        raise BenchmarkError(f"{option} {path}: must be a .tsv file with a header line or a .jsonl file")
+    # 3 is csv.QUOTE_NONE: quotes are ordinary characters.
+    options = {"delimiter": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
+    builder = "csv" if path.suffix == ".tsv" else "json"
+    load = partial(load_dataset, builder, data_files=str(path), split="train", **options)
+    return choose_columns(path.name, try_to_read(f"{option} {path}", load), text_column, label_column)
 
-    builder, options = readers[path.suffix]
-    rows = _load(f"{option} {path}", lambda: load_dataset(builder, data_files=str(path), split="train", **options))
-    return _columns(path.name, rows, text_column, label_column, most)
 
-
-def from_hub(name: str, seed: int, text_column: str | None = None, label_column: str | None = None) -> Corpus:
-    """The train split of a hub data set: ``NAME``, ``NAME/CONFIG``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG``."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+def read_hub(name: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
+    """Read the train split of ``NAME``, ``NAME/CONFIG``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG``."""
 
     def load() -> Any:
-        parts = name.split("/")
-        if len(parts) == 3:
-            return load_dataset("/".join(parts[:2]), parts[2], split="train")
+        path, _, config = name.rpartition("/")
         try:
             return load_dataset(name, split="train")
-        except DatasetNotFoundError:
-            if len(parts) != 2:
+        except Exception:
+            if not path:
                 raise
-            return load_dataset(*parts, split="train")
+            return load_dataset(path, config, split="train")
 
-    rows = _load(f"--dataset {name}", load)
-    return _split(_columns(name, rows, text_column, label_column, MOST_ROWS), seed)
+    return choose_columns(name, try_to_read(f"--dataset {name}", load), text_column, label_column)
 
 
-def _load(option: str, load: Callable[[], Any]) -> Any:
+def try_to_read(option: str, load: Callable[[], Any]) -> Any:
+    """Explain in one line why data cannot be read."""
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
         return load()
-    except Exception as error:  # whatever a reader or the network raises, the user needs one line
+    except Exception as error:  # readers and the network raise errors of many types
         raise BenchmarkError(f"{option}: could not be read ({first_line(error)})") from error
 
 
-def _columns(name: str, rows: Any, text_column: str | None, label_column: str | None, most: int | None) -> Passages:
-    columns: list[str] = rows.column_names
-    text_column = text_column or _first_of(TEXT_COLUMNS, columns)
-    if text_column not in columns:
+def choose_columns(name: str, rows: Dataset, text: str | None, label: str | None) -> Dataset:
+    """Return the rows that have text, with the columns "text" and, if there are labels, "label"."""
+    columns = rows.column_names
+    text = text or next((column for column in TEXT_COLUMNS if column in columns), None)
+    if text not in columns:
         raise BenchmarkError(f"{name}: name the column of the text with --text-column; there are {columns}")
-    if label_column is not None and label_column not in columns:
-        raise BenchmarkError(f"{name}: no column {label_column!r} for --label-column; there are {columns}")
-    label_column = label_column or _first_of(LABEL_COLUMNS, columns)
-    if most is not None:
-        rows = rows.select(range(min(len(rows), most)))
-    texts = [str(text) for text in rows[text_column]]
-    return Passages(name, texts, [str(label) for label in rows[label_column]] if label_column else None)
+    if label is not None and label not in columns:
+        raise BenchmarkError(f"{name}: no column {label!r} for --label-column; there are {columns}")
+    label = label or next((column for column in LABEL_COLUMNS if column in columns), None)
+    chosen = [i for i, passage in enumerate(rows[text]) if str(passage).strip()]
+    columns_of = {"text": text} | ({"label": label} if label else {})
+    return Dataset.from_dict({name: [str(rows[column][i]) for i in chosen] for name, column in columns_of.items()})
 
 
-def _split(passages: Passages, seed: int) -> Corpus:
-    return _corpus(passages.name, passages.texts, passages.labels, seed)
-
-
-def _first_of(candidates: tuple[str, ...], columns: list[str]) -> str | None:
-    return next((name for name in candidates if name in columns), None)
-
-
-def _corpus(name: str, texts: list[str], labels: list[str] | None, seed: int) -> Corpus:
-    kept = [i for i, text in enumerate(texts) if text.strip()]
-    if len(kept) < 2:
+def build_corpus(name: str, rows: Dataset, seed: int) -> Corpus:
+    """Split rows into a part to train on and a part held out, and number their classes."""
+    if len(rows) < 2:
         raise BenchmarkError(f"{name}: at least two passages of text are needed")
-    random.Random(seed).shuffle(kept)
-    cut = max(1, round(HELD_OUT * len(kept)))
-    held_out, train = kept[:cut], kept[cut:]
+    rows = rows.select(range(min(len(rows), MOST_ROWS)))
+    classes = list_classes(name, rows)
+    parts = number_labels(rows, classes).train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
+    return Corpus(name, parts["train"], parts["test"], classes)
 
-    class_names = class_names_of(name, [labels[i] for i in kept]) if labels else []
-    ids = {label: index for index, label in enumerate(class_names)}
-    return Corpus(
-        name=name,
-        train=[texts[i] for i in train],
-        held_out=[texts[i] for i in held_out],
-        train_labels=[ids[labels[i]] for i in train] if labels else None,
-        held_out_labels=[ids[labels[i]] for i in held_out] if labels else None,
-        class_names=class_names,
+
+def list_classes(name: str, rows: Dataset) -> list[str]:
+    classes = sorted(set(rows["label"])) if "label" in rows.column_names else []
+    if len(classes) > MOST_CLASSES:
+        raise BenchmarkError(f"{name}: {len(classes)} distinct labels, more than {MOST_CLASSES}: not a class label")
+    return classes
+
+
+def number_labels(rows: Dataset, classes: list[str]) -> Dataset:
+    if not classes:
+        return rows
+    return Dataset.from_dict({"text": rows["text"], "label": [classes.index(label) for label in rows["label"]]})
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (about a second), which can write and read any text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special, alphabet = ["<pad>", "<end>"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1])
 
 
-def class_names_of(name: str, labels: list[str]) -> list[str]:
-    """The distinct labels, in order."""
-    names = sorted(set(labels))
-    if len(names) > MOST_CLASSES:
-        raise BenchmarkError(f"{name}: {len(names)} distinct labels, more than {MOST_CLASSES}: not a class label")
-    return names
+@dataclass(frozen=True)
+class Task:
+    """Hold the batches of every training step, the same for all peers, and a few that no peer trains on."""
+
+    kind: TaskKind
+    train: list[Batch]
+    held_out: list[Batch]
+
+    def describe(self) -> str:
+        rows, length = self.train[0]["input_ids"].shape
+        kind = {"causal_lm": "language modelling", "classification": "classification of passages"}[self.kind]
+        return f"{kind}, {rows} x {length} tokens, {len(self.train)} steps"
+
+    def tokens_per_step(self) -> float:
+        """Return the mean number of tokens of text in a training batch, without padding and prompts."""
+        return sum(float(batch["attention_mask"].sum()) for batch in self.train) / len(self.train)
+
+
+def build_task(
+    kind: TaskKind,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    size: Size,
+    steps: int,
+    device: torch.device,
+    seed: int,
+) -> Task:
+    if kind == "classification" and not corpus.classes:
+        raise BenchmarkError(f"{corpus.name}: no column of labels, so nothing to classify")
+    make = cut_blocks if kind == "causal_lm" else pad_passages
+    train, held_out = (make(part, tokenizer, size.length) for part in (corpus.train, corpus.held_out))
+    if not (len(train["labels"]) and len(held_out["labels"])):
+        raise BenchmarkError(f"{corpus.name}: too little text for rows of {size.length} tokens")
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * size.rows // len(train["labels"]))
+    order = torch.cat([torch.randperm(len(train["labels"]), generator=generator) for _ in range(epochs)])
+    chosen = order[: steps * size.rows].split(size.rows)
+    parts = torch.arange(len(held_out["labels"])).split(size.rows)[:HELD_OUT_BATCHES]
+    parts = tuple(part for part in parts if len(part) == len(parts[0]))  # their passes are timed: one size for all
+
+    def take(rows: Batch, of_batch: tuple[Tensor, ...]) -> list[Batch]:
+        return [{name: tensor[part].to(device) for name, tensor in rows.items()} for part in of_batch]
+
+    return Task(kind, take(train, chosen), take(held_out, parts))
+
+
+def cut_blocks(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:
+    """Join passages and cut them into rows of equal length without padding."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(list(part["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor([token for text in encoded for token in [*text, *end]])
+    blocks = ids[: len(ids) // length * length].view(-1, length)
+    return {"input_ids": blocks, "attention_mask": torch.ones_like(blocks), "labels": blocks}
+
+
+def pad_passages(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:
+    """Cut or pad every passage to one length."""
+    rows = tokenizer(list(part["text"]), truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+    ids = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    return {**ids, "labels": torch.tensor(part["label"])}

@@ -1,45 +1,205 @@
-"""The main job: every method on real text, on an encoder and on a decoder, against the frozen floor and PEFT."""
+"""The main job: train every method on real text, on an encoder and on a decoder, beside the frozen floor and PEFT."""
 
 import argparse
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from . import contest, data, environment, figures, hub, models, plots, report, subjects
-from .contest import Contest, Result, Rounds
-from .data import Corpus
-from .methods import FLOOR, all_methods
-from .options import QUICK_NOTE, add_common, device_for, is_of_hub, positive, silence_libraries
-from .plots import Panel
-from .results import read
-from .subjects import Subject
-from .timing import NOISE, Samples
+import fastprefix
 
-DESCRIPTION = "Tunes an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
-ROUNDS = {
-    "quick": Rounds(steps=24, evaluations=4, warmup=2),
-    "cpu": Rounds(steps=32, evaluations=4, warmup=3),
-    "cuda": Rounds(steps=120, evaluations=10, warmup=10),
-}
-HEADER = (
-    "method", "trainable", "forward ms", "x floor", "fwd + bwd ms", "x floor", "tokens/s", "peak MB",
-    "loss first", "last",
-)  # fmt: skip
-NOISY = "~"
+from . import data, models, report
+from .data import Corpus, Task
+from .measure import Clock, Row, added_peak, fault, figure_row, find_busyness, interleave, timed_row
+from .models import Size, TaskKind
+from .options import QUICK_NOTE, add_common, is_from_hub, positive, prepare_hub, set_up
+from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, PREFIX_RATE, ModelPeer, Prepared, attach, freeze, list_peft_peers
+from .results import Record, write_text
+
+DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
+TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
 NOTES = f"""\
-frozen floor: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
+{FLOOR}: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
 every method must. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd + bwd; peak MB:
-what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. A
-classifier's head is trained with every method, and counted. {NOISY}: noise, p20 or p80 of the time (of a ratio: of one
-of its two times) is more than {NOISE:.0%} off the median."""
+what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. The head of
+a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off
+the median."""
+
+
+class Rounds(NamedTuple):
+    """Training steps, evaluations after the first one, and steps whose time is dropped."""
+
+    steps: int
+    evaluations: int
+    warmup: int
+
+
+ROUNDS = {"quick": Rounds(24, 4, 2), "cpu": Rounds(32, 4, 3), "cuda": Rounds(120, 10, 10)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Hold a frozen model on its device, and its task."""
+
+    title: str
+    model: PreTrainedModel
+    task: Task
+    weights: str = "RANDOM weights"
+
+    def describe(self) -> str:
+        config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")
+        shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, {dtype}"
+        parameters = f"{self.model.num_parameters() / 1e6:.1f} M parameters"
+        return f"{parameters}, {shape}, {self.weights}; {self.task.describe()}"
+
+
+def list_peers(kind: TaskKind, length: int) -> list[ModelPeer]:
+    """Return the floor, the methods of this package, and PEFT's."""
+    dept = fastprefix.DePTConfig(SHORT, rank=DEPT_RANK, max_length=length)
+    adept = fastprefix.ADePTConfig(SHORT, bottleneck_dim=ADEPT_WIDTH)
+    prefix = partial(attach, config=fastprefix.PrefixTuningConfig(TOKENS), rate=PREFIX_RATE)
+    return [
+        ModelPeer(FLOOR, "floor", freeze),
+        ModelPeer(f"PT ({TOKENS})", "ours", partial(attach, config=fastprefix.PromptTuningConfig(TOKENS))),
+        ModelPeer(f"DePT ({SHORT}, r={DEPT_RANK})", "ours", partial(attach, config=dept)),
+        ModelPeer(f"ADePT ({SHORT}, r={ADEPT_WIDTH})", "ours", partial(attach, config=adept)),
+        ModelPeer(f"prefix tuning ({TOKENS})", "ours", prefix),
+        ModelPeer(f"APT ({TOKENS})", "ours", partial(attach, config=fastprefix.APTConfig(TOKENS), rate=PREFIX_RATE)),
+        *list_peft_peers(kind, TOKENS, f"PEFT prompt tuning ({TOKENS})", f"PEFT prefix tuning ({TOKENS})"),
+    ]
+
+
+def build_subjects(
+    options: argparse.Namespace, corpus: Corpus, size: Size, steps: int, device: torch.device
+) -> list[Subject]:
+    """Build an encoder and a decoder with a tokenizer trained on the corpus, or load the model of ``--model``."""
+    if options.model:
+        kind, words = models.find_kind(options.model), models.load_tokenizer(options.model)
+        model = models.load_model(options.model, kind, len(corpus.classes), words.pad_token_id, options.seed)
+        weights = "weights of the folder" if Path(options.model).is_dir() else "pretrained weights"
+        task = data.build_task(kind, corpus, words, size, steps, device, options.seed)
+        return [Subject(options.model, models.place(model, device), task, weights)]
+    words = data.train_tokenizer(list(corpus.train["text"]), size.vocabulary)
+    kinds: dict[str, TaskKind] = {"encoder, BERT shape": "classification"} if corpus.classes else {}
+    subjects = []
+    for title, kind in {**kinds, "decoder, Llama shape": "causal_lm"}.items():
+        config = models.configure(kind, size, words.pad_token_id, words.eos_token_id, len(corpus.classes))
+        task = data.build_task(kind, corpus, words, size, steps, device, options.seed)
+        subjects.append(Subject(title, models.build(kind, config, device, options.seed), task))
+    return subjects
+
+
+class Trainee:
+    """Train and evaluate one prepared model. Steps and passes are jobs for ``interleave``."""
+
+    def __init__(self, prepared: Prepared, task: Task, clock: Clock) -> None:
+        self.prepared, self.task, self.clock = prepared, task, clock
+        self.losses: list[float] = []
+        self.held_out_losses: list[float] = []
+        # The floor of a language model trains nothing.
+        self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
+
+    def run_backward(self, batch: data.Batch) -> Tensor:
+        """Run forward and backward, and return the loss."""
+        loss: Tensor = self.prepared.model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def train(self, i: int) -> float:
+        """Do training step i. The seconds are those of forward + backward, for all peers use the same optimizer."""
+        self.prepared.model.train()
+        losses: list[Tensor] = []
+        seconds = self.clock(lambda: losses.append(self.run_backward(self.task.train[i])))
+        self.losses.append(losses[0].item())
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.prepared.model.zero_grad(set_to_none=True)
+        return seconds
+
+    @torch.no_grad()
+    def evaluate(self, i: int) -> float:
+        """Do a forward pass over one held-out batch."""
+        self.prepared.model.eval()
+        batch, losses = self.task.held_out[i % len(self.task.held_out)], list[Tensor]()
+        seconds = self.clock(lambda: losses.append(self.prepared.model(**batch).loss))
+        self.held_out_losses.append(losses[0].item())
+        return seconds
+
+    def measure_peak(self) -> int:
+        """Return the bytes that forward + backward add at their peak, after training."""
+        self.prepared.model.train()
+        peak = added_peak(lambda: self.run_backward(self.task.train[0]), self.clock.device)
+        self.prepared.model.zero_grad(set_to_none=True)
+        return peak
+
+
+def compare_peers(
+    subject: Subject, peers: list[ModelPeer], rounds: Rounds, seed: int, tick: Callable[[str], object]
+) -> tuple[list[Row], list[Row]]:
+    """Train all peers side by side, each on a copy of one model, and evaluate them before, between and after.
+
+    Training and evaluation are what is timed: in each round every peer does the same batch.
+    """
+    task, case, clock = subject.task, {"model": subject.title}, Clock(subject.model.device)
+    roles = {peer.name: peer.role for peer in peers}
+    trainees: dict[str, Trainee] = {}
+    faults: list[Row] = []
+    seconds: dict[str, dict[str, list[float]]] = {"forward": {}, "forward+backward": {}}
+
+    @contextmanager
+    def catch(name: str, stage: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the failure of one peer must not lose the results of the others
+            drop(name, stage, error)
+
+    def drop(name: str, stage: str, error: Exception) -> None:
+        trainees.pop(name, None)
+        faults.append(fault(case, name, stage, error))
+
+    def run(direction: str, numbers: range, warmup: int) -> None:
+        jobs = {name: of.train if direction == "forward+backward" else of.evaluate for name, of in trainees.items()}
+        samples, errors = interleave(jobs, numbers, warmup=warmup, tick=tick)
+        for name, of_peer in samples.items():
+            seconds[direction].setdefault(name, []).extend(of_peer)
+        for name, error in errors.items():
+            drop(name, direction, error)
+
+    for peer in peers:
+        torch.manual_seed(seed)
+        with catch(peer.name, "set-up"):
+            trainees[peer.name] = Trainee(peer.prepare(models.share_weights(subject.model)), task, clock)
+    parts, passes = min(rounds.evaluations, rounds.steps), len(task.held_out)
+    cuts = [rounds.steps * k // parts for k in range(parts + 1)]
+    for k, stop in enumerate(cuts):
+        run("forward+backward", range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
+        run("forward", range(k * passes, (k + 1) * passes), passes)
+    rows: list[Row] = []
+    for name, of in list(trainees.items()):
+        row = partial(figure_row, case, name, roles[name])
+        with catch(name, "memory"):
+            held_out = torch.tensor(of.held_out_losses).view(-1, passes).mean(1).tolist()
+            rows += [
+                *(timed_row(case, name, roles[name], direction, of_all[name]) for direction, of_all in seconds.items()),
+                row("forward+backward", "bytes", of.measure_peak()),
+                row("training", "parameters", of.prepared.count_trainable()),
+                row("training", "loss", of.losses[-1], samples=of.losses),
+                row("held out", "loss", held_out[-1], samples=held_out, steps=cuts),
+            ]
+    return rows, faults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The main job's options."""
     add_common(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
@@ -51,138 +211,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the main job; 0 if every method came through, 1 otherwise."""
-    start = time.perf_counter()
-    silence_libraries()
-    device = device_for(options.device)
-    size_name = "quick" if options.quick else device.type
-    rounds = ROUNDS[size_name]
-    if options.steps is not None:
-        rounds = replace(rounds, steps=options.steps)
-    if options.dataset or is_of_hub(options.model):
-        hub.prepare()
-    corpus = _corpus(options)
-    facts = environment.describe(device)
-    record = {
-        "suite": "main",
-        "arguments": {k: v for k, v in vars(options).items() if k != "out"},
-        "environment": facts,
-        "corpus": corpus.describe(),
-    }
-    size = models.SIZES[size_name]
-    if options.model:
-        chosen = subjects.named(options.model, corpus, size, rounds.steps, device, options.seed)
-    else:
-        chosen = subjects.built(corpus, size, rounds.steps, device, options.seed)
-    print(_introduction(corpus, facts), flush=True)
-
-    results: list[tuple[Subject, list[Result]]] = []
-    for subject in chosen:
-        results.append((subject, _run_one(subject, rounds, options.seed)))
-        print(f"\n{_table(*results[-1])}", flush=True)
-        # After every model: whoever stops the run keeps what is done.
-        _write(record | {"seconds": time.perf_counter() - start}, results, options.out)
-    return _conclusion(results, options.out, time.perf_counter() - start)
-
-
-def _corpus(options: argparse.Namespace) -> Corpus:
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
+def read_corpus(options: argparse.Namespace) -> Corpus:
+    columns = (options.text_column, options.label_column)
     if options.data:
-        return data.from_file(options.data, options.seed, **columns)
+        return data.build_corpus(options.data.name, data.read_file(options.data, "--data", *columns), options.seed)
     if options.dataset:
-        return data.from_hub(options.dataset, options.seed, **columns)
-    return data.python_documentation(options.seed)
+        return data.build_corpus(options.dataset, data.read_hub(options.dataset, *columns), options.seed)
+    name = "Python documentation (pydoc_data.topics)"
+    return data.build_corpus(name, data.read_python_documentation(), options.seed)
 
 
-def _run_one(subject: Subject, rounds: Rounds, seed: int) -> list[Result]:
-    methods = all_methods()
-    with tqdm(
-        total=rounds.ticks(len(methods), subject.task), desc=subject.title, unit="step", leave=False, file=sys.stderr
-    ) as bar:
-        bar.set_postfix_str("setting up")
-        match = Contest(subject.model, subject.task, methods, seed)
-
-        def tick(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
-
-        return match.run(rounds, tick)
-
-
-def _introduction(corpus: Corpus, facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers"))
-    peers = f"peft {facts['peft']}" if facts["peft"] else "peft is not installed: no peers"
-    busy = environment.busy(facts)
-    return "\n".join(
-        [
-            f"text    {corpus.describe()}",
-            f"device  {facts['device_name']} ({facts['device']}), {facts['threads']} threads",
-            f"with    {versions}, {peers}",
-            *([f"warning {busy}"] if busy else []),
-        ]
+def run(options: argparse.Namespace) -> int:
+    """Run the main job. Return 0 if every peer succeeded, 1 otherwise."""
+    start, device = time.perf_counter(), set_up(options)
+    size_name = "quick" if options.quick else device.type
+    size, rounds = models.SIZES[size_name], ROUNDS[size_name]
+    rounds = rounds._replace(steps=options.steps or rounds.steps)
+    if options.dataset or is_from_hub(options.model):
+        prepare_hub()
+    corpus = read_corpus(options)
+    arguments: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "out"}
+    record = Record.start(
+        "main-job", device, options.quick, arguments=arguments, corpus=corpus.describe(), models=dict[str, Any]()
     )
+    facts, subjects = record.environment, build_subjects(options, corpus, size, rounds.steps, device)
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers", "peft"))
+    device_name = f"{facts['device_name']} ({facts['device']}), {facts['threads']} threads"
+    print(f"text    {corpus.describe()}\ndevice  {device_name}\nwith    {versions}", flush=True)
+    if busy := find_busyness(facts):
+        print(f"warning {busy}: measure again before you believe this")
+    tables: list[str] = []
+    for subject in subjects:
+        peers = list_peers(subject.task.kind, subject.task.train[0]["input_ids"].shape[1])
+        record.settings["models"][subject.title] = {
+            "description": subject.describe(),
+            "tokens_per_step": subject.task.tokens_per_step(),
+        }
+        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(subject.task.held_out))
+        with tqdm(total=ticks, desc=subject.title, unit="step", leave=False, file=sys.stderr) as bar:
+            measured = compare_peers(subject, peers, rounds, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
+        record.settings["seconds"] = time.perf_counter() - start
+        record.add(measured, options.out)
+        table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
+        tables.append(f"**{subject.title}**: {subject.describe()}\n\n{table}")
+        print(f"\n{tables[-1]}", flush=True)
+    remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
+    write_text("\n\n".join([*tables, *remarks]) + "\n", options.out / "main_job.md")
+    draw(record, options.out)
+    print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON, tables and plots in {options.out}")
+    return record.conclude(options.out)
 
 
-def _table(subject: Subject, results: list[Result]) -> str:
-    floor = contest.floor_of(results)
-    return f"**{subject.title}**: {subject.describe()}\n\n" + report.table(HEADER, [_row(r, floor) for r in results])
-
-
-def _row(result: Result, floor: Result) -> list[str]:
-    if result.failure:
-        return [result.method.name, f"FAILED in {result.failure.stage}: {result.failure.message}"]
-    return [
-        result.method.name,
-        report.number(result.trainable, 0),
-        *_time(result.forward, floor.forward),
-        *_time(result.step, floor.step),
-        report.number(result.tokens_per_second, 0),
-        report.number(result.peak_bytes / 1e6 if result.peak_bytes is not None else None),
-        report.number(result.held_out_losses[0][1], 3),
-        report.number(result.held_out_losses[-1][1], 3),
-    ]
-
-
-def _time(samples: Samples, floor: Samples) -> tuple[str, str]:
-    """Milliseconds and the multiple of the floor's, each marked where it is noise."""
-    noisy = samples.noisy, samples.noisy or (bool(floor.seconds) and floor.noisy)
-    cells = report.number(1e3 * samples.median), report.number(contest.times_floor(samples, floor), 2)
-    first, second = (NOISY * marked + cell for marked, cell in zip(noisy, cells, strict=True))
-    return first, second
-
-
-def _record(subject: Subject, results: list[Result]) -> dict[str, Any]:
-    floor = contest.floor_of(results)
-    return {
-        "title": subject.title,
-        "description": subject.describe(),
-        "weights": subject.weights,
-        "tokens_per_step": subject.task.tokens_per_step(),
-        "methods": [result.record(floor) for result in results],
-    }
-
-
-def _write(record: dict[str, Any], results: list[tuple[Subject, list[Result]]], out: Path) -> None:
-    path = out / "main_job.json"
-    report.write_json(record | {"subjects": [_record(*pair) for pair in results]}, path)
-    tables = "\n\n".join(_table(*pair) for pair in results)
-    remarks = filter(None, (environment.busy(record["environment"]), record["arguments"]["quick"] and QUICK_NOTE))
-    report.write_text("\n\n".join([tables, NOTES, *remarks]) + "\n", out / "main_job.md")
-    curves = [_curves(*pair) for pair in results]
-    plots.curves(curves, out / "main_job_loss.png", FLOOR, "step", "loss on held-out text")
-    figures.draw(figures.main_job(read(path)), out / "main_job_time.png")
-
-
-def _curves(subject: Subject, results: list[Result]) -> Panel[tuple[int, float]]:
-    return Panel(subject.title, {r.method.name: r.held_out_losses for r in results if r.held_out_losses})
-
-
-def _conclusion(results: list[tuple[Subject, list[Result]]], out: Path, seconds: float) -> int:
-    print(f"\n{NOTES}\n\n{seconds:.0f} s; JSON, tables and plots in {out}")
-    failures = [
-        (subject.title, r.method.name, r.failure) for subject, of_model in results for r in of_model if r.failure
-    ]
-    for title, name, failure in failures:
-        print(f"\n{title}, {name}, failed:\n{failure.traceback}", file=sys.stderr)
-    return 1 if failures else 0
+def draw(record: Record, out: Path) -> None:
+    report.PLOTS["main-job"][""](record).draw(out / "main_job_time.png")
+    curves = [row for row in record.rows if row["direction"] == "held out"]
+    panels: dict[str, pd.DataFrame] = {}
+    for title in record.settings["models"]:
+        of_model = [row for row in curves if row["model"] == title]
+        panels[title] = pd.DataFrame({row["peer"]: pd.Series(row["samples"], row["steps"]) for row in of_model})
+    report.Plot(panels, "step", "loss on held-out text", "line").draw(out / "main_job_loss.png")

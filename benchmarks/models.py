@@ -2,9 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -15,24 +14,23 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
-    LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from fastprefix.integrations.transformers.adapter import MODULE, trainable_modules
 
-from .errors import BenchmarkError, first_line
-from .tasks import TaskKind
+from .measure import BenchmarkError, first_line
 
-ATTENTION = "sdpa"  # of the floor and the peers; fastprefix puts its own in where a method needs it
+ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
+TaskKind = Literal["causal_lm", "classification"]
+LONGEST_PROMPT = 128  # positions in addition to those of the text
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a model and its batches are."""
+class Size(NamedTuple):
+    """The size of a model and of its batches."""
 
     layers: int
     width: int
@@ -47,68 +45,57 @@ SIZES = {
     "cpu": Size(layers=4, width=256, heads=4, vocabulary=4096, rows=8, length=128),
     "cuda": Size(layers=12, width=1024, heads=16, vocabulary=4096, rows=32, length=256),
 }
-_WHENCE = "; tokenizer.save_pretrained writes one into the model's folder"
-LONGEST_PROMPT = 128  # positions that BERT's table must have beside the text's
+HINT = "; tokenizer.save_pretrained writes one into the folder of the model"
 
 
-def build_encoder(size: Size, classes: int, pad: int, seed: int) -> PreTrainedModel:
-    """A BERT-shaped classifier with random weights."""
-    config = encoder_config(size, pad)
-    config.num_labels = classes
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(config)
-
-
-def encoder_config(size: Size, pad: int) -> BertConfig:
-    """BERT's shape in so small."""
-    return BertConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.width,
-        max_position_embeddings=size.length + LONGEST_PROMPT,
-        pad_token_id=pad,
-        **_common(size),
-        # Attention dropout would put the floor and the peers on PyTorch's slow path on a CPU.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def build_decoder(size: Size, pad: int, end: int, seed: int) -> PreTrainedModel:
-    """A Llama-shaped language model with random weights."""
-    config = decoder_config(size, pad, end)
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
-
-
-def decoder_config(size: Size, pad: int, end: int) -> LlamaConfig:
-    """Llama's shape in so small, with grouped-query attention."""
+def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2) -> PretrainedConfig:
+    """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model)."""
+    shared: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "pad_token_id": pad,
+        # 1 / sqrt(fan-in): the usual 0.02 is made for widths of 768 and more and leaves small models nearly silent.
+        "initializer_range": size.width**-0.5,
+        "attn_implementation": ATTENTION,
+    }
+    if kind == "classification":
+        return BertConfig(
+            **shared | {"num_labels": classes},
+            intermediate_size=4 * size.width,
+            max_position_embeddings=size.length + LONGEST_PROMPT,
+            # Attention dropout would put the floor and other packages on PyTorch's slow path on a CPU.
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     return LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
+        **shared,
         num_key_value_heads=size.heads // 2,
         intermediate_size=8 * size.width // 3,
         max_position_embeddings=2 * (size.length + LONGEST_PROMPT),
-        pad_token_id=pad,
         bos_token_id=end,
         eos_token_id=end,
         use_cache=False,
-        **_common(size),
     )
 
 
-def _common(size: Size) -> dict[str, Any]:
-    # 1 / sqrt(fan-in): the usual 0.02 is made for widths of 768 and more and leaves small models nearly silent.
-    return {"initializer_range": size.width**-0.5, "attn_implementation": ATTENTION}
+def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
+    return place(model, device)
 
 
-def task_of(name: str) -> TaskKind:
-    """Whether the named model is a decoder to be measured on language modelling, or to be given a classifier's head."""
-    config = _load(name, "configuration", AutoConfig.from_pretrained)
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to the device, in the type in which it is measured."""
+    nn.Module.to(model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model
+
+
+def find_kind(name: str) -> TaskKind:
+    """Return whether a named model is a causal language model or classifies."""
+    config = load(name, "configuration", AutoConfig.from_pretrained)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("CausalLM", "LMHeadModel")):
         return "causal_lm"
@@ -118,48 +105,47 @@ def task_of(name: str) -> TaskKind:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The named model's tokenizer, with a padding token."""
-    tokenizer: PreTrainedTokenizerBase = _load(name, "tokenizer", AutoTokenizer.from_pretrained, hint=_WHENCE)
-    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # made up, for want of files
-        raise BenchmarkError(f"--model {name}: no tokenizer{_WHENCE}")
+    """Load the tokenizer of a model, with a padding token."""
+    tokenizer: PreTrainedTokenizerBase = load(name, "tokenizer", AutoTokenizer.from_pretrained, hint=HINT)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
+        raise BenchmarkError(f"--model {name}: no tokenizer{HINT}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
-    """The named model; a classifier gets a fresh head."""
+    """Load a model. A classifier gets a new head."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
-    if kind == "causal_lm":
-        model = _load(name, "model", AutoModelForCausalLM.from_pretrained, **options)
-    else:
+    auto: Any = AutoModelForCausalLM
+    if kind == "classification":
+        auto = AutoModelForSequenceClassification
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-        model = _load(name, "model", AutoModelForSequenceClassification.from_pretrained, **options)
+    model: PreTrainedModel = load(name, "model", auto.from_pretrained, **options)
     model.config.pad_token_id = pad
     model.config.use_cache = False
-    assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _load(name: str, what: str, from_pretrained: Callable[..., Any], hint: str = "", **options: Any) -> Any:
+def load(name: str, what: str, from_pretrained: Callable[..., Any], hint: str = "", **options: Any) -> Any:
+    """Load a part of a model, and explain in one line why it cannot be loaded."""
     try:
         return from_pretrained(name, **options)
     except OSError as error:
-        place = "the folder has none" if Path(name).is_dir() else "neither a local folder nor what the hub could give"
+        place = "the folder has none" if Path(name).is_dir() else "neither a local folder nor available from the hub"
         raise BenchmarkError(f"--model {name}: no {what}, {place} ({first_line(error)})") from error
     except (ValueError, KeyError) as error:
         raise BenchmarkError(f"--model {name}: its {what} cannot be used here ({first_line(error)}){hint}") from error
 
 
-def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that a method may change at will; its frozen weights are the original's own memory, its head is not."""
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
     head = set(head_parameters(model))
-    frozen = {id(p): p for p in model.parameters() if p not in head}
-    return copy.deepcopy(model, memo=frozen)
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of a classifier's head, all that fastprefix trains of it; a language model's stays frozen."""
+    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
     modules = {name: module for name, module in trainable_modules(model, None).items() if name != MODULE}
     return [parameter for module in modules.values() for parameter in module.parameters()]

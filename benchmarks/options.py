@@ -1,16 +1,17 @@
-"""Options of several suites, and what they mean."""
+"""Options that suites share."""
 
 import argparse
 import logging
+import os
+import sys
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 
 import torch
-import transformers
 
-from fastprefix.info import could_be_of_hub
-
-from .errors import BenchmarkError
+from .measure import BenchmarkError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
@@ -18,34 +19,29 @@ QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Whether only to try, where to run, where to write."""
-    parser.add_argument("--quick", action="store_true", help="little and small: whether it runs, not how fast")
+    """Add the options of every suite."""
+    parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the results")
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """How many CPU threads: for ``set_threads``."""
-    parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: PyTorch's choice)")
-
-
-def set_threads(asked: int | None) -> None:
-    """As many as were asked for; else as many as there are."""
-    if asked is not None:
-        torch.set_num_threads(asked)
-
-
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
 
 
-def device_for(asked: torch.device | None) -> torch.device:
-    """The device that was asked for, or a GPU if there is one."""
-    device = asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def set_up(options: argparse.Namespace) -> torch.device:
+    """Set the number of threads, silence the libraries, and return the device."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    # Advice of the libraries about sequence lengths and padding would break the progress bar.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    device: torch.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise BenchmarkError(f"--device {device}: cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -53,12 +49,14 @@ def device_for(asked: torch.device | None) -> torch.device:
     return device
 
 
-def is_of_hub(model: str | None) -> bool:
-    """Whether ``--model`` names a model of the hub, and not a local folder.
+def is_from_hub(model: str | None) -> bool:
+    """Return whether ``--model`` names a model of the Hugging Face hub and not a local folder.
 
     Raises:
-        BenchmarkError: it can only be a folder, and there is none.
+        BenchmarkError: It can only be a folder, and the folder does not exist.
     """
+    from fastprefix.info import could_be_of_hub
+
     if model is None or Path(model).is_dir():
         return False
     if not could_be_of_hub(model):
@@ -66,8 +64,20 @@ def is_of_hub(model: str | None) -> bool:
     return True
 
 
-def silence_libraries() -> None:
-    """Advice of the libraries about sequence lengths and padding would tear the progress bar apart."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+def is_hub_reachable() -> bool:
+    """Return whether the hub answers within five seconds, although with an error."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
+    return True
+
+
+def prepare_hub() -> None:
+    """Use only the local caches if the hub does not answer. Otherwise its libraries would retry for a minute."""
+    if not is_hub_reachable():
+        import datasets
+        import huggingface_hub
+
+        print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -1,47 +1,409 @@
-"""Results as a table for the terminal and as JSON."""
+"""Results as tables, plots and CSV. The tables of the README are filled in with cog."""
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-MISSING = "-"
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from . import results
+from .measure import BenchmarkError
+from .options import DEFAULT_OUT
+from .results import FIGURES, Record, describe_fault
+
+DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
+FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
+FORWARD, BOTH = "forward", "forward+backward"
+MISSING, NOISY = "-", "~"
+NOISE = 0.15
+"""As a share of the median: times that spread further are marked."""
+TEXT_CASE = "B == 32 and N == 256 and r == 19 and ids == 'text'"
+"""The cases of the embedding's table and plot. The CSV file has all cases."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right.
+class Table(NamedTuple):
+    """Hold the texts of a table: the first column is aligned to the left, the others to the right."""
 
-    A row shorter than the header is a remark: its last cell runs over the columns that it lacks.
+    header: Sequence[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
+        align = ("left", *["right"] * (len(self.header) - 1))
+        options = {"tablefmt": "pipe", "disable_numparse": True, "colalign": align if rows else None}
+        return str(tabulate(rows, self.header, **options))
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """Format a value, or mark it as missing."""
+    return MISSING if value is None or pd.isna(value) else f"{value:,.{digits}f}{unit}"
+
+
+def geometric_mean(values: Any) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
+def load_frame(record: Record) -> pd.DataFrame:
+    """Return the rows of a record with their ratios to the floor, and the range of these: low, x floor, high.
+
+    The floor is that of the same case, quantity and direction; where it trains nothing, that of the forward pass.
     """
-    full = [header, *(row for row in rows if len(row) == len(header))]
-    widths = [max(len(row[column]) for row in full) for column in range(len(header))]
-    widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=False))]
-        if len(row) < len(header):
-            # The cells that a remark runs over keep their bars, so that it stays a Markdown table.
-            cells[-1] = row[-1]
-            return "| " + " | ".join(cells) + " " + "|" * (len(header) - len(row) + 1)
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    frame = pd.DataFrame(record.rows)
+    place = [name for name in frame if name not in (*FIGURES, "peer", "role", "direction")]
+    figures = frame.reindex(columns=["p50", "p20", "p80"])
+    figures = figures.assign(p20=figures.p20.fillna(figures.p50), p80=figures.p80.fillna(figures.p50))
+    floors = figures.assign(**frame[[*place, "direction"]])[frame.role == "floor"]
+    same = frame[[*place, "direction"]].merge(floors, how="left", on=[*place, "direction"])
+    forward = frame[place].merge(floors[floors.direction == FORWARD], how="left", on=place)
+    floor = same[["p50", "p20", "p80"]].fillna(forward).replace(0, np.nan)
+    ratios = {"low": figures.p20 / floor.p80, "x floor": figures.p50 / floor.p50, "high": figures.p80 / floor.p20}
+    return frame.assign(**ratios)
 
 
-def number(value: float | None, digits: int = 1, suffix: str = "") -> str:
-    """A cell: the value with so many decimals, or the mark of a missing one."""
-    return MISSING if value is None else f"{value:,.{digits}f}{suffix}"
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def write_json(results: dict[str, Any], path: Path) -> None:
-    """Keep the results."""
-    write_text(json.dumps(results, indent=1, default=str) + "\n", path)
+def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
+    """Show every method of the main job on a model. In detail: with milliseconds, and with marks of noise."""
+    frame = load_frame(record)
+    frame = frame[frame.model.str.startswith(model)]
+    tokens = record.settings["models"][frame.model.iloc[0]]["tokens_per_step"]
+    at, floor, rows = frame.set_index(["peer", "quantity", "direction"]), frame.peer[frame.role == "floor"].iloc[0], []
+    for peer in frame.peer.unique():
+        cells = []
+        for direction in (FORWARD, BOTH):
+            time, of_floor = (at.loc[(name, "seconds", direction)] for name in (peer, floor))
+            cells += [NOISY * is_noisy(time) + number(1e3 * time.p50, 1)] * in_detail
+            cells += [NOISY * (in_detail and (is_noisy(time) or is_noisy(of_floor))) + number(time["x floor"])]
+        rows.append([
+            peer, number(at.p50[peer, "parameters", "training"], 0), *cells,
+            number(tokens / at.p50[peer, "seconds", BOTH], 0), number(at.p50[peer, "bytes", BOTH] / 1e6, 1),
+            *(number(at.samples[peer, "loss", "held out"][i], 3) for i in (0, -1)),
+        ])  # fmt: skip
+    rows += [[fault["peer"], "FAILED", fault["message"]] for fault in record.faults if fault["model"].startswith(model)]
+    times = (
+        ("forward ms", "x floor", "fwd + bwd ms", "x floor")
+        if in_detail
+        else ("forward, x floor", "fwd + bwd, x floor")
+    )
+    return Table(("method", "trainable", *times, "tokens/s", "peak MB", "loss first", "last"), rows)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a file by way of a second one, so that a run that is killed leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def is_noisy(row: Any) -> bool:
+    return bool(max(row.p80 - row.p50, row.p50 - row.p20) > NOISE * row.p50)
+
+
+def pair_attention(record: Record, peer: str = "concat", decoding: bool | None = False) -> pd.DataFrame:
+    """Return for each case how much faster ``fused`` is than a peer, and its time as a share of scaled plain SDPA."""
+    frame = pd.DataFrame(record.rows).query("quantity == 'seconds'")
+    if decoding is not None:
+        frame = frame[(frame.N == 1) == decoding]
+    case = [name for name in frame if name not in (*FIGURES, "peer", "role")]
+    times = frame.pivot(index=case, columns="peer", values="p50").reset_index()
+    shares = times.fused / ((1 + times.P / times.M) * times.tokens)
+    return times.assign(over=times[peer] / times.fused, share=shares).dropna(subset="over")
+
+
+def group_attention(record: Record, *choice: Any) -> list[tuple[str, pd.DataFrame]]:
+    """Group the cases by type and direction, in the order of the record."""
+    order = list(dict.fromkeys((row["dtype"], row["direction"]) for row in record.rows))
+    groups = pair_attention(record, *choice).groupby(["dtype", "direction"])
+    return [(f"{key[0]} {key[1].replace('+', ' + ')}", groups.get_group(key)) for key in order if key in groups.groups]
+
+
+def tabulate_attention(record: Record) -> Table:
+    """Show means over the shapes, for each type and direction."""
+    header = "prefix attention", "times faster than concatenation", "least", "share of plain SDPA, scaled", "most"
+    figures = [
+        (title, (geometric_mean(of.over), of.over.min(), geometric_mean(of.share), of.share.max()))
+        for title, of in group_attention(record)
+    ]
+    return Table(header, [[title, *map(number, values)] for title, values in figures])
+
+
+def tabulate_more_attention(records: dict[str, Record]) -> Table:
+    """Show decoding, compiled FlexAttention, dropout and AVX2."""
+    main, dropout, rows = records["attention"], records["attention_dropout"], []
+    M, P = next((row["M"], row["P"]) for row in main.rows if row["N"] == 1)
+    for title, record, peer, decoding in (
+        (f"decoding, {M} keys, P = {P}, over concatenation", main, "concat", True),
+        ("over concatenation and compiled FlexAttention", main, "flex", None),
+        (f"dropout {dropout.settings['dropout']}, over concatenation", dropout, "concat", False),
+        ("AVX2 alone, over concatenation", records["attention_avx2"], "concat", False),
+    ):
+        for kind, of in group_attention(record, peer, decoding):
+            figures = (geometric_mean(of.over), of.over.min(), of.over.max(), of.share.max())
+            rows.append([f"{title}, {kind}", *map(number, figures)])
+    return Table(("prefix attention", "times faster", "least", "most", "share of plain SDPA, scaled: most"), rows)
+
+
+def tabulate_embedding(record: Record) -> Table:
+    """Show ADePT and its eager peer in units of the lookup, for each embedding table."""
+    frame, rows = load_frame(record).query(f"quantity == 'seconds' and {TEXT_CASE}"), []
+    for (V, d, dtype), of in frame.groupby(["V", "d", "dtype"]):
+        ratios = of.set_index(["direction", "peer"])["x floor"]
+        cells = (ratios.get((direction, peer)) for direction in (FORWARD, BOTH) for peer in ("adept", "adept_eager"))
+        rows.append([f"{V:,} x {d:,}" + f", {dtype}" * (dtype != "float32"), *map(number, cells)])
+    return Table(("table", "ADePT forward: fused", "eager", "forward + backward: fused", "eager"), rows)
+
+
+def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str]) -> Table:
+    """Show time and memory of every peer in units of the floor, and of the floor in its own units."""
+    at, rows = frame.set_index(["peer", "direction", "quantity"]), []
+    columns = {(direction, "seconds"): name for direction, name in directions.items()}
+    columns |= {(direction, "bytes"): "its memory" for direction in directions if direction != "decode"}
+    order = sorted(columns, key=lambda key: list(directions).index(key[0]))
+    for peer, role in frame[["peer", "role"]].drop_duplicates().itertuples(index=False):
+        cells = []
+        for key in order:
+            scale, digits, unit = (1e3, 1, " ms") if key[1] == "seconds" else (1e-6, 1, " MB")
+            if (peer, *key) not in at.index:
+                cells.append(MISSING)
+            elif role == "floor":
+                cells.append(number(scale * at.p50[(peer, *key)], digits, unit))
+            else:
+                cells.append(number(at["x floor"][(peer, *key)]))
+        rows.append([peer, *cells])
+    return Table((title, *(columns[key] for key in order)), rows)
+
+
+def tabulate_shared_prompt(record: Record, S: int) -> Table:
+    frame = load_frame(record).query("S == @S")
+    # All peers have a prefill; a merged one has no training step. The order of the prefills is that of the peers.
+    frame = frame.set_index("peer", drop=False).loc[frame[frame.direction == "prefill"].peer.unique()]
+    directions = {"step": "training step", "prefill": "prefill", "decode": "a token"}
+    return tabulate_ratios(frame.reset_index(drop=True), f"{S} prompt tokens", directions)
+
+
+def select_model(record: Record, model: str) -> pd.DataFrame:
+    """Return the rows of one whole model at the lengths that were measured first."""
+    frame = load_frame(record).query("model == @model")
+    return frame[(frame.N.iloc[0] == frame.N) & (frame.P.iloc[0] == frame.P)]
+
+
+def tabulate_model(record: Record, model: str) -> Table:
+    frame = select_model(record, model)
+    batch = frame["rows"].iloc[0]
+    title = f"{model}, {batch} x {frame.N.iloc[0]} tokens, P = {frame.P.iloc[0]}"
+    header, rows = tabulate_ratios(frame, title, {"step": "training step", "inference": "inference"})
+    seconds = frame.query("quantity == 'seconds' and direction == 'step'").set_index("peer").p50
+    return Table((*header, "rows/s trained"), [[*row, number(batch / seconds.get(row[0], np.nan), 1)] for row in rows])
+
+
+def tabulate_saved(record: Record) -> Table:
+    """Show what three epochs over as many rows as SST-2 has cost here and with PEFT."""
+    epochs, count, model = 3, 67_349, record.rows[-1]["model"]
+    frame = select_model(record, model).query("direction == 'step'")
+    at, steps, rows = frame.set_index(["peer", "quantity"]).p50, epochs * count / frame["rows"].iloc[0], []
+    for peers in (("PT", "PEFT PT"), ("prefix tuning", "PEFT prefix tuning")):
+        hours = [number(steps * at[peer, "seconds"] / 3600, 1) for peer in peers]
+        rows.append([peers[0], *hours, *(number(at[peer, "bytes"] / 1e6, 0) for peer in peers)])
+    return Table((f"{epochs} x {count:,} rows, {model}", "hours", "with PEFT", "MB", "with PEFT"), rows)
+
+
+def tabulate_gpu(record: Record) -> Table:
+    """Show the times of prefix attention on a GPU, its rate, and the ratios to the best peer and the best floor."""
+    header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
+    cases = [row for row in record.rows if row["quantity"] == "seconds" and "gate" in row]
+    keys = ["direction", "B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
+    for key, of in pd.DataFrame(cases).groupby(keys, sort=False) if cases else ():
+        direction, B, Hq, _, N, M, D, P, gate, causal = key
+        best = of.groupby("role").p50.min().reindex(["ours", "theirs", "floor"])
+        flops = (4 if direction == FORWARD else 14) * B * Hq * D * N * (P + M - (N / 2 if causal else 0))
+        title = f"{direction}, {'x'.join(map(str, key[1:7]))}, P {P}, {gate}{', causal' * causal}"
+        ratios = (best.theirs / best.ours, best.ours / best.floor)
+        rows.append([title, number(1e3 * best.ours, 3), number(flops / best.ours / 1e12, 0), *map(number, ratios)])
+    return Table(header, rows)
+
+
+def tabulate_each(table: Callable[[Record, Any], Table], column: str) -> Callable[[Record], list[Table]]:
+    return lambda record: [table(record, value) for value in dict.fromkeys(row[column] for row in record.rows)]
+
+
+TABLES: dict[str, Callable[[Record], list[Table]]] = {
+    "main-job": tabulate_each(tabulate_methods, "model"),
+    "attention": lambda record: [tabulate_attention(record)],
+    "attention-dropout": lambda record: [tabulate_attention(record)],
+    "embedding": lambda record: [tabulate_embedding(record)],
+    "shared-prompt": tabulate_each(tabulate_shared_prompt, "S"),
+    "models": tabulate_each(tabulate_model, "model"),
+    "adapterhub": tabulate_each(tabulate_model, "model"),
+    "gpu": lambda record: [tabulate_gpu(record)],
+}
+"""The tables of each suite."""
+
+README_TABLES: dict[str, Callable[[dict[str, Record]], Table]] = {
+    "decoder": lambda records: tabulate_methods(records["main_job"], "decoder"),
+    "encoder": lambda records: tabulate_methods(records["main_job"], "encoder"),
+    "attention": lambda records: tabulate_attention(records["attention"]),
+    "attention-more": tabulate_more_attention,
+    "shared-prompt": lambda records: tabulate_shared_prompt(records["shared_prompt"], 100),
+    "shared-prompt-60": lambda records: tabulate_shared_prompt(records["shared_prompt"], 60),
+    "embedding": lambda records: tabulate_embedding(records["embedding"]),
+    "bert": lambda records: tabulate_model(records["models"], "BERT-base"),
+    "llama": lambda records: tabulate_model(records["models"], "Llama, 12 x 768"),
+    "saved": lambda records: tabulate_saved(records["models"]),
+    "adapterhub-bert": lambda records: tabulate_model(records["adapterhub"], "BERT-base"),
+    "adapterhub-llama": lambda records: tabulate_model(records["adapterhub"], "Llama, 12 x 768"),
+}
+
+
+def readme_table(name: str, folder: Path = results.FOLDER) -> str:
+    """Return a table of results for cog, by ``DEVICE/TABLE``.
+
+    Raises:
+        BenchmarkError: The table is unknown, or the results must not be published.
+    """
+    device, _, table = name.partition("/")
+    records = results.read_devices(folder / device).get(device, {})
+    for stem, record in records.items():
+        if objections := record.find_objections():
+            raise BenchmarkError(f"{device}/{stem}.json is not published: {' and '.join(objections)}; measure again")
+    try:
+        return f"\n{README_TABLES[table](records).markdown()}\n\n"
+    except KeyError as error:
+        raise BenchmarkError(f"{name}: no {error}; tables are {', '.join(README_TABLES)}") from error
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255"]  # Okabe-Ito first
+
+
+class Plot(NamedTuple):
+    """Describe a plot: a panel for each title. An index is a bar or a point, and a column is a color."""
+
+    panels: dict[str, pd.DataFrame]
+    xlabel: str
+    ylabel: str = ""
+    kind: Literal["barh", "line"] = "barh"
+
+    def describe(self) -> str:
+        """Return the figures of the plot as text, which its file contains."""
+        return json.dumps(
+            {title: json.loads(panel.to_json(double_precision=6)) for title, panel in self.panels.items()}
+        )
+
+    def draw(self, path: Path, dpi: int = 150) -> None:
+        from matplotlib.figure import Figure
+
+        bars, count = self.kind == "barh", max(1, len(self.panels))
+        height = 1.4 + 0.2 * max((panel.size for panel in self.panels.values()), default=5) if bars else 4.2
+        figure: Any = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
+        all_axes = figure.subplots(1, count, squeeze=False)[0]
+        for axes, (title, panel) in zip(all_axes, self.panels.items(), strict=False):
+            style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
+            if panel.size:
+                style |= {"ax": axes, "kind": self.kind, "legend": False, "color": COLORS * 4}
+                panel.plot(**style)
+            if bars:
+                for container in axes.containers:
+                    axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
+                axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
+                axes.invert_yaxis()
+                axes.margins(x=0.12)
+            axes.set(title=title, xlabel=self.xlabel, ylabel=self.ylabel)
+            axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
+        labels = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi, metadata={"Description": self.describe()})
+
+
+def plot_bars(by: str, directions: Sequence[str], where: str = "index >= 0") -> Callable[[Record], Plot]:
+    """Plot the ratios to the floor: a panel for each value of ``by``, a bar for each peer and direction."""
+
+    def plot(record: Record) -> Plot:
+        frame, panels = load_frame(record).query(f"quantity == 'seconds' and {where}"), {}
+        for title, of in frame.groupby(by, sort=False):
+            table = of.pivot(index="peer", columns="direction", values="x floor")
+            panels[f"{by} {title}" if by != "model" else title] = table.reindex(of.peer.unique())[
+                list(directions)
+            ].dropna()
+        return Plot(panels, "time, times the floor (dashed)")
+
+    return plot
+
+
+def plot_lengths(by: str, axes: dict[str, str], direction: str, where: str = "index >= 0") -> Callable[[Record], Plot]:
+    """Plot the ratios to the floor over lengths. ``axes`` maps each length to the one that is kept fixed."""
+
+    def plot(record: Record) -> Plot:
+        frame, panels = load_frame(record).query(f"quantity == 'seconds' and direction == @direction and {where}"), {}
+        for x, fixed in axes.items():
+            chosen = frame[frame[fixed] == frame[fixed].iloc[0]]
+            for title, of in chosen.groupby(by, sort=False):
+                panels[f"{title}, over {x}"] = of.pivot(index=x, columns="peer", values="x floor")
+        return Plot(panels, "tokens", f"{direction}, x floor", "line")
+
+    return plot
+
+
+ONE_TABLE = "V == 32128 and d == 1024 and B == 32 and r == 19 and ids == 'text'"
+PLOTS: dict[str, dict[str, Callable[[Record], Plot]]] = {
+    "main-job": {"": plot_bars("model", (FORWARD, BOTH))},
+    "embedding": {
+        "": plot_bars("V", (FORWARD, BOTH), TEXT_CASE),
+        "-lengths": plot_lengths("dtype", {"N": "V"}, BOTH, ONE_TABLE),
+    },
+    "shared-prompt": {"": plot_bars("S", ("step", "prefill"))},
+    "models": {"": plot_lengths("model", {"N": "P", "P": "N"}, "step")},
+}
+"""The plots of each suite, by the ending of the file's name."""
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def describe_record(name: str, record: Record) -> str:
+    """Return the section of a record in the report."""
+    about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
+    objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
+    tables = [table.markdown() for table in (TABLES[record.suite](record) if record.suite in TABLES else [])]
+    return "\n\n".join([f"## {name}", about, *objections, *tables, *map(describe_fault, record.faults)]) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables and plots")
+    parser.add_argument("--readme", type=Path, help="update the tables of this file, and the plot beside the results")
+
+
+def run(options: argparse.Namespace) -> int:
+    frames = []
+    for device, records in results.read_devices(options.results).items():
+        sections = []
+        for name, record in records.items():
+            about = {fact: record.environment.get(fact) for fact in FACTS}
+            frames.append(load_frame(record).assign(folder=device, file=name, **about))
+            sections.append(describe_record(name, record))
+            for ending, plot in PLOTS.get(record.suite, {}).items():
+                plot(record).draw(options.out / device / f"{name}{ending}.png")
+            if options.readme and record.suite == "main-job":
+                PLOTS["main-job"][""](record).draw(options.results / device / "headline.png", dpi=100)
+        results.write_text("\n".join(sections), options.out / device / "report.md")
+    pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
+    if options.readme:
+        update(options.readme)
+    print(f"tables and plots in {options.out}")
+    return 0
+
+
+def update(path: Path, check: bool = False) -> bool:
+    """Fill in the tables of a file with cog. With ``check``, only return whether nothing would change."""
+    from cogapp import Cog
+    from cogapp.cogapp import CogCheckFailed, CogUserException
+
+    try:
+        cog: Any = Cog()
+        cog.callable_main(["cog", "-e", "--check" if check else "-r", str(path)])
+    except CogCheckFailed:
+        return False
+    except CogUserException as error:
+        raise BenchmarkError(f"{path}: {error}") from error
+    return True

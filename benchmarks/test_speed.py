@@ -1,13 +1,10 @@
-"""A few cells for those used to ``pytest-benchmark``, for its ``--benchmark-compare`` and ``pytest-benchmark compare``:
+"""A few cases for pytest-benchmark, to compare runs with its tools: ``pytest benchmarks --benchmark-only``.
 
-    pytest benchmarks --benchmark-only --benchmark-autosave
-
-Nothing here fails for being slow, and ``make test`` does not collect it. Competitors run one after another and not by
-turns, so what ``python -m benchmarks`` writes is what figures are taken from.
+Nothing here fails for being slow, and ``make test`` does not collect it. Peers run one after another and not in turns,
+so published figures come from ``python -m benchmarks``.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,49 +14,33 @@ from . import attention, embedding, kernels, models, shared_prompt
 CPU = torch.device("cpu")
 SHAPE = attention.Shape(4, 8, 2, 128, 128, 64, 20)
 SETTING = embedding.Setting(32_000, 768, 8, 256, embedding.S, 19, "text")
-PROMPT_TOKENS = 60
+PROMPT_PEERS = {peer.name: peer for peer in shared_prompt.list_peers(60, 128) if peer.trains}
 
 Benchmark = Callable[[Callable[[], object]], object]
 
 
-def _attention() -> kernels.Problem:
-    inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
-    return kernels.Problem({}, inputs.peers(), inputs.grad)
-
-
-def _embedding() -> kernels.Problem:
-    inputs = embedding.Inputs(SETTING, torch.float32, CPU)
-    return kernels.Problem({}, inputs.peers(), inputs.grad)
-
-
-PROBLEMS = {"attention": _attention, "embedding": _embedding}
-KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"forward": ("fused", "concat", "tokens"), "forward+backward": ("fused", "concat", "tokens")},
-    "embedding": {
-        "forward": ("adept", "adept_eager", "merged", "lookup"),
-        "forward+backward": ("adept", "adept_eager"),
-    },
-}
-CELLS = [
+FORWARD = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager", "merged", "lookup")}
+BOTH = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager")}
+CASES = [
     pytest.param(suite, direction, name, marks=pytest.mark.benchmark(group=f"{suite} {direction}"))
-    for suite, directions in KERNELS.items()
-    for direction, names in directions.items()
+    for direction, of in (("forward", FORWARD), ("forward+backward", BOTH))
+    for suite, names in of.items()
     for name in names
 ]
 
 
-@pytest.mark.parametrize(("suite", "direction", "name"), CELLS)
+@pytest.mark.parametrize(("suite", "direction", "name"), CASES)
 def test_kernel(benchmark: Benchmark, suite: str, direction: str, name: str) -> None:
-    """One competitor of an operation."""
-    benchmark(kernels.works(PROBLEMS[suite]())[direction][name])
+    if suite == "attention":
+        inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
+        problem = kernels.Problem({}, inputs.peers(), inputs.grad)
+    else:
+        problem = embedding.Inputs(SETTING, torch.float32, CPU).problem(SETTING, "float32")
+    benchmark(problem.works()[direction][name])
 
 
 @pytest.mark.benchmark(group="training step")
-@pytest.mark.parametrize("name", [rival.name for rival in shared_prompt.rivals(PROMPT_TOKENS, 128) if rival.trains])
+@pytest.mark.parametrize("name", list(PROMPT_PEERS))
 def test_training_step(benchmark: Benchmark, name: str) -> None:
-    """Forward and backward of a small decoder with a prompt."""
-    size = models.SIZES["cpu"]
-    base: Any = models.build_decoder(size, pad=0, end=1, seed=0)
-    (rival,) = (rival for rival in shared_prompt.rivals(PROMPT_TOKENS, size.length) if rival.name == name)
-    ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
-    benchmark(shared_prompt.Work(rival.prepare(base), ids, rival.role).step)
+    works = shared_prompt.build_works(models.SIZES["cpu"], [PROMPT_PEERS[name]], CPU)
+    benchmark(works[name].step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from benchmarks.memory import added_peak
+from benchmarks.measure import added_peak
 from fastprefix.ops.backends import BACKENDS
 
 REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))

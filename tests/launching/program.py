@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gpu.parity import results
+from benchmarks.gpu import run_case
 from fastprefix.ops import backends, prefix_attention, prompt_embedding
 from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
@@ -101,7 +101,7 @@ def main(folder: str) -> None:
     target = Target()
     prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
     for case in CASES:
-        results(case, torch.bfloat16, "cpu", "triton")
+        run_case(case, torch.bfloat16, "cpu", "triton")
     print(*sorted(target.launched), sep="\n")
 
 

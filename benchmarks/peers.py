@@ -1,0 +1,150 @@
+"""Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+import fastprefix
+from fastprefix.methods import MethodConfig
+
+from .embedding import add_offset, prepend_prompt
+from .measure import Role
+from .models import TaskKind, head_parameters
+
+FLOOR = "frozen floor"
+PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
+DEPT_RANK = 30
+ADEPT_WIDTH = 19
+PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
+OFFSET_RATE = 1e-3
+PREFIX_RATE = 1e-2
+HEAD_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold a model that is ready to train, and the parameter groups of its optimizer."""
+
+    model: nn.Module
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    def count_trainable(self) -> int:
+        """Count the trained numbers, the head of a classifier included."""
+        return sum(p.numel() for group in self.groups for p in group["params"])
+
+
+@dataclass(frozen=True)
+class ModelPeer:
+    """Prepare a model, which may be changed, for training in one way. After merging, a peer does not train."""
+
+    name: str
+    role: Role
+    prepare: Callable[[PreTrainedModel], Prepared]
+    trains: bool = True
+
+
+def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    return [{"params": parameters, "lr": rate}] if parameters else []
+
+
+def freeze(model: PreTrainedModel) -> Prepared:
+    """Prepare the floor: no prompt and no prefix, but a gradient at the output of the embeddings.
+
+    Every method trains something in or below the first layer, so each has to bring the gradient down to there. No
+    method of this kind could reach a floor whose backward pass stopped at the head.
+    """
+    freeze_body(model)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    return Prepared(model, group(head_parameters(model), HEAD_RATE))
+
+
+def freeze_body(model: PreTrainedModel) -> None:
+    """Freeze all parameters but the head of a classifier."""
+    model.requires_grad_(False)
+    for parameter in head_parameters(model):
+        parameter.requires_grad_(True)
+
+
+def attach(
+    model: PreTrainedModel,
+    config: MethodConfig,
+    rate: float = OFFSET_RATE,
+    prompt_rate: float = PROMPT_RATE,
+    head_rate: float = HEAD_RATE,
+    gate_rate: float | None = None,
+) -> Prepared:
+    """Attach a method of this package, with separate rates of the prompt, the head, the gates, and the rest."""
+    fastprefix.attach(model, config)
+    head = set(head_parameters(model))
+    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, gate_lr=gate_rate, lr=rate)
+    groups = [{**of, "params": [p for p in of["params"] if p not in head]} for of in groups]
+    return Prepared(model, [of for of in groups if of["params"]] + group(head_parameters(model), head_rate))
+
+
+def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
+    return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
+
+
+def wrap_with_peft(
+    model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE
+) -> Prepared:
+    import peft
+
+    task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
+    wrapped: nn.Module = peft.get_peft_model(model, getattr(peft, config)(task_type=task, num_virtual_tokens=tokens))
+    trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
+    head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]
+    return Prepared(wrapped, group(prompt, rate) + group(head, HEAD_RATE))
+
+
+def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> list[ModelPeer]:
+    """Return PEFT's prompt and prefix tuning under the given names, if PEFT is installed."""
+    parts = ((prompt, "PromptTuningConfig", PROMPT_RATE), (prefix, "PrefixTuningConfig", PREFIX_RATE))
+    return [
+        ModelPeer(name, "theirs", partial(wrap_with_peft, config=config, kind=kind, tokens=tokens, rate=rate))
+        for name, config, rate in parts
+        if PEFT_IS_INSTALLED
+    ]
+
+
+class EagerPrompt(nn.Module):
+    """Run a soft prompt in every row, as it is usually written. ``offset`` changes the rows of the tokens."""
+
+    def __init__(self, model: Any, tokens: int, offset: Literal["low_rank", "network"] | None, length: int) -> None:
+        super().__init__()
+        self.model, width = model, model.config.hidden_size
+        freeze_body(model)
+        self.prompt = nn.Parameter(torch.randn(tokens, width))
+        shapes = {
+            "low_rank": ((length, DEPT_RANK), (DEPT_RANK, width)),
+            "network": ((width, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, width), (width,)),
+        }
+        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(s)) for s in shapes.get(offset or "", ())])
+        self.to(device=model.device, dtype=model.dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        """Return the output of the model; its loss is that of the caller's tokens."""
+        rows = self.model.get_input_embeddings()(input_ids)
+        if len(self.offset) == 2:
+            rows = rows + (self.offset[0] @ self.offset[1])[: rows.shape[1]]
+        elif len(self.offset) == 4:
+            rows = add_offset(rows, *self.offset)
+        front = (len(self.prompt), 0)
+        labels = F.pad(labels, front, value=-100) if labels.ndim == 2 else labels
+        mask = F.pad(attention_mask, front, value=1)
+        return self.model(inputs_embeds=prepend_prompt(self.prompt, rows), attention_mask=mask, labels=labels)
+
+
+def attach_eager(
+    model: PreTrainedModel, tokens: int, offset: Literal["low_rank", "network"] | None, length: int
+) -> Prepared:
+    """Prepare PT, DePT (``low_rank``) or ADePT (``network``) in eager PyTorch."""
+    return Prepared(EagerPrompt(model, tokens, offset, length))

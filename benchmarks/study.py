@@ -1,0 +1,476 @@
+"""The study: how well the methods learn a classification, at equal budgets and over several seeds.
+
+It trains full fine-tuning, the head of the classifier alone, and every method with ``transformers.Trainer``. Three
+learning rates per method are scored on the dev split after a short training, and the best one is used for all seeds.
+Training ends early if the dev split improves no more, and the best weights are tested once. A finished training is a
+file in ``OUT/runs``, named by a digest of all that it depends on, so that an interrupted study continues.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import fastprefix
+from fastprefix.methods import MethodConfig
+
+from . import data, models
+from .measure import BenchmarkError, added_peak, describe_environment, find_version
+from .options import DEFAULT_OUT, add_common, is_from_hub, positive, prepare_hub, set_up
+from .peers import Prepared, attach, freeze_body, group
+from .report import Plot, Table, number
+from .results import write_text
+
+DESCRIPTION = "Train a pretrained encoder on labelled text with full fine-tuning and every method: test accuracy."
+WARMUP = 0.06  # of the steps; then the rate falls to 0 linearly
+SPLIT_OFF, SPLIT_SEED = 0.1, 0  # of the training file, for dev and for test, where no file is given
+SHORT_PROMPT = 0.6  # of the tokens of the budget: DePT and ADePT with 60 of 100, as published
+BOTTLENECK = 8  # of residual networks at the equal budget, where the default of 128 would leave nothing for the rest
+NOTES = """\
+Mean and standard deviation over the seeds. trainable: without the head of the classifier, which every method trains.
+rates: of the prompt / of the rest, chosen on the dev split. best step: with the best dev accuracy, whose weights are
+tested. ms a step: median of forward, backward and optimizer. peak MB: what forward and backward of the longest batch
+add to the model, by PyTorch's allocators."""
+DEFAULTS: dict[str, Any] = {
+    "steps": 600, "length_steps": 600, "search_steps": 150, "evaluate_every": 50, "patience": 4, "rows": 16,
+    "max_length": 64, "head_rate": 1e-2, "train_examples": 4000, "dev_examples": 500, "test_examples": None, "seeds": 3,
+    "lengths": (10, 50, 100, 200), "length_seeds": None, "prompt_tokens": 100, "prefix_tokens": 20,
+}  # fmt: skip
+QUICK = DEFAULTS | {
+    "steps": 4, "length_steps": 4, "search_steps": 2, "evaluate_every": 2, "patience": 2, "rows": 4, "max_length": 16,
+    "train_examples": 32, "dev_examples": 16, "test_examples": 16, "seeds": 2, "lengths": (2, 4), "prompt_tokens": 20,
+    "prefix_tokens": 16,
+}  # fmt: skip
+Rates = dict[str, Any]
+SHARED = ("evaluate_every", "patience", "rows", "max_length", "head_rate")  # change the outcome of every training
+
+
+def set_rates(main: Any = None, prompt: Any = None, gate: Any = None) -> Rates:
+    """Return learning rates of the prompt, of the gates, and of everything else but the head. None: nothing of it."""
+    return {"main": main, "prompt": prompt, "gate": gate}
+
+
+PREFIX_RATES = [set_rates(rate) for rate in (1e-2, 3e-2, 1e-1)]
+NETWORK_RATES = [set_rates(rate) for rate in (1e-3, 3e-3, 1e-2)]
+NETWORKS = {"mlp": (False, False), "mlp+gate": (False, True), "residual": (True, False), "residual+gate": (True, True)}
+PEERS: dict[str, tuple[str, str, list[Rates]]] = {
+    "full": ("full fine-tuning", "reference", [set_rates(rate) for rate in (2e-5, 5e-5, 1e-4)]),
+    "head": ("head alone", "reference", [set_rates(rate) for rate in (1e-3, 1e-2, 3e-2)]),
+    "pt": ("PT", "prompt", [set_rates(prompt=rate) for rate in (0.3, 0.03, 0.003)]),
+    "dept": ("DePT", "prompt", [set_rates(1e-3, 0.3), set_rates(1e-3, 0.03), set_rates(5e-3, 0.003)]),
+    "adept": ("ADePT", "prompt", [set_rates(1e-4, 0.3), set_rates(1e-3, 0.03), set_rates(1e-3, 0.003)]),
+    "prefix": ("prefix tuning", "prefix", PREFIX_RATES),
+    "apt": ("APT", "prefix", PREFIX_RATES),
+    "apt-gates": (
+        "APT, slow gates",
+        "prefix",
+        [set_rates(3e-2, None, 1e-3), *(set_rates(1e-1, None, g) for g in (1e-3, 1e-4))],
+    ),
+    "mlp": ("MLP prefix", "prefix", NETWORK_RATES),
+    "mlp+gate": ("MLP prefix + gate", "prefix", NETWORK_RATES),
+    "residual": ("residual prefix", "prefix", NETWORK_RATES),
+    "residual+gate": ("residual prefix + gate", "prefix", NETWORK_RATES),
+}
+"""The name, the group and the candidates of the rates, of which the published come first."""
+LENGTH_METHODS = ("prefix", *NETWORKS)
+COMPARED = (  # the findings of the papers: the first above the second
+    ("DePT", "PT"), ("ADePT", "DePT"), ("ADePT", "PT"), ("APT", "prefix tuning"), ("APT, slow gates", "prefix tuning"),
+    ("residual prefix + gate", "MLP prefix"), ("residual prefix + gate", "prefix tuning"),
+)  # fmt: skip
+
+
+def count_parameters(model: PreTrainedModel, config: MethodConfig) -> int:
+    """Count the parameters of a method on a model, without the head of a classifier."""
+    attached = fastprefix.attach(models.share_weights(model), config)
+    return fastprefix.count_parameters(attached).groups["fastprefix"]
+
+
+def fit_config(key: str, model: PreTrainedModel, options: argparse.Namespace) -> MethodConfig | None:
+    """Return a method as large as the budget of its group allows: that of a plain prompt or of a plain prefix.
+
+    A prompt as large as a usual prefix would have hundreds of tokens, hence two budgets. A network is counted, although
+    export drops it.
+    """
+    name, group_name, _ = PEERS[key]
+    prompt, prefix, residual = (
+        fastprefix.PromptTuningConfig,
+        fastprefix.PrefixTuningConfig,
+        fastprefix.ResidualPrefixConfig,
+    )
+
+    def fill(make: Callable[[int], MethodConfig]) -> int:
+        """Return the largest size within the budget. Parameters grow by the same number with each step of the size."""
+        one, two = (count_parameters(model, make(size)) for size in (1, 2))
+        if one > budget:
+            raise BenchmarkError(
+                f"{name} does not fit --{group_name}-tokens, give more: it has at least {one:,} parameters"
+            )
+        return 1 + (budget - one) // (two - one)
+
+    if group_name == "reference":
+        return None
+    if group_name == "prompt":
+        budget = count_parameters(model, prompt(options.prompt_tokens))
+        tokens = fill(prompt)
+        fitted: dict[str, Any] = {"trainable": budget, "num_virtual_tokens": max(1, round(SHORT_PROMPT * tokens))}
+        if key == "dept":
+            return fastprefix.DePTConfig.for_budget(model, **fitted, max_length=options.max_length)
+        return prompt(tokens) if key == "pt" else fastprefix.ADePTConfig.for_budget(model, **fitted)
+    budget = count_parameters(model, prefix(options.prefix_tokens))
+    if key in NETWORKS:
+        tokens, (with_residual, with_gate) = fill(prefix), NETWORKS[key]
+        make = partial(residual, tokens, bottleneck_dim=BOTTLENECK, residual=with_residual, gate=with_gate)
+        return make(hidden_dim=fill(lambda width: make(hidden_dim=width)))
+    return prefix(fill(prefix)) if key == "prefix" else fastprefix.APTConfig(fill(fastprefix.APTConfig))
+
+
+def size_config(key: str, tokens: int) -> MethodConfig:
+    """Return a prefix method with so many tokens, whatever it costs. Networks have the default widths."""
+    if key not in NETWORKS:
+        return fastprefix.PrefixTuningConfig(tokens)
+    residual, gate = NETWORKS[key]
+    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate)
+
+
+def prepare(key: str, config: MethodConfig | None, rates: Rates, model: PreTrainedModel, head_rate: float) -> Prepared:
+    """Return the model with what is trained, and its learning rates."""
+    if config is not None:
+        return attach(model, config, rates["main"] or 0.0, rates["prompt"] or 0.0, head_rate, rates["gate"])
+    head = models.head_parameters(model)
+    if key == "head":
+        freeze_body(model)
+        return Prepared(model, group(head, rates["main"]))
+    body = [p for p in model.parameters() if p not in set(head)]
+    return Prepared(model, group(body, rates["main"]) + group(head, head_rate))
+
+
+class Watcher(TrainerCallback):
+    """Time the steps, keep the best weights in memory, and stop if the dev split improves no more."""
+
+    def __init__(self, model: PreTrainedModel, patience: int) -> None:
+        self.parameters, self.patience = [p for p in model.parameters() if p.requires_grad], patience
+        self.seconds: list[float] = []
+        self.curve: list[dict[str, float]] = []
+        self.best: tuple[tuple[float, float], int, list[Tensor]] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        control.should_evaluate |= state.global_step == state.max_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        score = (metrics["eval_accuracy"], -metrics["eval_loss"])
+        self.curve.append({"step": state.global_step, "accuracy": score[0], "loss": -score[1]})
+        if self.best is None or score > self.best[0]:
+            self.best, self.waited = (score, state.global_step, [p.detach().clone() for p in self.parameters]), 0
+        else:
+            self.waited += 1
+            control.should_training_stop |= self.waited >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best weights back."""
+        assert self.best is not None
+        for parameter, value in zip(self.parameters, self.best[2], strict=True):
+            parameter.copy_(value)
+
+
+def measure_accuracy(predicted: Any) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
+class Study(NamedTuple):
+    """Hold what all trainings share: the model by seed, its tokenizer, token ids, options, device and digests."""
+
+    load: Callable[[int], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    texts: dict[str, Dataset]
+    options: argparse.Namespace
+    device: torch.device
+    subject: dict[str, Any]
+
+    def train(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int, kind: str) -> Any:
+        """Return the outcome of a training, which is read from its file if it was finished before."""
+        about = {
+            "config": config.to_dict() if config else key,
+            "rates": rates,
+            "seed": seed,
+            "steps": steps,
+            "kind": kind,
+        }
+        about |= self.subject | {name: getattr(self.options, name) for name in SHARED}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        path: Path = self.options.out / "runs" / f"{key}-{kind}-seed{seed}-{digest}.json"
+        if not path.exists():
+            print(f"{PEERS[key][0]}, {kind}, seed {seed}, {steps} steps", flush=True)
+            outcome = self.run(key, config, rates, seed, steps)
+            write_text(json.dumps(about | {"outcome": outcome}), path)
+        return json.loads(path.read_text(encoding="utf-8"))["outcome"]
+
+    def run(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int) -> dict[str, Any]:
+        """Train, stop early, and test the best weights."""
+        torch.manual_seed(seed)
+        model, options, collate = self.load(seed), self.options, DataCollatorWithPadding(self.tokenizer)
+        prepared = prepare(key, config, rates, model, options.head_rate)
+        watcher = Watcher(model, options.patience)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder, max_steps=steps, per_device_train_batch_size=options.rows, per_device_eval_batch_size=64,
+                lr_scheduler_type="linear", warmup_steps=round(WARMUP * steps), max_grad_norm=1.0, seed=seed,
+                eval_strategy="steps", eval_steps=options.evaluate_every, save_strategy="no", logging_strategy="no",
+                report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=self.device.type == "cpu",
+            )  # fmt: skip
+            trainer = Trainer(
+                model, arguments, collate, self.texts["train"], self.texts["dev"], callbacks=[watcher],
+                compute_metrics=measure_accuracy,
+                optimizers=(torch.optim.AdamW(prepared.groups, weight_decay=0.0), None),
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            watcher.restore()
+            tested: Any = trainer.predict(self.texts["test"])
+        assert watcher.best is not None
+        (accuracy, negative_loss), step, _ = watcher.best
+        head = sum(p.numel() for p in models.head_parameters(model))
+        batch: Any = collate(sorted(self.texts["train"], key=lambda row: len(row["input_ids"]))[-options.rows :])
+        peak = added_peak(lambda: model.train()(**batch.to(self.device)).loss.backward(), self.device)
+        return {
+            "dev_accuracy": accuracy, "dev_loss": -negative_loss, "best_step": step, "steps": len(watcher.seconds),
+            "test_accuracy": tested.metrics["test_accuracy"], "trainable": prepared.count_trainable() - head,
+            "head": head, "seconds_a_step": statistics.median(watcher.seconds), "peak_bytes": peak,
+            "curve": watcher.curve,
+        }  # fmt: skip
+
+
+def load_texts(options: argparse.Namespace) -> tuple[dict[str, Dataset], list[str]]:
+    """Return the three parts and the classes. Parts without a file are split off from the training file."""
+    parts: dict[str, Dataset] = {}
+    for part, path in (("train", options.data), ("dev", options.dev), ("test", options.test)):
+        option = "--data" if part == "train" else f"--{part}"
+        if path is not None:
+            parts[part] = data.read_file(path, option, options.text_column, options.label_column)
+            if "label" not in parts[part].column_names:
+                raise BenchmarkError(f"{option} {path}: name the column of the labels with --label-column")
+            continue
+        count = round(SPLIT_OFF * len(parts["train"]))
+        if count < 1:
+            raise BenchmarkError(f"{options.data.name}: too few examples to split some off; give a file with --{part}")
+        split = parts["train"].train_test_split(count, seed=SPLIT_SEED)
+        parts["train"], parts[part] = split["train"], split["test"]
+    classes = data.list_classes(options.data.name, parts["train"])
+    if len(classes) < 2:
+        raise BenchmarkError(f"{options.data.name}: two or more classes are needed, got {classes}")
+    for part, rows in parts.items():
+        if unknown := sorted(set(rows["label"]) - set(classes)):
+            raise BenchmarkError(f"--{part}: labels that the training file does not have: {unknown}")
+        drawn = rows.shuffle(seed=SPLIT_SEED).select(
+            range(min(len(rows), getattr(options, f"{part}_examples") or len(rows)))
+        )
+        parts[part] = data.number_labels(drawn, classes)
+    return parts, classes
+
+
+def set_up_study(options: argparse.Namespace, device: torch.device) -> tuple[Study, dict[str, Any]]:
+    """Read the texts, load the model, and begin the document of results."""
+    texts, classes = load_texts(options)
+    if is_from_hub(options.model):
+        prepare_hub()
+    words = models.load_tokenizer(options.model)
+
+    def load(seed: int) -> PreTrainedModel:
+        model = models.load_model(options.model, "classification", len(classes), words.pad_token_id, seed)
+        nn.Module.to(model, device)
+        return model
+
+    def encode(part: Dataset) -> Dataset:
+        rows = words(list(part["text"]), truncation=True, max_length=options.max_length)
+        columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        return Dataset.from_dict({**columns, "labels": part["label"]})
+
+    model, encoded = load(0), {part: encode(rows) for part, rows in texts.items()}
+    weights = hashlib.sha256(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([part.to_dict() for part in encoded.values()]).encode()).hexdigest()
+    software = {package: find_version(package) for package in ("fastprefix", "torch", "transformers")}
+    subject = {"model": weights.hexdigest(), "texts": digest, "software": software, "device": device.type}
+    counts = ", ".join(f"{len(rows):,} {part}" for part, rows in texts.items())
+    settings = ", ".join(f"{name} {getattr(options, name)}" for name in ("steps", "search_steps", "seeds", *SHARED))
+    introduction = f"text    {options.data.name}: {counts} examples\nmodel   {options.model}\ntrain   {settings}"
+    arguments = {name: value for name, value in vars(options).items() if name != "out"}
+    head = {"suite": "study", "arguments": arguments, "environment": describe_environment(device)}
+    document = {**head, "introduction": introduction, "table": [], "lengths": {}}
+    return Study(load, words, encoded, options, device, subject), document
+
+
+def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> None:
+    """Search rates with the first seed, then train every seed. An interrupted study has some seeds of all methods."""
+    options, model = study.options, study.load(0)
+
+    def attempt(key: str, *arguments: Any) -> Any:
+        try:
+            return study.train(key, *arguments)
+        except Exception:  # the failure of one method must not lose the results of the others
+            failures.append(f"{PEERS[key][0]} failed:\n{traceback.format_exc()}")
+            return None
+
+    def train_all(
+        of_key: dict[str, list[MethodConfig | None]], steps: int, seeds: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Train the configurations of each method with the rates that are best for the middle one."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for key, configs in of_key.items():
+            middle, (name, group_name, candidates) = configs[(len(configs) - 1) // 2], PEERS[key]
+            found = [(attempt(key, middle, r, 0, min(options.search_steps, steps), "search"), r) for r in candidates]
+            scored = [(outcome["dev_accuracy"], -outcome["dev_loss"], rates) for outcome, rates in found if outcome]
+            about = {
+                "method": name, "group": group_name, "rates": max(scored, key=lambda s: s[:2])[2] if scored else None,
+                "search": [{"rates": rates, "dev_accuracy": accuracy} for accuracy, _, rates in scored],
+            }  # fmt: skip
+            rows[key] = [{**about, "config": config.to_dict() if config else None, "runs": {}} for config in configs]
+        for seed, key in itertools.product(range(seeds), of_key):
+            for config, row in zip(of_key[key], rows[key], strict=True):
+                if row["rates"] and (outcome := attempt(key, config, row["rates"], seed, steps, "run")):
+                    row["runs"][str(seed)] = outcome
+        return rows
+
+    fitted = {key: [fit_config(key, model, options)] for key in options.methods}
+    document["table"] += [row for rows in train_all(fitted, options.steps, options.seeds).values() for row in rows]
+    lengths = sorted(options.lengths)
+    sized: Any = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
+    for key, rows in train_all(sized, options.length_steps, options.length_seeds or options.seeds).items():
+        document["lengths"][PEERS[key][0]] = dict(zip(map(str, lengths), rows, strict=True))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    parser.set_defaults(out=DEFAULT_OUT / "study")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of OUT/study.json")
+    for name in ("data", "dev", "test"):
+        meaning = "training texts: .tsv or .jsonl" if name == "data" else "default: a tenth of the training texts"
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=meaning)
+    parser.add_argument("--text-column", metavar="NAME", help="default: guessed")
+    parser.add_argument("--label-column", metavar="NAME", help="default: guessed")
+    parser.add_argument("--model", metavar="NAME", help="a pretrained encoder: a folder, or a model of the hub")
+    parser.add_argument("--methods", nargs="+", choices=PEERS, default=list(PEERS), metavar="METHOD",
+                        help=f"rows of the table: {', '.join(PEERS)}")  # fmt: skip
+    parser.add_argument("--lengths", nargs="*", type=positive, metavar="N", help="prefix lengths; none: skip")
+    parser.add_argument("--length-methods", nargs="+", choices=LENGTH_METHODS, default=list(LENGTH_METHODS),
+                        metavar="METHOD", help=f"to compare over lengths: {', '.join(LENGTH_METHODS)}")  # fmt: skip
+    parser.add_argument("--head-rate", type=float, help="learning rate of the head, with every method")
+    for name in DEFAULTS.keys() - {"lengths", "head_rate"}:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=f"default: {DEFAULTS[name]}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what is missing, print and write tables and plots. Return 1 if a training failed or was interrupted."""
+    failures = list[str]()
+    if options.report:
+        path: Path = options.out / "study.json"
+        if not path.exists():
+            raise BenchmarkError(f"--report: {path} does not exist")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        if options.data is None or options.model is None:
+            raise BenchmarkError("--data (a file of labelled texts) and --model (an encoder) are needed")
+        for name, value in (QUICK if options.quick else DEFAULTS).items():
+            setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
+        study, document = set_up_study(options, set_up(options))
+        print(document["introduction"], flush=True)
+        try:
+            carry_out(study, document, failures)
+        except KeyboardInterrupt:
+            failures.append("interrupted: finished trainings are kept, the same command continues")
+        write_text(json.dumps(document, default=str), options.out / "study.json")
+    tables = "\n\n".join(table.markdown() for table in summarize(document))
+    write_text(f"{document['introduction']}\n\n{tables}\n\n{NOTES}\n", options.out / "study.md")
+    print(f"\n{tables}\n\n{NOTES}\n\nJSON, tables and plots in {options.out}")
+    print("\n".join(failures), file=sys.stderr)
+    if lengths := read_lengths(document):
+        curves = {name: pd.Series({int(n): 100 * s.mean() for n, s in of.items()}) for name, of in lengths.items()}
+        panels = {"test accuracy over lengths": pd.DataFrame(curves)}
+        Plot(panels, "prefix tokens", "% of the test texts", "line").draw(options.out / "study_lengths.png")
+    return 1 if failures else 0
+
+
+def summarize(document: dict[str, Any]) -> list[Table]:
+    """Return the methods at their budgets, their differences, and the prefix methods over lengths."""
+    header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "ms a step", "peak MB")
+    finished, rows = [row for row in document["table"] if row["runs"]], []
+    for row in finished:
+        runs, rates = pd.DataFrame(row["runs"].values()), row["rates"]
+        shown = " / ".join(f"{rate:g}" for rate in (rates["prompt"], rates["main"]) if rate is not None)
+        shown += f", gates {rates['gate']:g}" if rates["gate"] else ""
+        rows.append([
+            name_row(row), number(runs.trainable.iloc[0], 0), shown, str(len(runs)),
+            describe_spread(runs.test_accuracy), describe_spread(runs.dev_accuracy),
+            number(runs.best_step.mean(), 0), number(1e3 * runs.seconds_a_step.median(), 0),
+            number(runs.peak_bytes.max() / 1e6, 1),
+        ])  # fmt: skip
+    tables, compared = [Table(header, rows)], []
+    tested = {row["method"]: read_accuracies(row) for row in finished}
+    for above, below in COMPARED:  # seed by seed: the same batches in the same order, and the same head at the start
+        if above in tested and below in tested:
+            differences = (100 * (tested[above] - tested[below])).dropna()
+            each = ", ".join(f"{difference:+.1f}" for difference in differences)
+            compared.append([f"{above} - {below}", f"{differences.mean():+.1f}", each])
+    tables += [Table(("difference of test %", "mean", "of each seed"), compared)] * bool(compared)
+    if lengths := read_lengths(document):
+        columns, rows = list(dict.fromkeys(length for of in lengths.values() for length in of)), []
+        for name, of in lengths.items():
+            means = [100 * scores.mean() for scores in of.values()]
+            cells = (describe_spread(of[length]) if length in of else "-" for length in columns)
+            rows.append([name, *cells, number(max(means) - min(means), 1)])
+        tables.append(Table(("test % with a prefix of", *columns, "largest - least"), rows))
+    return tables
+
+
+def read_accuracies(row: dict[str, Any]) -> Any:
+    return pd.Series({seed: outcome["test_accuracy"] for seed, outcome in row["runs"].items()}, dtype=float)
+
+
+def read_lengths(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    of_method = document["lengths"].items()
+    found = {name: {n: read_accuracies(row) for n, row in rows.items() if row["runs"]} for name, rows in of_method}
+    return {name: of for name, of in found.items() if of}
+
+
+def describe_spread(shares: Any) -> str:
+    return f"{100 * shares.mean():.1f}" + (f" ± {100 * shares.std():.1f}" if len(shares) > 1 else "")
+
+
+def name_row(row: dict[str, Any]) -> str:
+    config = row["config"]
+    if config is None:
+        return str(row["method"])
+    sizes = [str(config["num_virtual_tokens"])]
+    if row["group"] == "prompt":
+        sizes += [f"r={config[name]}" for name in ("rank", "bottleneck_dim") if config.get(name) is not None]
+    elif config.get("reparameterization") is not None:
+        sizes.append(f"h={config['hidden_dim']}")
+    return f"{row['method']} ({', '.join(sizes)})"
