@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
-from tools.float64 import Float64
 
 from . import models
+from .float64 import Float64
 from .test_families import build
 from .test_transformers import textbook_prompt
 

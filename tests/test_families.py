@@ -25,9 +25,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
-from tools.float64 import Float64
 
 from . import models
+from .float64 import Float64
 from .textbook import textbook
 
 SMALL: dict[str, Any] = {"d_model": 32, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}

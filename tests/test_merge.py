@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
-from tools.float64 import Float64
 
 from . import models
+from .float64 import Float64
 from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 from .test_transformers import FAMILIES, METHODS, attached
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 import fastprefix
 from fastprefix.integrations.transformers.prompt import PromptHooks
-from tools.float64 import Float64
+from tests.float64 import Float64
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 100,

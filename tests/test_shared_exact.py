@@ -46,9 +46,9 @@ from transformers import (
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
 from fastprefix.integrations.transformers.hooks import cache_parameter, find_cache, parameter_names
-from tools.float64 import Float64
 
 from . import models
+from .float64 import Float64
 from .test_shared_prompt import EAGER
 
 LENGTH, CONTEXT, BOUND = 5, 16, 1e-10

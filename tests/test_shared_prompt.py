@@ -30,9 +30,9 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import method_of
-from tools.float64 import Float64
 
 from . import models, peft_support
+from .float64 import Float64
 from .test_transformers import PROMPTS, assert_same, loss_and_gradients
 
 SMALL = {

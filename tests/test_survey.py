@@ -3,8 +3,8 @@
 import pytest
 import transformers
 
+from tests.float64 import Float64
 from tools import survey_prefixes
-from tools.float64 import Float64
 from tools.survey import Outcome
 
 SINCE = {"t5gemma2": (5, 20)}  # before, its encoder did not follow a second switch of the attention, so it is refused

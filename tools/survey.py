@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fastprefix.integrations.transformers.discovery import build, parts, shrunk
-from tools.float64 import Float64
+from tests.float64 import Float64
 
 BOUND = 1e-10
 """An error relative to the largest value up to which a result in float64 is exact."""
