@@ -3,7 +3,7 @@
 #   make bench    the main job: the methods against their peers, on real text
 #   make test     build, then all tests; those of PEFT once more, with the transformers that PEFT works with
 #   make matrix   the model tests on the oldest, the pinned and the newest libraries (an hour and 15 GB, not part of CI)
-#   make lint     ruff and mypy
+#   make lint     ruff, mypy and codespell
 #   make docs     the documentation's site, in site/
 #   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 #
@@ -24,6 +24,7 @@ MATRIX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Stamps need nothing but pip, and allow any TORCH, which a lock file would not. Other versions are in constraints.txt.
 # The stamp names what was installed, so another TORCH installs again, and the same one does not.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
@@ -50,6 +51,7 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell benchmarks csrc docs examples fastprefix tests tools *.* Makefile
 
 docs: $(DOCUMENTED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

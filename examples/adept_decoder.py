@@ -26,7 +26,7 @@ import fastprefix
 
 
 def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The named decoder and its tokenizer; None: a tiny random one."""
+    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

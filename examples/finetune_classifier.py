@@ -39,7 +39,7 @@ def read(path: str) -> list[tuple[str, int]]:
 
 
 def load(name: str | None, labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The named encoder with a fresh head, and its tokenizer; None: a tiny random one."""
+    """Return the named encoder with a fresh head, and its tokenizer, or a tiny random one without a name."""
     if name is not None:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
         return model, AutoTokenizer.from_pretrained(name)

@@ -15,7 +15,7 @@ import fastprefix
 
 
 def tuned() -> Any:
-    """A frozen decoder with a trainable prefix, by PEFT."""
+    """Return a frozen decoder with a trainable prefix, by PEFT."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, vocab_size=1000
@@ -24,7 +24,7 @@ def tuned() -> Any:
 
 
 def train(model: Any, ids: torch.Tensor, steps: int = 10) -> tuple[float, float]:
-    """The loss at the end, and the seconds that it took."""
+    """Train, and return the loss at the end and the seconds that it took."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
     start = time.perf_counter()
     for _ in range(steps):

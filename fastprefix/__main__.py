@@ -1,4 +1,4 @@
-"""``python -m fastprefix``: the package's tools, one a row of the table below."""
+"""Run one of the package's tools: ``fastprefix`` or ``python -m fastprefix``."""
 
 import argparse
 import importlib
@@ -6,21 +6,20 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "aot": "compiles every Triton kernel without a GPU; exit status 1 on an undeclared spill or a failure",
-    "info": "versions, devices, which backends are usable and why others are not; with --model, how prompts run on it",
-    "parity": "parity of every usable backend with the float64 reference; exit status 1 on a miss",
+    "info": "print versions, devices, and which backends are usable; with --model, how prompts run on that model",
+    "parity": "compare every usable backend with the float64 reference; exit status 1 on a miss",
 }
-"""A command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``."""
+"""Each command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m fastprefix", description="fastprefix's tools")
+    """Run a command and return its exit status."""
+    parser = argparse.ArgumentParser("fastprefix", description="The tools of fastprefix.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     chosen = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name == chosen:  # the others' modules need not be imported
+        if name == chosen:  # so that the modules of the other commands are not imported
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(subparser)
             subparser.set_defaults(main=module.main)

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def once(question: Callable[P, T]) -> Callable[P, T]:
-    """The function, run at its first call with an argument; a trace takes its answer as a constant.
+    """Run a function at its first call with an argument only. A trace takes its answer as a constant.
 
     ``torch.compiler.assume_constant_result`` says the same by the same attribute, but imports the compiler to say it.
     """

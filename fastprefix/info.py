@@ -1,6 +1,6 @@
-"""``python -m fastprefix info``: versions, devices, and which backends are usable, with the reason where not.
+"""Print versions, devices, and which backends are usable, with the reason where one is not (``fastprefix info``).
 
-With ``--model``, also how prompts would run on that model, and where prefixes go.
+With ``--model``, also print how prompts would run on that model, and which layers get prefixes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .ops.backends import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``info``'s options."""
+    """Add the options of ``info``."""
     parser.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print everything."""
+    """Print the report and return the exit status."""
     for line in lines():
         print(line)
     return 0 if args.model is None else _describe(args.model)
 
 
 def _describe(name: str) -> int:
-    """What methods would do on a model; exit status 1 where there is none."""
+    """Print how methods would run on a model, and return exit status 1 if there is no such model."""
     from .integrations.transformers.preview import preview
 
     print()
@@ -51,7 +51,7 @@ def _describe(name: str) -> int:
 
 
 def could_be_of_hub(name: str) -> bool:
-    """Whether the Hugging Face hub could have a model of this name: other names are paths."""
+    """Return True if the Hugging Face hub could have a model of this name. Other names are paths."""
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # there, not exported
 
     try:
@@ -62,7 +62,7 @@ def could_be_of_hub(name: str) -> bool:
 
 
 def lines() -> Iterator[str]:
-    """What is printed."""
+    """Yield the lines of the report."""
     yield f"fastprefix    {__version__}"
     yield f"python        {platform.python_version()} on {platform.platform()}"
     yield f"torch         {torch.__version__}"
@@ -86,7 +86,7 @@ def lines() -> Iterator[str]:
 
 
 def _version(package: str) -> str:
-    """From the package's metadata: nothing is imported."""
+    """Return the version of a package from its metadata, without importing it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parent.parent
+
 
 def aot(*options: str) -> subprocess.CompletedProcess[str]:
-    """In a fresh process: whether Triton interprets or compiles is settled when it is imported."""
+    """Run the tool in a fresh process, because the import of Triton settles if it interprets or compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastprefix", "aot", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.aot", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_80", " mma "), ("sm_90", " wgmma ")])
@@ -51,9 +54,9 @@ def test_narrow_and_padded_heads_and_rounded_products() -> None:
     ],
 )
 def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
-    from fastprefix.aot import SHARED_MEMORY
     from fastprefix.ops.prefix_attention.triton import tiles
     from fastprefix.ops.targets import architecture
+    from tools.aot import SHARED_MEMORY
 
     assert [architecture(capability) for capability in capabilities] == [row] * len(capabilities)
     assert row in tiles.ARCHITECTURES
@@ -63,10 +66,10 @@ def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
 
 COUNT = """
 import torch, triton
-from fastprefix import aot
 from fastprefix.ops.prefix_attention.triton import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
 from fastprefix.ops.prompt_embedding.triton import launch as embedding
+from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
@@ -81,7 +84,7 @@ def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 kinds = {}
-aot._pretend(80)
+aot.pretend_device(80)
 triton.knobs.runtime.jit_cache_hook = count
 options = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
 options |= {"softcap": None, "sinks": None, "scale": None, "is_causal": True, "dropout_p": 0.0}
@@ -105,14 +108,15 @@ print(len(kinds))
 
 def test_another_batch_or_length_compiles_nothing_anew() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", COUNT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["", "10"]
 
 
 def test_a_spill_is_not_acceptable() -> None:
-    from fastprefix.aot import Report
     from fastprefix.ops.prefix_attention.triton.tiles import Tile
+    from tools.aot import Report
 
     tile = Tile(64, 64, 64, 4, 2)
     known = ("fwd", "sm_90", "bfloat16", "D64", "full")

@@ -1,4 +1,4 @@
-"""``python -m fastprefix``: exit statuses and what is printed."""
+"""Test the command ``fastprefix``: exit statuses and printed lines."""
 
 import subprocess
 import sys

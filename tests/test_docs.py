@@ -73,7 +73,9 @@ def commands() -> list[str]:
             found += [line.partition(" #")[0].strip() for line in block.splitlines() if not line.startswith("#")]
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
-        found += [span for span in spans if re.match(r"(\w+=\S+ )*(make|python -m|python \S+\.py)\b", span)]
+        found += [
+            span for span in spans if re.match(r"(\w+=\S+ )*(make|fastprefix [a-z]|python -m|python \S+\.py)", span)
+        ]
     return sorted({command for command in found if command})
 
 
@@ -101,6 +103,8 @@ def test_commands_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         del words[0]
     if words[0] == "make":
         check_make(words[1:])
+    elif words[0] == "fastprefix":
+        run_until_parsed(runpy.run_module, words[0], words[1:], monkeypatch)
     elif words[:2] == ["python", "-m"]:
         run_until_parsed(runpy.run_module, words[2], words[3:], monkeypatch)
     elif words[0] == "python":

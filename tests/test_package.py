@@ -1,4 +1,4 @@
-"""What is distributed: the source distribution builds the wheel, and the wheel holds what is imported, and no more."""
+"""Test that the source distribution builds the wheel, and that the wheel holds the package and nothing else."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import fastprefix
 from fastprefix import _native
 
 ROOT = Path(__file__).parent.parent
+DEVELOPER_TOOLS = {path.name for path in (ROOT / "tools").iterdir()} - {"__init__.py", "__pycache__"}
 BUILD = """
 import os, sys, tarfile
 from setuptools import build_meta
@@ -84,6 +86,7 @@ def test_wheel(built: Distributions) -> None:
         f"fastprefix-{fastprefix.__version__}.dist-info",
     }
     assert "fastprefix/py.typed" in names
+    assert not any(Path(name).name in DEVELOPER_TOOLS for name in names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastprefix").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 
@@ -92,6 +95,18 @@ def test_wheel_is_used_from_a_folder(built: Distributions, tmp_path: Path) -> No
     zipfile.ZipFile(built.wheel).extractall(tmp_path / "site")
     printed = run(USE, folder=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert printed == [fastprefix.__version__, str(tmp_path / "site" / "fastprefix" / "__init__.py"), *"1238"]
+
+
+def test_commands_run_from_the_wheel(built: Distributions, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(built.wheel).extractall(site)
+    (command,) = metadata.Distribution.at(next(site.glob("*.dist-info"))).entry_points
+    assert (command.group, command.name) == ("console_scripts", "fastprefix")
+    module, _, function = command.value.partition(":")
+    program = f"import sys; from {module} import {function}; sys.exit({function}(sys.argv[1:]))"
+    assert "eager" in run(program, "info", folder=tmp_path, PYTHONPATH=str(site))
+    options = ("--shape", "1,2,1,3,5,4,8", "--dtype", "float32", "--backend", "eager", "--device", "cpu")
+    assert "prefix_attention" in run(program, "parity", *options, folder=tmp_path, PYTHONPATH=str(site))
 
 
 def test_libraries_of_another_pytorch_are_not_loaded(tmp_path: Path) -> None:

@@ -6,5 +6,5 @@ from latex2mathml.converter import convert
 
 
 def fence(source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **kwargs: Any) -> str:
-    """What Markdown's ``math`` blocks become; the arguments are those of ``pymdownx.superfences``."""
+    """Return a ``math`` block of Markdown as MathML. The arguments are those of ``pymdownx.superfences``."""
     return f'<div class="{css_class}">{convert(source, display="block")}</div>'

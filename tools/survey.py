@@ -18,9 +18,8 @@ import transformers
 from transformers import AutoConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import reports
+from fastprefix.integrations.transformers.conformance import Float64, reports
 from fastprefix.integrations.transformers.discovery import CopyError, parts, small_copy
-from tests.float64 import Float64
 
 SECONDS = 60
 UNSET: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import fastprefix
+from fastprefix.integrations.transformers.conformance import Float64
 from fastprefix.integrations.transformers.shared_prompt import has_dropout
-from tests.float64 import Float64
 
 from .survey import BOUND, LAYERS, WINDOW, Outcome, Survey, one_line, relative_error, small_model, time_limit
 

@@ -21,10 +21,10 @@ def instruction_set() -> str:
 
 
 def find_library(folder: Path, torch_version: str) -> Path | str:
-    """The library in ``folder`` for this machine and a PyTorch version, or why there is none.
+    """Return the library in ``folder`` for this machine and a PyTorch version, or the reason why there is none.
 
-    A library's name ends with the PyTorch that it was compiled against (``setup.py``): with another one it might load
-    and then crash, for PyTorch's C++ interface changes from one minor version to the next.
+    The name of a library ends with the PyTorch version that it was compiled against (``setup.py``). With another one it
+    might load and then crash, since PyTorch's C++ interface changes from one minor version to the next.
     """
     suffix = "_torch"
     wanted = "_".join(torch_version.split(".")[:2])

@@ -36,7 +36,7 @@ class ADePTConfig(PromptTuningConfig):
 
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":
-        """The largest bottleneck whose parameters, ``m d + 2 d r + r + d``, stay within ``trainable``."""
+        """Use the largest bottleneck whose parameters, ``m d + 2 d r + r + d``, stay within ``trainable``."""
         d = embedding_width(model)
         r = largest_within("trainable", trainable, fixed=(num_virtual_tokens + 1) * d, each=2 * d + 1)
         return cls(num_virtual_tokens, bottleneck_dim=r, **options)
@@ -65,7 +65,7 @@ class ADePT(PromptTuning):
             nn.init.zeros_(parameter)
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The network; it is the same for every token, generated ones too."""
+        """Return the network, which is the same for every token, generated ones too."""
         ffn = tuple(parameter.to(dtype) for parameter in (self.w1, self.b1, self.w2, self.b2))
         return {"ffn": ffn, "dropout_p": self.config.dropout if self.training else 0.0}
 

@@ -70,7 +70,7 @@ class APT(PrefixTuning):
                 nn.init.ones_(gate)
 
     def baked(self) -> PrefixTuning:
-        """The token gate depends on the input and stays; the layer gate and a reparameterisation are baked in."""
+        """Keep the token gate, which depends on the input, and bake the layer gate and a reparameterization in."""
         if not self.config.token_gate:
             return super().baked()
         if self.config.reparameterization is None and not self.config.layer_gate:
@@ -82,11 +82,11 @@ class APT(PrefixTuning):
         return baked
 
     def constant_gate(self, layer: int) -> Tensor | None:
-        """The layer gate."""
+        """Return the layer gate."""
         return self.layer_gates[layer] if self.config.layer_gate else None
 
     def needs_hidden(self) -> bool:
-        """The token-level gate is computed from hidden states."""
+        """Return True with a token-level gate, which is computed from hidden states."""
         return self.config.token_gate
 
     def prefix_gate(

@@ -80,16 +80,16 @@ class MethodConfig:
 
     @classmethod
     def method_name(cls) -> str:
-        """The name under which adapters of this method are saved."""
+        """Return the name under which adapters of this method are saved."""
         return next(name for name, (config, _) in METHODS.items() if config is cls)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain data, with the method's name."""
+        """Return the options as plain data, with the method's name."""
         return {"method": self.method_name(), **dataclasses.asdict(self)}
 
     @staticmethod
     def from_dict(options: dict[str, Any]) -> MethodConfig:
-        """The configuration that ``to_dict`` described.
+        """Return the configuration that ``to_dict`` described.
 
         Raises:
             ValueError: an unknown method, or an option that the method does not have.
@@ -104,7 +104,7 @@ class MethodConfig:
 
     @classmethod
     def _wrong_names(cls, names: Iterable[str]) -> str | None:
-        """What to say of names that are no options, with the closest ones that are; None: all are options."""
+        """Return a message about names that are no options, with the closest ones that are, or None."""
         known = sorted(field.name for field in dataclasses.fields(cls))
         unknown = sorted(set(names) - set(known))
         if not unknown:
@@ -135,7 +135,7 @@ class PromptMethod(nn.Module, ABC):
         """Initialise; ``table`` is the embedding table, ``init_ids`` ``[m]`` are a text's, for ``init="text"``."""
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments of ``prompt_embedding`` that say the offset, for tokens from ``first_position`` on."""
+        """Return the offset as arguments of ``prompt_embedding``, for tokens from ``first_position`` on."""
         return {}
 
     def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
@@ -171,7 +171,7 @@ class PrefixMethod(nn.Module, ABC):
         return None
 
     def baked(self) -> PrefixMethod:
-        """The same for inference, from fewer parameters: what does not depend on the input is computed once.
+        """Return a method for inference that computes nothing again that does not depend on the input.
 
         Raises:
             ValueError: there is nothing of that kind, and why.
@@ -185,7 +185,7 @@ class PrefixMethod(nn.Module, ABC):
     def prefix_gate(
         self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
     ) -> Tensor | None:
-        """The prefix gate of a layer, or None.
+        """Return the prefix gate of a layer, or None.
 
         ``hidden`` ``[B, N, d]`` is what enters the layer, ``attended`` bool ``[B, N]`` says which tokens are no
         padding (None: all), and ``sequences`` int ``[B, N]`` which sequence of a packed row each belongs to, counted
@@ -194,5 +194,5 @@ class PrefixMethod(nn.Module, ABC):
         return None
 
     def output_gate(self, layer: int) -> Tensor | None:
-        """The output gate of a layer, or None for one joint softmax."""
+        """Return the output gate of a layer, or None for one joint softmax."""
         return None

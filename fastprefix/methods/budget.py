@@ -12,7 +12,7 @@ def embedding_width(model: nn.Module) -> int:
 
 
 def largest_within(name: str, budget: int, *, fixed: int, each: int) -> int:
-    """The largest count with ``fixed + count * each <= budget``.
+    """Return the largest count with ``fixed + count * each <= budget``.
 
     Raises:
         ValueError: not even a count of 1 fits.

@@ -39,7 +39,7 @@ class DePTConfig(PromptTuningConfig):
     def for_budget(
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, max_length: int = 256, **options: Any
     ) -> "DePTConfig":
-        """The largest rank whose parameters, ``m d + r (T + d)``, stay within ``trainable``."""
+        """Use the largest rank whose parameters, ``m d + r (T + d)``, stay within ``trainable``."""
         d = embedding_width(model)
         rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=max_length + d)
         return cls(num_virtual_tokens, rank=rank, max_length=max_length, **options)
@@ -57,7 +57,7 @@ class DePT(PromptTuning):
         self.b = nn.Parameter(torch.empty(config.rank, shape.width))
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """``a ~ U(-1/sqrt(r), 1/sqrt(r))``, ``b = 0``."""
+        """Draw ``a ~ U(-1/sqrt(r), 1/sqrt(r))``, and set ``b = 0``."""
         super().reset_parameters(table, init_ids)
         bound = 1.0 / math.sqrt(self.config.rank)
         nn.init.uniform_(self.a, -bound, bound)

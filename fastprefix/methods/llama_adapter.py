@@ -49,7 +49,7 @@ class LlamaAdapter(PrefixMethod):
 
     @classmethod
     def chosen_layers(cls, config: LlamaAdapterConfig, shapes: Sequence[AttentionShape]) -> range:
-        """The last ``layers`` of them."""
+        """Return the last ``layers`` of them."""
         count = len(shapes)
         layers = count if config.layers is None else config.layers
         if layers > count:

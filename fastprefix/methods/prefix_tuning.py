@@ -137,7 +137,7 @@ class ReparameterizedPrefix(nn.Module):
         return [s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
 
     def reset_parameters(self) -> None:
-        """The embedding like a table's, the layers as PyTorch initialises them."""
+        """Initialize the embedding like a table, and the layers as PyTorch does."""
         nn.init.normal_(self.embedding, std=1.0)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
@@ -205,7 +205,7 @@ class PrefixTuning(PrefixMethod):
         self.prefix.set(prefixes)
 
     def baked(self) -> PrefixTuning:
-        """A free prefix: a reparameterisation is computed, and gates are multiplied in."""
+        """Return a free prefix: compute a reparameterization, and multiply gates in."""
         config = PrefixTuningConfig(
             self.config.num_virtual_tokens,
             modules_to_save=self.config.modules_to_save,
@@ -224,7 +224,7 @@ class PrefixTuning(PrefixMethod):
         return [(w * key, w * value) for w, (key, value) in zip(weights, self.prefixes(), strict=True)]
 
     def constant_gate(self, layer: int) -> Tensor | None:
-        """What of a layer's gate does not depend on the input, a scalar or ``[m]``, or None."""
+        """Return the part of a layer's gate that does not depend on the input, a scalar or ``[m]``, or None."""
         return self.prefix_gate(layer, None, None)
 
 

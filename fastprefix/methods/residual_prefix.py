@@ -73,7 +73,7 @@ class ResidualPrefix(PrefixTuning):
         return torch.sigmoid(self.gate_logits[layer if self.config.per_layer_gate else 0])
 
     def gate_weights(self) -> Tensor | None:
-        """The gate's values now, ``[m]`` or ``[L, m]``; None without a gate."""
+        """Return the values of the gate now, ``[m]`` or ``[L, m]``, or None without a gate."""
         if not self.config.gate:
             return None
         weights = torch.sigmoid(self.gate_logits.detach())

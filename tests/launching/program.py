@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gpu import run_case
 from fastprefix.ops import backends, prefix_attention, prompt_embedding
 from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
@@ -96,12 +95,22 @@ def pretend(folder: str) -> None:
     backends.BACKENDS["triton"] = backends.Backend("triton", None, lambda device: None)
 
 
+def run_forward_and_backward(case: Case) -> None:
+    """Run a case on the Triton backend, with the gradients of all its tensors."""
+    inputs = case.build(torch.bfloat16)
+    tensors = [tensor for tensor in leaves(tuple(inputs.tensors.values())) if tensor.is_floating_point()]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    output = case.operation(**inputs.tensors, **inputs.options, backend="triton")
+    torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)
+
+
 def main(folder: str) -> None:
     pretend(folder)
     target = Target()
     prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
     for case in CASES:
-        run_case(case, torch.bfloat16, "cpu", "triton")
+        run_forward_and_backward(case)
     print(*sorted(target.launched), sep="\n")
 
 

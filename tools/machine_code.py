@@ -1,4 +1,4 @@
-"""What the compiler made of a Triton kernel, read with the tools that Triton brings along."""
+"""Read the machine code of a compiled Triton kernel, with the tools that Triton brings along."""
 
 import re
 import subprocess
@@ -6,28 +6,28 @@ import tempfile
 from pathlib import Path
 
 _SHORTEST_LOOP = 8
-"""Instructions. Shorter ones are no loops of the kernel's, but the padding at its end and waits on barriers."""
+"""Instructions. Shorter loops are padding at the end of a kernel, or wait on barriers."""
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack (which is where spills go) a thread."""
-    usage = _tool(cubin, "cuobjdump", "-res-usage")
+def read_resources(cubin: bytes) -> tuple[int, int]:
+    """Return the registers and the bytes of stack (which is where spills go) of a thread."""
+    usage = _run_tool(cubin, "cuobjdump", "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def matrix_instructions(ptx: str) -> str:
-    """How many products of matrices there are, by the kind of instruction."""
+def count_matrix_instructions(ptx: str) -> str:
+    """Return the number of matrix products by the kind of instruction, as text."""
     counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
     return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
 
 
-def loops(cubin: bytes) -> tuple[int, ...]:
-    """Instructions that a warp issues in each innermost loop, in their order: jumps back tell where one begins."""
+def find_loops(cubin: bytes) -> tuple[int, ...]:
+    """Return how many instructions each innermost loop has, in order. A jump back marks the beginning of a loop."""
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     position = 0
-    for line in _tool(cubin, "nvdisasm", "-c").splitlines():
+    for line in _run_tool(cubin, "nvdisasm", "-c").splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = position
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -39,7 +39,7 @@ def loops(cubin: bytes) -> tuple[int, ...]:
     return tuple(end - start + 1 for start, end in sorted(inner))
 
 
-def _tool(cubin: bytes, name: str, option: str) -> str:
+def _run_tool(cubin: bytes, name: str, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

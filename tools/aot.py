@@ -1,11 +1,14 @@
-"""``python -m fastprefix aot``: compile every Triton kernel in the tiles of the tables, without a GPU, and report.
+"""Compile every Triton kernel in the tiles of the tables, without a GPU, and report what the compiler made of it.
 
-The launches are those of real calls, on tensors without storage: what is compiled is what would run. Registers, spills
-and the lengths of loops come from the compiled machine code, matrix instructions from the PTX.
+The launches are those of real calls, on tensors without storage, so the compiled kernels are the ones that would run.
+Registers, spills and the lengths of loops come from the compiled machine code, matrix instructions from the PTX.
+
+Usage, from the root of a checkout: python -m tools.aot [--quick] [--arch sm_90] ...
 """
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine_code
-from .ops.prefix_attention import arguments as attention
-from .ops.prefix_attention.validation import canonical_arguments as attention_arguments
-from .ops.prompt_embedding import arguments as embedding
-from .ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
+from fastprefix.ops.prefix_attention import arguments as attention
+from fastprefix.ops.prefix_attention.validation import canonical_arguments as attention_arguments
+from fastprefix.ops.prompt_embedding import arguments as embedding
+from fastprefix.ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
+from tools import machine_code
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block can have."""
@@ -52,7 +55,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel. ``size`` is the width of the heads, or the bottleneck."""
+    """The outcome of compiling one kernel. ``size`` is the width of the heads, or the bottleneck."""
 
     kernel: str
     arch: str
@@ -69,7 +72,7 @@ class Report:
 
     @property
     def fault(self) -> str | None:
-        """Why this is not acceptable; None: it is."""
+        """Return the reason why the outcome is not acceptable, or None."""
         if self.failure is not None:
             return f"does not compile: {self.failure}"
         if self.shared > SHARED_MEMORY[self.arch]:
@@ -79,7 +82,7 @@ class Report:
         return None
 
     def line(self) -> str:
-        """One line of the table."""
+        """Return one line of the table."""
         tile = f"{'x'.join(map(str, self.tile[:3]))} w{self.tile.warps} s{self.tile.stages}"
         columns = (
             f"{self.arch} {self.dtype:8} {self.size:<4} {self.kernel:24} {tile:19} {self.registers:>3} registers "
@@ -90,24 +93,27 @@ class Report:
         return "  ".join(filter(None, (columns, loops and f"loops of {loops}", self.features, verdict)))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = argparse.ArgumentParser("python -m tools.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
     parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="of the heads")
     parser.add_argument("--features", nargs="+", choices=list(_FEATURES), default=list(_FEATURES))
     parser.add_argument("--bottleneck", nargs="+", type=int, choices=_BOTTLENECKS, default=list(_BOTTLENECKS), help="r")
     parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
+    return parser
 
 
-def main(options: argparse.Namespace) -> int:
-    """Compile, print, and return the exit status: 1 where something is not acceptable."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, and return the exit status: 1 if an outcome is not acceptable."""
+    options = build_parser().parse_args(argv)
     if options.quick:
         options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
         options.bottleneck = _QUICK_BOTTLENECKS
     faults = count = 0
     combinations = itertools.product(options.arch, options.dtype, options.width, options.features)
-    of_attention = (combination for combination in combinations if _wanted(*combination))
+    of_attention = (combination for combination in combinations if _is_wanted(*combination))
     of_embedding = itertools.product(
         options.arch, [name for name in options.dtype if name != "tf32"], options.bottleneck
     )
@@ -122,8 +128,8 @@ def main(options: argparse.Namespace) -> int:
     return int(faults > 0)
 
 
-def _wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
-    """Whether one combination is compiled."""
+def _is_wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
+    """Return True if a combination is compiled."""
     if width in _SAMPLED:
         return dtype_name == "bfloat16" and features in _SAMPLED_FEATURES
     return dtype_name != "tf32" or features in _SAMPLED_FEATURES
@@ -131,7 +137,7 @@ def _wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
 
 def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
     """Compile the kernels of a training step and of a decoding step."""
-    from .ops.prefix_attention.triton import launch
+    from fastprefix.ops.prefix_attention.triton import launch
 
     dtype = _DTYPES[dtype_name]
     compiler = _Compiler(arch, dtype_name, f"D{width}", features)
@@ -152,7 +158,7 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
     """Compile the kernels of ADePT's training step and DePT's forward pass, with a bottleneck or rank of r."""
-    from .ops.prompt_embedding.triton import launch
+    from fastprefix.ops.prompt_embedding.triton import launch
 
     B, N, S, V, d = 4, 512, 60, 1000, 1024
 
@@ -185,7 +191,10 @@ def _attention(
     sinks: bool = False,
     **options: Any,
 ) -> attention.Arguments:
-    """Arguments of a call, without storage: a gate of 3 or 4 dimensions, a mask of keys, mask and bias of pairs."""
+    """Return the arguments of a call, without storage.
+
+    The gate has 3 or 4 dimensions, the mask is one of keys or, with ``pairwise``, one of pairs, together with a bias.
+    """
     B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -211,7 +220,7 @@ def _attention(
 
 
 class _Compiler:
-    """A target that compiles what it is asked to launch, once."""
+    """A target that compiles each kernel that it is asked to launch, once."""
 
     processors = 132
     split_from = 256
@@ -221,7 +230,7 @@ class _Compiler:
         self.reports: list[Report] = []
         self._dtype, self._size, self._features = dtype, size, features
         self._seen: set[str] = set()
-        _pretend(int(arch.removeprefix("sm_")))
+        pretend_device(int(arch.removeprefix("sm_")))
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
@@ -237,9 +246,9 @@ class _Compiler:
         except Exception as failure:  # whatever the compiler raises is a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return
-        registers, spill = machine_code.resources(compiled.asm["cubin"])
-        matrix = machine_code.matrix_instructions(compiled.asm["ptx"])
-        loops = machine_code.loops(compiled.asm["cubin"])
+        registers, spill = machine_code.read_resources(compiled.asm["cubin"])
+        matrix = machine_code.count_matrix_instructions(compiled.asm["ptx"])
+        loops = machine_code.find_loops(compiled.asm["cubin"])
         self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix, loops))
 
 
@@ -249,8 +258,8 @@ def _innermost(failure: BaseException) -> str:
     return str(failure).strip().splitlines()[-1] if str(failure).strip() else ""
 
 
-def _pretend(capability: int) -> None:
-    """Let Triton compile for a device that is not there."""
+def pretend_device(capability: int) -> None:
+    """Let Triton compile for a device that this machine does not have."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -265,3 +274,7 @@ def _pretend(capability: int) -> None:
             return GPUTarget("cuda", capability, 32)
 
     triton.runtime.driver.set_active(Driver())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
