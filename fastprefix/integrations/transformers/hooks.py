@@ -28,7 +28,7 @@ READ_ARGUMENTS = frozenset(
     {
         *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "use_cache"),
         *("decoder_input_ids", "decoder_attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
-        *("output_attentions", "output_hidden_states", "output_router_logits"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
     }
 )
 """The arguments of models that are read or written by name. Caches are found by type instead."""
@@ -103,7 +103,8 @@ def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
     kinds = (transformers.LlamaModel, transformers.BertModel, transformers.BartModel)
     arguments = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
     settings = vars(transformers.MixtralConfig()).keys() | set(dir(transformers.MixtralConfig))
-    return frozenset(arguments | TransformersKwargs.__annotations__.keys()), frozenset(settings)
+    decorated = {"return_dict"}  # a decorator's, which no signature shows
+    return frozenset(arguments | TransformersKwargs.__annotations__.keys() | decorated), frozenset(settings)
 
 
 def _cache_parameters(forward: Callable[..., Any]) -> list[str]:
@@ -162,6 +163,12 @@ class Interception:
     def is_innermost(self) -> bool:
         """Return whether the forward inside is that of the module's class."""
         return self.inner is None or getattr(self.inner, "__func__", None) is type(self.module).forward
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """Return the code of the module's own forward, whose file ``torch.export`` names."""
+        code: types.CodeType = type(self.module).forward.__code__
+        return code
 
     @property
     def __wrapped__(self) -> Forward:

@@ -330,6 +330,8 @@ class PromptHooks:
             return forward(*args, **kwargs)
         insertion.entered = True
         args, kwargs = _without_columns(args, kwargs, columns)
+        if isinstance(positions := kwargs.get("position_ids"), Tensor):
+            kwargs["position_ids"] = positions - columns  # the prompt has no place in the block
         rows = forward(*args, **kwargs)
         return rows if columns == 0 else self._before(rows)
 

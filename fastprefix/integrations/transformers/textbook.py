@@ -44,7 +44,9 @@ class PromptTextbook:
         self.method = method
         self.placeholder = placeholder
         halves = model.config.is_encoder_decoder
-        self.backbone: nn.Module = model.base_model if halves else backbone_of(model)
+        self.backbone: nn.Module = model.get_encoder() if halves else backbone_of(model)
+        if halves:
+            model.get_decoder().register_forward_pre_hook(self._show_prompt, with_kwargs=True)
         self.names = parameter_names(self.backbone)
         self.inserted = 0
         self.tokens = 0
@@ -75,7 +77,8 @@ class PromptTextbook:
         mask = arguments.get("attention_mask")
         if mask is not None:
             arguments["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
-        if (positions := arguments.get("position_ids")) is not None:
+        positions = arguments.get("position_ids")
+        if positions is not None:
             front = torch.arange(self.inserted, device=positions.device).expand(*positions.shape[:-1], -1)
             arguments["position_ids"] = torch.cat([front + self.first, positions + length], dim=-1)
         for name, value in arguments.items():
@@ -84,10 +87,19 @@ class PromptTextbook:
         if rows is not None:
             arguments["inputs_embeds"] = self._changed(rows)
         elif self.block is not None:
-            arguments["inputs_embeds"] = self._front(self._run_block(arguments.pop("input_ids"), mask))
+            arguments["inputs_embeds"] = self._front(self._run_block(arguments.pop("input_ids"), mask, positions))
         else:
             arguments["input_ids"] = nn.functional.pad(given, (self.inserted, 0), value=self.placeholder)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
+
+    def _show_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of a decoder: all of its tokens see the prompt before the encoder's."""
+        arguments = by_name(parameter_names(module), args, kwargs)
+        mask, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
+        if mask is None or states is None:
+            return None
+        extended = nn.functional.pad(mask, (states.shape[1] - mask.shape[1], 0), value=1)
+        return (), {**arguments, "encoder_attention_mask": extended}
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
@@ -106,9 +118,9 @@ class PromptTextbook:
         prompt = self.method.prompt[: self.inserted].to(rows.dtype).expand(len(rows), -1, -1)
         return torch.cat([prompt, rows], dim=1)
 
-    def _run_block(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _run_block(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         assert self.block is not None
-        given = {"input_ids": ids, "attention_mask": mask}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         inserted, self.inserted = self.inserted, 0
         try:
             names = parameter_names(self.block)
@@ -122,13 +134,23 @@ class PromptTextbook:
         if self.inserted == 0 or self.model.config.is_encoder_decoder:
             return None
         cropped = _cropped(output, self.inserted, self.inserted + self.tokens)
-        pooler = getattr(module, "pooler", None)
-        if isinstance(cropped, ModelOutput):
-            if cropped.get("pooler_output") is not None and isinstance(pooler, nn.Module):
-                cropped["pooler_output"] = pooler(cropped[0])
-        elif isinstance(pooler, nn.Module):
-            cropped = (cropped[0], pooler(cropped[0]), *cropped[2:])
+        if not isinstance(getattr(module, "pooler", None), nn.Module):
+            return cropped
+        if not isinstance(cropped, ModelOutput):
+            return cropped[0], _pooled(module, cropped[0]), *cropped[2:]
+        if cropped.get("pooler_output") is not None:
+            cropped["pooler_output"] = _pooled(module, cropped[0])
         return cropped
+
+
+def _pooled(module: Any, states: Tensor) -> Tensor:
+    """Return what a backbone pools from states; ALBERT's pooler gets the first token alone."""
+    pooled: Tensor
+    if isinstance(module.pooler, nn.Linear):
+        pooled = module.pooler_activation(module.pooler(states[:, 0]))
+    else:
+        pooled = module.pooler(states)
+    return pooled
 
 
 def _is_of_tokens(value: Any, given: Tensor) -> bool:
@@ -262,6 +284,8 @@ class PrefixTextbook:
             setattr(layer.module, _BOOK, self)
         model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.base_model.register_forward_hook(self._end)
+        if model.config.is_encoder_decoder:
+            model.get_encoder().register_forward_pre_hook(self._begin_encoder, with_kwargs=True)
         if self.shift:
             self._move_positions()
 
@@ -278,6 +302,13 @@ class PrefixTextbook:
         if self.model.config.is_encoder_decoder:
             self.padding["decoder"] = inputs.get("decoder_attention_mask")
         self.gates = dict(getattr(cache, _GATES, {})) if self.past else {}
+        self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
+
+    def _begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an encoder, which generation calls by itself."""
+        mask = by_name(parameter_names(module), args, kwargs).get("attention_mask")
+        self.gates = {}
+        self.padding = {"encoder": mask, "decoder": None}
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
