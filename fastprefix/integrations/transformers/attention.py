@@ -135,13 +135,14 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
         return False
 
 
-def window_bias(query: Tensor, window: int | None, length: int, past: int) -> Tensor | None:
+def window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
     """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
 
     The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
-    None: the window reaches over everything.
+    A call has so many ``tokens`` (0: as many as queries); some layers get the last queries only. None: the window
+    reaches over everything.
     """
-    end = length + past + query.shape[2]
+    end = length + past + max(tokens, query.shape[2])
     if window is None or end <= window:
         return None
     positions = torch.arange(end - query.shape[2], end, device=query.device)[:, None]
@@ -252,8 +253,7 @@ class GivenPrefix:
 
     def bias(self, query: Tensor) -> Tensor | None:
         """What hides the prefix that the window does not reach."""
-        before = self.past + max(self.tokens - query.shape[2], 0)
-        return window_bias(query, self.window, self.key.shape[1], before)
+        return window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -688,11 +688,28 @@ class Situations:
                 module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
         model.train()
         try:
-            return _difference(_evaluated(self.subject, training), expected)
+            compared = _difference(_evaluated(self.subject, training), expected)
+            if reentrant and compared.error > BOUND and not self._checkpoints_reentrantly():
+                raise _Absent("the model itself gives other gradients with reentrant gradient checkpointing")
+            return compared
         finally:
             model.gradient_checkpointing_disable()
             model.eval()
             self.book.model.eval()
+
+    def _checkpoints_reentrantly(self) -> bool:
+        """Return whether reentrant checkpointing leaves the gradients of the model without a method as they are."""
+        model: Any = copy.deepcopy(self.plain).train()
+        weight = model.get_input_embeddings().weight.requires_grad_(True)
+        plain, found = _Subject(model.__call__, model, [weight]), []
+        for kind in (False, True):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
+            for module in model.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=kind)
+            torch.manual_seed(0)
+            found.append(_evaluated(plain, self._plainest))
+        return _difference(*found).error <= BOUND
 
     def _states(self, which: Any) -> Make:
         return lambda run: _values(run(**self._given(), output_hidden_states=which))

@@ -243,6 +243,14 @@ def past_length(arguments: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def tokens_in(arguments: Mapping[str, Any]) -> int:
+    """Return how many tokens a row of a call has, be they given as ids or as embeddings."""
+    ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return int(ids.shape[-1])
+    return int(rows.shape[-2]) if isinstance(rows, Tensor) else 0
+
+
 def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool:
     """Tell whether a call asks for an output by an argument, or by default its module's configuration does."""
     asked = arguments.get(name)

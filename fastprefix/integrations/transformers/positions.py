@@ -21,6 +21,8 @@ class Positions(NamedTuple):
     """The position of the first token."""
     limit: int | None
     """The number of positions in a table of learned ones; None without such a table."""
+    by_ids: int | None
+    """The id of padding if positions follow from the ids, which do not count it (RoBERTa); None otherwise."""
     by_mask: bool
     """True if padding is not counted: positions follow from the attention mask (OPT)."""
     by_length: int | None
@@ -44,7 +46,8 @@ class Positions(NamedTuple):
             handed = _stopped(backbone, reader, _handed_positions)
             first = first if handed is None else int(handed.min())
         by_mask = table is not None and _counts_by_mask(backbone, table)
-        return cls(first, limit, by_mask, _same_frequencies_up_to(reader), reader)
+        by_ids = None if table is None or not _counts_by_ids(backbone, table) else table.padding_idx
+        return cls(first, limit, by_ids, by_mask, _same_frequencies_up_to(reader), reader)
 
     def moved(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
         """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
@@ -60,6 +63,9 @@ class Positions(NamedTuple):
         counted = False
         if given is not None:
             positions: Tensor = given + shift
+        elif self.by_ids is not None and (ids := arguments.get("input_ids")) is not None:
+            seen = ids.ne(self.by_ids).long()
+            positions = (seen.cumsum(-1) + past + shift) * seen + self.by_ids
         elif self.by_mask and isinstance(mask, Tensor) and mask.ndim == 2:
             seen = mask.long()
             positions = ((seen.cumsum(1) + shift) * seen - 1)[:, -count:]
@@ -156,12 +162,18 @@ class _Stopped(Exception):  # noqa: N818 (nothing is wrong)
 
 
 def _stopped(
-    backbone: nn.Module, module: nn.Module, look: Callable[..., Tensor | None], mask: Sequence[int] = (1, 1, 1)
+    backbone: nn.Module,
+    module: nn.Module,
+    look: Callable[..., Tensor | None],
+    mask: Sequence[int] = (1, 1, 1),
+    first: int | None = None,
 ) -> Tensor | None:
     """Run a model on three tokens until it calls a module, and return what is seen there; None if it does not run."""
     device = next(backbone.parameters()).device
     padding = getattr(getattr(backbone, "config", None), "pad_token_id", None)
     ids = torch.full((1, 3), 1 if padding == 0 else 0, device=device)
+    if first is not None:
+        ids[0, 0] = first
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         raise _Stopped(look(module, args, kwargs, *output))
@@ -197,6 +209,14 @@ def _read_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _counts_by_mask(backbone: nn.Module, table: nn.Embedding) -> bool:
     """Tell whether padding before a token changes which row of the table it gets."""
     plain, padded = (_stopped(backbone, table, _read_rows, mask) for mask in ((1, 1, 1), (0, 1, 1)))
+    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
+
+
+def _counts_by_ids(backbone: nn.Module, table: nn.Embedding) -> bool:
+    """Tell whether a padding id before a token changes which row of the table the token gets."""
+    if table.padding_idx is None:
+        return False
+    plain, padded = (_stopped(backbone, table, _read_rows, first=first) for first in (None, table.padding_idx))
     return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
 
 

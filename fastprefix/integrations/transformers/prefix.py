@@ -44,6 +44,7 @@ from .hooks import (
     refuse_one_row_masks,
     refuse_replicas,
     rows_for_masks,
+    tokens_in,
 )
 from .positions import PositionShift, packed_sequences, refuse_packed
 from .switching import Implementation, takes_text
@@ -263,7 +264,7 @@ class LayerBinding:
     def bias(self, query: Tensor) -> Tensor | None:
         """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
         length = self.attachment.method.config.num_virtual_tokens
-        return window_bias(query, self.window, length, self.attachment.past)
+        return window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         method, attachment = self.attachment.method, self.attachment
@@ -385,16 +386,14 @@ class PrefixHooks:
         return arguments
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
-        given = arguments.get("input_ids")
-        if given is None:
-            given = arguments.get("inputs_embeds")
-        if given is not None and not getattr(find_cache(arguments), "is_compileable", False):
-            tokens = past_length(arguments) + given.shape[given.ndim - 1 - given.is_floating_point()]
+        if not getattr(find_cache(arguments), "is_compileable", False):
+            tokens = past_length(arguments) + tokens_in(arguments)
             check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
 
     def _forget_gates(self) -> None:
         """Begin without gates of sequences: nothing of a former call is left."""
         self.past = 0  # tokens in the cache of the call in progress
+        self.tokens = 0  # of that call
         self.held = HeldGates()  # gates of the sequences in that cache
         self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
         self.begun: Tensor | None = None  # which of them had a token in the call; None: all
@@ -404,6 +403,7 @@ class PrefixHooks:
         """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
         self._forget_gates()
         self.past = past_length(arguments)
+        self.tokens = tokens_in(arguments)
         if not self.method.needs_hidden():
             return
         if self.past > 0:

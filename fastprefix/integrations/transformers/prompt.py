@@ -469,16 +469,16 @@ def crop_rows(output: Any, inserted: int, tokens: int) -> Any:
     if inserted == 0:
         return output
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == inserted + tokens:
-            return value[:, inserted:]
-        return tuple(map(cut, value)) if isinstance(value, tuple) else value
+    def cut(value: Any, states: bool) -> Any:
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-2] == inserted + tokens:
+            return value[..., inserted:, :] if states or value.ndim == 3 else value
+        return tuple(cut(each, states) for each in value) if isinstance(value, tuple) else value
 
     if isinstance(output, ModelOutput):
-        for name, value in list(output.items()):
-            output[name] = cut(value)
+        for name, value in list(output.items()):  # Gemma 3n's hidden states have a dimension before the batch
+            output[name] = cut(value, "hidden_state" in name)
         return output
-    return cut(output)
+    return cut(output, False)
 
 
 def flatten_leading(arguments: dict[str, Any]) -> tuple[torch.Size | None, dict[str, Any]]:

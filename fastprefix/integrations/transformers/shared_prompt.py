@@ -33,6 +33,7 @@ from .hooks import (
     past_length,
     reentrant,
     refuse_replicas,
+    tokens_in,
 )
 from .positions import Positions, PositionShift, is_packed
 from .prompt import PromptHooks, flatten_leading, unflatten_leading
@@ -55,6 +56,7 @@ class SharedPrompt:
         self.prefixes: dict[int, Prefix] | None = None
         self.capturing = False
         self.past = 0  # tokens in the cache of the call in progress
+        self.tokens = 0  # of that call
 
     def bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
         """What each layer's attention module is bound to."""
@@ -71,7 +73,7 @@ class SharedPrompt:
 
     def __getstate__(self) -> dict[str, Any]:
         """What lives only while a model runs is not copied or pickled."""
-        return {"prefixes": None, "capturing": False, "past": 0}
+        return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0}
 
 
 class SharedBinding:
@@ -101,7 +103,7 @@ class SharedBinding:
         """A sliding window cuts the prompt as it does the tokens."""
         assert self.shared.prefixes is not None
         length = self.shared.prefixes[self.index][0].shape[1]
-        return window_bias(query, self.window, length, self.shared.past)
+        return window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
 
 
 class PromptCall(NamedTuple):
@@ -186,7 +188,7 @@ class SharedPromptHooks(PromptHooks):
         given = self.given(arguments)
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
-        self.shared.past = past
+        self.shared.past, self.shared.tokens = past, tokens_in(arguments)
         self.shared.prefixes = self.prefixes_for(arguments)
         self.shift.begin(arguments, length)
         output = self.run_with_offset(forward, arguments, past)

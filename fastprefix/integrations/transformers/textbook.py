@@ -21,7 +21,7 @@ from ... import reference
 from ...methods import PrefixMethod, PromptMethod
 from .attention import added, full_mask
 from .discovery import Layer, backbone_of, first_tensor
-from .hooks import by_name, find_cache, parameter_names
+from .hooks import by_name, find_cache, parameter_names, tokens_in
 from .switching import is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
@@ -158,16 +158,16 @@ def _is_of_tokens(value: Any, given: Tensor) -> bool:
     return is_integer and value.ndim >= 2 and value.shape[:2] == given.shape[:2]
 
 
-def _cropped(output: Any, first: int, rows: int) -> Any:
+def _cropped(output: Any, first: int, rows: int, states: bool = False) -> Any:
     """Return an output whose states have so many rows without the first ones."""
     if isinstance(output, ModelOutput):
         for name, value in list(output.items()):
-            output[name] = _cropped(value, first, rows)
+            output[name] = _cropped(value, first, rows, "hidden_state" in name)
         return output
     if isinstance(output, tuple):
-        return tuple(_cropped(value, first, rows) for value in output)
-    has_rows = isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] == rows
-    return output[:, first:] if has_rows else output
+        return tuple(_cropped(value, first, rows, states) for value in output)
+    has_rows = isinstance(output, Tensor) and output.ndim >= 3 and output.shape[-2] == rows
+    return output[..., first:, :] if has_rows and (states or output.ndim == 3) else output
 
 
 def _block_around(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | None:
@@ -268,7 +268,7 @@ class PrefixTextbook:
         self.hidden: dict[int, Tensor] = {}
         self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # pooled from first tokens, and which rows have begun
         self.padding: dict[str, Tensor | None] = {}
-        self.past = 0
+        self.past = self.tokens = 0
         self.shift = method.config.num_virtual_tokens if method.config.prefix_position == "shift" else 0
         AttentionInterface.register(_NAME, self._attend_anywhere)
         AttentionMaskInterface.register(_NAME, full_mask)
@@ -298,6 +298,7 @@ class PrefixTextbook:
         inputs = by_name(parameter_names(module), args, kwargs)
         mask, cache = inputs.get("attention_mask"), find_cache(inputs)
         self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.tokens = tokens_in(inputs)
         self.padding = {"encoder": mask, "decoder": mask}
         if self.model.config.is_encoder_decoder:
             self.padding["decoder"] = inputs.get("decoder_attention_mask")
@@ -391,7 +392,8 @@ class PrefixTextbook:
         if mask is not None:
             mask = nn.functional.pad(mask, columns)
             if window is not None:
-                ahead = torch.arange(query.shape[2])[:, None] + self.past + self.shift - torch.arange(self.shift)
+                first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
+                ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
                 hidden = nn.functional.pad(ahead >= window, (0, key.shape[2]))
                 mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
             mask = mask[:, :, rows]
