@@ -131,7 +131,7 @@ def _wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
 
 def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
     """Compile the kernels of a training step and of a decoding step."""
-    from .ops.prefix_attention.triton import launch
+    from .ops.prefix_attention.triton_backend import launch
 
     dtype = _DTYPES[dtype_name]
     compiler = _Compiler(arch, dtype_name, f"D{width}", features)
@@ -142,9 +142,9 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype_name == "tf32" else "ieee"
     try:
-        output, normalizers = launch.forward(a, compiler)
-        launch.backward(output, output, normalizers, a, needs, compiler)
-        launch.forward(_attention(dtype, width, 1, **_FEATURES[features]), compiler)
+        output, normalizers = launch.forward(*a, target=compiler)
+        launch.backward(output, output, normalizers, needs, *a, target=compiler)
+        launch.forward(*_attention(dtype, width, 1, **_FEATURES[features]), target=compiler)
     finally:
         matmul.fp32_precision = before
     yield from compiler.reports
@@ -152,7 +152,7 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
     """Compile the kernels of ADePT's training step and DePT's forward pass, with a bottleneck or rank of r."""
-    from .ops.prompt_embedding.triton import launch
+    from .ops.prompt_embedding.triton_backend import launch
 
     B, N, S, V, d = 4, 512, 60, 1000, 1024
 
@@ -169,7 +169,7 @@ def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
         dropout_p = 0.1 if method == "ADePT" else 0.0
         a = embedding_arguments(ids, tensor(V, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
         needs = [getattr(a, name) is not None for name in embedding.DIFFERENTIABLE]
-        launch.backward(launch.forward(a, compiler), a, needs, compiler)
+        launch.backward(launch.forward(*a, target=compiler), needs, *a, target=compiler)
         yield from compiler.reports
 
 
@@ -184,7 +184,7 @@ def _attention(
     pairwise: bool = False,
     sinks: bool = False,
     **options: Any,
-) -> attention.Arguments:
+) -> attention.AttentionArguments:
     """Arguments of a call, without storage: a gate of 3 or 4 dimensions, a mask of keys, mask and bias of pairs."""
     B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.ops.prompt_embedding import reference
-from fastprefix.ops.prompt_embedding.arguments import Arguments
+from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
 from fastprefix.ops.prompt_embedding.registration import OPERATION
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ def arguments(
     r: int = 7,
     p: float = 0.0,
     ids_dtype: torch.dtype = torch.int64,
-) -> Arguments:
+) -> EmbeddingArguments:
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -40,14 +40,14 @@ def arguments(
     ffn = [normal(d, r) / d**0.5, normal(r), normal(r, d), normal(d)] if kind == "adept" else [None] * 4
     low_rank = [normal(N + 2, r), normal(r, d)] if kind == "dept" else [None] * 2
     seed = torch.tensor([987654321987654321]) if p else None
-    return Arguments(ids, normal(V, d), normal(S, d), *ffn, *low_rank, seed, 0.5, p)
+    return EmbeddingArguments(ids, normal(V, d), normal(S, d), *ffn, *low_rank, seed, 0.5, p)
 
 
-def cast(a: Arguments, dtype: torch.dtype) -> Arguments:
-    return Arguments(*(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in a))
+def cast(a: EmbeddingArguments, dtype: torch.dtype) -> EmbeddingArguments:
+    return EmbeddingArguments(*(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in a))
 
 
-def results(function, a: Arguments, dy: Tensor) -> list[Tensor]:
+def results(function, a: EmbeddingArguments, dy: Tensor) -> list[Tensor]:
     """The output, then every gradient."""
     inputs = [x.detach().clone().requires_grad_() if _differentiable(x) else x for x in a]
     output = function(*inputs)
@@ -82,7 +82,7 @@ if INTERPRETING:
         dy = torch.randn(a.input_ids.shape[0], a.prompt_length + a.input_ids.shape[1], a.weight.shape[1], dtype=dtype)
 
         def formula(*values: object) -> Tensor:
-            return reference.embed(Arguments(*values))
+            return reference.embed(EmbeddingArguments(*values))
 
         exact = results(formula, cast(a, torch.float64), dy.double())
         same = results(formula, a, dy)
@@ -99,7 +99,7 @@ if INTERPRETING:
     def test_any_strides() -> None:
         a = cast(arguments("adept"), torch.float32)
         dy = torch.randn(65, 24, 2).permute(2, 1, 0)
-        odd = Arguments(*(x.t().contiguous().t() if isinstance(x, Tensor) and x.ndim == 2 else x for x in a))
+        odd = EmbeddingArguments(*(x.t().contiguous().t() if isinstance(x, Tensor) and x.ndim == 2 else x for x in a))
         got = results(OPERATION.operator("triton"), odd, dy)
         wanted = results(OPERATION.operator("triton"), a, dy.contiguous())
         for x, y in zip(got, wanted, strict=True):

@@ -6,19 +6,20 @@ grows with N * (P + M). Sums are made in float32 (float64 for float64). The lett
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import DIFFERENTIABLE, Arguments
+from .arguments import DIFFERENTIABLE, AttentionArguments
 from .layout import empty_gradient, empty_heads
 from .visibility import visible_tokens
 
 
-def forward(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv], and what normalised the probabilities (``Arguments.normalizers_shape``)."""
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    a = AttentionArguments(*arguments)
     prefix, tokens = _prefix_half(a), _token_half(a)
     if a.output_gate is None:
         softmaxes = [_softmax([prefix.s, tokens.s], _sinks(a))]
@@ -36,9 +37,10 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, normalizers: Tensor, a: Arguments, needs_grad: Sequence[bool]
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
+    a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     gradients: dict[str, Tensor] = {}
     if any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks")):
@@ -53,7 +55,9 @@ def backward(
     return results
 
 
-def _all_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: dict[str, bool]) -> None:
+def _all_gradients(
+    gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, needs: dict[str, bool]
+) -> None:
     """Both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
     do = _grouped(a, grad_output)
     prefix, tokens = _prefix_half(a), _token_half(a)
@@ -79,7 +83,7 @@ def _prefix_gradients_alone(
     grad_output: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    a: Arguments,
+    a: AttentionArguments,
     needs: dict[str, bool],
 ) -> None:
     """The prefix's half without the tokens', O(N P): what it has to know of them is in output and normalisers."""
@@ -116,13 +120,13 @@ class _Softmax(NamedTuple):
     l: Tensor  # [B, Hkv, G, N, 1]
 
 
-def _prefix_half(a: Arguments) -> _Half:
+def _prefix_half(a: AttentionArguments) -> _Half:
     g = _grouped_gate(a)
     bias = None if a.prefix_bias is None else _grouped(a, a.prefix_bias)
     return _half(a, a.prefix_key, a.prefix_value, g, bias, None, tokens=False)
 
 
-def _token_half(a: Arguments) -> _Half:
+def _token_half(a: AttentionArguments) -> _Half:
     bias = None
     if a.attn_mask is not None and a.attn_mask.is_floating_point():
         bias = _grouped(a, a.attn_mask)
@@ -133,7 +137,7 @@ def _token_half(a: Arguments) -> _Half:
 
 
 def _half(
-    a: Arguments,
+    a: AttentionArguments,
     k: Tensor,
     v: Tensor,
     g: Tensor | float,
@@ -161,7 +165,7 @@ def _delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
     return (half.g * p * dov).sum(-1, keepdim=True)
 
 
-def _through_output_gate(gradients: dict[str, Tensor], a: Arguments, p: Tensor, delta: Tensor) -> Tensor:
+def _through_output_gate(gradients: dict[str, Tensor], a: AttentionArguments, p: Tensor, delta: Tensor) -> Tensor:
     """Enter the output gate's gradient; returns og p, what the gate makes of the prefix's probabilities."""
     assert a.output_gate is not None
     per_head = delta.sum(dim=(3, 4)).reshape(a.query.shape[:2])
@@ -171,7 +175,7 @@ def _through_output_gate(gradients: dict[str, Tensor], a: Arguments, p: Tensor, 
 
 def _prefix_gradients(
     gradients: dict[str, Tensor],
-    a: Arguments,
+    a: AttentionArguments,
     half: _Half,
     p: Tensor,
     dov: Tensor,
@@ -198,7 +202,7 @@ def _prefix_gradients(
 
 def _add_token_gradients(
     gradients: dict[str, Tensor],
-    a: Arguments,
+    a: AttentionArguments,
     half: _Half,
     p: Tensor,
     dov: Tensor,
@@ -220,17 +224,17 @@ def _add_token_gradients(
         gradients["value"] = _sum_over_queries(p * half.keep, do, a.value.shape[0])
 
 
-def _grouped(a: Arguments, tensor: Tensor) -> Tensor:
+def _grouped(a: AttentionArguments, tensor: Tensor) -> Tensor:
     """[b, Hq|1, ...] to [b, Hkv|1, G|1, ...] in the accumulator's dtype."""
     return _split_heads(a, tensor.to(a.accumulator))
 
 
-def _split_heads(a: Arguments, tensor: Tensor) -> Tensor:
+def _split_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
     heads = (1, 1) if tensor.shape[1] == 1 and a.query.shape[1] != 1 else (a.key.shape[1], a.groups)
     return tensor.reshape(tensor.shape[0], *heads, *tensor.shape[2:])
 
 
-def _grouped_gate(a: Arguments) -> Tensor | float:
+def _grouped_gate(a: AttentionArguments) -> Tensor | float:
     """The prefix gate, broadcastable to [B, Hkv, G, N, P]."""
     if a.prefix_gate is None:
         return 1.0
@@ -262,7 +266,7 @@ def _sum_over_queries(p: Tensor, q: Tensor, batch: int) -> Tensor:
     return sums.sum(0, keepdim=True) if batch == 1 else sums
 
 
-def _sinks(a: Arguments) -> Tensor | None:
+def _sinks(a: AttentionArguments) -> Tensor | None:
     return None if a.sinks is None else _grouped(a, a.sinks[None, :, None, None])
 
 
@@ -278,7 +282,7 @@ def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
     return _Softmax(p if sinks is None else p[:-1], None if sinks is None else p[-1], m, l)
 
 
-def _through_softcap(a: Arguments, ds: Tensor, half: _Half) -> Tensor:
+def _through_softcap(a: AttentionArguments, ds: Tensor, half: _Half) -> Tensor:
     """Times 1 - tanh^2, as 1 / cosh^2: the difference loses its digits where tanh is almost 1."""
     return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
@@ -288,14 +292,14 @@ def _sum_to(ds: Tensor, like: Tensor) -> Tensor:
     return ds.flatten(1, 2).sum_to_size(like.shape)
 
 
-def _sum_gate(a: Arguments, dg: Tensor) -> Tensor:
+def _sum_gate(a: AttentionArguments, dg: Tensor) -> Tensor:
     assert a.prefix_gate is not None
     if a.prefix_gate.ndim == 4:
         return _sum_to(dg, a.prefix_gate)
     return dg.sum(dim=(2, 3)).sum_to_size(a.prefix_gate.shape)
 
 
-def _keep_factor(a: Arguments, s: Tensor, tokens: bool) -> Tensor | float:
+def _keep_factor(a: AttentionArguments, s: Tensor, tokens: bool) -> Tensor | float:
     """Dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
     if a.dropout_seed is None:
         return 1.0

@@ -7,53 +7,19 @@ import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import Arguments
-from .validation import canonical_arguments
+from ..declaration import accept
+from .arguments import AttentionArguments
+from .validation import canonicalize, collect_arguments
 from .visibility import visible_tokens
 
 
-def prefix_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    *,
-    prefix_gate: Tensor | None = None,
-    output_gate: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    prefix_bias: Tensor | None = None,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    segment_ids: tuple[Tensor, Tensor] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
+@accept(collect_arguments)
+def prefix_attention(given: AttentionArguments) -> Tensor:
     """Gated prefix attention in plain PyTorch; arguments, shapes and errors of ``fastprefix.prefix_attention``."""
-    arguments = canonical_arguments(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        prefix_gate=prefix_gate,
-        output_gate=output_gate,
-        attn_mask=attn_mask,
-        prefix_bias=prefix_bias,
-        is_causal=is_causal,
-        window_size=window_size,
-        segment_ids=segment_ids,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
-    return attend(arguments)
+    return attend(canonicalize(given))
 
 
-def attend(a: Arguments) -> Tensor:
+def attend(a: AttentionArguments) -> Tensor:
     """The formula on canonical arguments."""
     g = _gate(a)
     k, v = _for_query_heads(a, a.key), _for_query_heads(a, a.value)
@@ -77,7 +43,7 @@ def attend(a: Arguments) -> Tensor:
     return o_tokens + a.output_gate[:, :, None, None] * o_prefix
 
 
-def _gate(a: Arguments) -> Tensor:
+def _gate(a: AttentionArguments) -> Tensor:
     """g, broadcastable to [B, Hq, N, P]."""
     if a.prefix_gate is None:
         return torch.ones((), dtype=a.query.dtype, device=a.query.device)
@@ -87,23 +53,23 @@ def _gate(a: Arguments) -> Tensor:
     return gate if gate.shape[1] == 1 else gate.repeat_interleave(a.groups, dim=1)
 
 
-def _for_query_heads(a: Arguments, keys: Tensor) -> Tensor:
+def _for_query_heads(a: AttentionArguments, keys: Tensor) -> Tensor:
     """Each key/value head once for every query head that uses it, each row of the batch its own: [B, Hq, *, *]."""
     return keys.expand(a.query.shape[0], -1, -1, -1).repeat_interleave(a.groups, dim=1)
 
 
-def _softcap(a: Arguments, scores: Tensor) -> Tensor:
+def _softcap(a: AttentionArguments, scores: Tensor) -> Tensor:
     return scores if a.softcap is None else a.softcap * torch.tanh(scores / a.softcap)
 
 
-def _mask(a: Arguments, scores: Tensor) -> Tensor:
+def _mask(a: AttentionArguments, scores: Tensor) -> Tensor:
     if a.attn_mask is not None and a.attn_mask.is_floating_point():
         scores = scores + a.attn_mask
     visible = visible_tokens(a)
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def _sinks(a: Arguments, scores: Tensor) -> Tensor:
+def _sinks(a: AttentionArguments, scores: Tensor) -> Tensor:
     if a.sinks is None:
         return scores[..., :0]
     return a.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
@@ -115,7 +81,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
-def _drop(a: Arguments, probabilities: Tensor, tokens: bool) -> Tensor:
+def _drop(a: AttentionArguments, probabilities: Tensor, tokens: bool) -> Tensor:
     """Dropout on the probabilities of the prefix, or of the tokens."""
     if a.dropout_seed is None:
         return probabilities

@@ -5,18 +5,19 @@ float32 (float64 for float64). The letters are those of the formulas; ``dy`` is 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import DIFFERENTIABLE, Arguments
+from .arguments import DIFFERENTIABLE, EmbeddingArguments
 from .validation import check_ids
 
 
-def forward(a: Arguments) -> Tensor:
+def forward(*arguments: Any) -> Tensor:
     """[B, S + N, d]."""
+    a = EmbeddingArguments(*arguments)
     check_ids(a.input_ids, a.weight.shape[0])
     batch, tokens = a.input_ids.shape
     output = a.weight.new_empty(batch, a.prompt_length + tokens, a.weight.shape[1])
@@ -28,8 +29,9 @@ def forward(a: Arguments) -> Tensor:
     return output
 
 
-def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> list[Tensor]:
+def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    a = EmbeddingArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     dy = grad_output[:, a.prompt_length :].to(a.accumulator)
     gradients: dict[str, Tensor] = {}
@@ -57,7 +59,7 @@ class _Hidden(NamedTuple):
     keep: Tensor | float  # dropout's factor
 
 
-def _hidden(a: Arguments, rows: Tensor) -> _Hidden:
+def _hidden(a: EmbeddingArguments, rows: Tensor) -> _Hidden:
     assert a.w1 is not None
     assert a.b1 is not None
     e = rows.to(a.accumulator)
@@ -68,7 +70,7 @@ def _hidden(a: Arguments, rows: Tensor) -> _Hidden:
     return _Hidden(e, h * keep, keep)
 
 
-def _offset(a: Arguments, rows: Tensor) -> Tensor | None:
+def _offset(a: EmbeddingArguments, rows: Tensor) -> Tensor | None:
     """What is added to the rows, [B, N, d] or [N, d], in the accumulator's dtype."""
     if a.w1 is not None:
         assert a.w2 is not None
@@ -82,7 +84,7 @@ def _offset(a: Arguments, rows: Tensor) -> Tensor | None:
     return None
 
 
-def _ffn_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> Tensor:
+def _ffn_gradients(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> Tensor:
     """Enter the network's gradients; returns de, the gradient of the gathered rows."""
     assert a.w1 is not None
     assert a.w2 is not None
@@ -96,7 +98,7 @@ def _ffn_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> Te
     return dy + dh @ a.w1.to(a.accumulator).T
 
 
-def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> None:
+def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
     tokens = dy.shape[1]

@@ -1,4 +1,4 @@
-"""What the kernels are handed: tensors with their strides, and the options of a call, as named tuples.
+"""What the kernels and their functions are handed, as named tuples: tensors with their strides, options, tiles, sizes.
 
 ``None`` stands for what is not there. It is known when a kernel is compiled, so what is not there costs nothing. The
 stride of a dimension that broadcasts is ``None`` too: its index never enters an address.
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ... import random
-from ..arguments import Arguments
+from ..arguments import AttentionArguments
 
 
 class Strided(NamedTuple):
     """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key)."""
 
-    p: Tensor | None
+    pointer: Tensor | None
     b: int | None
     h: int | None
     n: int | None
@@ -26,7 +26,7 @@ class Strided(NamedTuple):
 ABSENT = Strided(None, None, None, None, None)
 
 
-class Problem(NamedTuple):
+class Operands(NamedTuple):
     """The inputs of ``prefix_attention``, as the kernels read them."""
 
     q: Strided
@@ -58,8 +58,92 @@ class Problem(NamedTuple):
     nothing: None = None  # Triton 3.6 loses what inner tuples lack, unless the outer one lacks something itself
 
 
-def strided(tensor: Tensor, dimensions: str = "bhnc") -> Strided:
-    """Name the dimensions of a tensor; those of size 1 broadcast, but for rows and columns that are there."""
+class KernelShape(NamedTuple):
+    """What a kernel is compiled for: widths of the heads, as they are and as powers of two, and blocks; and the
+    precision of its products.
+    """
+
+    D: int
+    DV: int
+    DP: int
+    DVP: int
+    BM: int  # queries
+    BN: int  # token keys
+    BP: int  # prefix keys
+    PRECISION: str
+
+
+class Lengths(NamedTuple):
+    """Queries, token keys, prefix keys of a call."""
+
+    N: Any
+    M: Any
+    P: Any
+
+
+class Pairs(NamedTuple):
+    """Coordinates of pairs of queries ``b, h, i`` and keys ``j``, in any shapes that broadcast together: one function
+    serves tiles of queries x keys and of keys x queries.
+    """
+
+    b: Any
+    h: Any
+    i: Any
+    j: Any
+
+
+class Queries(NamedTuple):
+    """A tile of queries, their coordinates (columns [BM, 1], or numbers), and the row and head of the keys they see."""
+
+    q: Any
+    b: Any
+    h: Any
+    i: Any
+    key_b: Any
+    key_h: Any
+
+
+class Keys(NamedTuple):
+    """A tile of keys and values, their row and head, and their positions (a column)."""
+
+    k: Any
+    v: Any
+    b: Any
+    h: Any
+    j: Any
+
+
+class Sums(NamedTuple):
+    """An online softmax so far: weighted values [BM, DVP], the largest score [BM], the sum of exponentials [BM]."""
+
+    acc: Any
+    m: Any
+    l: Any
+
+
+class KeySums(NamedTuple):
+    """Gradients of a tile of keys and values so far."""
+
+    dk: Any
+    dv: Any
+
+
+class Rows(NamedTuple):
+    """What the backward pass knows of a row: probabilities are ``e^(s - reference) * inverse``, and ``delta`` is what
+    softmax subtracts.
+    """
+
+    reference: Any
+    inverse: Any
+    delta: Any
+
+
+def describe(tensor: Tensor | None, dimensions: str) -> Strided:
+    """Return a tensor with its strides, or ``ABSENT``. Dimensions, named by their letters, broadcast where their size
+    is 1.
+    """
+    if tensor is None:
+        return ABSENT
     strides: dict[str, Any] = {
         name: None if size == 1 else stride
         for name, size, stride in zip(dimensions, tensor.shape, tensor.stride(), strict=True)
@@ -67,67 +151,62 @@ def strided(tensor: Tensor, dimensions: str = "bhnc") -> Strided:
     return Strided(tensor, *(strides.get(name) for name in "bhnc"))
 
 
-def problem(a: Arguments) -> Problem:
-    """The canonical arguments as the kernels read them; no tensor is copied."""
-    visible, mask = _masks(a.attn_mask)
-    near, far = _band(a)
+def build_operands(a: AttentionArguments) -> Operands:
+    """Return the canonical arguments as the kernels read them; no tensor is copied."""
+    visible, mask = _split_mask(a.attn_mask)
+    near, far = _find_band(a)
     gate = a.prefix_gate
     batch, heads = a.query.shape[:2]
     dropped, below = a.dropout_seed is not None, random.threshold(a.dropout_p)
     single = a.query.dtype is torch.float32
-    linear = a.softcap is None and mask.p is None and a.scale > 0 and not single
-    biased = mask.p is not None or a.prefix_bias is not None
-    return Problem(
-        matrix(a.query),
-        matrix(a.key),
-        matrix(a.value),
-        matrix(a.prefix_key),
-        matrix(a.prefix_value),
-        ABSENT if gate is None or gate.ndim == 4 else strided(gate, "bhc"),
-        ABSENT if gate is None or gate.ndim == 3 else strided(gate),
-        _optional(a.output_gate, "bh"),
-        visible,
-        mask,
-        _optional(a.prefix_bias, "bhnc"),
-        _optional(a.sinks, "h"),
-        _optional(a.query_segments, "bn"),
-        _optional(a.key_segments, "bn"),
-        near,
-        far,
-        heads,
-        a.groups,
-        16 * batch * heads,
-        a.scale,
-        a.softcap,
-        a.dropout_seed,
-        below % 2**32 if dropped else None,
-        (0.0 if below == 2**32 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
-        1 if linear else None,
-        1 if single or biased else None,
+    linear = a.softcap is None and mask.pointer is None and a.scale > 0 and not single
+    biased = mask.pointer is not None or a.prefix_bias is not None
+    return Operands(
+        q=describe_matrix(a.query),
+        k=describe_matrix(a.key),
+        v=describe_matrix(a.value),
+        pk=describe_matrix(a.prefix_key),
+        pv=describe_matrix(a.prefix_value),
+        gate=ABSENT if gate is None or gate.ndim == 4 else describe(gate, "bhc"),
+        query_gate=ABSENT if gate is None or gate.ndim == 3 else describe(gate, "bhnc"),
+        og=describe(a.output_gate, "bh"),
+        visible=visible,
+        mask=mask,
+        bias=describe(a.prefix_bias, "bhnc"),
+        sinks=describe(a.sinks, "h"),
+        query_segments=describe(a.query_segments, "bn"),
+        key_segments=describe(a.key_segments, "bn"),
+        near=near,
+        far=far,
+        heads=heads,
+        group=a.groups,
+        planes16=16 * batch * heads,
+        scale=a.scale,
+        softcap=a.softcap,
+        seed=a.dropout_seed,
+        drop_below=below % 2**32 if dropped else None,
+        keep_scale=(0.0 if below == 2**32 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
+        linear=1 if linear else None,
+        exact=1 if single or biased else None,
     )
 
 
-def matrix(tensor: Tensor) -> Strided:
-    """Queries, keys, values or a result: rows and columns are there even where there is but one."""
+def describe_matrix(tensor: Tensor) -> Strided:
+    """Return queries, keys, values or a result: rows and columns are there even where there is but one."""
     batch, heads, _, _ = tensor.shape
     b, h, n, c = tensor.stride()
     return Strided(tensor, None if batch == 1 else b, None if heads == 1 else h, n, c)
 
 
-def _optional(tensor: Tensor | None, dimensions: str) -> Strided:
-    return ABSENT if tensor is None else strided(tensor, dimensions)
+def _split_mask(mask: Tensor | None) -> tuple[Strided, Strided]:
+    """Return a bool mask and a float mask, of which one at most is there."""
+    if mask is not None and mask.dtype is torch.bool:
+        return describe(mask.view(torch.uint8), "bhnc"), ABSENT
+    return ABSENT, describe(mask, "bhnc")
 
 
-def _masks(mask: Tensor | None) -> tuple[Strided, Strided]:
-    if mask is None:
-        return ABSENT, ABSENT
-    if mask.dtype is torch.bool:
-        return strided(mask.view(torch.uint8)), ABSENT
-    return ABSENT, strided(mask)
-
-
-def _band(a: Arguments) -> tuple[int | None, int | None]:
-    """Causality and window as one band of distances between a query and a key."""
+def _find_band(a: AttentionArguments) -> tuple[int | None, int | None]:
+    """Return causality and window as one band of distances between a query and a key."""
     far = None if a.window_size is None else a.window_size - 1
     if a.is_causal:
         return 0, far

@@ -3,38 +3,17 @@
 With ``TRITON_INTERPRET=1`` in the environment, Triton runs its kernels on the CPU, slowly; so they are tested.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from ...targets import target_of
-from ..arguments import Arguments
+from ..arguments import EmbeddingArguments
 
 WIDEST = 512  # r, of the network, which a program holds at once
 
 
-def refusal(a: Arguments) -> str | None:
-    """Why these kernels cannot serve a call; None: they can."""
+def refusal(a: EmbeddingArguments) -> str | None:
+    """Explain why these kernels cannot serve a call; None: they can."""
     if a.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {a.weight.dtype}"
     if a.w1 is not None and a.w1.shape[1] > WIDEST:
         return f"it takes a bottleneck up to {WIDEST}, not r = {a.w1.shape[1]}"
     return None
-
-
-def forward(*arguments: Any) -> Tensor:
-    """The kernel of the forward operator."""
-    from . import launch
-
-    a = Arguments(*arguments)
-    return launch.forward(a, target_of(a.weight.device))
-
-
-def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -> list[Tensor]:
-    """The kernel of the backward operator."""
-    from . import launch
-
-    a = Arguments(*arguments)
-    return launch.backward(grad_output, a, needs_grad, target_of(a.weight.device))
