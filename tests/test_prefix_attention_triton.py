@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE, EAGER_ALONE
-from fastprefix.ops.prefix_attention.layout import empty_heads
+from fastprefix.ops.prefix_attention.layout import allocate_heads
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
 from fastprefix.testing import assert_parity
@@ -257,7 +257,7 @@ if INTERPRETING:
         x["prefix_value"] = torch.stack([x["prefix_value"], x["prefix_value"]], -1)[..., 0]  # columns two apart
         assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=2)
         output = triton_backend(**x)
-        assert output.stride() == empty_heads(x["query"], x["value"].shape[3]).stride()
+        assert output.stride() == allocate_heads(x["query"], x["value"].shape[3]).stride()
 
     def test_columns_further_apart_than_32_bits_say() -> None:
         apart = 2**23 + 2**16

@@ -13,27 +13,27 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // clang-format off
-#define FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR)    \
-  X(Tensor, query) SEPARATOR()                               \
-  X(Tensor, key) SEPARATOR()                                 \
-  X(Tensor, value) SEPARATOR()                               \
-  X(Tensor, prefix_key) SEPARATOR()                          \
-  X(Tensor, prefix_value) SEPARATOR()                        \
-  X(OptionalTensor, prefix_gate) SEPARATOR()                 \
-  X(OptionalTensor, output_gate) SEPARATOR()                 \
-  X(OptionalTensor, attn_mask) SEPARATOR()                   \
-  X(OptionalTensor, prefix_bias) SEPARATOR()                 \
+#define FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) \
+  X(Tensor, query) SEPARATOR()                            \
+  X(Tensor, key) SEPARATOR()                              \
+  X(Tensor, value) SEPARATOR()                            \
+  X(Tensor, prefix_key) SEPARATOR()                       \
+  X(Tensor, prefix_value) SEPARATOR()                     \
+  X(OptionalTensor, prefix_gate) SEPARATOR()              \
+  X(OptionalTensor, output_gate) SEPARATOR()              \
+  X(OptionalTensor, attn_mask) SEPARATOR()                \
+  X(OptionalTensor, prefix_bias) SEPARATOR()              \
   X(OptionalTensor, sinks)
 
-#define FASTPREFIX_ATTENTION_ARGUMENTS(X, SEPARATOR)         \
+#define FASTPREFIX_ATTENTION_ARGUMENTS(X, SEPARATOR)            \
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
-  X(OptionalTensor, query_segments) SEPARATOR()              \
-  X(OptionalTensor, key_segments) SEPARATOR()                \
-  X(OptionalTensor, dropout_seed) SEPARATOR()                \
-  X(bool, is_causal) SEPARATOR()                             \
-  X(std::optional<int64_t>, window_size) SEPARATOR()         \
-  X(std::optional<double>, softcap) SEPARATOR()              \
-  X(double, scale) SEPARATOR()                               \
+  X(OptionalTensor, query_segments) SEPARATOR()                 \
+  X(OptionalTensor, key_segments) SEPARATOR()                   \
+  X(OptionalTensor, dropout_seed) SEPARATOR()                   \
+  X(bool, is_causal) SEPARATOR()                                \
+  X(std::optional<int64_t>, window_size) SEPARATOR()            \
+  X(std::optional<double>, softcap) SEPARATOR()                 \
+  X(double, scale) SEPARATOR()                                  \
   X(double, dropout_p)
 // clang-format on
 

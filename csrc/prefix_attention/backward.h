@@ -13,7 +13,8 @@
 
 namespace fastprefix {
 
-// Where gradients go. Sums over queries that need no [keys, *] memory are kept for each block of queries ([B, Hq, blocks]).
+// Where gradients go. Sums over queries that need no [keys, *] memory are kept for each block of queries,
+// [B, Hq, blocks].
 struct AttentionGradients {
   const AttentionResults& results;
   Tensor prefix_gate_sums;  // [B, Hq, blocks or N, P]
@@ -138,8 +139,8 @@ class AttentionBackward {
       at::parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
         add_rows(cut_row(slot, false), pieces - 1, cut_row(slot + 1, true), from, to);
         write_key_sums(
-            token_shape_, cut_row(slot, false), 1, 0, gradients_.results.key, gradients_.results.value, group % p_.B, group / p_.B,
-            from, to);
+            token_shape_, cut_row(slot, false), 1, 0, gradients_.results.key, gradients_.results.value, group % p_.B,
+            group / p_.B, from, to);
       });
     }
   }
@@ -148,8 +149,8 @@ class AttentionBackward {
     auto add = [&](A* at, const A* piece, int64_t ld) {
       for (int64_t i = from * ld; i < to * ld; ++i) at[i] += piece[i];
     };
-    for (int64_t n = 0; n < count; ++n) {
-      const A* piece = pieces + n * 2 * token_shape_.size();
+    for (int64_t index = 0; index < count; ++index) {
+      const A* piece = pieces + index * 2 * token_shape_.size();
       add(total, piece, token_shape_.D);
       add(total + p_.M * token_shape_.D, piece + p_.M * token_shape_.D, token_shape_.Dv);
     }
@@ -163,8 +164,8 @@ class AttentionBackward {
         int64_t first = slots_.of(group * items), last = slots_.of((group + 1) * items - 1);
         int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
         write_key_sums(
-            prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(), gradients_.results.prefix_key,
-            gradients_.results.prefix_value, b, hkv, 0, p_.P);
+            prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(),
+            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, 0, p_.P);
       }
     });
   }
@@ -189,16 +190,16 @@ class AttentionBackward {
     std::vector<Strip> strips;
 
     BackwardWorker(const AttentionBackward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
-      constexpr int64_t n = Manner::pair;
-      q = arena.take<Operand>(round_up(p.D, n) * kQueries);
-      dout = arena.take<Operand>(round_up(p.Dv, n) * kQueries);
+      constexpr int64_t pair = Manner::pair;
+      q = arena.take<Operand>(round_up(p.D, pair) * kQueries);
+      dout = arena.take<Operand>(round_up(p.Dv, pair) * kQueries);
       q_rows = arena.take<Operand>(round_up(p.D, kLanes<A>) * kQueries);
       do_rows = arena.take<Operand>(round_up(p.Dv, kLanes<A>) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
       few_do = arena.take<A>(kFew * round_up(p.Dv, kLanes<A>));
-      key_rows = arena.take<Operand>(round_up(p.D, n) * kKeys);
-      key_pairs = n == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
-      value_rows = arena.take<Operand>(round_up(p.Dv, n) * kKeys);
+      key_rows = arena.take<Operand>(round_up(p.D, pair) * kKeys);
+      key_pairs = pair == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
+      value_rows = arena.take<Operand>(round_up(p.Dv, pair) * kKeys);
       tokens_by.take(arena);
       prefix_by.take(arena);
       delta = arena.take<A>(kQueries);
@@ -231,7 +232,8 @@ class AttentionBackward {
           differentiate(f.block(item), f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
         if (whole)
           f.write_key_sums(
-              f.token_shape_, tokens, 1, 0, f.gradients_.results.key, f.gradients_.results.value, group % p.B, group / p.B, 0, p.M);
+              f.token_shape_, tokens, 1, 0, f.gradients_.results.key, f.gradients_.results.value, group % p.B,
+              group / p.B, 0, p.M);
       }
     }
 

@@ -178,7 +178,8 @@ class AttentionForward {
       if (queries.count <= kFew) return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
       auto block = key_block<Manner>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
       for (const Strip& strip : strips) {
-        Product<Manner> product = block.along(p.D, q + strip.column * Manner::pair, s.values + strip.row * kQueries + strip.column);
+        A* scores = s.values + strip.row * kQueries + strip.column;
+        Product<Manner> product = block.along(p.D, q + strip.column * Manner::pair, scores);
         product.a += strip.row * product.rs;
         product.run(strip.rows, strip.columns);
       }

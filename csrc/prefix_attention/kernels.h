@@ -19,18 +19,18 @@ void backward_kernel(
     const Tensor& normalizers);
 
 // The body of both, for tensors of type T and products in the manner of Manner.
-#define FASTPREFIX_DEFINE_KERNELS(T, Manner)                                                                       \
-  template <>                                                                                                 \
-  void forward_kernel<T>(const AttentionArguments& a, Tensor& output, Tensor& normalizers) {                                   \
-    AttentionProblem<T, Manner::Accumulator> problem(a);                                                                    \
-    AttentionForward<Manner, T>(problem, output, normalizers).run();                                                                \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  void backward_kernel<T>(                                                                                    \
-      const AttentionArguments& a, const AttentionNeeds& needs, const AttentionGradients& gradients, const Tensor& grad_output,          \
-      const Tensor& output, const Tensor& normalizers) {                                                              \
-    AttentionProblem<T, Manner::Accumulator> problem(a);                                                                    \
-    AttentionBackward<Manner, T>(problem, needs, gradients, grad_output, output, normalizers).run();                                \
+#define FASTPREFIX_DEFINE_KERNELS(T, Manner)                                                         \
+  template <>                                                                                        \
+  void forward_kernel<T>(const AttentionArguments& a, Tensor& output, Tensor& normalizers) {         \
+    AttentionProblem<T, Manner::Accumulator> problem(a);                                             \
+    AttentionForward<Manner, T>(problem, output, normalizers).run();                                 \
+  }                                                                                                  \
+  template <>                                                                                        \
+  void backward_kernel<T>(                                                                           \
+      const AttentionArguments& a, const AttentionNeeds& needs, const AttentionGradients& gradients, \
+      const Tensor& grad_output, const Tensor& output, const Tensor& normalizers) {                  \
+    AttentionProblem<T, Manner::Accumulator> problem(a);                                             \
+    AttentionBackward<Manner, T>(problem, needs, gradients, grad_output, output, normalizers).run(); \
   }
 
 }  // namespace fastprefix

@@ -86,7 +86,8 @@ void hide_where(const QueryBlock& queries, const Columns& columns, const Strip& 
 // Masks, segments, causality and windows: they speak of tokens only.
 template <class T, class A>
 void hide(
-    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
+    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns,
+    const Strip& strip, A* s) {
   if (strip.partial)
     hide_where(queries, columns, strip, s, [&](int64_t i, int64_t j) {
       return i < band.first_query(j) || i > band.last_query(j);

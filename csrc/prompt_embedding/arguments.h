@@ -14,21 +14,21 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // clang-format off
-#define FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR)   \
-  X(Tensor, weight) SEPARATOR()                             \
-  X(OptionalTensor, prompt) SEPARATOR()                     \
-  X(OptionalTensor, w1) SEPARATOR()                         \
-  X(OptionalTensor, b1) SEPARATOR()                         \
-  X(OptionalTensor, w2) SEPARATOR()                         \
-  X(OptionalTensor, b2) SEPARATOR()                         \
-  X(OptionalTensor, low_rank_a) SEPARATOR()                 \
+#define FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) \
+  X(Tensor, weight) SEPARATOR()                           \
+  X(OptionalTensor, prompt) SEPARATOR()                   \
+  X(OptionalTensor, w1) SEPARATOR()                       \
+  X(OptionalTensor, b1) SEPARATOR()                       \
+  X(OptionalTensor, w2) SEPARATOR()                       \
+  X(OptionalTensor, b2) SEPARATOR()                       \
+  X(OptionalTensor, low_rank_a) SEPARATOR()               \
   X(OptionalTensor, low_rank_b)
 
-#define FASTPREFIX_EMBEDDING_ARGUMENTS(X, SEPARATOR)        \
-  X(Tensor, input_ids) SEPARATOR()                          \
+#define FASTPREFIX_EMBEDDING_ARGUMENTS(X, SEPARATOR)            \
+  X(Tensor, input_ids) SEPARATOR()                              \
   FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
-  X(OptionalTensor, dropout_seed) SEPARATOR()               \
-  X(double, offset_scale) SEPARATOR()                       \
+  X(OptionalTensor, dropout_seed) SEPARATOR()                   \
+  X(double, offset_scale) SEPARATOR()                           \
   X(double, dropout_p)
 // clang-format on
 

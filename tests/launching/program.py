@@ -99,7 +99,9 @@ def pretend(folder: str) -> None:
 def main(folder: str) -> None:
     pretend(folder)
     target = Target()
-    prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
+    prefix_attention.triton_backend.launch.target_of = prompt_embedding.triton_backend.launch.target_of = (
+        lambda device: target
+    )
     for case in CASES:
         results(case, torch.bfloat16, "cpu", "triton")
     print(*sorted(target.launched), sep="\n")

@@ -10,14 +10,14 @@ from .. import checks
 from ..registration import Operation
 from . import eager, triton_backend
 from .arguments import DECLARATION, AttentionArguments
-from .layout import empty_gradient, empty_heads
+from .layout import allocate_gradient, allocate_heads
 from .triton_backend import launch
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = AttentionArguments(*arguments)
     normalizers = a.query.new_empty(a.normalizers_shape, dtype=a.accumulator)
-    return empty_heads(a.query, a.value.shape[3]), normalizers
+    return allocate_heads(a.query, a.value.shape[3]), normalizers
 
 
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -33,7 +33,7 @@ OPERATION = Operation(
     DECLARATION,
     saved=("output", "normalizers"),
     fake=_fake,
-    allocate_gradient=empty_gradient,
+    allocate_gradient=allocate_gradient,
     autocast=_autocast,
 )
 

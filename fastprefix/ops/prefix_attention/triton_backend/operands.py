@@ -157,7 +157,7 @@ def build_operands(a: AttentionArguments) -> Operands:
     near, far = _find_band(a)
     gate = a.prefix_gate
     batch, heads = a.query.shape[:2]
-    dropped, below = a.dropout_seed is not None, random.threshold(a.dropout_p)
+    dropped, below = a.dropout_seed is not None, random.find_threshold(a.dropout_p)
     single = a.query.dtype is torch.float32
     linear = a.softcap is None and mask.pointer is None and a.scale > 0 and not single
     biased = mask.pointer is not None or a.prefix_bias is not None

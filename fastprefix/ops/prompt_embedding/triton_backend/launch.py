@@ -30,21 +30,21 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     output = torch.empty((B, S + N, d), dtype=a.weight.dtype, device=a.weight.device)
     if output.numel() == 0:
         return output
-    prompt = None if S == 0 else _dense(a.prompt)
-    table = (*_ids(a), *_table(a), prompt)
+    prompt = None if S == 0 else _make_dense(a.prompt)
+    table = (*_describe_ids(a), *_describe_table(a), prompt)
     if a.low_rank_a is not None:
         tile = tiles.low_rank(a.low_rank_a.shape[1], a.weight.element_size())
         rows = min(B, 8)
         programs = divide_up(N, tile.BT) * divide_up(B, rows) + divide_up(B * S, tile.BT)
-        factors = (_dense(a.low_rank_a), _dense(a.low_rank_b))
+        factors = (_make_dense(a.low_rank_a), _make_dense(a.low_rank_b))
         sizes = (B, N, S, d, a.low_rank_a.shape[1], a.offset_scale, rows)
         _launch(target, "low rank", (programs,), (*table, *factors, output, *sizes), tile)
         return output
     r = 1 if a.w1 is None else a.w1.shape[1]
     tile = tiles.forward(r, a.weight.element_size())
     programs = divide_up(B * N, tile.BT) + divide_up(B * S, tile.BT)
-    network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
-    handed = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_dropout(a))
+    network = tuple(_make_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
+    handed = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_describe_dropout(a))
     _launch(target, "forward", (programs,), handed, tile)
     return output
 
@@ -62,9 +62,9 @@ def backward(
         gradients["prompt"] = grad_output[:, :S].sum(0, dtype=torch.float32)
     dh = None
     if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
-        dh = _network_gradients(gradients, grad_output, a, needs, target)
+        dh = _differentiate_network(gradients, grad_output, a, needs, target)
     if needs & {"low_rank_a", "low_rank_b"}:
-        _low_rank_gradients(gradients, grad_output[:, S:], a)
+        _differentiate_low_rank(gradients, grad_output[:, S:], a)
     if "weight" in needs:
         de = grad_output[:, S:].float()
         if dh is not None and a.w1 is not None:
@@ -77,7 +77,7 @@ def backward(
     return results
 
 
-def _network_gradients(
+def _differentiate_network(
     gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
 ) -> Tensor:
     """Enter the network's gradients; returns dh [B * N, r]."""
@@ -89,17 +89,17 @@ def _network_gradients(
     each = max(1, divide_up(blocks, _PARTS))
     parts = divide_up(blocks, each)
 
-    def floats(*shape: int) -> Tensor:
+    def allocate_floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
 
-    z, dh = floats(B * N, r), floats(B * N, r)
-    dw1 = floats(parts, d, r) if "w1" in needs else None
-    dw2 = floats(parts, d, r) if "w2" in needs else None
-    db2 = floats(parts, d) if "b2" in needs else None
+    z, dh = allocate_floats(B * N, r), allocate_floats(B * N, r)
+    dw1 = allocate_floats(parts, d, r) if "w1" in needs else None
+    dw2 = allocate_floats(parts, d, r) if "w2" in needs else None
+    db2 = allocate_floats(parts, d) if "b2" in needs else None
     if B * N * d > 0:
-        rows = (*_ids(a), *_table(a), grad_output, *grad_output.stride())
-        network = tuple(_dense(x) for x in (a.w1, a.b1, a.w2))
-        arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_dropout(a))
+        rows = (*_describe_ids(a), *_describe_table(a), grad_output, *grad_output.stride())
+        network = tuple(_make_dense(x) for x in (a.w1, a.b1, a.w2))
+        arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_describe_dropout(a))
         _launch(target, "hidden", (blocks, divide_up(r, tile.RP)), arguments, tile)
         if needs & {"w1", "w2", "b2"}:
             tile = tiles.weights(r, a.weight.element_size())  # of as many tokens
@@ -117,7 +117,7 @@ def _network_gradients(
     return dh
 
 
-def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
+def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
     N = dy.shape[1]
@@ -127,20 +127,20 @@ def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingAr
     gradients["low_rank_b"] = a.low_rank_a[:N].float().T @ summed
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _make_dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _ids(a: EmbeddingArguments) -> tuple[Any, ...]:
+def _describe_ids(a: EmbeddingArguments) -> tuple[Any, ...]:
     return (a.input_ids, *a.input_ids.stride())
 
 
-def _table(a: EmbeddingArguments) -> tuple[Any, ...]:
+def _describe_table(a: EmbeddingArguments) -> tuple[Any, ...]:
     return (a.weight, *a.weight.stride())
 
 
-def _dropout(a: EmbeddingArguments) -> tuple[int, float]:
-    return random.threshold(a.dropout_p), 0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)
+def _describe_dropout(a: EmbeddingArguments) -> tuple[int, float]:
+    return random.find_threshold(a.dropout_p), 0.0 if a.dropout_p == 1.0 else 1.0 / (1.0 - a.dropout_p)
 
 
 @functools.cache
