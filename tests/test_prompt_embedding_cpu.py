@@ -13,7 +13,6 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import _native, reference
-from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
 from fastprefix.ops.prompt_embedding.registration import OPERATION
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 from fastprefix.parity import EmbeddingCase, measure
@@ -199,11 +198,11 @@ def test_rows_of_a_token_are_the_same() -> None:
         torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=0, atol=0)
 
 
-def arguments(case: EmbeddingCase) -> EmbeddingArguments:
+def arguments(case: EmbeddingCase) -> tuple[Any, ...]:
     """The operator's own."""
     ids, inputs = tensors(case)
     leaves = [x.requires_grad_() for x in inputs]
-    return call(canonical_arguments, case, ids, leaves)
+    return tuple(call(canonical_arguments, case, ids, leaves))
 
 
 @pytest.mark.parametrize(

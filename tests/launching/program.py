@@ -99,9 +99,8 @@ def pretend(folder: str) -> None:
 def main(folder: str) -> None:
     pretend(folder)
     target = Target()
-    prefix_attention.triton_backend.launch.target_of = prompt_embedding.triton_backend.launch.target_of = (
-        lambda device: target
-    )
+    for operation in (prefix_attention, prompt_embedding):
+        operation.triton_backend.launch.target_of = lambda device: target
     for case in CASES:
         results(case, torch.bfloat16, "cpu", "triton")
     print(*sorted(target.launched), sep="\n")
