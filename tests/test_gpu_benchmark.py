@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import clock, inputs, log, parity, peers, speed, stages, workers
-from fastprefix.ops.prefix_attention.triton_backend.operands import build_operands
+from fastprefix.ops.prefix_attention.triton.operands import problem
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, Case, embedding_cases
 
@@ -50,14 +50,15 @@ def test_deterministic_algorithms_end_with_a_case(monkeypatch: pytest.MonkeyPatc
 def specialisation(shape: inputs.Shape, P: int, gate: str, causal: bool) -> tuple[Any, ...]:
     """All that Triton compiles anew for: what is there, which integers are 1 and which multiples of 16."""
     x = inputs.attention_inputs(shape, P, gate, causal)
-    a = canonical_arguments(**x)
+    names = ("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids", "softcap", "sinks")
+    a = canonical_arguments(**dict.fromkeys(names) | {"scale": None, "dropout_p": 0.0} | x)
 
     def kind(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(kind, value))
         return (value == 1, value % 16 == 0) if type(value) is int else isinstance(value, Tensor) or value
 
-    return kind(build_operands(a)), shape[4], gate, causal
+    return kind(problem(a)), shape[4], gate, causal
 
 
 def test_what_is_timed_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:

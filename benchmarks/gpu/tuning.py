@@ -31,22 +31,22 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 def rows_of(kernel: str) -> Any:
     """The tile table's for this device: by width and dtype."""
-    from fastprefix.ops.prefix_attention.triton_backend import tiles
+    from fastprefix.ops.prefix_attention.triton import tiles
     from fastprefix.ops.targets import architecture
 
     return tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())][kernel]
 
 
 def own_tile(kernel: str, width: int) -> tuple[Any, ...]:
-    from fastprefix.ops.prefix_attention.triton_backend import tiles
+    from fastprefix.ops.prefix_attention.triton import tiles
 
     return tuple(rows_of(kernel)[(width, tiles.HALF)])
 
 
 def set_tile(kernel: str, width: int, values: tuple[Any, ...]) -> None:
-    from fastprefix.ops.prefix_attention.triton_backend import tiles
+    from fastprefix.ops.prefix_attention.triton import tiles
 
-    rows_of(kernel)[(width, tiles.HALF)] = tiles.AttentionTile(*values)
+    rows_of(kernel)[(width, tiles.HALF)] = tiles.Tile(*values)
 
 
 def tile_case(kernel: str, width: int, values: tuple[int, ...], N: int) -> Call:
