@@ -255,10 +255,14 @@ def check_memory(add: Add, seconds: float) -> None:
 
 def find_tiles(kernel: str) -> tuple[dict[Any, Any], Any, str]:
     """Return the table of tiles of this device, the class of a tile, and the type of half precision."""
-    from fastprefix.ops.prefix_attention.triton import tiles
+    from fastprefix.ops.prefix_attention.triton_backend import tiles
     from fastprefix.ops.targets import architecture
 
-    return tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())][kernel], tiles.Tile, tiles.HALF
+    return (
+        tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())][kernel],
+        tiles.AttentionTile,
+        tiles.HALF,
+    )
 
 
 def build_tile_call(kernel: str, width: int, N: int) -> Callable[[], object]:

@@ -8,9 +8,9 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A call of ``prefix_attention``. Gates and biases are given by the letters of their shapes, such as "B1P"."""
+    """A call of ``prefix_attention``. Gates, biases and masks are given by the letters of their shapes, as "B1P"; h
+    stands for Hkv, H for Hq.
+    """
 
     B: int = 2
     Hq: int = 2
@@ -48,36 +50,32 @@ class AttentionCase:
     prefix_a_row: bool = False
     gate: str | None = None
     output_gate: str | None = None
-    mask: str | None = None  # "padding", "bool" or "float"
+    mask: str | None = None  # "padding", "bool" or "float"; also with a shape, as "bool BHNM"
     bias: str | None = None
     segments: bool = False
     sinks: bool = False
-    permuted: bool = False  # [B, N, H, D] in memory
-    options: dict[str, Any] = field(default_factory=dict)
+    layout: Literal["BHND", "BNHD", "sliced", "strided"] = "BHND"  # in memory: BNHD, a part of one projection, no rows
+    options: dict[str, Any] = field(default_factory=dict)  # tensors among them are cast
 
     operation: Callable[..., Tensor] = field(default=prefix_attention, repr=False)
     implemented: tuple[str, ...] = field(default=ATTENTION.implemented, repr=False)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Draw the tensors; the same seed gives the same numbers on every device."""
+        """Draw the tensors; the same seed gives the same numbers on every device. On "meta" they have no numbers."""
         generator = torch.Generator().manual_seed(seed)
+        device = torch.device(device)
 
         def draw(*shape: int) -> Tensor:
+            if device.type == "meta":
+                return torch.empty(shape, dtype=dtype, device=device)
             return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-
-        def heads(count: int, length: int, size: int) -> Tensor:
-            return (
-                draw(self.B, length, count, size).transpose(1, 2)
-                if self.permuted
-                else draw(self.B, count, length, size)
-            )
 
         Dv = self.D if self.Dv is None else self.Dv
         rows = (self.B,) if self.prefix_a_row else ()
         tensors = {
-            "query": heads(self.Hq, self.N, self.D),
-            "key": heads(self.Hkv, self.M, self.D),
-            "value": heads(self.Hkv, self.M, Dv),
+            "query": self._draw_heads(draw, self.Hq, self.N, self.D),
+            "key": self._draw_heads(draw, self.Hkv, self.M, self.D),
+            "value": self._draw_heads(draw, self.Hkv, self.M, Dv),
             "prefix_key": draw(*rows, self.Hkv, self.P, self.D),
             "prefix_value": draw(*rows, self.Hkv, self.P, Dv),
         }
@@ -87,7 +85,7 @@ class AttentionCase:
             tensors["output_gate"] = draw(*self._sizes(self.output_gate))
         if self.sinks:
             tensors["sinks"] = draw(self.Hq)
-        return Inputs(tensors, self._options(draw, generator, device))
+        return Inputs(tensors, self._options(draw, generator, dtype, device))
 
     @property
     def scores(self) -> int:
@@ -95,20 +93,29 @@ class AttentionCase:
         return self.B * self.Hq * self.N * (self.M + self.P)
 
     def _sizes(self, letters: str) -> tuple[int, ...]:
-        """Sizes for letters; h stands for Hkv, H for Hq."""
         sizes = {"B": self.B, "H": self.Hq, "h": self.Hkv, "N": self.N, "M": self.M, "P": self.P, "1": 1}
         return tuple(sizes[letter] for letter in letters)
 
+    def _draw_heads(self, draw: Callable[..., Tensor], heads: int, length: int, size: int) -> Tensor:
+        if self.layout == "BNHD":
+            return draw(self.B, length, heads, size).transpose(1, 2)
+        if self.layout == "sliced":
+            return draw(self.B, length, 3 * heads, size)[:, :, heads : 2 * heads].transpose(1, 2)
+        if self.layout == "strided":
+            return draw(self.B, heads, size, length).transpose(2, 3)
+        return draw(self.B, heads, length, size)
+
     def _options(
-        self, draw: Callable[..., Tensor], generator: torch.Generator, device: torch.device | str
+        self, draw: Callable[..., Tensor], generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Any]:
-        options = dict(self.options)
-        if self.mask == "padding":
-            options["attn_mask"] = (torch.rand(self.B, self.M, generator=generator) < 0.7).to(device)
-        elif self.mask == "bool":
-            options["attn_mask"] = (torch.rand(self.B, 1, self.N, self.M, generator=generator) < 0.7).to(device)
-        elif self.mask == "float":
-            options["attn_mask"] = draw(1, self.Hq, self.N, self.M)
+        options: dict[str, Any] = {}
+        if self.mask is not None:
+            kind, _, letters = self.mask.partition(" ")
+            shape = self._sizes(letters or {"padding": "BM", "bool": "B1NM", "float": "1HNM"}[kind])
+            if kind == "float":
+                options["attn_mask"] = draw(*shape)
+            else:
+                options["attn_mask"] = (torch.rand(shape, generator=generator) < 0.7).to(device)
         if self.bias is not None:
             options["prefix_bias"] = draw(*self._sizes(self.bias))
         if self.segments:
@@ -116,7 +123,19 @@ class AttentionCase:
                 torch.randint(0, 3, (self.B, length), generator=generator).sort().values.to(device)
                 for length in (self.N, self.M)
             )
+        for name, option in self.options.items():
+            if isinstance(option, Tensor):
+                option = option.to(device, dtype if option.is_floating_point() else None)
+            options[name] = option
         return options
+
+
+def make_attention_case(**named: Any) -> AttentionCase:
+    """Return the case with these fields; whatever is no field is an option of the call."""
+    known = {f.name for f in fields(AttentionCase)}
+    given = {name: value for name, value in named.items() if name in known}
+    options = given.pop("options", {}) | {name: value for name, value in named.items() if name not in known}
+    return AttentionCase(**given, options=options)
 
 
 @dataclass(frozen=True)
@@ -171,40 +190,27 @@ _PREFIXES: list[dict[str, Any]] = [{"P": P, "prefix_a_row": row} for P in (0, 1,
 _GATES: list[dict[str, Any]] = [
     {"gate": gate}
     for gate in (
-        None,
-        "",
-        "P",
-        "1",
-        "hP",
-        "h1",
-        "1P",
-        "BhP",
-        "B1P",
-        "Bh1",
-        "B11",
-        "1h1",
-        "BHNP",
-        "B1NP",
-        "1H1P",
-        "11N1",
+        None, "", "P", "1", "hP", "h1", "1P", "BhP", "B1P", "Bh1", "B11", "1h1", "BHNP", "B1NP", "1H1P", "11N1",
     )
-]
+]  # fmt: skip
 _SOFTMAXES: list[dict[str, Any]] = [{}, {}, {"output_gate": "BH"}, {"output_gate": "H"}, {"output_gate": "B1"}]
 _MASKS: list[dict[str, Any]] = [{}, {"mask": "padding"}, {"mask": "bool"}, {"mask": "float"}, {"segments": True}]
 _BIASES: list[dict[str, Any]] = [{}, {"bias": "P"}, {"bias": "BHNP"}, {"bias": "H1P"}, {}]
-_EXTRAS: list[dict[str, Any]] = [{}, {"sinks": True}, {"permuted": True}, {"sinks": True, "permuted": True}]
+_EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"sinks": True},
+    {"layout": "BNHD"},
+    {"sinks": True, "layout": "BNHD"},
+]
 _OPTIONS: list[dict[str, Any]] = [
-    {"options": options}
-    for options in (
-        {},
-        {"is_causal": True},
-        {"is_causal": True, "window_size": 3},
-        {"window_size": 9},
-        {"softcap": 5.0},
-        {"dropout_p": 0.3},
-        {"is_causal": True, "dropout_p": 0.1, "scale": 0.3},
-        {"softcap": 2.0, "scale": -0.7},
-    )
+    {},
+    {"is_causal": True},
+    {"is_causal": True, "window_size": 3},
+    {"window_size": 9},
+    {"softcap": 5.0},
+    {"dropout_p": 0.3},
+    {"is_causal": True, "dropout_p": 0.1, "scale": 0.3},
+    {"softcap": 2.0, "scale": -0.7},
 ]
 _AXES = (_SHAPES, _HEADS, _SIZES, _PREFIXES, _GATES, _SOFTMAXES, _MASKS, _BIASES, _EXTRAS, _OPTIONS)
 
@@ -220,10 +226,10 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
         columns.append(column[:count])
     cases = []
     for parts in zip(*columns, strict=True):
-        fields: dict[str, Any] = {}
+        named: dict[str, Any] = {}
         for part in parts:
-            fields |= part
-        case = AttentionCase(**(fields | (fixed or {})))
+            named |= part
+        case = make_attention_case(**(named | (fixed or {})))
         cases.append(case if fixed else _conditioned(case))
     return cases
 
@@ -262,10 +268,18 @@ def embedding_cases() -> list[EmbeddingCase]:
     return [EmbeddingCase(**shape, **offset) for shape in shapes for offset in offsets]
 
 
-def measure(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", draws: int = 3) -> Report:
-    """The parity of one backend on one case."""
+def measure(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device | str = "cpu",
+    draws: int = 3,
+    grad: bool | Collection[str] = True,
+) -> Report:
+    """Measure the parity of one backend on one case."""
     inputs = case.build(dtype, device)
-    return measure_parity(case.operation, inputs.tensors, options={**inputs.options, "backend": backend}, draws=draws)
+    options = {**inputs.options, "backend": backend}
+    return measure_parity(case.operation, inputs.tensors, options=options, draws=draws, grad=grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def test_narrow_and_padded_heads_and_rounded_products() -> None:
     ],
 )
 def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
-    from fastprefix.ops.prefix_attention.triton import tiles
+    from fastprefix.ops.prefix_attention.triton_backend import tiles
     from fastprefix.ops.targets import architecture
     from tools.aot import SHARED_MEMORY
 
@@ -66,9 +66,9 @@ def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
 
 COUNT = """
 import torch, triton
-from fastprefix.ops.prefix_attention.triton import launch as attention
+from fastprefix.ops.prefix_attention.triton_backend import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
-from fastprefix.ops.prompt_embedding.triton import launch as embedding
+from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
 from tools import aot
 
 class Target:
@@ -86,8 +86,6 @@ def tensor(*shape, dtype=torch.bfloat16):
 kinds = {}
 aot.pretend_device(80)
 triton.knobs.runtime.jit_cache_hook = count
-options = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
-options |= {"softcap": None, "sinks": None, "scale": None, "is_causal": True, "dropout_p": 0.0}
 for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
     ids, d, r = tensor(B, N, dtype=torch.int64), 768, 19
     network, pair = (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), (tensor(512, r), tensor(r, d))
@@ -95,12 +93,13 @@ for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
         dropout_p = 0.1 if offset["ffn"] else 0.0
         a = aot.embedding_arguments(ids, tensor(99, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
         needs = [getattr(a, name) is not None for name in arguments.DIFFERENTIABLE]
-        embedding.backward(embedding.forward(a, Target()), a, needs, Target())
+        embedding.backward(embedding.forward(*a, target=Target()), needs, *a, target=Target())
     if N > 16:
         q, k, p = tensor(B, 4, N, 64), tensor(B, 2, N + S, 64), tensor(2, 50, 64)
-        a = aot.attention_arguments(q, k, k, p, p, **options)
-        output, normalizers = attention.forward(a, Target())
-        attention.backward(output, output, normalizers, a, [x is not None for x in a[:10]], Target())
+        a = aot.attention_arguments(q, k, k, p, p, is_causal=True)
+        output, normalizers = attention.forward(*a, target=Target())
+        needs = [x is not None for x in a[:10]]
+        attention.backward(output, output, normalizers, needs, *a, target=Target())
 print(*sorted(name for name, keys in kinds.items() if len(keys) > 1))
 print(len(kinds))
 """
@@ -115,10 +114,10 @@ def test_another_batch_or_length_compiles_nothing_anew() -> None:
 
 
 def test_a_spill_is_not_acceptable() -> None:
-    from fastprefix.ops.prefix_attention.triton.tiles import Tile
+    from fastprefix.ops.prefix_attention.triton_backend.tiles import AttentionTile
     from tools.aot import Report
 
-    tile = Tile(64, 64, 64, 4, 2)
+    tile = AttentionTile(64, 64, 64, 4, 2)
     known = ("fwd", "sm_90", "bfloat16", "D64", "full")
     assert Report(*known, tile, 255, spill=8).fault is not None
     assert Report(*known, tile._replace(spills="measured faster"), 255, spill=8).fault is None

@@ -1,13 +1,16 @@
 """The choice of a backend, and the agreement of schema and Arguments."""
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastprefix
 from fastprefix.ops import backends
-from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE as ATTENTION_GRADIENTS
-from fastprefix.ops.prefix_attention.arguments import Arguments as AttentionArguments
-from fastprefix.ops.prompt_embedding.arguments import Arguments as EmbeddingArguments
+from fastprefix.ops.prefix_attention.arguments import AttentionArguments
+from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
 from fastprefix.parity import AttentionCase, EmbeddingCase
 
 CASES = [AttentionCase(), EmbeddingCase()]
@@ -55,21 +58,41 @@ def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
     fastprefix.prefix_attention(**tensors, **{name: bias}).sum().backward()
     assert bias.grad is not None
     reason = f"{name} requires a gradient"
-    assert backends.choose(None, torch.device("cpu"), ("eager",), reason) == "eager"
+    assert backends.choose(None, torch.device("cpu"), {"eager": lambda a: None}, eager_only=reason) == "eager"
     for other in set(backends.BACKENDS) - {"eager"}:
         with pytest.raises(ValueError, match="not usable"):
             fastprefix.prefix_attention(**tensors, **{name: bias}, backend=other)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"), [("prefix_attention", AttentionArguments), ("prompt_embedding", EmbeddingArguments)]
-)
-def test_schema_and_arguments_have_the_same_order(name, arguments):
+ARGUMENTS = {"prefix_attention": AttentionArguments, "prompt_embedding": EmbeddingArguments}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_schemas_follow_from_the_declaration(name):
+    fields = ARGUMENTS[name]._fields
     schema = getattr(torch.ops.fastprefix, name).eager._schema
-    assert tuple(argument.name for argument in schema.arguments) == arguments._fields
+    assert tuple(argument.name for argument in schema.arguments) == fields
     backward = getattr(torch.ops.fastprefix, f"{name}_backward").eager._schema
-    assert tuple(argument.name for argument in backward.arguments)[-len(arguments._fields) :] == arguments._fields
+    assert tuple(argument.name for argument in backward.arguments)[-len(fields) :] == fields
 
 
-def test_differentiable_arguments_come_first():
-    assert AttentionArguments._fields[: len(ATTENTION_GRADIENTS)] == ATTENTION_GRADIENTS
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_cpp_declares_the_same_arguments(name):
+    """The dispatcher compares types, not names."""
+    header = Path(__file__).parents[1] / "csrc" / name / "arguments.h"
+    if not header.exists():
+        pytest.skip("no sources")
+    macros = re.findall(r"#define FASTPREFIX_\w+_(\w+)\(X, SEPARATOR\)((?:.*\\\n)+.*)", header.read_text())
+    lists = {macro: re.findall(r"X\([\w:<>]+, (\w+)\)|(DIFFERENTIABLE)", body) for macro, body in macros}
+    differentiable = [name for name, _ in lists["DIFFERENTIABLE"]]
+    names = []
+    for argument, nested in lists["ARGUMENTS"]:
+        names += differentiable if nested else [argument]
+    assert tuple(names) == ARGUMENTS[name]._fields
+
+
+@pytest.mark.parametrize("name", ["prefix_attention", "prompt_embedding"])
+def test_the_reference_takes_the_same_arguments_less_the_backend(name):
+    public = dict(inspect.signature(getattr(fastprefix, name)).parameters)
+    del public["backend"]
+    assert dict(inspect.signature(getattr(fastprefix.reference, name)).parameters) == public

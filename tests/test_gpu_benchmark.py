@@ -19,7 +19,7 @@ pytest.importorskip("tabulate")
 
 from benchmarks import attention, gpu, report, results
 from benchmarks.measure import figure_row, timed_row
-from fastprefix.ops.prefix_attention.triton.operands import problem
+from fastprefix.ops.prefix_attention.triton_backend.operands import build_operands
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, Case, embedding_cases
 
@@ -58,7 +58,7 @@ def find_specialization(shape: attention.Shape, gate: str, causal: bool) -> tupl
             return tuple(map(kind, value))
         return (value == 1, value % 16 == 0) if type(value) is int else isinstance(value, Tensor) or value
 
-    return kind(problem(canonical)), shape.D, gate, causal
+    return kind(build_operands(canonical)), shape.D, gate, causal
 
 
 def draw_meta(shape: attention.Shape, gate: str, causal: bool) -> attention.Inputs:

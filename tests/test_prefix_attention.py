@@ -1,10 +1,13 @@
 """prefix_attention as an operator: parity, layouts, autograd, compilation, autocast, dropout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
+from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import DTYPES, AttentionCase, attention_cases, measure
 
 SMALL = [case for case in attention_cases(44, seed=1) if case.scores < 5_000]
@@ -30,18 +33,10 @@ def test_parity_float32_with_poisoned_memory(backend, case, poisoned):
 
 
 @pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
-@pytest.mark.parametrize("layout", ["dense", "permuted", "sliced"])
+@pytest.mark.parametrize("layout", ["BHND", "BNHD", "sliced"])
 def test_opcheck(backend, case, layout):
-    from fastprefix.ops.prefix_attention.validation import canonical_arguments
-
-    t = AttentionCase(**{**case.__dict__, "permuted": layout == "permuted"}).build(torch.float32).tensors
-    if layout == "sliced":  # one projection for query, key and value
-        qkv = torch.randn(case.B, 5, case.Hq + 2 * case.Hkv, case.D).transpose(1, 2)
-        t["query"], t["key"], t["value"] = qkv.split([case.Hq, case.Hkv, case.Hkv], dim=1)
-    t = {name: tensor.detach().requires_grad_() for name, tensor in t.items()}
-    defaults = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
-    defaults |= {"softcap": None, "sinks": None, "scale": None, "is_causal": False, "dropout_p": 0.0}
-    arguments = canonical_arguments(**(defaults | t | case.options))
+    t = leaves(replace(case, layout=layout))
+    arguments = canonical_arguments(**t, **case.options)
     torch.library.opcheck(getattr(torch.ops.fastprefix.prefix_attention, backend), tuple(arguments))
 
 
@@ -75,7 +70,7 @@ def test_compile(backend, compiler, dynamic):
 
     compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
     for n in (5, 6) if dynamic else (5,):
-        t = leaves(AttentionCase(**{**FULL.__dict__, "N": n}))
+        t = leaves(replace(FULL, N=n))
         expected, got = run(**t), compiled(**t)
         torch.testing.assert_close(got, expected)
         for a, b in zip(
@@ -133,7 +128,7 @@ def test_only_gradients_asked_for(backend):
 
 
 def test_saved_tensors_are_inputs_output_and_normalizers(backend):
-    t, saved = leaves(AttentionCase(B=5, Hq=4, P=9, permuted=True)), []
+    t, saved = leaves(AttentionCase(B=5, Hq=4, P=9, layout="BNHD")), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         output = prefix_attention(**t, backend=backend)
     known = {x.untyped_storage().data_ptr() for x in (*t.values(), output)}
@@ -141,9 +136,9 @@ def test_saved_tensors_are_inputs_output_and_normalizers(backend):
     assert [x.shape for x in others] == [(1, 2, *output.shape[:3])]
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_the_output_is_laid_out_as_the_query(backend, permuted):
-    t = AttentionCase(permuted=permuted).build(torch.float32).tensors
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_the_output_is_laid_out_as_the_query(backend, layout):
+    t = AttentionCase(layout=layout).build(torch.float32).tensors
     assert prefix_attention(**t, backend=backend).stride() == t["query"].stride()
 
 

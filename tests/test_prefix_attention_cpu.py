@@ -13,9 +13,10 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.ops.backends import BACKENDS
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.registration import OPERATION
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
-from fastprefix.testing import assert_parity
+from fastprefix.parity import AttentionCase, make_attention_case, measure
 
 REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -33,63 +34,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make(
-    dtype: torch.dtype,
-    *,
-    B: int = 2,
-    heads: tuple[int, int] = (4, 2),
-    N: int = 33,
-    M: int = 45,
-    P: int = 11,
-    D: int = 64,
-    Dv: int | None = None,
-    per_row: bool = False,
-    gate: tuple[int, ...] | None = None,
-    output_gate: tuple[int, ...] | None = None,
-    sinks: bool = False,
-    layout: str = "BHND",
-    seed: int = 0,
-    **options: Any,
-) -> tuple[dict[str, Tensor], Case]:
+def make(dtype: torch.dtype, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Differentiable tensors, exactly representable in ``dtype``, and the other arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    Hq, Hkv = heads
-    Dv = D if Dv is None else Dv
+    inputs = make_case(**named).build(dtype)
+    return inputs.tensors, inputs.options
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
 
-    def draw_heads(heads: int, length: int, size: int) -> Tensor:
-        if layout == "BNHD":
-            return draw(B, length, heads, size).transpose(1, 2)
-        if layout == "sliced":  # out of a fused projection
-            return (
-                draw(B, length, 3 * heads * size)[..., heads * size : 2 * heads * size]
-                .unflatten(2, (heads, size))
-                .transpose(1, 2)
-            )
-        if layout == "strided":  # the last dimension too
-            return draw(B, heads, size, length).transpose(2, 3)
-        return draw(B, heads, length, size)
-
-    rows = (B,) if per_row else ()
-    tensors = {
-        "query": draw_heads(Hq, N, D),
-        "key": draw_heads(Hkv, M, D),
-        "value": draw_heads(Hkv, M, Dv),
-        "prefix_key": draw(*rows, Hkv, P, D),
-        "prefix_value": draw(*rows, Hkv, P, Dv),
-    }
-    if gate is not None:
-        tensors["prefix_gate"] = draw(*gate)
-    if output_gate is not None:
-        tensors["output_gate"] = draw(*output_gate)
-    if sinks:
-        tensors["sinks"] = draw(Hq)
-    for name in ("attn_mask", "prefix_bias"):
-        if name in options and options[name].is_floating_point():
-            options[name] = options[name].to(dtype)
-    return tensors, options
+def make_case(**named: Any) -> AttentionCase:
+    return make_attention_case(**({"Hq": 4, "N": 33, "M": 45, "P": 11, "D": 64} | named))
 
 
 def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
@@ -106,22 +58,21 @@ def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.d
     return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def assert_as_good(dtype: torch.dtype, **case: Any) -> None:
+def assert_as_good(dtype: torch.dtype, **named: Any) -> None:
     """The parity of ``fastprefix.testing``; in float64, PyTorch's own comparison of float64 tensors."""
-    tensors, options = make(dtype, **case)
     if dtype is not torch.float64:
-        assert_parity(fastprefix.prefix_attention, tensors, options={**options, "backend": "cpu"}, draws=4)
+        report = measure(make_case(**named), dtype, "cpu", draws=4)
+        assert report.ok, f"\n{report}"
         return
+    tensors, options = make(dtype, **named)
     exact = run(fastprefix.reference.prefix_attention, tensors, options, dtype)
     torch.testing.assert_close(run(fastprefix.prefix_attention, tensors, options, dtype, backend="cpu"), exact)
 
 
-def rand(*size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def coin(*size: int) -> Tensor:
-    return rand(*size) > 0
+def hide(*size: int) -> Tensor:
+    """A float mask that hides about half of the columns."""
+    seen = torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64) > 0
+    return torch.where(seen, 0.0, -torch.inf)
 
 
 def ids(*size: int) -> Tensor:
@@ -142,9 +93,9 @@ SHAPES: list[Case] = [
     {"P": 128, "N": 70},
     {"P": 2048, "N": 5, "B": 1},
     {"N": 2, "M": 300, "P": 100},
-    {"heads": (4, 4)},
-    {"heads": (3, 1)},
-    {"heads": (1, 1), "B": 1, "N": 200, "M": 200},
+    {"Hkv": 4},
+    {"Hq": 3, "Hkv": 1},
+    {"Hq": 1, "Hkv": 1, "B": 1, "N": 200, "M": 200},
     {"D": 8},
     {"D": 13, "Dv": 7},
     {"D": 80, "Dv": 96},
@@ -152,29 +103,29 @@ SHAPES: list[Case] = [
     {"D": 128, "Dv": 33},
     {"D": 256, "Dv": 8},
     {"D": 1, "Dv": 1},
-    {"per_row": True},
-    {"per_row": True, "heads": (1, 1), "N": 150},
+    {"prefix_a_row": True},
+    {"prefix_a_row": True, "Hq": 1, "Hkv": 1, "N": 150},
     {"layout": "BNHD"},
     {"layout": "sliced"},
     {"layout": "strided"},
 ]
 FEATURES: list[Case] = [
-    {"gate": (11,)},
-    {"gate": (2, 1, 11)},
-    {"gate": (2, 1, 1), "per_row": True},
-    {"gate": (1, 2, 1)},
-    {"gate": (2, 4, 33, 11)},
-    {"gate": (1, 4, 1, 11)},
-    {"gate": (2, 1, 33, 1)},
-    {"gate": (1, 1, 1, 1), "N": 70},
-    {"output_gate": (1, 4)},
-    {"output_gate": (2, 1), "gate": (2, 2, 11), "N": 130},
-    {"output_gate": (2, 4), "gate": (1, 4, 33, 1)},
-    {"output_gate": (1, 4), "P": 0},
-    {"output_gate": (1, 4), "M": 0},
+    {"gate": "P"},
+    {"gate": "B1P"},
+    {"gate": "B11", "prefix_a_row": True},
+    {"gate": "1h1"},
+    {"gate": "BHNP"},
+    {"gate": "1H1P"},
+    {"gate": "B1N1"},
+    {"gate": "1111", "N": 70},
+    {"output_gate": "1H"},
+    {"output_gate": "B1", "gate": "BhP", "N": 130},
+    {"output_gate": "BH", "gate": "1HN1"},
+    {"output_gate": "1H", "P": 0},
+    {"output_gate": "1H", "M": 0},
     {"sinks": True},
     {"sinks": True, "M": 0, "P": 0},
-    {"sinks": True, "output_gate": (1, 1), "N": 70},
+    {"sinks": True, "output_gate": "11", "N": 70},
     {"is_causal": True, "N": 150, "M": 150},
     {"is_causal": True, "N": 40, "M": 300},
     {"is_causal": True, "N": 150, "M": 40},
@@ -186,32 +137,32 @@ FEATURES: list[Case] = [
     {"window_size": 1, "N": 20, "M": 90},
     {"segment_ids": (ids(2, 33), ids(2, 45))},
     {"segment_ids": (ids(1, 33).int(), ids(2, 45).int()), "is_causal": True},
-    {"softcap": 2.0, "gate": (2, 1, 11)},
+    {"softcap": 2.0, "gate": "B1P"},
     {"softcap": 30.0, "is_causal": True},
-    {"attn_mask": coin(2, 45)},
-    {"attn_mask": coin(1, 4, 33, 45)},
-    {"attn_mask": coin(2, 1, 33, 1), "P": 0},
-    {"attn_mask": rand(2, 4, 33, 45)},
-    {"attn_mask": rand(33, 1)},
-    {"attn_mask": torch.where(coin(45), 0.0, -torch.inf)},
+    {"mask": "padding"},
+    {"mask": "bool 1HNM"},
+    {"mask": "bool B1N1", "P": 0},
+    {"mask": "float BHNM"},
+    {"mask": "float N1"},
+    {"attn_mask": hide(45)},
     {"attn_mask": torch.full((1,), -torch.inf)},
-    {"prefix_bias": rand(2, 1, 1, 11)},
-    {"prefix_bias": rand(4, 33, 1)},
-    {"prefix_bias": torch.where(coin(11), 0.0, -torch.inf), "output_gate": (1, 4)},
-    {"prefix_bias": torch.full((1,), -torch.inf), "output_gate": (1, 4)},
-    {"dropout_p": 0.3, "gate": (2, 1, 11)},
-    {"dropout_p": 0.5, "output_gate": (1, 4), "N": 70, "is_causal": True},
+    {"bias": "B11P"},
+    {"bias": "HN1"},
+    {"prefix_bias": hide(11), "output_gate": "1H"},
+    {"prefix_bias": torch.full((1,), -torch.inf), "output_gate": "1H"},
+    {"dropout_p": 0.3, "gate": "B1P"},
+    {"dropout_p": 0.5, "output_gate": "1H", "N": 70, "is_causal": True},
     {"dropout_p": 1.0},
     {"scale": -0.3},
     {"scale": 0.0},
     {
         "is_causal": True,
         "window_size": 90,
-        "gate": (2, 4, 130, 11),
+        "gate": "BHNP",
         "sinks": True,
         "softcap": 5.0,
-        "attn_mask": rand(2, 1, 130, 130),
-        "prefix_bias": rand(130, 11),
+        "mask": "float B1NM",
+        "bias": "NP",
         "segment_ids": (ids(2, 130), ids(2, 130)),
         "dropout_p": 0.1,
         "N": 130,
@@ -252,9 +203,7 @@ def test_mask_of_the_least_number_averages(dtype: torch.dtype) -> None:
     assert_as_good(dtype, P=0, attn_mask=torch.full((33, 45), torch.finfo(dtype).min))
 
 
-@pytest.mark.parametrize(
-    "case", [{"gate": (2, 1, 11), "sinks": True}, {"output_gate": (1, 4), "gate": (11,)}], ids=describe
-)
+@pytest.mark.parametrize("case", [{"gate": "B1P", "sinks": True}, {"output_gate": "1H", "gate": "P"}], ids=describe)
 def test_only_gradients_asked_for(case: Case) -> None:
     tensors, _ = make(torch.float32, **case)
     full = run(fastprefix.prefix_attention, tensors, {}, torch.float32, backend="cpu")
@@ -276,12 +225,12 @@ def test_gradients_of_masks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
-def test_same_bits_twice(threads: int, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("heads", [{"Hq": 1, "Hkv": 1}, {}])
+def test_same_bits_twice(threads: int, heads: Case) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case = {"heads": heads, "B": 1, "N": 300, "M": 200, "gate": (1, 1, 11)}
+        case: Case = {**heads, "B": 1, "N": 300, "M": 200, "gate": "11P"}
         tensors, options = make(torch.float32, **case)
         first, second = (run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu") for _ in "12")
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -292,7 +241,7 @@ def test_same_bits_twice(threads: int, heads: tuple[int, int]) -> None:
 
 
 def test_in_another_thread() -> None:
-    tensors, options = make(torch.float32, gate=(11,))
+    tensors, options = make(torch.float32, gate="P")
     expected = run(fastprefix.prefix_attention, tensors, options, torch.float32, backend="cpu")
     results: list[dict[str, Tensor]] = []
 
@@ -331,13 +280,13 @@ def test_drops_what_eager_drops(dropout_p: float) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        {"gate": (1, 2, 3), "sinks": True, "softcap": 3.0},
-        {"output_gate": (1, 2), "gate": (1, 2, 4, 3), "is_causal": True},
+        {"gate": "1hP", "sinks": True, "softcap": 3.0},
+        {"output_gate": "1H", "gate": "1HNP", "is_causal": True},
     ],
     ids=describe,
 )
 def test_gradcheck(case: Case) -> None:
-    tensors, options = make(torch.float64, B=1, heads=(2, 2), N=4, M=5, P=3, D=3, Dv=2, **case)
+    tensors, options = make(torch.float64, B=1, **({"Hq": 2, "N": 4, "M": 5, "P": 3, "D": 3, "Dv": 2} | case))
     names = list(tensors)
 
     def call(*values: Tensor) -> Tensor:
@@ -347,17 +296,15 @@ def test_gradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD", "strided"])
-@pytest.mark.parametrize("case", [{"gate": (2, 1, 11)}, {"output_gate": (1, 4), "sinks": True}], ids=describe)
+@pytest.mark.parametrize("case", [{"gate": "B1P"}, {"output_gate": "1H", "sinks": True}], ids=describe)
 def test_opcheck(case: Case, layout: str) -> None:
     tensors, options = make(torch.float32, layout=layout, **case)
-    defaults = dict.fromkeys(("prefix_gate", "output_gate", "attn_mask", "prefix_bias", "window_size", "segment_ids"))
-    defaults |= dict.fromkeys(("softcap", "sinks", "scale")) | {"is_causal": False, "dropout_p": 0.0}
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    arguments = canonical_arguments(**(defaults | leaves | options))
+    arguments = canonical_arguments(**leaves, **options)
     forward = OPERATION.operator("cpu")
     torch.library.opcheck(forward, arguments)
     output, normalizers = forward(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments[:10]]
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments[: len(DIFFERENTIABLE)]]
     inputs = (
         torch.ones_like(output),
         output,

@@ -7,47 +7,37 @@ with ``TRITON_INTERPRET=1``, and only there are the cases of the interpreter def
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastprefix.ops.prompt_embedding import reference
-from fastprefix.ops.prompt_embedding.arguments import Arguments
+from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
 from fastprefix.ops.prompt_embedding.registration import OPERATION
+from fastprefix.ops.prompt_embedding.validation import canonical_arguments
+from fastprefix.parity import EmbeddingCase, measure
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def arguments(
-    kind: str,
-    B: int = 2,
-    N: int = 21,
-    S: int = 3,
-    V: int = 17,
-    d: int = 65,
-    r: int = 7,
-    p: float = 0.0,
-    ids_dtype: torch.dtype = torch.int64,
-) -> Arguments:
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    ids = torch.randint(0, V, (B, N), generator=g).to(ids_dtype)
-    ffn = [normal(d, r) / d**0.5, normal(r), normal(r, d), normal(d)] if kind == "adept" else [None] * 4
-    low_rank = [normal(N + 2, r), normal(r, d)] if kind == "dept" else [None] * 2
-    seed = torch.tensor([987654321987654321]) if p else None
-    return Arguments(ids, normal(V, d), normal(S, d), *ffn, *low_rank, seed, 0.5, p)
+OFFSETS = {"pt": None, "dept": "low_rank", "adept": "ffn"}
 
 
-def cast(a: Arguments, dtype: torch.dtype) -> Arguments:
-    return Arguments(*(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in a))
+def make_case(kind: str, **named: Any) -> EmbeddingCase:
+    sizes = {"B": 2, "N": 21, "S": 3, "V": 17, "d": 65, "r": 7, "spare": 2}
+    sizes |= {name: named.pop(name) for name in sizes if name in named}
+    return EmbeddingCase(**sizes, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
 
 
-def results(function, a: Arguments, dy: Tensor) -> list[Tensor]:
+def arguments(kind: str, **named: Any) -> EmbeddingArguments:
+    """The operator's own."""
+    inputs = make_case(kind, **named).build(torch.float32)
+    return canonical_arguments(**inputs.tensors, **inputs.options)
+
+
+def results(function, a: EmbeddingArguments, dy: Tensor) -> list[Tensor]:
     """The output, then every gradient."""
     inputs = [x.detach().clone().requires_grad_() if _differentiable(x) else x for x in a]
     output = function(*inputs)
@@ -61,7 +51,7 @@ def _differentiable(x: object) -> bool:
 if INTERPRETING:
     CASES = [
         {"kind": "pt"},
-        {"kind": "pt", "S": 0, "ids_dtype": torch.int32},
+        {"kind": "pt", "S": 0},
         {"kind": "dept"},
         {"kind": "dept", "B": 9, "N": 2, "d": 13, "r": 3},
         {"kind": "adept"},
@@ -69,44 +59,35 @@ if INTERPRETING:
         {"kind": "adept", "d": 13, "r": 33},
         {"kind": "adept", "d": 130, "r": 19, "N": 60},
         {"kind": "adept", "d": 40, "r": 130},
-        {"kind": "adept", "p": 0.3},
-        {"kind": "adept", "p": 1.0},
+        {"kind": "adept", "dropout_p": 0.3},
+        {"kind": "adept", "dropout_p": 1.0},
         *({"kind": kind, size: 0} for kind in ("pt", "dept", "adept") for size in ("B", "N", "S")),
     ]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_parity(case: dict, dtype: torch.dtype) -> None:
-        a = cast(arguments(**case), dtype)
-        torch.manual_seed(0)
-        dy = torch.randn(a.input_ids.shape[0], a.prompt_length + a.input_ids.shape[1], a.weight.shape[1], dtype=dtype)
+        report = measure(make_case(**case), dtype, "triton", draws=2)
+        assert report.ok, f"\n{report}"
 
-        def formula(*values: object) -> Tensor:
-            return reference.embed(Arguments(*values))
-
-        exact = results(formula, cast(a, torch.float64), dy.double())
-        same = results(formula, a, dy)
-        got = results(OPERATION.operator("triton"), a, dy)
-        for index, (x, y, z) in enumerate(zip(got, same, exact, strict=True)):
-            assert x.shape == z.shape
-            assert x.dtype == dtype
-            if z.numel() == 0:
-                continue
-            error, allowed = (x.double() - z).abs().max(), (y.double() - z).abs().max()
-            bound = 2 * allowed + 2 * torch.finfo(dtype).eps * z.abs().max()
-            assert error <= bound, f"result {index}: error {error:.3g}, bound {bound:.3g}"
+    def test_ids_of_32_bits() -> None:
+        a = arguments("adept")
+        dy = torch.randn(2, 24, 65)
+        got = results(OPERATION.operator("triton"), a._replace(input_ids=a.input_ids.int()), dy)
+        for x, y in zip(got, results(OPERATION.operator("triton"), a, dy), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
 
     def test_any_strides() -> None:
-        a = cast(arguments("adept"), torch.float32)
+        a = arguments("adept")
         dy = torch.randn(65, 24, 2).permute(2, 1, 0)
-        odd = Arguments(*(x.t().contiguous().t() if isinstance(x, Tensor) and x.ndim == 2 else x for x in a))
+        odd = EmbeddingArguments(*(x.t().contiguous().t() if isinstance(x, Tensor) and x.ndim == 2 else x for x in a))
         got = results(OPERATION.operator("triton"), odd, dy)
         wanted = results(OPERATION.operator("triton"), a, dy.contiguous())
         for x, y in zip(got, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
 
     def test_ids_out_of_range() -> None:
-        a = cast(arguments("adept"), torch.float32)
+        a = arguments("adept")
         a.input_ids[0, 0] = 17
         with pytest.raises(ValueError, match="input_ids takes ids from 0 to V - 1 = 16, got 17"):
             OPERATION.operator("triton")(*a)

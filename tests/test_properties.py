@@ -30,7 +30,7 @@ def attention_cases(draw):
         prefix_a_row=draw(st.booleans()), gate=draw(GATES),
         output_gate=draw(st.sampled_from([None, None, "BH", "H", "B1"])),
         mask=draw(st.sampled_from([None, "padding", "bool", "float"])), bias=draw(st.sampled_from([None, "P", "BHNP"])),
-        segments=draw(st.booleans()), sinks=True, permuted=draw(st.booleans()), options=draw(OPTIONS),
+        segments=draw(st.booleans()), sinks=True, layout=draw(st.sampled_from(["BHND", "BNHD"])), options=draw(OPTIONS),
     )  # fmt: skip
     return _conditioned(case)
 

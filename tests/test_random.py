@@ -28,23 +28,23 @@ def test_philox_gives_the_known_answers(counter: str, key: str, expected: str):
 @pytest.mark.parametrize("tokens", [False, True])
 def test_four_words_decide_for_two_rows_and_two_columns(tokens: bool):
     seed, p = torch.tensor([1234567]), 0.4
-    whole = random.pair_keep_factor_at(seed, p, torch.Size((2, 3, 21, 43)), tokens)
+    whole = random.draw_pair_factor(seed, p, torch.Size((2, 3, 21, 43)), tokens)
     for plane, row, column in ((0, 0, 0), (1, 3, 8), (2, 8, 5), (3, 13, 29), (5, 20, 42), (5, 7, 15)):
         counter = (column & ~8, row & ~8, plane, int(tokens))
         words = random.philox(seed, *(torch.tensor([word]) for word in counter))
         word = words[2 * (row // 8 % 2) + column // 8 % 2]
-        assert (whole.flatten(0, 1)[plane, row, column] != 0) == (word >= random.threshold(p))
+        assert (whole.flatten(0, 1)[plane, row, column] != 0) == (word >= random.find_threshold(p))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_keep_factor_has_the_right_mean(p: float):
     seed, shape = torch.tensor([42]), torch.Size((300, 1000))
-    for factor in (random.keep_factor_at(seed, p, shape), random.pair_keep_factor_at(seed, p, shape, tokens=True)):
+    for factor in (random.draw_factor(seed, p, shape), random.draw_pair_factor(seed, p, shape, tokens=True)):
         assert (factor == 0).double().mean().item() == pytest.approx(p, abs=0.005)
         assert factor.mean().item() == pytest.approx(0.0 if p == 1.0 else 1.0, abs=0.03)
 
 
 def test_prefix_and_tokens_are_dropped_independently():
     seed, shape = torch.tensor([7]), torch.Size((64, 512))
-    first, second = (random.pair_keep_factor_at(seed, 0.5, shape, tokens) == 0 for tokens in (False, True))
+    first, second = (random.draw_pair_factor(seed, 0.5, shape, tokens) == 0 for tokens in (False, True))
     assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.01)

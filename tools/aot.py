@@ -20,6 +20,7 @@ from fastprefix.ops.prefix_attention import arguments as attention
 from fastprefix.ops.prefix_attention.validation import canonical_arguments as attention_arguments
 from fastprefix.ops.prompt_embedding import arguments as embedding
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
+from fastprefix.parity import make_attention_case
 from tools import machine_code
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
@@ -34,18 +35,20 @@ _QUICK_BOTTLENECKS = (19, 64, 512)
 _BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 100, 200)
 _FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
-    "causal, gate of keys": {"is_causal": True, "gate": 3},
-    "window, gate of keys": {"is_causal": True, "window_size": 100, "gate": 3},
-    "gate of queries": {"is_causal": True, "gate": 4},
-    "separate": {"output_gate": True, "gate": 3},
-    "padding": {"is_causal": True, "padding": True, "softcap": 30.0},
-    "dropout": {"padding": True, "gate": 3, "dropout_p": 0.1},
-    "separate, dropout": {"is_causal": True, "output_gate": True, "sinks": True, "dropout_p": 0.1},
+    "causal, gate of keys": {"is_causal": True, "gate": "BhP"},
+    "window, gate of keys": {"is_causal": True, "window_size": 100, "gate": "BhP"},
+    "gate of queries": {"is_causal": True, "gate": "BHNP"},
+    "separate": {"output_gate": "BH", "gate": "BhP"},
+    "padding": {"is_causal": True, "mask": "padding", "softcap": 30.0},
+    "dropout": {"mask": "padding", "gate": "BhP", "dropout_p": 0.1},
+    "separate, dropout": {"is_causal": True, "output_gate": "BH", "sinks": True, "dropout_p": 0.1},
     "everything": {
         "is_causal": True,
         "window_size": 100,
-        "gate": 4,
-        "pairwise": True,
+        "gate": "BHNP",
+        "mask": "float BHNM",
+        "bias": "BHNP",
+        "segments": True,
         "softcap": 30.0,
         "sinks": True,
         "dropout_p": 0.1,
@@ -137,20 +140,18 @@ def _is_wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
 
 def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> Iterator[Report]:
     """Compile the kernels of a training step and of a decoding step."""
-    from fastprefix.ops.prefix_attention.triton import launch
+    from fastprefix.ops.prefix_attention.triton_backend import launch
 
     dtype = _DTYPES[dtype_name]
     compiler = _Compiler(arch, dtype_name, f"D{width}", features)
     a = _attention(dtype, width, 512, **_FEATURES[features])
-    needs = [
-        getattr(a, name) is not None and name not in ("attn_mask", "prefix_bias") for name in attention.DIFFERENTIABLE
-    ]
+    needs = [getattr(a, name) is not None and name not in attention.EAGER_ALONE for name in attention.DIFFERENTIABLE]
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype_name == "tf32" else "ieee"
     try:
-        output, normalizers = launch.forward(a, compiler)
-        launch.backward(output, output, normalizers, a, needs, compiler)
-        launch.forward(_attention(dtype, width, 1, **_FEATURES[features]), compiler)
+        output, normalizers = launch.forward(*a, target=compiler)
+        launch.backward(output, output, normalizers, needs, *a, target=compiler)
+        launch.forward(*_attention(dtype, width, 1, **_FEATURES[features]), target=compiler)
     finally:
         matmul.fp32_precision = before
     yield from compiler.reports
@@ -158,7 +159,7 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
     """Compile the kernels of ADePT's training step and DePT's forward pass, with a bottleneck or rank of r."""
-    from fastprefix.ops.prompt_embedding.triton import launch
+    from fastprefix.ops.prompt_embedding.triton_backend import launch
 
     B, N, S, V, d = 4, 512, 60, 1000, 1024
 
@@ -175,48 +176,15 @@ def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
         dropout_p = 0.1 if method == "ADePT" else 0.0
         a = embedding_arguments(ids, tensor(V, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
         needs = [getattr(a, name) is not None for name in embedding.DIFFERENTIABLE]
-        launch.backward(launch.forward(a, compiler), a, needs, compiler)
+        launch.backward(launch.forward(*a, target=compiler), needs, *a, target=compiler)
         yield from compiler.reports
 
 
-def _attention(
-    dtype: torch.dtype,
-    D: int,
-    N: int,
-    *,
-    gate: int = 0,
-    output_gate: bool = False,
-    padding: bool = False,
-    pairwise: bool = False,
-    sinks: bool = False,
-    **options: Any,
-) -> attention.Arguments:
-    """Return the arguments of a call, without storage.
-
-    The gate has 3 or 4 dimensions, the mask is one of keys or, with ``pairwise``, one of pairs, together with a bias.
-    """
-    B, Hq, Hkv, M, P = 2, 8, 4, 512, 128
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    mask = tensor(B, M, dtype=torch.bool) if padding else None
-    x: dict[str, Any] = {
-        "query": tensor(B, Hq, N, D),
-        "key": tensor(B, Hkv, M, D),
-        "value": tensor(B, Hkv, M, D),
-        "prefix_key": tensor(Hkv, P, D),
-        "prefix_value": tensor(Hkv, P, D),
-        "prefix_gate": {0: None, 3: tensor(B, Hkv, P), 4: tensor(B, Hq, N, P)}[gate],
-        "output_gate": tensor(B, Hq) if output_gate else None,
-        "attn_mask": tensor(B, Hq, N, M) if pairwise else mask,
-        "prefix_bias": tensor(B, Hq, N, P) if pairwise else None,
-        "segment_ids": tuple(tensor(B, n, dtype=torch.int64) for n in (N, M)) if pairwise else None,
-        "sinks": tensor(Hq) if sinks else None,
-        "is_causal": False,
-        "dropout_p": 0.0,
-    }
-    return attention_arguments(**x | dict.fromkeys(("window_size", "softcap", "scale")) | options)
+def _attention(dtype: torch.dtype, D: int, N: int, **features: Any) -> attention.AttentionArguments:
+    """Arguments of a call, without storage."""
+    case = make_attention_case(B=2, Hq=8, Hkv=4, N=N, M=512, P=128, D=D, **features)
+    inputs = case.build(dtype, "meta")
+    return attention_arguments(**inputs.tensors, **inputs.options)
 
 
 class _Compiler:

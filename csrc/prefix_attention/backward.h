@@ -13,20 +13,13 @@
 
 namespace fastprefix {
 
-// Which gradients are asked for.
-struct Needs {
-  bool query, key, value, prefix_key, prefix_value, prefix_gate, output_gate, sinks;
-
-  bool tokens() const { return query || key || value; }
-  bool prefix() const { return query || prefix_key || prefix_value || prefix_gate; }
-};
-
-// Where they go. Sums over queries that need no [keys, *] memory are kept for each block of queries ([B, Hq, blocks]).
-struct Gradients {
-  Tensor query, key, value, prefix_key, prefix_value;
-  Tensor prefix_gate;  // [B, Hq, blocks or N, P]
-  Tensor output_gate;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
-  Tensor sinks;        // float64 [B, Hq, blocks]
+// Where gradients go. Sums over queries that need no [keys, *] memory are kept for each block of queries,
+// [B, Hq, blocks].
+struct AttentionGradients {
+  const AttentionResults& results;
+  Tensor prefix_gate_sums;  // [B, Hq, blocks or N, P]
+  Tensor output_gate_sums;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
+  Tensor sinks_sums;        // float64 [B, Hq, blocks]
 };
 
 // What the scores of a block of queries are normalised by: their maxima, and 1 / l.
@@ -53,16 +46,16 @@ struct Normalizers {
 // Up to so many keys, queries or columns, a second look at the scores costs little, and rounding averages out least.
 constexpr int64_t kFewKeys = 16, kFewQueries = 4, kFewColumns = 8;
 
-template <class M, class T>
-class Backward {
-  using A = typename M::Accumulator;
-  using Operand = typename M::Operand;
+template <class Manner, class T>
+class AttentionBackward {
+  using A = typename Manner::Accumulator;
+  using Operand = typename Manner::Operand;
 
  public:
-  Backward(
-      const Problem<T, A>& p,
-      const Needs& needs,
-      const Gradients& gradients,
+  AttentionBackward(
+      const AttentionProblem<T, A>& p,
+      const AttentionNeeds& needs,
+      const AttentionGradients& gradients,
       const Tensor& grad_output,
       const Tensor& output,
       const Tensor& normalizers)
@@ -83,10 +76,10 @@ class Backward {
     prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
     cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
     Arena counting(nullptr);
-    Worker(*this, counting);
+    BackwardWorker(*this, counting);
     slots_.run(counting.used(), [&](int64_t slot, char* memory) {
       Arena arena(memory);
-      Worker(*this, arena).work(slot);
+      BackwardWorker(*this, arena).work(slot);
     });
     write_cut_groups();
     write_prefix_sums();
@@ -146,8 +139,8 @@ class Backward {
       at::parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
         add_rows(cut_row(slot, false), pieces - 1, cut_row(slot + 1, true), from, to);
         write_key_sums(
-            token_shape_, cut_row(slot, false), 1, 0, gradients_.key, gradients_.value, group % p_.B, group / p_.B,
-            from, to);
+            token_shape_, cut_row(slot, false), 1, 0, gradients_.results.key, gradients_.results.value, group % p_.B,
+            group / p_.B, from, to);
       });
     }
   }
@@ -156,8 +149,8 @@ class Backward {
     auto add = [&](A* at, const A* piece, int64_t ld) {
       for (int64_t i = from * ld; i < to * ld; ++i) at[i] += piece[i];
     };
-    for (int64_t n = 0; n < count; ++n) {
-      const A* piece = pieces + n * 2 * token_shape_.size();
+    for (int64_t index = 0; index < count; ++index) {
+      const A* piece = pieces + index * 2 * token_shape_.size();
       add(total, piece, token_shape_.D);
       add(total + p_.M * token_shape_.D, piece + p_.M * token_shape_.D, token_shape_.Dv);
     }
@@ -171,18 +164,18 @@ class Backward {
         int64_t first = slots_.of(group * items), last = slots_.of((group + 1) * items - 1);
         int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
         write_key_sums(
-            prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(), gradients_.prefix_key,
-            gradients_.prefix_value, b, hkv, 0, p_.P);
+            prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(),
+            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, 0, p_.P);
       }
     });
   }
 
   // ---- one slot's work ------------------------------------------------------------------------------------------
 
-  struct Worker {
-    const Backward& f;
-    const Problem<T, A>& p;
-    const Needs& needs;
+  struct BackwardWorker {
+    const AttentionBackward& f;
+    const AttentionProblem<T, A>& p;
+    const AttentionNeeds& needs;
     Operand *q, *dout;            // Q^T, dO^T
     Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
     A *few_q, *few_do;            // or, for a few queries, Q and dO alone
@@ -191,22 +184,22 @@ class Backward {
     A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
     A *gates, *keeps, *products, *slopes;
-    Tile<M> s;   // scores, then what multiplies do in dV
-    Tile<M> ds;  // <do, v>, then what multiplies q in dK
+    Tile<Manner> s;   // scores, then what multiplies do in dV
+    Tile<Manner> ds;  // <do, v>, then what multiplies q in dK
     A* token_sums;
     std::vector<Strip> strips;
 
-    Worker(const Backward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
-      constexpr int64_t n = M::pair;
-      q = arena.take<Operand>(round_up(p.D, n) * kQueries);
-      dout = arena.take<Operand>(round_up(p.Dv, n) * kQueries);
+    BackwardWorker(const AttentionBackward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
+      constexpr int64_t pair = Manner::pair;
+      q = arena.take<Operand>(round_up(p.D, pair) * kQueries);
+      dout = arena.take<Operand>(round_up(p.Dv, pair) * kQueries);
       q_rows = arena.take<Operand>(round_up(p.D, kLanes<A>) * kQueries);
       do_rows = arena.take<Operand>(round_up(p.Dv, kLanes<A>) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
       few_do = arena.take<A>(kFew * round_up(p.Dv, kLanes<A>));
-      key_rows = arena.take<Operand>(round_up(p.D, n) * kKeys);
-      key_pairs = n == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
-      value_rows = arena.take<Operand>(round_up(p.Dv, n) * kKeys);
+      key_rows = arena.take<Operand>(round_up(p.D, pair) * kKeys);
+      key_pairs = pair == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
+      value_rows = arena.take<Operand>(round_up(p.Dv, pair) * kKeys);
       tokens_by.take(arena);
       prefix_by.take(arena);
       delta = arena.take<A>(kQueries);
@@ -239,14 +232,15 @@ class Backward {
           differentiate(f.block(item), f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
         if (whole)
           f.write_key_sums(
-              f.token_shape_, tokens, 1, 0, f.gradients_.key, f.gradients_.value, group % p.B, group / p.B, 0, p.M);
+              f.token_shape_, tokens, 1, 0, f.gradients_.results.key, f.gradients_.results.value, group % p.B,
+              group / p.B, 0, p.M);
       }
     }
 
     void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
       prepare(queries);
       if (p.separate() || p.P + p.M <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns) find_deltas(queries);
-      if (needs.output_gate) *block_sum(f.gradients_.output_gate, queries) = total(prefix_delta, queries);
+      if (needs.output_gate) *block_sum(f.gradients_.output_gate_sums, queries) = total(prefix_delta, queries);
       if (needs.sinks) differentiate_sink(queries);
       if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
       if (needs.prefix()) for_blocks(queries, Half::prefix, [&](auto block) { add_block(queries, block, prefix); });
@@ -273,10 +267,10 @@ class Backward {
         pack_few(q_at, qs, queries.count, p.D, few_q);
         pack_few(do_at, ds_, queries.count, p.Dv, few_do);
       } else {
-        pack_transposed<M>(q_at, qs, queries.count, p.D, q);
-        pack_transposed<M>(do_at, ds_, queries.count, p.Dv, dout);
-        if (needs.key || needs.prefix_key) pack_vectors<M>(q_at, qs, queries.count, p.D, q_rows);
-        if (needs.value || needs.prefix_value) pack_vectors<M>(do_at, ds_, queries.count, p.Dv, do_rows);
+        pack_transposed<Manner>(q_at, qs, queries.count, p.D, q);
+        pack_transposed<Manner>(do_at, ds_, queries.count, p.Dv, dout);
+        if (needs.key || needs.prefix_key) pack_vectors<Manner>(q_at, qs, queries.count, p.D, q_rows);
+        if (needs.value || needs.prefix_value) pack_vectors<Manner>(do_at, ds_, queries.count, p.Dv, do_rows);
       }
       const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
       for (int64_t i = 0; i < kQueries; ++i)
@@ -354,11 +348,11 @@ class Backward {
     void differentiate_sink(const QueryBlock& queries) {
       double sum = 0;
       for (int64_t i = 0; i < queries.count; ++i) sum -= sink_probability(queries, i) * delta[i];
-      *block_sum(f.gradients_.sinks, queries) = sum;
+      *block_sum(f.gradients_.sinks_sums, queries) = sum;
     }
 
     // Scores and <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
-    Gate<A> score_block(const QueryBlock& queries, const Columns& columns, KeyBlock<M>* keys = nullptr) {
+    Gate<A> score_block(const QueryBlock& queries, const Columns& columns, KeyBlock<Manner>* keys = nullptr) {
       bool of_prefix = columns.half == Half::prefix;
       if (of_prefix) {
         all_visible(queries, columns.rows, kLanes<A>, strips);
@@ -379,7 +373,7 @@ class Backward {
     }
 
     // <q, k> in s and <do, v> in ds, for the strips.
-    void multiply(const QueryBlock& queries, const Columns& columns, KeyBlock<M>* keys) {
+    void multiply(const QueryBlock& queries, const Columns& columns, KeyBlock<Manner>* keys) {
       bool of_prefix = columns.half == Half::prefix;
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
       const T* k_at = k.at(queries.b, queries.hkv, columns.first);
@@ -389,8 +383,8 @@ class Backward {
         return score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
       }
       bool across = needs.query && keys;
-      auto kb = key_block<M>(k_at, k.strides[2], columns.rows, p.D, true, across, key_rows, key_pairs);
-      auto vb = key_block<M>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
+      auto kb = key_block<Manner>(k_at, k.strides[2], columns.rows, p.D, true, across, key_rows, key_pairs);
+      auto vb = key_block<Manner>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
       for (const Strip& strip : strips) {
         multiply_strip(kb.along(p.D, q, s.values), strip);
         multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
@@ -398,15 +392,15 @@ class Backward {
       if (keys) *keys = kb;
     }
 
-    static void multiply_strip(Product<M> product, const Strip& strip) {
+    static void multiply_strip(Product<Manner> product, const Strip& strip) {
       product.a += strip.row * product.rs;
-      product.b += strip.column * M::pair;
+      product.b += strip.column * Manner::pair;
       product.c += strip.row * kQueries + strip.column;
       product.run(strip.rows, strip.columns);
     }
 
     void add_block(const QueryBlock& queries, const Columns& columns, const KeySums<A>& sums) {
-      KeyBlock<M> kb;
+      KeyBlock<Manner> kb;
       Gate<A> gate = score_block(queries, columns, &kb);
       bool of_prefix = columns.half == Half::prefix;
       bool need_dk = of_prefix ? needs.prefix_key : needs.key, need_dv = of_prefix ? needs.prefix_value : needs.value;
@@ -424,7 +418,7 @@ class Backward {
         if (dk) add_to_rows(ds, q_rows, p.D, dk, strip);
         if (needs.query) ds.round_pairs(strip);
         if (needs.query)
-          kb.across(strip.row, strip.rows, ds.pairs + strip.column * M::pair, dq + strip.column)
+          kb.across(strip.row, strip.rows, ds.pairs + strip.column * Manner::pair, dq + strip.column)
               .run(p.D, strip.columns);
       }
       if (of_prefix && needs.prefix_gate) write_gate_gradient(queries, columns);
@@ -462,17 +456,17 @@ class Backward {
     }
 
     // sums (rows of the strip) += tile rows (queries of the strip)
-    void add_to_rows(const Tile<M>& tile, const Operand* rows, int64_t width, A* sums, const Strip& strip) const {
+    void add_to_rows(const Tile<Manner>& tile, const Operand* rows, int64_t width, A* sums, const Strip& strip) const {
       int64_t ld = round_up(width, kLanes<A>);
-      Product<M> product{
-          tile.natural + strip.row * kQueries + strip.column, kQueries, M::pair, rows + strip.column * ld,
-          ld * M::pair, sums + strip.row * ld, ld, strip.columns / M::pair, true};
+      Product<Manner> product{
+          tile.natural + strip.row * kQueries + strip.column, kQueries, Manner::pair, rows + strip.column * ld,
+          ld * Manner::pair, sums + strip.row * ld, ld, strip.columns / Manner::pair, true};
       product.run(strip.rows, ld);
     }
 
     // dg, summed over the block's queries, or for each of them.
     void write_gate_gradient(const QueryBlock& queries, const Columns& columns) {
-      const Tensor& gradient = f.gradients_.prefix_gate;
+      const Tensor& gradient = f.gradients_.prefix_gate_sums;
       bool each = p.gate_per_query && gradient.size(2) == p.N;
       A* to = gradient.data_ptr<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
               (each ? queries.first : queries.index) * gradient.stride(2) + columns.first;
@@ -489,16 +483,16 @@ class Backward {
     }
 
     void write_dq(const QueryBlock& queries) {
-      const Tensor& to = f.gradients_.query;
+      const Tensor& to = f.gradients_.results.query;
       T* rows = static_cast<T*>(to.data_ptr()) + queries.b * to.stride(0) + queries.h * to.stride(1) +
                 queries.first * to.stride(2);
       unpack_transposed(dq, queries.count, p.D, rows, to.stride(2));
     }
   };
 
-  const Problem<T, A>& p_;
-  const Needs needs_;
-  const Gradients& gradients_;
+  const AttentionProblem<T, A>& p_;
+  const AttentionNeeds needs_;
+  const AttentionGradients& gradients_;
   Band band_;
   View<const T> do_, o_;
   const A* normalizers_;

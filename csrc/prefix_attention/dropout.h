@@ -31,7 +31,7 @@ struct AsManyOf {
 
 // Words become factors.
 template <class T, class A>
-inline void store_kept(const Problem<T, A>& p, Vec<uint64_t> words, A* factors) {
+inline void store_kept(const AttentionProblem<T, A>& p, Vec<uint64_t> words, A* factors) {
   using Mask = typename AsManyOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>::type;
   auto kept = __builtin_convertvector(words, typename AsManyOf<uint32_t>::type) >= p.drop_below;
   typename AsManyOf<A>::type none{}, factor = __builtin_convertvector(kept, Mask) ? none + p.keep : none;
@@ -41,7 +41,7 @@ inline void store_kept(const Problem<T, A>& p, Vec<uint64_t> words, A* factors) 
 // Dropout's factors for a block of scores: factors[column][query]. Its first query is a multiple of 16.
 template <class T, class A>
 void keep_factors(
-    const Problem<T, A>& p,
+    const AttentionProblem<T, A>& p,
     const QueryBlock& queries,
     uint64_t first_column,
     int64_t columns,

@@ -77,23 +77,23 @@ struct Softmax {
   }
 };
 
-template <class M, class T>
-class Forward {
-  using A = typename M::Accumulator;
-  using Operand = typename M::Operand;
+template <class Manner, class T>
+class AttentionForward {
+  using A = typename Manner::Accumulator;
+  using Operand = typename Manner::Operand;
 
  public:
-  Forward(const Problem<T, A>& p, Tensor& output, Tensor& normalizers)
+  AttentionForward(const AttentionProblem<T, A>& p, Tensor& output, Tensor& normalizers)
       : p_(p), band_(p), output_(output), normalizers_(normalizers.data_ptr<A>()) {}
 
   void run() {
     Slots slots(p_.B * p_.Hq * p_.query_blocks());
     if (slots.items == 0) return;
     Arena counting(nullptr);
-    Worker(*this, counting);
+    ForwardWorker(*this, counting);
     slots.run(counting.used(), [&](int64_t slot, char* memory) {
       Arena arena(memory);
-      Worker worker(*this, arena);
+      ForwardWorker worker(*this, arena);
       for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) worker.attend(block(item));
     });
   }
@@ -104,9 +104,9 @@ class Forward {
     return {item / blocks / p_.Hq, h, h / p_.G, index * kQueries, std::min(kQueries, p_.N - index * kQueries), index};
   }
 
-  struct Worker {
-    const Forward& f;
-    const Problem<T, A>& p;
+  struct ForwardWorker {
+    const AttentionForward& f;
+    const AttentionProblem<T, A>& p;
     Operand* q;  // Q^T
     A* few_q;    // or, for a few queries, Q
     Operand* keys;
@@ -114,16 +114,16 @@ class Forward {
     Operand* value_pairs;
     A* gates;
     A* keeps;
-    Tile<M> s;
+    Tile<Manner> s;
     Softmax<A> tokens, prefix;
     std::vector<Strip> strips;
 
-    Worker(const Forward& forward, Arena& arena) : f(forward), p(forward.p_) {
-      q = arena.take<Operand>(round_up(p.D, M::pair) * kQueries);
+    ForwardWorker(const AttentionForward& forward, Arena& arena) : f(forward), p(forward.p_) {
+      q = arena.take<Operand>(round_up(p.D, Manner::pair) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
-      keys = arena.take<Operand>(kKeys * round_up(p.D, M::pair));
-      value_rows = M::pair == 1 ? arena.take<Operand>(kKeys * p.Dv) : nullptr;
-      value_pairs = M::pair == 2 ? arena.take<Operand>(kKeys * round_up(p.Dv, kLanes<A>)) : nullptr;
+      keys = arena.take<Operand>(kKeys * round_up(p.D, Manner::pair));
+      value_rows = Manner::pair == 1 ? arena.take<Operand>(kKeys * p.Dv) : nullptr;
+      value_pairs = Manner::pair == 2 ? arena.take<Operand>(kKeys * round_up(p.Dv, kLanes<A>)) : nullptr;
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
       keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
       s.take(arena, false, true);
@@ -136,7 +136,7 @@ class Forward {
       if (queries.count <= kFew) {
         pack_few(rows, p.q.strides[2], queries.count, p.D, few_q);
       } else {
-        pack_transposed<M>(rows, p.q.strides[2], queries.count, p.D, q);
+        pack_transposed<Manner>(rows, p.q.strides[2], queries.count, p.D, q);
       }
       int64_t columns = round_up(queries.count, kLanes<A>);
       tokens.start(p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
@@ -176,9 +176,10 @@ class Forward {
     // S^T = K Q^T
     void score(const QueryBlock& queries, const Columns& columns, const T* k, int64_t stride) {
       if (queries.count <= kFew) return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
-      auto block = key_block<M>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
+      auto block = key_block<Manner>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
       for (const Strip& strip : strips) {
-        Product<M> product = block.along(p.D, q + strip.column * M::pair, s.values + strip.row * kQueries + strip.column);
+        A* scores = s.values + strip.row * kQueries + strip.column;
+        Product<Manner> product = block.along(p.D, q + strip.column * Manner::pair, scores);
         product.a += strip.row * product.rs;
         product.run(strip.rows, strip.columns);
       }
@@ -192,10 +193,10 @@ class Forward {
               v + strip.row * stride, stride, strip.rows, p.Dv, s.values + strip.row * kQueries, queries.count, o);
         return;
       }
-      auto block = key_block<M>(v, stride, columns.rows, p.Dv, false, true, value_rows, value_pairs);
+      auto block = key_block<Manner>(v, stride, columns.rows, p.Dv, false, true, value_rows, value_pairs);
       for (const Strip& strip : strips) {
         s.round_pairs(strip);
-        block.across(strip.row, strip.rows, s.pairs + strip.column * M::pair, o + strip.column)
+        block.across(strip.row, strip.rows, s.pairs + strip.column * Manner::pair, o + strip.column)
             .run(p.Dv, strip.columns);
       }
     }
@@ -240,7 +241,7 @@ class Forward {
     }
   };
 
-  const Problem<T, A>& p_;
+  const AttentionProblem<T, A>& p_;
   Band band_;
   Tensor output_;
   A* normalizers_;

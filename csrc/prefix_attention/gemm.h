@@ -45,10 +45,10 @@ constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
 
 // C[r, v] (+)= sum_k A[r, k] B[k, v]. `rs` and `ks`: elements from one row of A, one step (of `pair` elements) of the
 // summed index, to the next; `ldb`: elements of B from one step to the next.
-template <class M>
+template <class Manner>
 struct Product {
-  using Operand = typename M::Operand;
-  using A = typename M::Accumulator;
+  using Operand = typename Manner::Operand;
+  using A = typename Manner::Accumulator;
 
   const Operand* a;
   int64_t rs, ks;
@@ -63,7 +63,7 @@ struct Product {
   template <int R, int V>
   void tile(int64_t row, int64_t vector) const {
     const Operand* ap = a + row * rs;
-    const Operand* bp = b + vector * kLanes<A> * M::pair;
+    const Operand* bp = b + vector * kLanes<A> * Manner::pair;
     A* cp = c + row * ldc + vector * kLanes<A>;
     Vec<A> sums[R][V];
 #pragma GCC unroll 8
@@ -73,12 +73,12 @@ struct Product {
     for (int64_t k = 0; k < steps; ++k, ap += ks, bp += ldb) {
       Vec<A> bs[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) bs[v] = M::vector(bp + v * kLanes<A> * M::pair);
+      for (int v = 0; v < V; ++v) bs[v] = Manner::vector(bp + v * kLanes<A> * Manner::pair);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        Vec<A> broadcast = M::broadcast(ap + r * rs);
+        Vec<A> broadcast = Manner::broadcast(ap + r * rs);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][v] = M::multiply_add(sums[r][v], broadcast, bs[v]);
+        for (int v = 0; v < V; ++v) sums[r][v] = Manner::multiply_add(sums[r][v], broadcast, bs[v]);
       }
     }
 #pragma GCC unroll 8
@@ -104,7 +104,7 @@ struct Product {
   }
 
   // Long sums in pieces of kSteps: without a wider type to add in, a sum of pieces loses less than one long sum.
-  static constexpr int64_t kSteps = M::pair == 1 ? 32 : std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kSteps = Manner::pair == 1 ? 32 : std::numeric_limits<int64_t>::max();
 
   // `rows` of C, and `columns` (a multiple of the vector's length) of them.
   void run(int64_t rows, int64_t columns) const {

@@ -7,30 +7,30 @@
 namespace fastprefix {
 
 template <class T>
-void forward_kernel(const Arguments& a, Tensor& output, Tensor& normalizers);
+void forward_kernel(const AttentionArguments& a, Tensor& output, Tensor& normalizers);
 
 template <class T>
 void backward_kernel(
-    const Arguments& a,
-    const Needs& needs,
-    const Gradients& gradients,
+    const AttentionArguments& a,
+    const AttentionNeeds& needs,
+    const AttentionGradients& gradients,
     const Tensor& grad_output,
     const Tensor& output,
     const Tensor& normalizers);
 
-// The body of both, for tensors of type T and products in the manner of M.
-#define FASTPREFIX_DEFINE_KERNELS(T, M)                                                                       \
-  template <>                                                                                                 \
-  void forward_kernel<T>(const Arguments& a, Tensor& output, Tensor& normalizers) {                                   \
-    Problem<T, M::Accumulator> problem(a);                                                                    \
-    Forward<M, T>(problem, output, normalizers).run();                                                                \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  void backward_kernel<T>(                                                                                    \
-      const Arguments& a, const Needs& needs, const Gradients& gradients, const Tensor& grad_output,          \
-      const Tensor& output, const Tensor& normalizers) {                                                              \
-    Problem<T, M::Accumulator> problem(a);                                                                    \
-    Backward<M, T>(problem, needs, gradients, grad_output, output, normalizers).run();                                \
+// The body of both, for tensors of type T and products in the manner of Manner.
+#define FASTPREFIX_DEFINE_KERNELS(T, Manner)                                                         \
+  template <>                                                                                        \
+  void forward_kernel<T>(const AttentionArguments& a, Tensor& output, Tensor& normalizers) {         \
+    AttentionProblem<T, Manner::Accumulator> problem(a);                                             \
+    AttentionForward<Manner, T>(problem, output, normalizers).run();                                 \
+  }                                                                                                  \
+  template <>                                                                                        \
+  void backward_kernel<T>(                                                                           \
+      const AttentionArguments& a, const AttentionNeeds& needs, const AttentionGradients& gradients, \
+      const Tensor& grad_output, const Tensor& output, const Tensor& normalizers) {                  \
+    AttentionProblem<T, Manner::Accumulator> problem(a);                                             \
+    AttentionBackward<Manner, T>(problem, needs, gradients, grad_output, output, normalizers).run(); \
   }
 
 }  // namespace fastprefix

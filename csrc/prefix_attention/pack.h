@@ -32,13 +32,13 @@ inline void pack_row_pairs(
 
 // rows x width transposed: to[d][row], kQueries rows of which those past `rows` (up to a full vector) are zero. Words
 // are one element, or a pair of neighbours where the product takes pairs.
-template <class M, class T>
+template <class Manner, class T>
 void pack_transposed(
-    const T* from, int64_t stride, int64_t rows, int64_t width, typename M::Operand* to) {
-  using A = typename M::Accumulator;
+    const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
+  using A = typename Manner::Accumulator;
   constexpr int n = kLanes<A>;
   A* words = reinterpret_cast<A*>(to);
-  int64_t steps = (width + M::pair - 1) / M::pair;
+  int64_t steps = (width + Manner::pair - 1) / Manner::pair;
   for (int64_t r0 = 0; r0 < rows; r0 += n)
     for (int64_t d0 = 0; d0 < steps; d0 += n) {
       Vec<A> square[n];
@@ -47,8 +47,8 @@ void pack_transposed(
           square[r] = Vec<A>{};
           continue;
         }
-        const T* row = from + (r0 + r) * stride + d0 * M::pair;
-        if constexpr (M::pair == 1) {
+        const T* row = from + (r0 + r) * stride + d0 * Manner::pair;
+        if constexpr (Manner::pair == 1) {
           square[r] = load_first(row, width - d0);
         } else {
           at::BFloat16 padded[2 * n] = {};
@@ -78,52 +78,52 @@ void unpack_transposed(const A* from, int64_t rows, int64_t width, T* to, int64_
 
 // One block of keys (or values) as the broadcast side of a product, summed over its width (`along`) or over its rows
 // (`across`). Operands are read where they lie if their form allows it, else from a packed block.
-template <class M>
+template <class Manner>
 struct KeyBlock {
-  using Operand = typename M::Operand;
+  using Operand = typename Manner::Operand;
   const Operand* rows = nullptr;
   int64_t stride = 0;
   const Operand* pairs = nullptr;
   int64_t pair_stride = 0;
 
   // C (rows of the block x lanes) = block B, B [width][kQueries].
-  Product<M> along(int64_t width, const Operand* b, typename M::Accumulator* c) const {
-    int64_t steps = (width + M::pair - 1) / M::pair;
-    return {rows, stride, M::pair, b, kQueries * M::pair, c, kQueries, steps, false};
+  Product<Manner> along(int64_t width, const Operand* b, typename Manner::Accumulator* c) const {
+    int64_t steps = (width + Manner::pair - 1) / Manner::pair;
+    return {rows, stride, Manner::pair, b, kQueries * Manner::pair, c, kQueries, steps, false};
   }
 
   // C (width x lanes) += block^T B, B [rows][kQueries], from `first` on.
-  Product<M> across(int64_t first, int64_t count, const Operand* b, typename M::Accumulator* c) const {
-    int64_t steps = (count + M::pair - 1) / M::pair;
+  Product<Manner> across(int64_t first, int64_t count, const Operand* b, typename Manner::Accumulator* c) const {
+    int64_t steps = (count + Manner::pair - 1) / Manner::pair;
     b += first * kQueries;
-    if constexpr (M::pair == 1) return {rows + first * stride, 1, stride, b, kQueries, c, kQueries, steps, true};
+    if constexpr (Manner::pair == 1) return {rows + first * stride, 1, stride, b, kQueries, c, kQueries, steps, true};
     return {pairs + first * pair_stride, 2, 2 * pair_stride, b, 2 * kQueries, c, kQueries, steps, true};
   }
 };
 
-template <class M, class T>
-KeyBlock<M> key_block(
+template <class Manner, class T>
+KeyBlock<Manner> key_block(
     const T* from,
     int64_t stride,
     int64_t rows,
     int64_t width,
     bool need_along,
     bool need_across,
-    typename M::Operand* packed,
-    typename M::Operand* packed_pairs) {
-  KeyBlock<M> block;
-  if constexpr (std::is_same_v<T, typename M::Operand>) {
+    typename Manner::Operand* packed,
+    typename Manner::Operand* packed_pairs) {
+  KeyBlock<Manner> block;
+  if constexpr (std::is_same_v<T, typename Manner::Operand>) {
     block.rows = from;
     block.stride = stride;
   }
-  if (need_along || M::pair == 1) {
-    if (!std::is_same_v<T, typename M::Operand> || width % M::pair != 0) {
-      block.stride = round_up(width, M::pair);
+  if (need_along || Manner::pair == 1) {
+    if (!std::is_same_v<T, typename Manner::Operand> || width % Manner::pair != 0) {
+      block.stride = round_up(width, Manner::pair);
       pack_rows(from, stride, rows, width, packed, block.stride);
       block.rows = packed;
     }
   }
-  if constexpr (M::pair == 2) {
+  if constexpr (Manner::pair == 2) {
     if (need_across) {
       block.pair_stride = round_up(width, kLanes<float>);
       pack_row_pairs(from, stride, rows, width, packed_pairs, block.pair_stride);
@@ -134,17 +134,17 @@ KeyBlock<M> key_block(
 }
 
 // Rows as the vector side of a product that sums over the rows: [row][width padded with zeros to whole vectors].
-template <class M, class T>
-void pack_vectors(const T* from, int64_t stride, int64_t rows, int64_t width, typename M::Operand* to) {
-  using A = typename M::Accumulator;
+template <class Manner, class T>
+void pack_vectors(const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
+  using A = typename Manner::Accumulator;
   int64_t ld = round_up(width, kLanes<A>), padded_rows = round_up(rows, kLanes<A>);
-  if constexpr (M::pair == 1) {
+  if constexpr (Manner::pair == 1) {
     pack_rows(from, stride, rows, width, to, ld);
   } else {
     pack_row_pairs(from, stride, rows, width, to, ld);
   }
-  int64_t filled = round_up(rows, M::pair);
-  std::memset(static_cast<void*>(to + filled * ld), 0, (padded_rows - filled) * ld * sizeof(typename M::Operand));
+  int64_t filled = round_up(rows, Manner::pair);
+  std::memset(static_cast<void*>(to + filled * ld), 0, (padded_rows - filled) * ld * sizeof(typename Manner::Operand));
 }
 
 }  // namespace fastprefix

@@ -3,25 +3,11 @@
 // B batch, N queries, M keys, P prefix keys, Hq/Hkv query and key-value heads, D/Dv head sizes, as in the formulas.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <array>
-#include <optional>
+
+#include "arguments.h"
 
 namespace fastprefix {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// The operators' arguments, in the order of their schema.
-struct Arguments {
-  Tensor query, key, value, prefix_key, prefix_value;
-  OptionalTensor prefix_gate, output_gate, attn_mask, prefix_bias, sinks, query_segments, key_segments, dropout_seed;
-  bool is_causal;
-  std::optional<int64_t> window_size;
-  std::optional<double> softcap;
-  double scale, dropout_p;
-};
 
 // Up to four dimensions of a tensor; those of size 1 broadcast (their stride is 0).
 template <class T>
@@ -57,7 +43,7 @@ struct QueryBlock {
 
 // T: the tensors' type; A: that of sums and scores.
 template <class T, class A>
-struct Problem {
+struct AttentionProblem {
   int64_t B, Hq, Hkv, G, N, M, P, D, Dv;  // G: query heads for each key/value head
   View<const T> q, k, v, pk, pv;
   View<const T> gate, output_gate, bias_mask, prefix_bias, sinks;
@@ -72,7 +58,7 @@ struct Problem {
   uint32_t drop_below = 0;  // an element is dropped where its random word lies below this
   A keep = 1;               // what a kept one is multiplied by
 
-  explicit Problem(const Arguments& a)
+  explicit AttentionProblem(const AttentionArguments& a)
       : B(a.query.size(0)),
         Hq(a.query.size(1)),
         Hkv(a.key.size(1)),

@@ -15,8 +15,12 @@ Tensor with_dense_rows(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-OptionalTensor wide(const OptionalTensor& segments) {
-  return segments ? OptionalTensor(segments->to(at::kLong)) : OptionalTensor();
+// The arguments as the kernels read them: rows are dense, segments have 64 bits.
+AttentionArguments with_dense_rows(AttentionArguments a) {
+  for (Tensor* x : {&a.query, &a.key, &a.value, &a.prefix_key, &a.prefix_value}) *x = with_dense_rows(*x);
+  for (OptionalTensor* x : {&a.query_segments, &a.key_segments})
+    if (*x) *x = (*x)->to(at::kLong);
+  return a;
 }
 
 // The layouts of fastprefix/ops/prefix_attention/layout.py: heads and length as in `like`.
@@ -28,6 +32,37 @@ Tensor empty_heads(const Tensor& like, int64_t size) {
 
 Tensor empty_gradient(const Tensor& like) {
   return like.dim() == 4 ? empty_heads(like, like.size(3)) : at::empty(like.sizes(), like.options());
+}
+
+Tensor empty_gradient(const OptionalTensor& like) {
+  return empty_gradient(*like);
+}
+
+AttentionNeeds read_needs(const c10::List<bool>& asked) {
+  AttentionNeeds needs;
+#define FASTPREFIX_READ(type, name) needs.name = asked[static_cast<int64_t>(AttentionArgument::name)];
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_READ, FASTPREFIX_NOTHING)
+#undef FASTPREFIX_READ
+  return needs;
+}
+
+AttentionResults allocate_results(const AttentionNeeds& needs, const AttentionArguments& like) {
+  AttentionResults results;
+#define FASTPREFIX_ALLOCATE(type, name) \
+  if (needs.name) results.name = empty_gradient(like.name);
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_ALLOCATE, FASTPREFIX_NOTHING)
+#undef FASTPREFIX_ALLOCATE
+  return results;
+}
+
+// Those that are there, in the order of the schema.
+std::vector<Tensor> list_results(const AttentionResults& results) {
+  std::vector<Tensor> given;
+#define FASTPREFIX_LIST(type, name) \
+  if (results.name.defined()) given.push_back(results.name);
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_LIST, FASTPREFIX_NOTHING)
+#undef FASTPREFIX_LIST
+  return given;
 }
 
 at::ScalarType accumulator(const Tensor& x) {
@@ -45,7 +80,7 @@ void dispatch(at::ScalarType type, Call call) {
   }
 }
 
-std::tuple<Tensor, Tensor> run_forward(Arguments a) {
+std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& a) {
   Tensor output = empty_heads(a.query, a.value.size(3));
   Tensor normalizers = at::empty(
       {a.output_gate ? 2 : 1, 2, a.query.size(0), a.query.size(1), a.query.size(2)},
@@ -60,73 +95,54 @@ void sum_into(const Tensor& gradient, const Tensor& sums) {
 }
 
 std::vector<Tensor> run_backward(
-    const Arguments& original, Arguments a, const Tensor& grad_output, const Tensor& output, const Tensor& normalizers,
-    c10::List<bool> asked) {
+    const AttentionArguments& original, const Tensor& grad_output, const Tensor& output, const Tensor& normalizers,
+    const AttentionNeeds& needs) {
   TORCH_CHECK(
-      !asked[7] && !asked[8], "attn_mask and prefix_bias have gradients from the eager backend alone");
-  Needs needs{asked[0], asked[1], asked[2], asked[3], asked[4], asked[5], asked[6], asked[9]};
-  const OptionalTensor tensors[10] = {
-      original.query, original.key, original.value, original.prefix_key, original.prefix_value,
-      original.prefix_gate, original.output_gate, {}, {}, original.sinks};
-  Tensor results[10];
-  for (int i = 0; i < 10; ++i)
-    if (asked[i]) results[i] = empty_gradient(*tensors[i]);
+      !needs.attn_mask && !needs.prefix_bias, "attn_mask and prefix_bias have gradients from the eager backend alone");
+  AttentionResults results = allocate_results(needs, original);
+  std::vector<Tensor> given = list_results(results);
+  AttentionArguments a = with_dense_rows(original);
 
   int64_t B = a.query.size(0), Hq = a.query.size(1), Hkv = a.key.size(1), N = a.query.size(2), P = a.prefix_key.size(2);
+  if (B * N == 0) {
+    for (const Tensor& result : given) result.zero_();
+    return given;
+  }
   int64_t blocks = query_blocks(N);
   bool each_query = a.prefix_gate && a.prefix_gate->dim() == 4 && a.prefix_gate->size(2) == N;
   auto sums = a.query.options().dtype(accumulator(a.query));
-  Gradients gradients{results[0], results[1], results[2], results[3], results[4], {}, {}, {}};
-  if (needs.prefix_gate) gradients.prefix_gate = at::empty({B, Hq, each_query ? N : blocks, P}, sums);
-  if (needs.output_gate) gradients.output_gate = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
-  if (needs.sinks) gradients.sinks = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
+  AttentionGradients gradients{results, {}, {}, {}};
+  if (needs.prefix_gate) gradients.prefix_gate_sums = at::empty({B, Hq, each_query ? N : blocks, P}, sums);
+  if (needs.output_gate) gradients.output_gate_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
+  if (needs.sinks) gradients.sinks_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
 
-  if (B * N == 0) {
-    for (const Tensor& result : results)
-      if (result.defined()) result.zero_();
-  } else {
-    dispatch(a.query.scalar_type(), [&](auto type) {
-      backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
-    });
-    if (needs.prefix_gate) {
-      Tensor dg = gradients.prefix_gate;
-      if (!each_query) dg = dg.sum(2, a.prefix_gate->dim() == 4);
-      if (a.prefix_gate->dim() == 3) dg = dg.view({B, Hkv, Hq / Hkv, P}).sum(2);
-      sum_into(results[5], dg);
-    }
-    if (needs.output_gate) sum_into(results[6], gradients.output_gate.sum(2));
-    if (needs.sinks) sum_into(results[9], gradients.sinks.sum(at::IntArrayRef{0, 2}));
+  dispatch(a.query.scalar_type(), [&](auto type) {
+    backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
+  });
+  if (needs.prefix_gate) {
+    Tensor dg = gradients.prefix_gate_sums;
+    if (!each_query) dg = dg.sum(2, a.prefix_gate->dim() == 4);
+    if (a.prefix_gate->dim() == 3) dg = dg.view({B, Hkv, Hq / Hkv, P}).sum(2);
+    sum_into(results.prefix_gate, dg);
   }
-  std::vector<Tensor> given;
-  for (const Tensor& result : results)
-    if (result.defined()) given.push_back(result);
+  if (needs.output_gate) sum_into(results.output_gate, gradients.output_gate_sums.sum(2));
+  if (needs.sinks) sum_into(results.sinks, gradients.sinks_sums.sum(at::IntArrayRef{0, 2}));
   return given;
 }
 
-#define FASTPREFIX_ARGUMENTS                                                                                        \
-  const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &prefix_key, const Tensor &prefix_value, \
-      const OptionalTensor &prefix_gate, const OptionalTensor &output_gate, const OptionalTensor &attn_mask,        \
-      const OptionalTensor &prefix_bias, const OptionalTensor &sinks, const OptionalTensor &query_segments,         \
-      const OptionalTensor &key_segments, const OptionalTensor &dropout_seed, bool is_causal,                       \
-      std::optional<int64_t> window_size, std::optional<double> softcap, double scale, double dropout_p
+#define FASTPREFIX_PARAMETERS FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
+#define FASTPREFIX_COLLECTED \
+  AttentionArguments { FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) }
 
-#define FASTPREFIX_COLLECT(dense)                                                                                  \
-  Arguments {                                                                                                      \
-    dense(query), dense(key), dense(value), dense(prefix_key), dense(prefix_value), prefix_gate, output_gate,      \
-        attn_mask, prefix_bias, sinks, wide(query_segments), wide(key_segments), dropout_seed, is_causal,          \
-        window_size, softcap, scale, dropout_p                                                                     \
-  }
-
-std::tuple<Tensor, Tensor> forward(FASTPREFIX_ARGUMENTS) {
-  return run_forward(FASTPREFIX_COLLECT(with_dense_rows));
+std::tuple<Tensor, Tensor> forward(FASTPREFIX_PARAMETERS) {
+  return run_forward(with_dense_rows(FASTPREFIX_COLLECTED));
 }
 
 std::vector<Tensor> backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& normalizers, c10::List<bool> needs_grad,
-    FASTPREFIX_ARGUMENTS) {
+    FASTPREFIX_PARAMETERS) {
   return run_backward(
-      FASTPREFIX_COLLECT(), FASTPREFIX_COLLECT(with_dense_rows), with_dense_rows(grad_output), output,
-      normalizers.contiguous(), needs_grad);
+      FASTPREFIX_COLLECTED, with_dense_rows(grad_output), output, normalizers.contiguous(), read_needs(needs_grad));
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ inline Vec<A> sum_rows(const Strip& strip, Term term) {
 
 // A gate's values for a block of prefix keys, into `values`.
 template <class T, class A>
-Gate<A> read_gate(const Problem<T, A>& p, const QueryBlock& queries, const Columns& columns, A* values) {
+Gate<A> read_gate(const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns, A* values) {
   if (!p.gate || columns.half == Half::tokens) return {};
   const auto& s = p.gate.strides;
   if (!p.gate_per_query) {
@@ -86,7 +86,8 @@ void hide_where(const QueryBlock& queries, const Columns& columns, const Strip& 
 // Masks, segments, causality and windows: they speak of tokens only.
 template <class T, class A>
 void hide(
-    const Problem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
+    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns,
+    const Strip& strip, A* s) {
   if (strip.partial)
     hide_where(queries, columns, strip, s, [&](int64_t i, int64_t j) {
       return i < band.first_query(j) || i > band.last_query(j);
@@ -104,7 +105,7 @@ void hide(
 // Products in `s` to scores, in place. `slopes`, where given, gets the soft cap's derivative.
 template <class T, class A>
 void make_scores(
-    const Problem<T, A>& p,
+    const AttentionProblem<T, A>& p,
     const Band& band,
     const QueryBlock& queries,
     const Columns& columns,

@@ -25,7 +25,7 @@ struct Band {
   int64_t ahead = kFar;  // and ahead of it
 
   template <class T, class A>
-  explicit Band(const Problem<T, A>& p) : offset(p.M - p.N) {
+  explicit Band(const AttentionProblem<T, A>& p) : offset(p.M - p.N) {
     if (p.causal) ahead = 0;
     if (p.window) behind = *p.window - 1;
     if (p.window && !p.causal) ahead = *p.window - 1;

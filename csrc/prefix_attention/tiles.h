@@ -6,10 +6,10 @@
 
 namespace fastprefix {
 
-template <class M>
+template <class Manner>
 struct Tile {
-  using Operand = typename M::Operand;
-  using A = typename M::Accumulator;
+  using Operand = typename Manner::Operand;
+  using A = typename Manner::Accumulator;
 
   A* values = nullptr;           // [kKeys][kQueries]
   Operand* natural = nullptr;    // the same
@@ -17,7 +17,7 @@ struct Tile {
 
   void take(Arena& arena, bool need_natural, bool need_pairs) {
     values = arena.take<A>(kKeys * kQueries);
-    if constexpr (M::pair == 1) {
+    if constexpr (Manner::pair == 1) {
       natural = pairs = values;
     } else {
       if (need_natural) natural = arena.take<Operand>(kKeys * kQueries);
@@ -26,7 +26,7 @@ struct Tile {
   }
 
   void round_natural(const Strip& strip) const {
-    if constexpr (M::pair == 2)
+    if constexpr (Manner::pair == 2)
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         store_as(natural + r * kQueries + c, load(values + r * kQueries + c));
       });
@@ -34,7 +34,7 @@ struct Tile {
 
   // Strips begin at even rows; an odd last row is paired with zeros.
   void round_pairs(const Strip& strip) const {
-    if constexpr (M::pair == 2)
+    if constexpr (Manner::pair == 2)
       for (int64_t r = strip.row; r < strip.row + strip.rows; r += 2)
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
           const A* at = values + r * kQueries + c;

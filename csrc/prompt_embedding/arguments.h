@@ -6,15 +6,37 @@
 
 #include <optional>
 
+#include "../common/declare.h"
+
 namespace fastprefix::prompt_embedding {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-struct Arguments {
-  Tensor input_ids, weight;
-  OptionalTensor prompt, w1, b1, w2, b2, low_rank_a, low_rank_b, dropout_seed;
-  double offset_scale, dropout_p;
+// clang-format off
+#define FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) \
+  X(Tensor, weight) SEPARATOR()                           \
+  X(OptionalTensor, prompt) SEPARATOR()                   \
+  X(OptionalTensor, w1) SEPARATOR()                       \
+  X(OptionalTensor, b1) SEPARATOR()                       \
+  X(OptionalTensor, w2) SEPARATOR()                       \
+  X(OptionalTensor, b2) SEPARATOR()                       \
+  X(OptionalTensor, low_rank_a) SEPARATOR()               \
+  X(OptionalTensor, low_rank_b)
+
+#define FASTPREFIX_EMBEDDING_ARGUMENTS(X, SEPARATOR)            \
+  X(Tensor, input_ids) SEPARATOR()                              \
+  FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
+  X(OptionalTensor, dropout_seed) SEPARATOR()                   \
+  X(double, offset_scale) SEPARATOR()                           \
+  X(double, dropout_p)
+// clang-format on
+
+// Positions in the list of gradients.
+enum class EmbeddingGradient : int64_t { FASTPREFIX_EMBEDDING_DIFFERENTIABLE(FASTPREFIX_NAME, FASTPREFIX_COMMA) };
+
+struct EmbeddingArguments {
+  FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_FIELD, FASTPREFIX_NOTHING)
 
   int64_t B() const { return input_ids.size(0); }
   int64_t N() const { return input_ids.size(1); }
@@ -25,8 +47,9 @@ struct Arguments {
 };
 
 // The gradients that are asked for, empty; the others are undefined.
-struct Gradients {
-  Tensor weight, prompt, w1, b1, w2, b2, low_rank_a, low_rank_b;
+struct EmbeddingGradients {
+  FASTPREFIX_EMBEDDING_DIFFERENTIABLE(FASTPREFIX_RESULT, FASTPREFIX_NOTHING)
+
   bool of_ffn() const { return w1.defined() || b1.defined() || w2.defined() || b2.defined(); }
 };
 

@@ -6,16 +6,16 @@
 namespace fastprefix::prompt_embedding {
 
 template <class T>
-struct Backward {
-  using A = typename Problem<T>::A;
+struct EmbeddingBackward {
+  using A = typename EmbeddingProblem<T>::A;
 
-  const Problem<T>& p;
-  const Gradients& gradients;
+  const EmbeddingProblem<T>& p;
+  const EmbeddingGradients& gradients;
   const T* grad;  // [B, S + N, d], its rows dense
   int64_t batch_stride, row_stride;
   bool need_dh;
 
-  Backward(const Problem<T>& p, const Gradients& gradients, const Tensor& grad_output)
+  EmbeddingBackward(const EmbeddingProblem<T>& p, const EmbeddingGradients& gradients, const Tensor& grad_output)
       : p(p), gradients(gradients), grad(grad_output.const_data_ptr<T>()),
         batch_stride(grad_output.stride(0)), row_stride(grad_output.stride(1)),
         need_dh(gradients.w1.defined() || gradients.b1.defined() || gradients.weight.defined()) {}
@@ -62,29 +62,29 @@ struct Backward {
   // A slot's own sums, [r, d] and so on, and a tile of rows.
   struct Sums {
     A *w1, *w2, *b1, *b2;
-    Sums(Arena& arena, const Problem<T>& p)
+    Sums(Arena& arena, const EmbeddingProblem<T>& p)
         : w1(arena.take<A>(p.r * p.ld)),
           w2(arena.take<A>(p.r * p.ld)),
           b1(arena.take<A>(p.rp)),
           b2(arena.take<A>(p.width)) {}
-    static int64_t bytes(const Problem<T>& p) {
+    static int64_t bytes(const EmbeddingProblem<T>& p) {
       Arena count(nullptr);
       Sums(count, p);
       return count.used();
     }
   };
-  struct Tile {
+  struct BackwardTile {
     A *e, *g, *h, *dh, *factors, *sum;
-    Tile(Arena& arena, const Problem<T>& p)
+    BackwardTile(Arena& arena, const EmbeddingProblem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           g(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
           dh(arena.take<A>((p.tile() + 4) * p.rp)),
           factors(arena.take<A>((p.tile() + 4) * p.rp)),
           sum(arena.take<A>(std::max(p.width, p.rp))) {}
-    static int64_t bytes(const Problem<T>& p) {
+    static int64_t bytes(const EmbeddingProblem<T>& p) {
       Arena count(nullptr);
-      Tile(count, p);
+      BackwardTile(count, p);
       return count.used();
     }
   };
@@ -100,9 +100,9 @@ struct Backward {
       Arena arena(aligned + slot * bytes);
       return Sums(arena, p);
     };
-    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+    slots.run(BackwardTile::bytes(p), [&](int64_t slot, char* scratch) {
       Arena arena(scratch);
-      body(slot, Tile(arena, p), sums_of(slot));
+      body(slot, BackwardTile(arena, p), sums_of(slot));
     });
     std::vector<Sums> all;
     for (int64_t slot = 0; slot < slots.count; ++slot) all.push_back(sums_of(slot));
@@ -143,7 +143,7 @@ struct Backward {
   void ffn_gradients(const Groups& groups, const Tensor& all_dh) const {
     Slots slots(p.tokens());
     A* kept = all_dh.defined() ? all_dh.template mutable_data_ptr<A>() : nullptr;
-    summed(slots, [&](int64_t slot, const Tile& tile, const Sums& sums) {
+    summed(slots, [&](int64_t slot, const BackwardTile& tile, const Sums& sums) {
       int64_t last = groups.cut(slot + 1, slots.count, 3 * p.cost_of_group());
       for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()); u < last; u += p.tile()) {
         int64_t rows = std::min(p.tile(), last - u);
@@ -154,7 +154,7 @@ struct Backward {
   }
 
   // g: dy summed over the occurrences, times the scale.
-  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile, const Sums& sums) const {
+  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile, const Sums& sums) const {
     p.gather(groups, first, rows, tile.e);
     for (int64_t t = 0; t < rows; ++t) {
       A* g = tile.g + t * p.ld;
@@ -223,7 +223,7 @@ struct Backward {
     T* to = gradients.low_rank_a.defined() ? gradients.low_rank_a.template mutable_data_ptr<T>() : nullptr;
     if (to) gradients.low_rank_a.zero_();
     Slots slots(p.N);
-    summed(slots, [&](int64_t slot, const Tile& tile, const Sums& sums) {
+    summed(slots, [&](int64_t slot, const BackwardTile& tile, const Sums& sums) {
       for (int64_t i = slots.first(slot); i < slots.first(slot + 1); i += p.tile()) {
         int64_t rows = std::min(p.tile(), slots.first(slot + 1) - i);
         low_rank_tile(i, rows, tile, sums, to);
@@ -231,7 +231,7 @@ struct Backward {
     });
   }
 
-  void low_rank_tile(int64_t first, int64_t rows, const Tile& tile, const Sums& sums, T* da) const {
+  void low_rank_tile(int64_t first, int64_t rows, const BackwardTile& tile, const Sums& sums, T* da) const {
     for (int64_t t = 0; t < rows; ++t) {
       A* g = tile.g + t * p.ld;
       sum_rows(p.B, [&](int64_t b) { return dy(b * p.N + first + t); }, p.d, g);

@@ -9,15 +9,15 @@ namespace fastprefix::prompt_embedding {
 constexpr int64_t kStreamFrom = int64_t{8} << 20;
 
 template <class T>
-struct Forward {
-  using A = typename Problem<T>::A;
+struct EmbeddingForward {
+  using A = typename EmbeddingProblem<T>::A;
 
-  const Problem<T>& p;
+  const EmbeddingProblem<T>& p;
   Rows<T> prompt;
   T* output;  // [B, S + N, d]
   bool streaming;
 
-  Forward(const Problem<T>& p, const OptionalTensor& prompt, Tensor& output)
+  EmbeddingForward(const EmbeddingProblem<T>& p, const OptionalTensor& prompt, Tensor& output)
       : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()),
         streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
 
@@ -55,19 +55,19 @@ struct Forward {
   }
 
   static constexpr int64_t kPiece = 1024;  // elements
-  struct Tile {
+  struct ForwardTile {
     A *e, *h, *y, *factors;
     T *out, *piece;
-    Tile(Arena& arena, const Problem<T>& p)
+    ForwardTile(Arena& arena, const EmbeddingProblem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
           y(arena.take<A>(p.tile() * p.ld)),
           factors(arena.take<A>(p.rp)),
           out(arena.take<T>(p.width)),
           piece(arena.take<T>(kPiece)) {}
-    static int64_t bytes(const Problem<T>& p) {
+    static int64_t bytes(const EmbeddingProblem<T>& p) {
       Arena count(nullptr);
-      Tile(count, p);
+      ForwardTile(count, p);
       return count.used();
     }
   };
@@ -76,10 +76,10 @@ struct Forward {
   void ffn() const {
     Groups groups = p.groups();
     Slots slots(p.tokens());
-    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+    slots.run(ForwardTile::bytes(p), [&](int64_t slot, char* scratch) {
       write_prompt(slot, slots.count);
       Arena arena(scratch);
-      Tile tile(arena, p);
+      ForwardTile tile(arena, p);
       int64_t last = groups.cut(slot + 1, slots.count, p.cost_of_group());
       for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()); u < last; u += p.tile())
         ffn_tile(groups, u, std::min(p.tile(), last - u), tile);
@@ -87,7 +87,7 @@ struct Forward {
     });
   }
 
-  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const Tile& tile) const {
+  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const ForwardTile& tile) const {
     p.gather(groups, first, rows, tile.e);
     p.hidden(tile.e, rows, tile.h);
     for (int64_t t = 0; t < rows; ++t) {
@@ -110,10 +110,10 @@ struct Forward {
     // Few blocks of positions: threads share one, each with rows of the batch of its own.
     int64_t parts = std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B);
     Slots slots(blocks * parts);
-    slots.run(Tile::bytes(p), [&](int64_t slot, char* scratch) {
+    slots.run(ForwardTile::bytes(p), [&](int64_t slot, char* scratch) {
       write_prompt(slot, slots.count);
       Arena arena(scratch);
-      Tile tile(arena, p);
+      ForwardTile tile(arena, p);
       for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) {
         int64_t part = item % parts;
         low_rank_tile(item / parts * p.tile(), part * p.B / parts, (part + 1) * p.B / parts, tile);
@@ -123,7 +123,7 @@ struct Forward {
   }
 
   // to = the table's row + the offset, in pieces that stay in the first-level cache until they are streamed.
-  void add_offset(int64_t id, const A* offset, const Tile& tile, T* to) const {
+  void add_offset(int64_t id, const A* offset, const ForwardTile& tile, T* to) const {
     if (p.weight.step != 1) p.weight.copy(id, tile.out, false);
     const T* from = p.weight.step == 1 ? p.weight.row(id) : tile.out;
     for (int64_t k = 0; k < p.d; k += kPiece) {
@@ -133,7 +133,7 @@ struct Forward {
     }
   }
 
-  void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const Tile& tile) const {
+  void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const ForwardTile& tile) const {
     int64_t rows = std::min(p.tile(), p.N - first);
     for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
     Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);

@@ -12,7 +12,7 @@
 namespace fastprefix::prompt_embedding {
 
 template <class T>
-struct Problem {
+struct EmbeddingProblem {
   using A = AccumulatorOf<T>;
 
   int64_t B, N, S, V, d, r;
@@ -26,7 +26,7 @@ struct Problem {
   Rows<T> low_rank_a;
   Dropout dropout;
 
-  explicit Problem(const Arguments& a)
+  explicit EmbeddingProblem(const EmbeddingArguments& a)
       : B(a.B()), N(a.N()), S(a.S()), V(a.V()), d(a.d()), r(a.r()),
         ld(leading<A>(d)), width(round_up(d, kLanes<A>)), rp(round_up(r, kLanes<A>)),
         scale(static_cast<A>(a.offset_scale)), weight(a.weight),

@@ -20,52 +20,55 @@ void dispatch(at::ScalarType type, Call call) {
   }
 }
 
-Tensor run_forward(const Arguments& a) {
+Tensor run_forward(const EmbeddingArguments& a) {
   Tensor output;
   dispatch(a.weight.scalar_type(), [&](auto type) {
-    Problem<decltype(type)> problem(a);  // checks the ids
+    EmbeddingProblem<decltype(type)> problem(a);  // checks the ids
     output = at::empty({a.B(), a.S() + a.N(), a.d()}, a.weight.options());
-    if (output.numel() > 0) Forward<decltype(type)>(problem, a.prompt, output).run();
+    if (output.numel() > 0) EmbeddingForward<decltype(type)>(problem, a.prompt, output).run();
   });
   return output;
 }
 
-std::vector<Tensor> run_backward(const Tensor& grad_output, const c10::List<bool>& asked, const Arguments& a) {
-  const OptionalTensor tensors[8] = {a.weight, a.prompt, a.w1, a.b1, a.w2, a.b2, a.low_rank_a, a.low_rank_b};
-  Tensor results[8];
+Tensor empty_gradient(const Tensor& x) {
+  return at::empty(x.sizes(), x.options());
+}
+
+Tensor empty_gradient(const OptionalTensor& x) {
+  return empty_gradient(*x);
+}
+
+std::vector<Tensor> run_backward(const Tensor& grad_output, const c10::List<bool>& asked, const EmbeddingArguments& a) {
+  EmbeddingGradients gradients;
   std::vector<Tensor> given;
-  for (int i = 0; i < 8; ++i)
-    if (asked[i]) given.push_back(results[i] = at::empty(tensors[i]->sizes(), tensors[i]->options()));
-  Gradients gradients{results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7]};
+#define FASTPREFIX_ALLOCATE(type, name) \
+  if (asked[static_cast<int64_t>(EmbeddingGradient::name)]) given.push_back(gradients.name = empty_gradient(a.name));
+  FASTPREFIX_EMBEDDING_DIFFERENTIABLE(FASTPREFIX_ALLOCATE, FASTPREFIX_NOTHING)
+#undef FASTPREFIX_ALLOCATE
   if (grad_output.numel() == 0) {
     for (const Tensor& result : given) result.zero_();
     return given;
   }
   Tensor dy = grad_output.size(2) == 1 || grad_output.stride(2) == 1 ? grad_output : grad_output.contiguous();
   dispatch(a.weight.scalar_type(), [&](auto type) {
-    Problem<decltype(type)> problem(a);
+    EmbeddingProblem<decltype(type)> problem(a);
     if (a.N() == 0)
       for (const Tensor& result : given) result.zero_();  // all but the prompt's
-    Backward<decltype(type)>(problem, gradients, dy).run();
+    EmbeddingBackward<decltype(type)>(problem, gradients, dy).run();
   });
   return given;
 }
 
-#define FASTPREFIX_ARGUMENTS                                                                                     \
-  const Tensor &input_ids, const Tensor &weight, const OptionalTensor &prompt, const OptionalTensor &w1,         \
-      const OptionalTensor &b1, const OptionalTensor &w2, const OptionalTensor &b2,                              \
-      const OptionalTensor &low_rank_a, const OptionalTensor &low_rank_b, const OptionalTensor &dropout_seed,    \
-      double offset_scale, double dropout_p
+#define FASTPREFIX_PARAMETERS FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
+#define FASTPREFIX_COLLECTED \
+  EmbeddingArguments { FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) }
 
-#define FASTPREFIX_COLLECT \
-  Arguments { input_ids, weight, prompt, w1, b1, w2, b2, low_rank_a, low_rank_b, dropout_seed, offset_scale, dropout_p }
-
-Tensor forward(FASTPREFIX_ARGUMENTS) {
-  return run_forward(FASTPREFIX_COLLECT);
+Tensor forward(FASTPREFIX_PARAMETERS) {
+  return run_forward(FASTPREFIX_COLLECTED);
 }
 
-std::vector<Tensor> backward(const Tensor& grad_output, c10::List<bool> needs_grad, FASTPREFIX_ARGUMENTS) {
-  return run_backward(grad_output, needs_grad, FASTPREFIX_COLLECT);
+std::vector<Tensor> backward(const Tensor& grad_output, c10::List<bool> needs_grad, FASTPREFIX_PARAMETERS) {
+  return run_backward(grad_output, needs_grad, FASTPREFIX_COLLECTED);
 }
 
 }  // namespace

@@ -6,8 +6,9 @@ An operation registers its operators once for every backend that has an implemen
 
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,34 +71,36 @@ BACKENDS: dict[str, Backend] = {
 def choose(
     name: str | None,
     device: torch.device,
-    implemented: Collection[str],
+    refusals: Mapping[str, Callable[[Any], str | None]],
+    arguments: Any = None,
     eager_only: str | None = None,
-    refused: Mapping[str, str | None] | None = None,
 ) -> str:
-    """The backend to call on ``device``.
+    """Return the name of the backend to call on ``device``.
 
-    ``implemented``: the backends that have the operation. ``eager_only``: why this call is served by the eager
-    backend alone, if it is. ``refused``: why a backend cannot serve this call, if it cannot.
+    ``refusals``: for each backend that has the operation, a function that explains why it cannot serve ``arguments``.
+    ``eager_only``: why this call is served by the eager backend alone, if it is.
 
     Raises ``TypeError`` for a name that is no string, ``ValueError`` for a backend that is unknown or not usable.
     """
     if name is None:
         if eager_only is not None:
             return "eager"
-        refused = refused or {}
-        usable = (b for b in BACKENDS.values() if b.name in implemented and b.refusal(device) is None)
-        usable = (b for b in usable if refused.get(b.name) is None)
-        return next(b.name for b in usable if not (b.interpretable and device.type == "cpu"))
+        for backend in BACKENDS.values():
+            refusal = refusals.get(backend.name)
+            if refusal is None or (backend.interpretable and device.type == "cpu"):
+                continue
+            if backend.refusal(device) is None and refusal(arguments) is None:
+                return backend.name
     takes = "None or one of " + ", ".join(repr(known) for known in BACKENDS)
     if not isinstance(name, str):
         raise checks.wrong_type("backend", name, takes)
     if name not in BACKENDS:
         raise checks.wrong_value("backend", name, takes)
     reason = BACKENDS[name].refusal(device)
-    if reason is None and name not in implemented:
+    if reason is None and name not in refusals:
         reason = "it does not have this operation"
     if reason is None and name != "eager":
-        reason = eager_only or (refused or {}).get(name)
+        reason = eager_only or refusals[name](arguments)
     if reason is not None:
         raise ValueError(f"backend {name!r} is not usable here: {reason}")
     return name

@@ -38,12 +38,12 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def threshold(p: float) -> int:
+def find_threshold(p: float) -> int:
     """An element is dropped where its random word lies below this."""
     return round(p * 2**32)
 
 
-def keep_factor_at(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
+def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     """What dropout multiplies by: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped. float64.
 
     The counter is (column, row, plane, 0), and its first word decides: columns along the last dimension of ``shape``,
@@ -51,32 +51,32 @@ def keep_factor_at(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     """
     *_, rows, columns = shape
     row, column = (torch.arange(size, device=seed.device) for size in (rows, columns))
-    words = philox(seed, column, row[:, None], _planes(shape, seed.device), torch.zeros_like(seed))
-    return _factor(words[0], p)
+    words = philox(seed, column, row[:, None], _number_planes(shape, seed.device), torch.zeros_like(seed))
+    return _compare_words(words[0], p)
 
 
-def pair_keep_factor_at(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
-    """:func:`keep_factor_at` for probabilities: rows are queries, columns keys, the prefix's or (``tokens``) tokens'.
+def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
+    """:func:`draw_factor` for probabilities: rows are queries, columns keys, the prefix's or (``tokens``) tokens'.
 
     The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
     the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.
     """
     *_, rows, columns = shape
-    row, column = (_without_bit_3(size, seed.device) for size in (rows, columns))
-    words = philox(seed, column, row[:, None], _planes(shape, seed.device), torch.full_like(seed, int(tokens)))
+    row, column = (_list_without_bit_3(size, seed.device) for size in (rows, columns))
+    words = philox(seed, column, row[:, None], _number_planes(shape, seed.device), torch.full_like(seed, int(tokens)))
     blocks = torch.stack(words, -1).unflatten(-1, (2, 2)).unflatten(-3, (-1, 8)).unflatten(-5, (-1, 8))
     whole = blocks.movedim((-2, -1), (-5, -2))  # [..., 16 rows, bit 3, 8, 16 columns, bit 3, 8]
-    return _factor(whole.flatten(-6, -4).flatten(-3)[..., :rows, :columns], p)
+    return _compare_words(whole.flatten(-6, -4).flatten(-3)[..., :rows, :columns], p)
 
 
-def _without_bit_3(size: int, device: torch.device) -> Tensor:
+def _list_without_bit_3(size: int, device: torch.device) -> Tensor:
     """The numbers below ``size``, and up to a multiple of 16, whose bit of value 8 is not set."""
     return (torch.arange(0, size, 16, device=device)[:, None] + torch.arange(8, device=device)).flatten()
 
 
-def _planes(shape: torch.Size, device: torch.device) -> Tensor:
+def _number_planes(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(math.prod(shape[:-2]), device=device).reshape(*shape[:-2], 1, 1)
 
 
-def _factor(word: Tensor, p: float) -> Tensor:
-    return (word >= threshold(p)).to(torch.float64) * (0.0 if p == 1.0 else 1.0 / (1.0 - p))
+def _compare_words(word: Tensor, p: float) -> Tensor:
+    return (word >= find_threshold(p)).to(torch.float64) * (0.0 if p == 1.0 else 1.0 / (1.0 - p))

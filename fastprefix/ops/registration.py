@@ -1,47 +1,60 @@
-"""Registration of an operation's operators with PyTorch: schema, fake, autograd, autocast, once for every backend.
+"""Register an operation's operators with PyTorch: schema, fake, autograd, autocast, once for every backend.
 
 An operation is a forward and a backward operator. Each backend is an overload of both (``prefix_attention.eager``), so
 backends share every rule below, and one written in C++ registers its kernels under the same names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from .declaration import Declaration
 
 NAMESPACE = "fastprefix"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 Kernel = Callable[..., Any]
+Refusal = Callable[[Any], str | None]
+"""A function of the canonical arguments that explains why a backend cannot serve them; None: it can."""
 
 
 class Operation:
-    """The operators of one operation: ``<name>.<backend>`` and ``<name>_backward.<backend>``."""
+    """The operators of one operation: ``<name>.<backend>`` and ``<name>_backward.<backend>``.
+
+    All of them take the declared arguments, in their order. Before these the backward operator takes the gradient of
+    the output, the outputs that are saved for it, and which gradients are asked for; it returns those.
+    """
 
     def __init__(
         self,
         name: str,
+        declaration: Declaration,
         *,
-        schema: str,
-        backward_schema: str,
+        saved: Sequence[str] = (),
         fake: Kernel,
-        backward_fake: Kernel,
-        setup_context: Kernel,
-        call_backward: Callable[[Any, Kernel, Sequence[Tensor | None]], tuple[Any, ...]],
+        allocate_gradient: Callable[[Tensor], Tensor],
         autocast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]],
     ) -> None:
-        """``call_backward(ctx, operator, grads)`` returns a gradient, or None, for every argument of the schema;
-        ``autocast(arguments, dtype)`` returns the arguments, cast.
+        """Derive the rules. ``saved`` names the forward operator's outputs where more than one is kept for the backward
+        pass; ``autocast(arguments, dtype)`` returns the arguments, cast.
         """
         self.name = name
-        self._schemas = (schema, backward_schema)
-        self._fakes = (fake, backward_fake)
-        self._setup_context = setup_context
-        self._call_backward = call_backward
+        self._declaration = declaration
+        self._saved = len(saved)
+        outputs = ", ".join(f"Tensor {output}" for output in saved)
+        returned, kept = (f"({outputs})", f"{outputs}, ") if saved else ("Tensor", "")
+        self._schemas = (
+            f"({declaration.schema}) -> {returned}",
+            f"(Tensor grad_output, {kept}bool[] needs_grad, {declaration.schema}) -> Tensor[]",
+        )
+        self._fakes = (fake, self._backward_fake)
+        self._allocate_gradient = allocate_gradient
         self._autocast = autocast
         self._operators: dict[str, Kernel] = {}
+        self._refusals: dict[str, Refusal] = {}
 
     @property
     def implemented(self) -> tuple[str, ...]:
@@ -52,7 +65,12 @@ class Operation:
         """The forward operator of a backend."""
         return self._operators[backend]
 
-    def define(self, backend: str) -> None:
+    @property
+    def refusals(self) -> Mapping[str, Refusal]:
+        """For each backend that has this operation, the function that refuses what it cannot serve."""
+        return self._refusals
+
+    def define(self, backend: str, refusal: Refusal = lambda arguments: None) -> None:
         """Declare the operators of a backend, with every rule but the kernels."""
         for name, schema, fake in zip((self.name, f"{self.name}_backward"), self._schemas, self._fakes, strict=True):
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,6 +83,7 @@ class Operation:
         for key, device_type in _AUTOCAST.items():
             _LIBRARY.impl(f"{self.name}.{backend}", self._autocast_kernel(forward, device_type), key)
         self._operators[backend] = forward
+        self._refusals[backend] = refusal
 
     def implement(
         self, backend: str, forward: Kernel, backward: Kernel, key: str = "CompositeExplicitAutograd"
@@ -77,19 +96,37 @@ class Operation:
         operator: Kernel = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
         return operator
 
+    def _backward_fake(self, *arguments: Any) -> list[Tensor]:
+        needs_grad = arguments[-self._declaration.arity - 1]
+        differentiable = arguments[-self._declaration.arity :][self._declaration.gradients]
+        asked = zip(differentiable, needs_grad, strict=True)
+        return [self._allocate_gradient(tensor) for tensor, needed in asked if needed]
+
     def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel) -> Kernel:
         """What ``torch.library.register_autograd`` would make, less the time it takes in each call: for every argument
         it asks for the schema's list of all, to add defaults, of which these schemas have none.
         """
+        tensors, gradients, arity = self._declaration.tensors, self._declaration.gradients, self._declaration.arity
+        saved = self._saved
+        before, after = (None,) * gradients.start, (None,) * (arity - gradients.stop)
 
         def forward_and_save(ctx: Any, *arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = forward(*arguments)
-            self._setup_context(ctx, arguments, output)
+            ctx.save_for_backward(*(output if saved else ()), *arguments[:tensors])
+            ctx.options = arguments[tensors:]
+            if saved:
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
             return output
 
-        def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return self._call_backward(ctx, backward, grads)
+        def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if grads[0] is None:
+                return (None,) * arity
+            kept = ctx.saved_tensors
+            needs = list(ctx.needs_input_grad[gradients])
+            found = iter(backward(grads[0], *kept[:saved], needs, *kept[saved:], *ctx.options))
+            return (*before, *[next(found) if needed else None for needed in needs], *after)
 
         methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(differentiate)}
         function: Any = type(f"{self.name}_{name}", (torch.autograd.Function,), methods)

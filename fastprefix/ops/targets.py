@@ -39,7 +39,14 @@ class Device:
         """Launch on the device's current stream."""
         here = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         with here:
-            kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+            kernel.run(
+                *arguments, grid=grid, warmup=False, **constants, num_warps=tile.warps, num_stages=tile.stages
+            )  # what ``kernel[grid]`` calls, less a frame
+
+
+def divide_up(size: int, block: int) -> int:
+    """Return how many blocks cover a size."""
+    return -(-size // block)
 
 
 def architecture(capability: tuple[int, int]) -> str:

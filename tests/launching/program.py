@@ -22,7 +22,7 @@ from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
 BYTES = {"u64": 8, "b64": 8, "f64": 8, "u32": 4, "b32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
 CASES: tuple[Case, ...] = (
-    AttentionCase(N=70, M=75, P=20, D=64, gate="P", permuted=True, options={"is_causal": True}),
+    AttentionCase(N=70, M=75, P=20, D=64, gate="P", layout="BNHD", options={"is_causal": True}),
     AttentionCase(Hq=4, N=70, M=70, P=20, D=64, gate="BHNP", output_gate="BH", mask="float", bias="HNP", segments=True,
                   sinks=True, options={"softcap": 30.0, "window_size": 50, "scale": -0.3}),
     AttentionCase(N=70, M=300, P=300, D=80, mask="padding", options={"dropout_p": 0.1}),
@@ -108,7 +108,8 @@ def run_forward_and_backward(case: Case) -> None:
 def main(folder: str) -> None:
     pretend(folder)
     target = Target()
-    prefix_attention.triton.target_of = prompt_embedding.triton.target_of = lambda device: target
+    for operation in (prefix_attention, prompt_embedding):
+        operation.triton_backend.launch.target_of = lambda device: target
     for case in CASES:
         run_forward_and_backward(case)
     print(*sorted(target.launched), sep="\n")

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from . import triton
+from .arguments import EAGER_ALONE, AttentionArguments
 from .reference import attend
 from .registration import OPERATION
-from .validation import canonical_arguments
+from .validation import canonicalize, collect_arguments
 
 
 def prefix_attention(
@@ -84,7 +84,7 @@ def prefix_attention(
         TypeError: an argument of the wrong type or dtype; the message names it.
         ValueError: an argument of the wrong shape, device or value, or a backend that is not usable; it says why.
     """
-    arguments = canonical_arguments(
+    given = collect_arguments(
         query,
         key,
         value,
@@ -102,18 +102,18 @@ def prefix_attention(
         scale=scale,
         dropout_p=dropout_p,
     )
-    eager_only = _eager_only(attn_mask=attn_mask, prefix_bias=prefix_bias)
-    refused = {"triton": triton.refusal(arguments)}
-    name = choose(backend, query.device, OPERATION.implemented, eager_only, refused)
+    arguments = canonicalize(given)
+    name = choose(backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given))
     if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
         return attend(arguments)
     output: Tensor = OPERATION.operator(name)(*arguments)[0]
     return output
 
 
-def _eager_only(**biases: Tensor | None) -> str | None:
-    """Why only the eager backend serves a call, if so."""
-    for name, bias in biases.items():
-        if bias is not None and bias.requires_grad:
+def _explain_eager_only(given: AttentionArguments) -> str | None:
+    """Explain why only the eager backend serves a call, if so."""
+    for name in EAGER_ALONE:
+        tensor = getattr(given, name)
+        if tensor is not None and tensor.requires_grad:
             return f"{name} requires a gradient, which the eager backend alone computes"
     return None

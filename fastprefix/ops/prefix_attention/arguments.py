@@ -1,31 +1,44 @@
-"""What every backend gets: the arguments of ``prefix_attention`` in one canonical form.
+"""Declare what every backend gets: the arguments of ``prefix_attention`` in one canonical form.
 
 ``B`` batch, ``N`` queries, ``M`` keys, ``P`` prefix keys, ``Hq``/``Hkv`` query and key-value heads, ``D``/``Dv`` head
 sizes. ``1|X`` is a dimension that is either 1 (and then broadcast, never expanded) or X.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..declaration import Declaration, Rule
 
-class Arguments(NamedTuple):
-    """In the order of the operators' schema."""
+_GATE = "up to three dimensions that broadcast to [B, Hkv, P], or four that broadcast to [B, Hq, N, P]"
+_MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts to [B, Hq, N, M]"
+SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
 
-    query: Tensor  # [B, Hq, N, D]
-    key: Tensor  # [B, Hkv, M, D]
-    value: Tensor  # [B, Hkv, M, Dv]
-    prefix_key: Tensor  # [1|B, Hkv, P, D]
-    prefix_value: Tensor  # [1|B, Hkv, P, Dv]
-    prefix_gate: Tensor | None  # [1|B, 1|Hkv, 1|P], or a gate for each query: [1|B, 1|Hq, 1|N, 1|P]
-    output_gate: Tensor | None  # [1|B, 1|Hq]; there: two softmaxes, not there: one
-    attn_mask: Tensor | None  # bool or float [1|B, 1|Hq, 1|N, 1|M]
-    prefix_bias: Tensor | None  # [1|B, 1|Hq, 1|N, 1|P]
-    sinks: Tensor | None  # [Hq]
-    query_segments: Tensor | None  # int32 or int64 [1|B, N]
-    key_segments: Tensor | None  # int32 or int64 [1|B, M]
-    dropout_seed: Tensor | None  # int64 [1]
+
+class AttentionArguments(NamedTuple):
+    """The declaration. C++ has the same list in ``csrc/prefix_attention/arguments.h``."""
+
+    query: Annotated[Tensor, Rule("[B, Hq, N, D]", gradient="every backend")]
+    key: Annotated[Tensor, Rule("[B, Hkv, M, D]", gradient="every backend")]
+    value: Annotated[Tensor, Rule("[B, Hkv, M, Dv]", gradient="every backend")]
+    prefix_key: Annotated[Tensor, Rule("[1|B, Hkv, P, D]", gradient="every backend")]
+    prefix_value: Annotated[Tensor, Rule("[1|B, Hkv, P, Dv]", gradient="every backend")]
+    # A gate for each prefix key, or one for each query too.
+    prefix_gate: Annotated[
+        Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", "[1|B, 1|Hq, 1|N, 1|P]", gradient="every backend", takes=_GATE)
+    ]
+    output_gate: Annotated[Tensor | None, Rule("[1|B, 1|Hq]", gradient="every backend")]  # given: two softmaxes
+    attn_mask: Annotated[
+        Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|M]", gradient="eager alone", dtype="mask", takes=_MASK)
+    ]
+    prefix_bias: Annotated[Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|P]", gradient="eager alone")]
+    sinks: Annotated[Tensor | None, Rule("[Hq]", gradient="every backend")]
+    query_segments: Annotated[
+        Tensor | None, Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", takes=SEGMENTS)
+    ]
+    key_segments: Annotated[Tensor | None, Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", takes=SEGMENTS)]
+    dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     is_causal: bool
     window_size: int | None
     softcap: float | None
@@ -44,8 +57,8 @@ class Arguments(NamedTuple):
 
     @property
     def normalizers_shape(self) -> tuple[int, ...]:
-        """Of what the forward pass leaves to a backend's own backward pass: of each softmax and each row, the largest
-        score ``m`` and ``l``, the sum of ``e^(s - m)``; where a row sees nothing, ``l`` is 0 and ``m`` any number.
+        """The shape of what the forward pass leaves to a backend's own backward pass: for each softmax and row, the
+        largest score ``m`` and ``l``, the sum of ``e^(s - m)``; where a row sees nothing, ``l`` is 0, ``m`` any number.
 
         With an output gate the first softmax is the tokens', the second the prefix's. Not the log-sum-exp,
         ``m + log l``: rounded to one number, it would cost all probabilities of a row their last digits.
@@ -53,16 +66,8 @@ class Arguments(NamedTuple):
         return (1 if self.output_gate is None else 2, 2, *self.query.shape[:3])
 
 
-DIFFERENTIABLE = (
-    "query",
-    "key",
-    "value",
-    "prefix_key",
-    "prefix_value",
-    "prefix_gate",
-    "output_gate",
-    "attn_mask",
-    "prefix_bias",
-    "sinks",
-)
-"""The arguments that can have a gradient, in order; they are the first of ``Arguments``."""
+DECLARATION = Declaration(AttentionArguments)
+DIFFERENTIABLE = DECLARATION.differentiable
+"""The arguments that can have a gradient, in order."""
+EAGER_ALONE = DECLARATION.eager_alone
+"""Those among them whose gradient the eager backend alone computes."""

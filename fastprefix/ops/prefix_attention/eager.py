@@ -6,94 +6,99 @@ grows with N * (P + M). Sums are made in float32 (float64 for float64). The lett
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import DIFFERENTIABLE, Arguments
-from .layout import empty_gradient, empty_heads
-from .visibility import visible_tokens
+from .arguments import DIFFERENTIABLE, AttentionArguments
+from .layout import allocate_gradient, allocate_heads
+from .visibility import find_visible_tokens
 
 
-def forward(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv], and what normalised the probabilities (``Arguments.normalizers_shape``)."""
-    prefix, tokens = _prefix_half(a), _token_half(a)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    a = AttentionArguments(*arguments)
+    prefix, tokens = _score_prefix(a), _score_tokens(a)
     if a.output_gate is None:
-        softmaxes = [_softmax([prefix.s, tokens.s], _sinks(a))]
+        softmaxes = [_compute_softmax([prefix.s, tokens.s], _group_sinks(a))]
         p_prefix, p_tokens = softmaxes[0].p
         og: Tensor | float = 1.0
     else:
-        softmaxes = [_softmax([tokens.s], _sinks(a)), _softmax([prefix.s], None)]
+        softmaxes = [_compute_softmax([tokens.s], _group_sinks(a)), _compute_softmax([prefix.s], None)]
         p_tokens, p_prefix = (softmax.p[0] for softmax in softmaxes)
-        og = _grouped(a, a.output_gate[:, :, None])[..., None]
-    o = _weighted_sum(p_tokens * tokens.keep, tokens.v)
-    o = o + og * _weighted_sum(prefix.g * p_prefix * prefix.keep, prefix.v)
-    output = empty_heads(a.query, a.value.shape[3])
+        og = _group_heads(a, a.output_gate[:, :, None])[..., None]
+    o = _sum_values(p_tokens * tokens.keep, tokens.v)
+    o = o + og * _sum_values(prefix.g * p_prefix * prefix.keep, prefix.v)
+    output = allocate_heads(a.query, a.value.shape[3])
     normalizers = torch.stack([x for softmax in softmaxes for x in (softmax.m, softmax.l)])
     return output.copy_(o.reshape(output.shape)), normalizers.reshape(a.normalizers_shape)
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, normalizers: Tensor, a: Arguments, needs_grad: Sequence[bool]
+    grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
+    a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     gradients: dict[str, Tensor] = {}
     if any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks")):
-        _all_gradients(gradients, grad_output, a, needs)
+        _differentiate_all(gradients, grad_output, a, needs)
     else:
-        _prefix_gradients_alone(gradients, grad_output, output, normalizers, a, needs)
+        _differentiate_prefix_alone(gradients, grad_output, output, normalizers, a, needs)
     results = []
     for name in (name for name in DIFFERENTIABLE if needs[name]):
         tensor: Tensor = getattr(a, name)
-        result = empty_gradient(tensor)
+        result = allocate_gradient(tensor)
         results.append(result.copy_(gradients[name].reshape(tensor.shape)))
     return results
 
 
-def _all_gradients(gradients: dict[str, Tensor], grad_output: Tensor, a: Arguments, needs: dict[str, bool]) -> None:
+def _differentiate_all(
+    gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, needs: dict[str, bool]
+) -> None:
     """Both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
-    do = _grouped(a, grad_output)
-    prefix, tokens = _prefix_half(a), _token_half(a)
-    dov_prefix, dov_tokens = _dov(prefix, do), _dov(tokens, do)
+    do = _group_heads(a, grad_output)
+    prefix, tokens = _score_prefix(a), _score_tokens(a)
+    dov_prefix, dov_tokens = _multiply_values(prefix, do), _multiply_values(tokens, do)
     if a.output_gate is None:
-        softmax = _softmax([prefix.s, tokens.s], _sinks(a))
+        softmax = _compute_softmax([prefix.s, tokens.s], _group_sinks(a))
         p_prefix, p_tokens = softmax.p
-        delta_prefix = delta_tokens = _delta(prefix, p_prefix, dov_prefix) + _delta(tokens, p_tokens, dov_tokens)
+        delta = _sum_delta(prefix, p_prefix, dov_prefix) + _sum_delta(tokens, p_tokens, dov_tokens)
+        delta_prefix = delta_tokens = delta
     else:
-        softmax = _softmax([tokens.s], _sinks(a))
-        p_prefix, p_tokens = _softmax([prefix.s], None).p[0], softmax.p[0]
-        delta_prefix, delta_tokens = _delta(prefix, p_prefix, dov_prefix), _delta(tokens, p_tokens, dov_tokens)
-        p_prefix = _through_output_gate(gradients, a, p_prefix, delta_prefix)
-    _prefix_gradients(gradients, a, prefix, p_prefix, dov_prefix, delta_prefix, do, needs)
-    _add_token_gradients(gradients, a, tokens, p_tokens, dov_tokens, delta_tokens, do, needs)
+        softmax = _compute_softmax([tokens.s], _group_sinks(a))
+        p_prefix, p_tokens = _compute_softmax([prefix.s], None).p[0], softmax.p[0]
+        delta_prefix, delta_tokens = _sum_delta(prefix, p_prefix, dov_prefix), _sum_delta(tokens, p_tokens, dov_tokens)
+        p_prefix = _differentiate_output_gate(gradients, a, p_prefix, delta_prefix)
+    _differentiate_prefix(gradients, a, prefix, p_prefix, dov_prefix, delta_prefix, do, needs)
+    _differentiate_tokens(gradients, a, tokens, p_tokens, dov_tokens, delta_tokens, do, needs)
     if needs["sinks"]:
         assert softmax.p_sink is not None
         gradients["sinks"] = -(softmax.p_sink * delta_tokens).sum(dim=(0, 3, 4))
 
 
-def _prefix_gradients_alone(
+def _differentiate_prefix_alone(
     gradients: dict[str, Tensor],
     grad_output: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    a: Arguments,
+    a: AttentionArguments,
     needs: dict[str, bool],
 ) -> None:
     """The prefix's half without the tokens', O(N P): what it has to know of them is in output and normalisers."""
-    do, prefix = _grouped(a, grad_output), _prefix_half(a)
-    dov = _dov(prefix, do)
+    do, prefix = _group_heads(a, grad_output), _score_prefix(a)
+    dov = _multiply_values(prefix, do)
     if a.output_gate is None:
         m, l = (_split_heads(a, x[..., None]) for x in normalizers[0])
         p = torch.exp(prefix.s - m) / l.masked_fill(l == 0.0, 1.0)
-        delta = (do * _grouped(a, output)).sum(-1, keepdim=True)
+        delta = (do * _group_heads(a, output)).sum(-1, keepdim=True)
     else:
-        p = _softmax([prefix.s], None).p[0]
-        delta = _delta(prefix, p, dov)
-        p = _through_output_gate(gradients, a, p, delta)
-    _prefix_gradients(gradients, a, prefix, p, dov, delta, do, needs)
+        p = _compute_softmax([prefix.s], None).p[0]
+        delta = _sum_delta(prefix, p, dov)
+        p = _differentiate_output_gate(gradients, a, p, delta)
+    _differentiate_prefix(gradients, a, prefix, p, dov, delta, do, needs)
 
 
 class _Half(NamedTuple):
@@ -116,24 +121,24 @@ class _Softmax(NamedTuple):
     l: Tensor  # [B, Hkv, G, N, 1]
 
 
-def _prefix_half(a: Arguments) -> _Half:
-    g = _grouped_gate(a)
-    bias = None if a.prefix_bias is None else _grouped(a, a.prefix_bias)
-    return _half(a, a.prefix_key, a.prefix_value, g, bias, None, tokens=False)
+def _score_prefix(a: AttentionArguments) -> _Half:
+    g = _group_gate(a)
+    bias = None if a.prefix_bias is None else _group_heads(a, a.prefix_bias)
+    return _score_half(a, a.prefix_key, a.prefix_value, g, bias, None, tokens=False)
 
 
-def _token_half(a: Arguments) -> _Half:
+def _score_tokens(a: AttentionArguments) -> _Half:
     bias = None
     if a.attn_mask is not None and a.attn_mask.is_floating_point():
-        bias = _grouped(a, a.attn_mask)
-    visible = visible_tokens(a)
+        bias = _group_heads(a, a.attn_mask)
+    visible = find_visible_tokens(a)
     if visible is not None:
         visible = _split_heads(a, visible)
-    return _half(a, a.key, a.value, 1.0, bias, visible, tokens=True)
+    return _score_half(a, a.key, a.value, 1.0, bias, visible, tokens=True)
 
 
-def _half(
-    a: Arguments,
+def _score_half(
+    a: AttentionArguments,
     k: Tensor,
     v: Tensor,
     g: Tensor | float,
@@ -141,37 +146,37 @@ def _half(
     visible: Tensor | None,
     tokens: bool,
 ) -> _Half:
-    q, k, v = _grouped(a, a.query), k.to(a.accumulator), v.to(a.accumulator)
-    product = a.scale * _scores(q, k)
+    q, k, v = _group_heads(a, a.query), k.to(a.accumulator), v.to(a.accumulator)
+    product = a.scale * _multiply_keys(q, k)
     gated = g * product
     s = gated if a.softcap is None else a.softcap * torch.tanh(gated / a.softcap)
     s = s if bias is None else s + bias
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    return _Half(q, k, v, g, product, gated, s, _keep_factor(a, s, tokens))
+    return _Half(q, k, v, g, product, gated, s, _draw_keep_factor(a, s, tokens))
 
 
-def _dov(half: _Half, do: Tensor) -> Tensor:
+def _multiply_values(half: _Half, do: Tensor) -> Tensor:
     """<do, v>, times dropout's factor."""
-    return half.keep * _scores(do, half.v)
+    return half.keep * _multiply_keys(do, half.v)
 
 
-def _delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
+def _sum_delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
     """A half's part of <do, o>, from its probabilities: exact where the stored output is rounded."""
     return (half.g * p * dov).sum(-1, keepdim=True)
 
 
-def _through_output_gate(gradients: dict[str, Tensor], a: Arguments, p: Tensor, delta: Tensor) -> Tensor:
+def _differentiate_output_gate(gradients: dict[str, Tensor], a: AttentionArguments, p: Tensor, delta: Tensor) -> Tensor:
     """Enter the output gate's gradient; returns og p, what the gate makes of the prefix's probabilities."""
     assert a.output_gate is not None
     per_head = delta.sum(dim=(3, 4)).reshape(a.query.shape[:2])
     gradients["output_gate"] = per_head.sum_to_size(a.output_gate.shape)
-    return _grouped(a, a.output_gate[:, :, None])[..., None] * p
+    return _group_heads(a, a.output_gate[:, :, None])[..., None] * p
 
 
-def _prefix_gradients(
+def _differentiate_prefix(
     gradients: dict[str, Tensor],
-    a: Arguments,
+    a: AttentionArguments,
     half: _Half,
     p: Tensor,
     dov: Tensor,
@@ -184,7 +189,7 @@ def _prefix_gradients(
     if needs["prefix_bias"]:
         assert a.prefix_bias is not None
         gradients["prefix_bias"] = _sum_to(ds, a.prefix_bias)
-    ds = _through_softcap(a, ds, half)
+    ds = _differentiate_softcap(a, ds, half)
     if needs["prefix_gate"]:
         gradients["prefix_gate"] = _sum_gate(a, ds * half.product + p * dov)
     gated = ds * half.g * a.scale
@@ -193,12 +198,12 @@ def _prefix_gradients(
     if needs["prefix_value"]:
         gradients["prefix_value"] = _sum_over_queries(half.g * p * half.keep, do, a.prefix_value.shape[0])
     if needs["query"]:
-        gradients["query"] = _weighted_sum(gated, half.k)
+        gradients["query"] = _sum_values(gated, half.k)
 
 
-def _add_token_gradients(
+def _differentiate_tokens(
     gradients: dict[str, Tensor],
-    a: Arguments,
+    a: AttentionArguments,
     half: _Half,
     p: Tensor,
     dov: Tensor,
@@ -211,42 +216,42 @@ def _add_token_gradients(
     if needs["attn_mask"]:
         assert a.attn_mask is not None
         gradients["attn_mask"] = _sum_to(ds, a.attn_mask)
-    ds = _through_softcap(a, ds, half) * a.scale
+    ds = _differentiate_softcap(a, ds, half) * a.scale
     if needs["query"]:
-        gradients["query"] = gradients["query"] + _weighted_sum(ds, half.k)
+        gradients["query"] = gradients["query"] + _sum_values(ds, half.k)
     if needs["key"]:
         gradients["key"] = _sum_over_queries(ds, half.q, a.key.shape[0])
     if needs["value"]:
         gradients["value"] = _sum_over_queries(p * half.keep, do, a.value.shape[0])
 
 
-def _grouped(a: Arguments, tensor: Tensor) -> Tensor:
+def _group_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
     """[b, Hq|1, ...] to [b, Hkv|1, G|1, ...] in the accumulator's dtype."""
     return _split_heads(a, tensor.to(a.accumulator))
 
 
-def _split_heads(a: Arguments, tensor: Tensor) -> Tensor:
+def _split_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
     heads = (1, 1) if tensor.shape[1] == 1 and a.query.shape[1] != 1 else (a.key.shape[1], a.groups)
     return tensor.reshape(tensor.shape[0], *heads, *tensor.shape[2:])
 
 
-def _grouped_gate(a: Arguments) -> Tensor | float:
+def _group_gate(a: AttentionArguments) -> Tensor | float:
     """The prefix gate, broadcastable to [B, Hkv, G, N, P]."""
     if a.prefix_gate is None:
         return 1.0
     if a.prefix_gate.ndim == 4:
-        return _grouped(a, a.prefix_gate)
+        return _group_heads(a, a.prefix_gate)
     return a.prefix_gate[:, :, None, None, :].to(a.accumulator)
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def _multiply_keys(q: Tensor, k: Tensor) -> Tensor:
     """<q, k> [B, Hkv, G, N, K]; keys shared by the batch are one product over all its queries."""
     if k.shape[0] == 1:
         return torch.einsum("bhgnd,hkd->bhgnk", q, k[0])
     return torch.einsum("bhgnd,bhkd->bhgnk", q, k)
 
 
-def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:
+def _sum_values(p: Tensor, v: Tensor) -> Tensor:
     """p v [B, Hkv, G, N, *]."""
     if v.shape[0] == 1:
         return torch.einsum("bhgnk,hkd->bhgnd", p, v[0])
@@ -262,11 +267,11 @@ def _sum_over_queries(p: Tensor, q: Tensor, batch: int) -> Tensor:
     return sums.sum(0, keepdim=True) if batch == 1 else sums
 
 
-def _sinks(a: Arguments) -> Tensor | None:
-    return None if a.sinks is None else _grouped(a, a.sinks[None, :, None, None])
+def _group_sinks(a: AttentionArguments) -> Tensor | None:
+    return None if a.sinks is None else _group_heads(a, a.sinks[None, :, None, None])
 
 
-def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
+def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
     """One softmax over blocks of columns, and over a sink that has a probability and no value."""
     blocks = [*blocks] if sinks is None else [*blocks, sinks.expand(*blocks[0].shape[:-1], 1)]
     m = torch.stack([s.amax(-1) for s in blocks if s.shape[-1] > 0] or [blocks[0].new_full(blocks[0].shape[:-1], 0.0)])
@@ -278,7 +283,7 @@ def _softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
     return _Softmax(p if sinks is None else p[:-1], None if sinks is None else p[-1], m, l)
 
 
-def _through_softcap(a: Arguments, ds: Tensor, half: _Half) -> Tensor:
+def _differentiate_softcap(a: AttentionArguments, ds: Tensor, half: _Half) -> Tensor:
     """Times 1 - tanh^2, as 1 / cosh^2: the difference loses its digits where tanh is almost 1."""
     return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
@@ -288,15 +293,15 @@ def _sum_to(ds: Tensor, like: Tensor) -> Tensor:
     return ds.flatten(1, 2).sum_to_size(like.shape)
 
 
-def _sum_gate(a: Arguments, dg: Tensor) -> Tensor:
+def _sum_gate(a: AttentionArguments, dg: Tensor) -> Tensor:
     assert a.prefix_gate is not None
     if a.prefix_gate.ndim == 4:
         return _sum_to(dg, a.prefix_gate)
     return dg.sum(dim=(2, 3)).sum_to_size(a.prefix_gate.shape)
 
 
-def _keep_factor(a: Arguments, s: Tensor, tokens: bool) -> Tensor | float:
+def _draw_keep_factor(a: AttentionArguments, s: Tensor, tokens: bool) -> Tensor | float:
     """Dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
     if a.dropout_seed is None:
         return 1.0
-    return random.pair_keep_factor_at(a.dropout_seed, a.dropout_p, s.shape, tokens).to(s.dtype)
+    return random.draw_pair_factor(a.dropout_seed, a.dropout_p, s.shape, tokens).to(s.dtype)

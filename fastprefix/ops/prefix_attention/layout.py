@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def empty_heads(like: Tensor, size: int) -> Tensor:
+def allocate_heads(like: Tensor, size: int) -> Tensor:
     """An uninitialised ``[B, H, N, size]`` tensor with the sizes, dtype, device and stride order of ``like``."""
     batch, heads, length, _ = like.shape
     if like.stride(1) < like.stride(2):  # [B, N, H, D] in memory
@@ -14,8 +14,8 @@ def empty_heads(like: Tensor, size: int) -> Tensor:
     return torch.empty((batch, heads, length, size), dtype=like.dtype, device=like.device)
 
 
-def empty_gradient(like: Tensor) -> Tensor:
+def allocate_gradient(like: Tensor) -> Tensor:
     """An uninitialised gradient of an input: dense, heads and length in the input's order."""
     if like.ndim == 4:
-        return empty_heads(like, like.shape[3])
+        return allocate_heads(like, like.shape[3])
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)

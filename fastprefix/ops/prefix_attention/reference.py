@@ -7,77 +7,43 @@ import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import Arguments
-from .validation import canonical_arguments
-from .visibility import visible_tokens
+from ..declaration import accept
+from .arguments import AttentionArguments
+from .validation import canonicalize, collect_arguments
+from .visibility import find_visible_tokens
 
 
-def prefix_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    *,
-    prefix_gate: Tensor | None = None,
-    output_gate: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    prefix_bias: Tensor | None = None,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    segment_ids: tuple[Tensor, Tensor] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
+@accept(collect_arguments)
+def prefix_attention(given: AttentionArguments) -> Tensor:
     """Gated prefix attention in plain PyTorch; arguments, shapes and errors of ``fastprefix.prefix_attention``."""
-    arguments = canonical_arguments(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        prefix_gate=prefix_gate,
-        output_gate=output_gate,
-        attn_mask=attn_mask,
-        prefix_bias=prefix_bias,
-        is_causal=is_causal,
-        window_size=window_size,
-        segment_ids=segment_ids,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
-    return attend(arguments)
+    return attend(canonicalize(given))
 
 
-def attend(a: Arguments) -> Tensor:
+def attend(a: AttentionArguments) -> Tensor:
     """The formula on canonical arguments."""
-    g = _gate(a)
-    k, v = _for_query_heads(a, a.key), _for_query_heads(a, a.value)
-    pk, pv = _for_query_heads(a, a.prefix_key), _for_query_heads(a, a.prefix_value)
+    g = _read_gate(a)
+    k, v = _repeat_heads(a, a.key), _repeat_heads(a, a.value)
+    pk, pv = _repeat_heads(a, a.prefix_key), _repeat_heads(a, a.prefix_value)
 
-    s_prefix = _softcap(a, a.scale * g * (a.query @ pk.mT))  # [B, Hq, N, P]
+    s_prefix = _cap(a, a.scale * g * (a.query @ pk.mT))  # [B, Hq, N, P]
     if a.prefix_bias is not None:
         s_prefix = s_prefix + a.prefix_bias
-    s_tokens = _mask(a, _softcap(a, a.scale * (a.query @ k.mT)))  # [B, Hq, N, M]
-    s_sinks = _sinks(a, s_tokens)  # [B, Hq, N, 0 or 1]
+    s_tokens = _mask(a, _cap(a, a.scale * (a.query @ k.mT)))  # [B, Hq, N, M]
+    s_sinks = _expand_sinks(a, s_tokens)  # [B, Hq, N, 0 or 1]
     columns = [pk.shape[2], k.shape[2]]
 
     if a.output_gate is None:  # one softmax
-        probabilities = _softmax(torch.cat([s_prefix, s_tokens, s_sinks], dim=-1))
+        probabilities = _compute_softmax(torch.cat([s_prefix, s_tokens, s_sinks], dim=-1))
         p_prefix, p_tokens, _ = probabilities.split([*columns, s_sinks.shape[-1]], dim=-1)
         return (g * _drop(a, p_prefix, tokens=False)) @ pv + _drop(a, p_tokens, tokens=True) @ v
 
-    p_tokens = _softmax(torch.cat([s_tokens, s_sinks], dim=-1))[..., : columns[1]]
+    p_tokens = _compute_softmax(torch.cat([s_tokens, s_sinks], dim=-1))[..., : columns[1]]
     o_tokens = _drop(a, p_tokens, tokens=True) @ v
-    o_prefix = (g * _drop(a, _softmax(s_prefix), tokens=False)) @ pv
+    o_prefix = (g * _drop(a, _compute_softmax(s_prefix), tokens=False)) @ pv
     return o_tokens + a.output_gate[:, :, None, None] * o_prefix
 
 
-def _gate(a: Arguments) -> Tensor:
+def _read_gate(a: AttentionArguments) -> Tensor:
     """g, broadcastable to [B, Hq, N, P]."""
     if a.prefix_gate is None:
         return torch.ones((), dtype=a.query.dtype, device=a.query.device)
@@ -87,37 +53,37 @@ def _gate(a: Arguments) -> Tensor:
     return gate if gate.shape[1] == 1 else gate.repeat_interleave(a.groups, dim=1)
 
 
-def _for_query_heads(a: Arguments, keys: Tensor) -> Tensor:
+def _repeat_heads(a: AttentionArguments, keys: Tensor) -> Tensor:
     """Each key/value head once for every query head that uses it, each row of the batch its own: [B, Hq, *, *]."""
     return keys.expand(a.query.shape[0], -1, -1, -1).repeat_interleave(a.groups, dim=1)
 
 
-def _softcap(a: Arguments, scores: Tensor) -> Tensor:
+def _cap(a: AttentionArguments, scores: Tensor) -> Tensor:
     return scores if a.softcap is None else a.softcap * torch.tanh(scores / a.softcap)
 
 
-def _mask(a: Arguments, scores: Tensor) -> Tensor:
+def _mask(a: AttentionArguments, scores: Tensor) -> Tensor:
     if a.attn_mask is not None and a.attn_mask.is_floating_point():
         scores = scores + a.attn_mask
-    visible = visible_tokens(a)
+    visible = find_visible_tokens(a)
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def _sinks(a: Arguments, scores: Tensor) -> Tensor:
+def _expand_sinks(a: AttentionArguments, scores: Tensor) -> Tensor:
     if a.sinks is None:
         return scores[..., :0]
     return a.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def _compute_softmax(scores: Tensor) -> Tensor:
     """softmax, and 0 (not NaN) in a row where nothing is seen."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
-def _drop(a: Arguments, probabilities: Tensor, tokens: bool) -> Tensor:
+def _drop(a: AttentionArguments, probabilities: Tensor, tokens: bool) -> Tensor:
     """Dropout on the probabilities of the prefix, or of the tokens."""
     if a.dropout_seed is None:
         return probabilities
-    factor = random.pair_keep_factor_at(a.dropout_seed, a.dropout_p, probabilities.shape, tokens)
+    factor = random.draw_pair_factor(a.dropout_seed, a.dropout_p, probabilities.shape, tokens)
     return probabilities * factor.to(probabilities.dtype)

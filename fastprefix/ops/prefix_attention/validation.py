@@ -1,95 +1,115 @@
-"""From a caller's arguments to the canonical ones, or to an error that names the argument."""
+"""Bring a caller's arguments to canonical form, or raise an error that names the argument."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, random
-from .arguments import Arguments
+from ..declaration import Rule, accept
+from .arguments import DECLARATION, SEGMENTS, AttentionArguments
 
 _PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one a row)"
-_GATE = "up to three dimensions that broadcast to [B, Hkv, P], or four that broadcast to [B, Hq, N, P]"
-_MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts to [B, Hq, N, M]"
-_SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
-
 _WINDOW = "a whole number of at least 1 and less than 2**63, or None"
 _FURTHEST = 2**30  # positions and their distances fit into 32 bits, in which Triton kernels compute them
 
 _CHECKED: set[Hashable] = set()
 _MOST_CHECKED = 4096
 
+_TENSORS = DECLARATION.tensors
+_LEADING = [(index, rule.ndim) for index, rule in enumerate(DECLARATION.rules.values()) if rule.broadcasts]
+_MASK, _SEED, _WINDOW_SIZE, _SOFTCAP, _SCALE, _DROPOUT = map(
+    AttentionArguments._fields.index, ("attn_mask", "dropout_seed", "window_size", "softcap", "scale", "dropout_p")
+)
 
-def canonical_arguments(
+
+def collect_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
     *,
-    prefix_gate: Tensor | None,
-    output_gate: Tensor | None,
-    attn_mask: Tensor | None,
-    prefix_bias: Tensor | None,
-    is_causal: bool,
-    window_size: int | None,
-    segment_ids: tuple[Tensor, Tensor] | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-) -> Arguments:
-    """Check every argument, then bring them to the form of :class:`Arguments`, by views alone."""
-    options = (is_causal, window_size, softcap, scale, dropout_p)
-    tensors = (query, key, value, prefix_key, prefix_value, prefix_gate, output_gate, attn_mask, prefix_bias, sinks)
-    signature = _signature(tensors, segment_ids, options)
-    if signature is None or signature not in _CHECKED:
-        _check_tokens(query, key, value)
-        _check_prefix(query, key, value, prefix_key, prefix_value)
-        _check_options(*options)
-        _check_gates(query, key, prefix_key, prefix_gate, output_gate)
-        _check_masks(query, key, prefix_key, attn_mask, prefix_bias)
-        _check_segments(query, key, segment_ids)
-        _check_sinks(query, sinks)
-        _remember(signature)
-    query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
-    return Arguments(
-        query,
-        key,
-        value,
-        prefix_key if prefix_key.ndim == 4 else prefix_key[None],
-        prefix_value if prefix_value.ndim == 4 else prefix_value[None],
-        prefix_gate if prefix_gate is None or prefix_gate.ndim == 4 else _leading_ones(prefix_gate, 3),
-        _leading_ones(output_gate, 2),
-        _canonical_mask(attn_mask),
-        _leading_ones(prefix_bias, 4),
-        sinks,
-        query_segments,
-        key_segments,
-        random.draw_seed(query.device) if dropout_p > 0.0 else None,
-        is_causal,
-        _canonical_window(window_size, query.shape[2], key.shape[2]),
-        None if softcap is None else float(softcap),
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        float(dropout_p),
+    prefix_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> AttentionArguments:
+    """Collect a caller's arguments, as they are, under their canonical names."""
+    query_segments, key_segments = (None, None) if segment_ids is None else _split_segments(segment_ids)
+    return AttentionArguments(
+        query=query,
+        key=key,
+        value=value,
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+        prefix_gate=prefix_gate,
+        output_gate=output_gate,
+        attn_mask=attn_mask,
+        prefix_bias=prefix_bias,
+        sinks=sinks,
+        query_segments=query_segments,
+        key_segments=key_segments,
+        dropout_seed=None,
+        is_causal=is_causal,
+        window_size=window_size,
+        softcap=softcap,
+        scale=scale,  # type: ignore[arg-type]  # None until it is canonical
+        dropout_p=dropout_p,
     )
 
 
-def _signature(
-    tensors: tuple[Tensor | None, ...], segment_ids: tuple[Tensor, Tensor] | None, options: tuple[object, ...]
-) -> Hashable | None:
-    """All that the checks look at; None where that cannot be told, as in a trace and of what is no tensor.
+def canonicalize(given: AttentionArguments) -> AttentionArguments:
+    """Check every argument, then bring them to the declared form, by views alone."""
+    signature = _read_signature(given)
+    if signature is None or signature not in _CHECKED:
+        _check_arguments(given)
+        _remember(signature)
+    values: list[Any] = list(given)
+    mask = given.attn_mask
+    if mask is not None and _is_padding(mask):
+        values[_MASK] = mask[:, None, None, :]
+    for index, ndim in _LEADING:
+        tensor = values[index]
+        if tensor is not None and tensor.ndim < ndim:
+            values[index] = tensor[(None,) * (ndim - tensor.ndim)]
+    if given.dropout_p > 0.0:
+        values[_SEED] = random.draw_seed(given.query.device)
+    if given.window_size is not None:
+        values[_WINDOW_SIZE] = _limit_window(given.window_size, given.query.shape[2], given.key.shape[2])
+    if given.softcap is not None:
+        values[_SOFTCAP] = float(given.softcap)
+    values[_SCALE] = 1.0 / math.sqrt(given.query.shape[-1]) if given.scale is None else float(given.scale)
+    values[_DROPOUT] = float(given.dropout_p)
+    return AttentionArguments(*values)
+
+
+canonical_arguments = accept(collect_arguments)(canonicalize)
+"""The arguments of ``prefix_attention``, less the backend, in canonical form."""
+
+
+def _read_signature(given: AttentionArguments) -> Hashable | None:
+    """Return all that the checks look at; None where that cannot be told, as in a trace and of what is no tensor.
 
     A model calls with the same shapes in every layer, and what was checked once need not be again: in a decoding step
     of a small model the checks would take as long as the rest of the call.
     """
-    if torch.compiler.is_compiling() or not isinstance(segment_ids, tuple | list | None):
+    if torch.compiler.is_compiling():
         return None
+    tensors: tuple[Any, ...] = given[:_TENSORS]
+    options = given[_TENSORS:]
     try:
-        everything = tensors if segment_ids is None else tensors + tuple(segment_ids)
-        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in everything])
-        signature = (seen, options, tuple(map(type, options)), checks.autocast_dtype(tensors[0].device))  # type: ignore[union-attr]
+        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors])
+        signature = (seen, options, tuple(map(type, options)), checks.autocast_dtype(given.query.device))
         hash(signature)
     except (AttributeError, TypeError):
         return None
@@ -101,6 +121,44 @@ def _remember(signature: Hashable | None) -> None:
         if len(_CHECKED) >= _MOST_CHECKED:
             _CHECKED.clear()
         _CHECKED.add(signature)
+
+
+def _check_arguments(given: AttentionArguments) -> None:
+    _check_tokens(given.query, given.key, given.value)
+    _check_prefix(given)
+    _check_options(given)
+    sizes = dict(zip(("B", "Hq", "N", "D"), given.query.shape, strict=True))
+    sizes |= {"Hkv": given.key.shape[1], "M": given.key.shape[2], "P": given.prefix_key.shape[-2]}
+    for name, rule in DECLARATION.optional.items():
+        tensor = getattr(given, name)
+        if tensor is not None:
+            _check_optional(rule.label or name, tensor, rule, sizes, given.query)
+
+
+def _check_optional(name: str, tensor: Tensor, rule: Rule, sizes: Mapping[str, checks.Size], query: Tensor) -> None:
+    """Check an optional tensor against its rule."""
+    checks.check_tensor(name, tensor, rule.takes or rule.shape.replace("1|", ""))
+    letters = ("B", "M") if rule.dtype == "mask" and _is_padding(tensor) else rule.letters(tensor.ndim)
+    full = tuple([sizes[letter] for letter in letters])
+    if rule.takes is not None:
+        takes = f"{rule.takes}; here {full}"
+    else:
+        shape = f"[{', '.join(letters)}]"
+        takes = f"a tensor that broadcasts to {shape} = {full}" if rule.broadcasts else f"{shape} = {list(full)}"
+    if rule.dtype == "integer":
+        checks.check_integer(name, tensor, takes)
+        checks.check_device(name, tensor, query.device, "query")
+        checks.check_shape(name, tensor, (None,) * len(full), takes)
+    elif rule.dtype == "mask" and tensor.dtype is torch.bool:
+        checks.check_device(name, tensor, query.device, "query")
+    elif rule.dtype == "mask" and not tensor.is_floating_point():
+        raise checks.wrong_type(name, tensor, f"{rule.takes} ({name}.bool() of one of zeros and ones)")
+    else:
+        _check_companion(name, tensor, query, takes)
+    if rule.broadcasts:
+        checks.check_broadcastable(name, tensor, full, takes)
+    else:
+        checks.check_shape(name, tensor, full, takes)
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -139,13 +197,14 @@ def _check_companion(name: str, tensor: Tensor, query: Tensor, takes: str) -> No
     checks.check_dtype(name, tensor, query.dtype, "query", checks.autocast_dtype(query.device))
 
 
-def _check_prefix(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> None:
+def _check_prefix(given: AttentionArguments) -> None:
+    prefix_key, prefix_value = given.prefix_key, given.prefix_value
     for name, tensor, tokens, letter in (
-        ("prefix_key", prefix_key, key, "D"),
-        ("prefix_value", prefix_value, value, "Dv"),
+        ("prefix_key", prefix_key, given.key, "D"),
+        ("prefix_value", prefix_value, given.value, "Dv"),
     ):
         takes = _PREFIX.format(d=letter)
-        _check_companion(name, tensor, query, takes)
+        _check_companion(name, tensor, given.query, takes)
         batch, heads, size = tokens.shape[0], tokens.shape[1], tokens.shape[3]
         takes = f"{takes} with B, Hkv, {letter} = {batch}, {heads}, {size}"
         shape = (heads, None, size) if tensor.ndim == 3 else (batch, heads, None, size)
@@ -158,10 +217,9 @@ def _check_prefix(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor,
         )
 
 
-def _check_options(
-    is_causal: bool, window_size: int | None, softcap: float | None, scale: float | None, dropout_p: float
-) -> None:
-    checks.check_flag("is_causal", is_causal)
+def _check_options(given: AttentionArguments) -> None:
+    window_size, softcap, scale = given.window_size, given.softcap, given.scale
+    checks.check_flag("is_causal", given.is_causal)
     if window_size is not None:
         if isinstance(window_size, bool) or not isinstance(window_size, int | torch.SymInt):
             raise checks.wrong_type("window_size", window_size, _WINDOW)
@@ -175,90 +233,26 @@ def _check_options(
         checks.check_number("scale", scale, "a finite number, or None for 1/sqrt(D)")
         if not -math.inf < scale < math.inf:
             raise checks.wrong_value("scale", scale, "a finite number, or None for 1/sqrt(D)")
-    checks.check_probability("dropout_p", dropout_p)
+    checks.check_probability("dropout_p", given.dropout_p)
 
 
-def _check_gates(
-    query: Tensor, key: Tensor, prefix_key: Tensor, prefix_gate: Tensor | None, output_gate: Tensor | None
-) -> None:
-    batch, heads, queries, _ = query.shape
-    if prefix_gate is not None:
-        _check_companion("prefix_gate", prefix_gate, query, _GATE)
-        length = prefix_key.shape[-2]
-        full = (batch, heads, queries, length) if prefix_gate.ndim == 4 else (batch, key.shape[1], length)
-        checks.check_broadcastable("prefix_gate", prefix_gate, full, f"{_GATE}; here {full}")
-    if output_gate is not None:
-        takes = f"a tensor that broadcasts to [B, Hq] = {(batch, heads)}"
-        _check_companion("output_gate", output_gate, query, takes)
-        checks.check_broadcastable("output_gate", output_gate, (batch, heads), takes)
-
-
-def _check_masks(
-    query: Tensor, key: Tensor, prefix_key: Tensor, mask: Tensor | None, prefix_bias: Tensor | None
-) -> None:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if mask is not None:
-        checks.check_tensor("attn_mask", mask, _MASK)
-        checks.check_device("attn_mask", mask, query.device, "query")
-        if mask.dtype is not torch.bool and not mask.is_floating_point():
-            raise checks.wrong_type("attn_mask", mask, f"{_MASK} (attn_mask.bool() of one of zeros and ones)")
-        if mask.dtype is not torch.bool:
-            _check_companion("attn_mask", mask, query, _MASK)
-        if _is_padding(mask):
-            takes = f"{_MASK}; a bool mask of two dimensions is [B, M] = {(batch, keys)}"
-            checks.check_broadcastable("attn_mask", mask, (batch, keys), takes)
-        else:
-            full = (batch, heads, queries, keys)
-            checks.check_broadcastable("attn_mask", mask, full, f"{_MASK}; here {full}")
-    if prefix_bias is not None:
-        full = (batch, heads, queries, prefix_key.shape[-2])
-        takes = f"a tensor that broadcasts to [B, Hq, N, P] = {full}"
-        _check_companion("prefix_bias", prefix_bias, query, takes)
-        checks.check_broadcastable("prefix_bias", prefix_bias, full, takes)
-
-
-def _check_segments(query: Tensor, key: Tensor, segment_ids: tuple[Tensor, Tensor] | None) -> None:
-    if segment_ids is None:
-        return
+def _split_segments(segment_ids: object) -> tuple[Tensor, Tensor]:
     if not isinstance(segment_ids, tuple | list):
-        raise checks.wrong_type("segment_ids", segment_ids, _SEGMENTS)
+        raise checks.wrong_type("segment_ids", segment_ids, SEGMENTS)
     if len(segment_ids) != 2:
-        raise checks.wrong_value("segment_ids", len(segment_ids), _SEGMENTS)
-    for name, segments, tokens in (("segment_ids[0]", segment_ids[0], query), ("segment_ids[1]", segment_ids[1], key)):
-        checks.check_integer(name, segments, _SEGMENTS)
-        checks.check_device(name, segments, query.device, "query")
-        shape = (tokens.shape[0], tokens.shape[2])
-        checks.check_shape(name, segments, (None, None), f"{_SEGMENTS}; here {shape}")
-        checks.check_broadcastable(name, segments, shape, f"{_SEGMENTS}; here {shape}")
-
-
-def _check_sinks(query: Tensor, sinks: Tensor | None) -> None:
-    if sinks is not None:
-        heads = query.shape[1]
-        _check_companion("sinks", sinks, query, "[Hq]")
-        checks.check_shape("sinks", sinks, (heads,), f"[Hq] = [{heads}]")
+        raise checks.wrong_value("segment_ids", len(segment_ids), SEGMENTS)
+    return segment_ids[0], segment_ids[1]
 
 
 def _is_padding(mask: Tensor) -> bool:
-    return mask.dtype is torch.bool and mask.ndim == 2
+    return mask.ndim == 2 and mask.dtype is torch.bool
 
 
-def _canonical_mask(mask: Tensor | None) -> Tensor | None:
-    if mask is not None and _is_padding(mask):
-        return mask[:, None, None, :]
-    return _leading_ones(mask, 4)
-
-
-def _canonical_window(window_size: int | None, queries: int, keys: int) -> int | None:
+def _limit_window(window_size: int, queries: int, keys: int) -> int:
     """No wider than what no distance exceeds, so that no kernel's sum of a position and a window overflows.
 
     Sizes are looked at only where the window is huge: a trace of dynamic shapes gets no guards from ordinary ones.
     """
-    if window_size is None or window_size <= _FURTHEST:
+    if window_size <= _FURTHEST:
         return window_size
     return min(window_size, max(queries, keys, _FURTHEST))
-
-
-def _leading_ones(tensor: Tensor | None, ndim: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.ndim >= ndim else tensor[(None,) * (ndim - tensor.ndim)]

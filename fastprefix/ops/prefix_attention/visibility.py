@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from .arguments import Arguments
+from .arguments import AttentionArguments
 
 
-def visible_tokens(a: Arguments) -> Tensor | None:
+def find_visible_tokens(a: AttentionArguments) -> Tensor | None:
     """Bool, broadcastable to [B, Hq, N, M]: all rules and a bool ``attn_mask`` together; None: all is seen."""
     rules: list[Tensor] = []
     if a.is_causal or a.window_size is not None:
-        rules.append(_visible_by_position(a))
+        rules.append(_compare_positions(a))
     if a.query_segments is not None and a.key_segments is not None:
         rules.append(a.query_segments[:, None, :, None] == a.key_segments[:, None, None, :])
     if a.attn_mask is not None and a.attn_mask.dtype is torch.bool:
@@ -23,7 +23,7 @@ def visible_tokens(a: Arguments) -> Tensor | None:
     return visible
 
 
-def _visible_by_position(a: Arguments) -> Tensor:
+def _compare_positions(a: AttentionArguments) -> Tensor:
     queries, keys = a.query.shape[2], a.key.shape[2]
     i = torch.arange(queries, device=a.query.device)[:, None] + (keys - queries)  # aligned to the end
     j = torch.arange(keys, device=a.query.device)[None, :]

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from . import triton
 from .reference import embed
 from .registration import OPERATION
 from .validation import canonical_arguments
@@ -58,8 +57,7 @@ def prompt_embedding(
     arguments = canonical_arguments(
         input_ids, weight, prompt, ffn=ffn, low_rank=low_rank, offset_scale=offset_scale, dropout_p=dropout_p
     )
-    refused = {"triton": triton.refusal(arguments)}
-    name = choose(backend, weight.device, OPERATION.implemented, refused=refused)
+    name = choose(backend, weight.device, OPERATION.refusals, arguments)
     if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
         return embed(arguments)
     output: Tensor = OPERATION.operator(name)(*arguments)

@@ -1,28 +1,32 @@
-"""What every backend gets: the arguments of ``prompt_embedding`` in one canonical form.
+"""Declare what every backend gets: the arguments of ``prompt_embedding`` in one canonical form.
 
 ``B`` batch, ``N`` tokens, ``S`` soft-prompt length, ``V`` vocabulary, ``d`` model width, ``r`` bottleneck or rank,
 ``T`` positions that have an offset. ``ffn`` and ``low_rank`` are there whole or not at all, and never both.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..declaration import Declaration, Rule
 
-class Arguments(NamedTuple):
-    """In the order of the operators' schema."""
 
-    input_ids: Tensor  # int32 or int64 [B, N]
-    weight: Tensor  # [V, d]
-    prompt: Tensor | None  # [S, d]
-    w1: Tensor | None  # ffn: [d, r]
-    b1: Tensor | None  # [r]
-    w2: Tensor | None  # [r, d]
-    b2: Tensor | None  # [d]
-    low_rank_a: Tensor | None  # low_rank: [T, r], T >= N
-    low_rank_b: Tensor | None  # [r, d]
-    dropout_seed: Tensor | None  # int64 [1]
+class EmbeddingArguments(NamedTuple):
+    """The declaration. C++ has the same list in ``csrc/prompt_embedding/arguments.h``."""
+
+    input_ids: Annotated[Tensor, Rule("[B, N]", dtype="integer")]
+    weight: Annotated[Tensor, Rule("[V, d]", gradient="every backend")]
+    prompt: Annotated[Tensor | None, Rule("[S, d]", gradient="every backend")]
+    # ffn
+    w1: Annotated[Tensor | None, Rule("[d, r]", gradient="every backend", label="ffn[0] (w1)")]
+    b1: Annotated[Tensor | None, Rule("[r]", gradient="every backend", label="ffn[1] (b1)")]
+    w2: Annotated[Tensor | None, Rule("[r, d]", gradient="every backend", label="ffn[2] (w2)")]
+    b2: Annotated[Tensor | None, Rule("[d]", gradient="every backend", label="ffn[3] (b2)")]
+    # low_rank; T >= N
+    low_rank_a: Annotated[Tensor | None, Rule("[T, r]", gradient="every backend", label="low_rank[0] (a)")]
+    low_rank_b: Annotated[Tensor | None, Rule("[r, d]", gradient="every backend", label="low_rank[1] (b)")]
+    dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     offset_scale: float
     dropout_p: float
 
@@ -37,5 +41,6 @@ class Arguments(NamedTuple):
         return torch.float64 if self.weight.dtype is torch.float64 else torch.float32
 
 
-DIFFERENTIABLE = ("weight", "prompt", "w1", "b1", "w2", "b2", "low_rank_a", "low_rank_b")
-"""The arguments that can have a gradient, in order; in ``Arguments`` they follow ``input_ids``."""
+DECLARATION = Declaration(EmbeddingArguments)
+DIFFERENTIABLE = DECLARATION.differentiable
+"""The arguments that can have a gradient, in order."""

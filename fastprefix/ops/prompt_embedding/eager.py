@@ -5,31 +5,33 @@ float32 (float64 for float64). The letters are those of the formulas; ``dy`` is 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import DIFFERENTIABLE, Arguments
+from .arguments import DIFFERENTIABLE, EmbeddingArguments
 from .validation import check_ids
 
 
-def forward(a: Arguments) -> Tensor:
+def forward(*arguments: Any) -> Tensor:
     """[B, S + N, d]."""
+    a = EmbeddingArguments(*arguments)
     check_ids(a.input_ids, a.weight.shape[0])
     batch, tokens = a.input_ids.shape
     output = a.weight.new_empty(batch, a.prompt_length + tokens, a.weight.shape[1])
     if a.prompt is not None:
         output[:, : a.prompt_length] = a.prompt
     rows = torch.nn.functional.embedding(a.input_ids, a.weight)
-    offset = _offset(a, rows)
+    offset = _compute_offset(a, rows)
     output[:, a.prompt_length :] = rows if offset is None else rows.to(a.accumulator) + offset
     return output
 
 
-def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> list[Tensor]:
+def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    a = EmbeddingArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     dy = grad_output[:, a.prompt_length :].to(a.accumulator)
     gradients: dict[str, Tensor] = {}
@@ -37,9 +39,9 @@ def backward(grad_output: Tensor, a: Arguments, needs_grad: Sequence[bool]) -> l
         gradients["prompt"] = grad_output[:, : a.prompt_length].to(a.accumulator).sum(0)
     de = dy
     if a.w1 is not None and any(needs[name] for name in ("weight", "w1", "b1", "w2", "b2")):
-        de = _ffn_gradients(gradients, dy, a)
+        de = _differentiate_ffn(gradients, dy, a)
     if a.low_rank_a is not None and (needs["low_rank_a"] or needs["low_rank_b"]):
-        _low_rank_gradients(gradients, dy, a)
+        _differentiate_low_rank(gradients, dy, a)
     if needs["weight"]:
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
     results = []
@@ -57,23 +59,23 @@ class _Hidden(NamedTuple):
     keep: Tensor | float  # dropout's factor
 
 
-def _hidden(a: Arguments, rows: Tensor) -> _Hidden:
+def _compute_hidden(a: EmbeddingArguments, rows: Tensor) -> _Hidden:
     assert a.w1 is not None
     assert a.b1 is not None
     e = rows.to(a.accumulator)
     h = e @ a.w1.to(a.accumulator) + a.b1
     keep: Tensor | float = 1.0
     if a.dropout_seed is not None:
-        keep = random.keep_factor_at(a.dropout_seed, a.dropout_p, h.shape).to(h.dtype)
+        keep = random.draw_factor(a.dropout_seed, a.dropout_p, h.shape).to(h.dtype)
     return _Hidden(e, h * keep, keep)
 
 
-def _offset(a: Arguments, rows: Tensor) -> Tensor | None:
+def _compute_offset(a: EmbeddingArguments, rows: Tensor) -> Tensor | None:
     """What is added to the rows, [B, N, d] or [N, d], in the accumulator's dtype."""
     if a.w1 is not None:
         assert a.w2 is not None
         assert a.b2 is not None
-        z = torch.relu(_hidden(a, rows).h)
+        z = torch.relu(_compute_hidden(a, rows).h)
         return a.offset_scale * (z @ a.w2.to(a.accumulator) + a.b2)
     if a.low_rank_a is not None:
         assert a.low_rank_b is not None
@@ -82,11 +84,11 @@ def _offset(a: Arguments, rows: Tensor) -> Tensor | None:
     return None
 
 
-def _ffn_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> Tensor:
+def _differentiate_ffn(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> Tensor:
     """Enter the network's gradients; returns de, the gradient of the gathered rows."""
     assert a.w1 is not None
     assert a.w2 is not None
-    e, h, keep = _hidden(a, torch.nn.functional.embedding(a.input_ids, a.weight))
+    e, h, keep = _compute_hidden(a, torch.nn.functional.embedding(a.input_ids, a.weight))
     s = a.offset_scale
     dh = s * (dy @ a.w2.to(a.accumulator).T) * (h > 0) * keep
     gradients["b2"] = s * dy.sum((0, 1))
@@ -96,7 +98,7 @@ def _ffn_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> Te
     return dy + dh @ a.w1.to(a.accumulator).T
 
 
-def _low_rank_gradients(gradients: dict[str, Tensor], dy: Tensor, a: Arguments) -> None:
+def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
     tokens = dy.shape[1]

@@ -7,33 +7,23 @@ import torch
 from torch import Tensor
 
 from .. import random
-from .arguments import Arguments
+from ..declaration import accept
+from .arguments import EmbeddingArguments
 from .validation import canonical_arguments, check_ids
 
 
-def prompt_embedding(
-    input_ids: Tensor,
-    weight: Tensor,
-    prompt: Tensor | None = None,
-    *,
-    ffn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    offset_scale: float = 1.0,
-    dropout_p: float = 0.0,
-) -> Tensor:
+@accept(canonical_arguments)
+def prompt_embedding(arguments: EmbeddingArguments) -> Tensor:
     """The prompt embedding in plain PyTorch; arguments, shapes, errors of ``fastprefix.prompt_embedding``."""
-    arguments = canonical_arguments(
-        input_ids, weight, prompt, ffn=ffn, low_rank=low_rank, offset_scale=offset_scale, dropout_p=dropout_p
-    )
     return embed(arguments)
 
 
-def embed(a: Arguments) -> Tensor:
+def embed(a: EmbeddingArguments) -> Tensor:
     """The formula on canonical arguments."""
     check_ids(a.input_ids, a.weight.shape[0])
     e = a.weight[a.input_ids]  # [B, N, d]
     if a.w1 is not None and a.b1 is not None and a.w2 is not None and a.b2 is not None:
-        h = _dropout(a, e @ a.w1 + a.b1)  # [B, N, r]
+        h = _drop(a, e @ a.w1 + a.b1)  # [B, N, r]
         e = e + a.offset_scale * (torch.relu(h) @ a.w2 + a.b2)
     if a.low_rank_a is not None and a.low_rank_b is not None:
         e = e + a.offset_scale * (a.low_rank_a @ a.low_rank_b)[: e.shape[1]]
@@ -42,7 +32,7 @@ def embed(a: Arguments) -> Tensor:
     return torch.cat([a.prompt.expand(e.shape[0], -1, -1), e], dim=1)
 
 
-def _dropout(a: Arguments, h: Tensor) -> Tensor:
+def _drop(a: EmbeddingArguments, h: Tensor) -> Tensor:
     if a.dropout_seed is None:
         return h
-    return h * random.keep_factor_at(a.dropout_seed, a.dropout_p, h.shape).to(h.dtype)
+    return h * random.draw_factor(a.dropout_seed, a.dropout_p, h.shape).to(h.dtype)

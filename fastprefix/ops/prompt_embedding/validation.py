@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
-from .arguments import Arguments
+from .arguments import EmbeddingArguments
 
 _FFN = "a tuple (w1 [d, r], b1 [r], w2 [r, d], b2 [d])"
 _LOW_RANK = "a tuple (a [T, r], b [r, d])"
@@ -16,14 +16,14 @@ _LOW_RANK = "a tuple (a [T, r], b [r, d])"
 def canonical_arguments(
     input_ids: Tensor,
     weight: Tensor,
-    prompt: Tensor | None,
+    prompt: Tensor | None = None,
     *,
-    ffn: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    low_rank: tuple[Tensor, Tensor] | None,
-    offset_scale: float,
-    dropout_p: float,
-) -> Arguments:
-    """Check every argument, then bring them to the form of :class:`Arguments`."""
+    ffn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    offset_scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> EmbeddingArguments:
+    """Check every argument, then bring them to the declared form."""
     checks.check_floating("weight", weight, "an embedding table [V, d]")
     checks.check_shape("weight", weight, (None, None), "an embedding table [V, d]")
     checks.check_integer("input_ids", input_ids, "token ids [B, N]")
@@ -41,19 +41,19 @@ def canonical_arguments(
     checks.check_probability("dropout_p", dropout_p)
     if dropout_p > 0.0 and ffn is None:
         raise checks.wrong_value("dropout_p", dropout_p, "0 where there is no ffn, whose hidden layer it drops")
-    return Arguments(
-        input_ids,
-        weight,
-        prompt,
-        w1,
-        b1,
-        w2,
-        b2,
-        low_rank_a,
-        low_rank_b,
-        random.draw_seed(weight.device) if dropout_p > 0.0 else None,
-        float(offset_scale),
-        float(dropout_p),
+    return EmbeddingArguments(
+        input_ids=input_ids,
+        weight=weight,
+        prompt=prompt,
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        b2=b2,
+        low_rank_a=low_rank_a,
+        low_rank_b=low_rank_b,
+        dropout_seed=random.draw_seed(weight.device) if dropout_p > 0.0 else None,
+        offset_scale=float(offset_scale),
+        dropout_p=float(dropout_p),
     )
 
 

@@ -5,7 +5,7 @@ compiles without spills, on compute capability 8.0, 8.6 and 9.0.
 from typing import NamedTuple
 
 
-class Tile(NamedTuple):
+class EmbeddingTile(NamedTuple):
     """Tokens, columns of the model width, hidden units; warps and pipeline stages."""
 
     BT: int
@@ -21,29 +21,41 @@ def _padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def forward(r: int, element_size: int) -> Tile:
+def forward(r: int, element_size: int) -> EmbeddingTile:
     """ADePT: a program needs all hidden units at once."""
     RP = _padded(r)
     if element_size == 4:
-        return Tile(16, 32, RP, 4) if RP <= 32 else Tile(16, 32, RP, 8) if RP <= 128 else Tile(16, 16, RP, 8)
-    return Tile(32, 64, RP, 4) if RP <= 64 else Tile(16, 64, RP, 4) if RP <= 128 else Tile(16, 32, RP, 8, 2)
+        return (
+            EmbeddingTile(16, 32, RP, 4)
+            if RP <= 32
+            else EmbeddingTile(16, 32, RP, 8)
+            if RP <= 128
+            else EmbeddingTile(16, 16, RP, 8)
+        )
+    return (
+        EmbeddingTile(32, 64, RP, 4)
+        if RP <= 64
+        else EmbeddingTile(16, 64, RP, 4)
+        if RP <= 128
+        else EmbeddingTile(16, 32, RP, 8, 2)
+    )
 
 
-def low_rank(r: int, element_size: int) -> Tile:
+def low_rank(r: int, element_size: int) -> EmbeddingTile:
     """DePT: the rank is summed over part by part."""
     RP = min(64, _padded(r))
     if element_size == 4:
-        return Tile(16, 64, RP, 4, 2) if RP == 16 else Tile(16, 32, RP, 4, 2 if RP == 32 else 3)
-    return Tile(32, 64, RP, 4)
+        return EmbeddingTile(16, 64, RP, 4, 2) if RP == 16 else EmbeddingTile(16, 32, RP, 4, 2 if RP == 32 else 3)
+    return EmbeddingTile(32, 64, RP, 4)
 
 
-def hidden(r: int, element_size: int) -> Tile:
+def hidden(r: int, element_size: int) -> EmbeddingTile:
     """Backward, z and dh: a program for each part of the hidden units."""
     RP = min(64, _padded(r))
-    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 4)
+    return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 4)
 
 
-def weights(r: int, element_size: int) -> Tile:
+def weights(r: int, element_size: int) -> EmbeddingTile:
     """Backward, sums over tokens: in blocks of as many tokens as in ``hidden``."""
     RP = min(64, _padded(r))
-    return Tile(16, 32, RP, 4) if element_size == 4 else Tile(32, 64, RP, 8 if RP == 64 else 4)
+    return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4)

@@ -13,7 +13,7 @@ VARYING = ["stride_ids_b", "B", "N", "S", "rows", "blocks"]
 
 
 @triton.jit
-def token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N):
+def load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N):
     """Ids in 64 bits; 0 where there is no token."""
     p = p_ids + (o_t // N).to(tl.int64) * stride_ids_b + (o_t % N).to(tl.int64) * stride_ids_n
     return tl.load(p, mask=there, other=0).to(tl.int64)
@@ -41,7 +41,7 @@ def load_w2(p_w2, o_j, o_c, d, r):
 
 
 @triton.jit
-def keep_factors(p_seed, o_t, o_j, N, drop_below, keep):
+def draw_factors(p_seed, o_t, o_j, N, drop_below, keep):
     """What dropout multiplies hidden units by [BT, RP]; the counter is (hidden unit, position, row of the batch)."""
     zero = tl.zeros((o_t.shape[0], o_j.shape[0]), tl.int32)
     word, _, _, _ = tl.philox(
@@ -79,7 +79,7 @@ def prompt_embedding_fwd_kernel(
     else:
         o_t = block * BT + tl.arange(0, BT)
         there = o_t < B * N
-        o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
+        o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         p_row = p_out + ((o_t // N).to(tl.int64) * (S + N) + S + o_t % N) * d
         o_j = tl.arange(0, RP)
         if p_w1 is not None:
@@ -90,7 +90,7 @@ def prompt_embedding_fwd_kernel(
                 b_h = tl.dot(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h, input_precision="ieee")
             b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
             if p_seed is not None:
-                b_h *= keep_factors(p_seed, o_t, o_j, N, drop_below, keep)
+                b_h *= draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
             b_z = tl.where(b_h < 0.0, 0.0, b_h).to(p_w2.dtype.element_ty)
         for c in range(0, d, BD):
             o_c = c + tl.arange(0, BD)
@@ -127,7 +127,7 @@ def prompt_embedding_low_rank_fwd_kernel(
                 b_y = tl.dot(b_a, load_w2(p_b, o_j, o_c, d, r), b_y, input_precision="ieee")
             b_y *= scale
             for b in range(first, tl.minimum(first + rows, B)):
-                o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
+                o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
                 b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, o_i < N, d)
                 p_row = p_out + (b * (S + N) + S + o_i).to(tl.int64) * d
                 b_e = (b_e.to(tl.float32) + b_y).to(b_e.dtype)
@@ -144,7 +144,7 @@ def prompt_embedding_bwd_hidden_kernel(
     """z = relu(h) and dh of BT tokens and RP hidden units, [B * N, r] float32."""
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     there = o_t < B * N
-    o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
+    o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
     o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
     o_j = tl.program_id(1) * RP + tl.arange(0, RP)
     b_h = tl.zeros((BT, RP), tl.float32)
@@ -158,7 +158,7 @@ def prompt_embedding_bwd_hidden_kernel(
     b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
     b_dh = scale * b_dz
     if p_seed is not None:
-        b_keep = keep_factors(p_seed, o_t, o_j, N, drop_below, keep)
+        b_keep = draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
         b_h *= b_keep
         b_dh *= b_keep
     b_dh = tl.where(b_h > 0.0, b_dh, 0.0)
@@ -192,7 +192,7 @@ def prompt_embedding_bwd_weights_kernel(
         b_there = there[:, None] & (o_j < r)[None, :]
         o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
         if p_dw1 is not None:
-            o_id = token_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
+            o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
             b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
             b_dh = tl.load(p_dh + o_z, mask=b_there, other=0.0).to(b_e.dtype)
             b_dw1 = tl.dot(tl.trans(b_e), b_dh, b_dw1, input_precision="ieee")

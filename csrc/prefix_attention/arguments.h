@@ -1,0 +1,60 @@
+// The operators' arguments, declared once, in the order of their schema (fastprefix/ops/prefix_attention/arguments.py).
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "../common/declare.h"
+
+namespace fastprefix {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// clang-format off
+#define FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) \
+  X(Tensor, query) SEPARATOR()                            \
+  X(Tensor, key) SEPARATOR()                              \
+  X(Tensor, value) SEPARATOR()                            \
+  X(Tensor, prefix_key) SEPARATOR()                       \
+  X(Tensor, prefix_value) SEPARATOR()                     \
+  X(OptionalTensor, prefix_gate) SEPARATOR()              \
+  X(OptionalTensor, output_gate) SEPARATOR()              \
+  X(OptionalTensor, attn_mask) SEPARATOR()                \
+  X(OptionalTensor, prefix_bias) SEPARATOR()              \
+  X(OptionalTensor, sinks)
+
+#define FASTPREFIX_ATTENTION_ARGUMENTS(X, SEPARATOR)            \
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
+  X(OptionalTensor, query_segments) SEPARATOR()                 \
+  X(OptionalTensor, key_segments) SEPARATOR()                   \
+  X(OptionalTensor, dropout_seed) SEPARATOR()                   \
+  X(bool, is_causal) SEPARATOR()                                \
+  X(std::optional<int64_t>, window_size) SEPARATOR()            \
+  X(std::optional<double>, softcap) SEPARATOR()                 \
+  X(double, scale) SEPARATOR()                                  \
+  X(double, dropout_p)
+// clang-format on
+
+struct AttentionArguments {
+  FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_FIELD, FASTPREFIX_NOTHING)
+};
+
+// Positions in the schema, and in the lists of gradients.
+enum class AttentionArgument : int64_t { FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) };
+
+// Which gradients are asked for.
+struct AttentionNeeds {
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_FLAG, FASTPREFIX_NOTHING)
+
+  bool tokens() const { return query || key || value; }
+  bool prefix() const { return query || prefix_key || prefix_value || prefix_gate; }
+};
+
+// The gradients; those that nobody asked for are undefined.
+struct AttentionResults {
+  FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_RESULT, FASTPREFIX_NOTHING)
+};
+
+}  // namespace fastprefix

@@ -1,0 +1,318 @@
+"""The backward pass: a delta pass, then one kernel each for keys and values, queries (with the gates), and the prefix.
+
+Letters as in the formulas: ``ds`` gradient of a score, ``delta`` what softmax subtracts, ``dov`` <do, v>. Nothing is
+added atomically: sums over programs are stored in parts, and ``prefix_attention_sum_kernel`` adds them in order.
+"""
+
+import triton
+import triton.language as tl
+
+from .operands import Keys, KeySums, Lengths, Pairs, Queries
+from .primitives import (
+    cap_scores,
+    compute_probability,
+    differentiate_cap,
+    draw_kept,
+    find_keys,
+    find_queries,
+    finish_prefix_scores,
+    finish_token_scores,
+    invert,
+    load_block,
+    load_normalizers,
+    load_output_gate,
+    load_prefix_gate,
+    load_rows,
+    load_sink,
+    make_no_gate,
+    make_zeros,
+    store_block,
+    store_rows,
+)
+
+
+@triton.jit
+def compute_token_probabilities(b_qk, at, b_reference, b_inverse, a, sizes, INSIDE: tl.constexpr):
+    """Probabilities from <q, k>."""
+    b_s = finish_token_scores(cap_scores(b_qk, make_no_gate(), a), at, a, sizes, INSIDE)
+    return compute_probability(b_s, b_reference, b_inverse, a)
+
+
+@triton.jit
+def compute_prefix_probabilities(b_qk, b_gate, at, b_reference, b_inverse, a, sizes):
+    """Probabilities from <q, pk>."""
+    b_s = finish_prefix_scores(cap_scores(b_qk, b_gate, a), at, a, sizes)
+    return compute_probability(b_s, b_reference, b_inverse, a)
+
+
+@triton.jit
+def differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE: tl.constexpr):
+    """Gradient of <q, k> c, and probability after dropout, from <q, k> and <do, v>."""
+    b_p = compute_token_probabilities(b_qk, at, rows.reference, rows.inverse, a, sizes, INSIDE)
+    b_keep = draw_kept(at, a, True)
+    return differentiate_cap(b_p * (b_keep * b_dov - rows.delta), b_qk, make_no_gate(), a), b_p * b_keep
+
+
+@triton.jit
+def differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes):
+    """Gradient of g <q, pk> c, and probability after dropout (times the output gate), from <q, pk> and <do, pv>."""
+    b_p = compute_prefix_probabilities(b_qk, b_gate, at, rows.reference, rows.inverse, a, sizes)
+    b_p = load_output_gate(a, at.b, at.h) * b_p
+    b_keep = draw_kept(at, a, False)
+    return differentiate_cap(b_p * (b_keep * b_gate * b_dov - rows.delta), b_qk, b_gate, a), b_p * b_keep
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_bwd_delta_kernel(
+    a, o, do, p_normalizers, p_rows, p_dog, p_dsinks, N, M, P, TOKENS: tl.constexpr, T: tl.constexpr
+):
+    """delta = <do, o>, stored with the rows' normalizers as the other kernels load them; and what the sinks get.
+
+    With two softmaxes a delta for each (the tokens' where TOKENS), from their probabilities, since the output is the
+    sum of both and its rounding hides the smaller one; and what the output gate gets.
+    """
+    sizes = Lengths(N, M, P)
+    blocks = tl.cdiv(N, T.BM)
+    plane = tl.program_id(0) // blocks
+    b, h = plane // a.heads, plane % a.heads
+    i0 = tl.program_id(0) % blocks * T.BM
+    i = i0 + tl.arange(0, T.BM)
+    b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
+    b_reference, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, sizes)
+    if a.og.pointer is None:
+        b_o = load_block(o, b, h, i0, N, T.BM, T.DV, T.DVP)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    else:
+        b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+        queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
+        b_delta = tl.zeros([b_q.shape[0]], tl.float32)
+        if TOKENS:
+            b_delta = sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T)
+        b_prefix_reference, b_prefix_inverse = load_normalizers(p_normalizers, 1, plane, i, a, sizes)
+        b_prefix = sum_prefix_delta(queries, b_do, b_prefix_reference, b_prefix_inverse, a, sizes, T)
+        store_rows(p_rows, 1, plane, i, b_prefix_reference, b_prefix_inverse, b_prefix, a, sizes)
+        if p_dog is not None:
+            tl.store(p_dog + tl.program_id(0), tl.sum(b_prefix))
+    store_rows(p_rows, 0, plane, i, b_reference, b_inverse, b_delta, a, sizes)
+    if p_dsinks is not None:
+        b_p = compute_probability(load_sink(a, h), b_reference, b_inverse, a)
+        tl.store(p_dsinks + tl.program_id(0), -tl.sum(b_p * b_delta))
+
+
+@triton.jit
+def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.constexpr):
+    """<do, output of the prefix's own softmax> [BM], divided by what the probabilities really add up to: a row with one
+    key would have gradients otherwise.
+    """
+    b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
+    b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
+    for p0 in tl.range(0, sizes.P, T.BP):
+        at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
+        b_gate = load_prefix_gate(at, a, sizes)
+        b_pk = load_block(a.pk, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.D, T.DP)
+        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
+        b_p = compute_prefix_probabilities(b_qk, b_gate, at, b_reference[:, None], b_inverse[:, None], a, sizes)
+        b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
+        b_delta += tl.sum(b_p * (draw_kept(at, a, False) * b_gate * b_dov), 1)
+        b_mass += tl.sum(b_p, 1)
+    return b_delta * invert(b_mass)
+
+
+@triton.jit
+def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.constexpr):
+    """<do, output of the tokens' own softmax> [BM], in the same way."""
+    b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
+    b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
+    if a.sinks.pointer is not None:
+        b_mass += compute_probability(load_sink(a, queries.h), b_reference, b_inverse, a)
+    start, _, _, end = find_keys(a, i0, tl.minimum(i0 + T.BM, sizes.N), sizes, T.BN)
+    for j0 in tl.range(start, end, T.BN):
+        at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
+        b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP)
+        b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP)
+        b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
+        b_p = compute_token_probabilities(b_qk, at, b_reference[:, None], b_inverse[:, None], a, sizes, False)
+        b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
+        b_delta += tl.sum(b_p * (draw_kept(at, a, True) * b_dov), 1)
+        b_mass += tl.sum(b_p, 1)
+    return b_delta * invert(b_mass)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE: tl.constexpr, T: tl.constexpr):
+    """Gradients of queries, and of the prefix gate: for each query, or (SUM_GATE) summed over this block of them."""
+    sizes = Lengths(N, M, P)
+    blocks = tl.cdiv(N, T.BM)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    plane = tl.program_id(0) // blocks
+    b, h = plane // a.heads, plane % a.heads
+    i0 = block * T.BM
+    i = i0 + tl.arange(0, T.BM)
+    queries = Queries(load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP), b, h, i[:, None], b, h // a.group)
+    b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
+    b_dq = make_zeros(T.BM, T.DP)
+    own: tl.constexpr = a.og.pointer is not None  # the prefix has a softmax of its own
+    rows = load_rows(p_rows, own, plane, i[:, None], a, sizes)
+    for p0 in tl.range(0, P, T.BP):
+        p = p0 + tl.arange(0, T.BP)
+        at = Pairs(b, h, queries.i, p[None, :])
+        b_gate = load_prefix_gate(at, a, sizes)
+        b_pk = load_block(a.pk, b, queries.key_h, p0, P, T.BP, T.D, T.DP)
+        b_pv = load_block(a.pv, b, queries.key_h, p0, P, T.BP, T.DV, T.DVP)
+        b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
+        b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
+        b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        if p_dgate is not None:
+            b_dgate = b_ds * (a.scale * b_qk) + b_p * b_dov
+            if SUM_GATE:
+                tl.store(p_dgate + (plane * blocks + block).to(tl.int64) * P + p, tl.sum(b_dgate, 0), mask=p < P)
+            else:
+                p_row = p_dgate + (plane.to(tl.int64) * N + queries.i) * P + at.j
+                tl.store(p_row, b_dgate, mask=(queries.i < N) & (at.j < P))
+        if dq.pointer is not None:
+            b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=T.PRECISION)
+    if dq.pointer is not None:
+        rows = load_rows(p_rows, 0, plane, i[:, None], a, sizes)
+        lo, inner_lo, inner_hi, hi = find_keys(a, i0, tl.minimum(i0 + T.BM, N), sizes, T.BN)
+        if a.seed is None:
+            if a.far is not None:
+                b_dq = add_tokens(b_dq, queries, b_do, rows, lo, tl.minimum(inner_lo, hi), a, sizes, T, False)
+            b_dq = add_tokens(b_dq, queries, b_do, rows, inner_lo, inner_hi, a, sizes, T, True)
+            lo = tl.maximum(inner_lo, inner_hi)
+        # With dropout one loop for all, as for keys.
+        b_dq = add_tokens(b_dq, queries, b_do, rows, lo, hi, a, sizes, T, False)
+        store_block(dq, b, h, i0, N, b_dq * a.scale, T.D)
+
+
+@triton.jit
+def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
+    """What token keys [start, end) add to the gradient of queries."""
+    for j0 in tl.range(start, end, T.BN):
+        at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
+        b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)
+        b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP, INSIDE)
+        b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
+        b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
+        b_ds, _ = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=T.PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.constexpr):
+    """Gradients of a block of token keys and values, over all query heads that use them."""
+    sizes = Lengths(N, M, P)
+    blocks = tl.cdiv(M, T.BN)
+    kv_heads = a.heads // a.group
+    j0 = tl.program_id(0) % blocks * T.BN
+    b, hk = tl.program_id(0) // blocks // kv_heads, tl.program_id(0) // blocks % kv_heads
+    b_k = load_block(a.k, b, hk, j0, M, T.BN, T.D, T.DP)
+    b_v = load_block(a.v, b, hk, j0, M, T.BN, T.DV, T.DVP)
+    keys = Keys(b_k, b_v, b, hk, j0 + tl.arange(0, T.BN)[:, None])
+    sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP))
+    lo, inner_lo, inner_hi, hi = find_queries(a, j0, tl.minimum(j0 + T.BN, M), sizes, T.BM)
+    inner_lo = tl.minimum(inner_lo, hi)
+    if a.seed is not None:  # dropout costs far more than comparisons: one loop for all, and fewer registers
+        sums = add_queries(sums, keys, do, dk, dv, p_rows, lo, hi, a, sizes, T, False)
+    else:
+        if a.near is not None or a.far is not None:
+            sums = add_queries(sums, keys, do, dk, dv, p_rows, lo, inner_lo, a, sizes, T, False)
+        sums = add_queries(sums, keys, do, dk, dv, p_rows, inner_lo, inner_hi, a, sizes, T, True)
+        if a.far is not None:
+            last = tl.maximum(inner_lo, inner_hi)
+            sums = add_queries(sums, keys, do, dk, dv, p_rows, last, hi, a, sizes, T, False)
+    if dk.pointer is not None:
+        store_block(dk, b, hk, j0, M, sums.dk * a.scale, T.D)
+    if dv.pointer is not None:
+        store_block(dv, b, hk, j0, M, sums.dv, T.DV)
+
+
+@triton.jit
+def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
+    """What queries [start, end) of all heads of the group add. INSIDE: they see all of the keys.
+
+    All heads in one loop, not one in another: that takes fewer registers, and loads run ahead from head to head.
+    """
+    blocks = tl.cdiv(end - start, T.BM)
+    h, block = keys.h * a.group, 0
+    for _ in tl.range(0, a.group * blocks):
+        sums = add_block(sums, keys, keys.b, h, start + block * T.BM, do, dk, dv, p_rows, a, sizes, T, False, INSIDE)
+        h, block = advance_block(h, block, blocks)
+    return sums
+
+
+@triton.jit
+def advance_block(h, block, blocks):
+    """The next of the ``blocks`` of queries of a head, or the first of the next head."""
+    following = block + 1
+    return tl.where(following < blocks, h, h + 1), tl.where(following < blocks, following, 0)
+
+
+@triton.jit
+def add_block(
+    sums, keys, b, h, i0, do, dk, dv, p_rows, a, sizes, T: tl.constexpr, PREFIX: tl.constexpr, INSIDE: tl.constexpr
+):
+    """What a block of queries adds to the gradients of keys, the prefix's or tokens'. Tiles are [keys, queries]: what a
+    key that is not there makes is garbage, but in a row of its own, which is not stored.
+    """
+    own: tl.constexpr = PREFIX and a.og.pointer is not None  # the prefix has a softmax of its own
+    at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j)
+    b_q = load_block(a.q, b, h, i0, sizes.N, T.BM, T.D, T.DP)
+    b_do = load_block(do, b, h, i0, sizes.N, T.BM, T.DV, T.DVP)
+    rows = load_rows(p_rows, own, b * a.heads + h, at.i, a, sizes)
+    b_qk = tl.dot(keys.k, tl.trans(b_q), input_precision=T.PRECISION)
+    b_dov = tl.dot(keys.v, tl.trans(b_do), input_precision=T.PRECISION)
+    if PREFIX:
+        b_gate = load_prefix_gate(at, a, sizes)
+        b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        b_ds, b_p = b_ds * b_gate, b_p * b_gate
+    else:
+        b_ds, b_p = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
+    b_dk, b_dv = sums.dk, sums.dv
+    if dv.pointer is not None:
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=T.PRECISION)
+    if dk.pointer is not None:
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=T.PRECISION)
+    return KeySums(b_dk, b_dv)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P", "tiles", "chunk", "batch"])
+def prefix_attention_bwd_dprefix_kernel(a, do, dpk, dpv, p_rows, N, M, P, tiles, chunk, batch, T: tl.constexpr):
+    """Gradients of a block of prefix keys and values, over one chunk of the tiles of queries that share them: those of
+    all rows of the batch (of one, where each has its own prefix) and of all heads of the group, one after another.
+    """
+    sizes = Lengths(N, M, P)
+    prefix_blocks = tl.cdiv(P, T.BP)
+    kv_heads = a.heads // a.group
+    p0 = tl.program_id(0) % prefix_blocks * T.BP
+    hk, b0 = tl.program_id(0) // prefix_blocks % kv_heads, tl.program_id(0) // prefix_blocks // kv_heads
+    b_pk = load_block(a.pk, b0, hk, p0, P, T.BP, T.D, T.DP)
+    b_pv = load_block(a.pv, b0, hk, p0, P, T.BP, T.DV, T.DVP)
+    keys = Keys(b_pk, b_pv, b0, hk, p0 + tl.arange(0, T.BP)[:, None])
+    sums = KeySums(make_zeros(T.BP, T.DP), make_zeros(T.BP, T.DVP))
+    first = tl.program_id(1) * chunk
+    blocks = tl.cdiv(N, T.BM)
+    head, block = first // blocks, first % blocks  # of all the rows' heads
+    b, h = b0 + head // a.group, hk * a.group + head % a.group
+    for _ in tl.range(first, tl.minimum(first + chunk, tiles)):
+        sums = add_block(sums, keys, b, h, block * T.BM, do, dpk, dpv, p_rows, a, sizes, T, True, False)
+        h, block = advance_block(h, block, blocks)
+        last = h == (hk + 1) * a.group
+        b, h = tl.where(last, b + 1, b), tl.where(last, hk * a.group, h)
+    part = tl.program_id(1) * batch + b0  # the parts are laid out as if they were rows of the batch
+    if dpk.pointer is not None:
+        store_block(dpk, part, hk, p0, P, sums.dk * a.scale, T.D)
+    if dpv.pointer is not None:
+        store_block(dpv, part, hk, p0, P, sums.dv, T.DV)
+
+
+@triton.jit(do_not_specialize=["count", "parts"])
+def prefix_attention_sum_kernel(p_out, p_parts, count, parts, BLOCK: tl.constexpr):
+    """Add float32 parts in their order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(0, parts):
+        b_sum += tl.load(p_parts + o, mask=o < count, other=0.0)
+        p_parts += count
+    tl.store(p_out + o, b_sum.to(p_out.dtype.element_ty), mask=o < count)

@@ -1,0 +1,136 @@
+"""The forward pass: one program for a block of queries of one head, prefix blocks first, then token blocks.
+
+With two softmaxes the tokens come first: their sum is divided out, and the prefix, whose sum a pass over its scores has
+found, is then added to the same accumulator.
+"""
+
+import triton
+import triton.language as tl
+
+from .operands import Lengths, Pairs, Queries, Sums
+from .primitives import (
+    add_sink,
+    bound_maximum,
+    cap_scores,
+    convert_natural,
+    draw_kept,
+    exponentiate,
+    find_keys,
+    finish_prefix_scores,
+    finish_token_scores,
+    invert,
+    load_block,
+    load_output_gate,
+    load_prefix_gate,
+    make_no_gate,
+    start_sums,
+    step_softmax,
+    store_block,
+    store_normalizers,
+)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
+    sizes = Lengths(N, M, P)
+    blocks = tl.cdiv(N, T.BM)
+    plane = tl.program_id(0) // blocks
+    i0 = (blocks - 1 - tl.program_id(0) % blocks) * T.BM  # the longest rows of a causal problem first
+    b, h = plane // a.heads, plane % a.heads
+    i = i0 + tl.arange(0, T.BM)
+    b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+    queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
+    sums = start_sums(T.BM, T.DVP)
+    if a.og.pointer is None:
+        sums = attend_prefix(sums, queries, 0, P, a, sizes, T)
+    sums = attend_band(sums, queries, i0, tl.minimum(i0 + T.BM, N), 0, M, a, sizes, T)
+    sums = add_sink(sums, a, h)
+    store_normalizers(p_normalizers, 0, plane, i, i < N, sums.m, sums.l, a, sizes)
+    b_o = sums.acc * invert(sums.l)[:, None]
+    if a.og.pointer is not None:
+        b_m, b_l = sum_prefix(queries, a, sizes, T)
+        store_normalizers(p_normalizers, 1, plane, i, i < N, b_m, b_l, a, sizes)
+        b_o = add_prefix(b_o, queries, b_m, b_l, a, sizes, T)
+    store_block(o, b, h, i0, N, b_o, T.DV)
+
+
+@triton.jit
+def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
+    """Scores [BM, BP] of prefix keys p0, p0 + 1, ..., and what their probabilities are multiplied by."""
+    at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
+    b_pk = load_block(a.pk, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.D, T.DP)
+    b_gate = load_prefix_gate(at, a, sizes)
+    b_s = cap_scores(tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION), b_gate, a)
+    return finish_prefix_scores(b_s, at, a, sizes), b_gate * draw_kept(at, a, False)
+
+
+@triton.jit
+def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
+    """Prefix keys [start, end) join the softmax."""
+    for p0 in tl.range(start, end, T.BP):
+        b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
+        b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
+        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_acc = sums.acc * b_decay[:, None]
+        b_acc = tl.dot((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, input_precision=T.PRECISION)
+        sums = Sums(b_acc, b_m, b_l)
+    return sums
+
+
+@triton.jit
+def sum_prefix(queries, a, sizes, T: tl.constexpr):
+    """Maximum and sum [BM] of the prefix scores alone."""
+    b_m = tl.full([queries.q.shape[0]], float("-inf"), tl.float32)
+    b_l = tl.zeros([queries.q.shape[0]], tl.float32)
+    for p0 in tl.range(0, sizes.P, T.BP):
+        b_s, _ = score_prefix(queries, p0, a, sizes, T)
+        _, _, b_m, b_l = step_softmax(b_s, 1.0, b_m, b_l, a)
+    return b_m, b_l
+
+
+@triton.jit
+def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
+    """Add the output of the prefix's own softmax, times the output gate."""
+    b_weight = load_output_gate(a, queries.b, queries.h) * invert(b_l)[:, None]
+    for p0 in tl.range(0, sizes.P, T.BP):
+        b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
+        b_p = b_weight * exponentiate(b_s - bound_maximum(b_m)[:, None], a) * b_factor
+        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_o = tl.dot(b_p.to(b_pv.dtype), b_pv, b_o, input_precision=T.PRECISION)
+    return b_o
+
+
+@triton.jit
+def attend_band(sums, queries, i0, i1, start, end, a, sizes, T: tl.constexpr):
+    """Those of the token keys [start, end) that queries [i0, i1) see join the softmax; a block that none sees is
+    skipped, and one that all see needs no comparisons.
+    """
+    lo, inner_lo, inner_hi, hi = find_keys(a, i0, i1, sizes, T.BN)
+    lo, hi = tl.maximum(lo, start), tl.minimum(hi, end)
+    inner_lo, inner_hi = tl.maximum(inner_lo, lo), tl.minimum(inner_hi, end)
+    if a.far is not None:
+        sums = attend_tokens(sums, queries, lo, tl.minimum(inner_lo, hi), a, sizes, T, False)
+    sums = attend_tokens(sums, queries, inner_lo, inner_hi, a, sizes, T, True)
+    return attend_tokens(sums, queries, tl.maximum(inner_lo, inner_hi), hi, a, sizes, T, False)
+
+
+@triton.jit
+def attend_tokens(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
+    """Token keys [start, end) join the softmax. INSIDE: all of them are there, and all queries see them."""
+    for j0 in tl.range(start, end, T.BN):
+        at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
+        b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)
+        b_s = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
+        factor = 1.0
+        if a.linear is None:
+            b_s = cap_scores(b_s, make_no_gate(), a)
+        else:  # the scale goes into the exponent's own product
+            factor = convert_natural(a.scale, a)
+        b_s = finish_token_scores(b_s, at, a, sizes, INSIDE)
+        b_p, b_decay, b_m, b_l = step_softmax(b_s, factor, sums.m, sums.l, a)
+        b_p = b_p * draw_kept(at, a, True)
+        b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP, INSIDE)
+        b_acc = sums.acc * b_decay[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=T.PRECISION)
+        sums = Sums(b_acc, b_m, b_l)
+    return sums

@@ -1,0 +1,272 @@
+"""From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...targets import Target, divide_up, target_of
+from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
+from ..layout import allocate_gradient, allocate_heads
+from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix
+from .tiles import AttentionTile, find_tile
+
+_SUM_BLOCK = 1024
+_DECODING = 16  # queries, at most, for which keys are split over programs
+_MOST_PARTS = 64
+_PARTS_BLOCK = 16
+
+
+def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    a = AttentionArguments(*arguments)
+    launcher = _Launcher(a, target or target_of(a.query.device))
+    output = allocate_heads(a.query, launcher.DV)
+    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    keys = launcher.M + launcher.P
+    if launcher.N <= _DECODING and keys >= launcher.target.split_from:
+        launcher.split_keys(output, normalizers)
+    else:
+        grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
+        launcher.launch("forward", grid, launcher.operands, describe_matrix(output), normalizers, *launcher.sizes)
+    return output, normalizers
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor,
+    normalizers: Tensor,
+    needs_grad: Sequence[bool],
+    *arguments: Any,
+    target: Target | None = None,
+) -> list[Tensor]:
+    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    a = AttentionArguments(*arguments)
+    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    if not needs:
+        return []
+    if refused := needs.intersection(EAGER_ALONE):
+        raise ValueError(f"the triton backend has no gradient for {' and '.join(sorted(refused))}; the eager one has")
+    step = _BackwardLauncher(a, target or target_of(a.query.device), grad_output, output, normalizers, needs)
+    step.find_delta()
+    if needs & {"query", "prefix_gate"}:
+        step.differentiate_queries()
+    if needs & {"key", "value"}:
+        step.differentiate_keys()
+    if needs & {"prefix_key", "prefix_value"}:
+        step.differentiate_prefix()
+    return [step.gradients[name] for name in DIFFERENTIABLE if name in needs]
+
+
+@functools.cache
+def _load_kernels() -> dict[str, Any]:
+    """Import the kernels, and Triton with them."""
+    from . import backward, decode, forward
+
+    return {
+        "forward": forward.prefix_attention_fwd_kernel,
+        "decode": decode.prefix_attention_decode_kernel,
+        "combine": decode.prefix_attention_combine_kernel,
+        "delta": backward.prefix_attention_bwd_delta_kernel,
+        "dq": backward.prefix_attention_bwd_dq_kernel,
+        "dkv": backward.prefix_attention_bwd_dkv_kernel,
+        "dprefix": backward.prefix_attention_bwd_dprefix_kernel,
+        "sum": backward.prefix_attention_sum_kernel,
+    }
+
+
+_TILE_OF = {"combine": "decode", "sum": "dprefix"}  # a row of the tile tables; the others have one of their own name
+
+
+def _choose_precision(dtype: torch.dtype) -> str:
+    """Return the precision of products: float32 ones are the user's choice, by the switch of PyTorch's own products."""
+    matmul = torch.backends.cuda.matmul  # "allow_tf32", its older name, cannot be read once this one has been set
+    return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
+
+
+class _Launcher:
+    """What the launches of a call have in common."""
+
+    def __init__(self, a: AttentionArguments, target: Target) -> None:
+        self.a = a
+        self.target = target
+        self.operands = build_operands(a)
+        self.B, self.H, self.N, self.D = a.query.shape
+        _, self.kv_heads, self.M, self.DV = a.value.shape
+        self.P = a.prefix_key.shape[2]
+        self.sizes = (self.N, self.M, self.P)
+        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
+        self._widths = (self.D, self.DV, DP, DVP)
+        self._precision = _choose_precision(a.query.dtype)
+        self._width = max(self.D, self.DV)
+        self._variant = _find_variant(self.operands)
+
+    def find_tile(self, name: str) -> AttentionTile:
+        """The table's, with no larger a block of prefix keys than a short prefix fills, where it is but an operand."""
+        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+        if name in ("forward", "delta", "dq"):
+            tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.P))))
+        return tile
+
+    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel in its tile of the table, unless the grid is empty."""
+        if 0 in grid:
+            return
+        kernel, tile = _load_kernels()[name], self.find_tile(_TILE_OF.get(name, name))
+        if "T" in kernel.arg_names:
+            constants["T"] = KernelShape(*self._widths, tile.BM, tile.BN, tile.BP, self._precision)
+        self.target.launch(kernel, grid, arguments, constants, tile)
+
+    def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
+        """Few queries, many keys: parts of the keys side by side, then joined."""
+        tile = self.find_tile("decode")
+        queries = self.H // self.kv_heads * self.N
+        shared = self.a.prefix_key.shape[0] == 1
+        rows = self.B * queries if shared else queries
+        prefix_tiles = divide_up(rows, tile.BM) * self.kv_heads * (1 if shared else self.B)
+        token_tiles = divide_up(queries, tile.BM) * self.kv_heads * self.B
+        prefix_parts, prefix_chunk = self._divide_keys(self.P, tile.BP, prefix_tiles)
+        token_parts, chunk = self._divide_keys(self.M, tile.BN, token_tiles)
+        prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
+        queries_shape = (self.B, self.H, self.N)
+        values = self.allocate_floats(parts, *queries_shape, self.DV)
+        sums = self.allocate_floats(parts, 2, *queries_shape)
+        sizes = (*self.sizes, prefix_programs, prefix_parts, token_parts, prefix_chunk, chunk)
+        grid = (prefix_programs + token_tiles * token_parts,)
+        self.launch("decode", grid, self.operands, values, sums, *sizes)
+        arguments = (describe_matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
+        grid = (self.B * self.H * self.N,)
+        self.launch("combine", grid, self.operands, *arguments, BS=_PARTS_BLOCK)
+
+    def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
+        """How many parts, and how many keys in each: enough programs to fill the device, and no empty ones."""
+        blocks = divide_up(keys, block)
+        wanted = min(_MOST_PARTS, 2 * divide_up(self.target.processors, max(1, tiles)))
+        chunk = divide_up(max(1, blocks), max(1, min(wanted, blocks))) * block
+        return (divide_up(keys, chunk), chunk) if keys else (0, block)
+
+    def allocate_floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.a.query.device)
+
+
+class _BackwardLauncher(_Launcher):
+    """The launches of a backward pass; each fills some of ``gradients``."""
+
+    def __init__(
+        self,
+        a: AttentionArguments,
+        target: Target,
+        grad_output: Tensor,
+        output: Tensor,
+        normalizers: Tensor,
+        needs: set[str],
+    ) -> None:
+        super().__init__(a, target)
+        self._needs = needs
+        self._output, self._do = describe_matrix(output), describe_matrix(grad_output)
+        self._normalizers = normalizers
+        self._rows = self.allocate_floats(
+            normalizers.shape[0], 2 if self.operands.exact is None else 3, self.B, self.H, self.N
+        )
+        self.gradients: dict[str, Tensor] = {}
+
+    def _allocate_result(self, name: str) -> Tensor | None:
+        """An uninitialised gradient, where it is asked for."""
+        if name not in self._needs:
+            return None
+        self.gradients[name] = allocate_gradient(getattr(self.a, name))
+        return self.gradients[name]
+
+    def _allocate_part(self, name: str, *shape: int) -> Tensor | None:
+        """Float32 sums of programs, where the gradient is asked for."""
+        return self.allocate_floats(*shape) if name in self._needs else None
+
+    def _store_sum(self, name: str, total: Tensor | None) -> None:
+        """Sum over whatever an argument broadcasts over, and round to its dtype."""
+        result = self._allocate_result(name)
+        if result is not None and total is not None:
+            result.copy_(total.sum_to_size(result.shape))
+
+    def find_delta(self) -> None:
+        """What every other step needs, and the gradients of the output gate and the sinks."""
+        blocks = divide_up(self.N, self.find_tile("delta").BM)
+        output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
+        sinks = self._allocate_part("sinks", self.B, self.H, blocks)
+        arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)
+        tokens = bool(self._needs & {"query", "key", "value", "sinks"})
+        grid = (self.B * self.H * blocks,)
+        self.launch("delta", grid, self.operands, *arguments, *self.sizes, TOKENS=tokens)
+        self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
+        self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
+
+    def differentiate_queries(self) -> None:
+        """Gradients of query and prefix gate; where query needs none, no token is touched."""
+        blocks = divide_up(self.N, self.find_tile("dq").BM)
+        dq, gate = self._allocate_result("query"), self.a.prefix_gate
+        by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
+        shape = (self.B, self.H, self.N if by_query else blocks, self.P)
+        dgate = self._allocate_part("prefix_gate", *shape)
+        arguments = (self._do, ABSENT if dq is None else describe_matrix(dq), dgate, self._rows)
+        grid = (self.B * self.H * blocks,)
+        self.launch("dq", grid, self.operands, *arguments, *self.sizes, SUM_GATE=not by_query)
+        if gate is None or dgate is None:
+            return
+        if gate.ndim == 3:
+            dgate = dgate.unflatten(1, (self.kv_heads, self.H // self.kv_heads)).sum((2, 3))
+        elif not by_query:
+            dgate = dgate.sum(2, keepdim=True)
+        self._store_sum("prefix_gate", dgate)
+
+    def differentiate_keys(self) -> None:
+        """Gradients of key and value."""
+        dk, dv = self._allocate_result("key"), self._allocate_result("value")
+        grid = (self.B * self.kv_heads * divide_up(self.M, self.find_tile("dkv").BN),)
+        arguments = (self._do, *(ABSENT if x is None else describe_matrix(x) for x in (dk, dv)), self._rows)
+        self.launch("dkv", grid, self.operands, *arguments, *self.sizes)
+
+    def differentiate_prefix(self) -> None:
+        """Gradients of prefix_key and prefix_value: one tall problem for each key/value head, in parts if long."""
+        batch = self.a.prefix_key.shape[0]
+        tile = self.find_tile("dprefix")
+        tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)
+        programs = batch * self.kv_heads * divide_up(self.P, tile.BP)
+        parts = min(max(1, tiles), max(1, 2 * self.target.processors // max(1, programs)))
+        chunk = max(1, divide_up(tiles, parts))
+        parts = max(1, divide_up(tiles, chunk))
+        results = [self._allocate_result(name) for name in ("prefix_key", "prefix_value")]
+        sums = [self._lay_out_parts(result, parts) for result in results]
+        arguments = (self._do, *sums, self._rows, *self.sizes, tiles, chunk, batch)
+        self.launch("dprefix", (programs, parts), self.operands, *arguments)
+        if parts > 1:
+            for result, part in zip(results, sums, strict=True):
+                if result is not None:
+                    grid = (divide_up(result.numel(), _SUM_BLOCK),)
+                    sizes = (result.numel(), parts)
+                    self.launch("sum", grid, result, part.pointer, *sizes, BLOCK=_SUM_BLOCK)
+
+    def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
+        """The result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory layout."""
+        if result is None or parts == 1:
+            return ABSENT if result is None else describe_matrix(result)
+        batch, heads, length, size = result.shape
+        stride = (heads * length * size, *result.stride()[1:])
+        return describe_matrix(
+            torch.empty_strided((parts * batch, heads, length, size), stride, dtype=torch.float32, device=result.device)
+        )
+
+
+def _find_variant(operands: Operands) -> str:
+    """Return which of the tile tables' variants a call needs."""
+    pairs = (operands.query_gate, operands.mask, operands.visible, operands.bias)
+    pairwise = any(operand.pointer is not None and operand.n is not None for operand in pairs)
+    if operands.seed is not None:
+        return "dropout of pairs" if pairwise else "dropout"
+    if pairwise:
+        return "pairwise"
+    return "capped" if operands.softcap is not None else "separate" if operands.og.pointer is not None else "plain"
+
+
+def _next_power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

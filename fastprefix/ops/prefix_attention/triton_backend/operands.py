@@ -1,0 +1,213 @@
+"""What the kernels and their functions are handed, as named tuples: tensors with their strides, options, tiles, sizes.
+
+``None`` stands for what is not there. It is known when a kernel is compiled, so what is not there costs nothing. The
+stride of a dimension that broadcasts is ``None`` too: its index never enters an address.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import random
+from ..arguments import AttentionArguments
+
+
+class Strided(NamedTuple):
+    """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key)."""
+
+    pointer: Tensor | None
+    b: int | None
+    h: int | None
+    n: int | None
+    c: int | None
+
+
+ABSENT = Strided(None, None, None, None, None)
+
+
+class Operands(NamedTuple):
+    """The inputs of ``prefix_attention``, as the kernels read them."""
+
+    q: Strided
+    k: Strided
+    v: Strided
+    pk: Strided
+    pv: Strided
+    gate: Strided  # a gate for each prefix key: [b, hkv, -, p]
+    query_gate: Strided  # a gate for each query: [b, hq, i, p]
+    og: Strided  # [b, hq, -, -]
+    visible: Strided  # bool mask, as bytes [b, hq, i, j]
+    mask: Strided  # float mask [b, hq, i, j]
+    bias: Strided  # [b, hq, i, p]
+    sinks: Strided  # [-, hq, -, -]
+    query_segments: Strided  # [b, -, i, -]
+    key_segments: Strided  # [b, -, j, -]
+    near: int | None  # a query sees a key where near <= i + (M - N) - j <= far
+    far: int | None
+    heads: int  # Hq
+    group: int  # Hq // Hkv
+    planes16: int  # 16 * B * Hq: a multiple of 16 whatever B is, so that Triton compiles nothing anew for another one
+    scale: float
+    softcap: float | None
+    seed: Tensor | None
+    drop_below: int | None  # dropped where the random word lies below
+    keep_scale: float | None
+    linear: int | None  # 1: a score that is not hidden is the product times a positive scale, in 16 bits
+    exact: int | None  # 1: maximum and sum of a row are kept apart in the backward pass too
+    nothing: None = None  # Triton 3.6 loses what inner tuples lack, unless the outer one lacks something itself
+
+
+class KernelShape(NamedTuple):
+    """What a kernel is compiled for: widths of the heads, as they are and as powers of two, and blocks; and the
+    precision of its products.
+    """
+
+    D: int
+    DV: int
+    DP: int
+    DVP: int
+    BM: int  # queries
+    BN: int  # token keys
+    BP: int  # prefix keys
+    PRECISION: str
+
+
+class Lengths(NamedTuple):
+    """Queries, token keys, prefix keys of a call."""
+
+    N: Any
+    M: Any
+    P: Any
+
+
+class Pairs(NamedTuple):
+    """Coordinates of pairs of queries ``b, h, i`` and keys ``j``, in any shapes that broadcast together: one function
+    serves tiles of queries x keys and of keys x queries.
+    """
+
+    b: Any
+    h: Any
+    i: Any
+    j: Any
+
+
+class Queries(NamedTuple):
+    """A tile of queries, their coordinates (columns [BM, 1], or numbers), and the row and head of the keys they see."""
+
+    q: Any
+    b: Any
+    h: Any
+    i: Any
+    key_b: Any
+    key_h: Any
+
+
+class Keys(NamedTuple):
+    """A tile of keys and values, their row and head, and their positions (a column)."""
+
+    k: Any
+    v: Any
+    b: Any
+    h: Any
+    j: Any
+
+
+class Sums(NamedTuple):
+    """An online softmax so far: weighted values [BM, DVP], the largest score [BM], the sum of exponentials [BM]."""
+
+    acc: Any
+    m: Any
+    l: Any
+
+
+class KeySums(NamedTuple):
+    """Gradients of a tile of keys and values so far."""
+
+    dk: Any
+    dv: Any
+
+
+class Rows(NamedTuple):
+    """What the backward pass knows of a row: probabilities are ``e^(s - reference) * inverse``, and ``delta`` is what
+    softmax subtracts.
+    """
+
+    reference: Any
+    inverse: Any
+    delta: Any
+
+
+def describe(tensor: Tensor | None, dimensions: str) -> Strided:
+    """Return a tensor with its strides, or ``ABSENT``. Dimensions, named by their letters, broadcast where their size
+    is 1.
+    """
+    if tensor is None:
+        return ABSENT
+    strides: dict[str, Any] = {
+        name: None if size == 1 else stride
+        for name, size, stride in zip(dimensions, tensor.shape, tensor.stride(), strict=True)
+    }
+    return Strided(tensor, *(strides.get(name) for name in "bhnc"))
+
+
+def build_operands(a: AttentionArguments) -> Operands:
+    """Return the canonical arguments as the kernels read them; no tensor is copied."""
+    visible, mask = _split_mask(a.attn_mask)
+    near, far = _find_band(a)
+    gate = a.prefix_gate
+    batch, heads = a.query.shape[:2]
+    dropped, below = a.dropout_seed is not None, random.find_threshold(a.dropout_p)
+    single = a.query.dtype is torch.float32
+    linear = a.softcap is None and mask.pointer is None and a.scale > 0 and not single
+    biased = mask.pointer is not None or a.prefix_bias is not None
+    return Operands(
+        q=describe_matrix(a.query),
+        k=describe_matrix(a.key),
+        v=describe_matrix(a.value),
+        pk=describe_matrix(a.prefix_key),
+        pv=describe_matrix(a.prefix_value),
+        gate=ABSENT if gate is None or gate.ndim == 4 else describe(gate, "bhc"),
+        query_gate=ABSENT if gate is None or gate.ndim == 3 else describe(gate, "bhnc"),
+        og=describe(a.output_gate, "bh"),
+        visible=visible,
+        mask=mask,
+        bias=describe(a.prefix_bias, "bhnc"),
+        sinks=describe(a.sinks, "h"),
+        query_segments=describe(a.query_segments, "bn"),
+        key_segments=describe(a.key_segments, "bn"),
+        near=near,
+        far=far,
+        heads=heads,
+        group=a.groups,
+        planes16=16 * batch * heads,
+        scale=a.scale,
+        softcap=a.softcap,
+        seed=a.dropout_seed,
+        drop_below=below % 2**32 if dropped else None,
+        keep_scale=(0.0 if below == 2**32 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
+        linear=1 if linear else None,
+        exact=1 if single or biased else None,
+    )
+
+
+def describe_matrix(tensor: Tensor) -> Strided:
+    """Return queries, keys, values or a result: rows and columns are there even where there is but one."""
+    batch, heads, _, _ = tensor.shape
+    b, h, n, c = tensor.stride()
+    return Strided(tensor, None if batch == 1 else b, None if heads == 1 else h, n, c)
+
+
+def _split_mask(mask: Tensor | None) -> tuple[Strided, Strided]:
+    """Return a bool mask and a float mask, of which one at most is there."""
+    if mask is not None and mask.dtype is torch.bool:
+        return describe(mask.view(torch.uint8), "bhnc"), ABSENT
+    return ABSENT, describe(mask, "bhnc")
+
+
+def _find_band(a: AttentionArguments) -> tuple[int | None, int | None]:
+    """Return causality and window as one band of distances between a query and a key."""
+    far = None if a.window_size is None else a.window_size - 1
+    if a.is_causal:
+        return 0, far
+    return None if far is None else -far, far

@@ -1,0 +1,386 @@
+"""Device functions of the kernels: blocks of a band, memory, scores, and the softmax.
+
+``a`` is the call's :class:`~.operands.Operands`, ``sizes`` its lengths, ``T`` the shape that a kernel is compiled for.
+
+Scores of float16 and bfloat16 inputs are in units of log2: log2(e) is part of the scale, so that exp2 needs no further
+product. Those of float32 are natural: that product would be a rounding too many.
+"""
+
+import triton
+import triton.language as tl
+
+from .operands import Rows, Sums
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 of so few bits that its products with small whole numbers are exact
+LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
+
+
+# ---- the band of a causal or windowed problem, in blocks: those to skip, to compare, and to take whole
+
+
+@triton.jit
+def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
+    """The keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
+    shift = sizes.M - sizes.N
+    lo, inner_lo, inner_hi, hi = 0, 0, sizes.M, sizes.M
+    if a.far is not None:
+        lo = tl.maximum(i0 + shift - a.far, 0) // BN * BN
+        inner_lo = tl.cdiv(tl.maximum(i1 - 1 + shift - a.far, 0), BN) * BN
+    if a.near is not None:
+        hi = tl.maximum(tl.minimum(sizes.M, i1 + shift - a.near), 0)
+        inner_hi = tl.maximum(tl.minimum(sizes.M, i0 + shift - a.near + 1), 0)
+    return lo, inner_lo, inner_hi // BN * BN, hi
+
+
+@triton.jit
+def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
+    """The queries that see keys [j0, j1): first, first that sees all, end of those that see all, end; in blocks."""
+    shift = sizes.M - sizes.N
+    lo, inner_lo, inner_hi, hi = 0, 0, sizes.N, sizes.N
+    if a.near is not None:
+        lo = tl.maximum(j0 - shift + a.near, 0) // BM * BM
+        inner_lo = tl.cdiv(tl.maximum(j1 - 1 - shift + a.near, 0), BM) * BM
+    if a.far is not None:
+        hi = tl.maximum(tl.minimum(sizes.N, j1 - shift + a.far), 0)
+        inner_hi = tl.maximum(tl.minimum(sizes.N, j0 - shift + a.far + 1), 0) // BM * BM
+    return lo, inner_lo, inner_hi, hi
+
+
+# ---- memory: operands, whatever their strides
+
+
+@triton.jit
+def find_row(operand, b, h, n):
+    """Where rows begin, in 64 bits; dimensions that broadcast do not enter."""
+    pointer = operand.pointer
+    if operand.b is not None:
+        pointer += tl.cast(b, tl.int64) * operand.b
+    if operand.h is not None:
+        pointer += tl.cast(h, tl.int64) * operand.h
+    if operand.n is not None:
+        pointer += tl.cast(n, tl.int64) * operand.n
+    return pointer
+
+
+@triton.jit
+def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
+    o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    return find_row(operand, b, h, n0) + (o_n * operand.n + o_d * operand.c)
+
+
+@triton.jit
+def load_block(
+    operand, b, h, n0, end, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr = False
+):
+    """Rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP]: zero from row ``end`` on (with ALL, no row is), and
+    beyond column D.
+    """
+    p_block = find_block(operand, b, h, n0, ROWS, DP)
+    there = tl.arange(0, ROWS)[:, None] < end - n0
+    within = tl.arange(0, DP)[None, :] < D
+    if ALL and DP == D:
+        return tl.load(p_block)
+    elif ALL:
+        return tl.load(p_block, mask=within, other=0.0)
+    elif DP == D:
+        return tl.load(p_block, mask=there, other=0.0)
+    else:
+        return tl.load(p_block, mask=there & within, other=0.0)
+
+
+@triton.jit
+def store_block(operand, b, h, n0, end, b_x, D: tl.constexpr):
+    """Store a tile [ROWS, DP] as the rows ``n0, n0 + 1, ...`` of a matrix, in its dtype."""
+    p_block = find_block(operand, b, h, n0, b_x.shape[0], b_x.shape[1])
+    there = tl.arange(0, b_x.shape[0])[:, None] < end - n0
+    within = tl.arange(0, b_x.shape[1])[None, :] < D
+    tl.store(p_block, b_x.to(operand.pointer.dtype.element_ty), mask=there & within)
+
+
+@triton.jit
+def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums to begin with."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def load_entry(operand, b, h, n, c):
+    """Elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
+    pointer = find_row(operand, b, h, n)
+    if operand.c is not None:
+        pointer += c.to(tl.int64) * operand.c
+    return tl.load(pointer)
+
+
+@triton.jit
+def find_numbers(p_numbers, index, plane, a, sizes):
+    """Where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
+    return p_numbers + (index * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N
+
+
+# ---- scores: scale, soft cap, gates, biases, who sees whom, dropout; and back
+
+
+@triton.jit
+def convert_natural(x, a):
+    """A natural score in the unit of the kernels."""
+    if a.q.pointer.dtype.element_ty == tl.float32:
+        return x
+    else:
+        return x * LOG2E
+
+
+@triton.jit
+def compute_decay(x):
+    """e^(-2 |x|)."""
+    return tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+
+
+@triton.jit
+def tanh(x, a):
+    """In float32 by its series near zero, where the quotient would lose digits; 16 bits do not show them."""
+    if a.q.pointer.dtype.element_ty == tl.float32:
+        e = compute_decay(x)
+        quotient = (1.0 - e) / (1.0 + e)
+        y = x * x
+        series = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
+        return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -quotient, quotient))
+    else:
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def cap_scores(b_qk, b_gate, a):
+    """From <q, k> to scores: gate, scale, soft cap."""
+    if a.softcap is None:
+        return b_qk * b_gate * convert_natural(a.scale, a)
+    else:
+        return tanh(b_qk * b_gate * (a.scale / a.softcap), a) * convert_natural(a.softcap, a)
+
+
+@triton.jit
+def differentiate_cap(b_ds, b_qk, b_gate, a):
+    """Gradient of the scores before the soft cap, from that after it.
+
+    In float32 its slope, 1 - tanh^2, is not computed as a difference: that loses its digits where tanh is almost 1.
+    """
+    if a.softcap is None:
+        return b_ds
+    elif a.q.pointer.dtype.element_ty == tl.float32:
+        e = compute_decay(b_qk * b_gate * (a.scale / a.softcap))
+        return b_ds * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    else:
+        t = tanh(b_qk * b_gate * (a.scale / a.softcap), a)  # which the scores had, so that it costs nothing
+        return b_ds * (1.0 - t * t)
+
+
+@triton.jit
+def make_no_gate():
+    return tl.full((1, 1), 1.0, tl.float32)
+
+
+@triton.jit
+def load_prefix_gate(at, a, sizes):
+    """The gate of prefix keys, for each query where it differs; 1 where there is none."""
+    i, p = tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1)
+    if a.gate.pointer is not None and a.gate.c is None:
+        return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
+    elif a.gate.pointer is not None:  # not by ``p``: keys that follow one another are loaded together
+        p_gate = find_row(a.gate, at.b, at.h // a.group, i) + tl.cast(at.j, tl.int64) * a.gate.c
+        return tl.load(p_gate, mask=at.j < sizes.P, other=0.0).to(tl.float32)
+    elif a.query_gate.pointer is not None:
+        return load_entry(a.query_gate, at.b, at.h, i, p).to(tl.float32)
+    else:
+        return make_no_gate()
+
+
+@triton.jit
+def load_output_gate(a, b, h):
+    """The gate of the prefix's own softmax; 1 with a joint softmax."""
+    if a.og.pointer is None:
+        return make_no_gate()
+    else:
+        return load_entry(a.og, b, h, h, h).to(tl.float32)
+
+
+@triton.jit
+def load_sink(a, h):
+    """The score of a head's sink."""
+    return convert_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
+
+
+@triton.jit
+def load_bias(bias, b, h, i, j, a):
+    """Elements of a bias. The least finite numbers, which masks are made of, stay finite in the unit of the kernels:
+    where a row has nothing else, they hide nothing.
+    """
+    b_x = load_entry(bias, b, h, i, j).to(tl.float32)
+    b_bias = convert_natural(b_x, a)
+    return tl.where((b_bias == float("-inf")) & (b_x != float("-inf")), b_x, b_bias)
+
+
+@triton.jit
+def finish_prefix_scores(b_s, at, a, sizes):
+    """Add the bias to capped scores, and hide what lies beyond the prefix."""
+    if a.bias.pointer is not None:
+        b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1), a)
+    return tl.where(at.j < sizes.P, b_s, float("-inf"))
+
+
+@triton.jit
+def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
+    """Add the mask to capped scores, and hide what may not be seen. INSIDE: the whole tile lies within the band."""
+    if not INSIDE:
+        o_distance = at.i + (sizes.M - sizes.N) - at.j
+        b_seen = at.j < sizes.M
+        if a.near is not None:
+            b_seen = b_seen & (o_distance >= a.near)
+        if a.far is not None:
+            b_seen = b_seen & (o_distance <= a.far)
+        b_s = tl.where(b_seen, b_s, float("-inf"))
+    i, j = tl.minimum(at.i, sizes.N - 1), at.j
+    if not INSIDE or at.j.shape[1] == 1:  # where keys are rows, nothing hides those that are not there
+        j = tl.minimum(j, sizes.M - 1)
+    if a.mask.pointer is not None:
+        b_s += load_bias(a.mask, at.b, at.h, i, j, a)
+    if a.visible.pointer is not None:
+        b_s = tl.where(load_entry(a.visible, at.b, at.h, i, j) != 0, b_s, float("-inf"))
+    if a.query_segments.pointer is not None:
+        b_same = load_entry(a.query_segments, at.b, at.h, i, j) == load_entry(a.key_segments, at.b, at.h, j, i)
+        b_s = tl.where(b_same, b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def draw_kept(at, a, TOKENS: tl.constexpr):
+    """What dropout multiplies by. Four words of a counter decide for two queries and two keys, 8 apart: a thread has
+    those four in its registers, so the compiler can draw once for all of them.
+    """
+    if a.seed is None:
+        return make_no_gate()
+    else:
+        zero = tl.zeros_like(at.i + at.j)
+        plane = at.b * a.heads + at.h + zero
+        w00, w01, w10, w11 = tl.philox(tl.load(a.seed), (at.j & -9) + zero, (at.i & -9) + zero, plane, zero + TOKENS)
+        w0, w1 = tl.where((at.j & 8) == 0, w00, w01), tl.where((at.j & 8) == 0, w10, w11)
+        word = tl.where((at.i & 8) == 0, w0, w1)
+        return tl.where(word >= tl.cast(a.drop_below, tl.uint32), a.keep_scale, 0.0)
+
+
+# ---- the softmax: online in the forward pass, made again from what it left in the backward pass
+
+
+@triton.jit
+def exponentiate(b_x, a):
+    """e to the power of a difference of scores."""
+    if a.q.pointer.dtype.element_ty == tl.float32:
+        # x = n ln 2 + r: the product with log2(e) is rounded where it is small.
+        b_x = tl.where(b_x < -150.0, -150.0, b_x)
+        b_n = tl.floor(b_x * LOG2E + 0.5)
+        b_r = (b_x - b_n * LN2_HIGH) - b_n * LN2_LOW
+        return tl.exp2(b_n) * tl.exp2(b_r * LOG2E)
+    else:
+        return tl.exp2(b_x)
+
+
+@triton.jit
+def bound_maximum(b_m):
+    """The largest score, or 0 in a row that has seen nothing."""
+    return tl.where(b_m == float("-inf"), 0.0, b_m)
+
+
+@triton.jit
+def invert(b_l):
+    """1 / l, and 0 where nothing was seen."""
+    return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
+
+
+@triton.jit
+def start_sums(BM: tl.constexpr, DVP: tl.constexpr):
+    m = tl.full([BM], float("-inf"), tl.float32)
+    return Sums(make_zeros(BM, DVP), m, tl.zeros([BM], tl.float32))
+
+
+@triton.jit
+def step_softmax(b_s, factor, b_m, b_l, a):
+    """One step of the online softmax over scores ``b_s * factor``, of which the factor is positive: probabilities
+    against the new maximum, what older sums decay by, the new maximum and sum.
+    """
+    b_max = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    b_p = exponentiate(b_s * factor - bound_maximum(b_max)[:, None], a)
+    b_decay = exponentiate(b_m - bound_maximum(b_max), a)
+    return b_p, b_decay, b_max, b_l * b_decay + tl.sum(b_p, 1)
+
+
+@triton.jit
+def add_sink(sums, a, h):
+    """A sink joins the sum, and adds nothing to the output."""
+    if a.sinks.pointer is None:
+        return sums
+    else:
+        b_sink = load_sink(a, h)
+        b_max = tl.maximum(sums.m, b_sink)
+        b_decay = exponentiate(sums.m - bound_maximum(b_max), a)
+        b_l = sums.l * b_decay + exponentiate(b_sink - bound_maximum(b_max), a)
+        return Sums(sums.acc * b_decay[:, None], b_max, b_l)
+
+
+@triton.jit
+def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, sizes):
+    """Maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
+    tl.store(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, b_m, mask=there)
+    tl.store(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, b_l, mask=there)
+
+
+@triton.jit
+def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
+    """Reference and inverse of rows i: maximum and 1 / sum, or, which saves a product for every pair, the log-sum-exp
+    and 1. In 16 bits its rounding is nothing, unless a bias can make scores huge.
+    """
+    b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+    b_l = tl.load(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+    if a.exact is not None:
+        return tl.where(b_l == 0.0, 0.0, b_m), invert(b_l)
+    else:
+        b_lse = tl.where(b_l == 0.0, float("inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
+        return b_lse, tl.full(b_l.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
+    """What the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where there is an inverse."""
+    if a.exact is None:
+        tl.store(find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
+        tl.store(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)
+    else:
+        tl.store(find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
+        tl.store(find_numbers(p_rows, 3 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)
+        tl.store(find_numbers(p_rows, 3 * softmax + 2, plane, a, sizes) + i, b_inverse, mask=i < sizes.N)
+
+
+@triton.jit
+def load_rows(p_rows, softmax, plane, i, a, sizes):
+    """Of rows i; those that are not there have probabilities of 0."""
+    if a.exact is None:
+        b_reference = tl.load(
+            find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
+        )
+        b_delta = tl.load(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+        return Rows(b_reference, 1.0, b_delta)
+    else:
+        b_reference = tl.load(find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+        b_delta = tl.load(find_numbers(p_rows, 3 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+        b_inverse = tl.load(find_numbers(p_rows, 3 * softmax + 2, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+        return Rows(b_reference, b_inverse, b_delta)
+
+
+@triton.jit
+def compute_probability(b_s, b_reference, b_inverse, a):
+    """Of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
+    if a.exact is None:
+        return exponentiate(b_s - b_reference, a)
+    else:
+        return exponentiate(b_s - b_reference, a) * b_inverse

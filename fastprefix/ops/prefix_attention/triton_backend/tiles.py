@@ -1,0 +1,233 @@
+"""The tile sizes, as data: by architecture, kernel, width of the head and dtype. No search happens at run time.
+
+What is not said to spill does not, with Triton 3.6, 3.7 and 3.8: each brings a compiler that allots registers its way.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class AttentionTile(NamedTuple):
+    """Block of queries, of token keys, of prefix keys; warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    BP: int
+    warps: int
+    stages: int
+    spills: str | None = None  # why a spill is accepted, where one is
+
+
+HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
+
+_WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
+_NARROW = "8 bytes where heads have 16 columns, with some versions of Triton; not measured"
+_PADDED = "up to 16 bytes where every load masks columns, with some versions of Triton; not measured"
+_FLOAT = "float32 products run without matrix units; not measured"
+
+# kernel -> (widest head, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
+_SM80: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    "forward": {
+        (16, HALF): AttentionTile(128, 64, 64, 4, 2),
+        (64, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (127, HALF): AttentionTile(128, 32, 64, 8, 2, _PADDED),
+        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (256, HALF): AttentionTile(64, 32, 32, 8, 2, _WIDE),
+        (64, SINGLE): AttentionTile(64, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): AttentionTile(32, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): AttentionTile(32, 16, 16, 4, 1, _FLOAT),
+    },
+    "decode": {
+        (16, HALF): AttentionTile(16, 64, 64, 4, 2, _NARROW),
+        (64, HALF): AttentionTile(16, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(16, 64, 64, 4, 3),
+        (256, HALF): AttentionTile(16, 32, 32, 4, 2, _WIDE),
+        (64, SINGLE): AttentionTile(16, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): AttentionTile(16, 32, 32, 4, 2, _FLOAT),
+        (256, SINGLE): AttentionTile(16, 16, 16, 4, 1, _FLOAT),
+    },
+    "delta": {
+        (64, HALF): AttentionTile(64, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(64, 32, 32, 4, 2),
+        (256, HALF): AttentionTile(32, 32, 32, 4, 1, _WIDE),
+        (64, SINGLE): AttentionTile(32, 32, 32, 4, 2, _FLOAT),
+        (128, SINGLE): AttentionTile(32, 32, 32, 4, 1, _FLOAT),
+        (256, SINGLE): AttentionTile(16, 16, 16, 4, 1, _FLOAT),
+    },
+    "dq": {
+        (16, HALF): AttentionTile(64, 64, 64, 4, 2),
+        (64, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (128, HALF): AttentionTile(64, 64, 64, 8, 2),
+        (256, HALF): AttentionTile(64, 32, 32, 8, 1, _WIDE),
+        (64, SINGLE): AttentionTile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): AttentionTile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): AttentionTile(16, 16, 16, 8, 1, _FLOAT),
+    },
+    "dkv": {
+        (64, HALF): AttentionTile(32, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(64, 64, 64, 8, 2),
+        (256, HALF): AttentionTile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): AttentionTile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): AttentionTile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): AttentionTile(16, 16, 16, 8, 1, _FLOAT),
+    },
+    "dprefix": {
+        (64, HALF): AttentionTile(32, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(64, 64, 64, 8, 2),
+        (256, HALF): AttentionTile(32, 64, 64, 8, 1, _WIDE),
+        (64, SINGLE): AttentionTile(32, 32, 32, 4, 1, _FLOAT),
+        (128, SINGLE): AttentionTile(32, 32, 32, 8, 1, _FLOAT),
+        (256, SINGLE): AttentionTile(16, 16, 16, 8, 1, _FLOAT),
+    },
+}
+_SM86: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    **_SM80,
+    "decode": {
+        **_SM80["decode"],
+        (64, HALF): AttentionTile(16, 64, 64, 4, 3),
+        (128, HALF): AttentionTile(16, 32, 32, 4, 3),
+    },
+    "delta": {**_SM80["delta"], (128, HALF): AttentionTile(64, 32, 32, 4, 1)},
+    "dkv": {**_SM80["dkv"], (256, HALF): AttentionTile(32, 32, 32, 8, 1, _WIDE)},
+    "dprefix": {
+        **_SM80["dprefix"],
+        (16, HALF): AttentionTile(32, 64, 64, 4, 1),
+        (256, HALF): AttentionTile(32, 32, 32, 8, 1, _WIDE),
+    },
+}
+_SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    "forward": {
+        **_SM80["forward"],
+        (64, HALF): AttentionTile(128, 64, 64, 4, 3),
+        (127, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (128, HALF): AttentionTile(128, 128, 64, 8, 2),
+        (256, HALF): AttentionTile(64, 64, 32, 8, 2, _WIDE),
+    },
+    "decode": {
+        **_SM80["decode"],
+        (64, HALF): AttentionTile(16, 64, 32, 4, 2),
+        (127, HALF): AttentionTile(16, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(16, 64, 32, 4, 2),
+    },
+    "delta": _SM80["delta"],
+    "dq": {
+        **_SM80["dq"],
+        (64, HALF): AttentionTile(128, 128, 64, 8, 2),
+        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+    },
+    "dkv": {
+        **_SM80["dkv"],
+        (64, HALF): AttentionTile(64, 128, 64, 8, 2),
+        (128, HALF): AttentionTile(32, 128, 64, 8, 2),
+    },
+    "dprefix": {
+        **_SM80["dprefix"],
+        (64, HALF): AttentionTile(64, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(32, 64, 64, 4, 2),
+    },
+}
+
+# Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
+# pair of query and key (a gate, a bias, a mask); "capped", with a soft cap; "separate", with two softmaxes; "dropout";
+# and "dropout of pairs", with dropout and something for each pair. Kernels that are not named have one tile for all.
+_DECODE_DROPOUT = {
+    (16, HALF): AttentionTile(16, 32, 32, 4, 2, _NARROW),
+    (64, HALF): AttentionTile(16, 32, 32, 4, 3),
+    (128, HALF): AttentionTile(16, 32, 32, 4, 2),
+}
+_SMALLEST: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    "forward": {
+        (64, HALF): AttentionTile(64, 32, 32, 8, 1),
+        (127, HALF): AttentionTile(64, 32, 32, 8, 1, _PADDED),
+        (128, HALF): AttentionTile(64, 32, 32, 8, 2),
+    },
+    "dq": {(64, HALF): AttentionTile(64, 32, 32, 8, 1), (128, HALF): AttentionTile(32, 32, 32, 4, 1)},
+    "dkv": {
+        (16, HALF): AttentionTile(16, 32, 32, 4, 1),
+        (64, HALF): AttentionTile(32, 32, 32, 4, 1),
+        (127, HALF): AttentionTile(16, 32, 32, 8, 1, _PADDED),
+        (128, HALF): AttentionTile(32, 32, 32, 4, 1),
+    },
+    "dprefix": {(64, HALF): AttentionTile(32, 32, 32, 8, 1), (128, HALF): AttentionTile(32, 32, 32, 8, 1)},
+    "decode": _DECODE_DROPOUT,
+}
+_DROPOUT: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    "forward": {(64, HALF): AttentionTile(128, 64, 64, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+    "dq": {(64, HALF): AttentionTile(64, 32, 32, 8, 1), (128, HALF): AttentionTile(64, 64, 64, 8, 2)},
+    "dkv": {(64, HALF): AttentionTile(32, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 64, 64, 8, 2)},
+    "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
+    "decode": _DECODE_DROPOUT,
+}
+_SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "dq": {(64, HALF): AttentionTile(64, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 32, 32, 8, 2)},
+        "dkv": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 1)},
+        "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 1)},
+    },
+    "capped": {"dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1)}},
+    "dropout": _DROPOUT,
+    "dropout of pairs": _SMALLEST,
+}
+_SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    **_SM80_VARIANTS,
+    "dropout of pairs": {
+        **_SMALLEST,
+        "dkv": {**_SMALLEST["dkv"], (64, HALF): AttentionTile(32, 32, 32, 8, 1)},
+        "dprefix": {**_SMALLEST["dprefix"], (64, HALF): AttentionTile(32, 32, 32, 4, 1)},
+    },
+}
+_SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    "pairwise": {
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(128, 64, 64, 8, 2)},
+        "dq": {(64, HALF): AttentionTile(64, 64, 32, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
+    },
+    "capped": {
+        "forward": {(128, HALF): AttentionTile(128, 64, 64, 8, 3)},
+        "dq": {(64, HALF): AttentionTile(128, 64, 64, 8, 2), (128, HALF): AttentionTile(128, 64, 64, 8, 2)},
+    },
+    "separate": {
+        "forward": {(64, HALF): AttentionTile(128, 64, 64, 8, 3)},
+        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 128, 128, 8, 2)},
+    },
+    "dropout": {
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(128, 64, 64, 8, 2)},
+        "dq": {(64, HALF): AttentionTile(64, 64, 32, 4, 1), (128, HALF): AttentionTile(64, 32, 32, 4, 1)},
+        "dkv": {(64, HALF): AttentionTile(32, 128, 64, 8, 2), (128, HALF): AttentionTile(32, 128, 64, 8, 2)},
+        "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 32, 32, 8, 1)},
+        "decode": _DECODE_DROPOUT,
+    },
+    "dropout of pairs": {
+        **_SMALLEST,
+        "dq": {
+            (16, HALF): AttentionTile(64, 32, 32, 8, 1),
+            (64, HALF): AttentionTile(32, 32, 32, 4, 1),
+            (128, HALF): AttentionTile(32, 32, 32, 4, 1),
+        },
+    },
+}
+
+_INTERPRETER = {
+    kernel: {(256, HALF): AttentionTile(32, 32, 32, 1, 1), (256, SINGLE): AttentionTile(32, 32, 32, 1, 1)}
+    for kernel in _SM80
+}
+
+ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    "sm_80": _SM80,
+    "sm_86": _SM86,
+    "sm_90": _SM90,
+    "interpreter": _INTERPRETER,
+}
+VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_86": _SM86_VARIANTS, "sm_90": _SM90_VARIANTS}
+WIDEST = 256
+"""The widest head there is a tile for."""
+
+
+def find_tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> AttentionTile:
+    """Return the tile of a kernel for heads of ``width`` columns."""
+    kind = SINGLE if dtype is torch.float32 else HALF
+    special = VARIANTS.get(architecture, {}).get(variant, {}).get(kernel, {})
+    tables = (special, ARCHITECTURES[architecture][kernel])
+    return next(rows[key] for rows in tables for key in sorted(rows) if key[1] == kind and width <= key[0])
