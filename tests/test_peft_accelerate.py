@@ -511,9 +511,9 @@ def test_layers_without_a_place_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
         fastprefix.accelerate(family("decoder", "prefix"))
     monkeypatch.setattr(acceleration, "find_layers", lambda model: find_layers(model)[1:])
     with pytest.raises(ValueError, match="numbered attention layers"):
-        fastprefix.accelerate(family("decoder", "prefix"))
-    prompt = fastprefix.accelerate(family("decoder", "prompt"))
-    assert prompt.fastprefix.prompt_path.startswith("textbook: `peft_model` would not get PEFT's numbers")
+        fastprefix.accelerate(family("decoder", "prefix"), check=False)
+    prompt = fastprefix.accelerate(family("decoder", "prompt"), check=False)
+    assert prompt.fastprefix.prompt_path.startswith("textbook: `peft_model`")
 
 
 def test_tensor_parallel_models_are_refused() -> None:

@@ -248,7 +248,7 @@ def test_the_head_and_the_loss_run_over_the_prompt_once(name: str) -> None:
     ]
     with Float64():
         expected = [results(**options) for options in calls]
-        assert fastprefix.accelerate(model).fastprefix.prompt_path == "shared"
+        assert fastprefix.accelerate(model, check=False).fastprefix.prompt_path == "shared"
         linear = nn.functional.linear
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nn.functional, "linear", lambda x, w, b=None: rows.append(x.shape) or linear(x, w, b))

@@ -321,7 +321,7 @@ def test_accelerated_prompts(family: str) -> None:
         model = peft.get_peft_model(build(BY_LENGTH[family]()), config).double().eval()
         models.randomize(model)
         expected = model(**inputs).logits
-        fastprefix.accelerate(model)
+        fastprefix.accelerate(model, check=False)  # a router draws noise in training
         assert model.fastprefix.prompt_path == "shared"
         seen = torch.nn.functional.pad(inputs["attention_mask"], (LENGTH, 0), value=1).bool()
         assert_close(model(**inputs).logits[seen], expected[seen])

@@ -32,6 +32,7 @@ from transformers.utils.generic import ModelOutput
 from ...methods import METHODS, MethodConfig, PrefixMethod
 from .discovery import CONTEXT, CopyError, method_layers, parts, running_inputs, small_config, small_copy
 from .hooks import cache_parameter, find_cache, parameter_names
+from .positions import frequencies_end
 from .switching import Inputs, forgotten, image_candidates, is_of_text, is_plain_text
 from .textbook import PrefixTextbook, PromptTextbook
 
@@ -649,9 +650,13 @@ class Situations:
 
     def _unless_plain_differs(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
         """Return an error of cached generation, unless the model without a method says other things with a cache."""
+        if compared.error > BOUND and frequencies_end(self.plain) is not None:
+            raise _Absent("rotary frequencies depend on the length of a row, and a cache keeps those of a shorter one")
         if compared.error > BOUND:
             plain = _Subject(self.plain.__call__, self.plain, [])
-            kept, anew = (self._generated(plain, **inputs, **options, use_cache=cached)[0] for cached in (True, False))
+            # As long as with the virtual tokens: rotary frequencies may change with the length of a row.
+            longer = {name: torch.cat([value[:, :_VIRTUAL_TOKENS], value], dim=1) for name, value in inputs.items()}
+            kept, anew = (self._generated(plain, **longer, **options, use_cache=cached)[0] for cached in (True, False))
             if _difference(kept, anew).error > BOUND:
                 raise _Absent("the model itself says other things with a cache than without")
         return compared

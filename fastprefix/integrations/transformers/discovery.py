@@ -548,7 +548,10 @@ class CopyError(ValueError):
 
 
 def small_copy(
-    config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None, dtype: torch.dtype = torch.float32
+    config: PretrainedConfig,
+    model_class: type[PreTrainedModel] | None = None,
+    dtype: torch.dtype = torch.float32,
+    whole: bool = False,
 ) -> PreTrainedModel:
     """Return the smallest copy of a model that runs on some input, with random weights.
 
@@ -556,6 +559,7 @@ def small_copy(
         config: the configuration of the model. It is not changed.
         model_class: the class of the model. None: the class that the configuration names.
         dtype: of the copy.
+        whole: keep all layers, and windows and contexts of any length.
 
     Raises:
         CopyError: the model is too large in every size, or does not run on inputs that its configuration suggests.
@@ -564,7 +568,7 @@ def small_copy(
     for scale in _SCALES:
         built = False
         try:
-            candidate = small_config(config, scale)
+            candidate = small_config(config, scale, whole)
             if model_class is not None and scale.head_size is not None:
                 _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
@@ -626,11 +630,11 @@ def randomized(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0]) -> PretrainedConfig:
+def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
     """Return a small copy of a configuration and of those inside it.
 
     It keeps what the model does: the rotary embedding's type, every kind of layer, shared keys and values, the tokens
-    with a meaning. Widths, vocabularies, windows and contexts are scaled down.
+    with a meaning. Widths, vocabularies, windows and contexts are scaled down; of a ``whole`` one the former alone.
     """
     small = copy.deepcopy(config)
     every = list(parts(small))
@@ -638,8 +642,9 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0]) -> Pretra
     for part in every:
         if scale.head_size is not None:
             widths |= _narrow(part, scale.head_size, scale.heads)
-        _scale_positions(part)
-        if scale.fewer_layers:
+        if not whole:
+            _scale_positions(part)
+        if scale.fewer_layers and not whole:
             _shorten(part)
         _calm(part)
     for part in every:

@@ -47,7 +47,7 @@ class Positions(NamedTuple):
             first = first if handed is None else int(handed.min())
         by_mask = table is not None and _counts_by_mask(backbone, table)
         by_ids = None if table is None or not _counts_by_ids(backbone, table) else table.padding_idx
-        return cls(first, limit, by_ids, by_mask, _same_frequencies_up_to(reader), reader)
+        return cls(first, limit, by_ids, by_mask, frequencies_end(reader), reader)
 
     def moved(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
         """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
@@ -220,7 +220,7 @@ def _counts_by_ids(backbone: nn.Module, table: nn.Embedding) -> bool:
     return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
 
 
-def _same_frequencies_up_to(reader: nn.Module) -> int | None:
+def frequencies_end(reader: nn.Module) -> int | None:
     """Return the longest row up to which rotary frequencies do not depend on its length (LongRoPE, dynamic NTK)."""
     configs = [module.config for module in reader.modules() if isinstance(module, PreTrainedModel)]
     limits: list[int] = []

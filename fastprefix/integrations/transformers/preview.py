@@ -26,7 +26,7 @@ def preview(name: str) -> Iterator[str]:
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     try:
-        model = small_copy(config)
+        model = small_copy(config, whole=True)
     except CopyError:
         yield "model         cannot be built small; attach a method to the model itself: model.fastprefix.prompt_path"
         return
