@@ -394,11 +394,11 @@ def reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | 
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether anything in a module drops anything while training."""
+    """Return whether anything in a module is random while training: dropout, or the noise of a router."""
     for submodule in module.modules():
         if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
             return True
-        rates = (value for name, value in vars(submodule).items() if re.search("drop", name))
+        rates = (value for name, value in vars(submodule).items() if re.search("drop|jitter|noise", name))
         if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
             return True
     return False
