@@ -297,9 +297,7 @@ def rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
     """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and _is_own_row(mask, arguments):
-        tokens = arguments.get("input_ids")
-        length = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
-        arguments["attention_mask"] = mask.expand(-1, -1, length, -1)
+        arguments["attention_mask"] = mask.expand(-1, -1, tokens_in(arguments), -1)
     return arguments
 
 

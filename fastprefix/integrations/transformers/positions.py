@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .hooks import by_name, find_cache, parameter_names, past_length
+from .hooks import by_name, find_cache, parameter_names, past_length, tokens_in
 
 
 class Positions(NamedTuple):
@@ -56,9 +56,8 @@ class Positions(NamedTuple):
             ValueError: they exceed the model's table of positions.
         """
         tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments["inputs_embeds"][..., 0]
-        count = tokens.shape[-1]  # GPT-2 accepts several choices a row
+        device = (arguments["inputs_embeds"] if tokens is None else tokens).device
+        count = tokens_in(arguments)
         given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), past_length(arguments)
         counted = False
         if given is not None:
@@ -71,7 +70,7 @@ class Positions(NamedTuple):
             positions = ((seen.cumsum(1) + shift) * seen - 1)[:, -count:]
         else:
             counted = True
-            positions = self.first + shift + torch.arange(past, past + count, device=tokens.device)[None]
+            positions = self.first + shift + torch.arange(past, past + count, device=device)[None]
         self.check(None if counted else positions, past + count + shift, shift)
         return positions
 

@@ -369,12 +369,8 @@ class PromptHooks:
             arguments["inputs_embeds"] = self.embed_rows(given, insertion.first_position, inserted > 0)
         else:
             arguments["input_ids"] = nn.functional.pad(given, (inserted, 0), value=self.placeholder)
-        for name, value in arguments.items():
-            if name not in _EXTENDED and _is_of_tokens(value, batch, tokens):
-                arguments[name] = torch.cat([value.new_zeros(len(value), inserted, *value.shape[2:]), value], dim=1)
-
-
-_EXTENDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        for name, value in find_token_arguments(arguments, batch, tokens).items():
+            arguments[name] = torch.cat([value.new_zeros(len(value), inserted, *value.shape[2:]), value], dim=1)
 
 
 class RouterMask:
@@ -458,10 +454,15 @@ def _has_hooks(module: nn.Module, own: int) -> bool:
     return any(hooks) or any(key != own for key in module._forward_hooks)
 
 
-def _is_of_tokens(value: Any, batch: int, tokens: int) -> bool:
-    """Return whether an argument says something of each token: types and boxes, ``[B, N]`` or ``[B, N, ...]``."""
-    whole = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim in (2, 3)
-    return whole and value.shape[0] in (1, batch) and value.shape[1] == tokens
+def find_token_arguments(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, Tensor]:
+    """Return the other arguments that say something of each token, ``[B, N]`` or ``[B, N, ...]``: types and boxes."""
+    others = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and not value.is_floating_point() and value.ndim in (2, 3)
+        if name not in others and value.shape[0] in (1, batch) and value.shape[1] == tokens
+    }
 
 
 def crop_rows(output: Any, inserted: int, tokens: int) -> Any:

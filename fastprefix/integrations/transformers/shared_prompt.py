@@ -36,7 +36,7 @@ from .hooks import (
     tokens_in,
 )
 from .positions import Positions, PositionShift, is_packed
-from .prompt import PromptHooks, flatten_leading, unflatten_leading
+from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
 from .switching import Implementation, device_of, forgotten, switched
 
 _FILLED = "fastprefix_filled"
@@ -274,7 +274,9 @@ class SharedPromptHooks(PromptHooks):
         """
         self.shift.shift = 0
         past, compiling = self.shared.past, torch.compiler.is_compiling()
-        types = _token_arguments(arguments)
+        given = self.given(arguments)
+        of_tokens = find_token_arguments(arguments, *given.shape[:2])
+        types = {name: tuple(value.shape[2:]) for name, value in of_tokens.items()}
         by_length = self.positions.by_length
         begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
         if begun is not None and not (compiling and by_length is None and not types):
@@ -338,25 +340,6 @@ def reaching(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, 
     """
     last = reach.expand(*positions.shape[:-1], 1)
     return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
-
-
-def _token_arguments(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the arguments that say something of each token, ``[B, N, ...]``, and the sizes of what they say."""
-    ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    tokens = ids if rows is None else rows
-    if tokens is None:
-        return {}
-    columns = tokens.shape[1]
-    others = ("input_ids", "attention_mask", "position_ids")
-    return {
-        name: tuple(value.shape[2:])
-        for name, value in arguments.items()
-        if isinstance(value, Tensor)
-        and not value.is_floating_point()
-        and value.ndim in (2, 3)
-        and value.shape[1] == columns
-        and name not in others
-    }
 
 
 def reason_not_shareable(model: PreTrainedModel) -> str | None:
