@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft")
 COLUMNS = ("environment", *PACKAGES, "passed", "failed", "skipped")
+MODEL_TESTS = ("tests/methods", "tests/integrations")
 CONSTRAINED = ("--constraint", str(ROOT / "constraints.txt"))
 
 
@@ -92,7 +93,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def run(environment: Environment, folder: Path, arguments: list[str]) -> Iterator[Result]:
     """Make an environment, if it is not there, and run the tests in it."""
     python = install(environment, folder)
-    yield run_tests(python, environment.name, [*map(str, model_tests()), *arguments], {})
+    yield run_tests(python, environment.name, [*MODEL_TESTS, *arguments], {})
     if environment.overlaid:
         overlay = folder / f"{environment.name}-peft"
         source = ROOT / "constraints-peft.txt"
@@ -123,19 +124,21 @@ def pip(python: Path, *arguments: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "FASTPREFIX_BUILD_EXT": "0"})
 
 
-def model_tests() -> list[Path]:
-    """Return the test files that build models, except those of the benchmarks."""
-    imports = re.compile(r"^(from|import) (transformers|peft)\b|^from (\.|tools) import", re.M)
-    texts = {path: path.read_text("utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    return [path for path, text in texts.items() if imports.search(text) and "benchmarks" not in text]
-
-
 def run_tests(python: Path, name: str, arguments: list[str], variables: dict[str, str]) -> Result:
     """Run pytest in an environment."""
     report = python.parent.parent / "report.xml"
     report.unlink(missing_ok=True)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    command = (python, "-m", "pytest", "--quiet", "--tb=short", f"--junitxml={report}", *arguments)
+    command = (
+        python,
+        "-m",
+        "pytest",
+        "--quiet",
+        "--tb=short",
+        "--numprocesses=auto",
+        f"--junitxml={report}",
+        *arguments,
+    )
     code = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
     versions = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
     query = (python, "-c", versions, *PACKAGES)

@@ -18,8 +18,9 @@ import transformers
 from transformers import AutoConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import Float64, reports
+from fastprefix.integrations.transformers.conformance import Float64, Report, reports
 from fastprefix.integrations.transformers.discovery import CopyError, parts, small_copy
+from fastprefix.methods import MethodConfig
 
 SECONDS = 60
 UNSET: dict[str, dict[str, Any]] = {
@@ -146,7 +147,7 @@ def append(path: Path | None, outcome: Outcome) -> None:
         writer.writerow(astuple(outcome))
 
 
-def surveyed(family: str, class_name: str, config: Any, **options: Any) -> Outcome:
+def surveyed(family: str, class_name: str, config: MethodConfig, **options: Any) -> Outcome:
     """Attach a method to a small model of a family, with the check, and return what became of it."""
     model_class = getattr(transformers, class_name)
     is_model = issubclass(model_class, transformers.PreTrainedModel)
@@ -159,11 +160,13 @@ def surveyed(family: str, class_name: str, config: Any, **options: Any) -> Outco
     except ValueError as error:
         return Outcome(family, class_name, "refused", one_line(error))
     path = getattr(model.fastprefix, "prompt_path", None)
-    verdict, why = "works", ""
-    if path not in (None, "shared"):
-        verdict, why = "in every row", path.partition(": ")[2]
     fastprefix.detach(model)
-    report = reports(model, config)[-1]
+    return outcome_of(family, class_name, path, reports(model, config.method_name())[-1])
+
+
+def outcome_of(family: str, class_name: str, path: str | None, report: Report) -> Outcome:
+    """Return the row of a family that is served on a path of prompts ("shared", or why not), or with a prefix."""
+    verdict, why = ("works", "") if path in (None, "shared") else ("in every row", path.partition(": ")[2])
     agree = [finding for finding in report.findings if finding.verdict == "ok" and finding.situation != "autocast"]
     notes = "; ".join(str(f) for f in report.findings if f.verdict in ("refused", "fails"))
     error = max((finding.error for finding in agree), default=0.0)

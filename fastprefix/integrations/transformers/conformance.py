@@ -132,6 +132,7 @@ class _Key(NamedTuple):
     model_class: type
     config: str
     method: str
+    options: str
 
 
 _REPORTS: dict[_Key, Report] = {}
@@ -145,14 +146,10 @@ def forget() -> None:
     _COPIES.clear()
 
 
-def reports(model: PreTrainedModel, config: MethodConfig) -> list[Report]:
-    """Return what is remembered of a method, whatever its other options, on a model's class and configuration."""
-    name, contents = config.method_name(), structure(model)
-    return [
-        report
-        for key, report in _REPORTS.items()
-        if key.model_class is type(model) and key.config == contents and json.loads(key.method)["method"] == name
-    ]
+def reports(model: PreTrainedModel, method: str) -> list[Report]:
+    """Return what is remembered of a method on a model's class and configuration, whatever the method's options."""
+    contents = structure(model)
+    return [report for key, report in _REPORTS.items() if key[:3] == (type(model), contents, method)]
 
 
 def check(
@@ -170,7 +167,8 @@ def check(
         names: of the situations to check. None: all of them.
     """
     small_method = small_method_config(model, config)
-    key = _Key(type(model), structure(model), json.dumps(small_method.to_dict(), sort_keys=True, default=str))
+    options = json.dumps(small_method.to_dict(), sort_keys=True, default=str)
+    key = _Key(type(model), structure(model), config.method_name(), options)
     with _LOCK:
         if names is not None or key not in _REPORTS:
             plain = copy_of(model)
@@ -198,7 +196,7 @@ def check_pair(
         options: everything that says what ``make`` makes, but for the base.
         make: of a small copy of the base, the model that says what is right, and the other one.
     """
-    key = _Key(type(model), structure(model), f"{method} {options}")
+    key = _Key(type(model), structure(model), method, options)
     with _LOCK:
         if key not in _REPORTS:
             plain = copy_of(model)

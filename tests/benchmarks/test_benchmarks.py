@@ -1,0 +1,410 @@
+"""The benchmarks: measuring, records, the report, and every suite in the small."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig
+
+pytest.importorskip("cogapp")
+pytest.importorskip("datasets")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pandas")
+pytest.importorskip("tabulate")
+pytest.importorskip("tokenizers")
+pytest.importorskip("tqdm")
+
+from benchmarks import (
+    adapterhub,
+    attention,
+    data,
+    embedding,
+    main_job,
+    measure,
+    models,
+    options,
+    peers,
+    report,
+    results,
+    shared_prompt,
+    whole_models,
+)
+from benchmarks.__main__ import main
+from benchmarks.measure import BenchmarkError, figure_row, timed_row
+from benchmarks.models import Size
+from benchmarks.results import Record
+from fastprefix.ops.backends import BACKENDS
+
+from .. import peft_support
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TINY = Size(layers=1, width=32, heads=2, vocabulary=512, rows=2, length=16)
+COMMITTED = results.read_devices(results.FOLDER)["amd-epyc-zen5-2cores"]
+CASE = {"N": 4, "causal": True}
+needs_kernels = pytest.mark.skipif(BACKENDS["cpu"].refusal(CPU) is not None, reason="without its C++ kernels")
+
+
+@pytest.fixture(autouse=True)
+def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use small models, and neither read from nor write to the caches of the user."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setitem(models.SIZES, "quick", TINY)
+    monkeypatch.setitem(main_job.ROUNDS, "quick", main_job.Rounds(steps=6, evaluations=3, warmup=1))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it would compile for half a minute
+    monkeypatch.setattr(embedding, "keep_freed_memory", lambda: False)  # it would outlast the test
+
+
+def make_record(ours: float, floor: float = 1.0, spread: float = 0.01, theirs: float = 2.0, **facts: object) -> Record:
+    """Return three peers in one case."""
+    environment = {"date": "2026-01-01", "device_name": "x", "cpu_capability": "y", "threads": 1, **facts}
+    rows = [
+        figure_row(CASE, name, role, "forward", "seconds", p50, p20=p50 - spread, p80=p50 + spread)
+        for name, role, p50 in (("floor", "floor", floor), ("mine", "ours", ours), ("other", "theirs", theirs))
+    ]
+    return Record("attention", environment, {"quick": False}, rows)
+
+
+class TestMeasure:
+    def test_rounds_begin_with_another_job_each(self) -> None:
+        order: list[str] = []
+        jobs = {name: (lambda _, name=name: float(order.append(name) or 1)) for name in "abc"}
+        samples, errors = measure.interleave(jobs, range(3), warmup=1)
+        assert "".join(order) == "abcbcacab"
+        assert not errors
+        assert [len(seconds) for seconds in samples.values()] == [2, 2, 2]
+
+    def test_a_failure_loses_no_other_result(self) -> None:
+        def fail(i: int) -> float:
+            return 1.0 if i < 1 else 1.0 / 0
+
+        samples, errors = measure.interleave({"good": float, "bad": fail}, range(4))
+        assert samples == {"good": [0.0, 1.0, 2.0, 3.0]}
+        assert isinstance(errors["bad"], ZeroDivisionError)
+
+    def test_quantiles(self) -> None:
+        row = timed_row(CASE, "a", "ours", "forward", [0.001 * i for i in range(1, 12)])
+        assert [row["p20"], row["p50"], row["p80"]] == pytest.approx([0.003, 0.006, 0.009])
+        assert (row["rounds"], len(row["samples"]), row["N"]) == (11, 11, 4)
+
+    def test_added_peak_is_what_was_held_at_once(self) -> None:
+        size = 64 * 2**20
+        work = lambda: [None for _ in range(3) if torch.ones(size, dtype=torch.uint8) is None]  # noqa: E731
+        assert measure.added_peak(work, CPU) == size
+
+
+class TestRecords:
+    def test_what_is_written_is_read(self, tmp_path: Path) -> None:
+        record = make_record(1.0)
+        record.faults.append(measure.fault(CASE, "broken", "forward", RuntimeError("no")))
+        assert results.read(record.write(tmp_path)) == record
+
+    @pytest.mark.parametrize("content", ["{", "{}", "[]"])
+    def test_other_files_are_refused(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(BenchmarkError, match=r"other\.json"):
+            results.read(tmp_path / "other.json")
+
+    def test_committed_results_have_roles_and_floors(self) -> None:
+        for record in COMMITTED.values():
+            frame = report.load_frame(record)
+            assert set(frame.role) == {"floor", "theirs"} | ({"ours"} if record.suite != "adapterhub" else set())
+            assert frame[frame.quantity.isin(["seconds", "bytes"])]["x floor"].notna().all()
+
+
+class TestReport:
+    def test_the_readme_is_up_to_date(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+        assert report.update(Path("README.md"), check=True), "run `python -m benchmarks report --readme README.md`"
+        from PIL import Image
+
+        path = results.FOLDER / "amd-epyc-zen5-2cores" / "headline.png"
+        with Image.open(path) as image:
+            assert image.info["Description"] == report.PLOTS["main-job"][""](COMMITTED["main_job"]).describe()
+
+    def test_every_row_and_plot(self, tmp_path: Path) -> None:
+        COMMITTED["shared_prompt"].write(tmp_path / "device")
+        assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+        lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
+        assert len(lines) == 1 + len(COMMITTED["shared_prompt"].rows)
+        assert "PT textbook" in (tmp_path / "out" / "device" / "report.md").read_text()
+        assert (tmp_path / "out" / "device" / "shared_prompt.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [({"dirty": True}, "differed"), ({"load_average": 1.5, "cpu_count": 2}, "busy"), ({"quick": True}, "quick")],
+    )
+    def test_some_runs_are_not_published(self, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+        main_record = COMMITTED["main_job"]
+        settings = main_record.settings | {"quick": changes.pop("quick", False)}
+        replace(main_record, environment=main_record.environment | changes, settings=settings).write(tmp_path / "here")
+        with pytest.raises(BenchmarkError, match=reason):
+            report.readme_table("here/decoder", tmp_path)
+
+    def test_unknown_tables(self) -> None:
+        with pytest.raises(BenchmarkError, match="nothing"):
+            report.readme_table("amd-epyc-zen5-2cores/nothing")
+
+    def test_noise_is_marked(self) -> None:
+        rows = [{**row, "p80": 2 * row["p50"]} if "p80" in row else row for row in COMMITTED["main_job"].rows]
+        table = report.tabulate_methods(replace(COMMITTED["main_job"], rows=rows), "decoder", in_detail=True)
+        assert all(row[i].startswith("~") for row in table.rows for i in (2, 3, 4, 5))
+
+
+class TestCompare:
+    def run(self, tmp_path: Path, old: Record, new: Record) -> int:
+        old.write(tmp_path / "old")
+        return main(["compare", str(new.write(tmp_path / "new")), "--against", str(tmp_path / "old")])
+
+    @pytest.mark.parametrize(
+        ("new", "status", "printed"),
+        [
+            (make_record(1.0), 0, "0 moved"),
+            (make_record(2.0, floor=2.0, theirs=4.0), 0, "0 moved"),  # everything is slower: the machine
+            (make_record(1.3), 1, "regression"),
+            (make_record(0.7), 0, "better"),
+            (make_record(1.3, spread=0.3), 0, "0 moved"),  # within the noise
+            (make_record(1.03, spread=0.0), 0, "0 moved"),  # within the tolerance
+            (make_record(1.0, theirs=3.0), 0, "a peer"),
+            (make_record(1.0, load_average=1.5, cpu_count=2), 0, "busy"),
+        ],
+    )
+    def test_ratios(
+        self, new: Record, status: int, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(tmp_path, make_record(1.0), new) == status
+        assert printed in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("peer", "status"), [("mine", 1), ("other", 0)])
+    def test_failures(self, peer: str, status: int, tmp_path: Path) -> None:
+        new = make_record(1.0)
+        new.faults = [measure.fault(CASE, peer, "forward", RuntimeError("no"))]
+        assert self.run(tmp_path, make_record(1.0), new) == status
+
+    def test_no_comparison(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, make_record(1.0), make_record(1.0, threads=3)) == 2
+        other = replace(make_record(1.0), rows=[{**row, "N": 5} for row in make_record(1.0).rows])
+        assert self.run(tmp_path, make_record(1.0), other) == 2
+
+    @pytest.mark.parametrize("name", list(COMMITTED))
+    def test_committed_results_against_themselves(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        path = results.FOLDER / "amd-epyc-zen5-2cores" / f"{name}.json"
+        assert main(["compare", str(path), "--against", str(path.parent)]) == 0
+        assert "; 0 moved" in capsys.readouterr().out
+
+
+class TestData:
+    ROWS = (('good "film"', "pos"), ("bad", "neg"), ("fine", "pos"), ("dull", "neg"))
+
+    def test_python_documentation(self) -> None:
+        corpus = data.build_corpus("docs", data.read_python_documentation(), seed=0)
+        counts = [list(corpus.train["label"]).count(c) for c in range(6)]
+        assert len(corpus.classes) == 6
+        assert min(counts) >= 40
+        seen = {" ".join(part.split()) for text in corpus.train["text"] for part in text.split("\n\n")}
+        assert not any(
+            " ".join(part.split()) in seen for text in corpus.held_out["text"] for part in text.split("\n\n")
+        )
+
+    @pytest.mark.parametrize("name", ["reviews.tsv", "reviews.jsonl"])
+    def test_files(self, name: str, tmp_path: Path) -> None:
+        lines = ["sentence\tlabel", *("\t".join(row) for row in self.ROWS)]
+        if name.endswith("jsonl"):
+            lines = [json.dumps({"sentence": text, "label": label}) for text, label in self.ROWS]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        corpus = data.build_corpus(name, data.read_file(tmp_path / name, "--data"), seed=0)
+        rows = [(row["text"], corpus.classes[row["label"]]) for part in (corpus.train, corpus.held_out) for row in part]
+        assert sorted(rows) == sorted(self.ROWS)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("missing.tsv", None, "no such file"),
+            ("text.docx", "x", r"\.tsv"),
+            ("odd.jsonl", '{"a": "x"}\n{"a": "y"}\n', "--text-column"),
+            ("broken.jsonl", "{", "could not be read"),
+            ("short.jsonl", '{"text": "one"}\n', "two passages"),
+        ],
+    )
+    def test_errors(self, tmp_path: Path, name: str, content: str | None, message: str) -> None:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(BenchmarkError, match=message):
+            data.build_corpus(name, data.read_file(tmp_path / name, "--data"), seed=0)
+
+    def test_tokenizer_writes_any_text_back(self) -> None:
+        words = data.train_tokenizer(["def f(x):\n    return x"] * 9, 300)
+        for text in ("def f(x):\n    return x", "naïve 日本語 \x00"):
+            assert words.decode(words(text)["input_ids"]) == text
+
+
+class TestMainJob:
+    @pytest.mark.peft
+    def test_all_of_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        peft_support.require(peft_support.prefixes_of_classifiers)
+        assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+        assert "RANDOM weights" in capsys.readouterr().out
+        assert options.QUICK_NOTE in (tmp_path / "main_job.md").read_text()
+        for name in ("main_job_loss.png", "main_job_time.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        record = results.read(tmp_path / "main_job.json")
+        assert not record.faults
+        assert record.settings["quick"]
+        of = {(row["model"], row["peer"], row["direction"], row["quantity"]): row for row in record.rows}
+        title = "decoder, Llama shape"
+        losses = of[title, peers.FLOOR, "held out", "loss"]
+        assert losses["steps"] == [0, 2, 4, 6]
+        assert len(set(losses["samples"])) == 1
+        assert of[title, "PT (100)", "training", "parameters"]["p50"] == 100 * TINY.width
+        assert len(of[title, "PT (100)", "training", "loss"]["samples"]) == 6
+        assert of[title, "PT (100)", "forward+backward", "seconds"]["rounds"] == 5
+        assert of[title, "PT (100)", "forward", "seconds"]["rounds"] == 3 * data.HELD_OUT_BATCHES
+
+    def test_a_failing_peer_loses_no_other_result(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(model: object) -> peers.Prepared:
+            raise RuntimeError("no such luck")
+
+        chosen = [peers.ModelPeer(peers.FLOOR, "floor", peers.freeze), peers.ModelPeer("broken", "ours", fail)]
+        monkeypatch.setattr(main_job, "list_peers", lambda kind, length: chosen)
+        assert main(["main", "--quick", "--device", "cpu", "--steps", "2", "--out", str(tmp_path)]) == 1
+        record = results.read(tmp_path / "main_job.json")
+        assert [(fault["peer"], fault["stage"]) for fault in record.faults] == [("broken", "set-up")] * 2
+        assert {row["peer"] for row in record.rows} == {peers.FLOOR}
+        assert "no such luck" in (tmp_path / "main_job.md").read_text()
+
+    def test_local_file_and_model(self, tmp_path: Path) -> None:
+        words = data.train_tokenizer(["for x in y"] * 9, TINY.vocabulary)
+        words.save_pretrained(tmp_path / "model")
+        config = models.configure("causal_lm", TINY, words.pad_token_id, words.eos_token_id)
+        models.build("causal_lm", config, CPU).save_pretrained(tmp_path / "model")
+        text = tmp_path / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": f"for x in range({i}): print(x)"}) + "\n" for i in range(60)))
+        arguments = ["--data", str(text), "--model", str(tmp_path / "model"), "--steps", "2"]
+        assert main([*arguments, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+        (subject,) = results.read(tmp_path / "main_job.json").settings["models"].values()
+        assert "weights of the folder" in subject["description"]
+
+    @pytest.mark.parametrize("config", [LlamaConfig(), BertConfig()], ids=["llama", "bert"])
+    def test_a_folder_without_tokenizer(self, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(tmp_path)
+        assert main(["--quick", "--device", "cpu", "--model", str(tmp_path)]) == 2
+        assert "tokenizer" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["--model", "../models/nothing"], ["--device", "cuda"]])
+    def test_it_cannot_start(self, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(arguments) == 2
+
+    @pytest.mark.parametrize("option", ["--dataset", "--model"])
+    def test_without_network(
+        self, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import datasets
+        import huggingface_hub
+
+        monkeypatch.setattr(options, "is_hub_reachable", lambda: False)
+        # What going offline changes is put back after the test.
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        assert main([option, "nobody/nothing", "--out", str(tmp_path)]) == 2
+        assert f"error: {option} nobody/nothing" in capsys.readouterr().err
+
+
+def test_the_head_is_not_shared() -> None:
+    config = DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    model = DistilBertForSequenceClassification(config)
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in models.share_weights(model).parameters()}
+    assert {id(p) for p in model.parameters()} - shared == {id(p) for p in models.head_parameters(model)}
+
+
+FAKE_ADAPTERS = """
+import torch
+__version__ = "0.0"
+class PrefixTuningConfig:
+    def __init__(self, flat, prefix_length): self.rows = prefix_length
+def init(model):
+    def add_adapter(name, config): model.extra = torch.nn.Parameter(torch.zeros(config.rows))
+    model.add_adapter, model.train_adapter = add_adapter, lambda name: None
+"""
+
+
+def test_adapterhub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the worker for real, with a library of the same interface."""
+    (tmp_path / "adapters.py").write_text(FAKE_ADAPTERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(adapterhub, "prepare_environment", lambda folder: Path(sys.executable))
+    assert main(["adapterhub", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    record = results.read(tmp_path / "adapterhub.json")
+    assert record.environment["adapters"] == "0.0"
+    assert len(record.rows) == 2 * 2 * 2 * 2  # models, peers, directions, seconds and bytes
+
+
+def test_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_models, "QUICK", whole_models.QUICK[-1:])
+    arguments = ["models", "--quick", "--device", "cpu", "--rows", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    record = results.read(tmp_path / "models.json")
+    assert not record.faults
+    table = report.tabulate_model(record, "Llama, 12 x 768")
+    assert {"PT", "ADePT, eager", "PEFT prefix tuning"} < {row[0] for row in table.rows}
+    assert all("-" not in row[1:] for row in table.rows)
+    assert report.PLOTS["models"][""](record).panels
+
+
+def test_shared_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompt, "DECODED", 3)
+    arguments = [
+        "shared-prompt",
+        "--quick",
+        "--rounds",
+        "1",
+        "--prompt",
+        "5",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    record = results.read(tmp_path / "shared_prompt.json")
+    assert not record.faults
+    bytes_of = {
+        row["peer"]: row["p50"] for row in record.rows if (row["direction"], row["quantity"]) == ("step", "bytes")
+    }
+    assert bytes_of["PT shared"] < bytes_of["PT textbook"]
+    assert "PT merged" not in bytes_of
+
+
+@pytest.mark.parametrize("suite", [pytest.param("attention", marks=needs_kernels), "embedding"])
+def test_kernels(suite: str, tmp_path: Path) -> None:
+    embedding.compile_once.cache_clear()
+    assert main([suite, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    record = results.read(tmp_path / f"{suite}.json")
+    assert not record.faults
+    trained = {row["peer"] for row in record.rows if row["direction"] == "forward+backward"}
+    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
+
+
+@needs_kernels
+def test_attention_with_dropout_has_a_separate_file(tmp_path: Path) -> None:
+    arguments = ["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path), "--dropout"]
+    assert main([*arguments, "0.1"]) == 0
+    assert results.read(tmp_path / "attention_dropout.json").settings["dropout"] == 0.1
+    assert main([*arguments, "1.5"]) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["none", "row"])
+def test_attention_peers_agree(gate: str) -> None:
+    inputs = attention.Inputs(attention.Shape(2, 4, 2, 5, 7, 16, 3), torch.float32, True, CPU, gate=gate)
+    expected = inputs.run_concat()
+    torch.testing.assert_close(inputs.compile_flex()(), expected)
+    inputs.repeats_heads = True
+    torch.testing.assert_close(inputs.run_concat(), expected)

@@ -1,0 +1,226 @@
+"""Adapters between PEFT and this package: the same logits, both ways, and what is refused."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import fastprefix
+from fastprefix.integrations.transformers.attachment import method_of
+
+from ... import models, peft_support
+from ..transformers.test_attach import METHODS, attached
+from .test_accelerate import KINDS, LENGTH, OTHERS, family, tuned
+
+pytestmark = pytest.mark.peft
+BASES: dict[str, Callable[[], Any]] = {"encoder": models.encoder, "decoder": models.decoder}
+PEFTS = [("encoder", "prefix"), ("encoder", "prefix-projection"), ("encoder", "cartridge")]
+PEFTS += [("decoder", kind) for kind in KINDS if kind != "adaption"]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """PEFT saves and loads parameters in float32."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize(("name", "kind"), PEFTS)
+def test_pefts_adapters_are_read(name: str, kind: str, padding: str, tmp_path: Path) -> None:
+    inputs, tuned_model = models.batch(padding), family(name, kind)
+    tuned_model.save_pretrained(tmp_path)
+    expected = tuned_model(**inputs).logits
+    model = fastprefix.load_adapter(BASES[name](), tmp_path)
+    logits = model(**inputs).logits
+    assert_close(logits, expected[:, -7:] if name == "decoder" else expected)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("fastprefix.")}
+    assert trainable == ({"classifier.weight", "classifier.bias"} if name == "encoder" else set())
+    if name == "decoder" and padding == "none" and peft_support.generation():
+        options = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**inputs, **options), tuned_model.generate(**inputs, **options))
+    fastprefix.save_adapter(model, tmp_path / "own")
+    again = fastprefix.load_adapter(BASES[name](), tmp_path / "own")
+    assert torch.equal(again(**inputs).logits, logits)
+
+
+OWN: dict[str, tuple[str, Callable[[], Any]]] = {
+    "prompt": ("decoder", lambda: fastprefix.PromptTuningConfig(LENGTH)),
+    "prefix": ("decoder", lambda: fastprefix.PrefixTuningConfig(LENGTH, prefix_position="shift")),
+    "prefix-encoder": ("encoder", lambda: fastprefix.PrefixTuningConfig(LENGTH, prefix_position="shift")),
+    "prefix-mlp": (
+        "decoder",
+        lambda: fastprefix.PrefixTuningConfig(
+            LENGTH, reparameterization="mlp", hidden_dim=16, prefix_position="shift", modules_to_save=["lm_head"]
+        ),
+    ),
+    "residual": (
+        "encoder",
+        lambda: fastprefix.ResidualPrefixConfig(LENGTH, bottleneck_dim=8, hidden_dim=16, prefix_position="shift"),
+    ),
+    "apt-layers": ("decoder", lambda: fastprefix.APTConfig(LENGTH, token_gate=False, prefix_position="shift")),
+}
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("case", OWN)
+def test_adapters_are_written_as_peft_reads_them(case: str, padding: str, tmp_path: Path) -> None:
+    name, config = OWN[case]
+    if name == "encoder":
+        peft_support.require(peft_support.prefixes_of_classifiers)
+    inputs = models.batch(padding)
+    model = fastprefix.attach(BASES[name](), config())
+    models.randomize(model)
+    logits = model(**inputs).logits
+    fastprefix.save_adapter(model, tmp_path, format="peft")
+    loaded = peft.PeftModel.from_pretrained(BASES[name](), tmp_path).double().eval()
+    expected = loaded(**inputs).logits
+    assert_close(expected[:, -7:] if name == "decoder" else expected, logits)
+    assert_close(fastprefix.load_adapter(BASES[name](), tmp_path)(**inputs).logits, logits)
+    fastprefix.accelerate(loaded)
+    assert_close(loaded(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-classifier", "windows"])
+def test_positions_of_other_models(name: str, tmp_path: Path) -> None:
+    """RoBERTa counts positions without padding, GPT-2 learns them; sliding windows cut the prefix."""
+    task, auto, config = OTHERS[name]
+    torch.manual_seed(0)
+    state, inputs = auto.from_config(config()).state_dict(), models.batch("right")
+
+    def base() -> Any:
+        model = auto.from_config(config())
+        model.load_state_dict(state)
+        return model.double().eval()
+
+    tuned_model = tuned(base(), "prefix", task)
+    tuned_model.save_pretrained(tmp_path)
+    assert_close(fastprefix.load_adapter(base(), tmp_path)(**inputs).logits, tuned_model(**inputs).logits)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_positions_that_are_counted_by_the_mask(padding: str, tmp_path: Path) -> None:
+    """OPT's."""
+    task, auto, config = OTHERS["opt"]
+    torch.manual_seed(0)
+    model = auto.from_config(config()).double().eval()
+    expected = tuned(copy.deepcopy(model), "prefix", task)
+    expected.save_pretrained(tmp_path)
+    inputs = models.batch(padding)
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        actual = fastprefix.load_adapter(model, tmp_path)(**inputs).logits
+        assert_close(actual[seen], expected(**inputs).logits[seen])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("prompt_tuning", "prefix-shift")])
+def test_what_peft_has_no_place_for(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='format="peft"'):
+        fastprefix.save_adapter(attached("decoder", method), tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_and_gates_and_heads_that_are_not_pefts(tmp_path: Path) -> None:
+    apt = fastprefix.attach(models.decoder(), fastprefix.APTConfig(LENGTH, prefix_position="shift"))
+    with pytest.raises(ValueError, match="gates of APTConfig"):
+        fastprefix.save_adapter(apt, tmp_path, format="peft")
+    with pytest.raises(ValueError, match="format takes one of 'fastprefix', 'peft', got 'onnx'"):
+        fastprefix.save_adapter(apt, tmp_path, format="onnx")
+    with pytest.raises(ValueError, match="causal language model"):
+        fastprefix.save_adapter(attached("encoder", "prompt_tuning"), tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(folder: Path, **options: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "lora": (lambda folder: rewritten(folder, peft_type="LORA"), "peft_type.*PREFIX_TUNING.*got 'LORA'"),
+    "encoder-decoder": (lambda folder: rewritten(folder, num_transformer_submodules=2), "encoder-decoder"),
+    "modules": (lambda folder: rewritten(folder, modules_to_save="all-linear"), "list of names, got 'all-linear'"),
+    "tokens": (lambda folder: rewritten(folder, num_virtual_tokens=6), "num_virtual_tokens 6, got 5 rows"),
+    "no-description": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "was not written by fastprefix.save_adapter or PEFT",
+    ),
+    "no-json": (lambda folder: (folder / "adapter_config.json").write_text("{"), "JSON"),
+    "no-object": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "peft_type"),
+    "no-rows": (
+        lambda folder: save_file({"x": torch.zeros(2)}, folder / "adapter_model.safetensors"),
+        "prompt_embeddings",
+    ),
+    "too-wide": (
+        lambda folder: save_file({"prompt_embeddings": torch.zeros(5, 65)}, folder / "adapter_model.safetensors"),
+        "takes 4 times 2 times 8 columns, got 65",
+    ),
+    "more": (
+        lambda folder: save_file(
+            {**load_file(folder / "adapter_model.safetensors"), "base_model.lm_head.weight": torch.zeros(2)},
+            folder / "adapter_model.safetensors",
+        ),
+        "no place for base_model.lm_head.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_or_foreign(case: str, tmp_path: Path) -> None:
+    damage, says = DAMAGED[case]
+    family("decoder", "prefix").save_pretrained(tmp_path)
+    damage(tmp_path)
+    model = models.decoder()
+    with pytest.raises(ValueError, match=says):
+        fastprefix.load_adapter(model, tmp_path)
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(3))  # nothing was left on it
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    family("decoder", "prefix").save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match=r"not adapter_model\.bin, a pickle, which is never opened"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_the_head_of_another_model(tmp_path: Path) -> None:
+    family("encoder", "prefix").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no place for base_model\.classifier\.bias"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_a_prompt_for_pooling_heads_is_refused(tmp_path: Path) -> None:
+    """PEFT's classifier pools the prompt's first token, not the text's."""
+    family("encoder", "prompt").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="causal language model"):
+        fastprefix.load_adapter(models.encoder(), tmp_path)
+    with pytest.raises(ValueError, match="causal language model"):
+        fastprefix.load_adapter(AutoModelForSequenceClassification.from_config(models.decoder().config), tmp_path)
+
+
+def test_files_are_read_and_written_without_peft(tmp_path: Path) -> None:
+    family("decoder", "prefix").save_pretrained(tmp_path / "peft")
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "import fastprefix; from tests import models\n"
+        f"model = fastprefix.load_adapter(models.decoder(), {str(tmp_path / 'peft')!r})\n"
+        f"fastprefix.save_adapter(model, {str(tmp_path / 'own')!r}, format='peft')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "own"))
+    assert before.keys() == after.keys()
+    assert_close(after["prompt_embeddings"].double(), before["prompt_embeddings"].double())
+
+
+def test_a_loaded_prefix_is_moved_up(tmp_path: Path) -> None:
+    family("decoder", "prefix").save_pretrained(tmp_path)
+    config = method_of(fastprefix.load_adapter(models.decoder(), tmp_path)).config
+    assert type(config) is fastprefix.PrefixTuningConfig
+    assert config.prefix_position == "shift"
+    assert config.num_virtual_tokens == LENGTH

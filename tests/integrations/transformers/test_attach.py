@@ -1,0 +1,397 @@
+"""Methods on transformers models: values and gradients against the textbook, caches, copies, detaching."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+import fastprefix
+from fastprefix.integrations.transformers.attachment import method_of
+
+from ... import models
+from ...textbook import textbook
+
+PROMPTS: dict[str, Callable[[], Any]] = {
+    "prompt_tuning": lambda: fastprefix.PromptTuningConfig(5),
+    "dept": lambda: fastprefix.DePTConfig(5, rank=3, max_length=32),
+    "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+}
+PREFIXES: dict[str, Callable[[], Any]] = {
+    "prefix": lambda: fastprefix.PrefixTuningConfig(5),
+    "prefix-mlp": lambda: fastprefix.PrefixTuningConfig(5, reparameterization="mlp", hidden_dim=16),
+    "prefix-shift": lambda: fastprefix.PrefixTuningConfig(5, prefix_position="shift"),
+    "apt": lambda: fastprefix.APTConfig(5),
+    "apt-cls": lambda: fastprefix.APTConfig(5, pooling="cls"),
+    "apt-query": lambda: fastprefix.APTConfig(5, pooling="query"),
+    "llama-adapter": lambda: fastprefix.LlamaAdapterConfig(5),
+    "residual": lambda: fastprefix.ResidualPrefixConfig(5, bottleneck_dim=8, hidden_dim=16),
+}
+METHODS = {**PROMPTS, **PREFIXES}
+FAMILIES: dict[str, Callable[[], Any]] = {"encoder": models.encoder, "decoder": models.decoder}
+PADDINGS = ["none", "right", "left"]
+
+
+def attached(family: str, method: str) -> Any:
+    model = fastprefix.attach(FAMILIES[family](), METHODS[method]())
+    models.randomize(model)
+    return model
+
+
+def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The logits that ``rows`` chooses, and the gradients of a fixed combination of them."""
+    model.zero_grad()
+    logits = model(**inputs).logits
+    chosen = logits[rows] if logits.ndim == 3 else logits
+    weights = torch.arange(chosen.numel(), dtype=chosen.dtype).cos().reshape(chosen.shape)
+    (chosen * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": chosen.detach(), **gradients}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal to float64 rounding, and the same set of gradients."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("method", PREFIXES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_methods_match_the_textbook(family: str, method: str, padding: str) -> None:
+    model, inputs = attached(family, method), models.batch(padding)
+    rows = inputs["attention_mask"].bool()  # a padding token's own logits mean nothing
+    fused = loss_and_gradients(model, inputs, rows)
+    assert sum("fastprefix" in name for name in fused) == len(list(method_of(model).parameters()))
+    with textbook(model):
+        expected = loss_and_gradients(model, inputs, rows)
+    assert_same(fused, expected)
+
+
+def test_prefix_matches_a_key_value_cache() -> None:
+    """A shifted prefix is what a key/value cache of m tokens is, expanded to the batch."""
+    model, inputs = attached("decoder", "prefix-shift"), models.batch()
+    cache = DynamicCache()
+    for layer, (pk, pv) in enumerate(method_of(model).prefixes()):
+        cache.update(pk.detach().expand(3, -1, -1, -1), pv.detach().expand(3, -1, -1, -1), layer)
+    actual = model(**inputs).logits
+    mask = torch.cat([torch.ones(3, 5, dtype=torch.long), inputs["attention_mask"]], dim=1)
+    plain = fastprefix.detach(model)
+    expected = plain(input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
+    """Embeddings with prompt and offset, in the plainest way."""
+    e = model.get_input_embeddings()(ids)
+    if hasattr(method, "a"):
+        e = e + 8.0 / 3**0.5 * (method.a @ method.b)[: e.shape[1]]
+    if hasattr(method, "w1"):
+        e = e + torch.relu(e @ method.w1 + method.b1) @ method.w2 + method.b2
+    return torch.cat([method.prompt.expand(e.shape[0], -1, -1), e], dim=1)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_methods_match_the_textbook(family: str, method: str, padding: str) -> None:
+    model, inputs = attached(family, method), models.batch(padding)
+    rows = inputs["attention_mask"].bool()
+    actual = loss_and_gradients(model, inputs, rows)
+    parameters = method_of(model)
+    plain = FAMILIES[family]().requires_grad_(False)
+    if family == "encoder":  # the head was randomized too
+        plain.classifier.load_state_dict(model.classifier.state_dict())
+    embeds = textbook_prompt(plain, inputs["input_ids"], parameters)
+    mask = torch.cat([torch.ones(3, 5, dtype=torch.long), inputs["attention_mask"]], dim=1)
+    hidden = plain.base_model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, 5:]
+    logits = plain.classifier(plain.base_model.pooler(hidden)) if family == "encoder" else plain.lm_head(hidden)[rows]
+    torch.testing.assert_close(actual["logits"], logits, rtol=1e-10, atol=1e-10)
+    weights = torch.arange(logits.numel(), dtype=logits.dtype).cos().reshape(logits.shape)
+    names, tensors = zip(*parameters.named_parameters(), strict=True)
+    expected = torch.autograd.grad((logits * weights).sum(), tensors)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(actual[f"fastprefix.{name}"], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainable_parameters(family: str, method: str) -> None:
+    """The method's and the fresh head's, and nothing else; in parameter groups with the rates of each kind."""
+    model = attached(family, method)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    head = {"classifier.weight", "classifier.bias"} if family == "encoder" else set()
+    assert trainable == {f"fastprefix.{name}" for name, _ in method_of(model).named_parameters()} | head
+    groups = fastprefix.parameter_groups(model, lr=1e-4, prompt_lr=0.3, gate_lr=1e-3)
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    expected = dict.fromkeys(trainable, 1e-4)
+    expected |= {name: 1e-3 for name in trainable if name.startswith("fastprefix.") and "gate" in name}
+    expected |= {name: 0.3 for name in trainable if name == "fastprefix.prompt"}
+    assert {name: rates[p] for name, p in model.named_parameters() if p in rates} == expected
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+
+
+def test_parameters_are_counted() -> None:
+    model = attached("encoder", "adept")
+    count = fastprefix.count_parameters(model)
+    adept, head = 5 * 32 + 2 * 32 * 3 + 3 + 32, 2 * 32 + 2
+    assert count.groups == {"fastprefix": adept, "classifier": head}
+    assert count.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) == adept + head
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.share == count.trainable / count.total
+    share = f"{100 * count.share:.4f}%"
+    assert str(count) == f"453 of {count.total:,} parameters are trained ({share}): fastprefix 387, classifier 66"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss(method: str) -> None:
+    model = fastprefix.attach(models.decoder(), METHODS[method]()).train()
+    inputs = models.batch("right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(fastprefix.parameter_groups(model, lr=0.02))
+    losses = []
+    for _ in range(16):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cached_and_uncached_generation_agree(method: str) -> None:
+    model, inputs = attached("decoder", method), models.batch("left")
+    cached, uncached = (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+    beams = [
+        model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detach_restores_bits_and_behaviour(family: str, method: str) -> None:
+    model, inputs = FAMILIES[family](), models.batch("right")
+    model.requires_grad_(True).get_input_embeddings().weight.requires_grad_(False)
+    names = [name for name, _ in model.named_modules()]
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    logits, config = model(**inputs).logits, model.config
+    for _ in range(2):  # and again
+        assert fastprefix.attach(model, METHODS[method]()) is model
+        models.randomize(model)
+        assert not torch.equal(model(**inputs).logits, logits)
+        assert fastprefix.detach(model) is model
+        assert torch.equal(model(**inputs).logits, logits)
+        assert model.config is config
+        assert [name for name, _ in model.named_modules()] == names
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_whole_and_their_own(method: str, copied: Callable[[Any], Any]) -> None:
+    model, inputs = attached("decoder", method), models.batch()
+    logits = model(**inputs).logits  # leaves behind what lives during a run
+    other = copied(model)
+    assert torch.equal(other(**inputs).logits, logits)
+    models.randomize(other, std=1.0)
+    assert not torch.equal(other(**inputs).logits, logits)
+    assert torch.equal(model(**inputs).logits, logits)
+    fastprefix.detach(other)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("method", ["adept", "apt"])
+def test_models_that_share_a_configuration_do_not_disturb_one_another(method: str) -> None:
+    first = models.decoder()
+    second = LlamaForCausalLM(first.config).double().eval()
+    inputs = models.batch()
+    plain = second(**inputs).logits
+    fastprefix.attach(first, METHODS[method]())
+    attached_logits = first(**inputs).logits
+    assert torch.equal(second(**inputs).logits, plain)
+    fastprefix.attach(second, METHODS[method]())
+    fastprefix.detach(second)
+    assert torch.equal(second(**inputs).logits, plain)
+    assert torch.equal(first(**inputs).logits, attached_logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before", [True, False], ids=["before-attach", "after-attach"])
+def test_gradient_checkpointing(method: str, reentrant: bool, before: bool) -> None:
+    inputs = models.batch("right")
+    rows = inputs["attention_mask"].bool()
+    expected = loss_and_gradients(attached("decoder", method).train(), inputs, rows)
+    model = models.decoder()
+    options = {"use_reentrant": reentrant}
+    if before:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    fastprefix.attach(model, METHODS[method]())
+    if not before:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.disable_input_require_grads()  # which transformers, by version, enables or not
+    models.randomize(model)
+    assert_same(loss_and_gradients(model.train(), inputs, rows), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["prefix-mlp", "apt", "residual", "llama-adapter"])
+def test_gradient_checkpointing_of_several_calls(method: str, reentrant: bool) -> None:
+    """Two calls that are differentiated together, from ids and from embeddings, and one in between that is not."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = attached("encoder", method).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        inputs, mask = models.batch("right"), models.batch("right")["attention_mask"]
+        loss = model(**inputs).logits.square().sum()
+        with torch.no_grad():
+            model.eval()(**inputs)
+        embeds = model.train().get_input_embeddings()(inputs["input_ids"].flip(1)).detach()
+        loss = loss + model(inputs_embeds=embeds, attention_mask=mask).logits.pow(3).sum()
+        loss.backward()
+        assert not embeds.requires_grad
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_same(gradients[1], gradients[0])
+
+
+def test_reentrant_checkpointing_that_would_lose_gradients_is_refused() -> None:
+    model = attached("decoder", "prefix").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    table = model.model.embed_tokens.weight
+    model.model.embed_tokens = torch.nn.Module()
+    model.model.embed_tokens.forward = lambda ids: table[ids]
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model(**models.batch())
+
+
+def test_parameters_stay_float32_in_a_bfloat16_model() -> None:
+    model = fastprefix.attach(models.decoder().bfloat16(), METHODS["apt"]())
+    assert {p.dtype for p in method_of(model).parameters()} == {torch.float32}
+    logits = model(**models.batch()).logits
+    assert logits.dtype is torch.bfloat16
+    logits.float().sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_embeds_say_the_same_as_ids(method: str) -> None:
+    model, inputs = attached("decoder", method), models.batch("right")
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    expected = model(**inputs).logits
+    actual = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_and_tuples_are_of_the_callers_tokens(method: str) -> None:
+    model, inputs = attached("decoder", method), models.batch()
+    output = model(**inputs, output_hidden_states=True)
+    assert [state.shape for state in output.hidden_states] == [(3, 7, models.WIDTH)] * (models.LAYERS + 1)
+    assert torch.equal(model(**inputs, return_dict=False)[0], output.logits)
+
+
+def test_position_ids_of_the_caller_are_moved_up() -> None:
+    model, inputs = attached("decoder", "prompt_tuning"), models.batch()
+    positions = torch.arange(7)[None]
+    assert torch.equal(model(**inputs, position_ids=positions).logits, model(**inputs).logits)
+    assert not torch.equal(model(**inputs, position_ids=2 * positions).logits, model(**inputs).logits)
+
+
+def test_one_row_masks_of_the_caller_are_no_causal_masks() -> None:
+    """[B, 1, 1, K] is a broadcast padding mask when a user passes it."""
+    model, inputs = attached("encoder", "prefix"), models.batch("right")
+    mask = inputs["attention_mask"].bool()
+    actual = model(input_ids=inputs["input_ids"], attention_mask=mask[:, None, None, :]).logits
+    torch.testing.assert_close(actual, model(**inputs).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_prompt_from_vocabulary_and_text() -> None:
+    model = models.decoder()
+    table = model.get_input_embeddings().weight.detach().clone()
+    tokenizer = lambda text, **_: {"input_ids": [ord(c) % 100 for c in text]}  # noqa: E731
+    config = fastprefix.PromptTuningConfig(5, init="text", init_text="abc")
+    fastprefix.attach(model, config, tokenizer=tokenizer)
+    assert torch.equal(method_of(model).prompt, table[[97, 98, 99, 97, 98]])
+
+
+def test_prefix_from_text_is_what_the_model_computes() -> None:
+    """A prefix from a text, at shifted positions, gives what the model gives with the text in front."""
+    model, inputs = models.decoder(), models.batch()
+    ids = torch.tensor([[7, 8, 9]]).expand(3, -1)
+    expected = model(input_ids=torch.cat([ids, inputs["input_ids"]], dim=1)).logits[:, 3:]
+    config = fastprefix.PrefixTuningConfig(3, init="text", init_text="x", prefix_position="shift")
+    fastprefix.attach(model, config, tokenizer=lambda text, **_: {"input_ids": [7, 8, 9]})
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", PREFIXES)
+def test_what_a_layer_was_given_is_not_kept_alive(method: str) -> None:
+    model = attached("decoder", method)
+    model(**models.batch()).logits.sum().backward()
+    bindings = [m._fastprefix_binding for m in model.modules() if hasattr(m, "_fastprefix_binding")]
+    assert len(bindings) == models.LAYERS
+    assert all(binding.hidden is None for binding in bindings)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
+    """Whatever the model runs in between, and in whichever mode."""
+    model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
+    models.randomize(model)
+    ids = models.batch()["input_ids"]
+    with torch.set_grad_enabled(grad):
+        expected = model(ids).logits[:, -2:]
+        cache = model(ids[:, :-2], use_cache=True).past_key_values
+        model(ids.flip(0), use_cache=True)
+        actual = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (5, 6)]
+    torch.testing.assert_close(torch.cat(actual, dim=1), expected, rtol=1e-10, atol=1e-10)
+    with fastprefix.disable_adapter(model):
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values takes a cache that was filled with this adapter"):
+        model(ids[:, -1:], past_key_values=cache)
+
+
+def test_pooled_gates_are_compiled_without_graph_breaks() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
+    models.randomize(model)
+    ids = models.batch()["input_ids"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=True).logits, model(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
+    model = fastprefix.attach(models.encoder(), fastprefix.PrefixTuningConfig(5, prefix_position="shift"))
+    inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
+    model(**inputs)
+    inputs = {"input_ids": torch.ones(1, 60, dtype=torch.long), "position_ids": torch.arange(60)[None]}
+    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 moves an input of 60 tokens .* 64 positions"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["prefix", "adept", "textbook"])
+def test_replicas_of_data_parallel_are_refused(method: str) -> None:
+    configs = {**METHODS, "textbook": lambda: fastprefix.PromptTuningConfig(3, shared_prompt=False)}
+    model, inputs = fastprefix.attach(models.decoder(), configs[method]()), models.batch()
+    model.model._is_replica = True
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel takes a model without an adapter"):
+        model(**inputs)

@@ -1,0 +1,98 @@
+"""The choice of a backend, and the agreement of schema and Arguments."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastprefix
+from fastprefix.ops import backends
+from fastprefix.ops.prefix_attention.arguments import AttentionArguments
+from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
+from fastprefix.parity import AttentionCase, EmbeddingCase
+
+CASES = [AttentionCase(), EmbeddingCase()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.__name__)
+def test_unknown_and_unusable_backends_are_refused(case, monkeypatch):
+    tensors = case.build(torch.float32).tensors
+    with pytest.raises(ValueError, match=r"^backend .*'eager'.*got str 'fastest'"):
+        case.operation(**tensors, backend="fastest")
+    with pytest.raises(TypeError, match=r"^backend"):
+        case.operation(**tensors, backend=1)
+    monkeypatch.setitem(
+        backends.BACKENDS, "broken", backends.Backend("broken", None, lambda device: "it was not built")
+    )
+    with pytest.raises(ValueError, match="backend 'broken' is not usable here: it was not built"):
+        case.operation(**tensors, backend="broken")
+    monkeypatch.setitem(backends.BACKENDS, "cuda_only", backends.Backend("cuda_only", ("cuda",), lambda device: None))
+    with pytest.raises(ValueError, match="it runs on cuda tensors, not on cpu"):
+        case.operation(**tensors, backend="cuda_only")
+    monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend("other", None, lambda device: None))
+    with pytest.raises(ValueError, match="does not have this operation"):
+        case.operation(**tensors, backend="other")
+
+
+def test_triton_looks_at_the_device_of_the_inputs(monkeypatch):
+    """Two of them, the current one too old for the kernels."""
+    capabilities = {None: (7, 5), torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (8, 0)}
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device])
+    monkeypatch.setattr(torch.version, "hip", None)
+    refusal = backends._no_triton.__wrapped__
+    assert "8.0 or newer, not 7.5" in refusal(torch.device("cuda", 0))
+    assert refusal(torch.device("cuda", 1)) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in refusal(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "prefix_bias"])
+def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
+    case = AttentionCase()
+    tensors = case.build(torch.float32).tensors
+    bias = torch.zeros(case.N, case.M if name == "attn_mask" else case.P, requires_grad=True)
+    fastprefix.prefix_attention(**tensors, **{name: bias}).sum().backward()
+    assert bias.grad is not None
+    reason = f"{name} requires a gradient"
+    assert backends.choose(None, torch.device("cpu"), {"eager": lambda a: None}, eager_only=reason) == "eager"
+    for other in set(backends.BACKENDS) - {"eager"}:
+        with pytest.raises(ValueError, match="not usable"):
+            fastprefix.prefix_attention(**tensors, **{name: bias}, backend=other)
+
+
+ARGUMENTS = {"prefix_attention": AttentionArguments, "prompt_embedding": EmbeddingArguments}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_schemas_follow_from_the_declaration(name):
+    fields = ARGUMENTS[name]._fields
+    schema = getattr(torch.ops.fastprefix, name).eager._schema
+    assert tuple(argument.name for argument in schema.arguments) == fields
+    backward = getattr(torch.ops.fastprefix, f"{name}_backward").eager._schema
+    assert tuple(argument.name for argument in backward.arguments)[-len(fields) :] == fields
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_cpp_declares_the_same_arguments(name):
+    """The dispatcher compares types, not names."""
+    header = Path(__file__).parents[2] / "csrc" / name / "arguments.h"
+    if not header.exists():
+        pytest.skip("no sources")
+    macros = re.findall(r"#define FASTPREFIX_\w+_(\w+)\(X, SEPARATOR\)((?:.*\\\n)+.*)", header.read_text())
+    lists = {macro: re.findall(r"X\([\w:<>]+, (\w+)\)|(DIFFERENTIABLE)", body) for macro, body in macros}
+    differentiable = [name for name, _ in lists["DIFFERENTIABLE"]]
+    names = []
+    for argument, nested in lists["ARGUMENTS"]:
+        names += differentiable if nested else [argument]
+    assert tuple(names) == ARGUMENTS[name]._fields
+
+
+@pytest.mark.parametrize("name", ["prefix_attention", "prompt_embedding"])
+def test_the_reference_takes_the_same_arguments_less_the_backend(name):
+    public = dict(inspect.signature(getattr(fastprefix, name)).parameters)
+    del public["backend"]
+    assert dict(inspect.signature(getattr(fastprefix.reference, name)).parameters) == public

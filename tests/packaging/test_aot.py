@@ -1,0 +1,125 @@
+"""Every kernel compiles ahead of time, without a GPU, within the chip's registers and shared memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def aot(*options: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool in a fresh process, because the import of Triton settles if it interprets or compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.aot", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("sm_80", " mma "), ("sm_90", " wgmma ")])
+def test_compiles_without_spills(arch: str, instruction: str) -> None:
+    done = aot("--quick", "--arch", arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith(" 0 not acceptable")
+    assert {line.split()[3] for line in lines[:-1]} >= {"embedding_fwd", "embedding_bwd_hidden", "decode", "combine"}
+    for kernel in ("fwd", "bwd_dq", "bwd_dkv", "bwd_dprefix"):
+        assert instruction in next(line for line in lines if f" {kernel} " in line)
+
+
+def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
+    options = ("--arch", "sm_86", "--dtype", "bfloat16", "--width", "256", "--features", "full", "--bottleneck", "19")
+    done = aot(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " bwd_dkv " in done.stdout
+
+
+def test_narrow_and_padded_heads_and_rounded_products() -> None:
+    widths, features = ("--width", "16", "80", "128"), ("--features", "causal, gate of keys")
+    done = aot("--arch", "sm_80", "--dtype", "bfloat16", "tf32", *widths, *features, "--bottleneck", "9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(line.split()[1], line.split()[2]) for line in done.stdout.splitlines()[:-1] if " fwd " in line}
+    assert found == {("bfloat16", "D16"), ("bfloat16", "D80"), ("bfloat16", "D128"), ("tf32", "D128")}
+
+
+@pytest.mark.parametrize(
+    ("row", "capabilities"),
+    [
+        ("sm_80", [(8, 0), (8, 7)]),
+        ("sm_86", [(8, 6), (8, 9), (12, 0), (12, 1)]),
+        ("sm_90", [(9, 0), (10, 0), (10, 3), (11, 0)]),
+    ],
+)
+def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
+    from fastprefix.ops.prefix_attention.triton_backend import tiles
+    from fastprefix.ops.targets import architecture
+    from tools.aot import SHARED_MEMORY
+
+    assert [architecture(capability) for capability in capabilities] == [row] * len(capabilities)
+    assert row in tiles.ARCHITECTURES
+    assert row in tiles.VARIANTS
+    assert row in SHARED_MEMORY
+
+
+COUNT = """
+import torch, triton
+from fastprefix.ops.prefix_attention.triton_backend import launch as attention
+from fastprefix.ops.prompt_embedding import arguments
+from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+
+def count(*, compile, fn, **_):
+    kinds.setdefault(fn.name, set()).add(compile["key"])
+    return True  # do not compile
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+kinds = {}
+aot.pretend_device(80)
+triton.knobs.runtime.jit_cache_hook = count
+for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
+    ids, d, r = tensor(B, N, dtype=torch.int64), 768, 19
+    network, pair = (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), (tensor(512, r), tensor(r, d))
+    for offset in {"ffn": network, "low_rank": None}, {"ffn": None, "low_rank": pair}:
+        dropout_p = 0.1 if offset["ffn"] else 0.0
+        a = aot.embedding_arguments(ids, tensor(99, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
+        needs = [getattr(a, name) is not None for name in arguments.DIFFERENTIABLE]
+        embedding.backward(embedding.forward(*a, target=Target()), needs, *a, target=Target())
+    if N > 16:
+        q, k, p = tensor(B, 4, N, 64), tensor(B, 2, N + S, 64), tensor(2, 50, 64)
+        a = aot.attention_arguments(q, k, k, p, p, is_causal=True)
+        output, normalizers = attention.forward(*a, target=Target())
+        needs = [x is not None for x in a[:10]]
+        attention.backward(output, output, normalizers, needs, *a, target=Target())
+print(*sorted(name for name, keys in kinds.items() if len(keys) > 1))
+print(len(kinds))
+"""
+
+
+def test_another_batch_or_length_compiles_nothing_anew() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["", "10"]
+
+
+def test_a_spill_is_not_acceptable() -> None:
+    from fastprefix.ops.prefix_attention.triton_backend.tiles import AttentionTile
+    from tools.aot import Report
+
+    tile = AttentionTile(64, 64, 64, 4, 2)
+    known = ("fwd", "sm_90", "bfloat16", "D64", "full")
+    assert Report(*known, tile, 255, spill=8).fault is not None
+    assert Report(*known, tile._replace(spills="measured faster"), 255, spill=8).fault is None
+    assert Report(*known, tile, 100, shared=228 * 1024).fault is not None
+    assert Report(*known, tile, failure="error").fault is not None

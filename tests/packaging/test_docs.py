@@ -1,0 +1,180 @@
+"""The README and the documentation: examples run, commands exist with their options, links lead somewhere."""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import pytest
+
+import fastprefix
+from fastprefix.methods import METHODS
+from fastprefix.ops.backends import BACKENDS
+from fastprefix.ops.prefix_attention.registration import OPERATION
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+SURVEYS = "survey_*.md"
+NOT_OURS = ("pip",)
+"""Commands in examples whose options are others' to keep."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def scripts() -> list[Any]:
+    """The README's examples each stand alone; those of a page follow one another."""
+    found = [pytest.param(block, id=f"README-{n}") for n, block in enumerate(blocks(PAGES[0], "python"))]
+    pages = {page.stem: "\n".join(blocks(page, "python")) for page in DOCS}
+    return found + [pytest.param(script, id=name) for name, script in pages.items() if script]
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Examples may register methods and backends; they are not for the tests that follow."""
+    tables: list[dict[str, Any]] = [METHODS, BACKENDS, OPERATION._operators]
+    former = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, former, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.parametrize("script", scripts())
+@pytest.mark.usefixtures("registries")
+def test_examples_run(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where its dataclasses look names up
+    exec(compile(script, module.__name__, "exec"), vars(module))
+
+
+def test_there_are_examples() -> None:
+    assert len(scripts()) >= 7
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Of all ``sh`` blocks, a command a line, and those that stand in the text."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            found += [line.partition(" #")[0].strip() for line in block.splitlines() if not line.startswith("#")]
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+        found += [
+            span for span in spans if re.match(r"(\w+=\S+ )*(make|fastprefix [a-z]|python -m|python \S+\.py)", span)
+        ]
+    return sorted({command for command in found if command})
+
+
+class Understood(Exception):  # noqa: N818
+    """A command line was parsed."""
+
+
+@pytest.fixture
+def parse_and_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs stop when their options have been parsed."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        parse(parser, *args, **kwargs)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+
+
+@pytest.mark.parametrize("command", commands())
+@pytest.mark.usefixtures("parse_and_stop")
+def test_commands_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    while re.match(r"\w+=", words[0]):
+        del words[0]
+    if words[0] == "make":
+        check_make(words[1:])
+    elif words[0] == "fastprefix":
+        run_until_parsed(runpy.run_module, words[0], words[1:], monkeypatch)
+    elif words[:2] == ["python", "-m"]:
+        run_until_parsed(runpy.run_module, words[2], words[3:], monkeypatch)
+    elif words[0] == "python":
+        run_until_parsed(runpy.run_path, str(ROOT / words[1]), words[2:], monkeypatch)
+    else:
+        assert words[0] in NOT_OURS
+
+
+def check_make(words: list[str]) -> None:
+    """Targets and variables are the Makefile's."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
+    variables = re.findall(r"^([A-Z]+) \?=", makefile, re.MULTILINE)
+    for word in words:
+        name, assigned, _ = word.partition("=")
+        assert name in (variables if assigned else targets)
+
+
+def run_until_parsed(
+    run: Callable[..., object], program: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program takes its options."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", [program, *options])
+    with pytest.raises(Understood):
+        run(program, run_name="__main__")
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: str(page.stem))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Paths from the repository's root, in backquotes."""
+    if page.match(SURVEYS):
+        return
+    folders = "fastprefix|csrc|benchmarks|tests|tools|examples|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w./*-]+)`", page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(name.rstrip("/"))) or "/out" in name, name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f" {page.relative_to(ROOT / 'docs')}\n" in configuration for page in DOCS)
+
+
+def test_the_api_page_names_everything_public() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    public = {
+        f"fastprefix.{name}" for name in fastprefix.__all__ if name not in ("__version__", "reference", "testing")
+    }
+    assert public <= named
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__

@@ -1,0 +1,118 @@
+"""Test that the source distribution builds the wheel, and that the wheel holds the package and nothing else."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastprefix
+from fastprefix import _native
+
+ROOT = Path(__file__).parents[2]
+DEVELOPER_TOOLS = {path.name for path in (ROOT / "tools").iterdir()} - {"__init__.py", "__pycache__"}
+BUILD = """
+import os, sys, tarfile
+from setuptools import build_meta
+
+out = sys.argv[1]
+sdist = build_meta.build_sdist(out)
+with tarfile.open(os.path.join(out, sdist)) as archive:
+    archive.extractall(out, filter="data")
+os.chdir(os.path.join(out, sdist.removesuffix(".tar.gz")))
+build_meta.build_wheel(out)
+"""
+USE = """
+import torch, fastprefix
+
+x, prefix = torch.randn(1, 2, 3, 8), torch.randn(2, 4, 8)
+print(fastprefix.__version__, fastprefix.__file__, *fastprefix.prefix_attention(x, x, x, prefix, prefix).shape)
+"""
+
+
+@dataclass
+class Distributions:
+    """The names in a source distribution, without its folder, and the wheel that was built from it."""
+
+    sources: set[str]
+    wheel: Path
+
+
+def run(code: str, *arguments: str, folder: Path, **environment: str) -> str:
+    """What Python prints, away from the checkout."""
+    command = [sys.executable, "-c", code, *arguments]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env={**kept, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """Both, from a copy of the tracked files: building writes beside them."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    run(BUILD, str(out), folder=copy, FASTPREFIX_BUILD_EXT="0")
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    return Distributions(sources, next(out.glob("*.whl")))
+
+
+def test_source_distribution(built: Distributions) -> None:
+    """Everything that is built, and neither tests nor results."""
+    for folder in ("fastprefix", "csrc"):
+        files = subprocess.check_output(["git", "ls-files", folder], cwd=ROOT, text=True).splitlines()
+        assert files
+        assert set(files) <= built.sources
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "setup.py", "pyproject.toml"} <= built.sources
+    folders = {name.partition("/")[0] for name in built.sources if "/" in name}
+    assert folders == {"fastprefix", "csrc", "fastprefix.egg-info"}
+    assert not any(name.endswith((".so", ".pyc")) for name in built.sources)
+
+
+def test_wheel(built: Distributions) -> None:
+    assert built.wheel.name == f"fastprefix-{fastprefix.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(built.wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        "fastprefix",
+        f"fastprefix-{fastprefix.__version__}.dist-info",
+    }
+    assert "fastprefix/py.typed" in names
+    assert not any(Path(name).name in DEVELOPER_TOOLS for name in names)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastprefix").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+
+
+def test_wheel_is_used_from_a_folder(built: Distributions, tmp_path: Path) -> None:
+    zipfile.ZipFile(built.wheel).extractall(tmp_path / "site")
+    printed = run(USE, folder=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
+    assert printed == [fastprefix.__version__, str(tmp_path / "site" / "fastprefix" / "__init__.py"), *"1238"]
+
+
+def test_commands_run_from_the_wheel(built: Distributions, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(built.wheel).extractall(site)
+    (command,) = metadata.Distribution.at(next(site.glob("*.dist-info"))).entry_points
+    assert (command.group, command.name) == ("console_scripts", "fastprefix")
+    module, _, function = command.value.partition(":")
+    program = f"import sys; from {module} import {function}; sys.exit({function}(sys.argv[1:]))"
+    assert "eager" in run(program, "info", folder=tmp_path, PYTHONPATH=str(site))
+    options = ("--shape", "1,2,1,3,5,4,8", "--dtype", "float32", "--backend", "eager", "--device", "cpu")
+    assert "prefix_attention" in run(program, "parity", *options, folder=tmp_path, PYTHONPATH=str(site))
+
+
+def test_libraries_of_another_pytorch_are_not_loaded(tmp_path: Path) -> None:
+    assert "was not built" in str(_native.find_library(tmp_path, torch.__version__))
+    for version in ("2_11", "2_12"):
+        (tmp_path / f"{_native.instruction_set()}_torch{version}.so").touch()
+    assert _native.find_library(tmp_path, "2.12.1+cpu") == tmp_path / f"{_native.instruction_set()}_torch2_12.so"
+    reason = str(_native.find_library(tmp_path, "2.13.0+cpu"))
+    assert "was built for PyTorch 2.11 and 2.12, and this is 2.13.0+cpu" in reason
