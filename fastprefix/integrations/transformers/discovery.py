@@ -514,6 +514,10 @@ WINDOW = 4
 CONTEXT = 16
 """The original context of a small copy whose rotary embedding changes beyond it, in tokens."""
 _POSITIONS = 512
+_SOUND = 16
+"""The positions of a small copy's sound."""
+_GRID, _PIXELS = 4, 64
+"""The side of a small copy's images, in patches or, where there are none, in pixels."""
 _FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """How many of a model's first layers are of another kind."""
 _PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
@@ -526,16 +530,20 @@ _MOST_PARAMETERS = 100_000_000
 
 @dataclass(frozen=True)
 class _Scale:
-    """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), and whether
-    it has fewer layers.
+    """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), whether it
+    has fewer layers, and whether its images and sounds are small.
     """
 
     head_size: int | None
     heads: int | None
     fewer_layers: bool
+    small_signals: bool = False
 
 
-_SCALES = (_Scale(16, 4, True), _Scale(8, None, True), _Scale(None, None, True), _Scale(None, None, False))
+_SCALES = (
+    *(_Scale(16, 4, True, small_signals=True), _Scale(16, 4, True)),
+    *(_Scale(8, None, True), _Scale(None, None, True), _Scale(None, None, False)),
+)
 
 
 class CopyError(ValueError):
@@ -646,6 +654,8 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bo
             _scale_positions(part)
         if scale.fewer_layers and not whole:
             _shorten(part)
+        if scale.small_signals and not whole:
+            _shrink_signals(part)
         _calm(part)
     for part in every:
         for name, value in list(vars(part).items()):
@@ -783,6 +793,16 @@ def _scale_positions(config: Any) -> None:
         config.original_max_position_embeddings = CONTEXT
     if limit:
         config.max_position_embeddings = max(CONTEXT * limit // original, CONTEXT)
+
+
+def _shrink_signals(config: Any) -> None:
+    """Make images and sounds small, whose positions would outnumber those of the text by far."""
+    sizes = _sizes(config)
+    if sizes.get("max_source_positions", 0) > _SOUND:
+        config.max_source_positions = _SOUND
+    side = _GRID * sizes["patch_size"] if "patch_size" in sizes else _PIXELS
+    if sizes.get("image_size", 0) > side:
+        config.image_size = side
 
 
 def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
