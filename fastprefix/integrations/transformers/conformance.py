@@ -521,17 +521,16 @@ class Situations:
             inputs["use_cache"] = False
         return inputs
 
+    @functools.cached_property
     def _given(self) -> dict[str, Any]:
-        """Return the plainest arguments on which a model runs."""
-        if self.is_text:
-            return self._inputs(self.ids)
-        return dict(running_inputs(self.plain))
+        """The plainest arguments on which the model runs."""
+        return self._inputs(self.ids) if self.is_text else dict(running_inputs(self.plain))
 
     def _rows(self, padding: str) -> Make:
         return lambda run: _values(run(**(inputs := self._inputs(self.ids, padding))), inputs["attention_mask"])
 
     def _plainest(self, run: Run) -> list[Tensor]:
-        return _values(run(**self._given()))
+        return _values(run(**self._given))
 
     def _alone(self, run: Run) -> list[Tensor]:
         return _values(run(**self._inputs(self.ids[1:])))
@@ -715,10 +714,10 @@ class Situations:
         return _difference(*found).error <= BOUND
 
     def _states(self, which: Any) -> Make:
-        return lambda run: _values(run(**self._given(), output_hidden_states=which))
+        return lambda run: _values(run(**self._given, output_hidden_states=which))
 
     def _tuples(self, run: Run) -> list[Tensor]:
-        output = run(**self._given(), return_dict=False)
+        output = run(**self._given, return_dict=False)
         return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
 
     def autocast(self) -> Finding:
