@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment that is made here, once.
 #
 #   make bench    the main job: the methods against their peers, on real text
-#   make test     build, then all tests; those of PEFT once more, with the transformers that PEFT works with
+#   make test     build, then all tests: the Triton kernels' in the interpreter, PEFT's again with its transformers
 #   make matrix   the model tests on the oldest, the pinned and the newest libraries (an hour and 15 GB, not part of CI)
 #   make lint     ruff, mypy and codespell
 #   make docs     the documentation's site, in site/
@@ -29,6 +29,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
+# Pytest exits with 5 where TEST selects no test of a second run.
+OR_NONE := $(if $(TEST),|| test $$? -eq 5)
 # A folder that stands before the environment's packages on the path of PEFT's tests.
 OVERLAY := $(VENV)/peft-overlay
 OVERLAID := $(OVERLAY)/.installed
@@ -38,11 +40,11 @@ OVERLAID := $(OVERLAY)/.installed
 bench: $(BUILT) $(OVERLAID)
 	PYTHONPATH=$(abspath $(OVERLAY)) $(BIN)/python -m benchmarks $(BENCH)
 
-# Pytest exits with 5 where TEST selects no test of PEFT.
 test: $(BUILT) $(OVERLAID)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(TEST)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/ops/triton $(TEST) $(OR_NONE)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OVERLAY)) REQUIRE_PEFT=1 \
-		$(BIN)/python -m pytest --numprocesses auto -m peft $(TEST) $(if $(TEST),|| test $$? -eq 5)
+		$(BIN)/python -m pytest --numprocesses auto -m peft $(TEST) $(OR_NONE)
 
 matrix:
 	$(PYTHON) tools/matrix.py $(MATRIX)

@@ -1,7 +1,8 @@
-"""What the tests share: small inputs, and the backends that are usable here."""
+"""What the tests share: the devices of this machine, and the backends that are usable on them."""
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 # Compiled graphs know an operator by its name: those of another version of this package must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="fastprefix-inductor-", ignore_cleanup_errors=True)
@@ -9,16 +10,38 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.mark import ParameterSet  # noqa: E402
 
 from fastprefix.ops.backends import BACKENDS  # noqa: E402
 
-USABLE = [name for name, backend in BACKENDS.items() if backend.refusal(torch.device("cpu")) is None]
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-@pytest.fixture(params=USABLE)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that is usable on this machine's CPU."""
+def list_targets() -> Iterator[ParameterSet]:
+    """Yield every device of this machine with each backend that is usable on it."""
+    for device in DEVICES:
+        for name, backend in BACKENDS.items():
+            if backend.refusal(torch.device(device)) is None:
+                marks = [pytest.mark.cuda] if device == "cuda" else []
+                yield pytest.param((device, name), id=name if device == "cpu" else f"{name}-{device}", marks=marks)
+
+
+@pytest.fixture(params=list(list_targets()))
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A device and a backend."""
     return request.param
+
+
+@pytest.fixture
+def device(target: tuple[str, str]) -> str:
+    """The device on which a test's backend runs."""
+    return target[0]
+
+
+@pytest.fixture
+def backend(target: tuple[str, str]) -> str:
+    """Every backend that is usable on a device of this machine."""
+    return target[1]
 
 
 @pytest.fixture

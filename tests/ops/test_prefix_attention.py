@@ -15,34 +15,34 @@ FULL = AttentionCase(Hq=4, gate="BhP", output_gate="BH", sinks=True, options={"i
 JOINT = AttentionCase(Hq=4, gate="hP", sinks=True, options={"softcap": 5.0})
 
 
-def leaves(case, dtype=torch.float32):
-    return {name: tensor.requires_grad_() for name, tensor in case.build(dtype).tensors.items()}
+def leaves(case, device="cpu", dtype=torch.float32):
+    return {name: tensor.requires_grad_() for name, tensor in case.build(dtype, device).tensors.items()}
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.N}-{case.M}-{case.P}")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parity(backend, case, dtype):
-    report = measure(case, DTYPES[dtype], backend)
+def test_parity(device, backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend, device)
     assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
-def test_parity_float32_with_poisoned_memory(backend, case, poisoned):
-    report = measure(case, torch.float32, backend)
+def test_parity_float32_with_poisoned_memory(device, backend, case, poisoned):
+    report = measure(case, torch.float32, backend, device)
     assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
 @pytest.mark.parametrize("layout", ["BHND", "BNHD", "sliced"])
-def test_opcheck(backend, case, layout):
-    t = leaves(replace(case, layout=layout))
+def test_opcheck(device, backend, case, layout):
+    t = leaves(replace(case, layout=layout), device)
     arguments = canonical_arguments(**t, **case.options)
     torch.library.opcheck(getattr(torch.ops.fastprefix.prefix_attention, backend), tuple(arguments))
 
 
 @pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
 def test_gradcheck(case):
-    t = leaves(case, torch.float64)
+    t = leaves(case, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda *x: prefix_attention(**dict(zip(t, x, strict=True)), **case.options, backend="eager"), tuple(t.values())
     )
@@ -50,8 +50,8 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**63 - 1])
-def test_a_window_over_everything_hides_nothing(backend, window, causal):
-    t = leaves(AttentionCase(N=5, M=7, P=3))
+def test_a_window_over_everything_hides_nothing(device, backend, window, causal):
+    t = leaves(AttentionCase(N=5, M=7, P=3), device)
 
     def run(**options):
         output = prefix_attention(**t, is_causal=causal, backend=backend, **options)
@@ -62,7 +62,7 @@ def test_a_window_over_everything_hides_nothing(backend, window, causal):
 
 
 @pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
-def test_compile(backend, compiler, dynamic):
+def test_compile(device, backend, compiler, dynamic):
     torch._dynamo.reset()
 
     def run(**t):
@@ -70,7 +70,7 @@ def test_compile(backend, compiler, dynamic):
 
     compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
     for n in (5, 6) if dynamic else (5,):
-        t = leaves(replace(FULL, N=n))
+        t = leaves(replace(FULL, N=n), device)
         expected, got = run(**t), compiled(**t)
         torch.testing.assert_close(got, expected)
         for a, b in zip(
@@ -80,8 +80,8 @@ def test_compile(backend, compiler, dynamic):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_replays_dropout(backend, reentrant):
-    t = leaves(JOINT)
+def test_checkpoint_replays_dropout(device, backend, reentrant):
+    t = leaves(JOINT, device)
 
     def run(*x):
         return prefix_attention(**dict(zip(t, x, strict=True)), dropout_p=0.5, backend=backend)
@@ -95,15 +95,15 @@ def test_checkpoint_replays_dropout(backend, reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_equals_explicit_casts(backend, dtype):
-    t = JOINT.build(torch.float32).tensors
-    with torch.autocast("cpu", dtype):
+def test_autocast_equals_explicit_casts(device, backend, dtype):
+    t = JOINT.build(torch.float32, device).tensors
+    with torch.autocast(device, dtype):
         got = prefix_attention(**t, backend=backend)
     assert torch.equal(got, prefix_attention(**{name: x.to(dtype) for name, x in t.items()}, backend=backend))
 
 
-def test_no_grad_inference_mode_and_determinism(backend):
-    t = leaves(JOINT)
+def test_no_grad_inference_mode_and_determinism(device, backend):
+    t = leaves(JOINT, device)
     expected = prefix_attention(**t, backend=backend)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -112,23 +112,23 @@ def test_no_grad_inference_mode_and_determinism(backend):
         assert torch.equal(got, expected)
 
 
-def test_double_backward_is_refused(backend):
-    t = leaves(JOINT)
+def test_double_backward_is_refused(device, backend):
+    t = leaves(JOINT, device)
     grad = torch.autograd.grad(prefix_attention(**t, backend=backend).sum(), t["query"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
-def test_only_gradients_asked_for(backend):
+def test_only_gradients_asked_for(device, backend):
     for name in leaves(FULL):
-        t = FULL.build(torch.float32).tensors
+        t = FULL.build(torch.float32, device).tensors
         t[name].requires_grad_()
         prefix_attention(**t, backend=backend).sum().backward()
         assert {n for n, tensor in t.items() if tensor.grad is not None} == {name}
 
 
-def test_saved_tensors_are_inputs_output_and_normalizers(backend):
-    t, saved = leaves(AttentionCase(B=5, Hq=4, P=9, layout="BNHD")), []
+def test_saved_tensors_are_inputs_output_and_normalizers(device, backend):
+    t, saved = leaves(AttentionCase(B=5, Hq=4, P=9, layout="BNHD"), device), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         output = prefix_attention(**t, backend=backend)
     known = {x.untyped_storage().data_ptr() for x in (*t.values(), output)}
@@ -137,28 +137,28 @@ def test_saved_tensors_are_inputs_output_and_normalizers(backend):
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-def test_the_output_is_laid_out_as_the_query(backend, layout):
-    t = AttentionCase(layout=layout).build(torch.float32).tensors
+def test_the_output_is_laid_out_as_the_query(device, backend, layout):
+    t = AttentionCase(layout=layout).build(torch.float32, device).tensors
     assert prefix_attention(**t, backend=backend).stride() == t["query"].stride()
 
 
-def test_a_query_that_sees_nothing_is_zero(backend):
-    t = leaves(AttentionCase(P=0))
-    output = prefix_attention(**t, attn_mask=torch.zeros(2, 7, dtype=torch.bool), backend=backend)
+def test_a_query_that_sees_nothing_is_zero(device, backend):
+    t = leaves(AttentionCase(P=0), device)
+    output = prefix_attention(**t, attn_mask=torch.zeros(2, 7, dtype=torch.bool, device=device), backend=backend)
     assert not output.any()
     assert not any(gradient.any() for gradient in torch.autograd.grad(output.sum(), t.values()))
 
 
 @pytest.mark.parametrize("zero", ["B", "N", "M", "P"])
-def test_zero_sizes(backend, zero):
-    t = leaves(AttentionCase(**{zero: 0}))
+def test_zero_sizes(device, backend, zero):
+    t = leaves(AttentionCase(**{zero: 0}), device)
     output = prefix_attention(**t, backend=backend)
     assert output.shape == t["query"].shape
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), t.values()))
 
 
-def test_dropout_of_everything_and_replay(backend):
-    t = JOINT.build(torch.float32).tensors
+def test_dropout_of_everything_and_replay(device, backend):
+    t = JOINT.build(torch.float32, device).tensors
     assert not prefix_attention(**t, dropout_p=1.0, backend=backend).any()
     outputs = []
     for seed in (1, 1, 2):

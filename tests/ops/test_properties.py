@@ -37,8 +37,8 @@ def attention_cases(draw):
 
 @given(case=attention_cases(), dtype=st.sampled_from(list(DTYPES)))
 @SETTINGS
-def test_prefix_attention(backend, case, dtype):
-    report = measure(case, DTYPES[dtype], backend, draws=4)
+def test_prefix_attention(device, backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend, device, draws=4)
     assert report.ok, f"\n{report}"
 
 
@@ -52,6 +52,6 @@ def test_prefix_attention(backend, case, dtype):
     dtype=st.sampled_from(list(DTYPES)),
 )  # fmt: skip
 @SETTINGS
-def test_prompt_embedding(backend, case, dtype):
-    report = measure(case, DTYPES[dtype], backend, draws=4)
+def test_prompt_embedding(device, backend, case, dtype):
+    report = measure(case, DTYPES[dtype], backend, device, draws=4)
     assert report.ok, f"\n{report}"

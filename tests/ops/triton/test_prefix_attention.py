@@ -1,13 +1,6 @@
-"""The Triton kernels against the float64 reference, forward and every gradient, in Triton's interpreter on the CPU.
+"""The Triton kernels of ``prefix_attention`` against the float64 reference, forward and every gradient."""
 
-Whether Triton interprets is settled when it is imported. So this module, run as usual, runs itself in a fresh process
-with ``TRITON_INTERPRET=1``, and only there are its cases defined.
-"""
-
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -22,27 +15,6 @@ from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
 from fastprefix.testing import assert_parity
 
-pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-
-if not INTERPRETING:
-
-    def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def test_refuses_cpu_tensors_without_the_interpreter() -> None:
-        x = torch.zeros(1, 1, 1, 16)
-        with pytest.raises(ValueError, match="it runs on cuda tensors"):
-            fastprefix.prefix_attention(x, x, x, x[0], x[0], backend="triton")
-
-    def test_import_does_not_import_triton() -> None:
-        program = "import sys, fastprefix; sys.exit('triton' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
 Inputs = dict[str, Any]
 NAMES = [name for name in DIFFERENTIABLE if name not in EAGER_ALONE]
 
@@ -52,9 +24,9 @@ def make_case(**named: Any) -> AttentionCase:
     return make_attention_case(**(defaults | named))
 
 
-def make(dtype: torch.dtype = torch.float32, **named: Any) -> Inputs:
+def make(device: str, dtype: torch.dtype = torch.float32, **named: Any) -> Inputs:
     """All arguments of a call."""
-    inputs = make_case(**named).build(dtype)
+    inputs = make_case(**named).build(dtype, device)
     return inputs.tensors | inputs.options
 
 
@@ -66,7 +38,7 @@ def run(function: Callable[..., Tensor], x: Inputs, wanted: Sequence[str] = NAME
     leaves = {name: x[name].detach().requires_grad_() for name in wanted if name in x}
     torch.manual_seed(5)  # the same dropout everywhere
     output = function(**(x | leaves))
-    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output.dtype)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
     gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
     return output.detach(), dict(zip(leaves, gradients, strict=True))
 
@@ -75,9 +47,9 @@ def triton_backend(**arguments: Any) -> Tensor:
     return fastprefix.prefix_attention(**arguments, backend="triton")
 
 
-def assert_close(case: AttentionCase, dtype: torch.dtype, grad: bool | Sequence[str] = True) -> None:
+def assert_close(case: AttentionCase, dtype: torch.dtype, device: str, grad: bool | Sequence[str] = True) -> None:
     """The parity of ``fastprefix.testing``."""
-    report = measure(case, dtype, "triton", draws=2, grad=grad)
+    report = measure(case, dtype, "triton", device, draws=2, grad=grad)
     assert report.ok, f"\n{report}"
 
 
@@ -189,127 +161,124 @@ HALF_CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize("name", CASES)
+def test_parity_float32(device: str, name: str) -> None:
+    assert_close(make_case(**CASES[name]), torch.float32, device)
 
 
-if INTERPRETING:
+@pytest.mark.parametrize("name", HALF_CASES)
+def test_parity_float16(device: str, name: str) -> None:
+    assert_close(make_case(**CASES[name]), torch.float16, device)
 
-    @pytest.mark.parametrize("name", CASES)
-    def test_parity_float32(name: str) -> None:
-        assert_close(make_case(**CASES[name]), torch.float32)
 
-    @pytest.mark.parametrize("name", HALF_CASES)
-    def test_parity_float16(name: str) -> None:
-        assert_close(make_case(**CASES[name]), torch.float16)
+@pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("query", "value"), ("key", "prefix_gate")])
+def test_only_the_gradients_asked_for(device: str, wanted: tuple[str, ...]) -> None:
+    case = make_case(N=20, M=33, gate="BhP", output_gate="BH", sinks=True)
+    assert_close(case, torch.float32, device, wanted)
 
-    @pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("query", "value"), ("key", "prefix_gate")])
-    def test_only_the_gradients_asked_for(wanted: tuple[str, ...]) -> None:
-        case = make_case(N=20, M=33, gate="BhP", output_gate="BH", sinks=True)
-        assert_close(case, torch.float32, wanted)
 
-    def test_frozen_tokens_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-        from fastprefix.ops import targets
+def test_frozen_tokens_cost_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastprefix.ops import targets
 
-        launched: list[str] = []
-        launch = targets.Device.launch
+    launched: list[str] = []
+    launch = targets.Device.launch
 
-        def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-            launched.append(
-                kernel.__name__
-                + (
-                    ""
-                    if arguments[2] is not None and getattr(arguments[2], "pointer", 0) is not None
-                    else " without dq"
-                )
-            )
-            launch(self, kernel, grid, arguments, constants, tile)
-
-        monkeypatch.setattr(targets.Device, "launch", record)
-        run(triton_backend, make(gate="P"), ("prefix_key", "prefix_value", "prefix_gate"))
-        assert not any("dkv" in name for name in launched)
-        assert "prefix_attention_bwd_dq_kernel without dq" in launched
-
-    def test_dropout_drops_what_the_eager_backend_drops() -> None:
-        x = make(M=0, P=32, Dv=32, dropout_p=0.5)
-        x["query"] = torch.zeros_like(x["query"])
-        x["prefix_value"] = torch.eye(32).expand(2, 32, 32)  # the output is the probabilities
-        kept = [
-            run(lambda name=name, **a: fastprefix.prefix_attention(**a, backend=name), x)[0] != 0
-            for name in ("eager", "triton")
-        ]
-        assert torch.equal(*kept)
-        assert 0.4 < kept[0].double().mean() < 0.6
-
-    def test_twice_the_same_bits() -> None:
-        x = make(B=3, P=40, gate="P", sinks=True)
-        first, second = (run(triton_backend, x) for _ in range(2))
-        assert torch.equal(first[0], second[0])
-        assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
-
-    def test_strided_views_and_layouts() -> None:
-        x = make(N=20, M=33, layout="BNHD")
-        x["prefix_key"] = x["prefix_key"].transpose(0, 1).contiguous().transpose(0, 1)
-        x["prefix_value"] = torch.stack([x["prefix_value"], x["prefix_value"]], -1)[..., 0]  # columns two apart
-        assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=2)
-        output = triton_backend(**x)
-        assert output.stride() == allocate_heads(x["query"], x["value"].shape[3]).stride()
-
-    def test_columns_further_apart_than_32_bits_say() -> None:
-        apart = 2**23 + 2**16
-        memory = torch.from_numpy(numpy.empty(256 * apart, dtype=numpy.float16))  # few of its pages are ever touched
-        x = make(torch.float16, B=1, Hq=1, Hkv=1, N=20, M=20, P=3, D=256, Dv=16)
-        far = memory.as_strided(x["key"].shape, (1, 1, 1, apart)).copy_(x["key"])
-        assert torch.equal(triton_backend(**{**x, "key": far}), triton_backend(**x))
-
-    def test_operators_keep_pytorch_rules() -> None:
-        x = {name: tensor.requires_grad_() for name, tensor in make(N=5, M=6, P=3, gate="P", sinks=True).items()}
-        torch.library.opcheck(
-            torch.ops.fastprefix.prefix_attention.triton, tuple(canonical_arguments(**x, is_causal=True))
+    def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+        launched.append(
+            kernel.__name__
+            + ("" if arguments[2] is not None and getattr(arguments[2], "pointer", 0) is not None else " without dq")
         )
+        launch(self, kernel, grid, arguments, constants, tile)
 
-    @pytest.mark.parametrize(
-        ("dtype", "precision", "used"),
-        [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee")],
-    )
-    def test_precision_of_products(
-        dtype: torch.dtype, precision: str, used: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The user's, by PyTorch's newer switch: once it is set, the older one cannot be read."""
-        from fastprefix.ops import targets
+    monkeypatch.setattr(targets.Device, "launch", record)
+    run(triton_backend, make(device, gate="P"), ("prefix_key", "prefix_value", "prefix_gate"))
+    assert not any("dkv" in name for name in launched)
+    assert "prefix_attention_bwd_dq_kernel without dq" in launched
 
-        seen: set[str] = set()
-        launch = targets.Device.launch
 
-        def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-            seen.add(constants["T"].PRECISION)
-            launch(self, kernel, grid, arguments, constants, tile)
+def test_dropout_drops_what_the_eager_backend_drops(device: str) -> None:
+    x = make(device, M=0, P=32, Dv=32, dropout_p=0.5)
+    x["query"] = torch.zeros_like(x["query"])
+    x["prefix_value"] = torch.eye(32, device=device).expand(2, 32, 32)  # the output is the probabilities
+    kept = [
+        run(lambda name=name, **a: fastprefix.prefix_attention(**a, backend=name), x)[0] != 0
+        for name in ("eager", "triton")
+    ]
+    assert torch.equal(*kept)
+    assert 0.4 < kept[0].double().mean() < 0.6
 
-        monkeypatch.setattr(targets.Device, "launch", record)
-        x = make(dtype, N=20, M=20, B=1)
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, precision
-        try:
-            triton_backend(**x)
-        finally:
-            matmul.fp32_precision = before
-        assert seen == {used}
 
-    def test_compiles_whole() -> None:
-        x = make(N=5, M=6, P=3, gate="P")
-        compiled = torch.compile(triton_backend, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(**x), triton_backend(**x))
+def test_twice_the_same_bits(device: str) -> None:
+    x = make(device, B=3, P=40, gate="P", sinks=True)
+    first, second = (run(triton_backend, x) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
-    @pytest.mark.parametrize(
-        ("change", "match"),
-        [({"dtype": torch.float64}, "not torch.float64"), ({"D": 264}, "head sizes up to 256")],
-    )
-    def test_says_what_it_does_not_take(change: dict[str, Any], match: str) -> None:
-        x = torch.zeros(1, 1, 1, change.get("D", 16), dtype=change.get("dtype", torch.float32))
-        with pytest.raises(ValueError, match=match):
-            triton_backend(query=x, key=x, value=x, prefix_key=x[0], prefix_value=x[0])
-        assert fastprefix.prefix_attention(x, x, x, x[0], x[0]).shape == x.shape
+
+def test_strided_views_and_layouts(device: str) -> None:
+    x = make(device, N=20, M=33, layout="BNHD")
+    x["prefix_key"] = x["prefix_key"].transpose(0, 1).contiguous().transpose(0, 1)
+    x["prefix_value"] = torch.stack([x["prefix_value"], x["prefix_value"]], -1)[..., 0]  # columns two apart
+    assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=2)
+    output = triton_backend(**x)
+    assert output.stride() == allocate_heads(x["query"], x["value"].shape[3]).stride()
+
+
+def test_columns_further_apart_than_32_bits_say(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("a GPU has no memory that is never touched")
+    apart = 2**23 + 2**16
+    memory = torch.from_numpy(numpy.empty(256 * apart, dtype=numpy.float16))  # few of its pages are ever touched
+    x = make(device, torch.float16, B=1, Hq=1, Hkv=1, N=20, M=20, P=3, D=256, Dv=16)
+    far = memory.as_strided(x["key"].shape, (1, 1, 1, apart)).copy_(x["key"])
+    assert torch.equal(triton_backend(**{**x, "key": far}), triton_backend(**x))
+
+
+def test_operators_keep_pytorch_rules(device: str) -> None:
+    x = {name: tensor.requires_grad_() for name, tensor in make(device, N=5, M=6, P=3, gate="P", sinks=True).items()}
+    torch.library.opcheck(torch.ops.fastprefix.prefix_attention.triton, tuple(canonical_arguments(**x, is_causal=True)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "used"),
+    [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee")],
+)
+def test_precision_of_products(
+    device: str, dtype: torch.dtype, precision: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's, by PyTorch's newer switch: once it is set, the older one cannot be read."""
+    from fastprefix.ops import targets
+
+    seen: set[str] = set()
+    launch = targets.Device.launch
+
+    def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+        seen.add(constants["T"].PRECISION)
+        launch(self, kernel, grid, arguments, constants, tile)
+
+    monkeypatch.setattr(targets.Device, "launch", record)
+    x = make(device, dtype, N=20, M=20, B=1)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        triton_backend(**x)
+    finally:
+        matmul.fp32_precision = before
+    assert seen == {used}
+
+
+def test_compiles_whole(device: str) -> None:
+    x = make(device, N=5, M=6, P=3, gate="P")
+    compiled = torch.compile(triton_backend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**x), triton_backend(**x))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"dtype": torch.float64}, "not torch.float64"), ({"D": 264}, "head sizes up to 256")],
+)
+def test_says_what_it_does_not_take(device: str, change: dict[str, Any], match: str) -> None:
+    x = torch.zeros(1, 1, 1, change.get("D", 16), dtype=change.get("dtype", torch.float32), device=device)
+    with pytest.raises(ValueError, match=match):
+        triton_backend(query=x, key=x, value=x, prefix_key=x[0], prefix_value=x[0])
+    assert fastprefix.prefix_attention(x, x, x, x[0], x[0]).shape == x.shape

@@ -66,7 +66,7 @@ def test_kernels_get_what_they_are_called_with(driver: Path) -> None:
         "TRITON_CACHE_DIR": str(driver / "cache"),
         "TRITON_LIBCUDA_PATH": str(driver),
     }
-    command = [sys.executable, "-m", "tests.ops.triton.launching.program", str(driver)]
+    command = [sys.executable, "-m", "tests.ops.launching.program", str(driver)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert tuple(done.stdout.split()) == KERNELS
