@@ -177,8 +177,8 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
     """A small model of a family, in float64 and for evaluation; ``options`` set what its configuration has."""
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
     own = getattr(transformers, class_name).config_class
-    if not isinstance(config, own) and isinstance(config.get_text_config(), own):
-        config = config.get_text_config()
+    if not isinstance(config, own):
+        config = next((part for part in parts(config) if isinstance(part, own)), config)
     for part in parts(config):
         for name, value in options.items():
             if vars(part).get(name) is not None:

@@ -4,11 +4,21 @@ from torch import nn
 
 
 def embedding_width(model: nn.Module) -> int:
-    """``d`` of a model with input embeddings."""
+    """Return ``d`` of a model with a table of input embeddings.
+
+    Raises:
+        TypeError: the model cannot have one.
+        ValueError: the model has none.
+    """
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     if get_input_embeddings is None:
-        raise TypeError(f"model takes a model with input embeddings, got {type(model).__name__}")
-    return int(get_input_embeddings().weight.shape[1])
+        raise TypeError(f"`model` must be a model with input embeddings, but is {type(model).__name__}")
+    try:
+        return int(get_input_embeddings().weight.shape[1])
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`model` must have a table of input embeddings, but {type(model).__name__} has none"
+        ) from error
 
 
 def largest_within(name: str, budget: int, *, fixed: int, each: int) -> int:

@@ -819,6 +819,8 @@ def _calm(config: Any) -> None:
             setattr(config, name, 0.0)
     if isinstance(vars(config).get("initializer_range"), float):
         config.initializer_range = 0.2
+    if vars(config).get("apply_spec_augment"):
+        config.apply_spec_augment = False
     config._experts_implementation = "eager"  # the other ones take no float64
     if vars(config).get("quantization_config") is not None:
         del config.quantization_config
