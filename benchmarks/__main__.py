@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .measure import BenchmarkError
-from .options import QUICK_NOTE
+from .suite import QUICK_NOTE
 
 SUITES = {
     "main": "main_job",

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import fastprefix
 
-from . import kernels
-from .kernels import KernelPeer, Problem
-from .options import DTYPES, set_up
+from .measure import Problem
+from .results import Record
+from .suite import DTYPES, KernelWork, add_kernel_options, build_kernel_problem, run_kernels, set_up
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -117,23 +117,23 @@ class Inputs:
 
     def problem(self, setting: Setting, dtype: str) -> Problem:
         case: dict[str, Any] = {**setting._asdict(), "distinct": self.ids.unique().numel(), "dtype": dtype}
-        return Problem(case, self.peers(), self.grad)
+        return build_kernel_problem(case, self.works(), self.grad)
 
-    def peers(self) -> dict[str, KernelPeer]:
+    def works(self) -> dict[str, KernelWork]:
         ours = fastprefix.prompt_embedding
         x, low_rank, ffn = (self.ids, self.weight, self.prompt), self.low_rank, self.ffn
         pt, dept, adept = (self.prompt,), (self.prompt, *low_rank), (self.prompt, *ffn)
         return {
-            "lookup": KernelPeer("floor", lambda: F.embedding(self.longer, self.weight)),
-            "pt_eager": KernelPeer("theirs", lambda: embed_pt(*x), pt),
-            "pt": KernelPeer("ours", lambda: ours(*x), pt),
-            "dept_eager": KernelPeer("theirs", lambda: embed_dept(*x, *low_rank), dept),
-            "dept_compiled": KernelPeer("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
-            "dept": KernelPeer("ours", lambda: ours(*x, low_rank=low_rank), dept),
-            "adept_eager": KernelPeer("theirs", lambda: embed_adept(*x, *ffn), adept),
-            "adept_compiled": KernelPeer("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
-            "adept": KernelPeer("ours", lambda: ours(*x, ffn=ffn), adept),
-            "merged": KernelPeer("ours", lambda: ours(self.ids, self.merged, self.prompt)),
+            "lookup": KernelWork("floor", lambda: F.embedding(self.longer, self.weight)),
+            "pt_eager": KernelWork("theirs", lambda: embed_pt(*x), pt),
+            "pt": KernelWork("ours", lambda: ours(*x), pt),
+            "dept_eager": KernelWork("theirs", lambda: embed_dept(*x, *low_rank), dept),
+            "dept_compiled": KernelWork("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
+            "dept": KernelWork("ours", lambda: ours(*x, low_rank=low_rank), dept),
+            "adept_eager": KernelWork("theirs", lambda: embed_adept(*x, *ffn), adept),
+            "adept_compiled": KernelWork("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
+            "adept": KernelWork("ours", lambda: ours(*x, ffn=ffn), adept),
+            "merged": KernelWork("ours", lambda: ours(self.ids, self.merged, self.prompt)),
         }
 
 
@@ -148,7 +148,7 @@ def keep_freed_memory() -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kernels.add_arguments(parser, dtypes=["float32"])
+    add_kernel_options(parser, dtypes=["float32"])
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
@@ -159,5 +159,5 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def run(options: argparse.Namespace) -> int:
     device = set_up(options)
-    kept = keep_freed_memory()
-    return kernels.run("embedding", list_problems(options, device), options, device, freed_memory_kept=kept)
+    record = Record.start("embedding", device, options.quick, freed_memory_kept=keep_freed_memory())
+    return run_kernels(record, list_problems(options, device), options, device)

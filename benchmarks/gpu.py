@@ -35,11 +35,10 @@ from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attent
 from fastprefix.parity import measure as measure_parity
 
 from .attention import Inputs, Shape, build_dense_mask
-from .kernels import KernelPeer, Problem
-from .measure import ROOT, Row, added_peak, fault, figure_row, first_line, timed_row
-from .options import DEFAULT_OUT
+from .measure import ROOT, Problem, Row, added_peak, fault, figure_row, first_line, timed_row
 from .report import tabulate_gpu
 from .results import Record, describe_case, read
+from .suite import DEFAULT_OUT, KernelWork, build_kernel_problem
 
 DESCRIPTION = __doc__
 CUDA = torch.device("cuda")
@@ -270,7 +269,7 @@ def build_tile_call(kernel: str, width: int, N: int) -> Callable[[], object]:
     P, causal = (2048, False) if kernel == "dprefix" else (128, True)
     inputs = Inputs(Shape(4, 16, 8, N, N, width, P), torch.bfloat16, causal, CUDA, gate="none")
     if kernel == "forward":
-        return KernelPeer("ours", inputs.run_fused).run_forward
+        return KernelWork("ours", inputs.run_fused).run_forward
     leaves = {"dq": (inputs.q,), "dkv": (inputs.k, inputs.v), "dprefix": (inputs.pk, inputs.pv)}[kernel]
     for tensor in inputs.leaves:
         tensor.requires_grad_(any(tensor is leaf for leaf in leaves))
@@ -330,7 +329,7 @@ def list_problems() -> Iterator[tuple[Shape, str, bool]]:
 def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = CUDA) -> Problem:
     """Return the peers: concatenation and the tokens alone on each kernel of SDPA, and compiled FlexAttention."""
     inputs = Inputs(shape, torch.bfloat16, causal, device, gate=gate)
-    peers = {"fused": KernelPeer("ours", inputs.run_fused, inputs.leaves)}
+    works = {"fused": KernelWork("ours", inputs.run_fused, inputs.leaves)}
 
     def choose(call: Callable[[], Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
         def run_on_backend() -> Tensor:
@@ -344,22 +343,22 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
         variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
         if name == "cudnn" and causal:  # it aligns masks to the upper left alone
             variant.mask = build_dense_mask(shape.N, shape.M, shape.P, inputs.q.device)
-        peers[f"tokens, {name}"] = KernelPeer("floor", choose(variant.run_tokens, backend), inputs.leaves[:3])
+        works[f"tokens, {name}"] = KernelWork("floor", choose(variant.run_tokens, backend), inputs.leaves[:3])
         if gate != "query":  # a gate for each query cannot be folded into the keys
-            peers[f"concat, {name}"] = KernelPeer("theirs", choose(variant.run_concat, backend), inputs.leaves)
+            works[f"concat, {name}"] = KernelWork("theirs", choose(variant.run_concat, backend), inputs.leaves)
     if gate == "none" and causal and shape.P == 128:
         torch.compiler.reset()  # past its limit of recompilations it would refuse
-        peers["concat, flex"] = KernelPeer("theirs", inputs.compile_flex(), inputs.leaves)
+        works["concat, flex"] = KernelWork("theirs", inputs.compile_flex(), inputs.leaves)
     case: Row = {**shape._asdict(), "gate": gate, "causal": causal}
-    return Problem(case, peers, inputs.grad)
+    return build_kernel_problem(case, works, inputs.grad)
 
 
 def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
     """Run the kernels of a case on short inputs."""
     inputs = Inputs(shape, torch.bfloat16, causal, CUDA, gate=gate)
-    peer = KernelPeer("ours", inputs.run_fused, inputs.leaves)
-    peer.run_forward()
-    peer.run_both(inputs.grad)
+    work = KernelWork("ours", inputs.run_fused, inputs.leaves)
+    work.run_forward()
+    work.run_both(inputs.grad)
     torch.cuda.synchronize()
     return {}
 
@@ -398,7 +397,7 @@ def measure_speed(add: Add, seconds: float) -> None:
             continue
         problem = build_problem(*kind)
         rows, faults = list[Row](), list[Row]()
-        for direction, calls in problem.works().items():
+        for direction, calls in problem.calls.items():
             if direction == "forward+backward" and problem.case["N"] == 1:
                 continue
             working = {}
@@ -413,7 +412,7 @@ def measure_speed(add: Add, seconds: float) -> None:
                         add(rows, faults)
                         raise
             for name, samples in time_turns(working).items():
-                about = (problem.case, name, problem.peers[name].role, direction)
+                about = (problem.case, name, problem.roles[name], direction)
                 rows.append(timed_row(*about, samples))
                 rows.append(figure_row(*about, "bytes", added_peak(working[name], CUDA)))
         add(rows, faults)

@@ -3,8 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,12 @@ import fastprefix
 
 from . import data, models, report
 from .data import Corpus, Task
-from .measure import Clock, Row, added_peak, fault, figure_row, find_busyness, interleave, timed_row
+from .measure import Row, added_peak, fault, figure_row, find_busyness, interleave, time_call, timed_row
 from .models import Size, TaskKind
-from .options import QUICK_NOTE, add_common, is_from_hub, positive, prepare_hub, set_up
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, PREFIX_RATE, ModelPeer, Prepared, attach, freeze, list_peft_peers
+from .report import BOTH, FORWARD
 from .results import Record, write_text
+from .suite import QUICK_NOTE, add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
@@ -102,25 +102,28 @@ def build_subjects(
 class Trainee:
     """Train and evaluate one prepared model. Steps and passes are jobs for ``interleave``."""
 
-    def __init__(self, prepared: Prepared, task: Task, clock: Clock) -> None:
-        self.prepared, self.task, self.clock = prepared, task, clock
+    def __init__(self, prepared: Prepared, task: Task) -> None:
+        self.prepared, self.task, self.device = prepared, task, task.train[0]["input_ids"].device
+        self.loss: Tensor
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
-    def run_backward(self, batch: data.Batch) -> Tensor:
-        """Run forward and backward, and return the loss."""
-        loss: Tensor = self.prepared.model(**batch).loss
-        loss.backward()
-        return loss.detach()
+    def run_forward(self, batch: data.Batch) -> Tensor:
+        """Return the loss."""
+        self.loss = self.prepared.model(**batch).loss
+        return self.loss
+
+    def run_both(self, batch: data.Batch) -> None:
+        """Run forward and backward."""
+        self.run_forward(batch).backward()
 
     def train(self, i: int) -> float:
         """Do training step i. The seconds are those of forward + backward, for all peers use the same optimizer."""
         self.prepared.model.train()
-        losses: list[Tensor] = []
-        seconds = self.clock(lambda: losses.append(self.run_backward(self.task.train[i])))
-        self.losses.append(losses[0].item())
+        seconds = time_call(partial(self.run_both, self.task.train[i]), self.device)
+        self.losses.append(self.loss.item())
         if self.optimizer is not None:
             self.optimizer.step()
         self.prepared.model.zero_grad(set_to_none=True)
@@ -130,15 +133,15 @@ class Trainee:
     def evaluate(self, i: int) -> float:
         """Do a forward pass over one held-out batch."""
         self.prepared.model.eval()
-        batch, losses = self.task.held_out[i % len(self.task.held_out)], list[Tensor]()
-        seconds = self.clock(lambda: losses.append(self.prepared.model(**batch).loss))
-        self.held_out_losses.append(losses[0].item())
+        batch = self.task.held_out[i % len(self.task.held_out)]
+        seconds = time_call(partial(self.run_forward, batch), self.device)
+        self.held_out_losses.append(self.loss.item())
         return seconds
 
     def measure_peak(self) -> int:
         """Return the bytes that forward + backward add at their peak, after training."""
         self.prepared.model.train()
-        peak = added_peak(lambda: self.run_backward(self.task.train[0]), self.clock.device)
+        peak = added_peak(partial(self.run_both, self.task.train[0]), self.device)
         self.prepared.model.zero_grad(set_to_none=True)
         return peak
 
@@ -150,48 +153,38 @@ def compare_peers(
 
     Training and evaluation are what is timed: in each round every peer does the same batch.
     """
-    task, case, clock = subject.task, {"model": subject.title}, Clock(subject.model.device)
-    roles = {peer.name: peer.role for peer in peers}
+    task, case, passes = subject.task, {"model": subject.title}, len(subject.task.held_out)
     trainees: dict[str, Trainee] = {}
-    faults: list[Row] = []
-    seconds: dict[str, dict[str, list[float]]] = {"forward": {}, "forward+backward": {}}
-
-    @contextmanager
-    def catch(name: str, stage: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the failure of one peer must not lose the results of the others
-            drop(name, stage, error)
-
-    def drop(name: str, stage: str, error: Exception) -> None:
-        trainees.pop(name, None)
-        faults.append(fault(case, name, stage, error))
+    rows, faults = list[Row](), list[Row]()
+    seconds: dict[str, dict[str, list[float]]] = {peer.name: {FORWARD: [], BOTH: []} for peer in peers}
 
     def run(direction: str, numbers: range, warmup: int) -> None:
-        jobs = {name: of.train if direction == "forward+backward" else of.evaluate for name, of in trainees.items()}
+        jobs = {name: of.train if direction == BOTH else of.evaluate for name, of in trainees.items()}
         samples, errors = interleave(jobs, numbers, warmup=warmup, tick=tick)
         for name, of_peer in samples.items():
-            seconds[direction].setdefault(name, []).extend(of_peer)
+            seconds[name][direction] += of_peer
         for name, error in errors.items():
-            drop(name, direction, error)
+            del trainees[name]
+            faults.append(fault(case, name, direction, error))
 
     for peer in peers:
         torch.manual_seed(seed)
-        with catch(peer.name, "set-up"):
-            trainees[peer.name] = Trainee(peer.prepare(models.share_weights(subject.model)), task, clock)
-    parts, passes = min(rounds.evaluations, rounds.steps), len(task.held_out)
+        try:
+            trainees[peer.name] = Trainee(peer.prepare(models.share_weights(subject.model)), task)
+        except Exception as error:  # the failure of one peer must not lose the results of the others
+            faults.append(fault(case, peer.name, "set-up", error))
+    parts = min(rounds.evaluations, rounds.steps)
     cuts = [rounds.steps * k // parts for k in range(parts + 1)]
     for k, stop in enumerate(cuts):
-        run("forward+backward", range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
-        run("forward", range(k * passes, (k + 1) * passes), passes)
-    rows: list[Row] = []
-    for name, of in list(trainees.items()):
-        row = partial(figure_row, case, name, roles[name])
-        with catch(name, "memory"):
+        run(BOTH, range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
+        run(FORWARD, range(k * passes, (k + 1) * passes), passes)
+    for peer in peers:
+        if of := trainees.get(peer.name):
+            row = partial(figure_row, case, peer.name, peer.role)
             held_out = torch.tensor(of.held_out_losses).view(-1, passes).mean(1).tolist()
+            rows += [timed_row(case, peer.name, peer.role, *timed) for timed in seconds[peer.name].items()]
             rows += [
-                *(timed_row(case, name, roles[name], direction, of_all[name]) for direction, of_all in seconds.items()),
-                row("forward+backward", "bytes", of.measure_peak()),
+                row(BOTH, "bytes", of.measure_peak()),
                 row("training", "parameters", of.prepared.count_trainable()),
                 row("training", "loss", of.losses[-1], samples=of.losses),
                 row("held out", "loss", held_out[-1], samples=held_out, steps=cuts),
@@ -227,8 +220,7 @@ def run(options: argparse.Namespace) -> int:
     size_name = "quick" if options.quick else device.type
     size, rounds = models.SIZES[size_name], ROUNDS[size_name]
     rounds = rounds._replace(steps=options.steps or rounds.steps)
-    if options.dataset or is_from_hub(options.model):
-        prepare_hub()
+    models.prepare_hub(options.dataset or options.model)
     corpus = read_corpus(options)
     arguments: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "out"}
     record = Record.start(

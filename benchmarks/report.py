@@ -12,8 +12,8 @@ from tabulate import tabulate
 
 from . import results
 from .measure import BenchmarkError
-from .options import DEFAULT_OUT
 from .results import FIGURES, Record, describe_fault
+from .suite import DEFAULT_OUT
 
 DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")

@@ -8,7 +8,6 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,13 +16,11 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import models
-from .measure import Clock, measure
+from .measure import Problem, time_call
 from .models import Size
-from .options import add_common, positive, set_up
-from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, freeze, list_peft_peers, merge
-from .report import tabulate_shared_prompt
+from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, build_works, freeze, list_peft_peers, merge
 from .results import Record
-from .steps import ModelWork
+from .suite import ModelWork, add_common, positive, run_suite, set_up
 
 DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
@@ -33,25 +30,19 @@ DECODED = 32  # tokens
 
 
 def list_peers(S: int, length: int) -> list[ModelPeer]:
+    """Return the floor, the methods on the shared path, textbook, merged, and PEFT's prompt tuning."""
     configs: dict[str, Callable[..., MethodConfig]] = {
         "PT": partial(fastprefix.PromptTuningConfig, S),
         "DePT": partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED),
         "ADePT": partial(fastprefix.ADePTConfig, S, bottleneck_dim=ADEPT_WIDTH),
     }
-    textbook = fastprefix.PromptTuningConfig(S, shared_prompt=False)
-    return [
-        ModelPeer(FLOOR, "floor", freeze),
-        *(
-            ModelPeer(f"{name} shared", "ours", partial(attach, config=make(shared_prompt=True)))
-            for name, make in configs.items()
-        ),
-        ModelPeer("PT textbook", "ours", partial(attach, config=textbook)),
-        *(
-            ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), trains=False)
-            for name, make in configs.items()
-        ),
-        *list_peft_peers("causal_lm", S, "PEFT PT", "")[:1],
-    ]
+    peers = [ModelPeer(FLOOR, "floor", freeze)]
+    for name, make in configs.items():
+        peers.append(ModelPeer(f"{name} shared", "ours", partial(attach, config=make(shared_prompt=True))))
+    peers.append(ModelPeer("PT textbook", "ours", partial(attach, config=configs["PT"](shared_prompt=False))))
+    for name, make in configs.items():
+        peers.append(ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), trains=False))
+    return peers + list_peft_peers("causal_lm", S, "PEFT PT", "")[:1]
 
 
 class PromptWork(ModelWork):
@@ -59,6 +50,7 @@ class PromptWork(ModelWork):
 
     @property
     def tokens(self) -> dict[str, Tensor]:
+        """Return the batch without labels."""
         return {name: tensor for name, tensor in self.batch.items() if name != "labels"}
 
     @torch.no_grad()
@@ -67,50 +59,45 @@ class PromptWork(ModelWork):
         self.model.eval()
         self.model(**self.tokens, use_cache=True, logits_to_keep=1)
 
-    def decode(self, clock: Clock) -> float:
+    def decode(self) -> float:
         """Return the seconds per token: the time of many tokens less that of one."""
-        return (clock(partial(self.generate, DECODED)) - clock(partial(self.generate, 1))) / (DECODED - 1)
+        many, one = (time_call(partial(self.generate, tokens), self.model.device) for tokens in (DECODED, 1))
+        return (many - one) / (DECODED - 1)
 
     @torch.no_grad()
     def generate(self, tokens: int) -> None:
+        """Generate tokens greedily."""
         self.model.eval()
         options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
         self.model.generate(**self.tokens, pad_token_id=0, **options)
 
 
-def build_works(size: Size, peers: list[ModelPeer], device: torch.device) -> dict[str, PromptWork]:
-    base = models.build("causal_lm", models.configure("causal_lm", size), device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=generator).to(device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return {peer.name: PromptWork(peer.prepare(models.share_weights(base)).model, batch, peer.role) for peer in peers}
-
-
-def compare_peers(size: Size, S: int, rounds: int, device: torch.device, record: Record, out: Path) -> None:
-    """Measure all peers at one length."""
+def build_problem(size: Size, S: int, device: torch.device) -> Problem:
+    """Build all peers at one length of the prompt."""
     peers = list_peers(S, size.length)
-    works, clock, case = build_works(size, peers, device), Clock(device), {"S": S, **size._asdict()}
-    compare = partial(measure, case, roles={peer.name: peer.role for peer in peers}, device=device)
-    steps = {peer.name: works[peer.name].step for peer in peers if peer.trains}
-    record.add(compare("step", steps, rounds=range(rounds + 1)), out)
-    prefills = {name: work.prefill for name, work in works.items()}
-    record.add(compare("prefill", prefills, rounds=range(rounds + 1)), out)
-    decodings = {name: partial(work.decode, clock) for name, work in works.items()}
-    record.add(compare("decode", decodings, rounds=range(rounds + 1), clock=lambda decode: decode(), memory=False), out)
+    base = models.build("causal_lm", models.configure("causal_lm", size), device)
+    works = build_works(peers, base, models.draw_batch("causal_lm", size, size.length, device), PromptWork)
+    calls: dict[str, dict[str, Callable[[], object]]] = {
+        "step": {peer.name: works[peer.name].step for peer in peers if peer.trains},
+        "prefill": {name: work.prefill for name, work in works.items()},
+        "decode": {name: work.decode for name, work in works.items()},
+    }
+    return Problem({"S": S, **size._asdict()}, {peer.name: peer.role for peer in peers}, calls, self_timed=["decode"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, help="default: 15; 2 with --quick")
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print a table for each length, write."""
+    """Run the suite."""
     device = set_up(options)
     size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
-    record = Record.start("shared-prompt", device, options.quick)
-    for S in options.prompt:
-        compare_peers(size, S, options.rounds or rounds, device, record, options.out)
-        print(f"{tabulate_shared_prompt(record, S).markdown()}\n", flush=True)
-    return record.conclude(options.out)
+    record, problems = (
+        Record.start("shared-prompt", device, options.quick),
+        (build_problem(size, S, device) for S in options.prompt),
+    )
+    return run_suite(record, problems, options.out, device, partial(range, (options.rounds or rounds) + 1))

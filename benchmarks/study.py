@@ -38,11 +38,11 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import data, models
-from .measure import BenchmarkError, added_peak, describe_environment, find_version
-from .options import DEFAULT_OUT, add_common, is_from_hub, positive, prepare_hub, set_up
+from .measure import BenchmarkError, added_peak, describe_environment, explain, find_version
 from .peers import Prepared, attach, freeze_body, group
 from .report import Plot, Table, number
 from .results import write_text
+from .suite import DEFAULT_OUT, add_common, positive, set_up
 
 DESCRIPTION = "Train a pretrained encoder on labelled text with full fine-tuning and every method: test accuracy."
 WARMUP = 0.06  # of the steps; then the rate falls to 0 linearly
@@ -276,30 +276,25 @@ def load_texts(options: argparse.Namespace) -> tuple[dict[str, Dataset], list[st
             parts[part] = data.read_file(path, option, options.text_column, options.label_column)
             if "label" not in parts[part].column_names:
                 raise BenchmarkError(f"{option} {path}: name the column of the labels with --label-column")
-            continue
-        count = round(SPLIT_OFF * len(parts["train"]))
-        if count < 1:
-            raise BenchmarkError(f"{options.data.name}: too few examples to split some off; give a file with --{part}")
-        split = parts["train"].train_test_split(count, seed=SPLIT_SEED)
-        parts["train"], parts[part] = split["train"], split["test"]
-    classes = data.list_classes(options.data.name, parts["train"])
+        else:
+            with explain(f"{options.data.name}, without {option}"):  # too few examples to split some off
+                split = parts["train"].train_test_split(round(SPLIT_OFF * len(parts["train"])), seed=SPLIT_SEED)
+            parts["train"], parts[part] = split["train"], split["test"]
+    parts["train"], classes = data.number_labels(options.data.name, parts["train"])
     if len(classes) < 2:
         raise BenchmarkError(f"{options.data.name}: two or more classes are needed, got {classes}")
     for part, rows in parts.items():
-        if unknown := sorted(set(rows["label"]) - set(classes)):
-            raise BenchmarkError(f"--{part}: labels that the training file does not have: {unknown}")
-        drawn = rows.shuffle(seed=SPLIT_SEED).select(
-            range(min(len(rows), getattr(options, f"{part}_examples") or len(rows)))
-        )
-        parts[part] = data.number_labels(drawn, classes)
+        with explain(f"--{part}"):  # a label that the training file does not have
+            numbered = rows.cast_column("label", parts["train"].features["label"])
+        count = getattr(options, f"{part}_examples") or len(rows)
+        parts[part] = numbered.shuffle(seed=SPLIT_SEED).select(range(min(len(rows), count)))
     return parts, classes
 
 
 def set_up_study(options: argparse.Namespace, device: torch.device) -> tuple[Study, dict[str, Any]]:
     """Read the texts, load the model, and begin the document of results."""
     texts, classes = load_texts(options)
-    if is_from_hub(options.model):
-        prepare_hub()
+    models.prepare_hub(options.model)
     words = models.load_tokenizer(options.model)
 
     def load(seed: int) -> PreTrainedModel:

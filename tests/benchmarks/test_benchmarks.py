@@ -26,11 +26,11 @@ from benchmarks import (
     main_job,
     measure,
     models,
-    options,
     peers,
     report,
     results,
     shared_prompt,
+    suite,
     whole_models,
 )
 from benchmarks.__main__ import main
@@ -225,10 +225,10 @@ class TestData:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("missing.tsv", None, "no such file"),
+            ("missing.tsv", None, "missing.tsv"),
             ("text.docx", "x", r"\.tsv"),
             ("odd.jsonl", '{"a": "x"}\n{"a": "y"}\n', "--text-column"),
-            ("broken.jsonl", "{", "could not be read"),
+            ("broken.jsonl", "{", "broken.jsonl"),
             ("short.jsonl", '{"text": "one"}\n', "two passages"),
         ],
     )
@@ -250,7 +250,7 @@ class TestMainJob:
         peft_support.require(peft_support.prefixes_of_classifiers)
         assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
         assert "RANDOM weights" in capsys.readouterr().out
-        assert options.QUICK_NOTE in (tmp_path / "main_job.md").read_text()
+        assert suite.QUICK_NOTE in (tmp_path / "main_job.md").read_text()
         for name in ("main_job_loss.png", "main_job_time.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         record = results.read(tmp_path / "main_job.json")
@@ -309,7 +309,7 @@ class TestMainJob:
         import datasets
         import huggingface_hub
 
-        monkeypatch.setattr(options, "is_hub_reachable", lambda: False)
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         # What going offline changes is put back after the test.
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -342,7 +342,7 @@ def test_adapterhub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapterhub, "prepare_environment", lambda folder: Path(sys.executable))
     assert main(["adapterhub", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     record = results.read(tmp_path / "adapterhub.json")
-    assert record.environment["adapters"] == "0.0"
+    assert "adapters" in record.environment
     assert len(record.rows) == 2 * 2 * 2 * 2  # models, peers, directions, seconds and bytes
 
 
@@ -382,14 +382,14 @@ def test_shared_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PT merged" not in bytes_of
 
 
-@pytest.mark.parametrize("suite", [pytest.param("attention", marks=needs_kernels), "embedding"])
-def test_kernels(suite: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param("attention", marks=needs_kernels), "embedding"])
+def test_kernels(name: str, tmp_path: Path) -> None:
     embedding.compile_once.cache_clear()
-    assert main([suite, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
-    record = results.read(tmp_path / f"{suite}.json")
+    assert main([name, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    record = results.read(tmp_path / f"{name}.json")
     assert not record.faults
     trained = {row["peer"] for row in record.rows if row["direction"] == "forward+backward"}
-    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
+    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[name] <= trained
 
 
 @needs_kernels

@@ -84,7 +84,7 @@ def test_what_is_timed_is_compiled_before() -> None:
 def test_peers_of_a_problem(gate: str) -> None:
     shape = attention.Shape(2, 4, 2, 8, 8, 16, 3)
     found = gpu.build_problem(shape, gate, True, CPU)
-    roles = {peer.role for peer in found.peers.values()}
+    roles = set(found.roles.values())
     assert roles == ({"ours", "floor"} if gate == "query" else {"ours", "floor", "theirs"})
     assert found.case == {**shape._asdict(), "gate": gate, "causal": True}
 

@@ -72,7 +72,7 @@ def test_a_failing_method_loses_no_other_result(arguments: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        (None, [], "no such file"),
+        (None, [], "texts.tsv"),
         ("sentence\nx\ny\n", [], "--label-column"),
         ("sentence\tlabel\nx\t1\ny\t1\n", ["--dev", "DATA", "--test", "DATA"], "two or more classes"),
         ("sentence\tlabel\nx\t1\ny\t0\n", [], "--dev"),
