@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .measure import ROOT, BenchmarkError, Role, Row, find_version, measure
-from .results import Record, describe_times
+from .results import Record
 from .suite import ModelWork, add_common, build_model_problem, positive, set_up
 
 DESCRIPTION = "AdapterHub's prefix tuning on whole models, in a separate environment."
@@ -28,7 +28,6 @@ ENVIRONMENT = ROOT / ".venv-adapterhub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this suite."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
     parser.add_argument("--rows", type=positive, default=2, help="in a batch (default: 2)")
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure in the other environment, print, write."""
-    from . import models, whole_models
+    from . import models, report, whole_models
 
     device = set_up(options)
     N, P = whole_models.QUICK_PLACES[0] if options.quick else whole_models.PLACES[0]
@@ -53,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
     record = Record.start("adapterhub", device, options.quick)
     record.environment |= {"fastprefix": None, "peft": None} | measured["versions"]
     record.rows, record.faults = measured["rows"], measured["faults"]
-    for name in plan["models"]:
-        print(describe_times([row for row in record.rows if row["model"] == name]), flush=True)
+    print(*report.list_tables(record), sep="\n\n")
     return record.conclude(options.out)
 
 

@@ -35,12 +35,12 @@ from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attent
 from fastprefix.parity import measure as measure_parity
 
 from .attention import Inputs, Shape, build_dense_mask
-from .measure import ROOT, Problem, Row, added_peak, fault, figure_row, first_line, timed_row
+from .measure import ROOT, Problem, Row, added_peak, fault, figure_row, first_line, freeze_heap, timed_row
 from .report import tabulate_gpu
 from .results import Record, describe_case, read
 from .suite import DEFAULT_OUT, KernelWork, build_kernel_problem
 
-DESCRIPTION = __doc__
+DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, memory, tiles, speed."
 CUDA = torch.device("cuda")
 SECONDS = {"parity": 110, "sanitizer": 60, "tiles": 100, "speed": 210}
 LIMIT = 520  # of all stages and the starts of their processes; 20 more for what comes before ``run``
@@ -427,6 +427,7 @@ STAGES: dict[str, Callable[[Add, float], None]] = {
 
 def run_stage(name: str, path: Path, seconds: float) -> None:
     """Run a stage, and append its results to the file."""
+    freeze_heap()
     record, start = read(path), time.monotonic()
 
     def add(rows: list[Row], faults: list[Row]) -> None:
@@ -480,14 +481,8 @@ def run_stages(names: Sequence[str], path: Path, device: torch.device) -> int:
     return int(any(of["peer"] in ("stage", "triton", "fused") for of in record.faults))
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 if __name__ == "__main__":
     # Worker processes find functions in the module of this name, and not in ``__main__``.
-    from benchmarks import gpu
+    from benchmarks.__main__ import main
 
-    sys.exit(gpu.main(sys.argv[1:]))
+    sys.exit(main(["gpu", *sys.argv[1:]]))

@@ -255,10 +255,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw(record: Record, out: Path) -> None:
-    report.PLOTS["main-job"][""](record).draw(out / "main_job_time.png")
+    report.PLOTS["main-job"][""].draw(record, out / "main_job_time.png")
     curves = [row for row in record.rows if row["direction"] == "held out"]
     panels: dict[str, pd.DataFrame] = {}
     for title in record.settings["models"]:
         of_model = [row for row in curves if row["model"] == title]
         panels[title] = pd.DataFrame({row["peer"]: pd.Series(row["samples"], row["steps"]) for row in of_model})
-    report.Plot(panels, "step", "loss on held-out text", "line").draw(out / "main_job_loss.png")
+    report.draw_panels(panels, out / "main_job_loss.png", "step", "loss on held-out text")

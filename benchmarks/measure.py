@@ -165,6 +165,12 @@ def run_job(call: Callable[[], Any], device: torch.device | None, number: int) -
     return time_call(call, device) if device else float(call())
 
 
+def freeze_heap() -> None:
+    """Keep what exists out of later garbage collections. Each measurement of memory begins with one."""
+    gc.collect()
+    gc.freeze()
+
+
 def added_peak(work: Callable[[], object], device: torch.device) -> int:
     """Return the bytes that ``work()`` needs at its peak in addition to what is held before it.
 

@@ -13,7 +13,7 @@ from .measure import BenchmarkError, Row, describe_environment, find_busyness, f
 
 FOLDER = Path(__file__).parent / "results"
 FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
-"""Columns with measured values. All other columns say what was measured."""
+"""Columns with measured values. All other columns describe the case."""
 
 
 @dataclass
@@ -74,20 +74,6 @@ def describe_case(case: Row) -> str:
 def case_of(row: Row) -> Row:
     """Return the parameters of a row's case."""
     return {k: v for k, v in row.items() if k not in (*FIGURES, "peer", "role", "direction", "quantity")}
-
-
-def describe_times(rows: list[Row]) -> str:
-    """Describe one case for the terminal: for each direction, the time of the floor and the ratios of its peers."""
-    timed = [row for row in rows if row["quantity"] == "seconds"]
-    lines = [describe_case(case_of(timed[0]))] if timed else []
-    for direction in dict.fromkeys(row["direction"] for row in timed):
-        chosen = [row for row in timed if row["direction"] == direction]
-        floors = [row["p50"] for row in chosen if row["role"] == "floor"]
-        # An operation whose floor trains nothing is compared with the floor's forward pass.
-        floors += [row["p50"] for row in timed if row["role"] == "floor"]
-        ratios = "  ".join(f"{row['peer']} {row['p50'] / floors[0]:.2f}" for row in chosen) if floors else "no floor"
-        lines.append(f"  {direction:17} floor {1e3 * floors[0] if floors else 0:.3f} ms; x floor: {ratios}")
-    return "\n".join(lines)
 
 
 def read(path: Path) -> Record:

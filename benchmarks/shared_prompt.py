@@ -86,14 +86,12 @@ def build_problem(size: Size, S: int, device: torch.device) -> Problem:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this suite."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, help="default: 15; 2 with --quick")
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the suite."""
     device = set_up(options)
     size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
     record, problems = (

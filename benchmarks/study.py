@@ -7,7 +7,6 @@ file in ``OUT/runs``, named by a digest of all that it depends on, so that an in
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import statistics
@@ -18,16 +17,16 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -40,7 +39,7 @@ from fastprefix.methods import MethodConfig
 from . import data, models
 from .measure import BenchmarkError, added_peak, describe_environment, explain, find_version
 from .peers import Prepared, attach, freeze_body, group
-from .report import Plot, Table, number
+from .report import Table, draw_panels, number
 from .results import write_text
 from .suite import DEFAULT_OUT, add_common, positive, set_up
 
@@ -108,51 +107,52 @@ def count_parameters(model: PreTrainedModel, config: MethodConfig) -> int:
     return fastprefix.count_parameters(attached).groups["fastprefix"]
 
 
+def find_size(model: PreTrainedModel, budget: int, make: Callable[[int], MethodConfig]) -> int:
+    """Return the largest size within a budget. Parameters grow by the same number with each step of the size."""
+    one, two = (count_parameters(model, make(size)) for size in (1, 2))
+    if one > budget:
+        raise BenchmarkError(
+            f"--prompt-tokens and --prefix-tokens: too few for {make(1)}, of {one:,} parameters or more"
+        )
+    return 1 + (budget - one) // (two - one)
+
+
 def fit_config(key: str, model: PreTrainedModel, options: argparse.Namespace) -> MethodConfig | None:
     """Return a method as large as the budget of its group allows: that of a plain prompt or of a plain prefix.
 
     A prompt as large as a usual prefix would have hundreds of tokens, hence two budgets. A network is counted, although
     export drops it.
     """
-    name, group_name, _ = PEERS[key]
-    prompt, prefix, residual = (
-        fastprefix.PromptTuningConfig,
-        fastprefix.PrefixTuningConfig,
-        fastprefix.ResidualPrefixConfig,
-    )
-
-    def fill(make: Callable[[int], MethodConfig]) -> int:
-        """Return the largest size within the budget. Parameters grow by the same number with each step of the size."""
-        one, two = (count_parameters(model, make(size)) for size in (1, 2))
-        if one > budget:
-            raise BenchmarkError(
-                f"{name} does not fit --{group_name}-tokens, give more: it has at least {one:,} parameters"
-            )
-        return 1 + (budget - one) // (two - one)
-
+    group_name = PEERS[key][1]
     if group_name == "reference":
         return None
     if group_name == "prompt":
-        budget = count_parameters(model, prompt(options.prompt_tokens))
-        tokens = fill(prompt)
-        fitted: dict[str, Any] = {"trainable": budget, "num_virtual_tokens": max(1, round(SHORT_PROMPT * tokens))}
+        plain = fastprefix.PromptTuningConfig(options.prompt_tokens)
+        if key == "pt":
+            return plain
+        tokens = max(1, round(SHORT_PROMPT * options.prompt_tokens))
+        fitted: dict[str, Any] = {"trainable": count_parameters(model, plain), "num_virtual_tokens": tokens}
         if key == "dept":
             return fastprefix.DePTConfig.for_budget(model, **fitted, max_length=options.max_length)
-        return prompt(tokens) if key == "pt" else fastprefix.ADePTConfig.for_budget(model, **fitted)
-    budget = count_parameters(model, prefix(options.prefix_tokens))
+        return fastprefix.ADePTConfig.for_budget(model, **fitted)
+    if key == "prefix":
+        return fastprefix.PrefixTuningConfig(options.prefix_tokens)
+    budget = count_parameters(model, fastprefix.PrefixTuningConfig(options.prefix_tokens))
     if key in NETWORKS:
-        tokens, (with_residual, with_gate) = fill(prefix), NETWORKS[key]
-        make = partial(residual, tokens, bottleneck_dim=BOTTLENECK, residual=with_residual, gate=with_gate)
-        return make(hidden_dim=fill(lambda width: make(hidden_dim=width)))
-    return prefix(fill(prefix)) if key == "prefix" else fastprefix.APTConfig(fill(fastprefix.APTConfig))
+        make = partial(make_network, key, options.prefix_tokens, bottleneck_dim=BOTTLENECK)
+        return make(hidden_dim=find_size(model, budget, lambda width: make(hidden_dim=width)))
+    return fastprefix.APTConfig(find_size(model, budget, fastprefix.APTConfig))
+
+
+def make_network(key: str, tokens: int, **widths: Any) -> MethodConfig:
+    """Return a prefix from a network."""
+    residual, gate = NETWORKS[key]
+    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate, **widths)
 
 
 def size_config(key: str, tokens: int) -> MethodConfig:
     """Return a prefix method with so many tokens, whatever it costs. Networks have the default widths."""
-    if key not in NETWORKS:
-        return fastprefix.PrefixTuningConfig(tokens)
-    residual, gate = NETWORKS[key]
-    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate)
+    return make_network(key, tokens) if key in NETWORKS else fastprefix.PrefixTuningConfig(tokens)
 
 
 def prepare(key: str, config: MethodConfig | None, rates: Rates, model: PreTrainedModel, head_rate: float) -> Prepared:
@@ -204,15 +204,43 @@ def measure_accuracy(predicted: Any) -> dict[str, float]:
     return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
 
 
-class Study(NamedTuple):
-    """Hold what all trainings share: the model by seed, its tokenizer, token ids, options, device and digests."""
+class Study:
+    """Hold what all trainings share: the options, the model, its tokenizer, and the texts as token ids."""
 
-    load: Callable[[int], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    texts: dict[str, Dataset]
-    options: argparse.Namespace
-    device: torch.device
-    subject: dict[str, Any]
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+        texts, self.classes = load_texts(options)
+        models.prepare_hub(options.model)
+        self.tokenizer = models.load_tokenizer(options.model)
+        self.texts = {part: self.encode(rows) for part, rows in texts.items()}
+        self.model = self.load(0)
+        self.subject = {  # changes the outcome of every training
+            "model": Hasher.hash([self.model.config.to_diff_dict(), self.model.state_dict()]),
+            "texts": Hasher.hash([part.to_dict() for part in self.texts.values()]),
+            "software": {package: find_version(package) for package in ("fastprefix", "torch", "transformers")},
+            "device": device.type,
+            **{name: getattr(options, name) for name in SHARED},
+        }
+
+    def describe(self) -> str:
+        """Return the texts, the model and the settings in three lines."""
+        options = self.options
+        counts = ", ".join(f"{len(rows):,} {part}" for part, rows in self.texts.items())
+        settings = ", ".join(f"{name} {getattr(options, name)}" for name in ("steps", "search_steps", "seeds", *SHARED))
+        return f"text    {options.data.name}: {counts} examples\nmodel   {options.model}\ntrain   {settings}"
+
+    def encode(self, part: Dataset) -> Dataset:
+        """Return texts as token ids."""
+        rows = self.tokenizer(list(part["text"]), truncation=True, max_length=self.options.max_length)
+        columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        return Dataset.from_dict({**columns, "labels": part["label"]})
+
+    def load(self, seed: int) -> PreTrainedModel:
+        """Load the model with a new head."""
+        pad = self.tokenizer.pad_token_id
+        model = models.load_model(self.options.model, "classification", len(self.classes), pad, seed)
+        nn.Module.to(model, self.device)
+        return model
 
     def train(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int, kind: str) -> Any:
         """Return the outcome of a training, which is read from its file if it was finished before."""
@@ -223,13 +251,12 @@ class Study(NamedTuple):
             "steps": steps,
             "kind": kind,
         }
-        about |= self.subject | {name: getattr(self.options, name) for name in SHARED}
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        about |= self.subject
+        digest = Hasher.hash(json.dumps(about, sort_keys=True))
         path: Path = self.options.out / "runs" / f"{key}-{kind}-seed{seed}-{digest}.json"
         if not path.exists():
             print(f"{PEERS[key][0]}, {kind}, seed {seed}, {steps} steps", flush=True)
-            outcome = self.run(key, config, rates, seed, steps)
-            write_text(json.dumps(about | {"outcome": outcome}), path)
+            write_text(json.dumps(about | {"outcome": self.run(key, config, rates, seed, steps)}), path)
         return json.loads(path.read_text(encoding="utf-8"))["outcome"]
 
     def run(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int) -> dict[str, Any]:
@@ -291,41 +318,9 @@ def load_texts(options: argparse.Namespace) -> tuple[dict[str, Dataset], list[st
     return parts, classes
 
 
-def set_up_study(options: argparse.Namespace, device: torch.device) -> tuple[Study, dict[str, Any]]:
-    """Read the texts, load the model, and begin the document of results."""
-    texts, classes = load_texts(options)
-    models.prepare_hub(options.model)
-    words = models.load_tokenizer(options.model)
-
-    def load(seed: int) -> PreTrainedModel:
-        model = models.load_model(options.model, "classification", len(classes), words.pad_token_id, seed)
-        nn.Module.to(model, device)
-        return model
-
-    def encode(part: Dataset) -> Dataset:
-        rows = words(list(part["text"]), truncation=True, max_length=options.max_length)
-        columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
-        return Dataset.from_dict({**columns, "labels": part["label"]})
-
-    model, encoded = load(0), {part: encode(rows) for part, rows in texts.items()}
-    weights = hashlib.sha256(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    digest = hashlib.sha256(json.dumps([part.to_dict() for part in encoded.values()]).encode()).hexdigest()
-    software = {package: find_version(package) for package in ("fastprefix", "torch", "transformers")}
-    subject = {"model": weights.hexdigest(), "texts": digest, "software": software, "device": device.type}
-    counts = ", ".join(f"{len(rows):,} {part}" for part, rows in texts.items())
-    settings = ", ".join(f"{name} {getattr(options, name)}" for name in ("steps", "search_steps", "seeds", *SHARED))
-    introduction = f"text    {options.data.name}: {counts} examples\nmodel   {options.model}\ntrain   {settings}"
-    arguments = {name: value for name, value in vars(options).items() if name != "out"}
-    head = {"suite": "study", "arguments": arguments, "environment": describe_environment(device)}
-    document = {**head, "introduction": introduction, "table": [], "lengths": {}}
-    return Study(load, words, encoded, options, device, subject), document
-
-
 def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> None:
     """Search rates with the first seed, then train every seed. An interrupted study has some seeds of all methods."""
-    options, model = study.options, study.load(0)
+    options = study.options
 
     def attempt(key: str, *arguments: Any) -> Any:
         try:
@@ -334,9 +329,7 @@ def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> No
             failures.append(f"{PEERS[key][0]} failed:\n{traceback.format_exc()}")
             return None
 
-    def train_all(
-        of_key: dict[str, list[MethodConfig | None]], steps: int, seeds: int
-    ) -> dict[str, list[dict[str, Any]]]:
+    def train_all(of_key: dict[str, list[Any]], steps: int, seeds: int) -> dict[str, list[dict[str, Any]]]:
         """Train the configurations of each method with the rates that are best for the middle one."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for key, configs in of_key.items():
@@ -354,10 +347,10 @@ def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> No
                     row["runs"][str(seed)] = outcome
         return rows
 
-    fitted = {key: [fit_config(key, model, options)] for key in options.methods}
+    fitted = {key: [fit_config(key, study.model, options)] for key in options.methods}
     document["table"] += [row for rows in train_all(fitted, options.steps, options.seeds).values() for row in rows]
     lengths = sorted(options.lengths)
-    sized: Any = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
+    sized = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
     for key, rows in train_all(sized, options.length_steps, options.length_seeds or options.seeds).items():
         document["lengths"][PEERS[key][0]] = dict(zip(map(str, lengths), rows, strict=True))
 
@@ -395,7 +388,16 @@ def run(options: argparse.Namespace) -> int:
             raise BenchmarkError("--data (a file of labelled texts) and --model (an encoder) are needed")
         for name, value in (QUICK if options.quick else DEFAULTS).items():
             setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
-        study, document = set_up_study(options, set_up(options))
+        device = set_up(options)
+        study = Study(options, device)
+        document = {
+            "suite": "study",
+            "arguments": {name: value for name, value in vars(options).items() if name != "out"},
+            "environment": describe_environment(device),
+            "introduction": study.describe(),
+            "table": [],
+            "lengths": {},
+        }
         print(document["introduction"], flush=True)
         try:
             carry_out(study, document, failures)
@@ -409,7 +411,7 @@ def run(options: argparse.Namespace) -> int:
     if lengths := read_lengths(document):
         curves = {name: pd.Series({int(n): 100 * s.mean() for n, s in of.items()}) for name, of in lengths.items()}
         panels = {"test accuracy over lengths": pd.DataFrame(curves)}
-        Plot(panels, "prefix tokens", "% of the test texts", "line").draw(options.out / "study_lengths.png")
+        draw_panels(panels, options.out / "study_lengths.png", "prefix tokens", "% of the test texts")
     return 1 if failures else 0
 
 

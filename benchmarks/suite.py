@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import BenchmarkError, Problem, Role, Row, count_until, measure
-from .results import Record, describe_times
+from .measure import BenchmarkError, Problem, Role, Row, count_until, freeze_heap, measure
+from .results import Record, describe_case
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
@@ -53,6 +53,7 @@ def positive(text: str) -> int:
 
 def set_up(options: argparse.Namespace) -> torch.device:
     """Set the number of threads, silence the libraries, and return the device."""
+    freeze_heap()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     # Advice of the libraries about sequence lengths and padding would break the progress bar.
@@ -142,9 +143,11 @@ def run_suite(
     rounds: Callable[[], Iterable[int]],
     warmup: int = 1,
 ) -> int:
-    """Measure, print and write one problem after another. Return the exit status."""
+    """Measure and write one problem after another, then print the tables. Return the exit status."""
+    from . import report  # needs pandas, which the environment of AdapterHub has not
+
     for problem in problems:
-        measured = measure(problem, device, rounds, warmup)
-        record.add(measured, out)
-        print(describe_times(measured[0]), flush=True)
+        record.add(measure(problem, device, rounds, warmup), out)
+        print(describe_case(problem.case), flush=True)
+    print("", *report.list_tables(record), sep="\n\n")
     return record.conclude(out)

@@ -85,14 +85,12 @@ def list_problems(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this suite."""
     add_common(parser)
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
     parser.add_argument("--rows", type=positive, help="in a batch (default: 4)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the suite."""
     device, shapes = set_up(options), choose_shapes(options)
     record = Record.start("models", device, options.quick, sizes={s.name: s.size._asdict() for s in shapes})
     places, rounds = (QUICK_PLACES, 1) if options.quick else (PLACES, options.rounds)
