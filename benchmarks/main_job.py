@@ -226,35 +226,35 @@ def run(options: argparse.Namespace) -> int:
     record = Record.start(
         "main-job", device, options.quick, arguments=arguments, corpus=corpus.describe(), models=dict[str, Any]()
     )
-    facts, subjects = record.environment, build_subjects(options, corpus, size, rounds.steps, device)
+    subjects, facts = build_subjects(options, corpus, size, rounds.steps, device), record.environment
     versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers", "peft"))
-    device_name = f"{facts['device_name']} ({facts['device']}), {facts['threads']} threads"
-    print(f"text    {corpus.describe()}\ndevice  {device_name}\nwith    {versions}", flush=True)
+    print(
+        f"text    {corpus.describe()}\ndevice  {facts['device_name']}, {facts['threads']} threads\nwith    {versions}"
+    )
     if busy := find_busyness(facts):
-        print(f"warning {busy}: measure again before you believe this")
-    tables: list[str] = []
+        print(f"warning {busy}: measure again before you believe this", flush=True)
+    sections: list[str] = []
     for subject in subjects:
-        peers = list_peers(subject.task.kind, subject.task.train[0]["input_ids"].shape[1])
-        record.settings["models"][subject.title] = {
-            "description": subject.describe(),
-            "tokens_per_step": subject.task.tokens_per_step(),
-        }
-        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(subject.task.held_out))
+        task = subject.task
+        peers = list_peers(task.kind, task.train[0]["input_ids"].shape[1])
+        about = {"description": subject.describe(), "tokens_per_step": task.tokens_per_step()}
+        record.settings["models"][subject.title] = about
+        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(task.held_out))
         with tqdm(total=ticks, desc=subject.title, unit="step", leave=False, file=sys.stderr) as bar:
             measured = compare_peers(subject, peers, rounds, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
         record.settings["seconds"] = time.perf_counter() - start
         record.add(measured, options.out)
-        table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
-        tables.append(f"**{subject.title}**: {subject.describe()}\n\n{table}")
-        print(f"\n{tables[-1]}", flush=True)
+        sections.append(f"**{subject.title}**: {subject.describe()}\n\n{report.list_tables(record)[-1]}")
+        print(f"\n{sections[-1]}", flush=True)
     remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
-    write_text("\n\n".join([*tables, *remarks]) + "\n", options.out / "main_job.md")
+    write_text("\n\n".join([*sections, *remarks]) + "\n", options.out / "main_job.md")
     draw(record, options.out)
     print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON, tables and plots in {options.out}")
     return record.conclude(options.out)
 
 
 def draw(record: Record, out: Path) -> None:
+    """Write the plots of times and of losses."""
     report.PLOTS["main-job"][""].draw(record, out / "main_job_time.png")
     curves = [row for row in record.rows if row["direction"] == "held out"]
     panels: dict[str, pd.DataFrame] = {}

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -227,7 +228,7 @@ def tabulate_each(table: Callable[[Record, Any], Table], column: str) -> Callabl
 
 
 TABLES: dict[str, Callable[[Record], list[Table]]] = {
-    "main-job": tabulate_each(tabulate_methods, "model"),
+    "main-job": tabulate_each(partial(tabulate_methods, in_detail=True), "model"),
     "attention": lambda record: [tabulate_attention(record)],
     "attention-dropout": lambda record: [tabulate_attention(record)],
     "embedding": lambda record: [tabulate_embedding(record)],
@@ -365,10 +366,8 @@ def describe_record(name: str, record: Record) -> str:
     """Return the section of a record in the report."""
     about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
     objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
-    return (
-        "\n\n".join([f"## {name}", about, *objections, *list_tables(record), *map(describe_fault, record.faults)])
-        + "\n"
-    )
+    faults = map(describe_fault, record.faults)
+    return "\n\n".join([f"## {name}", about, *objections, *list_tables(record), *faults]) + "\n"
 
 
 def list_tables(record: Record) -> list[str]:

@@ -32,14 +32,17 @@ class Record:
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
     def add(self, measured: tuple[Iterable[Row], Iterable[Row]], folder: Path) -> None:
+        """Add rows and faults, and write the file."""
         self.rows += measured[0]
         self.faults += measured[1]
         self.write(folder)
 
     def write(self, folder: Path) -> Path:
+        """Write the file of the suite in a folder."""
         return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
 
     def write_to(self, path: Path) -> Path:
+        """Write a file with one row per line."""
         head = {name: getattr(self, name) for name in ("suite", "environment", "settings", "faults")}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
@@ -63,11 +66,13 @@ class Record:
 
 
 def describe_fault(fault: Row) -> str:
+    """Describe a failure in one line."""
     case = {name: value for name, value in fault.items() if name not in ("peer", "stage", "message", "traceback")}
     return f"{fault['peer']}, {describe_case(case)}: FAILED in {fault['stage']}: {fault['message']}"
 
 
 def describe_case(case: Row) -> str:
+    """Describe a case in one line."""
     return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in case.items())
 
 
@@ -77,6 +82,7 @@ def case_of(row: Row) -> Row:
 
 
 def read(path: Path) -> Record:
+    """Read the record of a file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,19 +93,21 @@ def read(path: Path) -> Record:
 
 
 def read_devices(folder: Path) -> dict[str, dict[str, Record]]:
-    """Read the records of each device by the names of their files.
+    """Read the records in a folder and below by device, which is the name of their folder, and name of the file.
 
-    There is one folder per device, or ``folder`` itself if it contains JSON files.
+    A study is left out, for its rows are no figures of peers.
     """
-    folders = [folder] if list(folder.glob("*.json")) else sorted(path for path in folder.glob("*") if path.is_dir())
     devices: dict[str, dict[str, Record]] = {}
-    for path in (path for device in folders for path in sorted(device.glob("*.json"))):
+    for path in sorted(folder.resolve().rglob("*.json")):
         try:
-            devices.setdefault(path.resolve().parent.name, {})[path.stem] = read(path)
+            record = read(path)
         except BenchmarkError as error:
             print(f"left out: {error}", file=sys.stderr)
+        else:
+            if record.suite != "study":
+                devices.setdefault(path.parent.name, {})[path.stem] = record
     if not devices:
-        raise BenchmarkError(f"{folder}: no results, neither JSON files nor folders with JSON files")
+        raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
     return devices
 
 

@@ -1,6 +1,6 @@
 """The study in the small: equal budgets, resumption, early stopping, and the committed tables."""
 
-import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ pytest.importorskip("tokenizers")
 from benchmarks import data, models, results, study
 from benchmarks.__main__ import main
 from benchmarks.models import Size
+from benchmarks.results import Record
 
 TINY = Size(layers=1, width=32, heads=2, vocabulary=300, rows=4, length=16)
 CPU = torch.device("cpu")
@@ -38,32 +39,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def run_study(folder: Path) -> dict[str, Any]:
-    """Run a small study, in which prompt tuning fails, and return its document."""
+def run_study(folder: Path) -> Record:
+    """Run a small study, in which prompt tuning fails."""
     arguments = ["study", "--quick", "--data", str(folder / "reviews.tsv"), "--model", str(folder / "model")]
     arguments += ["--device", "cpu", "--out", str(folder / "out"), "--seeds", "1", "--lengths", "2"]
     arguments += ["--methods", "head", "pt", "apt", "--length-methods", "residual+gate"]
     # The prompt is longer than the positions of the model.
     assert main([*arguments, "--prompt-tokens", "200"]) == 1
-    document: dict[str, Any] = json.loads((folder / "out" / "study.json").read_text())
-    return document
+    return results.read(folder / "out" / "study.json")
 
 
 def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = run_study(folder)
-    head, prompt, apt = document["table"]
-    assert not prompt["runs"]
-    for row in (head, apt):
-        assert len(row["search"]) == 3
-        assert 0.0 <= row["runs"]["0"]["test_accuracy"] <= 1.0
-        assert row["runs"]["0"]["peak_bytes"] > 0
-    assert list(document["lengths"]["residual prefix + gate"]) == ["2"]
+    record = run_study(folder)
+    counts = Counter((row["kind"], row["method"]) for row in record.rows)
+    gate = "residual prefix + gate"
+    assert counts == {
+        **{("search, table", method): 3 for method in ("head alone", "APT")},
+        **{("table", method): 1 for method in ("head alone", "APT")},
+        ("search, lengths", gate): 3,
+        ("lengths", gate): 1,
+    }
+    assert {fault["peer"] for fault in record.faults} == {"PT"}
+    assert all(0.0 <= row["test_accuracy"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
     assert "APT (" in (folder / "out" / "study.md").read_text()
     trained_again = set()
     monkeypatch.setattr(study.Study, "run", lambda _, key, *more: trained_again.add(key) or 1 / 0)
-    again = run_study(folder)
+    assert run_study(folder).rows == record.rows
     assert trained_again == {"pt"}
-    assert (again["table"], again["lengths"]) == (document["table"], document["lengths"])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_early_stopping_keeps_the_best_weights() -> None:
 
 def test_the_committed_tables_follow_from_the_committed_results() -> None:
     folder = results.FOLDER / "study-sst2-minilm"
-    document, text = json.loads((folder / "study.json").read_text()), (folder / "study.md").read_text()
+    text = (folder / "study.md").read_text()
     committed = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    for table in study.summarize(document):
+    for table in study.summarize(results.read(folder / "study.json")):
         assert all(["", *row, ""] in committed for row in [list(table.header), *table.rows])
