@@ -8,6 +8,7 @@ import tokenizers
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .measure import BenchmarkError, explain
@@ -137,15 +138,10 @@ def number_labels(name: str, rows: Dataset) -> tuple[Dataset, list[str]]:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (about a second), which can write and read any text."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<end>"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1])
+    special, tokenizer = ["<pad>", "<end>"], tokenizers.ByteLevelBPETokenizer()
+    options = {"vocab_size": vocabulary, "min_frequency": 0, "special_tokens": special, "show_progress": False}
+    tokenizer.train_from_iterator(texts, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token=special[0], eos_token=special[1])
 
 
 @dataclass(frozen=True)
@@ -183,10 +179,9 @@ def build_task(
     train, held_out = (make(part, tokenizer, size.length) for part in (corpus.train, corpus.held_out))
     if not (len(train["labels"]) and len(held_out["labels"])):
         raise BenchmarkError(f"{corpus.name}: too little text for rows of {size.length} tokens")
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * size.rows // len(train["labels"]))
-    order = torch.cat([torch.randperm(len(train["labels"]), generator=generator) for _ in range(epochs)])
-    chosen = order[: steps * size.rows].split(size.rows)
+    generator, count = torch.Generator().manual_seed(seed), steps * size.rows
+    order = RandomSampler(train["labels"], num_samples=count, generator=generator)  # an epoch after another
+    chosen = torch.tensor(list(order)).split(size.rows)
     parts = torch.arange(len(held_out["labels"])).split(size.rows)[:HELD_OUT_BATCHES]
     parts = tuple(part for part in parts if len(part) == len(parts[0]))  # their passes are timed: one size for all
 

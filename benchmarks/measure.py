@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -108,18 +107,12 @@ def interleave(
     return {name: samples[name] for name in names if name not in errors}, errors
 
 
-def find_percentile(samples: Sequence[float], percent: int) -> float:
-    """Return a percentile of the samples."""
-    if len(samples) == 1:
-        return samples[0]
-    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]
-
-
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
     """Summarize the seconds of all rounds."""
-    quantiles = {f"p{percent}": find_percentile(samples, percent) for percent in (50, 20, 80)}
-    counts = {"rounds": len(samples), "samples": [round(seconds, 9) for seconds in samples]}
-    return figure_row(case, peer, role, direction, "seconds", quantiles.pop("p50"), **quantiles, **counts)
+    seconds = torch.tensor(samples, dtype=torch.float64)
+    p50, p20, p80 = (seconds.quantile(percent / 100).item() for percent in (50, 20, 80))
+    counts = {"rounds": len(samples), "samples": [round(sample, 9) for sample in samples]}
+    return figure_row(case, peer, role, direction, "seconds", p50, p20=p20, p80=p80, **counts)
 
 
 def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, p50: float, **more: Any) -> Row:
@@ -244,9 +237,7 @@ def find_device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

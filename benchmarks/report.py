@@ -35,6 +35,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> str:
+        """Return the table in Markdown."""
         rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
         align = ("left", *["right"] * (len(self.header) - 1))
         options = {"tablefmt": "pipe", "disable_numparse": True, "colalign": align if rows else None}
@@ -159,19 +160,15 @@ def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str])
     at, rows = frame.set_index(["peer", "direction", "quantity"]), []
     columns = {(direction, "seconds"): name for direction, name in directions.items()}
     columns |= {(direction, "bytes"): "its memory" for direction in directions if direction != "decode"}
-    order = sorted(columns, key=lambda key: list(directions).index(key[0]))
+    order = sorted(columns, key=lambda column: list(directions).index(column[0]))
     for peer, role in frame[["peer", "role"]].drop_duplicates().itertuples(index=False):
-        cells = []
-        for key in order:
-            scale, digits, unit = (1e3, 1, " ms") if key[1] == "seconds" else (1e-6, 1, " MB")
-            if (peer, *key) not in at.index:
-                cells.append(MISSING)
-            elif role == "floor":
-                cells.append(number(scale * at.p50[(peer, *key)], digits, unit))
-            else:
-                cells.append(number(at["x floor"][(peer, *key)]))
+        figures = at.loc[peer].reindex(order)
+        cells = [number(ratio) for ratio in figures["x floor"]]
+        if role == "floor":
+            units = {"seconds": (1e3, " ms"), "bytes": (1e-6, " MB")}
+            cells = [number(units[of][0] * figures.p50[_, of], 1, units[of][1]) for _, of in order]
         rows.append([peer, *cells])
-    return Table((title, *(columns[key] for key in order)), rows)
+    return Table((title, *(columns[column] for column in order)), rows)
 
 
 def tabulate_shared_prompt(record: Record, S: int) -> Table:
