@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .measure import ROOT, BenchmarkError, Role, Row, find_version, measure
-from .results import Record
+from .results import Record, describe_times
 from .suite import ModelWork, add_common, build_model_problem, positive, set_up
 
 DESCRIPTION = "AdapterHub's prefix tuning on whole models, in a separate environment."
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure in the other environment, print, write."""
-    from . import models, report, whole_models
+    from . import models, whole_models
 
     device = set_up(options)
     N, P = whole_models.QUICK_PLACES[0] if options.quick else whole_models.PLACES[0]
@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     record = Record.start("adapterhub", device, options.quick)
     record.environment |= {"fastprefix": None, "peft": None} | measured["versions"]
     record.rows, record.faults = measured["rows"], measured["faults"]
-    print(*report.list_tables(record), sep="\n\n")
+    for name in plan["models"]:
+        print(describe_times([row for row in record.rows if row["model"] == name]))
     return record.conclude(options.out)
 
 

@@ -81,6 +81,19 @@ def case_of(row: Row) -> Row:
     return {k: v for k, v in row.items() if k not in (*FIGURES, "peer", "role", "direction", "quantity")}
 
 
+def describe_times(rows: list[Row]) -> str:
+    """Describe one case: for each direction, the time of the floor and the ratios of its peers."""
+    timed = [row for row in rows if row["quantity"] == "seconds"]
+    lines = [describe_case(case_of(timed[0]))] if timed else []
+    for direction in dict.fromkeys(row["direction"] for row in timed):
+        chosen = [row for row in timed if row["direction"] == direction]
+        # An operation whose floor trains nothing is compared with the floor's forward pass.
+        floor = next((row["p50"] for row in (*chosen, *timed) if row["role"] == "floor"), float("nan"))
+        ratios = "  ".join(f"{row['peer']} {row['p50'] / floor:.2f}" for row in chosen)
+        lines.append(f"  {direction:17} floor {1e3 * floor:.3f} ms; x floor: {ratios}")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> Record:
     """Read the record of a file."""
     try:

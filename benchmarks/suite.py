@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .measure import BenchmarkError, Problem, Role, Row, count_until, freeze_heap, measure
-from .results import Record, describe_case
+from .results import Record, describe_times
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
@@ -143,11 +143,9 @@ def run_suite(
     rounds: Callable[[], Iterable[int]],
     warmup: int = 1,
 ) -> int:
-    """Measure and write one problem after another, then print the tables. Return the exit status."""
-    from . import report  # needs pandas, which the environment of AdapterHub has not
-
+    """Measure, write and print one problem after another. Return the exit status."""
     for problem in problems:
-        record.add(measure(problem, device, rounds, warmup), out)
-        print(describe_case(problem.case), flush=True)
-    print("", *report.list_tables(record), sep="\n\n")
+        measured = measure(problem, device, rounds, warmup)
+        record.add(measured, out)
+        print(describe_times(measured[0]), flush=True)
     return record.conclude(out)

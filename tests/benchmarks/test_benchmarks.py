@@ -394,7 +394,6 @@ def test_kernels(name: str, tmp_path: Path) -> None:
 @needs_kernels
 def test_attention_with_dropout_has_a_separate_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "list_problems", lambda options, device: [])
-    monkeypatch.setattr(report, "list_tables", lambda record: [])
     arguments = ["attention", "--quick", "--device", "cpu", "--out", str(tmp_path), "--dropout"]
     assert main([*arguments, "0.1"]) == 0
     assert results.read(tmp_path / "attention_dropout.json").settings["dropout"] == 0.1
