@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .measure import ROOT, BenchmarkError, Role, Row, find_version, measure
+from .measure import ROOT, BenchmarkError, Role, Row, Work, find_version, measure
 from .results import Record, describe_times
-from .suite import ModelWork, add_common, build_model_problem, positive, set_up
+from .suite import add_common, build_model_work, positive, set_up
 
 DESCRIPTION = "AdapterHub's prefix tuning on whole models, in a separate environment."
 ENVIRONMENT = ROOT / ".venv-adapterhub"
@@ -126,14 +126,14 @@ def carry_out(plan_path: Path, results_path: Path) -> None:
         torch.set_num_threads(plan["threads"])
     device, rows, faults = torch.device(plan["device"]), list[Row](), list[Row]()
     for model_name, about in plan["models"].items():
-        batch, works = {name: tensor.to(device) for name, tensor in about["batch"].items()}, dict[str, ModelWork]()
+        batch, works = {name: tensor.to(device) for name, tensor in about["batch"].items()}, dict[str, Work]()
         for name, (role, prepare) in PEERS.items():
             model = build(**about["configuration"])
             prepare(model, plan["P"])
-            works[name] = ModelWork(model.to(device), batch, role)
+            works[name] = build_model_work(role, model.to(device), batch)
         count, N = batch["input_ids"].shape
         case = {"model": model_name, "N": N, "P": plan["P"], "rows": count, "dtype": "float32"}
-        measured = measure(build_model_problem(case, works), device, partial(range, plan["rounds"] + 1))
+        measured = measure(case, works, device, partial(range, plan["rounds"] + 1))
         rows += measured[0]
         faults += measured[1]
     versions = {name: find_version(name) for name in ("adapters", "transformers", "torch")}

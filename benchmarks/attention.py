@@ -18,9 +18,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastprefix
 
-from .measure import BenchmarkError, Problem
+from .measure import BenchmarkError, Work
 from .results import Record
-from .suite import DTYPES, KernelWork, add_kernel_options, build_kernel_problem, run_kernels, set_up
+from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -133,15 +133,16 @@ class Inputs:
 
         return call
 
-    def works(self, flex: bool = False) -> dict[str, KernelWork]:
-        """Return the peers."""
+    def works(self, flex: bool = False) -> dict[str, Work]:
+        """Return the work of each peer."""
         works = {
-            "fused": KernelWork("ours", self.run_fused, self.leaves),
-            "concat": KernelWork("theirs", self.run_concat, self.leaves),
-            "tokens": KernelWork("floor", self.run_tokens, self.leaves[:3]),
+            "fused": build_kernel_work("ours", self.run_fused, self.leaves, self.grad),
+            "concat": build_kernel_work("theirs", self.run_concat, self.leaves, self.grad),
+            "tokens": build_kernel_work("floor", self.run_tokens, self.leaves[:3], self.grad),
         }
         if flex:
-            works["flex"] = KernelWork("theirs", self.compile_flex(), self.leaves if self.q.is_cuda else ())
+            leaves = self.leaves if self.q.is_cuda else ()
+            works["flex"] = build_kernel_work("theirs", self.compile_flex(), leaves, self.grad)
         return works
 
 
@@ -164,7 +165,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
                 torch.compiler.reset()  # remove what was compiled for another shape
                 inputs = Inputs(shape, DTYPES[dtype], causal, device, options.dropout)
                 case = {**shape._asdict(), "dtype": dtype, "causal": causal}
-                yield build_kernel_problem(case, inputs.works(options.flex), inputs.grad)
+                yield case, inputs.works(options.flex)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ import ctypes
 import functools
 import pydoc_data.topics
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import fastprefix
 
-from .measure import Problem
+from .measure import Role, Work
 from .results import Record
-from .suite import DTYPES, KernelWork, add_kernel_options, build_kernel_problem, run_kernels, set_up
+from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -115,26 +115,24 @@ class Inputs:
         # The lookup writes as many rows as the others: the first token of each row takes the place of the prompt.
         self.longer = torch.cat([self.ids[:, :1].expand(-1, S), self.ids], 1).contiguous()
 
-    def problem(self, setting: Setting, dtype: str) -> Problem:
-        case: dict[str, Any] = {**setting._asdict(), "distinct": self.ids.unique().numel(), "dtype": dtype}
-        return build_kernel_problem(case, self.works(), self.grad)
-
-    def works(self) -> dict[str, KernelWork]:
+    def works(self) -> dict[str, Work]:
+        """Return the work of each peer."""
         ours = fastprefix.prompt_embedding
         x, low_rank, ffn = (self.ids, self.weight, self.prompt), self.low_rank, self.ffn
         pt, dept, adept = (self.prompt,), (self.prompt, *low_rank), (self.prompt, *ffn)
-        return {
-            "lookup": KernelWork("floor", lambda: F.embedding(self.longer, self.weight)),
-            "pt_eager": KernelWork("theirs", lambda: embed_pt(*x), pt),
-            "pt": KernelWork("ours", lambda: ours(*x), pt),
-            "dept_eager": KernelWork("theirs", lambda: embed_dept(*x, *low_rank), dept),
-            "dept_compiled": KernelWork("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
-            "dept": KernelWork("ours", lambda: ours(*x, low_rank=low_rank), dept),
-            "adept_eager": KernelWork("theirs", lambda: embed_adept(*x, *ffn), adept),
-            "adept_compiled": KernelWork("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
-            "adept": KernelWork("ours", lambda: ours(*x, ffn=ffn), adept),
-            "merged": KernelWork("ours", lambda: ours(self.ids, self.merged, self.prompt)),
+        peers: dict[str, tuple[Role, Callable[[], Tensor], Sequence[Tensor]]] = {
+            "lookup": ("floor", lambda: F.embedding(self.longer, self.weight), ()),
+            "pt_eager": ("theirs", lambda: embed_pt(*x), pt),
+            "pt": ("ours", lambda: ours(*x), pt),
+            "dept_eager": ("theirs", lambda: embed_dept(*x, *low_rank), dept),
+            "dept_compiled": ("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
+            "dept": ("ours", lambda: ours(*x, low_rank=low_rank), dept),
+            "adept_eager": ("theirs", lambda: embed_adept(*x, *ffn), adept),
+            "adept_compiled": ("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
+            "adept": ("ours", lambda: ours(*x, ffn=ffn), adept),
+            "merged": ("ours", lambda: ours(self.ids, self.merged, self.prompt), ()),
         }
+        return {name: build_kernel_work(*peer, self.grad) for name, peer in peers.items()}
 
 
 def keep_freed_memory() -> bool:
@@ -154,7 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
-            yield Inputs(setting, DTYPES[dtype], device).problem(setting, dtype)
+            inputs = Inputs(setting, DTYPES[dtype], device)
+            yield {**setting._asdict(), "distinct": inputs.ids.unique().numel(), "dtype": dtype}, inputs.works()
 
 
 def run(options: argparse.Namespace) -> int:

@@ -121,35 +121,38 @@ def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, 
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Hold a case, the role of each peer, and the calls to be measured, by direction and peer.
+class Work:
+    """Hold what a peer does in a case: the calls to be measured, by direction.
 
     The calls of a direction in ``self_timed`` return their own seconds, and their memory is not measured.
     """
 
-    case: Row
-    roles: Mapping[str, Role]
-    calls: Mapping[str, Mapping[str, Callable[[], Any]]]
+    role: Role
+    calls: Mapping[str, Callable[[], Any]]
     self_timed: Collection[str] = ()
 
 
+def group_calls(works: Mapping[str, Work]) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls of all peers by direction and peer."""
+    directions = dict.fromkeys(direction for work in works.values() for direction in work.calls)
+    return {d: {name: work.calls[d] for name, work in works.items() if d in work.calls} for d in directions}
+
+
 def measure(
-    problem: Problem, device: torch.device, rounds: Callable[[], Iterable[int]], warmup: int = 1
+    case: Row, works: Mapping[str, Work], device: torch.device, rounds: Callable[[], Iterable[int]], warmup: int = 1
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers of a problem in turns, then measure the memory of each. Return rows and faults."""
+    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults."""
     rows, faults = list[Row](), list[Row]()
-    for direction, calls in problem.calls.items():
-        is_timed = direction not in problem.self_timed
-        jobs: dict[str, Job] = {
-            name: partial(run_job, call, device if is_timed else None) for name, call in calls.items()
-        }
+    for direction, calls in group_calls(works).items():
+        is_timed = {name: direction not in works[name].self_timed for name in calls}
+        jobs: dict[str, Job] = {n: partial(run_job, call, device if is_timed[n] else None) for n, call in calls.items()}
         samples, errors = interleave(jobs, rounds(), warmup=warmup)
         for name, seconds in samples.items():
-            about = (problem.case, name, problem.roles[name], direction)
+            about = (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))
-            if is_timed:
+            if is_timed[name]:
                 rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
-        faults += [fault(problem.case, name, direction, error) for name, error in errors.items()]
+        faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults
 
 

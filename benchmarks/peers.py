@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from fastprefix.methods import MethodConfig
 from .embedding import embed_adept, embed_dept, embed_pt
 from .measure import Role
 from .models import TaskKind, head_parameters, share_weights
-from .suite import ModelWork
-
-Work = TypeVar("Work", bound=ModelWork)
 
 FLOOR = "frozen floor"
 PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
@@ -51,6 +48,10 @@ class ModelPeer:
     role: Role
     prepare: Callable[[PreTrainedModel], Prepared]
     trains: bool = True
+
+    def copy_and_prepare(self, base: PreTrainedModel) -> nn.Module:
+        """Return a prepared copy of a model."""
+        return self.prepare(share_weights(base)).model
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -116,13 +117,6 @@ def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> li
         for name, config, rate in parts
         if PEFT_IS_INSTALLED
     ]
-
-
-def build_works(
-    peers: Sequence[ModelPeer], base: PreTrainedModel, batch: dict[str, Tensor], kind: type[Work]
-) -> dict[str, Work]:
-    """Prepare every peer on a copy of one model."""
-    return {peer.name: kind(peer.prepare(share_weights(base)).model, batch, peer.role) for peer in peers}
 
 
 class EagerPrompt(nn.Module):

@@ -6,8 +6,9 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import models
-from .measure import Problem, time_call
+from .measure import Work, time_call
 from .models import Size
-from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, build_works, freeze, list_peft_peers, merge
+from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, freeze, list_peft_peers, merge
 from .results import Record
-from .suite import ModelWork, add_common, positive, run_suite, set_up
+from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
 
 DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
@@ -45,44 +46,39 @@ def list_peers(S: int, length: int) -> list[ModelPeer]:
     return peers + list_peft_peers("causal_lm", S, "PEFT PT", "")[:1]
 
 
-class PromptWork(ModelWork):
-    """Add prefill and decoding to a training step."""
-
-    @property
-    def tokens(self) -> dict[str, Tensor]:
-        """Return the batch without labels."""
-        return {name: tensor for name, tensor in self.batch.items() if name != "labels"}
+def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
+    """Return the work of a peer: a training step, the prefill, and the seconds of a generated token."""
+    tokens = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    work = build_model_work(peer.role, model, batch)
 
     @torch.no_grad()
-    def prefill(self) -> None:
+    def prefill() -> None:
         """Run all tokens at once into a cache, and compute the logits of the last."""
-        self.model.eval()
-        self.model(**self.tokens, use_cache=True, logits_to_keep=1)
+        model.eval()
+        model(**tokens, use_cache=True, logits_to_keep=1)
 
-    def decode(self) -> float:
+    @torch.no_grad()
+    def generate(count: int) -> None:
+        model.eval()
+        options = {"max_new_tokens": count, "do_sample": False, "use_cache": True, "eos_token_id": None}
+        model.generate(**tokens, pad_token_id=0, **options)
+
+    def decode() -> float:
         """Return the seconds per token: the time of many tokens less that of one."""
-        many, one = (time_call(partial(self.generate, tokens), self.model.device) for tokens in (DECODED, 1))
+        many, one = (time_call(partial(generate, count), model.device) for count in (DECODED, 1))
         return (many - one) / (DECODED - 1)
 
-    @torch.no_grad()
-    def generate(self, tokens: int) -> None:
-        """Generate tokens greedily."""
-        self.model.eval()
-        options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
-        self.model.generate(**self.tokens, pad_token_id=0, **options)
+    step = {"step": work.calls["step"]} if peer.trains else {}
+    return Work(peer.role, {**step, "prefill": prefill, "decode": decode}, self_timed=["decode"])
 
 
-def build_problem(size: Size, S: int, device: torch.device) -> Problem:
-    """Build all peers at one length of the prompt."""
-    peers = list_peers(S, size.length)
+def list_problems(size: Size, lengths: Sequence[int], device: torch.device) -> Iterator[Problem]:
+    """Build all peers for each length of the prompt."""
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
-    works = build_works(peers, base, models.draw_batch("causal_lm", size, size.length, device), PromptWork)
-    calls: dict[str, dict[str, Callable[[], object]]] = {
-        "step": {peer.name: works[peer.name].step for peer in peers if peer.trains},
-        "prefill": {name: work.prefill for name, work in works.items()},
-        "decode": {name: work.decode for name, work in works.items()},
-    }
-    return Problem({"S": S, **size._asdict()}, {peer.name: peer.role for peer in peers}, calls, self_timed=["decode"])
+    batch = models.draw_batch("causal_lm", size, size.length, device)
+    for S in lengths:
+        peers = list_peers(S, size.length)
+        yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     device = set_up(options)
     size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
-    record, problems = (
-        Record.start("shared-prompt", device, options.quick),
-        (build_problem(size, S, device) for S in options.prompt),
-    )
-    return run_suite(record, problems, options.out, device, partial(range, (options.rounds or rounds) + 1))
+    record = Record.start("shared-prompt", device, options.quick)
+    problems, rounds = list_problems(size, options.prompt, device), options.rounds or rounds
+    return run_suite(record, problems, options.out, device, partial(range, rounds + 1))

@@ -7,7 +7,6 @@ import argparse
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import BenchmarkError, Problem, Role, Row, count_until, freeze_heap, measure
+from .measure import BenchmarkError, Role, Row, Work, count_until, freeze_heap, measure
 from .results import Record, describe_times
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
 QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and ratios mean nothing."
+Problem = tuple[Row, Mapping[str, Work]]  # a case and the work of each peer
 LEAST_ROUNDS = 10
 WARMUP = {"cpu": 1, "cuda": 5}
 
@@ -70,57 +70,30 @@ def set_up(options: argparse.Namespace) -> torch.device:
 # ---- work ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KernelWork:
-    """Compute the output in one way. ``leaves`` get gradients; without leaves, the work is for inference only."""
+def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Work:
+    """Return the work of a kernel, whose leaves get gradients. Without leaves, it is for inference only."""
 
-    role: Role
-    call: Callable[[], Tensor]
-    leaves: Sequence[Tensor] = ()
+    def run_both() -> object:
+        return torch.autograd.grad(call(), leaves, grad, allow_unused=True)
 
-    @torch.no_grad()
-    def run_forward(self) -> Tensor:
-        """Compute the output."""
-        return self.call()
-
-    def run_both(self, grad: Tensor) -> object:
-        """Compute the output, then the gradients of the leaves from that of the output."""
-        return torch.autograd.grad(self.call(), self.leaves, grad, allow_unused=True)
+    forward = torch.no_grad()(call)
+    return Work(role, {"forward": forward, "forward+backward": run_both} if leaves else {"forward": forward})
 
 
-def build_kernel_problem(case: Row, works: Mapping[str, KernelWork], grad: Tensor) -> Problem:
-    """Return the problem of a forward pass and of forward + backward."""
-    forward = {name: work.run_forward for name, work in works.items()}
-    both = {name: partial(work.run_both, grad) for name, work in works.items() if work.leaves}
-    roles = {name: work.role for name, work in works.items()}
-    return Problem(case, roles, {"forward": forward, "forward+backward": both})
+def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
+    """Return the work of a model, which returns its loss on the batch."""
 
-
-class ModelWork:
-    """Run one model, which returns its loss on the batch."""
-
-    def __init__(self, model: Any, batch: dict[str, Tensor], role: Role) -> None:
-        self.model, self.batch, self.role = model, batch, role
-
-    def step(self) -> None:
-        """Run forward and backward."""
-        self.model.train()
-        self.model(**self.batch).loss.backward()
-        self.model.zero_grad(set_to_none=True)
+    def step() -> None:
+        model.train()
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def inference(self) -> None:
-        """Run forward without gradients."""
-        self.model.eval()
-        self.model(**self.batch)
+    def inference() -> None:
+        model.eval()
+        model(**batch)
 
-
-def build_model_problem(case: Row, works: Mapping[str, ModelWork]) -> Problem:
-    """Return the problem of a training step and of inference."""
-    steps = {name: work.step for name, work in works.items()}
-    inferences = {name: work.inference for name, work in works.items()}
-    roles = {name: work.role for name, work in works.items()}
-    return Problem(case, roles, {"step": steps, "inference": inferences})
+    return Work(role, {"step": step, "inference": inference})
 
 
 # ---- suites --------------------------------------------------------------------------------------------------------
@@ -144,8 +117,8 @@ def run_suite(
     warmup: int = 1,
 ) -> int:
     """Measure, write and print one problem after another. Return the exit status."""
-    for problem in problems:
-        measured = measure(problem, device, rounds, warmup)
+    for case, works in problems:
+        measured = measure(case, works, device, rounds, warmup)
         record.add(measured, out)
         print(describe_times(measured[0]), flush=True)
     return record.conclude(out)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from . import attention, embedding, models, shared_prompt, suite
-from .peers import build_works
 
 CPU = torch.device("cpu")
 SHAPE = attention.Shape(4, 8, 2, 128, 128, 64, 20)
@@ -32,11 +31,10 @@ CASES = [
 @pytest.mark.parametrize(("operation", "direction", "name"), CASES)
 def test_kernel(benchmark: Benchmark, operation: str, direction: str, name: str) -> None:
     if operation == "attention":
-        inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
-        problem = suite.build_kernel_problem({}, inputs.works(), inputs.grad)
+        works = attention.Inputs(SHAPE, torch.float32, True, CPU).works()
     else:
-        problem = embedding.Inputs(SETTING, torch.float32, CPU).problem(SETTING, "float32")
-    benchmark(problem.calls[direction][name])
+        works = embedding.Inputs(SETTING, torch.float32, CPU).works()
+    benchmark(works[name].calls[direction])
 
 
 @pytest.mark.benchmark(group="training step")
@@ -45,4 +43,5 @@ def test_training_step(benchmark: Benchmark, name: str) -> None:
     size = models.SIZES["cpu"]
     base = models.build("causal_lm", models.configure("causal_lm", size), CPU)
     batch = models.draw_batch("causal_lm", size, size.length, CPU)
-    benchmark(build_works([PROMPT_PEERS[name]], base, batch, suite.ModelWork)[name].step)
+    peer = PROMPT_PEERS[name]
+    benchmark(suite.build_model_work(peer.role, peer.copy_and_prepare(base), batch).calls["step"])

@@ -16,11 +16,10 @@ import fastprefix
 
 from . import models
 from .embedding import embed_adept, embed_dept, embed_pt
-from .measure import Problem
 from .models import Size, TaskKind
-from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, attach_eager, build_works, freeze, list_peft_peers
+from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, attach_eager, freeze, list_peft_peers
 from .results import Record
-from .suite import ModelWork, add_common, build_model_problem, positive, run_suite, set_up
+from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
 
 DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
 TOKENS, PREFIX = 128, 100
@@ -81,7 +80,8 @@ def list_problems(
         for N, P in places:
             batch = models.draw_batch(shape.kind, shape.size, N, device)
             case = {"model": shape.name, "N": N, "P": P, "rows": shape.size.rows, "dtype": dtype}
-            yield build_model_problem(case, build_works(list_peers(shape.kind, N, P), base, batch, ModelWork))
+            peers = list_peers(shape.kind, N, P)
+            yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,10 +83,10 @@ def test_what_is_timed_is_compiled_before() -> None:
 @pytest.mark.parametrize("gate", ["none", "row", "query", "separate"])
 def test_peers_of_a_problem(gate: str) -> None:
     shape = attention.Shape(2, 4, 2, 8, 8, 16, 3)
-    found = gpu.build_problem(shape, gate, True, CPU)
-    roles = set(found.roles.values())
+    case, works = gpu.build_problem(shape, gate, True, CPU)
+    roles = {work.role for work in works.values()}
     assert roles == ({"ours", "floor"} if gate == "query" else {"ours", "floor", "theirs"})
-    assert found.case == {**shape._asdict(), "gate": gate, "causal": True}
+    assert case == {**shape._asdict(), "gate": gate, "causal": True}
 
 
 def answer(number: int) -> dict[str, Any]:
