@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from . import data, models
 from .measure import BenchmarkError, Row, added_peak, explain, fault, find_version
 from .peers import Prepared, attach, freeze_body, group
 from .report import Table, draw_panels, number
-from .results import Record, describe_fault, read, write_text
+from .results import Record, read, write_text
 from .suite import DEFAULT_OUT, add_common, positive, set_up
 
 DESCRIPTION = "Train a pretrained encoder on labelled text with full fine-tuning and every method: test accuracy."
@@ -383,10 +382,9 @@ def run(options: argparse.Namespace) -> int:
         study.train_all(TABLE, fitted, options.steps, options.seeds)
         sized = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
         study.train_all(LENGTHS, sized, options.length_steps, options.length_seeds or options.seeds)
-        record.write(options.out)
     tables = "\n\n".join(table.markdown() for table in summarize(record))
     write_text(f"{record.settings['introduction']}\n\n{tables}\n\n{NOTES}\n", options.out / "study.md")
-    print(f"\n{tables}\n\n{NOTES}\n\nJSON, tables and plots in {options.out}")
+    print(f"\n{tables}\n\n{NOTES}")
     if accuracies := select_lengths(record):
         means = pd.DataFrame({name: of.mean() for name, of in accuracies.items()})
         draw_panels(
@@ -395,9 +393,7 @@ def run(options: argparse.Namespace) -> int:
             "prefix tokens",
             "% of the test texts",
         )
-    for failure in record.faults:
-        print(f"{describe_fault(failure)}\n{failure['traceback']}", file=sys.stderr)
-    return 1 if record.faults else 0
+    return record.conclude(options.out)
 
 
 def select_runs(record: Record, kind: str) -> pd.DataFrame:
