@@ -22,7 +22,7 @@ FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", 
 FORWARD, BOTH = "forward", "forward+backward"
 MISSING, NOISY = "-", "~"
 NOISE = 0.15
-"""As a share of the median: times that spread further are marked."""
+"""Mark times whose spread is a larger share of the median."""
 TEXT_SETTING = "B == 32 and r == 19 and ids == 'text'"
 TEXT_CASE = f"{TEXT_SETTING} and N == 256"
 """The cases of the embedding's table and plot. The CSV file has all cases."""

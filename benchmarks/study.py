@@ -112,7 +112,7 @@ def find_size(model: PreTrainedModel, budget: int, make: Callable[[int], MethodC
     one, two = (count_parameters(model, make(size)) for size in (1, 2))
     if one > budget:
         raise BenchmarkError(
-            f"--prompt-tokens and --prefix-tokens: too few for {make(1)}, of {one:,} parameters or more"
+            f"--prefix-tokens: {budget:,} parameters are too few for {type(make(1)).__name__}: {one:,}"
         )
     return 1 + (budget - one) // (two - one)
 
@@ -220,10 +220,10 @@ class Study:
         versions = [find_version(package) for package in ("fastprefix", "torch", "transformers")]
         shared = [getattr(options, name) for name in SHARED]
         self.subject = Hasher.hash([weights, texts, versions, shared, device.type])
-        about = {"arguments": arguments, "introduction": self.describe(), "subject": self.subject}
+        about = {"arguments": arguments, "introduction": self.describe()}
         self.record = Record.start("study", device, options.quick, **about)
         if (options.out / "study.json").exists():
-            self.record.rows = read(options.out / "study.json").rows
+            self.record.rows = [{**row, "in_tables": False} for row in read(options.out / "study.json").rows]
 
     def describe(self) -> str:
         """Return the texts, the model and the settings in three lines."""
@@ -250,19 +250,15 @@ class Study:
     ) -> Row | None:
         """Return the row of a training, which is in the record if it was finished before, or None if it fails."""
         name, group_name, _ = PEERS[key]
-        about = {
-            "kind": kind,
-            "method": name,
-            "group": group_name,
-            "config": config and config.to_dict(),
-            "rates": rates,
-        }
-        about = json.loads(json.dumps(about | {"seed": seed, "most_steps": steps, "subject": self.subject}))
+        about = {"kind": kind, "method": name, "group": group_name, "rates": rates, "seed": seed, "most_steps": steps}
+        about |= {"config": config.to_dict() if config else None, "subject": self.subject}
+        about = json.loads(json.dumps(about))  # as it is in the file
         if found := [row for row in self.record.rows if about.items() <= row.items()]:
+            found[0]["in_tables"] = True
             return found[0]
         print(f"{name}, {kind}, seed {seed}, {steps} steps", flush=True)
         try:
-            self.record.rows.append(about | self.run(key, config, rates, seed, steps))
+            self.record.rows.append(about | self.run(key, config, rates, seed, steps) | {"in_tables": True})
         except Exception as error:  # the failure of one method must not lose the results of the others
             self.record.faults.append(fault({"kind": kind, "seed": seed}, name, "training", error))
             return None
@@ -397,8 +393,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def select_runs(record: Record, kind: str) -> pd.DataFrame:
-    """Return the trainings of a kind, with accuracies in percent."""
-    chosen = [row for row in record.rows if (row["kind"], row["subject"]) == (kind, record.settings["subject"])]
+    """Return the trainings of a kind that the last command asked for, with accuracies in percent."""
+    chosen = [row for row in record.rows if row["kind"] == kind and row["in_tables"]]
     frame = pd.DataFrame(chosen, columns=["method", "seed", "config", "dev_accuracy", "test_accuracy", *COLUMNS])
     return frame.assign(test=100 * frame.test_accuracy, dev=100 * frame.dev_accuracy)
 

@@ -62,9 +62,12 @@ def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {fault["peer"] for fault in record.faults} == {"PT"}
     assert all(0.0 <= row["test_accuracy"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
     assert "APT (" in (folder / "out" / "study.md").read_text()
+    # Trainings of another command stay in the file and out of the tables.
+    record.rows.append({**record.rows[-1], "most_steps": 9})
+    record.write(folder / "out")
     trained_again = set()
     monkeypatch.setattr(study.Study, "run", lambda _, key, *more: trained_again.add(key) or 1 / 0)
-    assert run_study(folder).rows == record.rows
+    assert run_study(folder).rows == [*record.rows[:-1], {**record.rows[-1], "in_tables": False}]
     assert trained_again == {"pt"}
 
 
