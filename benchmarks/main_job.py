@@ -37,7 +37,7 @@ the median."""
 
 
 class Rounds(NamedTuple):
-    """Training steps, evaluations after the first one, and steps whose time is dropped."""
+    """Hold the numbers of training steps, of evaluations after the first one, and of steps whose time is dropped."""
 
     steps: int
     evaluations: int
