@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .measure import BenchmarkError
-from .options import QUICK_NOTE
+from .suite import QUICK_NOTE
 
 SUITES = {
     "main": "main_job",
@@ -20,7 +20,7 @@ SUITES = {
     "compare": "compare",
     "report": "report",
 }
-"""The module of each command. It has DESCRIPTION, add_arguments and run. Only the module in use is imported."""
+"""The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
 
 
 def main(arguments: Sequence[str]) -> int:

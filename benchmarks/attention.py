@@ -18,10 +18,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastprefix
 
-from . import kernels
-from .kernels import KernelPeer, Problem
-from .measure import BenchmarkError
-from .options import DTYPES, set_up
+from .measure import BenchmarkError, Work
+from .results import Record
+from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -134,15 +133,17 @@ class Inputs:
 
         return call
 
-    def peers(self, flex: bool = False) -> dict[str, KernelPeer]:
-        peers = {
-            "fused": KernelPeer("ours", self.run_fused, self.leaves),
-            "concat": KernelPeer("theirs", self.run_concat, self.leaves),
-            "tokens": KernelPeer("floor", self.run_tokens, self.leaves[:3]),
+    def works(self, flex: bool = False) -> dict[str, Work]:
+        """Return the work of each peer."""
+        works = {
+            "fused": build_kernel_work("ours", self.run_fused, self.leaves, self.grad),
+            "concat": build_kernel_work("theirs", self.run_concat, self.leaves, self.grad),
+            "tokens": build_kernel_work("floor", self.run_tokens, self.leaves[:3], self.grad),
         }
         if flex:
-            peers["flex"] = KernelPeer("theirs", self.compile_flex(), self.leaves if self.q.is_cuda else ())
-        return peers
+            leaves = self.leaves if self.q.is_cuda else ()
+            works["flex"] = build_kernel_work("theirs", self.compile_flex(), leaves, self.grad)
+        return works
 
 
 def build_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
@@ -164,11 +165,11 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
                 torch.compiler.reset()  # remove what was compiled for another shape
                 inputs = Inputs(shape, DTYPES[dtype], causal, device, options.dropout)
                 case = {**shape._asdict(), "dtype": dtype, "causal": causal}
-                yield Problem(case, inputs.peers(options.flex), inputs.grad)
+                yield case, inputs.works(options.flex)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kernels.add_arguments(parser, dtypes=["float32", "bfloat16"])
+    add_kernel_options(parser, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
@@ -177,5 +178,6 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
     device = set_up(options)
-    suite, more = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
-    return kernels.run(suite, list_problems(options, device), options, device, **more)
+    suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
+    record = Record.start(suite, device, options.quick, **settings)
+    return run_kernels(record, list_problems(options, device), options, device)

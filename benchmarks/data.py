@@ -1,19 +1,20 @@
 """Text and its batches: Python's documentation, a local file, or a data set of the Hugging Face hub."""
 
-from collections.abc import Callable
+import csv
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .measure import BenchmarkError, first_line
+from .measure import BenchmarkError, explain
 from .models import Size, TaskKind
+
+disable_progress_bars()
 
 Batch = dict[str, Tensor]
 TEXT_COLUMNS = ("text", "sentence", "passage", "content", "document", "sentence1", "question", "premise")
@@ -29,14 +30,14 @@ TOPICS = {
     "numeric-types context-managers",
     "execution and debugging": "execmodel naming dynamic-features exceptions debugger",
     "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
-    "comparisons "
-    "conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions unary",
+    "comparisons conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions "
+    "unary",
     "statements": "assert assignment augassign break continue del global import nonlocal pass raise return yield "
     "compound async class else for function if try while with",
     "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects specialattrs "
     "string-methods truth typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable",
 }
-"""The topics of Python's documentation, by the part of the manuals that they were taken from."""
+"""Topics of Python's documentation by the part of the manuals that they were taken from."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Corpus:
     classes: list[str]
 
     def describe(self) -> str:
+        """Return the name and the counts."""
         classes = f"{len(self.classes)} classes" if self.classes else "no labels"
         return f"{self.name}: {len(self.train):,} passages to train on, {len(self.held_out):,} held out, {classes}"
 
@@ -77,41 +79,27 @@ def read_python_documentation() -> Dataset:
 
 def read_file(path: Path, option: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
     """Read a tab-separated file with a header line or a JSON-lines file. ``option`` names it in errors."""
-    if not path.is_file():
-        raise BenchmarkError(f"{option} {path}: no such file")
     if path.suffix not in (".tsv", ".jsonl", ".json"):
         raise BenchmarkError(f"{option} {path}: must be a .tsv file with a header line or a .jsonl file")
-    # 3 is csv.QUOTE_NONE: quotes are ordinary characters.
-    options = {"delimiter": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
+    # Quotes are ordinary characters.
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     builder = "csv" if path.suffix == ".tsv" else "json"
-    load = partial(load_dataset, builder, data_files=str(path), split="train", **options)
-    return choose_columns(path.name, try_to_read(f"{option} {path}", load), text_column, label_column)
+    with explain(f"{option} {path}"):
+        rows = load_dataset(builder, data_files=str(path), split="train", **options)
+    return choose_columns(path.name, rows, text_column, label_column)
 
 
 def read_hub(name: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
     """Read the train split of ``NAME``, ``NAME/CONFIG``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG``."""
-
-    def load() -> Any:
-        path, _, config = name.rpartition("/")
+    path, _, config = name.rpartition("/")
+    with explain(f"--dataset {name}"):
         try:
-            return load_dataset(name, split="train")
+            rows = load_dataset(name, split="train")
         except Exception:
             if not path:
                 raise
-            return load_dataset(path, config, split="train")
-
-    return choose_columns(name, try_to_read(f"--dataset {name}", load), text_column, label_column)
-
-
-def try_to_read(option: str, load: Callable[[], Any]) -> Any:
-    """Explain in one line why data cannot be read."""
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        return load()
-    except Exception as error:  # readers and the network raise errors of many types
-        raise BenchmarkError(f"{option}: could not be read ({first_line(error)})") from error
+            rows = load_dataset(path, config, split="train")
+    return choose_columns(name, rows, text_column, label_column)
 
 
 def choose_columns(name: str, rows: Dataset, text: str | None, label: str | None) -> Dataset:
@@ -132,36 +120,28 @@ def build_corpus(name: str, rows: Dataset, seed: int) -> Corpus:
     """Split rows into a part to train on and a part held out, and number their classes."""
     if len(rows) < 2:
         raise BenchmarkError(f"{name}: at least two passages of text are needed")
-    rows = rows.select(range(min(len(rows), MOST_ROWS)))
-    classes = list_classes(name, rows)
-    parts = number_labels(rows, classes).train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
+    rows, classes = number_labels(name, rows.select(range(min(len(rows), MOST_ROWS))))
+    parts = rows.train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
     return Corpus(name, parts["train"], parts["test"], classes)
 
 
-def list_classes(name: str, rows: Dataset) -> list[str]:
-    classes = sorted(set(rows["label"])) if "label" in rows.column_names else []
+def number_labels(name: str, rows: Dataset) -> tuple[Dataset, list[str]]:
+    """Replace the labels by their numbers, and return the classes. Rows without labels have none."""
+    if "label" not in rows.column_names:
+        return rows, []
+    rows = rows.class_encode_column("label")
+    classes = rows.features["label"].names
     if len(classes) > MOST_CLASSES:
         raise BenchmarkError(f"{name}: {len(classes)} distinct labels, more than {MOST_CLASSES}: not a class label")
-    return classes
-
-
-def number_labels(rows: Dataset, classes: list[str]) -> Dataset:
-    if not classes:
-        return rows
-    return Dataset.from_dict({"text": rows["text"], "label": [classes.index(label) for label in rows["label"]]})
+    return rows, classes
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (about a second), which can write and read any text."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<end>"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1])
+    special, tokenizer = ["<pad>", "<end>"], tokenizers.ByteLevelBPETokenizer()
+    options = {"vocab_size": vocabulary, "min_frequency": 0, "special_tokens": special, "show_progress": False}
+    tokenizer.train_from_iterator(texts, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token=special[0], eos_token=special[1])
 
 
 @dataclass(frozen=True)
@@ -173,6 +153,7 @@ class Task:
     held_out: list[Batch]
 
     def describe(self) -> str:
+        """Return the kind and the sizes."""
         rows, length = self.train[0]["input_ids"].shape
         kind = {"causal_lm": "language modelling", "classification": "classification of passages"}[self.kind]
         return f"{kind}, {rows} x {length} tokens, {len(self.train)} steps"
@@ -191,16 +172,16 @@ def build_task(
     device: torch.device,
     seed: int,
 ) -> Task:
+    """Encode a corpus and draw the batches."""
     if kind == "classification" and not corpus.classes:
         raise BenchmarkError(f"{corpus.name}: no column of labels, so nothing to classify")
     make = cut_blocks if kind == "causal_lm" else pad_passages
     train, held_out = (make(part, tokenizer, size.length) for part in (corpus.train, corpus.held_out))
     if not (len(train["labels"]) and len(held_out["labels"])):
         raise BenchmarkError(f"{corpus.name}: too little text for rows of {size.length} tokens")
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * size.rows // len(train["labels"]))
-    order = torch.cat([torch.randperm(len(train["labels"]), generator=generator) for _ in range(epochs)])
-    chosen = order[: steps * size.rows].split(size.rows)
+    generator, count = torch.Generator().manual_seed(seed), steps * size.rows
+    order = RandomSampler(train["labels"], num_samples=count, generator=generator)  # an epoch after another
+    chosen = torch.tensor(list(order)).split(size.rows)
     parts = torch.arange(len(held_out["labels"])).split(size.rows)[:HELD_OUT_BATCHES]
     parts = tuple(part for part in parts if len(part) == len(parts[0]))  # their passes are timed: one size for all
 

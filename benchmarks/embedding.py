@@ -10,8 +10,8 @@ import ctypes
 import functools
 import pydoc_data.topics
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import fastprefix
 
-from . import kernels
-from .kernels import KernelPeer, Problem
-from .options import DTYPES, set_up
+from .measure import Role, Work
+from .results import Record
+from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -115,26 +115,24 @@ class Inputs:
         # The lookup writes as many rows as the others: the first token of each row takes the place of the prompt.
         self.longer = torch.cat([self.ids[:, :1].expand(-1, S), self.ids], 1).contiguous()
 
-    def problem(self, setting: Setting, dtype: str) -> Problem:
-        case: dict[str, Any] = {**setting._asdict(), "distinct": self.ids.unique().numel(), "dtype": dtype}
-        return Problem(case, self.peers(), self.grad)
-
-    def peers(self) -> dict[str, KernelPeer]:
+    def works(self) -> dict[str, Work]:
+        """Return the work of each peer."""
         ours = fastprefix.prompt_embedding
         x, low_rank, ffn = (self.ids, self.weight, self.prompt), self.low_rank, self.ffn
         pt, dept, adept = (self.prompt,), (self.prompt, *low_rank), (self.prompt, *ffn)
-        return {
-            "lookup": KernelPeer("floor", lambda: F.embedding(self.longer, self.weight)),
-            "pt_eager": KernelPeer("theirs", lambda: embed_pt(*x), pt),
-            "pt": KernelPeer("ours", lambda: ours(*x), pt),
-            "dept_eager": KernelPeer("theirs", lambda: embed_dept(*x, *low_rank), dept),
-            "dept_compiled": KernelPeer("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
-            "dept": KernelPeer("ours", lambda: ours(*x, low_rank=low_rank), dept),
-            "adept_eager": KernelPeer("theirs", lambda: embed_adept(*x, *ffn), adept),
-            "adept_compiled": KernelPeer("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
-            "adept": KernelPeer("ours", lambda: ours(*x, ffn=ffn), adept),
-            "merged": KernelPeer("ours", lambda: ours(self.ids, self.merged, self.prompt)),
+        peers: dict[str, tuple[Role, Callable[[], Tensor], Sequence[Tensor]]] = {
+            "lookup": ("floor", lambda: F.embedding(self.longer, self.weight), ()),
+            "pt_eager": ("theirs", lambda: embed_pt(*x), pt),
+            "pt": ("ours", lambda: ours(*x), pt),
+            "dept_eager": ("theirs", lambda: embed_dept(*x, *low_rank), dept),
+            "dept_compiled": ("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
+            "dept": ("ours", lambda: ours(*x, low_rank=low_rank), dept),
+            "adept_eager": ("theirs", lambda: embed_adept(*x, *ffn), adept),
+            "adept_compiled": ("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
+            "adept": ("ours", lambda: ours(*x, ffn=ffn), adept),
+            "merged": ("ours", lambda: ours(self.ids, self.merged, self.prompt), ()),
         }
+        return {name: build_kernel_work(*peer, self.grad) for name, peer in peers.items()}
 
 
 def keep_freed_memory() -> bool:
@@ -148,16 +146,17 @@ def keep_freed_memory() -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kernels.add_arguments(parser, dtypes=["float32"])
+    add_kernel_options(parser, dtypes=["float32"])
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
-            yield Inputs(setting, DTYPES[dtype], device).problem(setting, dtype)
+            inputs = Inputs(setting, DTYPES[dtype], device)
+            yield {**setting._asdict(), "distinct": inputs.ids.unique().numel(), "dtype": dtype}, inputs.works()
 
 
 def run(options: argparse.Namespace) -> int:
     device = set_up(options)
-    kept = keep_freed_memory()
-    return kernels.run("embedding", list_problems(options, device), options, device, freed_memory_kept=kept)
+    record = Record.start("embedding", device, options.quick, freed_memory_kept=keep_freed_memory())
+    return run_kernels(record, list_problems(options, device), options, device)

@@ -35,13 +35,12 @@ from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attent
 from fastprefix.parity import measure as measure_parity
 
 from .attention import Inputs, Shape, build_dense_mask
-from .kernels import KernelPeer, Problem
-from .measure import ROOT, Row, added_peak, fault, figure_row, first_line, timed_row
-from .options import DEFAULT_OUT
+from .measure import ROOT, Row, added_peak, fault, figure_row, first_line, freeze_heap, group_calls, timed_row
 from .report import tabulate_gpu
 from .results import Record, describe_case, read
+from .suite import DEFAULT_OUT, Problem, build_kernel_work
 
-DESCRIPTION = __doc__
+DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, memory, tiles, speed."
 CUDA = torch.device("cuda")
 SECONDS = {"parity": 110, "sanitizer": 60, "tiles": 100, "speed": 210}
 LIMIT = 520  # of all stages and the starts of their processes; 20 more for what comes before ``run``
@@ -270,7 +269,7 @@ def build_tile_call(kernel: str, width: int, N: int) -> Callable[[], object]:
     P, causal = (2048, False) if kernel == "dprefix" else (128, True)
     inputs = Inputs(Shape(4, 16, 8, N, N, width, P), torch.bfloat16, causal, CUDA, gate="none")
     if kernel == "forward":
-        return KernelPeer("ours", inputs.run_fused).run_forward
+        return torch.no_grad()(inputs.run_fused)
     leaves = {"dq": (inputs.q,), "dkv": (inputs.k, inputs.v), "dprefix": (inputs.pk, inputs.pv)}[kernel]
     for tensor in inputs.leaves:
         tensor.requires_grad_(any(tensor is leaf for leaf in leaves))
@@ -330,7 +329,8 @@ def list_problems() -> Iterator[tuple[Shape, str, bool]]:
 def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = CUDA) -> Problem:
     """Return the peers: concatenation and the tokens alone on each kernel of SDPA, and compiled FlexAttention."""
     inputs = Inputs(shape, torch.bfloat16, causal, device, gate=gate)
-    peers = {"fused": KernelPeer("ours", inputs.run_fused, inputs.leaves)}
+    build = partial(build_kernel_work, grad=inputs.grad)
+    works = {"fused": build("ours", inputs.run_fused, inputs.leaves)}
 
     def choose(call: Callable[[], Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
         def run_on_backend() -> Tensor:
@@ -344,22 +344,21 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
         variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
         if name == "cudnn" and causal:  # it aligns masks to the upper left alone
             variant.mask = build_dense_mask(shape.N, shape.M, shape.P, inputs.q.device)
-        peers[f"tokens, {name}"] = KernelPeer("floor", choose(variant.run_tokens, backend), inputs.leaves[:3])
+        works[f"tokens, {name}"] = build("floor", choose(variant.run_tokens, backend), inputs.leaves[:3])
         if gate != "query":  # a gate for each query cannot be folded into the keys
-            peers[f"concat, {name}"] = KernelPeer("theirs", choose(variant.run_concat, backend), inputs.leaves)
+            works[f"concat, {name}"] = build("theirs", choose(variant.run_concat, backend), inputs.leaves)
     if gate == "none" and causal and shape.P == 128:
         torch.compiler.reset()  # past its limit of recompilations it would refuse
-        peers["concat, flex"] = KernelPeer("theirs", inputs.compile_flex(), inputs.leaves)
+        works["concat, flex"] = build("theirs", inputs.compile_flex(), inputs.leaves)
     case: Row = {**shape._asdict(), "gate": gate, "causal": causal}
-    return Problem(case, peers, inputs.grad)
+    return case, works
 
 
 def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
     """Run the kernels of a case on short inputs."""
     inputs = Inputs(shape, torch.bfloat16, causal, CUDA, gate=gate)
-    peer = KernelPeer("ours", inputs.run_fused, inputs.leaves)
-    peer.run_forward()
-    peer.run_both(inputs.grad)
+    for call in build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad).calls.values():
+        call()
     torch.cuda.synchronize()
     return {}
 
@@ -396,10 +395,10 @@ def measure_speed(add: Add, seconds: float) -> None:
         if time.monotonic() > end:
             left += 1
             continue
-        problem = build_problem(*kind)
+        case, works = build_problem(*kind)
         rows, faults = list[Row](), list[Row]()
-        for direction, calls in problem.works().items():
-            if direction == "forward+backward" and problem.case["N"] == 1:
+        for direction, calls in group_calls(works).items():
+            if direction == "forward+backward" and case["N"] == 1:
                 continue
             working = {}
             for name, call in calls.items():
@@ -408,16 +407,16 @@ def measure_speed(add: Add, seconds: float) -> None:
                     torch.cuda.synchronize()
                     working[name] = call
                 except Exception as error:  # that a peer cannot do this is a result too
-                    faults.append(fault(problem.case, name, direction, error))
+                    faults.append(fault(case, name, direction, error))
                     if not is_device_usable():
                         add(rows, faults)
                         raise
             for name, samples in time_turns(working).items():
-                about = (problem.case, name, problem.peers[name].role, direction)
+                about = (case, name, works[name].role, direction)
                 rows.append(timed_row(*about, samples))
                 rows.append(figure_row(*about, "bytes", added_peak(working[name], CUDA)))
         add(rows, faults)
-        print(describe_case(problem.case), flush=True)
+        print(describe_case(case), flush=True)
     print(f"speed: {left} cases left out for lack of time", flush=True)
 
 
@@ -428,6 +427,7 @@ STAGES: dict[str, Callable[[Add, float], None]] = {
 
 def run_stage(name: str, path: Path, seconds: float) -> None:
     """Run a stage, and append its results to the file."""
+    freeze_heap()
     record, start = read(path), time.monotonic()
 
     def add(rows: list[Row], faults: list[Row]) -> None:
@@ -481,14 +481,8 @@ def run_stages(names: Sequence[str], path: Path, device: torch.device) -> int:
     return int(any(of["peer"] in ("stage", "triton", "fused") for of in record.faults))
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 if __name__ == "__main__":
     # Worker processes find functions in the module of this name, and not in ``__main__``.
-    from benchmarks import gpu
+    from benchmarks.__main__ import main
 
-    sys.exit(gpu.main(sys.argv[1:]))
+    sys.exit(main(["gpu", *sys.argv[1:]]))

@@ -3,8 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,12 @@ import fastprefix
 
 from . import data, models, report
 from .data import Corpus, Task
-from .measure import Clock, Row, added_peak, fault, figure_row, find_busyness, interleave, timed_row
+from .measure import Row, added_peak, fault, figure_row, find_busyness, interleave, time_call, timed_row
 from .models import Size, TaskKind
-from .options import QUICK_NOTE, add_common, is_from_hub, positive, prepare_hub, set_up
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, PREFIX_RATE, ModelPeer, Prepared, attach, freeze, list_peft_peers
+from .report import BOTH, FORWARD
 from .results import Record, write_text
+from .suite import QUICK_NOTE, add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
@@ -37,7 +37,7 @@ the median."""
 
 
 class Rounds(NamedTuple):
-    """Training steps, evaluations after the first one, and steps whose time is dropped."""
+    """Hold the numbers of training steps, of evaluations after the first one, and of steps whose time is dropped."""
 
     steps: int
     evaluations: int
@@ -102,25 +102,28 @@ def build_subjects(
 class Trainee:
     """Train and evaluate one prepared model. Steps and passes are jobs for ``interleave``."""
 
-    def __init__(self, prepared: Prepared, task: Task, clock: Clock) -> None:
-        self.prepared, self.task, self.clock = prepared, task, clock
+    def __init__(self, prepared: Prepared, task: Task) -> None:
+        self.prepared, self.task, self.device = prepared, task, task.train[0]["input_ids"].device
+        self.loss: Tensor
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
-    def run_backward(self, batch: data.Batch) -> Tensor:
-        """Run forward and backward, and return the loss."""
-        loss: Tensor = self.prepared.model(**batch).loss
-        loss.backward()
-        return loss.detach()
+    def run_forward(self, batch: data.Batch) -> Tensor:
+        """Return the loss."""
+        self.loss = self.prepared.model(**batch).loss
+        return self.loss
+
+    def run_both(self, batch: data.Batch) -> None:
+        """Run forward and backward."""
+        self.run_forward(batch).backward()
 
     def train(self, i: int) -> float:
         """Do training step i. The seconds are those of forward + backward, for all peers use the same optimizer."""
         self.prepared.model.train()
-        losses: list[Tensor] = []
-        seconds = self.clock(lambda: losses.append(self.run_backward(self.task.train[i])))
-        self.losses.append(losses[0].item())
+        seconds = time_call(partial(self.run_both, self.task.train[i]), self.device)
+        self.losses.append(self.loss.item())
         if self.optimizer is not None:
             self.optimizer.step()
         self.prepared.model.zero_grad(set_to_none=True)
@@ -130,15 +133,15 @@ class Trainee:
     def evaluate(self, i: int) -> float:
         """Do a forward pass over one held-out batch."""
         self.prepared.model.eval()
-        batch, losses = self.task.held_out[i % len(self.task.held_out)], list[Tensor]()
-        seconds = self.clock(lambda: losses.append(self.prepared.model(**batch).loss))
-        self.held_out_losses.append(losses[0].item())
+        batch = self.task.held_out[i % len(self.task.held_out)]
+        seconds = time_call(partial(self.run_forward, batch), self.device)
+        self.held_out_losses.append(self.loss.item())
         return seconds
 
     def measure_peak(self) -> int:
         """Return the bytes that forward + backward add at their peak, after training."""
         self.prepared.model.train()
-        peak = added_peak(lambda: self.run_backward(self.task.train[0]), self.clock.device)
+        peak = added_peak(partial(self.run_both, self.task.train[0]), self.device)
         self.prepared.model.zero_grad(set_to_none=True)
         return peak
 
@@ -150,48 +153,38 @@ def compare_peers(
 
     Training and evaluation are what is timed: in each round every peer does the same batch.
     """
-    task, case, clock = subject.task, {"model": subject.title}, Clock(subject.model.device)
-    roles = {peer.name: peer.role for peer in peers}
+    task, case, passes = subject.task, {"model": subject.title}, len(subject.task.held_out)
     trainees: dict[str, Trainee] = {}
-    faults: list[Row] = []
-    seconds: dict[str, dict[str, list[float]]] = {"forward": {}, "forward+backward": {}}
-
-    @contextmanager
-    def catch(name: str, stage: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the failure of one peer must not lose the results of the others
-            drop(name, stage, error)
-
-    def drop(name: str, stage: str, error: Exception) -> None:
-        trainees.pop(name, None)
-        faults.append(fault(case, name, stage, error))
+    rows, faults = list[Row](), list[Row]()
+    seconds: dict[str, dict[str, list[float]]] = {peer.name: {FORWARD: [], BOTH: []} for peer in peers}
 
     def run(direction: str, numbers: range, warmup: int) -> None:
-        jobs = {name: of.train if direction == "forward+backward" else of.evaluate for name, of in trainees.items()}
+        jobs = {name: of.train if direction == BOTH else of.evaluate for name, of in trainees.items()}
         samples, errors = interleave(jobs, numbers, warmup=warmup, tick=tick)
         for name, of_peer in samples.items():
-            seconds[direction].setdefault(name, []).extend(of_peer)
+            seconds[name][direction] += of_peer
         for name, error in errors.items():
-            drop(name, direction, error)
+            del trainees[name]
+            faults.append(fault(case, name, direction, error))
 
     for peer in peers:
         torch.manual_seed(seed)
-        with catch(peer.name, "set-up"):
-            trainees[peer.name] = Trainee(peer.prepare(models.share_weights(subject.model)), task, clock)
-    parts, passes = min(rounds.evaluations, rounds.steps), len(task.held_out)
+        try:
+            trainees[peer.name] = Trainee(peer.prepare(models.share_weights(subject.model)), task)
+        except Exception as error:  # the failure of one peer must not lose the results of the others
+            faults.append(fault(case, peer.name, "set-up", error))
+    parts = min(rounds.evaluations, rounds.steps)
     cuts = [rounds.steps * k // parts for k in range(parts + 1)]
     for k, stop in enumerate(cuts):
-        run("forward+backward", range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
-        run("forward", range(k * passes, (k + 1) * passes), passes)
-    rows: list[Row] = []
-    for name, of in list(trainees.items()):
-        row = partial(figure_row, case, name, roles[name])
-        with catch(name, "memory"):
+        run(BOTH, range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
+        run(FORWARD, range(k * passes, (k + 1) * passes), passes)
+    for peer in peers:
+        if of := trainees.get(peer.name):
+            row = partial(figure_row, case, peer.name, peer.role)
             held_out = torch.tensor(of.held_out_losses).view(-1, passes).mean(1).tolist()
+            rows += [timed_row(case, peer.name, peer.role, *timed) for timed in seconds[peer.name].items()]
             rows += [
-                *(timed_row(case, name, roles[name], direction, of_all[name]) for direction, of_all in seconds.items()),
-                row("forward+backward", "bytes", of.measure_peak()),
+                row(BOTH, "bytes", of.measure_peak()),
                 row("training", "parameters", of.prepared.count_trainable()),
                 row("training", "loss", of.losses[-1], samples=of.losses),
                 row("held out", "loss", held_out[-1], samples=held_out, steps=cuts),
@@ -227,46 +220,45 @@ def run(options: argparse.Namespace) -> int:
     size_name = "quick" if options.quick else device.type
     size, rounds = models.SIZES[size_name], ROUNDS[size_name]
     rounds = rounds._replace(steps=options.steps or rounds.steps)
-    if options.dataset or is_from_hub(options.model):
-        prepare_hub()
+    models.prepare_hub(options.dataset or options.model)
     corpus = read_corpus(options)
     arguments: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "out"}
     record = Record.start(
         "main-job", device, options.quick, arguments=arguments, corpus=corpus.describe(), models=dict[str, Any]()
     )
-    facts, subjects = record.environment, build_subjects(options, corpus, size, rounds.steps, device)
+    subjects, facts = build_subjects(options, corpus, size, rounds.steps, device), record.environment
     versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers", "peft"))
-    device_name = f"{facts['device_name']} ({facts['device']}), {facts['threads']} threads"
-    print(f"text    {corpus.describe()}\ndevice  {device_name}\nwith    {versions}", flush=True)
+    print(
+        f"text    {corpus.describe()}\ndevice  {facts['device_name']}, {facts['threads']} threads\nwith    {versions}"
+    )
     if busy := find_busyness(facts):
-        print(f"warning {busy}: measure again before you believe this")
-    tables: list[str] = []
+        print(f"warning {busy}: measure again before you believe this", flush=True)
+    sections: list[str] = []
     for subject in subjects:
-        peers = list_peers(subject.task.kind, subject.task.train[0]["input_ids"].shape[1])
-        record.settings["models"][subject.title] = {
-            "description": subject.describe(),
-            "tokens_per_step": subject.task.tokens_per_step(),
-        }
-        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(subject.task.held_out))
+        task = subject.task
+        peers = list_peers(task.kind, task.train[0]["input_ids"].shape[1])
+        about = {"description": subject.describe(), "tokens_per_step": task.tokens_per_step()}
+        record.settings["models"][subject.title] = about
+        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(task.held_out))
         with tqdm(total=ticks, desc=subject.title, unit="step", leave=False, file=sys.stderr) as bar:
             measured = compare_peers(subject, peers, rounds, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
         record.settings["seconds"] = time.perf_counter() - start
         record.add(measured, options.out)
-        table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
-        tables.append(f"**{subject.title}**: {subject.describe()}\n\n{table}")
-        print(f"\n{tables[-1]}", flush=True)
+        sections.append(f"**{subject.title}**: {subject.describe()}\n\n{report.list_tables(record)[-1]}")
+        print(f"\n{sections[-1]}", flush=True)
     remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
-    write_text("\n\n".join([*tables, *remarks]) + "\n", options.out / "main_job.md")
+    write_text("\n\n".join([*sections, *remarks]) + "\n", options.out / "main_job.md")
     draw(record, options.out)
     print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON, tables and plots in {options.out}")
     return record.conclude(options.out)
 
 
 def draw(record: Record, out: Path) -> None:
-    report.PLOTS["main-job"][""](record).draw(out / "main_job_time.png")
+    """Write the plots of times and of losses."""
+    report.PLOTS["main-job"][""].draw(record, out / "main_job_time.png")
     curves = [row for row in record.rows if row["direction"] == "held out"]
     panels: dict[str, pd.DataFrame] = {}
     for title in record.settings["models"]:
         of_model = [row for row in curves if row["model"] == title]
         panels[title] = pd.DataFrame({row["peer"]: pd.Series(row["samples"], row["steps"]) for row in of_model})
-    report.Plot(panels, "step", "loss on held-out text", "line").draw(out / "main_job_loss.png")
+    report.draw_panels(panels, out / "main_job_loss.png", "step", "loss on held-out text")

@@ -10,13 +10,16 @@ import itertools
 import json
 import os
 import platform
-import statistics
+import shutil
 import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "triton", "peft", "datasets", "tokenizers")
 BUSY = 0.5
-"""The load per core, averaged over the minute before a run, above which its times are not trusted."""
+"""Times are not trusted above this load per core, averaged over the minute before a run."""
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
@@ -39,41 +42,38 @@ class BenchmarkError(Exception):
 
 
 def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+@contextmanager
+def explain(option: str) -> Iterator[None]:
+    """Report any error inside, in one line, as a mistake in an option."""
+    try:
+        yield
+    except Exception as error:  # readers of files and the network raise errors of many types
+        raise BenchmarkError(f"{option}: {first_line(error)}") from error
+
+
 def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
+    """Describe the failure of a peer."""
     text = "".join(traceback.format_exception(error))
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
 
-class Clock:
-    """Measure seconds of work on a device: wall time on a CPU, events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        if self.device.type == "cuda":
-            return self._count_with_events(work)
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def _count_with_events(self, work: Callable[[], object]) -> float:
-        with torch.cuda.device(self.device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+def time_call(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes until the device has done all of its work."""
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
-    """Number the rounds: ``warmup`` of them, those that begin within ``seconds``, and ``least`` in any case."""
+    """Yield the numbers of ``warmup`` rounds, of those that begin within ``seconds``, and of ``least`` in any case."""
     yield from range(warmup)
     end = time.perf_counter() + seconds
     for i in itertools.count():
@@ -107,49 +107,64 @@ def interleave(
     return {name: samples[name] for name in names if name not in errors}, errors
 
 
-def find_percentile(samples: Sequence[float], percent: int) -> float:
-    if len(samples) == 1:
-        return samples[0]
-    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]
-
-
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
     """Summarize the seconds of all rounds."""
-    quantiles = {f"p{percent}": find_percentile(samples, percent) for percent in (50, 20, 80)}
-    counts = {"rounds": len(samples), "samples": [round(seconds, 9) for seconds in samples]}
-    return figure_row(case, peer, role, direction, "seconds", quantiles.pop("p50"), **quantiles, **counts)
+    seconds = torch.tensor(samples, dtype=torch.float64)
+    p50, p20, p80 = (seconds.quantile(percent / 100).item() for percent in (50, 20, 80))
+    counts = {"rounds": len(samples), "samples": [round(sample, 9) for sample in samples]}
+    return figure_row(case, peer, role, direction, "seconds", p50, p20=p20, p80=p80, **counts)
 
 
 def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, p50: float, **more: Any) -> Row:
+    """Return the row of one measured figure."""
     return {**case, "peer": peer, "role": role, "direction": direction, "quantity": quantity, "p50": p50, **more}
 
 
-def measure(
-    case: Row,
-    direction: str,
-    calls: Mapping[str, Callable[[], object]],
-    roles: Mapping[str, Role],
-    device: torch.device,
-    rounds: Iterable[int],
-    *,
-    warmup: int = 1,
-    clock: Callable[[Callable[[], Any]], float] | None = None,
-    memory: bool = True,
-) -> tuple[list[Row], list[Row]]:
-    """Time all peers in turns, then measure the memory of each, unless ``memory`` is False. Return rows and faults.
+@dataclass(frozen=True)
+class Work:
+    """Hold what a peer does in a case: the calls to be measured, by direction.
 
-    ``clock`` returns the seconds of a call. By default it times the call.
+    The calls of a direction in ``self_timed`` return their own seconds, and their memory is not measured.
     """
-    time_call = clock or Clock(device)
-    jobs: dict[str, Job] = {name: (lambda _, call=call: time_call(call)) for name, call in calls.items()}  # type: ignore[misc]
-    samples, errors = interleave(jobs, rounds, warmup=warmup)
-    rows = []
-    for name, seconds in samples.items():
-        rows.append(timed_row(case, name, roles[name], direction, seconds))
-        if memory:
-            peak = added_peak(calls[name], device)
-            rows.append(figure_row(case, name, roles[name], direction, "bytes", peak))
-    return rows, [fault(case, name, direction, error) for name, error in errors.items()]
+
+    role: Role
+    calls: Mapping[str, Callable[[], Any]]
+    self_timed: Collection[str] = ()
+
+
+def group_calls(works: Mapping[str, Work]) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls of all peers by direction and peer."""
+    directions = dict.fromkeys(direction for work in works.values() for direction in work.calls)
+    return {d: {name: work.calls[d] for name, work in works.items() if d in work.calls} for d in directions}
+
+
+def measure(
+    case: Row, works: Mapping[str, Work], device: torch.device, rounds: Callable[[], Iterable[int]], warmup: int = 1
+) -> tuple[list[Row], list[Row]]:
+    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults."""
+    rows, faults = list[Row](), list[Row]()
+    for direction, calls in group_calls(works).items():
+        is_timed = {name: direction not in works[name].self_timed for name in calls}
+        jobs: dict[str, Job] = {n: partial(run_job, call, device if is_timed[n] else None) for n, call in calls.items()}
+        samples, errors = interleave(jobs, rounds(), warmup=warmup)
+        for name, seconds in samples.items():
+            about = (case, name, works[name].role, direction)
+            rows.append(timed_row(*about, seconds))
+            if is_timed[name]:
+                rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
+        faults += [fault(case, name, direction, error) for name, error in errors.items()]
+    return rows, faults
+
+
+def run_job(call: Callable[[], Any], device: torch.device | None, number: int) -> float:
+    """Return the seconds of a call on a device. Without a device, the call returns them itself."""
+    return time_call(call, device) if device else float(call())
+
+
+def freeze_heap() -> None:
+    """Keep what exists out of later garbage collections. Each measurement of memory begins with one."""
+    gc.collect()
+    gc.freeze()
 
 
 def added_peak(work: Callable[[], object], device: torch.device) -> int:
@@ -206,6 +221,7 @@ def find_busyness(facts: Mapping[str, Any]) -> str | None:
 
 
 def find_version(package: str) -> str | None:
+    """Return the version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -214,21 +230,17 @@ def find_version(package: str) -> str | None:
 
 def run_git(*arguments: str) -> str | None:
     """Return what git prints about this checkout, or None where there is no checkout or no git."""
-    if not (ROOT / ".git").exists():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def find_device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -1,12 +1,17 @@
 """The frozen models: built from a configuration with random weights, or loaded by name."""
 
 import copy
-from collections.abc import Callable
+import os
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import datasets
+import huggingface_hub
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -22,7 +27,7 @@ from transformers import (
 
 from fastprefix.integrations.transformers.adapter import MODULE, trainable_modules
 
-from .measure import BenchmarkError, first_line
+from .measure import BenchmarkError, explain
 
 ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
 TaskKind = Literal["causal_lm", "classification"]
@@ -30,7 +35,7 @@ LONGEST_PROMPT = 128  # positions in addition to those of the text
 
 
 class Size(NamedTuple):
-    """The size of a model and of its batches."""
+    """Hold the size of a model and of its batches."""
 
     layers: int
     width: int
@@ -45,7 +50,6 @@ SIZES = {
     "cpu": Size(layers=4, width=256, heads=4, vocabulary=4096, rows=8, length=128),
     "cuda": Size(layers=12, width=1024, heads=16, vocabulary=4096, rows=32, length=256),
 }
-HINT = "; tokenizer.save_pretrained writes one into the folder of the model"
 
 
 def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2) -> PretrainedConfig:
@@ -81,10 +85,20 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
 
 
 def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """Build a model with random weights."""
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
     model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
     return place(model, device)
+
+
+def draw_batch(kind: TaskKind, size: Size, length: int, device: torch.device) -> dict[str, Tensor]:
+    """Draw random tokens without padding, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, size.vocabulary, (size.rows, length), generator=generator)
+    labels = ids if kind == "causal_lm" else torch.randint(0, 2, (size.rows,), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -95,7 +109,8 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def find_kind(name: str) -> TaskKind:
     """Return whether a named model is a causal language model or classifies."""
-    config = load(name, "configuration", AutoConfig.from_pretrained)
+    with explain(f"--model {name}"):
+        config = AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("CausalLM", "LMHeadModel")):
         return "causal_lm"
@@ -106,9 +121,10 @@ def find_kind(name: str) -> TaskKind:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token."""
-    tokenizer: PreTrainedTokenizerBase = load(name, "tokenizer", AutoTokenizer.from_pretrained, hint=HINT)
+    with explain(f"--model {name}, tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
-        raise BenchmarkError(f"--model {name}: no tokenizer{HINT}")
+        raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -122,21 +138,24 @@ def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: i
     if kind == "classification":
         auto = AutoModelForSequenceClassification
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
-    model: PreTrainedModel = load(name, "model", auto.from_pretrained, **options)
+    with explain(f"--model {name}"):
+        model: PreTrainedModel = auto.from_pretrained(name, **options)
     model.config.pad_token_id = pad
     model.config.use_cache = False
     return model
 
 
-def load(name: str, what: str, from_pretrained: Callable[..., Any], hint: str = "", **options: Any) -> Any:
-    """Load a part of a model, and explain in one line why it cannot be loaded."""
+def prepare_hub(name: str | None) -> None:
+    """Use only the local caches for a name of the hub if the hub does not answer, where its libraries would retry."""
+    if name is None or Path(name).is_dir():
+        return
     try:
-        return from_pretrained(name, **options)
-    except OSError as error:
-        place = "the folder has none" if Path(name).is_dir() else "neither a local folder nor available from the hub"
-        raise BenchmarkError(f"--model {name}: no {what}, {place} ({first_line(error)})") from error
-    except (ValueError, KeyError) as error:
-        raise BenchmarkError(f"--model {name}: its {what} cannot be used here ({first_line(error)}){hint}") from error
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an error is an answer
+    except OSError:
+        print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,10 +1,10 @@
 """Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 import fastprefix
 from fastprefix.methods import MethodConfig
 
-from .embedding import add_offset, prepend_prompt
+from .embedding import embed_adept, embed_dept, embed_pt
 from .measure import Role
-from .models import TaskKind, head_parameters
+from .models import TaskKind, head_parameters, share_weights
 
 FLOOR = "frozen floor"
 PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
@@ -48,6 +48,10 @@ class ModelPeer:
     role: Role
     prepare: Callable[[PreTrainedModel], Prepared]
     trains: bool = True
+
+    def copy_and_prepare(self, base: PreTrainedModel) -> nn.Module:
+        """Return a prepared copy of a model."""
+        return self.prepare(share_weights(base)).model
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -116,35 +120,30 @@ def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> li
 
 
 class EagerPrompt(nn.Module):
-    """Run a soft prompt in every row, as it is usually written. ``offset`` changes the rows of the tokens."""
+    """Run a soft prompt in every row, as it is usually written, with the tensors that its way to embed needs."""
 
-    def __init__(self, model: Any, tokens: int, offset: Literal["low_rank", "network"] | None, length: int) -> None:
+    def __init__(self, model: Any, embed: Callable[..., Tensor], tokens: int, shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.model, width = model, model.config.hidden_size
+        self.model, self.embed = model, embed
         freeze_body(model)
-        self.prompt = nn.Parameter(torch.randn(tokens, width))
-        shapes = {
-            "low_rank": ((length, DEPT_RANK), (DEPT_RANK, width)),
-            "network": ((width, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, width), (width,)),
-        }
-        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(s)) for s in shapes.get(offset or "", ())])
+        self.prompt = nn.Parameter(torch.randn(tokens, model.config.hidden_size))
+        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes])
         self.to(device=model.device, dtype=model.dtype)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
         """Return the output of the model; its loss is that of the caller's tokens."""
-        rows = self.model.get_input_embeddings()(input_ids)
-        if len(self.offset) == 2:
-            rows = rows + (self.offset[0] @ self.offset[1])[: rows.shape[1]]
-        elif len(self.offset) == 4:
-            rows = add_offset(rows, *self.offset)
+        rows = self.embed(input_ids, self.model.get_input_embeddings().weight, self.prompt, *self.offset)
         front = (len(self.prompt), 0)
         labels = F.pad(labels, front, value=-100) if labels.ndim == 2 else labels
-        mask = F.pad(attention_mask, front, value=1)
-        return self.model(inputs_embeds=prepend_prompt(self.prompt, rows), attention_mask=mask, labels=labels)
+        return self.model(inputs_embeds=rows, attention_mask=F.pad(attention_mask, front, value=1), labels=labels)
 
 
-def attach_eager(
-    model: PreTrainedModel, tokens: int, offset: Literal["low_rank", "network"] | None, length: int
-) -> Prepared:
-    """Prepare PT, DePT (``low_rank``) or ADePT (``network``) in eager PyTorch."""
-    return Prepared(EagerPrompt(model, tokens, offset, length))
+def attach_eager(model: PreTrainedModel, embed: Callable[..., Tensor], tokens: int, length: int) -> Prepared:
+    """Prepare PT, DePT or ADePT in eager PyTorch."""
+    d = model.config.hidden_size
+    shapes: dict[Any, Sequence[Sequence[int]]] = {
+        embed_pt: (),
+        embed_dept: ((length, DEPT_RANK), (DEPT_RANK, d)),
+        embed_adept: ((d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)),
+    }
+    return Prepared(EagerPrompt(model, embed, tokens, shapes[embed]))

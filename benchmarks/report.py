@@ -3,6 +3,8 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,16 +14,17 @@ from tabulate import tabulate
 
 from . import results
 from .measure import BenchmarkError
-from .options import DEFAULT_OUT
 from .results import FIGURES, Record, describe_fault
+from .suite import DEFAULT_OUT
 
 DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
 MISSING, NOISY = "-", "~"
 NOISE = 0.15
-"""As a share of the median: times that spread further are marked."""
-TEXT_CASE = "B == 32 and N == 256 and r == 19 and ids == 'text'"
+"""Mark times whose spread is a larger share of the median."""
+TEXT_SETTING = "B == 32 and r == 19 and ids == 'text'"
+TEXT_CASE = f"{TEXT_SETTING} and N == 256"
 """The cases of the embedding's table and plot. The CSV file has all cases."""
 
 
@@ -32,6 +35,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> str:
+        """Return the table in Markdown."""
         rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
         align = ("left", *["right"] * (len(self.header) - 1))
         options = {"tablefmt": "pipe", "disable_numparse": True, "colalign": align if rows else None}
@@ -85,44 +89,45 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
             *(number(at.samples[peer, "loss", "held out"][i], 3) for i in (0, -1)),
         ])  # fmt: skip
     rows += [[fault["peer"], "FAILED", fault["message"]] for fault in record.faults if fault["model"].startswith(model)]
-    times = (
-        ("forward ms", "x floor", "fwd + bwd ms", "x floor")
-        if in_detail
-        else ("forward, x floor", "fwd + bwd, x floor")
-    )
+    times = ["forward, x floor", "fwd + bwd, x floor"]
+    if in_detail:
+        times = ["forward ms", "x floor", "fwd + bwd ms", "x floor"]
     return Table(("method", "trainable", *times, "tokens/s", "peak MB", "loss first", "last"), rows)
 
 
 def is_noisy(row: Any) -> bool:
+    """Return whether a time spreads further than ``NOISE``."""
     return bool(max(row.p80 - row.p50, row.p50 - row.p20) > NOISE * row.p50)
 
 
-def pair_attention(record: Record, peer: str = "concat", decoding: bool | None = False) -> pd.DataFrame:
-    """Return for each case how much faster ``fused`` is than a peer, and its time as a share of scaled plain SDPA."""
+def summarize_attention(record: Record, peer: str = "concat", decoding: bool | None = False) -> pd.DataFrame:
+    """Return how much faster ``fused`` is than a peer, and its time as a share of scaled plain SDPA.
+
+    There is a row for each type and direction, with means over the cases.
+    """
     frame = pd.DataFrame(record.rows).query("quantity == 'seconds'")
     if decoding is not None:
         frame = frame[(frame.N == 1) == decoding]
+    frame = frame.assign(kind=frame.dtype + " " + frame.direction.str.replace("+", " + "))
     case = [name for name in frame if name not in (*FIGURES, "peer", "role")]
-    times = frame.pivot(index=case, columns="peer", values="p50").reset_index()
-    shares = times.fused / ((1 + times.P / times.M) * times.tokens)
-    return times.assign(over=times[peer] / times.fused, share=shares).dropna(subset="over")
-
-
-def group_attention(record: Record, *choice: Any) -> list[tuple[str, pd.DataFrame]]:
-    """Group the cases by type and direction, in the order of the record."""
-    order = list(dict.fromkeys((row["dtype"], row["direction"]) for row in record.rows))
-    groups = pair_attention(record, *choice).groupby(["dtype", "direction"])
-    return [(f"{key[0]} {key[1].replace('+', ' + ')}", groups.get_group(key)) for key in order if key in groups.groups]
+    times = frame.pivot(index=case, columns="peer", values="p50").reset_index().dropna(subset=peer)
+    times["over"] = times[peer] / times.fused
+    times["share"] = times.fused / ((1 + times.P / times.M) * times.tokens)
+    means = times.groupby("kind").agg(
+        over=("over", geometric_mean),
+        least=("over", "min"),
+        most=("over", "max"),
+        share=("share", geometric_mean),
+        most_share=("share", "max"),
+    )
+    return means.reindex(kind for kind in frame.kind.unique() if kind in means.index)
 
 
 def tabulate_attention(record: Record) -> Table:
     """Show means over the shapes, for each type and direction."""
     header = "prefix attention", "times faster than concatenation", "least", "share of plain SDPA, scaled", "most"
-    figures = [
-        (title, (geometric_mean(of.over), of.over.min(), geometric_mean(of.share), of.share.max()))
-        for title, of in group_attention(record)
-    ]
-    return Table(header, [[title, *map(number, values)] for title, values in figures])
+    figures = summarize_attention(record)[["over", "least", "share", "most_share"]]
+    return Table(header, [[kind, *map(number, values)] for kind, *values in figures.itertuples()])
 
 
 def tabulate_more_attention(records: dict[str, Record]) -> Table:
@@ -135,9 +140,8 @@ def tabulate_more_attention(records: dict[str, Record]) -> Table:
         (f"dropout {dropout.settings['dropout']}, over concatenation", dropout, "concat", False),
         ("AVX2 alone, over concatenation", records["attention_avx2"], "concat", False),
     ):
-        for kind, of in group_attention(record, peer, decoding):
-            figures = (geometric_mean(of.over), of.over.min(), of.over.max(), of.share.max())
-            rows.append([f"{title}, {kind}", *map(number, figures)])
+        figures = summarize_attention(record, peer, decoding)[["over", "least", "most", "most_share"]]
+        rows += [[f"{title}, {kind}", *map(number, values)] for kind, *values in figures.itertuples()]
     return Table(("prefix attention", "times faster", "least", "most", "share of plain SDPA, scaled: most"), rows)
 
 
@@ -156,19 +160,15 @@ def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str])
     at, rows = frame.set_index(["peer", "direction", "quantity"]), []
     columns = {(direction, "seconds"): name for direction, name in directions.items()}
     columns |= {(direction, "bytes"): "its memory" for direction in directions if direction != "decode"}
-    order = sorted(columns, key=lambda key: list(directions).index(key[0]))
+    order = sorted(columns, key=lambda column: list(directions).index(column[0]))
     for peer, role in frame[["peer", "role"]].drop_duplicates().itertuples(index=False):
-        cells = []
-        for key in order:
-            scale, digits, unit = (1e3, 1, " ms") if key[1] == "seconds" else (1e-6, 1, " MB")
-            if (peer, *key) not in at.index:
-                cells.append(MISSING)
-            elif role == "floor":
-                cells.append(number(scale * at.p50[(peer, *key)], digits, unit))
-            else:
-                cells.append(number(at["x floor"][(peer, *key)]))
+        figures = at.loc[peer].reindex(order)
+        cells = [number(ratio) for ratio in figures["x floor"]]
+        if role == "floor":
+            units = {"seconds": (1e3, " ms"), "bytes": (1e-6, " MB")}
+            cells = [number(units[of][0] * figures.p50[_, of], 1, units[of][1]) for _, of in order]
         rows.append([peer, *cells])
-    return Table((title, *(columns[key] for key in order)), rows)
+    return Table((title, *(columns[column] for column in order)), rows)
 
 
 def tabulate_shared_prompt(record: Record, S: int) -> Table:
@@ -225,7 +225,7 @@ def tabulate_each(table: Callable[[Record, Any], Table], column: str) -> Callabl
 
 
 TABLES: dict[str, Callable[[Record], list[Table]]] = {
-    "main-job": tabulate_each(tabulate_methods, "model"),
+    "main-job": tabulate_each(partial(tabulate_methods, in_detail=True), "model"),
     "attention": lambda record: [tabulate_attention(record)],
     "attention-dropout": lambda record: [tabulate_attention(record)],
     "embedding": lambda record: [tabulate_embedding(record)],
@@ -274,85 +274,84 @@ def readme_table(name: str, folder: Path = results.FOLDER) -> str:
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255"]  # Okabe-Ito first
 
 
-class Plot(NamedTuple):
-    """Describe a plot: a panel for each title. An index is a bar or a point, and a column is a color."""
+@dataclass(frozen=True)
+class Plot:
+    """Select ratios to the floor: a panel for each value of ``by``, and in it a table of an index and columns."""
 
-    panels: dict[str, pd.DataFrame]
-    xlabel: str
-    ylabel: str = ""
-    kind: Literal["barh", "line"] = "barh"
+    by: str
+    index: str
+    columns: str
+    directions: Sequence[str]
+    where: str = "index >= 0"
 
-    def describe(self) -> str:
-        """Return the figures of the plot as text, which its file contains."""
-        return json.dumps(
-            {title: json.loads(panel.to_json(double_precision=6)) for title, panel in self.panels.items()}
-        )
+    def panels(self, record: Record) -> dict[str, pd.DataFrame]:
+        """Return the tables by the titles of their panels, with peers in the order of the record."""
+        frame, panels = load_frame(record).query(f"quantity == 'seconds' and {self.where}"), {}
+        for value, of in frame[frame.direction.isin(self.directions)].groupby(self.by, sort=False):
+            table = of.pivot(index=self.index, columns=self.columns, values="x floor")
+            if self.index == "peer":
+                table = table.reindex(of.peer.unique())[list(self.directions)].dropna()
+            panels[value if isinstance(value, str) else f"{self.by} {value}"] = table
+        return panels
 
-    def draw(self, path: Path, dpi: int = 150) -> None:
-        from matplotlib.figure import Figure
-
-        bars, count = self.kind == "barh", max(1, len(self.panels))
-        height = 1.4 + 0.2 * max((panel.size for panel in self.panels.values()), default=5) if bars else 4.2
-        figure: Any = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
-        all_axes = figure.subplots(1, count, squeeze=False)[0]
-        for axes, (title, panel) in zip(all_axes, self.panels.items(), strict=False):
-            style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
-            if panel.size:
-                style |= {"ax": axes, "kind": self.kind, "legend": False, "color": COLORS * 4}
-                panel.plot(**style)
-            if bars:
-                for container in axes.containers:
-                    axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
-                axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
-                axes.invert_yaxis()
-                axes.margins(x=0.12)
-            axes.set(title=title, xlabel=self.xlabel, ylabel=self.ylabel)
-            axes.grid(alpha=0.25)
-            axes.set_axisbelow(True)
-        labels = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi, metadata={"Description": self.describe()})
+    def draw(self, record: Record, path: Path, dpi: int = 150) -> None:
+        """Write the plot: bars for peers, lines over lengths."""
+        if self.index == "peer":
+            draw_panels(self.panels(record), path, "time, times the floor (dashed)", kind="barh", dpi=dpi)
+        else:
+            draw_panels(self.panels(record), path, self.index, f"{self.directions[0]}, x floor", dpi=dpi)
 
 
-def plot_bars(by: str, directions: Sequence[str], where: str = "index >= 0") -> Callable[[Record], Plot]:
-    """Plot the ratios to the floor: a panel for each value of ``by``, a bar for each peer and direction."""
-
-    def plot(record: Record) -> Plot:
-        frame, panels = load_frame(record).query(f"quantity == 'seconds' and {where}"), {}
-        for title, of in frame.groupby(by, sort=False):
-            table = of.pivot(index="peer", columns="direction", values="x floor")
-            panels[f"{by} {title}" if by != "model" else title] = table.reindex(of.peer.unique())[
-                list(directions)
-            ].dropna()
-        return Plot(panels, "time, times the floor (dashed)")
-
-    return plot
+def describe_panels(panels: dict[str, pd.DataFrame]) -> str:
+    """Return the figures of a plot as text, which its file contains."""
+    return json.dumps({title: json.loads(panel.to_json(double_precision=6)) for title, panel in panels.items()})
 
 
-def plot_lengths(by: str, axes: dict[str, str], direction: str, where: str = "index >= 0") -> Callable[[Record], Plot]:
-    """Plot the ratios to the floor over lengths. ``axes`` maps each length to the one that is kept fixed."""
+def draw_panels(
+    panels: dict[str, pd.DataFrame],
+    path: Path,
+    xlabel: str,
+    ylabel: str = "",
+    kind: Literal["barh", "line"] = "line",
+    dpi: int = 150,
+) -> None:
+    """Draw a panel for each title. An index is a bar or a point, and a column is a color."""
+    from matplotlib.figure import Figure
 
-    def plot(record: Record) -> Plot:
-        frame, panels = load_frame(record).query(f"quantity == 'seconds' and direction == @direction and {where}"), {}
-        for x, fixed in axes.items():
-            chosen = frame[frame[fixed] == frame[fixed].iloc[0]]
-            for title, of in chosen.groupby(by, sort=False):
-                panels[f"{title}, over {x}"] = of.pivot(index=x, columns="peer", values="x floor")
-        return Plot(panels, "tokens", f"{direction}, x floor", "line")
+    bars, count = kind == "barh", max(1, len(panels))
+    height = 1.4 + 0.2 * max((panel.size for panel in panels.values()), default=5) if bars else 4.2
+    figure: Any = Figure(figsize=(6.2 * count, max(2.4, height)), layout="constrained")
+    all_axes = figure.subplots(1, count, squeeze=False)[0]
+    for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
+        style: dict[str, Any] = {"width": 0.8} if bars else {"marker": "o"}
+        if panel.size:
+            panel.plot(ax=axes, kind=kind, legend=False, color=COLORS * 4, **style)
+        if bars:
+            for container in axes.containers:
+                axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
+            axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
+            axes.invert_yaxis()
+            axes.margins(x=0.12)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    labels = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, metadata={"Description": describe_panels(panels)})
 
-    return plot
 
-
-ONE_TABLE = "V == 32128 and d == 1024 and B == 32 and r == 19 and ids == 'text'"
-PLOTS: dict[str, dict[str, Callable[[Record], Plot]]] = {
-    "main-job": {"": plot_bars("model", (FORWARD, BOTH))},
+PLOTS = {
+    "main-job": {"": Plot("model", "peer", "direction", (FORWARD, BOTH))},
     "embedding": {
-        "": plot_bars("V", (FORWARD, BOTH), TEXT_CASE),
-        "-lengths": plot_lengths("dtype", {"N": "V"}, BOTH, ONE_TABLE),
+        "": Plot("V", "peer", "direction", (FORWARD, BOTH), TEXT_CASE),
+        "_lengths": Plot("dtype", "N", "peer", (BOTH,), f"{TEXT_SETTING} and V == 32128"),
     },
-    "shared-prompt": {"": plot_bars("S", ("step", "prefill"))},
-    "models": {"": plot_lengths("model", {"N": "P", "P": "N"}, "step")},
+    "shared-prompt": {"": Plot("S", "peer", "direction", ("step", "prefill"))},
+    "models": {
+        "_lengths": Plot("model", "N", "peer", ("step",), "P == P.iloc[0]"),
+        "_prefixes": Plot("model", "P", "peer", ("step",), "N == N.iloc[0]"),
+    },
 }
 """The plots of each suite, by the ending of the file's name."""
 
@@ -364,8 +363,13 @@ def describe_record(name: str, record: Record) -> str:
     """Return the section of a record in the report."""
     about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
     objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
-    tables = [table.markdown() for table in (TABLES[record.suite](record) if record.suite in TABLES else [])]
-    return "\n\n".join([f"## {name}", about, *objections, *tables, *map(describe_fault, record.faults)]) + "\n"
+    faults = map(describe_fault, record.faults)
+    return "\n\n".join([f"## {name}", about, *objections, *list_tables(record), *faults]) + "\n"
+
+
+def list_tables(record: Record) -> list[str]:
+    """Return the tables of a record."""
+    return [table.markdown() for table in TABLES[record.suite](record)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -383,9 +387,9 @@ def run(options: argparse.Namespace) -> int:
             frames.append(load_frame(record).assign(folder=device, file=name, **about))
             sections.append(describe_record(name, record))
             for ending, plot in PLOTS.get(record.suite, {}).items():
-                plot(record).draw(options.out / device / f"{name}{ending}.png")
+                plot.draw(record, options.out / device / f"{name}{ending}.png")
             if options.readme and record.suite == "main-job":
-                PLOTS["main-job"][""](record).draw(options.results / device / "headline.png", dpi=100)
+                PLOTS["main-job"][""].draw(record, options.results / device / "headline.png", dpi=100)
         results.write_text("\n".join(sections), options.out / device / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     if options.readme:

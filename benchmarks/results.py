@@ -13,7 +13,7 @@ from .measure import BenchmarkError, Row, describe_environment, find_busyness, f
 
 FOLDER = Path(__file__).parent / "results"
 FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
-"""Columns with measured values. All other columns say what was measured."""
+"""Columns with measured values. All other columns describe the case."""
 
 
 @dataclass
@@ -32,14 +32,17 @@ class Record:
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
     def add(self, measured: tuple[Iterable[Row], Iterable[Row]], folder: Path) -> None:
+        """Add rows and faults, and write the file."""
         self.rows += measured[0]
         self.faults += measured[1]
         self.write(folder)
 
     def write(self, folder: Path) -> Path:
+        """Write the file of the suite in a folder."""
         return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
 
     def write_to(self, path: Path) -> Path:
+        """Write a file with one row per line."""
         head = {name: getattr(self, name) for name in ("suite", "environment", "settings", "faults")}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
@@ -63,11 +66,13 @@ class Record:
 
 
 def describe_fault(fault: Row) -> str:
+    """Describe a failure in one line."""
     case = {name: value for name, value in fault.items() if name not in ("peer", "stage", "message", "traceback")}
     return f"{fault['peer']}, {describe_case(case)}: FAILED in {fault['stage']}: {fault['message']}"
 
 
 def describe_case(case: Row) -> str:
+    """Describe a case in one line."""
     return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in case.items())
 
 
@@ -77,20 +82,20 @@ def case_of(row: Row) -> Row:
 
 
 def describe_times(rows: list[Row]) -> str:
-    """Describe one case for the terminal: for each direction, the time of the floor and the ratios of its peers."""
+    """Describe one case: for each direction, the time of the floor and the ratios of its peers."""
     timed = [row for row in rows if row["quantity"] == "seconds"]
     lines = [describe_case(case_of(timed[0]))] if timed else []
     for direction in dict.fromkeys(row["direction"] for row in timed):
         chosen = [row for row in timed if row["direction"] == direction]
-        floors = [row["p50"] for row in chosen if row["role"] == "floor"]
         # An operation whose floor trains nothing is compared with the floor's forward pass.
-        floors += [row["p50"] for row in timed if row["role"] == "floor"]
-        ratios = "  ".join(f"{row['peer']} {row['p50'] / floors[0]:.2f}" for row in chosen) if floors else "no floor"
-        lines.append(f"  {direction:17} floor {1e3 * floors[0] if floors else 0:.3f} ms; x floor: {ratios}")
+        floor = next((row["p50"] for row in (*chosen, *timed) if row["role"] == "floor"), float("nan"))
+        ratios = "  ".join(f"{row['peer']} {row['p50'] / floor:.2f}" for row in chosen)
+        lines.append(f"  {direction:17} floor {1e3 * floor:.3f} ms; x floor: {ratios}")
     return "\n".join(lines)
 
 
 def read(path: Path) -> Record:
+    """Read the record of a file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,19 +106,21 @@ def read(path: Path) -> Record:
 
 
 def read_devices(folder: Path) -> dict[str, dict[str, Record]]:
-    """Read the records of each device by the names of their files.
+    """Read the records in a folder and below by device, which is the name of their folder, and name of the file.
 
-    There is one folder per device, or ``folder`` itself if it contains JSON files.
+    A study is left out, for its rows are no figures of peers.
     """
-    folders = [folder] if list(folder.glob("*.json")) else sorted(path for path in folder.glob("*") if path.is_dir())
     devices: dict[str, dict[str, Record]] = {}
-    for path in (path for device in folders for path in sorted(device.glob("*.json"))):
+    for path in sorted(folder.resolve().rglob("*.json")):
         try:
-            devices.setdefault(path.resolve().parent.name, {})[path.stem] = read(path)
+            record = read(path)
         except BenchmarkError as error:
             print(f"left out: {error}", file=sys.stderr)
+        else:
+            if record.suite != "study":
+                devices.setdefault(path.parent.name, {})[path.stem] = record
     if not devices:
-        raise BenchmarkError(f"{folder}: no results, neither JSON files nor folders with JSON files")
+        raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
     return devices
 
 

@@ -6,9 +6,9 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import models
-from .measure import Clock, measure
+from .measure import Work, time_call
 from .models import Size
-from .options import add_common, positive, set_up
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, freeze, list_peft_peers, merge
-from .report import tabulate_shared_prompt
 from .results import Record
-from .steps import ModelWork
+from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
 
 DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
@@ -33,70 +31,54 @@ DECODED = 32  # tokens
 
 
 def list_peers(S: int, length: int) -> list[ModelPeer]:
+    """Return the floor, the methods on the shared path, textbook, merged, and PEFT's prompt tuning."""
     configs: dict[str, Callable[..., MethodConfig]] = {
         "PT": partial(fastprefix.PromptTuningConfig, S),
         "DePT": partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED),
         "ADePT": partial(fastprefix.ADePTConfig, S, bottleneck_dim=ADEPT_WIDTH),
     }
-    textbook = fastprefix.PromptTuningConfig(S, shared_prompt=False)
-    return [
-        ModelPeer(FLOOR, "floor", freeze),
-        *(
-            ModelPeer(f"{name} shared", "ours", partial(attach, config=make(shared_prompt=True)))
-            for name, make in configs.items()
-        ),
-        ModelPeer("PT textbook", "ours", partial(attach, config=textbook)),
-        *(
-            ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), trains=False)
-            for name, make in configs.items()
-        ),
-        *list_peft_peers("causal_lm", S, "PEFT PT", "")[:1],
-    ]
+    peers = [ModelPeer(FLOOR, "floor", freeze)]
+    for name, make in configs.items():
+        peers.append(ModelPeer(f"{name} shared", "ours", partial(attach, config=make(shared_prompt=True))))
+    peers.append(ModelPeer("PT textbook", "ours", partial(attach, config=configs["PT"](shared_prompt=False))))
+    for name, make in configs.items():
+        peers.append(ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), trains=False))
+    return peers + list_peft_peers("causal_lm", S, "PEFT PT", "")[:1]
 
 
-class PromptWork(ModelWork):
-    """Add prefill and decoding to a training step."""
-
-    @property
-    def tokens(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.batch.items() if name != "labels"}
+def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
+    """Return the work of a peer: a training step, the prefill, and the seconds of a generated token."""
+    tokens = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    work = build_model_work(peer.role, model, batch)
 
     @torch.no_grad()
-    def prefill(self) -> None:
+    def prefill() -> None:
         """Run all tokens at once into a cache, and compute the logits of the last."""
-        self.model.eval()
-        self.model(**self.tokens, use_cache=True, logits_to_keep=1)
-
-    def decode(self, clock: Clock) -> float:
-        """Return the seconds per token: the time of many tokens less that of one."""
-        return (clock(partial(self.generate, DECODED)) - clock(partial(self.generate, 1))) / (DECODED - 1)
+        model.eval()
+        model(**tokens, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def generate(self, tokens: int) -> None:
-        self.model.eval()
-        options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
-        self.model.generate(**self.tokens, pad_token_id=0, **options)
+    def generate(count: int) -> None:
+        model.eval()
+        options = {"max_new_tokens": count, "do_sample": False, "use_cache": True, "eos_token_id": None}
+        model.generate(**tokens, pad_token_id=0, **options)
+
+    def decode() -> float:
+        """Return the seconds per token: the time of many tokens less that of one."""
+        many, one = (time_call(partial(generate, count), model.device) for count in (DECODED, 1))
+        return (many - one) / (DECODED - 1)
+
+    step = {"step": work.calls["step"]} if peer.trains else {}
+    return Work(peer.role, {**step, "prefill": prefill, "decode": decode}, self_timed=["decode"])
 
 
-def build_works(size: Size, peers: list[ModelPeer], device: torch.device) -> dict[str, PromptWork]:
+def list_problems(size: Size, lengths: Sequence[int], device: torch.device) -> Iterator[Problem]:
+    """Build all peers for each length of the prompt."""
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, size.vocabulary, (size.rows, size.length), generator=generator).to(device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return {peer.name: PromptWork(peer.prepare(models.share_weights(base)).model, batch, peer.role) for peer in peers}
-
-
-def compare_peers(size: Size, S: int, rounds: int, device: torch.device, record: Record, out: Path) -> None:
-    """Measure all peers at one length."""
-    peers = list_peers(S, size.length)
-    works, clock, case = build_works(size, peers, device), Clock(device), {"S": S, **size._asdict()}
-    compare = partial(measure, case, roles={peer.name: peer.role for peer in peers}, device=device)
-    steps = {peer.name: works[peer.name].step for peer in peers if peer.trains}
-    record.add(compare("step", steps, rounds=range(rounds + 1)), out)
-    prefills = {name: work.prefill for name, work in works.items()}
-    record.add(compare("prefill", prefills, rounds=range(rounds + 1)), out)
-    decodings = {name: partial(work.decode, clock) for name, work in works.items()}
-    record.add(compare("decode", decodings, rounds=range(rounds + 1), clock=lambda decode: decode(), memory=False), out)
+    batch = models.draw_batch("causal_lm", size, size.length, device)
+    for S in lengths:
+        peers = list_peers(S, size.length)
+        yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print a table for each length, write."""
     device = set_up(options)
     size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
     record = Record.start("shared-prompt", device, options.quick)
-    for S in options.prompt:
-        compare_peers(size, S, options.rounds or rounds, device, record, options.out)
-        print(f"{tabulate_shared_prompt(record, S).markdown()}\n", flush=True)
-    return record.conclude(options.out)
+    problems, rounds = list_problems(size, options.prompt, device), options.rounds or rounds
+    return run_suite(record, problems, options.out, device, partial(range, rounds + 1))

@@ -3,31 +3,28 @@
 It trains full fine-tuning, the head of the classifier alone, and every method with ``transformers.Trainer``. Three
 learning rates per method are scored on the dev split after a short training, and the best one is used for all seeds.
 Training ends early if the dev split improves no more, and the best weights are tested once. A finished training is a
-file in ``OUT/runs``, named by a digest of all that it depends on, so that an interrupted study continues.
+row of ``OUT/study.json`` with all that it depends on, so that an interrupted study continues.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -38,11 +35,11 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import data, models
-from .measure import BenchmarkError, added_peak, describe_environment, find_version
-from .options import DEFAULT_OUT, add_common, is_from_hub, positive, prepare_hub, set_up
+from .measure import BenchmarkError, Row, added_peak, explain, fault, find_version
 from .peers import Prepared, attach, freeze_body, group
-from .report import Plot, Table, number
-from .results import write_text
+from .report import Table, draw_panels, number
+from .results import Record, read, write_text
+from .suite import DEFAULT_OUT, add_common, positive, set_up
 
 DESCRIPTION = "Train a pretrained encoder on labelled text with full fine-tuning and every method: test accuracy."
 WARMUP = 0.06  # of the steps; then the rate falls to 0 linearly
@@ -65,6 +62,8 @@ QUICK = DEFAULTS | {
     "prefix_tokens": 16,
 }  # fmt: skip
 Rates = dict[str, Any]
+TABLE, LENGTHS = "table", "lengths"  # kinds of trainings, besides searches
+COLUMNS = ("group", "rates", "trainable", "best_step", "seconds_a_step", "peak_bytes")
 SHARED = ("evaluate_every", "patience", "rows", "max_length", "head_rate")  # change the outcome of every training
 
 
@@ -108,51 +107,52 @@ def count_parameters(model: PreTrainedModel, config: MethodConfig) -> int:
     return fastprefix.count_parameters(attached).groups["fastprefix"]
 
 
+def find_size(model: PreTrainedModel, budget: int, make: Callable[[int], MethodConfig]) -> int:
+    """Return the largest size within a budget. Parameters grow by the same number with each step of the size."""
+    one, two = (count_parameters(model, make(size)) for size in (1, 2))
+    if one > budget:
+        raise BenchmarkError(
+            f"--prefix-tokens: {budget:,} parameters are too few for {type(make(1)).__name__}: {one:,}"
+        )
+    return 1 + (budget - one) // (two - one)
+
+
 def fit_config(key: str, model: PreTrainedModel, options: argparse.Namespace) -> MethodConfig | None:
     """Return a method as large as the budget of its group allows: that of a plain prompt or of a plain prefix.
 
     A prompt as large as a usual prefix would have hundreds of tokens, hence two budgets. A network is counted, although
     export drops it.
     """
-    name, group_name, _ = PEERS[key]
-    prompt, prefix, residual = (
-        fastprefix.PromptTuningConfig,
-        fastprefix.PrefixTuningConfig,
-        fastprefix.ResidualPrefixConfig,
-    )
-
-    def fill(make: Callable[[int], MethodConfig]) -> int:
-        """Return the largest size within the budget. Parameters grow by the same number with each step of the size."""
-        one, two = (count_parameters(model, make(size)) for size in (1, 2))
-        if one > budget:
-            raise BenchmarkError(
-                f"{name} does not fit --{group_name}-tokens, give more: it has at least {one:,} parameters"
-            )
-        return 1 + (budget - one) // (two - one)
-
+    group_name = PEERS[key][1]
     if group_name == "reference":
         return None
     if group_name == "prompt":
-        budget = count_parameters(model, prompt(options.prompt_tokens))
-        tokens = fill(prompt)
-        fitted: dict[str, Any] = {"trainable": budget, "num_virtual_tokens": max(1, round(SHORT_PROMPT * tokens))}
+        plain = fastprefix.PromptTuningConfig(options.prompt_tokens)
+        if key == "pt":
+            return plain
+        tokens = max(1, round(SHORT_PROMPT * options.prompt_tokens))
+        fitted: dict[str, Any] = {"trainable": count_parameters(model, plain), "num_virtual_tokens": tokens}
         if key == "dept":
             return fastprefix.DePTConfig.for_budget(model, **fitted, max_length=options.max_length)
-        return prompt(tokens) if key == "pt" else fastprefix.ADePTConfig.for_budget(model, **fitted)
-    budget = count_parameters(model, prefix(options.prefix_tokens))
+        return fastprefix.ADePTConfig.for_budget(model, **fitted)
+    if key == "prefix":
+        return fastprefix.PrefixTuningConfig(options.prefix_tokens)
+    budget = count_parameters(model, fastprefix.PrefixTuningConfig(options.prefix_tokens))
     if key in NETWORKS:
-        tokens, (with_residual, with_gate) = fill(prefix), NETWORKS[key]
-        make = partial(residual, tokens, bottleneck_dim=BOTTLENECK, residual=with_residual, gate=with_gate)
-        return make(hidden_dim=fill(lambda width: make(hidden_dim=width)))
-    return prefix(fill(prefix)) if key == "prefix" else fastprefix.APTConfig(fill(fastprefix.APTConfig))
+        make = partial(make_network, key, options.prefix_tokens, bottleneck_dim=BOTTLENECK)
+        return make(hidden_dim=find_size(model, budget, lambda width: make(hidden_dim=width)))
+    return fastprefix.APTConfig(find_size(model, budget, fastprefix.APTConfig))
+
+
+def make_network(key: str, tokens: int, **widths: Any) -> MethodConfig:
+    """Return a prefix from a network."""
+    residual, gate = NETWORKS[key]
+    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate, **widths)
 
 
 def size_config(key: str, tokens: int) -> MethodConfig:
     """Return a prefix method with so many tokens, whatever it costs. Networks have the default widths."""
-    if key not in NETWORKS:
-        return fastprefix.PrefixTuningConfig(tokens)
-    residual, gate = NETWORKS[key]
-    return fastprefix.ResidualPrefixConfig(tokens, residual=residual, gate=gate)
+    return make_network(key, tokens) if key in NETWORKS else fastprefix.PrefixTuningConfig(tokens)
 
 
 def prepare(key: str, config: MethodConfig | None, rates: Rates, model: PreTrainedModel, head_rate: float) -> Prepared:
@@ -204,33 +204,84 @@ def measure_accuracy(predicted: Any) -> dict[str, float]:
     return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
 
 
-class Study(NamedTuple):
-    """Hold what all trainings share: the model by seed, its tokenizer, token ids, options, device and digests."""
+class Study:
+    """Hold what all trainings share: the options, the model, its tokenizer, and the texts as token ids."""
 
-    load: Callable[[int], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    texts: dict[str, Dataset]
-    options: argparse.Namespace
-    device: torch.device
-    subject: dict[str, Any]
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+        arguments = {name: value for name, value in vars(options).items() if name != "out"}
+        parts, self.classes = load_texts(options)
+        models.prepare_hub(options.model)
+        self.tokenizer = models.load_tokenizer(options.model)
+        self.texts = {part: self.encode(rows) for part, rows in parts.items()}
+        self.model = self.load(0)
+        weights = [self.model.config.to_diff_dict(), self.model.state_dict()]
+        texts = [part.to_dict() for part in self.texts.values()]
+        versions = [find_version(package) for package in ("fastprefix", "torch", "transformers")]
+        shared = [getattr(options, name) for name in SHARED]
+        self.subject = Hasher.hash([weights, texts, versions, shared, device.type])
+        about = {"arguments": arguments, "introduction": self.describe()}
+        self.record = Record.start("study", device, options.quick, **about)
+        if (options.out / "study.json").exists():
+            self.record.rows = [{**row, "in_tables": False} for row in read(options.out / "study.json").rows]
 
-    def train(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int, kind: str) -> Any:
-        """Return the outcome of a training, which is read from its file if it was finished before."""
-        about = {
-            "config": config.to_dict() if config else key,
-            "rates": rates,
-            "seed": seed,
-            "steps": steps,
-            "kind": kind,
-        }
-        about |= self.subject | {name: getattr(self.options, name) for name in SHARED}
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        path: Path = self.options.out / "runs" / f"{key}-{kind}-seed{seed}-{digest}.json"
-        if not path.exists():
-            print(f"{PEERS[key][0]}, {kind}, seed {seed}, {steps} steps", flush=True)
-            outcome = self.run(key, config, rates, seed, steps)
-            write_text(json.dumps(about | {"outcome": outcome}), path)
-        return json.loads(path.read_text(encoding="utf-8"))["outcome"]
+    def describe(self) -> str:
+        """Return the texts, the model and the settings in three lines."""
+        options = self.options
+        counts = ", ".join(f"{len(rows):,} {part}" for part, rows in self.texts.items())
+        settings = ", ".join(f"{name} {getattr(options, name)}" for name in ("steps", "search_steps", "seeds", *SHARED))
+        return f"text    {options.data.name}: {counts} examples\nmodel   {options.model}\ntrain   {settings}"
+
+    def encode(self, part: Dataset) -> Dataset:
+        """Return texts as token ids."""
+        rows = self.tokenizer(list(part["text"]), truncation=True, max_length=self.options.max_length)
+        columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        return Dataset.from_dict({**columns, "labels": part["label"]})
+
+    def load(self, seed: int) -> PreTrainedModel:
+        """Load the model with a new head."""
+        pad = self.tokenizer.pad_token_id
+        model = models.load_model(self.options.model, "classification", len(self.classes), pad, seed)
+        nn.Module.to(model, self.device)
+        return model
+
+    def train(
+        self, kind: str, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int
+    ) -> Row | None:
+        """Return the row of a training, which is in the record if it was finished before, or None if it fails."""
+        name, group_name, _ = PEERS[key]
+        about = {"kind": kind, "method": name, "group": group_name, "rates": rates, "seed": seed, "most_steps": steps}
+        about |= {"config": config.to_dict() if config else None, "subject": self.subject}
+        about = json.loads(json.dumps(about))  # as it is in the file
+        if found := [row for row in self.record.rows if about.items() <= row.items()]:
+            found[0]["in_tables"] = True
+            return found[0]
+        print(f"{name}, {kind}, seed {seed}, {steps} steps", flush=True)
+        try:
+            self.record.rows.append(about | self.run(key, config, rates, seed, steps) | {"in_tables": True})
+        except Exception as error:  # the failure of one method must not lose the results of the others
+            self.record.faults.append(fault({"kind": kind, "seed": seed}, name, "training", error))
+            return None
+        self.record.write(self.options.out)
+        return self.record.rows[-1]
+
+    def find_rates(self, kind: str, key: str, config: MethodConfig | None, steps: int) -> Rates | None:
+        """Return the rates that are best on the dev split after a short training with the first seed."""
+        steps = min(self.options.search_steps, steps)
+        tried = [self.train(f"search, {kind}", key, config, rates, 0, steps) for rates in PEERS[key][2]]
+        rows = sorted(filter(None, tried), key=lambda row: (-row["dev_accuracy"], row["dev_loss"]))
+        return rows[0]["rates"] if rows else None
+
+    def train_all(self, kind: str, configs: dict[str, list[Any]], steps: int, seeds: int) -> None:
+        """Train the configurations of each method with the rates that are best for the middle one.
+
+        The seeds are the outer loop, so an interrupted study has some seeds of all methods.
+        """
+        rates = {key: self.find_rates(kind, key, of[(len(of) - 1) // 2], steps) for key, of in configs.items()}
+        for seed, key in itertools.product(range(seeds), configs):
+            for config in configs[key]:
+                if best := rates[key]:
+                    self.train(kind, key, config, best, seed, steps)
 
     def run(self, key: str, config: MethodConfig | None, rates: Rates, seed: int, steps: int) -> dict[str, Any]:
         """Train, stop early, and test the best weights."""
@@ -276,95 +327,19 @@ def load_texts(options: argparse.Namespace) -> tuple[dict[str, Dataset], list[st
             parts[part] = data.read_file(path, option, options.text_column, options.label_column)
             if "label" not in parts[part].column_names:
                 raise BenchmarkError(f"{option} {path}: name the column of the labels with --label-column")
-            continue
-        count = round(SPLIT_OFF * len(parts["train"]))
-        if count < 1:
-            raise BenchmarkError(f"{options.data.name}: too few examples to split some off; give a file with --{part}")
-        split = parts["train"].train_test_split(count, seed=SPLIT_SEED)
-        parts["train"], parts[part] = split["train"], split["test"]
-    classes = data.list_classes(options.data.name, parts["train"])
+        else:
+            with explain(f"{options.data.name}, without {option}"):  # too few examples to split some off
+                split = parts["train"].train_test_split(round(SPLIT_OFF * len(parts["train"])), seed=SPLIT_SEED)
+            parts["train"], parts[part] = split["train"], split["test"]
+    parts["train"], classes = data.number_labels(options.data.name, parts["train"])
     if len(classes) < 2:
         raise BenchmarkError(f"{options.data.name}: two or more classes are needed, got {classes}")
     for part, rows in parts.items():
-        if unknown := sorted(set(rows["label"]) - set(classes)):
-            raise BenchmarkError(f"--{part}: labels that the training file does not have: {unknown}")
-        drawn = rows.shuffle(seed=SPLIT_SEED).select(
-            range(min(len(rows), getattr(options, f"{part}_examples") or len(rows)))
-        )
-        parts[part] = data.number_labels(drawn, classes)
+        with explain(f"--{part}"):  # a label that the training file does not have
+            numbered = rows.cast_column("label", parts["train"].features["label"])
+        count = getattr(options, f"{part}_examples") or len(rows)
+        parts[part] = numbered.shuffle(seed=SPLIT_SEED).select(range(min(len(rows), count)))
     return parts, classes
-
-
-def set_up_study(options: argparse.Namespace, device: torch.device) -> tuple[Study, dict[str, Any]]:
-    """Read the texts, load the model, and begin the document of results."""
-    texts, classes = load_texts(options)
-    if is_from_hub(options.model):
-        prepare_hub()
-    words = models.load_tokenizer(options.model)
-
-    def load(seed: int) -> PreTrainedModel:
-        model = models.load_model(options.model, "classification", len(classes), words.pad_token_id, seed)
-        nn.Module.to(model, device)
-        return model
-
-    def encode(part: Dataset) -> Dataset:
-        rows = words(list(part["text"]), truncation=True, max_length=options.max_length)
-        columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
-        return Dataset.from_dict({**columns, "labels": part["label"]})
-
-    model, encoded = load(0), {part: encode(rows) for part, rows in texts.items()}
-    weights = hashlib.sha256(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    digest = hashlib.sha256(json.dumps([part.to_dict() for part in encoded.values()]).encode()).hexdigest()
-    software = {package: find_version(package) for package in ("fastprefix", "torch", "transformers")}
-    subject = {"model": weights.hexdigest(), "texts": digest, "software": software, "device": device.type}
-    counts = ", ".join(f"{len(rows):,} {part}" for part, rows in texts.items())
-    settings = ", ".join(f"{name} {getattr(options, name)}" for name in ("steps", "search_steps", "seeds", *SHARED))
-    introduction = f"text    {options.data.name}: {counts} examples\nmodel   {options.model}\ntrain   {settings}"
-    arguments = {name: value for name, value in vars(options).items() if name != "out"}
-    head = {"suite": "study", "arguments": arguments, "environment": describe_environment(device)}
-    document = {**head, "introduction": introduction, "table": [], "lengths": {}}
-    return Study(load, words, encoded, options, device, subject), document
-
-
-def carry_out(study: Study, document: dict[str, Any], failures: list[str]) -> None:
-    """Search rates with the first seed, then train every seed. An interrupted study has some seeds of all methods."""
-    options, model = study.options, study.load(0)
-
-    def attempt(key: str, *arguments: Any) -> Any:
-        try:
-            return study.train(key, *arguments)
-        except Exception:  # the failure of one method must not lose the results of the others
-            failures.append(f"{PEERS[key][0]} failed:\n{traceback.format_exc()}")
-            return None
-
-    def train_all(
-        of_key: dict[str, list[MethodConfig | None]], steps: int, seeds: int
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Train the configurations of each method with the rates that are best for the middle one."""
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for key, configs in of_key.items():
-            middle, (name, group_name, candidates) = configs[(len(configs) - 1) // 2], PEERS[key]
-            found = [(attempt(key, middle, r, 0, min(options.search_steps, steps), "search"), r) for r in candidates]
-            scored = [(outcome["dev_accuracy"], -outcome["dev_loss"], rates) for outcome, rates in found if outcome]
-            about = {
-                "method": name, "group": group_name, "rates": max(scored, key=lambda s: s[:2])[2] if scored else None,
-                "search": [{"rates": rates, "dev_accuracy": accuracy} for accuracy, _, rates in scored],
-            }  # fmt: skip
-            rows[key] = [{**about, "config": config.to_dict() if config else None, "runs": {}} for config in configs]
-        for seed, key in itertools.product(range(seeds), of_key):
-            for config, row in zip(of_key[key], rows[key], strict=True):
-                if row["rates"] and (outcome := attempt(key, config, row["rates"], seed, steps, "run")):
-                    row["runs"][str(seed)] = outcome
-        return rows
-
-    fitted = {key: [fit_config(key, model, options)] for key in options.methods}
-    document["table"] += [row for rows in train_all(fitted, options.steps, options.seeds).values() for row in rows]
-    lengths = sorted(options.lengths)
-    sized: Any = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
-    for key, rows in train_all(sized, options.length_steps, options.length_seeds or options.seeds).items():
-        document["lengths"][PEERS[key][0]] = dict(zip(map(str, lengths), rows, strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -388,89 +363,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train what is missing, print and write tables and plots. Return 1 if a training failed or was interrupted."""
-    failures = list[str]()
+    """Train what is missing, print and write tables and plots. Return 1 if a training failed."""
     if options.report:
-        path: Path = options.out / "study.json"
-        if not path.exists():
-            raise BenchmarkError(f"--report: {path} does not exist")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        record = read(options.out / "study.json")
     else:
         if options.data is None or options.model is None:
             raise BenchmarkError("--data (a file of labelled texts) and --model (an encoder) are needed")
         for name, value in (QUICK if options.quick else DEFAULTS).items():
             setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
-        study, document = set_up_study(options, set_up(options))
-        print(document["introduction"], flush=True)
-        try:
-            carry_out(study, document, failures)
-        except KeyboardInterrupt:
-            failures.append("interrupted: finished trainings are kept, the same command continues")
-        write_text(json.dumps(document, default=str), options.out / "study.json")
-    tables = "\n\n".join(table.markdown() for table in summarize(document))
-    write_text(f"{document['introduction']}\n\n{tables}\n\n{NOTES}\n", options.out / "study.md")
-    print(f"\n{tables}\n\n{NOTES}\n\nJSON, tables and plots in {options.out}")
-    print("\n".join(failures), file=sys.stderr)
-    if lengths := read_lengths(document):
-        curves = {name: pd.Series({int(n): 100 * s.mean() for n, s in of.items()}) for name, of in lengths.items()}
-        panels = {"test accuracy over lengths": pd.DataFrame(curves)}
-        Plot(panels, "prefix tokens", "% of the test texts", "line").draw(options.out / "study_lengths.png")
-    return 1 if failures else 0
+        study = Study(options, set_up(options))
+        record, lengths = study.record, sorted(options.lengths)
+        print(record.settings["introduction"], flush=True)
+        fitted = {key: [fit_config(key, study.model, options)] for key in options.methods}
+        study.train_all(TABLE, fitted, options.steps, options.seeds)
+        sized = {key: [size_config(key, n) for n in lengths] for key in options.length_methods if lengths}
+        study.train_all(LENGTHS, sized, options.length_steps, options.length_seeds or options.seeds)
+    tables = "\n\n".join(table.markdown() for table in summarize(record))
+    write_text(f"{record.settings['introduction']}\n\n{tables}\n\n{NOTES}\n", options.out / "study.md")
+    print(f"\n{tables}\n\n{NOTES}")
+    if accuracies := select_lengths(record):
+        means = pd.DataFrame({name: of.mean() for name, of in accuracies.items()})
+        draw_panels(
+            {"test accuracy over lengths": means},
+            options.out / "study_lengths.png",
+            "prefix tokens",
+            "% of the test texts",
+        )
+    return record.conclude(options.out)
 
 
-def summarize(document: dict[str, Any]) -> list[Table]:
+def select_runs(record: Record, kind: str) -> pd.DataFrame:
+    """Return the trainings of a kind that the last command asked for, with accuracies in percent."""
+    chosen = [row for row in record.rows if row["kind"] == kind and row["in_tables"]]
+    frame = pd.DataFrame(chosen, columns=["method", "seed", "config", "dev_accuracy", "test_accuracy", *COLUMNS])
+    return frame.assign(test=100 * frame.test_accuracy, dev=100 * frame.dev_accuracy)
+
+
+def select_lengths(record: Record) -> dict[str, pd.DataFrame]:
+    """Return the test accuracy of each prefix method: a row for each seed, a column for each length."""
+    frame = select_runs(record, LENGTHS)
+    frame["length"] = [config["num_virtual_tokens"] for config in frame.config]
+    return {
+        name: of.pivot(index="seed", columns="length", values="test")
+        for name, of in frame.groupby("method", sort=False)
+    }
+
+
+def summarize(record: Record) -> list[Table]:
     """Return the methods at their budgets, their differences, and the prefix methods over lengths."""
     header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "ms a step", "peak MB")
-    finished, rows = [row for row in document["table"] if row["runs"]], []
-    for row in finished:
-        runs, rates = pd.DataFrame(row["runs"].values()), row["rates"]
+    frame, rows = select_runs(record, TABLE), []
+    for _, runs in frame.groupby("method", sort=False):
+        first, rates = runs.iloc[0], runs.rates.iloc[0]
         shown = " / ".join(f"{rate:g}" for rate in (rates["prompt"], rates["main"]) if rate is not None)
         shown += f", gates {rates['gate']:g}" if rates["gate"] else ""
         rows.append([
-            name_row(row), number(runs.trainable.iloc[0], 0), shown, str(len(runs)),
-            describe_spread(runs.test_accuracy), describe_spread(runs.dev_accuracy),
-            number(runs.best_step.mean(), 0), number(1e3 * runs.seconds_a_step.median(), 0),
-            number(runs.peak_bytes.max() / 1e6, 1),
+            name_run(first), number(first.trainable, 0), shown, str(len(runs)),
+            describe_spread(runs.test), describe_spread(runs.dev), number(runs.best_step.mean(), 0),
+            number(1e3 * runs.seconds_a_step.median(), 0), number(runs.peak_bytes.max() / 1e6, 1),
         ])  # fmt: skip
     tables, compared = [Table(header, rows)], []
-    tested = {row["method"]: read_accuracies(row) for row in finished}
+    scores = frame.pivot(index="seed", columns="method", values="test")
     for above, below in COMPARED:  # seed by seed: the same batches in the same order, and the same head at the start
-        if above in tested and below in tested:
-            differences = (100 * (tested[above] - tested[below])).dropna()
+        if above in scores and below in scores:
+            differences = (scores[above] - scores[below]).dropna()
             each = ", ".join(f"{difference:+.1f}" for difference in differences)
             compared.append([f"{above} - {below}", f"{differences.mean():+.1f}", each])
     tables += [Table(("difference of test %", "mean", "of each seed"), compared)] * bool(compared)
-    if lengths := read_lengths(document):
-        columns, rows = list(dict.fromkeys(length for of in lengths.values() for length in of)), []
+    if lengths := select_lengths(record):
+        columns, rows = sorted({length for of in lengths.values() for length in of}), []
         for name, of in lengths.items():
-            means = [100 * scores.mean() for scores in of.values()]
-            cells = (describe_spread(of[length]) if length in of else "-" for length in columns)
-            rows.append([name, *cells, number(max(means) - min(means), 1)])
-        tables.append(Table(("test % with a prefix of", *columns, "largest - least"), rows))
+            cells = (describe_spread(of[length].dropna()) if length in of else "-" for length in columns)
+            rows.append([name, *cells, number(of.mean().max() - of.mean().min(), 1)])
+        tables.append(Table(("test % with a prefix of", *map(str, columns), "largest - least"), rows))
     return tables
 
 
-def read_accuracies(row: dict[str, Any]) -> Any:
-    return pd.Series({seed: outcome["test_accuracy"] for seed, outcome in row["runs"].items()}, dtype=float)
+def describe_spread(percentages: Any) -> str:
+    """Return mean and standard deviation."""
+    return f"{percentages.mean():.1f}" + (f" ± {percentages.std():.1f}" if len(percentages) > 1 else "")
 
 
-def read_lengths(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    of_method = document["lengths"].items()
-    found = {name: {n: read_accuracies(row) for n, row in rows.items() if row["runs"]} for name, rows in of_method}
-    return {name: of for name, of in found.items() if of}
-
-
-def describe_spread(shares: Any) -> str:
-    return f"{100 * shares.mean():.1f}" + (f" ± {100 * shares.std():.1f}" if len(shares) > 1 else "")
-
-
-def name_row(row: dict[str, Any]) -> str:
-    config = row["config"]
-    if config is None:
-        return str(row["method"])
-    sizes = [str(config["num_virtual_tokens"])]
-    if row["group"] == "prompt":
-        sizes += [f"r={config[name]}" for name in ("rank", "bottleneck_dim") if config.get(name) is not None]
-    elif config.get("reparameterization") is not None:
-        sizes.append(f"h={config['hidden_dim']}")
-    return f"{row['method']} ({', '.join(sizes)})"
+def name_run(run: Any) -> str:
+    """Return a method with its sizes."""
+    if run.config is None:
+        return str(run.method)
+    sizes = [str(run.config["num_virtual_tokens"])]
+    if run.group == "prompt":
+        sizes += [f"r={run.config[name]}" for name in ("rank", "bottleneck_dim") if run.config.get(name) is not None]
+    elif run.config.get("reparameterization") is not None:
+        sizes.append(f"h={run.config['hidden_dim']}")
+    return f"{run.method} ({', '.join(sizes)})"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from . import attention, embedding, kernels, models, shared_prompt
+from . import attention, embedding, models, shared_prompt, suite
 
 CPU = torch.device("cpu")
 SHAPE = attention.Shape(4, 8, 2, 128, 128, 64, 20)
@@ -18,29 +18,30 @@ PROMPT_PEERS = {peer.name: peer for peer in shared_prompt.list_peers(60, 128) if
 
 Benchmark = Callable[[Callable[[], object]], object]
 
-
 FORWARD = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager", "merged", "lookup")}
 BOTH = {"attention": ("fused", "concat", "tokens"), "embedding": ("adept", "adept_eager")}
 CASES = [
-    pytest.param(suite, direction, name, marks=pytest.mark.benchmark(group=f"{suite} {direction}"))
+    pytest.param(operation, direction, name, marks=pytest.mark.benchmark(group=f"{operation} {direction}"))
     for direction, of in (("forward", FORWARD), ("forward+backward", BOTH))
-    for suite, names in of.items()
+    for operation, names in of.items()
     for name in names
 ]
 
 
-@pytest.mark.parametrize(("suite", "direction", "name"), CASES)
-def test_kernel(benchmark: Benchmark, suite: str, direction: str, name: str) -> None:
-    if suite == "attention":
-        inputs = attention.Inputs(SHAPE, torch.float32, True, CPU)
-        problem = kernels.Problem({}, inputs.peers(), inputs.grad)
+@pytest.mark.parametrize(("operation", "direction", "name"), CASES)
+def test_kernel(benchmark: Benchmark, operation: str, direction: str, name: str) -> None:
+    if operation == "attention":
+        works = attention.Inputs(SHAPE, torch.float32, True, CPU).works()
     else:
-        problem = embedding.Inputs(SETTING, torch.float32, CPU).problem(SETTING, "float32")
-    benchmark(problem.works()[direction][name])
+        works = embedding.Inputs(SETTING, torch.float32, CPU).works()
+    benchmark(works[name].calls[direction])
 
 
 @pytest.mark.benchmark(group="training step")
 @pytest.mark.parametrize("name", list(PROMPT_PEERS))
 def test_training_step(benchmark: Benchmark, name: str) -> None:
-    works = shared_prompt.build_works(models.SIZES["cpu"], [PROMPT_PEERS[name]], CPU)
-    benchmark(works[name].step)
+    size = models.SIZES["cpu"]
+    base = models.build("causal_lm", models.configure("causal_lm", size), CPU)
+    batch = models.draw_batch("causal_lm", size, size.length, CPU)
+    peer = PROMPT_PEERS[name]
+    benchmark(suite.build_model_work(peer.role, peer.copy_and_prepare(base), batch).calls["step"])

@@ -5,6 +5,7 @@ DePT and ADePT like their authors' code (eager), and PEFT's prompt and prefix tu
 """
 
 import argparse
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,15 +15,13 @@ from torch import Tensor
 import fastprefix
 
 from . import models
-from .measure import Row
+from .embedding import embed_adept, embed_dept, embed_pt
 from .models import Size, TaskKind
-from .options import add_common, positive, set_up
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, attach_eager, freeze, list_peft_peers
-from .results import Record, describe_times
-from .steps import ModelWork, measure_models
+from .results import Record
+from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
 
 DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
-CLASSES = 2
 TOKENS, PREFIX = 128, 100
 PLACES = [(TOKENS, PREFIX), *((N, PREFIX) for N in (64, 256)), *((TOKENS, P) for P in (10, 50, 200))]
 """Tokens of the input and of the prefix. The curves over both lengths cross at the first pair."""
@@ -30,7 +29,7 @@ QUICK_PLACES = [(16, 4), (24, 4)]
 
 
 class ModelShape(NamedTuple):
-    """The shape of a model. Its vocabulary is smaller than the published one, which only ADePT would change."""
+    """Hold the shape of a model. The vocabulary, which only ADePT would change, is smaller than the published one."""
 
     name: str
     kind: TaskKind
@@ -51,6 +50,7 @@ def choose_shapes(options: argparse.Namespace) -> tuple[ModelShape, ...]:
 
 
 def list_peers(kind: TaskKind, N: int, P: int) -> list[ModelPeer]:
+    """Return the floor, the methods of this package, the same in eager PyTorch, and PEFT's."""
     configs = {
         "PT": fastprefix.PromptTuningConfig(P),
         "DePT": fastprefix.DePTConfig(P, rank=DEPT_RANK, max_length=N),
@@ -58,25 +58,30 @@ def list_peers(kind: TaskKind, N: int, P: int) -> list[ModelPeer]:
         "prefix tuning": fastprefix.PrefixTuningConfig(P),
         "APT": fastprefix.APTConfig(P),
     }
-    eager = partial(partial, attach_eager, tokens=P, length=N)
+    eager: dict[str, Callable[..., Tensor]] = {"PT": embed_pt, "DePT": embed_dept, "ADePT": embed_adept}
     return [
         ModelPeer(FLOOR, "floor", freeze),
         *(ModelPeer(name, "ours", partial(attach, config=config)) for name, config in configs.items()),
-        ModelPeer("PT, eager", "theirs", eager(offset=None)),
-        ModelPeer("DePT, eager", "theirs", eager(offset="low_rank")),
-        ModelPeer("ADePT, eager", "theirs", eager(offset="network")),
+        *(
+            ModelPeer(f"{name}, eager", "theirs", partial(attach_eager, embed=embed, tokens=P, length=N))
+            for name, embed in eager.items()
+        ),
         *list_peft_peers(kind, P, "PEFT PT", "PEFT prefix tuning"),
     ]
 
 
-def draw_batch(shape: ModelShape, N: int, device: torch.device) -> dict[str, Tensor]:
-    """Draw random tokens without padding, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, shape.size.vocabulary, (shape.size.rows, N), generator=generator)
-    classes = torch.randint(0, CLASSES, (shape.size.rows,), generator=generator)
-    labels = ids if shape.kind == "causal_lm" else classes
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def list_problems(
+    shapes: Sequence[ModelShape], places: Sequence[tuple[int, int]], device: torch.device
+) -> Iterator[Problem]:
+    """Build all peers on one model for each shape and each pair of lengths."""
+    for shape in shapes:
+        base = models.build(shape.kind, models.configure(shape.kind, shape.size), device)
+        dtype = str(base.dtype).removeprefix("torch.")
+        for N, P in places:
+            batch = models.draw_batch(shape.kind, shape.size, N, device)
+            case = {"model": shape.name, "N": N, "P": P, "rows": shape.size.rows, "dtype": dtype}
+            peers = list_peers(shape.kind, N, P)
+            yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,16 +93,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     device, shapes = set_up(options), choose_shapes(options)
     record = Record.start("models", device, options.quick, sizes={s.name: s.size._asdict() for s in shapes})
-    for shape in shapes:
-        base = models.build(shape.kind, models.configure(shape.kind, shape.size, classes=CLASSES), device)
-        for N, P in QUICK_PLACES if options.quick else PLACES:
-            batch, peers = draw_batch(shape, N, device), list_peers(shape.kind, N, P)
-            dtype = str(base.dtype).removeprefix("torch.")
-            case: Row = {"model": shape.name, "N": N, "P": P, "rows": shape.size.rows, "dtype": dtype}
-            works = {
-                peer.name: ModelWork(peer.prepare(models.share_weights(base)).model, batch, peer.role) for peer in peers
-            }
-            measured = measure_models(works, case, 1 if options.quick else options.rounds, device)
-            print(describe_times(measured[0]), flush=True)
-            record.add(measured, options.out)
-    return record.conclude(options.out)
+    places, rounds = (QUICK_PLACES, 1) if options.quick else (PLACES, options.rounds)
+    return run_suite(record, list_problems(shapes, places, device), options.out, device, partial(range, rounds + 1))

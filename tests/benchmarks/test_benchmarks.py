@@ -26,15 +26,15 @@ from benchmarks import (
     main_job,
     measure,
     models,
-    options,
     peers,
     report,
     results,
     shared_prompt,
+    suite,
     whole_models,
 )
 from benchmarks.__main__ import main
-from benchmarks.measure import BenchmarkError, figure_row, timed_row
+from benchmarks.measure import BenchmarkError, figure_row
 from benchmarks.models import Size
 from benchmarks.results import Record
 from fastprefix.ops.backends import BACKENDS
@@ -88,11 +88,6 @@ class TestMeasure:
         assert samples == {"good": [0.0, 1.0, 2.0, 3.0]}
         assert isinstance(errors["bad"], ZeroDivisionError)
 
-    def test_quantiles(self) -> None:
-        row = timed_row(CASE, "a", "ours", "forward", [0.001 * i for i in range(1, 12)])
-        assert [row["p20"], row["p50"], row["p80"]] == pytest.approx([0.003, 0.006, 0.009])
-        assert (row["rounds"], len(row["samples"]), row["N"]) == (11, 11, 4)
-
     def test_added_peak_is_what_was_held_at_once(self) -> None:
         size = 64 * 2**20
         work = lambda: [None for _ in range(3) if torch.ones(size, dtype=torch.uint8) is None]  # noqa: E731
@@ -126,7 +121,9 @@ class TestReport:
 
         path = results.FOLDER / "amd-epyc-zen5-2cores" / "headline.png"
         with Image.open(path) as image:
-            assert image.info["Description"] == report.PLOTS["main-job"][""](COMMITTED["main_job"]).describe()
+            assert image.info["Description"] == report.describe_panels(
+                report.PLOTS["main-job"][""].panels(COMMITTED["main_job"])
+            )
 
     def test_every_row_and_plot(self, tmp_path: Path) -> None:
         COMMITTED["shared_prompt"].write(tmp_path / "device")
@@ -135,6 +132,12 @@ class TestReport:
         assert len(lines) == 1 + len(COMMITTED["shared_prompt"].rows)
         assert "PT textbook" in (tmp_path / "out" / "device" / "report.md").read_text()
         assert (tmp_path / "out" / "device" / "shared_prompt.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("name", list(COMMITTED))
+    def test_every_committed_result_has_tables_and_plots(self, name: str) -> None:
+        record = COMMITTED[name]
+        assert all(table.count("\n") >= 2 for table in report.list_tables(record))
+        assert all(plot.panels(record) for plot in report.PLOTS.get(record.suite, {}).values())
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
@@ -225,10 +228,10 @@ class TestData:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("missing.tsv", None, "no such file"),
+            ("missing.tsv", None, "missing.tsv"),
             ("text.docx", "x", r"\.tsv"),
             ("odd.jsonl", '{"a": "x"}\n{"a": "y"}\n', "--text-column"),
-            ("broken.jsonl", "{", "could not be read"),
+            ("broken.jsonl", "{", "broken.jsonl"),
             ("short.jsonl", '{"text": "one"}\n', "two passages"),
         ],
     )
@@ -238,11 +241,6 @@ class TestData:
         with pytest.raises(BenchmarkError, match=message):
             data.build_corpus(name, data.read_file(tmp_path / name, "--data"), seed=0)
 
-    def test_tokenizer_writes_any_text_back(self) -> None:
-        words = data.train_tokenizer(["def f(x):\n    return x"] * 9, 300)
-        for text in ("def f(x):\n    return x", "naïve 日本語 \x00"):
-            assert words.decode(words(text)["input_ids"]) == text
-
 
 class TestMainJob:
     @pytest.mark.peft
@@ -250,7 +248,7 @@ class TestMainJob:
         peft_support.require(peft_support.prefixes_of_classifiers)
         assert main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
         assert "RANDOM weights" in capsys.readouterr().out
-        assert options.QUICK_NOTE in (tmp_path / "main_job.md").read_text()
+        assert suite.QUICK_NOTE in (tmp_path / "main_job.md").read_text()
         for name in ("main_job_loss.png", "main_job_time.png"):
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         record = results.read(tmp_path / "main_job.json")
@@ -297,24 +295,25 @@ class TestMainJob:
         assert main(["--quick", "--device", "cpu", "--model", str(tmp_path)]) == 2
         assert "tokenizer" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("arguments", [["--model", "../models/nothing"], ["--device", "cuda"]])
-    def test_it_cannot_start(self, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert main(arguments) == 2
-
-    @pytest.mark.parametrize("option", ["--dataset", "--model"])
+    @pytest.mark.parametrize(
+        "arguments", [["--dataset", "nobody/nothing"], ["--model", "nobody/nothing"], ["--model", "../models/nothing"]]
+    )
     def test_without_network(
-        self, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         import datasets
         import huggingface_hub
 
-        monkeypatch.setattr(options, "is_hub_reachable", lambda: False)
-        # What going offline changes is put back after the test.
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        # The test restores what going offline changes.
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        assert main([option, "nobody/nothing", "--out", str(tmp_path)]) == 2
-        assert f"error: {option} nobody/nothing" in capsys.readouterr().err
+        assert main(arguments) == 2
+        assert f"error: {' '.join(arguments)}" in capsys.readouterr().err
+
+    def test_without_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(["--device", "cuda"]) == 2
 
 
 def test_the_head_is_not_shared() -> None:
@@ -342,12 +341,13 @@ def test_adapterhub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapterhub, "prepare_environment", lambda folder: Path(sys.executable))
     assert main(["adapterhub", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     record = results.read(tmp_path / "adapterhub.json")
-    assert record.environment["adapters"] == "0.0"
+    assert "adapters" in record.environment
     assert len(record.rows) == 2 * 2 * 2 * 2  # models, peers, directions, seconds and bytes
 
 
 def test_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_models, "QUICK", whole_models.QUICK[-1:])
+    monkeypatch.setattr(whole_models, "QUICK_PLACES", whole_models.QUICK_PLACES[:1])
     arguments = ["models", "--quick", "--device", "cpu", "--rows", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0
     record = results.read(tmp_path / "models.json")
@@ -355,46 +355,36 @@ def test_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = report.tabulate_model(record, "Llama, 12 x 768")
     assert {"PT", "ADePT, eager", "PEFT prefix tuning"} < {row[0] for row in table.rows}
     assert all("-" not in row[1:] for row in table.rows)
-    assert report.PLOTS["models"][""](record).panels
+    assert report.PLOTS["models"]["_lengths"].panels(record)
 
 
 def test_shared_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prompt, "DECODED", 3)
-    arguments = [
-        "shared-prompt",
-        "--quick",
-        "--rounds",
-        "1",
-        "--prompt",
-        "5",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main(arguments) == 0
+    arguments = ["shared-prompt", "--quick", "--rounds", "1", "--prompt", "5", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
     record = results.read(tmp_path / "shared_prompt.json")
     assert not record.faults
-    bytes_of = {
-        row["peer"]: row["p50"] for row in record.rows if (row["direction"], row["quantity"]) == ("step", "bytes")
-    }
-    assert bytes_of["PT shared"] < bytes_of["PT textbook"]
-    assert "PT merged" not in bytes_of
+    at = {(row["direction"], row["quantity"], row["peer"]): row["p50"] for row in record.rows}
+    assert at["step", "bytes", "PT shared"] < at["step", "bytes", "PT textbook"]
+    assert ("step", "bytes", "PT merged") not in at
+    assert ("decode", "bytes", "PT merged") not in at
+    assert ("decode", "seconds", "PT merged") in at
 
 
-@pytest.mark.parametrize("suite", [pytest.param("attention", marks=needs_kernels), "embedding"])
-def test_kernels(suite: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param("attention", marks=needs_kernels), "embedding"])
+def test_kernels(name: str, tmp_path: Path) -> None:
     embedding.compile_once.cache_clear()
-    assert main([suite, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
-    record = results.read(tmp_path / f"{suite}.json")
+    assert main([name, "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    record = results.read(tmp_path / f"{name}.json")
     assert not record.faults
     trained = {row["peer"] for row in record.rows if row["direction"] == "forward+backward"}
-    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[suite] <= trained
+    assert {"attention": {"fused", "concat"}, "embedding": {"adept", "adept_eager"}}[name] <= trained
 
 
 @needs_kernels
-def test_attention_with_dropout_has_a_separate_file(tmp_path: Path) -> None:
-    arguments = ["attention", "--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path), "--dropout"]
+def test_attention_with_dropout_has_a_separate_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "list_problems", lambda options, device: [])
+    arguments = ["attention", "--quick", "--device", "cpu", "--out", str(tmp_path), "--dropout"]
     assert main([*arguments, "0.1"]) == 0
     assert results.read(tmp_path / "attention_dropout.json").settings["dropout"] == 0.1
     assert main([*arguments, "1.5"]) == 2

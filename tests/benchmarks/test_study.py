@@ -1,6 +1,7 @@
 """The study in the small: equal budgets, resumption, early stopping, and the committed tables."""
 
-import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +18,63 @@ pytest.importorskip("tokenizers")
 from benchmarks import data, models, results, study
 from benchmarks.__main__ import main
 from benchmarks.models import Size
+from benchmarks.results import Record
 
-TINY = Size(layers=2, width=32, heads=2, vocabulary=300, rows=4, length=16)
+TINY = Size(layers=1, width=32, heads=2, vocabulary=300, rows=4, length=16)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return texts that state their label."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a folder with a small encoder and texts that state their label. Caches of data sets are there, too."""
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    path = tmp_path / "reviews.tsv"
+    folder = tmp_path_factory.mktemp("study")
     rows = [f"film {'so ' * (i % 5)}{('bad', 'good')[i % 2]} {i}\t{('neg', 'pos')[i % 2]}" for i in range(80)]
-    path.write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    return path
+    (folder / "reviews.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    data.train_tokenizer(["film so good, so bad"] * 9, TINY.vocabulary).save_pretrained(folder / "model")
+    models.build("classification", models.configure("classification", TINY), CPU).save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        yield folder
 
 
-@pytest.fixture
-def arguments(reviews: Path, tmp_path: Path) -> list[str]:
-    """Return a command with a small local encoder."""
-    words = data.train_tokenizer(["film so good, so bad"] * 9, TINY.vocabulary)
-    words.save_pretrained(tmp_path / "model")
-    models.build("classification", models.configure("classification", TINY), CPU).save_pretrained(tmp_path / "model")
-    few = ["--methods", "head", "apt", "--length-methods", "residual+gate", "--device", "cpu"]
-    model = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
-    return ["study", "--quick", "--data", str(reviews), *model, *few]
-
-
-def test_all_of_it_and_again(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(arguments) == 0
-    document = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert [row["method"] for row in document["table"]] == ["head alone", "APT"]
-    for row in document["table"]:
-        assert len(row["search"]) == 3
-        assert list(row["runs"]) == ["0", "1"]
-        assert all(0.0 <= run["test_accuracy"] <= 1.0 and run["peak_bytes"] > 0 for run in row["runs"].values())
-    assert list(document["lengths"]["residual prefix + gate"]) == ["2", "4"]
-    assert "APT (" in (tmp_path / "out" / "study.md").read_text()
-    monkeypatch.setattr(study.Study, "run", lambda *_: pytest.fail("trained a second time"))
-    assert main(arguments) == 0
-    again = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert (again["table"], again["lengths"]) == (document["table"], document["lengths"])
-
-
-def test_a_failing_method_loses_no_other_result(arguments: list[str], tmp_path: Path) -> None:
+def run_study(folder: Path) -> Record:
+    """Run a small study, in which prompt tuning fails."""
+    arguments = ["study", "--quick", "--data", str(folder / "reviews.tsv"), "--model", str(folder / "model")]
+    arguments += ["--device", "cpu", "--out", str(folder / "out"), "--seeds", "1", "--lengths", "2"]
+    arguments += ["--methods", "head", "pt", "apt", "--length-methods", "residual+gate"]
     # The prompt is longer than the positions of the model.
-    assert main([*arguments, "--methods", "head", "pt", "--prompt-tokens", "200", "--lengths", "--seeds", "1"]) == 1
-    head, prompt = json.loads((tmp_path / "out" / "study.json").read_text())["table"]
-    assert head["runs"]
-    assert not prompt["runs"]
+    assert main([*arguments, "--prompt-tokens", "200"]) == 1
+    return results.read(folder / "out" / "study.json")
+
+
+def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = run_study(folder)
+    counts = Counter((row["kind"], row["method"]) for row in record.rows)
+    gate = "residual prefix + gate"
+    assert counts == {
+        **{("search, table", method): 3 for method in ("head alone", "APT")},
+        **{("table", method): 1 for method in ("head alone", "APT")},
+        ("search, lengths", gate): 3,
+        ("lengths", gate): 1,
+    }
+    assert {fault["peer"] for fault in record.faults} == {"PT"}
+    assert all(0.0 <= row["test_accuracy"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
+    assert "APT (" in (folder / "out" / "study.md").read_text()
+    # Trainings of another command stay in the file and out of the tables.
+    record.rows.append({**record.rows[-1], "most_steps": 9})
+    record.write(folder / "out")
+    trained_again = set()
+    monkeypatch.setattr(study.Study, "run", lambda _, key, *more: trained_again.add(key) or 1 / 0)
+    assert run_study(folder).rows == [*record.rows[:-1], {**record.rows[-1], "in_tables": False}]
+    assert trained_again == {"pt"}
 
 
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        (None, [], "no such file"),
+        (None, [], "texts.tsv"),
         ("sentence\nx\ny\n", [], "--label-column"),
         ("sentence\tlabel\nx\t1\ny\t1\n", ["--dev", "DATA", "--test", "DATA"], "two or more classes"),
         ("sentence\tlabel\nx\t1\ny\t0\n", [], "--dev"),
@@ -89,7 +91,7 @@ def test_errors(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", [key for key in study.PEERS if key not in ("full", "head")])
+@pytest.mark.parametrize("key", ["pt", "dept", "adept", "apt-gates", "residual+gate"])
 def test_every_method_fills_its_budget(key: str) -> None:
     model: Any = models.build("classification", models.configure("classification", TINY), CPU)
     options: Any = type("Options", (), {"prompt_tokens": 40, "prefix_tokens": 40, "max_length": TINY.length})
@@ -124,7 +126,7 @@ def test_early_stopping_keeps_the_best_weights() -> None:
 
 def test_the_committed_tables_follow_from_the_committed_results() -> None:
     folder = results.FOLDER / "study-sst2-minilm"
-    document, text = json.loads((folder / "study.json").read_text()), (folder / "study.md").read_text()
+    text = (folder / "study.md").read_text()
     committed = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    for table in study.summarize(document):
+    for table in study.summarize(results.read(folder / "study.json")):
         assert all(["", *row, ""] in committed for row in [list(table.header), *table.rows])

@@ -1,0 +1,124 @@
+"""The parts that suites share: options, the kinds of work they measure, and the loop around a measurement.
+
+Only PyTorch is needed.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .measure import BenchmarkError, Role, Row, Work, count_until, freeze_heap, measure
+from .results import Record, describe_times
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_OUT = Path(__file__).parent / "out"
+QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and ratios mean nothing."
+Problem = tuple[Row, Mapping[str, Work]]  # a case and the work of each peer
+LEAST_ROUNDS = 10
+WARMUP = {"cpu": 1, "cuda": 5}
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every suite."""
+    parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
+    parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the results")
+
+
+def add_kernel_options(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
+    """Add the options of a suite that measures kernels."""
+    add_common(parser)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each direction of each case")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def set_up(options: argparse.Namespace) -> torch.device:
+    """Set the number of threads, silence the libraries, and return the device."""
+    freeze_heap()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    # Advice of the libraries about sequence lengths and padding would break the progress bar.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    device: torch.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise BenchmarkError(f"--device {device}: cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} sees no GPU")
+    return device
+
+
+# ---- work ----------------------------------------------------------------------------------------------------------
+
+
+def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Work:
+    """Return the work of a kernel, whose leaves get gradients. Without leaves, it is for inference only."""
+
+    def run_both() -> object:
+        return torch.autograd.grad(call(), leaves, grad, allow_unused=True)
+
+    forward = torch.no_grad()(call)
+    return Work(role, {"forward": forward, "forward+backward": run_both} if leaves else {"forward": forward})
+
+
+def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
+    """Return the work of a model, which returns its loss on the batch."""
+
+    def step() -> None:
+        model.train()
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def inference() -> None:
+        model.eval()
+        model(**batch)
+
+    return Work(role, {"step": step, "inference": inference})
+
+
+# ---- suites --------------------------------------------------------------------------------------------------------
+
+
+def run_kernels(record: Record, problems: Iterable[Problem], options: argparse.Namespace, device: torch.device) -> int:
+    """Run the suite for as many rounds as fit into the seconds of the options."""
+    seconds, least, warmup = (0.0, 2, 1) if options.quick else (options.seconds, LEAST_ROUNDS, WARMUP[device.type])
+    record.settings["seconds"] = seconds
+    return run_suite(
+        record, problems, options.out, device, partial(count_until, seconds, least=least, warmup=warmup), warmup
+    )
+
+
+def run_suite(
+    record: Record,
+    problems: Iterable[Problem],
+    out: Path,
+    device: torch.device,
+    rounds: Callable[[], Iterable[int]],
+    warmup: int = 1,
+) -> int:
+    """Measure, write and print one problem after another. Return the exit status."""
+    for case, works in problems:
+        measured = measure(case, works, device, rounds, warmup)
+        record.add(measured, out)
+        print(describe_times(measured[0]), flush=True)
+    return record.conclude(out)
