@@ -449,6 +449,9 @@ class Situations:
         def alike(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
             return functools.partial(self._alike, key, run, gradients)
 
+        def cached(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
+            return functools.partial(self._cached, key, run, gradients)
+
         chosen: dict[str, Callable[[], Compared]] = {"ids": alike("ids", self._plainest)}
         if self.is_text:
             chosen |= {f"{side} padding": alike(side, self._rows(side)) for side in ("left", "right")}
@@ -456,7 +459,7 @@ class Situations:
         if self.is_plain:
             chosen |= {
                 "inputs_embeds": alike("embeds", self._embeddings),
-                "explicit positions": alike("positions", self._positions),
+                "explicit positions": self._explicit,
                 "three-dimensional positions": alike("3-D positions", self._three_dimensions),
                 "token types": alike("types", self._types),
                 "boxes": alike("boxes", self._boxes),
@@ -465,10 +468,10 @@ class Situations:
             }
         if self.caches:
             chosen |= {
-                "a cached continuation": alike("pieces", self._pieces("none")),
-                "a cached continuation with left padding": alike("left pieces", self._pieces("left", _PADDING)),
-                "a static cache": alike("static", self._pieces("left", _PADDING, self._static), gradients=False),
-                "a copied cache": alike("copied", self._copied, gradients=False),
+                "a cached continuation": cached("pieces", self._pieces("none")),
+                "a cached continuation with left padding": cached("left pieces", self._pieces("left", _PADDING)),
+                "a static cache": cached("static", self._pieces("left", _PADDING, self._static), gradients=False),
+                "a copied cache": cached("copied", self._copied, gradients=False),
                 "a second turn of generation": self._second_turn,
             }
         if self.is_text and self.plain.can_generate():
@@ -491,6 +494,29 @@ class Situations:
         """Compare the same run of both."""
         expected = self._expected(key, self.book, run, gradients)
         return _difference(_evaluated(self.subject, run, gradients), expected)
+
+    def _cached(self, key: str, run: Make, gradients: bool) -> Compared:
+        """Compare the same run of both in several calls, unless the model itself differs from a single call."""
+        compared = self._alike(key, run, gradients)
+        if compared.error > BOUND and not self._continues():
+            raise _Absent("the model itself says other things with a cache than without")
+        return compared
+
+    def _explicit(self) -> Compared:
+        """Compare rows whose tokens have positions further on than the textbook's prompt."""
+        compared = self._alike("positions", self._positions)
+        gradients = self._expected("positions", self.book, self._positions).gradients
+        if compared.error > BOUND and gradients and not any(bool(each.any()) for each in gradients):
+            raise _Absent("the model takes a jump of positions for the start of another sequence")
+        return compared
+
+    def _continues(self) -> bool:
+        """Return whether the model without a method says the same in two calls as in one."""
+        ids = torch.cat([self.ids[:, :_VIRTUAL_TOKENS], self.ids], dim=1)  # as long as with the virtual tokens
+        plain = _Subject(self.plain.__call__, self.plain, [])
+        pieces = _evaluated(plain, self._pieces("none", ids=ids), gradients=False)
+        whole = _evaluated(plain, lambda run: _values(run(**self._inputs(ids)))[:1], gradients=False)
+        return _difference(_Numbers([torch.cat(pieces.values, dim=1)], []), whole).error <= BOUND
 
     def _expected(self, key: str, book: _Subject, run: Make, gradients: bool = True) -> _Numbers:
         """Return the textbook's numbers; what the textbook cannot run is no situation of the model."""
@@ -593,14 +619,16 @@ class Situations:
             raise _Absent("the model does not tell packed sequences apart")
         return _difference(_evaluated(self.subject, packed), self._expected("apart", self.book, alone))
 
-    def _pieces(self, padding: str, cut: int = 4, cache: Callable[[], Any] = lambda: None) -> Make:
+    def _pieces(
+        self, padding: str, cut: int = 4, cache: Callable[[], Any] = lambda: None, ids: Tensor | None = None
+    ) -> Make:
         """Run ids in two calls, the second with the cache of the first."""
 
         def run_pieces(run: Run) -> list[Tensor]:
-            inputs = self._inputs(self.ids, padding)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            first = self._step(run, ids[:, :cut], mask[:, :cut], cache())
-            second = self._step(run, ids[:, cut:], mask, _cache(first))
+            inputs = self._inputs(self.ids if ids is None else ids, padding)
+            row, mask = inputs["input_ids"], inputs["attention_mask"]
+            first = self._step(run, row[:, :cut], mask[:, :cut], cache())
+            second = self._step(run, row[:, cut:], mask, _cache(first))
             return [*_values(first, mask[:, :cut])[:1], *_values(second, mask[:, cut:])[:1]]
 
         return run_pieces

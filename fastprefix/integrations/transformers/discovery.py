@@ -499,6 +499,8 @@ _SMALL = {
         ("ffn_dim", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 32
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
+    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), 16),
+    **{"linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_num_heads": 8},
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "rotary_dim": 4},
 }
 _VOCABULARY = 128
