@@ -49,6 +49,7 @@ UNSET: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 1},
     "instructblipvideo": {"video_token_index": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
     "step3p7": {"text_config": {"sliding_window": 512}},

@@ -493,6 +493,7 @@ _STATES = (
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
     ("num_heads", "head_dim", "expand"),
     ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
 )
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_model")
 _LAYERS = (
@@ -512,7 +513,7 @@ _SMALL = {
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "rotary_dim": 4},
-    **{"base_channels": 32, "num_embeddings": 128, "codebook_size": 128, "num_filters": 8},
+    **{"base_channels": 32, "num_embeddings": 128, "codebook_size": 128, "num_filters": 4},
     **{"encoder_hash_byte_group_vocab": 128, "cross_attn_k": 1, "num_queries": 16, "latent_query_num": 4},
 }
 _DEFAULT_SECTIONS = re.compile(r"get\(\"mrope_section\", \[([\d, ]+)\]")
@@ -535,6 +536,7 @@ _FRAMES = 4
 """The length of a small copy's videos."""
 _GRID, _PIXELS = 4, 64
 """The side of a small copy's images, in patches or, where there are none, in pixels."""
+_LAYER_KINDS = {"layer_types", "layers_block_type"}
 _FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """How many of a model's first layers are of another kind."""
 _PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
@@ -665,9 +667,10 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bo
     small = copy.deepcopy(config)
     every = list(parts(small))
     widths: dict[int, int] = {}
-    for part in every:
+    for part in sorted(every, key=_is_headless):
         if scale.head_size is not None:
-            widths |= _narrow(part, scale.head_size, scale.heads)
+            widths |= _narrow(part, scale.head_size, scale.heads, widths)
+    for part in every:
         if not whole:
             _scale_positions(part)
         if scale.fewer_layers and not whole:
@@ -699,9 +702,15 @@ def _sizes(config: Any) -> dict[str, int]:
     return {name: value for name, value in vars(config).items() if type(value) is int}
 
 
-def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
-    """Make heads narrow and few; return the new width of each old one."""
+def _is_headless(config: Any) -> bool:
+    """Return whether a configuration says no number of heads, so that its width is that of another part."""
+    return not _sizes(config).keys() & set(_HEADS)
+
+
+def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int]) -> dict[int, int]:
+    """Make heads narrow and few; return the new width of each old one. Those of other parts are ``known``."""
     sizes = _sizes(config)
+    known = known if _is_headless(config) else {}
     before = next((sizes[name] for name in _HEADS if name in sizes), 1)
     head_dim = sizes.get("head_dim") or next((sizes[name] // before for name in _WIDTHS if name in sizes), head_size)
     after = before if heads is None else min(before, heads)
@@ -712,10 +721,10 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
         if name in sizes and heads is not None:
             grouped = 1 if sizes[name] == 1 else max(after // 2, 1)
             setattr(config, name, after if sizes[name] >= before else grouped)
-    widths = {sizes[name]: after * head_size for name in _WIDTHS if sizes.get(name)}
+    widths = {size: known.get(size, after * head_size) for name in _WIDTHS if (size := sizes.get(name))}
     for name in _WIDTHS:
         if sizes.get(name):
-            setattr(config, name, after * head_size)
+            setattr(config, name, widths[sizes[name]])
     for name, size in _SMALL.items():
         if name in sizes:
             setattr(config, name, min(size, sizes[name]))
@@ -888,8 +897,10 @@ def _shorten(config: Any, of_each: int) -> None:
     """Keep so many layers of every kind, and at least two in all."""
     sizes = _sizes(config)
     names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
-    if not names:
-        return
+    if not names and _LAYER_KINDS & vars(config).keys():
+        counts = {len(kinds) for name in _LAYER_KINDS if (kinds := vars(config).get(name))}
+        for count in counts:
+            _shorten_to_kinds(config, count, [], of_each)
     for count in {sizes[name] for name in names}:
         _shorten_to_kinds(config, count, [name for name in names if sizes[name] == count], of_each)
 
@@ -923,7 +934,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
         kinds.setdefault(kind(layer), []).append(layer)
     chosen = {layer for layers in list(kinds.values())[:_MOST_KINDS] for layer in layers[:of_each]}
     periods = [v for n, v in values.items() if type(v) is int and 1 < v <= count and _PERIOD_NAME.search(n)]
-    if "layer_types" not in lists and "layers_block_type" not in lists and periods:
+    if periods and not _LAYER_KINDS & lists.keys():
         chosen |= set(range(min(max(periods), count)))
     for source in sources.values():
         chosen |= {source[layer] for layer in chosen if type(source[layer]) is int and 0 <= source[layer] < count}
