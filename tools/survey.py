@@ -25,14 +25,52 @@ from fastprefix.methods import MethodConfig
 SECONDS = 60
 UNSET: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
+    "blip-2": {"image_token_index": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGBZ": 5, "IMGIMGAZ": 4}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_theta": 10000.0}}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + 31 * ["sparse"], "num_experts_per_tok": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<image>": 151000, "<|extra_200|>": 151846, "<|visual token 000001|>": 151855}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0]],
+        "downsample_rate": "4/8",
+        "image_grid_pinpoints": [[384, 384]],
+        "spatial_target_layers": [1],
+    },
     "informer": {"prediction_length": 4},
+    "instructblip": {"image_token_index": 1},
+    "instructblipvideo": {"video_token_index": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "step3p7": {"text_config": {"sliding_window": 512}},
     "time_series_transformer": {"prediction_length": 4},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
     "videoprism": {"vision_config": {"image_size": 36, "num_frames": 2}},
     "videoprism_vision_model": {"image_size": 36, "num_frames": 2},
 }
@@ -149,7 +187,9 @@ def append(path: Path | None, outcome: Outcome) -> None:
 
 def surveyed(family: str, class_name: str, config: MethodConfig, **options: Any) -> Outcome:
     """Attach a method to a small model of a family, with the check, and return what became of it."""
-    model_class = getattr(transformers, class_name)
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        return Outcome(family, class_name, "not built", "transformers does not export the class")
     is_model = issubclass(model_class, transformers.PreTrainedModel)
     if is_model and config.kind == "prefix" and not model_class._can_set_attn_implementation():
         return Outcome(family, class_name, "refused", "its attention does not go through the attention interface")
@@ -177,8 +217,7 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
     """A small model of a family, in float64 and for evaluation; ``options`` set what its configuration has."""
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
     own = getattr(transformers, class_name).config_class
-    if not isinstance(config, own):
-        config = next((part for part in parts(config) if isinstance(part, own)), config)
+    config = next((part for part in parts(config) if isinstance(part, own)), config)
     for part in parts(config):
         for name, value in options.items():
             if vars(part).get(name) is not None:

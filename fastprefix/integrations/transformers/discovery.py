@@ -10,9 +10,9 @@ A small copy has the class and configuration of a model, narrow heads and random
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ def find_layers(
             kv_heads=key.shape[1],
             key_size=key.shape[3],
             value_size=value.shape[3],
-            width=embedding_width(model) if hidden is None else hidden.shape[-1],
+            width=_width(model, query) if hidden is None else hidden.shape[-1],
             causal=causal,
             role="cross" if others else halves.role(module, causal),
         )
@@ -128,6 +128,14 @@ def find_layers(
             f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
     return list(layers.values())
+
+
+def _width(model: PreTrainedModel, query: Tensor) -> int:
+    """Return the width of a model's tokens, or of all heads of a layer where the model embeds no tokens."""
+    try:
+        return embedding_width(model)
+    except (AttributeError, NotImplementedError):
+        return query.shape[1] * query.shape[3]
 
 
 def method_layers(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None) -> list[Layer]:
@@ -485,6 +493,7 @@ _STATES = (
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
     ("num_heads", "head_dim", "expand"),
     ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
 )
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_model")
 _LAYERS = (
@@ -492,7 +501,11 @@ _LAYERS = (
     *("decoder_layers", "encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
     *("decoder_num_hidden_layers", "speech_encoder_layers", "conf_num_hidden_layers"),
 )
-_WIDTH_NAME = re.compile(r"(^|_)(hidden_size|hidden_dim|embed_dim|embedding_size|d_model|projection_dim)$")
+_WIDTH_NAME = re.compile(
+    r"(^|_)(hidden_size|hidden_size_global|hidden_dim|embed_dim|embedding_dim|embedding_size|d_model|projection_dim|"
+    r"projection_size|upsample_groups|in_channels|output_dim|input_dim)$|^(adapter|projector)_\w*(dim|size)$"
+)
+"""What configurations call a width that another option sets."""
 _SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(
@@ -502,7 +515,10 @@ _SMALL = {
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), 16),
     **{"linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_num_heads": 8},
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "rotary_dim": 4},
+    **{"base_channels": 32, "num_embeddings": 128, "codebook_size": 128, "num_filters": 4},
+    **{"encoder_hash_byte_group_vocab": 128, "cross_attn_k": 1, "num_queries": 16, "latent_query_num": 4},
 }
+_DEFAULT_SECTIONS = re.compile(r"get\(\"mrope_section\", \[([\d, ]+)\]")
 _VOCABULARY = 128
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size", "decoder_vocab_size")
 _TOKEN_NAME = re.compile(r"_token_ids?$|_token_index$|^eos_token_id$|_token_indices$")
@@ -518,8 +534,11 @@ CONTEXT = 16
 _POSITIONS = 512
 _SOUND = 16
 """The positions of a small copy's sound."""
+_FRAMES = 4
+"""The length of a small copy's videos."""
 _GRID, _PIXELS = 4, 64
 """The side of a small copy's images, in patches or, where there are none, in pixels."""
+_LAYER_KINDS = {"layer_types", "layers_block_type"}
 _FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """How many of a model's first layers are of another kind."""
 _PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
@@ -533,17 +552,18 @@ _MOST_PARAMETERS = 100_000_000
 @dataclass(frozen=True)
 class _Scale:
     """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), whether it
-    has fewer layers, and whether its images and sounds are small.
+    has fewer layers, how many of each kind, and whether its images and sounds are small.
     """
 
     head_size: int | None
     heads: int | None
     fewer_layers: bool
     small_signals: bool = False
+    of_each: int = 1
 
 
 _SCALES = (
-    *(_Scale(16, 4, True, small_signals=True), _Scale(16, 4, True)),
+    *(_Scale(16, 4, True, small_signals=True), _Scale(16, 4, True), _Scale(16, 4, True, of_each=2)),
     *(_Scale(8, None, True), _Scale(None, None, True), _Scale(None, None, False)),
 )
 
@@ -649,20 +669,25 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bo
     small = copy.deepcopy(config)
     every = list(parts(small))
     widths: dict[int, int] = {}
-    for part in every:
+    for part in sorted(every, key=_is_headless):
         if scale.head_size is not None:
-            widths |= _narrow(part, scale.head_size, scale.heads)
+            widths |= _narrow(part, scale.head_size, scale.heads, widths)
+    for part in every:
         if not whole:
             _scale_positions(part)
         if scale.fewer_layers and not whole:
-            _shorten(part)
+            _shorten(part, scale.of_each)
         if scale.small_signals and not whole:
             _shrink_signals(part)
         _calm(part)
     for part in every:
         for name, value in list(vars(part).items()):
-            if type(value) is int and value in widths and _WIDTH_NAME.search(name) and name not in _WIDTHS:
-                setattr(part, name, widths[value])
+            if name in _WIDTHS or not _WIDTH_NAME.search(name):
+                continue
+            if type(value) is int:
+                setattr(part, name, _new_width(value, widths))
+            elif _is_list_of_sizes(value) and widths.keys() >= set(value):
+                setattr(part, name, [widths[each] for each in value])
     _limit_vocabulary(every)
     return small
 
@@ -679,9 +704,15 @@ def _sizes(config: Any) -> dict[str, int]:
     return {name: value for name, value in vars(config).items() if type(value) is int}
 
 
-def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
-    """Make heads narrow and few; return the new width of each old one."""
+def _is_headless(config: Any) -> bool:
+    """Return whether a configuration says no number of heads, so that its width is that of another part."""
+    return not _sizes(config).keys() & set(_HEADS)
+
+
+def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int]) -> dict[int, int]:
+    """Make heads narrow and few; return the new width of each old one. Those of other parts are ``known``."""
     sizes = _sizes(config)
+    known = known if _is_headless(config) else {}
     before = next((sizes[name] for name in _HEADS if name in sizes), 1)
     head_dim = sizes.get("head_dim") or next((sizes[name] // before for name in _WIDTHS if name in sizes), head_size)
     after = before if heads is None else min(before, heads)
@@ -692,10 +723,10 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
         if name in sizes and heads is not None:
             grouped = 1 if sizes[name] == 1 else max(after // 2, 1)
             setattr(config, name, after if sizes[name] >= before else grouped)
-    widths = {sizes[name]: after * head_size for name in _WIDTHS if sizes.get(name)}
+    widths = {size: known.get(size, after * head_size) for name in _WIDTHS if (size := sizes.get(name))}
     for name in _WIDTHS:
         if sizes.get(name):
-            setattr(config, name, after * head_size)
+            setattr(config, name, widths[sizes[name]])
     for name, size in _SMALL.items():
         if name in sizes:
             setattr(config, name, min(size, sizes[name]))
@@ -705,14 +736,32 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
         if name in sizes or (name == "head_dim" and name in vars(config)):
             setattr(config, name, head_size)
     _narrow_states(config, head_size)
-    if "qk_rope_head_dim" in sizes:
-        config.qk_rope_head_dim = head_size
-    if "qk_head_dim" in sizes:
-        config.qk_head_dim = getattr(config, "qk_nope_head_dim", 0) + head_size
+    _narrow_latent(config, sizes, head_size)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(rope := vars(config).get(name), dict):
             setattr(config, name, _narrow_rope(rope, head_size, head_dim))
     return widths
+
+
+def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
+    """Fit the heads of a latent attention: one part of their columns is rotated, the other one is not."""
+    if "qk_rope_head_dim" in sizes:
+        config.qk_rope_head_dim = head_size
+    whole = min(_SMALL["qk_nope_head_dim"], sizes.get("qk_nope_head_dim", 0)) + head_size
+    if "qk_head_dim" in sizes:
+        config.qk_head_dim = whole
+    if sizes.get("head_dim", 0) == sizes.get("qk_nope_head_dim", 0) + sizes.get("qk_rope_head_dim", 0) > 0:
+        config.head_dim = whole
+        for rope in _ropes(vars(config).get("rope_parameters")):
+            if "partial_rotary_factor" in rope:
+                rope["partial_rotary_factor"] = head_size / whole
+
+
+def _new_width(width: int, widths: dict[int, int]) -> int:
+    """Return the new width of an old one, or of two or four old ones side by side; other widths stay."""
+    counts = (count for count in (1, 2, 4) if width % count == 0 and width // count in widths)
+    count = next(counts, None)
+    return width if count is None else count * widths[width // count]
 
 
 def _narrow_states(config: Any, head_size: int) -> None:
@@ -723,6 +772,8 @@ def _narrow_states(config: Any, head_size: int) -> None:
         if heads in sizes and size in sizes and isinstance(factor, int | float) and "hidden_size" in sizes:
             setattr(config, size, head_size)
             setattr(config, heads, max(int(factor * config.hidden_size) // head_size, 1))
+            if "mamba_d_ssm" in sizes:
+                config.mamba_d_ssm = getattr(config, heads) * head_size
             for groups in {"n_groups", "mamba_n_groups", "mamba_ngroups"} & sizes.keys():
                 setattr(config, groups, 1)
 
@@ -755,20 +806,32 @@ def _sections(sections: list[int], pairs: int) -> list[int]:
     """Sections in about the same proportions, as many pairs in all."""
     total = sum(sections)
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
-    small[0] += pairs - sum(small)
-    return small if small[0] > 0 else [pairs, *(0 for _ in sections[1:])]
+    single = next((i for i, section in enumerate(sections) if sections.count(section) == 1), 0)  # equal ones stay equal
+    small[single] += pairs - sum(small)
+    return small if small[single] > 0 else [pairs, *(0 for _ in sections[1:])]
 
 
 def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
     """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
-    home = sys.modules.get(model_class.__module__)
-    if home is None or "mrope_section" not in inspect.getsource(home):
+    modules = {model_class.__module__, *(type(part).__module__ for part in parts(config))}
+    names = {module.replace(".configuration_", ".modeling_") for module in modules}
+    found = next(filter(None, (_DEFAULT_SECTIONS.search(_source(name)) for name in sorted(names))), None)
+    if found is None:
         return
+    sections = [int(each) for each in found.group(1).split(",")]
     for part in parts(config):
-        rope = vars(part).get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
-            pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
-            rope["mrope_section"] = _sections([2, 3, 3], pairs)
+        for rope in _ropes(vars(part).get("rope_parameters")):
+            if "rope_theta" in rope and "mrope_section" not in rope:
+                pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
+                rope["mrope_section"] = _sections(sections, pairs)
+
+
+def _source(module: str) -> str:
+    """Return the source code of a module of models, or "" where it cannot be read."""
+    try:
+        return inspect.getsource(importlib.import_module(module))
+    except (ImportError, OSError):
+        return ""
 
 
 def _scale_positions(config: Any) -> None:
@@ -803,8 +866,12 @@ def _shrink_signals(config: Any) -> None:
     if sizes.get("max_source_positions", 0) > _SOUND:
         config.max_source_positions = _SOUND
     side = _GRID * sizes["patch_size"] if "patch_size" in sizes else _PIXELS
-    if sizes.get("image_size", 0) > side:
-        config.image_size = side
+    for name in ("image_size", "crop_size"):
+        if sizes.get(name, 0) > side:
+            setattr(config, name, side)
+    for name in ("num_frames", "frames_per_clip"):
+        if "patch_size" in vars(config) and sizes.get(name, 0) > _FRAMES:
+            setattr(config, name, _FRAMES)
 
 
 def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
@@ -830,17 +897,19 @@ def _calm(config: Any) -> None:
         config.max_position_embeddings = min(positions, _POSITIONS)
 
 
-def _shorten(config: Any) -> None:
-    """Keep one layer of every kind, and at least two."""
+def _shorten(config: Any, of_each: int) -> None:
+    """Keep so many layers of every kind, and at least two in all."""
     sizes = _sizes(config)
     names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
-    if not names:
-        return
+    if not names and _LAYER_KINDS & vars(config).keys():
+        counts = {len(kinds) for name in _LAYER_KINDS if (kinds := vars(config).get(name))}
+        for count in counts:
+            _shorten_to_kinds(config, count, [], of_each)
     for count in {sizes[name] for name in names}:
-        _shorten_to_kinds(config, count, [name for name in names if sizes[name] == count])
+        _shorten_to_kinds(config, count, [name for name in names if sizes[name] == count], of_each)
 
 
-def _shorten_to_kinds(config: Any, count: int, names: list[str]) -> None:
+def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -> None:
     """Shorten what a configuration says of so many layers."""
     values = vars(config)
     lists = {n: v for n, v in values.items() if isinstance(v, list | tuple) and len(v) == count and count > 2}
@@ -864,12 +933,12 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str]) -> None:
         told += [layer < value for value in counts.values()]
         return repr([*told, layer >= count - shared])
 
-    kinds: dict[str, int] = {}
+    kinds: dict[str, list[int]] = {}
     for layer in range(count):
-        kinds.setdefault(kind(layer), layer)
-    chosen = set(list(kinds.values())[:_MOST_KINDS])
+        kinds.setdefault(kind(layer), []).append(layer)
+    chosen = {layer for layers in list(kinds.values())[:_MOST_KINDS] for layer in layers[:of_each]}
     periods = [v for n, v in values.items() if type(v) is int and 1 < v <= count and _PERIOD_NAME.search(n)]
-    if "layer_types" not in lists and "layers_block_type" not in lists and periods:
+    if periods and not _LAYER_KINDS & lists.keys():
         chosen |= set(range(min(max(periods), count)))
     for source in sources.values():
         chosen |= {source[layer] for layer in chosen if type(source[layer]) is int and 0 <= source[layer] < count}
@@ -905,6 +974,17 @@ def _limit_vocabulary(configs: list[Any]) -> None:
         else:
             setattr(part, name, places.get(value, value))
     for part in configs:
+        words = vars(part).get("vocabulary_map")
+        if isinstance(words, dict) and words:
+            part.vocabulary_map = _fewer_words(words, places, least)
         for name in _VOCABULARIES:
             if type(size := vars(part).get(name)) is int:
                 setattr(part, name, min(size, _VOCABULARY))
+
+
+def _fewer_words(words: dict[str, int], places: dict[int, int], count: int) -> dict[str, int]:
+    """Return evenly spaced ones of the words of a vocabulary, and those with a meaning, at places below ``count``."""
+    step = max(max(words.values()) // count + 1, 1)
+    taken = set(places.values())
+    few = {word: each // step for word, each in words.items() if each % step == 0 and each // step not in taken}
+    return few | {word: places[each] for word, each in words.items() if each in places}

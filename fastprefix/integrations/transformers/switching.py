@@ -171,6 +171,7 @@ _FRAMES = 64  # of sound, where a model takes any number
 _IMAGE = 64  # pixels on a side, where a model takes any
 _SPECTRUM = 80
 _SIDE = 4  # patches on a side, where a model takes them
+_IMAGES = 2  # in a row, where a model takes several
 
 _IMAGE_SIZES = ("image_size", "crop_size")
 _VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
@@ -228,26 +229,61 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if model.config.is_encoder_decoder:
         together |= _decoder_inputs(model, _ROWS)
     yield together
+    if not is_of_text(model) and "input_ids" in parameter_names(called(model)):
+        yield text_inputs(model, ids)
     yield from _required(model)
 
 
 def _required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Everything that a model requires and whose meaning its name tells; images come as patches, then as pixels."""
+    """Everything that a model requires and whose meaning its name tells, then everything that it may require; images
+    come as patches, then as pixels.
+    """
     parameters = inspect.signature(called(model).forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     demanded = {p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds}
-    names = [p.name for p in parameters]
-    helpful = {"bbox", "grid_thw", "input_features_mask", "feature_attention_mask", "pixel_position_ids"} & {*names}
-    main = {str(model.main_input_name)} & {*names}
+    names = {p.name for p in parameters}
+    least = demanded | ((_HELPFUL | {str(model.main_input_name)}) & names)
     decoder = _decoder_inputs(model, _ROWS) if model.config.is_encoder_decoder else {}
-    spectrum = _size(model.config, *_SPECTRUM_SIZES) or _SPECTRUM
-    for sound in (*_shapes(model, "input_features"), (_FRAMES, spectrum), (spectrum, _FRAMES)):
-        frames = sound[0] if sound[1] == spectrum else sound[1]
-        made = {name: _made_up(model, name, sound, frames) for name in sorted(demanded | helpful | main)}
-        if made and None not in made.values():
-            yield {**made, **decoder}
-        if not any("input_features" in name for name in made):
-            break
+    for wanted, second in itertools.product((least, least | (_MODALITIES & names)), (False, True)):
+        for form in _forms(model, second):
+            made = {name: _made_up(model, name, form) for name in sorted(wanted)}
+            if made and None not in made.values():
+                yield {**made, **decoder}
+            if not any("input_features" in name for name in made):
+                break
+
+
+_HELPFUL = {"bbox", "grid_thw", "input_features_mask", "feature_attention_mask", "pixel_position_ids"}
+_MODALITIES = {
+    *("input_ids", "pixel_values", "input_features", "input_values", "image_attention_mask", "pixel_attention_mask"),
+    *("spatial_shapes", "target_sizes", "future_values", "future_time_features", "encoder_hidden_states"),
+    "image_embeds_position_mask",
+    *("states", "actions", "rewards", "returns_to_go", "timesteps"),
+}
+"""Inputs that a model may need although its signature has a default for them."""
+
+
+class _Form(NamedTuple):
+    """Say the shape of a row of sound, how many frames it has, and whether inputs have their second form: boxes as
+    fractions of a page, several images in a row, sounds with a channel.
+    """
+
+    sound: tuple[int, ...]
+    frames: int
+    second: bool
+
+
+def _forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
+    """Yield the forms in which inputs may be."""
+    frames = _frames(model.config)
+    spectra = list(dict.fromkeys((*_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128)))  # also of four frames
+    sounds = [*_shapes(model, "input_features")]
+    sounds += [shape for spectrum in spectra for shape in ((frames, spectrum), (spectrum, frames))]
+    for sound in dict.fromkeys(sounds):
+        length = sound[0] if sound[1] in spectra else sound[1]
+        yield _Form(sound, length, second)
+        if second:
+            yield _Form((1, *sound), length, second)
 
 
 def image_candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
@@ -266,34 +302,57 @@ def image_candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": _noise(model, (1, *shape))}
 
 
-def _made_up(model: PreTrainedModel, name: str, sound: tuple[int, ...], frames: int) -> Tensor | None:
+def _made_up(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
     """A small input of a name that says what it is; None: it does not."""
     size = functools.partial(_size, model.config)
     names = parameter_names(called(model))
     patch = size("patch_size") or 1
     patch = patch if isinstance(patch, int) else patch[-1]
-    pixels = (size("num_channels", "in_channels", "in_chans") or 3) * (size("temporal_patch_size") or 1) * patch**2
+    channels, times = (
+        size("num_channels", "in_channels", "in_chans") or 3,
+        size("temporal_patch_size", "patch_temporal"),
+    )
+    pixels = channels * (times or 1) * patch**2
+    sound, frames, lags = form.sound, form.frames, max(size("lags_sequence") or [0])
     width, history = size("hidden_size", "d_model") or 1, size("context_length", "seq_length") or _FRAMES
+    features, steps = size("num_time_features"), size("prediction_length") or 1
+    features = 1 if features is None else features
     patches = (_SIDE**2, pixels) if "grid_thw" in names else (_ROWS, _SIDE**2, pixels)
     states = (_ROWS, _TOKENS, size("encoder_hidden_size") or width)
     noises: dict[str, tuple[int, ...]] = {
         "hidden_states": patches if "grid_thw" in names else (_ROWS, _TOKENS, width),
         "input_features": (_ROWS, *sound),
         "audio_mel": (_ROWS, frames, *(each for each in sound if each != frames)),
-        "past_values": (_ROWS, history, size("num_input_channels") or 1),
-        **dict.fromkeys(("query_embeds", "inputs_embeds"), (_ROWS, _TOKENS, width)),
+        "past_values": (_ROWS, history + lags) if form.second else (_ROWS, history, size("num_input_channels") or 1),
+        "past_time_features": (_ROWS, history + lags, features),
+        "future_values": (_ROWS, steps),
+        "future_time_features": (_ROWS, steps, features),
+        **dict.fromkeys(("query_embeds", "inputs_embeds", "noise_embeds", "action_embeds"), (_ROWS, _TOKENS, width)),
+        "context_hidden_states": (_ROWS, _TOKENS, width * len(size("target_layer_ids") or [0])),
+        "latents": (_ROWS, _TOKENS, width) if form.second else (_ROWS, width, _TOKENS),
         "encoder_hidden_states": states,
+        "states": (_ROWS, _TOKENS, size("state_dim") or 1),
+        "actions": (_ROWS, _TOKENS, size("act_dim") or 1),
+        **dict.fromkeys(("rewards", "returns_to_go"), (_ROWS, _TOKENS, 1)),
     }
     if {"grid_thw", "spatial_shapes", "pixel_position_ids"} & {*names}:
-        noises["pixel_values"] = patches
+        noises["pixel_values"] = (_SIDE**2, channels, patch, patch) if form.second else patches
+    if "target_sizes" in names:
+        noises["pixel_values"] = (1, channels, _SIDE * patch, _SIDE * patch)
+    boxes = (torch.arange(4) + 1).expand(_ROWS, _TOKENS, 4)
     side = torch.tensor([[1, _SIDE, _SIDE]])
     integers: dict[str, Tensor] = {
         **dict.fromkeys(("input_ids", "qformer_input_ids"), _tokens(model)),
         **dict.fromkeys(("grid_thw", "image_grid_thw"), side),
         **dict.fromkeys(("input_features_mask", "feature_attention_mask"), torch.ones(_ROWS, frames).long()),
-        "bbox": (torch.arange(4) + 1).expand(_ROWS, _TOKENS, 4),
+        "bbox": (boxes / 8).to(model.dtype) if form.second else boxes,
         "merge_sizes": torch.tensor([size("spatial_merge_size") or 2]),
         "spatial_shapes": side[:, 1:].expand(_ROWS, -1),
+        "target_sizes": side[:, 1:],
+        "image_attention_mask": torch.ones(_ROWS, _TOKENS, _IMAGES).long(),
+        "image_embeds_position_mask": (torch.arange(_TOKENS) < (size("latent_query_num") or 1)).expand(_ROWS, -1),
+        "past_observed_mask": torch.ones(_ROWS, history + lags).long(),
+        "timesteps": torch.arange(_TOKENS).expand(_ROWS, -1),
         "pixel_attention_mask": torch.ones(_ROWS, _SIDE**2).long(),
         "pixel_position_ids": torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)).expand(_ROWS, -1, -1),
         "audio_mel_mask": torch.zeros(_ROWS, frames, dtype=torch.bool),
@@ -304,8 +363,12 @@ def _made_up(model: PreTrainedModel, name: str, sound: tuple[int, ...], frames: 
         return integers[name].to(model.device)
     if name in noises:
         return _noise(model, noises[name])
-    shape = next(_shapes(model, name), None)
-    return None if shape is None else _noise(model, (_ROWS, *shape))
+    shapes = list(_shapes(model, name))
+    if form.second and name.startswith("pixel_values"):
+        shapes = [(_IMAGES, *shapes[0])]
+    elif form.second and name == "input_values":
+        shapes = [(1, 16000)]
+    return _noise(model, (_ROWS, *shapes[0])) if shapes else None
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
@@ -347,13 +410,25 @@ def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
     if name == "input_features" and spectrum is not None:
         if length is not None:
             yield spectrum, 2 * length
-        yield _FRAMES, spectrum
-        yield spectrum, _FRAMES
+        yield _frames(config), spectrum
+        yield spectrum, _frames(config)
     elif name == "input_values" and spectrum is not None:
         yield _size(config, "max_length") or _FRAMES, spectrum
     elif name == "input_values":
         yield (16000,)
         yield 1, 16000
+
+
+def _frames(config: Any) -> int:
+    """Return a number of frames of sound: as many as go with the tokens, or fill a window, where a model wants that."""
+    each, window = _size(config, "audio_length_per_tok"), _size(config, "n_window")
+    return each * _TOKENS if each else 2 * window if window else _FRAMES
+
+
+def _spectra(config: Any) -> list[int]:
+    """Return what a frame of sound may have, by the configuration: also that of stacked ones."""
+    sizes = [_size(config, name) for name in (*_SPECTRUM_SIZES, "input_size", "input_dim")]
+    return [size for size in sizes if type(size) is int]
 
 
 def _size(config: Any, *names: str) -> Any:
