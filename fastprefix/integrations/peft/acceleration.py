@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
-from ..transformers.shared_prompt import reason_against_layers
-from ..transformers.switching import adapting, device_of, evaluated
-from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
+from ..transformers.shared_prompt import find_reason_against_layers
+from ..transformers.switching import evaluating, find_device, list_adapting_users
+from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
 
@@ -62,18 +62,18 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model takes a peft.PeftModel, got {type(peft_model).__name__}")
     _check(peft_model)
-    setattr(peft_model, ATTRIBUTE, _accelerated(peft_model, check))
+    setattr(peft_model, ATTRIBUTE, _make_acceleration(peft_model, check))
     return peft_model
 
 
-def _accelerated(peft_model: Any, check: bool) -> Acceleration:
-    report = _report(peft_model) if check else None
-    is_prompt = _kind(peft_model) in _PROMPTS
+def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
+    report = _compare_small_copy(peft_model) if check else None
+    is_prompt = _get_kind(peft_model) in _PROMPTS
     if report is not None and not report.agrees:
         if is_prompt:
             return Acceleration(None, f"textbook: {report.wrong[0]}")
-        raise ValueError(report.sentence("Use the PEFT model as it is."))
-    return _shared(peft_model) if is_prompt else Acceleration(_verified(peft_model), None)
+        raise ValueError(report.describe("Use the PEFT model as it is."))
+    return _share_prompt(peft_model) if is_prompt else Acceleration(_install_verified(peft_model), None)
 
 
 def decelerate(peft_model: Model) -> Model:
@@ -84,7 +84,9 @@ def decelerate(peft_model: Model) -> Model:
     """
     acceleration = vars(peft_model).get(ATTRIBUTE)
     if not isinstance(acceleration, Acceleration):
-        raise ValueError(f"peft_model takes an accelerated model (fastprefix.accelerate), got {_name(peft_model)}")
+        raise ValueError(
+            f"peft_model takes an accelerated model (fastprefix.accelerate), got {_get_class_name(peft_model)}"
+        )
     if acceleration.hooks is not None:
         acceleration.hooks.remove()
     delattr(peft_model, ATTRIBUTE)
@@ -93,28 +95,28 @@ def decelerate(peft_model: Model) -> Model:
 
 def _check(peft_model: Any) -> None:
     """Refuse what cannot be accelerated, before anything is changed."""
-    kind, model = _kind(peft_model), peft_model.get_base_model()
+    kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if ATTRIBUTE in vars(peft_model):
         raise ValueError("peft_model is accelerated already")
     if kind not in KINDS:
         raise ValueError(f"peft_model takes {', '.join(KINDS)}, got {kind}")
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
-    if adapting(model):
+        raise ValueError(f"peft_model takes one around a transformers model, got one around {_get_class_name(model)}")
+    if list_adapting_users(model):
         raise ValueError("peft_model takes a model without a method of this package: detach it first")
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError("peft_model takes a model without tensor parallelism")
     if peft_model._adapters_disabled:
         raise ValueError("peft_model takes a model whose adapter is enabled: leave disable_adapter() first")
     if kind == _ADAPTION:
-        for adapted in adapted_attentions(peft_model):
-            if (reason := reason_not_fusable(adapted)) is not None:
+        for adapted in find_adapted_attentions(peft_model):
+            if (reason := find_reason_not_fusable(adapted)) is not None:
                 raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
 
 
-def _report(peft_model: Any) -> conformance.Report:
+def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
     """What accelerating does to a small copy of a PEFT model with its active adapter's options."""
-    config = _small_config(peft_model.active_peft_config)
+    config = _shrink_config(peft_model.active_peft_config)
 
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
         torch.manual_seed(0)
@@ -122,10 +124,10 @@ def _report(peft_model: Any) -> conformance.Report:
         return right, accelerate(copy.deepcopy(right), check=False)
 
     options = {name: str(value) for name, value in sorted(vars(config).items())}
-    return conformance.check_pair(peft_model.get_base_model(), _kind(peft_model), str(options), make)
+    return conformance.check_pair(peft_model.get_base_model(), _get_kind(peft_model), str(options), make)
 
 
-def _small_config(config: Any) -> Any:
+def _shrink_config(config: Any) -> Any:
     """The options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
     small = copy.deepcopy(config)
     limits = {"num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 1, "encoder_hidden_size": 8}
@@ -143,37 +145,37 @@ def _small_config(config: Any) -> Any:
     return small
 
 
-def _shared(peft_model: Any) -> Acceleration:
+def _share_prompt(peft_model: Any) -> Acceleration:
     """A prompt's: shared where that is exact."""
     model = peft_model.get_base_model()
     try:
-        reason = reason_against_layers(model, find_layers(model))
+        reason = find_reason_against_layers(model, find_layers(model))
         if reason is None:
-            return Acceleration(_verified(peft_model), "shared")
+            return Acceleration(_install_verified(peft_model), "shared")
     except ValueError as error:
         reason = str(error)
     return Acceleration(None, f"textbook: {reason}")
 
 
-def _verified(peft_model: Any) -> CachedPrefix:
+def _install_verified(peft_model: Any) -> CachedPrefix:
     """Return the hooks of a model on the kernels, after a trial with and without the adapter gave PEFT's numbers.
 
     Raises:
         ValueError: with others; it is left as it was.
     """
-    with evaluated(peft_model), torch.no_grad():
+    with evaluating(peft_model), torch.no_grad():
         try:
-            expected, base = _trial(peft_model), _trial_without(peft_model)
+            expected, base = _run_trial(peft_model), _run_trial_without(peft_model)
         except Exception as error:  # whatever PEFT and a family make of it
             raise ValueError(f"`peft_model` must run with PEFT alone, which fails in a trial: {error!r}") from error
         hooks = None
         try:
-            rounding = _rounding(peft_model, base)
+            rounding = _measure_rounding(peft_model, base)
             hooks = _install(peft_model)
-            effect = float((_own(expected, base) - base).abs().max())
+            effect = float((_select_tokens(expected, base) - base).abs().max())
             small = 0.1 if torch.finfo(peft_model.get_base_model().dtype).bits == 16 else 1e-3
-            _compare(_trial(peft_model), expected, rounding + small * effect, "in a trial")
-            _compare(_trial_without(peft_model), base, rounding, "in a trial without the adapter")
+            _compare(_run_trial(peft_model), expected, rounding + small * effect, "in a trial")
+            _compare(_run_trial_without(peft_model), base, rounding, "in a trial without the adapter")
         except BaseException as error:
             if hooks is not None:
                 hooks.remove()
@@ -184,7 +186,7 @@ def _verified(peft_model: Any) -> CachedPrefix:
 
 
 def _install(peft_model: Any) -> CachedPrefix:
-    kind, model = _kind(peft_model), peft_model.get_base_model()
+    kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if kind in _PREFIXES:
         return PrefixAcceleration(peft_model, _numbered_layers(model))
     if kind in _PROMPTS:
@@ -205,32 +207,32 @@ def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
         raise ValueError(f"peft_model takes a model whose layers see all before them, or a window of it; not: {local}")
     numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
     if numbered.keys() != set(range(len(layers))):
-        raise ValueError(f"peft_model takes a model with numbered attention layers, got {_name(model)}")
+        raise ValueError(f"peft_model takes a model with numbered attention layers, got {_get_class_name(model)}")
     return numbered
 
 
-def _trial(model: Any) -> Tensor:
+def _run_trial(model: Any) -> Tensor:
     """What a model says to four tokens, of which the last is padding."""
-    ids = torch.arange(4, device=device_of(model))[None]
+    ids = torch.arange(4, device=find_device(model))[None]
     decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
     return output.double()
 
 
-def _trial_without(peft_model: Any) -> Tensor:
+def _run_trial_without(peft_model: Any) -> Tensor:
     """The same without the adapter. (PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.)"""
     if peft_model.active_peft_config.is_prompt_learning:
-        return _trial(peft_model.base_model)
+        return _run_trial(peft_model.base_model)
     with peft_model.disable_adapter():
-        return _trial(peft_model)
+        return _run_trial(peft_model)
 
 
-def _own(expected: Tensor, base: Tensor) -> Tensor:
+def _select_tokens(expected: Tensor, base: Tensor) -> Tensor:
     """Return the results for the tokens themselves: a prompt has logits too."""
     return expected[:, -base.shape[1] :] if expected.ndim == 3 else expected
 
 
-def _rounding(peft_model: Any, base: Tensor) -> float:
+def _measure_rounding(peft_model: Any, base: Tensor) -> float:
     """Return how far rounding may move the results of a trial, as the model amplifies it.
 
     It is measured on the model without its adapter and on its own attention: every attention's output is moved by
@@ -248,7 +250,7 @@ def _rounding(peft_model: Any, base: Tensor) -> float:
     model = peft_model.get_base_model()
     handles = [layer.module.register_forward_hook(move) for layer in find_layers(model)]
     try:
-        moved = _trial_without(peft_model)
+        moved = _run_trial_without(peft_model)
     finally:
         for handle in handles:
             handle.remove()
@@ -265,10 +267,10 @@ def _compare(actual: Tensor, expected: Tensor, bound: float, where: str) -> None
         raise ValueError(f"`peft_model` would not get PEFT's numbers: they differ by {error:.1e} {where}")
 
 
-def _kind(peft_model: Any) -> str:
+def _get_kind(peft_model: Any) -> str:
     kind = peft_model.peft_type
     return str(getattr(kind, "value", kind))
 
 
-def _name(model: object) -> str:
+def _get_class_name(model: object) -> str:
     return type(model).__name__

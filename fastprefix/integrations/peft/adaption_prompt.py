@@ -26,24 +26,24 @@ class AdaptionPromptAcceleration(CachedPrefix):
 
     def __init__(self, peft_model: Any) -> None:
         model: PreTrainedModel = peft_model.get_base_model()
-        adapted = list(adapted_attentions(peft_model))
+        adapted = list(find_adapted_attentions(peft_model))
         super().__init__(model, [layer.module for layer in find_layers(model)])
         self.adapter_model = peft_model.base_model
-        self.handles += [Interception(module, functools.partial(_forward, module)) for module in adapted]
+        self.handles += [Interception(module, functools.partial(_run_adapted, module)) for module in adapted]
 
-    def without_prefix(self) -> CarriedBindings | None:
+    def carry_without_prefix(self) -> CarriedBindings | None:
         """Return what a call carries whose adapted attentions bring their prompts themselves."""
-        return CarriedBindings({}) if self.adapter_model._enabled else super().without_prefix()
+        return CarriedBindings({}) if self.adapter_model._enabled else super().carry_without_prefix()
 
 
-def adapted_attentions(peft_model: Any) -> set[Any]:
+def find_adapted_attentions(peft_model: Any) -> set[Any]:
     """PEFT's adapted attention modules: of the active adapter, and of those that wait to be active."""
     waiting = peft_model.base_model._cached_adapters.values()
     active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
     return {*active, *(module for modules in waiting for module in modules)}
 
 
-def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+def _run_adapted(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """What ``AdaptedAttention.forward`` computes."""
     attention = adapted.model
     key, value = (
@@ -56,7 +56,7 @@ def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict
     return output, weights
 
 
-def reason_not_fusable(module: nn.Module) -> str | None:
+def find_reason_not_fusable(module: nn.Module) -> str | None:
     """Why an adapted attention cannot be one call; None: it can."""
     attention: Any = module.model
     if not hasattr(attention, "o_proj"):

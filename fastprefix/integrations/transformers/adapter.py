@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
-from .switching import OPTIONS, OwnConfigurations, User, device_of
+from .switching import OPTIONS, OwnConfigurations, User, find_device
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, gathered from all processes."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -34,7 +34,7 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def check_whole(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module) -> None:
     """Refuse to change what a model trains once it is spread: its processes would not exchange those gradients.
 
     Raises:
@@ -53,7 +53,7 @@ def check_whole(model: nn.Module) -> None:
 _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
 
-def trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
+def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
     """The modules that stay trainable, by name.
 
     Raises:
@@ -86,7 +86,7 @@ class Hooks(Protocol):
         """Take everything back."""
 
 
-def _trained(parameter: Tensor) -> Tensor:
+def _copy_for_training(parameter: Tensor) -> Tensor:
     """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it."""
     weight = parameter.detach().clone()
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.is_floating_point() else weight
@@ -103,7 +103,7 @@ class Casts:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        called = [each for module in modules for each in _called(module)]
+        called = [each for module in modules for each in _list_called(module)]
         inside = {each for module in called for each in module.modules()}
         self.parameters = [p for module in called for p in module.parameters() if p.is_floating_point()]
         own = set(self.parameters)
@@ -112,23 +112,23 @@ class Casts:
         frozen = [p for p in model.parameters() if p not in own and p.dtype in _PRECISIONS]
         alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
         self.model_parameter = next(iter(alike or frozen), None)  # tells in which precision the model is now
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
         self.handles: list[RemovableHandle] = []
 
-    def model_precision(self) -> torch.dtype | None:
+    def read_model_precision(self) -> torch.dtype | None:
         """Return the precision that the model has now, or None where all of it is trained."""
         return None if self.model_parameter is None else self.model_parameter.dtype
 
-    def fitting(self, weight: Tensor, trained: bool) -> Tensor:
+    def fit_weight(self, weight: Tensor, trained: bool) -> Tensor:
         """Return a weight that waited beside the model, which may have been moved and given another precision."""
-        now = self.model_precision()
+        now = self.read_model_precision()
         if now is not None and now is not self.precision and weight.is_floating_point():
             weight = weight.to(torch.promote_types(now, torch.float32) if trained else now)
         return weight
 
     def install(self) -> None:
         """Set the hooks, where the precisions differ."""
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
         if all(p.dtype is self.precision for p in self.parameters):
             return
         for module in self.modules:
@@ -140,7 +140,7 @@ class Casts:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: cast what enters a module to the precision of its parameters."""
@@ -149,15 +149,15 @@ class Casts:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: cast what a module returns to the precision of the model."""
-        precision = self.model_precision()
+        precision = self.read_model_precision()
         return output if precision is None else _cast(output, precision)
 
 
-def _called(module: nn.Module) -> list[nn.Module]:
+def _list_called(module: nn.Module) -> list[nn.Module]:
     """Return the module, or in place of a mere container the modules in it."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [module] if list(module.parameters()) else []
-    return [each for child in module.children() for each in _called(child)]
+    return [each for child in module.children() for each in _list_called(child)]
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
@@ -175,9 +175,10 @@ class Adapter:
         self.merged = False
         self.guard: RemovableHandle | None = None  # against training, while it is merged and on the model
         self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
-        modules = trainable_modules(model, config.modules_to_save)
+        modules = find_trainable_modules(model, config.modules_to_save)
         self.saved_modules: dict[str, dict[str, Tensor]] = {
-            name: {key: _trained(p) for key, p in module.named_parameters()} for name, module in modules.items()
+            name: {key: _copy_for_training(p) for key, p in module.named_parameters()}
+            for name, module in modules.items()
         }
         """Weights of those modules: the base model's while the adapter is on the model, otherwise the adapter's."""
         self.casts = Casts(model, modules.values())
@@ -188,7 +189,7 @@ class Adapter:
         self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
-        model.add_module(MODULE, self.method.to(device_of(model)).train(model.training))
+        model.add_module(MODULE, self.method.to(find_device(model)).train(model.training))
         self.mark(model)
         self.hooks.install(model)
 
@@ -224,11 +225,11 @@ class Adapter:
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:
-                    weight = self.casts.fitting(weights[key], trained).to(parameter.device)
-                    weights[key], parameter.data = parameter.data, _grown(weight, parameter.data)
+                    weight = self.casts.fit_weight(weights[key], trained).to(parameter.device)
+                    weights[key], parameter.data = parameter.data, _fit_shape(weight, parameter.data)
 
 
-def _grown(tensor: Tensor, other: Tensor) -> Tensor:
+def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor in the shape of another, which has since been resized, with what the other has beyond it."""
     if tensor.shape == other.shape:
         return tensor
@@ -253,7 +254,7 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return output
 
-    def guarded(value: Any) -> Any:
+    def guard_value(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
             return value
         if value.ndim > 0 and not module.training:
@@ -262,9 +263,9 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = guarded(value)
+            output[name] = guard_value(value)
         return output
-    return tuple(map(guarded, output)) if type(output) is tuple else guarded(output)
+    return tuple(map(guard_value, output)) if type(output) is tuple else guard_value(output)
 
 
 class _Untrainable(torch.autograd.Function):
@@ -318,7 +319,7 @@ class Attachment:
             raise ValueError(f"model has none of its adapters in use, which are {names}: see fastprefix.set_adapter")
         return self.adapters[self.active]
 
-    def known(self, name: str) -> str:
+    def check_known(self, name: str) -> str:
         """A name that one of the adapters has.
 
         Raises:

@@ -30,7 +30,7 @@ from transformers.masking_utils import (
 from ...ops.prefix_attention import prefix_attention
 
 
-def fastprefix_mask(
+def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -55,7 +55,7 @@ def fastprefix_mask(
         if padding is None:
             padding = torch.ones((), dtype=torch.bool, device=device)
         return padding.expand(batch_size, 1, 1, kv_length)
-    return full_mask(
+    return make_full_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -68,7 +68,7 @@ def fastprefix_mask(
     )
 
 
-def full_mask(*args: Any, **kwargs: Any) -> Tensor:
+def make_full_mask(*args: Any, **kwargs: Any) -> Tensor:
     """A mask function that always writes out all of the mask, bool ``[B, 1, N, K]``."""
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
@@ -95,14 +95,14 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
     return Masking(None if everything else mask, True)
 
 
-def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def make_additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask to add to scores, as eager attention takes it: what is hidden gets the dtype's least number."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
+def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
     """A mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it; all of the mask is written out
     then. What is hidden gets the dtype's least number, as in the eager masks of ``transformers``.
     """
@@ -135,7 +135,7 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
         return False
 
 
-def window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
+def make_window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
     """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
 
     The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
@@ -150,7 +150,7 @@ def window_bias(query: Tensor, window: int | None, length: int, past: int, token
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
 
 
-def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
+def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
 
     ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
@@ -160,14 +160,14 @@ def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     return visible, min(past, mask.shape[3] - tokens)
 
 
-def attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
+def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
     """Return which of a call's own tokens are no padding, bool ``[B, tokens]``; None: all of them.
 
     A token sees itself unless it is padding, whatever a window or a causal mask hides from it.
     """
     if mask is None or (mask.shape[2] == 1 and mask.shape[3] > 1 and mask.stride(3) == 0):
         return None
-    visible, start = own_keys(mask, tokens, past)
+    visible, start = find_own_keys(mask, tokens, past)
     if visible.shape[1] == 1:  # the padding of all keys
         return visible[:, 0, start : start + tokens]
     return visible.diagonal(start, 1, 2)[:, :tokens]
@@ -179,7 +179,7 @@ def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
     Raises:
         ValueError: a token that is seen by others does not see itself, or sees no token before it.
     """
-    visible, start = own_keys(mask, tokens, past)
+    visible, start = find_own_keys(mask, tokens, past)
     visible = visible.expand(-1, tokens, -1)
     own = visible.diagonal(start, 1, 2)[:, :tokens]
     seen = visible[:, :, start : start + tokens].any(dim=1)
@@ -201,7 +201,7 @@ NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"
 """The same attention, for models that make something else of the masks that they are given."""
 
-MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
+MASKS: dict[str, Any] = {NAME: make_mask, FULL_MASKS: make_full_mask}
 """The mask function of each name."""
 
 BINDING = "_fastprefix_binding"
@@ -217,13 +217,13 @@ Prefix = tuple[Tensor, Tensor]
 class Binding(Protocol):
     """What an attention module asks for its prefix, gates and bias."""
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """The prefix, or None."""
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The prefix gate and the output gate, each or None."""
 
-    def bias(self, query: Tensor) -> Tensor | None:
+    def get_bias(self, query: Tensor) -> Tensor | None:
         """What is added to the scores of the prefix, ``[N, m]``, or None; -inf hides a prefix key."""
 
 
@@ -243,17 +243,17 @@ class GivenPrefix:
     past: int = 0
     tokens: int = 0
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
         """The prefix, where the query is and in its dtype."""
         return self.key.to(query), self.value.to(query)
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
         """The output gate."""
         return None, None if self.output_gate is None else self.output_gate.to(query)
 
-    def bias(self, query: Tensor) -> Tensor | None:
+    def get_bias(self, query: Tensor) -> Tensor | None:
         """What hides the prefix that the window does not reach."""
-        return window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
+        return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,16 +268,16 @@ class CarriedBindings:
     own_attention: str | None = None
 
 
-class _Call(threading.local):
+class _CallInProgress(threading.local):
     """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
 
     carried: CarriedBindings | None = None
 
 
-_CALL = _Call()
+_CALL = _CallInProgress()
 
 
-def carried_bindings() -> CarriedBindings | None:
+def get_carried_bindings() -> CarriedBindings | None:
     """Return what the call in progress carries, or None outside of such a call."""
     return _CALL.carried
 
@@ -340,7 +340,7 @@ def refuse_lost_bindings() -> None:
         )
 
 
-def two_adapters() -> ValueError:
+def make_two_adapters_error() -> ValueError:
     """Return the error of a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
     return ValueError(
         "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
@@ -348,7 +348,7 @@ def two_adapters() -> ValueError:
     )
 
 
-def fastprefix_attention(
+def run_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -374,16 +374,16 @@ def fastprefix_attention(
     binding: Binding | None = getattr(module, BINDING, None)
     if carried is not None:
         if binding is not None and carried.bindings:
-            raise two_adapters()
+            raise make_two_adapters_error()
         binding = carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     prefix_bias, position_bias = split_bias(position_bias, key)
-    masking = biased(read_mask(attention_mask, query), position_bias, key)
-    prefix = None if binding is None else binding.prefix(query, key, value)
+    masking = add_bias(read_mask(attention_mask, query), position_bias, key)
+    prefix = None if binding is None else binding.get_prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
-    gates = (None, None) if binding is None or prefix is None else binding.gates(query, key, attention_mask)
-    if binding is not None and prefix is not None and (hidden := binding.bias(query)) is not None:
+    gates = (None, None) if binding is None or prefix is None else binding.get_gates(query, key, attention_mask)
+    if binding is not None and prefix is not None and (hidden := binding.get_bias(query)) is not None:
         prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
     output = prefix_attention(
         query,
@@ -404,28 +404,24 @@ def fastprefix_attention(
     return output.transpose(1, 2), None
 
 
-def _attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run this package's attention, or the one that the call in progress names in its place."""
-    own = _own_attention()
-    return (
-        fastprefix_attention(module, *args, **kwargs)
-        if own is None
-        else AttentionInterface()[own](module, *args, **kwargs)
-    )
+    own = _get_own_attention()
+    return run_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
 
 
-def _mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _make_mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
-    own = _own_attention()
+    own = _get_own_attention()
     return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
 
 
-def _own_attention() -> str | None:
+def _get_own_attention() -> str | None:
     return None if _CALL.carried is None else _CALL.carried.own_attention
 
 
 def register() -> None:
     """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, _attention_of_call)
-        AttentionMaskInterface.register(name, functools.partial(_mask_of_call, mask))
+        AttentionInterface.register(name, _run_attention_of_call)
+        AttentionMaskInterface.register(name, functools.partial(_make_mask_of_call, mask))

@@ -27,21 +27,21 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
-from .attention import MASKS, Prefix, fastprefix_attention, read_mask, sees_all_of_window
-from .hooks import by_name, parameter_names
+from .attention import MASKS, Prefix, read_mask, run_attention, sees_all_of_window
+from .hooks import name_arguments, read_parameter_names
 from .switching import (
     Inputs,
-    borrowed,
-    called,
-    candidates,
-    device_of,
-    disown,
-    evaluated,
-    forgotten,
+    borrow_attention,
+    drop_adopted_trial,
+    evaluating,
+    find_device,
+    find_runnable,
     is_plain_text,
-    switched,
-    text_inputs,
-    tried,
+    make_text_inputs,
+    preserve_state,
+    propose_inputs,
+    run_trial,
+    switch_attention,
 )
 
 _NAME = "fastprefix_probe"
@@ -70,7 +70,7 @@ class Layer:
     projection: Projection | None = None  # for a method that has the layer project its prefix
 
 
-def text_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
     """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` that layers of the model compute for ids ``[m]``."""
     found = {layer.module: layer for layer in find_layers(model, input_ids[None])}
     return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
@@ -91,17 +91,17 @@ def find_layers(
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"model takes a model whose attention goes through the attention interface, got {_name(model)}"
+            f"model takes a model whose attention goes through the attention interface, got {_get_class_name(model)}"
         )
-    trial = tried(model, example_inputs)
-    inputs = trial.inputs if input_ids is None else text_inputs(model, input_ids)
+    trial = run_trial(model, example_inputs)
+    inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
     trace, windows, halves = _Trace(model), _Windows(MASKS[trial.attention]), _Halves(model)
     layers: dict[nn.Module, Layer] = {}
 
     def probe(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        entry, hidden = trace.entry(module)
+        entry, hidden = trace.find_entry(module)
         causal, others = _is_causal(attention_mask, query), query.shape[2] != key.shape[2]
         shape = AttentionShape(
             heads=query.shape[1],
@@ -110,27 +110,29 @@ def find_layers(
             value_size=value.shape[3],
             width=embedding_width(model) if hidden is None else hidden.shape[-1],
             causal=causal,
-            role="cross" if others else halves.role(module, causal),
+            role="cross" if others else halves.find_role(module, causal),
         )
-        window, local = windows.of(attention_mask, kwargs.get("sliding_window"))
+        window, local = windows.find(attention_mask, kwargs.get("sliding_window"))
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
-        return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
+        return run_attention(module, query, key, value, attention_mask, **kwargs)
 
     try:
-        with borrowed(model, _NAME, probe, windows.mask), trace:
-            called(model)(**inputs)
+        with borrow_attention(model, _NAME, probe, windows.make_mask), trace:
+            find_runnable(model)(**inputs)
     except Exception:  # a small copy may run on what the model itself does not
-        if not disown(model):
+        if not drop_adopted_trial(model):
             raise
         return find_layers(model, input_ids, example_inputs)
     if not layers:
         raise ValueError(
-            f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
+            f"{_get_class_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
     return list(layers.values())
 
 
-def method_layers(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None) -> list[Layer]:
+def find_method_layers(
+    model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None
+) -> list[Layer]:
     """The attention layers of a model that a prefix method is for."""
     method_class = METHODS[config.method_name()][1]
     assert issubclass(method_class, PrefixMethod)
@@ -138,7 +140,7 @@ def method_layers(model: PreTrainedModel, config: MethodConfig, example_inputs: 
     return [layers[index] for index in method_class.chosen_layers(config, [layer.shape for layer in layers])]
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
+def find_backbone(model: PreTrainedModel) -> nn.Module:
     """The module that turns embeddings into hidden states: the outermost that a model calls with them.
 
     That need not be its ``base_model``: some call a part of it. Of a model with two halves, with another input than
@@ -148,7 +150,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         return model
 
     candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    found = _first_called(model, [m for m in candidates if "inputs_embeds" in parameter_names(m)])
+    found = _first_called(model, [m for m in candidates if "inputs_embeds" in read_parameter_names(m)])
     if found is None:
         return model
     mask = found.arguments.get("attention_mask")
@@ -173,21 +175,21 @@ def _first_called(model: PreTrainedModel, modules: list[nn.Module]) -> _Reached 
     """
 
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(module, by_name(parameter_names(module), args, kwargs))
+        raise _Reached(module, name_arguments(read_parameter_names(module), args, kwargs))
 
     handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in modules]
-    ids = torch.tensor([ordinary_ids(model.config, _FEW)], device=device_of(model))
+    ids = torch.tensor([list_ordinary_ids(model.config, _FEW)], device=find_device(model))
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
-    masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
+    masks = {"attention_mask": mask} if "attention_mask" in read_parameter_names(model) else {}
     try:
-        with forgotten(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             model(input_ids=ids, use_cache=False, **masks)
     except _Reached as found:
         return found
     except Exception as error:
         raise ValueError(
-            f"`model` must run on input_ids alone, but {_name(model)} raised {type(error).__name__}: {error}"
+            f"`model` must run on input_ids alone, but {_get_class_name(model)} raised {type(error).__name__}: {error}"
         ) from error
     finally:
         for handle in handles:
@@ -201,11 +203,11 @@ def embeds_ids_as_given(backbone: Any, embedding: nn.Module) -> bool:
     Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
     """
     found = _first_called(backbone, [embedding])
-    ids = None if found is None else first_tensor((), found.arguments)
-    return ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == [ordinary_ids(backbone.config, _FEW)]
+    ids = None if found is None else find_first_tensor((), found.arguments)
+    return ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == [list_ordinary_ids(backbone.config, _FEW)]
 
 
-def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
+def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
     """Return the module whose output is what a model calls ``inputs_embeds``.
 
     That is the embedding module, or a block around it where a family's ``inputs_embeds`` skip the whole block (ESM).
@@ -213,7 +215,7 @@ def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
     what it gets from the ids.
     """
     names = {module: name for name, module in backbone.named_modules()}
-    around = _parents(backbone, names.get(embedding, ""))
+    around = list_parents(backbone, names.get(embedding, ""))
     blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
     if not blocks:
         return embedding
@@ -225,7 +227,7 @@ def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
 
     handles = [module.register_forward_hook(record) for module in candidates]
     try:
-        ids = torch.tensor([ordinary_ids(backbone.config, _FEW)], device=device_of(backbone))
+        ids = torch.tensor([list_ordinary_ids(backbone.config, _FEW)], device=find_device(backbone))
         expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=ids)
     finally:
         for handle in handles:
@@ -238,13 +240,13 @@ def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
     return embedding
 
 
-def _parents(backbone: nn.Module, name: str) -> list[nn.Module]:
+def list_parents(backbone: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules between a backbone and one of its modules, from the inside out."""
     parts = name.split(".")[:-1]
     return [backbone.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
 
 
-def ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
+def list_ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
     """Return token ids that mean nothing special to a model: neither padding nor the place of an image."""
     special: set[Any] = set()
     for part in (config, config.get_text_config()):
@@ -258,14 +260,14 @@ def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor)
     """Return the first ``[B, N, d]`` that a module not among those ``before`` is called with, or None."""
 
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = first_tensor(args, kwargs)
+        state = find_first_tensor(args, kwargs)
         if state is not None and state.is_floating_point() and state.ndim == 3:
             raise _Reached(module, {"state": state})
 
     others = set(backbone.modules()) - {backbone, *before}
     handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in others]
     try:
-        with forgotten(backbone), torch.no_grad():
+        with preserve_state(backbone), torch.no_grad():
             backbone(**inputs)
     except _Reached as found:
         state: Tensor = found.arguments["state"]
@@ -287,7 +289,7 @@ class _Reached(Exception):  # noqa: N818 (nothing is wrong)
         self.arguments = arguments
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor that a module was called with: of a layer, the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
@@ -298,7 +300,7 @@ class _Halves:
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
 
-    def role(self, module: nn.Module, causal: bool) -> Role:
+    def find_role(self, module: nn.Module, causal: bool) -> Role:
         """That of a self-attention."""
         in_decoder = causal if self.encoder is None else module not in self.encoder
         return "decoder" if in_decoder else "encoder"
@@ -312,7 +314,7 @@ class _Windows:
         self.made = False  # a mask with a window
         self.masks: dict[int, tuple[Tensor, tuple[int | None, bool]]] = {}  # by their storage, and what each says
 
-    def mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    def make_mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         """The mask function; what the mask says is kept."""
         mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
@@ -323,7 +325,7 @@ class _Windows:
             self.masks[mask.untyped_storage().data_ptr()] = mask, window
         return mask
 
-    def of(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
+    def find(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
         """Window and ``local`` of a layer. The mask counts; one that a model made over says nothing any more, and what
         the layer ``said`` was meant for other kernels.
         """
@@ -349,9 +351,9 @@ class _Trace:
         self.calls.clear()
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append((module, first_tensor(args, kwargs)))
+        self.calls.append((module, find_first_tensor(args, kwargs)))
 
-    def entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
+    def find_entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
         """The module inside the layer in progress that first got what entered the layer, and what that was.
 
         The layer is named by the attention's qualified name up to its last number.
@@ -379,7 +381,7 @@ def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
     return not bool(seen.all()) if seen.dtype is torch.bool else bool((seen < -1).any())
 
 
-def _name(model: nn.Module) -> str:
+def _get_class_name(model: nn.Module) -> str:
     return type(model).__name__
 
 
@@ -398,15 +400,15 @@ class Projection:
         self.projected: Prefix | None = None
 
     def __call__(self, states: Tensor) -> Prefix:
-        hidden = first_tensor(*self.call)
+        hidden = find_first_tensor(*self.call)
 
-        def adapted(tensor: Tensor) -> Tensor:
+        def adapt(tensor: Tensor) -> Tensor:
             """The states in place of the token; the rest where and as the states are, should the model have moved."""
             if tensor is hidden:
                 return states[:, None]
             return tensor.to(states if tensor.is_floating_point() else states.device)
 
-        args, kwargs = tree_map_only(Tensor, adapted, self.call)
+        args, kwargs = tree_map_only(Tensor, adapt, self.call)
         self.running = True
         try:
             self.module.forward(*args, **kwargs)
@@ -417,15 +419,15 @@ class Projection:
         key, value = projected  # [m, Hkv, 1, D]
         return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take what the module calls its attention with; for that call there is no prefix."""
         self.projected = (key, value)
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
         """None."""
         return None, None
 
-    def bias(self, query: Tensor) -> None:
+    def get_bias(self, query: Tensor) -> None:
         """None."""
 
 
@@ -447,7 +449,7 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
         for handle in handles:
             handle.remove()
     projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
-    with switched(model, {p.module: p for p in projections}), evaluated(model), torch.no_grad():
+    with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad():
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
                 f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
@@ -457,7 +459,7 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
 
 def _projects(layer: Layer, projection: Projection) -> bool:
     """Whether a projection gives each of two states keys and values of its own, in the layer's shapes."""
-    hidden = first_tensor(*projection.call)
+    hidden = find_first_tensor(*projection.call)
     if hidden is None or hidden.shape != (1, 1, layer.shape.width):
         return False
     keys, values = projection(torch.randn(2, layer.shape.width).to(hidden))
@@ -547,7 +549,7 @@ class CopyError(ValueError):
         self.built = built
 
 
-def small_copy(
+def make_small_copy(
     config: PretrainedConfig,
     model_class: type[PreTrainedModel] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -568,34 +570,34 @@ def small_copy(
     for scale in _SCALES:
         built = False
         try:
-            candidate = small_config(config, scale, whole)
+            candidate = shrink_config(config, scale, whole)
             if model_class is not None and scale.head_size is not None:
                 _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
-                size = build(candidate, model_class).num_parameters()
+                size = build_model(candidate, model_class).num_parameters()
             if size > _MOST_PARAMETERS:
                 raise ValueError(f"{size:,} parameters are left")
-            model: PreTrainedModel = randomized(build(candidate, model_class)).eval()
+            model: PreTrainedModel = randomize(build_model(candidate, model_class)).eval()
             nn.Module.to(model, dtype)
             built = True
-            running_inputs(model)
+            find_running_inputs(model)
             return model
         except Exception as error:  # the families' own checks of sizes that they were not made for
             failures.append(CopyError(built, error))
     raise next((failure for failure in failures if failure.built), failures[0])
 
 
-def running_inputs(model: PreTrainedModel) -> Inputs:
+def find_running_inputs(model: PreTrainedModel) -> Inputs:
     """Return the first small inputs on which a model runs.
 
     Raises:
         Exception: the error of the first ones, if the model runs on none.
     """
     failures: list[Exception] = []
-    for inputs in candidates(model):
+    for inputs in propose_inputs(model):
         try:
-            with forgotten(model), torch.no_grad():
-                called(model)(**inputs)
+            with preserve_state(model), torch.no_grad():
+                find_runnable(model)(**inputs)
         except Exception as error:  # whatever the family makes of such inputs
             failures.append(error)
         else:
@@ -603,7 +605,7 @@ def running_inputs(model: PreTrainedModel) -> Inputs:
     raise failures[0] if failures else ValueError("nothing is known of its inputs")
 
 
-def build(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """A model with random weights, of the class given, of the class that the configuration names, or else of the one
     that it belongs to.
     """
@@ -619,7 +621,7 @@ def build(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreT
     return model
 
 
-def randomized(model: PreTrainedModel) -> PreTrainedModel:
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
     """Move biases, scales and gates of a model off their initial values, so that nothing is hidden by a 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -630,14 +632,14 @@ def randomized(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
+def shrink_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
     """Return a small copy of a configuration and of those inside it.
 
     It keeps what the model does: the rotary embedding's type, every kind of layer, shared keys and values, the tokens
     with a meaning. Widths, vocabularies, windows and contexts are scaled down; of a ``whole`` one the former alone.
     """
     small = copy.deepcopy(config)
-    every = list(parts(small))
+    every = list(list_configs(small))
     widths: dict[int, int] = {}
     for part in every:
         if scale.head_size is not None:
@@ -655,21 +657,21 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bo
     return small
 
 
-def parts(config: Any) -> Iterator[Any]:
+def list_configs(config: Any) -> Iterator[Any]:
     """A configuration and those inside it."""
     yield config
     for name in config.sub_configs:
         if isinstance(getattr(config, name, None), PretrainedConfig):
-            yield from parts(getattr(config, name))
+            yield from list_configs(getattr(config, name))
 
 
-def _sizes(config: Any) -> dict[str, int]:
+def _read_sizes(config: Any) -> dict[str, int]:
     return {name: value for name, value in vars(config).items() if type(value) is int}
 
 
 def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
     """Make heads narrow and few; return the new width of each old one."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     before = next((sizes[name] for name in _HEADS if name in sizes), 1)
     head_dim = sizes.get("head_dim") or next((sizes[name] // before for name in _WIDTHS if name in sizes), head_size)
     after = before if heads is None else min(before, heads)
@@ -706,7 +708,7 @@ def _narrow(config: Any, head_size: int, heads: int | None) -> dict[int, int]:
 def _narrow_states(config: Any, head_size: int) -> None:
     """Fit the heads of a state space to the width: all of them are ``expand`` times as wide."""
     for heads, size, expand in _STATES:
-        sizes = _sizes(config)
+        sizes = _read_sizes(config)
         factor = vars(config).get(expand)
         if heads in sizes and size in sizes and isinstance(factor, int | float) and "hidden_size" in sizes:
             setattr(config, size, head_size)
@@ -733,13 +735,13 @@ def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str,
         if not isinstance(value, list | tuple) or len(value) < 2:
             continue
         if "section" in name:
-            pairs[name] = _sections(list(value), small)
+            pairs[name] = _split_sections(list(value), small)
         elif name.endswith("factor"):
             pairs[name] = [value[round(i * (len(value) - 1) / max(small - 1, 1))] for i in range(small)]
     return pairs
 
 
-def _sections(sections: list[int], pairs: int) -> list[int]:
+def _split_sections(sections: list[int], pairs: int) -> list[int]:
     """Sections in about the same proportions, as many pairs in all."""
     total = sum(sections)
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
@@ -752,22 +754,22 @@ def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: in
     home = sys.modules.get(model_class.__module__)
     if home is None or "mrope_section" not in inspect.getsource(home):
         return
-    for part in parts(config):
+    for part in list_configs(config):
         rope = vars(part).get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
             pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
-            rope["mrope_section"] = _sections([2, 3, 3], pairs)
+            rope["mrope_section"] = _split_sections([2, 3, 3], pairs)
 
 
 def _scale_positions(config: Any) -> None:
     """Scale windows, chunks and contexts down, so that short inputs reach beyond them."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     for name in _WINDOWS:
         if "vocab_size" in sizes and sizes.get(name, 0) > WINDOW:
             setattr(config, name, WINDOW)
     if _is_list_of_sizes(windows := vars(config).get("attention_window")):
         config.attention_window = [min(window, WINDOW) for window in windows]
-    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in _ropes(vars(config).get(name))]
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in _list_ropes(vars(config).get(name))]
     limit = sizes.get("max_position_embeddings")
     originals = {rope.get("original_max_position_embeddings") for rope in ropes}
     originals |= {sizes.get("original_max_position_embeddings")}
@@ -785,7 +787,7 @@ def _scale_positions(config: Any) -> None:
         config.max_position_embeddings = max(CONTEXT * limit // original, CONTEXT)
 
 
-def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
+def _list_ropes(rope: Any) -> Iterator[dict[str, Any]]:
     """The rotary embeddings in an option: itself, or one for every type of layer."""
     if isinstance(rope, dict):
         inside = [value for value in rope.values() if isinstance(value, dict)]
@@ -808,7 +810,7 @@ def _calm(config: Any) -> None:
 
 def _shorten(config: Any) -> None:
     """Keep one layer of every kind, and at least two."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
     if not names:
         return

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .adapter import MODULE
-from .attachment import attachment_of, method_of
+from .attachment import get_attachment, get_method
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         ValueError: the model has no method attached, or none in use.
     """
-    adapter = attachment_of(model).adapter
+    adapter = get_attachment(model).adapter
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
     assert isinstance(model, PreTrainedModel)
     groups = {
@@ -75,9 +75,9 @@ def parameter_groups(
     Raises:
         ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
     """
-    if attachment_of(model).adapter.merged:
+    if get_attachment(model).adapter.merged:
         raise ValueError("model takes one whose adapter is not merged, which cannot be trained: detach it first")
-    method = method_of(model)
+    method = get_method(model)
     prompt = [method.prompt] if isinstance(method, PromptMethod) else []
     gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]
     apart = {*prompt, *gates}

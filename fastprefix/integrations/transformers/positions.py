@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .hooks import by_name, find_cache, parameter_names, past_length, tokens_in
+from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
 class Positions(NamedTuple):
@@ -31,13 +31,13 @@ class Positions(NamedTuple):
     """The module that reads ``position_ids``: the backbone, or the text model inside it."""
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> Positions:
+    def find(cls, backbone: nn.Module) -> Positions:
         """Find out how a model counts, without running any of its layers.
 
         A text model inside a backbone gets positions from it, which may be more than a count (M-RoPE), or begin at 1.
         """
-        reader = _text_model(backbone)
-        table = _position_table(reader)
+        reader = _find_text_model(backbone)
+        table = _find_position_table(reader)
         first, limit = 0, None
         if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
             first = 0 if table.padding_idx is None else table.padding_idx + 1
@@ -47,9 +47,9 @@ class Positions(NamedTuple):
             first = first if handed is None else int(handed.min())
         by_mask = table is not None and _counts_by_mask(backbone, table)
         by_ids = None if table is None or not _counts_by_ids(backbone, table) else table.padding_idx
-        return cls(first, limit, by_ids, by_mask, frequencies_end(reader), reader)
+        return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
-    def moved(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
+    def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
         """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
 
         Raises:
@@ -57,8 +57,8 @@ class Positions(NamedTuple):
         """
         tokens = arguments.get("input_ids")
         device = (arguments["inputs_embeds"] if tokens is None else tokens).device
-        count = tokens_in(arguments)
-        given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), past_length(arguments)
+        count = count_tokens(arguments)
+        given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), count_past(arguments)
         counted = False
         if given is not None:
             positions: Tensor = given + shift
@@ -103,9 +103,9 @@ class PositionShift:
     """Move up the positions that a model reads, be they given or the model's own."""
 
     def __init__(self, backbone: nn.Module) -> None:
-        self.positions = Positions.of(backbone)
+        self.positions = Positions.find(backbone)
         self.inside = self.positions.reader is not backbone
-        self.names = parameter_names(self.positions.reader)
+        self.names = read_parameter_names(self.positions.reader)
         self.shift = 0  # of the call in progress
 
     def install(self) -> list[RemovableHandle]:
@@ -118,32 +118,32 @@ class PositionShift:
         """Move a call of the backbone, given its arguments; a ``shift`` of 0 leaves it as it is."""
         self.shift = shift
         if shift > 0 and not self.inside:
-            arguments["position_ids"] = self.positions.moved(arguments, shift)
+            arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the text model: its positions are final here."""
         if self.shift == 0:
             return None
-        arguments = by_name(self.names, args, kwargs)
-        return (), {**arguments, "position_ids": self.positions.moved(arguments, self.shift)}
+        arguments = name_arguments(self.names, args, kwargs)
+        return (), {**arguments, "position_ids": self.positions.move_ids(arguments, self.shift)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
         return {**self.__dict__, "shift": 0}
 
 
-def _text_model(backbone: nn.Module) -> nn.Module:
+def _find_text_model(backbone: nn.Module) -> nn.Module:
     """Return the innermost model inside a backbone that holds the input embeddings and reads ``position_ids``."""
     try:
         embedding = backbone.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return backbone
     models = (module for module in backbone.modules() if isinstance(module, PreTrainedModel))
-    readers = [model for model in models if "position_ids" in parameter_names(model)]
+    readers = [model for model in models if "position_ids" in read_parameter_names(model)]
     return next((m for m in reversed(readers) if any(child is embedding for child in m.modules())), backbone)
 
 
-def _position_table(reader: nn.Module) -> nn.Embedding | None:
+def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
     """Return the table of learned positions of a text model, if it has one."""
     for name, module in reader.named_modules():
         leaf = name.rpartition(".")[2]
@@ -181,7 +181,7 @@ def _stopped(
     register = module.register_forward_hook if after else module.register_forward_pre_hook
     handle = register(stop, with_kwargs=True)
     options = {"attention_mask": torch.tensor([mask], device=device), "use_cache": False}
-    options = {name: value for name, value in options.items() if name in parameter_names(backbone)}
+    options = {name: value for name, value in options.items() if name in read_parameter_names(backbone)}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             backbone(input_ids=ids, **options)
@@ -196,7 +196,7 @@ def _stopped(
 
 def _handed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the position ids that a text model is called with."""
-    positions: Tensor | None = by_name(parameter_names(module), args, kwargs).get("position_ids")
+    positions: Tensor | None = name_arguments(read_parameter_names(module), args, kwargs).get("position_ids")
     return positions
 
 
@@ -219,7 +219,7 @@ def _counts_by_ids(backbone: nn.Module, table: nn.Embedding) -> bool:
     return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
 
 
-def frequencies_end(reader: nn.Module) -> int | None:
+def find_frequencies_end(reader: nn.Module) -> int | None:
     """Return the longest row up to which rotary frequencies do not depend on its length (LongRoPE, dynamic NTK)."""
     configs = [module.config for module in reader.modules() if isinstance(module, PreTrainedModel)]
     limits: list[int] = []
@@ -237,7 +237,7 @@ def frequencies_end(reader: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
+def find_packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
     """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
 
     The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
@@ -259,7 +259,7 @@ def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | No
 
 def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
     """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
-    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
+    return not torch.compiler.is_compiling() and find_packed_sequences(arguments, backbone) is not None
 
 
 def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:

@@ -526,7 +526,7 @@ def test_tensor_parallel_models_are_refused() -> None:
 def test_what_would_differ_in_a_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = family("decoder", "prefix"), models.batch()
     expected = model(**inputs).logits
-    monkeypatch.setattr(attention.GivenPrefix, "prefix", lambda self, query, key, value: (self.key * 2, self.value))
+    monkeypatch.setattr(attention.GivenPrefix, "get_prefix", lambda self, query, key, value: (self.key * 2, self.value))
     with pytest.raises(ValueError, match="would not get PEFT's numbers"):
         fastprefix.accelerate(model)
     assert torch.equal(model(**inputs).logits, expected)
@@ -566,12 +566,12 @@ def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
 
 
 def test_what_the_check_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    conformance.forget()
-    own = GivenPrefix.prefix
-    monkeypatch.setattr(GivenPrefix, "prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v)))
+    conformance.forget_reports()
+    own = GivenPrefix.get_prefix
+    monkeypatch.setattr(GivenPrefix, "get_prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v)))
     peft_model = peft.get_peft_model(
         models.decoder(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     )
     with pytest.raises(ValueError, match="PREFIX_TUNING on LlamaForCausalLM: with ids, its values or gradients differ"):
         fastprefix.accelerate(peft_model)
-    conformance.forget()
+    conformance.forget_reports()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models, peft_support
 from ..transformers.test_attach import METHODS, attached
@@ -220,7 +220,7 @@ def test_files_are_read_and_written_without_peft(tmp_path: Path) -> None:
 
 def test_a_loaded_prefix_is_moved_up(tmp_path: Path) -> None:
     family("decoder", "prefix").save_pretrained(tmp_path)
-    config = method_of(fastprefix.load_adapter(models.decoder(), tmp_path)).config
+    config = get_method(fastprefix.load_adapter(models.decoder(), tmp_path)).config
     assert type(config) is fastprefix.PrefixTuningConfig
     assert config.prefix_position == "shift"
     assert config.num_virtual_tokens == LENGTH

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from .test_attach import FAMILIES, METHODS
@@ -46,7 +46,7 @@ def test_one_at_a_time(family: str, pair: tuple[str, str]) -> None:
             assert torch.equal(model(**inputs).logits, plain)
             assert not trainable(model)
         assert torch.equal(model(**inputs).logits, logits[name])
-        method = {f"fastprefix.{key}" for key, _ in method_of(model).named_parameters()}
+        method = {f"fastprefix.{key}" for key, _ in get_method(model).named_parameters()}
         assert trainable(model) == method | ({"classifier.weight", "classifier.bias"} & set(base.state_dict()))
     assert fastprefix.detach(model) is model
     state = base.state_dict()

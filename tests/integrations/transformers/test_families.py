@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...float64 import Float64
@@ -159,7 +159,7 @@ def loss_and_gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tenso
 
 def assert_matches_textbook(model: Any, inputs: dict[str, Tensor]) -> None:
     fused = loss_and_gradients(model, inputs)
-    assert sum("fastprefix" in name for name in fused) == len(list(method_of(model).parameters()))
+    assert sum("fastprefix" in name for name in fused) == len(list(get_method(model).parameters()))
     with textbook(model):
         expected = loss_and_gradients(model, inputs)
     assert fused.keys() == expected.keys()
@@ -184,7 +184,7 @@ def test_matches_the_textbook(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_attentions_are_chosen(family: str, attentions: Any, tmp_path: Path) -> None:
     model = attached(family, fastprefix.PrefixTuningConfig(5, attentions=attentions))
-    shapes = method_of(model).shapes
+    shapes = get_method(model).shapes
     assert [shape.role for shape in shapes].count(attentions[0]) == 2
     assert {shape.role for shape in shapes} == set(attentions)
     assert all(shape.causal == (shape.role == "decoder") for shape in shapes)
