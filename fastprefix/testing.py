@@ -1,4 +1,4 @@
-"""Parity as a function: is a fast version as exact as plain PyTorch at the same precision?
+"""Check that a fast version of a function is as exact as plain PyTorch at the same precision.
 
 There are no tolerances to set. A function, its plain version at the same dtype, and the plain version in float64 run
 on the same inputs. The function's error against float64 may be twice the plain version's, plus two ulp; that holds for
@@ -66,7 +66,7 @@ class Report:
         return max(self.rows, key=lambda row: row.ratio)
 
     def __str__(self) -> str:
-        """A table, one line a result."""
+        """Format a table with one line for each result."""
         width = max(len("result"), *(len(row.name) for row in self.rows))
         lines = [
             f"{'result':<{width}}  {'error':>9}  {'plain':>9}  {'bound':>9}  {'rms':>9}  {'bound':>9}  {'ratio':>6}"
@@ -194,7 +194,7 @@ class _Run:
         self._state |= {name: _cast(buffer, dtype).clone() for name, buffer in module.named_buffers()}
 
     def results(self, seed: int) -> dict[str, Tensor]:
-        """Outputs and gradients by name."""
+        """Return outputs and gradients by name."""
         devices = {tensor.device for _, tensor in _tensors([self._inputs, self._state]) if tensor.is_cuda}
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             torch.manual_seed(seed)
@@ -226,7 +226,7 @@ class _Run:
 
 
 def _varied(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
-    """The inputs, or for later draws a variant in the same dtype, so that errors are not one roll of the dice."""
+    """Return the inputs, or for later draws a variant in the same dtype, so that errors do not depend on one draw."""
     generator = torch.Generator().manual_seed(seed + draw)
 
     def vary(value: Any) -> Any:
@@ -305,7 +305,7 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _names(function: Callable[..., Any], inputs: Sequence[Any]) -> list[str]:
-    """The names of positional inputs: the function's own where it has them."""
+    """Return the names of positional inputs, which are the function's own where it has them."""
     callee = function.forward if isinstance(function, nn.Module) else function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:

@@ -174,7 +174,7 @@ def outcome_of(family: str, class_name: str, path: str | None, report: Conforman
 
 
 def small_model(family: str, class_name: str, **options: Any) -> Any:
-    """A small model of a family, in float64 and for evaluation; ``options`` set what its configuration has."""
+    """Build a small model of a family, in float64 and for evaluation. ``options`` set what its configuration has."""
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
     own = getattr(transformers, class_name).config_class
     if not isinstance(config, own) and isinstance(config.get_text_config(), own):
@@ -189,7 +189,7 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """An error for a cell of a table."""
+    """Format an error for a cell of a table."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:240].replace("|", "/")
 
 

@@ -115,7 +115,7 @@ def _check(peft_model: Any) -> None:
 
 
 def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
-    """What accelerating does to a small copy of a PEFT model with its active adapter's options."""
+    """Compare a small copy of a PEFT model, with its active adapter's options, before and after acceleration."""
     config = _shrink_config(peft_model.active_peft_config)
 
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
@@ -128,7 +128,7 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
 
 
 def _shrink_config(config: Any) -> Any:
-    """The options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
+    """Return the options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
     small = copy.deepcopy(config)
     limits = {"num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 1, "encoder_hidden_size": 8}
     read = ("token_dim", "num_attention_heads", "num_layers", "base_model_name_or_path", "tokenizer_name_or_path")
@@ -146,7 +146,7 @@ def _shrink_config(config: Any) -> Any:
 
 
 def _share_prompt(peft_model: Any) -> Acceleration:
-    """A prompt's: shared where that is exact."""
+    """Accelerate a prompt: share it where that is exact, and leave it on PEFT's path elsewhere."""
     model = peft_model.get_base_model()
     try:
         reason = find_reason_against_layers(model, find_layers(model))
@@ -195,7 +195,7 @@ def _install(peft_model: Any) -> CachedPrefix:
 
 
 def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
-    """The attention layers by their places in a key/value cache.
+    """Return the attention layers by their places in a key/value cache.
 
     Raises:
         ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
@@ -212,7 +212,7 @@ def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
 
 
 def _run_trial(model: Any) -> Tensor:
-    """What a model says to four tokens, of which the last is padding."""
+    """Return a model's output for four tokens, the last of which is padding."""
     ids = torch.arange(4, device=find_device(model))[None]
     decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
@@ -220,7 +220,10 @@ def _run_trial(model: Any) -> Tensor:
 
 
 def _run_trial_without(peft_model: Any) -> Tensor:
-    """The same without the adapter. (PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.)"""
+    """Return the output of the same trial without the adapter.
+
+    PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.
+    """
     if peft_model.active_peft_config.is_prompt_learning:
         return _run_trial(peft_model.base_model)
     with peft_model.disable_adapter():

@@ -37,14 +37,14 @@ class AdaptionPromptAcceleration(CachedPrefix):
 
 
 def find_adapted_attentions(peft_model: Any) -> set[Any]:
-    """PEFT's adapted attention modules: of the active adapter, and of those that wait to be active."""
+    """Return PEFT's adapted attention modules, those of the active adapter and of all others."""
     waiting = peft_model.base_model._cached_adapters.values()
     active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
     return {*active, *(module for modules in waiting for module in modules)}
 
 
 def _run_adapted(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """What ``AdaptedAttention.forward`` computes."""
+    """Compute what ``AdaptedAttention.forward`` computes."""
     attention = adapted.model
     key, value = (
         project(adapted.adaption_prompt)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
@@ -57,7 +57,7 @@ def _run_adapted(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: 
 
 
 def find_reason_not_fusable(module: nn.Module) -> str | None:
-    """Why an adapted attention cannot be one call; None: it can."""
+    """Return why an adapted attention cannot be computed in one call, or None if it can."""
     attention: Any = module.model
     if not hasattr(attention, "o_proj"):
         return "PEFT adds this model's adaption prompts behind the output projection"

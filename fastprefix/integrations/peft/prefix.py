@@ -295,7 +295,7 @@ class PrefixAcceleration(PromptLearning):
         return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
 
     def _make_rows(self, encoder: Any, config: Any) -> Tensor:
-        """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
+        """Return the keys and values ``[m, 2 L H D]`` of all layers, as PEFT's encoder computes them."""
         if not (config.inference_mode or checkpoints_reentrantly(self.backbone) or wraps_reentrantly(self.backbone)):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
@@ -340,8 +340,9 @@ def _refuse_replica(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _bias_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an attention that makes T5's relative biases: the prefix, which stands at the positions
-    before all tokens, gets the first of them. T5 counts the keys, among which it is not.
+    """Give the prefix the first of T5's relative biases, since it stands before all tokens (a forward pre-hook).
+
+    T5 counts the keys, and the prefix is not among them.
     """
     carried = get_carried_bindings()
     binding: Binding | None = None if carried is None else carried.bindings.get(module)

@@ -240,12 +240,12 @@ class _Seen:
     pair: Prefix
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """None; the keys and values of the one row are kept."""
+        """Return None, and keep the keys and values of the one row."""
         self.pair = key[0], value[0]
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None: there is no prefix."""
+        """Return None twice: the binding has no prefix."""
         return None, None
 
     def get_bias(self, query: Tensor) -> None:
-        """None: there is no prefix."""
+        """Return None: the binding has no prefix."""

@@ -22,12 +22,12 @@ from .switching import OPTIONS, OwnConfigurations, User, find_device
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are spread over processes, as by FSDP2."""
+    """Return whether a model's parameters are spread over processes, as by FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered from all processes."""
+    """Return a tensor, gathered from all processes if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()
@@ -35,7 +35,7 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse to change what a model trains once it is spread: its processes would not exchange those gradients.
+    """Refuse to change what a model trains once it is sharded: its processes would not exchange those gradients.
 
     Raises:
         ValueError: it is sharded, or has a tensor-parallel plan.
@@ -54,7 +54,7 @@ _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoic
 
 
 def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
-    """The modules that stay trainable, by name.
+    """Return the modules that stay trainable, by name.
 
     Raises:
         ValueError: a name that the model does not have.
@@ -83,7 +83,7 @@ class Hooks(Protocol):
         """Make the changes, again after ``remove`` too."""
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Undo the changes."""
 
 
 def _copy_for_training(parameter: Tensor) -> Tensor:
@@ -143,12 +143,12 @@ class Casts:
         self.precision = self.read_model_precision()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: cast what enters a module to the precision of its parameters."""
+        """Cast the inputs of a module to the precision of its parameters (a forward pre-hook)."""
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return _cast((args, kwargs), dtype)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: cast what a module returns to the precision of the model."""
+        """Cast the outputs of a module to the precision of the model (a forward hook)."""
         precision = self.read_model_precision()
         return output if precision is None else _cast(output, precision)
 
@@ -194,8 +194,10 @@ class Adapter:
         self.hooks.install(model)
 
     def mark(self, model: PreTrainedModel) -> None:
-        """Say in the model's configuration what is on it, for checkpoints of the whole; merged, it makes none: what
-        ``save_pretrained`` would write, is no model when it is read again.
+        """Write the adapter's options into the model's configuration, for checkpoints of the whole model.
+
+        With a merged adapter the model refuses to be saved: ``save_pretrained`` would write weights that are read as
+        another model's.
         """
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
@@ -203,7 +205,7 @@ class Adapter:
             self.guard = model.register_forward_hook(_refuse_training)
 
     def take_off(self, model: PreTrainedModel) -> None:
-        """Make the model, which stays frozen, what it is without."""
+        """Restore the model without the adapter. It stays frozen."""
         self.hooks.remove()
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
@@ -216,7 +218,7 @@ class Adapter:
         self.casts.remove()
 
     def drop_gradients(self, model: PreTrainedModel) -> None:
-        """Of the modules that it trained: they are not for whoever trains them next."""
+        """Drop the gradients of the modules that the adapter trained: they are not for the next one."""
         for name in self.saved_modules:
             model.get_submodule(name).zero_grad()
 
@@ -309,7 +311,7 @@ class Attachment:
 
     @property
     def adapter(self) -> Adapter:
-        """The one in use.
+        """Return the adapter in use.
 
         Raises:
             ValueError: there is none in use.
@@ -320,7 +322,7 @@ class Attachment:
         return self.adapters[self.active]
 
     def check_known(self, name: str) -> str:
-        """A name that one of the adapters has.
+        """Return a name if one of the adapters has it.
 
         Raises:
             ValueError: none has it.
@@ -331,10 +333,10 @@ class Attachment:
 
     @property
     def config(self) -> MethodConfig:
-        """Of the adapter in use."""
+        """Return the configuration of the adapter in use."""
         return self.adapter.config
 
     @property
     def hooks(self) -> Hooks:
-        """Of the adapter in use."""
+        """Return the hooks of the adapter in use."""
         return self.adapter.hooks

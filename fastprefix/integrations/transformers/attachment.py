@@ -135,7 +135,7 @@ def set_adapter(model: Model, name: str) -> Model:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """A context in which the model does what it does without its adapter. It stays frozen.
+    """Run the model without its adapter in this context. It stays frozen.
 
     Raises:
         ValueError: the model has no method attached.
@@ -147,7 +147,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """A context in which a model uses another of its adapters, if it has any; None: none of them."""
+    """Use another adapter of a model in this context, or none (None). A model without adapters is left alone."""
     attachment = getattr(model, _STATE, None)
     if attachment is None or attachment.active == name:
         yield
@@ -161,7 +161,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def get_attachment(model: nn.Module) -> Attachment:
-    """The attachment of a model.
+    """Return the attachment of a model.
 
     Raises:
         ValueError: there is none.
@@ -173,13 +173,13 @@ def get_attachment(model: nn.Module) -> Attachment:
 
 
 def get_active_name(model: nn.Module) -> str | None:
-    """The adapter in use on a model, if any."""
+    """Return the name of the adapter in use on a model, or None."""
     attachment: Attachment | None = getattr(model, _STATE, None)
     return None if attachment is None else attachment.active
 
 
 def get_method(model: nn.Module) -> Method:
-    """The method in use on a model, with its parameters."""
+    """Return the method in use on a model, with its parameters."""
     return get_attachment(model).adapter.method
 
 
@@ -256,7 +256,7 @@ def _check_types(model: Any, config: Any) -> None:
 
 
 def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
-    """What takes one sequence of tokens is not for encoder-decoders, images and sound."""
+    """Refuse methods that need one sequence of tokens, on encoder-decoders and models of images or sound."""
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
@@ -271,7 +271,9 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
 
 
 def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
-    """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
+    """Build the method's module for a model on its device, not yet initialized, in float32 or the model's higher
+    precision.
+    """
     method_class = METHODS[config.method_name()][1]
     if example_inputs is None and (small := choose_stand_in(model)) is not model:
         adopt_trial(model, small)
@@ -299,7 +301,7 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
 
 
 def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
-    """How the prompt will run: "shared", or "textbook: " and why.
+    """Return how the prompt will run: "shared", or "textbook: " and the reason.
 
     Raises:
         ValueError: neither is exact, or what ``shared_prompt`` asks for is not.
@@ -379,7 +381,9 @@ def _install(model: Model, adapter: Adapter, name: str) -> Model:
 
 
 def _tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
-    """The token ids ``[m]`` of the text that a method starts from, repeated to its length; None: from no text."""
+    """Return the token ids ``[m]`` of the text that a method starts from, repeated to its length, or None without a
+    text.
+    """
     if config.init_text is None:
         return None
     if tokenizer is None:

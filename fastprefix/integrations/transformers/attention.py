@@ -42,7 +42,7 @@ def make_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function of the attention mask interface; padding is never lost, and plain cases stay small."""
+    """Make a mask for the attention mask interface. Padding is never lost, and plain cases stay small."""
     padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
@@ -69,7 +69,7 @@ def make_mask(
 
 
 def make_full_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """A mask function that always writes out all of the mask, bool ``[B, 1, N, K]``."""
+    """Make a mask that is always written out in full, bool ``[B, 1, N, K]``."""
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
     assert mask is not None
@@ -84,7 +84,7 @@ class Masking(NamedTuple):
 
 
 def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
-    """What a mask says to queries ``[B, H, N, D]``."""
+    """Return a mask for queries ``[B, H, N, D]`` in the form that ``prefix_attention`` expects."""
     if mask is None:
         return Masking(None, False)
     if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
@@ -96,15 +96,16 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
 
 
 def make_additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask to add to scores, as eager attention takes it: what is hidden gets the dtype's least number."""
+    """Return a mask to add to scores, as eager attention expects it. Hidden scores get the dtype's least number."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
-    """A mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it; all of the mask is written out
-    then. What is hidden gets the dtype's least number, as in the eager masks of ``transformers``.
+    """Return a mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it, written out in full.
+
+    Hidden scores get the dtype's least number, as in the eager masks of ``transformers``.
     """
     if position_bias is None:
         return masking
@@ -119,14 +120,16 @@ def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Mas
 
 
 def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A bias ``[..., m + K]`` on scores as that of the prefix (None: it has no columns for it) and that of K tokens."""
+    """Split a bias ``[..., m + K]`` on scores into the prefix's, which is None without columns for it, and that of K
+    tokens.
+    """
     if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
         return None, position_bias
     return position_bias[..., : -key.shape[2]], position_bias[..., -key.shape[2] :]
 
 
 def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
-    """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
+    """Return whether a mask of a local attention is a sliding window, rather than chunks that start anew."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
     keys = torch.tensor([query, query - window + 1], device=device)
     try:
@@ -136,7 +139,7 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
 
 
 def make_window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
-    """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
+    """Return the bias ``[N, m]`` that hides a prefix from queries ``[B, H, N, D]`` as a sliding window does.
 
     The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
     A call has so many ``tokens`` (0: as many as queries); some layers get the last queries only. None: the window
@@ -218,13 +221,13 @@ class Binding(Protocol):
     """What an attention module asks for its prefix, gates and bias."""
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix, or None."""
+        """Return the prefix, or None."""
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix gate and the output gate, each or None."""
+        """Return the prefix gate and the output gate, each of which may be None."""
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """What is added to the scores of the prefix, ``[N, m]``, or None; -inf hides a prefix key."""
+        """Return a bias ``[N, m]`` for the scores of the prefix, or None. A bias of -inf hides a prefix key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,15 +247,15 @@ class GivenPrefix:
     tokens: int = 0
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
-        """The prefix, where the query is and in its dtype."""
+        """Return the prefix on the query's device and in its dtype."""
         return self.key.to(query), self.value.to(query)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
-        """The output gate."""
+        """Return the output gate."""
         return None, None if self.output_gate is None else self.output_gate.to(query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """What hides the prefix that the window does not reach."""
+        """Return the bias that hides the prefix where the window does not reach it."""
         return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
 
 
@@ -341,7 +344,7 @@ def refuse_lost_bindings() -> None:
 
 
 def make_two_adapters_error() -> ValueError:
-    """Return the error of a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
+    """Make the error for a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
     return ValueError(
         "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
         "as an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
@@ -361,7 +364,7 @@ def run_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a module to its tokens and, where it is bound to one, to its prefix.
+    """Attend from a module's queries to its tokens and, if it is bound to one, to its prefix.
 
     A sliding window is in the mask already. Where ``position_bias`` is wider than the keys, its first columns are the
     prefix's. Returns ``[B, N, H, Dv]`` and no attention weights.

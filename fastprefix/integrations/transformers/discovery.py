@@ -71,7 +71,7 @@ class Layer:
 
 
 def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` that layers of the model compute for ids ``[m]``."""
+    """Compute the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of ids ``[m]`` in layers of a model."""
     found = {layer.module: layer for layer in find_layers(model, input_ids[None])}
     return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
 
@@ -79,7 +79,7 @@ def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[
 def find_layers(
     model: PreTrainedModel, input_ids: Tensor | None = None, example_inputs: Inputs | None = None
 ) -> list[Layer]:
-    """The attention layers of a model, in the order in which they are called.
+    """Return the attention layers of a model, in the order in which they are called.
 
     Args:
         model: any.
@@ -133,7 +133,7 @@ def find_layers(
 def find_method_layers(
     model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None
 ) -> list[Layer]:
-    """The attention layers of a model that a prefix method is for."""
+    """Return the attention layers of a model that a prefix method is for."""
     method_class = METHODS[config.method_name()][1]
     assert issubclass(method_class, PrefixMethod)
     layers = find_layers(model, example_inputs=example_inputs)
@@ -141,7 +141,7 @@ def find_method_layers(
 
 
 def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """The module that turns embeddings into hidden states: the outermost that a model calls with them.
+    """Return the outermost module that a model calls with embeddings to get hidden states.
 
     That need not be its ``base_model``: some call a part of it. Of a model with two halves, with another input than
     text, or that makes the masks before it calls such a part, it is the model.
@@ -290,7 +290,7 @@ class _Reached(Exception):  # noqa: N818 (nothing is wrong)
 
 
 def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first tensor that a module was called with: of a layer, the residual stream."""
+    """Return the first tensor that a module was called with. A layer's is the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
@@ -301,7 +301,7 @@ class _Halves:
         self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
 
     def find_role(self, module: nn.Module, causal: bool) -> Role:
-        """That of a self-attention."""
+        """Return the role of a self-attention."""
         in_decoder = causal if self.encoder is None else module not in self.encoder
         return "decoder" if in_decoder else "encoder"
 
@@ -315,7 +315,7 @@ class _Windows:
         self.masks: dict[int, tuple[Tensor, tuple[int | None, bool]]] = {}  # by their storage, and what each says
 
     def make_mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-        """The mask function; what the mask says is kept."""
+        """Make a mask and keep its window."""
         mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
             self.made = True
@@ -326,8 +326,10 @@ class _Windows:
         return mask
 
     def find(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
-        """Window and ``local`` of a layer. The mask counts; one that a model made over says nothing any more, and what
-        the layer ``said`` was meant for other kernels.
+        """Return the window and ``local`` of a layer.
+
+        The mask decides. If a model changed the mask, the window is unknown; what the layer ``said`` is for other
+        kernels.
         """
         unknown = (None, self.made or said is not None)
         found = None if mask is None else self.masks.get(mask.untyped_storage().data_ptr())
@@ -354,7 +356,7 @@ class _Trace:
         self.calls.append((module, find_first_tensor(args, kwargs)))
 
     def find_entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
-        """The module inside the layer in progress that first got what entered the layer, and what that was.
+        """Return the first module inside the layer in progress that got what entered the layer, and that tensor.
 
         The layer is named by the attention's qualified name up to its last number.
         """
@@ -403,7 +405,9 @@ class Projection:
         hidden = find_first_tensor(*self.call)
 
         def adapt(tensor: Tensor) -> Tensor:
-            """The states in place of the token; the rest where and as the states are, should the model have moved."""
+            """Put the states in the token's place, and move the rest to their device and dtype, since the model may
+            have moved.
+            """
             if tensor is hidden:
                 return states[:, None]
             return tensor.to(states if tensor.is_floating_point() else states.device)
@@ -420,19 +424,19 @@ class Projection:
         return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take what the module calls its attention with; for that call there is no prefix."""
+        """Keep the keys and values that the module calls its attention with, for which there is no prefix."""
         self.projected = (key, value)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None."""
+        """Return None twice."""
         return None, None
 
     def get_bias(self, query: Tensor) -> None:
-        """None."""
+        """Return None."""
 
 
 def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projection]:
-    """The projections of attention layers, found by running the model on one token.
+    """Find the projections of attention layers by running the model on one token.
 
     Raises:
         ValueError: a layer whose keys and values are not its own projections of what enters it.
@@ -458,7 +462,7 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
 
 
 def _projects(layer: Layer, projection: Projection) -> bool:
-    """Whether a projection gives each of two states keys and values of its own, in the layer's shapes."""
+    """Return whether a projection gives two states different keys and values in the layer's shapes."""
     hidden = find_first_tensor(*projection.call)
     if hidden is None or hidden.shape != (1, 1, layer.shape.width):
         return False
@@ -606,9 +610,7 @@ def find_running_inputs(model: PreTrainedModel) -> Inputs:
 
 
 def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model with random weights, of the class given, of the class that the configuration names, or else of the one
-    that it belongs to.
-    """
+    """Build a model with random weights, of the given class or the one that the configuration names or belongs to."""
     named = getattr(transformers, (config.architectures or [""])[0], None) if model_class is None else model_class
     torch.manual_seed(0)
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
@@ -658,7 +660,7 @@ def shrink_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: b
 
 
 def list_configs(config: Any) -> Iterator[Any]:
-    """A configuration and those inside it."""
+    """Yield a configuration and those inside it."""
     yield config
     for name in config.sub_configs:
         if isinstance(getattr(config, name, None), PretrainedConfig):
@@ -742,7 +744,7 @@ def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str,
 
 
 def _split_sections(sections: list[int], pairs: int) -> list[int]:
-    """Sections in about the same proportions, as many pairs in all."""
+    """Return sections of about the same proportions that add up to so many pairs."""
     total = sum(sections)
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
     small[0] += pairs - sum(small)
@@ -750,7 +752,7 @@ def _split_sections(sections: list[int], pairs: int) -> list[int]:
 
 
 def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
-    """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
+    """Write sections of positions in time and space into a configuration whose family has defaults for larger heads."""
     home = sys.modules.get(model_class.__module__)
     if home is None or "mrope_section" not in inspect.getsource(home):
         return
@@ -788,7 +790,7 @@ def _scale_positions(config: Any) -> None:
 
 
 def _list_ropes(rope: Any) -> Iterator[dict[str, Any]]:
-    """The rotary embeddings in an option: itself, or one for every type of layer."""
+    """Yield the rotary embeddings in an option, which has one or one for every type of layer."""
     if isinstance(rope, dict):
         inside = [value for value in rope.values() if isinstance(value, dict)]
         yield from inside or [rope]

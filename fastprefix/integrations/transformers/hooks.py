@@ -40,7 +40,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def read_parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's positional forward arguments, in order."""
+    """Return the names of a module's positional forward arguments, in order."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in kinds)
@@ -118,7 +118,7 @@ def _find_cache_parameters(forward: Callable[..., Any]) -> list[str]:
 
 
 def name_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+    """Return all arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -281,7 +281,7 @@ def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
 
 
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
-    """One row says "causal" here, and how many there should be differs between the halves of a model.
+    """Refuse 4-D masks of one row in a model with two halves, which would not know whether "causal" is meant.
 
     Raises:
         ValueError: a 4-D mask of one row.
@@ -316,17 +316,17 @@ class Cut:
         self.tied = False
 
     def clear(self) -> None:
-        """The call that begins needs no leaves."""
+        """Drop the leaves: the call that begins needs none."""
         self.tensors, self.leaves, self.tied = [], [], True
 
     def get_prefix(self, index: int) -> Prefix | None:
-        """A layer's leaves, if there are any and they are to be differentiated."""
+        """Return a layer's leaves if they are to be differentiated, otherwise None."""
         if not (self.leaves and torch.is_grad_enabled()):
             return None
         return self.leaves[2 * index], self.leaves[2 * index + 1]
 
     def tie(self, hidden: Tensor) -> Tensor:
-        """What enters the first layer, tied to the prefixes that were cut off."""
+        """Tie what enters the first layer to the prefixes that were cut off."""
         self.tied = True
         # It needs a gradient in any case: reentrant checkpointing gives none to a layer none of whose inputs needs one.
         if not hidden.requires_grad:
@@ -335,7 +335,7 @@ class Cut:
         return tied
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return vars(Cut())
 
 
@@ -358,7 +358,7 @@ class _Gather(torch.autograd.Function):
 
 
 def checkpoints_reentrantly(backbone: nn.Module) -> bool:
-    """Whether a backbone trains with reentrant gradient checkpointing."""
+    """Return whether a backbone trains with reentrant gradient checkpointing."""
     if not backbone.training or torch.compiler.is_compiling():
         return False
     functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _list_checkpointed(backbone))
@@ -367,7 +367,7 @@ def checkpoints_reentrantly(backbone: nn.Module) -> bool:
 
 @contextmanager
 def suspend_checkpointing(backbone: nn.Module) -> Iterator[None]:
-    """A context in which a backbone runs without gradient checkpointing."""
+    """Run a backbone without gradient checkpointing in this context."""
     modules = _list_checkpointed(backbone)
     for module in modules:
         module.gradient_checkpointing = False
@@ -379,7 +379,7 @@ def suspend_checkpointing(backbone: nn.Module) -> Iterator[None]:
 
 
 def _list_checkpointed(backbone: nn.Module) -> list[Any]:
-    """The modules of a backbone that run with gradient checkpointing."""
+    """Return the modules of a backbone that run with gradient checkpointing."""
     return [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
 
 

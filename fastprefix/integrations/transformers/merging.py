@@ -45,7 +45,7 @@ _ROWS = 4096  # of the table that are computed at once
 
 
 def merge(model: Model) -> Model:
-    """Bake a method into its model as far as it goes, for inference: nothing can be trained afterwards.
+    """Merge a method into its model as far as possible, for inference. Nothing can be trained afterwards.
 
     Merging again changes nothing. ``detach`` restores the model bit for bit. What was merged into a prefix alone, can
     be saved, as a plain prefix. After merging ADePT, ``inputs_embeds`` takes what the model's own input embeddings
@@ -80,7 +80,7 @@ def merge(model: Model) -> Model:
 
 
 def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
-    """A prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
+    """Return a prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
 
     It takes the prefix's columns in ``attention_mask``, as every cache does. Calls and ``generate`` extend a cache:
     export one for each.
@@ -145,7 +145,7 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
-    """The prompt as a prefix that stands before all tokens."""
+    """Turn a prompt into a prefix that stands before all tokens."""
     with load_offloaded(model, hooks.backbone):
         prefixes = hooks.run_prompt()
     table = _rewrite_table(hooks) if isinstance(method, ADePT) else None
@@ -167,7 +167,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
 
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
-    """ADePT's network alone: what is left is prompt tuning."""
+    """Merge ADePT's network alone, which leaves prompt tuning."""
     config = PromptTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
     )
@@ -204,7 +204,9 @@ def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Seq
 
 
 def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
-    """The embedding with ADePT's offset, in blocks; whatever else the former does to a row is in it too."""
+    """Compute the embedding table with ADePT's offset, in blocks, and with all else that the former module does to a
+    row.
+    """
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
         raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
@@ -299,6 +301,6 @@ class Several:
             part.install(model)
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Undo all changes."""
         for part in reversed(self.parts):
             part.remove()

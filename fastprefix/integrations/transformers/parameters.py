@@ -26,12 +26,12 @@ class ParameterCount:
 
     @property
     def trainable(self) -> int:
-        """How many are trained."""
+        """Return how many parameters are trained."""
         return sum(self.groups.values())
 
     @property
     def share(self) -> float:
-        """The trained ones, as a share of all."""
+        """Return the share of the parameters that is trained."""
         return self.trainable / self.total
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def parameter_groups(
     gate_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the learning rates that methods are trained with.
+    """Return parameter groups with the learning rates that methods are trained with.
 
     Args:
         model: a model with a method attached.

@@ -33,7 +33,7 @@ _TASKS = {
 def convert_from_peft(
     path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """The configuration and the parameters, under this package's names, that a PEFT directory stands for.
+    """Convert a PEFT directory to a configuration and parameters under this package's names.
 
     Args:
         path: its ``adapter_config.json``.
@@ -73,7 +73,7 @@ def convert_from_peft(
 def convert_to_peft(
     model: PreTrainedModel, method: PromptMethod | PrefixMethod, modules: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's configuration and tensors for an attached method and the modules that stay trainable with it.
+    """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
 
     Raises:
         ValueError: PEFT has nothing that computes the same.
@@ -115,7 +115,7 @@ def convert_to_peft(
 
 
 def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
-    """What a model without a method says to three tokens after a cache that holds a prefix, as PEFT gives it one."""
+    """Return a model's hidden states of three tokens after a cache that holds a prefix, as PEFT passes one."""
     cache = DynamicCache()
     layers = sum(name.startswith("prefix.keys.") for name in parameters)
     for i in range(layers):
@@ -149,7 +149,7 @@ def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
 
 
 def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
-    """The hidden states of three tokens after one that is padding."""
+    """Return the hidden states of three tokens after one that is padding."""
     ids = torch.arange(4, device=find_device(model))[None]
     mask = torch.ones(1, past + 4, dtype=torch.long, device=find_device(model))
     mask[0, past] = 0
@@ -159,7 +159,7 @@ def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tenso
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """PEFT's configuration, of a method that there is here."""
+    """Read PEFT's configuration of a method that this package has."""
     if not path.is_file():
         raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}")
     try:
@@ -182,7 +182,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
-    """The modules that PEFT trains and saves for these names: those whose own name ends with one."""
+    """Return the names of the modules that PEFT trains and saves: those whose own name ends with one of these."""
     endings = set(endings)
     return [
         name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
@@ -194,7 +194,7 @@ def _make_peft_name(name: str) -> str:
 
 
 def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
-    """Keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, those of the first ``frozen`` tokens apart."""
+    """Return keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, with those of ``frozen`` tokens apart."""
     layers = _check_layers(model, find_layers(model))
     first = layers[0].shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
@@ -211,7 +211,7 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
 
 
 def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
-    """PEFT's rows ``[m, 2 L Hkv D]`` of a prefix, with gates that do not depend on the input multiplied in."""
+    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, with gates that do not depend on the input multiplied in."""
     if method.config.prefix_position != "shift":
         raise ValueError('format="peft" takes prefix_position="shift": PEFT moves the tokens up by the prefix')
     if method.needs_hidden() or method.output_gate(0) is not None:
@@ -222,7 +222,7 @@ def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
 
 
 def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
-    """The layers, if PEFT's rows have a place for them: all of one shape, numbered as they are called."""
+    """Return the layers if PEFT's rows fit them: all of one shape, and numbered as they are called."""
     name = type(model).__name__
     if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
         raise ValueError(f"a PEFT prefix takes a model with numbered attention layers, got {name}")
@@ -243,7 +243,7 @@ def _require_cache(model: PreTrainedModel) -> str:
 
 
 def _check_heads(model: PreTrainedModel) -> None:
-    """Heads that pool read PEFT's prompt as if it were text; here they see the caller's tokens."""
+    """Refuse models whose heads pool: PEFT's prompt is text to them, while here they see the caller's tokens."""
     if _find_task(model) != "CAUSAL_LM":
         raise ValueError(f"a PEFT prompt takes a causal language model here, got {type(model).__name__}")
 

@@ -121,7 +121,7 @@ class PositionShift:
             arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the text model: its positions are final here."""
+        """Move the positions of the text model, which are final here (a forward pre-hook)."""
         if self.shift == 0:
             return None
         arguments = name_arguments(self.names, args, kwargs)

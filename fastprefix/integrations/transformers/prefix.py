@@ -133,7 +133,7 @@ class PrefixCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens; the first ones are kept as they are, not copied."""
+        """Return the keys and values of all tokens. The first ones are kept as they are, not copied."""
         if self.is_initialized:
             keys, values = super().update(key_states, value_states)
             return keys, values
@@ -149,11 +149,11 @@ class PrefixCacheLayer(DynamicLayer):
         return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
 
     def get_seq_length(self) -> int:
-        """How many tokens came before, those of the prefix too."""
+        """Return how many tokens came before, including the prefix."""
         return self.prefix_length + int(super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys there are, and at which position they begin: after the prefix."""
+        """Return how many keys there are and the position at which they begin, which is after the prefix."""
         return int(super().get_seq_length()) + query_length, self.prefix_length
 
     def remove_tokens(self, count: int) -> None:
@@ -244,7 +244,7 @@ class LayerBinding:
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix in the dtype of the query; None while the layer projects it."""
+        """Return the prefix in the dtype of the query, or None while the layer projects it."""
         states = self.attachment.method.projected_states(self.index)
         if states is None or self.projection is None:
             pk, pv = self.attachment.get_prefix(self.index)
@@ -256,13 +256,13 @@ class LayerBinding:
         return pk.to(query), pv.to(query)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix gate and the output gate."""
+        """Return the prefix gate and the output gate."""
         method = self.attachment.method
         output_gate = method.output_gate(self.index)
         return self._prefix_gate(query, mask), None if output_gate is None else output_gate.to(query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
+        """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
         length = self.attachment.method.config.num_virtual_tokens
         return make_window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
 
@@ -284,15 +284,15 @@ class LayerBinding:
         return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the module that is given what entered the layer."""
+        """Keep what enters the layer (a forward pre-hook of the module that gets it)."""
         self.hidden = find_first_tensor(args, kwargs)
 
     def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the attention: what entered the layer is not kept alive."""
+        """Drop what entered the layer once its attention is done (a forward hook of the attention)."""
         self.hidden = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "hidden": None}
 
 
@@ -484,7 +484,7 @@ class PrefixHooks:
         shift.begin(arguments, length)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of the embedding: what enters the first layer is tied to prefixes that were cut off."""
+        """Tie what enters the first layer to prefixes that were cut off (a forward hook of the embedding)."""
         return output if self.cut.tied else self.cut.tie(output)
 
     def end(self, output: Any) -> None:
@@ -497,19 +497,19 @@ class PrefixHooks:
             )
 
     def get_prefix(self, index: int) -> Prefix:
-        """The prefix of a layer; a layer that is called outside its model computes its own."""
+        """Return the prefix of a layer. A layer that is called outside its model computes its own."""
         if (leaves := self.cut.get_prefix(index)) is not None:
             return leaves
         prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove all hooks, and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
         assert self.implementation is not None
         self.implementation.restore()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "prefixes": None, "held": HeldGates(), "pooled": {}, "begun": None, "sequences": None}

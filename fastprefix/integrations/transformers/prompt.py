@@ -252,14 +252,14 @@ class PromptHooks:
             self.handles += [child.register_forward_hook(self.keep_state) for child in others]
 
     def keep_state(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the backbone's other children: the last of their states is what is pooled."""
+        """Keep the last hidden states, which are pooled (a forward hook of the backbone's other children)."""
         states = output.values() if isinstance(output, ModelOutput) else output
         state = states if isinstance(states, Tensor) else next(iter(states), None)
         if self.insertion is not None and isinstance(state, Tensor) and state.ndim == 3:
             self.insertion.state = state
 
     def crop_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Forward pre-hook of the pooler: it gets the tokens' states, or that of the first token (ALBERT)."""
+        """Give the pooler the tokens' states, or the first token's as ALBERT's expects (a forward pre-hook)."""
         insertion = self.insertion
         if insertion is None or insertion.rows == 0:
             return None
@@ -315,7 +315,7 @@ class PromptHooks:
         return self.embed_rows(output, insertion.first_position, with_prompt)
 
     def finish_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the embedding module, behind all others: add what they were not to see."""
+        """Add what other hooks of the embedding module were not to see (a forward hook behind all others)."""
         insertion = self.insertion
         if insertion is None or not insertion.unfinished:
             return None

@@ -45,7 +45,7 @@ from .switching import OPTIONS, Inputs
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file.
+    """Open a safetensors file in this context.
 
     Raises:
         ValueError: it cannot be read, and why.
@@ -58,7 +58,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
-    """The method and its parameters under the names of an adapter file; None: there is no such checkpoint.
+    """Read the method and its parameters from a checkpoint of the whole model, or return None if the folder has none.
 
     Raises:
         ValueError: it is of another model, or damaged.
@@ -224,7 +224,7 @@ def _take_off(model: PreTrainedModel, name: str, former: str | None) -> None:
 
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """What an adapter consists of: the method's parameters and those of the modules that stay trainable."""
+    """Return what an adapter consists of: the method's parameters and those of the modules that stay trainable."""
     parameters = dict(model.get_submodule(MODULE).named_parameters())
     for name in get_attachment(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():
@@ -233,14 +233,14 @@ def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The options in the header (None: not of this package) and the tensors of an adapter."""
+    """Read the options in an adapter's header (None if it is not of this package) and its tensors."""
     with open_safetensors(path) as file:
         header = (file.metadata() or {}).get(_HEADER)
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
 def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
-    """The options in a header, checked against the model's type."""
+    """Return the options in a header, checked against the model's type."""
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"{path} takes an adapter's header, which is damaged: it has no {', '.join(missing)}")

@@ -59,12 +59,12 @@ class SharedPrompt:
         self.tokens = 0  # of that call
 
     def make_bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
-        """What each layer's attention module is bound to."""
+        """Return a binding for each layer's attention module."""
         return {layer.module: SharedBinding(self, index, layer.window) for index, layer in enumerate(layers)}
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """What attention layers are called with in this context becomes their prefix."""
+        """Make what attention layers are called with in this context their prefix."""
         self.prefixes, self.capturing = {}, True
         try:
             yield
@@ -72,7 +72,7 @@ class SharedPrompt:
             self.capturing = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0}
 
 
@@ -85,7 +85,7 @@ class SharedBinding:
         self.window = window
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix; None while the prompt itself runs, and on the textbook's path."""
+        """Return the prefix, or None while the prompt itself runs and on the textbook's path."""
         shared = self.shared
         if shared.prefixes is None:
             return None
@@ -96,11 +96,11 @@ class SharedBinding:
         return pk.to(query.dtype), pv.to(query.dtype)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None: a prompt has no gates."""
+        """Return None twice: a prompt has no gates."""
         return None, None
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """A sliding window cuts the prompt as it does the tokens."""
+        """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
         assert self.shared.prefixes is not None
         length = self.shared.prefixes[self.index][0].shape[1]
         return make_window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
@@ -229,7 +229,7 @@ class SharedPromptHooks(PromptHooks):
             )
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
-        """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
+        """Return why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.drops and self.backbone.training:
             return "dropout in the model draws anew in every row"
         if checkpoints_reentrantly(self.backbone):
@@ -256,7 +256,7 @@ class SharedPromptHooks(PromptHooks):
         return None
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove all hooks, and restore the model's attention."""
         super().remove()
         assert self.implementation is not None
         self.implementation.restore()
@@ -303,9 +303,10 @@ class SharedPromptHooks(PromptHooks):
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
-        """Whether nothing has changed that ``_read_state`` does not tell: a prompt changed through ``.data``, as optimizers
-        do, PEFT's layers, which may be merged so or switched, or weights that accelerate has offloaded. Asked once a
-        sequence.
+        """Return whether a prompt is unchanged in ways that ``_read_state`` cannot tell. This is asked once a sequence.
+
+        Optimizers change a prompt through ``.data``, PEFT's layers may be merged or switched, and weights may be
+        offloaded.
         """
         unknown = any(hasattr(module, "merged_adapters") for module in self.backbone.modules())
         unknown = unknown or any(parameter.is_meta for parameter in self.backbone.parameters())
@@ -329,7 +330,7 @@ class SharedPromptHooks(PromptHooks):
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "kept": None}
 
 
@@ -344,7 +345,10 @@ def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple
 
 
 def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
-    """Why a prompt cannot be shared on this model; None: it can.
+    """Return why a prompt cannot be shared on this model, or None if it can.
+
+    The inputs of its attention layers decide, and then a trial: three tokens as a shared prompt must do to three others
+    what they do in front of them.
 
     Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
     three others what they do as tokens in front of them.
@@ -364,7 +368,7 @@ def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
 
 
 def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Why what a prompt does in a model's layers is not the same in every row, or cannot be handed on; None: it is."""
+    """Return why a prompt's work in a model's layers differs by row or cannot be handed on, or None."""
     if not all(layer.shape.causal for layer in layers):
         return "its attention is not causal throughout, so a prompt sees what comes after it"
     if any(getattr(layer.module, "is_causal", True) is False for layer in layers):
@@ -389,7 +393,7 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
+    """Run three tokens as a prompt for three others, in front of them and shared. The second row has padding."""
     shared, backbone, device = SharedPrompt(), find_backbone(model), find_device(model)
     prompt, tokens = torch.tensor(list_ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
@@ -414,8 +418,10 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
 
 
 def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
-    """Of which rows the textbook's values are hit. Two orders of the same sums differ by rounding; a prompt that is
-    carried past attention, by all of its effect.
+    """Return which rows have the textbook's values.
+
+    Two orders of the same sums differ by rounding; a prompt that is carried past attention differs by all of its
+    effect.
     """
     effect, error = ((textbook - other).abs().amax(dim=(1, 2)) for other in (alone, actual))
     agree: list[bool] = (error <= (0.1 if torch.finfo(dtype).bits == 16 else 1e-3) * effect).tolist()
@@ -423,7 +429,7 @@ def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.
 
 
 def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
-    """The reason, from what a model does with positions; ``unpadded``: without padding, sharing was exact."""
+    """Return the reason, judged by a model's positions. ``unpadded``: sharing is exact without padding."""
     default = run(tokens)
     if torch.equal(default, run(tokens, position_ids=2 * positions + 1)):
         return "it ignores position_ids"
@@ -435,7 +441,7 @@ def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tens
 
 
 def _read_state(*modules: nn.Module) -> object:
-    """Something that is equal while no parameter is changed or moved, nor autocast; None where that cannot be told.
+    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
 
     PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
     """

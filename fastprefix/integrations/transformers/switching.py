@@ -42,14 +42,14 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def borrow_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
+    """Run a model on another attention and mask function in this context, one model at a time and without gradients."""
     with _LOCK, preserve_state(model), replace_attention(model, name, function, mask), torch.no_grad():
         yield
 
 
 @contextmanager
 def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """A model on another attention function and mask function, which have a name meanwhile."""
+    """Run a model on another attention and mask function in this context, in which they are registered under a name."""
     before = [(config, config._attn_implementation) for config in list_configurations(model)]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
@@ -108,7 +108,7 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards; the random state is left alone too."""
+    """Put a model into evaluation mode in this context, and restore all modes and the random state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -179,12 +179,12 @@ _SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection
 
 
 def is_of_text(model: PreTrainedModel) -> bool:
-    """Whether a model's input is token ids."""
+    """Return whether a model's input is token ids."""
     return str(model.main_input_name) == "input_ids"
 
 
 def is_plain_text(model: PreTrainedModel) -> bool:
-    """Whether a model's input is token ids, all in one sequence."""
+    """Return whether a model's input is token ids in a single sequence."""
     return is_of_text(model) and not model.config.is_encoder_decoder
 
 
@@ -195,8 +195,9 @@ def find_runnable(model: PreTrainedModel) -> nn.Module:
 
 
 def make_text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
-    """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
-    cross-attention from self-attention.
+    """Return inputs with ids ``[B, N]`` for a model of text.
+
+    In an encoder-decoder the decoder gets fewer ids than the encoder, which tells cross-attention from self-attention.
     """
     ids = input_ids.to(find_device(model))
     if model.config.is_encoder_decoder:
@@ -205,8 +206,9 @@ def make_text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any
 
 
 def propose_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Small inputs on which a model may run, the most telling first: its main input alone, text with padding before
-    text without; then everything that it takes and of which a size is known.
+    """Yield small inputs on which a model may run, the most telling first.
+
+    The main input comes alone, and text with padding before text without; then all inputs of a known size.
     """
     ids = _make_tokens(model)
     if is_of_text(model):
@@ -232,7 +234,9 @@ def propose_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _propose_required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Everything that a model requires and whose meaning its name tells; images come as patches, then as pixels."""
+    """Yield all inputs that a model requires and whose names tell their meaning. Images come as patches, then as
+    pixels.
+    """
     parameters = inspect.signature(find_runnable(model).forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     demanded = {p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds}
@@ -267,7 +271,7 @@ def propose_images(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _make_input(model: PreTrainedModel, name: str, sound: tuple[int, ...], frames: int) -> Tensor | None:
-    """A small input of a name that says what it is; None: it does not."""
+    """Make a small input whose name tells its meaning, or return None if it does not."""
     size = functools.partial(_find_size, model.config)
     names = read_parameter_names(find_runnable(model))
     patch = size("patch_size") or 1
@@ -309,7 +313,7 @@ def _make_input(model: PreTrainedModel, name: str, sound: tuple[int, ...], frame
 
 
 def _make_tokens(model: PreTrainedModel) -> Tensor:
-    """Different ones, as far as there are so many."""
+    """Return different tokens, as far as the vocabulary has so many."""
     text: Any = model.config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or _TOKENS
     return (torch.arange(_ROWS * _TOKENS, device=find_device(model)) % vocabulary).view(_ROWS, _TOKENS)
@@ -320,7 +324,7 @@ def _make_decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
 
 
 def _end_rows(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The last token is the one that ends a sequence: BART's classifiers read its hidden state."""
+    """End rows with the token that ends a sequence, whose hidden state BART's classifiers read."""
     end = getattr(model.config, "eos_token_id", None)
     if isinstance(end, int):
         tokens = tokens.clone()
@@ -334,7 +338,7 @@ def _make_noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
 
 
 def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
-    """Shapes that a row of an input that is no text may have, by the configuration."""
+    """Yield shapes that a row of an input other than text may have, by the configuration."""
     config = model.config
     if name.startswith("pixel_values"):
         size = _find_size(config, *_IMAGE_SIZES) or _IMAGE
@@ -357,7 +361,7 @@ def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ..
 
 
 def _find_size(config: Any, *names: str) -> Any:
-    """The first of these sizes in a configuration, or in one inside it; None: it has none."""
+    """Return the first of these sizes in a configuration or in one inside it, or None."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
@@ -399,7 +403,7 @@ class _Differs(Exception):  # noqa: N818 (it is an answer)
 
 
 def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
-    """A model's trial, held once, or anew with a caller's ``example_inputs``.
+    """Return a model's trial, which runs once, or anew with a caller's ``example_inputs``.
 
     Raises:
         ValueError: this package's attention does something else, or the model does not run on the inputs that its
@@ -432,12 +436,12 @@ def drop_adopted_trial(model: PreTrainedModel) -> bool:
 
 
 def runs_on_text(model: PreTrainedModel) -> bool:
-    """Whether a model runs on token ids in one sequence, and on nothing else."""
+    """Return whether a model runs on token ids in one sequence, and on nothing else."""
     return is_plain_text(model) and set(run_trial(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
 def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_RecordedCall]]:
-    """The first inputs on which the model runs, which they are, and what its own attention makes of them."""
+    """Return the first inputs on which the model runs, their number, and the results of its own attention."""
     failures: list[Exception] = []
     for inputs in choices:
         calls: list[_RecordedCall] = []
@@ -456,7 +460,7 @@ def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, In
 
 
 def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_RecordedCall]) -> str:
-    """The name of the attention that gives what the model's own gave."""
+    """Return the name of the attention that gives the same results as the model's own."""
     for name in (NAME, FULL_MASKS):
         try:
             with borrow_attention(model, _NAME, _compare_calls(calls), MASKS[name]):
@@ -471,7 +475,7 @@ def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_Recor
 
 
 def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
-    """An attention function: the module's own, recorded."""
+    """Return an attention function that runs the module's own and records the call."""
 
     def own(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -488,7 +492,7 @@ def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
 
 
 def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
-    """An attention function: this package's, compared with the calls in order, whose results it gives."""
+    """Return an attention function that compares this package's with the calls in order and returns their results."""
     expected = iter(calls)
 
     def ours(
@@ -512,14 +516,14 @@ def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
 
 
 def find_eager_attention(module: nn.Module) -> Any:
-    """What the file of a module's class calls by this name, in every family; this package's where there is none."""
+    """Return the eager attention in the file of a module's class, or this package's if the file has none."""
     homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
     found = (getattr(home, "eager_attention_forward", None) for home in homes)
     return next((function for function in found if function is not None), run_attention)
 
 
 def _find_seeing(mask: Tensor | None) -> Tensor | None:
-    """Which queries see any key, in all heads, ``[B, N]``; None: all of them."""
+    """Return which queries ``[B, N]`` see any key in all heads, or None for all of them."""
     if mask is None or mask.ndim != 4:
         return None
     visible = mask > torch.finfo(mask.dtype).min / 2
@@ -749,7 +753,7 @@ class Implementation:
             setattr(module, BINDING, binding)
 
     def check(self) -> None:
-        """Notice that the attention was switched to another since, but for this package's own trials.
+        """Refuse to run if the attention was switched to another since. This package's own trials may switch it.
 
         Raises:
             RuntimeError: it was; the model would run without its adapter.
@@ -767,7 +771,7 @@ class Implementation:
         return {each.attention for each in self.configurations.list_all() if each.attentions}
 
     def restore(self) -> None:
-        """Take back what is this user's. The attention is the former one once nobody needs this package's."""
+        """Remove this user's bindings. The attention is the former one once nobody needs this package's."""
         assert self.configurations is not None
         for module, binding in self.bindings.items():
             if vars(module).get(BINDING) is binding:
@@ -780,7 +784,7 @@ class Implementation:
 
 @contextmanager
 def switch_attention(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
-    """A context in which a model is on this package's attention."""
+    """Run a model on this package's attention in this context."""
     implementation = Implementation(model, bindings)
     try:
         yield
@@ -789,7 +793,7 @@ def switch_attention(model: PreTrainedModel, bindings: dict[nn.Module, Binding])
 
 
 def _list_configured(model: nn.Module) -> Iterator[Any]:
-    """The modules that hold a configuration."""
+    """Yield the modules that hold a configuration."""
     for module in model.modules():
         of_its_class = isinstance(getattr(type(module), "config", None), property)
         if not of_its_class and isinstance(getattr(module, "config", None), PretrainedConfig):

@@ -93,7 +93,7 @@ class PromptTextbook:
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
     def _show_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of a decoder: all of its tokens see the prompt before the encoder's."""
+        """Let all tokens of a decoder see the prompt before the encoder's tokens (a forward pre-hook)."""
         arguments = name_arguments(read_parameter_names(module), args, kwargs)
         mask, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         if mask is None or states is None:
@@ -102,7 +102,7 @@ class PromptTextbook:
         return (), {**arguments, "encoder_attention_mask": extended}
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
+        """Put the prompt in the placeholders' rows, and add the offset to the others (the embedding's forward hook)."""
         if self.embedded or self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
             return None
         self.embedded = True  # GPT-2 calls it with token types after that
@@ -130,7 +130,7 @@ class PromptTextbook:
         return output
 
     def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the backbone: keep the tokens' rows, and pool the first of them."""
+        """Keep the tokens' rows, and pool the first of them (a forward hook of the backbone)."""
         if self.inserted == 0 or self.model.config.is_encoder_decoder:
             return None
         cropped = _crop(output, self.inserted, self.inserted + self.tokens)
@@ -294,7 +294,7 @@ class PrefixTextbook:
         return self.model(**inputs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the backbone."""
+        """Read the padding and the cache of a call (a forward pre-hook of the backbone)."""
         inputs = name_arguments(read_parameter_names(module), args, kwargs)
         mask, cache = inputs.get("attention_mask"), find_cache(inputs)
         self.past = 0 if cache is None else int(cache.get_seq_length())
@@ -306,14 +306,14 @@ class PrefixTextbook:
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of an encoder, which generation calls by itself."""
+        """Begin anew with an encoder, which generation calls by itself (a forward pre-hook)."""
         mask = name_arguments(read_parameter_names(module), args, kwargs).get("attention_mask")
         self.gates = {}
         self.padding = {"encoder": mask, "decoder": None}
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the backbone: the cache carries the gates of its sequences."""
+        """Put the gates of the sequences on the cache (a forward hook of the backbone)."""
         cache = find_cache(output if isinstance(output, tuple) else list(output.values()))
         if self.gates and cache is not None:
             setattr(cache, _GATES, self.gates)

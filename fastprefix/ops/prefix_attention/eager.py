@@ -39,7 +39,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def backward(
     grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``. The tokens' half runs only if needed."""
     a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     gradients: dict[str, Tensor] = {}
@@ -87,7 +87,9 @@ def _differentiate_prefix_alone(
     a: AttentionArguments,
     needs: dict[str, bool],
 ) -> None:
-    """The prefix's half without the tokens', O(N P): what it has to know of them is in output and normalisers."""
+    """Differentiate the prefix's half without the tokens', in O(N P): output and normalizers hold what it needs of
+    them.
+    """
     do, prefix = _group_heads(a, grad_output), _score_prefix(a)
     dov = _multiply_values(prefix, do)
     if a.output_gate is None:
@@ -162,7 +164,7 @@ def _multiply_values(half: _Half, do: Tensor) -> Tensor:
 
 
 def _sum_delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
-    """A half's part of <do, o>, from its probabilities: exact where the stored output is rounded."""
+    """Return a half's part of <do, o>, from its probabilities. It is exact where the stored output is rounded."""
     return (half.g * p * dov).sum(-1, keepdim=True)
 
 
@@ -236,7 +238,7 @@ def _split_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
 
 
 def _group_gate(a: AttentionArguments) -> Tensor | float:
-    """The prefix gate, broadcastable to [B, Hkv, G, N, P]."""
+    """Return the prefix gate, broadcastable to [B, Hkv, G, N, P]."""
     if a.prefix_gate is None:
         return 1.0
     if a.prefix_gate.ndim == 4:
@@ -284,7 +286,7 @@ def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax
 
 
 def _differentiate_softcap(a: AttentionArguments, ds: Tensor, half: _Half) -> Tensor:
-    """Times 1 - tanh^2, as 1 / cosh^2: the difference loses its digits where tanh is almost 1."""
+    """Multiply by 1 - tanh^2, computed as 1 / cosh^2, since the difference loses its digits where tanh is almost 1."""
     return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
 

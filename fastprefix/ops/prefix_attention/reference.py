@@ -20,7 +20,7 @@ def prefix_attention(given: AttentionArguments) -> Tensor:
 
 
 def attend(a: AttentionArguments) -> Tensor:
-    """The formula on canonical arguments."""
+    """Compute the formula on canonical arguments."""
     g = _read_gate(a)
     k, v = _repeat_heads(a, a.key), _repeat_heads(a, a.value)
     pk, pv = _repeat_heads(a, a.prefix_key), _repeat_heads(a, a.prefix_value)

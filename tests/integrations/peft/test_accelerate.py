@@ -568,7 +568,9 @@ def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
 def test_what_the_check_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     conformance.forget_reports()
     own = GivenPrefix.get_prefix
-    monkeypatch.setattr(GivenPrefix, "get_prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v)))
+    monkeypatch.setattr(
+        GivenPrefix, "get_prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v))
+    )
     peft_model = peft.get_peft_model(
         models.decoder(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     )

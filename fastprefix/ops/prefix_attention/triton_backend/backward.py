@@ -187,7 +187,7 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE
 
 @triton.jit
 def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """What token keys [start, end) add to the gradient of queries."""
+    """Add the share of token keys [start, end) to the gradient of queries."""
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
         b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)
@@ -230,7 +230,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
 
 @triton.jit
 def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """What queries [start, end) of all heads of the group add. INSIDE: they see all of the keys.
+    """Add the share of queries [start, end) of all heads of the group. INSIDE: they see all of the keys.
 
     All heads in one loop, not one in another: that takes fewer registers, and loads run ahead from head to head.
     """
@@ -244,7 +244,7 @@ def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.cons
 
 @triton.jit
 def advance_block(h, block, blocks):
-    """The next of the ``blocks`` of queries of a head, or the first of the next head."""
+    """Return the next of the ``blocks`` of queries of a head, or the first of the next head."""
     following = block + 1
     return tl.where(following < blocks, h, h + 1), tl.where(following < blocks, following, 0)
 
@@ -253,8 +253,9 @@ def advance_block(h, block, blocks):
 def add_block(
     sums, keys, b, h, i0, do, dk, dv, p_rows, a, sizes, T: tl.constexpr, PREFIX: tl.constexpr, INSIDE: tl.constexpr
 ):
-    """What a block of queries adds to the gradients of keys, the prefix's or tokens'. Tiles are [keys, queries]: what a
-    key that is not there makes is garbage, but in a row of its own, which is not stored.
+    """Add a block of queries to the gradients of keys, the prefix's or tokens'.
+
+    Tiles are [keys, queries]. A missing key makes garbage, but in its row alone, which is not stored.
     """
     own: tl.constexpr = PREFIX and a.og.pointer is not None  # the prefix has a softmax of its own
     at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j)

@@ -68,8 +68,8 @@ def locate(pid, parts, tiles, kv_heads):
 
 @triton.jit
 def load_queries(tile, rows, b0, hk, a, sizes, T: tl.constexpr):
-    """A tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on; and which are
-    there.
+    """Load a tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on, and their
+    mask.
     """
     r = tile * T.BM + tl.arange(0, T.BM)[:, None]
     o_r = tl.minimum(r, rows - 1)

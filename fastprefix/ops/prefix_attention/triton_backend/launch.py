@@ -42,7 +42,7 @@ def backward(
     *arguments: Any,
     target: Target | None = None,
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = AttentionArguments(*arguments)
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
     if not needs:
@@ -104,7 +104,9 @@ class _Launcher:
         self._variant = _find_variant(self.operands)
 
     def find_tile(self, name: str) -> AttentionTile:
-        """The table's, with no larger a block of prefix keys than a short prefix fills, where it is but an operand."""
+        """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
+        operand.
+        """
         tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.P))))
@@ -173,7 +175,7 @@ class _BackwardLauncher(_Launcher):
         self.gradients: dict[str, Tensor] = {}
 
     def _allocate_result(self, name: str) -> Tensor | None:
-        """An uninitialised gradient, where it is asked for."""
+        """Allocate a gradient, uninitialized, if it is requested."""
         if name not in self._needs:
             return None
         self.gradients[name] = allocate_gradient(getattr(self.a, name))
@@ -190,7 +192,7 @@ class _BackwardLauncher(_Launcher):
             result.copy_(total.sum_to_size(result.shape))
 
     def find_delta(self) -> None:
-        """What every other step needs, and the gradients of the output gate and the sinks."""
+        """Compute what every other step needs, and the gradients of the output gate and the sinks."""
         blocks = divide_up(self.N, self.find_tile("delta").BM)
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
@@ -247,7 +249,9 @@ class _BackwardLauncher(_Launcher):
                     self.launch("sum", grid, result, part.pointer, *sizes, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
-        """The result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory layout."""
+        """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory
+        layout.
+        """
         if result is None or parts == 1:
             return ABSENT if result is None else describe_matrix(result)
         batch, heads, length, size = result.shape

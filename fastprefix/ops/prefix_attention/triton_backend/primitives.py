@@ -21,7 +21,7 @@ LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
 
 @triton.jit
 def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
-    """The keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
+    """Find the keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.M, sizes.M
     if a.far is not None:
@@ -35,7 +35,7 @@ def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
 
 @triton.jit
 def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
-    """The queries that see keys [j0, j1): first, first that sees all, end of those that see all, end; in blocks."""
+    """Find the queries that see keys [j0, j1): first, first that sees all, end of those that do, end; in blocks."""
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.N, sizes.N
     if a.near is not None:
@@ -102,7 +102,7 @@ def store_block(operand, b, h, n0, end, b_x, D: tl.constexpr):
 
 @triton.jit
 def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums to begin with."""
+    """Make sums to begin with."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
@@ -126,7 +126,7 @@ def find_numbers(p_numbers, index, plane, a, sizes):
 
 @triton.jit
 def convert_natural(x, a):
-    """A natural score in the unit of the kernels."""
+    """Convert a natural score to the unit of the kernels."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         return x
     else:
@@ -184,7 +184,7 @@ def make_no_gate():
 
 @triton.jit
 def load_prefix_gate(at, a, sizes):
-    """The gate of prefix keys, for each query where it differs; 1 where there is none."""
+    """Load the gate of prefix keys, for each query where it differs, or 1 without a gate."""
     i, p = tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
@@ -199,7 +199,7 @@ def load_prefix_gate(at, a, sizes):
 
 @triton.jit
 def load_output_gate(a, b, h):
-    """The gate of the prefix's own softmax; 1 with a joint softmax."""
+    """Load the gate of the prefix's own softmax, or 1 with a joint softmax."""
     if a.og.pointer is None:
         return make_no_gate()
     else:
@@ -208,7 +208,7 @@ def load_output_gate(a, b, h):
 
 @triton.jit
 def load_sink(a, h):
-    """The score of a head's sink."""
+    """Load the score of a head's sink."""
     return convert_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
 
 
@@ -256,8 +256,10 @@ def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
 
 @triton.jit
 def draw_kept(at, a, TOKENS: tl.constexpr):
-    """What dropout multiplies by. Four words of a counter decide for two queries and two keys, 8 apart: a thread has
-    those four in its registers, so the compiler can draw once for all of them.
+    """Draw the factors of dropout.
+
+    Four words of a counter decide for two queries and two keys, 8 apart: a thread has those four in its registers, so
+    the compiler can draw once for all of them.
     """
     if a.seed is None:
         return make_no_gate()
@@ -288,7 +290,7 @@ def exponentiate(b_x, a):
 
 @triton.jit
 def bound_maximum(b_m):
-    """The largest score, or 0 in a row that has seen nothing."""
+    """Return the largest score, or 0 in a row that has seen nothing."""
     return tl.where(b_m == float("-inf"), 0.0, b_m)
 
 
@@ -317,7 +319,7 @@ def step_softmax(b_s, factor, b_m, b_l, a):
 
 @triton.jit
 def add_sink(sums, a, h):
-    """A sink joins the sum, and adds nothing to the output."""
+    """Add a sink to the sum. It adds nothing to the output."""
     if a.sinks.pointer is None:
         return sums
     else:
@@ -337,8 +339,9 @@ def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, size
 
 @triton.jit
 def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
-    """Reference and inverse of rows i: maximum and 1 / sum, or, which saves a product for every pair, the log-sum-exp
-    and 1. In 16 bits its rounding is nothing, unless a bias can make scores huge.
+    """Load the reference and the inverse of rows i: maximum and 1 / sum, or the log-sum-exp and 1.
+
+    The latter saves a product for every pair. In 16 bits its rounding is nothing, unless a bias can make scores huge.
     """
     b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
     b_l = tl.load(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
@@ -351,7 +354,7 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
 
 @triton.jit
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
-    """What the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where there is an inverse."""
+    """Store what the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where an inverse is stored."""
     if a.exact is None:
         tl.store(find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
         tl.store(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)

@@ -28,21 +28,21 @@ def load_tile(p, o_row, stride_row, stride_column, o_c, there, d):
 
 @triton.jit
 def load_w1(p_w1, o_c, o_j, d, r):
-    """[BD, RP]"""
+    """Load a tile of w1, [BD, RP]."""
     there = (o_c < d)[:, None] & (o_j < r)[None, :]
     return tl.load(p_w1 + o_c.to(tl.int64)[:, None] * r + o_j[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def load_w2(p_w2, o_j, o_c, d, r):
-    """[RP, BD]"""
+    """Load a tile of w2, [RP, BD]."""
     there = (o_j < r)[:, None] & (o_c < d)[None, :]
     return tl.load(p_w2 + o_j.to(tl.int64)[:, None] * d + o_c[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def draw_factors(p_seed, o_t, o_j, N, drop_below, keep):
-    """What dropout multiplies hidden units by [BT, RP]; the counter is (hidden unit, position, row of the batch)."""
+    """Draw dropout factors of hidden units [BT, RP]. The counter is (hidden unit, position, row of the batch)."""
     zero = tl.zeros((o_t.shape[0], o_j.shape[0]), tl.int32)
     word, _, _, _ = tl.philox(
         tl.load(p_seed), o_j[None, :] + zero, (o_t % N)[:, None] + zero, (o_t // N)[:, None] + zero, zero
