@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
 from ..transformers.shared_prompt import find_reason_against_layers
-from ..transformers.switching import evaluating, find_device, list_adapting_users
+from ..transformers.switching import adopt_trial, evaluating, find_device, list_adapting_users
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
@@ -73,7 +73,17 @@ def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
         if is_prompt:
             return Acceleration(None, f"textbook: {report.wrong[0]}")
         raise ValueError(report.describe("Use the PEFT model as it is."))
-    return _share_prompt(peft_model) if is_prompt else Acceleration(_install_verified(peft_model), None)
+    is_verified = report is not None and any(finding.verdict == "ok" for finding in report.findings)
+    if not is_prompt:
+        return Acceleration(_install(peft_model, _find_layers(peft_model), is_verified), None)
+    try:
+        layers = _find_layers(peft_model)
+        reason = find_reason_against_layers(peft_model.get_base_model(), layers)
+        if reason is None:
+            return Acceleration(_install(peft_model, layers, is_verified), "shared")
+    except ValueError as error:
+        reason = str(error)
+    return Acceleration(None, f"textbook: {reason}")
 
 
 def decelerate(peft_model: Model) -> Model:
@@ -145,24 +155,32 @@ def _shrink_config(config: Any) -> Any:
     return small
 
 
-def _share_prompt(peft_model: Any) -> Acceleration:
-    """Accelerate a prompt: share it where that is exact, and leave it on PEFT's path elsewhere."""
-    model = peft_model.get_base_model()
-    try:
-        reason = find_reason_against_layers(model, find_layers(model))
-        if reason is None:
-            return Acceleration(_install_verified(peft_model), "shared")
-    except ValueError as error:
-        reason = str(error)
-    return Acceleration(None, f"textbook: {reason}")
-
-
-def _install_verified(peft_model: Any) -> CachedPrefix:
-    """Return the hooks of a model on the kernels, after a trial with and without the adapter gave PEFT's numbers.
+def _find_layers(peft_model: Any) -> list[Layer]:
+    """Return the attention layers of the base model, which runs once for that if it has a small copy.
 
     Raises:
-        ValueError: with others; it is left as it was.
+        ValueError: the model does not run, or its attention does not go through the attention interface.
     """
+    model = peft_model.get_base_model()
+    small = conformance.choose_stand_in(model)
+    try:
+        if small is not model:
+            adopt_trial(model, small)
+        return find_layers(model)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a family makes of it
+        raise ValueError(f"`peft_model` must be a model that runs on these kernels: {error!r}") from error
+
+
+def _install(peft_model: Any, layers: list[Layer], is_verified: bool) -> CachedPrefix:
+    """Set the hooks of a model on the kernels, after a trial of it unless a small copy was verified.
+
+    Raises:
+        ValueError: the trial fails or does not give PEFT's numbers. The model is left as it was.
+    """
+    if is_verified:
+        return _make_hooks(peft_model, layers)
     with evaluating(peft_model), torch.no_grad():
         try:
             expected, base = _run_trial(peft_model), _run_trial_without(peft_model)
@@ -170,8 +188,8 @@ def _install_verified(peft_model: Any) -> CachedPrefix:
             raise ValueError(f"`peft_model` must run with PEFT alone, which fails in a trial: {error!r}") from error
         hooks = None
         try:
-            rounding = _measure_rounding(peft_model, base)
-            hooks = _install(peft_model)
+            rounding = _measure_rounding(peft_model, layers, base)
+            hooks = _make_hooks(peft_model, layers)
             effect = float((_select_tokens(expected, base) - base).abs().max())
             small = 0.1 if torch.finfo(peft_model.get_base_model().dtype).bits == 16 else 1e-3
             _compare(_run_trial(peft_model), expected, rounding + small * effect, "in a trial")
@@ -185,29 +203,34 @@ def _install_verified(peft_model: Any) -> CachedPrefix:
     return hooks
 
 
-def _install(peft_model: Any) -> CachedPrefix:
+def _make_hooks(peft_model: Any, layers: list[Layer]) -> CachedPrefix:
     kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if kind in _PREFIXES:
-        return PrefixAcceleration(peft_model, _numbered_layers(model))
+        return PrefixAcceleration(peft_model, _number_layers(model, layers))
     if kind in _PROMPTS:
-        return PromptAcceleration(peft_model, find_layers(model))
-    return AdaptionPromptAcceleration(peft_model)
+        return PromptAcceleration(peft_model, layers)
+    return AdaptionPromptAcceleration(peft_model, layers)
 
 
-def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
+def _number_layers(model: PreTrainedModel, layers: list[Layer]) -> dict[int, Layer]:
     """Return the attention layers by their places in a key/value cache.
 
     Raises:
         ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
     """
-    layers = find_layers(model)
     if model.config.is_encoder_decoder:
         layers = [layer for layer in layers if layer.shape.role == "decoder"]
     if local := [layer.name for layer in layers if layer.local]:
-        raise ValueError(f"peft_model takes a model whose layers see all before them, or a window of it; not: {local}")
+        raise ValueError(
+            "`peft_model` must be a model whose layers see all tokens before them, or a sliding window of those, but "
+            f"these layers do not: {local}"
+        )
     numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
     if numbered.keys() != set(range(len(layers))):
-        raise ValueError(f"peft_model takes a model with numbered attention layers, got {_get_class_name(model)}")
+        raise ValueError(
+            f"`peft_model` must be a model with numbered attention layers, but those of {_get_class_name(model)} have "
+            "no layer_idx"
+        )
     return numbered
 
 
@@ -235,7 +258,7 @@ def _select_tokens(expected: Tensor, base: Tensor) -> Tensor:
     return expected[:, -base.shape[1] :] if expected.ndim == 3 else expected
 
 
-def _measure_rounding(peft_model: Any, base: Tensor) -> float:
+def _measure_rounding(peft_model: Any, layers: list[Layer], base: Tensor) -> float:
     """Return how far rounding may move the results of a trial, as the model amplifies it.
 
     It is measured on the model without its adapter and on its own attention: every attention's output is moved by
@@ -251,7 +274,7 @@ def _measure_rounding(peft_model: Any, base: Tensor) -> float:
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     model = peft_model.get_base_model()
-    handles = [layer.module.register_forward_hook(move) for layer in find_layers(model)]
+    handles = [layer.module.register_forward_hook(move) for layer in layers]
     try:
         moved = _run_trial_without(peft_model)
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
-from ..transformers.discovery import find_layers
+from ..transformers.discovery import Layer
 from ..transformers.hooks import Forward, Interception
 from .prefix import CachedPrefix
 
@@ -24,10 +24,10 @@ class AdaptionPromptAcceleration(CachedPrefix):
     Those of an adapter that is added later compute the same as they did.
     """
 
-    def __init__(self, peft_model: Any) -> None:
+    def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model: PreTrainedModel = peft_model.get_base_model()
         adapted = list(find_adapted_attentions(peft_model))
-        super().__init__(model, [layer.module for layer in find_layers(model)])
+        super().__init__(model, [layer.module for layer in layers])
         self.adapter_model = peft_model.base_model
         self.handles += [Interception(module, functools.partial(_run_adapted, module)) for module in adapted]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..transformers.attention import CarriedBindings, GivenPrefix, Prefix, carrying
-from ..transformers.discovery import Layer, find_backbone
+from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.hooks import (
     Forward,
     Interception,
@@ -23,7 +23,7 @@ from ..transformers.hooks import (
 from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import add_reached_token, has_dropout
-from ..transformers.switching import preserve_state
+from ..transformers.switching import find_device
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
 _LOSS = "_loss_function"
@@ -206,32 +206,31 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     Models of images and text compute positions of several dimensions before they call it.
     """
     backbone = find_backbone(model)
-    found: list[nn.Module] = [backbone]
-    table = model.get_input_embeddings()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = name_arguments(read_parameter_names(module), args, kwargs)
-        embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.shape == ids.shape
-        if plain and isinstance(embeds, Tensor) and module in set(found[-1].modules()):
-            found.append(module)
-
     inside = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m is not backbone]
-    handles = [
-        m.register_forward_pre_hook(reached, with_kwargs=True)
-        for m in inside
-        if "inputs_embeds" in read_parameter_names(m)
-    ]
-    try:
-        with preserve_state(model), torch.no_grad():
-            backbone(inputs_embeds=table(ids), attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # whatever a family makes of embeddings alone
+    readers = [m for m in inside if "inputs_embeds" in read_parameter_names(m)]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=find_device(model))
+
+    def find_innermost(calls: dict[nn.Module, ModuleCall]) -> nn.Module:
+        innermost = backbone
+        for module, call in calls.items():
+            arguments = call.name_arguments(module)
+            embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+            is_plain = isinstance(embeds, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape
+            if is_plain and module in set(innermost.modules()):
+                innermost = module
+        return innermost
+
+    def is_enough(calls: dict[nn.Module, ModuleCall]) -> bool:
+        innermost = find_innermost(calls)
+        return not any(module in readers for module in innermost.modules() if module is not innermost)
+
+    if not readers:
         return backbone
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[-1]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+    inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    calls, error = record_calls(backbone, readers, is_enough, **inputs)
+    return backbone if error is not None else find_innermost(calls)
 
 
 class _Seen:

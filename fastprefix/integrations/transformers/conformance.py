@@ -36,11 +36,13 @@ from .discovery import (
     find_method_layers,
     find_running_inputs,
     list_configs,
+    list_ordinary_ids,
     make_small_copy,
     shrink_config,
 )
 from .hooks import find_cache, find_cache_parameter, read_parameter_names
 from .positions import find_frequencies_end
+from .prompt import choose_placeholder_id, needs_ids
 from .switching import Inputs, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
 
@@ -48,6 +50,7 @@ BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
 _VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
 _PADDING = 3
+_WORDS = 48
 _NEW = 3  # tokens that are generated: the second beam search step is the first to choose among beams
 _TINY = 2_000_000
 """A model of so many parameters is as cheap to run as its small copy."""
@@ -373,26 +376,10 @@ def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tu
 def _make_textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
     if issubclass(METHODS[config.method_name()][1], PrefixMethod):
         return PrefixTextbook(model, method, find_method_layers(model, config))
-    return PromptTextbook(model, method, choose_placeholder_id(model.config))
-
-
-def choose_placeholder_id(config: Any) -> int:
-    """Return the id of an ordinary token, or of the padding where a family has embeddings for every layer."""
-    text = config.get_text_config()
-    if getattr(text, "hidden_size_per_layer_input", None):
-        return int(text.pad_token_id or 0)
-    return _ordinary(config)[-1]
-
-
-def _ordinary(config: Any) -> list[int]:
-    """Return the ids of some tokens without a meaning of their own."""
-    special: set[Any] = set()
-    for part in list_configs(config):
-        for name, value in vars(part).items():
-            if "token" in name:
-                special |= set(value) if isinstance(value, list | tuple) else {value} if type(value) is int else set()
-    size = getattr(config.get_text_config(), "vocab_size", None) or 64
-    return [each for each in range(3, size) if each not in special][:48]
+    # Another id than the method's own, since none of what a family makes of it may matter.
+    needs_own = needs_ids(model.config)
+    placeholder = choose_placeholder_id(model.config) if needs_own else list_ordinary_ids(model.config, _WORDS)[-1]
+    return PromptTextbook(model, method, placeholder)
 
 
 def _randomize(parameters: Any) -> None:
@@ -441,7 +428,7 @@ class Situations:
         self.caches = self.is_plain and self.cache_name is not None and plain.can_generate()
         self.results: dict[str, Any] = {}  # of the textbook, by what was run
         generator = torch.Generator().manual_seed(1)
-        ordinary = torch.tensor(_ordinary(self.config) or [0])
+        ordinary = torch.tensor(list_ordinary_ids(self.config, _WORDS))
         self.long_ids = ordinary[torch.randint(len(ordinary), (_ROWS, _LONG), generator=generator)]
         self.ids = self.long_ids[:, :_TOKENS]
         if self.is_text and not self._runs_on_text():

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -140,71 +141,173 @@ def find_method_layers(
     return [layers[index] for index in method_class.chosen_layers(config, [layer.shape for layer in layers])]
 
 
-def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the outermost module that a model calls with embeddings to get hidden states.
+class InputPath(NamedTuple):
+    """The way of token ids through a model to its embedding."""
 
-    That need not be its ``base_model``: some call a part of it. Of a model with two halves, with another input than
-    text, or that makes the masks before it calls such a part, it is the model.
+    backbone: nn.Module
+    """The outermost module that a model calls with embeddings or ids to get hidden states.
+
+    That need not be its ``base_model``: some call a part of it. It is the model itself if that has two halves, has
+    another input than text, or makes the masks before it calls such a part.
     """
-    if not is_plain_text(model):
-        return model
+    receives_ids: bool
+    """True if the model hands its ids on to the backbone, rather than what it made of them."""
+    embeds_ids: bool
+    """True if the backbone calls its embedding module with the ids that it gets, or more behind them.
 
-    candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    found = _first_called(model, [m for m in candidates if "inputs_embeds" in read_parameter_names(m)])
-    if found is None:
-        return model
-    mask = found.arguments.get("attention_mask")
-    passed_on = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, _FEW))
-    return found.module if passed_on else model
+    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
+    """
 
 
-def receives_ids(model: PreTrainedModel, backbone: nn.Module) -> bool:
-    """Return whether a model hands its ids on to the backbone, rather than what it made of them."""
-    found = None if backbone is model else _first_called(model, [backbone])
-    return found is None or found.arguments.get("input_ids") is not None
+def find_backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the backbone of a model's ``InputPath``."""
+    return find_input_path(model).backbone if is_plain_text(model) else model
+
+
+def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) -> InputPath:
+    """Run a model on a few tokens up to its embedding, and return which modules get the ids.
+
+    Args:
+        model: a model of text.
+        encoder: the backbone, if it is known. None: find it.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    inside = [m for m in models if "inputs_embeds" in read_parameter_names(m)] if encoder is None else [encoder]
+    embeddings = {module: _find_embedding(module) for module in (model, *inside)}
+
+    def read_path(calls: dict[nn.Module, ModuleCall]) -> InputPath | None:
+        """Return the path, or None while it is not known."""
+        backbone: nn.Module = model
+        if inside:
+            reached = next((module for module in calls if module in inside), None)
+            if reached is None:
+                return None
+            mask = calls[reached].name_arguments(reached).get("attention_mask")
+            is_plain = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, _FEW))
+            backbone = reached if is_plain or encoder is not None else model
+        receives_ids = backbone is model or calls[backbone].name_arguments(backbone).get("input_ids") is not None
+        embedding = embeddings[backbone]
+        if not receives_ids or embedding is None:
+            return InputPath(backbone, receives_ids, embeds_ids=False)
+        if embedding not in calls:
+            return None
+        ids = calls[embedding].first_tensor
+        embeds_ids = ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == few["input_ids"].tolist()
+        return InputPath(backbone, receives_ids, embeds_ids)
+
+    few = make_few_ids(model, padded=True)
+    modules = [*inside, *filter(None, embeddings.values())]
+    calls, error = record_calls(model, modules, lambda calls: read_path(calls) is not None, **few)
+    path = read_path(calls)
+    if path is None and error is not None:
+        raise ValueError(
+            f"`model` must run on input_ids alone, but {_get_class_name(model)} raised {type(error).__name__}: {error}"
+        ) from error
+    return InputPath(model, receives_ids=True, embeds_ids=False) if path is None else path
+
+
+def _find_embedding(module: Any) -> nn.Module | None:
+    try:
+        embedding: nn.Module | None = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding
 
 
 _FEW = 8  # tokens, for models that pool them
 
 
-def _first_called(model: PreTrainedModel, modules: list[nn.Module]) -> _Reached | None:
-    """Run a model on a few tokens, and return the call of the first of some modules that it calls, or None.
+def make_few_ids(model: Any, padded: bool = False, first: int | None = None) -> dict[str, Any]:
+    """Return a row of a few ordinary ids as arguments of a model.
 
-    Raises:
-        ValueError: the model does not run.
+    Args:
+        model: any that reads ids.
+        padded: let the mask hide the first token.
+        first: the first id, in place of an ordinary one.
     """
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(module, name_arguments(read_parameter_names(module), args, kwargs))
-
-    handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in modules]
     ids = torch.tensor([list_ordinary_ids(model.config, _FEW)], device=find_device(model))
+    if first is not None:
+        ids[:, 0] = first
     mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    masks = {"attention_mask": mask} if "attention_mask" in read_parameter_names(model) else {}
+    mask[:, 0] = 0 if padded else 1
+    names = read_parameter_names(model)
+    options = {name: value for name, value in (("attention_mask", mask), ("use_cache", False)) if name in names}
+    return {"input_ids": ids, **options}
+
+
+class ModuleCall(NamedTuple):
+    """A call of a module, and what it returned, once it did."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+    @property
+    def first_tensor(self) -> Tensor | None:
+        """Return the first tensor among the arguments."""
+        return find_first_tensor(self.args, self.kwargs)
+
+    def name_arguments(self, module: nn.Module) -> dict[str, Any]:
+        """Return the arguments by the names that the module gives them."""
+        return name_arguments(read_parameter_names(module), self.args, self.kwargs)
+
+
+class _Stop(Exception):  # noqa: N818 (nothing is wrong)
+    """End a run that has shown enough."""
+
+
+def record_calls(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    is_enough: Callable[[dict[nn.Module, ModuleCall]], bool],
+    **inputs: Any,
+) -> tuple[dict[nn.Module, ModuleCall], Exception | None]:
+    """Run a model until enough is known, and return the first call of each of some modules, in order.
+
+    Args:
+        model: its state stays as it was.
+        modules: whose calls are recorded.
+        is_enough: asked after every call and return of one of the modules; the run ends once it is true.
+        inputs: of the model.
+
+    Returns:
+        The calls, and the error that ended the run, if one did.
+    """
+    calls: dict[nn.Module, ModuleCall] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in calls:
+            calls[module] = ModuleCall(args, kwargs)
+            stop_if_enough()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if calls[module].output is None:
+            calls[module] = calls[module]._replace(output=output)
+            stop_if_enough()
+
+    def stop_if_enough() -> None:
+        if is_enough(calls):
+            raise _Stop
+
+    handles: list[RemovableHandle] = []
+    for module in dict.fromkeys(modules):
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    error = None
     try:
         with preserve_state(model), torch.no_grad():
-            model(input_ids=ids, use_cache=False, **masks)
-    except _Reached as found:
-        return found
-    except Exception as error:
-        raise ValueError(
-            f"`model` must run on input_ids alone, but {_get_class_name(model)} raised {type(error).__name__}: {error}"
-        ) from error
+            model(**inputs)
+    except _Stop:
+        pass
+    except Exception as raised:  # whatever a family makes of such inputs
+        error = raised
     finally:
         for handle in handles:
             handle.remove()
-    return None
-
-
-def embeds_ids_as_given(backbone: Any, embedding: nn.Module) -> bool:
-    """Return whether a backbone calls its embedding module with the ids that it gets, or more behind them.
-
-    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
-    """
-    found = _first_called(backbone, [embedding])
-    ids = None if found is None else find_first_tensor((), found.arguments)
-    return ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == [list_ordinary_ids(backbone.config, _FEW)]
+    return calls, error
 
 
 def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
@@ -214,79 +317,45 @@ def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
     Which it is, is found by giving the model the output of each in turn: the first module behind all of them must get
     what it gets from the ids.
     """
-    names = {module: name for name, module in backbone.named_modules()}
-    around = list_parents(backbone, names.get(embedding, ""))
+    path = next((name for name, module in backbone.named_modules() if module is embedding), "").split(".")
+    around = [backbone.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
     blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
     if not blocks:
         return embedding
-    candidates = [embedding, *blocks]
-    seen: dict[nn.Module, Any] = {}
+    entries: list[nn.Module] = [embedding, *blocks]
+    behind = set(backbone.modules()) - {backbone, *around, *blocks[-1].modules()}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.setdefault(module, output)
+    def find_state(calls: dict[nn.Module, ModuleCall]) -> Tensor | None:
+        """Return the first ``[B, N, d]`` that a module behind the blocks is called with."""
+        states = (call.first_tensor for module, call in calls.items() if module in behind)
+        return next((each for each in states if each is not None and each.is_floating_point() and each.ndim == 3), None)
 
-    handles = [module.register_forward_hook(record) for module in candidates]
-    try:
-        ids = torch.tensor([list_ordinary_ids(backbone.config, _FEW)], device=find_device(backbone))
-        expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for module in candidates:
-        if isinstance(seen.get(module), Tensor) and expected is not None:
-            actual = _first_state(backbone, [*around, *blocks[-1].modules()], inputs_embeds=seen[module])
+    def run(**inputs: Any) -> dict[nn.Module, ModuleCall]:
+        modules = [*behind, *entries]
+        return record_calls(backbone, modules, lambda calls: find_state(calls) is not None, **inputs)[0]
+
+    calls = run(input_ids=make_few_ids(backbone)["input_ids"])
+    expected = find_state(calls)
+    for module in entries:
+        if expected is not None and module in calls and isinstance(calls[module].output, Tensor):
+            actual = find_state(run(inputs_embeds=calls[module].output))
             if actual is not None and actual.shape == expected.shape and torch.allclose(actual, expected):
                 return module
     return embedding
 
 
-def list_parents(backbone: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules between a backbone and one of its modules, from the inside out."""
-    parts = name.split(".")[:-1]
-    return [backbone.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
-
-
 def list_ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
-    """Return token ids that mean nothing special to a model: neither padding nor the place of an image."""
-    special: set[Any] = set()
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if name.endswith(("token_id", "token_index", "token_ids")):
-                special |= set(value) if isinstance(value, list | tuple) else {value}
-    return [i for i in range(len(special) + count) if i not in special][:count]
+    """Return token ids that mean nothing special to a model: neither padding nor the place of an image.
 
-
-def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor) -> Tensor | None:
-    """Return the first ``[B, N, d]`` that a module not among those ``before`` is called with, or None."""
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = find_first_tensor(args, kwargs)
-        if state is not None and state.is_floating_point() and state.ndim == 3:
-            raise _Reached(module, {"state": state})
-
-    others = set(backbone.modules()) - {backbone, *before}
-    handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in others]
-    try:
-        with preserve_state(backbone), torch.no_grad():
-            backbone(**inputs)
-    except _Reached as found:
-        state: Tensor = found.arguments["state"]
-        return state
-    except Exception:  # whatever a family makes of embeddings that it does not expect
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-class _Reached(Exception):  # noqa: N818 (nothing is wrong)
-    """End a run at a module, which was called with these arguments."""
-
-    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.arguments = arguments
+    The first three are used last, since families without a name for their padding have it there. Ids repeat in a small
+    vocabulary.
+    """
+    named = [value for part in list_configs(config) for name, value in vars(part).items() if "token" in name]
+    flat = (each for value in named for each in (value if isinstance(value, list | tuple) else [value]))
+    special = {each for each in flat if type(each) is int}
+    size = getattr(config.get_text_config(), "vocab_size", None) or 64
+    ids = [each for each in (*range(3, size), *range(min(size, 3))) if each not in special]
+    return list(itertools.islice(itertools.cycle(ids or [0]), count))
 
 
 def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

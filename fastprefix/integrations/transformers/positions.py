@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
+from .discovery import ModuleCall, make_few_ids, record_calls
 from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
@@ -38,15 +39,26 @@ class Positions(NamedTuple):
         """
         reader = _find_text_model(backbone)
         table = _find_position_table(reader)
-        first, limit = 0, None
+        asked = [module for module in (reader, table) if module is not None and module is not backbone]
+
+        def is_enough(calls: dict[nn.Module, ModuleCall]) -> bool:
+            has_rows = table is None or (table in calls and calls[table].output is not None)
+            return has_rows and all(module in calls for module in asked)
+
+        def run(**options: Any) -> dict[nn.Module, ModuleCall]:
+            return record_calls(backbone, asked, is_enough, **make_few_ids(backbone, **options))[0]
+
+        plain = run() if asked else {}
+        first, limit, by_ids, by_mask = 0, None, None, False
         if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            padding = table.padding_idx
+            first = 0 if padding is None else padding + 1
             limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
-        if reader is not backbone:
-            handed = _stopped(backbone, reader, _handed_positions)
-            first = first if handed is None else int(handed.min())
-        by_mask = table is not None and _counts_by_mask(backbone, table)
-        by_ids = None if table is None or not _counts_by_ids(backbone, table) else table.padding_idx
+            by_mask = _is_last_row_different(plain, run(padded=True), table)
+            if padding is not None and _is_last_row_different(plain, run(first=padding), table):
+                by_ids = padding
+        if reader in plain and (handed := plain[reader].name_arguments(reader).get("position_ids")) is not None:
+            first = int(handed.min())
         return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
     def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
@@ -102,8 +114,8 @@ class Positions(NamedTuple):
 class PositionShift:
     """Move up the positions that a model reads, be they given or the model's own."""
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.positions = Positions.find(backbone)
+    def __init__(self, backbone: nn.Module, positions: Positions) -> None:
+        self.positions = positions
         self.inside = self.positions.reader is not backbone
         self.names = read_parameter_names(self.positions.reader)
         self.shift = 0  # of the call in progress
@@ -152,71 +164,16 @@ def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
     return None
 
 
-class _Stopped(Exception):  # noqa: N818 (nothing is wrong)
-    """End a run at a module."""
-
-    def __init__(self, seen: Tensor | None) -> None:
-        super().__init__()
-        self.seen = seen
-
-
-def _stopped(
-    backbone: nn.Module,
-    module: nn.Module,
-    look: Callable[..., Tensor | None],
-    mask: Sequence[int] = (1, 1, 1),
-    first: int | None = None,
-) -> Tensor | None:
-    """Run a model on three tokens until it calls a module, and return what is seen there; None if it does not run."""
-    device = next(backbone.parameters()).device
-    padding = getattr(getattr(backbone, "config", None), "pad_token_id", None)
-    ids = torch.full((1, 3), 1 if padding == 0 else 0, device=device)
-    if first is not None:
-        ids[0, 0] = first
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        raise _Stopped(look(module, args, kwargs, *output))
-
-    after = look is _read_rows
-    register = module.register_forward_hook if after else module.register_forward_pre_hook
-    handle = register(stop, with_kwargs=True)
-    options = {"attention_mask": torch.tensor([mask], device=device), "use_cache": False}
-    options = {name: value for name, value in options.items() if name in read_parameter_names(backbone)}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            backbone(input_ids=ids, **options)
-    except _Stopped as stopped:
-        return stopped.seen
-    except Exception:  # it takes no ids alone, and nothing can be seen
-        return None
-    finally:
-        handle.remove()
-    return None
-
-
-def _handed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the position ids that a text model is called with."""
-    positions: Tensor | None = name_arguments(read_parameter_names(module), args, kwargs).get("position_ids")
-    return positions
-
-
-def _read_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return the rows that were read from a table."""
-    return output
-
-
-def _counts_by_mask(backbone: nn.Module, table: nn.Embedding) -> bool:
-    """Tell whether padding before a token changes which row of the table it gets."""
-    plain, padded = (_stopped(backbone, table, _read_rows, mask) for mask in ((1, 1, 1), (0, 1, 1)))
-    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
-
-
-def _counts_by_ids(backbone: nn.Module, table: nn.Embedding) -> bool:
-    """Tell whether a padding id before a token changes which row of the table the token gets."""
-    if table.padding_idx is None:
-        return False
-    plain, padded = (_stopped(backbone, table, _read_rows, first=first) for first in (None, table.padding_idx))
-    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
+def _is_last_row_different(
+    plain: dict[nn.Module, ModuleCall], padded: dict[nn.Module, ModuleCall], table: nn.Embedding
+) -> bool:
+    """Return whether padding before a token changes which row of the table the token gets."""
+    rows = [calls[table].output for calls in (plain, padded) if table in calls]
+    return (
+        len(rows) == 2
+        and all(isinstance(each, Tensor) for each in rows)
+        and not torch.equal(rows[0][0, -1], rows[1][0, -1])
+    )
 
 
 def find_frequencies_end(reader: nn.Module) -> int | None:

@@ -46,7 +46,7 @@ from .hooks import (
     refuse_one_row_masks,
     refuse_replicas,
 )
-from .positions import PositionShift, find_packed_sequences, refuse_packed
+from .positions import Positions, PositionShift, find_packed_sequences, refuse_packed
 from .switching import Implementation, runs_on_text
 
 
@@ -304,7 +304,8 @@ class PrefixHooks:
         text = runs_on_text(model)
         self.backbone = find_backbone(model) if text else model
         self.names = check_parameter_names(self.backbone)
-        self.shift = PositionShift(self.backbone) if method.config.prefix_position == "shift" else None
+        shifts = method.config.prefix_position == "shift"
+        self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
         self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None
         self._forget_gates()

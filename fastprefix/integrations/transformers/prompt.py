@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...methods import DePT, PromptMethod
 from .attention import make_two_adapters_error
-from .discovery import embeds_ids_as_given, find_backbone, find_entry, list_ordinary_ids, receives_ids
+from .discovery import find_entry, find_input_path, list_ordinary_ids
 from .hooks import (
     Forward,
     Interception,
@@ -57,9 +57,10 @@ class Insertion:
 class PromptHooks:
     """A prompt method for a model, with the prompt in every row; its hooks are set from ``install`` to ``remove``."""
 
-    def __init__(self, model: PreTrainedModel, method: PromptMethod, backbone: nn.Module | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, encoder: nn.Module | None = None) -> None:
         self.method = method
-        self.backbone: Any = find_backbone(model) if backbone is None else backbone
+        path = find_input_path(model, encoder)
+        self.backbone: Any = path.backbone if encoder is None else encoder
         self.model = model
         self.names = check_parameter_names(self.backbone)
         self.positions = Positions.find(self.backbone)
@@ -71,8 +72,8 @@ class PromptHooks:
         self.interception: Interception
         self.finish_id = 0
         self.hooked: Any = None  # the embedding module that has the hooks
-        self.receives_ids = receives_ids(model, self.backbone)
-        self.by_rows = not (self.receives_ids and embeds_ids_as_given(self.backbone, self.embedding))
+        self.receives_ids = path.receives_ids
+        self.by_rows = not (path.receives_ids and path.embeds_ids)
         self.offset_done = False  # the embedding module has added the offset already, outside of the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.

@@ -130,7 +130,7 @@ class SharedPromptHooks(PromptHooks):
         super().__init__(model, method)
         self.required = required  # shared_prompt=True: a call that cannot share is an error
         self.shared = SharedPrompt()
-        self.shift = PositionShift(self.backbone)
+        self.shift = PositionShift(self.backbone, self.positions)
         self.suspended = False  # the call in progress runs on the model's own attention, for its weights
         self.drops = has_dropout(self.backbone)
         self.kept: _Kept | None = None  # for inference
