@@ -60,7 +60,7 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
         ValueError: it cannot be accelerated, and why; it is left as it was.
     """
     if not isinstance(peft_model, PeftModel):
-        raise TypeError(f"peft_model takes a peft.PeftModel, got {type(peft_model).__name__}")
+        raise TypeError(f"`peft_model` must be a peft.PeftModel, but is {type(peft_model).__name__}.")
     _check(peft_model)
     setattr(peft_model, ATTRIBUTE, _make_acceleration(peft_model, check))
     return peft_model
@@ -95,7 +95,8 @@ def decelerate(peft_model: Model) -> Model:
     acceleration = vars(peft_model).get(ATTRIBUTE)
     if not isinstance(acceleration, Acceleration):
         raise ValueError(
-            f"peft_model takes an accelerated model (fastprefix.accelerate), got {_get_class_name(peft_model)}"
+            f"`peft_model` must be an accelerated model, but {_get_class_name(peft_model)} is not: call "
+            "fastprefix.accelerate."
         )
     if acceleration.hooks is not None:
         acceleration.hooks.remove()
@@ -107,21 +108,23 @@ def _check(peft_model: Any) -> None:
     """Refuse what cannot be accelerated, before anything is changed."""
     kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if ATTRIBUTE in vars(peft_model):
-        raise ValueError("peft_model is accelerated already")
+        raise ValueError("`peft_model` is accelerated already.")
     if kind not in KINDS:
-        raise ValueError(f"peft_model takes {', '.join(KINDS)}, got {kind}")
+        raise ValueError(f"`peft_model` must have one of {', '.join(KINDS)}, but has {kind}.")
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"peft_model takes one around a transformers model, got one around {_get_class_name(model)}")
+        raise ValueError(f"`peft_model` must wrap a transformers model, but wraps {_get_class_name(model)}.")
     if list_adapting_users(model):
-        raise ValueError("peft_model takes a model without a method of this package: detach it first")
+        raise ValueError("`peft_model` must have a base model without a method of this package: detach it first.")
     if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError("peft_model takes a model without tensor parallelism")
+        raise ValueError("`peft_model` must have a base model without tensor parallelism.")
     if peft_model._adapters_disabled:
-        raise ValueError("peft_model takes a model whose adapter is enabled: leave disable_adapter() first")
+        raise ValueError("`peft_model` must have its adapter enabled: leave disable_adapter() first.")
     if kind == _ADAPTION:
         for adapted in find_adapted_attentions(peft_model):
             if (reason := find_reason_not_fusable(adapted)) is not None:
-                raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
+                raise ValueError(
+                    f"`peft_model` must have adaption prompts that one attention can compute, but {reason}."
+                )
 
 
 def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:

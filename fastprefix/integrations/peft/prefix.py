@@ -302,7 +302,9 @@ class PrefixAcceleration(PromptLearning):
             return rows
         # Reentrant checkpointing has every layer go back to the parameters: through views it can, else only once.
         if getattr(encoder, "prefix_projection", False) and not config.inference_mode:
-            raise ValueError("prefix_projection takes gradient checkpointing with use_reentrant=False, got True")
+            raise ValueError(
+                "`use_reentrant` must be False for gradient checkpointing with prefix_projection, but is True."
+            )
         weight: Tensor = encoder.embedding.weight
         return weight
 

@@ -42,11 +42,11 @@ def refuse_sharded(model: nn.Module) -> None:
     """
     name, size = type(model).__name__, getattr(model, "tp_size", None) or 1
     if size > 1:
-        raise ValueError(f"model takes one without a tensor-parallel plan, got {name} with tp_size={size}")
+        raise ValueError(f"`model` must have no tensor-parallel plan, but {name} has tp_size={size}.")
     if is_sharded(model):
         raise ValueError(
-            f"model takes one that is not sharded, got {name} with sharded parameters: attach, switch and detach "
-            "before fully_shard"
+            f"`model` must not be sharded, but {name} has sharded parameters: attach, switch and detach before "
+            "fully_shard."
         )
 
 
@@ -62,7 +62,7 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
     if names is not None:
         modules = dict(model.named_modules())
         if missing := [name for name in names if name not in modules or not name]:
-            raise ValueError(f"modules_to_save takes names of modules of {type(model).__name__}, got {missing}")
+            raise ValueError(f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.")
         return {name: modules[name] for name in names}
     if not _FRESH_HEAD.search(type(model).__name__):
         return {}
@@ -243,8 +243,8 @@ def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
-        "save_pretrained takes a model without a merged adapter, whose weights would be read as another model's: keep "
-        "the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again"
+        "`save_pretrained` cannot save a model with a merged adapter, whose weights would be read as another model's: "
+        "keep the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again."
     )
 
 
@@ -328,7 +328,7 @@ class Attachment:
             ValueError: none has it.
         """
         if name not in self.adapters:
-            raise ValueError(f"name takes one of {', '.join(map(repr, self.adapters))}, got {name!r}")
+            raise ValueError(f"`name` must be one of {', '.join(map(repr, self.adapters))}, but is {name!r}.")
         return name
 
     @property

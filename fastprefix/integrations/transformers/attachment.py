@@ -168,7 +168,9 @@ def get_attachment(model: nn.Module) -> Attachment:
     """
     attachment = getattr(model, _STATE, None)
     if not isinstance(attachment, Attachment):
-        raise ValueError(f"model takes a model with a method attached (fastprefix.attach), got {type(model).__name__}")
+        raise ValueError(
+            f"`model` must have a method attached, but {type(model).__name__} has none: call fastprefix.attach."
+        )
     return attachment
 
 
@@ -206,7 +208,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     refuse_sharded(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model takes one whose weights are loaded, got parameters on the meta device")
+        raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
     if name in getattr(getattr(model, _STATE, None), "adapters", ()):
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
     if not is_plain_text(model):
@@ -248,11 +250,13 @@ def _check_types(model: Any, config: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": ": see fastprefix.accelerate"}
         hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
-        raise TypeError(f"model takes a transformers model, got {type(model).__name__}{hint}")
+        raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}{hint}.")
     if not isinstance(config, MethodConfig):
         kind = config if isinstance(config, type) else type(config)
-        got = f"{'the class ' * (kind is config)}{kind.__module__.partition('.')[0]}.{kind.__name__}"
-        raise TypeError(f"config takes a method's configuration, such as fastprefix.PrefixTuningConfig(20), got {got}")
+        actual = f"{'the class ' * (kind is config)}{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        raise TypeError(
+            f"`config` must be a method's configuration, such as fastprefix.PrefixTuningConfig(20), but is {actual}."
+        )
 
 
 def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
@@ -263,11 +267,13 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     if isinstance(config, PromptTuningConfig) and is_of_text(model):
         return
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"model takes one of text for {type(config).__name__}, got {what}")
+        raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
     if config.init == "text":
-        raise ValueError(f'init="text" takes an encoder or a decoder of text, got {what}')
+        raise ValueError(f'init="text" requires an encoder or a decoder of text, but `model` is {what}.')
     if config.prefix_position == "shift":
-        raise ValueError(f'prefix_position takes "none" where positions cannot be shifted, got "shift" for {what}')
+        raise ValueError(
+            f'`prefix_position` must be "none" for {what}, whose positions cannot be shifted, but is "shift".'
+        )
 
 
 def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
@@ -291,7 +297,9 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
         if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
-            raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
+            raise ValueError(
+                f"`model` must have layers whose input a hook can watch, for the gate, but these have none: {lost}"
+            )
     else:
         method = method_class(config, EmbeddingShape(*_find_table(model).shape))
         path = _choose_prompt_path(model, config, check)
@@ -388,10 +396,12 @@ def _tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tenso
         return None
     if tokenizer is None:
         if not model.name_or_path:
-            raise ValueError("tokenizer takes the model's tokenizer for init_text, since the model has no name or path")
+            raise ValueError(
+                "`tokenizer` must be given for `init_text`, since the model has no name or path to load it from."
+            )
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"init_text takes a text of at least one token, got {config.init_text!r}")
+        raise ValueError(f"`init_text` must have at least one token, but is {config.init_text!r}.")
     length = config.num_virtual_tokens
     return torch.tensor((ids * -(-length // len(ids)))[:length])

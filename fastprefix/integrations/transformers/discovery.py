@@ -92,7 +92,9 @@ def find_layers(
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"model takes a model whose attention goes through the attention interface, got {_get_class_name(model)}"
+            f"`model` must have attention that goes through the attention interface, but {_get_class_name(model)} "
+            "has not. "
+            "Use a prompt method."
         )
     trial = run_trial(model, example_inputs)
     inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
@@ -525,7 +527,8 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
     with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad():
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
-                f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
+                "`model` must have layers that compute keys and values of what enters their attention, but these "
+                f"do not: {lost}"
             )
     return projections
 

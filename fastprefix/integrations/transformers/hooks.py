@@ -212,7 +212,9 @@ def refuse_replicas(module: nn.Module) -> None:
         RuntimeError: the module is one.
     """
     if getattr(module, "_is_replica", False):
-        raise RuntimeError("nn.DataParallel takes a model without an adapter, whose state replicas share: use DDP")
+        raise RuntimeError(
+            "nn.DataParallel cannot run a model with an adapter, whose state its replicas share: use DDP."
+        )
 
 
 def find_cache_parameter(names: Container[str]) -> str | None:
@@ -232,7 +234,7 @@ def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None
     if isinstance(values, Mapping):
         for name in _CACHE_NAMES:
             if not isinstance(given := values.get(name), Cache | None):
-                raise TypeError(f"`{name}` must be a transformers Cache, got {type(given).__name__}")
+                raise TypeError(f"`{name}` must be a transformers Cache, but is {type(given).__name__}.")
         values = list(values.values())
     return next((value for value in values or () if isinstance(value, Cache)), None)
 
@@ -265,7 +267,7 @@ def check_mask_length(mask: Any, tokens: int, length: int) -> None:
     """
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
         hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
-        raise ValueError(f"`attention_mask` must be [B, {tokens}], got {list(mask.shape)}.{hint}")
+        raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")
 
 
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
@@ -290,7 +292,7 @@ def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
         mask = arguments.get(name)
         several = tokens is None or tokens.shape[1] > 1
         if isinstance(mask, Tensor) and _is_own_row(mask, arguments) and several:
-            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
+            raise ValueError(f"`{name}` must be [B, N], or [B, 1, N, K] with all its rows, but is {list(mask.shape)}.")
 
 
 def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def merge(model: Model) -> Model:
             _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(
-                f"model takes one with something to merge: {type(method).__name__} on the path "
-                f'"{method.prompt_path}" computes the prompt anew for every input'
+                f"`model` must have something to merge, but {type(method).__name__} on the path "
+                f'"{method.prompt_path}" computes the prompt anew for every input. Use the model as it is.'
             )
     adapter.merged = True
     adapter.mark(model)
@@ -91,17 +91,21 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     adapter = get_attachment(model).adapter
     method = adapter.method
     if not isinstance(method, PrefixMethod):
-        raise ValueError(f"model takes one with a prefix; merge {type(method).__name__}'s prompt into one first")
+        raise ValueError(
+            f"`model` must have a prefix, but has the prompt of {type(method).__name__}. Call fastprefix.merge first."
+        )
     if adapter.outside is not None:
-        raise ValueError(f"model takes one whose adapter is all in its prefix; {adapter.outside}")
+        raise ValueError(
+            f"`model` must have an adapter that is all in its prefix, but {adapter.outside}. Use the adapter itself."
+        )
     if method.config.prefix_position != "shift":
-        raise ValueError('prefix_position takes "shift" for a cache, whose tokens come after it; got "none"')
+        raise ValueError('`prefix_position` must be "shift" for a cache, whose tokens come after it, but is "none".')
     if method.needs_hidden():
-        raise ValueError(f"model takes one whose gates do not depend on the input, got {type(method).__name__}")
+        raise ValueError(f"`model` must have gates that do not depend on the input, but has {type(method).__name__}.")
     assert isinstance(adapter.hooks, PrefixHooks)
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
-        raise ValueError(f"model takes one whose attention layers have a layer_idx; without: {nameless[0]}")
+        raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
@@ -209,7 +213,7 @@ def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
     """
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
-        raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
+        raise ValueError("`model` must have an embedding that does not change its own weights, but it has max_norm.")
     around = (m for m in hooks.model.modules() if loads_all_inside(m))
     if any(inside is former for module in around for inside in module.modules()):
         raise ValueError(

@@ -76,7 +76,7 @@ def parameter_groups(
         ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
     """
     if get_attachment(model).adapter.merged:
-        raise ValueError("model takes one whose adapter is not merged, which cannot be trained: detach it first")
+        raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
     method = get_method(model)
     prompt = [method.prompt] if isinstance(method, PromptMethod) else []
     gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]

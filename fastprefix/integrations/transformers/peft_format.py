@@ -48,11 +48,10 @@ def convert_from_peft(
         _check_heads(model)
     rows = tensors.get(_EMBEDDINGS, torch.empty(0))
     if rows.ndim != 2 or rows.numel() == 0:
-        raise ValueError(f"{path.parent} takes {_EMBEDDINGS!r} of rows and columns, got shape {tuple(rows.shape)}")
+        raise ValueError(f"{_EMBEDDINGS!r} in {path.parent} must have rows and columns, but is {tuple(rows.shape)}.")
     if len(rows) != description.get("num_virtual_tokens"):
-        raise ValueError(
-            f"{path} says num_virtual_tokens {description.get('num_virtual_tokens')}, got {len(rows)} rows"
-        )
+        count = description.get("num_virtual_tokens")
+        raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} rows.")
     modules = _find_modules(model, description["modules_to_save"])
     parameters = {
         f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
@@ -81,7 +80,10 @@ def convert_to_peft(
     modules = list(modules)
     if isinstance(method, PromptMethod):
         if type(method.config) is not PromptTuningConfig:
-            raise ValueError(f'format="peft" takes prompt tuning or a prefix, got {type(method.config).__name__}')
+            raise ValueError(
+                'format="peft" must be used with prompt tuning or a prefix, but the method is '
+                f"{type(method.config).__name__}."
+            )
         _check_heads(model)
         rows = method.prompt.detach()
         kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
@@ -165,19 +167,21 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} takes JSON, and cannot be read: {error}") from error
+        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
     kind = description.get("peft_type") if isinstance(description, dict) else None
     if kind not in (*PREFIXES, *PROMPTS):
-        raise ValueError(f"peft_type in {path} takes {', '.join((*PREFIXES, *PROMPTS))}, got {kind!r}")
+        raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")
     if description.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"num_transformer_submodules in {path} takes 1: not an encoder-decoder's adapter")
+        raise ValueError(
+            f"`num_transformer_submodules` in {path} must be 1: adapters of encoder-decoders cannot be loaded."
+        )
     assert isinstance(description, dict)
     frozen = description.setdefault("num_frozen_tokens", 0)
     if not isinstance(frozen, int):
-        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, got {frozen!r}")
+        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, but is {frozen!r}.")
     modules = description["modules_to_save"] = description.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise ValueError(f"modules_to_save in {path} takes a list of names, got {modules!r}")
+        raise ValueError(f"`modules_to_save` in {path} must be a list of names, but is {modules!r}.")
     return description
 
 
@@ -199,8 +203,9 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
     first = layers[0].shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
         raise ValueError(
-            f"the adapter does not fit this model: {_EMBEDDINGS} takes {2 * len(layers)} times {first.kv_heads} times "
-            f"{first.key_size} columns, got {rows.shape[1]}"
+            f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
+            "times "
+            f"{first.key_size} columns, but has {rows.shape[1]}."
         )
     blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
     names = [f"{which}.{i}" for i in range(len(layers)) for which in ("keys", "values")]
@@ -213,7 +218,9 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
 def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
     """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, with gates that do not depend on the input multiplied in."""
     if method.config.prefix_position != "shift":
-        raise ValueError('format="peft" takes prefix_position="shift": PEFT moves the tokens up by the prefix')
+        raise ValueError(
+            'format="peft" requires prefix_position="shift", since PEFT moves the tokens up by the prefix.'
+        )
     if method.needs_hidden() or method.output_gate(0) is not None:
         raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
     _check_layers(model, find_layers(model))
@@ -225,27 +232,31 @@ def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
     """Return the layers if PEFT's rows fit them: all of one shape, and numbered as they are called."""
     name = type(model).__name__
     if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
-        raise ValueError(f"a PEFT prefix takes a model with numbered attention layers, got {name}")
+        raise ValueError(f"`model` must have numbered attention layers for a PEFT prefix, but {name} has not.")
     shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
     if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
-        raise ValueError(f"a PEFT prefix takes heads of one size in every layer, got {name}")
+        raise ValueError(f"`model` must have heads of one size in every layer for a PEFT prefix, but {name} has not.")
     _require_cache(model)
     if any(layer.local for layer in layers):
-        raise ValueError(f"a PEFT prefix takes layers that see all before them, or a window of it, got {name}")
+        raise ValueError(
+            "`model` must have layers that see all earlier tokens or a sliding window of them for a PEFT prefix, "
+            f"but {name} "
+            "has others."
+        )
     return layers
 
 
 def _require_cache(model: PreTrainedModel) -> str:
     name = find_cache_parameter(read_parameter_names(model.base_model))
     if name is None:
-        raise ValueError(f"a PEFT prefix requires a model with a key/value cache, got {type(model).__name__}")
+        raise ValueError(f"`model` must have a key/value cache for a PEFT prefix, but {type(model).__name__} has none.")
     return name
 
 
 def _check_heads(model: PreTrainedModel) -> None:
     """Refuse models whose heads pool: PEFT's prompt is text to them, while here they see the caller's tokens."""
     if _find_task(model) != "CAUSAL_LM":
-        raise ValueError(f"a PEFT prompt takes a causal language model here, got {type(model).__name__}")
+        raise ValueError(f"`model` must be a causal language model for a PEFT prompt, but is {type(model).__name__}.")
 
 
 def _find_task(model: PreTrainedModel) -> str:

@@ -227,6 +227,7 @@ def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
     """
     if is_packed(arguments, backbone):
         raise ValueError(
-            "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
-            "counts from its beginning; got packed sequences"
+            "`position_ids` must be of one sequence a row, but the rows are packed. A prompt in every row, an "
+            "offset and a "
+            "sliding window count from the beginning of a row."
         )

@@ -362,7 +362,7 @@ class PrefixHooks:
         refuse_replicas(self.backbone)
         if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
             raise ValueError(
-                "output_attentions takes False with a prefix method: its kernels make no attention weights"
+                "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
             )
         self.prefixes = self.method.prefixes()
         self.running = True
@@ -432,8 +432,9 @@ class PrefixHooks:
         if self.past > 0:
             if index not in self.held.gates:
                 raise ValueError(
-                    "past_key_values takes a cache that was filled with this adapter, whose gates are pooled from a "
-                    "sequence's first tokens"
+                    "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
+                    "from a "
+                    "sequence's first tokens."
                 )
             gate = self.held.choose_gate(index, gate)
         self.pooled[index] = gate
@@ -450,8 +451,9 @@ class PrefixHooks:
     def _check_embedding(self) -> None:
         if self.embedding is None:
             raise RuntimeError(
-                f"use_reentrant takes False for gradient checkpointing of {type(self.backbone).__name__}, which is no "
-                "encoder or decoder of text: gradients would not reach the prefixes"
+                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, which "
+                "is no "
+                "encoder or decoder of text: gradients would not reach the prefixes."
             )
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -509,7 +509,9 @@ _ROWS = "fastprefix_rows"
 def count_tokens_only(cache: Cache, rows: int) -> None:
     """Let a cache that holds so many rows of a prompt report the tokens alone."""
     if getattr(cache, _ROWS, rows) != rows:
-        raise ValueError(f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} rows, got one of {rows}.")
+        raise ValueError(
+            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} rows, but the adapter has {rows}."
+        )
     setattr(cache, _ROWS, rows)
     attributes: dict[str, Any] = vars(cache)
     attributes["get_seq_length"] = functools.partial(_count_tokens_only, cache)
@@ -591,5 +593,5 @@ class EncoderPromptHooks(PromptHooks):
         if mask is None or states is None or mask.shape[-1] + length != states.shape[1]:
             return forward(*args, **kwargs)  # nothing is hidden, or the caller's mask counts the prompt
         if mask.ndim != 2:
-            raise ValueError(f"`attention_mask` must be [B, N] with a prompt in every row, got {list(mask.shape)}.")
+            raise ValueError(f"`attention_mask` must be [B, N] with a prompt in every row, but is {list(mask.shape)}.")
         return forward(**{**arguments, _MASK: nn.functional.pad(mask, (length, 0), value=1)})

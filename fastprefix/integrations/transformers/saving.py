@@ -54,7 +54,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except Exception as error:  # a damaged file fails in its own way, when it is opened or when a tensor is read
-        raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
+        raise ValueError(f"The safetensors file {path} cannot be read: {error}") from error
 
 
 def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
@@ -71,7 +71,9 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodC
     if OPTIONS not in description:
         return None
     if description.get("model_type") != model.config.model_type:
-        raise ValueError(f"{path} is of a {description.get('model_type')} model, got a {model.config.model_type} model")
+        raise ValueError(
+            f"{path} is of a {description.get('model_type')} model, but `model` is a {model.config.model_type} model."
+        )
     config = MethodConfig.from_dict(description[OPTIONS])
     renamed = {f"{MODULE}.": ""}
     renamed |= {
@@ -131,7 +133,7 @@ def save_adapter(
         adapter = attachment.adapter
         if adapter.outside is not None:
             raise ValueError(
-                f"model takes one whose adapter is whole; merged, {adapter.outside}: save it before merging"
+                f"`model` must have an adapter that is not merged, since now {adapter.outside}: save it before merging."
             )
         if format == "peft":
             description, tensors = peft_format.convert_to_peft(model, adapter.method, adapter.saved_modules)
@@ -177,9 +179,10 @@ def load_adapter(
         if (found := read_whole_checkpoint(folder, model)) is not None:
             return _attach(model, *found, name, example_inputs)
         pickled = folder / "adapter_model.bin"
-        why = f", not {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
-        got = directory if folder.is_dir() else f"{directory}, which is no folder"
-        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {got}")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`directory` '{directory}' does not exist.")
+        why = f". It has {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
+        raise FileNotFoundError(f"`directory` '{directory}' has no {WEIGHTS_FILE}{why}.")
     header, tensors = _read(path)
     if header is not None:
         return _attach(model, _parse_header(path, header, model), tensors, name, example_inputs)
@@ -243,12 +246,12 @@ def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConf
     """Return the options in a header, checked against the model's type."""
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
-        raise ValueError(f"{path} takes an adapter's header, which is damaged: it has no {', '.join(missing)}")
+        raise ValueError(f"The header of {path} is damaged: it has no {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
     base, *_ = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     if base != model.config.model_type:
-        raise ValueError(f"{path} is an adapter of a {base} model, got a {model.config.model_type} model")
+        raise ValueError(f"{path} is an adapter of a {base} model, but `model` is a {model.config.model_type} model.")
     return MethodConfig.from_dict(description)
 
 
@@ -312,8 +315,8 @@ def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> No
         raise ValueError(f"the adapter does not fit this model: {', '.join(sides)} on one side only")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
-            got, takes = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise ValueError(f"the adapter does not fit this model: {name} takes {takes}, got {got}")
+            actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise ValueError(f"the adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

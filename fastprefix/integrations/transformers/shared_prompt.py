@@ -224,7 +224,7 @@ class SharedPromptHooks(PromptHooks):
         names = {str(module.config._attn_implementation) for module in readers}
         if names != {"eager"}:
             raise ValueError(
-                f'`output_attentions` requires a model with attn_implementation="eager", got {", ".join(names)}. '
+                f'`output_attentions` requires a model with attn_implementation="eager", but it is {", ".join(names)}. '
                 "Detach the adapter, set the attention and attach it again."
             )
 

@@ -454,8 +454,8 @@ def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, In
             return len(failures), inputs, calls
     why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
     raise ValueError(
-        f"example_inputs takes keyword arguments on which {type(model).__name__} runs, since it does not run on "
-        f"{model.main_input_name} of a size that its configuration says{why}"
+        f"`example_inputs` must be keyword arguments on which {type(model).__name__} runs, since it does not run on "
+        f"{model.main_input_name} of a size that its configuration suggests{why}"
     ) from (failures[-1] if failures else None)
 
 
@@ -470,7 +470,8 @@ def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_Recor
         else:
             return name
     raise ValueError(
-        f"model takes one whose attention is all in its arguments, got {type(model).__name__}: {differs}"
+        f"`model` must have attention that depends on its arguments alone, but {type(model).__name__} has not: "
+        f"{differs}"
     ) from differs
 
 
@@ -761,8 +762,9 @@ class Implementation:
         for config in self.watched:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
-                    f"set_attn_implementation takes no other attention while an adapter is on the model, got {name!r}: "
-                    f"its attention is {self.name!r} until the adapter is taken off"
+                    "`set_attn_implementation` must not be called while an adapter is on the model, but the "
+                    "attention is "
+                    f"{name!r}. Set it to {self.name!r} again, or detach the adapter."
                 )
 
     def list_former_attentions(self) -> set[str | None]:

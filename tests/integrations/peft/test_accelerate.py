@@ -459,7 +459,7 @@ def bart() -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lora": (
         lambda: peft.get_peft_model(models.decoder(), peft.LoraConfig(task_type="CAUSAL_LM")),
-        "peft_model takes PREFIX_TUNING.*got LORA",
+        "`peft_model` must have one of PREFIX_TUNING.*but has LORA",
     ),
     "interface": (
         lambda: tuned(
@@ -499,7 +499,7 @@ def test_refused_while_disabled_or_not_of_peft() -> None:
     model = family("decoder", "prefix")
     with model.disable_adapter(), pytest.raises(ValueError, match="disable_adapter"):
         fastprefix.accelerate(model)
-    with pytest.raises(TypeError, match=r"peft\.PeftModel, got LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"peft\.PeftModel, but is LlamaForCausalLM"):
         fastprefix.accelerate(models.decoder())
     with pytest.raises(ValueError, match="accelerated model"):
         fastprefix.decelerate(model)

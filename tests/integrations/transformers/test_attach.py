@@ -365,7 +365,7 @@ def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
     torch.testing.assert_close(torch.cat(actual, dim=1), expected, rtol=1e-10, atol=1e-10)
     with fastprefix.disable_adapter(model):
         cache = model(ids[:, :-1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values takes a cache that was filled with this adapter"):
+    with pytest.raises(ValueError, match="`past_key_values` must be a cache that was filled with this adapter"):
         model(ids[:, -1:], past_key_values=cache)
 
 
@@ -393,5 +393,5 @@ def test_replicas_of_data_parallel_are_refused(method: str) -> None:
     configs = {**METHODS, "textbook": lambda: fastprefix.PromptTuningConfig(3, shared_prompt=False)}
     model, inputs = fastprefix.attach(models.decoder(), configs[method]()), models.batch()
     model.model._is_replica = True
-    with pytest.raises(RuntimeError, match=r"nn\.DataParallel takes a model without an adapter"):
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel cannot run"):
         model(**inputs)

@@ -116,6 +116,6 @@ def test_layers_that_do_not_project_their_input_are_refused() -> None:
 
     model = models.decoder()
     model.model.layers[1].self_attn.k_proj = SameForAll()
-    with pytest.raises(ValueError, match=r"model takes .* keys and values .* not: \['model.layers.1.self_attn'\]"):
+    with pytest.raises(ValueError, match=r"`model` must .* keys and values .* not: \['model.layers.1.self_attn'\]"):
         fastprefix.attach(model, fastprefix.LlamaAdapterConfig(5))
     assert not any(hasattr(module, BINDING) for module in model.modules())

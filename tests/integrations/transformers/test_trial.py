@@ -56,7 +56,7 @@ def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: p
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", halved)
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="attention is all in its arguments, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="depends on its arguments alone, but LlamaForCausalLM"):
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
@@ -88,7 +88,7 @@ def test_images_and_text_both_get_prefixes() -> None:
     gradients = [parameter.grad for parameter in model.fastprefix.parameters()]
     assert len(gradients) > 0
     assert all(g is not None and g.abs().max() > 0 for g in gradients)
-    with pytest.raises(ValueError, match='prefix_position takes "none"'):
+    with pytest.raises(ValueError, match='`prefix_position` must be "none"'):
         fastprefix.attach(clip(), fastprefix.PrefixTuningConfig(2, prefix_position="shift"))
 
 
@@ -102,6 +102,6 @@ def test_example_inputs_say_what_to_run_on() -> None:
 
 def test_example_inputs_that_do_not_run() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="example_inputs takes keyword arguments on which LlamaForCausalLM runs"):
+    with pytest.raises(ValueError, match="`example_inputs` must be keyword arguments on which LlamaForCausalLM runs"):
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), example_inputs={"input_ids": "text"})
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))
