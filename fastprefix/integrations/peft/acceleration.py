@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=PeftModel)
 
 
 class Acceleration:
-    """What ``accelerate`` did to a model, so that ``decelerate`` can undo it."""
+    """The changes of ``accelerate`` to a model, which ``decelerate`` undoes."""
 
     def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
         self.hooks = hooks

@@ -35,6 +35,7 @@ from ..transformers.discovery import Layer, find_backbone
 from ..transformers.hooks import (
     Forward,
     Interception,
+    asks_for,
     check_parameter_names,
     checkpoints_reentrantly,
     expand_one_row_mask,
@@ -83,7 +84,7 @@ class CachedPrefix:
         """Run the backbone; the call carries its prefix to the attention."""
         self.implementation.check()
         arguments = name_arguments(self.names, args, kwargs)
-        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+        if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
                 "`output_attentions` must be False on an accelerated model, whose kernels make no attention weights: "
                 "call fastprefix.decelerate first"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import CarriedBindings, GivenPrefix, Prefix, carrying
+from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
 from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.hooks import (
     Forward,
@@ -22,7 +22,7 @@ from ..transformers.hooks import (
 )
 from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
-from ..transformers.shared_prompt import add_reached_token, has_dropout
+from ..transformers.shared_prompt import SharedPrompt, add_reached_token, has_dropout
 from ..transformers.switching import find_device
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
@@ -170,15 +170,17 @@ class PromptAcceleration(PromptLearning):
             longer = {name: _repeat_last(value) for name, value in alone.items()}
             prompt, longer["position_ids"] = add_reached_token(prompt, *reach)
             alone = longer
-        seen = {layer.module: _Seen() for layer in self.layers}
-        with suspend_checkpointing(self.backbone), carrying(CarriedBindings(seen)):
+        shared = SharedPrompt()
+        bindings = CarriedBindings(shared.make_bindings(self.layers))
+        with suspend_checkpointing(self.backbone), shared.capture(), carrying(bindings):
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
         if getattr(ran, "hidden_states", None) is not None:
             ran.hidden_states = tuple(state[:, :length] for state in ran.hidden_states)
+        assert shared.prefixes is not None
         prefixes = {}
-        for layer in self.layers:
-            key, value = seen[layer.module].pair
+        for index, layer in enumerate(self.layers):
+            key, value = shared.prefixes[index]
             name = self.layer_names[layer.module]
             prefixes[name] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
         return ran, PrefixCache(len(self.layers), length, prefixes)
@@ -206,8 +208,8 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     Models of images and text compute positions of several dimensions before they call it.
     """
     backbone = find_backbone(model)
-    inside = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m is not backbone]
-    readers = [m for m in inside if "inputs_embeds" in read_parameter_names(m)]
+    inside = [module for module in backbone.modules() if isinstance(module, PreTrainedModel) and module is not backbone]
+    readers = [module for module in inside if "inputs_embeds" in read_parameter_names(module)]
     ids = torch.zeros(1, 2, dtype=torch.long, device=find_device(model))
 
     def find_innermost(calls: dict[nn.Module, ModuleCall]) -> nn.Module:
@@ -231,20 +233,3 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "use_cache": False}
     calls, error = record_calls(backbone, readers, is_enough, **inputs)
     return backbone if error is not None else find_innermost(calls)
-
-
-class _Seen:
-    """A binding that gives no prefix, and keeps what the attention is called with."""
-
-    pair: Prefix
-
-    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Return None, and keep the keys and values of the one row."""
-        self.pair = key[0], value[0]
-
-    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """Return None twice: the binding has no prefix."""
-        return None, None
-
-    def get_bias(self, query: Tensor) -> None:
-        """Return None: the binding has no prefix."""

@@ -35,11 +35,7 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse to change what a model trains once it is sharded: its processes would not exchange those gradients.
-
-    Raises:
-        ValueError: it is sharded, or has a tensor-parallel plan.
-    """
+    """Refuse to change what a model trains once it is sharded: its processes would not exchange those gradients."""
     name, size = type(model).__name__, getattr(model, "tp_size", None) or 1
     if size > 1:
         raise ValueError(f"`model` must have no tensor-parallel plan, but {name} has tp_size={size}.")
@@ -77,7 +73,7 @@ Method = PromptMethod | PrefixMethod
 
 
 class Hooks(Protocol):
-    """What a method changes about how a model runs."""
+    """The changes of a method to how a model runs."""
 
     def install(self, model: PreTrainedModel) -> None:
         """Make the changes, again after ``remove`` too."""

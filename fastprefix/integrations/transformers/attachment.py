@@ -196,7 +196,7 @@ def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
 
 
 class _Plan(NamedTuple):
-    """What is attached, and to what. Making it changes nothing; carrying it out cannot fail."""
+    """A method, its layers and its path. Making a plan changes nothing, and carrying it out cannot fail."""
 
     method: Method
     layers: list[Layer]  # the attention layers that the method needs
@@ -338,11 +338,7 @@ def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: boo
 
 
 def _refuse_wrong(report: conformance.ConformanceReport, alternative: str) -> None:
-    """Refuse what the textbook contradicts.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Refuse what the textbook contradicts."""
     if not report.agrees:
         raise ValueError(report.describe(alternative))
 

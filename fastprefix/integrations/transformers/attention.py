@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,11 +177,7 @@ def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor 
 
 
 def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
-    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row.
-
-    Raises:
-        ValueError: a token that is seen by others does not see itself, or sees no token before it.
-    """
+    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row."""
     visible, start = find_own_keys(mask, tokens, past)
     visible = visible.expand(-1, tokens, -1)
     own = visible.diagonal(start, 1, 2)[:, :tokens]
@@ -217,21 +213,24 @@ Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
 
 
-class Binding(Protocol):
-    """What an attention module asks for its prefix, gates and bias."""
+class Binding:
+    """The source of an attention module's prefix, gates and bias. By default it has neither gates nor a bias."""
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None."""
+        raise NotImplementedError
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate, each of which may be None."""
+        return None, None
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return a bias ``[N, m]`` for the scores of the prefix, or None. A bias of -inf hides a prefix key."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
-class GivenPrefix:
+class GivenPrefix(Binding):
     """A binding that holds its prefix.
 
     ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
@@ -331,11 +330,7 @@ def runs_again() -> bool:
 
 
 def refuse_lost_bindings() -> None:
-    """Refuse to run a layer again in a backward pass without the bindings that its first run carried.
-
-    Raises:
-        RuntimeError: gradient checkpointing that this package does not know of.
-    """
+    """Refuse to run a layer again in a backward pass without the bindings that its first run carried."""
     if _CALL.carried is None and runs_again():
         raise RuntimeError(
             "a layer of an accelerated PEFT model runs again in a backward pass, where the prefix of its call is not "

@@ -87,7 +87,7 @@ class Float64(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one situation.
+    """The result of one situation.
 
     "differs": by ``error``, relative to the largest value. "fails": with an error that is not this package's own.
     "refused": with one that is. "not applicable": the model without a method does not run in this situation.
@@ -106,7 +106,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """What became of every situation of a method on a family of models."""
+    """The results of all situations of a method on a family of models."""
 
     family: str
     method: str
@@ -608,7 +608,7 @@ class Situations:
             inputs = self._make_inputs(self.ids, padding)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             first = self._run_step(run, ids[:, :cut], mask[:, :cut], cache())
-            second = self._run_step(run, ids[:, cut:], mask, _cache(first))
+            second = self._run_step(run, ids[:, cut:], mask, find_cache(first))
             return [*_extract_values(first, mask[:, :cut])[:1], *_extract_values(second, mask[:, cut:])[:1]]
 
         return run_pieces
@@ -623,8 +623,8 @@ class Situations:
     def _run_copied(self, run: Run) -> list[Tensor]:
         mask = torch.ones_like(self.ids)
         first = self._run_step(run, self.ids[:, :4], mask[:, :4], None)
-        copied = copy.deepcopy(_cache(first))
-        second = self._run_step(run, self.ids[:, 4:], mask, _cache(first))
+        copied = copy.deepcopy(find_cache(first))
+        second = self._run_step(run, self.ids[:, 4:], mask, find_cache(first))
         other = self._run_step(run, self.ids[:, 4:].flip(1), mask, copied)
         return [_extract_values(second)[0], _extract_values(other)[0]]
 
@@ -675,7 +675,7 @@ class Situations:
         first = self._generate(self.subject, input_ids=self.ids, attention_mask=mask)[1]
         turn = torch.cat([first.sequences, self.ids[:, :3]], dim=1)
         inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
-        kept = {str(self.cache_name): _cache(first)}
+        kept = {str(self.cache_name): find_cache(first)}
         actual = self._generate(self.subject, **inputs, **kept)[0]
         return self._excuse_plain_model(_compare(actual, self._expect_generated("second turn", **inputs)), inputs, {})
 
@@ -793,10 +793,6 @@ def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
         types |= {n: torch.zeros_like(row) for n in ("token_type_ids",) if n in names}
         return {"input_ids": row, "attention_mask": torch.ones_like(row), "use_cache": False, **images, **types}
     raise _Absent("no small images are known")
-
-
-def _cache(output: Any) -> Any:
-    return find_cache(output if isinstance(output, tuple) else list(output.values()))
 
 
 def _extract_values(output: Any, mask: Tensor | None = None) -> list[Tensor]:

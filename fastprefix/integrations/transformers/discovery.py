@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
-from .attention import MASKS, Prefix, read_mask, run_attention, sees_all_of_window
+from .attention import MASKS, Binding, Prefix, read_mask, run_attention, sees_all_of_window
 from .hooks import name_arguments, read_parameter_names
 from .switching import (
     Inputs,
@@ -176,8 +176,12 @@ def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) ->
     Raises:
         ValueError: the model does not run.
     """
-    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    inside = [m for m in models if "inputs_embeds" in read_parameter_names(m)] if encoder is None else [encoder]
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    inside = (
+        [module for module in models if "inputs_embeds" in read_parameter_names(module)]
+        if encoder is None
+        else [encoder]
+    )
     embeddings = {module: _find_embedding(module) for module in (model, *inside)}
 
     def read_path(calls: dict[nn.Module, ModuleCall]) -> InputPath | None:
@@ -366,7 +370,7 @@ def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
 
 
 class _Halves:
-    """Which half of an encoder-decoder a module is in; in any other model, what its attention is."""
+    """The halves of an encoder-decoder, which tell the role of an attention; in other models its causality does."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
@@ -408,7 +412,7 @@ class _Windows:
 
 
 class _Trace:
-    """Which modules were called with which tensor, in order, while the context lasts."""
+    """The modules that are called in this context, in order, each with its first tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
@@ -416,7 +420,7 @@ class _Trace:
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self.handles = [m.register_forward_pre_hook(self._record, with_kwargs=True) for m in self.names]
+        self.handles = [module.register_forward_pre_hook(self._record, with_kwargs=True) for module in self.names]
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
@@ -458,7 +462,7 @@ def _get_class_name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-class Projection:
+class Projection(Binding):
     """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``, as an attention module computes them.
 
     The module is called as its model calls it for one token at position 0, where a rotary embedding does not rotate;
@@ -497,13 +501,6 @@ class Projection:
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep the keys and values that the module calls its attention with, for which there is no prefix."""
         self.projected = (key, value)
-
-    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """Return None twice."""
-        return None, None
-
-    def get_bias(self, query: Tensor) -> None:
-        """Return None."""
 
 
 def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projection]:
@@ -604,9 +601,7 @@ _MOST_PARAMETERS = 100_000_000
 
 @dataclass(frozen=True)
 class _Scale:
-    """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), and whether
-    it has fewer layers.
-    """
+    """The size of a small copy. None keeps the size of the model."""
 
     head_size: int | None
     heads: int | None

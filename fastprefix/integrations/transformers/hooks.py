@@ -206,11 +206,7 @@ _FORWARD_SLOTS = ("_old_forward", "forward")
 
 
 def refuse_replicas(module: nn.Module) -> None:
-    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter.
-
-    Raises:
-        RuntimeError: the module is one.
-    """
+    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter."""
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
             "nn.DataParallel cannot run a model with an adapter, whose state its replicas share: use DDP."
@@ -260,11 +256,7 @@ def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool
 
 
 def check_mask_length(mask: Any, tokens: int, length: int) -> None:
-    """Refuse a padding mask that is not about the caller's tokens.
-
-    Raises:
-        ValueError: its length is not that of the ``tokens``; PEFT's habit is to count the prompt's too.
-    """
+    """Refuse a padding mask that is not about the caller's tokens."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
         hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
         raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")

@@ -15,7 +15,7 @@ from .attachment import get_attachment, get_method
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has and how many of them are trained; ``print`` shows it in a line.
+    """The numbers of a model's parameters, in all and trained. ``print`` shows them in a line.
 
     ``groups`` has the trained ones by what they belong to: the method (under "fastprefix") and the modules that stay
     trainable, each under its name.

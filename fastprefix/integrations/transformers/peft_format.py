@@ -135,11 +135,7 @@ def _join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Te
 
 
 def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did.
-
-    Raises:
-        ValueError: it says something else to the three tokens.
-    """
+    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did."""
     actual = _run_three_tokens(model, 0)
     error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4

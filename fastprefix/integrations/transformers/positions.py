@@ -94,9 +94,6 @@ class Positions(NamedTuple):
                 GPU they are only looked at where the rows themselves do not fit, and in a trace never.
             rows: the length of the row, with the ``shift``.
             shift: the number of virtual tokens.
-
-        Raises:
-            ValueError: they do.
         """
         if self.limit is None:
             return
@@ -220,11 +217,7 @@ def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
 
 
 def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
-    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
-
-    Raises:
-        ValueError: the rows are packed.
-    """
+    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right."""
     if is_packed(arguments, backbone):
         raise ValueError(
             "`position_ids` must be of one sequence a row, but the rows are packed. A prompt in every row, an "

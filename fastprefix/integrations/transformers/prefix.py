@@ -34,6 +34,7 @@ from .hooks import (
     Cut,
     Forward,
     Interception,
+    asks_for,
     check_mask_length,
     check_parameter_names,
     checkpoints_reentrantly,
@@ -233,8 +234,8 @@ def _select_rows(cache: Cache, name: str, rows: Any) -> None:
     setattr(cache, _GATES, getattr(cache, _GATES).select_rows(name, rows))
 
 
-class LayerBinding:
-    """What an attention module finds on itself: its prefix and its gates."""
+class LayerBinding(Binding):
+    """The binding of an attention module to its prefix and its gates."""
 
     def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
         self.attachment = attachment
@@ -360,7 +361,7 @@ class PrefixHooks:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
-        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+        if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
                 "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
             )

@@ -256,11 +256,7 @@ def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConf
 
 
 def _check_unedited(path: Path, header: dict[str, Any]) -> None:
-    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at.
-
-    Raises:
-        ValueError: the file is of the same save as the header, and has other options, or it cannot be read.
-    """
+    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at."""
     if _SAVE_ID not in header or not path.is_file():
         return
     way_out = (

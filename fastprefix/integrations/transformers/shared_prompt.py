@@ -76,8 +76,8 @@ class SharedPrompt:
         return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0}
 
 
-class SharedBinding:
-    """What an attention module finds on itself: the prompt's keys and values in its layer."""
+class SharedBinding(Binding):
+    """The binding of an attention module to the prompt's keys and values in its layer."""
 
     def __init__(self, shared: SharedPrompt, index: int, window: int | None) -> None:
         self.shared = shared
@@ -95,10 +95,6 @@ class SharedBinding:
         pk, pv = shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
 
-    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """Return None twice: a prompt has no gates."""
-        return None, None
-
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
         assert self.shared.prefixes is not None
@@ -107,7 +103,7 @@ class SharedBinding:
 
 
 class PromptCall(NamedTuple):
-    """What the prompt's run depends on in the call that it runs for."""
+    """The properties of a call on which the prompt's keys and values depend."""
 
     types: dict[str, tuple[int, ...]]
     """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""

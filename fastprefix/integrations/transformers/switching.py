@@ -388,8 +388,10 @@ class Trial(NamedTuple):
 
 
 class _RecordedCall(NamedTuple):
-    """What a model's own attention made of a call: ``[B, N, H, Dv]``, zeros for queries that see nothing, which may be
-    NaN and spread; and which of them ``[B, N]`` do see anything.
+    """A call of a model's own attention, with its output ``[B, N, H, Dv]``.
+
+    Queries that see nothing have zeros, since their output may be NaN and spread. ``sees`` ``[B, N]`` tells which
+    queries see anything.
     """
 
     module: nn.Module
@@ -481,7 +483,7 @@ def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
     def own(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        function = find_eager_attention(module)
+        function = find_eager_attention(module) or run_attention
         attention_mask = make_additive(attention_mask, query.dtype)
         output = function(module, *_widen(query, key, value, attention_mask), **_widen_values(kwargs))[0]
         if (sees := _find_seeing(attention_mask)) is not None:
@@ -517,10 +519,10 @@ def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
 
 
 def find_eager_attention(module: nn.Module) -> Any:
-    """Return the eager attention in the file of a module's class, or this package's if the file has none."""
+    """Return the eager attention in the file of a module's class, or None if the file has none."""
     homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
     found = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), run_attention)
+    return next((function for function in found if function is not None), None)
 
 
 def _find_seeing(mask: Tensor | None) -> Tensor | None:
@@ -754,11 +756,7 @@ class Implementation:
             setattr(module, BINDING, binding)
 
     def check(self) -> None:
-        """Refuse to run if the attention was switched to another since. This package's own trials may switch it.
-
-        Raises:
-            RuntimeError: it was; the model would run without its adapter.
-        """
+        """Refuse to run if the attention was switched to another since. This package's own trials may switch it."""
         for config in self.watched:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(

@@ -8,7 +8,6 @@ the model's own file. ``conformance`` compares what is attached with this.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,9 @@ from transformers.utils.generic import ModelOutput
 from ... import reference
 from ...methods import PrefixMethod, PromptMethod
 from .attention import make_additive, make_full_mask
-from .discovery import Layer, find_backbone, find_first_tensor
+from .discovery import Layer, find_backbone, find_entry, find_first_tensor
 from .hooks import count_tokens, find_cache, name_arguments, read_parameter_names
-from .switching import is_plain_text, set_attention
+from .switching import find_eager_attention, is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
 _BOOK = "_fastprefix_textbook"
@@ -53,7 +52,8 @@ class PromptTextbook:
         self.embedded = False  # the ids of the call in progress
         self.past = 0  # tokens in the cache of the call in progress
         embedding: Any = (model.get_encoder() if halves else model).get_input_embeddings()
-        self.block = _find_block(model, embedding)
+        entry = find_entry(self.backbone, embedding) if is_plain_text(model) else embedding
+        self.block = None if entry is embedding else entry
         self.first = _find_first_position(model)
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.backbone.register_forward_hook(self._end)
@@ -170,41 +170,6 @@ def _crop(output: Any, first: int, rows: int, states: bool = False) -> Any:
     return output[..., first:, :] if has_rows and (states or output.ndim == 3) else output
 
 
-def _find_block(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | None:
-    """Return the block whose output is what a model calls ``inputs_embeds``, or None where that is the embedding's.
-
-    A model gives the same on ids and on the right embeddings.
-    """
-    if not is_plain_text(model) or "inputs_embeds" not in read_parameter_names(model.base_model):
-        return None
-    path = next((name for name, module in model.base_model.named_modules() if module is embedding), "").split(".")
-    around = [model.base_model.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
-    blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
-    seen: dict[nn.Module, Any] = {}
-    modules = [embedding, *blocks]
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.setdefault(module, output)
-
-    handles = [module.register_forward_hook(record) for module in modules]
-    ids = torch.tensor([[5, 6, 7]])
-    try:
-        with torch.no_grad():
-            expected = model.base_model(input_ids=ids)[0]
-            for handle in handles:
-                handle.remove()
-            for module in modules:
-                actual = model.base_model(inputs_embeds=seen[module])[0]
-                if actual.shape == expected.shape and torch.allclose(actual, expected):
-                    return None if module is embedding else module
-    except Exception:  # a model that needs its ids, or something beside them
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
 def _find_text_part(model: PreTrainedModel) -> nn.Module:
     """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
     try:
@@ -314,7 +279,7 @@ class PrefixTextbook:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Put the gates of the sequences on the cache (a forward hook of the backbone)."""
-        cache = find_cache(output if isinstance(output, tuple) else list(output.values()))
+        cache = find_cache(output)
         if self.gates and cache is not None:
             setattr(cache, _GATES, self.gates)
 
@@ -347,7 +312,7 @@ class PrefixTextbook:
             mask = mask[..., : key.shape[2]]
         book: PrefixTextbook | None = getattr(module, _BOOK, None)
         if book is None:
-            return _find_eager(module)(module, query, key, value, mask, **kwargs)
+            return (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)
         return book.attend(module, query, key, value, mask, kwargs)
 
     def attend(
@@ -358,7 +323,7 @@ class PrefixTextbook:
         pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._find_prefix(module, index))
         gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)
         if output_gate is not None:
-            output = _find_eager(module)(module, query, key, value, mask, **kwargs)[0]
+            output = (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)[0]
             own = _attend_to_prefix(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
             return output + own.transpose(1, 2), None
         if gate is None or gate.ndim < 4:
@@ -401,7 +366,7 @@ class PrefixTextbook:
         if isinstance(bias, Tensor):
             kwargs = {**kwargs, "position_bias": nn.functional.pad(bias[..., : key.shape[2]], columns)[:, :, rows]}
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
-        return _find_eager(module)(module, query[:, :, rows], key, value, mask, **kwargs)
+        return (find_eager_attention(module) or _attend_plainly)(module, query[:, :, rows], key, value, mask, **kwargs)
 
     def _find_prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
         states = self.method.projected_states(index)
@@ -447,13 +412,6 @@ def _attend_to_prefix(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, A
         scores = cap * torch.tanh(scores / cap)
     output: Tensor = scores.softmax(-1) @ pv
     return output
-
-
-def _find_eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention of the file that a module's class is from."""
-    homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
-    found = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), _attend_plainly)
 
 
 def _attend_plainly(
