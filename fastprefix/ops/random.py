@@ -22,7 +22,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _multiply(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 wraps around, so the low 64 bits are right."""
+    """Return the high and low words of a 32 x 32 bit product. int64 wraps around, so the low 64 bits are right."""
     product = a * factor
     return (product >> 32) & _WORD, product & _WORD
 
@@ -56,7 +56,7 @@ def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
 
 
 def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
-    """:func:`draw_factor` for probabilities: rows are queries, columns keys, the prefix's or (``tokens``) tokens'.
+    """Draw :func:`draw_factor` for probabilities: rows are queries, columns the prefix's or (``tokens``) tokens' keys.
 
     The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
     the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.

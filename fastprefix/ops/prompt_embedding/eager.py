@@ -16,7 +16,7 @@ from .validation import check_ids
 
 
 def forward(*arguments: Any) -> Tensor:
-    """[B, S + N, d]."""
+    """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
     check_ids(a.input_ids, a.weight.shape[0])
     batch, tokens = a.input_ids.shape

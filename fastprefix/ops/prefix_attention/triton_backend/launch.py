@@ -20,7 +20,7 @@ _PARTS_BLOCK = 16
 
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
     a = AttentionArguments(*arguments)
     launcher = _Launcher(a, target or target_of(a.query.device))
     output = allocate_heads(a.query, launcher.DV)
@@ -122,7 +122,7 @@ class _Launcher:
         self.target.launch(kernel, grid, arguments, constants, tile)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
-        """Few queries, many keys: parts of the keys side by side, then joined."""
+        """Attend from few queries to many keys, in parts of the keys side by side that are then joined."""
         tile = self.find_tile("decode")
         queries = self.H // self.kv_heads * self.N
         shared = self.a.prefix_key.shape[0] == 1
@@ -143,7 +143,7 @@ class _Launcher:
         self.launch("combine", grid, self.operands, *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
-        """How many parts, and how many keys in each: enough programs to fill the device, and no empty ones."""
+        """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
         blocks = divide_up(keys, block)
         wanted = min(_MOST_PARTS, 2 * divide_up(self.target.processors, max(1, tiles)))
         chunk = divide_up(max(1, blocks), max(1, min(wanted, blocks))) * block
@@ -182,7 +182,7 @@ class _BackwardLauncher(_Launcher):
         return self.gradients[name]
 
     def _allocate_part(self, name: str, *shape: int) -> Tensor | None:
-        """Float32 sums of programs, where the gradient is asked for."""
+        """Allocate float32 sums of programs, where the gradient is asked for."""
         return self.allocate_floats(*shape) if name in self._needs else None
 
     def _store_sum(self, name: str, total: Tensor | None) -> None:
@@ -204,7 +204,7 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
     def differentiate_queries(self) -> None:
-        """Gradients of query and prefix gate; where query needs none, no token is touched."""
+        """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
         by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
@@ -222,14 +222,14 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("prefix_gate", dgate)
 
     def differentiate_keys(self) -> None:
-        """Gradients of key and value."""
+        """Compute gradients of key and value."""
         dk, dv = self._allocate_result("key"), self._allocate_result("value")
         grid = (self.B * self.kv_heads * divide_up(self.M, self.find_tile("dkv").BN),)
         arguments = (self._do, *(ABSENT if x is None else describe_matrix(x) for x in (dk, dv)), self._rows)
         self.launch("dkv", grid, self.operands, *arguments, *self.sizes)
 
     def differentiate_prefix(self) -> None:
-        """Gradients of prefix_key and prefix_value: one tall problem for each key/value head, in parts if long."""
+        """Compute gradients of prefix_key and prefix_value: a tall problem for each key/value head, in parts if long."""
         batch = self.a.prefix_key.shape[0]
         tile = self.find_tile("dprefix")
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)

@@ -52,7 +52,7 @@ def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
 
 @triton.jit
 def find_row(operand, b, h, n):
-    """Where rows begin, in 64 bits; dimensions that broadcast do not enter."""
+    """Find where rows begin, in 64 bits. Dimensions that broadcast do not enter."""
     pointer = operand.pointer
     if operand.b is not None:
         pointer += tl.cast(b, tl.int64) * operand.b
@@ -65,7 +65,7 @@ def find_row(operand, b, h, n):
 
 @triton.jit
 def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
+    """Find addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
     o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     return find_row(operand, b, h, n0) + (o_n * operand.n + o_d * operand.c)
@@ -75,8 +75,9 @@ def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_block(
     operand, b, h, n0, end, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr = False
 ):
-    """Rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP]: zero from row ``end`` on (with ALL, no row is), and
-    beyond column D.
+    """Load rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP].
+
+    The tile is zero from row ``end`` on (with ALL, no row is), and beyond column D.
     """
     p_block = find_block(operand, b, h, n0, ROWS, DP)
     there = tl.arange(0, ROWS)[:, None] < end - n0
@@ -108,7 +109,7 @@ def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_entry(operand, b, h, n, c):
-    """Elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
+    """Load elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
     pointer = find_row(operand, b, h, n)
     if operand.c is not None:
         pointer += c.to(tl.int64) * operand.c
@@ -117,7 +118,7 @@ def load_entry(operand, b, h, n, c):
 
 @triton.jit
 def find_numbers(p_numbers, index, plane, a, sizes):
-    """Where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
+    """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
     return p_numbers + (index * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N
 
 
@@ -135,13 +136,13 @@ def convert_natural(x, a):
 
 @triton.jit
 def compute_decay(x):
-    """e^(-2 |x|)."""
+    """Compute e^(-2 |x|)."""
     return tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
 
 
 @triton.jit
 def tanh(x, a):
-    """In float32 by its series near zero, where the quotient would lose digits; 16 bits do not show them."""
+    """Compute tanh. In float32 it is a series near zero, where the quotient loses digits; 16 bits do not show them."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         e = compute_decay(x)
         quotient = (1.0 - e) / (1.0 + e)
@@ -154,7 +155,7 @@ def tanh(x, a):
 
 @triton.jit
 def cap_scores(b_qk, b_gate, a):
-    """From <q, k> to scores: gate, scale, soft cap."""
+    """Compute scores from <q, k>: gate, scale, soft cap."""
     if a.softcap is None:
         return b_qk * b_gate * convert_natural(a.scale, a)
     else:
@@ -163,7 +164,7 @@ def cap_scores(b_qk, b_gate, a):
 
 @triton.jit
 def differentiate_cap(b_ds, b_qk, b_gate, a):
-    """Gradient of the scores before the soft cap, from that after it.
+    """Compute the gradient of the scores before the soft cap from that after it.
 
     In float32 its slope, 1 - tanh^2, is not computed as a difference: that loses its digits where tanh is almost 1.
     """
@@ -214,8 +215,10 @@ def load_sink(a, h):
 
 @triton.jit
 def load_bias(bias, b, h, i, j, a):
-    """Elements of a bias. The least finite numbers, which masks are made of, stay finite in the unit of the kernels:
-    where a row has nothing else, they hide nothing.
+    """Load elements of a bias.
+
+    The least finite numbers, which masks are made of, stay finite in the unit of the kernels: where a row has nothing
+    else, they hide nothing.
     """
     b_x = load_entry(bias, b, h, i, j).to(tl.float32)
     b_bias = convert_natural(b_x, a)
@@ -277,7 +280,7 @@ def draw_kept(at, a, TOKENS: tl.constexpr):
 
 @triton.jit
 def exponentiate(b_x, a):
-    """e to the power of a difference of scores."""
+    """Compute e to the power of a difference of scores."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         # x = n ln 2 + r: the product with log2(e) is rounded where it is small.
         b_x = tl.where(b_x < -150.0, -150.0, b_x)
@@ -296,7 +299,7 @@ def bound_maximum(b_m):
 
 @triton.jit
 def invert(b_l):
-    """1 / l, and 0 where nothing was seen."""
+    """Compute 1 / l, and 0 where nothing was seen."""
     return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
 
 
@@ -308,8 +311,9 @@ def start_sums(BM: tl.constexpr, DVP: tl.constexpr):
 
 @triton.jit
 def step_softmax(b_s, factor, b_m, b_l, a):
-    """One step of the online softmax over scores ``b_s * factor``, of which the factor is positive: probabilities
-    against the new maximum, what older sums decay by, the new maximum and sum.
+    """Run one step of the online softmax over scores ``b_s * factor``, of which the factor is positive.
+
+    It returns probabilities against the new maximum, the decay of older sums, the new maximum and sum.
     """
     b_max = tl.maximum(b_m, tl.max(b_s, 1) * factor)
     b_p = exponentiate(b_s * factor - bound_maximum(b_max)[:, None], a)
@@ -332,7 +336,7 @@ def add_sink(sums, a, h):
 
 @triton.jit
 def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, sizes):
-    """Maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
+    """Store the maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
     tl.store(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, b_m, mask=there)
     tl.store(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, b_l, mask=there)
 
@@ -366,7 +370,7 @@ def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, si
 
 @triton.jit
 def load_rows(p_rows, softmax, plane, i, a, sizes):
-    """Of rows i; those that are not there have probabilities of 0."""
+    """Load what the backward pass knows of rows i. Those that are not there have probabilities of 0."""
     if a.exact is None:
         b_reference = tl.load(
             find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
@@ -382,7 +386,7 @@ def load_rows(p_rows, softmax, plane, i, a, sizes):
 
 @triton.jit
 def compute_probability(b_s, b_reference, b_inverse, a):
-    """Of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
+    """Compute the probability of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
     if a.exact is None:
         return exponentiate(b_s - b_reference, a)
     else:

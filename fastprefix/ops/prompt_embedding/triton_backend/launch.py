@@ -21,7 +21,7 @@ _PARTS = 32  # of the tokens, in the sums of the backward pass
 
 
 def forward(*arguments: Any, target: Target | None = None) -> Tensor:
-    """[B, S + N, d]."""
+    """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
     target = target or target_of(a.weight.device)
     check_ids(a.input_ids, a.weight.shape[0])
