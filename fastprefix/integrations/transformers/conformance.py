@@ -146,6 +146,7 @@ class _Key(NamedTuple):
     options: str
 
 
+_NO_COPY = Finding("ids", "not applicable", reason="no small copy of the model runs")
 _REPORTS: dict[_Key, ConformanceReport] = {}
 _COPIES: dict[tuple[type, str], PreTrainedModel | None] = {}
 _LOCK = threading.RLock()
@@ -177,23 +178,14 @@ def check(
         attach: attaches a method to a model that it is given, without checking.
         names: of the situations to check. None: all of them.
     """
-    small_method = shrink_method_config(model, config)
-    options = json.dumps(small_method.to_dict(), sort_keys=True, default=str)
+    small = shrink_method_config(model, config)
+    options = json.dumps(small.to_dict(), sort_keys=True, default=str)
     key = _Key(type(model), describe_structure(model), config.method_name(), options)
-    with _LOCK:
-        if names is not None or key not in _REPORTS:
-            plain = make_copy(model)
-            if plain is None:
-                none = Finding("ids", "not applicable", reason="no small copy of the model runs")
-                return ConformanceReport(type(model).__name__, type(config).__name__, (none,))
-            if getattr(plain, "generation_config", None) is not None:
-                plain.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
-            with _silence():
-                report = _compare_method(plain, small_method, attach, names)
-            if names is not None:
-                return report
-            _REPORTS[key] = report
-        return _REPORTS[key]
+
+    def compare(plain: PreTrainedModel) -> tuple[Finding, ...]:
+        return _compare_method(plain, small, attach, names)
+
+    return _report(model, key, type(config).__name__, compare, is_remembered=names is None)
 
 
 def check_pair(
@@ -208,39 +200,45 @@ def check_pair(
         make: of a small copy of the base, the model that says what is right, and the other one.
     """
     key = _Key(type(model), describe_structure(model), method, options)
-    with _LOCK:
-        if key not in _REPORTS:
-            plain = make_copy(model)
-            _REPORTS[key] = (
-                ConformanceReport(type(model).__name__, method, ())
-                if plain is None
-                else _compare_pair(plain, method, make)
-            )
-        return _REPORTS[key]
+    return _report(model, key, method, lambda plain: _compare_pair(plain, make))
 
 
-def _compare_pair(
-    plain: PreTrainedModel, method: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]
+def _report(
+    model: PreTrainedModel,
+    key: _Key,
+    method: str,
+    compare: Callable[[PreTrainedModel], tuple[Finding, ...]],
+    is_remembered: bool = True,
 ) -> ConformanceReport:
-    if getattr(plain, "generation_config", None) is not None:
-        plain.generation_config.eos_token_id = None
-    with _silence():
-        try:
-            with Float64(), torch.random.fork_rng(devices=[]):
-                right, other = make(copy.deepcopy(plain))
-        except Exception as error:
-            return ConformanceReport(
-                type(plain).__name__, method, (Finding("ids", _blame(error), reason=_format_error(error)),)
-            )
-        for each in (right, other):
-            _randomize(p for p in each.parameters() if p.requires_grad)
-            each.eval()
-        subject, book = (
-            _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
-        )
-        return ConformanceReport(
-            type(plain).__name__, method, _collect_findings(Situations(subject, book, plain, paired=True), _PAIRED)
-        )
+    """Return the report that is remembered, or compare on a copy of the model."""
+    with _LOCK:
+        if is_remembered and key in _REPORTS:
+            return _REPORTS[key]
+        plain = make_copy(model)
+        if plain is None:
+            findings: tuple[Finding, ...] = (_NO_COPY,)
+        else:
+            with _silence():
+                findings = compare(plain)
+        report = ConformanceReport(type(model).__name__, method, findings)
+        if is_remembered and plain is not None:
+            _REPORTS[key] = report
+        return report
+
+
+def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> tuple[Finding, ...]:
+    try:
+        with Float64(), torch.random.fork_rng(devices=[]):
+            right, other = make(copy.deepcopy(plain))
+    except Exception as error:
+        return (_find_fault("ids", error),)
+    for each in (right, other):
+        _randomize(p for p in each.parameters() if p.requires_grad)
+        each.eval()
+    subject, book = (
+        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
+    )
+    return _collect_findings(Situations(subject, book, plain, paired=True), _PAIRED)
 
 
 @contextmanager
@@ -272,15 +270,16 @@ def make_copy(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a small copy of a model in float64, or a copy of the model itself where none can be built; None: the model
     is too large for that, or its weights are not floating point numbers in memory.
     """
-    small = _get_small_copy(model)
-    if small is not None:
-        copied: PreTrainedModel = copy.deepcopy(small)
-        return copied
-    unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
-    if unusual or model.num_parameters() > _LARGEST:
-        return None
-    own: PreTrainedModel = copy.deepcopy(model).double().eval()
-    return own
+    copied: Any = copy.deepcopy(_get_small_copy(model))
+    if copied is None:
+        unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
+        if unusual or model.num_parameters() > _LARGEST:
+            return None
+        copied = copy.deepcopy(model).double().eval()
+    if getattr(copied, "generation_config", None) is not None:
+        copied.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
+    plain: PreTrainedModel = copied
+    return plain
 
 
 def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -338,15 +337,14 @@ class _Subject(NamedTuple):
 
 def _compare_method(
     plain: PreTrainedModel, config: MethodConfig, attach: Callable[..., Any], names: Sequence[str] | None
-) -> ConformanceReport:
+) -> tuple[Finding, ...]:
     """Attach a method to a copy, give it random parameters, and go through all situations."""
-    family, method_name = type(plain).__name__, type(config).__name__
     attached = copy.deepcopy(plain)
     try:
         with Float64(), torch.random.fork_rng(devices=[]):
             attach(attached, config)
     except Exception as error:
-        return ConformanceReport(family, method_name, (Finding("ids", _blame(error), reason=_format_error(error)),))
+        return (_find_fault("ids", error),)
     trained = {name: p for name, p in attached.named_parameters() if p.requires_grad}
     _randomize(trained.values())
     book_model = copy.deepcopy(plain).requires_grad_(False)
@@ -362,7 +360,7 @@ def _compare_method(
     situations = Situations(
         _Subject(attached.__call__, attached, parameters), _Subject(book, book_model, leaves), plain
     )
-    return ConformanceReport(family, method_name, _collect_findings(situations, names))
+    return _collect_findings(situations, names)
 
 
 def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
@@ -390,11 +388,11 @@ def _randomize(parameters: Any) -> None:
             parameter.copy_((0.3 * noise).to(parameter))
 
 
-def _blame(error: BaseException) -> Verdict:
-    """Return "refused" for this package's own errors, and "fails" for all others."""
+def _find_fault(situation: str, error: BaseException) -> Finding:
+    """Return the finding of an error: "refused" for this package's own, and "fails" for all others."""
     frames = traceback.extract_tb(error.__traceback__)
-    said = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
-    return "refused" if said else "fails"
+    is_own = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
+    return Finding(situation, "refused" if is_own else "fails", reason=_format_error(error))
 
 
 def _format_error(error: BaseException) -> str:
@@ -694,10 +692,7 @@ class Situations:
             return self._run_plainest(run)
 
         expected = self._expect("training", self.book, training)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
+        _enable_checkpointing(model, reentrant)
         model.train()
         try:
             compared = _compare(_evaluate(self.subject, training), expected)
@@ -715,10 +710,7 @@ class Situations:
         weight = model.get_input_embeddings().weight.requires_grad_(True)
         plain, found = _Subject(model.__call__, model, [weight]), []
         for kind in (False, True):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
-            for module in model.modules():
-                if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=kind)
+            _enable_checkpointing(model, kind)
             torch.manual_seed(0)
             found.append(_evaluate(plain, self._run_plainest))
         return _compare(*found).error <= BOUND
@@ -745,13 +737,20 @@ class Situations:
         except _Absent as absent:
             return Finding(name, "not applicable", reason=str(absent))
         except Exception as error:
-            return Finding(name, _blame(error), reason=_format_error(error))
+            return _find_fault(name, error)
         own, ours = _compare(rounded, exact), _compare(actual, exact)
         return Finding(name, "ok" if ours.error <= max(4 * own.error, 0.05) else "differs", ours.error, ours.where)
 
     def _require(self, name: str) -> None:
         if name not in self.names:
             raise _Absent(f"the model has no {name}")
+
+
+def _enable_checkpointing(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
@@ -820,7 +819,7 @@ def _judge(name: str, situation: Callable[[], Compared]) -> Finding:
     except _Absent as absent:
         return Finding(name, "not applicable", reason=str(absent))
     except Exception as error:
-        return Finding(name, _blame(error), reason=_format_error(error))
+        return _find_fault(name, error)
     return Finding(name, "ok" if compared.error <= BOUND else "differs", *compared)
 
 

@@ -229,7 +229,7 @@ class _BackwardLauncher(_Launcher):
         self.launch("dkv", grid, self.operands, *arguments, *self.sizes)
 
     def differentiate_prefix(self) -> None:
-        """Compute gradients of prefix_key and prefix_value: a tall problem for each key/value head, in parts if long."""
+        """Compute gradients of prefix_key and prefix_value: a tall problem per key/value head, in parts if long."""
         batch = self.a.prefix_key.shape[0]
         tile = self.find_tile("dprefix")
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)

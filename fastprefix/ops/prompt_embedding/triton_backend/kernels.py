@@ -70,7 +70,7 @@ def prompt_embedding_fwd_kernel(
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """Embed tokens for PT (no w1) and ADePT. The first programs run BT tokens each, the others BT rows of the prompt."""
+    """Embed tokens for PT (no w1) and ADePT. The first programs run BT tokens each, the others BT prompt rows."""
     block = tl.program_id(0)
     token_blocks = tl.cdiv(B * N, BT)
     if block >= token_blocks:
@@ -108,7 +108,7 @@ def prompt_embedding_low_rank_fwd_kernel(
     B, N, S, d, r, scale, rows,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """Embed tokens for DePT: BT positions of ``rows`` rows of the batch, which share offsets, or prompts."""
+    """Embed tokens for DePT: BT positions of ``rows`` rows of the batch, with one offset, or prompts."""
     block = tl.program_id(0)
     position_blocks = tl.cdiv(N, BT)
     token_blocks = position_blocks * tl.cdiv(B, rows)
