@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 import fastprefix
 from fastprefix.integrations.transformers.prompt import PromptHooks
 
+from ... import models
 from ...float64 import Float64
 
 SIZES: dict[str, Any] = {
