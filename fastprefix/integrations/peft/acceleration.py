@@ -44,13 +44,14 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
 
     Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
     and not concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt is run once for the
-    whole batch where that gives the same (``peft_model.fastprefix.prompt_path`` says whether). All of its adapters are
-    served, whichever is active.
+    whole batch where that gives the same (see ``peft_model.fastprefix.prompt_path``). All of its adapters are supported,
+    whichever is active.
 
     Args:
         peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT.
-        check: whether an accelerated model is compared with PEFT's own on a small copy of the base first, once a class
-            and configuration. A prompt that differs stays on PEFT's path.
+        check: compare an accelerated model with PEFT's own on a small copy of the base first, once a class and
+            configuration. A prompt that differs stays on PEFT's path. Without the check, or where no small copy runs,
+            the model itself is compared on four tokens.
 
     Returns:
         The same model.
