@@ -44,7 +44,7 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
 
     Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
     and not concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt is run once for the
-    whole batch where that gives the same (see ``peft_model.fastprefix.prompt_path``). All of its adapters are supported,
+    whole batch where that gives the same (see ``peft_model.fastprefix.prompt_path``). All of its adapters run so,
     whichever is active.
 
     Args:
