@@ -95,7 +95,7 @@ class PromptAcceleration(PromptLearning):
 
     def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the head on hidden states; on the prompt's, which are the same in every row, once."""
-        states = self._states()
+        states = self._find_states()
         given = next(iter((*args, *kwargs.values())), None)
         if states is None or not isinstance(given, Tensor) or not states.is_whole(given):
             return forward(*args, **kwargs)
@@ -106,7 +106,7 @@ class PromptAcceleration(PromptLearning):
 
         PEFT's labels of the prompt itself are all -100, so that its other rows add nothing.
         """
-        states = self._states()
+        states = self._find_states()
         whole = () if states is None else states.whole.shape[:2]
         options = kwargs.get("shift_labels"), kwargs.get("ignore_index")
         if states is not None and logits.shape[:2] == labels.shape == whole and options == (None, None):
@@ -115,7 +115,7 @@ class PromptAcceleration(PromptLearning):
         loss: Tensor = ForCausalLMLoss(logits, labels, *args, **kwargs)
         return loss
 
-    def _states(self) -> SplitStates | None:
+    def _find_states(self) -> SplitStates | None:
         """Return what the backbone returned to the call in progress, where the prompt ran once."""
         call = self.call_in_progress()
         return None if call is None or torch.compiler.is_compiling() else call.states

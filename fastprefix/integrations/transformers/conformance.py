@@ -447,31 +447,33 @@ class Situations:
                 yield _judge(name, situation)
 
     def _list_situations(self) -> dict[str, Callable[[], Compared]]:
-        def alike(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
+        def compare(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
             return functools.partial(self._compare_alike, key, run, gradients)
 
-        chosen: dict[str, Callable[[], Compared]] = {"ids": alike("ids", self._run_plainest)}
+        chosen: dict[str, Callable[[], Compared]] = {"ids": compare("ids", self._run_plainest)}
         if self.is_text:
-            chosen |= {f"{side} padding": alike(side, self._run_padded(side)) for side in ("left", "right")}
-            chosen["a row alone"] = alike("alone", self._run_alone)
+            chosen |= {f"{side} padding": compare(side, self._run_padded(side)) for side in ("left", "right")}
+            chosen["a row alone"] = compare("alone", self._run_alone)
         if self.is_plain:
             chosen |= {
-                "inputs_embeds": alike("embeds", self._run_embeddings),
-                "explicit positions": alike("positions", self._run_positions),
-                "three-dimensional positions": alike("3-D positions", self._run_three_dimensions),
-                "token types": alike("types", self._run_types),
-                "boxes": alike("boxes", self._run_boxes),
-                "long inputs": alike("long", self._run_long),
+                "inputs_embeds": compare("embeds", self._run_embeddings),
+                "explicit positions": compare("positions", self._run_positions),
+                "three-dimensional positions": compare("3-D positions", self._run_three_dimensions),
+                "token types": compare("types", self._run_types),
+                "boxes": compare("boxes", self._run_boxes),
+                "long inputs": compare("long", self._run_long),
                 "packed sequences": self._compare_packed,
             }
         if self.caches:
             chosen |= {
-                "a cached continuation": alike("pieces", self._run_in_pieces("none")),
-                "a cached continuation with left padding": alike("left pieces", self._run_in_pieces("left", _PADDING)),
-                "a static cache": alike(
+                "a cached continuation": compare("pieces", self._run_in_pieces("none")),
+                "a cached continuation with left padding": compare(
+                    "left pieces", self._run_in_pieces("left", _PADDING)
+                ),
+                "a static cache": compare(
                     "static", self._run_in_pieces("left", _PADDING, self._make_static_cache), gradients=False
                 ),
-                "a copied cache": alike("copied", self._run_copied, gradients=False),
+                "a copied cache": compare("copied", self._run_copied, gradients=False),
                 "a second turn of generation": self._compare_second_turn,
             }
         if self.is_text and self.plain.can_generate():
@@ -480,12 +482,12 @@ class Situations:
             "forward called directly": self._compare_direct,
             "gradient checkpointing": functools.partial(self._compare_checkpointing, False),
             "reentrant gradient checkpointing": functools.partial(self._compare_checkpointing, True),
-            "hidden states": alike("states", self._run_states(True), gradients=False),
-            "selected hidden states": alike("selected", self._run_states([0, -1]), gradients=False),
-            "tuples": alike("tuples", self._run_tuples, gradients=False),
+            "hidden states": compare("states", self._run_states(True), gradients=False),
+            "selected hidden states": compare("selected", self._run_states([0, -1]), gradients=False),
+            "tuples": compare("tuples", self._run_tuples, gradients=False),
         }
         if self.is_plain:  # last: some models remember where a former call's images were
-            chosen["images"] = alike("images", self._run_images)
+            chosen["images"] = compare("images", self._run_images)
         return chosen
 
     # Comparisons
@@ -586,18 +588,18 @@ class Situations:
         cuts = (slice(0, 3), slice(3, _TOKENS))
         positions = torch.cat([torch.arange(cut.stop - cut.start) for cut in cuts])[None]
 
-        def packed(run: Run) -> list[Tensor]:
+        def run_packed(run: Run) -> list[Tensor]:
             return _extract_values(run(input_ids=self.ids[:1], position_ids=positions, use_cache=False))
 
-        def alone(run: Run) -> list[Tensor]:
+        def run_alone(run: Run) -> list[Tensor]:
             each = [_extract_values(run(input_ids=self.ids[:1, cut], use_cache=False))[0] for cut in cuts]
             return [torch.cat(each, dim=1)]
 
         plain = _Subject(self.plain.__call__, self.plain, [])
-        together = self._expect("plain packed", plain, packed, gradients=False)
-        if _compare(together, self._expect("plain apart", plain, alone, gradients=False)).error > BOUND:
+        together = self._expect("plain packed", plain, run_packed, gradients=False)
+        if _compare(together, self._expect("plain apart", plain, run_alone, gradients=False)).error > BOUND:
             raise _Absent("the model does not tell packed sequences apart")
-        return _compare(_evaluate(self.subject, packed), self._expect("apart", self.book, alone))
+        return _compare(_evaluate(self.subject, run_packed), self._expect("apart", self.book, run_alone))
 
     def _run_in_pieces(self, padding: str, cut: int = 4, cache: Callable[[], Any] = lambda: None) -> Make:
         """Run ids in two calls, the second with the cache of the first."""
@@ -686,16 +688,16 @@ class Situations:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise _Absent("the model has no gradient checkpointing")
 
-        def training(run: Run) -> list[Tensor]:
+        def run_training(run: Run) -> list[Tensor]:
             self.book.model.train()
             torch.manual_seed(0)
             return self._run_plainest(run)
 
-        expected = self._expect("training", self.book, training)
+        expected = self._expect("training", self.book, run_training)
         _enable_checkpointing(model, reentrant)
         model.train()
         try:
-            compared = _compare(_evaluate(self.subject, training), expected)
+            compared = _compare(_evaluate(self.subject, run_training), expected)
             if reentrant and compared.error > BOUND and not self._checkpoints_reentrantly():
                 raise _Absent("the model itself gives other gradients with reentrant gradient checkpointing")
             return compared
@@ -756,11 +758,11 @@ def _enable_checkpointing(model: Any, reentrant: bool) -> None:
 def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
     """Checkpoint a function that runs in ``Float64``, which the backward pass leaves."""
 
-    def wide(*inputs: Any) -> Any:
+    def run_wide(*inputs: Any) -> Any:
         with Float64():
             return function(*inputs)
 
-    return checkpoint.checkpoint(wide, *args, use_reentrant=use_reentrant)
+    return checkpoint.checkpoint(run_wide, *args, use_reentrant=use_reentrant)
 
 
 def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:

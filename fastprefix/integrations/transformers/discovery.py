@@ -904,7 +904,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str]) -> None:
     counts = {n: values[n] for n in _FLAGGED_COUNTS if type(values.get(n)) is int}
     shared = values.get("num_kv_shared_layers") or 0
 
-    def kind(layer: int) -> str:
+    def describe_kind(layer: int) -> str:
         told = [value[layer] for name, value in lists.items() if name not in sources]
         told += [value[layer] == layer for value in sources.values()]
         told += [layer in value for value in indices.values()]
@@ -913,7 +913,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str]) -> None:
 
     kinds: dict[str, int] = {}
     for layer in range(count):
-        kinds.setdefault(kind(layer), layer)
+        kinds.setdefault(describe_kind(layer), layer)
     chosen = set(list(kinds.values())[:_MOST_KINDS])
     periods = [v for n, v in values.items() if type(v) is int and 1 < v <= count and _PERIOD_NAME.search(n)]
     if "layer_types" not in lists and "layers_block_type" not in lists and periods:

@@ -480,7 +480,7 @@ def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_Recor
 def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
     """Return an attention function that runs the module's own and records the call."""
 
-    def own(
+    def run_own(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         function = find_eager_attention(module) or run_attention
@@ -491,14 +491,14 @@ def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
         calls.append(_RecordedCall(module, output, float(value.abs().max()), sees))
         return output.to(query.dtype), None
 
-    return own
+    return run_own
 
 
 def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
     """Return an attention function that compares this package's with the calls in order and returns their results."""
     expected = iter(calls)
 
-    def ours(
+    def run_ours(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         call = next(expected, None)
@@ -515,7 +515,7 @@ def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
             raise _Differs(f"{what} differs by {float(difference.max()) / call.scale:.1e} of its largest value")
         return call.output.to(query.dtype), None
 
-    return ours
+    return run_ours
 
 
 def find_eager_attention(module: nn.Module) -> Any:
