@@ -171,10 +171,9 @@ def _find_layers(peft_model: Any) -> list[Layer]:
         if small is not model:
             adopt_trial(model, small)
         return find_layers(model)
-    except ValueError:
-        raise
     except Exception as error:  # whatever a family makes of it
-        raise ValueError(f"`peft_model` must be a model that runs on these kernels: {error!r}") from error
+        why = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"`peft_model` must be a model that runs on these kernels: {why}") from error
 
 
 def _install(peft_model: Any, layers: list[Layer], is_verified: bool) -> CachedPrefix:

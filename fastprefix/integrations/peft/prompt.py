@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
+from ..transformers.attention import Binding, CarriedBindings, GivenPrefix, Prefix, carrying
 from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.hooks import (
     Forward,
@@ -22,7 +22,7 @@ from ..transformers.hooks import (
 )
 from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
-from ..transformers.shared_prompt import SharedPrompt, add_reached_token, has_dropout
+from ..transformers.shared_prompt import add_reached_token, has_dropout
 from ..transformers.switching import find_device
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
@@ -170,17 +170,15 @@ class PromptAcceleration(PromptLearning):
             longer = {name: _repeat_last(value) for name, value in alone.items()}
             prompt, longer["position_ids"] = add_reached_token(prompt, *reach)
             alone = longer
-        shared = SharedPrompt()
-        bindings = CarriedBindings(shared.make_bindings(self.layers))
-        with suspend_checkpointing(self.backbone), shared.capture(), carrying(bindings):
+        seen = {layer.module: _Seen() for layer in self.layers}
+        with suspend_checkpointing(self.backbone), carrying(CarriedBindings(seen)):
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
         if getattr(ran, "hidden_states", None) is not None:
             ran.hidden_states = tuple(state[:, :length] for state in ran.hidden_states)
-        assert shared.prefixes is not None
         prefixes = {}
-        for index, layer in enumerate(self.layers):
-            key, value = shared.prefixes[index]
+        for layer in self.layers:
+            key, value = seen[layer.module].pair
             name = self.layer_names[layer.module]
             prefixes[name] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
         return ran, PrefixCache(len(self.layers), length, prefixes)
@@ -233,3 +231,13 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "use_cache": False}
     calls, error = record_calls(backbone, readers, is_enough, **inputs)
     return backbone if error is not None else find_innermost(calls)
+
+
+class _Seen(Binding):
+    """A binding that gives no prefix, also when a layer runs again, and keeps what the attention is called with."""
+
+    pair: Prefix
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Return None, and keep the keys and values of the one row."""
+        self.pair = key[0], value[0]
