@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastprefix.integrations.transformers.adapter import MODULE, trainable_modules
+from fastprefix.integrations.transformers.adapter import MODULE, find_trainable_modules
 
 from .measure import BenchmarkError, explain
 
@@ -166,5 +166,5 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the parameters of the head of a classifier; those of a language model stay frozen."""
-    modules = {name: module for name, module in trainable_modules(model, None).items() if name != MODULE}
+    modules = {name: module for name, module in find_trainable_modules(model, None).items() if name != MODULE}
     return [parameter for module in modules.values() for parameter in module.parameters()]

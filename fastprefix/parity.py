@@ -283,7 +283,7 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m fastprefix parity``."""
+    """Add the options of ``python -m fastprefix parity``."""
     parser.add_argument("--shape", type=_shape, metavar="B,Hq,Hkv,N,M,P,D[,Dv]", help="prefix_attention at this shape")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all")
     parser.add_argument("--backend", choices=list(BACKENDS), nargs="+", help="default: all that are usable")
@@ -333,7 +333,7 @@ def _progress(done: int, total: int, started: float) -> None:
 
 
 def _print_results(results: Sequence[tuple[Case, str, str, Report]]) -> int:
-    """A line for each operation, backend and dtype, then every miss in full."""
+    """Print a line for each operation, backend and dtype, then every miss in full."""
     groups: dict[tuple[str, str, str], list[Report]] = {}
     for case, dtype, backend, report in results:
         groups.setdefault((case.operation.__name__, backend, dtype), []).append(report)

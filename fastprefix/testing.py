@@ -1,4 +1,4 @@
-"""Parity as a function: is a fast version as exact as plain PyTorch at the same precision?
+"""Check that a fast version of a function is as exact as plain PyTorch at the same precision.
 
 There are no tolerances to set. A function, its plain version at the same dtype, and the plain version in float64 run
 on the same inputs. The function's error against float64 may be twice the plain version's, plus two ulp; that holds for
@@ -66,7 +66,7 @@ class Report:
         return max(self.rows, key=lambda row: row.ratio)
 
     def __str__(self) -> str:
-        """A table, one line a result."""
+        """Format a table with one line for each result."""
         width = max(len("result"), *(len(row.name) for row in self.rows))
         lines = [
             f"{'result':<{width}}  {'error':>9}  {'plain':>9}  {'bound':>9}  {'rms':>9}  {'bound':>9}  {'ratio':>6}"
@@ -127,10 +127,12 @@ def measure_parity(
     seed: int = 0,
 ) -> Report:
     """``assert_parity`` that reports and does not judge."""
-    named = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(_names(function, inputs), inputs, strict=True))
+    named = (
+        dict(inputs) if isinstance(inputs, Mapping) else dict(zip(_name_inputs(function, inputs), inputs, strict=True))
+    )
     by_name = isinstance(inputs, Mapping)
     options = dict(options or {})
-    if any(tensor.dtype is torch.float64 for _, tensor in _tensors(named)):
+    if any(tensor.dtype is torch.float64 for _, tensor in _collect_tensors(named)):
         raise ValueError("inputs takes dtypes below float64: nothing more exact is there to compare float64 with")
     plain_options = dict(options)
     if function in _REFERENCES and reference is None:
@@ -145,7 +147,7 @@ def measure_parity(
         count: int, callee: Callable[..., Any], extra: Mapping[str, Any], dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         runs = [
-            _Run(callee, _varied(named, draw, seed), by_name, extra, dtype, grad, parameters).results(seed + draw)
+            _Run(callee, _vary(named, draw, seed), by_name, extra, dtype, grad, parameters).results(seed + draw)
             for draw in range(count)
         ]
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
@@ -180,7 +182,7 @@ class _Run:
         self._options = {name: _cast(value, dtype) for name, value in options.items()}
         self._state: dict[str, Tensor] = {}
         self._leaves: dict[str, Tensor] = {}
-        for name, tensor in _tensors(self._inputs):
+        for name, tensor in _collect_tensors(self._inputs):
             if tensor.is_floating_point() and (grad if isinstance(grad, bool) else name in grad):
                 self._leaves[name] = tensor.requires_grad_()
         if isinstance(function, nn.Module):
@@ -194,11 +196,11 @@ class _Run:
         self._state |= {name: _cast(buffer, dtype).clone() for name, buffer in module.named_buffers()}
 
     def results(self, seed: int) -> dict[str, Tensor]:
-        """Outputs and gradients by name."""
-        devices = {tensor.device for _, tensor in _tensors([self._inputs, self._state]) if tensor.is_cuda}
+        """Return outputs and gradients by name."""
+        devices = {tensor.device for _, tensor in _collect_tensors([self._inputs, self._state]) if tensor.is_cuda}
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             torch.manual_seed(seed)
-            outputs = dict(_tensors(self._call(), "output"))
+            outputs = dict(_collect_tensors(self._call(), "output"))
             grads = self._gradients(outputs, seed) if self._leaves else {}
         return {name: output.detach() for name, output in outputs.items()} | grads
 
@@ -225,8 +227,8 @@ class _Run:
         return {f"grad {name}": torch.zeros_like(leaf) if g is None else g.detach() for name, leaf, g in named}
 
 
-def _varied(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
-    """The inputs, or for later draws a variant in the same dtype, so that errors are not one roll of the dice."""
+def _vary(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
+    """Return the inputs, or for later draws a variant in the same dtype, so that errors do not depend on one draw."""
     generator = torch.Generator().manual_seed(seed + draw)
 
     def vary(value: Any) -> Any:
@@ -292,20 +294,20 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def _collect_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in ``value`` with a name that says where it stands."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _tensors(entry, f"{name}.{key}" if name else str(key))
+            yield from _collect_tensors(entry, f"{name}.{key}" if name else str(key))
     elif isinstance(value, tuple | list):
         for index, entry in enumerate(value):
-            yield from _tensors(entry, f"{name}[{index}]")
+            yield from _collect_tensors(entry, f"{name}[{index}]")
 
 
-def _names(function: Callable[..., Any], inputs: Sequence[Any]) -> list[str]:
-    """The names of positional inputs: the function's own where it has them."""
+def _name_inputs(function: Callable[..., Any], inputs: Sequence[Any]) -> list[str]:
+    """Return the names of positional inputs, which are the function's own where it has them."""
     callee = function.forward if isinstance(function, nn.Module) else function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:

@@ -30,9 +30,9 @@ def textbook_attention(
     batch, heads = query.shape[:2]
     groups = heads // key.shape[1]
     states = binding.attachment.method.projected_states(binding.index)
-    prefix = binding.prefix(query, key, value) if states is None else projected(module, states, key.shape[3])
+    prefix = binding.get_prefix(query, key, value) if states is None else projected(module, states, key.shape[3])
     pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in prefix)
-    gate, output_gate = binding.gates(query, key, mask)
+    gate, output_gate = binding.get_gates(query, key, mask)
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if output_gate is not None:
         scores = query @ k.mT * scaling + (0.0 if mask is None else mask[..., : k.shape[2]])

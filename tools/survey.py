@@ -18,8 +18,8 @@ import transformers
 from transformers import AutoConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import Float64, Report, reports
-from fastprefix.integrations.transformers.discovery import CopyError, parts, small_copy
+from fastprefix.integrations.transformers.conformance import ConformanceReport, Float64, list_reports
+from fastprefix.integrations.transformers.discovery import CopyError, list_configs, make_small_copy
 from fastprefix.methods import MethodConfig
 
 SECONDS = 60
@@ -201,10 +201,10 @@ def surveyed(family: str, class_name: str, config: MethodConfig, **options: Any)
         return Outcome(family, class_name, "refused", one_line(error))
     path = getattr(model.fastprefix, "prompt_path", None)
     fastprefix.detach(model)
-    return outcome_of(family, class_name, path, reports(model, config.method_name())[-1])
+    return outcome_of(family, class_name, path, list_reports(model, config.method_name())[-1])
 
 
-def outcome_of(family: str, class_name: str, path: str | None, report: Report) -> Outcome:
+def outcome_of(family: str, class_name: str, path: str | None, report: ConformanceReport) -> Outcome:
     """Return the row of a family that is served on a path of prompts ("shared", or why not), or with a prefix."""
     verdict, why = ("works", "") if path in (None, "shared") else ("in every row", path.partition(": ")[2])
     agree = [finding for finding in report.findings if finding.verdict == "ok" and finding.situation != "autocast"]
@@ -214,21 +214,21 @@ def outcome_of(family: str, class_name: str, path: str | None, report: Report) -
 
 
 def small_model(family: str, class_name: str, **options: Any) -> Any:
-    """A small model of a family, in float64 and for evaluation; ``options`` set what its configuration has."""
+    """Build a small model of a family, in float64 and for evaluation. ``options`` set what its configuration has."""
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
     own = getattr(transformers, class_name).config_class
-    config = next((part for part in parts(config) if isinstance(part, own)), config)
-    for part in parts(config):
+    config = next((part for part in list_configs(config) if isinstance(part, own)), config)
+    for part in list_configs(config):
         for name, value in options.items():
             if vars(part).get(name) is not None:
                 setattr(part, name, value)
         if part.model_type.endswith("_thinker"):
             part.vision_start_token_id = 0
-    return small_copy(config, getattr(transformers, class_name), torch.float64)
+    return make_small_copy(config, getattr(transformers, class_name), torch.float64)
 
 
 def one_line(error: BaseException) -> str:
-    """An error for a cell of a table."""
+    """Format an error for a cell of a table."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:240].replace("|", "/")
 
 

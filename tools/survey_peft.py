@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import Float64, reports
+from fastprefix.integrations.transformers.conformance import Float64, list_reports
 
 from .survey import Outcome, Survey, one_line, outcome_of, small_model
 
@@ -48,7 +48,7 @@ def survey(family: str, class_name: str) -> Outcome:
     except ValueError as error:
         return Outcome(family, class_name, "refused", one_line(error))
     path = model.fastprefix.prompt_path
-    return outcome_of(family, class_name, path, reports(base, model.peft_type.value)[-1])
+    return outcome_of(family, class_name, path, list_reports(base, model.peft_type.value)[-1])
 
 
 def tuned(base: object, kind: str) -> peft.PeftModel:

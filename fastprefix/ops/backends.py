@@ -27,7 +27,7 @@ class Backend:
     interpretable: bool = False  # with TRITON_INTERPRET=1 it runs on the CPU too, if it is named
 
     def refusal(self, device: torch.device) -> str | None:
-        """Why this backend cannot run on ``device``; None: it can."""
+        """Return why this backend cannot run on ``device``, or None if it can."""
         if self.interpretable and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
         if self.devices is not None and device.type not in self.devices:

@@ -81,14 +81,14 @@ def check_device(name: str, value: Tensor, device: torch.device, of: str) -> Non
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast casts to on this device, or None where autocast is off."""
+    """Return the dtype that autocast casts to on this device, or None where autocast is off."""
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def after_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
-    """The dtype a floating tensor has once autocast has cast it; like PyTorch's own, float64 is left alone."""
+    """Return the dtype of a floating tensor after autocast, which like PyTorch's own leaves float64 alone."""
     return dtype if cast is None or dtype is torch.float64 else cast
 
 

@@ -90,7 +90,7 @@ class Declaration:
 def accept(
     collect: Callable[P, CanonicalT],
 ) -> Callable[[Callable[[CanonicalT], ResultT]], Callable[P, ResultT]]:
-    """Decorate a function of an operation's arguments as a tuple: it takes those of ``collect``, which makes it."""
+    """Let a function of an operation's arguments as a tuple accept those of ``collect``, which makes the tuple."""
 
     def decorate(function: Callable[[CanonicalT], ResultT]) -> Callable[P, ResultT]:
         @functools.wraps(function)

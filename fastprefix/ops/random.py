@@ -22,13 +22,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _multiply(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product; int64 wraps around, so the low 64 bits are right."""
+    """Return the high and low words of a 32 x 32 bit product. int64 wraps around, so the low 64 bits are right."""
     product = a * factor
     return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words, each in the low half of an int64, for a counter of four words that broadcast together."""
+    """Return the four words, each in the low half of an int64, for a counter of four words that broadcast together."""
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
@@ -39,12 +39,12 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
 
 
 def find_threshold(p: float) -> int:
-    """An element is dropped where its random word lies below this."""
+    """Return the number below which a random word drops its element."""
     return round(p * 2**32)
 
 
 def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
-    """What dropout multiplies by: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped. float64.
+    """Draw the factors of dropout in float64: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped.
 
     The counter is (column, row, plane, 0), and its first word decides: columns along the last dimension of ``shape``,
     rows along the one before it, planes along all the others together.
@@ -56,7 +56,7 @@ def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
 
 
 def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
-    """:func:`draw_factor` for probabilities: rows are queries, columns keys, the prefix's or (``tokens``) tokens'.
+    """Draw :func:`draw_factor` for probabilities: rows are queries, columns the prefix's or (``tokens``) tokens' keys.
 
     The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
     the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.
@@ -70,7 +70,7 @@ def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool) ->
 
 
 def _list_without_bit_3(size: int, device: torch.device) -> Tensor:
-    """The numbers below ``size``, and up to a multiple of 16, whose bit of value 8 is not set."""
+    """List the numbers below ``size``, and up to a multiple of 16, whose bit of value 8 is not set."""
     return (torch.arange(0, size, 16, device=device)[:, None] + torch.arange(8, device=device)).flatten()
 
 

@@ -62,7 +62,7 @@ class Operation:
         return tuple(self._operators)
 
     def operator(self, backend: str) -> Kernel:
-        """The forward operator of a backend."""
+        """Return the forward operator of a backend."""
         return self._operators[backend]
 
     @property
@@ -103,8 +103,9 @@ class Operation:
         return [self._allocate_gradient(tensor) for tensor, needed in asked if needed]
 
     def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel) -> Kernel:
-        """What ``torch.library.register_autograd`` would make, less the time it takes in each call: for every argument
-        it asks for the schema's list of all, to add defaults, of which these schemas have none.
+        """Make what ``torch.library.register_autograd`` would make, without the time that it adds to each call.
+
+        For every argument it lists all of the schema's, to add defaults, and these schemas have none.
         """
         tensors, gradients, arity = self._declaration.tensors, self._declaration.gradients, self._declaration.arity
         saved = self._saved

@@ -50,7 +50,7 @@ def divide_up(size: int, block: int) -> int:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The row for a device: the newest one that is no newer and asks for no more shared memory than it has."""
+    """Return the row for a device: the newest that is no newer and needs no more shared memory than the device has."""
     if capability[0] in (9, 10, 11):
         return "sm_90"
     if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KB a block
@@ -60,5 +60,5 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def target_of(device: torch.device) -> Device:
-    """The target for tensors on ``device``."""
+    """Return the target for tensors on ``device``."""
     return Device(device)

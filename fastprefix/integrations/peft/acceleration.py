@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
-from ..transformers.shared_prompt import reason_against_layers
-from ..transformers.switching import adapting, device_of, evaluated
-from .adaption_prompt import AdaptionPromptAcceleration, adapted_attentions, reason_not_fusable
+from ..transformers.shared_prompt import find_reason_against_layers
+from ..transformers.switching import adopt_trial, evaluating, find_device, list_adapting_users
+from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
 
@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=PeftModel)
 
 
 class Acceleration:
-    """What ``accelerate`` did to a model, so that ``decelerate`` can undo it."""
+    """The changes of ``accelerate`` to a model, which ``decelerate`` undoes."""
 
     def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
         self.hooks = hooks
@@ -44,13 +44,14 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
 
     Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
     and not concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt is run once for the
-    whole batch where that gives the same (``peft_model.fastprefix.prompt_path`` says whether). All of its adapters are
-    served, whichever is active.
+    whole batch where that gives the same (see ``peft_model.fastprefix.prompt_path``). All of its adapters run so,
+    whichever is active.
 
     Args:
         peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT.
-        check: whether an accelerated model is compared with PEFT's own on a small copy of the base first, once a class
-            and configuration. A prompt that differs stays on PEFT's path.
+        check: compare an accelerated model with PEFT's own on a small copy of the base first, once a class and
+            configuration. A prompt that differs stays on PEFT's path. Without the check, or where no small copy runs,
+            the model itself is compared on four tokens.
 
     Returns:
         The same model.
@@ -60,20 +61,30 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
         ValueError: it cannot be accelerated, and why; it is left as it was.
     """
     if not isinstance(peft_model, PeftModel):
-        raise TypeError(f"peft_model takes a peft.PeftModel, got {type(peft_model).__name__}")
+        raise TypeError(f"`peft_model` must be a peft.PeftModel, but is {type(peft_model).__name__}.")
     _check(peft_model)
-    setattr(peft_model, ATTRIBUTE, _accelerated(peft_model, check))
+    setattr(peft_model, ATTRIBUTE, _make_acceleration(peft_model, check))
     return peft_model
 
 
-def _accelerated(peft_model: Any, check: bool) -> Acceleration:
-    report = _report(peft_model) if check else None
-    is_prompt = _kind(peft_model) in _PROMPTS
+def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
+    report = _compare_small_copy(peft_model) if check else None
+    is_prompt = _get_kind(peft_model) in _PROMPTS
     if report is not None and not report.agrees:
         if is_prompt:
             return Acceleration(None, f"textbook: {report.wrong[0]}")
-        raise ValueError(report.sentence("Use the PEFT model as it is."))
-    return _shared(peft_model) if is_prompt else Acceleration(_verified(peft_model), None)
+        raise ValueError(report.describe("Use the PEFT model as it is."))
+    is_verified = report is not None and any(finding.verdict == "ok" for finding in report.findings)
+    if not is_prompt:
+        return Acceleration(_install(peft_model, _find_layers(peft_model), is_verified), None)
+    try:
+        layers = _find_layers(peft_model)
+        reason = find_reason_against_layers(peft_model.get_base_model(), layers)
+        if reason is None:
+            return Acceleration(_install(peft_model, layers, is_verified), "shared")
+    except ValueError as error:
+        reason = str(error)
+    return Acceleration(None, f"textbook: {reason}")
 
 
 def decelerate(peft_model: Model) -> Model:
@@ -84,7 +95,10 @@ def decelerate(peft_model: Model) -> Model:
     """
     acceleration = vars(peft_model).get(ATTRIBUTE)
     if not isinstance(acceleration, Acceleration):
-        raise ValueError(f"peft_model takes an accelerated model (fastprefix.accelerate), got {_name(peft_model)}")
+        raise ValueError(
+            f"`peft_model` must be an accelerated model, but {_get_class_name(peft_model)} is not: call "
+            "fastprefix.accelerate."
+        )
     if acceleration.hooks is not None:
         acceleration.hooks.remove()
     delattr(peft_model, ATTRIBUTE)
@@ -93,28 +107,30 @@ def decelerate(peft_model: Model) -> Model:
 
 def _check(peft_model: Any) -> None:
     """Refuse what cannot be accelerated, before anything is changed."""
-    kind, model = _kind(peft_model), peft_model.get_base_model()
+    kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if ATTRIBUTE in vars(peft_model):
-        raise ValueError("peft_model is accelerated already")
+        raise ValueError("`peft_model` is accelerated already.")
     if kind not in KINDS:
-        raise ValueError(f"peft_model takes {', '.join(KINDS)}, got {kind}")
+        raise ValueError(f"`peft_model` must have one of {', '.join(KINDS)}, but has {kind}.")
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"peft_model takes one around a transformers model, got one around {_name(model)}")
-    if adapting(model):
-        raise ValueError("peft_model takes a model without a method of this package: detach it first")
+        raise ValueError(f"`peft_model` must wrap a transformers model, but wraps {_get_class_name(model)}.")
+    if list_adapting_users(model):
+        raise ValueError("`peft_model` must have a base model without a method of this package: detach it first.")
     if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError("peft_model takes a model without tensor parallelism")
+        raise ValueError("`peft_model` must have a base model without tensor parallelism.")
     if peft_model._adapters_disabled:
-        raise ValueError("peft_model takes a model whose adapter is enabled: leave disable_adapter() first")
+        raise ValueError("`peft_model` must have its adapter enabled: leave disable_adapter() first.")
     if kind == _ADAPTION:
-        for adapted in adapted_attentions(peft_model):
-            if (reason := reason_not_fusable(adapted)) is not None:
-                raise ValueError(f"peft_model takes adaption prompts that one attention can serve: {reason}")
+        for adapted in find_adapted_attentions(peft_model):
+            if (reason := find_reason_not_fusable(adapted)) is not None:
+                raise ValueError(
+                    f"`peft_model` must have adaption prompts that one attention can compute, but {reason}."
+                )
 
 
-def _report(peft_model: Any) -> conformance.Report:
-    """What accelerating does to a small copy of a PEFT model with its active adapter's options."""
-    config = _small_config(peft_model.active_peft_config)
+def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
+    """Compare a small copy of a PEFT model, with its active adapter's options, before and after acceleration."""
+    config = _shrink_config(peft_model.active_peft_config)
 
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
         torch.manual_seed(0)
@@ -122,11 +138,11 @@ def _report(peft_model: Any) -> conformance.Report:
         return right, accelerate(copy.deepcopy(right), check=False)
 
     options = {name: str(value) for name, value in sorted(vars(config).items())}
-    return conformance.check_pair(peft_model.get_base_model(), _kind(peft_model), str(options), make)
+    return conformance.check_pair(peft_model.get_base_model(), _get_kind(peft_model), str(options), make)
 
 
-def _small_config(config: Any) -> Any:
-    """The options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
+def _shrink_config(config: Any) -> Any:
+    """Return the options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
     small = copy.deepcopy(config)
     limits = {"num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 1, "encoder_hidden_size": 8}
     read = ("token_dim", "num_attention_heads", "num_layers", "base_model_name_or_path", "tokenizer_name_or_path")
@@ -143,37 +159,44 @@ def _small_config(config: Any) -> Any:
     return small
 
 
-def _shared(peft_model: Any) -> Acceleration:
-    """A prompt's: shared where that is exact."""
-    model = peft_model.get_base_model()
-    try:
-        reason = reason_against_layers(model, find_layers(model))
-        if reason is None:
-            return Acceleration(_verified(peft_model), "shared")
-    except ValueError as error:
-        reason = str(error)
-    return Acceleration(None, f"textbook: {reason}")
-
-
-def _verified(peft_model: Any) -> CachedPrefix:
-    """Return the hooks of a model on the kernels, after a trial with and without the adapter gave PEFT's numbers.
+def _find_layers(peft_model: Any) -> list[Layer]:
+    """Return the attention layers of the base model, which runs once for that if it has a small copy.
 
     Raises:
-        ValueError: with others; it is left as it was.
+        ValueError: the model does not run, or its attention does not go through the attention interface.
     """
-    with evaluated(peft_model), torch.no_grad():
+    model = peft_model.get_base_model()
+    small = conformance.choose_stand_in(model)
+    try:
+        if small is not model:
+            adopt_trial(model, small)
+        return find_layers(model)
+    except Exception as error:  # whatever a family makes of it
+        why = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"`peft_model` must be a model that runs on these kernels: {why}") from error
+
+
+def _install(peft_model: Any, layers: list[Layer], is_verified: bool) -> CachedPrefix:
+    """Set the hooks of a model on the kernels, after a trial of it unless a small copy was verified.
+
+    Raises:
+        ValueError: the trial fails or does not give PEFT's numbers. The model is left as it was.
+    """
+    if is_verified:
+        return _make_hooks(peft_model, layers)
+    with evaluating(peft_model), torch.no_grad():
         try:
-            expected, base = _trial(peft_model), _trial_without(peft_model)
+            expected, base = _run_trial(peft_model), _run_trial_without(peft_model)
         except Exception as error:  # whatever PEFT and a family make of it
             raise ValueError(f"`peft_model` must run with PEFT alone, which fails in a trial: {error!r}") from error
         hooks = None
         try:
-            rounding = _rounding(peft_model, base)
-            hooks = _install(peft_model)
-            effect = float((_own(expected, base) - base).abs().max())
+            rounding = _measure_rounding(peft_model, layers, base)
+            hooks = _make_hooks(peft_model, layers)
+            effect = float((_select_tokens(expected, base) - base).abs().max())
             small = 0.1 if torch.finfo(peft_model.get_base_model().dtype).bits == 16 else 1e-3
-            _compare(_trial(peft_model), expected, rounding + small * effect, "in a trial")
-            _compare(_trial_without(peft_model), base, rounding, "in a trial without the adapter")
+            _compare(_run_trial(peft_model), expected, rounding + small * effect, "in a trial")
+            _compare(_run_trial_without(peft_model), base, rounding, "in a trial without the adapter")
         except BaseException as error:
             if hooks is not None:
                 hooks.remove()
@@ -183,54 +206,62 @@ def _verified(peft_model: Any) -> CachedPrefix:
     return hooks
 
 
-def _install(peft_model: Any) -> CachedPrefix:
-    kind, model = _kind(peft_model), peft_model.get_base_model()
+def _make_hooks(peft_model: Any, layers: list[Layer]) -> CachedPrefix:
+    kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if kind in _PREFIXES:
-        return PrefixAcceleration(peft_model, _numbered_layers(model))
+        return PrefixAcceleration(peft_model, _number_layers(model, layers))
     if kind in _PROMPTS:
-        return PromptAcceleration(peft_model, find_layers(model))
-    return AdaptionPromptAcceleration(peft_model)
+        return PromptAcceleration(peft_model, layers)
+    return AdaptionPromptAcceleration(peft_model, layers)
 
 
-def _numbered_layers(model: PreTrainedModel) -> dict[int, Layer]:
-    """The attention layers by their places in a key/value cache.
+def _number_layers(model: PreTrainedModel, layers: list[Layer]) -> dict[int, Layer]:
+    """Return the attention layers by their places in a key/value cache.
 
     Raises:
         ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
     """
-    layers = find_layers(model)
     if model.config.is_encoder_decoder:
         layers = [layer for layer in layers if layer.shape.role == "decoder"]
     if local := [layer.name for layer in layers if layer.local]:
-        raise ValueError(f"peft_model takes a model whose layers see all before them, or a window of it; not: {local}")
+        raise ValueError(
+            "`peft_model` must be a model whose layers see all tokens before them, or a sliding window of those, but "
+            f"these layers do not: {local}"
+        )
     numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
     if numbered.keys() != set(range(len(layers))):
-        raise ValueError(f"peft_model takes a model with numbered attention layers, got {_name(model)}")
+        raise ValueError(
+            f"`peft_model` must be a model with numbered attention layers, but those of {_get_class_name(model)} have "
+            "no layer_idx"
+        )
     return numbered
 
 
-def _trial(model: Any) -> Tensor:
-    """What a model says to four tokens, of which the last is padding."""
-    ids = torch.arange(4, device=device_of(model))[None]
+def _run_trial(model: Any) -> Tensor:
+    """Return a model's output for four tokens, the last of which is padding."""
+    ids = torch.arange(4, device=find_device(model))[None]
     decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
     return output.double()
 
 
-def _trial_without(peft_model: Any) -> Tensor:
-    """The same without the adapter. (PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.)"""
+def _run_trial_without(peft_model: Any) -> Tensor:
+    """Return the output of the same trial without the adapter.
+
+    PEFT's ``disable_adapter`` fails on prompts of models that cannot generate.
+    """
     if peft_model.active_peft_config.is_prompt_learning:
-        return _trial(peft_model.base_model)
+        return _run_trial(peft_model.base_model)
     with peft_model.disable_adapter():
-        return _trial(peft_model)
+        return _run_trial(peft_model)
 
 
-def _own(expected: Tensor, base: Tensor) -> Tensor:
+def _select_tokens(expected: Tensor, base: Tensor) -> Tensor:
     """Return the results for the tokens themselves: a prompt has logits too."""
     return expected[:, -base.shape[1] :] if expected.ndim == 3 else expected
 
 
-def _rounding(peft_model: Any, base: Tensor) -> float:
+def _measure_rounding(peft_model: Any, layers: list[Layer], base: Tensor) -> float:
     """Return how far rounding may move the results of a trial, as the model amplifies it.
 
     It is measured on the model without its adapter and on its own attention: every attention's output is moved by
@@ -246,9 +277,9 @@ def _rounding(peft_model: Any, base: Tensor) -> float:
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     model = peft_model.get_base_model()
-    handles = [layer.module.register_forward_hook(move) for layer in find_layers(model)]
+    handles = [layer.module.register_forward_hook(move) for layer in layers]
     try:
-        moved = _trial_without(peft_model)
+        moved = _run_trial_without(peft_model)
     finally:
         for handle in handles:
             handle.remove()
@@ -265,10 +296,10 @@ def _compare(actual: Tensor, expected: Tensor, bound: float, where: str) -> None
         raise ValueError(f"`peft_model` would not get PEFT's numbers: they differ by {error:.1e} {where}")
 
 
-def _kind(peft_model: Any) -> str:
+def _get_kind(peft_model: Any) -> str:
     kind = peft_model.peft_type
     return str(getattr(kind, "value", kind))
 
 
-def _name(model: object) -> str:
+def _get_class_name(model: object) -> str:
     return type(model).__name__

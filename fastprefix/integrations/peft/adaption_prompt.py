@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
-from ..transformers.discovery import find_layers
+from ..transformers.discovery import Layer
 from ..transformers.hooks import Forward, Interception
 from .prefix import CachedPrefix
 
@@ -24,27 +24,27 @@ class AdaptionPromptAcceleration(CachedPrefix):
     Those of an adapter that is added later compute the same as they did.
     """
 
-    def __init__(self, peft_model: Any) -> None:
+    def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model: PreTrainedModel = peft_model.get_base_model()
-        adapted = list(adapted_attentions(peft_model))
-        super().__init__(model, [layer.module for layer in find_layers(model)])
+        adapted = list(find_adapted_attentions(peft_model))
+        super().__init__(model, [layer.module for layer in layers])
         self.adapter_model = peft_model.base_model
-        self.handles += [Interception(module, functools.partial(_forward, module)) for module in adapted]
+        self.handles += [Interception(module, functools.partial(_run_adapted, module)) for module in adapted]
 
-    def without_prefix(self) -> CarriedBindings | None:
+    def carry_without_prefix(self) -> CarriedBindings | None:
         """Return what a call carries whose adapted attentions bring their prompts themselves."""
-        return CarriedBindings({}) if self.adapter_model._enabled else super().without_prefix()
+        return CarriedBindings({}) if self.adapter_model._enabled else super().carry_without_prefix()
 
 
-def adapted_attentions(peft_model: Any) -> set[Any]:
-    """PEFT's adapted attention modules: of the active adapter, and of those that wait to be active."""
+def find_adapted_attentions(peft_model: Any) -> set[Any]:
+    """Return PEFT's adapted attention modules, those of the active adapter and of all others."""
     waiting = peft_model.base_model._cached_adapters.values()
     active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
     return {*active, *(module for modules in waiting for module in modules)}
 
 
-def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """What ``AdaptedAttention.forward`` computes."""
+def _run_adapted(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Compute what ``AdaptedAttention.forward`` computes."""
     attention = adapted.model
     key, value = (
         project(adapted.adaption_prompt)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
@@ -56,8 +56,8 @@ def _forward(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict
     return output, weights
 
 
-def reason_not_fusable(module: nn.Module) -> str | None:
-    """Why an adapted attention cannot be one call; None: it can."""
+def find_reason_not_fusable(module: nn.Module) -> str | None:
+    """Return why an adapted attention cannot be computed in one call, or None if it can."""
     attention: Any = module.model
     if not hasattr(attention, "o_proj"):
         return "PEFT adds this model's adaption prompts behind the output projection"

@@ -27,23 +27,24 @@ from ..transformers.attention import (
     CarriedBindings,
     CarryingCheckpoint,
     GivenPrefix,
-    carried_bindings,
     carrying,
-    two_adapters,
+    get_carried_bindings,
+    make_two_adapters_error,
 )
-from ..transformers.discovery import Layer, backbone_of
+from ..transformers.discovery import Layer, find_backbone
 from ..transformers.hooks import (
     Forward,
     Interception,
-    by_name,
-    cache_parameter,
-    checked_names,
+    asks_for,
+    check_parameter_names,
+    checkpoints_reentrantly,
+    expand_one_row_mask,
     find_cache,
-    parameter_names,
-    reentrant,
+    find_cache_parameter,
+    name_arguments,
+    read_parameter_names,
     refuse_one_row_masks,
     refuse_replicas,
-    rows_for_masks,
 )
 from ..transformers.prefix import PrefixCache
 from ..transformers.switching import Implementation, runs_with_adapter
@@ -63,15 +64,15 @@ class CachedPrefix:
     def __init__(
         self, model: PreTrainedModel, attentions: Iterable[nn.Module], backbone: nn.Module | None = None
     ) -> None:
-        self.backbone: Any = backbone_of(model) if backbone is None else backbone
-        self.names = checked_names(self.backbone)
-        self.cache_name = cache_parameter(self.names) or "past_key_values"
+        self.backbone: Any = find_backbone(model) if backbone is None else backbone
+        self.names = check_parameter_names(self.backbone)
+        self.cache_name = find_cache_parameter(self.names) or "past_key_values"
         half = "decoder_" if model.config.is_encoder_decoder else ""
         self.inputs = (f"{half}input_ids", f"{half}inputs_embeds")
         names = {module: name for name, module in model.named_modules()}
         self.modules = {names[module]: module for module in attentions}
         self.implementation = Implementation(model, {})
-        self.own_attention = _registered(self.implementation.former_attentions())
+        self.own_attention = _find_registered(self.implementation.list_former_attentions())
         self.handles: list[RemovableHandle | Interception] = [
             self.backbone.register_forward_pre_hook(_refuse_replica),
             Interception(self.backbone, self.run),
@@ -82,25 +83,25 @@ class CachedPrefix:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone; the call carries its prefix to the attention."""
         self.implementation.check()
-        arguments = by_name(self.names, args, kwargs)
-        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+        arguments = name_arguments(self.names, args, kwargs)
+        if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
                 "`output_attentions` must be False on an accelerated model, whose kernels make no attention weights: "
                 "call fastprefix.decelerate first"
             )
-        carried = self.carried(arguments)
+        carried = self.find_carried(arguments)
         if carried is None:
             return forward(**arguments)
         if carried.own_attention is None:
             if self.backbone.config.is_encoder_decoder:
                 refuse_one_row_masks(arguments)
             else:
-                arguments = rows_for_masks(arguments)
+                arguments = expand_one_row_mask(arguments)
         self.carry_through_checkpoints()
         with carrying(carried):
             return forward(**arguments)
 
-    def carried(self, arguments: dict[str, Any]) -> CarriedBindings | None:
+    def find_carried(self, arguments: dict[str, Any]) -> CarriedBindings | None:
         """Return what a call carries: the prefix in its cache, or the model's own attention in a call without one.
 
         None: what is bound to the modules, by an adapter of this package beside PEFT's.
@@ -110,15 +111,15 @@ class CachedPrefix:
             cache = cache.self_attention_cache
         if isinstance(cache, PrefixCache):
             if runs_with_adapter(self.backbone):
-                raise two_adapters()
+                raise make_two_adapters_error()
             given = [arguments.get(name) for name in self.inputs]
             tokens = next((int(each.shape[1]) for each in given if isinstance(each, Tensor)), 0)
-            return CarriedBindings(cache.bindings(self.modules, tokens))
-        return self.without_prefix()
+            return CarriedBindings(cache.make_bindings(self.modules, tokens))
+        return self.carry_without_prefix()
 
-    def without_prefix(self) -> CarriedBindings | None:
+    def carry_without_prefix(self) -> CarriedBindings | None:
         """Return what a call without a prefix carries."""
-        former = carried_bindings()
+        former = get_carried_bindings()
         if former is not None or any(hasattr(module, BINDING) for module in self.modules.values()):
             return former
         return CarriedBindings({}, self.own_attention)
@@ -213,9 +214,9 @@ class PromptLearning(CachedPrefix):
         call = self.call_in_progress()
         if call is None:
             return type(self.peft_model).get_prompt(self.peft_model, batch_size, task_ids, max_cache_len)
-        return self.prompt_of_call(call, batch_size, task_ids)
+        return self.make_prompt(call, batch_size, task_ids)
 
-    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
+    def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
         """Return what stands for the prompt in one of PEFT's calls."""
         raise NotImplementedError
 
@@ -225,7 +226,7 @@ class PromptLearning(CachedPrefix):
 
     def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the PEFT model that asks for the prompt."""
-        with self._calling() as call:
+        with self._track_call() as call:
             result = method(*args, **kwargs)
         if call.prompt is not None:
             raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt")
@@ -243,7 +244,7 @@ class PromptLearning(CachedPrefix):
         return call if call is not None and call.owner is self else None
 
     @contextmanager
-    def _calling(self) -> Iterator[PeftCall]:
+    def _track_call(self) -> Iterator[PeftCall]:
         former, call = _CALLS.current, PeftCall(self)
         _CALLS.current = call
         try:
@@ -262,16 +263,16 @@ class PrefixAcceleration(PromptLearning):
     def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
         super().__init__(peft_model, [layer.module for layer in layers.values()])
         self.layers = layers
-        self.sources = _sources(layers)
+        self.sources = _find_sources(layers)
         self.layer_names = {module: name for name, module in self.modules.items()}
         self.handles += [
             layer.module.register_forward_pre_hook(_bias_prefix, with_kwargs=True)
             for layer in layers.values()
             if getattr(layer.module, "has_relative_attention_bias", False)
-            and "position_bias" in parameter_names(layer.module)
+            and "position_bias" in read_parameter_names(layer.module)
         ]
 
-    def prompt_of_call(
+    def make_prompt(
         self, call: PeftCall, batch_size: int, task_ids: Tensor | None
     ) -> PrefixCache | EncoderDecoderCache:
         """Return a cache with the active adapter's prefix, computed once a call, for whatever batch size."""
@@ -279,7 +280,7 @@ class PrefixAcceleration(PromptLearning):
         config = peft_model.active_peft_config
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]
         length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
-        rows = self._rows(encoder, config).to(peft_model.base_model.dtype)
+        rows = self._make_rows(encoder, config).to(peft_model.base_model.dtype)
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
         two_halves = self.backbone.config.is_encoder_decoder
         prefixes = {}
@@ -287,33 +288,35 @@ class PrefixAcceleration(PromptLearning):
             source = self.sources[index]
             # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
             first = (4 * source) % (2 * layers) if two_halves else 2 * source
-            pair = [_fitted(tensor, layer) for tensor in keys_values[first : first + 2]]
+            pair = [_fit(tensor, layer) for tensor in keys_values[first : first + 2]]
             if pair[0] is not None and pair[1] is not None:
                 name = self.layer_names[layer.module]
                 prefixes[name] = GivenPrefix(pair[0], pair[1], window=layer.window)
         cache = PrefixCache(len(self.layers), length, prefixes)
         return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
 
-    def _rows(self, encoder: Any, config: Any) -> Tensor:
-        """All layers' keys and values ``[m, 2 L H D]``, as PEFT's encoder gives them."""
-        if not (config.inference_mode or reentrant(self.backbone) or wrapped_reentrantly(self.backbone)):
+    def _make_rows(self, encoder: Any, config: Any) -> Tensor:
+        """Return the keys and values ``[m, 2 L H D]`` of all layers, as PEFT's encoder computes them."""
+        if not (config.inference_mode or checkpoints_reentrantly(self.backbone) or wraps_reentrantly(self.backbone)):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
             return rows
         # Reentrant checkpointing has every layer go back to the parameters: through views it can, else only once.
         if getattr(encoder, "prefix_projection", False) and not config.inference_mode:
-            raise ValueError("prefix_projection takes gradient checkpointing with use_reentrant=False, got True")
+            raise ValueError(
+                "`use_reentrant` must be False for gradient checkpointing with prefix_projection, but is True."
+            )
         weight: Tensor = encoder.embedding.weight
         return weight
 
 
-def wrapped_reentrantly(backbone: nn.Module) -> bool:
+def wraps_reentrantly(backbone: nn.Module) -> bool:
     """Return whether PyTorch's wrapper checkpoints a layer of a backbone reentrantly."""
     functions = (vars(module).get(_WRAPPER) for module in backbone.modules())
     return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
-def _fitted(prefix: Tensor, layer: Layer) -> Tensor | None:
+def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:
     """Cut keys or values ``[H, m, D]`` to a layer's heads and head size, as PEFT does; None: the layer's are larger."""
     heads, size = layer.shape.kv_heads, layer.shape.key_size
     if heads > prefix.shape[0] or size > prefix.shape[2]:
@@ -321,14 +324,14 @@ def _fitted(prefix: Tensor, layer: Layer) -> Tensor | None:
     return prefix[:heads, :, :size]
 
 
-def _sources(layers: dict[int, Layer]) -> dict[int, int]:
+def _find_sources(layers: dict[int, Layer]) -> dict[int, int]:
     """Return for each layer the one whose keys it attends to: another one's, where layers share keys and values."""
     first: dict[tuple[Any, ...], int] = {}
     identities = {index: (layer.key.data_ptr(), layer.key.shape) for index, layer in sorted(layers.items())}
     return {index: first.setdefault(identity, index) for index, identity in identities.items()}
 
 
-def _registered(names: set[str | None]) -> str | None:
+def _find_registered(names: set[str | None]) -> str | None:
     """Return the attention of a model's configurations, if there is one and ``transformers`` has it by name."""
     name = next(iter(names)) if len(names) == 1 else None
     known = name in AttentionInterface() and name in AttentionMaskInterface()
@@ -340,10 +343,11 @@ def _refuse_replica(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _bias_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an attention that makes T5's relative biases: the prefix, which stands at the positions
-    before all tokens, gets the first of them. T5 counts the keys, among which it is not.
+    """Give the prefix the first of T5's relative biases, since it stands before all tokens (a forward pre-hook).
+
+    T5 counts the keys, and the prefix is not among them.
     """
-    carried = carried_bindings()
+    carried = get_carried_bindings()
     binding: Binding | None = None if carried is None else carried.bindings.get(module)
     if isinstance(binding, GivenPrefix) and kwargs.get("position_bias") is None:
         hidden = args[0] if args else kwargs["hidden_states"]

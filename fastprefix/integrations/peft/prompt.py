@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import CarriedBindings, GivenPrefix, Prefix, carrying
-from ..transformers.discovery import Layer, backbone_of
+from ..transformers.attention import Binding, CarriedBindings, GivenPrefix, Prefix, carrying
+from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.hooks import (
     Forward,
     Interception,
-    by_name,
+    checkpoints_reentrantly,
     find_cache,
-    not_checkpointed,
-    parameter_names,
-    reentrant,
+    name_arguments,
+    read_parameter_names,
+    suspend_checkpointing,
 )
 from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
-from ..transformers.shared_prompt import has_dropout, reaching
-from ..transformers.switching import forgotten
-from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wrapped_reentrantly
+from ..transformers.shared_prompt import add_reached_token, has_dropout
+from ..transformers.switching import find_device
+from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
 _LOSS = "_loss_function"
 """The attribute of a ``transformers`` model that holds a loss other than its default one."""
@@ -40,8 +40,8 @@ class PromptAcceleration(PromptLearning):
 
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model = peft_model.base_model
-        backbone = innermost_backbone(model)
-        self.positions = Positions.of(backbone)  # found by running it, so before it has hooks
+        backbone = find_innermost_backbone(model)
+        self.positions = Positions.find(backbone)  # found by running it, so before it has hooks
         super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
         self.layer_names = {module: name for name, module in self.modules.items()}
@@ -51,9 +51,9 @@ class PromptAcceleration(PromptLearning):
             self.handles.append(Interception(head, self.run_head))
         self.former_loss = vars(model).get(_LOSS)
         if getattr(model, "loss_function", None) is ForCausalLMLoss:
-            setattr(model, _LOSS, self.loss)
+            setattr(model, _LOSS, self.compute_loss)
 
-    def prompt_of_call(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
+    def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
         """Return a placeholder for the prompt in every row."""
         prompt: Tensor = type(self.peft_model).get_prompt(self.peft_model, 1, task_ids)
         call.prompt = prompt
@@ -63,21 +63,21 @@ class PromptAcceleration(PromptLearning):
         """Remove all hooks."""
         super().remove()
         attributes = vars(self.peft_model.base_model)
-        if attributes.get(_LOSS) == self.loss:
+        if attributes.get(_LOSS) == self.compute_loss:
             del attributes[_LOSS]
             if self.former_loss is not None:
                 attributes[_LOSS] = self.former_loss
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the prompt once, then the tokens after it. The result has both, as PEFT's heads and labels expect."""
-        arguments = by_name(self.names, args, kwargs)
+        arguments = name_arguments(self.names, args, kwargs)
         call = self.call_in_progress()
         if call is None or call.prompt is None:
             return super().run(forward, (), arguments)
         embeds = arguments["inputs_embeds"]
         prompt, call.prompt = call.prompt.to(embeds), None
         length = prompt.shape[1]
-        alone = self._arguments_of_prompt(arguments, length)
+        alone = self._find_prompt_arguments(arguments, length)
         if alone is None:
             prompts = prompt.expand(embeds.shape[0], -1, -1)
             arguments["inputs_embeds"] = torch.cat([prompts, embeds[:, length:]], dim=1)
@@ -85,28 +85,28 @@ class PromptAcceleration(PromptLearning):
         self.implementation.check()
         reach = None
         if self.positions.by_length is not None:
-            positions = self.positions.moved(arguments, 0)
+            positions = self.positions.move_ids(arguments, 0)
             reach = positions[..., :1, :length], positions.amax()
         ran, cache = self._run_prompt(forward, prompt, alone, reach)
-        rest = {name: value[..., length:] for name, value in _per_token(arguments, embeds).items()}
+        rest = {name: value[..., length:] for name, value in _find_token_arguments(arguments, embeds).items()}
         arguments.update(rest, inputs_embeds=embeds[:, length:])
         arguments[self.cache_name] = cache
-        return self._restored(call, ran, super().run(forward, (), arguments))
+        return self._restore(call, ran, super().run(forward, (), arguments))
 
     def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the head on hidden states; on the prompt's, which are the same in every row, once."""
-        states = self._states()
+        states = self._find_states()
         given = next(iter((*args, *kwargs.values())), None)
         if states is None or not isinstance(given, Tensor) or not states.is_whole(given):
             return forward(*args, **kwargs)
         return repeat_before(forward(states.prompt), forward(states.tokens))
 
-    def loss(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of a language model from the last position of the prompt on, whose label is the first token.
 
         PEFT's labels of the prompt itself are all -100, so that its other rows add nothing.
         """
-        states = self._states()
+        states = self._find_states()
         whole = () if states is None else states.whole.shape[:2]
         options = kwargs.get("shift_labels"), kwargs.get("ignore_index")
         if states is not None and logits.shape[:2] == labels.shape == whole and options == (None, None):
@@ -115,12 +115,12 @@ class PromptAcceleration(PromptLearning):
         loss: Tensor = ForCausalLMLoss(logits, labels, *args, **kwargs)
         return loss
 
-    def _states(self) -> SplitStates | None:
+    def _find_states(self) -> SplitStates | None:
         """Return what the backbone returned to the call in progress, where the prompt ran once."""
         call = self.call_in_progress()
         return None if call is None or torch.compiler.is_compiling() else call.states
 
-    def _restored(self, call: PeftCall, ran: Any, output: Any) -> Any:
+    def _restore(self, call: PeftCall, ran: Any, output: Any) -> Any:
         """Put the prompt's hidden states before every row's."""
         first = output[0] if isinstance(output, tuple) else output.last_hidden_state
         call.states = SplitStates(ran.last_hidden_state, first)
@@ -131,17 +131,24 @@ class PromptAcceleration(PromptLearning):
             output.hidden_states = tuple(map(repeat_before, ran.hidden_states, output.hidden_states))
         return output
 
-    def _arguments_of_prompt(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
+    def _find_prompt_arguments(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
         """Return what the prompt's own run needs besides its embeddings; None: the prompt has to run in every row."""
         cache, mask = find_cache(arguments), arguments.get("attention_mask")
         drops = self.drops and self.backbone.training  # anew in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         filled = cache is not None and cache.get_seq_length() > 0
-        if not plain or drops or counted or filled or reentrant(self.backbone) or wrapped_reentrantly(self.backbone):
+        if (
+            not plain
+            or drops
+            or counted
+            or filled
+            or checkpoints_reentrantly(self.backbone)
+            or wraps_reentrantly(self.backbone)
+        ):
             return None
         alone: dict[str, Any] = {"output_hidden_states": arguments.get("output_hidden_states")}
-        for name, value in _per_token(arguments, arguments["inputs_embeds"]).items():
+        for name, value in _find_token_arguments(arguments, arguments["inputs_embeds"]).items():
             if name == "attention_mask":
                 continue
             first = value[..., :1, :length]
@@ -160,11 +167,11 @@ class PromptAcceleration(PromptLearning):
         self.carry_through_checkpoints()  # PyTorch's wrapper stays on while the prompt runs
         length = prompt.shape[1]
         if reach is not None:
-            longer = {name: _with_one_more(value) for name, value in alone.items()}
-            prompt, longer["position_ids"] = reaching(prompt, *reach)
+            longer = {name: _repeat_last(value) for name, value in alone.items()}
+            prompt, longer["position_ids"] = add_reached_token(prompt, *reach)
             alone = longer
         seen = {layer.module: _Seen() for layer in self.layers}
-        with not_checkpointed(self.backbone), carrying(CarriedBindings(seen)):
+        with suspend_checkpointing(self.backbone), carrying(CarriedBindings(seen)):
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
         if getattr(ran, "hidden_states", None) is not None:
@@ -177,12 +184,12 @@ class PromptAcceleration(PromptLearning):
         return ran, PrefixCache(len(self.layers), length, prefixes)
 
 
-def _with_one_more(value: Any) -> Any:
+def _repeat_last(value: Any) -> Any:
     """Return an argument that holds a number for every token, with the last one twice."""
     return torch.cat([value, value[..., -1:]], dim=-1) if isinstance(value, Tensor) else value
 
 
-def _per_token(arguments: dict[str, Any], embeds: Tensor) -> dict[str, Tensor]:
+def _find_token_arguments(arguments: dict[str, Any], embeds: Tensor) -> dict[str, Tensor]:
     """Return the arguments that hold a number for every token ``[..., B, m + N]`` of the embeddings."""
     rows, tokens = embeds.shape[:2]
     return {
@@ -193,50 +200,44 @@ def _per_token(arguments: dict[str, Any], embeds: Tensor) -> dict[str, Tensor]:
     }
 
 
-def innermost_backbone(model: PreTrainedModel) -> nn.Module:
+def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     """Return the innermost module that a model calls with embeddings and an attention mask ``[B, N]``.
 
     Models of images and text compute positions of several dimensions before they call it.
     """
-    backbone = backbone_of(model)
-    found: list[nn.Module] = [backbone]
-    table = model.get_input_embeddings()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    backbone = find_backbone(model)
+    inside = [module for module in backbone.modules() if isinstance(module, PreTrainedModel) and module is not backbone]
+    readers = [module for module in inside if "inputs_embeds" in read_parameter_names(module)]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=find_device(model))
 
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = by_name(parameter_names(module), args, kwargs)
-        embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.shape == ids.shape
-        if plain and isinstance(embeds, Tensor) and module in set(found[-1].modules()):
-            found.append(module)
+    def find_innermost(calls: dict[nn.Module, ModuleCall]) -> nn.Module:
+        innermost = backbone
+        for module, call in calls.items():
+            arguments = call.name_arguments(module)
+            embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+            is_plain = isinstance(embeds, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape
+            if is_plain and module in set(innermost.modules()):
+                innermost = module
+        return innermost
 
-    inside = [m for m in backbone.modules() if isinstance(m, PreTrainedModel) and m is not backbone]
-    handles = [
-        m.register_forward_pre_hook(reached, with_kwargs=True) for m in inside if "inputs_embeds" in parameter_names(m)
-    ]
-    try:
-        with forgotten(model), torch.no_grad():
-            backbone(inputs_embeds=table(ids), attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # whatever a family makes of embeddings alone
+    def is_enough(calls: dict[nn.Module, ModuleCall]) -> bool:
+        innermost = find_innermost(calls)
+        return not any(module in readers for module in innermost.modules() if module is not innermost)
+
+    if not readers:
         return backbone
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[-1]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+    inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    calls, error = record_calls(backbone, readers, is_enough, **inputs)
+    return backbone if error is not None else find_innermost(calls)
 
 
-class _Seen:
-    """A binding that gives no prefix, and keeps what the attention is called with."""
+class _Seen(Binding):
+    """A binding that gives no prefix, also when a layer runs again, and keeps what the attention is called with."""
 
     pair: Prefix
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """None; the keys and values of the one row are kept."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Return None, and keep the keys and values of the one row."""
         self.pair = key[0], value[0]
-
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None: there is no prefix."""
-        return None, None
-
-    def bias(self, query: Tensor) -> None:
-        """None: there is no prefix."""

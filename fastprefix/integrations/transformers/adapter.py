@@ -18,43 +18,39 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
-from .switching import OPTIONS, OwnConfigurations, User, device_of
+from .switching import OPTIONS, OwnConfigurations, User, find_device
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are spread over processes, as by FSDP2."""
+    """Return whether a model's parameters are spread over processes, as by FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered from all processes."""
+def gather_full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered from all processes if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()
     return gathered
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse to change what a model trains once it is spread: its processes would not exchange those gradients.
-
-    Raises:
-        ValueError: it is sharded, or has a tensor-parallel plan.
-    """
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse to change what a model trains once it is sharded: its processes would not exchange those gradients."""
     name, size = type(model).__name__, getattr(model, "tp_size", None) or 1
     if size > 1:
-        raise ValueError(f"model takes one without a tensor-parallel plan, got {name} with tp_size={size}")
+        raise ValueError(f"`model` must have no tensor-parallel plan, but {name} has tp_size={size}.")
     if is_sharded(model):
         raise ValueError(
-            f"model takes one that is not sharded, got {name} with sharded parameters: attach, switch and detach "
-            "before fully_shard"
+            f"`model` must not be sharded, but {name} has sharded parameters: attach, switch and detach before "
+            "fully_shard."
         )
 
 
 _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
 
-def trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
-    """The modules that stay trainable, by name.
+def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
+    """Return the modules that stay trainable, by name.
 
     Raises:
         ValueError: a name that the model does not have.
@@ -62,7 +58,7 @@ def trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[s
     if names is not None:
         modules = dict(model.named_modules())
         if missing := [name for name in names if name not in modules or not name]:
-            raise ValueError(f"modules_to_save takes names of modules of {type(model).__name__}, got {missing}")
+            raise ValueError(f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.")
         return {name: modules[name] for name in names}
     if not _FRESH_HEAD.search(type(model).__name__):
         return {}
@@ -77,16 +73,16 @@ Method = PromptMethod | PrefixMethod
 
 
 class Hooks(Protocol):
-    """What a method changes about how a model runs."""
+    """The changes of a method to how a model runs."""
 
     def install(self, model: PreTrainedModel) -> None:
         """Make the changes, again after ``remove`` too."""
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Undo the changes."""
 
 
-def _trained(parameter: Tensor) -> Tensor:
+def _copy_for_training(parameter: Tensor) -> Tensor:
     """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it."""
     weight = parameter.detach().clone()
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.is_floating_point() else weight
@@ -103,7 +99,7 @@ class Casts:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        called = [each for module in modules for each in _called(module)]
+        called = [each for module in modules for each in _list_called(module)]
         inside = {each for module in called for each in module.modules()}
         self.parameters = [p for module in called for p in module.parameters() if p.is_floating_point()]
         own = set(self.parameters)
@@ -112,23 +108,23 @@ class Casts:
         frozen = [p for p in model.parameters() if p not in own and p.dtype in _PRECISIONS]
         alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
         self.model_parameter = next(iter(alike or frozen), None)  # tells in which precision the model is now
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
         self.handles: list[RemovableHandle] = []
 
-    def model_precision(self) -> torch.dtype | None:
+    def read_model_precision(self) -> torch.dtype | None:
         """Return the precision that the model has now, or None where all of it is trained."""
         return None if self.model_parameter is None else self.model_parameter.dtype
 
-    def fitting(self, weight: Tensor, trained: bool) -> Tensor:
+    def fit_weight(self, weight: Tensor, trained: bool) -> Tensor:
         """Return a weight that waited beside the model, which may have been moved and given another precision."""
-        now = self.model_precision()
+        now = self.read_model_precision()
         if now is not None and now is not self.precision and weight.is_floating_point():
             weight = weight.to(torch.promote_types(now, torch.float32) if trained else now)
         return weight
 
     def install(self) -> None:
         """Set the hooks, where the precisions differ."""
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
         if all(p.dtype is self.precision for p in self.parameters):
             return
         for module in self.modules:
@@ -140,24 +136,24 @@ class Casts:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.precision = self.model_precision()
+        self.precision = self.read_model_precision()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: cast what enters a module to the precision of its parameters."""
+        """Cast the inputs of a module to the precision of its parameters (a forward pre-hook)."""
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return _cast((args, kwargs), dtype)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: cast what a module returns to the precision of the model."""
-        precision = self.model_precision()
+        """Cast the outputs of a module to the precision of the model (a forward hook)."""
+        precision = self.read_model_precision()
         return output if precision is None else _cast(output, precision)
 
 
-def _called(module: nn.Module) -> list[nn.Module]:
+def _list_called(module: nn.Module) -> list[nn.Module]:
     """Return the module, or in place of a mere container the modules in it."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [module] if list(module.parameters()) else []
-    return [each for child in module.children() for each in _called(child)]
+    return [each for child in module.children() for each in _list_called(child)]
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
@@ -175,9 +171,10 @@ class Adapter:
         self.merged = False
         self.guard: RemovableHandle | None = None  # against training, while it is merged and on the model
         self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
-        modules = trainable_modules(model, config.modules_to_save)
+        modules = find_trainable_modules(model, config.modules_to_save)
         self.saved_modules: dict[str, dict[str, Tensor]] = {
-            name: {key: _trained(p) for key, p in module.named_parameters()} for name, module in modules.items()
+            name: {key: _copy_for_training(p) for key, p in module.named_parameters()}
+            for name, module in modules.items()
         }
         """Weights of those modules: the base model's while the adapter is on the model, otherwise the adapter's."""
         self.casts = Casts(model, modules.values())
@@ -188,13 +185,15 @@ class Adapter:
         self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
-        model.add_module(MODULE, self.method.to(device_of(model)).train(model.training))
+        model.add_module(MODULE, self.method.to(find_device(model)).train(model.training))
         self.mark(model)
         self.hooks.install(model)
 
     def mark(self, model: PreTrainedModel) -> None:
-        """Say in the model's configuration what is on it, for checkpoints of the whole; merged, it makes none: what
-        ``save_pretrained`` would write, is no model when it is read again.
+        """Write the adapter's options into the model's configuration, for checkpoints of the whole model.
+
+        With a merged adapter the model refuses to be saved: ``save_pretrained`` would write weights that are read as
+        another model's.
         """
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
@@ -202,7 +201,7 @@ class Adapter:
             self.guard = model.register_forward_hook(_refuse_training)
 
     def take_off(self, model: PreTrainedModel) -> None:
-        """Make the model, which stays frozen, what it is without."""
+        """Restore the model without the adapter. It stays frozen."""
         self.hooks.remove()
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
@@ -215,7 +214,7 @@ class Adapter:
         self.casts.remove()
 
     def drop_gradients(self, model: PreTrainedModel) -> None:
-        """Of the modules that it trained: they are not for whoever trains them next."""
+        """Drop the gradients of the modules that the adapter trained: they are not for the next one."""
         for name in self.saved_modules:
             model.get_submodule(name).zero_grad()
 
@@ -224,11 +223,11 @@ class Adapter:
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:
-                    weight = self.casts.fitting(weights[key], trained).to(parameter.device)
-                    weights[key], parameter.data = parameter.data, _grown(weight, parameter.data)
+                    weight = self.casts.fit_weight(weights[key], trained).to(parameter.device)
+                    weights[key], parameter.data = parameter.data, _fit_shape(weight, parameter.data)
 
 
-def _grown(tensor: Tensor, other: Tensor) -> Tensor:
+def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor in the shape of another, which has since been resized, with what the other has beyond it."""
     if tensor.shape == other.shape:
         return tensor
@@ -240,8 +239,8 @@ def _grown(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
-        "save_pretrained takes a model without a merged adapter, whose weights would be read as another model's: keep "
-        "the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again"
+        "`save_pretrained` cannot save a model with a merged adapter, whose weights would be read as another model's: "
+        "keep the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again."
     )
 
 
@@ -253,7 +252,7 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return output
 
-    def guarded(value: Any) -> Any:
+    def guard_value(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
             return value
         if value.ndim > 0 and not module.training:
@@ -262,9 +261,9 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = guarded(value)
+            output[name] = guard_value(value)
         return output
-    return tuple(map(guarded, output)) if type(output) is tuple else guarded(output)
+    return tuple(map(guard_value, output)) if type(output) is tuple else guard_value(output)
 
 
 class _Untrainable(torch.autograd.Function):
@@ -308,7 +307,7 @@ class Attachment:
 
     @property
     def adapter(self) -> Adapter:
-        """The one in use.
+        """Return the adapter in use.
 
         Raises:
             ValueError: there is none in use.
@@ -318,22 +317,22 @@ class Attachment:
             raise ValueError(f"model has none of its adapters in use, which are {names}: see fastprefix.set_adapter")
         return self.adapters[self.active]
 
-    def known(self, name: str) -> str:
-        """A name that one of the adapters has.
+    def check_known(self, name: str) -> str:
+        """Return a name if one of the adapters has it.
 
         Raises:
             ValueError: none has it.
         """
         if name not in self.adapters:
-            raise ValueError(f"name takes one of {', '.join(map(repr, self.adapters))}, got {name!r}")
+            raise ValueError(f"`name` must be one of {', '.join(map(repr, self.adapters))}, but is {name!r}.")
         return name
 
     @property
     def config(self) -> MethodConfig:
-        """Of the adapter in use."""
+        """Return the configuration of the adapter in use."""
         return self.adapter.config
 
     @property
     def hooks(self) -> Hooks:
-        """Of the adapter in use."""
+        """Return the hooks of the adapter in use."""
         return self.adapter.hooks

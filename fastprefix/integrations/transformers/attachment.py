@@ -14,22 +14,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
 from . import conformance
-from .adapter import Adapter, Attachment, Hooks, Method, check_whole, trainable_modules
-from .conformance import stand_in
-from .discovery import Layer, find_layers, find_projections, method_layers, text_keys_values
+from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
+from .conformance import choose_stand_in
+from .discovery import Layer, compute_keys_values, find_layers, find_method_layers, find_projections
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
-from .shared_prompt import SharedPromptHooks, reason_not_shareable
+from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
-    adapting,
-    adopt,
-    device_of,
+    adopt_trial,
+    find_device,
     is_of_text,
     is_plain_text,
-    loaded,
+    list_adapting_users,
+    load_offloaded,
     loads_all_inside,
-    takes_text,
+    runs_on_text,
 )
 
 _STATE = "_fastprefix_attachment"
@@ -71,15 +71,15 @@ def attach(
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
     _check(model, config, name)
-    with using(model, None):
-        plan = _plan(model, config, example_inputs, check)
-        ids = _text_ids(model, config, tokenizer)
+    with use_adapter(model, None):
+        plan = _make_plan(model, config, example_inputs, check)
+        ids = _tokenize_text(model, config, tokenizer)
         if isinstance(plan.method, PrefixMethod):
-            plan.method.reset_parameters(None if ids is None else text_keys_values(model, ids, plan.layers))
+            plan.method.reset_parameters(None if ids is None else compute_keys_values(model, ids, plan.layers))
         else:
-            with loaded(model, model.get_input_embeddings()):
-                plan.method.reset_parameters(_table(model), ids)
-        adapter = _adapter(model, config, plan)
+            with load_offloaded(model, model.get_input_embeddings()):
+                plan.method.reset_parameters(_find_table(model), ids)
+        adapter = _make_adapter(model, config, plan)
     return _install(model, adapter, name)
 
 
@@ -88,8 +88,8 @@ def attach_empty(
 ) -> Model:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     _check(model, config, name)
-    with using(model, None):
-        adapter = _adapter(model, config, _plan(model, config, example_inputs, check=False))
+    with use_adapter(model, None):
+        adapter = _make_adapter(model, config, _make_plan(model, config, example_inputs, check=False))
     return _install(model, adapter, name)
 
 
@@ -106,10 +106,10 @@ def detach(model: Model, name: str | None = None) -> Model:
     Raises:
         ValueError: the model has no method attached, or none of that name.
     """
-    attachment = attachment_of(model)
-    gone = list(attachment.adapters) if name is None else [attachment.known(name)]
+    attachment = get_attachment(model)
+    gone = list(attachment.adapters) if name is None else [attachment.check_known(name)]
     if attachment.active in gone:
-        _use(model, attachment, None)
+        _activate(model, attachment, None)
     for each in gone:
         attachment.adapters.pop(each).drop_gradients(model)
     if not attachment.adapters:
@@ -124,10 +124,10 @@ def set_adapter(model: Model, name: str) -> Model:
     Raises:
         ValueError: the model has no method attached, or none of that name.
     """
-    attachment = attachment_of(model)
+    attachment = get_attachment(model)
     former = attachment.active
-    if former != attachment.known(name):
-        _use(model, attachment, name)
+    if former != attachment.check_known(name):
+        _activate(model, attachment, name)
         if former is not None:
             attachment.adapters[former].drop_gradients(model)
     return model
@@ -135,56 +135,58 @@ def set_adapter(model: Model, name: str) -> Model:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """A context in which the model does what it does without its adapter. It stays frozen.
+    """Run the model without its adapter in this context. It stays frozen.
 
     Raises:
         ValueError: the model has no method attached.
     """
-    attachment_of(model)
-    with using(model, None):
+    get_attachment(model)
+    with use_adapter(model, None):
         yield
 
 
 @contextmanager
-def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """A context in which a model uses another of its adapters, if it has any; None: none of them."""
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Use another adapter of a model in this context, or none (None). A model without adapters is left alone."""
     attachment = getattr(model, _STATE, None)
     if attachment is None or attachment.active == name:
         yield
         return
     former = attachment.active
-    _use(model, attachment, name)
+    _activate(model, attachment, name)
     try:
         yield
     finally:
-        _use(model, attachment, former)
+        _activate(model, attachment, former)
 
 
-def attachment_of(model: nn.Module) -> Attachment:
-    """The attachment of a model.
+def get_attachment(model: nn.Module) -> Attachment:
+    """Return the attachment of a model.
 
     Raises:
         ValueError: there is none.
     """
     attachment = getattr(model, _STATE, None)
     if not isinstance(attachment, Attachment):
-        raise ValueError(f"model takes a model with a method attached (fastprefix.attach), got {type(model).__name__}")
+        raise ValueError(
+            f"`model` must have a method attached, but {type(model).__name__} has none: call fastprefix.attach."
+        )
     return attachment
 
 
-def active_name(model: nn.Module) -> str | None:
-    """The adapter in use on a model, if any."""
+def get_active_name(model: nn.Module) -> str | None:
+    """Return the name of the adapter in use on a model, or None."""
     attachment: Attachment | None = getattr(model, _STATE, None)
     return None if attachment is None else attachment.active
 
 
-def method_of(model: nn.Module) -> Method:
-    """The method in use on a model, with its parameters."""
-    return attachment_of(model).adapter.method
+def get_method(model: nn.Module) -> Method:
+    """Return the method in use on a model, with its parameters."""
+    return get_attachment(model).adapter.method
 
 
-def _use(model: Any, attachment: Attachment, name: str | None) -> None:
-    check_whole(model)
+def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
+    refuse_sharded(model)
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
@@ -194,7 +196,7 @@ def _use(model: Any, attachment: Attachment, name: str | None) -> None:
 
 
 class _Plan(NamedTuple):
-    """What is attached, and to what. Making it changes nothing; carrying it out cannot fail."""
+    """A method, its layers and its path. Making a plan changes nothing, and carrying it out cannot fail."""
 
     method: Method
     layers: list[Layer]  # the attention layers that the method needs
@@ -203,10 +205,10 @@ class _Plan(NamedTuple):
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     _check_types(model, config)
-    check_whole(model)
+    refuse_sharded(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model takes one whose weights are loaded, got parameters on the meta device")
+        raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
     if name in getattr(getattr(model, _STATE, None), "adapters", ()):
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
     if not is_plain_text(model):
@@ -217,7 +219,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
             "`model` is offloaded with its own class in preload_module_classes, so accelerate would look for the "
             "adapter's parameters among the offloaded weights: offload it without that class"
         )
-    trainable = trainable_modules(model, config.modules_to_save)
+    trainable = find_trainable_modules(model, config.modules_to_save)
     if lost := [name for name, module in trainable.items() if any(p.is_meta for p in module.parameters())]:
         raise ValueError(
             f"`modules_to_save` names modules that stay trainable, and accelerate has offloaded the weights of {lost}: "
@@ -237,7 +239,7 @@ def _check_alone(model: PreTrainedModel) -> None:
                 "first, or attach both to the same model under different names"
             )
     own = getattr(model, _STATE, None)
-    if around := [user.adapts for user in adapting(model) if own is None or user is not own.user]:
+    if around := [user.adapts for user in list_adapting_users(model) if own is None or user is not own.user]:
         raise ValueError(
             f"`model` has an adapter outside already: it shares modules with a {around[0]} that has one. Detach that "
             "one first, or attach both to the same model under different names"
@@ -248,63 +250,71 @@ def _check_types(model: Any, config: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": ": see fastprefix.accelerate"}
         hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
-        raise TypeError(f"model takes a transformers model, got {type(model).__name__}{hint}")
+        raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}{hint}.")
     if not isinstance(config, MethodConfig):
         kind = config if isinstance(config, type) else type(config)
-        got = f"{'the class ' * (kind is config)}{kind.__module__.partition('.')[0]}.{kind.__name__}"
-        raise TypeError(f"config takes a method's configuration, such as fastprefix.PrefixTuningConfig(20), got {got}")
+        actual = f"{'the class ' * (kind is config)}{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        raise TypeError(
+            f"`config` must be a method's configuration, such as fastprefix.PrefixTuningConfig(20), but is {actual}."
+        )
 
 
 def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
-    """What takes one sequence of tokens is not for encoder-decoders, images and sound."""
+    """Refuse methods that need one sequence of tokens, on encoder-decoders and models of images or sound."""
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
     if isinstance(config, PromptTuningConfig) and is_of_text(model):
         return
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"model takes one of text for {type(config).__name__}, got {what}")
+        raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
     if config.init == "text":
-        raise ValueError(f'init="text" takes an encoder or a decoder of text, got {what}')
+        raise ValueError(f'init="text" requires an encoder or a decoder of text, but `model` is {what}.')
     if config.prefix_position == "shift":
-        raise ValueError(f'prefix_position takes "none" where positions cannot be shifted, got "shift" for {what}')
+        raise ValueError(
+            f'`prefix_position` must be "none" for {what}, whose positions cannot be shifted, but is "shift".'
+        )
 
 
-def _plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
-    """The method's module for a model, not yet initialised: on its device, float32 where the model is smaller."""
+def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
+    """Build the method's module for a model on its device, not yet initialized, in float32 or the model's higher
+    precision.
+    """
     method_class = METHODS[config.method_name()][1]
-    if example_inputs is None and (small := stand_in(model)) is not model:
-        adopt(model, small)
+    if example_inputs is None and (small := choose_stand_in(model)) is not model:
+        adopt_trial(model, small)
     layers: list[Layer] = []
     path = None
     method: Method
     if issubclass(method_class, PrefixMethod):
-        layers = method_layers(model, config, example_inputs)
+        layers = find_method_layers(model, config, example_inputs)
         if check:
             _refuse_wrong(conformance.check(model, config, _attach_unchecked), "Use another method or model.")
-        if not takes_text(model):
+        if not runs_on_text(model):
             _check_not_plain_text(model, config)
         method = method_class(config, [layer.shape for layer in layers])
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
         if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
-            raise ValueError(f"model takes one whose layers' input can be watched, for the gate; not found: {lost}")
+            raise ValueError(
+                f"`model` must have layers whose input a hook can watch, for the gate, but these have none: {lost}"
+            )
     else:
-        method = method_class(config, EmbeddingShape(*_table(model).shape))
-        path = _prompt_path(model, config, check)
+        method = method_class(config, EmbeddingShape(*_find_table(model).shape))
+        path = _choose_prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
-    method.to(device=device_of(model), dtype=torch.promote_types(model.dtype, torch.float32))
+    method.to(device=find_device(model), dtype=torch.promote_types(model.dtype, torch.float32))
     return _Plan(method, layers, path)
 
 
-def _prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
-    """How the prompt will run: "shared", or "textbook: " and why.
+def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
+    """Return how the prompt will run: "shared", or "textbook: " and the reason.
 
     Raises:
         ValueError: neither is exact, or what ``shared_prompt`` asks for is not.
     """
-    reason = _reason_against_sharing(model, config, check)
+    reason = _find_reason_against_sharing(model, config, check)
     if reason is None:
         return "shared"
     if config.shared_prompt is True:
@@ -315,33 +325,29 @@ def _prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
     return f"textbook: {reason}"
 
 
-def _reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
+def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
     if config.shared_prompt is False:
         return "shared_prompt=False"
     if model.config.is_encoder_decoder:
         return "its encoder's prompt sees what comes after it"
-    reason = reason_not_shareable(stand_in(model))
+    reason = find_reason_not_shareable(choose_stand_in(model))
     if reason is None and check:
         report = conformance.check(model, replace(config, shared_prompt=None), _attach_unchecked)
         reason = None if report.agrees else str(report.wrong[0])
     return reason
 
 
-def _refuse_wrong(report: conformance.Report, alternative: str) -> None:
-    """Refuse what the textbook contradicts.
-
-    Raises:
-        ValueError: it does.
-    """
+def _refuse_wrong(report: conformance.ConformanceReport, alternative: str) -> None:
+    """Refuse what the textbook contradicts."""
     if not report.agrees:
-        raise ValueError(report.sentence(alternative))
+        raise ValueError(report.describe(alternative))
 
 
 def _attach_unchecked(model: Model, config: MethodConfig) -> Model:
     return attach(model, config, check=False)
 
 
-def _table(model: PreTrainedModel) -> Tensor:
+def _find_table(model: PreTrainedModel) -> Tensor:
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
@@ -353,7 +359,7 @@ def _table(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapter:
+def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapter:
     method, layers, path = plan
     hooks: Hooks
     if isinstance(method, PrefixMethod):
@@ -374,20 +380,24 @@ def _install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
     if not hasattr(model, _STATE):
         setattr(model, _STATE, Attachment(model))
-    attachment_of(model).adapters[name] = adapter
+    get_attachment(model).adapters[name] = adapter
     return set_adapter(model, name)
 
 
-def _text_ids(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
-    """The token ids ``[m]`` of the text that a method starts from, repeated to its length; None: from no text."""
+def _tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
+    """Return the token ids ``[m]`` of the text that a method starts from, repeated to its length, or None without a
+    text.
+    """
     if config.init_text is None:
         return None
     if tokenizer is None:
         if not model.name_or_path:
-            raise ValueError("tokenizer takes the model's tokenizer for init_text, since the model has no name or path")
+            raise ValueError(
+                "`tokenizer` must be given for `init_text`, since the model has no name or path to load it from."
+            )
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"init_text takes a text of at least one token, got {config.init_text!r}")
+        raise ValueError(f"`init_text` must have at least one token, but is {config.init_text!r}.")
     length = config.num_virtual_tokens
     return torch.tensor((ids * -(-length // len(ids)))[:length])

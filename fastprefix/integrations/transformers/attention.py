@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers.masking_utils import (
 from ...ops.prefix_attention import prefix_attention
 
 
-def fastprefix_mask(
+def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -42,7 +42,7 @@ def fastprefix_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function of the attention mask interface; padding is never lost, and plain cases stay small."""
+    """Make a mask for the attention mask interface. Padding is never lost, and plain cases stay small."""
     padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
@@ -55,7 +55,7 @@ def fastprefix_mask(
         if padding is None:
             padding = torch.ones((), dtype=torch.bool, device=device)
         return padding.expand(batch_size, 1, 1, kv_length)
-    return full_mask(
+    return make_full_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -68,8 +68,8 @@ def fastprefix_mask(
     )
 
 
-def full_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """A mask function that always writes out all of the mask, bool ``[B, 1, N, K]``."""
+def make_full_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Make a mask that is always written out in full, bool ``[B, 1, N, K]``."""
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
     assert mask is not None
@@ -84,7 +84,7 @@ class Masking(NamedTuple):
 
 
 def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
-    """What a mask says to queries ``[B, H, N, D]``."""
+    """Return a mask for queries ``[B, H, N, D]`` in the form that ``prefix_attention`` expects."""
     if mask is None:
         return Masking(None, False)
     if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
@@ -95,16 +95,17 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
     return Masking(None if everything else mask, True)
 
 
-def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask to add to scores, as eager attention takes it: what is hidden gets the dtype's least number."""
+def make_additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask to add to scores, as eager attention expects it. Hidden scores get the dtype's least number."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
-    """A mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it; all of the mask is written out
-    then. What is hidden gets the dtype's least number, as in the eager masks of ``transformers``.
+def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
+    """Return a mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it, written out in full.
+
+    Hidden scores get the dtype's least number, as in the eager masks of ``transformers``.
     """
     if position_bias is None:
         return masking
@@ -119,14 +120,16 @@ def biased(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Maski
 
 
 def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A bias ``[..., m + K]`` on scores as that of the prefix (None: it has no columns for it) and that of K tokens."""
+    """Split a bias ``[..., m + K]`` on scores into the prefix's, which is None without columns for it, and that of K
+    tokens.
+    """
     if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
         return None, position_bias
     return position_bias[..., : -key.shape[2]], position_bias[..., -key.shape[2] :]
 
 
 def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
-    """Whether a mask of a local attention is a sliding window: attention in chunks starts anew every so many tokens."""
+    """Return whether a mask of a local attention is a sliding window, rather than chunks that start anew."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
     keys = torch.tensor([query, query - window + 1], device=device)
     try:
@@ -135,8 +138,8 @@ def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: t
         return False
 
 
-def window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
-    """What hides a prefix of so many tokens from queries ``[B, H, N, D]`` as a sliding window does: bias ``[N, m]``.
+def make_window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
+    """Return the bias ``[N, m]`` that hides a prefix from queries ``[B, H, N, D]`` as a sliding window does.
 
     The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
     A call has so many ``tokens`` (0: as many as queries); some layers get the last queries only. None: the window
@@ -150,7 +153,7 @@ def window_bias(query: Tensor, window: int | None, length: int, past: int, token
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
 
 
-def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
+def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
 
     ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
@@ -160,26 +163,22 @@ def own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     return visible, min(past, mask.shape[3] - tokens)
 
 
-def attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
+def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
     """Return which of a call's own tokens are no padding, bool ``[B, tokens]``; None: all of them.
 
     A token sees itself unless it is padding, whatever a window or a causal mask hides from it.
     """
     if mask is None or (mask.shape[2] == 1 and mask.shape[3] > 1 and mask.stride(3) == 0):
         return None
-    visible, start = own_keys(mask, tokens, past)
+    visible, start = find_own_keys(mask, tokens, past)
     if visible.shape[1] == 1:  # the padding of all keys
         return visible[:, 0, start : start + tokens]
     return visible.diagonal(start, 1, 2)[:, :tokens]
 
 
 def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
-    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row.
-
-    Raises:
-        ValueError: a token that is seen by others does not see itself, or sees no token before it.
-    """
-    visible, start = own_keys(mask, tokens, past)
+    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row."""
+    visible, start = find_own_keys(mask, tokens, past)
     visible = visible.expand(-1, tokens, -1)
     own = visible.diagonal(start, 1, 2)[:, :tokens]
     seen = visible[:, :, start : start + tokens].any(dim=1)
@@ -201,7 +200,7 @@ NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"
 """The same attention, for models that make something else of the masks that they are given."""
 
-MASKS: dict[str, Any] = {NAME: fastprefix_mask, FULL_MASKS: full_mask}
+MASKS: dict[str, Any] = {NAME: make_mask, FULL_MASKS: make_full_mask}
 """The mask function of each name."""
 
 BINDING = "_fastprefix_binding"
@@ -214,21 +213,24 @@ Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
 
 
-class Binding(Protocol):
-    """What an attention module asks for its prefix, gates and bias."""
+class Binding:
+    """The source of an attention module's prefix, gates and bias. By default it has neither gates nor a bias."""
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix, or None."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix, or None."""
+        raise NotImplementedError
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix gate and the output gate, each or None."""
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prefix gate and the output gate, each of which may be None."""
+        return None, None
 
-    def bias(self, query: Tensor) -> Tensor | None:
-        """What is added to the scores of the prefix, ``[N, m]``, or None; -inf hides a prefix key."""
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return a bias ``[N, m]`` for the scores of the prefix, or None. A bias of -inf hides a prefix key."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
-class GivenPrefix:
+class GivenPrefix(Binding):
     """A binding that holds its prefix.
 
     ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
@@ -243,17 +245,17 @@ class GivenPrefix:
     past: int = 0
     tokens: int = 0
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
-        """The prefix, where the query is and in its dtype."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
+        """Return the prefix on the query's device and in its dtype."""
         return self.key.to(query), self.value.to(query)
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
-        """The output gate."""
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
+        """Return the output gate."""
         return None, None if self.output_gate is None else self.output_gate.to(query)
 
-    def bias(self, query: Tensor) -> Tensor | None:
-        """What hides the prefix that the window does not reach."""
-        return window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias that hides the prefix where the window does not reach it."""
+        return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,16 +270,16 @@ class CarriedBindings:
     own_attention: str | None = None
 
 
-class _Call(threading.local):
+class _CallInProgress(threading.local):
     """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
 
     carried: CarriedBindings | None = None
 
 
-_CALL = _Call()
+_CALL = _CallInProgress()
 
 
-def carried_bindings() -> CarriedBindings | None:
+def get_carried_bindings() -> CarriedBindings | None:
     """Return what the call in progress carries, or None outside of such a call."""
     return _CALL.carried
 
@@ -328,11 +330,7 @@ def runs_again() -> bool:
 
 
 def refuse_lost_bindings() -> None:
-    """Refuse to run a layer again in a backward pass without the bindings that its first run carried.
-
-    Raises:
-        RuntimeError: gradient checkpointing that this package does not know of.
-    """
+    """Refuse to run a layer again in a backward pass without the bindings that its first run carried."""
     if _CALL.carried is None and runs_again():
         raise RuntimeError(
             "a layer of an accelerated PEFT model runs again in a backward pass, where the prefix of its call is not "
@@ -340,15 +338,15 @@ def refuse_lost_bindings() -> None:
         )
 
 
-def two_adapters() -> ValueError:
-    """Return the error of a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
+def make_two_adapters_error() -> ValueError:
+    """Make the error for a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
     return ValueError(
         "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
         "as an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
     )
 
 
-def fastprefix_attention(
+def run_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -361,7 +359,7 @@ def fastprefix_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a module to its tokens and, where it is bound to one, to its prefix.
+    """Attend from a module's queries to its tokens and, if it is bound to one, to its prefix.
 
     A sliding window is in the mask already. Where ``position_bias`` is wider than the keys, its first columns are the
     prefix's. Returns ``[B, N, H, Dv]`` and no attention weights.
@@ -374,16 +372,16 @@ def fastprefix_attention(
     binding: Binding | None = getattr(module, BINDING, None)
     if carried is not None:
         if binding is not None and carried.bindings:
-            raise two_adapters()
+            raise make_two_adapters_error()
         binding = carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     prefix_bias, position_bias = split_bias(position_bias, key)
-    masking = biased(read_mask(attention_mask, query), position_bias, key)
-    prefix = None if binding is None else binding.prefix(query, key, value)
+    masking = add_bias(read_mask(attention_mask, query), position_bias, key)
+    prefix = None if binding is None else binding.get_prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
-    gates = (None, None) if binding is None or prefix is None else binding.gates(query, key, attention_mask)
-    if binding is not None and prefix is not None and (hidden := binding.bias(query)) is not None:
+    gates = (None, None) if binding is None or prefix is None else binding.get_gates(query, key, attention_mask)
+    if binding is not None and prefix is not None and (hidden := binding.get_bias(query)) is not None:
         prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
     output = prefix_attention(
         query,
@@ -404,28 +402,24 @@ def fastprefix_attention(
     return output.transpose(1, 2), None
 
 
-def _attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run this package's attention, or the one that the call in progress names in its place."""
-    own = _own_attention()
-    return (
-        fastprefix_attention(module, *args, **kwargs)
-        if own is None
-        else AttentionInterface()[own](module, *args, **kwargs)
-    )
+    own = _get_own_attention()
+    return run_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
 
 
-def _mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _make_mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
-    own = _own_attention()
+    own = _get_own_attention()
     return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
 
 
-def _own_attention() -> str | None:
+def _get_own_attention() -> str | None:
     return None if _CALL.carried is None else _CALL.carried.own_attention
 
 
 def register() -> None:
     """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, _attention_of_call)
-        AttentionMaskInterface.register(name, functools.partial(_mask_of_call, mask))
+        AttentionInterface.register(name, _run_attention_of_call)
+        AttentionMaskInterface.register(name, functools.partial(_make_mask_of_call, mask))

@@ -31,16 +31,27 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from ...methods import METHODS, MethodConfig, PrefixMethod
-from .discovery import CONTEXT, CopyError, method_layers, parts, running_inputs, small_config, small_copy
-from .hooks import cache_parameter, find_cache, parameter_names
-from .positions import frequencies_end
-from .switching import Inputs, forgotten, image_candidates, is_of_text, is_plain_text
+from .discovery import (
+    CONTEXT,
+    CopyError,
+    find_method_layers,
+    find_running_inputs,
+    list_configs,
+    list_ordinary_ids,
+    make_small_copy,
+    shrink_config,
+)
+from .hooks import find_cache, find_cache_parameter, read_parameter_names
+from .positions import find_frequencies_end
+from .prompt import choose_placeholder_id, needs_ids
+from .switching import Inputs, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
 
 BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
 _VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
 _PADDING = 3
+_WORDS = 48
 _NEW = 3  # tokens that are generated: the second beam search step is the first to choose among beams
 _DRAWS = 8
 _TINY = 2_000_000
@@ -78,7 +89,7 @@ class Float64(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one situation.
+    """The result of one situation.
 
     "differs": by ``error``, relative to the largest value. "fails": with an error that is not this package's own.
     "refused": with one that is. "not applicable": the model without a method does not run in this situation.
@@ -96,8 +107,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What became of every situation of a method on a family of models."""
+class ConformanceReport:
+    """The results of all situations of a method on a family of models."""
 
     family: str
     method: str
@@ -118,7 +129,7 @@ class Report:
         """Return whether nothing is wrong."""
         return not self.wrong
 
-    def sentence(self, alternative: str) -> str:
+    def describe(self, alternative: str) -> str:
         """Return what to tell a user: the family, the situation and the alternative."""
         first = self.wrong[0]
         what = f"differ from the textbook by {first.error:.1e}" if first.verdict == "differs" else "cannot be computed"
@@ -137,20 +148,21 @@ class _Key(NamedTuple):
     options: str
 
 
-_REPORTS: dict[_Key, Report] = {}
+_NO_COPY = Finding("ids", "not applicable", reason="no small copy of the model runs")
+_REPORTS: dict[_Key, ConformanceReport] = {}
 _COPIES: dict[tuple[type, str], PreTrainedModel | None] = {}
 _LOCK = threading.RLock()
 
 
-def forget() -> None:
+def forget_reports() -> None:
     """Forget all reports, for whoever changes the code of a model in the process."""
     _REPORTS.clear()
     _COPIES.clear()
 
 
-def reports(model: PreTrainedModel, method: str) -> list[Report]:
+def list_reports(model: PreTrainedModel, method: str) -> list[ConformanceReport]:
     """Return what is remembered of a method on a model's class and configuration, whatever the method's options."""
-    contents = structure(model)
+    contents = describe_structure(model)
     return [report for key, report in _REPORTS.items() if key[:3] == (type(model), contents, method)]
 
 
@@ -159,7 +171,7 @@ def check(
     config: MethodConfig,
     attach: Callable[[PreTrainedModel, MethodConfig], Any],
     names: Sequence[str] | None = None,
-) -> Report:
+) -> ConformanceReport:
     """Compare a method with the textbook in every situation that a model's class and configuration have.
 
     Args:
@@ -168,28 +180,19 @@ def check(
         attach: attaches a method to a model that it is given, without checking.
         names: of the situations to check. None: all of them.
     """
-    small_method = small_method_config(model, config)
-    options = json.dumps(small_method.to_dict(), sort_keys=True, default=str)
-    key = _Key(type(model), structure(model), config.method_name(), options)
-    with _LOCK:
-        if names is not None or key not in _REPORTS:
-            plain = copy_of(model)
-            if plain is None:
-                none = Finding("ids", "not applicable", reason="no small copy of the model runs")
-                return Report(type(model).__name__, type(config).__name__, (none,))
-            if getattr(plain, "generation_config", None) is not None:
-                plain.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
-            with _quiet():
-                report = _compared(plain, small_method, attach, names)
-            if names is not None:
-                return report
-            _REPORTS[key] = report
-        return _REPORTS[key]
+    small = shrink_method_config(model, config)
+    options = json.dumps(small.to_dict(), sort_keys=True, default=str)
+    key = _Key(type(model), describe_structure(model), config.method_name(), options)
+
+    def compare(plain: PreTrainedModel) -> tuple[Finding, ...]:
+        return _compare_method(plain, small, attach, names)
+
+    return _report(model, key, type(config).__name__, compare, is_remembered=names is None)
 
 
 def check_pair(
     model: PreTrainedModel, method: str, options: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]
-) -> Report:
+) -> ConformanceReport:
     """Compare two models that are to be the same, such as an accelerated one with what it was before.
 
     Args:
@@ -198,34 +201,50 @@ def check_pair(
         options: everything that says what ``make`` makes, but for the base.
         make: of a small copy of the base, the model that says what is right, and the other one.
     """
-    key = _Key(type(model), structure(model), method, options)
+    key = _Key(type(model), describe_structure(model), method, options)
+    return _report(model, key, method, lambda plain: _compare_pair(plain, make))
+
+
+def _report(
+    model: PreTrainedModel,
+    key: _Key,
+    method: str,
+    compare: Callable[[PreTrainedModel], tuple[Finding, ...]],
+    is_remembered: bool = True,
+) -> ConformanceReport:
+    """Return the report that is remembered, or compare on a copy of the model."""
     with _LOCK:
-        if key not in _REPORTS:
-            plain = copy_of(model)
-            _REPORTS[key] = Report(type(model).__name__, method, ()) if plain is None else _paired(plain, method, make)
-        return _REPORTS[key]
+        if is_remembered and key in _REPORTS:
+            return _REPORTS[key]
+        plain = make_copy(model)
+        if plain is None:
+            findings: tuple[Finding, ...] = (_NO_COPY,)
+        else:
+            with _silence():
+                findings = compare(plain)
+        report = ConformanceReport(type(model).__name__, method, findings)
+        if is_remembered and plain is not None:
+            _REPORTS[key] = report
+        return report
 
 
-def _paired(plain: PreTrainedModel, method: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> Report:
-    if getattr(plain, "generation_config", None) is not None:
-        plain.generation_config.eos_token_id = None
-    with _quiet():
-        try:
-            with Float64(), torch.random.fork_rng(devices=[]):
-                right, other = make(copy.deepcopy(plain))
-        except Exception as error:
-            return Report(type(plain).__name__, method, (Finding("ids", _blame(error), reason=_one_line(error)),))
-        for each in (right, other):
-            _randomize(p for p in each.parameters() if p.requires_grad)
-            each.eval()
-        subject, book = (
-            _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
-        )
-        return Report(type(plain).__name__, method, _all(Situations(subject, book, plain, paired=True), _PAIRED))
+def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> tuple[Finding, ...]:
+    try:
+        with Float64(), torch.random.fork_rng(devices=[]):
+            right, other = make(copy.deepcopy(plain))
+    except Exception as error:
+        return (_find_fault("ids", error),)
+    for each in (right, other):
+        _randomize(p for p in each.parameters() if p.requires_grad)
+        each.eval()
+    subject, book = (
+        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
+    )
+    return _collect_findings(Situations(subject, book, plain, paired=True), _PAIRED)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Keep what the families say of a small copy's sizes from the user."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -237,10 +256,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def structure(model: PreTrainedModel) -> str:
+def describe_structure(model: PreTrainedModel) -> str:
     """Return what of a model's configuration says how it computes, with its sizes made small."""
     try:
-        config = small_config(model.config)
+        config = shrink_config(model.config)
     except Exception:  # a family's own checks of sizes that it was not made for
         config = model.config
     contents = config.to_dict()
@@ -249,30 +268,31 @@ def structure(model: PreTrainedModel) -> str:
     return json.dumps(contents, sort_keys=True, default=str)
 
 
-def copy_of(model: PreTrainedModel) -> PreTrainedModel | None:
+def make_copy(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a small copy of a model in float64, or a copy of the model itself where none can be built; None: the model
     is too large for that, or its weights are not floating point numbers in memory.
     """
-    small = _small(model)
-    if small is not None:
-        copied: PreTrainedModel = copy.deepcopy(small)
-        return copied
-    unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
-    if unusual or model.num_parameters() > _LARGEST:
-        return None
-    own: PreTrainedModel = copy.deepcopy(model).double().eval()
-    return own
+    copied: Any = copy.deepcopy(_get_small_copy(model))
+    if copied is None:
+        unusual = any(p.is_meta or not p.is_floating_point() for p in model.parameters())
+        if unusual or model.num_parameters() > _LARGEST:
+            return None
+        copied = copy.deepcopy(model).double().eval()
+    if getattr(copied, "generation_config", None) is not None:
+        copied.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
+    plain: PreTrainedModel = copied
+    return plain
 
 
-def _small(model: PreTrainedModel) -> PreTrainedModel | None:
-    key = (type(model), structure(model))
+def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
+    key = (type(model), describe_structure(model))
     if key not in _COPIES:
         config = copy.deepcopy(model.config)
-        for part in parts(config):
+        for part in list_configs(config):
             part._attn_implementation_internal = None
         with Float64(), torch.random.fork_rng(devices=[]):
             try:
-                _COPIES[key] = small_copy(config, type(model), torch.float64)
+                _COPIES[key] = make_small_copy(config, type(model), torch.float64)
             except CopyError:
                 _COPIES[key] = None
         if len(_COPIES) > 8:
@@ -280,13 +300,13 @@ def _small(model: PreTrainedModel) -> PreTrainedModel | None:
     return _COPIES[key]
 
 
-def stand_in(model: PreTrainedModel) -> PreTrainedModel:
+def choose_stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """Return the small copy of a model that its trials are held on, or the model itself where there is none."""
-    small = None if model.num_parameters() <= _TINY else _small(model)
+    small = None if model.num_parameters() <= _TINY else _get_small_copy(model)
     return model if small is None else small
 
 
-def small_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
+def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
     changed: dict[str, Any] = {}
@@ -303,7 +323,7 @@ def small_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodC
         elif isinstance(value, float) and "dropout" in field.name:
             changed[field.name] = 0.0
         elif field.name == "modules_to_save" and value is not None:
-            small = _small(model)
+            small = _get_small_copy(model)
             known = {name for name, _ in (model if small is None else small).named_modules()}
             changed[field.name] = [name for name in value if name in known]
     return dataclasses.replace(config, **changed)
@@ -317,17 +337,16 @@ class _Subject(NamedTuple):
     trained: list[Tensor]
 
 
-def _compared(
+def _compare_method(
     plain: PreTrainedModel, config: MethodConfig, attach: Callable[..., Any], names: Sequence[str] | None
-) -> Report:
+) -> tuple[Finding, ...]:
     """Attach a method to a copy, give it random parameters, and go through all situations."""
-    family, method_name = type(plain).__name__, type(config).__name__
     attached = copy.deepcopy(plain)
     try:
         with Float64(), torch.random.fork_rng(devices=[]):
             attach(attached, config)
     except Exception as error:
-        return Report(family, method_name, (Finding("ids", _blame(error), reason=_one_line(error)),))
+        return (_find_fault("ids", error),)
     trained = {name: p for name, p in attached.named_parameters() if p.requires_grad}
     _randomize(trained.values())
     book_model = copy.deepcopy(plain).requires_grad_(False)
@@ -338,45 +357,29 @@ def _compared(
             heads[name].requires_grad_(True)
     leaves: list[Tensor] = [heads.get(name, parameter) for name, parameter in trained.items()]
     with Float64():
-        book = _textbook(book_model, config, attached.fastprefix)
+        book = _make_textbook(book_model, config, attached.fastprefix)
     parameters: list[Tensor] = list(trained.values())
     situations = Situations(
         _Subject(attached.__call__, attached, parameters), _Subject(book, book_model, leaves), plain
     )
-    return Report(family, method_name, _all(situations, names))
+    return _collect_findings(situations, names)
 
 
-def _all(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
+def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
     with Float64(), torch.random.fork_rng(devices=[]):
-        found = list(situations.findings(names))
+        found = list(situations.find_all(names))
     if names is None or "autocast" in names:  # last, since it rounds the weights
-        found.append(situations.autocast())
+        found.append(situations.compare_autocast())
     return tuple(found)
 
 
-def _textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
+def _make_textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
     if issubclass(METHODS[config.method_name()][1], PrefixMethod):
-        return PrefixTextbook(model, method, method_layers(model, config))
-    return PromptTextbook(model, method, placeholder(model.config))
-
-
-def placeholder(config: Any) -> int:
-    """Return the id of an ordinary token, or of the padding where a family has embeddings for every layer."""
-    text = config.get_text_config()
-    if getattr(text, "hidden_size_per_layer_input", None):
-        return int(text.pad_token_id or 0)
-    return _ordinary(config)[-1]
-
-
-def _ordinary(config: Any) -> list[int]:
-    """Return the ids of some tokens without a meaning of their own."""
-    special: set[Any] = set()
-    for part in parts(config):
-        for name, value in vars(part).items():
-            if "token" in name:
-                special |= set(value) if isinstance(value, list | tuple) else {value} if type(value) is int else set()
-    size = getattr(config.get_text_config(), "vocab_size", None) or 64
-    return [each for each in range(3, size) if each not in special][:48]
+        return PrefixTextbook(model, method, find_method_layers(model, config))
+    # Another id than the method's own, since none of what a family makes of it may matter.
+    needs_own = needs_ids(model.config)
+    placeholder = choose_placeholder_id(model.config) if needs_own else list_ordinary_ids(model.config, _WORDS)[-1]
+    return PromptTextbook(model, method, placeholder)
 
 
 def _randomize(parameters: Any, seed: int = 2) -> None:
@@ -387,14 +390,14 @@ def _randomize(parameters: Any, seed: int = 2) -> None:
             parameter.copy_((0.3 * noise).to(parameter))
 
 
-def _blame(error: BaseException) -> Verdict:
-    """Return "refused" for this package's own errors, and "fails" for all others."""
+def _find_fault(situation: str, error: BaseException) -> Finding:
+    """Return the finding of an error: "refused" for this package's own, and "fails" for all others."""
     frames = traceback.extract_tb(error.__traceback__)
-    said = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
-    return "refused" if said else "fails"
+    is_own = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
+    return Finding(situation, "refused" if is_own else "fails", reason=_format_error(error))
 
 
-def _one_line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -418,14 +421,14 @@ class Situations:
         self.book = book
         self.plain = plain
         self.config = plain.config
-        self.names = parameter_names(plain.base_model)
+        self.names = read_parameter_names(plain.base_model)
         self.is_text = is_of_text(plain)
         self.is_plain = is_plain_text(plain)
-        self.cache_name = cache_parameter(self.names)
+        self.cache_name = find_cache_parameter(self.names)
         self.caches = self.is_plain and self.cache_name is not None and plain.can_generate()
         self.results: dict[str, Any] = {}  # of the textbook, by what was run
         generator = torch.Generator().manual_seed(1)
-        ordinary = torch.tensor(_ordinary(self.config) or [0])
+        ordinary = torch.tensor(list_ordinary_ids(self.config, _WORDS))
         self.long_ids = ordinary[torch.randint(len(ordinary), (_ROWS, _LONG), generator=generator)]
         self.ids = self.long_ids[:, :_TOKENS]
         if self.is_text and not self._runs_on_text():
@@ -433,79 +436,83 @@ class Situations:
 
     def _runs_on_text(self) -> bool:
         try:
-            with forgotten(self.plain), torch.no_grad():
-                self.plain(**self._inputs(self.ids))
+            with preserve_state(self.plain), torch.no_grad():
+                self.plain(**self._make_inputs(self.ids))
         except Exception:  # a model that requires something beside text
             return False
         return True
 
-    def findings(self, names: Sequence[str] | None = None) -> Iterator[Finding]:
+    def find_all(self, names: Sequence[str] | None = None) -> Iterator[Finding]:
         """Yield what became of each situation but autocast."""
-        for name, situation in self._situations().items():
+        for name, situation in self._list_situations().items():
             if names is None or name in names:
-                yield _find(name, situation)
+                yield _judge(name, situation)
 
-    def _situations(self) -> dict[str, Callable[[], Compared]]:
-        def alike(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
-            return functools.partial(self._alike, key, run, gradients)
+    def _list_situations(self) -> dict[str, Callable[[], Compared]]:
+        def compare(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
+            return functools.partial(self._compare_alike, key, run, gradients)
 
-        def cached(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
-            return functools.partial(self._cached, key, run, gradients)
+        def compare_cached(key: str, run: Make, gradients: bool = True) -> Callable[[], Compared]:
+            return functools.partial(self._compare_cached, key, run, gradients)
 
-        chosen: dict[str, Callable[[], Compared]] = {"ids": alike("ids", self._plainest)}
+        chosen: dict[str, Callable[[], Compared]] = {"ids": compare("ids", self._run_plainest)}
         if self.is_text:
-            chosen |= {f"{side} padding": alike(side, self._rows(side)) for side in ("left", "right")}
-            chosen["a row alone"] = alike("alone", self._alone)
+            chosen |= {f"{side} padding": compare(side, self._run_padded(side)) for side in ("left", "right")}
+            chosen["a row alone"] = compare("alone", self._run_alone)
         if self.is_plain:
             chosen |= {
-                "inputs_embeds": alike("embeds", self._embeddings),
-                "explicit positions": self._explicit,
-                "three-dimensional positions": alike("3-D positions", self._three_dimensions),
-                "token types": alike("types", self._types),
-                "boxes": alike("boxes", self._boxes),
-                "long inputs": alike("long", self._long),
-                "packed sequences": self._packed,
+                "inputs_embeds": compare("embeds", self._run_embeddings),
+                "explicit positions": self._compare_positions,
+                "three-dimensional positions": compare("3-D positions", self._run_three_dimensions),
+                "token types": compare("types", self._run_types),
+                "boxes": compare("boxes", self._run_boxes),
+                "long inputs": compare("long", self._run_long),
+                "packed sequences": self._compare_packed,
             }
         if self.caches:
             chosen |= {
-                "a cached continuation": cached("pieces", self._pieces("none")),
-                "a cached continuation with left padding": cached("left pieces", self._pieces("left", _PADDING)),
-                "a static cache": cached("static", self._pieces("left", _PADDING, self._static), gradients=False),
-                "a copied cache": cached("copied", self._copied, gradients=False),
-                "a second turn of generation": self._second_turn,
+                "a cached continuation": compare_cached("pieces", self._run_in_pieces("none")),
+                "a cached continuation with left padding": compare_cached(
+                    "left pieces", self._run_in_pieces("left", _PADDING)
+                ),
+                "a static cache": compare_cached(
+                    "static", self._run_in_pieces("left", _PADDING, self._make_static_cache), gradients=False
+                ),
+                "a copied cache": compare_cached("copied", self._run_copied, gradients=False),
+                "a second turn of generation": self._compare_second_turn,
             }
         if self.is_text and self.plain.can_generate():
-            chosen["beam search"] = self._beams
+            chosen["beam search"] = self._compare_beams
         chosen |= {
-            "forward called directly": self._direct,
-            "gradient checkpointing": functools.partial(self._checkpointing, False),
-            "reentrant gradient checkpointing": functools.partial(self._checkpointing, True),
-            "hidden states": alike("states", self._states(True), gradients=False),
-            "selected hidden states": alike("selected", self._states([0, -1]), gradients=False),
-            "tuples": alike("tuples", self._tuples, gradients=False),
+            "forward called directly": self._compare_direct,
+            "gradient checkpointing": functools.partial(self._compare_checkpointing, False),
+            "reentrant gradient checkpointing": functools.partial(self._compare_checkpointing, True),
+            "hidden states": compare("states", self._run_states(True), gradients=False),
+            "selected hidden states": compare("selected", self._run_states([0, -1]), gradients=False),
+            "tuples": compare("tuples", self._run_tuples, gradients=False),
         }
         if self.is_plain:  # last: some models remember where a former call's images were
-            chosen["images"] = alike("images", self._images)
+            chosen["images"] = compare("images", self._run_images)
         return chosen
 
     # Comparisons
 
-    def _alike(self, key: str, run: Make, gradients: bool = True) -> Compared:
+    def _compare_alike(self, key: str, run: Make, gradients: bool = True) -> Compared:
         """Compare the same run of both."""
-        expected = self._expected(key, self.book, run, gradients)
-        return _difference(_evaluated(self.subject, run, gradients), expected)
+        expected = self._expect(key, self.book, run, gradients)
+        return _compare(_evaluate(self.subject, run, gradients), expected)
 
-    def _cached(self, key: str, run: Make, gradients: bool) -> Compared:
+    def _compare_cached(self, key: str, run: Make, gradients: bool) -> Compared:
         """Compare the same run of both in several calls, unless the model itself differs from a single call."""
-        compared = self._alike(key, run, gradients)
+        compared = self._compare_alike(key, run, gradients)
         if compared.error > BOUND and not self._continues():
             raise _Absent("the model itself says other things with a cache than without")
         return compared
 
-    def _explicit(self) -> Compared:
+    def _compare_positions(self) -> Compared:
         """Compare rows whose tokens have positions further on than the textbook's prompt."""
-        compared = self._alike("positions", self._positions)
-        gradients = self._expected("positions", self.book, self._positions).gradients
+        compared = self._compare_alike("positions", self._run_positions)
+        gradients = self._expect("positions", self.book, self._run_positions).gradients
         if compared.error > BOUND and gradients and not any(bool(each.any()) for each in gradients):
             raise _Absent("the model takes a jump of positions for the start of another sequence")
         return compared
@@ -514,19 +521,19 @@ class Situations:
         """Return whether the model without a method says the same in two calls as in one."""
         ids = torch.cat([self.ids[:, :_VIRTUAL_TOKENS], self.ids], dim=1)  # as long as with the virtual tokens
         plain = _Subject(self.plain.__call__, self.plain, [])
-        pieces = _evaluated(plain, self._pieces("none", ids=ids), gradients=False)
-        whole = _evaluated(plain, lambda run: _values(run(**self._inputs(ids)))[:1], gradients=False)
-        return _difference(_Numbers([torch.cat(pieces.values, dim=1)], []), whole).error <= BOUND
+        pieces = _evaluate(plain, self._run_in_pieces("none", ids=ids), gradients=False)
+        whole = _evaluate(plain, lambda run: _extract_values(run(**self._make_inputs(ids)))[:1], gradients=False)
+        return _compare(_Numbers([torch.cat(pieces.values, dim=1)], []), whole).error <= BOUND
 
-    def _expected(self, key: str, book: _Subject, run: Make, gradients: bool = True) -> _Numbers:
+    def _expect(self, key: str, book: _Subject, run: Make, gradients: bool = True) -> _Numbers:
         """Return the textbook's numbers; what the textbook cannot run is no situation of the model."""
         if key not in self.results:
             try:
-                self.results[key] = _evaluated(book, run, gradients)
+                self.results[key] = _evaluate(book, run, gradients)
             except _Absent as absent:
                 self.results[key] = absent
             except Exception as error:  # whatever the family makes of it
-                self.results[key] = _Absent(_one_line(error))
+                self.results[key] = _Absent(_format_error(error))
         result: _Numbers | _Absent = self.results[key]
         if isinstance(result, _Absent):
             raise result
@@ -534,7 +541,7 @@ class Situations:
 
     # Runs, of the method or of the textbook
 
-    def _inputs(self, ids: Tensor, padding: str = "none") -> dict[str, Any]:
+    def _make_inputs(self, ids: Tensor, padding: str = "none") -> dict[str, Any]:
         """Return arguments for ids ``[B, N]``; all rows but the first have padding."""
         mask = torch.ones_like(ids)
         mask[1:, {"none": slice(0), "left": slice(_PADDING), "right": slice(-_PADDING, None)}[padding]] = 0
@@ -550,105 +557,107 @@ class Situations:
         return inputs
 
     @functools.cached_property
-    def _given(self) -> dict[str, Any]:
+    def _plainest_inputs(self) -> dict[str, Any]:
         """The plainest arguments on which the model runs."""
-        return self._inputs(self.ids) if self.is_text else dict(running_inputs(self.plain))
+        return self._make_inputs(self.ids) if self.is_text else dict(find_running_inputs(self.plain))
 
-    def _rows(self, padding: str) -> Make:
-        return lambda run: _values(run(**(inputs := self._inputs(self.ids, padding))), inputs["attention_mask"])
+    def _run_padded(self, padding: str) -> Make:
+        return lambda run: _extract_values(
+            run(**(inputs := self._make_inputs(self.ids, padding))), inputs["attention_mask"]
+        )
 
-    def _plainest(self, run: Run) -> list[Tensor]:
-        return _values(run(**self._given))
+    def _run_plainest(self, run: Run) -> list[Tensor]:
+        return _extract_values(run(**self._plainest_inputs))
 
-    def _alone(self, run: Run) -> list[Tensor]:
-        return _values(run(**self._inputs(self.ids[1:])))
+    def _run_alone(self, run: Run) -> list[Tensor]:
+        return _extract_values(run(**self._make_inputs(self.ids[1:])))
 
-    def _long(self, run: Run) -> list[Tensor]:
-        return _values(run(**self._inputs(self.long_ids)))
+    def _run_long(self, run: Run) -> list[Tensor]:
+        return _extract_values(run(**self._make_inputs(self.long_ids)))
 
-    def _embeddings(self, run: Run) -> list[Tensor]:
-        self._needs("inputs_embeds")
-        inputs = self._inputs(self.ids, "left")
+    def _run_embeddings(self, run: Run) -> list[Tensor]:
+        self._require("inputs_embeds")
+        inputs = self._make_inputs(self.ids, "left")
         with torch.no_grad():
             rows = self.plain.get_input_embeddings()(inputs.pop("input_ids"))
-        return _values(run(inputs_embeds=rows, **inputs), inputs["attention_mask"])
+        return _extract_values(run(inputs_embeds=rows, **inputs), inputs["attention_mask"])
 
-    def _positions(self, run: Run) -> list[Tensor]:
-        self._needs("position_ids")
+    def _run_positions(self, run: Run) -> list[Tensor]:
+        self._require("position_ids")
         positions = torch.arange(2, 2 + _TOKENS).expand(_ROWS, -1)
-        return _values(run(**self._inputs(self.ids), position_ids=positions))
+        return _extract_values(run(**self._make_inputs(self.ids), position_ids=positions))
 
-    def _three_dimensions(self, run: Run) -> list[Tensor]:
-        if not any("section" in str(vars(part).get("rope_parameters")) for part in parts(self.config)):
+    def _run_three_dimensions(self, run: Run) -> list[Tensor]:
+        if not any("section" in str(vars(part).get("rope_parameters")) for part in list_configs(self.config)):
             raise _Absent("positions have one dimension")
         steps = torch.arange(_TOKENS)
         positions = torch.stack([steps, steps // 2, steps % 3])[:, None].expand(-1, _ROWS, -1)
-        return _values(run(**self._inputs(self.ids), position_ids=positions))
+        return _extract_values(run(**self._make_inputs(self.ids), position_ids=positions))
 
-    def _types(self, run: Run) -> list[Tensor]:
-        self._needs("token_type_ids")
-        inputs = self._inputs(self.ids, "left")
-        return _values(run(**inputs, token_type_ids=self.ids % 2), inputs["attention_mask"])
+    def _run_types(self, run: Run) -> list[Tensor]:
+        self._require("token_type_ids")
+        inputs = self._make_inputs(self.ids, "left")
+        return _extract_values(run(**inputs, token_type_ids=self.ids % 2), inputs["attention_mask"])
 
-    def _boxes(self, run: Run) -> list[Tensor]:
-        self._needs("bbox")
+    def _run_boxes(self, run: Run) -> list[Tensor]:
+        self._require("bbox")
         corners = torch.stack([self.ids % 5, self.ids % 7, self.ids % 5 + 9, self.ids % 7 + 9], dim=-1)
-        return _values(run(**{**self._inputs(self.ids), "bbox": corners}))
+        return _extract_values(run(**{**self._make_inputs(self.ids), "bbox": corners}))
 
-    def _images(self, run: Run) -> list[Tensor]:
-        return _values(run(**image_inputs(self.plain, self.ids[:1])))
+    def _run_images(self, run: Run) -> list[Tensor]:
+        return _extract_values(run(**make_image_inputs(self.plain, self.ids[:1])))
 
-    def _packed(self) -> Compared:
+    def _compare_packed(self) -> Compared:
         """Compare two sequences in a row with each of them alone."""
-        self._needs("position_ids")
+        self._require("position_ids")
         if not self.caches:
             raise _Absent("sequences cannot be packed")
         cuts = (slice(0, 3), slice(3, _TOKENS))
         positions = torch.cat([torch.arange(cut.stop - cut.start) for cut in cuts])[None]
 
-        def packed(run: Run) -> list[Tensor]:
-            return _values(run(input_ids=self.ids[:1], position_ids=positions, use_cache=False))
+        def run_packed(run: Run) -> list[Tensor]:
+            return _extract_values(run(input_ids=self.ids[:1], position_ids=positions, use_cache=False))
 
-        def alone(run: Run) -> list[Tensor]:
-            each = [_values(run(input_ids=self.ids[:1, cut], use_cache=False))[0] for cut in cuts]
+        def run_alone(run: Run) -> list[Tensor]:
+            each = [_extract_values(run(input_ids=self.ids[:1, cut], use_cache=False))[0] for cut in cuts]
             return [torch.cat(each, dim=1)]
 
         plain = _Subject(self.plain.__call__, self.plain, [])
-        together = self._expected("plain packed", plain, packed, gradients=False)
-        if _difference(together, self._expected("plain apart", plain, alone, gradients=False)).error > BOUND:
+        together = self._expect("plain packed", plain, run_packed, gradients=False)
+        if _compare(together, self._expect("plain apart", plain, run_alone, gradients=False)).error > BOUND:
             raise _Absent("the model does not tell packed sequences apart")
-        return _difference(_evaluated(self.subject, packed), self._expected("apart", self.book, alone))
+        return _compare(_evaluate(self.subject, run_packed), self._expect("apart", self.book, run_alone))
 
-    def _pieces(
+    def _run_in_pieces(
         self, padding: str, cut: int = 4, cache: Callable[[], Any] = lambda: None, ids: Tensor | None = None
     ) -> Make:
         """Run ids in two calls, the second with the cache of the first."""
 
         def run_pieces(run: Run) -> list[Tensor]:
-            inputs = self._inputs(self.ids if ids is None else ids, padding)
+            inputs = self._make_inputs(self.ids if ids is None else ids, padding)
             row, mask = inputs["input_ids"], inputs["attention_mask"]
-            first = self._step(run, row[:, :cut], mask[:, :cut], cache())
-            second = self._step(run, row[:, cut:], mask, _cache(first))
-            return [*_values(first, mask[:, :cut])[:1], *_values(second, mask[:, cut:])[:1]]
+            first = self._run_step(run, row[:, :cut], mask[:, :cut], cache())
+            second = self._run_step(run, row[:, cut:], mask, find_cache(first))
+            return [*_extract_values(first, mask[:, :cut])[:1], *_extract_values(second, mask[:, cut:])[:1]]
 
         return run_pieces
 
-    def _step(self, run: Run, ids: Tensor, mask: Tensor, cache: Any) -> Any:
+    def _run_step(self, run: Run, ids: Tensor, mask: Tensor, cache: Any) -> Any:
         given = {} if cache is None else {str(self.cache_name): cache}
         return run(input_ids=ids, attention_mask=mask, use_cache=True, **given)
 
-    def _static(self) -> Any:
+    def _make_static_cache(self) -> Any:
         return StaticCache(config=self.plain.config, max_cache_len=_TOKENS + _VIRTUAL_TOKENS + 2)
 
-    def _copied(self, run: Run) -> list[Tensor]:
+    def _run_copied(self, run: Run) -> list[Tensor]:
         mask = torch.ones_like(self.ids)
-        first = self._step(run, self.ids[:, :4], mask[:, :4], None)
-        copied = copy.deepcopy(_cache(first))
-        second = self._step(run, self.ids[:, 4:], mask, _cache(first))
-        other = self._step(run, self.ids[:, 4:].flip(1), mask, copied)
-        return [_values(second)[0], _values(other)[0]]
+        first = self._run_step(run, self.ids[:, :4], mask[:, :4], None)
+        copied = copy.deepcopy(find_cache(first))
+        second = self._run_step(run, self.ids[:, 4:], mask, find_cache(first))
+        other = self._run_step(run, self.ids[:, 4:].flip(1), mask, copied)
+        return [_extract_values(second)[0], _extract_values(other)[0]]
 
-    def _generated(self, subject: _Subject, **options: Any) -> tuple[_Numbers, Any]:
+    def _generate(self, subject: _Subject, **options: Any) -> tuple[_Numbers, Any]:
         """Generate some tokens; return what was said of them, and everything."""
         model: Any = subject.model
         with torch.no_grad():
@@ -659,70 +668,67 @@ class Situations:
         scores = getattr(output, "sequences_scores", None)
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
 
-    def _anew(self, key: str, **options: Any) -> _Numbers:
+    def _expect_generated(self, key: str, **options: Any) -> _Numbers:
         """Return what the textbook says when it generates without a cache; a pair has its own caches."""
         caching = {} if self.paired else {"use_cache": False}
 
         def run(_: Run) -> list[Tensor]:
-            return self._generated(self.book, **options, **caching)[0].values
+            return self._generate(self.book, **options, **caching)[0].values
 
-        return self._expected(key, self.book, run, gradients=False)
+        return self._expect(key, self.book, run, gradients=False)
 
-    def _beams(self) -> Compared:
-        inputs = {k: v for k, v in self._inputs(self.ids, "left").items() if k in ("input_ids", "attention_mask")}
+    def _compare_beams(self) -> Compared:
+        inputs = {k: v for k, v in self._make_inputs(self.ids, "left").items() if k in ("input_ids", "attention_mask")}
         options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
-        expected = self._anew("beams", **inputs, **options)
-        compared = _difference(self._generated(self.subject, **inputs, **options)[0], expected)
-        return self._unless_plain_differs(compared, inputs, options)
+        expected = self._expect_generated("beams", **inputs, **options)
+        compared = _compare(self._generate(self.subject, **inputs, **options)[0], expected)
+        return self._excuse_plain_model(compared, inputs, options)
 
-    def _unless_plain_differs(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
+    def _excuse_plain_model(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
         """Return an error of cached generation, unless the model without a method says other things with a cache."""
-        if compared.error > BOUND and frequencies_end(self.plain) is not None:
+        if compared.error > BOUND and find_frequencies_end(self.plain) is not None:
             raise _Absent("rotary frequencies depend on the length of a row, and a cache keeps those of a shorter one")
         if compared.error > BOUND:
             plain = _Subject(self.plain.__call__, self.plain, [])
             # As long as with the virtual tokens: rotary frequencies may change with the length of a row.
             longer = {name: torch.cat([value[:, :_VIRTUAL_TOKENS], value], dim=1) for name, value in inputs.items()}
-            kept, anew = (self._generated(plain, **longer, **options, use_cache=cached)[0] for cached in (True, False))
-            if _difference(kept, anew).error > BOUND:
+            kept, anew = (self._generate(plain, **longer, **options, use_cache=cached)[0] for cached in (True, False))
+            if _compare(kept, anew).error > BOUND:
                 raise _Absent("the model itself says other things with a cache than without")
         return compared
 
-    def _second_turn(self) -> Compared:
+    def _compare_second_turn(self) -> Compared:
         """Generate twice with one cache."""
         mask = torch.ones_like(self.ids)
-        self._anew("first turn", input_ids=self.ids, attention_mask=mask)
-        first = self._generated(self.subject, input_ids=self.ids, attention_mask=mask)[1]
+        self._expect_generated("first turn", input_ids=self.ids, attention_mask=mask)
+        first = self._generate(self.subject, input_ids=self.ids, attention_mask=mask)[1]
         turn = torch.cat([first.sequences, self.ids[:, :3]], dim=1)
         inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
-        kept = {str(self.cache_name): _cache(first)}
-        actual = self._generated(self.subject, **inputs, **kept)[0]
-        return self._unless_plain_differs(_difference(actual, self._anew("second turn", **inputs)), inputs, {})
+        kept = {str(self.cache_name): find_cache(first)}
+        actual = self._generate(self.subject, **inputs, **kept)[0]
+        return self._excuse_plain_model(_compare(actual, self._expect_generated("second turn", **inputs)), inputs, {})
 
-    def _direct(self) -> Compared:
+    def _compare_direct(self) -> Compared:
         subject = self.subject._replace(run=self.subject.model.forward)
-        return _difference(_evaluated(subject, self._plainest), self._expected("ids", self.book, self._plainest))
+        return _compare(_evaluate(subject, self._run_plainest), self._expect("ids", self.book, self._run_plainest))
 
-    def _checkpointing(self, reentrant: bool) -> Compared:
+    def _compare_checkpointing(self, reentrant: bool) -> Compared:
         model: Any = self.subject.model
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise _Absent("the model has no gradient checkpointing")
 
-        def training(run: Run) -> list[Tensor]:
+        def run_training(run: Run) -> list[Tensor]:
             self.book.model.train()
             torch.manual_seed(0)
-            return self._plainest(run)
+            return self._run_plainest(run)
 
-        with _kept_buffers(self.book.model):
-            expected = self._expected("training", self.book, training)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
+        with _preserve_buffers(self.book.model):
+            expected = self._expect("training", self.book, run_training)
+        _enable_checkpointing(model, reentrant)
         model.train()
         try:
-            with _kept_buffers(model):
-                compared = _difference(_evaluated(self.subject, training), expected)
+            with _preserve_buffers(model):
+                compared = _compare(_evaluate(self.subject, run_training), expected)
             if reentrant and compared.error > BOUND and not self._checkpoints_reentrantly():
                 raise _Absent("the model itself gives other gradients with reentrant gradient checkpointing")
             return compared
@@ -740,22 +746,19 @@ class Situations:
             weight = next(model.parameters())
         plain, found = _Subject(model.__call__, model, [weight.requires_grad_(True)]), []
         for kind in (False, True):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
-            for module in model.modules():
-                if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=kind)
+            _enable_checkpointing(model, kind)
             torch.manual_seed(0)
-            found.append(_evaluated(plain, self._plainest))
-        return _difference(*found).error <= BOUND
+            found.append(_evaluate(plain, self._run_plainest))
+        return _compare(*found).error <= BOUND
 
-    def _states(self, which: Any) -> Make:
-        return lambda run: _values(run(**self._given, output_hidden_states=which))
+    def _run_states(self, which: Any) -> Make:
+        return lambda run: _extract_values(run(**self._plainest_inputs, output_hidden_states=which))
 
-    def _tuples(self, run: Run) -> list[Tensor]:
-        output = run(**self._given, return_dict=False)
+    def _run_tuples(self, run: Run) -> list[Tensor]:
+        output = run(**self._plainest_inputs, return_dict=False)
         return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
 
-    def autocast(self) -> Finding:
+    def compare_autocast(self) -> Finding:
         """Compare under bfloat16 autocast, outside ``Float64``: at most four times as wrong as the textbook is. The
         weights of both are rounded to float32.
 
@@ -766,27 +769,27 @@ class Situations:
         try:
             for each in (self.subject, self.book):
                 each.model.float()
-            draws = [self._round()]
+            draws = [self._compare_rounded()]
             for seed in range(_DRAWS) if not _is_close(draws) else ():
                 _randomize([*self.subject.trained], seed)
                 _randomize([*self.book.trained], seed)
-                draws.append(self._round())
+                draws.append(self._compare_rounded())
         except _Absent as absent:
             return Finding(name, "not applicable", reason=str(absent))
         except Exception as error:
-            return Finding(name, _blame(error), reason=_one_line(error))
+            return _find_fault(name, error)
         return Finding(name, "ok" if _is_close(draws) else "differs", draws[0][1].error, draws[0][1].where)
 
-    def _round(self) -> tuple[Compared, Compared]:
+    def _compare_rounded(self) -> tuple[Compared, Compared]:
         """Return how wrong the textbook is under autocast, and how wrong the method is."""
         self.results = {}
-        exact = self._expected("float32", self.book, self._plainest)
+        exact = self._expect("float32", self.book, self._run_plainest)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = self._expected("bfloat16", self.book, self._plainest)
-            actual = _evaluated(self.subject, self._plainest)
-        return _difference(rounded, exact), _difference(actual, exact)
+            rounded = self._expect("bfloat16", self.book, self._run_plainest)
+            actual = _evaluate(self.subject, self._run_plainest)
+        return _compare(rounded, exact), _compare(actual, exact)
 
-    def _needs(self, name: str) -> None:
+    def _require(self, name: str) -> None:
         if name not in self.names:
             raise _Absent(f"the model has no {name}")
 
@@ -798,7 +801,7 @@ def _is_close(draws: list[tuple[Compared, Compared]]) -> bool:
 
 
 @contextmanager
-def _kept_buffers(model: torch.nn.Module) -> Iterator[None]:
+def _preserve_buffers(model: torch.nn.Module) -> Iterator[None]:
     """Put back what a model counts while it trains, such as a batch norm's means."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -810,17 +813,24 @@ def _kept_buffers(model: torch.nn.Module) -> Iterator[None]:
                     buffer.copy_(kept[name])
 
 
+def _enable_checkpointing(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = functools.partial(_checkpoint, use_reentrant=reentrant)
+
+
 def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
     """Checkpoint a function that runs in ``Float64``, which the backward pass leaves."""
 
-    def wide(*inputs: Any) -> Any:
+    def run_wide(*inputs: Any) -> Any:
         with Float64():
             return function(*inputs)
 
-    return checkpoint.checkpoint(wide, *args, use_reentrant=use_reentrant)
+    return checkpoint.checkpoint(run_wide, *args, use_reentrant=use_reentrant)
 
 
-def image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Return arguments with an image between two halves of ids ``[1, N]``.
 
     Raises:
@@ -832,10 +842,10 @@ def image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     )
     if not hasattr(base, "get_image_features") or token == 0:
         raise _Absent("the model has no images")
-    names = parameter_names(base)
-    for images in image_candidates(model):
+    names = read_parameter_names(base)
+    for images in propose_images(model):
         try:
-            with forgotten(model), torch.no_grad():
+            with preserve_state(model), torch.no_grad():
                 features = base.get_image_features(**images)
                 features = getattr(features, "pooler_output", features)
         except Exception:  # whatever the family makes of such images
@@ -851,11 +861,7 @@ def image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     raise _Absent("no small images are known")
 
 
-def _cache(output: Any) -> Any:
-    return find_cache(output if isinstance(output, tuple) else list(output.values()))
-
-
-def _values(output: Any, mask: Tensor | None = None) -> list[Tensor]:
+def _extract_values(output: Any, mask: Tensor | None = None) -> list[Tensor]:
     """Return what an output says, without its padding; what is pooled from padded rows may say something of that."""
     if not isinstance(output, ModelOutput):
         return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
@@ -874,13 +880,13 @@ class _Numbers(NamedTuple):
     gradients: list[Tensor]
 
 
-def _find(name: str, situation: Callable[[], Compared]) -> Finding:
+def _judge(name: str, situation: Callable[[], Compared]) -> Finding:
     try:
         compared = situation()
     except _Absent as absent:
         return Finding(name, "not applicable", reason=str(absent))
     except Exception as error:
-        return Finding(name, _blame(error), reason=_one_line(error))
+        return _find_fault(name, error)
     return Finding(name, "ok" if compared.error <= BOUND else "differs", *compared)
 
 
@@ -891,7 +897,7 @@ class Compared(NamedTuple):
     where: str
 
 
-def _evaluated(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
+def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
     """Return values, and the gradients of a fixed combination of them."""
     with torch.set_grad_enabled(gradients):
         values = run(subject.run)
@@ -908,8 +914,8 @@ def _evaluated(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers
     return _Numbers([value.detach() for value in values], [torch.zeros_like(p) if g is None else g for g, p in pairs])
 
 
-def _difference(actual: _Numbers, expected: _Numbers) -> Compared:
-    values = _relative(actual.values, expected.values)
+def _compare(actual: _Numbers, expected: _Numbers) -> Compared:
+    values = _measure_error(actual.values, expected.values)
     if not expected.gradients:
         return Compared(values, "values")
     scale = max(float(g.abs().max()) for g in expected.gradients)
@@ -918,7 +924,7 @@ def _difference(actual: _Numbers, expected: _Numbers) -> Compared:
     return max(Compared(values, "values"), Compared(gradients, "gradients"))
 
 
-def _relative(actual: list[Tensor], expected: list[Tensor]) -> float:
+def _measure_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     if [value.shape for value in actual] != [value.shape for value in expected]:
         return float("inf")
     errors = [(float((a - e).abs().max()), float(e.abs().max())) for a, e in zip(actual, expected, strict=True)]

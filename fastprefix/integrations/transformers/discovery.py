@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,21 +28,21 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
-from .attention import MASKS, Prefix, fastprefix_attention, read_mask, sees_all_of_window
-from .hooks import by_name, parameter_names
+from .attention import MASKS, Binding, Prefix, read_mask, run_attention, sees_all_of_window
+from .hooks import name_arguments, read_parameter_names
 from .switching import (
     Inputs,
-    borrowed,
-    called,
-    candidates,
-    device_of,
-    disown,
-    evaluated,
-    forgotten,
+    borrow_attention,
+    drop_adopted_trial,
+    evaluating,
+    find_device,
+    find_runnable,
     is_plain_text,
-    switched,
-    text_inputs,
-    tried,
+    make_text_inputs,
+    preserve_state,
+    propose_inputs,
+    run_trial,
+    switch_attention,
 )
 
 _NAME = "fastprefix_probe"
@@ -70,8 +71,8 @@ class Layer:
     projection: Projection | None = None  # for a method that has the layer project its prefix
 
 
-def text_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` that layers of the model compute for ids ``[m]``."""
+def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+    """Compute the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of ids ``[m]`` in layers of a model."""
     found = {layer.module: layer for layer in find_layers(model, input_ids[None])}
     return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
 
@@ -79,7 +80,7 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Lay
 def find_layers(
     model: PreTrainedModel, input_ids: Tensor | None = None, example_inputs: Inputs | None = None
 ) -> list[Layer]:
-    """The attention layers of a model, in the order in which they are called.
+    """Return the attention layers of a model, in the order in which they are called.
 
     Args:
         model: any.
@@ -91,17 +92,19 @@ def find_layers(
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"model takes a model whose attention goes through the attention interface, got {_name(model)}"
+            f"`model` must have attention that goes through the attention interface, but {_get_class_name(model)} "
+            "has not. "
+            "Use a prompt method."
         )
-    trial = tried(model, example_inputs)
-    inputs = trial.inputs if input_ids is None else text_inputs(model, input_ids)
+    trial = run_trial(model, example_inputs)
+    inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
     trace, windows, halves = _Trace(model), _Windows(MASKS[trial.attention]), _Halves(model)
     layers: dict[nn.Module, Layer] = {}
 
     def probe(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        entry, hidden = trace.entry(module)
+        entry, hidden = trace.find_entry(module)
         causal, others = _is_causal(attention_mask, query), query.shape[2] != key.shape[2]
         shape = AttentionShape(
             heads=query.shape[1],
@@ -110,22 +113,22 @@ def find_layers(
             value_size=value.shape[3],
             width=_width(model, query) if hidden is None else hidden.shape[-1],
             causal=causal,
-            role="cross" if others else halves.role(module, causal),
+            role="cross" if others else halves.find_role(module, causal),
         )
-        window, local = windows.of(attention_mask, kwargs.get("sliding_window"))
+        window, local = windows.find(attention_mask, kwargs.get("sliding_window"))
         layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
-        return fastprefix_attention(module, query, key, value, attention_mask, **kwargs)
+        return run_attention(module, query, key, value, attention_mask, **kwargs)
 
     try:
-        with borrowed(model, _NAME, probe, windows.mask), trace:
-            called(model)(**inputs)
+        with borrow_attention(model, _NAME, probe, windows.make_mask), trace:
+            find_runnable(model)(**inputs)
     except Exception:  # a small copy may run on what the model itself does not
-        if not disown(model):
+        if not drop_adopted_trial(model):
             raise
         return find_layers(model, input_ids, example_inputs)
     if not layers:
         raise ValueError(
-            f"{_name(model)} never called the attention interface: it has no attention to give a prefix to"
+            f"{_get_class_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
     return list(layers.values())
 
@@ -138,176 +141,250 @@ def _width(model: PreTrainedModel, query: Tensor) -> int:
         return query.shape[1] * query.shape[3]
 
 
-def method_layers(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None) -> list[Layer]:
-    """The attention layers of a model that a prefix method is for."""
+def find_method_layers(
+    model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None
+) -> list[Layer]:
+    """Return the attention layers of a model that a prefix method is for."""
     method_class = METHODS[config.method_name()][1]
     assert issubclass(method_class, PrefixMethod)
     layers = find_layers(model, example_inputs=example_inputs)
     return [layers[index] for index in method_class.chosen_layers(config, [layer.shape for layer in layers])]
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The module that turns embeddings into hidden states: the outermost that a model calls with them.
+class InputPath(NamedTuple):
+    """The way of token ids through a model to its embedding."""
 
-    That need not be its ``base_model``: some call a part of it. Of a model with two halves, with another input than
-    text, or that makes the masks before it calls such a part, it is the model.
+    backbone: nn.Module
+    """The outermost module that a model calls with embeddings or ids to get hidden states.
+
+    That need not be its ``base_model``: some call a part of it. It is the model itself if that has two halves, has
+    another input than text, or makes the masks before it calls such a part.
     """
-    if not is_plain_text(model):
-        return model
+    receives_ids: bool
+    """True if the model hands its ids on to the backbone, rather than what it made of them."""
+    embeds_ids: bool
+    """True if the backbone calls its embedding module with the ids that it gets, or more behind them.
 
-    candidates = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    found = _first_called(model, [m for m in candidates if "inputs_embeds" in parameter_names(m)])
-    if found is None:
-        return model
-    mask = found.arguments.get("attention_mask")
-    passed_on = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, _FEW))
-    return found.module if passed_on else model
+    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
+    """
 
 
-def receives_ids(model: PreTrainedModel, backbone: nn.Module) -> bool:
-    """Return whether a model hands its ids on to the backbone, rather than what it made of them."""
-    found = None if backbone is model else _first_called(model, [backbone])
-    return found is None or found.arguments.get("input_ids") is not None
+def find_backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the backbone of a model's ``InputPath``."""
+    return find_input_path(model).backbone if is_plain_text(model) else model
+
+
+def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) -> InputPath:
+    """Run a model on a few tokens up to its embedding, and return which modules get the ids.
+
+    Args:
+        model: a model of text.
+        encoder: the backbone, if it is known. None: find it.
+
+    Raises:
+        ValueError: the model does not run.
+    """
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    inside = (
+        [module for module in models if "inputs_embeds" in read_parameter_names(module)]
+        if encoder is None
+        else [encoder]
+    )
+    embeddings = {module: _find_embedding(module) for module in (model, *inside)}
+
+    def read_path(calls: dict[nn.Module, ModuleCall]) -> InputPath | None:
+        """Return the path, or None while it is not known."""
+        backbone: nn.Module = model
+        if inside:
+            reached = next((module for module in calls if module in inside), None)
+            if reached is None:
+                return None
+            mask = calls[reached].name_arguments(reached).get("attention_mask")
+            is_plain = mask is None or (isinstance(mask, Tensor) and mask.shape == (1, _FEW))
+            backbone = reached if is_plain or encoder is not None else model
+        receives_ids = backbone is model or calls[backbone].name_arguments(backbone).get("input_ids") is not None
+        embedding = embeddings[backbone]
+        if not receives_ids or embedding is None:
+            return InputPath(backbone, receives_ids, embeds_ids=False)
+        if embedding not in calls:
+            return None
+        ids = calls[embedding].first_tensor
+        embeds_ids = ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == few["input_ids"].tolist()
+        return InputPath(backbone, receives_ids, embeds_ids)
+
+    few = make_few_ids(model, padded=True)
+    modules = [*inside, *filter(None, embeddings.values())]
+    calls, error = record_calls(model, modules, lambda calls: read_path(calls) is not None, **few)
+    path = read_path(calls)
+    if path is None and error is not None:
+        raise ValueError(
+            f"`model` must run on input_ids alone, but {_get_class_name(model)} raised {type(error).__name__}: {error}"
+        ) from error
+    return InputPath(model, receives_ids=True, embeds_ids=False) if path is None else path
+
+
+def _find_embedding(module: Any) -> nn.Module | None:
+    try:
+        embedding: nn.Module | None = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding
 
 
 _FEW = 8  # tokens, for models that pool them
 
 
-def _first_called(model: PreTrainedModel, modules: list[nn.Module]) -> _Reached | None:
-    """Run a model on a few tokens, and return the call of the first of some modules that it calls, or None.
+def make_few_ids(model: Any, padded: bool = False, first: int | None = None) -> dict[str, Any]:
+    """Return a row of a few ordinary ids as arguments of a model.
 
-    Raises:
-        ValueError: the model does not run.
+    Args:
+        model: any that reads ids.
+        padded: let the mask hide the first token.
+        first: the first id, in place of an ordinary one.
     """
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(module, by_name(parameter_names(module), args, kwargs))
-
-    handles = [m.register_forward_pre_hook(reached, with_kwargs=True) for m in modules]
-    ids = torch.tensor([ordinary_ids(model.config, _FEW)], device=device_of(model))
+    ids = torch.tensor([list_ordinary_ids(model.config, _FEW)], device=find_device(model))
+    if first is not None:
+        ids[:, 0] = first
     mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    masks = {"attention_mask": mask} if "attention_mask" in parameter_names(model) else {}
+    mask[:, 0] = 0 if padded else 1
+    names = read_parameter_names(model)
+    options = {name: value for name, value in (("attention_mask", mask), ("use_cache", False)) if name in names}
+    return {"input_ids": ids, **options}
+
+
+class ModuleCall(NamedTuple):
+    """A call of a module, and what it returned, once it did."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+    @property
+    def first_tensor(self) -> Tensor | None:
+        """Return the first tensor among the arguments."""
+        return find_first_tensor(self.args, self.kwargs)
+
+    def name_arguments(self, module: nn.Module) -> dict[str, Any]:
+        """Return the arguments by the names that the module gives them."""
+        return name_arguments(read_parameter_names(module), self.args, self.kwargs)
+
+
+class _Stop(Exception):  # noqa: N818 (nothing is wrong)
+    """End a run that has shown enough."""
+
+
+def record_calls(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    is_enough: Callable[[dict[nn.Module, ModuleCall]], bool],
+    **inputs: Any,
+) -> tuple[dict[nn.Module, ModuleCall], Exception | None]:
+    """Run a model until enough is known, and return the first call of each of some modules, in order.
+
+    Args:
+        model: its state stays as it was.
+        modules: whose calls are recorded.
+        is_enough: asked after every call and return of one of the modules; the run ends once it is true.
+        inputs: of the model.
+
+    Returns:
+        The calls, and the error that ended the run, if one did.
+    """
+    calls: dict[nn.Module, ModuleCall] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in calls:
+            calls[module] = ModuleCall(args, kwargs)
+            stop_if_enough()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if calls[module].output is None:
+            calls[module] = calls[module]._replace(output=output)
+            stop_if_enough()
+
+    def stop_if_enough() -> None:
+        if is_enough(calls):
+            raise _Stop
+
+    handles: list[RemovableHandle] = []
+    for module in dict.fromkeys(modules):
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    error = None
     try:
-        with forgotten(model), torch.no_grad():
-            model(input_ids=ids, use_cache=False, **masks)
-    except _Reached as found:
-        return found
-    except Exception as error:
-        raise ValueError(
-            f"`model` must run on input_ids alone, but {_name(model)} raised {type(error).__name__}: {error}"
-        ) from error
+        with preserve_state(model), torch.no_grad():
+            model(**inputs)
+    except _Stop:
+        pass
+    except Exception as raised:  # whatever a family makes of such inputs
+        error = raised
     finally:
         for handle in handles:
             handle.remove()
-    return None
+    return calls, error
 
 
-def embeds_ids_as_given(backbone: Any, embedding: nn.Module) -> bool:
-    """Return whether a backbone calls its embedding module with the ids that it gets, or more behind them.
-
-    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
-    """
-    found = _first_called(backbone, [embedding])
-    ids = None if found is None else first_tensor((), found.arguments)
-    return ids is not None and ids.ndim == 2 and ids[:, :_FEW].tolist() == [ordinary_ids(backbone.config, _FEW)]
-
-
-def entry_of(backbone: Any, embedding: nn.Module) -> nn.Module:
+def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
     """Return the module whose output is what a model calls ``inputs_embeds``.
 
     That is the embedding module, or a block around it where a family's ``inputs_embeds`` skip the whole block (ESM).
     Which it is, is found by giving the model the output of each in turn: the first module behind all of them must get
     what it gets from the ids.
     """
-    names = {module: name for name, module in backbone.named_modules()}
-    around = _parents(backbone, names.get(embedding, ""))
+    path = next((name for name, module in backbone.named_modules() if module is embedding), "").split(".")
+    around = [backbone.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
     blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
     if not blocks:
         return embedding
-    candidates = [embedding, *blocks]
-    seen: dict[nn.Module, Any] = {}
+    entries: list[nn.Module] = [embedding, *blocks]
+    behind = set(backbone.modules()) - {backbone, *around, *blocks[-1].modules()}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.setdefault(module, output)
+    def find_state(calls: dict[nn.Module, ModuleCall]) -> Tensor | None:
+        """Return the first ``[B, N, d]`` that a module behind the blocks is called with."""
+        states = (call.first_tensor for module, call in calls.items() if module in behind)
+        return next((each for each in states if each is not None and each.is_floating_point() and each.ndim == 3), None)
 
-    handles = [module.register_forward_hook(record) for module in candidates]
-    try:
-        ids = torch.tensor([ordinary_ids(backbone.config, _FEW)], device=device_of(backbone))
-        expected = _first_state(backbone, [*around, *blocks[-1].modules()], input_ids=ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for module in candidates:
-        if isinstance(seen.get(module), Tensor) and expected is not None:
-            actual = _first_state(backbone, [*around, *blocks[-1].modules()], inputs_embeds=seen[module])
+    def run(**inputs: Any) -> dict[nn.Module, ModuleCall]:
+        modules = [*behind, *entries]
+        return record_calls(backbone, modules, lambda calls: find_state(calls) is not None, **inputs)[0]
+
+    calls = run(input_ids=make_few_ids(backbone)["input_ids"])
+    expected = find_state(calls)
+    for module in entries:
+        if expected is not None and module in calls and isinstance(calls[module].output, Tensor):
+            actual = find_state(run(inputs_embeds=calls[module].output))
             if actual is not None and actual.shape == expected.shape and torch.allclose(actual, expected):
                 return module
     return embedding
 
 
-def _parents(backbone: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules between a backbone and one of its modules, from the inside out."""
-    parts = name.split(".")[:-1]
-    return [backbone.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
+def list_ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
+    """Return token ids that mean nothing special to a model: neither padding nor the place of an image.
+
+    The first three are used last, since families without a name for their padding have it there. Ids repeat in a small
+    vocabulary.
+    """
+    named = [value for part in list_configs(config) for name, value in vars(part).items() if "token" in name]
+    flat = (each for value in named for each in (value if isinstance(value, list | tuple) else [value]))
+    special = {each for each in flat if type(each) is int}
+    size = getattr(config.get_text_config(), "vocab_size", None) or 64
+    ids = [each for each in (*range(3, size), *range(min(size, 3))) if each not in special]
+    return list(itertools.islice(itertools.cycle(ids or [0]), count))
 
 
-def ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
-    """Return token ids that mean nothing special to a model: neither padding nor the place of an image."""
-    special: set[Any] = set()
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if name.endswith(("token_id", "token_index", "token_ids")):
-                special |= set(value) if isinstance(value, list | tuple) else {value}
-    return [i for i in range(len(special) + count) if i not in special][:count]
-
-
-def _first_state(backbone: nn.Module, before: list[nn.Module], **inputs: Tensor) -> Tensor | None:
-    """Return the first ``[B, N, d]`` that a module not among those ``before`` is called with, or None."""
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = first_tensor(args, kwargs)
-        if state is not None and state.is_floating_point() and state.ndim == 3:
-            raise _Reached(module, {"state": state})
-
-    others = set(backbone.modules()) - {backbone, *before}
-    handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in others]
-    try:
-        with forgotten(backbone), torch.no_grad():
-            backbone(**inputs)
-    except _Reached as found:
-        state: Tensor = found.arguments["state"]
-        return state
-    except Exception:  # whatever a family makes of embeddings that it does not expect
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-class _Reached(Exception):  # noqa: N818 (nothing is wrong)
-    """End a run at a module, which was called with these arguments."""
-
-    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.arguments = arguments
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first tensor that a module was called with: of a layer, the residual stream."""
+def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the first tensor that a module was called with. A layer's is the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 class _Halves:
-    """Which half of an encoder-decoder a module is in; in any other model, what its attention is."""
+    """The halves of an encoder-decoder, which tell the role of an attention; in other models its causality does."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
 
-    def role(self, module: nn.Module, causal: bool) -> Role:
-        """That of a self-attention."""
+    def find_role(self, module: nn.Module, causal: bool) -> Role:
+        """Return the role of a self-attention."""
         in_decoder = causal if self.encoder is None else module not in self.encoder
         return "decoder" if in_decoder else "encoder"
 
@@ -320,8 +397,8 @@ class _Windows:
         self.made = False  # a mask with a window
         self.masks: dict[int, tuple[Tensor, tuple[int | None, bool]]] = {}  # by their storage, and what each says
 
-    def mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-        """The mask function; what the mask says is kept."""
+    def make_mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        """Make a mask and keep its window."""
         mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
             self.made = True
@@ -331,9 +408,11 @@ class _Windows:
             self.masks[mask.untyped_storage().data_ptr()] = mask, window
         return mask
 
-    def of(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
-        """Window and ``local`` of a layer. The mask counts; one that a model made over says nothing any more, and what
-        the layer ``said`` was meant for other kernels.
+    def find(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
+        """Return the window and ``local`` of a layer.
+
+        The mask decides. If a model changed the mask, the window is unknown; what the layer ``said`` is for other
+        kernels.
         """
         unknown = (None, self.made or said is not None)
         found = None if mask is None else self.masks.get(mask.untyped_storage().data_ptr())
@@ -341,7 +420,7 @@ class _Windows:
 
 
 class _Trace:
-    """Which modules were called with which tensor, in order, while the context lasts."""
+    """The modules that are called in this context, in order, each with its first tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
@@ -349,7 +428,7 @@ class _Trace:
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self.handles = [m.register_forward_pre_hook(self._record, with_kwargs=True) for m in self.names]
+        self.handles = [module.register_forward_pre_hook(self._record, with_kwargs=True) for module in self.names]
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
@@ -357,10 +436,10 @@ class _Trace:
         self.calls.clear()
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append((module, first_tensor(args, kwargs)))
+        self.calls.append((module, find_first_tensor(args, kwargs)))
 
-    def entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
-        """The module inside the layer in progress that first got what entered the layer, and what that was.
+    def find_entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
+        """Return the first module inside the layer in progress that got what entered the layer, and that tensor.
 
         The layer is named by the attention's qualified name up to its last number.
         """
@@ -387,11 +466,11 @@ def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
     return not bool(seen.all()) if seen.dtype is torch.bool else bool((seen < -1).any())
 
 
-def _name(model: nn.Module) -> str:
+def _get_class_name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-class Projection:
+class Projection(Binding):
     """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``, as an attention module computes them.
 
     The module is called as its model calls it for one token at position 0, where a rotary embedding does not rotate;
@@ -406,15 +485,17 @@ class Projection:
         self.projected: Prefix | None = None
 
     def __call__(self, states: Tensor) -> Prefix:
-        hidden = first_tensor(*self.call)
+        hidden = find_first_tensor(*self.call)
 
-        def adapted(tensor: Tensor) -> Tensor:
-            """The states in place of the token; the rest where and as the states are, should the model have moved."""
+        def adapt(tensor: Tensor) -> Tensor:
+            """Put the states in the token's place, and move the rest to their device and dtype, since the model may
+            have moved.
+            """
             if tensor is hidden:
                 return states[:, None]
             return tensor.to(states if tensor.is_floating_point() else states.device)
 
-        args, kwargs = tree_map_only(Tensor, adapted, self.call)
+        args, kwargs = tree_map_only(Tensor, adapt, self.call)
         self.running = True
         try:
             self.module.forward(*args, **kwargs)
@@ -425,20 +506,13 @@ class Projection:
         key, value = projected  # [m, Hkv, 1, D]
         return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take what the module calls its attention with; for that call there is no prefix."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep the keys and values that the module calls its attention with, for which there is no prefix."""
         self.projected = (key, value)
-
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None."""
-        return None, None
-
-    def bias(self, query: Tensor) -> None:
-        """None."""
 
 
 def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projection]:
-    """The projections of attention layers, found by running the model on one token.
+    """Find the projections of attention layers by running the model on one token.
 
     Raises:
         ValueError: a layer whose keys and values are not its own projections of what enters it.
@@ -455,17 +529,18 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
         for handle in handles:
             handle.remove()
     projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
-    with switched(model, {p.module: p for p in projections}), evaluated(model), torch.no_grad():
+    with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad():
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
-                f"model takes one whose layers compute keys and values of what enters their attention; not: {lost}"
+                "`model` must have layers that compute keys and values of what enters their attention, but these "
+                f"do not: {lost}"
             )
     return projections
 
 
 def _projects(layer: Layer, projection: Projection) -> bool:
-    """Whether a projection gives each of two states keys and values of its own, in the layer's shapes."""
-    hidden = first_tensor(*projection.call)
+    """Return whether a projection gives two states different keys and values in the layer's shapes."""
+    hidden = find_first_tensor(*projection.call)
     if hidden is None or hidden.shape != (1, 1, layer.shape.width):
         return False
     keys, values = projection(torch.randn(2, layer.shape.width).to(hidden))
@@ -577,7 +652,7 @@ class CopyError(ValueError):
         self.built = built
 
 
-def small_copy(
+def make_small_copy(
     config: PretrainedConfig,
     model_class: type[PreTrainedModel] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -598,34 +673,34 @@ def small_copy(
     for scale in _SCALES:
         built = False
         try:
-            candidate = small_config(config, scale, whole)
+            candidate = shrink_config(config, scale, whole)
             if model_class is not None and scale.head_size is not None:
                 _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
-                size = build(candidate, model_class).num_parameters()
+                size = build_model(candidate, model_class).num_parameters()
             if size > _MOST_PARAMETERS:
                 raise ValueError(f"{size:,} parameters are left")
-            model: PreTrainedModel = randomized(build(candidate, model_class)).eval()
+            model: PreTrainedModel = randomize(build_model(candidate, model_class)).eval()
             nn.Module.to(model, dtype)
             built = True
-            running_inputs(model)
+            find_running_inputs(model)
             return model
         except Exception as error:  # the families' own checks of sizes that they were not made for
             failures.append(CopyError(built, error))
     raise next((failure for failure in failures if failure.built), failures[0])
 
 
-def running_inputs(model: PreTrainedModel) -> Inputs:
+def find_running_inputs(model: PreTrainedModel) -> Inputs:
     """Return the first small inputs on which a model runs.
 
     Raises:
         Exception: the error of the first ones, if the model runs on none.
     """
     failures: list[Exception] = []
-    for inputs in candidates(model):
+    for inputs in propose_inputs(model):
         try:
-            with forgotten(model), torch.no_grad():
-                called(model)(**inputs)
+            with preserve_state(model), torch.no_grad():
+                find_runnable(model)(**inputs)
         except Exception as error:  # whatever the family makes of such inputs
             failures.append(error)
         else:
@@ -633,10 +708,8 @@ def running_inputs(model: PreTrainedModel) -> Inputs:
     raise failures[0] if failures else ValueError("nothing is known of its inputs")
 
 
-def build(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model with random weights, of the class given, of the class that the configuration names, or else of the one
-    that it belongs to.
-    """
+def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Build a model with random weights, of the given class or the one that the configuration names or belongs to."""
     named = getattr(transformers, (config.architectures or [""])[0], None) if model_class is None else model_class
     torch.manual_seed(0)
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
@@ -649,7 +722,7 @@ def build(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreT
     return model
 
 
-def randomized(model: PreTrainedModel) -> PreTrainedModel:
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
     """Move biases, scales and gates of a model off their initial values, so that nothing is hidden by a 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -660,14 +733,14 @@ def randomized(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
+def shrink_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
     """Return a small copy of a configuration and of those inside it.
 
     It keeps what the model does: the rotary embedding's type, every kind of layer, shared keys and values, the tokens
     with a meaning. Widths, vocabularies, windows and contexts are scaled down; of a ``whole`` one the former alone.
     """
     small = copy.deepcopy(config)
-    every = list(parts(small))
+    every = list(list_configs(small))
     widths: dict[int, int] = {}
     for part in sorted(every, key=_is_headless):
         if scale.head_size is not None:
@@ -692,26 +765,26 @@ def small_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bo
     return small
 
 
-def parts(config: Any) -> Iterator[Any]:
-    """A configuration and those inside it."""
+def list_configs(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those inside it."""
     yield config
     for name in config.sub_configs:
         if isinstance(getattr(config, name, None), PretrainedConfig):
-            yield from parts(getattr(config, name))
+            yield from list_configs(getattr(config, name))
 
 
-def _sizes(config: Any) -> dict[str, int]:
+def _read_sizes(config: Any) -> dict[str, int]:
     return {name: value for name, value in vars(config).items() if type(value) is int}
 
 
 def _is_headless(config: Any) -> bool:
     """Return whether a configuration says no number of heads, so that its width is that of another part."""
-    return not _sizes(config).keys() & set(_HEADS)
+    return not _read_sizes(config).keys() & set(_HEADS)
 
 
 def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int]) -> dict[int, int]:
     """Make heads narrow and few; return the new width of each old one. Those of other parts are ``known``."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     known = known if _is_headless(config) else {}
     before = next((sizes[name] for name in _HEADS if name in sizes), 1)
     head_dim = sizes.get("head_dim") or next((sizes[name] // before for name in _WIDTHS if name in sizes), head_size)
@@ -752,7 +825,7 @@ def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
         config.qk_head_dim = whole
     if sizes.get("head_dim", 0) == sizes.get("qk_nope_head_dim", 0) + sizes.get("qk_rope_head_dim", 0) > 0:
         config.head_dim = whole
-        for rope in _ropes(vars(config).get("rope_parameters")):
+        for rope in _list_ropes(vars(config).get("rope_parameters")):
             if "partial_rotary_factor" in rope:
                 rope["partial_rotary_factor"] = head_size / whole
 
@@ -767,7 +840,7 @@ def _new_width(width: int, widths: dict[int, int]) -> int:
 def _narrow_states(config: Any, head_size: int) -> None:
     """Fit the heads of a state space to the width: all of them are ``expand`` times as wide."""
     for heads, size, expand in _STATES:
-        sizes = _sizes(config)
+        sizes = _read_sizes(config)
         factor = vars(config).get(expand)
         if heads in sizes and size in sizes and isinstance(factor, int | float) and "hidden_size" in sizes:
             setattr(config, size, head_size)
@@ -796,14 +869,14 @@ def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str,
         if not isinstance(value, list | tuple) or len(value) < 2:
             continue
         if "section" in name:
-            pairs[name] = _sections(list(value), small)
+            pairs[name] = _split_sections(list(value), small)
         elif name.endswith("factor"):
             pairs[name] = [value[round(i * (len(value) - 1) / max(small - 1, 1))] for i in range(small)]
     return pairs
 
 
-def _sections(sections: list[int], pairs: int) -> list[int]:
-    """Sections in about the same proportions, as many pairs in all."""
+def _split_sections(sections: list[int], pairs: int) -> list[int]:
+    """Return sections of about the same proportions that add up to so many pairs."""
     total = sum(sections)
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
     single = next((i for i, section in enumerate(sections) if sections.count(section) == 1), 0)  # equal ones stay equal
@@ -813,17 +886,17 @@ def _sections(sections: list[int], pairs: int) -> list[int]:
 
 def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
     """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
-    modules = {model_class.__module__, *(type(part).__module__ for part in parts(config))}
+    modules = {model_class.__module__, *(type(part).__module__ for part in list_configs(config))}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
     found = next(filter(None, (_DEFAULT_SECTIONS.search(_source(name)) for name in sorted(names))), None)
     if found is None:
         return
     sections = [int(each) for each in found.group(1).split(",")]
-    for part in parts(config):
-        for rope in _ropes(vars(part).get("rope_parameters")):
+    for part in list_configs(config):
+        for rope in _list_ropes(vars(part).get("rope_parameters")):
             if "rope_theta" in rope and "mrope_section" not in rope:
                 pairs = int(head_size * (rope.get("partial_rotary_factor") or 1.0)) // 2
-                rope["mrope_section"] = _sections(sections, pairs)
+                rope["mrope_section"] = _split_sections(sections, pairs)
 
 
 def _source(module: str) -> str:
@@ -836,13 +909,13 @@ def _source(module: str) -> str:
 
 def _scale_positions(config: Any) -> None:
     """Scale windows, chunks and contexts down, so that short inputs reach beyond them."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     for name in _WINDOWS:
         if "vocab_size" in sizes and sizes.get(name, 0) > WINDOW:
             setattr(config, name, WINDOW)
     if _is_list_of_sizes(windows := vars(config).get("attention_window")):
         config.attention_window = [min(window, WINDOW) for window in windows]
-    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in _ropes(vars(config).get(name))]
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in _list_ropes(vars(config).get(name))]
     limit = sizes.get("max_position_embeddings")
     originals = {rope.get("original_max_position_embeddings") for rope in ropes}
     originals |= {sizes.get("original_max_position_embeddings")}
@@ -862,7 +935,7 @@ def _scale_positions(config: Any) -> None:
 
 def _shrink_signals(config: Any) -> None:
     """Make images and sounds small, whose positions would outnumber those of the text by far."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     if sizes.get("max_source_positions", 0) > _SOUND:
         config.max_source_positions = _SOUND
     side = _GRID * sizes["patch_size"] if "patch_size" in sizes else _PIXELS
@@ -874,8 +947,8 @@ def _shrink_signals(config: Any) -> None:
             setattr(config, name, _FRAMES)
 
 
-def _ropes(rope: Any) -> Iterator[dict[str, Any]]:
-    """The rotary embeddings in an option: itself, or one for every type of layer."""
+def _list_ropes(rope: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rotary embeddings in an option, which has one or one for every type of layer."""
     if isinstance(rope, dict):
         inside = [value for value in rope.values() if isinstance(value, dict)]
         yield from inside or [rope]
@@ -899,7 +972,7 @@ def _calm(config: Any) -> None:
 
 def _shorten(config: Any, of_each: int) -> None:
     """Keep so many layers of every kind, and at least two in all."""
-    sizes = _sizes(config)
+    sizes = _read_sizes(config)
     names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
     if not names and _LAYER_KINDS & vars(config).keys():
         counts = {len(kinds) for name in _LAYER_KINDS if (kinds := vars(config).get(name))}
@@ -926,7 +999,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
     counts = {n: values[n] for n in _FLAGGED_COUNTS if type(values.get(n)) is int}
     shared = values.get("num_kv_shared_layers") or 0
 
-    def kind(layer: int) -> str:
+    def describe_kind(layer: int) -> str:
         told = [value[layer] for name, value in lists.items() if name not in sources]
         told += [value[layer] == layer for value in sources.values()]
         told += [layer in value for value in indices.values()]
@@ -935,7 +1008,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
 
     kinds: dict[str, list[int]] = {}
     for layer in range(count):
-        kinds.setdefault(kind(layer), []).append(layer)
+        kinds.setdefault(describe_kind(layer), []).append(layer)
     chosen = {layer for layers in list(kinds.values())[:_MOST_KINDS] for layer in layers[:of_each]}
     periods = [v for n, v in values.items() if type(v) is int and 1 < v <= count and _PERIOD_NAME.search(n)]
     if periods and not _LAYER_KINDS & lists.keys():

@@ -39,14 +39,14 @@ READ_SETTINGS = frozenset({"use_cache", "output_attentions", "output_router_logi
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
-def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's positional forward arguments, in order."""
+def read_parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's positional forward arguments, in order."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
-def checked_names(module: nn.Module) -> tuple[str, ...]:
+def check_parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's positional forward arguments, provided that none has a name unknown here.
 
     Most models lack some of ``READ_ARGUMENTS``, so a missing argument proves nothing. A renamed one shows in one of
@@ -56,17 +56,17 @@ def checked_names(module: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: an argument has been renamed.
     """
-    names, model = parameter_names(module), type(module).__name__
-    for old, new in _renamed(module.forward).items():
+    names, model = read_parameter_names(module), type(module).__name__
+    for old, new in _find_renamed(module.forward).items():
         if old in READ_ARGUMENTS:
             raise ValueError(f"`{old}` is called `{new}` in {model}, which this fastprefix does not know: {_ADVICE}")
-    arguments, settings = _vocabulary()
+    arguments, settings = _collect_vocabulary()
     if unknown := sorted(READ_ARGUMENTS - arguments - set(names)):
-        raise ValueError(f"{_library()} has no argument `{unknown[0]}`, which {model} may need: {_ADVICE}")
+        raise ValueError(f"{_name_library()} has no argument `{unknown[0]}`, which {model} may need: {_ADVICE}")
     if unknown := sorted(READ_SETTINGS - settings):
-        raise ValueError(f"{_library()} has no setting `{unknown[0]}`, which {model} may need: {_ADVICE}")
-    caches = _cache_parameters(module.forward)
-    if len(caches) == 1 and cache_parameter(names) is None:  # codecs have two, one for each half
+        raise ValueError(f"{_name_library()} has no setting `{unknown[0]}`, which {model} may need: {_ADVICE}")
+    caches = _find_cache_parameters(module.forward)
+    if len(caches) == 1 and find_cache_parameter(names) is None:  # codecs have two, one for each half
         raise ValueError(
             f"`{caches[0]}` of {model} is a key/value cache under a name that this fastprefix does not know: {_ADVICE}"
         )
@@ -76,11 +76,11 @@ def checked_names(module: nn.Module) -> tuple[str, ...]:
 _ADVICE = "use a newer fastprefix, or a transformers version that this one supports"
 
 
-def _library() -> str:
+def _name_library() -> str:
     return f"transformers {transformers.__version__}"
 
 
-def _renamed(forward: Callable[..., Any]) -> dict[str, str]:
+def _find_renamed(forward: Callable[..., Any]) -> dict[str, str]:
     """Return the deprecated argument names of a function with their new names.
 
     ``deprecate_kwarg`` of ``transformers`` keeps both in the closures of its wrappers.
@@ -98,7 +98,7 @@ def _renamed(forward: Callable[..., Any]) -> dict[str, str]:
 
 
 @functools.cache
-def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
+def _collect_vocabulary() -> tuple[frozenset[str], frozenset[str]]:
     """Return the arguments and the settings that the main models of ``transformers``, one of each kind, know."""
     kinds = (transformers.LlamaModel, transformers.BertModel, transformers.BartModel)
     arguments = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
@@ -107,7 +107,7 @@ def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(arguments | TransformersKwargs.__annotations__.keys() | decorated), frozenset(settings)
 
 
-def _cache_parameters(forward: Callable[..., Any]) -> list[str]:
+def _find_cache_parameters(forward: Callable[..., Any]) -> list[str]:
     """Return the arguments of a function that are annotated as a cache."""
     try:
         hints = typing.get_type_hints(inspect.unwrap(forward))
@@ -117,8 +117,8 @@ def _cache_parameters(forward: Callable[..., Any]) -> list[str]:
     return [n for n, types in kinds.items() if any(isinstance(t, type) and issubclass(t, Cache) for t in types)]
 
 
-def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+def name_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -206,16 +206,14 @@ _FORWARD_SLOTS = ("_old_forward", "forward")
 
 
 def refuse_replicas(module: nn.Module) -> None:
-    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter.
-
-    Raises:
-        RuntimeError: the module is one.
-    """
+    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter."""
     if getattr(module, "_is_replica", False):
-        raise RuntimeError("nn.DataParallel takes a model without an adapter, whose state replicas share: use DDP")
+        raise RuntimeError(
+            "nn.DataParallel cannot run a model with an adapter, whose state its replicas share: use DDP."
+        )
 
 
-def cache_parameter(names: Container[str]) -> str | None:
+def find_cache_parameter(names: Container[str]) -> str | None:
     """Return the name of the cache among the parameters of a module, or None if the module takes no cache.
 
     ``transformers`` 5.24 renamed ``past_key_values`` to ``cache``.
@@ -232,18 +230,18 @@ def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None
     if isinstance(values, Mapping):
         for name in _CACHE_NAMES:
             if not isinstance(given := values.get(name), Cache | None):
-                raise TypeError(f"`{name}` must be a transformers Cache, got {type(given).__name__}")
+                raise TypeError(f"`{name}` must be a transformers Cache, but is {type(given).__name__}.")
         values = list(values.values())
     return next((value for value in values or () if isinstance(value, Cache)), None)
 
 
-def past_length(arguments: Mapping[str, Any]) -> int:
+def count_past(arguments: Mapping[str, Any]) -> int:
     """Return how many tokens are in the key/value cache of a call."""
     cache = find_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def tokens_in(arguments: Mapping[str, Any]) -> int:
+def count_tokens(arguments: Mapping[str, Any]) -> int:
     """Return how many tokens a row of a call has, be they given as ids or as embeddings."""
     ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if isinstance(ids, Tensor):
@@ -258,14 +256,10 @@ def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool
 
 
 def check_mask_length(mask: Any, tokens: int, length: int) -> None:
-    """Refuse a padding mask that is not about the caller's tokens.
-
-    Raises:
-        ValueError: its length is not that of the ``tokens``; PEFT's habit is to count the prompt's too.
-    """
+    """Refuse a padding mask that is not about the caller's tokens."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
         hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
-        raise ValueError(f"`attention_mask` must be [B, {tokens}], got {list(mask.shape)}.{hint}")
+        raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")
 
 
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
@@ -281,7 +275,7 @@ def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
 
 
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
-    """One row says "causal" here, and how many there should be differs between the halves of a model.
+    """Refuse 4-D masks of one row in a model with two halves, which would not know whether "causal" is meant.
 
     Raises:
         ValueError: a 4-D mask of one row.
@@ -290,14 +284,14 @@ def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
         mask = arguments.get(name)
         several = tokens is None or tokens.shape[1] > 1
         if isinstance(mask, Tensor) and _is_own_row(mask, arguments) and several:
-            raise ValueError(f"{name} takes [B, N], or [B, 1, N, K] with all its rows, got {list(mask.shape)}")
+            raise ValueError(f"`{name}` must be [B, N], or [B, 1, N, K] with all its rows, but is {list(mask.shape)}.")
 
 
-def rows_for_masks(arguments: dict[str, Any]) -> dict[str, Any]:
+def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:
     """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and _is_own_row(mask, arguments):
-        arguments["attention_mask"] = mask.expand(-1, -1, tokens_in(arguments), -1)
+        arguments["attention_mask"] = mask.expand(-1, -1, count_tokens(arguments), -1)
     return arguments
 
 
@@ -316,17 +310,17 @@ class Cut:
         self.tied = False
 
     def clear(self) -> None:
-        """The call that begins needs no leaves."""
+        """Drop the leaves: the call that begins needs none."""
         self.tensors, self.leaves, self.tied = [], [], True
 
-    def prefix(self, index: int) -> Prefix | None:
-        """A layer's leaves, if there are any and they are to be differentiated."""
+    def get_prefix(self, index: int) -> Prefix | None:
+        """Return a layer's leaves if they are to be differentiated, otherwise None."""
         if not (self.leaves and torch.is_grad_enabled()):
             return None
         return self.leaves[2 * index], self.leaves[2 * index + 1]
 
     def tie(self, hidden: Tensor) -> Tensor:
-        """What enters the first layer, tied to the prefixes that were cut off."""
+        """Tie what enters the first layer to the prefixes that were cut off."""
         self.tied = True
         # It needs a gradient in any case: reentrant checkpointing gives none to a layer none of whose inputs needs one.
         if not hidden.requires_grad:
@@ -335,7 +329,7 @@ class Cut:
         return tied
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return vars(Cut())
 
 
@@ -350,22 +344,25 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         # A layer that is run again takes the leaves of the last call, be it differentiated for that call or another.
-        gathered = [_sum(_taken(leaf), _taken(last)) for leaf, last in zip(ctx.leaves, ctx.cut.leaves, strict=True)]
+        gathered = [
+            _add_gradients(_take_gradient(leaf), _take_gradient(last))
+            for leaf, last in zip(ctx.leaves, ctx.cut.leaves, strict=True)
+        ]
         return None, None, gradient, *gathered
 
 
-def reentrant(backbone: nn.Module) -> bool:
-    """Whether a backbone trains with reentrant gradient checkpointing."""
+def checkpoints_reentrantly(backbone: nn.Module) -> bool:
+    """Return whether a backbone trains with reentrant gradient checkpointing."""
     if not backbone.training or torch.compiler.is_compiling():
         return False
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointed(backbone))
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _list_checkpointed(backbone))
     return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions if function)
 
 
 @contextmanager
-def not_checkpointed(backbone: nn.Module) -> Iterator[None]:
-    """A context in which a backbone runs without gradient checkpointing."""
-    modules = _checkpointed(backbone)
+def suspend_checkpointing(backbone: nn.Module) -> Iterator[None]:
+    """Run a backbone without gradient checkpointing in this context."""
+    modules = _list_checkpointed(backbone)
     for module in modules:
         module.gradient_checkpointing = False
     try:
@@ -375,15 +372,15 @@ def not_checkpointed(backbone: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-def _checkpointed(backbone: nn.Module) -> list[Any]:
-    """The modules of a backbone that run with gradient checkpointing."""
+def _list_checkpointed(backbone: nn.Module) -> list[Any]:
+    """Return the modules of a backbone that run with gradient checkpointing."""
     return [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
-def _taken(leaf: Tensor) -> Tensor | None:
+def _take_gradient(leaf: Tensor) -> Tensor | None:
     gradient, leaf.grad = leaf.grad, None
     return gradient
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def _add_gradients(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if second is None else second if first is None else first + second

@@ -31,21 +31,21 @@ from ...methods import (
     PromptTuningConfig,
 )
 from .adapter import MODULE, Adapter, Hooks
-from .attachment import Model, attachment_of
+from .attachment import Model, get_attachment
 from .attention import Prefix
-from .discovery import Layer, find_layers, method_layers
-from .hooks import Forward, by_name, past_length
+from .discovery import Layer, find_layers, find_method_layers
+from .hooks import Forward, count_past, name_arguments
 from .positions import refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
-from .switching import configurations_of, device_of, evaluated, loaded, loads_all_inside
+from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
 
 _ROWS = 4096  # of the table that are computed at once
 
 
 def merge(model: Model) -> Model:
-    """Bake a method into its model as far as it goes, for inference: nothing can be trained afterwards.
+    """Merge a method into its model as far as possible, for inference. Nothing can be trained afterwards.
 
     Merging again changes nothing. ``detach`` restores the model bit for bit. What was merged into a prefix alone, can
     be saved, as a plain prefix. After merging ADePT, ``inputs_embeds`` takes what the model's own input embeddings
@@ -57,11 +57,11 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: the model has no method attached, or nothing of it can be baked in, and why.
     """
-    adapter = attachment_of(model).adapter
+    adapter = get_attachment(model).adapter
     if adapter.merged:
         return model
     method, hooks = adapter.method, adapter.hooks
-    with evaluated(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if isinstance(method, PrefixMethod):
             _merge_prefix(model, adapter, method)
         elif isinstance(hooks, SharedPromptHooks):
@@ -70,8 +70,8 @@ def merge(model: Model) -> Model:
             _merge_table(model, adapter, method, hooks)
         else:
             raise ValueError(
-                f"model takes one with something to merge: {type(method).__name__} on the path "
-                f'"{method.prompt_path}" computes the prompt anew for every input'
+                f"`model` must have something to merge, but {type(method).__name__} on the path "
+                f'"{method.prompt_path}" computes the prompt anew for every input. Use the model as it is.'
             )
     adapter.merged = True
     adapter.mark(model)
@@ -80,7 +80,7 @@ def merge(model: Model) -> Model:
 
 
 def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
-    """A prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
+    """Return a prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
 
     It takes the prefix's columns in ``attention_mask``, as every cache does. Calls and ``generate`` extend a cache:
     export one for each.
@@ -88,24 +88,28 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     Raises:
         ValueError: the method is more than keys and values that stand before all tokens, and what it is.
     """
-    adapter = attachment_of(model).adapter
+    adapter = get_attachment(model).adapter
     method = adapter.method
     if not isinstance(method, PrefixMethod):
-        raise ValueError(f"model takes one with a prefix; merge {type(method).__name__}'s prompt into one first")
+        raise ValueError(
+            f"`model` must have a prefix, but has the prompt of {type(method).__name__}. Call fastprefix.merge first."
+        )
     if adapter.outside is not None:
-        raise ValueError(f"model takes one whose adapter is all in its prefix; {adapter.outside}")
+        raise ValueError(
+            f"`model` must have an adapter that is all in its prefix, but {adapter.outside}. Use the adapter itself."
+        )
     if method.config.prefix_position != "shift":
-        raise ValueError('prefix_position takes "shift" for a cache, whose tokens come after it; got "none"')
+        raise ValueError('`prefix_position` must be "shift" for a cache, whose tokens come after it, but is "none".')
     if method.needs_hidden():
-        raise ValueError(f"model takes one whose gates do not depend on the input, got {type(method).__name__}")
+        raise ValueError(f"`model` must have gates that do not depend on the input, but has {type(method).__name__}.")
     assert isinstance(adapter.hooks, PrefixHooks)
     modules = list(adapter.hooks.bindings)
-    if nameless := [type(module).__name__ for module in modules if not isinstance(_index(module), int)]:
-        raise ValueError(f"model takes one whose attention layers have a layer_idx; without: {nameless[0]}")
+    if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
+        raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        prefixes = dict(zip(map(_index, modules), method.baked().prefixes(), strict=True))
-        sources = _shared_sources(model, prefixes)
+        prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
+        sources = _find_shared_sources(model, prefixes)
         for index, pair in prefixes.items():
             if index not in sources:
                 key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
@@ -119,7 +123,7 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     return cache
 
 
-def _shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int, int]:
+def _find_shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int, int]:
     """Return the layers that keep nothing in a cache, and for each the layer whose keys and values it reads.
 
     That is the last layer of the same type that does keep its own.
@@ -134,24 +138,24 @@ def _shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int,
     }
 
 
-def _index(module: nn.Module) -> Any:
+def _get_index(module: nn.Module) -> Any:
     return getattr(module, "layer_idx", None)
 
 
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     baked = method.baked()
     adapter.hooks.remove()
-    _put(model, adapter, baked, [PrefixHooks(model, baked, method_layers(model, baked.config))])
+    _exchange(model, adapter, baked, [PrefixHooks(model, baked, find_method_layers(model, baked.config))])
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
-    """The prompt as a prefix that stands before all tokens."""
-    with loaded(model, hooks.backbone):
+    """Turn a prompt into a prefix that stands before all tokens."""
+    with load_offloaded(model, hooks.backbone):
         prefixes = hooks.run_prompt()
-    table = _rewritten(hooks) if isinstance(method, ADePT) else None
+    table = _rewrite_table(hooks) if isinstance(method, ADePT) else None
     hooks.remove()
     layers = find_layers(model)
-    prefix = _plain_prefix(method, [prefixes[index] for index in range(len(layers))], layers)
+    prefix = _make_plain_prefix(method, [prefixes[index] for index in range(len(layers))], layers)
     parts: list[Hooks] = []
     if table is not None:
         parts.append(NewTable(hooks, table))
@@ -160,33 +164,33 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
         parts.append(OffsetHooks(model, method))
     merged = PrefixHooks(model, prefix, layers)
     merged.longest = hooks.positions.by_length
-    _put(model, adapter, prefix, [*parts, merged])
-    adapter.outside = _outside(method)
+    _exchange(model, adapter, prefix, [*parts, merged])
+    adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
         adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens alone"
 
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
-    """ADePT's network alone: what is left is prompt tuning."""
+    """Merge ADePT's network alone, which leaves prompt tuning."""
     config = PromptTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
     )
     prompt = PromptTuning(config, method.shape)
     prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
-    table = NewTable(hooks, _rewritten(hooks))
+    table = NewTable(hooks, _rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
-    _put(model, adapter, prompt, [table, hooks])
-    adapter.outside = _outside(method)
+    _exchange(model, adapter, prompt, [table, hooks])
+    adapter.outside = _describe_outside(method)
 
 
-def _outside(method: PromptMethod) -> str | None:
+def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
     return "DePT's offset stands beside its prefix" if isinstance(method, DePT) else None
 
 
-def _put(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
+def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
     """Exchange what the adapter is."""
     setattr(model, MODULE, method.eval())
     adapter.config, adapter.method = method.config, method
@@ -194,7 +198,7 @@ def _put(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, part
     adapter.hooks.install(model)
 
 
-def _plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Sequence[Layer]) -> PrefixTuning:
+def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Sequence[Layer]) -> PrefixTuning:
     config = PrefixTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, prefix_position="shift"
     )
@@ -203,20 +207,22 @@ def _plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Sequence
     return prefix
 
 
-def _rewritten(hooks: PromptHooks) -> nn.Embedding:
-    """The embedding with ADePT's offset, in blocks; whatever else the former does to a row is in it too."""
+def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
+    """Compute the embedding table with ADePT's offset, in blocks, and with all else that the former module does to a
+    row.
+    """
     former = hooks.embedding
     if getattr(former, "max_norm", None) is not None:
-        raise ValueError("model takes one whose embedding does not change its own weights, got one with max_norm")
+        raise ValueError("`model` must have an embedding that does not change its own weights, but it has max_norm.")
     around = (m for m in hooks.model.modules() if loads_all_inside(m))
     if any(inside is former for module in around for inside in module.modules()):
         raise ValueError(
             "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table in "
             "the place of the merged one: offload it without that option, or do not merge"
         )
-    table = torch.empty_like(hooks.table, requires_grad=False, device=device_of(hooks.model))
+    table = torch.empty_like(hooks.table, requires_grad=False, device=find_device(hooks.model))
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
-        with loaded(hooks.model, former):
+        with load_offloaded(hooks.model, former):
             table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
     return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
@@ -244,11 +250,11 @@ class NewTable:
     def install(self, model: PreTrainedModel) -> None:
         """Put the new embedding there. The model may have been moved or resized since the table was computed."""
         weight: Any = self.former.weight
-        _resize_like(self.embedding.to(device=device_of(model), dtype=weight.dtype), self.former)
+        _resize_like(self.embedding.to(device=find_device(model), dtype=weight.dtype), self.former)
         for parent, name in self.places:
             setattr(parent, name, self.embedding)
         self.tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-        self.tying = [config for config in configurations_of(model) if getattr(config, "tie_word_embeddings", False)]
+        self.tying = [config for config in list_configurations(model) if getattr(config, "tie_word_embeddings", False)]
         for config in self.tying:
             config.tie_word_embeddings = False
 
@@ -282,9 +288,9 @@ class OffsetHooks(PromptHooks):
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone on embeddings with the offset."""
-        arguments = by_name(self.names, args, kwargs)
+        arguments = name_arguments(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone)
-        return self.run_with_offset(forward, arguments, past_length(arguments))
+        return self.run_with_offset(forward, arguments, count_past(arguments))
 
 
 class Several:
@@ -299,6 +305,6 @@ class Several:
             part.install(model)
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Undo all changes."""
         for part in reversed(self.parts):
             part.remove()

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .adapter import MODULE
-from .attachment import attachment_of, method_of
+from .attachment import get_attachment, get_method
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has and how many of them are trained; ``print`` shows it in a line.
+    """The numbers of a model's parameters, in all and trained. ``print`` shows them in a line.
 
     ``groups`` has the trained ones by what they belong to: the method (under "fastprefix") and the modules that stay
     trainable, each under its name.
@@ -26,12 +26,12 @@ class ParameterCount:
 
     @property
     def trainable(self) -> int:
-        """How many are trained."""
+        """Return how many parameters are trained."""
         return sum(self.groups.values())
 
     @property
     def share(self) -> float:
-        """The trained ones, as a share of all."""
+        """Return the share of the parameters that is trained."""
         return self.trainable / self.total
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         ValueError: the model has no method attached, or none in use.
     """
-    adapter = attachment_of(model).adapter
+    adapter = get_attachment(model).adapter
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
     assert isinstance(model, PreTrainedModel)
     groups = {
@@ -62,7 +62,7 @@ def parameter_groups(
     gate_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the learning rates that methods are trained with.
+    """Return parameter groups with the learning rates that methods are trained with.
 
     Args:
         model: a model with a method attached.
@@ -75,9 +75,9 @@ def parameter_groups(
     Raises:
         ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
     """
-    if attachment_of(model).adapter.merged:
-        raise ValueError("model takes one whose adapter is not merged, which cannot be trained: detach it first")
-    method = method_of(model)
+    if get_attachment(model).adapter.merged:
+        raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
+    method = get_method(model)
     prompt = [method.prompt] if isinstance(method, PromptMethod) else []
     gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]
     apart = {*prompt, *gates}

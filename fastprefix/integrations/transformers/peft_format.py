@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
 from .discovery import Layer, find_layers
-from .hooks import cache_parameter, parameter_names
-from .switching import device_of, evaluated
+from .hooks import find_cache_parameter, read_parameter_names
+from .switching import evaluating, find_device
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 _EMBEDDINGS = "prompt_embeddings"
@@ -30,10 +30,10 @@ _TASKS = {
 }
 
 
-def from_peft(
+def convert_from_peft(
     path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """The configuration and the parameters, under this package's names, that a PEFT directory stands for.
+    """Convert a PEFT directory to a configuration and parameters under this package's names.
 
     Args:
         path: its ``adapter_config.json``.
@@ -43,37 +43,36 @@ def from_peft(
     Raises:
         ValueError: not a directory of PEFT's, another method, or an adapter of another model.
     """
-    description = _description(path)
+    description = _read_description(path)
     if description["peft_type"] in PROMPTS:
         _check_heads(model)
     rows = tensors.get(_EMBEDDINGS, torch.empty(0))
     if rows.ndim != 2 or rows.numel() == 0:
-        raise ValueError(f"{path.parent} takes {_EMBEDDINGS!r} of rows and columns, got shape {tuple(rows.shape)}")
+        raise ValueError(f"{_EMBEDDINGS!r} in {path.parent} must have rows and columns, but is {tuple(rows.shape)}.")
     if len(rows) != description.get("num_virtual_tokens"):
-        raise ValueError(
-            f"{path} says num_virtual_tokens {description.get('num_virtual_tokens')}, got {len(rows)} rows"
-        )
-    modules = _modules(model, description["modules_to_save"])
+        count = description.get("num_virtual_tokens")
+        raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} rows.")
+    modules = _find_modules(model, description["modules_to_save"])
     parameters = {
         f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
         for name in modules
         for key, _ in model.get_submodule(name).named_parameters()
         if f"base_model.{name}.{key}" in tensors
     }
-    if left := sorted(tensors.keys() - {_EMBEDDINGS} - {_peft_name(name) for name in parameters}):
+    if left := sorted(tensors.keys() - {_EMBEDDINGS} - {_make_peft_name(name) for name in parameters}):
         raise ValueError(f"the adapter does not fit this model: it has no place for {', '.join(left)}")
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
     if description["peft_type"] in PROMPTS:
         return PromptTuningConfig(**options), {"prompt": rows, **parameters}
     frozen = description["num_frozen_tokens"]
     config = PrefixTuningConfig(prefix_position="shift", num_frozen_tokens=frozen, **options)
-    return config, {**_free_prefix(model, rows, frozen), **parameters}
+    return config, {**_split_rows(model, rows, frozen), **parameters}
 
 
-def to_peft(
+def convert_to_peft(
     model: PreTrainedModel, method: PromptMethod | PrefixMethod, modules: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's configuration and tensors for an attached method and the modules that stay trainable with it.
+    """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
 
     Raises:
         ValueError: PEFT has nothing that computes the same.
@@ -81,12 +80,15 @@ def to_peft(
     modules = list(modules)
     if isinstance(method, PromptMethod):
         if type(method.config) is not PromptTuningConfig:
-            raise ValueError(f'format="peft" takes prompt tuning or a prefix, got {type(method.config).__name__}')
+            raise ValueError(
+                'format="peft" must be used with prompt tuning or a prefix, but the method is '
+                f"{type(method.config).__name__}."
+            )
         _check_heads(model)
         rows = method.prompt.detach()
         kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
     else:
-        rows = _rows(model, method)
+        rows = _make_rows(model, method)
         shape = method.shapes[0]
         frozen = method.config.num_frozen_tokens
         kind = {
@@ -99,7 +101,7 @@ def to_peft(
             kind["prefix_projection"] = False
     description = {
         **kind,
-        "task_type": _task(model),
+        "task_type": _find_task(model),
         "base_model_name_or_path": model.name_or_path or None,
         "inference_mode": True,
         "modules_to_save": modules or None,
@@ -114,29 +116,27 @@ def to_peft(
     return description, {_EMBEDDINGS: rows, **parameters}
 
 
-def as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
-    """What a model without a method says to three tokens after a cache that holds a prefix, as PEFT gives it one."""
+def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return a model's hidden states of three tokens after a cache that holds a prefix, as PEFT passes one."""
     cache = DynamicCache()
     layers = sum(name.startswith("prefix.keys.") for name in parameters)
     for i in range(layers):
-        key, value = (_whole(parameters, which, i).to(device_of(model), model.dtype) for which in ("keys", "values"))
+        key, value = (
+            _join_frozen(parameters, which, i).to(find_device(model), model.dtype) for which in ("keys", "values")
+        )
         cache.update(key[None], value[None], i)
-    return _three_tokens(model, cache.get_seq_length(), **{_cache_parameter(model): cache})
+    return _run_three_tokens(model, cache.get_seq_length(), **{_require_cache(model): cache})
 
 
-def _whole(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
+def _join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
     """Return the keys or values of all tokens of a layer, those of frozen tokens first."""
     names = (f"prefix.frozen_{which}.{layer}", f"prefix.{which}.{layer}")
     return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
 
 
 def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did.
-
-    Raises:
-        ValueError: it says something else to the three tokens.
-    """
-    actual = _three_tokens(model, 0)
+    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did."""
+    actual = _run_three_tokens(model, 0)
     error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4
     if not error <= rounding * scale:
@@ -146,59 +146,62 @@ def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
         )
 
 
-def _three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
-    """The hidden states of three tokens after one that is padding."""
-    ids = torch.arange(4, device=device_of(model))[None]
-    mask = torch.ones(1, past + 4, dtype=torch.long, device=device_of(model))
+def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
+    """Return the hidden states of three tokens after one that is padding."""
+    ids = torch.arange(4, device=find_device(model))[None]
+    mask = torch.ones(1, past + 4, dtype=torch.long, device=find_device(model))
     mask[0, past] = 0
-    with evaluated(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state
     return hidden[:, 1:].double()
 
 
-def _description(path: Path) -> dict[str, Any]:
-    """PEFT's configuration, of a method that there is here."""
+def _read_description(path: Path) -> dict[str, Any]:
+    """Read PEFT's configuration of a method that this package has."""
     if not path.is_file():
         raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} takes JSON, and cannot be read: {error}") from error
+        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
     kind = description.get("peft_type") if isinstance(description, dict) else None
     if kind not in (*PREFIXES, *PROMPTS):
-        raise ValueError(f"peft_type in {path} takes {', '.join((*PREFIXES, *PROMPTS))}, got {kind!r}")
+        raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")
     if description.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"num_transformer_submodules in {path} takes 1: not an encoder-decoder's adapter")
+        raise ValueError(
+            f"`num_transformer_submodules` in {path} must be 1: adapters of encoder-decoders cannot be loaded."
+        )
     assert isinstance(description, dict)
     frozen = description.setdefault("num_frozen_tokens", 0)
     if not isinstance(frozen, int):
-        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, got {frozen!r}")
+        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, but is {frozen!r}.")
     modules = description["modules_to_save"] = description.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise ValueError(f"modules_to_save in {path} takes a list of names, got {modules!r}")
+        raise ValueError(f"`modules_to_save` in {path} must be a list of names, but is {modules!r}.")
     return description
 
 
-def _modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
-    """The modules that PEFT trains and saves for these names: those whose own name ends with one."""
+def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
+    """Return the names of the modules that PEFT trains and saves: those whose own name ends with one of these."""
     endings = set(endings)
     return [
         name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
     ]
 
 
-def _peft_name(name: str) -> str:
+def _make_peft_name(name: str) -> str:
     return "base_model." + name.removeprefix("modules_to_save.")
 
 
-def _free_prefix(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
-    """Keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, those of the first ``frozen`` tokens apart."""
-    layers = _ordered(model, find_layers(model))
+def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
+    """Return keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, with those of ``frozen`` tokens apart."""
+    layers = _check_layers(model, find_layers(model))
     first = layers[0].shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
         raise ValueError(
-            f"the adapter does not fit this model: {_EMBEDDINGS} takes {2 * len(layers)} times {first.kv_heads} times "
-            f"{first.key_size} columns, got {rows.shape[1]}"
+            f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
+            "times "
+            f"{first.key_size} columns, but has {rows.shape[1]}."
         )
     blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
     names = [f"{which}.{i}" for i in range(len(layers)) for which in ("keys", "values")]
@@ -208,45 +211,51 @@ def _free_prefix(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str,
     return parameters
 
 
-def _rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
-    """PEFT's rows ``[m, 2 L Hkv D]`` of a prefix, with gates that do not depend on the input multiplied in."""
+def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
+    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, with gates that do not depend on the input multiplied in."""
     if method.config.prefix_position != "shift":
-        raise ValueError('format="peft" takes prefix_position="shift": PEFT moves the tokens up by the prefix')
+        raise ValueError(
+            'format="peft" requires prefix_position="shift", since PEFT moves the tokens up by the prefix.'
+        )
     if method.needs_hidden() or method.output_gate(0) is not None:
         raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
-    _ordered(model, find_layers(model))
+    _check_layers(model, find_layers(model))
     blocks = [block for pair in method.baked().prefixes() for block in pair]
     return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1)
 
 
-def _ordered(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
-    """The layers, if PEFT's rows have a place for them: all of one shape, numbered as they are called."""
+def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
+    """Return the layers if PEFT's rows fit them: all of one shape, and numbered as they are called."""
     name = type(model).__name__
     if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
-        raise ValueError(f"a PEFT prefix takes a model with numbered attention layers, got {name}")
+        raise ValueError(f"`model` must have numbered attention layers for a PEFT prefix, but {name} has not.")
     shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
     if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
-        raise ValueError(f"a PEFT prefix takes heads of one size in every layer, got {name}")
-    _cache_parameter(model)
+        raise ValueError(f"`model` must have heads of one size in every layer for a PEFT prefix, but {name} has not.")
+    _require_cache(model)
     if any(layer.local for layer in layers):
-        raise ValueError(f"a PEFT prefix takes layers that see all before them, or a window of it, got {name}")
+        raise ValueError(
+            "`model` must have layers that see all earlier tokens or a sliding window of them for a PEFT prefix, "
+            f"but {name} "
+            "has others."
+        )
     return layers
 
 
-def _cache_parameter(model: PreTrainedModel) -> str:
-    name = cache_parameter(parameter_names(model.base_model))
+def _require_cache(model: PreTrainedModel) -> str:
+    name = find_cache_parameter(read_parameter_names(model.base_model))
     if name is None:
-        raise ValueError(f"a PEFT prefix requires a model with a key/value cache, got {type(model).__name__}")
+        raise ValueError(f"`model` must have a key/value cache for a PEFT prefix, but {type(model).__name__} has none.")
     return name
 
 
 def _check_heads(model: PreTrainedModel) -> None:
-    """Heads that pool read PEFT's prompt as if it were text; here they see the caller's tokens."""
-    if _task(model) != "CAUSAL_LM":
-        raise ValueError(f"a PEFT prompt takes a causal language model here, got {type(model).__name__}")
+    """Refuse models whose heads pool: PEFT's prompt is text to them, while here they see the caller's tokens."""
+    if _find_task(model) != "CAUSAL_LM":
+        raise ValueError(f"`model` must be a causal language model for a PEFT prompt, but is {type(model).__name__}.")
 
 
-def _task(model: PreTrainedModel) -> str:
+def _find_task(model: PreTrainedModel) -> str:
     head = re.search(r"For(\w+)$", type(model).__name__)
     task = _TASKS.get("" if head is None else head.group(1))
     return task or ("CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION")

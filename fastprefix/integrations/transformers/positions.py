@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .hooks import by_name, find_cache, parameter_names, past_length, tokens_in
+from .discovery import ModuleCall, make_few_ids, record_calls
+from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
 class Positions(NamedTuple):
@@ -31,25 +32,36 @@ class Positions(NamedTuple):
     """The module that reads ``position_ids``: the backbone, or the text model inside it."""
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> Positions:
+    def find(cls, backbone: nn.Module) -> Positions:
         """Find out how a model counts, without running any of its layers.
 
         A text model inside a backbone gets positions from it, which may be more than a count (M-RoPE), or begin at 1.
         """
-        reader = _text_model(backbone)
-        table = _position_table(reader)
-        first, limit = 0, None
-        if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
-        if reader is not backbone:
-            handed = _stopped(backbone, reader, _handed_positions)
-            first = first if handed is None else int(handed.min())
-        by_mask = table is not None and _counts_by_mask(backbone, table)
-        by_ids = None if table is None or not _counts_by_ids(backbone, table) else table.padding_idx
-        return cls(first, limit, by_ids, by_mask, frequencies_end(reader), reader)
+        reader = _find_text_model(backbone)
+        table = _find_position_table(reader)
+        asked = [module for module in (reader, table) if module is not None and module is not backbone]
 
-    def moved(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
+        def is_enough(calls: dict[nn.Module, ModuleCall]) -> bool:
+            has_rows = table is None or (table in calls and calls[table].output is not None)
+            return has_rows and all(module in calls for module in asked)
+
+        def run(**options: Any) -> dict[nn.Module, ModuleCall]:
+            return record_calls(backbone, asked, is_enough, **make_few_ids(backbone, **options))[0]
+
+        plain = run() if asked else {}
+        first, limit, by_ids, by_mask = 0, None, None, False
+        if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
+            padding = table.padding_idx
+            first = 0 if padding is None else padding + 1
+            limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
+            by_mask = _is_last_row_different(plain, run(padded=True), table)
+            if padding is not None and _is_last_row_different(plain, run(first=padding), table):
+                by_ids = padding
+        if reader in plain and (handed := plain[reader].name_arguments(reader).get("position_ids")) is not None:
+            first = int(handed.min())
+        return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
+
+    def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
         """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
 
         Raises:
@@ -57,8 +69,8 @@ class Positions(NamedTuple):
         """
         tokens = arguments.get("input_ids")
         device = (arguments["inputs_embeds"] if tokens is None else tokens).device
-        count = tokens_in(arguments)
-        given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), past_length(arguments)
+        count = count_tokens(arguments)
+        given, mask, past = arguments.get("position_ids"), arguments.get("attention_mask"), count_past(arguments)
         counted = False
         if given is not None:
             positions: Tensor = given + shift
@@ -82,9 +94,6 @@ class Positions(NamedTuple):
                 GPU they are only looked at where the rows themselves do not fit, and in a trace never.
             rows: the length of the row, with the ``shift``.
             shift: the number of virtual tokens.
-
-        Raises:
-            ValueError: they do.
         """
         if self.limit is None:
             return
@@ -102,10 +111,10 @@ class Positions(NamedTuple):
 class PositionShift:
     """Move up the positions that a model reads, be they given or the model's own."""
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.positions = Positions.of(backbone)
+    def __init__(self, backbone: nn.Module, positions: Positions) -> None:
+        self.positions = positions
         self.inside = self.positions.reader is not backbone
-        self.names = parameter_names(self.positions.reader)
+        self.names = read_parameter_names(self.positions.reader)
         self.shift = 0  # of the call in progress
 
     def install(self) -> list[RemovableHandle]:
@@ -118,32 +127,32 @@ class PositionShift:
         """Move a call of the backbone, given its arguments; a ``shift`` of 0 leaves it as it is."""
         self.shift = shift
         if shift > 0 and not self.inside:
-            arguments["position_ids"] = self.positions.moved(arguments, shift)
+            arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the text model: its positions are final here."""
+        """Move the positions of the text model, which are final here (a forward pre-hook)."""
         if self.shift == 0:
             return None
-        arguments = by_name(self.names, args, kwargs)
-        return (), {**arguments, "position_ids": self.positions.moved(arguments, self.shift)}
+        arguments = name_arguments(self.names, args, kwargs)
+        return (), {**arguments, "position_ids": self.positions.move_ids(arguments, self.shift)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
         return {**self.__dict__, "shift": 0}
 
 
-def _text_model(backbone: nn.Module) -> nn.Module:
+def _find_text_model(backbone: nn.Module) -> nn.Module:
     """Return the innermost model inside a backbone that holds the input embeddings and reads ``position_ids``."""
     try:
         embedding = backbone.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return backbone
     models = (module for module in backbone.modules() if isinstance(module, PreTrainedModel))
-    readers = [model for model in models if "position_ids" in parameter_names(model)]
+    readers = [model for model in models if "position_ids" in read_parameter_names(model)]
     return next((m for m in reversed(readers) if any(child is embedding for child in m.modules())), backbone)
 
 
-def _position_table(reader: nn.Module) -> nn.Embedding | None:
+def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
     """Return the table of learned positions of a text model, if it has one."""
     for name, module in reader.named_modules():
         leaf = name.rpartition(".")[2]
@@ -152,74 +161,19 @@ def _position_table(reader: nn.Module) -> nn.Embedding | None:
     return None
 
 
-class _Stopped(Exception):  # noqa: N818 (nothing is wrong)
-    """End a run at a module."""
-
-    def __init__(self, seen: Tensor | None) -> None:
-        super().__init__()
-        self.seen = seen
-
-
-def _stopped(
-    backbone: nn.Module,
-    module: nn.Module,
-    look: Callable[..., Tensor | None],
-    mask: Sequence[int] = (1, 1, 1),
-    first: int | None = None,
-) -> Tensor | None:
-    """Run a model on three tokens until it calls a module, and return what is seen there; None if it does not run."""
-    device = next(backbone.parameters()).device
-    padding = getattr(getattr(backbone, "config", None), "pad_token_id", None)
-    ids = torch.full((1, 3), 1 if padding == 0 else 0, device=device)
-    if first is not None:
-        ids[0, 0] = first
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        raise _Stopped(look(module, args, kwargs, *output))
-
-    after = look is _read_rows
-    register = module.register_forward_hook if after else module.register_forward_pre_hook
-    handle = register(stop, with_kwargs=True)
-    options = {"attention_mask": torch.tensor([mask], device=device), "use_cache": False}
-    options = {name: value for name, value in options.items() if name in parameter_names(backbone)}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            backbone(input_ids=ids, **options)
-    except _Stopped as stopped:
-        return stopped.seen
-    except Exception:  # it takes no ids alone, and nothing can be seen
-        return None
-    finally:
-        handle.remove()
-    return None
+def _is_last_row_different(
+    plain: dict[nn.Module, ModuleCall], padded: dict[nn.Module, ModuleCall], table: nn.Embedding
+) -> bool:
+    """Return whether padding before a token changes which row of the table the token gets."""
+    rows = [calls[table].output for calls in (plain, padded) if table in calls]
+    return (
+        len(rows) == 2
+        and all(isinstance(each, Tensor) for each in rows)
+        and not torch.equal(rows[0][0, -1], rows[1][0, -1])
+    )
 
 
-def _handed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the position ids that a text model is called with."""
-    positions: Tensor | None = by_name(parameter_names(module), args, kwargs).get("position_ids")
-    return positions
-
-
-def _read_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return the rows that were read from a table."""
-    return output
-
-
-def _counts_by_mask(backbone: nn.Module, table: nn.Embedding) -> bool:
-    """Tell whether padding before a token changes which row of the table it gets."""
-    plain, padded = (_stopped(backbone, table, _read_rows, mask) for mask in ((1, 1, 1), (0, 1, 1)))
-    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
-
-
-def _counts_by_ids(backbone: nn.Module, table: nn.Embedding) -> bool:
-    """Tell whether a padding id before a token changes which row of the table the token gets."""
-    if table.padding_idx is None:
-        return False
-    plain, padded = (_stopped(backbone, table, _read_rows, first=first) for first in (None, table.padding_idx))
-    return plain is not None and padded is not None and not torch.equal(plain[0, -1], padded[0, -1])
-
-
-def frequencies_end(reader: nn.Module) -> int | None:
+def find_frequencies_end(reader: nn.Module) -> int | None:
     """Return the longest row up to which rotary frequencies do not depend on its length (LongRoPE, dynamic NTK)."""
     configs = [module.config for module in reader.modules() if isinstance(module, PreTrainedModel)]
     limits: list[int] = []
@@ -237,7 +191,7 @@ def frequencies_end(reader: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
+def find_packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
     """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
 
     The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
@@ -259,17 +213,14 @@ def packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | No
 
 def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
     """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
-    return not torch.compiler.is_compiling() and packed_sequences(arguments, backbone) is not None
+    return not torch.compiler.is_compiling() and find_packed_sequences(arguments, backbone) is not None
 
 
 def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
-    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right.
-
-    Raises:
-        ValueError: the rows are packed.
-    """
+    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right."""
     if is_packed(arguments, backbone):
         raise ValueError(
-            "position_ids takes one sequence a row where a prompt runs in every row, or an offset or a sliding window "
-            "counts from its beginning; got packed sequences"
+            "`position_ids` must be of one sequence a row, but the rows are packed. A prompt in every row, an "
+            "offset and a "
+            "sliding window count from the beginning of a row."
         )

@@ -22,32 +22,33 @@ from .attention import (
     Binding,
     GivenPrefix,
     Prefix,
-    attended_tokens,
-    carried_bindings,
     check_one_sequence,
+    find_attended_tokens,
+    get_carried_bindings,
+    make_window_bias,
     refuse_lost_bindings,
     runs_again,
-    window_bias,
 )
-from .discovery import Layer, backbone_of, first_tensor
+from .discovery import Layer, find_backbone, find_first_tensor
 from .hooks import (
     Cut,
     Forward,
     Interception,
-    by_name,
-    cache_parameter,
+    asks_for,
     check_mask_length,
-    checked_names,
+    check_parameter_names,
+    checkpoints_reentrantly,
+    count_past,
+    count_tokens,
+    expand_one_row_mask,
     find_cache,
-    past_length,
-    reentrant,
+    find_cache_parameter,
+    name_arguments,
     refuse_one_row_masks,
     refuse_replicas,
-    rows_for_masks,
-    tokens_in,
 )
-from .positions import PositionShift, packed_sequences, refuse_packed
-from .switching import Implementation, takes_text
+from .positions import Positions, PositionShift, find_packed_sequences, refuse_packed
+from .switching import Implementation, runs_on_text
 
 
 class PrefixCache(DynamicCache):
@@ -63,7 +64,7 @@ class PrefixCache(DynamicCache):
         self.prefixes = dict(prefixes or {})
         self.length = length
 
-    def bindings(self, modules: Mapping[str, nn.Module], tokens: int) -> dict[nn.Module, Binding]:
+    def make_bindings(self, modules: Mapping[str, nn.Module], tokens: int) -> dict[nn.Module, Binding]:
         """Return the prefix of each attention module in the next call, given the modules by name."""
         past = int(self.get_seq_length()) - self.length
         return {modules[name]: replace(prefix, past=past, tokens=tokens) for name, prefix in self.prefixes.items()}
@@ -78,7 +79,7 @@ class PrefixCache(DynamicCache):
         """
         if self.prefixes:
             refuse_lost_bindings()
-            carried = carried_bindings()
+            carried = get_carried_bindings()
             if carried is None:
                 raise RuntimeError(
                     "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with "
@@ -86,7 +87,7 @@ class PrefixCache(DynamicCache):
                 )
             if runs_again():
                 past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
-                return self._prefix_layers()[layer_idx].again(key_states, value_states, past)
+                return self._prefix_layers()[layer_idx].rerun(key_states, value_states, past)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -133,7 +134,7 @@ class PrefixCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens; the first ones are kept as they are, not copied."""
+        """Return the keys and values of all tokens. The first ones are kept as they are, not copied."""
         if self.is_initialized:
             keys, values = super().update(key_states, value_states)
             return keys, values
@@ -141,7 +142,7 @@ class PrefixCacheLayer(DynamicLayer):
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
-    def again(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
+    def rerun(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
         """Return what ``update`` returned after so many tokens, without adding anything."""
         if past == 0 or self.keys is None or self.values is None:
             return key_states, value_states
@@ -149,11 +150,11 @@ class PrefixCacheLayer(DynamicLayer):
         return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
 
     def get_seq_length(self) -> int:
-        """How many tokens came before, those of the prefix too."""
+        """Return how many tokens came before, including the prefix."""
         return self.prefix_length + int(super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys there are, and at which position they begin: after the prefix."""
+        """Return how many keys there are and the position at which they begin, which is after the prefix."""
         return int(super().get_seq_length()) + query_length, self.prefix_length
 
     def remove_tokens(self, count: int) -> None:
@@ -196,13 +197,13 @@ class HeldGates:
         self.gates = gates or {}
         self.begun = begun
 
-    def gate(self, index: int, pooled: Tensor) -> Tensor:
+    def choose_gate(self, index: int, pooled: Tensor) -> Tensor:
         """Return a layer's gate: that of sequences that have begun is kept."""
         if self.begun is None:
             return self.gates[index]
         return torch.where(self.begun[:, None, None], self.gates[index], pooled)
 
-    def followed_by(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
+    def advance(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
         """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
         if begun is not None and self.begun is not None:
             begun = begun | self.begun
@@ -217,7 +218,7 @@ class HeldGates:
             if hasattr(cache, name):
                 setattr(cache, name, partial(_select_rows, cache, name))
 
-    def selected(self, name: str, rows: Any) -> HeldGates:
+    def select_rows(self, name: str, rows: Any) -> HeldGates:
         """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
 
         def select(tensor: Tensor) -> Tensor:
@@ -230,11 +231,11 @@ class HeldGates:
 def _select_rows(cache: Cache, name: str, rows: Any) -> None:
     """Move the rows of a cache and of the gates that it holds."""
     getattr(type(cache), name)(cache, rows)
-    setattr(cache, _GATES, getattr(cache, _GATES).selected(name, rows))
+    setattr(cache, _GATES, getattr(cache, _GATES).select_rows(name, rows))
 
 
-class LayerBinding:
-    """What an attention module finds on itself: its prefix and its gates."""
+class LayerBinding(Binding):
+    """The binding of an attention module to its prefix and its gates."""
 
     def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
         self.attachment = attachment
@@ -243,28 +244,28 @@ class LayerBinding:
         self.projection = layer.projection  # of a method that has the layer project its prefix
         self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix in the dtype of the query; None while the layer projects it."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix in the dtype of the query, or None while the layer projects it."""
         states = self.attachment.method.projected_states(self.index)
         if states is None or self.projection is None:
-            pk, pv = self.attachment.prefix(self.index)
+            pk, pv = self.attachment.get_prefix(self.index)
         elif self.projection.running:
-            self.projection.prefix(query, key, value)
+            self.projection.get_prefix(query, key, value)
             return None
         else:
             pk, pv = self.projection(states.to(query))
         return pk.to(query), pv.to(query)
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix gate and the output gate."""
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prefix gate and the output gate."""
         method = self.attachment.method
         output_gate = method.output_gate(self.index)
         return self._prefix_gate(query, mask), None if output_gate is None else output_gate.to(query)
 
-    def bias(self, query: Tensor) -> Tensor | None:
-        """A prefix that stands at positions of its own is cut by a sliding window as a key/value cache is."""
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
         length = self.attachment.method.config.num_virtual_tokens
-        return window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
+        return make_window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         method, attachment = self.attachment.method, self.attachment
@@ -274,8 +275,8 @@ class LayerBinding:
         causal, held = method.shapes[self.index].causal, attachment.held
         if causal and held.begun is None and self.index in held.gates:
             return held.gates[self.index].to(query)
-        attended = attended_tokens(mask, query.shape[2], attachment.past if causal else 0)
-        sequences = attachment.sequences_of(mask) if causal else None
+        attended = find_attended_tokens(mask, query.shape[2], attachment.past if causal else 0)
+        sequences = attachment.find_sequences(mask) if causal else None
         packed = {} if sequences is None else {"sequences": sequences}
         gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
         assert gate is not None
@@ -284,15 +285,15 @@ class LayerBinding:
         return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the module that is given what entered the layer."""
-        self.hidden = first_tensor(args, kwargs)
+        """Keep what enters the layer (a forward pre-hook of the module that gets it)."""
+        self.hidden = find_first_tensor(args, kwargs)
 
     def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the attention: what entered the layer is not kept alive."""
+        """Drop what entered the layer once its attention is done (a forward hook of the attention)."""
         self.hidden = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "hidden": None}
 
 
@@ -301,10 +302,11 @@ class PrefixHooks:
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
         self.method = method
-        text = takes_text(model)
-        self.backbone = backbone_of(model) if text else model
-        self.names = checked_names(self.backbone)
-        self.shift = PositionShift(self.backbone) if method.config.prefix_position == "shift" else None
+        text = runs_on_text(model)
+        self.backbone = find_backbone(model) if text else model
+        self.names = check_parameter_names(self.backbone)
+        shifts = method.config.prefix_position == "shift"
+        self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
         self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None
         self._forget_gates()
@@ -346,7 +348,7 @@ class PrefixHooks:
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with its prefixes."""
-        arguments = self.begin(by_name(self.names, args, kwargs))
+        arguments = self.begin(name_arguments(self.names, args, kwargs))
         try:
             output = forward(**arguments)
         finally:
@@ -359,15 +361,15 @@ class PrefixHooks:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
-        if arguments.get("output_attentions") or getattr(self.backbone.config, "output_attentions", False):
+        if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
-                "output_attentions takes False with a prefix method: its kernels make no attention weights"
+                "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
             )
         self.prefixes = self.method.prefixes()
         self.running = True
         self._take_up(arguments)
         if torch.is_grad_enabled():
-            if reentrant(self.backbone):
+            if checkpoints_reentrantly(self.backbone):
                 self._check_embedding()
                 self.cut.cut(self.prefixes)
             else:
@@ -376,7 +378,7 @@ class PrefixHooks:
             refuse_one_row_masks(arguments)
         else:
             self._check_mask(arguments)
-            arguments = rows_for_masks(arguments)
+            arguments = expand_one_row_mask(arguments)
         if self.embedding is not None and arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
         if self.shift is not None:
@@ -387,7 +389,7 @@ class PrefixHooks:
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
         if not getattr(find_cache(arguments), "is_compileable", False):
-            tokens = past_length(arguments) + tokens_in(arguments)
+            tokens = count_past(arguments) + count_tokens(arguments)
             check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
 
     def _forget_gates(self) -> None:
@@ -402,13 +404,13 @@ class PrefixHooks:
     def _take_up(self, arguments: dict[str, Any]) -> None:
         """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
         self._forget_gates()
-        self.past = past_length(arguments)
-        self.tokens = tokens_in(arguments)
+        self.past = count_past(arguments)
+        self.tokens = count_tokens(arguments)
         if not self.method.needs_hidden():
             return
         if self.past > 0:
             self.held = getattr(find_cache(arguments), _GATES, self.held)
-        self.sequences = packed_sequences(arguments, self.backbone)
+        self.sequences = find_packed_sequences(arguments, self.backbone)
         for name in ("attention_mask", "decoder_attention_mask"):
             mask = arguments.get(name)
             if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > 1 and self._pools():
@@ -419,7 +421,7 @@ class PrefixHooks:
         poolings = getattr(self.method, "poolings", ())
         return any(pooling != "query" for pooling in poolings) and not torch.compiler.is_compiling()
 
-    def sequences_of(self, mask: Tensor | None) -> Tensor | None:
+    def find_sequences(self, mask: Tensor | None) -> Tensor | None:
         """Return the sequences of packed rows. A layer that is run again finds those of its own call on its mask."""
         if self.sequences is None or mask is None or torch.compiler.is_compiling():
             return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
@@ -431,10 +433,11 @@ class PrefixHooks:
         if self.past > 0:
             if index not in self.held.gates:
                 raise ValueError(
-                    "past_key_values takes a cache that was filled with this adapter, whose gates are pooled from a "
-                    "sequence's first tokens"
+                    "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
+                    "from a "
+                    "sequence's first tokens."
                 )
-            gate = self.held.gate(index, gate)
+            gate = self.held.choose_gate(index, gate)
         self.pooled[index] = gate
         self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
         return gate
@@ -443,14 +446,15 @@ class PrefixHooks:
         """Leave the pooled gates of a call on its cache."""
         cache = find_cache(output)
         if self.pooled and cache is not None:
-            self.held.followed_by(self.pooled, self.begun).hold(cache)
+            self.held.advance(self.pooled, self.begun).hold(cache)
         self._forget_gates()
 
     def _check_embedding(self) -> None:
         if self.embedding is None:
             raise RuntimeError(
-                f"use_reentrant takes False for gradient checkpointing of {type(self.backbone).__name__}, which is no "
-                "encoder or decoder of text: gradients would not reach the prefixes"
+                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, which "
+                "is no "
+                "encoder or decoder of text: gradients would not reach the prefixes."
             )
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -463,7 +467,7 @@ class PrefixHooks:
         """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
         length, ids = self.method.config.num_virtual_tokens, arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
-        name = cache_parameter(self.names)
+        name = find_cache_parameter(self.names)
         if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
             # Encoders count ids in their own ways (RoBERTa leaves padding out), but all from their cache on.
             rows = length + ids.shape[1]
@@ -474,7 +478,7 @@ class PrefixHooks:
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
         if self.longest is not None and self.past == 0:
-            ends = int(shift.positions.moved(arguments, length).max()) + 1
+            ends = int(shift.positions.move_ids(arguments, length).max()) + 1
             if ends > self.longest:
                 raise ValueError(
                     f"`input_ids` ends at position {ends} with the merged prompt in front, but its keys are rotated "
@@ -484,7 +488,7 @@ class PrefixHooks:
         shift.begin(arguments, length)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of the embedding: what enters the first layer is tied to prefixes that were cut off."""
+        """Tie what enters the first layer to prefixes that were cut off (a forward hook of the embedding)."""
         return output if self.cut.tied else self.cut.tie(output)
 
     def end(self, output: Any) -> None:
@@ -496,20 +500,20 @@ class PrefixHooks:
                 "call its input embeddings, so gradients would not reach the prefixes."
             )
 
-    def prefix(self, index: int) -> Prefix:
-        """The prefix of a layer; a layer that is called outside its model computes its own."""
-        if (leaves := self.cut.prefix(index)) is not None:
+    def get_prefix(self, index: int) -> Prefix:
+        """Return the prefix of a layer. A layer that is called outside its model computes its own."""
+        if (leaves := self.cut.get_prefix(index)) is not None:
             return leaves
         prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove all hooks, and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
         assert self.implementation is not None
         self.implementation.restore()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "prefixes": None, "held": HeldGates(), "pooled": {}, "begun": None, "sequences": None}

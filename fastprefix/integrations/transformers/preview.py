@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from transformers import AutoConfig, PreTrainedModel
 
 from ...methods import PromptTuningConfig
-from .attachment import attach, detach, method_of
-from .discovery import CopyError, find_layers, small_copy
+from .attachment import attach, detach, get_method
+from .discovery import CopyError, find_layers, make_small_copy
 
 
 def preview(name: str) -> Iterator[str]:
@@ -26,26 +26,26 @@ def preview(name: str) -> Iterator[str]:
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     try:
-        model = small_copy(config, whole=True)
+        model = make_small_copy(config, whole=True)
     except CopyError:
         yield "model         cannot be built small; attach a method to the model itself: model.fastprefix.prompt_path"
         return
     yield f"model         {type(model).__name__} ({config.model_type}), tried with random weights"
-    yield f"prompts       {_prompts(model)}"
-    yield f"prefixes      {_prefixes(model)}"
+    yield f"prompts       {_describe_prompts(model)}"
+    yield f"prefixes      {_describe_prefixes(model)}"
 
 
-def _prompts(model: PreTrainedModel) -> str:
+def _describe_prompts(model: PreTrainedModel) -> str:
     try:
         attach(model, PromptTuningConfig(1))
     except ValueError as error:
         return f"none: {error}"
-    path = method_of(model).prompt_path
+    path = get_method(model).prompt_path
     detach(model)
     return "shared: run once for the whole batch" if path == "shared" else f"in every row ({path})"
 
 
-def _prefixes(model: PreTrainedModel) -> str:
+def _describe_prefixes(model: PreTrainedModel) -> str:
     try:
         layers = find_layers(model)
     except ValueError as error:

@@ -23,18 +23,18 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from ...methods import DePT, PromptMethod
-from .attention import two_adapters
-from .discovery import backbone_of, embeds_ids_as_given, entry_of, ordinary_ids, receives_ids
+from .attention import make_two_adapters_error
+from .discovery import find_entry, find_input_path, list_ordinary_ids
 from .hooks import (
     Forward,
     Interception,
     asks_for,
-    by_name,
     check_mask_length,
-    checked_names,
+    check_parameter_names,
+    count_past,
     find_cache,
-    parameter_names,
-    past_length,
+    name_arguments,
+    read_parameter_names,
     refuse_replicas,
 )
 from .positions import Positions, refuse_packed
@@ -57,26 +57,27 @@ class Insertion:
 class PromptHooks:
     """A prompt method for a model, with the prompt in every row; its hooks are set from ``install`` to ``remove``."""
 
-    def __init__(self, model: PreTrainedModel, method: PromptMethod, backbone: nn.Module | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, encoder: nn.Module | None = None) -> None:
         self.method = method
-        self.backbone: Any = backbone_of(model) if backbone is None else backbone
+        path = find_input_path(model, encoder)
+        self.backbone: Any = path.backbone if encoder is None else encoder
         self.model = model
-        self.names = checked_names(self.backbone)
-        self.positions = Positions.of(self.backbone)
+        self.names = check_parameter_names(self.backbone)
+        self.positions = Positions.find(self.backbone)
         self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
-        self.placeholder = placeholder_id(model.config)
+        self.placeholder = choose_placeholder_id(model.config)
         self.insertion: Insertion | None = None  # of the call in progress
         self.handles: list[RemovableHandle | Interception] = []
         self.embedding_handles: list[RemovableHandle | Interception] = []
         self.interception: Interception
         self.finish_id = 0
         self.hooked: Any = None  # the embedding module that has the hooks
-        self.receives_ids = receives_ids(model, self.backbone)
-        self.by_rows = not (self.receives_ids and embeds_ids_as_given(self.backbone, self.embedding))
+        self.receives_ids = path.receives_ids
+        self.by_rows = not (path.receives_ids and path.embeds_ids)
         self.offset_done = False  # the embedding module has added the offset already, outside of the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
-        self.entry: Any = entry_of(self.backbone, self.embedding)
+        self.entry: Any = find_entry(self.backbone, self.embedding)
         self.entry_is_embedding = self.entry is self.embedding
 
     def _check_inputs(self) -> None:
@@ -128,13 +129,13 @@ class PromptHooks:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
-        return self.run_in_every_row(forward, by_name(self.names, args, kwargs))
+        return self.run_in_every_row(forward, name_arguments(self.names, args, kwargs))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
         self.router_mask.restore(arguments)
         refuse_packed(arguments, self.backbone)
-        self.tokens(arguments)
+        self.read_tokens(arguments)
         cache, length = find_cache(arguments), self.method.config.num_virtual_tokens
         if getattr(cache, "is_compileable", False):
             raise ValueError(
@@ -142,20 +143,20 @@ class PromptHooks:
                 "rows beside the tokens. Use a DynamicCache, or share the prompt."
             )
         if isinstance(cache, PrefixCache):
-            raise two_adapters()
+            raise make_two_adapters_error()
         if cache is not None:
             count_all_rows(cache)
-        past = past_length(arguments)
+        past = count_past(arguments)
         inserted = 0 if past > 0 else length
         leading, arguments = flatten_leading(arguments)
-        given = self.given(arguments)
+        given = self.prepare_input(arguments)
         insertion = Insertion(inserted, given.shape[1], max(past - length, 0))
         self._extend(arguments, given, max(past - length, 0), insertion)
         self.positions.check(arguments.get("position_ids"), past + inserted + given.shape[1], length)
         as_tuple = not (self.backbone.config.return_dict if (asked := arguments.get("return_dict")) is None else asked)
         if as_tuple:
             arguments["return_dict"] = True
-        output = self.embedding_as(insertion, forward, arguments)
+        output = self.run_embedding(insertion, forward, arguments)
         cropped = self.crop(output, insertion)
         if leading is not None:
             unflatten_leading(cropped, leading)
@@ -168,23 +169,23 @@ class PromptHooks:
         if not needs_ids(self.model.config):
             return self.forward(inputs_embeds=prompt[None], **arguments)
         ids = torch.full((1, len(prompt)), self.placeholder, device=prompt.device)
-        return self.embedding_as(Insertion(len(prompt), 0, 0), self.forward, {"input_ids": ids, **arguments})
+        return self.run_embedding(Insertion(len(prompt), 0, 0), self.forward, {"input_ids": ids, **arguments})
 
     def run_with_offset(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
         """Run the backbone on the tokens alone, with the method's offset; ``past`` of them are in the cache."""
         if not self.method.changes_tokens:
             return forward(**arguments)
-        given = self.given(arguments)
+        given = self.prepare_input(arguments)
         if given.is_floating_point():
             arguments["inputs_embeds"] = self.embed_rows(given, past, with_prompt=False)
             return forward(**arguments)
-        return self.embedding_as(Insertion(0, given.shape[1], past), forward, arguments)
+        return self.run_embedding(Insertion(0, given.shape[1], past), forward, arguments)
 
     def crop(self, output: Any, insertion: Insertion) -> Any:
         """Return the backbone's output for the caller's tokens."""
         return crop_rows(output, insertion.rows, insertion.tokens)
 
-    def embedding_as(self, insertion: Insertion, forward: Forward, arguments: dict[str, Any]) -> Any:
+    def run_embedding(self, insertion: Insertion, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone while the embedding module does what an insertion says."""
         if self.embedding is not self.hooked:
             self._hook_embedding()
@@ -200,9 +201,9 @@ class PromptHooks:
             )
         return output
 
-    def given(self, arguments: dict[str, Any]) -> Tensor:
+    def prepare_input(self, arguments: dict[str, Any]) -> Tensor:
         """Return the ids ``[B, N]`` or the embeddings ``[B, N, d]`` that the backbone will get."""
-        ids, rows = self.tokens(arguments)
+        ids, rows = self.read_tokens(arguments)
         if ids is None:
             assert rows is not None
             return rows
@@ -212,7 +213,7 @@ class PromptHooks:
         embeds: Tensor = arguments["inputs_embeds"]
         return embeds
 
-    def tokens(self, arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    def read_tokens(self, arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return the caller's ids ``[B, N]`` or embeddings ``[B, N, d]``.
 
         Raises:
@@ -236,7 +237,7 @@ class PromptHooks:
             return self._before(rows) if with_prompt else rows
         if rows.shape[1] == 0:
             return self._before(rows) if with_prompt else rows
-        return self.method.embed(*_rows_as_table(rows), first_position, with_prompt)
+        return self.method.embed(*_make_table(rows), first_position, with_prompt)
 
     def _before(self, rows: Tensor) -> Tensor:
         """Return the prompt before rows that need nothing else."""
@@ -252,14 +253,14 @@ class PromptHooks:
             self.handles += [child.register_forward_hook(self.keep_state) for child in others]
 
     def keep_state(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the backbone's other children: the last of their states is what is pooled."""
+        """Keep the last hidden states, which are pooled (a forward hook of the backbone's other children)."""
         states = output.values() if isinstance(output, ModelOutput) else output
         state = states if isinstance(states, Tensor) else next(iter(states), None)
         if self.insertion is not None and isinstance(state, Tensor) and state.ndim == 3:
             self.insertion.state = state
 
     def crop_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Forward pre-hook of the pooler: it gets the tokens' states, or that of the first token (ALBERT)."""
+        """Give the pooler the tokens' states, or the first token's as ALBERT's expects (a forward pre-hook)."""
         insertion = self.insertion
         if insertion is None or insertion.rows == 0:
             return None
@@ -288,14 +289,14 @@ class PromptHooks:
         insertion, here = self.insertion, self.entry_is_embedding
         if not self.receives_ids and insertion is None and self.method.changes_tokens:
             self.offset_done = True
-            return self.method.embed(*_rows_as_table(forward(*args, **kwargs)), 0, with_prompt=False)
+            return self.method.embed(*_make_table(forward(*args, **kwargs)), 0, with_prompt=False)
         if insertion is None or (not here and not self.method.changes_tokens):
             return forward(*args, **kwargs)
         columns = insertion.rows if here else 0
         if insertion.embedded or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
         insertion.embedded = True
-        args, kwargs = _without_columns(args, kwargs, columns)
+        args, kwargs = _cut_columns(args, kwargs, columns)
         with_prompt = here and insertion.rows > 0
         if self._is_plain():
             ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -315,7 +316,7 @@ class PromptHooks:
         return self.embed_rows(output, insertion.first_position, with_prompt)
 
     def finish_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the embedding module, behind all others: add what they were not to see."""
+        """Add what other hooks of the embedding module were not to see (a forward hook behind all others)."""
         insertion = self.insertion
         if insertion is None or not insertion.unfinished:
             return None
@@ -329,7 +330,7 @@ class PromptHooks:
         if insertion is None or insertion.entered or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
         insertion.entered = True
-        args, kwargs = _without_columns(args, kwargs, columns)
+        args, kwargs = _cut_columns(args, kwargs, columns)
         if isinstance(positions := kwargs.get("position_ids"), Tensor):
             kwargs["position_ids"] = positions - columns  # the prompt has no place in the block
         rows = forward(*args, **kwargs)
@@ -357,7 +358,7 @@ class PromptHooks:
         mask = arguments.get("attention_mask")
         if mask is not None:
             check_mask_length(mask, past + tokens, length)
-            arguments["attention_mask"] = _extended_mask(mask, batch, length, inserted)
+            arguments["attention_mask"] = _extend_mask(mask, batch, length, inserted)
         positions = arguments.get("position_ids")
         if positions is not None:
             first = self.positions.first
@@ -382,7 +383,7 @@ class RouterMask:
 
     def __init__(self, model: nn.Module, length: int) -> None:
         self.model = model
-        self.names = parameter_names(model)
+        self.names = read_parameter_names(model)
         self.length = length
         self.given: Tensor | None = None
         self.extended: Tensor | None = None
@@ -390,9 +391,9 @@ class RouterMask:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with an extended mask, if an auxiliary loss will be computed."""
         self.given = self.extended = None
-        arguments = by_name(self.names, args, kwargs)
+        arguments = name_arguments(self.names, args, kwargs)
         mask = arguments.get("attention_mask")
-        if not asks_for(arguments, self.model, "output_router_logits") or past_length(arguments) > 0:
+        if not asks_for(arguments, self.model, "output_router_logits") or count_past(arguments) > 0:
             return forward(*args, **kwargs)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return forward(*args, **kwargs)
@@ -406,7 +407,7 @@ class RouterMask:
         self.given = self.extended = None
 
 
-def placeholder_id(config: PretrainedConfig) -> int:
+def choose_placeholder_id(config: PretrainedConfig) -> int:
     """Return a token id that stands where a prompt's rows will be.
 
     Families with embeddings per layer look the prompt's up by it: as for images, those are the padding's. Everywhere
@@ -415,7 +416,7 @@ def placeholder_id(config: PretrainedConfig) -> int:
     text: Any = config.get_text_config()
     if needs_ids(config):
         return int(text.pad_token_id or 0)
-    return ordinary_ids(config, 1)[0]
+    return list_ordinary_ids(config, 1)[0]
 
 
 def needs_ids(config: PretrainedConfig) -> bool:
@@ -423,7 +424,7 @@ def needs_ids(config: PretrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", None))
 
 
-def _rows_as_table(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _make_table(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return embeddings ``[B, N, d]`` as ids and a table in which every token has a row."""
     ids = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).reshape(rows.shape[:2])
     return ids, rows.flatten(0, 1)
@@ -435,9 +436,7 @@ def _is_of(args: tuple[Any, ...], kwargs: dict[str, Any], columns: int) -> bool:
     return first is not None and first.ndim == 2 and first.shape[1] >= columns and not first.is_floating_point()
 
 
-def _without_columns(
-    args: tuple[Any, ...], kwargs: dict[str, Any], columns: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _cut_columns(args: tuple[Any, ...], kwargs: dict[str, Any], columns: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call without the prompt's columns."""
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
@@ -510,10 +509,12 @@ _ROWS = "fastprefix_rows"
 def count_tokens_only(cache: Cache, rows: int) -> None:
     """Let a cache that holds so many rows of a prompt report the tokens alone."""
     if getattr(cache, _ROWS, rows) != rows:
-        raise ValueError(f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} rows, got one of {rows}.")
+        raise ValueError(
+            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} rows, but the adapter has {rows}."
+        )
     setattr(cache, _ROWS, rows)
     attributes: dict[str, Any] = vars(cache)
-    attributes["get_seq_length"] = functools.partial(_tokens_in, cache)
+    attributes["get_seq_length"] = functools.partial(_count_tokens_only, cache)
     attributes["crop"] = functools.partial(_crop_tokens, cache)
 
 
@@ -523,7 +524,7 @@ def count_all_rows(cache: Cache) -> None:
         vars(cache).pop(name, None)
 
 
-def _tokens_in(cache: Cache, *args: Any, **kwargs: Any) -> int:
+def _count_tokens_only(cache: Cache, *args: Any, **kwargs: Any) -> int:
     rows: int = getattr(cache, _ROWS)
     return max(int(type(cache).get_seq_length(cache, *args, **kwargs)) - rows, 0)
 
@@ -532,7 +533,7 @@ def _crop_tokens(cache: Cache, max_length: int) -> None:
     type(cache).crop(cache, max_length + getattr(cache, _ROWS) if max_length >= 0 else max_length)
 
 
-def _extended_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
+def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
     """Return a mask for a prompt of so many tokens too, which all tokens see.
 
     In a mask for each query the prompt's own rows are causal. That leaves open what a prompt sees of the tokens where
@@ -567,7 +568,7 @@ class EncoderPromptHooks(PromptHooks):
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
         super().__init__(model, method, model.get_encoder())
         self.decoder: nn.Module = model.get_decoder()
-        self.decoder_names = checked_names(self.decoder)
+        self.decoder_names = check_parameter_names(self.decoder)
         missing = [name for name in ("inputs_embeds", "attention_mask") if name not in self.names]
         if missing or _MASK not in self.decoder_names:
             raise ValueError(
@@ -586,11 +587,11 @@ class EncoderPromptHooks(PromptHooks):
 
     def run_decoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the decoder with a mask that lets all of its tokens see the prompt."""
-        arguments = by_name(self.decoder_names, args, kwargs)
+        arguments = name_arguments(self.decoder_names, args, kwargs)
         mask, states = arguments.get(_MASK), arguments.get("encoder_hidden_states")
         length = self.method.config.num_virtual_tokens
         if mask is None or states is None or mask.shape[-1] + length != states.shape[1]:
             return forward(*args, **kwargs)  # nothing is hidden, or the caller's mask counts the prompt
         if mask.ndim != 2:
-            raise ValueError(f"`attention_mask` must be [B, N] with a prompt in every row, got {list(mask.shape)}.")
+            raise ValueError(f"`attention_mask` must be [B, N] with a prompt in every row, but is {list(mask.shape)}.")
         return forward(**{**arguments, _MASK: nn.functional.pad(mask, (length, 0), value=1)})

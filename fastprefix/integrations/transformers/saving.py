@@ -29,23 +29,23 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapter import MODULE, trainable_modules, whole
+from .adapter import MODULE, find_trainable_modules, gather_full_tensor
 from .attachment import (
     DEFAULT,
     Model,
-    active_name,
     attach_empty,
-    attachment_of,
     detach,
+    get_active_name,
+    get_attachment,
     set_adapter,
-    using,
+    use_adapter,
 )
 from .switching import OPTIONS, Inputs
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file.
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file in this context.
 
     Raises:
         ValueError: it cannot be read, and why.
@@ -54,30 +54,34 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except Exception as error:  # a damaged file fails in its own way, when it is opened or when a tensor is read
-        raise ValueError(f"{path} takes a safetensors file, and cannot be read: {error}") from error
+        raise ValueError(f"The safetensors file {path} cannot be read: {error}") from error
 
 
-def read_whole(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
-    """The method and its parameters under the names of an adapter file; None: there is no such checkpoint.
+def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
+    """Read the method and its parameters from a checkpoint of the whole model, or return None if the folder has none.
 
     Raises:
         ValueError: it is of another model, or damaged.
     """
     path = folder / CONFIG_NAME
-    files = _files(folder)
+    files = _list_files(folder)
     if not path.is_file() or not files:
         return None
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if OPTIONS not in description:
         return None
     if description.get("model_type") != model.config.model_type:
-        raise ValueError(f"{path} is of a {description.get('model_type')} model, got a {model.config.model_type} model")
+        raise ValueError(
+            f"{path} is of a {description.get('model_type')} model, but `model` is a {model.config.model_type} model."
+        )
     config = MethodConfig.from_dict(description[OPTIONS])
     renamed = {f"{MODULE}.": ""}
-    renamed |= {f"{name}.": f"modules_to_save.{name}." for name in trainable_modules(model, config.modules_to_save)}
+    renamed |= {
+        f"{name}.": f"modules_to_save.{name}." for name in find_trainable_modules(model, config.modules_to_save)
+    }
     tensors: dict[str, Tensor] = {}
     for path in files:
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
                 for begin, instead in renamed.items():
                     if key.startswith(begin):
@@ -85,7 +89,7 @@ def read_whole(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict
     return config, tensors
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -123,16 +127,16 @@ def save_adapter(
             weights, or one that the format has no place for.
     """
     check_choice("format", format, ("fastprefix", "peft"))
-    attachment = attachment_of(model)
+    attachment = get_attachment(model)
     assert isinstance(model, PreTrainedModel)
-    with using(model, attachment.active if name is None else attachment.known(name)):
+    with use_adapter(model, attachment.active if name is None else attachment.check_known(name)):
         adapter = attachment.adapter
         if adapter.outside is not None:
             raise ValueError(
-                f"model takes one whose adapter is whole; merged, {adapter.outside}: save it before merging"
+                f"`model` must have an adapter that is not merged, since now {adapter.outside}: save it before merging."
             )
         if format == "peft":
-            description, tensors = peft_format.to_peft(model, adapter.method, adapter.saved_modules)
+            description, tensors = peft_format.convert_to_peft(model, adapter.method, adapter.saved_modules)
             metadata = {"format": "pt"}
         else:
             description = {
@@ -142,9 +146,11 @@ def save_adapter(
                 "base_model_name_or_path": model.name_or_path,
                 "fastprefix_version": __version__,
             }
-            tensors = {key: whole(p.detach()).cpu().contiguous() for key, p in _parameters(model).items()}
-            description[_SAVE_ID] = _save_id(description, tensors)
-            metadata = {_HEADER: _text(description)}
+            tensors = {
+                key: gather_full_tensor(p.detach()).cpu().contiguous() for key, p in _collect_parameters(model).items()
+            }
+            description[_SAVE_ID] = _compute_save_id(description, tensors)
+            metadata = {_HEADER: _format_description(description)}
         _write(Path(directory), description, tensors, metadata)
 
 
@@ -170,21 +176,22 @@ def load_adapter(
     folder = Path(directory)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        if (found := read_whole(folder, model)) is not None:
+        if (found := read_whole_checkpoint(folder, model)) is not None:
             return _attach(model, *found, name, example_inputs)
         pickled = folder / "adapter_model.bin"
-        why = f", not {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
-        got = directory if folder.is_dir() else f"{directory}, which is no folder"
-        raise FileNotFoundError(f"directory takes a folder with {WEIGHTS_FILE}{why}, got {got}")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`directory` '{directory}' does not exist.")
+        why = f". It has {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
+        raise FileNotFoundError(f"`directory` '{directory}' has no {WEIGHTS_FILE}{why}.")
     header, tensors = _read(path)
     if header is not None:
-        return _attach(model, _own_config(path, header, model), tensors, name, example_inputs)
-    config, tensors = peft_format.from_peft(folder / CONFIG_FILE, tensors, model)
+        return _attach(model, _parse_header(path, header, model), tensors, name, example_inputs)
+    config, tensors = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model)
     if not isinstance(config, PrefixTuningConfig):
         return _attach(model, config, tensors, name)
-    former = active_name(model)
-    with using(model, None):
-        expected = peft_format.as_a_cache(model, tensors)
+    former = get_active_name(model)
+    with use_adapter(model, None):
+        expected = peft_format.run_as_a_cache(model, tensors)
     _attach(model, config, tensors, name)
     try:
         peft_format.check_as_a_cache(model, expected)
@@ -202,10 +209,10 @@ def _attach(
     example_inputs: Inputs | None = None,
 ) -> Model:
     """Attach a method with its parameters, or leave the model as it was."""
-    former = active_name(model)
+    former = get_active_name(model)
     attach_empty(model, config, name, example_inputs)
     try:
-        _fill(_parameters(model), tensors)
+        _fill(_collect_parameters(model), tensors)
     except ValueError:
         _take_off(model, name, former)
         raise
@@ -219,41 +226,37 @@ def _take_off(model: PreTrainedModel, name: str, former: str | None) -> None:
         set_adapter(model, former)
 
 
-def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """What an adapter consists of: the method's parameters and those of the modules that stay trainable."""
+def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return what an adapter consists of: the method's parameters and those of the modules that stay trainable."""
     parameters = dict(model.get_submodule(MODULE).named_parameters())
-    for name in attachment_of(model).adapter.saved_modules:
+    for name in get_attachment(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():
             parameters[f"modules_to_save.{name}.{key}"] = parameter
     return parameters
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The options in the header (None: not of this package) and the tensors of an adapter."""
-    with opened(path) as file:
+    """Read the options in an adapter's header (None if it is not of this package) and its tensors."""
+    with open_safetensors(path) as file:
         header = (file.metadata() or {}).get(_HEADER)
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
-def _own_config(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
-    """The options in a header, checked against the model's type."""
+def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
+    """Return the options in a header, checked against the model's type."""
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
-        raise ValueError(f"{path} takes an adapter's header, which is damaged: it has no {', '.join(missing)}")
+        raise ValueError(f"The header of {path} is damaged: it has no {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
     base, *_ = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     if base != model.config.model_type:
-        raise ValueError(f"{path} is an adapter of a {base} model, got a {model.config.model_type} model")
+        raise ValueError(f"{path} is an adapter of a {base} model, but `model` is a {model.config.model_type} model.")
     return MethodConfig.from_dict(description)
 
 
 def _check_unedited(path: Path, header: dict[str, Any]) -> None:
-    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at.
-
-    Raises:
-        ValueError: the file is of the same save as the header, and has other options, or it cannot be read.
-    """
+    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at."""
     if _SAVE_ID not in header or not path.is_file():
         return
     way_out = (
@@ -268,7 +271,7 @@ def _check_unedited(path: Path, header: dict[str, Any]) -> None:
         return
     names = sorted((header.keys() | found.keys()) - set(_INFORMATIVE))
     edits = [
-        f"{name}: {_shown(header, name)} -> {_shown(found, name)}"
+        f"{name}: {_format_option(header, name)} -> {_format_option(found, name)}"
         for name in names
         if name not in header or name not in found or header[name] != found[name]
     ]
@@ -276,29 +279,29 @@ def _check_unedited(path: Path, header: dict[str, Any]) -> None:
         raise ValueError(f"`{CONFIG_FILE}` in {path.parent} was edited by hand ({', '.join(edits)}). {way_out}")
 
 
-def _shown(options: dict[str, Any], name: str) -> str:
+def _format_option(options: dict[str, Any], name: str) -> str:
     return json.dumps(options[name]) if name in options else "nothing"
 
 
-def _save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def _compute_save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Return an id that all processes of a sharded save agree on: a digest of what is saved."""
-    digest = hashlib.sha256(_text(description).encode())
+    digest = hashlib.sha256(_format_description(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _text(description: dict[str, Any]) -> str:
+def _format_description(description: dict[str, Any]) -> str:
     return json.dumps(description, indent=2) + "\n"
 
 
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
-    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: gather_full_tensor(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(_text(description), encoding="utf-8"))
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -308,8 +311,8 @@ def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> No
         raise ValueError(f"the adapter does not fit this model: {', '.join(sides)} on one side only")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
-            got, takes = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise ValueError(f"the adapter does not fit this model: {name} takes {takes}, got {got}")
+            actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise ValueError(f"the adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

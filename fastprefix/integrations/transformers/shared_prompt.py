@@ -20,24 +20,24 @@ from transformers import PreTrainedModel
 
 from ...methods import DePT, PromptMethod
 from .adapter import is_sharded
-from .attention import Binding, Prefix, window_bias
-from .discovery import Layer, backbone_of, find_layers, ordinary_ids
+from .attention import Binding, Prefix, make_window_bias
+from .discovery import Layer, find_backbone, find_layers, list_ordinary_ids
 from .hooks import (
     Forward,
     asks_for,
-    by_name,
     check_mask_length,
+    checkpoints_reentrantly,
+    count_past,
+    count_tokens,
     find_cache,
-    not_checkpointed,
-    parameter_names,
-    past_length,
-    reentrant,
+    name_arguments,
+    read_parameter_names,
     refuse_replicas,
-    tokens_in,
+    suspend_checkpointing,
 )
 from .positions import Positions, PositionShift, is_packed
 from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
-from .switching import Implementation, device_of, forgotten, switched
+from .switching import Implementation, find_device, preserve_state, switch_attention
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
@@ -58,13 +58,13 @@ class SharedPrompt:
         self.past = 0  # tokens in the cache of the call in progress
         self.tokens = 0  # of that call
 
-    def bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
-        """What each layer's attention module is bound to."""
+    def make_bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
+        """Return a binding for each layer's attention module."""
         return {layer.module: SharedBinding(self, index, layer.window) for index, layer in enumerate(layers)}
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """What attention layers are called with in this context becomes their prefix."""
+        """Make what attention layers are called with in this context their prefix."""
         self.prefixes, self.capturing = {}, True
         try:
             yield
@@ -72,20 +72,20 @@ class SharedPrompt:
             self.capturing = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0}
 
 
-class SharedBinding:
-    """What an attention module finds on itself: the prompt's keys and values in its layer."""
+class SharedBinding(Binding):
+    """The binding of an attention module to the prompt's keys and values in its layer."""
 
     def __init__(self, shared: SharedPrompt, index: int, window: int | None) -> None:
         self.shared = shared
         self.index = index
         self.window = window
 
-    def prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """The prefix; None while the prompt itself runs, and on the textbook's path."""
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix, or None while the prompt itself runs and on the textbook's path."""
         shared = self.shared
         if shared.prefixes is None:
             return None
@@ -95,19 +95,15 @@ class SharedBinding:
         pk, pv = shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
 
-    def gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, None]:
-        """None: a prompt has no gates."""
-        return None, None
-
-    def bias(self, query: Tensor) -> Tensor | None:
-        """A sliding window cuts the prompt as it does the tokens."""
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
         assert self.shared.prefixes is not None
         length = self.shared.prefixes[self.index][0].shape[1]
-        return window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
+        return make_window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
 
 
 class PromptCall(NamedTuple):
-    """What the prompt's run depends on in the call that it runs for."""
+    """The properties of a call on which the prompt's keys and values depend."""
 
     types: dict[str, tuple[int, ...]]
     """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""
@@ -130,13 +126,13 @@ class SharedPromptHooks(PromptHooks):
         super().__init__(model, method)
         self.required = required  # shared_prompt=True: a call that cannot share is an error
         self.shared = SharedPrompt()
-        self.shift = PositionShift(self.backbone)
+        self.shift = PositionShift(self.backbone, self.positions)
         self.suspended = False  # the call in progress runs on the model's own attention, for its weights
         self.drops = has_dropout(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
         self.implementation: Implementation | None = None
-        self.bindings = self.shared.bindings(layers)
+        self.bindings = self.shared.make_bindings(layers)
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
@@ -152,8 +148,8 @@ class SharedPromptHooks(PromptHooks):
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
-        arguments = by_name(self.names, args, kwargs)
-        past, reason = past_length(arguments), self.reason_against(arguments)
+        arguments = name_arguments(self.names, args, kwargs)
+        past, reason = count_past(arguments), self.find_reason_against(arguments)
         filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
         if filled == "shared" and reason is not None:
             raise ValueError(
@@ -185,11 +181,11 @@ class SharedPromptHooks(PromptHooks):
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
         """Run the backbone on the tokens, with the prompt's keys and values as a prefix."""
         leading, arguments = flatten_leading(arguments)
-        given = self.given(arguments)
+        given = self.prepare_input(arguments)
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
-        self.shared.past, self.shared.tokens = past, tokens_in(arguments)
-        self.shared.prefixes = self.prefixes_for(arguments)
+        self.shared.past, self.shared.tokens = past, count_tokens(arguments)
+        self.shared.prefixes = self.compute_prefixes(arguments)
         self.shift.begin(arguments, length)
         output = self.run_with_offset(forward, arguments, past)
         if leading is not None:
@@ -224,15 +220,15 @@ class SharedPromptHooks(PromptHooks):
         names = {str(module.config._attn_implementation) for module in readers}
         if names != {"eager"}:
             raise ValueError(
-                f'`output_attentions` requires a model with attn_implementation="eager", got {", ".join(names)}. '
+                f'`output_attentions` requires a model with attn_implementation="eager", but it is {", ".join(names)}. '
                 "Detach the adapter, set the attention and attach it again."
             )
 
-    def reason_against(self, arguments: dict[str, Any]) -> str | None:
-        """Why a call with these arguments takes the textbook's path; None: it shares the prompt."""
+    def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
+        """Return why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.drops and self.backbone.training:
             return "dropout in the model draws anew in every row"
-        if reentrant(self.backbone):
+        if checkpoints_reentrantly(self.backbone):
             return "reentrant gradient checkpointing differentiates a prefix once a layer"
         if torch.is_grad_enabled() and is_sharded(self.backbone):
             return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
@@ -256,7 +252,7 @@ class SharedPromptHooks(PromptHooks):
         return None
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove all hooks, and restore the model's attention."""
         super().remove()
         assert self.implementation is not None
         self.implementation.restore()
@@ -267,14 +263,14 @@ class SharedPromptHooks(PromptHooks):
         others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
         return self.shift.inside and arguments.get("position_ids") is None and others
 
-    def prefixes_for(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
+    def compute_prefixes(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
         """Return the prompt's keys and values in every layer: of a call that goes on, those that its cache began with.
 
         For inference they are kept while no parameter changes.
         """
         self.shift.shift = 0
         past, compiling = self.shared.past, torch.compiler.is_compiling()
-        given = self.given(arguments)
+        given = self.prepare_input(arguments)
         of_tokens = find_token_arguments(arguments, *given.shape[:2])
         types = {name: tuple(value.shape[2:]) for name, value in of_tokens.items()}
         by_length = self.positions.by_length
@@ -284,27 +280,29 @@ class SharedPromptHooks(PromptHooks):
             return prefixes
         reach = None
         if by_length is not None:
-            reach = self.positions.moved(arguments, self.method.config.num_virtual_tokens).amax()
+            reach = self.positions.move_ids(arguments, self.method.config.num_virtual_tokens).amax()
         call = PromptCall(types, reach)
         captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.is_grad_enabled() or compiling or captured:
             return self.run_prompt(call)
         if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
             return self.run_prompt(call)  # its keys are for this length alone
-        return self._kept(call, past)
+        return self._get_kept(call, past)
 
-    def _kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
+    def _get_kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
         """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
-        state = _state(self.backbone, self.method)
+        state = _read_state(self.backbone, self.method)
         kept = self.kept
         if kept is None or state is None or kept.state != (call.types, state) or not (past or self._is_good(kept)):
-            kept = self.kept = _Kept((call.types, state), self.method.prompt.clone(), self.run_prompt(call))
+            prefixes = self.run_prompt(call)
+            kept = self.kept = _Kept((call.types, state), self.method.prompt.clone(), prefixes)
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
-        """Whether nothing has changed that ``_state`` does not tell: a prompt written through ``.data``, as optimizers
-        do, PEFT's layers, which may be merged so or switched, or weights that accelerate has offloaded. Asked once a
-        sequence.
+        """Return whether a prompt is unchanged in ways that ``_read_state`` cannot tell. This is asked once a sequence.
+
+        Optimizers change a prompt through ``.data``, PEFT's layers may be merged or switched, and weights may be
+        offloaded.
         """
         unknown = any(hasattr(module, "merged_adapters") for module in self.backbone.modules())
         unknown = unknown or any(parameter.is_meta for parameter in self.backbone.parameters())
@@ -317,10 +315,10 @@ class SharedPromptHooks(PromptHooks):
         # Said, since some models remember where a former call's rows were.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
         if call is not None and call.reach is not None:
-            prompt, positions = reaching(prompt, positions, call.reach)
+            prompt, positions = add_reached_token(prompt, positions, call.reach)
         sizes = {} if call is None else call.types
         types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
-        with self.shared.capture(), not_checkpointed(self.backbone):  # one row is not worth running twice
+        with self.shared.capture(), suspend_checkpointing(self.backbone):  # one row is not worth running twice
             self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
         pairs = self.shared.prefixes.items()
@@ -328,11 +326,11 @@ class SharedPromptHooks(PromptHooks):
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
-        """What lives only while a model runs is not copied or pickled."""
+        """Leave out what lives only while a model runs."""
         return {**self.__dict__, "kept": None}
 
 
-def reaching(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Return a prompt ``[..., S, d]`` and its positions ``[..., S]`` with one more token, at the position ``reach``.
 
     LongRoPE and dynamic NTK take their frequencies for the largest position of a call. Attention is causal, so nothing
@@ -342,28 +340,31 @@ def reaching(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, 
     return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
 
 
-def reason_not_shareable(model: PreTrainedModel) -> str | None:
-    """Why a prompt cannot be shared on this model; None: it can.
+def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
+    """Return why a prompt cannot be shared on this model, or None if it can.
+
+    The inputs of its attention layers decide, and then a trial: three tokens as a shared prompt must do to three others
+    what they do in front of them.
 
     Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
     three others what they do as tokens in front of them.
     """
-    if "position_ids" not in parameter_names(backbone_of(model)):
+    if "position_ids" not in read_parameter_names(find_backbone(model)):
         return "its positions cannot be set"
     try:
         layers = find_layers(model)
     except ValueError as error:
         return str(error)
-    if (reason := reason_against_layers(model, layers)) is not None:
+    if (reason := find_reason_against_layers(model, layers)) is not None:
         return reason
     try:
-        return _try(model, layers)
+        return _try_sharing(model, layers)
     except Exception as error:  # whatever a family makes of it
         return f"trying to share the prompt failed: {type(error).__name__}: {error}"
 
 
-def reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Why what a prompt does in a model's layers is not the same in every row, or cannot be handed on; None: it is."""
+def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Return why a prompt's work in a model's layers differs by row or cannot be handed on, or None."""
     if not all(layer.shape.causal for layer in layers):
         return "its attention is not causal throughout, so a prompt sees what comes after it"
     if any(getattr(layer.module, "is_causal", True) is False for layer in layers):
@@ -387,42 +388,44 @@ def has_dropout(module: nn.Module) -> bool:
     return False
 
 
-def _try(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Three tokens as a prompt for three others: in front of them and shared. The second row has padding."""
-    shared, backbone, device = SharedPrompt(), backbone_of(model), device_of(model)
-    prompt, tokens = torch.tensor(ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
+def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Run three tokens as a prompt for three others, in front of them and shared. The second row has padding."""
+    shared, backbone, device = SharedPrompt(), find_backbone(model), find_device(model)
+    prompt, tokens = torch.tensor(list_ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
-    counts = Positions.of(backbone)
+    counts = Positions.find(backbone)
     positions = counts.first + torch.arange(3, device=device)[None]
 
     def run(ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
-    with switched(model, shared.bindings(layers)), forgotten(model), torch.no_grad():
+    with switch_attention(model, shared.make_bindings(layers)), preserve_state(model), torch.no_grad():
         alone = run(tokens, attention_mask=mask)
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
         with shared.capture():
             run(prompt[:1], position_ids=positions)
         inputs = {"input_ids": tokens, "attention_mask": mask}
-        actual = run(tokens, attention_mask=mask, position_ids=counts.moved(inputs, 3))
-        exact = _agreement(actual, textbook, alone, model.dtype)
+        actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))
+        exact = _compare_rows(actual, textbook, alone, model.dtype)
         shared.prefixes = None
-        return None if all(exact) else _why_not(run, tokens, positions, unpadded=exact[0])
+        return None if all(exact) else _explain_failure(run, tokens, positions, unpadded=exact[0])
 
 
-def _agreement(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
-    """Of which rows the textbook's values are hit. Two orders of the same sums differ by rounding; a prompt that is
-    carried past attention, by all of its effect.
+def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
+    """Return which rows have the textbook's values.
+
+    Two orders of the same sums differ by rounding; a prompt that is carried past attention differs by all of its
+    effect.
     """
     effect, error = ((textbook - other).abs().amax(dim=(1, 2)) for other in (alone, actual))
     agree: list[bool] = (error <= (0.1 if torch.finfo(dtype).bits == 16 else 1e-3) * effect).tolist()
     return agree
 
 
-def _why_not(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
-    """The reason, from what a model does with positions; ``unpadded``: without padding, sharing was exact."""
+def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
+    """Return the reason, judged by a model's positions. ``unpadded``: sharing is exact without padding."""
     default = run(tokens)
     if torch.equal(default, run(tokens, position_ids=2 * positions + 1)):
         return "it ignores position_ids"
@@ -433,8 +436,8 @@ def _why_not(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpa
     return "sharing the prompt does not give what the textbook's way gives"
 
 
-def _state(*modules: nn.Module) -> object:
-    """Something that is equal while no parameter is changed or moved, nor autocast; None where that cannot be told.
+def _read_state(*modules: nn.Module) -> object:
+    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
 
     PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
     """

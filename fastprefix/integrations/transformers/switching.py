@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, added, fastprefix_attention, full_mask, register
-from .hooks import parameter_names
+from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
+from .hooks import read_parameter_names
 
 _LOCK = threading.Lock()
 
@@ -41,16 +41,16 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """A model on another attention function and mask function, for evaluation without gradients; one at a time."""
-    with _LOCK, forgotten(model), attention_implementation(model, name, function, mask), torch.no_grad():
+def borrow_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
+    """Run a model on another attention and mask function in this context, one model at a time and without gradients."""
+    with _LOCK, preserve_state(model), replace_attention(model, name, function, mask), torch.no_grad():
         yield
 
 
 @contextmanager
-def attention_implementation(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """A model on another attention function and mask function, which have a name meanwhile."""
-    before = [(config, config._attn_implementation) for config in configurations_of(model)]
+def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
+    """Run a model on another attention and mask function in this context, in which they are registered under a name."""
+    before = [(config, config._attn_implementation) for config in list_configurations(model)]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
@@ -63,15 +63,15 @@ def attention_implementation(model: PreTrainedModel, name: str, function: Any, m
 
 
 @contextmanager
-def forgotten(model: nn.Module) -> Iterator[None]:
-    """Run in ``evaluated``, and undo what the calls leave on modules, such as Qwen-VL's positions of a batch.
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """Run in ``evaluating``, and undo what the calls leave on modules, such as Qwen-VL's positions of a batch.
 
     Containers get their contents back in place, since handles of hooks refer to them. ``transformers`` installs its
     output-capturing hooks in the first call, for one, and notes that in an attribute: both have to go, or both to stay.
     """
-    before = [(module, dict(vars(module)), list(_contents(vars(module)))) for module in model.modules()]
+    before = [(module, dict(vars(module)), list(_copy_contents(vars(module)))) for module in model.modules()]
     try:
-        with evaluated(model):
+        with evaluating(model):
             yield
     finally:
         for module, attributes, contents in before:
@@ -83,12 +83,12 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 _Container = dict[Any, Any] | list[Any] | set[Any]
 
 
-def _contents(container: _Container) -> Iterator[tuple[_Container, _Container]]:
+def _copy_contents(container: _Container) -> Iterator[tuple[_Container, _Container]]:
     """Yield the containers inside a container, each with a copy of what is in it."""
     for value in container.values() if isinstance(container, dict) else container:
         if isinstance(value, dict | list | set):
             yield value, copy.copy(value)
-            yield from _contents(value)
+            yield from _copy_contents(value)
 
 
 def _refill(container: _Container, content: _Container) -> None:
@@ -107,8 +107,8 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards; the random state is left alone too."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode in this context, and restore all modes and the random state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -119,7 +119,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def device_of(model: PreTrainedModel) -> torch.device:
+def find_device(model: PreTrainedModel) -> torch.device:
     """Return the device that a model runs on.
 
     It is that of its weights; where accelerate loads offloaded weights in time, the one to which it loads them.
@@ -127,14 +127,14 @@ def device_of(model: PreTrainedModel) -> torch.device:
     device: torch.device = model.device
     if device.type == "meta":
         for module in model.modules():
-            for each in _accelerate_hooks(module):
+            for each in _list_accelerate_hooks(module):
                 execution_device = getattr(each, "execution_device", None)
                 if execution_device is not None:
                     return torch.device(execution_device)
     return device
 
 
-def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+def _list_accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
     """Return the hooks that accelerate has on a module."""
     hook = getattr(module, "_hf_hook", None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
@@ -144,12 +144,12 @@ def loads_all_inside(module: nn.Module) -> bool:
     """Return whether accelerate loads the weights of all modules inside a module by their names, as it found them."""
     return any(
         getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
-        for hook in _accelerate_hooks(module)
+        for hook in _list_accelerate_hooks(module)
     )
 
 
 @contextmanager
-def loaded(model: nn.Module, module: nn.Module) -> Iterator[None]:
+def load_offloaded(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Make the weights of a module of a model readable in this context, if accelerate has offloaded them.
 
     The hooks of the modules around it are asked too, since one of them may load the weights of all that is inside it.
@@ -180,73 +180,75 @@ _SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection
 
 
 def is_of_text(model: PreTrainedModel) -> bool:
-    """Whether a model's input is token ids."""
+    """Return whether a model's input is token ids."""
     return str(model.main_input_name) == "input_ids"
 
 
 def is_plain_text(model: PreTrainedModel) -> bool:
-    """Whether a model's input is token ids, all in one sequence."""
+    """Return whether a model's input is token ids in a single sequence."""
     return is_of_text(model) and not model.config.is_encoder_decoder
 
 
-def called(model: PreTrainedModel) -> nn.Module:
+def find_runnable(model: PreTrainedModel) -> nn.Module:
     """Return the part of a model that runs on its input, without a head where that can be left out."""
     base: nn.Module = model.base_model
     return base if str(model.main_input_name) in inspect.signature(base.forward).parameters else model
 
 
-def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
-    """Ids ``[B, N]`` for a model of text. In an encoder-decoder the decoder's are fewer than the encoder's, which tells
-    cross-attention from self-attention.
+def make_text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+    """Return inputs with ids ``[B, N]`` for a model of text.
+
+    In an encoder-decoder the decoder gets fewer ids than the encoder, which tells cross-attention from self-attention.
     """
-    ids = input_ids.to(device_of(model))
+    ids = input_ids.to(find_device(model))
     if model.config.is_encoder_decoder:
-        return {"input_ids": _ending(model, ids), **_decoder_inputs(model, len(ids))}
+        return {"input_ids": _end_rows(model, ids), **_make_decoder_inputs(model, len(ids))}
     return {"input_ids": ids, "use_cache": False}
 
 
-def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Small inputs on which a model may run, the most telling first: its main input alone, text with padding before
-    text without; then everything that it takes and of which a size is known.
+def propose_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Yield small inputs on which a model may run, the most telling first.
+
+    The main input comes alone, and text with padding before text without; then all inputs of a known size.
     """
-    ids = _tokens(model)
+    ids = _make_tokens(model)
     if is_of_text(model):
-        inputs = text_inputs(model, ids)
+        inputs = make_text_inputs(model, ids)
         mask = torch.ones_like(inputs["input_ids"])
         mask[-1, :_PADDING] = 0
         yield {**inputs, "attention_mask": mask}
         yield inputs
     else:
-        decoder = _decoder_inputs(model, 1) if model.config.is_encoder_decoder else {}
+        decoder = _make_decoder_inputs(model, 1) if model.config.is_encoder_decoder else {}
         main = str(model.main_input_name)
-        for shape in _shapes(model, main):
-            yield {main: _noise(model, (1, *shape)), **decoder}
+        for shape in _propose_shapes(model, main):
+            yield {main: _make_noise(model, (1, *shape)), **decoder}
     together: dict[str, Any] = {"input_ids": ids}
     for name in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
-        first = next(_shapes(model, name), None)
-        if first is not None and name in parameter_names(called(model)):
-            together[name] = _noise(model, (_ROWS, *first))
+        first = next(_propose_shapes(model, name), None)
+        if first is not None and name in read_parameter_names(find_runnable(model)):
+            together[name] = _make_noise(model, (_ROWS, *first))
     if model.config.is_encoder_decoder:
-        together |= _decoder_inputs(model, _ROWS)
+        together |= _make_decoder_inputs(model, _ROWS)
     yield together
-    if not is_of_text(model) and "input_ids" in parameter_names(called(model)):
-        yield text_inputs(model, ids)
-    yield from _required(model)
+    if not is_of_text(model) and "input_ids" in read_parameter_names(find_runnable(model)):
+        yield make_text_inputs(model, ids)
+    yield from _propose_required(model)
 
 
-def _required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+def _propose_required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Everything that a model requires and whose meaning its name tells, then everything that it may require; images
     come as patches, then as pixels.
     """
-    parameters = inspect.signature(called(model).forward).parameters.values()
+    parameters = inspect.signature(find_runnable(model).forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     demanded = {p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds}
     names = {p.name for p in parameters}
     least = demanded | ((_HELPFUL | {str(model.main_input_name)}) & names)
-    decoder = _decoder_inputs(model, _ROWS) if model.config.is_encoder_decoder else {}
+    decoder = _make_decoder_inputs(model, _ROWS) if model.config.is_encoder_decoder else {}
     for wanted, second in itertools.product((least, least | (_MODALITIES & names)), (False, True)):
-        for form in _forms(model, second):
-            made = {name: _made_up(model, name, form) for name in sorted(wanted)}
+        for form in _propose_forms(model, second):
+            made = {name: _make_input(model, name, form) for name in sorted(wanted)}
             if made and None not in made.values():
                 yield {**made, **decoder}
             if not any("input_features" in name for name in made):
@@ -273,11 +275,11 @@ class _Form(NamedTuple):
     second: bool
 
 
-def _forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
+def _propose_forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
     """Yield the forms in which inputs may be."""
     frames = _frames(model.config)
     spectra = list(dict.fromkeys((*_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128)))  # also of four frames
-    sounds = [*_shapes(model, "input_features")]
+    sounds = [*_propose_shapes(model, "input_features")]
     sounds += [shape for spectrum in spectra for shape in ((frames, spectrum), (spectrum, frames))]
     for sound in dict.fromkeys(sounds):
         length = sound[0] if sound[1] in spectra else sound[1]
@@ -286,26 +288,26 @@ def _forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
             yield _Form((1, *sound), length, second)
 
 
-def image_candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+def propose_images(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Yield small images, alone or as patches, for a model that has them beside text."""
     base: Any = model.base_model
     names = inspect.signature(base.get_image_features).parameters
-    size = functools.partial(_size, model.config)
+    size = functools.partial(_find_size, model.config)
     patch = size("patch_size") or 1
     if "image_grid_thw" in names and isinstance(patch, int):
         pixels = (size("in_channels", "num_channels") or 3) * (size("temporal_patch_size") or 1) * patch**2
         yield {
-            "pixel_values": _noise(model, (_SIDE**2, pixels)),
+            "pixel_values": _make_noise(model, (_SIDE**2, pixels)),
             "image_grid_thw": torch.tensor([[1, _SIDE, _SIDE]], device=model.device),
         }
-    for shape in _shapes(model, "pixel_values"):
-        yield {"pixel_values": _noise(model, (1, *shape))}
+    for shape in _propose_shapes(model, "pixel_values"):
+        yield {"pixel_values": _make_noise(model, (1, *shape))}
 
 
-def _made_up(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
-    """A small input of a name that says what it is; None: it does not."""
-    size = functools.partial(_size, model.config)
-    names = parameter_names(called(model))
+def _make_input(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
+    """Return a small input of a name that says what it is; None: it does not."""
+    size = functools.partial(_find_size, model.config)
+    names = read_parameter_names(find_runnable(model))
     patch = size("patch_size") or 1
     patch = patch if isinstance(patch, int) else patch[-1]
     channels, times = (
@@ -342,7 +344,7 @@ def _made_up(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
     boxes = (torch.arange(4) + 1).expand(_ROWS, _TOKENS, 4)
     side = torch.tensor([[1, _SIDE, _SIDE]])
     integers: dict[str, Tensor] = {
-        **dict.fromkeys(("input_ids", "qformer_input_ids"), _tokens(model)),
+        **dict.fromkeys(("input_ids", "qformer_input_ids"), _make_tokens(model)),
         **dict.fromkeys(("grid_thw", "image_grid_thw"), side),
         **dict.fromkeys(("input_features_mask", "feature_attention_mask"), torch.ones(_ROWS, frames).long()),
         "bbox": (boxes / 8).to(model.dtype) if form.second else boxes,
@@ -362,28 +364,28 @@ def _made_up(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
     if name in integers:
         return integers[name].to(model.device)
     if name in noises:
-        return _noise(model, noises[name])
-    shapes = list(_shapes(model, name))
+        return _make_noise(model, noises[name])
+    shapes = list(_propose_shapes(model, name))
     if form.second and name.startswith("pixel_values"):
         shapes = [(_IMAGES, *shapes[0])]
     elif form.second and name == "input_values":
         shapes = [(1, 16000)]
-    return _noise(model, (_ROWS, *shapes[0])) if shapes else None
+    return _make_noise(model, (_ROWS, *shapes[0])) if shapes else None
 
 
-def _tokens(model: PreTrainedModel) -> Tensor:
-    """Different ones, as far as there are so many."""
+def _make_tokens(model: PreTrainedModel) -> Tensor:
+    """Return different tokens, as far as the vocabulary has so many."""
     text: Any = model.config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or _TOKENS
-    return (torch.arange(_ROWS * _TOKENS, device=device_of(model)) % vocabulary).view(_ROWS, _TOKENS)
+    return (torch.arange(_ROWS * _TOKENS, device=find_device(model)) % vocabulary).view(_ROWS, _TOKENS)
 
 
-def _decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
-    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=device_of(model)), "use_cache": False}
+def _make_decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
+    return {"decoder_input_ids": torch.zeros(rows, 2, dtype=torch.long, device=find_device(model)), "use_cache": False}
 
 
-def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The last token is the one that ends a sequence: BART's classifiers read its hidden state."""
+def _end_rows(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """End rows with the token that ends a sequence, whose hidden state BART's classifiers read."""
     end = getattr(model.config, "eos_token_id", None)
     if isinstance(end, int):
         tokens = tokens.clone()
@@ -391,29 +393,29 @@ def _ending(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
+def _make_noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(device_of(model), model.dtype)
+    return torch.randn(shape, generator=generator).to(find_device(model), model.dtype)
 
 
-def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
-    """Shapes that a row of an input that is no text may have, by the configuration."""
+def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
+    """Yield shapes that a row of an input other than text may have, by the configuration."""
     config = model.config
     if name.startswith("pixel_values"):
-        size = _size(config, *_IMAGE_SIZES) or _IMAGE
+        size = _find_size(config, *_IMAGE_SIZES) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
-        image = (_size(config, "num_channels") or 3, height, width)
-        frames = _size(config, *_VIDEO_LENGTHS)
+        image = (_find_size(config, "num_channels") or 3, height, width)
+        frames = _find_size(config, *_VIDEO_LENGTHS)
         yield image if frames is None else (frames, *image)
         return
-    spectrum, length = _size(config, *_SPECTRUM_SIZES), _size(config, "max_source_positions")
+    spectrum, length = _find_size(config, *_SPECTRUM_SIZES), _find_size(config, "max_source_positions")
     if name == "input_features" and spectrum is not None:
         if length is not None:
             yield spectrum, 2 * length
         yield _frames(config), spectrum
         yield spectrum, _frames(config)
     elif name == "input_values" and spectrum is not None:
-        yield _size(config, "max_length") or _FRAMES, spectrum
+        yield _find_size(config, "max_length") or _FRAMES, spectrum
     elif name == "input_values":
         yield (16000,)
         yield 1, 16000
@@ -421,24 +423,24 @@ def _shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
 
 def _frames(config: Any) -> int:
     """Return a number of frames of sound: as many as go with the tokens, or fill a window, where a model wants that."""
-    each, window = _size(config, "audio_length_per_tok"), _size(config, "n_window")
+    each, window = _find_size(config, "audio_length_per_tok"), _find_size(config, "n_window")
     return each * _TOKENS if each else 2 * window if window else _FRAMES
 
 
 def _spectra(config: Any) -> list[int]:
     """Return what a frame of sound may have, by the configuration: also that of stacked ones."""
-    sizes = [_size(config, name) for name in (*_SPECTRUM_SIZES, "input_size", "input_dim")]
+    sizes = [_find_size(config, name) for name in (*_SPECTRUM_SIZES, "input_size", "input_dim")]
     return [size for size in sizes if type(size) is int]
 
 
-def _size(config: Any, *names: str) -> Any:
-    """The first of these sizes in a configuration, or in one inside it; None: it has none."""
+def _find_size(config: Any, *names: str) -> Any:
+    """Return the first of these sizes in a configuration, or in one inside it; None: it has none."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
             return tuple(value) if isinstance(value, list) else value
     inside = (getattr(config, name, None) for name in config.sub_configs)
-    return next((s for part in inside if isinstance(part, PretrainedConfig) and (s := _size(part, *names))), None)
+    return next((s for part in inside if isinstance(part, PretrainedConfig) and (s := _find_size(part, *names))), None)
 
 
 _NAME = "fastprefix_trial"
@@ -458,9 +460,11 @@ class Trial(NamedTuple):
     adopted: bool = False
 
 
-class _Call(NamedTuple):
-    """What a model's own attention made of a call: ``[B, N, H, Dv]``, zeros for queries that see nothing, which may be
-    NaN and spread; and which of them ``[B, N]`` do see anything.
+class _RecordedCall(NamedTuple):
+    """A call of a model's own attention, with its output ``[B, N, H, Dv]``.
+
+    Queries that see nothing have zeros, since their output may be NaN and spread. ``sees`` ``[B, N]`` tells which
+    queries see anything.
     """
 
     module: nn.Module
@@ -473,32 +477,32 @@ class _Differs(Exception):  # noqa: N818 (it is an answer)
     """A call's result is not the model's own."""
 
 
-def tried(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
-    """A model's trial, held once, or anew with a caller's ``example_inputs``.
+def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
+    """Return a model's trial, which runs once, or anew with a caller's ``example_inputs``.
 
     Raises:
         ValueError: this package's attention does something else, or the model does not run on the inputs that its
             configuration suggests.
     """
     if example_inputs is not None or model not in _DONE:
-        choice, inputs, calls = _run_own(model, candidates(model) if example_inputs is None else [example_inputs])
-        _DONE[model] = Trial(_compared(model, inputs, calls), inputs, choice)
+        choice, inputs, calls = _run_own(model, propose_inputs(model) if example_inputs is None else [example_inputs])
+        _DONE[model] = Trial(_choose_attention(model, inputs, calls), inputs, choice)
     return _DONE[model]
 
 
-def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
+def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
     """Take the trial of a small copy for a model's own, which costs three passes over the model.
 
     Raises:
         ValueError: the copy's attention is not all in its arguments.
     """
-    trial = tried(small)
-    inputs = next(itertools.islice(candidates(model), trial.choice, None), None)
+    trial = run_trial(small)
+    inputs = next(itertools.islice(propose_inputs(model), trial.choice, None), None)
     if model not in _DONE and inputs is not None:
         _DONE[model] = Trial(trial.attention, inputs, trial.choice, adopted=True)
 
 
-def disown(model: PreTrainedModel) -> bool:
+def drop_adopted_trial(model: PreTrainedModel) -> bool:
     """Drop a trial that was adopted; return whether it was."""
     adopted = model in _DONE and _DONE[model].adopted
     if adopted:
@@ -506,74 +510,75 @@ def disown(model: PreTrainedModel) -> bool:
     return adopted
 
 
-def takes_text(model: PreTrainedModel) -> bool:
-    """Whether a model runs on token ids in one sequence, and on nothing else."""
-    return is_plain_text(model) and set(tried(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
+def runs_on_text(model: PreTrainedModel) -> bool:
+    """Return whether a model runs on token ids in one sequence, and on nothing else."""
+    return is_plain_text(model) and set(run_trial(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
-def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_Call]]:
-    """The first inputs on which the model runs, which they are, and what its own attention makes of them."""
+def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_RecordedCall]]:
+    """Return the first inputs on which the model runs, their number, and the results of its own attention."""
     failures: list[Exception] = []
     for inputs in choices:
-        calls: list[_Call] = []
+        calls: list[_RecordedCall] = []
         try:
-            with borrowed(model, _NAME, _recorder(calls), full_mask):
-                called(model)(**inputs)
+            with borrow_attention(model, _NAME, _record_calls(calls), make_full_mask):
+                find_runnable(model)(**inputs)
         except Exception as error:  # whatever a family makes of such inputs
             failures.append(error)
         else:
             return len(failures), inputs, calls
     why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
     raise ValueError(
-        f"example_inputs takes keyword arguments on which {type(model).__name__} runs, since it does not run on "
-        f"{model.main_input_name} of a size that its configuration says{why}"
+        f"`example_inputs` must be keyword arguments on which {type(model).__name__} runs, since it does not run on "
+        f"{model.main_input_name} of a size that its configuration suggests{why}"
     ) from (failures[-1] if failures else None)
 
 
-def _compared(model: PreTrainedModel, inputs: Inputs, calls: list[_Call]) -> str:
-    """The name of the attention that gives what the model's own gave."""
+def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_RecordedCall]) -> str:
+    """Return the name of the attention that gives the same results as the model's own."""
     for name in (NAME, FULL_MASKS):
         try:
-            with borrowed(model, _NAME, _comparison(calls), MASKS[name]):
-                called(model)(**inputs)
+            with borrow_attention(model, _NAME, _compare_calls(calls), MASKS[name]):
+                find_runnable(model)(**inputs)
         except Exception as error:  # it differs, or cannot be done: a family that joins masks has no use for none
             differs = error
         else:
             return name
     raise ValueError(
-        f"model takes one whose attention is all in its arguments, got {type(model).__name__}: {differs}"
+        f"`model` must have attention that depends on its arguments alone, but {type(model).__name__} has not: "
+        f"{differs}"
     ) from differs
 
 
-def _recorder(calls: list[_Call]) -> Callable[..., Any]:
-    """An attention function: the module's own, recorded."""
+def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
+    """Return an attention function that runs the module's own and records the call."""
 
-    def own(
+    def run_own(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        function = _eager_attention(module)
-        attention_mask = added(attention_mask, query.dtype)
-        output = function(module, *_wide(query, key, value, attention_mask), **_wide_values(kwargs))[0]
-        if (sees := _sees(attention_mask)) is not None:
+        function = find_eager_attention(module) or run_attention
+        attention_mask = make_additive(attention_mask, query.dtype)
+        output = function(module, *_widen(query, key, value, attention_mask), **_widen_values(kwargs))[0]
+        if (sees := _find_seeing(attention_mask)) is not None:
             output = output.masked_fill(~sees[..., None, None], 0.0)
-        calls.append(_Call(module, output, float(value.abs().max()), sees))
+        calls.append(_RecordedCall(module, output, float(value.abs().max()), sees))
         return output.to(query.dtype), None
 
-    return own
+    return run_own
 
 
-def _comparison(calls: list[_Call]) -> Callable[..., Any]:
-    """An attention function: this package's, compared with the calls in order, whose results it gives."""
+def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
+    """Return an attention function that compares this package's with the calls in order and returns their results."""
     expected = iter(calls)
 
-    def ours(
+    def run_ours(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         call = next(expected, None)
         what = type(module).__name__
         if call is None or call.module is not module:
             raise _Differs(f"{what} is called only where attention is not eager")
-        output, _ = fastprefix_attention(module, *_wide(query, key, value, attention_mask), **_wide_values(kwargs))
+        output, _ = run_attention(module, *_widen(query, key, value, attention_mask), **_widen_values(kwargs))
         if output.shape != call.output.shape:
             raise _Differs(f"{what} gives {list(output.shape)} instead of {list(call.output.shape)}")
         difference = (output - call.output).abs()
@@ -583,29 +588,29 @@ def _comparison(calls: list[_Call]) -> Callable[..., Any]:
             raise _Differs(f"{what} differs by {float(difference.max()) / call.scale:.1e} of its largest value")
         return call.output.to(query.dtype), None
 
-    return ours
+    return run_ours
 
 
-def _eager_attention(module: nn.Module) -> Any:
-    """What the file of a module's class calls by this name, in every family; this package's where there is none."""
+def find_eager_attention(module: nn.Module) -> Any:
+    """Return the eager attention in the file of a module's class, or None if the file has none."""
     homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
     found = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), fastprefix_attention)
+    return next((function for function in found if function is not None), None)
 
 
-def _sees(mask: Tensor | None) -> Tensor | None:
-    """Which queries see any key, in all heads, ``[B, N]``; None: all of them."""
+def _find_seeing(mask: Tensor | None) -> Tensor | None:
+    """Return which queries ``[B, N]`` see any key in all heads, or None for all of them."""
     if mask is None or mask.ndim != 4:
         return None
     visible = mask > torch.finfo(mask.dtype).min / 2
     return visible.any(dim=3).all(dim=1)
 
 
-def _wide(*values: Any) -> tuple[Any, ...]:
+def _widen(*values: Any) -> tuple[Any, ...]:
     return tuple(value.double() if _is_real(value) else value for value in values)
 
 
-def _wide_values(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _widen_values(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() if _is_real(value) else value for name, value in kwargs.items()}
 
 
@@ -643,15 +648,15 @@ class _Configuration:
         self.former = former
         self.own = own
         self.parts: list[_Configuration] = []
-        self.known = _values(own)  # when it was made or last handed back
+        self.known = _copy_values(own)  # when it was made or last handed back
         self.attentions: dict[User, str] = {}  # that users need
         self.attention: str | None = None  # before the first of them
 
-    def all(self) -> Iterator[_Configuration]:
+    def list_nested(self) -> Iterator[_Configuration]:
         """Yield it and those inside it."""
         yield self
         for part in self.parts:
-            yield from part.all()
+            yield from part.list_nested()
 
     def need(self, user: User, attention: str) -> None:
         """Note that a user needs an attention; set nothing."""
@@ -663,22 +668,24 @@ class _Configuration:
         """Set the attention for the users that are left, unless it was switched to another one from outside."""
         if self.attentions.pop(user, None) is None or not str(self.own._attn_implementation).startswith(NAME):
             return
-        setattr(self.own, _ATTENTION, _strongest(self.attentions.values()) if self.attentions else self.attention)
+        setattr(
+            self.own, _ATTENTION, _choose_strongest(self.attentions.values()) if self.attentions else self.attention
+        )
 
     def hand_back(self) -> None:
         """Make in the former configuration what changes were made in this one, but for this package's own."""
-        values = _values(self.own)
+        values = _copy_values(self.own)
         if self.attentions:
             values[_ATTENTION] = self.known[_ATTENTION]
         for name in self.known.keys() | values.keys():
             if name not in values:
                 vars(self.former).pop(name, None)
-            elif name not in self.known or not _equal(self.known[name], values[name]):
+            elif name not in self.known or not _are_equal(self.known[name], values[name]):
                 vars(self.former)[name] = vars(self.own)[name]
         self.known = values
 
 
-def _values(config: Any) -> dict[str, Any]:
+def _copy_values(config: Any) -> dict[str, Any]:
     """Return copies of the values in a configuration, and the configurations inside it as they are."""
     return {
         name: value if isinstance(value, PretrainedConfig) else copy.deepcopy(value)
@@ -687,7 +694,7 @@ def _values(config: Any) -> dict[str, Any]:
     }
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _are_equal(first: Any, second: Any) -> bool:
     if isinstance(first, PretrainedConfig) or isinstance(second, PretrainedConfig):
         return first is second
     try:
@@ -696,7 +703,7 @@ def _equal(first: Any, second: Any) -> bool:
         return False
 
 
-def _strongest(attentions: Iterable[str]) -> str:
+def _choose_strongest(attentions: Iterable[str]) -> str:
     """Return the attention that is right for all who need one of these: full masks are for every model."""
     return FULL_MASKS if FULL_MASKS in attentions else NAME
 
@@ -718,25 +725,25 @@ class OwnConfigurations:
 
     def __init__(self, model: nn.Module, user: User) -> None:
         self.user = user
-        self.modules: list[Any] = list(_configured(model))
+        self.modules: list[Any] = list(_list_configured(model))
         known: dict[int, _Configuration] = {}
         for module in self.modules:
-            if (claim := _claim_of(module)) is not None:
-                for each in claim.configuration.all():
+            if (claim := _get_claim(module)) is not None:
+                for each in claim.configuration.list_nested():
                     known[id(each.former)] = known[id(each.own)] = each
         copies: dict[int, Any] = {key: each.own for key, each in known.items()}
         for module in self.modules:
-            claim = _claim_of(module)
+            claim = _get_claim(module)
             if claim is None:
-                claim = _Claim(_configuration(module.config, known, copies))
+                claim = _Claim(_record_configuration(module.config, known, copies))
                 setattr(module, _CLAIM, claim)
                 module.config = claim.configuration.own
             claim.users.append(user)
 
-    def configurations(self) -> list[_Configuration]:
+    def list_all(self) -> list[_Configuration]:
         """Return those of all of the modules."""
-        claims = filter(None, map(_claim_of, self.modules))
-        return list({id(each): each for claim in claims for each in claim.configuration.all()}.values())
+        claims = filter(None, map(_get_claim, self.modules))
+        return list({id(each): each for claim in claims for each in claim.configuration.list_nested()}.values())
 
     def release(self) -> None:
         """Give former configurations back where nobody else uses the present ones.
@@ -750,7 +757,7 @@ class OwnConfigurations:
                 claim.users.remove(self.user)
                 if not claim.users:
                     left[module] = claim.configuration
-        for configuration in {id(each): each for root in left.values() for each in root.all()}.values():
+        for configuration in {id(each): each for root in left.values() for each in root.list_nested()}.values():
             configuration.hand_back()
         for module, configuration in left.items():
             delattr(module, _CLAIM)
@@ -758,21 +765,21 @@ class OwnConfigurations:
                 module.config = configuration.former
 
 
-def _claim_of(module: nn.Module) -> _Claim | None:
+def _get_claim(module: nn.Module) -> _Claim | None:
     """Return the claim on a module, unless somebody gave the module another configuration since."""
     claim: _Claim | None = vars(module).get(_CLAIM)
     return claim if claim is not None and claim.configuration.own is vars(module).get("config") else None
 
 
-def _configuration(config: Any, known: dict[int, _Configuration], copies: dict[int, Any]) -> _Configuration:
+def _record_configuration(config: Any, known: dict[int, _Configuration], copies: dict[int, Any]) -> _Configuration:
     """Return the record of a configuration, made if there is none, with those of the configurations inside it."""
     if id(config) not in known:
         made = known[id(config)] = _Configuration(config, copy.deepcopy(config, copies))
-        made.parts = [_configuration(part, known, copies) for part in _inside(config)]
+        made.parts = [_record_configuration(part, known, copies) for part in _list_inside(config)]
     return known[id(config)]
 
 
-def adapting(model: nn.Module) -> list[User]:
+def list_adapting_users(model: nn.Module) -> list[User]:
     """Return the users that have adapters on a model, on a part of it, or on what it is a part of."""
     claims = (vars(module).get(_CLAIM) for module in model.modules())
     users = {user: None for claim in claims if claim is not None for user in claim.users}
@@ -791,7 +798,7 @@ class Implementation:
     def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
         register()
         self.model = model
-        self.name = tried(model).attention
+        self.name = run_trial(model).attention
         self.bindings = bindings
         self.user = User()
         self.configurations: OwnConfigurations | None = None
@@ -810,48 +817,47 @@ class Implementation:
                 "time: detach that adapter first"
             )
         self.configurations = OwnConfigurations(self.model, self.user)
-        configurations = self.configurations.configurations()
+        configurations = self.configurations.list_all()
         for configuration in configurations:
             configuration.need(self.user, self.name)
-        set_attention(self.model, _strongest({name for each in configurations for name in each.attentions.values()}))
+        set_attention(
+            self.model, _choose_strongest({name for each in configurations for name in each.attentions.values()})
+        )
         readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
         self.watched = list({id(module.config): module.config for module in readers}.values())
         for module, binding in self.bindings.items():
             setattr(module, BINDING, binding)
 
     def check(self) -> None:
-        """Notice that the attention was switched to another since, but for this package's own trials.
-
-        Raises:
-            RuntimeError: it was; the model would run without its adapter.
-        """
+        """Refuse to run if the attention was switched to another since. This package's own trials may switch it."""
         for config in self.watched:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
-                    f"set_attn_implementation takes no other attention while an adapter is on the model, got {name!r}: "
-                    f"its attention is {self.name!r} until the adapter is taken off"
+                    "`set_attn_implementation` must not be called while an adapter is on the model, but the "
+                    "attention is "
+                    f"{name!r}. Set it to {self.name!r} again, or detach the adapter."
                 )
 
-    def former_attentions(self) -> set[str | None]:
+    def list_former_attentions(self) -> set[str | None]:
         """Return the attentions that the model had before this package's."""
         assert self.configurations is not None
-        return {each.attention for each in self.configurations.configurations() if each.attentions}
+        return {each.attention for each in self.configurations.list_all() if each.attentions}
 
     def restore(self) -> None:
-        """Take back what is this user's. The attention is the former one once nobody needs this package's."""
+        """Remove this user's bindings. The attention is the former one once nobody needs this package's."""
         assert self.configurations is not None
         for module, binding in self.bindings.items():
             if vars(module).get(BINDING) is binding:
                 delattr(module, BINDING)
-        for configuration in self.configurations.configurations():
+        for configuration in self.configurations.list_all():
             configuration.forgo(self.user)
         self.configurations.release()
         self.configurations = None
 
 
 @contextmanager
-def switched(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
-    """A context in which a model is on this package's attention."""
+def switch_attention(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
+    """Run a model on this package's attention in this context."""
     implementation = Implementation(model, bindings)
     try:
         yield
@@ -859,26 +865,26 @@ def switched(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iter
         implementation.restore()
 
 
-def _configured(model: nn.Module) -> Iterator[Any]:
-    """The modules that hold a configuration."""
+def _list_configured(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules that hold a configuration."""
     for module in model.modules():
         of_its_class = isinstance(getattr(type(module), "config", None), property)
         if not of_its_class and isinstance(getattr(module, "config", None), PretrainedConfig):
             yield module
 
 
-def configurations_of(model: nn.Module) -> list[Any]:
+def list_configurations(model: nn.Module) -> list[Any]:
     """Return the configurations of all modules of a model, and those inside them."""
     found: dict[int, Any] = {}
-    waiting = [module.config for module in _configured(model)]
+    waiting = [module.config for module in _list_configured(model)]
     while waiting:
         config = waiting.pop()
         if id(config) not in found:
             found[id(config)] = config
-            waiting += _inside(config)
+            waiting += _list_inside(config)
     return list(found.values())
 
 
-def _inside(config: Any) -> list[Any]:
+def _list_inside(config: Any) -> list[Any]:
     """Return the configurations that are values of a configuration."""
     return [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]

@@ -8,7 +8,6 @@ the model's own file. ``conformance`` compares what is attached with this.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +18,10 @@ from transformers.utils.generic import ModelOutput
 
 from ... import reference
 from ...methods import PrefixMethod, PromptMethod
-from .attention import added, full_mask
-from .discovery import Layer, backbone_of, first_tensor
-from .hooks import by_name, find_cache, parameter_names, tokens_in
-from .switching import is_plain_text, set_attention
+from .attention import make_additive, make_full_mask
+from .discovery import Layer, find_backbone, find_entry, find_first_tensor
+from .hooks import count_tokens, find_cache, name_arguments, read_parameter_names
+from .switching import find_eager_attention, is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
 _BOOK = "_fastprefix_textbook"
@@ -44,17 +43,18 @@ class PromptTextbook:
         self.method = method
         self.placeholder = placeholder
         halves = model.config.is_encoder_decoder
-        self.backbone: nn.Module = model.get_encoder() if halves else backbone_of(model)
+        self.backbone: nn.Module = model.get_encoder() if halves else find_backbone(model)
         if halves:
             model.get_decoder().register_forward_pre_hook(self._show_prompt, with_kwargs=True)
-        self.names = parameter_names(self.backbone)
+        self.names = read_parameter_names(self.backbone)
         self.inserted = 0
         self.tokens = 0
         self.embedded = False  # the ids of the call in progress
         self.past = 0  # tokens in the cache of the call in progress
         embedding: Any = (model.get_encoder() if halves else model).get_input_embeddings()
-        self.block = _block_around(model, embedding)
-        self.first = _first_position(model)
+        entry = find_entry(self.backbone, embedding) if is_plain_text(model) else embedding
+        self.block = None if entry is embedding else entry
+        self.first = _find_first_position(model)
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.backbone.register_forward_hook(self._end)
         embedding.register_forward_hook(self._embed)
@@ -64,7 +64,7 @@ class PromptTextbook:
         return self.model(**inputs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = by_name(self.names, args, kwargs)
+        arguments = name_arguments(self.names, args, kwargs)
         length = self.method.config.num_virtual_tokens
         ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
         given = rows if ids is None else ids
@@ -85,16 +85,16 @@ class PromptTextbook:
             if name not in ("input_ids", "attention_mask", "position_ids") and _is_of_tokens(value, given):
                 arguments[name] = torch.cat([value.new_zeros(len(value), self.inserted, *value.shape[2:]), value], 1)
         if rows is not None:
-            arguments["inputs_embeds"] = self._changed(rows)
+            arguments["inputs_embeds"] = self._change(rows)
         elif self.block is not None:
-            arguments["inputs_embeds"] = self._front(self._run_block(arguments.pop("input_ids"), mask, positions))
+            arguments["inputs_embeds"] = self._put_prompt(self._run_block(arguments.pop("input_ids"), mask, positions))
         else:
             arguments["input_ids"] = nn.functional.pad(given, (self.inserted, 0), value=self.placeholder)
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
     def _show_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of a decoder: all of its tokens see the prompt before the encoder's."""
-        arguments = by_name(parameter_names(module), args, kwargs)
+        """Let all tokens of a decoder see the prompt before the encoder's tokens (a forward pre-hook)."""
+        arguments = name_arguments(read_parameter_names(module), args, kwargs)
         mask, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         if mask is None or states is None:
             return None
@@ -102,19 +102,19 @@ class PromptTextbook:
         return (), {**arguments, "encoder_attention_mask": extended}
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of the embedding: put the prompt in the placeholders' rows, and add the offset to the others."""
+        """Put the prompt in the placeholders' rows, and add the offset to the others (the embedding's forward hook)."""
         if self.embedded or self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
             return None
         self.embedded = True  # GPT-2 calls it with token types after that
-        return self._changed(output[:, self.inserted :])
+        return self._change(output[:, self.inserted :])
 
-    def _changed(self, rows: Tensor) -> Tensor:
+    def _change(self, rows: Tensor) -> Tensor:
         """Return embeddings with the offset, and with the prompt before them."""
         at = torch.arange(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
         offset = self.method.offset(rows.shape[1], self.past, rows.dtype)
-        return self._front(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
+        return self._put_prompt(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
 
-    def _front(self, rows: Tensor) -> Tensor:
+    def _put_prompt(self, rows: Tensor) -> Tensor:
         prompt = self.method.prompt[: self.inserted].to(rows.dtype).expand(len(rows), -1, -1)
         return torch.cat([prompt, rows], dim=1)
 
@@ -123,27 +123,27 @@ class PromptTextbook:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         inserted, self.inserted = self.inserted, 0
         try:
-            names = parameter_names(self.block)
+            names = read_parameter_names(self.block)
             output: Tensor = self.block(**{name: value for name, value in given.items() if name in names})
         finally:
             self.inserted = inserted
         return output
 
     def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the backbone: keep the tokens' rows, and pool the first of them."""
+        """Keep the tokens' rows, and pool the first of them (a forward hook of the backbone)."""
         if self.inserted == 0 or self.model.config.is_encoder_decoder:
             return None
-        cropped = _cropped(output, self.inserted, self.inserted + self.tokens)
+        cropped = _crop(output, self.inserted, self.inserted + self.tokens)
         if not isinstance(getattr(module, "pooler", None), nn.Module):
             return cropped
         if not isinstance(cropped, ModelOutput):
-            return cropped[0], _pooled(module, cropped[0]), *cropped[2:]
+            return cropped[0], _pool(module, cropped[0]), *cropped[2:]
         if cropped.get("pooler_output") is not None:
-            cropped["pooler_output"] = _pooled(module, cropped[0])
+            cropped["pooler_output"] = _pool(module, cropped[0])
         return cropped
 
 
-def _pooled(module: Any, states: Tensor) -> Tensor:
+def _pool(module: Any, states: Tensor) -> Tensor:
     """Return what a backbone pools from states; ALBERT's pooler gets the first token alone."""
     pooled: Tensor
     if isinstance(module.pooler, nn.Linear):
@@ -158,54 +158,19 @@ def _is_of_tokens(value: Any, given: Tensor) -> bool:
     return is_integer and value.ndim >= 2 and value.shape[:2] == given.shape[:2]
 
 
-def _cropped(output: Any, first: int, rows: int, states: bool = False) -> Any:
+def _crop(output: Any, first: int, rows: int, states: bool = False) -> Any:
     """Return an output whose states have so many rows without the first ones."""
     if isinstance(output, ModelOutput):
         for name, value in list(output.items()):
-            output[name] = _cropped(value, first, rows, "hidden_state" in name)
+            output[name] = _crop(value, first, rows, "hidden_state" in name)
         return output
     if isinstance(output, tuple):
-        return tuple(_cropped(value, first, rows, states) for value in output)
+        return tuple(_crop(value, first, rows, states) for value in output)
     has_rows = isinstance(output, Tensor) and output.ndim >= 3 and output.shape[-2] == rows
     return output[..., first:, :] if has_rows and (states or output.ndim == 3) else output
 
 
-def _block_around(model: PreTrainedModel, embedding: nn.Module) -> nn.Module | None:
-    """Return the block whose output is what a model calls ``inputs_embeds``, or None where that is the embedding's.
-
-    A model gives the same on ids and on the right embeddings.
-    """
-    if not is_plain_text(model) or "inputs_embeds" not in parameter_names(model.base_model):
-        return None
-    path = next((name for name, module in model.base_model.named_modules() if module is embedding), "").split(".")
-    around = [model.base_model.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
-    blocks = [module for module in around if not isinstance(module, PreTrainedModel)]
-    seen: dict[nn.Module, Any] = {}
-    modules = [embedding, *blocks]
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.setdefault(module, output)
-
-    handles = [module.register_forward_hook(record) for module in modules]
-    ids = torch.tensor([[5, 6, 7]])
-    try:
-        with torch.no_grad():
-            expected = model.base_model(input_ids=ids)[0]
-            for handle in handles:
-                handle.remove()
-            for module in modules:
-                actual = model.base_model(inputs_embeds=seen[module])[0]
-                if actual.shape == expected.shape and torch.allclose(actual, expected):
-                    return None if module is embedding else module
-    except Exception:  # a model that needs its ids, or something beside them
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-def _text_part(model: PreTrainedModel) -> nn.Module:
+def _find_text_part(model: PreTrainedModel) -> nn.Module:
     """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
     try:
         embedding = model.get_input_embeddings()
@@ -215,26 +180,26 @@ def _text_part(model: PreTrainedModel) -> nn.Module:
     return parts[-1] if parts else model
 
 
-def _position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
-    named = _text_part(model).named_modules()
+def _find_position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    named = _find_text_part(model).named_modules()
     return [m for name, m in named if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES]
 
 
-def _rotary_embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    modules = _text_part(model).modules()
-    return [m for m in modules if "rotary" in type(m).__name__.lower() and "position_ids" in parameter_names(m)]
+def _find_rotary_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    modules = _find_text_part(model).modules()
+    return [m for m in modules if "rotary" in type(m).__name__.lower() and "position_ids" in read_parameter_names(m)]
 
 
-def _first_position(model: PreTrainedModel) -> int:
+def _find_first_position(model: PreTrainedModel) -> int:
     """Return the position of the first token of a row, as the model counts by itself."""
     if not is_plain_text(model):
         return 0
     seen: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(by_name(parameter_names(module), args, kwargs)["position_ids"])
+        seen.append(name_arguments(read_parameter_names(module), args, kwargs)["position_ids"])
 
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in _rotary_embeddings(model)]
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in _find_rotary_embeddings(model)]
     try:
         if handles:
             with torch.no_grad():
@@ -246,7 +211,7 @@ def _first_position(model: PreTrainedModel) -> int:
             handle.remove()
     if seen:
         return int(seen[0].min())
-    tables = _position_tables(model)
+    tables = _find_position_tables(model)
     return 0 if not tables or tables[0].padding_idx is None else tables[0].padding_idx + 1
 
 
@@ -271,7 +236,7 @@ class PrefixTextbook:
         self.past = self.tokens = 0
         self.shift = method.config.num_virtual_tokens if method.config.prefix_position == "shift" else 0
         AttentionInterface.register(_NAME, self._attend_anywhere)
-        AttentionMaskInterface.register(_NAME, full_mask)
+        AttentionMaskInterface.register(_NAME, make_full_mask)
         set_attention(model, _NAME)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
@@ -280,7 +245,7 @@ class PrefixTextbook:
             match = re.match(r"(.*\.\d+)(\.|$)", layer.name)
             if method.needs_hidden() and match is not None:
                 entered = model.get_submodule(match.group(1))
-                entered.register_forward_pre_hook(self._entering(self.layers[layer.module]), with_kwargs=True)
+                entered.register_forward_pre_hook(self._make_recorder(self.layers[layer.module]), with_kwargs=True)
             setattr(layer.module, _BOOK, self)
         model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.base_model.register_forward_hook(self._end)
@@ -294,11 +259,11 @@ class PrefixTextbook:
         return self.model(**inputs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the backbone."""
-        inputs = by_name(parameter_names(module), args, kwargs)
+        """Read the padding and the cache of a call (a forward pre-hook of the backbone)."""
+        inputs = name_arguments(read_parameter_names(module), args, kwargs)
         mask, cache = inputs.get("attention_mask"), find_cache(inputs)
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        self.tokens = tokens_in(inputs)
+        self.tokens = count_tokens(inputs)
         self.padding = {"encoder": mask, "decoder": mask}
         if self.model.config.is_encoder_decoder:
             self.padding["decoder"] = inputs.get("decoder_attention_mask")
@@ -306,33 +271,33 @@ class PrefixTextbook:
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of an encoder, which generation calls by itself."""
-        mask = by_name(parameter_names(module), args, kwargs).get("attention_mask")
+        """Begin anew with an encoder, which generation calls by itself (a forward pre-hook)."""
+        mask = name_arguments(read_parameter_names(module), args, kwargs).get("attention_mask")
         self.gates = {}
         self.padding = {"encoder": mask, "decoder": None}
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the backbone: the cache carries the gates of its sequences."""
-        cache = find_cache(output if isinstance(output, tuple) else list(output.values()))
+        """Put the gates of the sequences on the cache (a forward hook of the backbone)."""
+        cache = find_cache(output)
         if self.gates and cache is not None:
             setattr(cache, _GATES, self.gates)
 
     def _move_positions(self) -> None:
         """Move everything that turns positions into embeddings up by the length of the prefix."""
         with torch.no_grad():
-            for table in _position_tables(self.model):
+            for table in _find_position_tables(self.model):
                 table.weight[: -self.shift] = table.weight[self.shift :].clone()
-        for module in _rotary_embeddings(self.model):
+        for module in _find_rotary_embeddings(self.model):
             module.register_forward_pre_hook(self._move, with_kwargs=True)
 
     def _move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = by_name(parameter_names(module), args, kwargs)
+        arguments = name_arguments(read_parameter_names(module), args, kwargs)
         return (), {**arguments, "position_ids": arguments["position_ids"] + self.shift}
 
-    def _entering(self, index: int) -> Callable[..., None]:
+    def _make_recorder(self, index: int) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = first_tensor(args, kwargs)
+            hidden = find_first_tensor(args, kwargs)
             assert hidden is not None
             self.hidden[index] = hidden
 
@@ -342,12 +307,12 @@ class PrefixTextbook:
     def _attend_anywhere(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        mask = added(attention_mask, query.dtype)
+        mask = make_additive(attention_mask, query.dtype)
         if mask is not None:
             mask = mask[..., : key.shape[2]]
         book: PrefixTextbook | None = getattr(module, _BOOK, None)
         if book is None:
-            return _eager(module)(module, query, key, value, mask, **kwargs)
+            return (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)
         return book.attend(module, query, key, value, mask, kwargs)
 
     def attend(
@@ -355,24 +320,24 @@ class PrefixTextbook:
     ) -> Any:
         """Attend to the prefix and the tokens in one softmax, or in two where the method has an output gate."""
         index = self.layers[module]
-        pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._prefix(module, index))
-        gate, output_gate = self._gate(index, query), self.method.output_gate(index)
+        pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._find_prefix(module, index))
+        gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)
         if output_gate is not None:
-            output = _eager(module)(module, query, key, value, mask, **kwargs)[0]
-            own = _own_softmax(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
+            output = (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)[0]
+            own = _attend_to_prefix(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
             return output + own.transpose(1, 2), None
         if gate is None or gate.ndim < 4:
             if gate is not None:
                 pk, pv = (tensor * gate.unsqueeze(-1) for tensor in (pk, pv))
-            return self._joint(module, query, key, value, mask, kwargs, pk, pv, slice(None))
+            return self._attend_jointly(module, query, key, value, mask, kwargs, pk, pv, slice(None))
         rows = []
         for i in range(query.shape[2]):  # every query has gates of its own
             own = gate[:, :, i].unsqueeze(-1)
             row = slice(i, i + 1)
-            rows.append(self._joint(module, query, key, value, mask, kwargs, pk * own, pv * own, row)[0])
+            rows.append(self._attend_jointly(module, query, key, value, mask, kwargs, pk * own, pv * own, row)[0])
         return torch.cat(rows, dim=1), None
 
-    def _joint(
+    def _attend_jointly(
         self,
         module: Any,
         query: Tensor,
@@ -401,9 +366,9 @@ class PrefixTextbook:
         if isinstance(bias, Tensor):
             kwargs = {**kwargs, "position_bias": nn.functional.pad(bias[..., : key.shape[2]], columns)[:, :, rows]}
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
-        return _eager(module)(module, query[:, :, rows], key, value, mask, **kwargs)
+        return (find_eager_attention(module) or _attend_plainly)(module, query[:, :, rows], key, value, mask, **kwargs)
 
-    def _prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
+    def _find_prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
         states = self.method.projected_states(index)
         if states is None:
             return self.prefixes[index]
@@ -418,7 +383,7 @@ class PrefixTextbook:
         key = norm(key) if isinstance(norm, nn.Module) else key
         return key.transpose(0, 1), value.unflatten(-1, (size.kv_heads, size.value_size)).transpose(0, 1)
 
-    def _gate(self, index: int, query: Tensor) -> Tensor | None:
+    def _compute_gate(self, index: int, query: Tensor) -> Tensor | None:
         """Return the prefix gate, broadcastable to ``[B, Hkv, m]`` or ``[B, Hq, N, m]``."""
         attended = self.padding["encoder" if self.found[index].shape.role == "encoder" else "decoder"]
         hidden = self.hidden.get(index)
@@ -437,7 +402,7 @@ class PrefixTextbook:
         return gate if gate.ndim >= 3 else gate.reshape((1,) * (3 - gate.ndim) + gate.shape)
 
 
-def _own_softmax(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _attend_to_prefix(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Return ``[B, H, N, Dv]``: attention to a prefix alone."""
     groups = query.shape[1] // pk.shape[1]
     pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
@@ -449,14 +414,7 @@ def _own_softmax(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) 
     return output
 
 
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention of the file that a module's class is from."""
-    homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
-    found = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), _plain)
-
-
-def _plain(
+def _attend_plainly(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
     """Attend as a module without an eager attention in its file does."""

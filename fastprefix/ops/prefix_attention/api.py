@@ -30,7 +30,7 @@ def prefix_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Attention over tokens and a learned, gated prefix, as if both had been concatenated, without concatenating.
+    r"""Attend to tokens and a learned, gated prefix, as if both had been concatenated, without concatenating.
 
     THE LAYOUT IS ``[B, H, N, D]``, heads before length, as PyTorch's: flash-attention's ``[B, N, H, D]`` has to be
     transposed (``x.transpose(1, 2)``, a view), and where its sizes happen to fit it goes unnoticed.
@@ -111,7 +111,7 @@ def prefix_attention(
 
 
 def _explain_eager_only(given: AttentionArguments) -> str | None:
-    """Explain why only the eager backend serves a call, if so."""
+    """Explain why only the eager backend supports a call, or return None."""
     for name in EAGER_ALONE:
         tensor = getattr(given, name)
         if tensor is not None and tensor.requires_grad:

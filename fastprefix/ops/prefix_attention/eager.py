@@ -18,7 +18,7 @@ from .visibility import find_visible_tokens
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
     a = AttentionArguments(*arguments)
     prefix, tokens = _score_prefix(a), _score_tokens(a)
     if a.output_gate is None:
@@ -39,7 +39,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def backward(
     grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``. The tokens' half runs only where it is needed."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``. The tokens' half runs only if needed."""
     a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     gradients: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def backward(
 def _differentiate_all(
     gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, needs: dict[str, bool]
 ) -> None:
-    """Both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
+    """Differentiate both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
     do = _group_heads(a, grad_output)
     prefix, tokens = _score_prefix(a), _score_tokens(a)
     dov_prefix, dov_tokens = _multiply_values(prefix, do), _multiply_values(tokens, do)
@@ -87,7 +87,9 @@ def _differentiate_prefix_alone(
     a: AttentionArguments,
     needs: dict[str, bool],
 ) -> None:
-    """The prefix's half without the tokens', O(N P): what it has to know of them is in output and normalisers."""
+    """Differentiate the prefix's half without the tokens', in O(N P): output and normalizers hold what it needs of
+    them.
+    """
     do, prefix = _group_heads(a, grad_output), _score_prefix(a)
     dov = _multiply_values(prefix, do)
     if a.output_gate is None:
@@ -157,12 +159,12 @@ def _score_half(
 
 
 def _multiply_values(half: _Half, do: Tensor) -> Tensor:
-    """<do, v>, times dropout's factor."""
+    """Compute <do, v>, times dropout's factor."""
     return half.keep * _multiply_keys(do, half.v)
 
 
 def _sum_delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
-    """A half's part of <do, o>, from its probabilities: exact where the stored output is rounded."""
+    """Return a half's part of <do, o>, from its probabilities. It is exact where the stored output is rounded."""
     return (half.g * p * dov).sum(-1, keepdim=True)
 
 
@@ -226,7 +228,7 @@ def _differentiate_tokens(
 
 
 def _group_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
-    """[b, Hq|1, ...] to [b, Hkv|1, G|1, ...] in the accumulator's dtype."""
+    """Reshape [b, Hq|1, ...] to [b, Hkv|1, G|1, ...] in the accumulator's dtype."""
     return _split_heads(a, tensor.to(a.accumulator))
 
 
@@ -236,7 +238,7 @@ def _split_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
 
 
 def _group_gate(a: AttentionArguments) -> Tensor | float:
-    """The prefix gate, broadcastable to [B, Hkv, G, N, P]."""
+    """Return the prefix gate, broadcastable to [B, Hkv, G, N, P]."""
     if a.prefix_gate is None:
         return 1.0
     if a.prefix_gate.ndim == 4:
@@ -245,21 +247,21 @@ def _group_gate(a: AttentionArguments) -> Tensor | float:
 
 
 def _multiply_keys(q: Tensor, k: Tensor) -> Tensor:
-    """<q, k> [B, Hkv, G, N, K]; keys shared by the batch are one product over all its queries."""
+    """Compute <q, k> [B, Hkv, G, N, K]. Keys shared by the batch are one product over all its queries."""
     if k.shape[0] == 1:
         return torch.einsum("bhgnd,hkd->bhgnk", q, k[0])
     return torch.einsum("bhgnd,bhkd->bhgnk", q, k)
 
 
 def _sum_values(p: Tensor, v: Tensor) -> Tensor:
-    """p v [B, Hkv, G, N, *]."""
+    """Compute p v [B, Hkv, G, N, *]."""
     if v.shape[0] == 1:
         return torch.einsum("bhgnk,hkd->bhgnd", p, v[0])
     return torch.einsum("bhgnk,bhkd->bhgnd", p, v)
 
 
 def _sum_over_queries(p: Tensor, q: Tensor, batch: int) -> Tensor:
-    """p^T q, summed over the queries of a key/value head, and over the batch where the keys are shared by it.
+    """Compute p^T q, summed over a key/value head's queries, and over the batch where the keys are shared by it.
 
     Row by row and then over rows: one long sum would round more than PyTorch's own gradient of an expanded prefix.
     """
@@ -272,7 +274,7 @@ def _group_sinks(a: AttentionArguments) -> Tensor | None:
 
 
 def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
-    """One softmax over blocks of columns, and over a sink that has a probability and no value."""
+    """Compute one softmax over blocks of columns, and over a sink that has a probability and no value."""
     blocks = [*blocks] if sinks is None else [*blocks, sinks.expand(*blocks[0].shape[:-1], 1)]
     m = torch.stack([s.amax(-1) for s in blocks if s.shape[-1] > 0] or [blocks[0].new_full(blocks[0].shape[:-1], 0.0)])
     m = m.amax(0).unsqueeze(-1)
@@ -284,7 +286,7 @@ def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax
 
 
 def _differentiate_softcap(a: AttentionArguments, ds: Tensor, half: _Half) -> Tensor:
-    """Times 1 - tanh^2, as 1 / cosh^2: the difference loses its digits where tanh is almost 1."""
+    """Multiply by 1 - tanh^2, computed as 1 / cosh^2, since the difference loses its digits where tanh is almost 1."""
     return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
 
@@ -301,7 +303,7 @@ def _sum_gate(a: AttentionArguments, dg: Tensor) -> Tensor:
 
 
 def _draw_keep_factor(a: AttentionArguments, s: Tensor, tokens: bool) -> Tensor | float:
-    """Dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
+    """Draw dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
     if a.dropout_seed is None:
         return 1.0
     return random.draw_pair_factor(a.dropout_seed, a.dropout_p, s.shape, tokens).to(s.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def allocate_heads(like: Tensor, size: int) -> Tensor:
-    """An uninitialised ``[B, H, N, size]`` tensor with the sizes, dtype, device and stride order of ``like``."""
+    """Return an uninitialized ``[B, H, N, size]`` tensor with the sizes, dtype, device and stride order of ``like``."""
     batch, heads, length, _ = like.shape
     if like.stride(1) < like.stride(2):  # [B, N, H, D] in memory
         return torch.empty((batch, length, heads, size), dtype=like.dtype, device=like.device).transpose(1, 2)
@@ -15,7 +15,7 @@ def allocate_heads(like: Tensor, size: int) -> Tensor:
 
 
 def allocate_gradient(like: Tensor) -> Tensor:
-    """An uninitialised gradient of an input: dense, heads and length in the input's order."""
+    """Return an uninitialized dense gradient of an input, with heads and length in the input's order."""
     if like.ndim == 4:
         return allocate_heads(like, like.shape[3])
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)

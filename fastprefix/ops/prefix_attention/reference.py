@@ -15,12 +15,12 @@ from .visibility import find_visible_tokens
 
 @accept(collect_arguments)
 def prefix_attention(given: AttentionArguments) -> Tensor:
-    """Gated prefix attention in plain PyTorch; arguments, shapes and errors of ``fastprefix.prefix_attention``."""
+    """Compute gated prefix attention in plain PyTorch, with arguments and errors of ``fastprefix.prefix_attention``."""
     return attend(canonicalize(given))
 
 
 def attend(a: AttentionArguments) -> Tensor:
-    """The formula on canonical arguments."""
+    """Compute the formula on canonical arguments."""
     g = _read_gate(a)
     k, v = _repeat_heads(a, a.key), _repeat_heads(a, a.value)
     pk, pv = _repeat_heads(a, a.prefix_key), _repeat_heads(a, a.prefix_value)
@@ -44,7 +44,7 @@ def attend(a: AttentionArguments) -> Tensor:
 
 
 def _read_gate(a: AttentionArguments) -> Tensor:
-    """g, broadcastable to [B, Hq, N, P]."""
+    """Return g, broadcastable to [B, Hq, N, P]."""
     if a.prefix_gate is None:
         return torch.ones((), dtype=a.query.dtype, device=a.query.device)
     if a.prefix_gate.ndim == 4:
@@ -54,7 +54,7 @@ def _read_gate(a: AttentionArguments) -> Tensor:
 
 
 def _repeat_heads(a: AttentionArguments, keys: Tensor) -> Tensor:
-    """Each key/value head once for every query head that uses it, each row of the batch its own: [B, Hq, *, *]."""
+    """Repeat each key/value head for the query heads that use it, with rows of the batch apart: [B, Hq, *, *]."""
     return keys.expand(a.query.shape[0], -1, -1, -1).repeat_interleave(a.groups, dim=1)
 
 
@@ -76,13 +76,13 @@ def _expand_sinks(a: AttentionArguments, scores: Tensor) -> Tensor:
 
 
 def _compute_softmax(scores: Tensor) -> Tensor:
-    """softmax, and 0 (not NaN) in a row where nothing is seen."""
+    """Compute the softmax, which is 0 (not NaN) in a row where nothing is seen."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
 def _drop(a: AttentionArguments, probabilities: Tensor, tokens: bool) -> Tensor:
-    """Dropout on the probabilities of the prefix, or of the tokens."""
+    """Apply dropout to the probabilities of the prefix or of the tokens."""
     if a.dropout_seed is None:
         return probabilities
     factor = random.draw_pair_factor(a.dropout_seed, a.dropout_p, probabilities.shape, tokens)

@@ -191,7 +191,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_companion(name: str, tensor: Tensor, query: Tensor, takes: str) -> None:
-    """Floating, and on the device and of the dtype of query."""
+    """Check that an argument is floating, and on the device and of the dtype of query."""
     checks.check_floating(name, tensor, takes)
     checks.check_device(name, tensor, query.device, "query")
     checks.check_dtype(name, tensor, query.dtype, "query", checks.autocast_dtype(query.device))
@@ -249,7 +249,7 @@ def _is_padding(mask: Tensor) -> bool:
 
 
 def _limit_window(window_size: int, queries: int, keys: int) -> int:
-    """No wider than what no distance exceeds, so that no kernel's sum of a position and a window overflows.
+    """Limit a window to what no distance exceeds, so that no kernel's sum of a position and a window overflows.
 
     Sizes are looked at only where the window is huge: a trace of dynamic shapes gets no guards from ordinary ones.
     """

@@ -7,7 +7,9 @@ from .arguments import AttentionArguments
 
 
 def find_visible_tokens(a: AttentionArguments) -> Tensor | None:
-    """Bool, broadcastable to [B, Hq, N, M]: all rules and a bool ``attn_mask`` together; None: all is seen."""
+    """Return a bool mask, broadcastable to [B, Hq, N, M], of all rules and a bool ``attn_mask``, or None if all is
+    seen.
+    """
     rules: list[Tensor] = []
     if a.is_causal or a.window_size is not None:
         rules.append(_compare_positions(a))

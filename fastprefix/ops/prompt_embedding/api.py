@@ -20,7 +20,7 @@ def prompt_embedding(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Token embeddings with an offset, behind a soft prompt, in one pass.
+    r"""Embed tokens with an offset, behind a soft prompt, in one pass.
 
     With ``e_t`` the table's row for token t at position i, and ``s`` the scale, the token's row is ``e_t`` (prompt
     tuning, Lester et al. 2021), or

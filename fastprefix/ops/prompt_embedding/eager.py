@@ -16,7 +16,7 @@ from .validation import check_ids
 
 
 def forward(*arguments: Any) -> Tensor:
-    """[B, S + N, d]."""
+    """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
     check_ids(a.input_ids, a.weight.shape[0])
     batch, tokens = a.input_ids.shape
@@ -30,7 +30,7 @@ def forward(*arguments: Any) -> Tensor:
 
 
 def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = EmbeddingArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     dy = grad_output[:, a.prompt_length :].to(a.accumulator)
@@ -71,7 +71,7 @@ def _compute_hidden(a: EmbeddingArguments, rows: Tensor) -> _Hidden:
 
 
 def _compute_offset(a: EmbeddingArguments, rows: Tensor) -> Tensor | None:
-    """What is added to the rows, [B, N, d] or [N, d], in the accumulator's dtype."""
+    """Compute the offset of the rows, [B, N, d] or [N, d], in the accumulator's dtype."""
     if a.w1 is not None:
         assert a.w2 is not None
         assert a.b2 is not None

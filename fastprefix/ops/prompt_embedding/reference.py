@@ -14,12 +14,12 @@ from .validation import canonical_arguments, check_ids
 
 @accept(canonical_arguments)
 def prompt_embedding(arguments: EmbeddingArguments) -> Tensor:
-    """The prompt embedding in plain PyTorch; arguments, shapes, errors of ``fastprefix.prompt_embedding``."""
+    """Compute the prompt embedding in plain PyTorch, with arguments and errors of ``fastprefix.prompt_embedding``."""
     return embed(arguments)
 
 
 def embed(a: EmbeddingArguments) -> Tensor:
-    """The formula on canonical arguments."""
+    """Compute the formula on canonical arguments."""
     check_ids(a.input_ids, a.weight.shape[0])
     e = a.weight[a.input_ids]  # [B, N, d]
     if a.w1 is not None and a.b1 is not None and a.w2 is not None and a.b2 is not None:

@@ -74,7 +74,7 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
 def _check_parameter(
     name: str, value: Tensor, weight: Tensor, shape: tuple[checks.Size | None, ...], takes: str
 ) -> None:
-    """Floating, of the expected shape, and on the device and of the dtype of weight."""
+    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight."""
     checks.check_floating(name, value, takes)
     checks.check_shape(name, value, shape, f"{takes} with d = {weight.shape[1]} of weight")
     checks.check_device(name, value, weight.device, "weight")

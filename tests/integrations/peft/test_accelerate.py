@@ -459,7 +459,7 @@ def bart() -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lora": (
         lambda: peft.get_peft_model(models.decoder(), peft.LoraConfig(task_type="CAUSAL_LM")),
-        "peft_model takes PREFIX_TUNING.*got LORA",
+        "`peft_model` must have one of PREFIX_TUNING.*but has LORA",
     ),
     "interface": (
         lambda: tuned(
@@ -499,7 +499,7 @@ def test_refused_while_disabled_or_not_of_peft() -> None:
     model = family("decoder", "prefix")
     with model.disable_adapter(), pytest.raises(ValueError, match="disable_adapter"):
         fastprefix.accelerate(model)
-    with pytest.raises(TypeError, match=r"peft\.PeftModel, got LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"peft\.PeftModel, but is LlamaForCausalLM"):
         fastprefix.accelerate(models.decoder())
     with pytest.raises(ValueError, match="accelerated model"):
         fastprefix.decelerate(model)
@@ -507,10 +507,10 @@ def test_refused_while_disabled_or_not_of_peft() -> None:
 
 def test_layers_without_a_place_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "find_layers", lambda model: [replace(find_layers(model)[0], local=True)])
-    with pytest.raises(ValueError, match=r"or a window of it; not: .'model\.layers\.0\.self_attn'"):
+    with pytest.raises(ValueError, match=r"peft_model.*'model\.layers\.0\.self_attn'"):
         fastprefix.accelerate(family("decoder", "prefix"))
     monkeypatch.setattr(acceleration, "find_layers", lambda model: find_layers(model)[1:])
-    with pytest.raises(ValueError, match="numbered attention layers"):
+    with pytest.raises(ValueError, match=r"peft_model.*numbered attention layers"):
         fastprefix.accelerate(family("decoder", "prefix"), check=False)
     prompt = fastprefix.accelerate(family("decoder", "prompt"), check=False)
     assert prompt.fastprefix.prompt_path.startswith("textbook: `peft_model`")
@@ -526,9 +526,9 @@ def test_tensor_parallel_models_are_refused() -> None:
 def test_what_would_differ_in_a_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = family("decoder", "prefix"), models.batch()
     expected = model(**inputs).logits
-    monkeypatch.setattr(attention.GivenPrefix, "prefix", lambda self, query, key, value: (self.key * 2, self.value))
+    monkeypatch.setattr(attention.GivenPrefix, "get_prefix", lambda self, query, key, value: (self.key * 2, self.value))
     with pytest.raises(ValueError, match="would not get PEFT's numbers"):
-        fastprefix.accelerate(model)
+        fastprefix.accelerate(model, check=False)
     assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -566,12 +566,24 @@ def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
 
 
 def test_what_the_check_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    conformance.forget()
-    own = GivenPrefix.prefix
-    monkeypatch.setattr(GivenPrefix, "prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v)))
+    conformance.forget_reports()
+    own = GivenPrefix.get_prefix
+    monkeypatch.setattr(
+        GivenPrefix, "get_prefix", lambda self, q, k, v: tuple(1.000001 * t for t in own(self, q, k, v))
+    )
     peft_model = peft.get_peft_model(
         models.decoder(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     )
     with pytest.raises(ValueError, match="PREFIX_TUNING on LlamaForCausalLM: with ids, its values or gradients differ"):
         fastprefix.accelerate(peft_model)
-    conformance.forget()
+    conformance.forget_reports()
+
+
+def test_a_model_with_a_verified_small_copy_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial with and without the adapter is for models that no small copy stands for."""
+    monkeypatch.setattr(conformance, "_TINY", 0)
+    model = family("decoder", "prompt")
+    runs: list[int] = []
+    model.get_base_model().model.layers[-1].register_forward_hook(lambda *args: runs.append(1))
+    assert fastprefix.accelerate(model).fastprefix.prompt_path == "shared"
+    assert len(runs) == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models, peft_support
 from ..transformers.test_attach import METHODS, attached
@@ -144,10 +144,10 @@ def rewritten(folder: Path, **options: Any) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "lora": (lambda folder: rewritten(folder, peft_type="LORA"), "peft_type.*PREFIX_TUNING.*got 'LORA'"),
+    "lora": (lambda folder: rewritten(folder, peft_type="LORA"), "peft_type.*PREFIX_TUNING.*is 'LORA'"),
     "encoder-decoder": (lambda folder: rewritten(folder, num_transformer_submodules=2), "encoder-decoder"),
-    "modules": (lambda folder: rewritten(folder, modules_to_save="all-linear"), "list of names, got 'all-linear'"),
-    "tokens": (lambda folder: rewritten(folder, num_virtual_tokens=6), "num_virtual_tokens 6, got 5 rows"),
+    "modules": (lambda folder: rewritten(folder, modules_to_save="all-linear"), "list of names, but is 'all-linear'"),
+    "tokens": (lambda folder: rewritten(folder, num_virtual_tokens=6), "num_virtual_tokens.* is 6, .* 5 rows"),
     "no-description": (
         lambda folder: (folder / "adapter_config.json").unlink(),
         "was not written by fastprefix.save_adapter or PEFT",
@@ -160,7 +160,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "too-wide": (
         lambda folder: save_file({"prompt_embeddings": torch.zeros(5, 65)}, folder / "adapter_model.safetensors"),
-        "takes 4 times 2 times 8 columns, got 65",
+        "must have 4 times 2 times 8 columns, but has 65",
     ),
     "more": (
         lambda folder: save_file(
@@ -185,7 +185,7 @@ def test_damaged_or_foreign(case: str, tmp_path: Path) -> None:
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     family("decoder", "prefix").save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(FileNotFoundError, match=r"not adapter_model\.bin, a pickle, which is never opened"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin, a pickle, which is never opened"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_files_are_read_and_written_without_peft(tmp_path: Path) -> None:
 
 def test_a_loaded_prefix_is_moved_up(tmp_path: Path) -> None:
     family("decoder", "prefix").save_pretrained(tmp_path)
-    config = method_of(fastprefix.load_adapter(models.decoder(), tmp_path)).config
+    config = get_method(fastprefix.load_adapter(models.decoder(), tmp_path)).config
     assert type(config) is fastprefix.PrefixTuningConfig
     assert config.prefix_position == "shift"
     assert config.num_virtual_tokens == LENGTH

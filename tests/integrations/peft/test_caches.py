@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.cache_utils import Cache
 
 import fastprefix
-from fastprefix.integrations.transformers.hooks import cache_parameter, find_cache, parameter_names
+from fastprefix.integrations.transformers.hooks import find_cache, find_cache_parameter, read_parameter_names
 
 from ... import models
 from .test_accelerate import LENGTH, family, tuned
@@ -31,7 +31,7 @@ def filled(model: Any) -> Cache:
 def continued(model: Any, cache: Cache, rows: int = 3) -> Tensor:
     """Return the logits of two more tokens."""
     base = model.get_base_model()
-    name = cache_parameter(parameter_names(base))
+    name = find_cache_parameter(read_parameter_names(base))
     ids = torch.tensor([[7, 8]]).expand(rows, -1)
     with torch.no_grad():
         logits: Tensor = base(input_ids=ids, **{str(name): cache}).logits

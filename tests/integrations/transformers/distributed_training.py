@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastprefix
-from fastprefix.integrations.transformers.adapter import whole
+from fastprefix.integrations.transformers.adapter import gather_full_tensor
 
 from ... import models
 from .test_attach import METHODS, attached
@@ -61,7 +61,7 @@ def train(family: str, method: str, kind: str, wrap: Callable[[Any], Any] | None
         if wrap is not None:
             distributed.all_reduce(total)
         losses.append(total / processes)
-    parameters = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: gather_full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
         fastprefix.save_adapter(model, folder)
         saved = load_file(f"{folder}/adapter_model.safetensors")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from .test_attach import FAMILIES, METHODS
@@ -46,7 +46,7 @@ def test_one_at_a_time(family: str, pair: tuple[str, str]) -> None:
             assert torch.equal(model(**inputs).logits, plain)
             assert not trainable(model)
         assert torch.equal(model(**inputs).logits, logits[name])
-        method = {f"fastprefix.{key}" for key, _ in method_of(model).named_parameters()}
+        method = {f"fastprefix.{key}" for key, _ in get_method(model).named_parameters()}
         assert trainable(model) == method | ({"classifier.weight", "classifier.bias"} & set(base.state_dict()))
     assert fastprefix.detach(model) is model
     state = base.state_dict()
@@ -82,7 +82,7 @@ def test_a_model_that_gained_a_parameter_is_detached() -> None:
 def test_another_attention_on_an_attached_model_is_noticed(method: str) -> None:
     model, inputs = fastprefix.attach(models.decoder(), METHODS[method]()), models.batch()
     model.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match="set_attn_implementation takes no other attention"):
+    with pytest.raises(RuntimeError, match="`set_attn_implementation` must not"):
         model(**inputs)
     fastprefix.detach(model)
     model(**inputs)
@@ -198,9 +198,12 @@ def test_copies_have_their_own() -> None:
     [
         (lambda model: fastprefix.attach(model, METHODS["apt"](), name="a"), "attached already as 'a'"),
         (lambda model: fastprefix.attach(model, fastprefix.APTConfig(3, pooling="mean"), name="c"), "pooling"),
-        (lambda model: fastprefix.set_adapter(model, "c"), "name takes one of 'a', 'b', got 'c'"),
-        (lambda model: fastprefix.detach(model, "c"), "name takes one of 'a', 'b', got 'c'"),
-        (lambda model: fastprefix.save_adapter(model, "nowhere", name="c"), "name takes one of 'a', 'b', got 'c'"),
+        (lambda model: fastprefix.set_adapter(model, "c"), "`name` must be one of 'a', 'b', but is 'c'"),
+        (lambda model: fastprefix.detach(model, "c"), "`name` must be one of 'a', 'b', but is 'c'"),
+        (
+            lambda model: fastprefix.save_adapter(model, "nowhere", name="c"),
+            "`name` must be one of 'a', 'b', but is 'c'",
+        ),
     ],
 )
 def test_errors_leave_the_one_in_use(function: Callable[[Any], Any], says: str) -> None:
@@ -216,7 +219,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_one_in_use(tmp_path: Path) -> N
     model, _ = with_two("decoder", PAIRS[0])
     model.lm_head = torch.nn.Linear(models.WIDTH, 7, bias=False).double()
     expected = model(**models.batch()).logits
-    with pytest.raises(ValueError, match=r"modules_to_save\.lm_head\.weight takes"):
+    with pytest.raises(ValueError, match=r"modules_to_save\.lm_head\.weight must be"):
         fastprefix.load_adapter(model, tmp_path, name="c")
     assert torch.equal(model(**models.batch()).logits, expected)
 

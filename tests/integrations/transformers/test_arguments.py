@@ -68,7 +68,7 @@ def test_a_name_that_the_library_has_given_up_is_an_error(
 def test_families_that_lack_some_arguments_raise_no_alarm(family: type[nn.Module]) -> None:
     module = nn.Module()
     module.forward = family.forward.__get__(module)  # type: ignore[method-assign]
-    assert set(hooks.checked_names(module)) & hooks.READ_ARGUMENTS
+    assert set(hooks.check_parameter_names(module)) & hooks.READ_ARGUMENTS
 
 
 def test_every_argument_that_is_read_is_declared() -> None:

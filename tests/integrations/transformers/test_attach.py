@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...textbook import textbook
@@ -69,7 +69,7 @@ def test_prefix_methods_match_the_textbook(family: str, method: str, padding: st
     model, inputs = attached(family, method), models.batch(padding)
     rows = inputs["attention_mask"].bool()  # a padding token's own logits mean nothing
     fused = loss_and_gradients(model, inputs, rows)
-    assert sum("fastprefix" in name for name in fused) == len(list(method_of(model).parameters()))
+    assert sum("fastprefix" in name for name in fused) == len(list(get_method(model).parameters()))
     with textbook(model):
         expected = loss_and_gradients(model, inputs, rows)
     assert_same(fused, expected)
@@ -79,7 +79,7 @@ def test_prefix_matches_a_key_value_cache() -> None:
     """A shifted prefix is what a key/value cache of m tokens is, expanded to the batch."""
     model, inputs = attached("decoder", "prefix-shift"), models.batch()
     cache = DynamicCache()
-    for layer, (pk, pv) in enumerate(method_of(model).prefixes()):
+    for layer, (pk, pv) in enumerate(get_method(model).prefixes()):
         cache.update(pk.detach().expand(3, -1, -1, -1), pv.detach().expand(3, -1, -1, -1), layer)
     actual = model(**inputs).logits
     mask = torch.cat([torch.ones(3, 5, dtype=torch.long), inputs["attention_mask"]], dim=1)
@@ -105,7 +105,7 @@ def test_prompt_methods_match_the_textbook(family: str, method: str, padding: st
     model, inputs = attached(family, method), models.batch(padding)
     rows = inputs["attention_mask"].bool()
     actual = loss_and_gradients(model, inputs, rows)
-    parameters = method_of(model)
+    parameters = get_method(model)
     plain = FAMILIES[family]().requires_grad_(False)
     if family == "encoder":  # the head was randomized too
         plain.classifier.load_state_dict(model.classifier.state_dict())
@@ -128,7 +128,7 @@ def test_trainable_parameters(family: str, method: str) -> None:
     model = attached(family, method)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     head = {"classifier.weight", "classifier.bias"} if family == "encoder" else set()
-    assert trainable == {f"fastprefix.{name}" for name, _ in method_of(model).named_parameters()} | head
+    assert trainable == {f"fastprefix.{name}" for name, _ in get_method(model).named_parameters()} | head
     groups = fastprefix.parameter_groups(model, lr=1e-4, prompt_lr=0.3, gate_lr=1e-3)
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     expected = dict.fromkeys(trainable, 1e-4)
@@ -285,7 +285,7 @@ def test_reentrant_checkpointing_that_would_lose_gradients_is_refused() -> None:
 
 def test_parameters_stay_float32_in_a_bfloat16_model() -> None:
     model = fastprefix.attach(models.decoder().bfloat16(), METHODS["apt"]())
-    assert {p.dtype for p in method_of(model).parameters()} == {torch.float32}
+    assert {p.dtype for p in get_method(model).parameters()} == {torch.float32}
     logits = model(**models.batch()).logits
     assert logits.dtype is torch.bfloat16
     logits.float().sum().backward()
@@ -329,7 +329,7 @@ def test_prompt_from_vocabulary_and_text() -> None:
     tokenizer = lambda text, **_: {"input_ids": [ord(c) % 100 for c in text]}  # noqa: E731
     config = fastprefix.PromptTuningConfig(5, init="text", init_text="abc")
     fastprefix.attach(model, config, tokenizer=tokenizer)
-    assert torch.equal(method_of(model).prompt, table[[97, 98, 99, 97, 98]])
+    assert torch.equal(get_method(model).prompt, table[[97, 98, 99, 97, 98]])
 
 
 def test_prefix_from_text_is_what_the_model_computes() -> None:
@@ -365,7 +365,7 @@ def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
     torch.testing.assert_close(torch.cat(actual, dim=1), expected, rtol=1e-10, atol=1e-10)
     with fastprefix.disable_adapter(model):
         cache = model(ids[:, :-1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values takes a cache that was filled with this adapter"):
+    with pytest.raises(ValueError, match="`past_key_values` must be a cache that was filled with this adapter"):
         model(ids[:, -1:], past_key_values=cache)
 
 
@@ -393,5 +393,5 @@ def test_replicas_of_data_parallel_are_refused(method: str) -> None:
     configs = {**METHODS, "textbook": lambda: fastprefix.PromptTuningConfig(3, shared_prompt=False)}
     model, inputs = fastprefix.attach(models.decoder(), configs[method]()), models.batch()
     model.model._is_replica = True
-    with pytest.raises(RuntimeError, match=r"nn\.DataParallel takes a model without an adapter"):
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel cannot run"):
         model(**inputs)

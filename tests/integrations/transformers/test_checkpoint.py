@@ -108,7 +108,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> 
     )
     wider, inputs = LlamaForCausalLM(config).eval(), models.batch()
     logits = wider(**inputs).logits
-    with pytest.raises(ValueError, match=r"prompt takes \(5, 48\), got \(5, 32\)"):
+    with pytest.raises(ValueError, match=r"prompt must be \(5, 48\), but is \(5, 32\)"):
         fastprefix.load_adapter(wider, tmp_path)
     assert torch.equal(wider(**inputs).logits, logits)
     with pytest.raises(ValueError, match="method attached"):

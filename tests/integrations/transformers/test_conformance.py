@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 import fastprefix
 from fastprefix.integrations.transformers import attachment, conformance, shared_prompt
 from fastprefix.integrations.transformers.attachment import attach
-from fastprefix.integrations.transformers.conformance import Report, check
-from fastprefix.integrations.transformers.discovery import small_copy
-from fastprefix.integrations.transformers.hooks import by_name, find_cache, parameter_names
+from fastprefix.integrations.transformers.conformance import ConformanceReport, check
+from fastprefix.integrations.transformers.discovery import make_small_copy
+from fastprefix.integrations.transformers.hooks import find_cache, name_arguments, read_parameter_names
 
 unchecked = functools.partial(attach, check=False)
 PROMPT, PREFIX = fastprefix.PromptTuningConfig(5), fastprefix.PrefixTuningConfig(5)
@@ -24,9 +24,9 @@ PROMPT, PREFIX = fastprefix.PromptTuningConfig(5), fastprefix.PrefixTuningConfig
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Nothing is remembered from one planted fault to the next."""
-    conformance.forget()
+    conformance.forget_reports()
     yield
-    conformance.forget()
+    conformance.forget_reports()
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def built(family: str, class_name: str) -> PreTrainedModel:
     if family == "phi3":
         rope = {"short_factor": [1.0] * 48, "long_factor": [8.0] * 48, "rope_type": "longrope", "rope_theta": 1e4}
         options = {"rope_parameters": rope, "original_max_position_embeddings": 4096}
-    return small_copy(AutoConfig.for_model(family, **options), getattr(transformers, class_name))
+    return make_small_copy(AutoConfig.for_model(family, **options), getattr(transformers, class_name))
 
 
 def llama() -> PreTrainedModel:
@@ -62,7 +62,7 @@ def change_arguments(module: nn.Module, change: Any) -> None:
     """Change the arguments of a module by name, after all other hooks."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = by_name(parameter_names(module), args, kwargs)
+        arguments = name_arguments(read_parameter_names(module), args, kwargs)
         change(arguments)
         return (), arguments
 
@@ -100,8 +100,8 @@ def test_a_report_is_remembered_by_class_configuration_and_method() -> None:
 
 def test_the_sentence_names_family_situation_and_alternative() -> None:
     finding = conformance.Finding("left padding", "differs", 0.25, "values")
-    report = Report("LlamaForCausalLM", "PromptTuningConfig", (finding,))
-    assert report.sentence("Use a prefix method.") == (
+    report = ConformanceReport("LlamaForCausalLM", "PromptTuningConfig", (finding,))
+    assert report.describe("Use a prefix method.") == (
         "PromptTuningConfig on LlamaForCausalLM: with left padding, its values or gradients differ from the textbook "
         "by 2.5e-01 (values). Use a prefix method."
     )
@@ -126,7 +126,7 @@ def test_own_errors_are_told_from_crashes() -> None:
         return model.nothing_of_the_kind
 
     assert check(llama(), PREFIX, refuse).findings[0].verdict == "refused"
-    conformance.forget()
+    conformance.forget_reports()
     assert check(llama(), PREFIX, crash).findings[0].verdict == "fails"
 
 
@@ -223,8 +223,8 @@ def test_a_prompt_that_is_rotated_by_the_short_factors() -> None:
 
 def test_a_window_that_does_not_cut_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("mistral", "MistralForCausalLM")
-    monkeypatch.setattr(shared_prompt.SharedBinding, "bias", lambda self, query: None)
-    monkeypatch.setattr(attachment, "reason_not_shareable", lambda model: None)
+    monkeypatch.setattr(shared_prompt.SharedBinding, "get_bias", lambda self, query: None)
+    monkeypatch.setattr(attachment, "find_reason_not_shareable", lambda model: None)
     wrong = {finding.situation for finding in check(model, PROMPT, unchecked, ["ids", "long inputs"]).wrong}
     assert wrong == {"ids", "long inputs"}
 
@@ -260,7 +260,7 @@ def test_positions_in_time_and_space_that_are_lost() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
     config = AutoConfig.for_model("qwen2_vl")
     config.text_config.rope_parameters = rope
-    model = small_copy(config, transformers.Qwen2VLForConditionalGeneration)
+    model = make_small_copy(config, transformers.Qwen2VLForConditionalGeneration)
 
     def flatten(model: Any) -> None:
         def flat(given: dict[str, Any]) -> None:

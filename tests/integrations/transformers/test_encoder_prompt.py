@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...float64 import Float64
@@ -53,11 +53,11 @@ def with_prompt(plain: Any, inputs: dict[str, Tensor], method: Any) -> dict[str,
 def test_matches_the_textbook(family: str, method: str, masked: bool) -> None:
     model, plain, inputs = attached(family, method), build(family).requires_grad_(False), batch(masked)
     labels = torch.randint(3, 100, (3, 4), generator=torch.Generator().manual_seed(1))
-    names, parameters = zip(*method_of(model).named_parameters(), strict=True)
+    names, parameters = zip(*get_method(model).named_parameters(), strict=True)
     with Float64():
         actual = model(**inputs, labels=labels)
         gradients = torch.autograd.grad(actual.loss, parameters)
-        expected = plain(**with_prompt(plain, inputs, method_of(model)), labels=labels)
+        expected = plain(**with_prompt(plain, inputs, get_method(model)), labels=labels)
         textbook = torch.autograd.grad(expected.loss, parameters)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-10, atol=1e-10)
@@ -72,7 +72,7 @@ def test_generation(family: str, beams: int) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
     cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
-    expected = plain.generate(**with_prompt(plain, inputs, method_of(model)), **options)
+    expected = plain.generate(**with_prompt(plain, inputs, get_method(model)), **options)
     assert torch.equal(cached, expected)
 
 
@@ -100,7 +100,7 @@ def test_saved_and_taken_off(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match=r"shared_prompt=True cannot be exact.*its encoder's prompt sees"):
         fastprefix.attach(build("t5"), fastprefix.PromptTuningConfig(3, shared_prompt=True))
-    with pytest.raises(ValueError, match=r"model takes one with something to merge.*encoder"):
+    with pytest.raises(ValueError, match=r"`model` must have something to merge.*encoder"):
         fastprefix.merge(attached("t5", "adept"))
-    with pytest.raises(ValueError, match=r"model takes one of text for PromptTuningConfig, got .*Whisper"):
+    with pytest.raises(ValueError, match=r"`model` must be a model of text for PromptTuningConfig, but is .*Whisper"):
         fastprefix.attach(build("whisper"), fastprefix.PromptTuningConfig(3))

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...float64 import Float64
@@ -159,7 +159,7 @@ def loss_and_gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tenso
 
 def assert_matches_textbook(model: Any, inputs: dict[str, Tensor]) -> None:
     fused = loss_and_gradients(model, inputs)
-    assert sum("fastprefix" in name for name in fused) == len(list(method_of(model).parameters()))
+    assert sum("fastprefix" in name for name in fused) == len(list(get_method(model).parameters()))
     with textbook(model):
         expected = loss_and_gradients(model, inputs)
     assert fused.keys() == expected.keys()
@@ -184,7 +184,7 @@ def test_matches_the_textbook(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_attentions_are_chosen(family: str, attentions: Any, tmp_path: Path) -> None:
     model = attached(family, fastprefix.PrefixTuningConfig(5, attentions=attentions))
-    shapes = method_of(model).shapes
+    shapes = get_method(model).shapes
     assert [shape.role for shape in shapes].count(attentions[0]) == 2
     assert {shape.role for shape in shapes} == set(attentions)
     assert all(shape.causal == (shape.role == "decoder") for shape in shapes)
@@ -243,7 +243,11 @@ def test_a_reparameterised_prefix_is_merged() -> None:
 @pytest.mark.parametrize(
     ("family", "config", "says"),
     [
-        ("t5", fastprefix.LlamaAdapterConfig(3), "model takes one of text for LlamaAdapterConfig.*encoder-decoder T5"),
+        (
+            "t5",
+            fastprefix.LlamaAdapterConfig(3),
+            "`model` must be a model of text for LlamaAdapterConfig.*encoder-decoder T5",
+        ),
         ("vit", fastprefix.PromptTuningConfig(3), "ViTForImageClassification, whose input is pixel_values"),
         ("vit", fastprefix.LlamaAdapterConfig(3), "LlamaAdapterConfig"),
         ("t5", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), 'prefix_position.*"none"'),
@@ -266,7 +270,7 @@ def test_pooling_over_an_encoder_alone() -> None:
 
 @pytest.mark.parametrize("attentions", [(), "encoder", ("self",)])
 def test_attentions_are_checked(attentions: Any) -> None:
-    with pytest.raises(ValueError, match="attentions takes"):
+    with pytest.raises(ValueError, match="attentions"):
         fastprefix.PrefixTuningConfig(3, attentions=attentions)
 
 
@@ -281,7 +285,7 @@ def test_one_row_masks_of_the_caller_are_refused() -> None:
     model = attached("bart", fastprefix.PrefixTuningConfig(3))
     inputs = {**batch(model), "decoder_input_ids": torch.ones(3, 2, dtype=torch.long)}
     inputs["attention_mask"] = inputs["attention_mask"].bool()[:, None, None, :]
-    with pytest.raises(ValueError, match=r"attention_mask takes \[B, N\]"):
+    with pytest.raises(ValueError, match=r"`attention_mask` must be \[B, N\]"):
         model(**inputs)
 
 
@@ -299,5 +303,5 @@ def test_checkpointing_changes_nothing() -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     model = attached("bart", fastprefix.PrefixTuningConfig(3)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(RuntimeError, match="use_reentrant takes False"):
+    with pytest.raises(RuntimeError, match="`use_reentrant` must be False"):
         model(**batch(model), decoder_input_ids=torch.ones(3, 2, dtype=torch.long))

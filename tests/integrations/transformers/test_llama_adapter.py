@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 from fastprefix.integrations.transformers.attention import BINDING
 
 from ... import models
@@ -62,8 +62,8 @@ def test_prefixes_are_the_layers_own_projections(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config()).eval()
     fastprefix.attach(model, fastprefix.LlamaAdapterConfig(5, layers=1))
     (attention,) = [module for module in model.modules() if hasattr(module, BINDING)]
-    states = method_of(model).projected_states(0)
-    actual = getattr(attention, BINDING).prefix(*[torch.empty(0)] * 3)
+    states = get_method(model).projected_states(0)
+    actual = getattr(attention, BINDING).get_prefix(*[torch.empty(0)] * 3)
     torch.testing.assert_close(list(actual), expected(attention, states))
     model(**models.batch()).logits.sum().backward()
 
@@ -75,14 +75,14 @@ def test_the_first_step_changes_nothing(make: Callable[[], Any]) -> None:
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(1))
     for module in model.modules():
         if hasattr(module, BINDING):  # the same kernel without a prefix
-            module._fastprefix_binding.prefix = lambda *args: None
+            module._fastprefix_binding.get_prefix = lambda *args: None
     frozen = model(**inputs).logits
     fastprefix.detach(model)
     fastprefix.attach(model, fastprefix.LlamaAdapterConfig(5))
     logits = model(**inputs).logits
     assert torch.equal(logits, frozen)
     logits.square().sum().backward()
-    method = method_of(model)
+    method = get_method(model)
     assert all(gate.grad.any() for gate in method.gates)
     assert not any(states.grad.any() for states in method.states)
 
@@ -116,6 +116,6 @@ def test_layers_that_do_not_project_their_input_are_refused() -> None:
 
     model = models.decoder()
     model.model.layers[1].self_attn.k_proj = SameForAll()
-    with pytest.raises(ValueError, match=r"model takes .* keys and values .* not: \['model.layers.1.self_attn'\]"):
+    with pytest.raises(ValueError, match=r"`model` must .* keys and values .* not: \['model.layers.1.self_attn'\]"):
         fastprefix.attach(model, fastprefix.LlamaAdapterConfig(5))
     assert not any(hasattr(module, BINDING) for module in model.modules())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...float64 import Float64
@@ -116,7 +116,7 @@ def test_families(make: Callable[[], Any], method: str) -> None:
 
 def test_no_trace_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fastprefix.merge(attached("decoder", "adept"))
-    assert sorted(name.partition(".")[0] for name, _ in method_of(model).named_parameters()) == ["prefix"] * 4
+    assert sorted(name.partition(".")[0] for name, _ in get_method(model).named_parameters()) == ["prefix"] * 4
     monkeypatch.setattr("fastprefix.methods.base.prompt_embedding", lambda *args, **options: pytest.fail("an offset"))
     logits(model)
 
@@ -124,10 +124,10 @@ def test_no_trace_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_is_written_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attached("decoder", "adept")
     expected, sizes = logits(model), []
-    embed = type(method_of(model)).embed
+    embed = type(get_method(model)).embed
     monkeypatch.setattr("fastprefix.integrations.transformers.merging._ROWS", 32)
     monkeypatch.setattr(
-        type(method_of(model)),
+        type(get_method(model)),
         "embed",
         lambda self, ids, *rest: (sizes.append(ids.numel()), embed(self, ids, *rest))[1],
     )
@@ -139,9 +139,9 @@ def test_the_table_is_written_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_merging_twice_changes_nothing(family: str, method: str) -> None:
     model = fastprefix.merge(attached(family, method))
-    once, parameters = logits(model), method_of(model)
+    once, parameters = logits(model), get_method(model)
     fastprefix.merge(model)
-    assert method_of(model) is parameters
+    assert get_method(model) is parameters
     assert torch.equal(logits(model), once)
 
 
@@ -162,7 +162,7 @@ def test_what_is_a_prefix_alone_is_saved_as_one(method: str, tmp_path: Path) -> 
     fastprefix.save_adapter(model, tmp_path)
     other = fastprefix.load_adapter(models.decoder(), tmp_path)
     torch.testing.assert_close(logits(other), logits(model), rtol=0.0, atol=0.0)
-    assert "reparam" not in str([name for name, _ in method_of(other).named_modules()])
+    assert "reparam" not in str([name for name, _ in get_method(other).named_modules()])
 
 
 @pytest.mark.parametrize(("family", "method"), [("decoder", "adept"), ("decoder", "dept"), ("encoder", "adept")])
@@ -182,8 +182,8 @@ def test_a_prompt_that_sees_the_input_cannot_be_merged(method: str, says: str) -
 
 def test_a_gate_that_depends_on_the_input_stays() -> None:
     model = fastprefix.merge(attached("decoder", "apt"))
-    assert isinstance(method_of(model).config, fastprefix.APTConfig)
-    assert not method_of(model).config.layer_gate
+    assert isinstance(get_method(model).config, fastprefix.APTConfig)
+    assert not get_method(model).config.layer_gate
     with pytest.raises(ValueError, match="token gate depends on the input"):
         fastprefix.merge(fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, layer_gate=False)))
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 import fastprefix
 from fastprefix.integrations.transformers.prompt import PromptHooks
 
+from ... import models
 from ...float64 import Float64
 
 SIZES: dict[str, Any] = {
@@ -323,3 +324,11 @@ def test_another_embedding_is_followed() -> None:
     assert isinstance(model._fastprefix_attachment.hooks, PromptHooks)
     assert "forward" not in vars(former)
     assert "forward" in vars(other)
+
+
+def test_attaching_runs_a_model_up_to_its_embedding_once() -> None:
+    model, embedded, layers = models.decoder(), [], []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *args: embedded.append(1))
+    model.model.layers[0].register_forward_pre_hook(lambda *args: layers.append(1))
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(3, shared_prompt=False), check=False)
+    assert (len(embedded), len(layers)) == (1, 0)

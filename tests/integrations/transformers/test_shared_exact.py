@@ -44,8 +44,8 @@ from transformers import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
-from fastprefix.integrations.transformers.hooks import cache_parameter, find_cache, parameter_names
+from fastprefix.integrations.transformers.attachment import get_method
+from fastprefix.integrations.transformers.hooks import find_cache, find_cache_parameter, read_parameter_names
 
 from ... import models
 from ...float64 import Float64
@@ -182,7 +182,7 @@ def test_short_and_long_rows(family: str) -> None:
             (7, "left"),
         ):
             assert_same_call(model, plain, **batch(tokens, padding))
-            assert method_of(model).prompt_path == "shared"
+            assert get_method(model).prompt_path == "shared"
 
 
 @pytest.mark.parametrize("family", BY_LENGTH)
@@ -295,7 +295,7 @@ def test_token_types(family: str) -> None:
             for given in ({}, {"token_type_ids": types}, {}):
                 expected = textbook(plain, prompt, **inputs, **given).logits[:, LENGTH:]
                 assert_close(model(**inputs, **given).logits[seen], expected[seen])
-    assert method_of(model).prompt_path == "shared"
+    assert get_method(model).prompt_path == "shared"
 
 
 def test_a_merged_prompt_is_refused_where_its_rotation_is_another() -> None:
@@ -432,7 +432,7 @@ def test_images(family: str, shared: bool | None) -> None:
         sums = (actual.square().sum(), expected.square().sum())
         assert_close(*(torch.autograd.grad(s, leaf)[0] for s, leaf in zip(sums, leaves, strict=True)))
         if shared is None:
-            assert method_of(model).prompt_path == "shared"
+            assert get_method(model).prompt_path == "shared"
 
 
 @pytest.mark.parametrize("family", WITH_IMAGES)
@@ -448,7 +448,7 @@ def test_images_behind_a_prefix(family: str) -> None:
         call = text_model_call(plain, inputs)
         call["position_ids"] = call["position_ids"] + LENGTH
         call["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (LENGTH, 0), value=1)
-        call[cache_parameter(parameter_names(plain.model.language_model))] = cache
+        call[find_cache_parameter(read_parameter_names(plain.model.language_model))] = cache
         expected = plain.lm_head(plain.model.language_model(**call).last_hidden_state)
         seen = inputs["attention_mask"].bool()
         assert_close(model(**inputs).logits[seen], expected[seen])
@@ -473,9 +473,9 @@ def test_images_whose_positions_change_rotary_frequencies() -> None:
     inputs = image_inputs()
     model = attached(qwen2_vl(rope_parameters=rope, max_position_embeddings=10).double().eval())
     model(input_ids=torch.arange(3, 10)[None])
-    assert method_of(model).prompt_path == "shared"
+    assert get_method(model).prompt_path == "shared"
     hooks = model._fastprefix_attachment.hooks
-    reason = hooks.reason_against(inputs)
+    reason = hooks.find_reason_against(inputs)
     assert reason is not None
     assert "rotary frequencies" in reason
 
@@ -613,7 +613,7 @@ def test_the_load_balancing_loss(config: Callable[[], Any], masked: bool, shared
         padded = torch.nn.functional.pad(labels, (LENGTH, 0), value=-100)
         assert_close(loss, textbook(plain, prompt, **inputs, labels=padded, output_router_logits=True).loss)
         model(**given)
-        assert (method_of(model).prompt_path == "shared") is (shared is None)
+        assert (get_method(model).prompt_path == "shared") is (shared is None)
 
 
 def test_attention_weights_are_those_of_a_prompt_in_every_row() -> None:
@@ -627,12 +627,12 @@ def test_attention_weights_are_those_of_a_prompt_in_every_row() -> None:
         assert len(actual) == len(expected) == 2
         for weights in zip(actual, expected, strict=True):
             assert_close(*weights)
-        assert "attention weights" in method_of(model).prompt_path
+        assert "attention weights" in get_method(model).prompt_path
         with pytest.raises((IndexError, ValueError)):
             model(input_ids=torch.full((1, 3), models.VOCABULARY), output_attentions=True)
         expected = textbook(plain, model.fastprefix.prompt, **inputs).logits[:, LENGTH:]
         assert_close(model(**inputs).logits[seen], expected[seen])
-        assert method_of(model).prompt_path == "shared"
+        assert get_method(model).prompt_path == "shared"
 
 
 def test_attention_weights_of_a_model_that_makes_none() -> None:

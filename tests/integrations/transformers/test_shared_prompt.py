@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models, peft_support
 from ...float64 import Float64
@@ -86,8 +86,8 @@ def test_sharing_is_the_default_and_changes_nothing(make: Callable[[], Pretraine
     rows = inputs["attention_mask"].bool()
     with Float64():
         shared, textbook = on_path(make(), None), on_path(make(), False)
-        assert method_of(shared).prompt_path == "shared"
-        assert method_of(textbook).prompt_path == "textbook: shared_prompt=False"
+        assert get_method(shared).prompt_path == "shared"
+        assert get_method(textbook).prompt_path == "textbook: shared_prompt=False"
         assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
         if padding != "right":
             options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -116,8 +116,8 @@ def opt() -> Any:
 )
 def test_the_textbooks_path_where_sharing_is_not_exact(make: Callable[[], Any], says: str) -> None:
     model = fastprefix.attach(make(), fastprefix.PromptTuningConfig(5))
-    assert method_of(model).prompt_path.startswith("textbook: ")
-    assert says in method_of(model).prompt_path
+    assert get_method(model).prompt_path.startswith("textbook: ")
+    assert says in get_method(model).prompt_path
     model(**models.batch())
     with pytest.raises(ValueError, match="shared_prompt"):
         fastprefix.attach(make(), fastprefix.PromptTuningConfig(5, shared_prompt=True))
@@ -164,7 +164,7 @@ def test_the_prompt_is_kept_for_inference_until_a_parameter_changes(monkeypatch:
     model, inputs = on_path(SHARING["qwen2"](), None), models.batch()
     runs = prompt_runs(model, monkeypatch)
     changes: list[Callable[[], Any]] = [
-        lambda: method_of(model).prompt.mul_(2.0),
+        lambda: get_method(model).prompt.mul_(2.0),
         lambda: model.model.layers[0].self_attn.k_proj.weight.mul_(1.1),
         lambda: model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()}),
         lambda: model.float(),
@@ -185,11 +185,11 @@ def test_the_prompt_is_kept_for_inference_until_a_parameter_changes(monkeypatch:
 def fastprefix_textbook(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The logits of the same model and method on the textbook's path."""
     hooks = model._fastprefix_attachment.hooks
-    hooks.reason_against = lambda arguments: "for comparison"
+    hooks.find_reason_against = lambda arguments: "for comparison"
     try:
         logits: Tensor = model(**inputs).logits
     finally:
-        del hooks.reason_against
+        del hooks.find_reason_against
     return logits
 
 
@@ -358,8 +358,8 @@ def test_reasons(family: str) -> None:
     """What differs by family, is tried and named."""
     config, says = REASONS[family]
     model = fastprefix.attach(AutoModelForCausalLM.from_config(config).eval(), fastprefix.PromptTuningConfig(5))
-    assert method_of(model).prompt_path.startswith("textbook: ")
-    assert says in method_of(model).prompt_path
+    assert get_method(model).prompt_path.startswith("textbook: ")
+    assert says in get_method(model).prompt_path
     fastprefix.detach(model)
     with pytest.raises(ValueError, match=f"shared_prompt=True.*{says}"):
         fastprefix.attach(model, fastprefix.PromptTuningConfig(5, shared_prompt=True))
@@ -394,7 +394,7 @@ def test_the_path_is_that_of_the_last_call() -> None:
     model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
     for training, path in ((False, "shared"), (True, "textbook: dropout in the model draws anew in every row")):
         model.train(training)(**models.batch())
-        assert method_of(model).prompt_path == path
+        assert get_method(model).prompt_path == path
 
 
 @pytest.mark.peft

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.discovery import CONTEXT, WINDOW, CopyError, small_config, small_copy
+from fastprefix.integrations.transformers.discovery import CONTEXT, WINDOW, CopyError, make_small_copy, shrink_config
 
 
 def config_of(family: str, **options: Any) -> Any:
@@ -24,7 +24,7 @@ def test_longrope_keeps_its_factors() -> None:
     config = config_of(
         "phi3", rope_parameters=rope, original_max_position_embeddings=4096, max_position_embeddings=131072
     )
-    small = small_config(config)
+    small = shrink_config(config)
     pairs = small.hidden_size // small.num_attention_heads // 2
     found = small.rope_parameters
     assert found["rope_type"] == "longrope"
@@ -32,7 +32,7 @@ def test_longrope_keeps_its_factors() -> None:
     assert (found["long_factor"][0], found["long_factor"][-1]) == (4.0, 51.0)
     assert small.original_max_position_embeddings == found["original_max_position_embeddings"] == CONTEXT
     assert small.max_position_embeddings == 32 * CONTEXT  # the attention is scaled by this ratio
-    model: Any = small_copy(config)
+    model: Any = make_small_copy(config)
     short, long = (model.model.rotary_emb(torch.zeros(1), torch.tensor([[1, end]]))[0] for end in (2, CONTEXT))
     assert not torch.allclose(short[0, 0], long[0, 0])
 
@@ -44,7 +44,7 @@ def test_rope_types_are_kept(kind: str) -> None:
         rope["original_max_position_embeddings"] = 2048
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    small = small_config(config_of("llama", rope_parameters=rope, max_position_embeddings=8192))
+    small = shrink_config(config_of("llama", rope_parameters=rope, max_position_embeddings=8192))
     assert small.rope_parameters["rope_type"] == kind
     assert small.rope_parameters["factor"] == 4.0
     if kind in ("yarn", "llama3"):
@@ -52,24 +52,24 @@ def test_rope_types_are_kept(kind: str) -> None:
         assert small.max_position_embeddings == 4 * CONTEXT
     if kind == "dynamic":
         assert small.max_position_embeddings == CONTEXT
-    small_copy(config_of("llama", rope_parameters=rope, max_position_embeddings=8192))
+    make_small_copy(config_of("llama", rope_parameters=rope, max_position_embeddings=8192))
 
 
 def test_sections_of_positions_add_up() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    small = small_config(config_of("qwen2_vl_text", rope_parameters=rope))
+    small = shrink_config(config_of("qwen2_vl_text", rope_parameters=rope))
     assert small.rope_parameters["mrope_section"] == [2, 3, 3]
 
 
 def test_every_kind_of_layer_is_kept() -> None:
-    gemma = small_config(config_of("gemma3_text"))
+    gemma = shrink_config(config_of("gemma3_text"))
     assert sorted(gemma.layer_types) == ["full_attention", "sliding_attention"]
     assert gemma.num_hidden_layers == 2
     assert gemma.sliding_window == WINDOW
-    smollm = small_config(config_of("smollm3"))
+    smollm = shrink_config(config_of("smollm3"))
     assert sorted(smollm.no_rope_layers) == [0, 1]
     assert smollm.num_hidden_layers == len(smollm.no_rope_layers) == len(smollm.layer_types)
-    llama = small_config(config_of("llama4_text"))
+    llama = shrink_config(config_of("llama4_text"))
     assert set(llama.no_rope_layers) == {0, 1}
     assert set(llama.layer_types) == {"full_attention", "chunked_attention"}
     assert all(layer < llama.num_hidden_layers for layer in llama.moe_layers)
@@ -78,22 +78,22 @@ def test_every_kind_of_layer_is_kept() -> None:
 
 def test_shared_keys_and_values_are_kept() -> None:
     config = config_of("gemma3n_text")
-    small = small_config(config)
+    small = shrink_config(config)
     shared = small.num_kv_shared_layers
     own, others = small.layer_types[:-shared], small.layer_types[-shared:]
     assert set(own) == set(others) == {"full_attention", "sliding_attention"}
-    small_copy(config)
+    make_small_copy(config)
 
 
 def test_dense_layers_come_first() -> None:
-    small = small_config(config_of("deepseek_v3"))
+    small = shrink_config(config_of("deepseek_v3"))
     assert (small.first_k_dense_replace, small.num_hidden_layers) == (1, 2)
 
 
 def test_grouped_heads_stay_grouped() -> None:
     heads = {"num_attention_heads": 32}
     for before, after in ((32, 4), (8, 2), (1, 1)):
-        small = small_config(config_of("llama", num_key_value_heads=before, **heads))
+        small = shrink_config(config_of("llama", num_key_value_heads=before, **heads))
         assert (small.num_attention_heads, small.num_key_value_heads) == (4, after)
 
 
@@ -101,25 +101,25 @@ def test_tokens_with_a_meaning_stay_apart() -> None:
     config = config_of("qwen2_5_vl")
     config.text_config.pad_token_id, config.text_config.bos_token_id = 151643, 151643
     config.text_config.eos_token_id = [151645, 151643]
-    small = small_config(config)
+    small = shrink_config(config)
     text = small.text_config
     assert text.pad_token_id == text.bos_token_id == text.eos_token_id[1] != text.eos_token_id[0]
     ids = {small.image_token_id, small.video_token_id, small.vision_start_token_id, text.pad_token_id}
     assert len(ids) == 4
     assert all(0 <= each < text.vocab_size for each in ids)
-    assert small_config(config_of("roberta")).pad_token_id == 1
+    assert shrink_config(config_of("roberta")).pad_token_id == 1
 
 
 def test_the_configuration_is_left_alone() -> None:
     config = config_of("gemma3")
     before = config.to_dict()
-    small_copy(config, transformers.Gemma3ForConditionalGeneration)
+    make_small_copy(config, transformers.Gemma3ForConditionalGeneration)
     assert config.to_dict() == before
 
 
 def test_a_class_may_be_named() -> None:
     config = config_of("bert")
-    model = small_copy(config, transformers.BertForSequenceClassification, torch.float64)
+    model = make_small_copy(config, transformers.BertForSequenceClassification, torch.float64)
     assert type(model) is transformers.BertForSequenceClassification
     assert model.dtype is torch.float64
     assert model.num_parameters() < 200_000
@@ -127,7 +127,7 @@ def test_a_class_may_be_named() -> None:
 
 def test_what_does_not_run_says_why() -> None:
     with pytest.raises(CopyError, match="cannot be built: ValueError: The `prediction_length`"):
-        small_copy(config_of("informer"))
+        make_small_copy(config_of("informer"))
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_what_does_not_run_says_why() -> None:
 def test_families_of_each_kind_are_copied(family: str) -> None:
     if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
-    assert small_copy(config_of(family)).num_parameters() < 5_000_000
+    assert make_small_copy(config_of(family)).num_parameters() < 5_000_000

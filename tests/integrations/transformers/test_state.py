@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.switching import configurations_of, forgotten
+from fastprefix.integrations.transformers.switching import list_configurations, preserve_state
 
 from ... import models
 
@@ -73,9 +73,9 @@ def state(model: nn.Module) -> dict[str, Any]:
         found |= {f"{name}.{key}": value for key, value in hooks.items()}
     found |= {f"{name}: requires_grad": p.requires_grad for name, p in model.named_parameters()}
     found |= {f"{name}: data": p.detach().clone() for name, p in model.named_parameters()}
-    found["configurations"] = [id(config) for config in configurations_of(model)]
-    found["attention"] = [config._attn_implementation for config in configurations_of(model)]
-    found["configured"] = [copy.deepcopy(vars(config)) for config in configurations_of(model)]
+    found["configurations"] = [id(config) for config in list_configurations(model)]
+    found["attention"] = [config._attn_implementation for config in list_configurations(model)]
+    found["configured"] = [copy.deepcopy(vars(config)) for config in list_configurations(model)]
     return found
 
 
@@ -252,7 +252,7 @@ def test_copies_of_a_model_with_two_adapters_are_independent(pair: tuple[str, st
     assert same(logits(other), logits(model))
     fastprefix.detach(other)
     assert same(logits(other), bare)
-    assert {config._attn_implementation for config in configurations_of(other)} == {"sdpa"}
+    assert {config._attn_implementation for config in list_configurations(other)} == {"sdpa"}
     assert not any(name.startswith("_fastprefix") for m in other.modules() for name in vars(m))
     fastprefix.set_adapter(model, "b")
     assert same(logits(model), expected)
@@ -269,7 +269,7 @@ def test_copies_of_accelerated_models_are_independent() -> None:
         fastprefix.decelerate(each)
         assert same(logits(each), expected[index])
         assert same(logits(copies[1]), expected[1])
-    assert {c._attn_implementation for c in configurations_of(copies[0])} == {"sdpa"}
+    assert {c._attn_implementation for c in list_configurations(copies[0])} == {"sdpa"}
     assert (same(logits(first), expected[0]), same(logits(second), expected[1])) == (True, True)
     fastprefix.decelerate(first)
     assert same(logits(second), expected[1])
@@ -386,7 +386,7 @@ def test_configurations_inside_a_configuration() -> None:
     assert model.config is config
     assert config.text_config is text is model.get_decoder().config
     assert (text.vocab_size, config.vision_config.mine) == (108, 1)
-    assert {each._attn_implementation for each in configurations_of(model)} == {"sdpa"}
+    assert {each._attn_implementation for each in list_configurations(model)} == {"sdpa"}
 
 
 def test_the_changes_of_one_of_two_users_reach_the_former_configuration() -> None:
@@ -463,7 +463,7 @@ def test_all_that_calls_leave_on_modules_is_undone() -> None:
     module = Remembers()
     inner, scale, seen = module.inner, module.scale, module.seen
     handle = module.register_forward_pre_hook(lambda *args: None)
-    with forgotten(module):
+    with preserve_state(module):
         module()
     assert (module.inner is inner, module.scale is scale, module.seen is seen) == (True, True, True)
     assert (seen, hasattr(module, "new"), len(module._forward_hooks)) == ({"calls": [0]}, False, 0)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import method_of
+from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from .test_attach import FAMILIES, METHODS, assert_same, attached, loss_and_gradients
@@ -128,7 +128,7 @@ def test_trainer_with_bf16(method: str, tmp_path: Path) -> None:
     of = trainer(model, "decoder", tmp_path, save_strategy="no", bf16=True, max_steps=15, learning_rate=0.03)
     of.train()
     assert sum(losses(of)[-3:]) < sum(losses(of)[:3])  # an epoch is three steps
-    assert {p.dtype for p in method_of(model).parameters()} == {torch.float32}
+    assert {p.dtype for p in get_method(model).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", SOME)
@@ -163,7 +163,7 @@ def test_autocast(family: str, method: str, dtype: torch.dtype) -> None:
         logits = model(**inputs).logits
     assert logits.dtype is dtype
     logits.float().sum().backward()
-    for parameter in method_of(model).parameters():
+    for parameter in get_method(model).parameters():
         assert parameter.dtype is torch.float32
         assert parameter.grad.dtype is torch.float32
         assert parameter.grad.isfinite().all()

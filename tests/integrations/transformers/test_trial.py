@@ -13,7 +13,7 @@ import fastprefix
 from fastprefix.integrations.transformers import conformance
 from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
 from fastprefix.integrations.transformers.discovery import find_layers
-from fastprefix.integrations.transformers.switching import tried
+from fastprefix.integrations.transformers.switching import run_trial
 from fastprefix.integrations.transformers.textbook import PrefixTextbook
 
 from ... import models
@@ -24,9 +24,9 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "nu
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Nothing is remembered of models whose code a test changes."""
-    conformance.forget()
+    conformance.forget_reports()
     yield
-    conformance.forget()
+    conformance.forget_reports()
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
@@ -44,7 +44,7 @@ def clip() -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("build", [models.decoder, models.encoder])
 def test_usual_models_pass_in_every_dtype(build: Any, dtype: torch.dtype) -> None:
-    assert tried(build().to(dtype)).attention == NAME
+    assert run_trial(build().to(dtype)).attention == NAME
 
 
 def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: p
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", halved)
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="attention is all in its arguments, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="depends on its arguments alone, but LlamaForCausalLM"):
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
@@ -67,7 +67,7 @@ def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPa
     make = modeling_llama.create_causal_mask
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **kwargs: make(**kwargs) * 1.0)
     model = llama(torch.float64)
-    assert tried(model).attention == FULL_MASKS
+    assert run_trial(model).attention == FULL_MASKS
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))
     ids = torch.arange(14).view(2, 7)
     mask = torch.ones_like(ids)
@@ -88,7 +88,7 @@ def test_images_and_text_both_get_prefixes() -> None:
     gradients = [parameter.grad for parameter in model.fastprefix.parameters()]
     assert len(gradients) > 0
     assert all(g is not None and g.abs().max() > 0 for g in gradients)
-    with pytest.raises(ValueError, match='prefix_position takes "none"'):
+    with pytest.raises(ValueError, match='`prefix_position` must be "none"'):
         fastprefix.attach(clip(), fastprefix.PrefixTuningConfig(2, prefix_position="shift"))
 
 
@@ -102,6 +102,6 @@ def test_example_inputs_say_what_to_run_on() -> None:
 
 def test_example_inputs_that_do_not_run() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="example_inputs takes keyword arguments on which LlamaForCausalLM runs"):
+    with pytest.raises(ValueError, match="`example_inputs` must be keyword arguments on which LlamaForCausalLM runs"):
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), example_inputs={"input_ids": "text"})
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))

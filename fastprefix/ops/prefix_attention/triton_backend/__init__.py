@@ -10,7 +10,7 @@ from .tiles import WIDEST
 
 
 def refusal(a: AttentionArguments) -> str | None:
-    """Explain why these kernels cannot serve a call; None: they can."""
+    """Explain why these kernels cannot run a call, or return None if they can."""
     if a.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {a.query.dtype}"
     if max(a.query.shape[3], a.value.shape[3]) > WIDEST:

@@ -33,21 +33,21 @@ from .primitives import (
 
 @triton.jit
 def compute_token_probabilities(b_qk, at, b_reference, b_inverse, a, sizes, INSIDE: tl.constexpr):
-    """Probabilities from <q, k>."""
+    """Compute probabilities from <q, k>."""
     b_s = finish_token_scores(cap_scores(b_qk, make_no_gate(), a), at, a, sizes, INSIDE)
     return compute_probability(b_s, b_reference, b_inverse, a)
 
 
 @triton.jit
 def compute_prefix_probabilities(b_qk, b_gate, at, b_reference, b_inverse, a, sizes):
-    """Probabilities from <q, pk>."""
+    """Compute probabilities from <q, pk>."""
     b_s = finish_prefix_scores(cap_scores(b_qk, b_gate, a), at, a, sizes)
     return compute_probability(b_s, b_reference, b_inverse, a)
 
 
 @triton.jit
 def differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE: tl.constexpr):
-    """Gradient of <q, k> c, and probability after dropout, from <q, k> and <do, v>."""
+    """Compute the gradient of <q, k> c and the probability after dropout, from <q, k> and <do, v>."""
     b_p = compute_token_probabilities(b_qk, at, rows.reference, rows.inverse, a, sizes, INSIDE)
     b_keep = draw_kept(at, a, True)
     return differentiate_cap(b_p * (b_keep * b_dov - rows.delta), b_qk, make_no_gate(), a), b_p * b_keep
@@ -55,7 +55,7 @@ def differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE: tl.const
 
 @triton.jit
 def differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes):
-    """Gradient of g <q, pk> c, and probability after dropout (times the output gate), from <q, pk> and <do, pv>."""
+    """Compute the gradient of g <q, pk> c and the probability after dropout and gate, from <q, pk> and <do, pv>."""
     b_p = compute_prefix_probabilities(b_qk, b_gate, at, rows.reference, rows.inverse, a, sizes)
     b_p = load_output_gate(a, at.b, at.h) * b_p
     b_keep = draw_kept(at, a, False)
@@ -66,7 +66,7 @@ def differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes):
 def prefix_attention_bwd_delta_kernel(
     a, o, do, p_normalizers, p_rows, p_dog, p_dsinks, N, M, P, TOKENS: tl.constexpr, T: tl.constexpr
 ):
-    """delta = <do, o>, stored with the rows' normalizers as the other kernels load them; and what the sinks get.
+    """Compute delta = <do, o> and the gradient of the sinks, and store normalizers as the other kernels load them.
 
     With two softmaxes a delta for each (the tokens' where TOKENS), from their probabilities, since the output is the
     sum of both and its rounding hides the smaller one; and what the output gate gets.
@@ -101,8 +101,9 @@ def prefix_attention_bwd_delta_kernel(
 
 @triton.jit
 def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.constexpr):
-    """<do, output of the prefix's own softmax> [BM], divided by what the probabilities really add up to: a row with one
-    key would have gradients otherwise.
+    """Compute <do, output of the prefix's own softmax> [BM], divided by the sum that the probabilities really have.
+
+    A row with one key would have gradients otherwise.
     """
     b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
     b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
@@ -121,7 +122,7 @@ def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.cons
 
 @triton.jit
 def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.constexpr):
-    """<do, output of the tokens' own softmax> [BM], in the same way."""
+    """Compute <do, output of the tokens' own softmax> [BM], in the same way."""
     b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
     b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
     if a.sinks.pointer is not None:
@@ -141,7 +142,7 @@ def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE: tl.constexpr, T: tl.constexpr):
-    """Gradients of queries, and of the prefix gate: for each query, or (SUM_GATE) summed over this block of them."""
+    """Compute gradients of queries, and of the prefix gate for each query or (SUM_GATE) summed over this block."""
     sizes = Lengths(N, M, P)
     blocks = tl.cdiv(N, T.BM)
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -187,7 +188,7 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE
 
 @triton.jit
 def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """What token keys [start, end) add to the gradient of queries."""
+    """Add the share of token keys [start, end) to the gradient of queries."""
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
         b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)
@@ -201,7 +202,7 @@ def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr,
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.constexpr):
-    """Gradients of a block of token keys and values, over all query heads that use them."""
+    """Compute gradients of a block of token keys and values, over all query heads that use them."""
     sizes = Lengths(N, M, P)
     blocks = tl.cdiv(M, T.BN)
     kv_heads = a.heads // a.group
@@ -230,7 +231,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
 
 @triton.jit
 def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """What queries [start, end) of all heads of the group add. INSIDE: they see all of the keys.
+    """Add the share of queries [start, end) of all heads of the group. INSIDE: they see all of the keys.
 
     All heads in one loop, not one in another: that takes fewer registers, and loads run ahead from head to head.
     """
@@ -244,7 +245,7 @@ def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.cons
 
 @triton.jit
 def advance_block(h, block, blocks):
-    """The next of the ``blocks`` of queries of a head, or the first of the next head."""
+    """Return the next of the ``blocks`` of queries of a head, or the first of the next head."""
     following = block + 1
     return tl.where(following < blocks, h, h + 1), tl.where(following < blocks, following, 0)
 
@@ -253,8 +254,9 @@ def advance_block(h, block, blocks):
 def add_block(
     sums, keys, b, h, i0, do, dk, dv, p_rows, a, sizes, T: tl.constexpr, PREFIX: tl.constexpr, INSIDE: tl.constexpr
 ):
-    """What a block of queries adds to the gradients of keys, the prefix's or tokens'. Tiles are [keys, queries]: what a
-    key that is not there makes is garbage, but in a row of its own, which is not stored.
+    """Add a block of queries to the gradients of keys, the prefix's or tokens'.
+
+    Tiles are [keys, queries]. A missing key makes garbage, but in its row alone, which is not stored.
     """
     own: tl.constexpr = PREFIX and a.og.pointer is not None  # the prefix has a softmax of its own
     at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j)
@@ -279,8 +281,9 @@ def add_block(
 
 @triton.jit(do_not_specialize=["N", "M", "P", "tiles", "chunk", "batch"])
 def prefix_attention_bwd_dprefix_kernel(a, do, dpk, dpv, p_rows, N, M, P, tiles, chunk, batch, T: tl.constexpr):
-    """Gradients of a block of prefix keys and values, over one chunk of the tiles of queries that share them: those of
-    all rows of the batch (of one, where each has its own prefix) and of all heads of the group, one after another.
+    """Compute gradients of a block of prefix keys and values, over one chunk of the tiles of queries that share them.
+
+    These are the tiles of all rows of the batch (of one, where each has its own prefix) and of all heads of the group.
     """
     sizes = Lengths(N, M, P)
     prefix_blocks = tl.cdiv(P, T.BP)

@@ -39,7 +39,7 @@ def prefix_attention_decode_kernel(
     chunk,
     T: tl.constexpr,
 ):
-    """One part of the keys for a tile of queries: weighted sums of values [part, b, h, i, DV], maxima and sums."""
+    """Attend from a tile of queries to one part of the keys: weighted sums [part, b, h, i, DV], maxima and sums."""
     sizes = Lengths(N, M, P)
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
@@ -62,14 +62,14 @@ def prefix_attention_decode_kernel(
 
 @triton.jit
 def locate(pid, parts, tiles, kv_heads):
-    """Part of the keys, tile of queries, key/value head and row of the batch of a program."""
+    """Return the part of the keys, tile of queries, key/value head and row of the batch of a program."""
     return pid % parts, pid // parts % tiles, pid // parts // tiles % kv_heads, pid // parts // tiles // kv_heads
 
 
 @triton.jit
 def load_queries(tile, rows, b0, hk, a, sizes, T: tl.constexpr):
-    """A tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on; and which are
-    there.
+    """Load a tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on, and their
+    mask.
     """
     r = tile * T.BM + tl.arange(0, T.BM)[:, None]
     o_r = tl.minimum(r, rows - 1)
@@ -117,7 +117,7 @@ def prefix_attention_combine_kernel(
 
 @triton.jit
 def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, sizes, T: tl.constexpr, BS: tl.constexpr):
-    """Output [DVP], maximum and sum [1] of parts [start, end); the sink belongs to the tokens' softmax."""
+    """Join parts [start, end): output [DVP], maximum and sum [1]. The sink belongs to the tokens' softmax."""
     o_d = tl.arange(0, T.DVP)[None, :]
     b_acc = tl.zeros([o_d.shape[1]], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)

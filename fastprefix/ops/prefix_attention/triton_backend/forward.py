@@ -56,7 +56,7 @@ def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
 
 @triton.jit
 def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
-    """Scores [BM, BP] of prefix keys p0, p0 + 1, ..., and what their probabilities are multiplied by."""
+    """Compute scores [BM, BP] of prefix keys p0, p0 + 1, ..., and the factors of their probabilities."""
     at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
     b_pk = load_block(a.pk, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.D, T.DP)
     b_gate = load_prefix_gate(at, a, sizes)
@@ -66,7 +66,7 @@ def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
-    """Prefix keys [start, end) join the softmax."""
+    """Add prefix keys [start, end) to the softmax."""
     for p0 in tl.range(start, end, T.BP):
         b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
         b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
@@ -79,7 +79,7 @@ def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def sum_prefix(queries, a, sizes, T: tl.constexpr):
-    """Maximum and sum [BM] of the prefix scores alone."""
+    """Compute the maximum and sum [BM] of the prefix scores alone."""
     b_m = tl.full([queries.q.shape[0]], float("-inf"), tl.float32)
     b_l = tl.zeros([queries.q.shape[0]], tl.float32)
     for p0 in tl.range(0, sizes.P, T.BP):
@@ -102,8 +102,9 @@ def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def attend_band(sums, queries, i0, i1, start, end, a, sizes, T: tl.constexpr):
-    """Those of the token keys [start, end) that queries [i0, i1) see join the softmax; a block that none sees is
-    skipped, and one that all see needs no comparisons.
+    """Add those of the token keys [start, end) that queries [i0, i1) see to the softmax.
+
+    A block that none sees is skipped, and one that all see needs no comparisons.
     """
     lo, inner_lo, inner_hi, hi = find_keys(a, i0, i1, sizes, T.BN)
     lo, hi = tl.maximum(lo, start), tl.minimum(hi, end)
@@ -116,7 +117,7 @@ def attend_band(sums, queries, i0, i1, start, end, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def attend_tokens(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """Token keys [start, end) join the softmax. INSIDE: all of them are there, and all queries see them."""
+    """Add token keys [start, end) to the softmax. INSIDE: all of them are there, and all queries see them."""
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
         b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)

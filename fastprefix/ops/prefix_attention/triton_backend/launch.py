@@ -20,7 +20,7 @@ _PARTS_BLOCK = 16
 
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, N, Dv], and what normalised the probabilities (``AttentionArguments.normalizers_shape``)."""
+    """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
     a = AttentionArguments(*arguments)
     launcher = _Launcher(a, target or target_of(a.query.device))
     output = allocate_heads(a.query, launcher.DV)
@@ -42,7 +42,7 @@ def backward(
     *arguments: Any,
     target: Target | None = None,
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = AttentionArguments(*arguments)
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
     if not needs:
@@ -104,7 +104,9 @@ class _Launcher:
         self._variant = _find_variant(self.operands)
 
     def find_tile(self, name: str) -> AttentionTile:
-        """The table's, with no larger a block of prefix keys than a short prefix fills, where it is but an operand."""
+        """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
+        operand.
+        """
         tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.P))))
@@ -120,7 +122,7 @@ class _Launcher:
         self.target.launch(kernel, grid, arguments, constants, tile)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
-        """Few queries, many keys: parts of the keys side by side, then joined."""
+        """Attend from few queries to many keys, in parts of the keys side by side that are then joined."""
         tile = self.find_tile("decode")
         queries = self.H // self.kv_heads * self.N
         shared = self.a.prefix_key.shape[0] == 1
@@ -141,7 +143,7 @@ class _Launcher:
         self.launch("combine", grid, self.operands, *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
-        """How many parts, and how many keys in each: enough programs to fill the device, and no empty ones."""
+        """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
         blocks = divide_up(keys, block)
         wanted = min(_MOST_PARTS, 2 * divide_up(self.target.processors, max(1, tiles)))
         chunk = divide_up(max(1, blocks), max(1, min(wanted, blocks))) * block
@@ -173,14 +175,14 @@ class _BackwardLauncher(_Launcher):
         self.gradients: dict[str, Tensor] = {}
 
     def _allocate_result(self, name: str) -> Tensor | None:
-        """An uninitialised gradient, where it is asked for."""
+        """Allocate a gradient, uninitialized, if it is requested."""
         if name not in self._needs:
             return None
         self.gradients[name] = allocate_gradient(getattr(self.a, name))
         return self.gradients[name]
 
     def _allocate_part(self, name: str, *shape: int) -> Tensor | None:
-        """Float32 sums of programs, where the gradient is asked for."""
+        """Allocate float32 sums of programs, where the gradient is asked for."""
         return self.allocate_floats(*shape) if name in self._needs else None
 
     def _store_sum(self, name: str, total: Tensor | None) -> None:
@@ -190,7 +192,7 @@ class _BackwardLauncher(_Launcher):
             result.copy_(total.sum_to_size(result.shape))
 
     def find_delta(self) -> None:
-        """What every other step needs, and the gradients of the output gate and the sinks."""
+        """Compute what every other step needs, and the gradients of the output gate and the sinks."""
         blocks = divide_up(self.N, self.find_tile("delta").BM)
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
@@ -202,7 +204,7 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
     def differentiate_queries(self) -> None:
-        """Gradients of query and prefix gate; where query needs none, no token is touched."""
+        """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
         by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
@@ -220,14 +222,14 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("prefix_gate", dgate)
 
     def differentiate_keys(self) -> None:
-        """Gradients of key and value."""
+        """Compute gradients of key and value."""
         dk, dv = self._allocate_result("key"), self._allocate_result("value")
         grid = (self.B * self.kv_heads * divide_up(self.M, self.find_tile("dkv").BN),)
         arguments = (self._do, *(ABSENT if x is None else describe_matrix(x) for x in (dk, dv)), self._rows)
         self.launch("dkv", grid, self.operands, *arguments, *self.sizes)
 
     def differentiate_prefix(self) -> None:
-        """Gradients of prefix_key and prefix_value: one tall problem for each key/value head, in parts if long."""
+        """Compute gradients of prefix_key and prefix_value: a tall problem per key/value head, in parts if long."""
         batch = self.a.prefix_key.shape[0]
         tile = self.find_tile("dprefix")
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)
@@ -247,7 +249,9 @@ class _BackwardLauncher(_Launcher):
                     self.launch("sum", grid, result, part.pointer, *sizes, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
-        """The result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory layout."""
+        """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory
+        layout.
+        """
         if result is None or parts == 1:
             return ABSENT if result is None else describe_matrix(result)
         batch, heads, length, size = result.shape

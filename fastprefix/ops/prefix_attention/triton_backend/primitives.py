@@ -21,7 +21,7 @@ LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
 
 @triton.jit
 def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
-    """The keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
+    """Find the keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.M, sizes.M
     if a.far is not None:
@@ -35,7 +35,7 @@ def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
 
 @triton.jit
 def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
-    """The queries that see keys [j0, j1): first, first that sees all, end of those that see all, end; in blocks."""
+    """Find the queries that see keys [j0, j1): first, first that sees all, end of those that do, end; in blocks."""
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.N, sizes.N
     if a.near is not None:
@@ -52,7 +52,7 @@ def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
 
 @triton.jit
 def find_row(operand, b, h, n):
-    """Where rows begin, in 64 bits; dimensions that broadcast do not enter."""
+    """Find where rows begin, in 64 bits. Dimensions that broadcast do not enter."""
     pointer = operand.pointer
     if operand.b is not None:
         pointer += tl.cast(b, tl.int64) * operand.b
@@ -65,7 +65,7 @@ def find_row(operand, b, h, n):
 
 @triton.jit
 def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
+    """Find addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
     o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     return find_row(operand, b, h, n0) + (o_n * operand.n + o_d * operand.c)
@@ -75,8 +75,9 @@ def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_block(
     operand, b, h, n0, end, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr = False
 ):
-    """Rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP]: zero from row ``end`` on (with ALL, no row is), and
-    beyond column D.
+    """Load rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP].
+
+    The tile is zero from row ``end`` on (with ALL, no row is), and beyond column D.
     """
     p_block = find_block(operand, b, h, n0, ROWS, DP)
     there = tl.arange(0, ROWS)[:, None] < end - n0
@@ -102,13 +103,13 @@ def store_block(operand, b, h, n0, end, b_x, D: tl.constexpr):
 
 @triton.jit
 def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums to begin with."""
+    """Make sums to begin with."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
 def load_entry(operand, b, h, n, c):
-    """Elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
+    """Load elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
     pointer = find_row(operand, b, h, n)
     if operand.c is not None:
         pointer += c.to(tl.int64) * operand.c
@@ -117,7 +118,7 @@ def load_entry(operand, b, h, n, c):
 
 @triton.jit
 def find_numbers(p_numbers, index, plane, a, sizes):
-    """Where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
+    """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
     return p_numbers + (index * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N
 
 
@@ -126,7 +127,7 @@ def find_numbers(p_numbers, index, plane, a, sizes):
 
 @triton.jit
 def convert_natural(x, a):
-    """A natural score in the unit of the kernels."""
+    """Convert a natural score to the unit of the kernels."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         return x
     else:
@@ -135,13 +136,13 @@ def convert_natural(x, a):
 
 @triton.jit
 def compute_decay(x):
-    """e^(-2 |x|)."""
+    """Compute e^(-2 |x|)."""
     return tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
 
 
 @triton.jit
 def tanh(x, a):
-    """In float32 by its series near zero, where the quotient would lose digits; 16 bits do not show them."""
+    """Compute tanh. In float32 it is a series near zero, where the quotient loses digits; 16 bits do not show them."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         e = compute_decay(x)
         quotient = (1.0 - e) / (1.0 + e)
@@ -154,7 +155,7 @@ def tanh(x, a):
 
 @triton.jit
 def cap_scores(b_qk, b_gate, a):
-    """From <q, k> to scores: gate, scale, soft cap."""
+    """Compute scores from <q, k>: gate, scale, soft cap."""
     if a.softcap is None:
         return b_qk * b_gate * convert_natural(a.scale, a)
     else:
@@ -163,7 +164,7 @@ def cap_scores(b_qk, b_gate, a):
 
 @triton.jit
 def differentiate_cap(b_ds, b_qk, b_gate, a):
-    """Gradient of the scores before the soft cap, from that after it.
+    """Compute the gradient of the scores before the soft cap from that after it.
 
     In float32 its slope, 1 - tanh^2, is not computed as a difference: that loses its digits where tanh is almost 1.
     """
@@ -184,7 +185,7 @@ def make_no_gate():
 
 @triton.jit
 def load_prefix_gate(at, a, sizes):
-    """The gate of prefix keys, for each query where it differs; 1 where there is none."""
+    """Load the gate of prefix keys, for each query where it differs, or 1 without a gate."""
     i, p = tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
@@ -199,7 +200,7 @@ def load_prefix_gate(at, a, sizes):
 
 @triton.jit
 def load_output_gate(a, b, h):
-    """The gate of the prefix's own softmax; 1 with a joint softmax."""
+    """Load the gate of the prefix's own softmax, or 1 with a joint softmax."""
     if a.og.pointer is None:
         return make_no_gate()
     else:
@@ -208,14 +209,16 @@ def load_output_gate(a, b, h):
 
 @triton.jit
 def load_sink(a, h):
-    """The score of a head's sink."""
+    """Load the score of a head's sink."""
     return convert_natural(load_entry(a.sinks, h, h, h, h).to(tl.float32), a)
 
 
 @triton.jit
 def load_bias(bias, b, h, i, j, a):
-    """Elements of a bias. The least finite numbers, which masks are made of, stay finite in the unit of the kernels:
-    where a row has nothing else, they hide nothing.
+    """Load elements of a bias.
+
+    The least finite numbers, which masks are made of, stay finite in the unit of the kernels: where a row has nothing
+    else, they hide nothing.
     """
     b_x = load_entry(bias, b, h, i, j).to(tl.float32)
     b_bias = convert_natural(b_x, a)
@@ -256,8 +259,10 @@ def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
 
 @triton.jit
 def draw_kept(at, a, TOKENS: tl.constexpr):
-    """What dropout multiplies by. Four words of a counter decide for two queries and two keys, 8 apart: a thread has
-    those four in its registers, so the compiler can draw once for all of them.
+    """Draw the factors of dropout.
+
+    Four words of a counter decide for two queries and two keys, 8 apart: a thread has those four in its registers, so
+    the compiler can draw once for all of them.
     """
     if a.seed is None:
         return make_no_gate()
@@ -275,7 +280,7 @@ def draw_kept(at, a, TOKENS: tl.constexpr):
 
 @triton.jit
 def exponentiate(b_x, a):
-    """e to the power of a difference of scores."""
+    """Compute e to the power of a difference of scores."""
     if a.q.pointer.dtype.element_ty == tl.float32:
         # x = n ln 2 + r: the product with log2(e) is rounded where it is small.
         b_x = tl.where(b_x < -150.0, -150.0, b_x)
@@ -288,13 +293,13 @@ def exponentiate(b_x, a):
 
 @triton.jit
 def bound_maximum(b_m):
-    """The largest score, or 0 in a row that has seen nothing."""
+    """Return the largest score, or 0 in a row that has seen nothing."""
     return tl.where(b_m == float("-inf"), 0.0, b_m)
 
 
 @triton.jit
 def invert(b_l):
-    """1 / l, and 0 where nothing was seen."""
+    """Compute 1 / l, and 0 where nothing was seen."""
     return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
 
 
@@ -306,8 +311,9 @@ def start_sums(BM: tl.constexpr, DVP: tl.constexpr):
 
 @triton.jit
 def step_softmax(b_s, factor, b_m, b_l, a):
-    """One step of the online softmax over scores ``b_s * factor``, of which the factor is positive: probabilities
-    against the new maximum, what older sums decay by, the new maximum and sum.
+    """Run one step of the online softmax over scores ``b_s * factor``, of which the factor is positive.
+
+    It returns probabilities against the new maximum, the decay of older sums, the new maximum and sum.
     """
     b_max = tl.maximum(b_m, tl.max(b_s, 1) * factor)
     b_p = exponentiate(b_s * factor - bound_maximum(b_max)[:, None], a)
@@ -317,7 +323,7 @@ def step_softmax(b_s, factor, b_m, b_l, a):
 
 @triton.jit
 def add_sink(sums, a, h):
-    """A sink joins the sum, and adds nothing to the output."""
+    """Add a sink to the sum. It adds nothing to the output."""
     if a.sinks.pointer is None:
         return sums
     else:
@@ -330,15 +336,16 @@ def add_sink(sums, a, h):
 
 @triton.jit
 def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, sizes):
-    """Maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
+    """Store the maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
     tl.store(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, b_m, mask=there)
     tl.store(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, b_l, mask=there)
 
 
 @triton.jit
 def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
-    """Reference and inverse of rows i: maximum and 1 / sum, or, which saves a product for every pair, the log-sum-exp
-    and 1. In 16 bits its rounding is nothing, unless a bias can make scores huge.
+    """Load the reference and the inverse of rows i: maximum and 1 / sum, or the log-sum-exp and 1.
+
+    The latter saves a product for every pair. In 16 bits its rounding is nothing, unless a bias can make scores huge.
     """
     b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
     b_l = tl.load(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
@@ -351,7 +358,7 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
 
 @triton.jit
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
-    """What the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where there is an inverse."""
+    """Store what the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where an inverse is stored."""
     if a.exact is None:
         tl.store(find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
         tl.store(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)
@@ -363,7 +370,7 @@ def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, si
 
 @triton.jit
 def load_rows(p_rows, softmax, plane, i, a, sizes):
-    """Of rows i; those that are not there have probabilities of 0."""
+    """Load what the backward pass knows of rows i. Those that are not there have probabilities of 0."""
     if a.exact is None:
         b_reference = tl.load(
             find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
@@ -379,7 +386,7 @@ def load_rows(p_rows, softmax, plane, i, a, sizes):
 
 @triton.jit
 def compute_probability(b_s, b_reference, b_inverse, a):
-    """Of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
+    """Compute the probability of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
     if a.exact is None:
         return exponentiate(b_s - b_reference, a)
     else:

@@ -14,35 +14,35 @@ VARYING = ["stride_ids_b", "B", "N", "S", "rows", "blocks"]
 
 @triton.jit
 def load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N):
-    """Ids in 64 bits; 0 where there is no token."""
+    """Load ids in 64 bits, which are 0 beyond the tokens."""
     p = p_ids + (o_t // N).to(tl.int64) * stride_ids_b + (o_t % N).to(tl.int64) * stride_ids_n
     return tl.load(p, mask=there, other=0).to(tl.int64)
 
 
 @triton.jit
 def load_tile(p, o_row, stride_row, stride_column, o_c, there, d):
-    """Rows ``o_row`` (64 bits), columns ``o_c``; 0 where there is nothing."""
+    """Load rows ``o_row`` (64 bits) and columns ``o_c``, which are 0 beyond the matrix."""
     p_tile = p + (o_row * stride_row)[:, None] + o_c.to(tl.int64)[None, :] * stride_column
     return tl.load(p_tile, mask=there[:, None] & (o_c < d)[None, :], other=0.0)
 
 
 @triton.jit
 def load_w1(p_w1, o_c, o_j, d, r):
-    """[BD, RP]"""
+    """Load a tile of w1, [BD, RP]."""
     there = (o_c < d)[:, None] & (o_j < r)[None, :]
     return tl.load(p_w1 + o_c.to(tl.int64)[:, None] * r + o_j[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def load_w2(p_w2, o_j, o_c, d, r):
-    """[RP, BD]"""
+    """Load a tile of w2, [RP, BD]."""
     there = (o_j < r)[:, None] & (o_c < d)[None, :]
     return tl.load(p_w2 + o_j.to(tl.int64)[:, None] * d + o_c[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def draw_factors(p_seed, o_t, o_j, N, drop_below, keep):
-    """What dropout multiplies hidden units by [BT, RP]; the counter is (hidden unit, position, row of the batch)."""
+    """Draw dropout factors of hidden units [BT, RP]. The counter is (hidden unit, position, row of the batch)."""
     zero = tl.zeros((o_t.shape[0], o_j.shape[0]), tl.int32)
     word, _, _, _ = tl.philox(
         tl.load(p_seed), o_j[None, :] + zero, (o_t % N)[:, None] + zero, (o_t // N)[:, None] + zero, zero
@@ -52,7 +52,7 @@ def draw_factors(p_seed, o_t, o_j, N, drop_below, keep):
 
 @triton.jit
 def copy_prompt(p_prompt, p_out, block, B, N, S, d, BT: tl.constexpr, BD: tl.constexpr):
-    """Prompt rows to the front of every row of the batch; ``block`` counts blocks of the B * S rows."""
+    """Copy prompt rows to the front of every row of the batch. ``block`` counts blocks of the B * S rows."""
     o_row = block * BT + tl.arange(0, BT)
     there = o_row < B * S
     o_from = (o_row % S).to(tl.int64)
@@ -70,7 +70,7 @@ def prompt_embedding_fwd_kernel(
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """PT (no w1) and ADePT. The first programs take BT tokens each, the others BT rows of the prompt."""
+    """Embed tokens for PT (no w1) and ADePT. The first programs run BT tokens each, the others BT prompt rows."""
     block = tl.program_id(0)
     token_blocks = tl.cdiv(B * N, BT)
     if block >= token_blocks:
@@ -108,7 +108,7 @@ def prompt_embedding_low_rank_fwd_kernel(
     B, N, S, d, r, scale, rows,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """DePT: a program takes BT positions of ``rows`` rows of the batch, which share the offsets; or prompt rows."""
+    """Embed tokens for DePT: BT positions of ``rows`` rows of the batch, with one offset, or prompts."""
     block = tl.program_id(0)
     position_blocks = tl.cdiv(N, BT)
     token_blocks = position_blocks * tl.cdiv(B, rows)
@@ -141,7 +141,7 @@ def prompt_embedding_bwd_hidden_kernel(
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """z = relu(h) and dh of BT tokens and RP hidden units, [B * N, r] float32."""
+    """Compute z = relu(h) and dh of BT tokens and RP hidden units, [B * N, r] float32."""
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     there = o_t < B * N
     o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
@@ -176,8 +176,9 @@ def prompt_embedding_bwd_weights_kernel(
     B, N, S, d, r, blocks,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """dw1 [d, r], dw2 [d, r] (transposed) and db2 [d], less the scale, summed over ``blocks`` blocks of BT tokens: a
-    part for each second index of the grid, float32. The third index counts parts of the hidden units.
+    """Compute dw1 [d, r], dw2 [d, r] (transposed) and db2 [d], less the scale, over ``blocks`` blocks of BT tokens.
+
+    The result is a float32 part for each second index of the grid. The third index counts parts of the hidden units.
     """
     o_c = tl.program_id(0) * BD + tl.arange(0, BD)
     part = tl.program_id(1).to(tl.int64)

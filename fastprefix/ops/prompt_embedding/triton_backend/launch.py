@@ -21,7 +21,7 @@ _PARTS = 32  # of the tokens, in the sums of the backward pass
 
 
 def forward(*arguments: Any, target: Target | None = None) -> Tensor:
-    """[B, S + N, d]."""
+    """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
     target = target or target_of(a.weight.device)
     check_ids(a.input_ids, a.weight.shape[0])
@@ -52,7 +52,7 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
 def backward(
     grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any, target: Target | None = None
 ) -> list[Tensor]:
-    """The gradients asked for, in the order of ``DIFFERENTIABLE``."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = EmbeddingArguments(*arguments)
     target = target or target_of(a.weight.device)
     needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}

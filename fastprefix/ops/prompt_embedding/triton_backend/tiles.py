@@ -17,7 +17,7 @@ class EmbeddingTile(NamedTuple):
 
 
 def _padded(r: int) -> int:
-    """A power of two, which matrix instructions can take."""
+    """Return the next power of two that matrix instructions support."""
     return max(16, 1 << (r - 1).bit_length())
 
 
