@@ -674,7 +674,7 @@ def make_small_copy(
         built = False
         try:
             candidate = shrink_config(config, scale, whole)
-            if model_class is not None and scale.head_size is not None:
+            if scale.head_size is not None:
                 _add_sections(candidate, model_class, scale.head_size)
             with torch.device("meta"):
                 size = build_model(candidate, model_class).num_parameters()
@@ -884,9 +884,9 @@ def _split_sections(sections: list[int], pairs: int) -> list[int]:
     return small if small[single] > 0 else [pairs, *(0 for _ in sections[1:])]
 
 
-def _add_sections(config: Any, model_class: type[PreTrainedModel], head_size: int) -> None:
+def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_size: int) -> None:
     """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
-    modules = {model_class.__module__, *(type(part).__module__ for part in list_configs(config))}
+    modules = {each.__module__ for each in (model_class, *map(type, list_configs(config))) if each is not None}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
     found = next(filter(None, (_DEFAULT_SECTIONS.search(_source(name)) for name in sorted(names))), None)
     if found is None:
@@ -942,6 +942,8 @@ def _shrink_signals(config: Any) -> None:
     for name in ("image_size", "crop_size"):
         if sizes.get(name, 0) > side:
             setattr(config, name, side)
+    if "image_embedding_size" in sizes and "patch_size" in sizes:
+        config.image_embedding_size = config.image_size // config.patch_size
     for name in ("num_frames", "frames_per_clip"):
         if "patch_size" in vars(config) and sizes.get(name, 0) > _FRAMES:
             setattr(config, name, _FRAMES)

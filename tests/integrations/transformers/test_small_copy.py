@@ -7,7 +7,14 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.discovery import CONTEXT, WINDOW, CopyError, make_small_copy, shrink_config
+from fastprefix.integrations.transformers.discovery import (
+    CONTEXT,
+    WINDOW,
+    CopyError,
+    find_running_inputs,
+    make_small_copy,
+    shrink_config,
+)
 
 
 def config_of(family: str, **options: Any) -> Any:
@@ -59,6 +66,58 @@ def test_sections_of_positions_add_up() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     small = shrink_config(config_of("qwen2_vl_text", rope_parameters=rope))
     assert small.rope_parameters["mrope_section"] == [2, 3, 3]
+
+
+def test_sections_of_equal_size_stay_equal() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [22, 22, 20]}
+    small = shrink_config(config_of("qwen2_vl_text", rope_parameters=rope))
+    assert small.rope_parameters["mrope_section"] == [2, 2, 4]
+
+
+def test_rotated_columns_are_a_part_of_a_latent_attention() -> None:
+    small = shrink_config(config_of("mistral4"))
+    assert small.head_dim == small.qk_nope_head_dim + small.qk_rope_head_dim
+    assert small.rope_parameters["partial_rotary_factor"] * small.head_dim == small.qk_rope_head_dim
+
+
+def test_a_state_space_fits_its_width() -> None:
+    small = shrink_config(config_of("falcon_h1"))
+    assert small.mamba_d_ssm == small.mamba_n_heads * small.mamba_d_head == small.mamba_expand * small.hidden_size
+
+
+def test_widths_that_follow_from_others() -> None:
+    zamba = shrink_config(config_of("zamba2"))
+    assert zamba.attention_hidden_size == 2 * zamba.hidden_size
+    detr = shrink_config(config_of("rt_detr"))
+    assert detr.decoder_in_channels == 3 * [detr.encoder_hidden_dim]
+    assert detr.backbone_config.embedding_size == 64
+    mimi = shrink_config(config_of("mimi"))
+    assert mimi.upsample_groups == mimi.hidden_size
+    dbrx = shrink_config(config_of("dbrx"))
+    assert dbrx.ffn_config.hidden_size == dbrx.d_model
+    sam = shrink_config(config_of("sam"))
+    assert sam.prompt_encoder_config.image_embedding_size == sam.vision_config.image_size // 16
+
+
+def test_layers_may_be_listed_without_a_count() -> None:
+    small = shrink_config(config_of("nemotron_h"))
+    assert len(small.layers_block_type) == len(set(small.layers_block_type))
+
+
+def test_layers_that_share_weights_are_kept_twice() -> None:
+    model = make_small_copy(config_of("zamba"))
+    assert model.config.layers_block_type.count("hybrid") == 2
+
+
+def test_a_vocabulary_keeps_words_of_every_kind() -> None:
+    words = {f"IMGIMG{i}Z": i for i in range(4, 8196)} | {"<image>": 8711} | {f"w{i}": i for i in range(8712, 65536)}
+    small = shrink_config(config_of("chameleon", vocabulary_map=words))
+    places = small.vocabulary_map
+    assert places["<image>"] == small.image_token_id
+    assert len(set(places.values())) == len(places)
+    assert max(places.values()) < small.vocab_size
+    images = [word for word in places if word.startswith("IMG")]
+    assert 0 < len(images) < len(places) / 4
 
 
 def test_every_kind_of_layer_is_kept() -> None:
@@ -137,3 +196,36 @@ def test_families_of_each_kind_are_copied(family: str) -> None:
     if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
     assert make_small_copy(config_of(family)).num_parameters() < 5_000_000
+
+
+@pytest.mark.parametrize("family", ["blt", "csm", "glm46v", "janus", "kimi_linear"])
+def test_what_is_beside_the_layers_is_small(family: str) -> None:
+    if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {family}")
+    assert make_small_copy(config_of(family)).num_parameters() < 10_000_000
+
+
+REQUIRED: dict[str, set[str]] = {
+    "blip_2_qformer": {"query_embeds", "encoder_hidden_states"},
+    "decision_transformer": {"states", "actions", "rewards", "returns_to_go", "timesteps"},
+    "fun_asr_nano_encoder": {"input_features", "input_features_mask"},
+    "idefics": {"input_ids", "pixel_values", "image_attention_mask"},
+    "kimi_k25_vision": {"pixel_values", "grid_thw"},
+    "mimi_decoder": {"latents"},
+    "minicpmv4_7_vision": {"pixel_values", "target_sizes"},
+    "muse_glimmer_assistant": {"noise_embeds", "context_hidden_states"},
+    "qwen3_asr_encoder": {"input_features", "input_features_mask"},
+    "siglip2": {"input_ids", "pixel_values", "pixel_attention_mask", "spatial_shapes"},
+    "timesfm2_5": {"past_values"},
+    "udop": {"input_ids", "bbox", "decoder_input_ids", "use_cache"},
+    "voxtral_realtime": {"input_ids", "input_features"},
+}
+
+
+@pytest.mark.parametrize("family", REQUIRED)
+def test_required_inputs_are_known(family: str) -> None:
+    names = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+    if family not in names:
+        pytest.skip(f"this version of transformers has no {family}")
+    model = make_small_copy(config_of(family), getattr(transformers, str(names[family])))
+    assert set(find_running_inputs(model)) == REQUIRED[family]
