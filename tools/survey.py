@@ -1,4 +1,9 @@
-"""What the surveys of ``transformers``' families have in common: a row for each, in a CSV that can be resumed."""
+"""Survey which families of ``transformers`` each kind of method works on: ``python -m tools.survey prefix --csv FILE``.
+
+Every family is built small, with random weights, short sliding windows and one layer of every kind, and gets a method
+of three virtual tokens with the conformance check. A survey appends a row for each family to a CSV, and can be resumed;
+``python -m tools.survey table DIRECTORY --out FILE`` makes one page of the CSVs of all surveys.
+"""
 
 import argparse
 import csv
@@ -6,23 +11,25 @@ import gc
 import logging
 import signal
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 
 import fastprefix
 from fastprefix.integrations.transformers.conformance import ConformanceReport, Float64, list_reports
 from fastprefix.integrations.transformers.discovery import CopyError, list_configs, make_small_copy
 from fastprefix.methods import MethodConfig
 
-SECONDS = 60
+SECONDS = 180
 UNSET: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "blip-2": {"image_token_index": 1},
@@ -93,74 +100,6 @@ class Outcome:
     error: float = 0.0
     notes: str = ""
 
-    def row(self) -> str:
-        """Return a row of the report's table."""
-        error = f"{self.error:.1e}" if self.situations else ""
-        cells = (self.family, self.verdict, str(self.situations or ""), error, self.why, self.notes)
-        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A tool: what it looks at, and what its report says of that."""
-
-    description: str
-    title: str
-    how: str
-    families: Mapping[str, str]  # model types, and the class of their model
-    survey: Callable[[str, str], Outcome]
-
-    def main(self) -> int:
-        """Survey, print, write; return 1 if a family fails in a way that nothing expects."""
-        parser = argparse.ArgumentParser(description=self.description)
-        parser.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
-        parser.add_argument("--out", type=Path, help="write a report of all rows here, as Markdown")
-        parser.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
-        parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
-        options = parser.parse_args()
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore")
-        part, of = map(int, options.part.split("/"))
-        known = {outcome.family: outcome for outcome in read(options.csv)}
-        for family in (options.family or list(self.families))[part::of]:
-            if family not in known:
-                known[family] = self.one(family)
-                print(known[family].row(), flush=True)
-                append(options.csv, known[family])
-                gc.collect()  # models are cycles, and large
-        text = "\n".join(self.document(sorted(known.values(), key=lambda outcome: outcome.family))) + "\n"
-        print(text.splitlines()[4])
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(text, encoding="utf-8")
-        return int(any(outcome.verdict == "FAILED" for outcome in known.values()))
-
-    def one(self, family: str) -> Outcome:
-        """Survey one family, whatever comes."""
-        name = self.families[family]
-        try:
-            with time_limit(3 * SECONDS):
-                return self.survey(family, name)
-        except CopyError as error:
-            return Outcome(family, name, "not run" if error.built else "not built", one_line(error))
-        except (ImportError, TimeoutError) as error:
-            return Outcome(family, name, "not built", one_line(error))
-        except Exception as error:
-            return Outcome(family, name, "FAILED", one_line(error))
-
-    def document(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
-        """Yield the lines of the report, as Markdown."""
-        counts = Counter(outcome.verdict for outcome in outcomes)
-        yield f"# {self.title}"
-        yield ""
-        yield f"transformers {transformers.__version__}, PyTorch {torch.__version__}. {self.how}"
-        yield ""
-        yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + "."
-        yield ""
-        yield "| family | verdict | situations | largest error | why | refused or failing situations |"
-        yield "|---|---|---:|---:|---|---|"
-        yield from (outcome.row() for outcome in outcomes)
-
 
 def read(path: Path | None) -> list[Outcome]:
     """Return the rows of a CSV; none if there is no such file."""
@@ -185,8 +124,8 @@ def append(path: Path | None, outcome: Outcome) -> None:
         writer.writerow(astuple(outcome))
 
 
-def surveyed(family: str, class_name: str, config: MethodConfig, **options: Any) -> Outcome:
-    """Attach a method to a small model of a family, with the check, and return what became of it."""
+def survey_method(family: str, class_name: str, config: MethodConfig, **options: Any) -> Outcome:
+    """Attach a method to a small model of a family, with the check."""
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         return Outcome(family, class_name, "not built", "transformers does not export the class")
@@ -229,7 +168,7 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
 
 def one_line(error: BaseException) -> str:
     """Format an error for a cell of a table."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:240].replace("|", "/")
+    return " ".join(f"{type(error).__name__}: {error}".split())[:240]
 
 
 class _Stopped(BaseException):
@@ -252,3 +191,153 @@ def time_limit(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)
+
+
+def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
+    """Accelerate a method of PEFT on a small model of a family, with the check, whose yardstick is PEFT alone."""
+    import peft
+
+    try:
+        with Float64():
+            base = small_model(family, class_name, is_decoder=family in ("bert", "roberta"))
+            task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+            config = getattr(peft, config_name)(task_type=task, num_virtual_tokens=3)
+            model: Any = peft.get_peft_model(base, config).double().eval()
+            run_peft(model)
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return Outcome(family, class_name, "fails with PEFT alone", one_line(error))
+    try:
+        fastprefix.accelerate(model)
+    except ValueError as error:
+        return Outcome(family, class_name, "refused", one_line(error))
+    return outcome_of(family, class_name, model.fastprefix.prompt_path, list_reports(base, model.peft_type.value)[-1])
+
+
+def run_peft(model: Any) -> None:
+    """Run a model of PEFT on a few tokens."""
+    ids = torch.arange(10, 14)[None]
+    decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoded)
+
+
+def list_families(*mappings: Mapping[str, Any]) -> dict[str, str]:
+    """Return model types and the class of the model of each, the first one where there are several."""
+    names = {family: name for mapping in mappings for family, name in mapping.items()}
+    return {family: name if isinstance(name, str) else name[0] for family, name in sorted(names.items())}
+
+
+class Survey(NamedTuple):
+    """Hold the families that a kind of method is tried on, and how."""
+
+    families: dict[str, str]
+    survey: Callable[[str, str], Outcome]
+
+    def run(self, family: str) -> Outcome:
+        """Survey one family, whatever comes."""
+        name = self.families[family]
+        try:
+            with time_limit(SECONDS):
+                return self.survey(family, name)
+        except CopyError as error:
+            return Outcome(family, name, "not run" if error.built else "not built", one_line(error))
+        except (ImportError, TimeoutError) as error:
+            return Outcome(family, name, "not built", one_line(error))
+        except Exception as error:
+            return Outcome(family, name, "FAILED", one_line(error))
+
+
+_MODELS, _DECODERS = modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+_SEEING = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+_HALVES = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+SURVEYS = {
+    "prefix": Survey(
+        list_families(_DECODERS, _MODELS), partial(survey_method, config=fastprefix.PrefixTuningConfig(3))
+    ),
+    "prompt": Survey(
+        list_families(_SEEING, _DECODERS),
+        partial(survey_method, config=fastprefix.PromptTuningConfig(3), is_decoder=True),
+    ),
+    "peft-prefix": Survey(
+        list_families(_SEEING, _HALVES, _DECODERS), partial(survey_peft, config_name="PrefixTuningConfig")
+    ),
+    "peft-prompt": Survey(
+        list_families(_SEEING, _HALVES, _DECODERS), partial(survey_peft, config_name="PromptTuningConfig")
+    ),
+}
+COLUMNS = {
+    "prefix": "prefix methods",
+    "prompt": "prompt methods",
+    "peft-prefix": "PEFT prefixes, accelerated",
+    "peft-prompt": "PEFT prompts, accelerated",
+}
+PAGE = """\
+# Which model families work
+
+transformers {transformers}, PyTorch {torch}. Every family is built small, in float64, and compared with the textbook
+(of PEFT's methods: with PEFT alone): values, and the gradients of everything that is trained, in up to 26 situations.
+
+- **works**: they agree to 1e-10, in as many situations as the number says. A prompt runs once for the whole batch.
+- **in every row**: the same, but a prompt runs in every row, because sharing it would give other numbers.
+- **refused**: `attach` or `accelerate` says why, and what to use instead.
+- **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
+
+The reasons are in [the CSV files]({folder}), one row for each family.
+
+{counts}
+
+{table}
+"""
+
+
+def write_table(folder: Path, out: Path) -> None:
+    """Write one page of the CSVs of all surveys."""
+    verdicts, counts = {}, {}
+    for kind, title in COLUMNS.items():
+        rows = pd.read_csv(folder / f"{kind}.csv").set_index("family").sort_index()
+        untried = rows.verdict.isin(["not built", "not run", "fails with PEFT alone"])
+        shown = rows.verdict.mask(untried, "not tried")
+        counts[title] = shown.value_counts()
+        served = shown.isin(["works", "in every row"])
+        verdicts[title] = shown.mask(served, shown + " (" + rows.situations.astype(str) + ")")
+    page = PAGE.format(
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        folder=folder.name,
+        counts=pd.DataFrame(counts).fillna(0).astype(int).to_markdown(),
+        table=pd.DataFrame(verdicts).fillna("").to_markdown(),
+    )
+    out.write_text(page, encoding="utf-8")
+
+
+def main() -> int:
+    """Survey, or write the table; return 1 if a family fails in a way that nothing expects."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition(":")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for kind in SURVEYS:
+        command = commands.add_parser(kind)
+        command.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
+        command.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
+        command.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
+    table = commands.add_parser("table")
+    table.add_argument("folder", type=Path, help="has the CSVs, named after the surveys")
+    table.add_argument("--out", type=Path, required=True, help="write the page here, as Markdown")
+    options = parser.parse_args()
+    if options.command == "table":
+        write_table(options.folder, options.out)
+        return 0
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    survey, (part, of) = SURVEYS[options.command], map(int, options.part.split("/"))
+    known = {outcome.family: outcome for outcome in read(options.csv)}
+    for family in (options.family or list(survey.families))[part::of]:
+        if family not in known:
+            known[family] = survey.run(family)
+            print(*filter(None, astuple(known[family])), sep=" | ", flush=True)
+            append(options.csv, known[family])
+            gc.collect()  # models are cycles, and large
+    return int(any(outcome.verdict == "FAILED" for outcome in known.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

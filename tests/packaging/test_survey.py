@@ -5,17 +5,16 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tools import survey_prefixes
-from tools.survey import Outcome, append, read
+from tools.survey import SURVEYS, Outcome, append, read, write_table
 
 SINCE = {"t5gemma2": (5, 20)}  # before, its encoder did not follow a second switch of the attention, so it is refused
 
 
 def surveyed(family: str) -> Outcome:
     version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-    if family not in survey_prefixes.families() or version < SINCE.get(family, version):
+    if family not in SURVEYS["prefix"].families or version < SINCE.get(family, version):
         pytest.skip(f"this version of transformers has no {family} that works")
-    return survey_prefixes.SURVEY.one(family)
+    return SURVEYS["prefix"].run(family)
 
 
 @pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit", "paligemma", "t5gemma2", "clip"])
@@ -35,3 +34,14 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
     for row in rows:
         append(tmp_path / "rows.csv", row)
     assert read(tmp_path / "rows.csv") == rows
+
+
+def test_the_page_has_a_column_for_every_survey(tmp_path: Path) -> None:
+    for kind in SURVEYS:
+        append(tmp_path / f"{kind}.csv", Outcome("llama", "LlamaModel", "works", "", 14, 1e-15))
+        append(tmp_path / f"{kind}.csv", Outcome("mamba", "MambaModel", "not run", "no attention"))
+    write_table(tmp_path, tmp_path / "families.md")
+    page = (tmp_path / "families.md").read_text("utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| llama"))
+    assert row.count("works (14)") == len(SURVEYS)
+    assert page.count("not tried") > len(SURVEYS)

@@ -17,6 +17,8 @@ from fastprefix.integrations.transformers.hooks import find_cache, find_cache_pa
 from ... import models
 from .test_accelerate import LENGTH, family, tuned
 
+pytestmark = pytest.mark.peft
+
 KINDS = ["prefix", "cartridge", "prompt"]
 
 

@@ -54,6 +54,8 @@ from .test_accelerate import (  # noqa: F401 (a fixture)
     tuned,
 )
 
+pytestmark = pytest.mark.peft
+
 STABLELM = {**SMALL, "num_key_value_heads": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 
