@@ -888,10 +888,11 @@ def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_s
     """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
     modules = {each.__module__ for each in (model_class, *map(type, list_configs(config))) if each is not None}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
-    found = next(filter(None, (_DEFAULT_SECTIONS.search(_source(name)) for name in sorted(names))), None)
-    if found is None:
+    sources = [source for name in sorted(names) if "mrope_section" in (source := _source(name))]
+    if not sources:
         return
-    sections = [int(each) for each in found.group(1).split(",")]
+    found = next(filter(None, map(_DEFAULT_SECTIONS.search, sources)), None)
+    sections = [2, 3, 3] if found is None else [int(each) for each in found.group(1).split(",")]
     for part in list_configs(config):
         for rope in _list_ropes(vars(part).get("rope_parameters")):
             if "rope_theta" in rope and "mrope_section" not in rope:
@@ -963,8 +964,9 @@ def _calm(config: Any) -> None:
             setattr(config, name, 0.0)
     if isinstance(vars(config).get("initializer_range"), float):
         config.initializer_range = 0.2
-    if vars(config).get("apply_spec_augment"):
-        config.apply_spec_augment = False
+    for name in ("mask_time_prob", "mask_feature_prob"):  # of sound, while training
+        if vars(config).get(name):
+            setattr(config, name, 0.0)
     config._experts_implementation = "eager"  # the other ones take no float64
     if vars(config).get("quantization_config") is not None:
         del config.quantization_config

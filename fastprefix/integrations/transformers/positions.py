@@ -57,8 +57,11 @@ class Positions(NamedTuple):
             by_mask = _is_last_row_different(plain, run(padded=True), table)
             if padding is not None and _is_last_row_different(plain, run(first=padding), table):
                 by_ids = padding
-        if reader in plain and (handed := plain[reader].name_arguments(reader).get("position_ids")) is not None:
+        handed = _read_handed_ids(plain, reader)
+        if handed is not None:
             first = int(handed.min())
+            padded = _read_handed_ids(run(padded=True), reader)
+            by_mask = by_mask or (padded is not None and not torch.equal(handed[..., -1], padded[..., -1]))
         return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
     def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
@@ -159,6 +162,12 @@ def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
         if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
             return module
     return None
+
+
+def _read_handed_ids(calls: dict[nn.Module, ModuleCall], reader: nn.Module) -> Tensor | None:
+    """Return the positions that a backbone hands to the text model inside it, if it does."""
+    ids: Tensor | None = calls[reader].name_arguments(reader).get("position_ids") if reader in calls else None
+    return ids
 
 
 def _is_last_row_different(
