@@ -1,8 +1,10 @@
 """Survey which families of ``transformers`` each kind of method works on: ``python -m tools.survey prefix --csv FILE``.
 
 Every family is built small, with random weights, short sliding windows and one layer of every kind, and gets a method
-of three virtual tokens with the conformance check. A survey appends a row for each family to a CSV, and can be resumed;
-``python -m tools.survey table DIRECTORY --out FILE`` makes one page of the CSVs of all surveys.
+of three virtual tokens with the conformance check. A survey appends a row for each family to a CSV, and can be resumed.
+
+``python -m tools.survey table DIRECTORY --out FILE`` makes one page of the CSVs of all surveys, and ``python -m
+tools.survey check llama --method apt`` prints what the check says of one method on one family.
 """
 
 import argparse
@@ -25,9 +27,9 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import ConformanceReport, Float64, list_reports
+from fastprefix.integrations.transformers.conformance import ConformanceReport, Float64, check, list_reports
 from fastprefix.integrations.transformers.discovery import CopyError, list_configs, make_small_copy
-from fastprefix.methods import MethodConfig
+from fastprefix.methods import METHODS, MethodConfig
 
 SECONDS = 180
 UNSET: dict[str, dict[str, Any]] = {
@@ -310,6 +312,18 @@ def write_table(folder: Path, out: Path) -> None:
     out.write_text(page, encoding="utf-8")
 
 
+def print_report(family: str, method: str, situations: list[str] | None) -> bool:
+    """Print what the conformance check says of a method on a small model of a family; return whether it agrees."""
+    config_class = METHODS[method][0]
+    survey = SURVEYS["prompt" if config_class.kind == "prompt" else "prefix"]
+    with Float64():
+        model = small_model(family, survey.families[family], is_decoder=config_class.kind == "prompt")
+    attach = partial(fastprefix.attach, check=False)
+    report = check(model, config_class(num_virtual_tokens=3), attach, situations)
+    print(report)
+    return report.agrees
+
+
 def main() -> int:
     """Survey, or write the table; return 1 if a family fails in a way that nothing expects."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition(":")[0])
@@ -322,7 +336,13 @@ def main() -> int:
     table = commands.add_parser("table")
     table.add_argument("folder", type=Path, help="has the CSVs, named after the surveys")
     table.add_argument("--out", type=Path, required=True, help="write the page here, as Markdown")
+    report = commands.add_parser("check")
+    report.add_argument("family")
+    report.add_argument("--method", choices=METHODS, default="prefix_tuning")
+    report.add_argument("--situation", nargs="+", metavar="NAME", help="such as 'left padding'; default: all")
     options = parser.parse_args()
+    if options.command == "check":
+        return int(not print_report(options.family, options.method, options.situation))
     if options.command == "table":
         write_table(options.folder, options.out)
         return 0
