@@ -1,11 +1,24 @@
 """Tiny random models of the two families, in float64 and without dropout."""
 
+import importlib.metadata
+import re
+
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+VERSIONS = {
+    name: tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:2])) for name in ("peft", "transformers")
+}
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 100, 32, 2, 4, 2
+
+
+def require(name: str, *least: int) -> None:
+    """Skip a test that a version of ``transformers`` or PEFT fails by itself."""
+    if VERSIONS[name] < least:
+        pytest.skip(f"{name} before {'.'.join(map(str, least))} cannot do this by itself")
 
 
 def encoder(**options: object) -> BertForSequenceClassification:

@@ -289,7 +289,8 @@ def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
     if key not in _COPIES:
         config = copy.deepcopy(model.config)
         for part in list_configs(config):
-            part._attn_implementation_internal = None
+            capped = getattr(part, "attn_logit_softcapping", None) is not None  # older fused attentions ignore it
+            part._attn_implementation_internal = "eager" if capped else None
         with Float64(), torch.random.fork_rng(devices=[]):
             try:
                 _COPIES[key] = make_small_copy(config, type(model), torch.float64)

@@ -78,6 +78,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], int]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_cache_goes_on_as_pefts_own(kind: str, change: str) -> None:
+    if change == "reset":  # which left the length of a cache as it was
+        models.require("transformers", 5, 23)
     model, (run, rows) = family("decoder", kind), CHANGES[change]
     cache = run(filled(model))
     length, expected = cache.get_seq_length(), continued(model, cache, rows)

@@ -217,7 +217,9 @@ HEADS: dict[str, Callable[[], Any]] = {
     "tied": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(**GPT2, **NO_DROPOUT),
     "opt": lambda: OPTConfig(**OPT),
-    "softcap": lambda: Gemma2Config(**GROUPED, final_logit_softcapping=5.0, sliding_window=16),
+    "softcap": lambda: Gemma2Config(
+        **GROUPED, final_logit_softcapping=5.0, sliding_window=16, attn_implementation="eager"
+    ),
     "scaled": lambda: CohereConfig(**GROUPED, pad_token_id=0, logit_scale=0.3),
     "divided": lambda: GraniteConfig(**GROUPED, logits_scaling=3.0),
 }
@@ -301,6 +303,7 @@ QWEN_IDS = {"image_token_id": 98, "video_token_id": 97, "vision_start_token_id":
 
 def test_pictures_and_positions_of_several_dimensions() -> None:
     """Qwen2-VL remembers the positions of a batch from one call to the next."""
+    models.require("transformers", 5, 23)
     config = Qwen2VLConfig(
         text_config={**TEXT, "rope_parameters": ROPE},
         vision_config={**QWEN_EYES, "temporal_patch_size": 2, "mlp_ratio": 2},
@@ -407,6 +410,8 @@ GEMMA4: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", GEMMA4)
 def test_gemma4_prefixes(name: str) -> None:
     """Layers with other head sizes get a part of the prefix or none, and layers that share keys that of the other."""
+    if "size" in name:
+        models.require("peft", 0, 21)
     options = {"hidden_size_per_layer_input": 0, "global_head_dim": 8, **GEMMA4[name]}
     config = Gemma4TextConfig(
         **{**SMALL, "num_hidden_layers": 4, "num_key_value_heads": 2},

@@ -33,4 +33,4 @@ def test_two_processes_train_as_one(mode: str, tmp_path: Path) -> None:
                 actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=(*case, name): f"{n}: {m}"
             )
     assert len(messages) == 3
-    assert all("not sharded" in message and "before fully_shard" in message for message in messages)
+    assert all("`model` must not be sharded" in message for message in messages)

@@ -82,9 +82,7 @@ BY_LENGTH: dict[str, Callable[[], PretrainedConfig]] = {
         max_position_embeddings=64,
         rope_parameters={**LONG, "short_mscale": 1.1, "long_mscale": 1.3},
     ),
-    "longrope-gemma3-full-layers": lambda: Gemma3TextConfig(
-        **GROUPED, **MIXED, sliding_window=6, max_position_embeddings=64, rope_parameters=copy.deepcopy(LAYERS)
-    ),
+    "longrope-gemma3-full-layers": lambda: longrope_of_layers(),
     "dynamic-llama": lambda: LlamaConfig(**GROUPED, max_position_embeddings=CONTEXT, rope_parameters=dict(DYNAMIC)),
     "dynamic-gpt_neox": lambda: GPTNeoXConfig(
         **SMALL, max_position_embeddings=CONTEXT, rope_parameters={**DYNAMIC, "partial_rotary_factor": 1.0}
@@ -108,6 +106,15 @@ OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**SMALL, **NO_DROPOUT, is_decoder=True, max_position_embeddings=40),
     "roberta": lambda: RobertaConfig(**SMALL, **NO_DROPOUT, is_decoder=True, max_position_embeddings=42),
 }
+
+
+def longrope_of_layers() -> Gemma3TextConfig:
+    """Rotary frequencies of full layers alone change with the length."""
+    models.require("transformers", 5, 23)
+    layers = copy.deepcopy(LAYERS)
+    return Gemma3TextConfig(**GROUPED, **MIXED, sliding_window=6, max_position_embeddings=64, rope_parameters=layers)
+
+
 FAMILIES = {**BY_LENGTH, **OTHERS}
 TYPED = ("gpt2", "bert")
 
@@ -252,6 +259,7 @@ def test_generation_across_the_original_context(family: str) -> None:
 
 @pytest.mark.parametrize("tokens", [7, 24])
 def test_rotary_frequencies_for_the_row_compile_without_graph_breaks(tokens: int) -> None:
+    models.require("transformers", 5, 23)
     with Float64():
         model = attached(build(BY_LENGTH["longrope-llama"]()))
         ids = batch(tokens)["input_ids"]
