@@ -367,10 +367,11 @@ def _compare_method(
 
 
 def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
-    with Float64(), torch.random.fork_rng(devices=[]):
-        found = list(situations.find_all(names))
-    if names is None or "autocast" in names:  # last, since it rounds the weights
-        found.append(situations.compare_autocast())
+    with torch.random.fork_rng(devices=[]):
+        with Float64():
+            found = list(situations.find_all(names))
+        if names is None or "autocast" in names:  # last, since it rounds the weights
+            found.append(situations.compare_autocast())
     return tuple(found)
 
 
@@ -899,7 +900,8 @@ class Compared(NamedTuple):
 
 
 def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
-    """Return values, and the gradients of a fixed combination of them."""
+    """Return values, and the gradients of a fixed combination of them. What a model draws is the same each time."""
+    torch.manual_seed(0)
     with torch.set_grad_enabled(gradients):
         values = run(subject.run)
     if not gradients or not subject.trained:

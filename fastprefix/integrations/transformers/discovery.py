@@ -586,6 +586,7 @@ _SMALL = {
     **dict.fromkeys(
         ("ffn_dim", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 32
     ),
+    **dict.fromkeys(("moe_hidden_size", "projector_hidden_size"), 32),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 16),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), 16),
     **{"linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_num_heads": 8},

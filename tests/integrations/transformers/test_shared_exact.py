@@ -403,10 +403,7 @@ def text_model_call(plain: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return seen
 
 
-IN_EVERY_ROW = pytest.param(False, marks=pytest.mark.xfail(reason="its images need the ids, which it does not pass on"))
-
-
-@pytest.mark.parametrize("shared", [None, IN_EVERY_ROW])
+@pytest.mark.parametrize("shared", [None, False])
 @pytest.mark.parametrize("family", WITH_IMAGES)
 def test_images(family: str, shared: bool | None) -> None:
     """The tokens' positions in time and space are the model's own, moved up by the prompt's length."""
