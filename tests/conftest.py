@@ -1,8 +1,7 @@
-"""What the tests share: the devices of this machine, and the backends that are usable on them."""
+"""Give tests the devices of this machine and the backends that are usable on them."""
 
 import os
 import tempfile
-from collections.abc import Iterator
 
 # Compiled graphs know an operator by its name: those of another version of this package must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="fastprefix-inductor-", ignore_cleanup_errors=True)
@@ -10,23 +9,26 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from _pytest.mark import ParameterSet  # noqa: E402
 
 from fastprefix.ops.backends import BACKENDS  # noqa: E402
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def list_targets() -> Iterator[ParameterSet]:
-    """Yield every device of this machine with each backend that is usable on it."""
-    for device in DEVICES:
-        for name, backend in BACKENDS.items():
-            if backend.refusal(torch.device(device)) is None:
-                marks = [pytest.mark.cuda] if device == "cuda" else []
-                yield pytest.param((device, name), id=name if device == "cpu" else f"{name}-{device}", marks=marks)
+TARGETS = [
+    pytest.param(
+        (device, name),
+        id=name if device == "cpu" else f"{name}-{device}",
+        marks=[pytest.mark.cuda] if device == "cuda" else [],
+    )
+    for device in DEVICES
+    for name, backend in BACKENDS.items()
+    if backend.refusal(torch.device(device)) is None
+]
+"""Every device of this machine with each backend that is usable on it."""
 
 
-@pytest.fixture(params=list(list_targets()))
+@pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A device and a backend."""
     return request.param
@@ -46,7 +48,7 @@ def backend(target: tuple[str, str]) -> str:
 
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory is NaN, so a result that was never written shows."""
+    """Uninitialized memory is NaN, so a result that was never written shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,16 @@ VERSIONS = {
     name: tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:2])) for name in ("peft", "transformers")
 }
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 100, 32, 2, 4, 2
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "intermediate_size": 64,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.2,
+}
+"""The sizes of a decoder with grouped heads, as a configuration takes them."""
 
 
 def require(name: str, *least: int) -> None:
@@ -43,13 +54,7 @@ def decoder(**options: object) -> LlamaForCausalLM:
     """A Llama-shaped language model with grouped heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        intermediate_size=64,
-        vocab_size=VOCABULARY,
-        initializer_range=0.2,
+        **SIZES,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

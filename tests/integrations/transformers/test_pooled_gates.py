@@ -28,18 +28,7 @@ from fastprefix.integrations.transformers.hooks import find_cache
 
 from ... import models
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": models.VOCABULARY,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SIZES: dict[str, Any] = {**models.SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 DECODERS: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),

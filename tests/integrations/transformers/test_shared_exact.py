@@ -49,17 +49,9 @@ from fastprefix.integrations.transformers.hooks import find_cache, find_cache_pa
 
 from ... import models
 from ...float64 import Float64
-from .test_shared_prompt import EAGER
+from .test_shared_prompt import EAGER, SMALL
 
 LENGTH, CONTEXT, BOUND = 5, 16, 1e-10
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": models.VOCABULARY,
-    "initializer_range": 0.2,
-}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": models.VOCABULARY, "initializer_range": 0.2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -42,15 +42,6 @@ METHODS: dict[str, Callable[..., Any]] = {
     "prompt-in-every-row": functools.partial(fastprefix.PromptTuningConfig, 3, shared_prompt=False),
     "adept": functools.partial(fastprefix.ADePTConfig, 3, bottleneck_dim=4),
 }
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "initializer_range": 0.2,
-}
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:
@@ -107,7 +98,7 @@ def composite() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    text = LlamaConfig(**SIZES, pad_token_id=0)
+    text = LlamaConfig(**models.SIZES, pad_token_id=0)
     torch.manual_seed(0)
     return (
         LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=99))
@@ -416,11 +407,11 @@ def test_another_attention_that_is_chosen_stays() -> None:
 
 
 def capturing() -> Iterator[PreTrainedModel]:
-    yield LlamaModel(LlamaConfig(**SIZES, output_hidden_states=True))
-    yield MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True))
-    bert = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    yield LlamaModel(LlamaConfig(**models.SIZES, output_hidden_states=True))
+    yield MixtralForCausalLM(MixtralConfig(**models.SIZES, num_local_experts=4, output_router_logits=True))
+    bert = {name: value for name, value in models.SIZES.items() if name != "num_key_value_heads"}
     yield BertModel(BertConfig(**bert, output_hidden_states=True))
-    yield transformers.GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8, output_hidden_states=True))
+    yield transformers.GemmaForCausalLM(GemmaConfig(**models.SIZES, head_dim=8, output_hidden_states=True))
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "prompt-in-every-row"])

@@ -5,7 +5,6 @@ Whether Triton interprets is settled when it is imported, so the interpreter's r
 
 import importlib.util
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,8 +22,5 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialized memory is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poison(poisoned: None) -> None:
+    """Poison the memory of every test here."""
