@@ -27,11 +27,17 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import ConformanceReport, Float64, check, list_reports
+from fastprefix.integrations.transformers.conformance import (
+    ConformanceReport,
+    Float64,
+    check,
+    format_error,
+    list_reports,
+)
 from fastprefix.integrations.transformers.discovery import CopyError, list_configs, make_small_copy
 from fastprefix.methods import METHODS, MethodConfig
 
-SECONDS = 180
+SECONDS, LONGEST = 180, 240  # of a family, and of a message in characters
 UNSET: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "blip-2": {"image_token_index": 1},
@@ -139,7 +145,7 @@ def survey_method(family: str, class_name: str, config: MethodConfig, **options:
     try:
         fastprefix.attach(model, config)
     except ValueError as error:
-        return Outcome(family, class_name, "refused", one_line(error))
+        return Outcome(family, class_name, "refused", format_error(error, LONGEST))
     path = getattr(model.fastprefix, "prompt_path", None)
     fastprefix.detach(model)
     return outcome_of(family, class_name, path, list_reports(model, config.method_name())[-1])
@@ -166,11 +172,6 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
         if part.model_type.endswith("_thinker"):
             part.vision_start_token_id = 0
     return make_small_copy(config, getattr(transformers, class_name), torch.float64)
-
-
-def one_line(error: BaseException) -> str:
-    """Format an error for a cell of a table."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:240]
 
 
 class _Stopped(BaseException):
@@ -207,11 +208,11 @@ def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
             model: Any = peft.get_peft_model(base, config).double().eval()
             run_peft(model)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return Outcome(family, class_name, "fails with PEFT alone", one_line(error))
+        return Outcome(family, class_name, "fails with PEFT alone", format_error(error, LONGEST))
     try:
         fastprefix.accelerate(model)
     except ValueError as error:
-        return Outcome(family, class_name, "refused", one_line(error))
+        return Outcome(family, class_name, "refused", format_error(error, LONGEST))
     return outcome_of(family, class_name, model.fastprefix.prompt_path, list_reports(base, model.peft_type.value)[-1])
 
 
@@ -242,11 +243,11 @@ class Survey(NamedTuple):
             with time_limit(SECONDS):
                 return self.survey(family, name)
         except CopyError as error:
-            return Outcome(family, name, "not run" if error.built else "not built", one_line(error))
+            return Outcome(family, name, "not run" if error.built else "not built", format_error(error, LONGEST))
         except (ImportError, TimeoutError) as error:
-            return Outcome(family, name, "not built", one_line(error))
+            return Outcome(family, name, "not built", format_error(error, LONGEST))
         except Exception as error:
-            return Outcome(family, name, "FAILED", one_line(error))
+            return Outcome(family, name, "FAILED", format_error(error, LONGEST))
 
 
 _MODELS, _DECODERS = modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -281,7 +282,7 @@ transformers {transformers}, PyTorch {torch}. Every family is built small, in fl
 
 - **works**: they agree to 1e-10, in as many situations as the number says. A prompt runs once for the whole batch.
 - **in every row**: the same, but a prompt runs in every row, because sharing it would give other numbers.
-- **refused**: `attach` or `accelerate` says why, and what to use instead.
+- **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
 - **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
 
 The reasons are in [the CSV files]({folder}), one row for each family.

@@ -3,21 +3,22 @@
 from pathlib import Path
 
 import pytest
-import transformers
 
 from tools.survey import SURVEYS, Outcome, append, read, write_table
+
+from .. import models
 
 SINCE = {"t5gemma2": (5, 20)}  # before, its encoder did not follow a second switch of the attention, so it is refused
 
 
 def surveyed(family: str) -> Outcome:
-    version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-    if family not in SURVEYS["prefix"].families or version < SINCE.get(family, version):
-        pytest.skip(f"this version of transformers has no {family} that works")
+    models.require("transformers", *SINCE.get(family, ()))
+    if family not in SURVEYS["prefix"].families:
+        pytest.skip(f"this version of transformers has no {family}")
     return SURVEYS["prefix"].run(family)
 
 
-@pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit", "paligemma", "t5gemma2", "clip"])
+@pytest.mark.parametrize("family", ["modernbert", "gemma2", "t5", "vit", "paligemma", "t5gemma2", "clip", "patchtst"])
 def test_prefixes_work(family: str) -> None:
     outcome = surveyed(family)
     assert outcome.verdict == "works", outcome

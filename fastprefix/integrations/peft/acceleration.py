@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
 from ..transformers.shared_prompt import find_reason_against_layers
-from ..transformers.switching import adopt_trial, evaluating, find_device, list_adapting_users
+from ..transformers.switching import evaluating, find_device, list_adapting_users
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
@@ -166,10 +166,8 @@ def _find_layers(peft_model: Any) -> list[Layer]:
         ValueError: the model does not run, or its attention does not go through the attention interface.
     """
     model = peft_model.get_base_model()
-    small = conformance.choose_stand_in(model)
     try:
-        if small is not model:
-            adopt_trial(model, small)
+        conformance.adopt_small_trial(model)
         return find_layers(model)
     except Exception as error:  # whatever a family makes of it
         why = error if isinstance(error, ValueError) else repr(error)

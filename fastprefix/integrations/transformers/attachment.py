@@ -15,14 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
 from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
-from .conformance import choose_stand_in
-from .discovery import Layer, compute_keys_values, find_layers, find_method_layers, find_projections
+from .conformance import adopt_small_trial, choose_stand_in
+from .discovery import Layer, compute_keys_values, find_embedding, find_layers, find_method_layers, find_projections
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
-    adopt_trial,
     find_device,
     is_of_text,
     is_plain_text,
@@ -281,8 +280,8 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
     precision.
     """
     method_class = METHODS[config.method_name()][1]
-    if example_inputs is None and (small := choose_stand_in(model)) is not model:
-        adopt_trial(model, small)
+    if example_inputs is None:
+        adopt_small_trial(model)
     layers: list[Layer] = []
     path = None
     method: Method
@@ -348,14 +347,12 @@ def _attach_unchecked(model: Model, config: MethodConfig) -> Model:
 
 
 def _find_table(model: PreTrainedModel) -> Tensor:
-    try:
-        weight = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError) as error:
+    weight = getattr(find_embedding(model), "weight", None)
+    if not isinstance(weight, Tensor):
         raise ValueError(
             f"`model` must have a table of input embeddings for a prompt, but {type(model).__name__} has none. Prefix "
             "methods may work on it."
-        ) from error
-    assert isinstance(weight, Tensor)
+        )
     return weight
 
 

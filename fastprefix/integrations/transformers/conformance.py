@@ -34,6 +34,7 @@ from ...methods import METHODS, MethodConfig, PrefixMethod
 from .discovery import (
     CONTEXT,
     CopyError,
+    find_embedding,
     find_method_layers,
     find_running_inputs,
     list_configs,
@@ -44,7 +45,7 @@ from .discovery import (
 from .hooks import find_cache, find_cache_parameter, read_parameter_names
 from .positions import find_frequencies_end
 from .prompt import choose_placeholder_id, needs_ids
-from .switching import Inputs, is_of_text, is_plain_text, preserve_state, propose_images
+from .switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
 
 BOUND = 1e-10
@@ -307,6 +308,13 @@ def choose_stand_in(model: PreTrainedModel) -> PreTrainedModel:
     return model if small is None else small
 
 
+def adopt_small_trial(model: PreTrainedModel) -> None:
+    """Let the trial of a model's small copy, if there is one, stand for a trial of the model."""
+    small = choose_stand_in(model)
+    if small is not model:
+        adopt_trial(model, small)
+
+
 def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
@@ -396,11 +404,12 @@ def _find_fault(situation: str, error: BaseException) -> Finding:
     """Return the finding of an error: "refused" for this package's own, and "fails" for all others."""
     frames = traceback.extract_tb(error.__traceback__)
     is_own = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
-    return Finding(situation, "refused" if is_own else "fails", reason=_format_error(error))
+    return Finding(situation, "refused" if is_own else "fails", reason=format_error(error))
 
 
-def _format_error(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def format_error(error: BaseException, most: int = 200) -> str:
+    """Return the type and the message of an error in one line of at most so many characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
 
 class _Absent(Exception):  # noqa: N818 (nothing is wrong)
@@ -535,7 +544,7 @@ class Situations:
             except _Absent as absent:
                 self.results[key] = absent
             except Exception as error:  # whatever the family makes of it
-                self.results[key] = _Absent(_format_error(error))
+                self.results[key] = _Absent(format_error(error))
         result: _Numbers | _Absent = self.results[key]
         if isinstance(result, _Absent):
             raise result
@@ -721,7 +730,6 @@ class Situations:
 
         def run_training(run: Run) -> list[Tensor]:
             self.book.model.train()
-            torch.manual_seed(0)
             return self._run_plainest(run)
 
         with _preserve_buffers(self.book.model):
@@ -742,14 +750,11 @@ class Situations:
     def _checkpoints_reentrantly(self) -> bool:
         """Return whether reentrant checkpointing leaves the gradients of the model without a method as they are."""
         model: Any = copy.deepcopy(self.plain).train()
-        try:
-            weight = model.get_input_embeddings().weight
-        except (AttributeError, NotImplementedError):  # of a model of pixels
-            weight = next(model.parameters())
+        weight = getattr(find_embedding(model), "weight", None)
+        weight = next(model.parameters()) if weight is None else weight
         plain, found = _Subject(model.__call__, model, [weight.requires_grad_(True)]), []
         for kind in (False, True):
             _enable_checkpointing(model, kind)
-            torch.manual_seed(0)
             found.append(_evaluate(plain, self._run_plainest))
         return _compare(*found).error <= BOUND
 

@@ -93,8 +93,7 @@ def find_layers(
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"`model` must have attention that goes through the attention interface, but {_get_class_name(model)} "
-            "has not. "
-            "Use a prompt method."
+            "has not. Use a prompt method."
         )
     trial = run_trial(model, example_inputs)
     inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
@@ -111,7 +110,7 @@ def find_layers(
             kv_heads=key.shape[1],
             key_size=key.shape[3],
             value_size=value.shape[3],
-            width=_width(model, query) if hidden is None else hidden.shape[-1],
+            width=_find_width(model, query) if hidden is None else hidden.shape[-1],
             causal=causal,
             role="cross" if others else halves.find_role(module, causal),
         )
@@ -133,11 +132,11 @@ def find_layers(
     return list(layers.values())
 
 
-def _width(model: PreTrainedModel, query: Tensor) -> int:
+def _find_width(model: PreTrainedModel, query: Tensor) -> int:
     """Return the width of a model's tokens, or of all heads of a layer where the model embeds no tokens."""
     try:
         return embedding_width(model)
-    except (AttributeError, NotImplementedError):
+    except ValueError:
         return query.shape[1] * query.shape[3]
 
 
@@ -190,7 +189,7 @@ def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) ->
         if encoder is None
         else [encoder]
     )
-    embeddings = {module: _find_embedding(module) for module in (model, *inside)}
+    embeddings = {module: find_embedding(module) for module in (model, *inside)}
 
     def read_path(calls: dict[nn.Module, ModuleCall]) -> InputPath | None:
         """Return the path, or None while it is not known."""
@@ -223,7 +222,8 @@ def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) ->
     return InputPath(model, receives_ids=True, embeds_ids=False) if path is None else path
 
 
-def _find_embedding(module: Any) -> nn.Module | None:
+def find_embedding(module: Any) -> nn.Module | None:
+    """Return the input embeddings of a model, or None if it has none, such as one of pixels."""
     try:
         embedding: nn.Module | None = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -580,7 +580,7 @@ _WIDTH_NAME = re.compile(
     r"(^|_)(hidden_size|hidden_size_global|hidden_dim|embed_dim|embedding_dim|embedding_size|d_model|projection_dim|"
     r"projection_size|upsample_groups|in_channels|output_dim|input_dim)$|^(adapter|projector)_\w*(dim|size)$"
 )
-"""What configurations call a width that another option sets."""
+"""The names of widths that follow from another option."""
 _SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(
@@ -627,15 +627,15 @@ _MOST_PARAMETERS = 100_000_000
 
 @dataclass(frozen=True)
 class _Scale:
-    """How small a copy is: how wide its heads are and how many (None: as wide, or as many, as the model's), whether it
-    has fewer layers, how many of each kind, and whether its images and sounds are small.
-    """
+    """The size of a small copy. None keeps the size of the model."""
 
     head_size: int | None
     heads: int | None
     fewer_layers: bool
     small_signals: bool = False
+    """Make images and sounds small."""
     of_each: int = 1
+    """The number of layers of each kind, if there are fewer."""
 
 
 _SCALES = (
@@ -759,7 +759,7 @@ def shrink_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: b
             if name in _WIDTHS or not _WIDTH_NAME.search(name):
                 continue
             if type(value) is int:
-                setattr(part, name, _new_width(value, widths))
+                setattr(part, name, _narrow_width(value, widths))
             elif _is_list_of_sizes(value) and widths.keys() >= set(value):
                 setattr(part, name, [widths[each] for each in value])
     _limit_vocabulary(every)
@@ -831,7 +831,7 @@ def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
                 rope["partial_rotary_factor"] = head_size / whole
 
 
-def _new_width(width: int, widths: dict[int, int]) -> int:
+def _narrow_width(width: int, widths: dict[int, int]) -> int:
     """Return the new width of an old one, or of two or four old ones side by side; other widths stay."""
     counts = (count for count in (1, 2, 4) if width % count == 0 and width // count in widths)
     count = next(counts, None)
@@ -889,7 +889,7 @@ def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_s
     """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
     modules = {each.__module__ for each in (model_class, *map(type, list_configs(config))) if each is not None}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
-    sources = [source for name in sorted(names) if "mrope_section" in (source := _source(name))]
+    sources = [source for name in sorted(names) if "mrope_section" in (source := _read_source(name))]
     if not sources:
         return
     found = next(filter(None, map(_DEFAULT_SECTIONS.search, sources)), None)
@@ -901,7 +901,7 @@ def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_s
                 rope["mrope_section"] = _split_sections(sections, pairs)
 
 
-def _source(module: str) -> str:
+def _read_source(module: str) -> str:
     """Return the source code of a module of models, or "" where it cannot be read."""
     try:
         return inspect.getsource(importlib.import_module(module))
@@ -1054,13 +1054,13 @@ def _limit_vocabulary(configs: list[Any]) -> None:
     for part in configs:
         words = vars(part).get("vocabulary_map")
         if isinstance(words, dict) and words:
-            part.vocabulary_map = _fewer_words(words, places, least)
+            part.vocabulary_map = _choose_words(words, places, least)
         for name in _VOCABULARIES:
             if type(size := vars(part).get(name)) is int:
                 setattr(part, name, min(size, _VOCABULARY))
 
 
-def _fewer_words(words: dict[str, int], places: dict[int, int], count: int) -> dict[str, int]:
+def _choose_words(words: dict[str, int], places: dict[int, int], count: int) -> dict[str, int]:
     """Return evenly spaced ones of the words of a vocabulary, and those with a meaning, at places below ``count``."""
     step = max(max(words.values()) // count + 1, 1)
     taken = set(places.values())

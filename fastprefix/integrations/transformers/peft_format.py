@@ -200,8 +200,7 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
         raise ValueError(
             f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
-            "times "
-            f"{first.key_size} columns, but has {rows.shape[1]}."
+            f"times {first.key_size} columns, but has {rows.shape[1]}."
         )
     blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
     names = [f"{which}.{i}" for i in range(len(layers)) for which in ("keys", "values")]

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .discovery import ModuleCall, make_few_ids, record_calls
+from .discovery import ModuleCall, find_embedding, make_few_ids, record_calls
 from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
@@ -48,20 +48,20 @@ class Positions(NamedTuple):
         def run(**options: Any) -> dict[nn.Module, ModuleCall]:
             return record_calls(backbone, asked, is_enough, **make_few_ids(backbone, **options))[0]
 
-        plain = run() if asked else {}
+        plain, padded = (run(), run(padded=True)) if asked else ({}, {})
         first, limit, by_ids, by_mask = 0, None, None, False
         if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
             padding = table.padding_idx
             first = 0 if padding is None else padding + 1
             limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
-            by_mask = _is_last_row_different(plain, run(padded=True), table)
+            by_mask = _is_last_row_different(plain, padded, table)
             if padding is not None and _is_last_row_different(plain, run(first=padding), table):
                 by_ids = padding
         handed = _read_handed_ids(plain, reader)
         if handed is not None:
             first = int(handed.min())
-            padded = _read_handed_ids(run(padded=True), reader)
-            by_mask = by_mask or (padded is not None and not torch.equal(handed[..., -1], padded[..., -1]))
+            moved = _read_handed_ids(padded, reader)
+            by_mask = by_mask or (moved is not None and not torch.equal(handed[..., -1], moved[..., -1]))
         return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
     def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
@@ -146,10 +146,7 @@ class PositionShift:
 
 def _find_text_model(backbone: nn.Module) -> nn.Module:
     """Return the innermost model inside a backbone that holds the input embeddings and reads ``position_ids``."""
-    try:
-        embedding = backbone.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return backbone
+    embedding = find_embedding(backbone)
     models = (module for module in backbone.modules() if isinstance(module, PreTrainedModel))
     readers = [model for model in models if "position_ids" in read_parameter_names(model)]
     return next((m for m in reversed(readers) if any(child is embedding for child in m.modules())), backbone)
@@ -230,6 +227,5 @@ def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
     if is_packed(arguments, backbone):
         raise ValueError(
             "`position_ids` must be of one sequence a row, but the rows are packed. A prompt in every row, an "
-            "offset and a "
-            "sliding window count from the beginning of a row."
+            "offset and a sliding window count from the beginning of a row."
         )

@@ -434,8 +434,7 @@ class PrefixHooks:
             if index not in self.held.gates:
                 raise ValueError(
                     "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
-                    "from a "
-                    "sequence's first tokens."
+                    "from a sequence's first tokens."
                 )
             gate = self.held.choose_gate(index, gate)
         self.pooled[index] = gate
@@ -453,8 +452,7 @@ class PrefixHooks:
         if self.embedding is None:
             raise RuntimeError(
                 f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, which "
-                "is no "
-                "encoder or decoder of text: gradients would not reach the prefixes."
+                "is no encoder or decoder of text: gradients would not reach the prefixes."
             )
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

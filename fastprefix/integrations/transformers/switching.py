@@ -277,8 +277,8 @@ class _Form(NamedTuple):
 
 def _propose_forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
     """Yield the forms in which inputs may be."""
-    frames = _frames(model.config)
-    spectra = list(dict.fromkeys((*_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128)))  # also of four frames
+    frames = _count_frames(model.config)
+    spectra = list(dict.fromkeys((*_list_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128)))  # also of four frames
     sounds = [*_propose_shapes(model, "input_features")]
     sounds += [shape for spectrum in spectra for shape in ((frames, spectrum), (spectrum, frames))]
     for sound in dict.fromkeys(sounds):
@@ -412,8 +412,8 @@ def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ..
     if name == "input_features" and spectrum is not None:
         if length is not None:
             yield spectrum, 2 * length
-        yield _frames(config), spectrum
-        yield spectrum, _frames(config)
+        yield _count_frames(config), spectrum
+        yield spectrum, _count_frames(config)
     elif name == "input_values" and spectrum is not None:
         yield _find_size(config, "max_length") or _FRAMES, spectrum
     elif name == "input_values":
@@ -421,13 +421,13 @@ def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ..
         yield 1, 16000
 
 
-def _frames(config: Any) -> int:
+def _count_frames(config: Any) -> int:
     """Return a number of frames of sound: as many as go with the tokens, or fill a window, where a model wants that."""
     each, window = _find_size(config, "audio_length_per_tok"), _find_size(config, "n_window")
     return each * _TOKENS if each else 2 * window if window else _FRAMES
 
 
-def _spectra(config: Any) -> list[int]:
+def _list_spectra(config: Any) -> list[int]:
     """Return what a frame of sound may have, by the configuration: also that of stacked ones."""
     sizes = [_find_size(config, name) for name in (*_SPECTRUM_SIZES, "input_size", "input_dim")]
     return [size for size in sizes if type(size) is int]
@@ -834,8 +834,7 @@ class Implementation:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
                     "`set_attn_implementation` must not be called while an adapter is on the model, but the "
-                    "attention is "
-                    f"{name!r}. Set it to {self.name!r} again, or detach the adapter."
+                    f"attention is {name!r}. Set it to {self.name!r} again, or detach the adapter."
                 )
 
     def list_former_attentions(self) -> set[str | None]:

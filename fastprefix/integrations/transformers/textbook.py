@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 from ... import reference
 from ...methods import PrefixMethod, PromptMethod
 from .attention import make_additive, make_full_mask
-from .discovery import Layer, find_backbone, find_entry, find_first_tensor
+from .discovery import Layer, find_backbone, find_embedding, find_entry, find_first_tensor
 from .hooks import count_tokens, find_cache, name_arguments, read_parameter_names
 from .switching import find_eager_attention, is_plain_text, set_attention
 
@@ -172,10 +172,7 @@ def _crop(output: Any, first: int, rows: int, states: bool = False) -> Any:
 
 def _find_text_part(model: PreTrainedModel) -> nn.Module:
     """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return model
+    embedding = find_embedding(model)
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
     return parts[-1] if parts else model
 
