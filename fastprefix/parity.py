@@ -36,7 +36,10 @@ class Inputs:
 @dataclass(frozen=True)
 class AttentionCase:
     """A call of ``prefix_attention``. Gates, biases and masks are given by the letters of their shapes, as "B1P"; h
-    stands for Hkv, H for Hq.
+    stands for Hkv, H for Hq, T for the length of a store of prefixes. ``P`` is None where there is no prefix.
+
+    Spans: "own", rows see prefixes of length P one behind the other; "equal", the same one; "ragged", overlapping ones
+    of lengths P, 0, 1 and P / 2; or (start, length) for each row. The store has keys that no row sees.
     """
 
     B: int = 2
@@ -44,14 +47,17 @@ class AttentionCase:
     Hkv: int = 2
     N: int = 5
     M: int = 7
-    P: int = 3
+    P: int | None = 3
     D: int = 8
     Dv: int | None = None
     prefix_a_row: bool = False
+    spans: Literal["own", "equal", "ragged"] | tuple[tuple[int, int], ...] | None = None
+    frozen: int = 0
     gate: str | None = None
     output_gate: str | None = None
     mask: str | None = None  # "padding", "bool" or "float"; also with a shape, as "bool BHNM"
     bias: str | None = None
+    key_bias: str | None = None
     segments: bool = False
     sinks: bool = False
     layout: Literal["BHND", "BNHD", "sliced", "strided"] = "BHND"  # in memory: BNHD, a part of one projection, no rows
@@ -71,16 +77,20 @@ class AttentionCase:
             return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
         Dv = self.D if self.Dv is None else self.Dv
-        rows = (self.B,) if self.prefix_a_row else ()
         tensors = {
             "query": self._draw_heads(draw, self.Hq, self.N, self.D),
             "key": self._draw_heads(draw, self.Hkv, self.M, self.D),
             "value": self._draw_heads(draw, self.Hkv, self.M, Dv),
-            "prefix_key": draw(*rows, self.Hkv, self.P, self.D),
-            "prefix_value": draw(*rows, self.Hkv, self.P, Dv),
         }
+        if self.P is not None:
+            rows = (self.B,) if self.prefix_a_row else ()
+            length = self.P if self.spans is None else self.store
+            tensors["prefix_key"] = draw(*rows, self.Hkv, length, self.D)
+            tensors["prefix_value"] = draw(*rows, self.Hkv, length, Dv)
         if self.gate is not None:
             tensors["prefix_gate"] = draw(*self._sizes(self.gate))
+        if self.key_bias is not None:
+            tensors["prefix_key_bias"] = draw(*self._sizes(self.key_bias))
         if self.output_gate is not None:
             tensors["output_gate"] = draw(*self._sizes(self.output_gate))
         if self.sinks:
@@ -90,10 +100,26 @@ class AttentionCase:
     @property
     def scores(self) -> int:
         """How many scores there are: what a case costs."""
-        return self.B * self.Hq * self.N * (self.M + self.P)
+        return self.B * self.Hq * self.N * (self.M + (self.P or 0))
+
+    @property
+    def store(self) -> int:
+        """The length of the store of prefixes, T: two more than the rows see."""
+        return max((start + length for start, length in self._list_spans()), default=0) + 2
+
+    def _list_spans(self) -> list[tuple[int, int]]:
+        P = self.P or 0
+        if self.spans is None or isinstance(self.spans, tuple):
+            return list(self.spans or ())
+        if self.spans == "own":
+            return [(row * P, P) for row in range(self.B)]
+        if self.spans == "equal":
+            return [(1, P)] * self.B
+        return [(2 * row, (P, 0, min(1, P), P // 2)[row % 4]) for row in range(self.B)]
 
     def _sizes(self, letters: str) -> tuple[int, ...]:
-        sizes = {"B": self.B, "H": self.Hq, "h": self.Hkv, "N": self.N, "M": self.M, "P": self.P, "1": 1}
+        sizes = {"B": self.B, "H": self.Hq, "h": self.Hkv, "N": self.N, "M": self.M, "P": self.P or 0, "1": 1}
+        sizes["T"] = self.store
         return tuple(sizes[letter] for letter in letters)
 
     def _draw_heads(self, draw: Callable[..., Tensor], heads: int, length: int, size: int) -> Tensor:
@@ -118,6 +144,10 @@ class AttentionCase:
                 options["attn_mask"] = (torch.rand(shape, generator=generator) < 0.7).to(device)
         if self.bias is not None:
             options["prefix_bias"] = draw(*self._sizes(self.bias))
+        if self.spans is not None:
+            options["prefix_spans"] = torch.tensor(self._list_spans(), dtype=torch.int64, device=device).reshape(-1, 2)
+        if self.frozen:
+            options["frozen_prefix"] = self.frozen
         if self.segments:
             options["segment_ids"] = tuple(
                 torch.randint(0, 3, (self.B, length), generator=generator).sort().values.to(device)
@@ -212,7 +242,16 @@ _OPTIONS: list[dict[str, Any]] = [
     {"is_causal": True, "dropout_p": 0.1, "scale": 0.3},
     {"softcap": 2.0, "scale": -0.7},
 ]
-_AXES = (_SHAPES, _HEADS, _SIZES, _PREFIXES, _GATES, _SOFTMAXES, _MASKS, _BIASES, _EXTRAS, _OPTIONS)
+_STORES: list[dict[str, Any]] = [{}, {"spans": "own"}, {}, {"spans": "equal"}, {}, {"spans": "ragged"}]
+_KEY_BIASES: list[dict[str, Any]] = [
+    {"key_bias": bias} for bias in (None, None, None, "", "P", "hP", "BhP", "B1P", "Bh1", "h1")
+]
+_FROZEN: list[dict[str, Any]] = [{}, {}, {}, {"frozen": 1}, {"frozen": 100}, {"frozen": 10_000}]
+_PLAIN: list[dict[str, Any]] = [{}] * 9 + [{"P": None}]
+_AXES = (
+    *(_SHAPES, _HEADS, _SIZES, _PREFIXES, _GATES, _SOFTMAXES, _MASKS, _BIASES, _EXTRAS, _OPTIONS),
+    *(_STORES, _KEY_BIASES, _FROZEN, _PLAIN),
+)
 
 
 def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = None) -> list[AttentionCase]:
@@ -237,13 +276,23 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
 def _conditioned(case: AttentionCase) -> AttentionCase:
     """Keep a softmax over a single column out: its gradients are exactly 0, and so is the error of a plain softmax,
     which makes a bound relative to it meaningless for a backward pass that stores its output rounded.
-    The largest cases are kept affordable.
+    The largest cases are kept affordable, and what excludes or limits something else does so.
     """
-    if case.P + case.M <= 1 or (case.output_gate is not None and min(case.P, case.M) == 1):
+    if case.P is None:
+        case = replace(
+            case, gate=None, output_gate=None, bias=None, key_bias=None, spans=None, frozen=0, prefix_a_row=False
+        )
+        return replace(case, sinks=True) if case.M <= 1 else case
+    ragged = case.spans == "ragged" and (case.M <= 1 or case.output_gate is not None)  # it has spans of length 0 and 1
+    if ragged or case.P + case.M <= 1 or (case.output_gate is not None and min(case.P, case.M) == 1):
         case = replace(case, sinks=True, output_gate=None, P=case.P or 1)
+    assert case.P is not None
     if case.N * case.P > 1_000_000:  # seconds in every dtype, and nothing that 128 keys do not show
         case = replace(case, P=128)
-    return case
+    if case.spans is not None:
+        bias = case.key_bias and case.key_bias.replace("B", "").replace("P", "T")
+        case = replace(case, prefix_a_row=False, key_bias=bias)
+    return replace(case, frozen=min(case.frozen, case.P or 0 if case.spans is None else case.store))
 
 
 def embedding_cases() -> list[EmbeddingCase]:

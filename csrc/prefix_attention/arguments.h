@@ -23,18 +23,21 @@ using OptionalTensor = std::optional<Tensor>;
   X(OptionalTensor, output_gate) SEPARATOR()              \
   X(OptionalTensor, attn_mask) SEPARATOR()                \
   X(OptionalTensor, prefix_bias) SEPARATOR()              \
+  X(OptionalTensor, prefix_key_bias) SEPARATOR()          \
   X(OptionalTensor, sinks)
 
 #define FASTPREFIX_ATTENTION_ARGUMENTS(X, SEPARATOR)            \
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
   X(OptionalTensor, query_segments) SEPARATOR()                 \
   X(OptionalTensor, key_segments) SEPARATOR()                   \
+  X(OptionalTensor, prefix_spans) SEPARATOR()                   \
   X(OptionalTensor, dropout_seed) SEPARATOR()                   \
   X(bool, is_causal) SEPARATOR()                                \
   X(std::optional<int64_t>, window_size) SEPARATOR()            \
   X(std::optional<double>, softcap) SEPARATOR()                 \
   X(double, scale) SEPARATOR()                                  \
-  X(double, dropout_p)
+  X(double, dropout_p) SEPARATOR()                              \
+  X(int64_t, frozen_prefix)
 // clang-format on
 
 struct AttentionArguments {

@@ -55,15 +55,17 @@ def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     return _compare_words(words[0], p)
 
 
-def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool) -> Tensor:
+def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool, first_plane: int = 0) -> Tensor:
     """Draw :func:`draw_factor` for probabilities: rows are queries, columns the prefix's or (``tokens``) tokens' keys.
 
     The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
     the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.
+    Planes are numbered from ``first_plane`` on.
     """
     *_, rows, columns = shape
     row, column = (_list_without_bit_3(size, seed.device) for size in (rows, columns))
-    words = philox(seed, column, row[:, None], _number_planes(shape, seed.device), torch.full_like(seed, int(tokens)))
+    plane = _number_planes(shape, seed.device) + first_plane
+    words = philox(seed, column, row[:, None], plane, torch.full_like(seed, int(tokens)))
     blocks = torch.stack(words, -1).unflatten(-1, (2, 2)).unflatten(-3, (-1, 8)).unflatten(-5, (-1, 8))
     whole = blocks.movedim((-2, -1), (-5, -2))  # [..., 16 rows, bit 3, 8, 16 columns, bit 3, 8]
     return _compare_words(whole.flatten(-6, -4).flatten(-3)[..., :rows, :columns], p)

@@ -14,13 +14,16 @@ def prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
     *,
     prefix_gate: Tensor | None = None,
     output_gate: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    prefix_key_bias: Tensor | None = None,
+    prefix_spans: Tensor | None = None,
+    frozen_prefix: int = 0,
     is_causal: bool = False,
     window_size: int | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
@@ -54,12 +57,20 @@ def prefix_attention(
     sees nothing at all has output 0. ``B``, ``N``, ``M`` and ``P`` may be 0. Gradients exist for all floating tensors,
     and only those asked for are computed; ``attn_mask`` and ``prefix_bias`` have theirs from the eager backend alone.
 
+    Without ``prefix_key`` and ``prefix_value`` this is plain attention; the arguments of a prefix are then errors.
+
+    With ``prefix_spans``, prefix keys and values are a store ``[Hkv, T, *]`` of many prefixes, one behind the other,
+    and every row of the batch sees its own span of it. Nothing is gathered: a row costs what its own span is long.
+    Gradients of the store are summed over the rows that see a key, in a fixed order. ``P`` is then the largest length,
+    counted from the start of each row's span.
+
     Args:
         query: ``[B, Hq, N, D]``. All floating tensors have its dtype and device (under autocast: end up with it).
         key: ``[B, Hkv, M, D]``; ``Hq`` is a multiple of ``Hkv``.
         value: ``[B, Hkv, M, Dv]``.
-        prefix_key: ``[Hkv, P, D]``, one prefix for the whole batch, or ``[B, Hkv, P, D]``, one a row.
-        prefix_value: ``[Hkv, P, Dv]`` or ``[B, Hkv, P, Dv]``, like ``prefix_key``.
+        prefix_key: ``[Hkv, P, D]``, one prefix for the whole batch, or ``[B, Hkv, P, D]``, one a row; with
+            ``prefix_spans``, ``[Hkv, T, D]``.
+        prefix_value: ``[Hkv, P, Dv]`` or ``[B, Hkv, P, Dv]``, like ``prefix_key``; None with it.
         prefix_gate: up to three dimensions, broadcastable to ``[B, Hkv, P]``, or four, broadcastable to
             ``[B, Hq, N, P]`` (a gate for each query). Multiplies prefix keys and prefix values. A gate of 0 does not
             remove a prefix token: its score is 0, and it still takes part in the softmax.
@@ -67,6 +78,13 @@ def prefix_attention(
         attn_mask: bool (True: may attend) or float (added to the scores), broadcastable to ``[B, Hq, N, M]``; a bool
             mask of two dimensions is a key padding mask ``[B, M]``.
         prefix_bias: broadcastable to ``[B, Hq, N, P]``, added to the prefix scores; ``-inf`` hides a prefix key.
+        prefix_key_bias: broadcastable to ``[B, Hkv, P]``, or with ``prefix_spans`` to ``[Hkv, T]``; added to the prefix
+            scores, so that a key has the weight ``e^bias``.
+        prefix_spans: int64 or int32 ``[B, 2]``: each row's start and length in the store. Spans may be equal or
+            overlap, and a length of 0 is no prefix. On a GPU a span beyond the store is undefined: looking at the
+            values would wait for the device, so that only ``FASTPREFIX_CHECK_IDS=1`` in the environment checks them.
+        frozen_prefix: so many of the first prefix keys and values (of the store, with ``prefix_spans``) get gradients
+            of 0, and no work is done for theirs. Gates and biases keep their gradients.
         is_causal: query ``i`` sees key ``j`` where ``j <= i + (M - N)`` (aligned to the end).
         window_size: ``w`` > 0: only keys with ``i + (M - N) - j < w`` where causal, else ``|i + (M - N) - j| < w``.
         segment_ids: integer ``([B, N], [B, M])``: a query sees the keys of its own segment (packed sequences).
@@ -94,6 +112,9 @@ def prefix_attention(
         output_gate=output_gate,
         attn_mask=attn_mask,
         prefix_bias=prefix_bias,
+        prefix_key_bias=prefix_key_bias,
+        prefix_spans=prefix_spans,
+        frozen_prefix=frozen_prefix,
         is_causal=is_causal,
         window_size=window_size,
         segment_ids=segment_ids,

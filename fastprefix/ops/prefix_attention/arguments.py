@@ -2,6 +2,10 @@
 
 ``B`` batch, ``N`` queries, ``M`` keys, ``P`` prefix keys, ``Hq``/``Hkv`` query and key-value heads, ``D``/``Dv`` head
 sizes. ``1|X`` is a dimension that is either 1 (and then broadcast, never expanded) or X.
+
+With ``prefix_spans``, prefix keys and values are a store ``[1, Hkv, T, *]`` of many prefixes, and a row of the batch
+sees a span of it. ``P`` is then the largest length in the shapes of what belongs to rows, and ``T`` takes its place in
+the shapes of what belongs to the store.
 """
 
 from typing import Annotated, NamedTuple
@@ -13,6 +17,8 @@ from ..declaration import Declaration, Rule
 
 _GATE = "up to three dimensions that broadcast to [B, Hkv, P], or four that broadcast to [B, Hq, N, P]"
 _MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts to [B, Hq, N, M]"
+_KEY_BIAS = "a tensor that broadcasts to [B, Hkv, P], or with prefix_spans to [Hkv, T]"
+SPANS = "an integer tensor [B, 2] of each row's start and length in the store of prefixes"
 SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
 
 
@@ -33,17 +39,20 @@ class AttentionArguments(NamedTuple):
         Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|M]", gradient="eager alone", dtype="mask", takes=_MASK)
     ]
     prefix_bias: Annotated[Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|P]", gradient="eager alone")]
+    prefix_key_bias: Annotated[Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", gradient="every backend", takes=_KEY_BIAS)]
     sinks: Annotated[Tensor | None, Rule("[Hq]", gradient="every backend")]
     query_segments: Annotated[
         Tensor | None, Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", takes=SEGMENTS)
     ]
     key_segments: Annotated[Tensor | None, Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", takes=SEGMENTS)]
+    prefix_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer", takes=SPANS)]
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     is_causal: bool
     window_size: int | None
     softcap: float | None
     scale: float
     dropout_p: float
+    frozen_prefix: int  # so many of the first prefix keys and values (of the store, with spans) have gradients of 0
 
     @property
     def groups(self) -> int:

@@ -14,26 +14,21 @@ from torch import Tensor
 from .. import random
 from .arguments import DIFFERENTIABLE, AttentionArguments
 from .layout import allocate_gradient, allocate_heads
+from .spans import read_spans, take_row
 from .visibility import find_visible_tokens
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
     a = AttentionArguments(*arguments)
-    prefix, tokens = _score_prefix(a), _score_tokens(a)
-    if a.output_gate is None:
-        softmaxes = [_compute_softmax([prefix.s, tokens.s], _group_sinks(a))]
-        p_prefix, p_tokens = softmaxes[0].p
-        og: Tensor | float = 1.0
-    else:
-        softmaxes = [_compute_softmax([tokens.s], _group_sinks(a)), _compute_softmax([prefix.s], None)]
-        p_tokens, p_prefix = (softmax.p[0] for softmax in softmaxes)
-        og = _group_heads(a, a.output_gate[:, :, None])[..., None]
-    o = _sum_values(p_tokens * tokens.keep, tokens.v)
-    o = o + og * _sum_values(prefix.g * p_prefix * prefix.keep, prefix.v)
     output = allocate_heads(a.query, a.value.shape[3])
-    normalizers = torch.stack([x for softmax in softmaxes for x in (softmax.m, softmax.l)])
-    return output.copy_(o.reshape(output.shape)), normalizers.reshape(a.normalizers_shape)
+    normalizers = a.query.new_empty(a.normalizers_shape, dtype=a.accumulator)
+    for row, plane, rows in _list_rows(a):
+        o, softmaxes = _attend(row, plane)
+        output[rows] = o.reshape(output[rows].shape)
+        found = torch.stack([x for softmax in softmaxes for x in (softmax.m, softmax.l)])
+        normalizers[:, :, rows] = found.reshape(row.normalizers_shape)
+    return output, normalizers
 
 
 def backward(
@@ -42,25 +37,42 @@ def backward(
     """Return the requested gradients in the order of ``DIFFERENTIABLE``. The tokens' half runs only if needed."""
     a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
-    gradients: dict[str, Tensor] = {}
-    if any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks")):
-        _differentiate_all(gradients, grad_output, a, needs)
-    else:
-        _differentiate_prefix_alone(gradients, grad_output, output, normalizers, a, needs)
-    results = []
-    for name in (name for name in DIFFERENTIABLE if needs[name]):
-        tensor: Tensor = getattr(a, name)
-        result = allocate_gradient(tensor)
-        results.append(result.copy_(gradients[name].reshape(tensor.shape)))
-    return results
+    asked = [name for name in DIFFERENTIABLE if needs[name]]
+    both = any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks"))
+    zeros: dict[str, Any] = {name: torch.zeros_like(getattr(a, name), dtype=a.accumulator) for name in asked}
+    totals = a._replace(**zeros)
+    for (row, plane, rows), (total, _, _) in zip(_list_rows(a), _list_rows(totals), strict=True):
+        gradients: dict[str, Tensor] = {}
+        if both:
+            _differentiate_all(gradients, grad_output[rows], row, plane, needs)
+        else:
+            saved = (output[rows], normalizers[:, :, rows])
+            _differentiate_prefix_alone(gradients, grad_output[rows], *saved, row, plane, needs)
+        for name in asked:
+            to: Tensor = getattr(total, name)
+            if name in ("prefix_key", "prefix_value"):
+                to = to[:, :, row.frozen_prefix :]
+            to += gradients[name].reshape(to.shape)
+    return [allocate_gradient(getattr(a, name)).copy_(getattr(totals, name)) for name in asked]
+
+
+def _list_rows(a: AttentionArguments) -> list[tuple[AttentionArguments, int, slice]]:
+    """List what is computed together: all rows of the batch, or with spans, each row with its own part of the store.
+
+    With the arguments comes the number of their first plane, by which dropout counts, and which rows they are.
+    """
+    if a.prefix_spans is None:
+        return [(a, 0, slice(None))]
+    heads = a.query.shape[1]
+    return [(take_row(a, row, span), row * heads, slice(row, row + 1)) for row, span in enumerate(read_spans(a))]
 
 
 def _differentiate_all(
-    gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, needs: dict[str, bool]
+    gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, plane: int, needs: dict[str, bool]
 ) -> None:
     """Differentiate both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
     do = _group_heads(a, grad_output)
-    prefix, tokens = _score_prefix(a), _score_tokens(a)
+    prefix, tokens = _score_prefix(a, plane), _score_tokens(a, plane)
     dov_prefix, dov_tokens = _multiply_values(prefix, do), _multiply_values(tokens, do)
     if a.output_gate is None:
         softmax = _compute_softmax([prefix.s, tokens.s], _group_sinks(a))
@@ -85,12 +97,13 @@ def _differentiate_prefix_alone(
     output: Tensor,
     normalizers: Tensor,
     a: AttentionArguments,
+    plane: int,
     needs: dict[str, bool],
 ) -> None:
     """Differentiate the prefix's half without the tokens', in O(N P): output and normalizers hold what it needs of
     them.
     """
-    do, prefix = _group_heads(a, grad_output), _score_prefix(a)
+    do, prefix = _group_heads(a, grad_output), _score_prefix(a, plane)
     dov = _multiply_values(prefix, do)
     if a.output_gate is None:
         m, l = (_split_heads(a, x[..., None]) for x in normalizers[0])
@@ -123,20 +136,37 @@ class _Softmax(NamedTuple):
     l: Tensor  # [B, Hkv, G, N, 1]
 
 
-def _score_prefix(a: AttentionArguments) -> _Half:
+def _attend(a: AttentionArguments, plane: int) -> tuple[Tensor, list[_Softmax]]:
+    """Return the output [B, Hkv, G, N, Dv] and the softmaxes."""
+    prefix, tokens = _score_prefix(a, plane), _score_tokens(a, plane)
+    og: Tensor | float = 1.0
+    if a.output_gate is None:
+        softmaxes = [_compute_softmax([prefix.s, tokens.s], _group_sinks(a))]
+        p_prefix, p_tokens = softmaxes[0].p
+    else:
+        softmaxes = [_compute_softmax([tokens.s], _group_sinks(a)), _compute_softmax([prefix.s], None)]
+        p_tokens, p_prefix = (softmax.p[0] for softmax in softmaxes)
+        og = _group_heads(a, a.output_gate[:, :, None])[..., None]
+    o = _sum_values(p_tokens * tokens.keep, tokens.v)
+    return o + og * _sum_values(prefix.g * p_prefix * prefix.keep, prefix.v), softmaxes
+
+
+def _score_prefix(a: AttentionArguments, plane: int) -> _Half:
     g = _group_gate(a)
-    bias = None if a.prefix_bias is None else _group_heads(a, a.prefix_bias)
-    return _score_half(a, a.prefix_key, a.prefix_value, g, bias, None, tokens=False)
+    biases = [] if a.prefix_bias is None else [_group_heads(a, a.prefix_bias)]
+    if a.prefix_key_bias is not None:
+        biases.append(a.prefix_key_bias[:, :, None, None, :].to(a.accumulator))
+    return _score_half(a, a.prefix_key, a.prefix_value, g, biases, None, plane, tokens=False)
 
 
-def _score_tokens(a: AttentionArguments) -> _Half:
-    bias = None
+def _score_tokens(a: AttentionArguments, plane: int) -> _Half:
+    biases = []
     if a.attn_mask is not None and a.attn_mask.is_floating_point():
-        bias = _group_heads(a, a.attn_mask)
+        biases.append(_group_heads(a, a.attn_mask))
     visible = find_visible_tokens(a)
     if visible is not None:
         visible = _split_heads(a, visible)
-    return _score_half(a, a.key, a.value, 1.0, bias, visible, tokens=True)
+    return _score_half(a, a.key, a.value, 1.0, biases, visible, plane, tokens=True)
 
 
 def _score_half(
@@ -144,18 +174,20 @@ def _score_half(
     k: Tensor,
     v: Tensor,
     g: Tensor | float,
-    bias: Tensor | None,
+    biases: Sequence[Tensor],
     visible: Tensor | None,
+    plane: int,
     tokens: bool,
 ) -> _Half:
     q, k, v = _group_heads(a, a.query), k.to(a.accumulator), v.to(a.accumulator)
     product = a.scale * _multiply_keys(q, k)
     gated = g * product
     s = gated if a.softcap is None else a.softcap * torch.tanh(gated / a.softcap)
-    s = s if bias is None else s + bias
+    for bias in biases:
+        s = s + bias
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    return _Half(q, k, v, g, product, gated, s, _draw_keep_factor(a, s, tokens))
+    return _Half(q, k, v, g, product, gated, s, _draw_keep_factor(a, s, plane, tokens))
 
 
 def _multiply_values(half: _Half, do: Tensor) -> Tensor:
@@ -187,18 +219,23 @@ def _differentiate_prefix(
     needs: dict[str, bool],
 ) -> None:
     """Enter the gradients of the prefix's arguments, and the prefix's part of dq."""
+    trained = slice(a.frozen_prefix, None)
+    if needs["prefix_value"]:
+        weights = (half.g * p * half.keep)[..., trained]
+        gradients["prefix_value"] = _sum_over_queries(weights, do, a.prefix_value.shape[0])
     ds = p * (half.g * dov - delta)
     if needs["prefix_bias"]:
         assert a.prefix_bias is not None
         gradients["prefix_bias"] = _sum_to(ds, a.prefix_bias)
+    if needs["prefix_key_bias"]:
+        assert a.prefix_key_bias is not None
+        gradients["prefix_key_bias"] = ds.sum(dim=(2, 3)).sum_to_size(a.prefix_key_bias.shape)
     ds = _differentiate_softcap(a, ds, half)
     if needs["prefix_gate"]:
         gradients["prefix_gate"] = _sum_gate(a, ds * half.product + p * dov)
     gated = ds * half.g * a.scale
     if needs["prefix_key"]:
-        gradients["prefix_key"] = _sum_over_queries(gated, half.q, a.prefix_key.shape[0])
-    if needs["prefix_value"]:
-        gradients["prefix_value"] = _sum_over_queries(half.g * p * half.keep, do, a.prefix_value.shape[0])
+        gradients["prefix_key"] = _sum_over_queries(gated[..., trained], half.q, a.prefix_key.shape[0])
     if needs["query"]:
         gradients["query"] = _sum_values(gated, half.k)
 
@@ -302,8 +339,8 @@ def _sum_gate(a: AttentionArguments, dg: Tensor) -> Tensor:
     return dg.sum(dim=(2, 3)).sum_to_size(a.prefix_gate.shape)
 
 
-def _draw_keep_factor(a: AttentionArguments, s: Tensor, tokens: bool) -> Tensor | float:
+def _draw_keep_factor(a: AttentionArguments, s: Tensor, plane: int, tokens: bool) -> Tensor | float:
     """Draw dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
     if a.dropout_seed is None:
         return 1.0
-    return random.draw_pair_factor(a.dropout_seed, a.dropout_p, s.shape, tokens).to(s.dtype)
+    return random.draw_pair_factor(a.dropout_seed, a.dropout_p, s.shape, tokens, plane).to(s.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import random
 from ..declaration import accept
 from .arguments import AttentionArguments
+from .spans import gather_prefixes
 from .validation import canonicalize, collect_arguments
 from .visibility import find_visible_tokens
 
@@ -21,6 +22,10 @@ def prefix_attention(given: AttentionArguments) -> Tensor:
 
 def attend(a: AttentionArguments) -> Tensor:
     """Compute the formula on canonical arguments."""
+    a = _freeze(a)
+    there = None
+    if a.prefix_spans is not None:
+        a, there = gather_prefixes(a)
     g = _read_gate(a)
     k, v = _repeat_heads(a, a.key), _repeat_heads(a, a.value)
     pk, pv = _repeat_heads(a, a.prefix_key), _repeat_heads(a, a.prefix_value)
@@ -28,6 +33,10 @@ def attend(a: AttentionArguments) -> Tensor:
     s_prefix = _cap(a, a.scale * g * (a.query @ pk.mT))  # [B, Hq, N, P]
     if a.prefix_bias is not None:
         s_prefix = s_prefix + a.prefix_bias
+    if a.prefix_key_bias is not None:
+        s_prefix = s_prefix + _match_heads(a, a.prefix_key_bias[:, :, None, :])
+    if there is not None:
+        s_prefix = s_prefix.masked_fill(~there[:, None, None, :], -torch.inf)
     s_tokens = _mask(a, _cap(a, a.scale * (a.query @ k.mT)))  # [B, Hq, N, M]
     s_sinks = _expand_sinks(a, s_tokens)  # [B, Hq, N, 0 or 1]
     columns = [pk.shape[2], k.shape[2]]
@@ -49,8 +58,23 @@ def _read_gate(a: AttentionArguments) -> Tensor:
         return torch.ones((), dtype=a.query.dtype, device=a.query.device)
     if a.prefix_gate.ndim == 4:
         return a.prefix_gate
-    gate = a.prefix_gate[:, :, None, :]
-    return gate if gate.shape[1] == 1 else gate.repeat_interleave(a.groups, dim=1)
+    return _match_heads(a, a.prefix_gate[:, :, None, :])
+
+
+def _match_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
+    """Bring [b, Hkv|1, ...] to [b, Hq|1, ...]."""
+    return tensor if tensor.shape[1] == 1 else tensor.repeat_interleave(a.groups, dim=1)
+
+
+def _freeze(a: AttentionArguments) -> AttentionArguments:
+    """Keep gradients from the first prefix keys and values."""
+    if a.frozen_prefix == 0:
+        return a
+
+    def freeze(keys: Tensor) -> Tensor:
+        return torch.cat([keys[:, :, : a.frozen_prefix].detach(), keys[:, :, a.frozen_prefix :]], dim=2)
+
+    return a._replace(prefix_key=freeze(a.prefix_key), prefix_value=freeze(a.prefix_value))
 
 
 def _repeat_heads(a: AttentionArguments, keys: Tensor) -> Tensor:

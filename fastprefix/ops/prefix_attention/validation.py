@@ -12,16 +12,22 @@ from ..declaration import Rule, accept
 from .arguments import DECLARATION, SEGMENTS, AttentionArguments
 
 _PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one a row)"
+_STORE = "[Hkv, T, {d}] (with prefix_spans: a store of prefixes)"
+_FROZEN = "a whole number from 0 to the number of prefix keys"
+_OF_PREFIX = ("prefix_gate", "output_gate", "prefix_bias", "prefix_key_bias", "prefix_spans")
 _WINDOW = "a whole number of at least 1 and less than 2**63, or None"
 _FURTHEST = 2**30  # positions and their distances fit into 32 bits, in which Triton kernels compute them
+
+_STORE_BIAS = ("Hkv", "T")
 
 _CHECKED: set[Hashable] = set()
 _MOST_CHECKED = 4096
 
 _TENSORS = DECLARATION.tensors
 _LEADING = [(index, rule.ndim) for index, rule in enumerate(DECLARATION.rules.values()) if rule.broadcasts]
-_MASK, _SEED, _WINDOW_SIZE, _SOFTCAP, _SCALE, _DROPOUT = map(
-    AttentionArguments._fields.index, ("attn_mask", "dropout_seed", "window_size", "softcap", "scale", "dropout_p")
+_PREFIX_KEY, _PREFIX_VALUE, _MASK, _SEED, _WINDOW_SIZE, _SOFTCAP, _SCALE, _DROPOUT = map(
+    AttentionArguments._fields.index,
+    ("prefix_key", "prefix_value", "attn_mask", "dropout_seed", "window_size", "softcap", "scale", "dropout_p"),
 )
 
 
@@ -29,13 +35,16 @@ def collect_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
     *,
     prefix_gate: Tensor | None = None,
     output_gate: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    prefix_key_bias: Tensor | None = None,
+    prefix_spans: Tensor | None = None,
+    frozen_prefix: int = 0,
     is_causal: bool = False,
     window_size: int | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
@@ -50,21 +59,24 @@ def collect_arguments(
         query=query,
         key=key,
         value=value,
-        prefix_key=prefix_key,
-        prefix_value=prefix_value,
+        prefix_key=prefix_key,  # type: ignore[arg-type]  # None, for no prefix, until it is canonical
+        prefix_value=prefix_value,  # type: ignore[arg-type]
         prefix_gate=prefix_gate,
         output_gate=output_gate,
         attn_mask=attn_mask,
         prefix_bias=prefix_bias,
+        prefix_key_bias=prefix_key_bias,
         sinks=sinks,
         query_segments=query_segments,
         key_segments=key_segments,
+        prefix_spans=prefix_spans,
         dropout_seed=None,
         is_causal=is_causal,
         window_size=window_size,
         softcap=softcap,
         scale=scale,  # type: ignore[arg-type]  # None until it is canonical
         dropout_p=dropout_p,
+        frozen_prefix=frozen_prefix,
     )
 
 
@@ -78,6 +90,9 @@ def canonicalize(given: AttentionArguments) -> AttentionArguments:
     mask = given.attn_mask
     if mask is not None and _is_padding(mask):
         values[_MASK] = mask[:, None, None, :]
+    if values[_PREFIX_KEY] is None:
+        for index, tokens in ((_PREFIX_KEY, given.key), (_PREFIX_VALUE, given.value)):
+            values[index] = tokens.new_empty((1, tokens.shape[1], 0, tokens.shape[3]))
     for index, ndim in _LEADING:
         tensor = values[index]
         if tensor is not None and tensor.ndim < ndim:
@@ -125,20 +140,44 @@ def _remember(signature: Hashable | None) -> None:
 
 def _check_arguments(given: AttentionArguments) -> None:
     _check_tokens(given.query, given.key, given.value)
-    _check_prefix(given)
     _check_options(given)
-    sizes = dict(zip(("B", "Hq", "N", "D"), given.query.shape, strict=True))
-    sizes |= {"Hkv": given.key.shape[1], "M": given.key.shape[2], "P": given.prefix_key.shape[-2]}
+    length = _check_prefix(given)
+    sizes: dict[str, checks.Size] = dict(zip(("B", "Hq", "N", "D"), given.query.shape, strict=True))
+    sizes |= {"Hkv": given.key.shape[1], "M": given.key.shape[2], "P": length, "T": length, "2": 2}
+    if given.prefix_spans is not None:
+        sizes["P"] = _find_largest_length(given)
     for name, rule in DECLARATION.optional.items():
         tensor = getattr(given, name)
         if tensor is not None:
-            _check_optional(rule.label or name, tensor, rule, sizes, given.query)
+            letters = _STORE_BIAS if name == "prefix_key_bias" and given.prefix_spans is not None else None
+            _check_optional(rule.label or name, tensor, rule, sizes, given.query, letters)
 
 
-def _check_optional(name: str, tensor: Tensor, rule: Rule, sizes: Mapping[str, checks.Size], query: Tensor) -> None:
-    """Check an optional tensor against its rule."""
+def _find_largest_length(given: AttentionArguments) -> checks.Size:
+    """Return what rows' own arguments take for the largest length: their number of columns, unless they broadcast.
+
+    The lengths themselves are looked at by the backends (see ``spans``), where that does not wait for a device.
+    """
+    columns = [
+        tensor.shape[-1]
+        for tensor in (given.prefix_gate, given.prefix_bias)
+        if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.shape[-1] != 1
+    ]
+    return columns[0] if columns else 1
+
+
+def _check_optional(
+    name: str,
+    tensor: Tensor,
+    rule: Rule,
+    sizes: Mapping[str, checks.Size],
+    query: Tensor,
+    letters: tuple[str, ...] | None = None,
+) -> None:
+    """Check an optional tensor against its rule; ``letters`` stand in place of the rule's."""
     checks.check_tensor(name, tensor, rule.takes or rule.shape.replace("1|", ""))
-    letters = ("B", "M") if rule.dtype == "mask" and _is_padding(tensor) else rule.letters(tensor.ndim)
+    if letters is None:
+        letters = ("B", "M") if rule.dtype == "mask" and _is_padding(tensor) else rule.letters(tensor.ndim)
     full = tuple([sizes[letter] for letter in letters])
     if rule.takes is not None:
         takes = f"{rule.takes}; here {full}"
@@ -197,24 +236,44 @@ def _check_companion(name: str, tensor: Tensor, query: Tensor, takes: str) -> No
     checks.check_dtype(name, tensor, query.dtype, "query", checks.autocast_dtype(query.device))
 
 
-def _check_prefix(given: AttentionArguments) -> None:
+def _check_prefix(given: AttentionArguments) -> checks.Size:
+    """Check the prefix's keys and values; returns how many there are, with spans in the whole store."""
+    if any(x is None for x in given[_PREFIX_KEY : _PREFIX_VALUE + 1]):
+        return _check_no_prefix(given)
     prefix_key, prefix_value = given.prefix_key, given.prefix_value
+    kind = _PREFIX if given.prefix_spans is None else _STORE
     for name, tensor, tokens, letter in (
         ("prefix_key", prefix_key, given.key, "D"),
         ("prefix_value", prefix_value, given.value, "Dv"),
     ):
-        takes = _PREFIX.format(d=letter)
+        takes = kind.format(d=letter)
         _check_companion(name, tensor, given.query, takes)
         batch, heads, size = tokens.shape[0], tokens.shape[1], tokens.shape[3]
         takes = f"{takes} with B, Hkv, {letter} = {batch}, {heads}, {size}"
-        shape = (heads, None, size) if tensor.ndim == 3 else (batch, heads, None, size)
-        checks.check_shape(name, tensor, shape, takes)
+        own = tensor.ndim != 3 and given.prefix_spans is None
+        checks.check_shape(name, tensor, (batch, heads, None, size) if own else (heads, None, size), takes)
     if prefix_value.ndim != prefix_key.ndim:
         raise checks.wrong_value("prefix_value", prefix_value, f"as many dimensions as prefix_key ({prefix_key.ndim})")
     if prefix_value.shape[-2] != prefix_key.shape[-2]:
         raise checks.wrong_value(
             "prefix_value", prefix_value, f"the prefix length of prefix_key (P = {prefix_key.shape[-2]})"
         )
+    if given.frozen_prefix > prefix_key.shape[-2]:
+        raise checks.wrong_value("frozen_prefix", given.frozen_prefix, f"{_FROZEN} ({prefix_key.shape[-2]})")
+    return prefix_key.shape[-2]
+
+
+def _check_no_prefix(given: AttentionArguments) -> int:
+    """Check that a call without a prefix has none of the arguments that speak of one."""
+    for name, other in (("prefix_key", "prefix_value"), ("prefix_value", "prefix_key")):
+        if getattr(given, other) is not None:
+            raise checks.wrong_type(name, getattr(given, name), f"a tensor, since {other} was given")
+    for name in _OF_PREFIX:
+        if getattr(given, name) is not None:
+            raise checks.wrong_value(name, getattr(given, name), "None where there is no prefix_key")
+    if given.frozen_prefix != 0:
+        raise checks.wrong_value("frozen_prefix", given.frozen_prefix, "0 where there is no prefix_key")
+    return 0
 
 
 def _check_options(given: AttentionArguments) -> None:
@@ -234,6 +293,11 @@ def _check_options(given: AttentionArguments) -> None:
         if not -math.inf < scale < math.inf:
             raise checks.wrong_value("scale", scale, "a finite number, or None for 1/sqrt(D)")
     checks.check_probability("dropout_p", given.dropout_p)
+    frozen = given.frozen_prefix
+    if isinstance(frozen, bool) or not isinstance(frozen, int | torch.SymInt):
+        raise checks.wrong_type("frozen_prefix", frozen, _FROZEN)
+    if frozen < 0:
+        raise checks.wrong_value("frozen_prefix", frozen, _FROZEN)
 
 
 def _split_segments(segment_ids: object) -> tuple[Tensor, Tensor]:
