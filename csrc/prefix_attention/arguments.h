@@ -52,7 +52,11 @@ struct AttentionNeeds {
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_FLAG, FASTPREFIX_NOTHING)
 
   bool tokens() const { return query || key || value; }
-  bool prefix() const { return query || prefix_key || prefix_value || prefix_gate; }
+  bool prefix() const { return whole_prefix() || prefix_key || prefix_value; }
+  // All prefix keys are gone through, not those alone that are trained.
+  bool whole_prefix() const { return query || prefix_gate || prefix_key_bias; }
+  // Something but the values, which alone do without the gradients of scores.
+  bool scores() const { return whole_prefix() || prefix_key || key || output_gate || sinks; }
 };
 
 // The gradients; those that nobody asked for are undefined.

@@ -13,11 +13,12 @@
 
 namespace fastprefix {
 
-// Where gradients go. Sums over queries that need no [keys, *] memory are kept for each block of queries,
-// [B, Hq, blocks].
+// Where gradients go: those of a key, or the results themselves, and sums that the caller brings to the results' shapes.
 struct AttentionGradients {
   const AttentionResults& results;
-  Tensor prefix_gate_sums;  // [B, Hq, blocks or N, P]
+  Tensor query_gate;        // of a gate for each query, [B, Hq, N, P]
+  Tensor prefix_gate;       // float64 [Hkv, B, P], or of a gate for each query head [Hkv, B, G, P]
+  Tensor prefix_key_bias;   // float64 [Hkv, 1|B, P or the store's length]
   Tensor output_gate_sums;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
   Tensor sinks_sums;        // float64 [B, Hq, blocks]
 };
@@ -36,12 +37,16 @@ struct Normalizers {
   void read(const A* saved_m, const A* saved_l, int64_t count) {
     for (int64_t i = 0; i < kQueries; ++i) {
       bool sees = i < count && saved_l[i] != 0;
-      m[i] = sees ? saved_m[i] : A(0);
+      m[i] = sees ? saved_m[i] : std::numeric_limits<A>::infinity();  // whatever the score is
       inverse[i] = sees ? A(1) / saved_l[i] : A(0);
     }
   }
   Vec<A> probability(Vec<A> s, int64_t c) const { return exp(s - load(m + c)) * load(inverse + c); }
 };
+
+// What the sums of prefix gradients may take, in bytes. Where a long prefix or many threads would need more, the prefix is
+// gone through in ranges of keys, one after the other, and only the sums of one range are kept.
+constexpr int64_t kPrefixSumsBytes = int64_t{64} << 20;
 
 // Up to so many keys, queries or columns, a second look at the scores costs little, and rounding averages out least.
 constexpr int64_t kFewKeys = 16, kFewQueries = 4, kFewColumns = 8;
@@ -55,7 +60,7 @@ class AttentionBackward {
   AttentionBackward(
       const AttentionProblem<T, A>& p,
       const AttentionNeeds& needs,
-      const AttentionGradients& gradients,
+      AttentionGradients& gradients,
       const Tensor& grad_output,
       const Tensor& output,
       const Tensor& normalizers)
@@ -66,30 +71,73 @@ class AttentionBackward {
         do_(grad_output),
         o_(output),
         normalizers_(normalizers.data_ptr<A>()),
-        slots_(p.B * p.Hq * p.query_blocks()),
+        slots_(p.G * p.query_blocks(), costs(p)),
         token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
-        prefix_shape_{p.P, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
+        prefix_shape_{p.prefix_keys - p.frozen, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
 
   void run() {
     if (slots_.items == 0) return;
+    divide_prefix();
     auto options = o_options();
     prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
     cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
-    Arena counting(nullptr);
-    BackwardWorker(*this, counting);
-    slots_.run(counting.used(), [&](int64_t slot, char* memory) {
-      Arena arena(memory);
-      BackwardWorker(*this, arena).work(slot);
-    });
+    if (several_ranges()) deltas_ = at::empty({slots_.items, 2, kQueries}, options);
+    if (several_ranges() && needs_.query) dq_sums_ = at::empty({slots_.items, p_.D, kQueries}, options);
+    allocate_column_sums();
+    do {
+      Arena counting(nullptr);
+      BackwardWorker(*this, counting);
+      slots_.run(counting.used(), [&](int64_t slot, char* memory) {
+        Arena arena(memory);
+        BackwardWorker(*this, arena).work(slot);
+      });
+      write_prefix_sums();
+    } while (next_range());
     write_cut_groups();
-    write_prefix_sums();
+    if (gate_sums_.rows.defined()) gradients_.prefix_gate = gate_sums_.total(slots_);
+    if (bias_sums_.rows.defined()) gradients_.prefix_key_bias = bias_sums_.total(slots_);
   }
 
  private:
   static int64_t width(bool needed, int64_t size) { return needed ? round_up(size, kLanes<A>) : 0; }
   static at::TensorOptions o_options() { return at::dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat); }
 
+  // ---- ranges of prefix keys ------------------------------------------------------------------------------------
+
+  // The trained keys of a range have their sums in memory at the same time. All else is done in the first range.
+  void divide_prefix() {
+    int64_t row = (slots_.count + prefix_groups() - 1) * (prefix_shape_.D + prefix_shape_.Dv) * sizeof(A);
+    int64_t most = row == 0 ? prefix_shape_.keys : std::max(kKeys, kPrefixSumsBytes / row / kKeys * kKeys);
+    prefix_shape_.keys = std::min(prefix_shape_.keys, most);
+    begin_ = p_.frozen;
+    end_ = begin_ + prefix_shape_.keys;
+  }
+  bool next_range() {
+    begin_ = end_;
+    end_ = std::min(begin_ + prefix_shape_.keys, p_.prefix_keys);
+    return begin_ < end_;
+  }
+  bool first_range() const { return begin_ == p_.frozen; }
+  bool last_range() const { return end_ == p_.prefix_keys; }
+  bool several_ranges() const { return !(first_range() && last_range()); }
+
+  void allocate_column_sums() {
+    bool each_query = p_.gate_per_query && gradients_.query_gate.defined();
+    int64_t gate_groups = p_.gate_per_query ? p_.B * p_.Hq : groups();
+    if (needs_.prefix_gate && !each_query) gate_sums_ = ColumnSums(slots_, gate_groups, p_.P);
+    if (needs_.prefix_key_bias)
+      bias_sums_ = ColumnSums(slots_, p_.shared_key_bias() ? p_.Hkv : groups(), p_.key_bias_columns());
+  }
+
   // ---- order of work: groups (hkv, b) of G * blocks items -------------------------------------------------------
+
+  // What an item of each group costs: its keys.
+  static std::vector<int64_t> costs(const AttentionProblem<T, A>& p) {
+    std::vector<int64_t> costs;
+    for (int64_t hkv = 0; hkv < p.Hkv; ++hkv)
+      for (const Span& span : p.spans) costs.push_back(p.M + span.length + kKeys);
+    return costs;
+  }
 
   int64_t group_items() const { return p_.G * p_.query_blocks(); }
   int64_t groups() const { return p_.Hkv * p_.B; }
@@ -117,11 +165,11 @@ class AttentionBackward {
   template <class Row>
   void write_key_sums(
       const KeySumsShape& shape, const A* first, int64_t count, int64_t step, const Tensor& dk, const Tensor& dv,
-      Row b, Row hkv, int64_t begin, int64_t end) const {
+      Row b, Row hkv, int64_t begin, int64_t end, int64_t offset = 0) const {
     KeySums<A> sums = shape.at(const_cast<A*>(first));
     auto write = [&](const A* from, int64_t ld, const Tensor& to) {
       if (ld == 0) return;
-      T* rows = static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + begin * to.stride(2);
+      T* rows = static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + (begin + offset) * to.stride(2);
       write_sum(from + begin * ld, count, step, end - begin, ld, to.size(3), rows, to.stride(2));
     };
     write(sums.dk, shape.D, dk);
@@ -165,7 +213,7 @@ class AttentionBackward {
         int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
         write_key_sums(
             prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(),
-            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, 0, p_.P);
+            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, 0, end_ - begin_, begin_);
       }
     });
   }
@@ -183,10 +231,13 @@ class AttentionBackward {
     Normalizers<A> tokens_by, prefix_by;
     A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
-    A *gates, *keeps, *products, *slopes;
+    A *gates, *keeps, *slopes;
+    A* products;  // <q, k>, then the gate's gradients
+    A* uncapped;  // the gradients of scores after the soft cap: the key bias's
     Tile<Manner> s;   // scores, then what multiplies do in dV
     Tile<Manner> ds;  // <do, v>, then what multiplies q in dK
     A* token_sums;
+    double *gate_sums = nullptr, *bias_sums = nullptr;
     std::vector<Strip> strips;
 
     BackwardWorker(const AttentionBackward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
@@ -210,6 +261,7 @@ class AttentionBackward {
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
       keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
       products = needs.prefix_gate ? arena.take<A>(kKeys * kQueries) : nullptr;
+      uncapped = needs.prefix_key_bias ? arena.take<A>(kKeys * kQueries) : nullptr;
       slopes = p.softcap != 0 ? arena.take<A>(kKeys * kQueries) : nullptr;
       s.take(arena, true, false);
       ds.take(arena, true, true);
@@ -223,37 +275,84 @@ class AttentionBackward {
         int64_t from = std::max(begin, group * of_group), to = std::min(end, (group + 1) * of_group);
         bool begun_earlier = from != group * of_group, whole = to - from == of_group;
         A* tokens = whole ? token_sums : f.cut_row(slot, begun_earlier);
-        std::fill_n(tokens, f.token_shape_.size(), A(0));
+        if (f.first_range()) std::fill_n(tokens, f.token_shape_.size(), A(0));
         int64_t prefix = f.prefix_group(group);
         A* prefix_row = f.prefix_row(slot, prefix);
         if (prefix != last_prefix) std::fill_n(prefix_row, f.prefix_shape_.size(), A(0));
         last_prefix = prefix;
         for (int64_t item = from; item < to; ++item)
-          differentiate(f.block(item), f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
-        if (whole)
+          differentiate(slot, item, f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
+        if (whole && f.first_range())
           f.write_key_sums(
               f.token_shape_, tokens, 1, 0, f.gradients_.results.key, f.gradients_.results.value, group % p.B,
               group / p.B, 0, p.M);
       }
     }
 
-    void differentiate(const QueryBlock& queries, const KeySums<A>& tokens, const KeySums<A>& prefix) {
+    void differentiate(int64_t slot, int64_t item, const KeySums<A>& tokens, const KeySums<A>& prefix) {
+      QueryBlock queries = f.block(item);
+      if (!f.first_range() && !f.last_range() && !sees_range(queries)) return;
+      gate_sums = f.gate_sums_.rows.defined() ? f.gate_sums_.row(slot, item) : nullptr;
+      bias_sums = f.bias_sums_.rows.defined() ? f.bias_sums_.row(slot, item) : nullptr;
       prepare(queries);
-      if (p.separate() || p.P + p.M <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns) find_deltas(queries);
-      if (needs.output_gate) *block_sum(f.gradients_.output_gate_sums, queries) = total(prefix_delta, queries);
-      if (needs.sinks) differentiate_sink(queries);
-      if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
-      if (needs.prefix()) for_blocks(queries, Half::prefix, [&](auto block) { add_block(queries, block, prefix); });
-      if (needs.tokens()) for_blocks(queries, Half::tokens, [&](auto block) { add_block(queries, block, tokens); });
-      if (needs.query) write_dq(queries);
+      if (f.first_range()) {
+        if (needs.scores() && needs_deltas(queries)) find_deltas(queries);
+        if (needs.output_gate) *block_sum(f.gradients_.output_gate_sums, queries) = total(prefix_delta, queries);
+        if (needs.sinks) differentiate_sink(queries);
+        if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
+        if (f.several_ranges()) keep(item);
+      } else {
+        recall(item);
+      }
+      if (f.first_range() && needs.whole_prefix()) add_prefix(queries, 0, p.frozen, prefix);
+      if (needs.prefix()) add_prefix(queries, f.begin_, f.end_, prefix);
+      if (f.first_range() && needs.tokens())
+        for_tokens(queries, [&](auto block) { add_block(queries, block, tokens, needs.key, needs.value); });
+      if (needs.query && f.last_range()) write_dq(queries);
+      if (needs.query && !f.last_range()) std::copy_n(dq, p.D * kQueries, f.kept_dq(item));
     }
 
-    // The blocks of keys that queries see something of.
+    bool needs_deltas(const QueryBlock& queries) const {
+      int64_t keys = p.spans[queries.b].length + p.M;
+      return p.separate() || keys <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns;
+    }
+
+    // Between ranges, what was found out about the queries.
+    void keep(int64_t item) const {
+      std::copy_n(delta, kQueries, f.kept_deltas(item));
+      std::copy_n(prefix_delta, kQueries, f.kept_deltas(item) + kQueries);
+    }
+    void recall(int64_t item) {
+      std::copy_n(f.kept_deltas(item), kQueries, delta);
+      std::copy_n(f.kept_deltas(item) + kQueries, kQueries, prefix_delta);
+      if (needs.query) std::copy_n(f.kept_dq(item), p.D * kQueries, dq);
+    }
+
+    // The prefix keys [from, to) of the store, or those of them that the queries see.
+    void add_prefix(const QueryBlock& queries, int64_t from, int64_t to, const KeySums<A>& prefix) {
+      bool trained = from >= p.frozen;
+      int64_t start = p.spans[queries.b].start;
+      for_prefix(queries, from - start, to - start, [&](auto block) {
+        add_block(queries, block, prefix, trained && needs.prefix_key, trained && needs.prefix_value);
+      });
+    }
+    bool sees_range(const QueryBlock& queries) const {
+      const Span& span = p.spans[queries.b];
+      return span.start < f.end_ && f.begin_ < span.start + span.length;
+    }
+
+    // The blocks of keys that queries see something of; in the prefix those from the row's own `from` up to `to`.
     template <class F>
-    void for_blocks(const QueryBlock& queries, Half half, F use) {
-      bool of_prefix = half == Half::prefix;
-      int64_t begin = of_prefix ? 0 : std::max<int64_t>(0, f.band_.first_key(queries.first));
-      int64_t end = of_prefix ? p.P : std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
+    void for_prefix(const QueryBlock& queries, int64_t from, int64_t to, F use) {
+      for_range(Half::prefix, std::max<int64_t>(from, 0), std::min(to, p.spans[queries.b].length), use);
+    }
+    template <class F>
+    void for_tokens(const QueryBlock& queries, F use) {
+      int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
+      for_range(Half::tokens, std::max<int64_t>(0, f.band_.first_key(queries.first)), end, use);
+    }
+    template <class F>
+    static void for_range(Half half, int64_t begin, int64_t end, F use) {
       for (int64_t first = begin; first < end; first += kKeys)
         use(Columns{half, first, std::min(kKeys, end - first)});
     }
@@ -301,11 +400,11 @@ class AttentionBackward {
       for (A* sums : {delta, prefix_delta, masses, prefix_masses}) std::fill_n(sums, kQueries, A(0));
       if (p.sinks)
         for (int64_t i = 0; i < queries.count; ++i) masses[i] = sink_probability(queries, i);
-      for_blocks(queries, Half::prefix, [&](auto block) {
+      for_prefix(queries, 0, p.P, [&](auto block) {
         add_delta(queries, block, of_prefix_by, of_prefix, prefix_mass);
       });
       if (!separate || needs.tokens() || needs.sinks)
-        for_blocks(queries, Half::tokens, [&](auto block) { add_delta(queries, block, tokens_by, delta, masses); });
+        for_tokens(queries, [&](auto block) { add_delta(queries, block, tokens_by, delta, masses); });
       for (int64_t i = 0; i < queries.count; ++i) {
         if (masses[i] != 0) delta[i] /= masses[i];
         if (prefix_masses[i] != 0) prefix_delta[i] /= prefix_masses[i];
@@ -314,7 +413,7 @@ class AttentionBackward {
 
     void add_delta(
         const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
-      Gate<A> gate = score_block(queries, columns);
+      Gate<A> gate = score_block(queries, columns, true);
       for (const Strip& strip : strips) {
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
           Vec<A> probabilities = sum_rows<A>(strip, [&](int64_t r) {
@@ -351,15 +450,16 @@ class AttentionBackward {
       *block_sum(f.gradients_.sinks_sums, queries) = sum;
     }
 
-    // Scores and <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
-    Gate<A> score_block(const QueryBlock& queries, const Columns& columns, KeyBlock<Manner>* keys = nullptr) {
+    // Scores and, where asked for, <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
+    Gate<A> score_block(
+        const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys = nullptr) {
       bool of_prefix = columns.half == Half::prefix;
       if (of_prefix) {
         all_visible(queries, columns.rows, kLanes<A>, strips);
       } else {
         visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
       }
-      multiply(queries, columns, keys);
+      multiply(queries, columns, need_dov, keys);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       for (const Strip& strip : strips) {
@@ -373,23 +473,28 @@ class AttentionBackward {
     }
 
     // <q, k> in s and <do, v> in ds, for the strips.
-    void multiply(const QueryBlock& queries, const Columns& columns, KeyBlock<Manner>* keys) {
+    void multiply(const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys) {
       bool of_prefix = columns.half == Half::prefix;
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      const T* k_at = k.at(queries.b, queries.hkv, columns.first);
-      const T* v_at = v.at(queries.b, queries.hkv, columns.first);
+      const T* k_at = k.at(queries.b, queries.hkv, place(queries, columns));
+      const T* v_at = v.at(queries.b, queries.hkv, place(queries, columns));
       if (queries.count <= kFew) {
         score_few(k_at, k.strides[2], columns.rows, p.D, few_q, queries.count, s.values);
-        return score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
+        if (need_dov) score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
+        return;
       }
       bool across = needs.query && keys;
       auto kb = key_block<Manner>(k_at, k.strides[2], columns.rows, p.D, true, across, key_rows, key_pairs);
-      auto vb = key_block<Manner>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
-      for (const Strip& strip : strips) {
-        multiply_strip(kb.along(p.D, q, s.values), strip);
-        multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
-      }
+      for (const Strip& strip : strips) multiply_strip(kb.along(p.D, q, s.values), strip);
       if (keys) *keys = kb;
+      if (!need_dov) return;
+      auto vb = key_block<Manner>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
+      for (const Strip& strip : strips) multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
+    }
+
+    // Where a block of keys begins, in the store of prefixes or among the tokens.
+    int64_t place(const QueryBlock& queries, const Columns& columns) const {
+      return columns.first + (columns.half == Half::prefix ? p.spans[queries.b].start : 0);
     }
 
     static void multiply_strip(Product<Manner> product, const Strip& strip) {
@@ -399,15 +504,18 @@ class AttentionBackward {
       product.run(strip.rows, strip.columns);
     }
 
-    void add_block(const QueryBlock& queries, const Columns& columns, const KeySums<A>& sums) {
-      KeyBlock<Manner> kb;
-      Gate<A> gate = score_block(queries, columns, &kb);
+    void add_block(
+        const QueryBlock& queries, const Columns& columns, const KeySums<A>& sums, bool need_dk, bool need_dv) {
       bool of_prefix = columns.half == Half::prefix;
-      bool need_dk = of_prefix ? needs.prefix_key : needs.key, need_dv = of_prefix ? needs.prefix_value : needs.value;
-      A* dk = need_dk ? sums.dk + columns.first * f.width(true, p.D) : nullptr;
-      A* dv = need_dv ? sums.dv + columns.first * f.width(true, p.Dv) : nullptr;
+      bool need_ds = need_dk || (of_prefix ? needs.whole_prefix() : needs.query);
+      KeyBlock<Manner> kb;
+      Gate<A> gate = score_block(queries, columns, need_ds, &kb);
+      int64_t row = place(queries, columns) - (of_prefix ? f.begin_ : 0);  // of the sums
+      A* dk = need_dk ? sums.dk + row * f.width(true, p.D) : nullptr;
+      A* dv = need_dv ? sums.dv + row * f.width(true, p.Dv) : nullptr;
       for (const Strip& strip : strips) {
-        differentiate_scores(queries, columns, strip, gate);
+        if (need_ds) differentiate_scores(queries, columns, strip, gate);
+        if (!need_ds) weigh(queries, columns, strip, gate);
         if (queries.count <= kFew) {
           add_few(queries, columns, strip, dk, dv);
           continue;
@@ -421,20 +529,35 @@ class AttentionBackward {
           kb.across(strip.row, strip.rows, ds.pairs + strip.column * Manner::pair, dq + strip.column)
               .run(p.D, strip.columns);
       }
-      if (of_prefix && needs.prefix_gate) write_gate_gradient(queries, columns);
+      if (of_prefix && needs.prefix_gate) add_gate_gradient(queries, columns);
+      if (of_prefix && needs.prefix_key_bias)
+        add_columns(uncapped, queries, columns, bias_sums + (p.from_store ? place(queries, columns) : columns.first));
     }
 
     // dV += P^T dO, dK += dS^T Q, dQ += dS K for a few queries.
     void add_few(const QueryBlock& queries, const Columns& columns, const Strip& strip, A* dk, A* dv) const {
       const View<const T>& k = columns.half == Half::prefix ? p.pk : p.k;
-      const T* k_at = k.at(queries.b, queries.hkv, columns.first + strip.row);
+      const T* k_at = k.at(queries.b, queries.hkv, place(queries, columns) + strip.row);
       const A *probabilities = s.values + strip.row * kQueries, *gradients = ds.values + strip.row * kQueries;
       if (dv) add_outer_few(probabilities, strip.rows, queries.count, few_do, p.Dv, dv + strip.row * f.width(true, p.Dv));
       if (dk) add_outer_few(gradients, strip.rows, queries.count, few_q, p.D, dk + strip.row * f.width(true, p.D));
       if (needs.query) add_values_few(k_at, k.strides[2], strip.rows, p.D, gradients, queries.count, dq);
     }
 
-    // P to P g keep in s, dP to dS c g in ds, and dg in products.
+    // P to P g keep in s.
+    void weigh(const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
+      bool own_softmax = p.separate() && columns.half == Half::prefix;
+      const Normalizers<A>& by = own_softmax ? prefix_by : tokens_by;
+      A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
+      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+        int64_t at = r * kQueries + c;
+        Vec<A> kept = by.probability(load(s.values + at), c) * og;
+        if (keeps) kept *= load(keeps + at);
+        store(s.values + at, kept * gate.at(r, c));
+      });
+    }
+
+    // P to P g keep in s, dP to dS c g in ds, dg in products, and dS before the soft cap's slope in uncapped.
     void differentiate_scores(
         const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       bool own_softmax = p.separate() && columns.half == Half::prefix;
@@ -442,12 +565,14 @@ class AttentionBackward {
       const A* row_delta = own_softmax ? prefix_delta : delta;
       A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
       bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
+      bool with_bias = columns.half == Half::prefix && needs.prefix_key_bias;
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
         Vec<A> probability = by.probability(load(s.values + at), c) * og;
         Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
         if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
         Vec<A> d = probability * (g * dov - load(row_delta + c));
+        if (with_bias) store(uncapped + at, d);
         if (slopes) d *= load(slopes + at);
         if (with_dg) store(products + at, d * load(products + at) + probability * dov);
         store(s.values + at, kept * g);
@@ -464,21 +589,22 @@ class AttentionBackward {
       product.run(strip.rows, ld);
     }
 
-    // dg, summed over the block's queries, or for each of them.
-    void write_gate_gradient(const QueryBlock& queries, const Columns& columns) {
-      const Tensor& gradient = f.gradients_.prefix_gate_sums;
-      bool each = p.gate_per_query && gradient.size(2) == p.N;
+    // dg, added up over the block's queries, or for each of them.
+    void add_gate_gradient(const QueryBlock& queries, const Columns& columns) {
+      if (gate_sums) return add_columns(products, queries, columns, gate_sums + columns.first);
+      const Tensor& gradient = f.gradients_.query_gate;
       A* to = gradient.data_ptr<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
-              (each ? queries.first : queries.index) * gradient.stride(2) + columns.first;
-      for (int64_t r = 0; r < columns.rows; ++r) {
-        const A* from = products + r * kQueries;
-        if (each) {
-          for (int64_t i = 0; i < queries.count; ++i) to[i * gradient.stride(2) + r] = from[i];
-        } else {
-          Vec<A> sums{};
-          for (int64_t c = 0; c < round_up(queries.count, kLanes<A>); c += kLanes<A>) sums += load(from + c);
-          to[r] = sum<A>(sums);
-        }
+              queries.first * gradient.stride(2) + columns.first;
+      for (int64_t r = 0; r < columns.rows; ++r)
+        for (int64_t i = 0; i < queries.count; ++i) to[i * gradient.stride(2) + r] = products[r * kQueries + i];
+    }
+
+    // Adds the sums over a block's queries.
+    void add_columns(const A* values, const QueryBlock& queries, const Columns& columns, double* to) const {
+      for (int64_t r = 0; r < columns.rows; ++r, values += kQueries) {
+        Vec<A> sums{};
+        for (int64_t c = 0; c < round_up(queries.count, kLanes<A>); c += kLanes<A>) sums += load(values + c);
+        to[r] += sum<A>(sums);
       }
     }
 
@@ -490,15 +616,21 @@ class AttentionBackward {
     }
   };
 
+  A* kept_deltas(int64_t item) const { return deltas_.data_ptr<A>() + item * 2 * kQueries; }
+  A* kept_dq(int64_t item) const { return dq_sums_.data_ptr<A>() + item * p_.D * kQueries; }
+
   const AttentionProblem<T, A>& p_;
   const AttentionNeeds needs_;
-  const AttentionGradients& gradients_;
+  AttentionGradients& gradients_;
   Band band_;
   View<const T> do_, o_;
   const A* normalizers_;
   Slots slots_;
   KeySumsShape token_shape_, prefix_shape_;
+  int64_t begin_ = 0, end_ = 0;  // the range of prefix keys that is gone through
   Tensor prefix_sums_, cut_sums_;
+  Tensor deltas_, dq_sums_;  // what is kept between ranges
+  ColumnSums gate_sums_, bias_sums_;
 };
 
 }  // namespace fastprefix

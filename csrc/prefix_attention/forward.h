@@ -87,7 +87,9 @@ class AttentionForward {
       : p_(p), band_(p), output_(output), normalizers_(normalizers.data_ptr<A>()) {}
 
   void run() {
-    Slots slots(p_.B * p_.Hq * p_.query_blocks());
+    std::vector<int64_t> costs;
+    for (const Span& span : p_.spans) costs.push_back(p_.M + span.length + kKeys);
+    Slots slots(p_.Hq * p_.query_blocks(), costs);
     if (slots.items == 0) return;
     Arena counting(nullptr);
     ForwardWorker(*this, counting);
@@ -142,8 +144,9 @@ class AttentionForward {
       tokens.start(p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
       if (p.separate()) prefix.start(p.Dv, columns);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
-      for (int64_t first = 0; first < p.P; first += kKeys)
-        add_block(queries, {Half::prefix, first, std::min(kKeys, p.P - first)}, of_prefix);
+      int64_t length = p.spans[queries.b].length;
+      for (int64_t first = 0; first < length; first += kKeys)
+        add_block(queries, {Half::prefix, first, std::min(kKeys, length - first)}, of_prefix);
       int64_t begin = std::max<int64_t>(0, f.band_.first_key(queries.first));
       int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
       for (int64_t first = begin; first < end; first += kKeys)
@@ -159,8 +162,9 @@ class AttentionForward {
         visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
       }
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      const T* k_at = k.at(queries.b, queries.hkv, columns.first);
-      const T* v_at = v.at(queries.b, queries.hkv, columns.first);
+      int64_t key = of_prefix ? p.spans[queries.b].start + columns.first : columns.first;
+      const T* k_at = k.at(queries.b, queries.hkv, key);
+      const T* v_at = v.at(queries.b, queries.hkv, key);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       score(queries, columns, k_at, k.strides[2]);

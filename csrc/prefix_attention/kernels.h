@@ -13,7 +13,7 @@ template <class T>
 void backward_kernel(
     const AttentionArguments& a,
     const AttentionNeeds& needs,
-    const AttentionGradients& gradients,
+    AttentionGradients& gradients,
     const Tensor& grad_output,
     const Tensor& output,
     const Tensor& normalizers);
@@ -27,7 +27,7 @@ void backward_kernel(
   }                                                                                                  \
   template <>                                                                                        \
   void backward_kernel<T>(                                                                           \
-      const AttentionArguments& a, const AttentionNeeds& needs, const AttentionGradients& gradients, \
+      const AttentionArguments& a, const AttentionNeeds& needs, AttentionGradients& gradients,       \
       const Tensor& grad_output, const Tensor& output, const Tensor& normalizers) {                  \
     AttentionProblem<T, Manner::Accumulator> problem(a);                                             \
     AttentionBackward<Manner, T>(problem, needs, gradients, grad_output, output, normalizers).run(); \

@@ -3,7 +3,9 @@
 // B batch, N queries, M keys, P prefix keys, Hq/Hkv query and key-value heads, D/Dv head sizes, as in the formulas.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <vector>
 
 #include "arguments.h"
 
@@ -41,15 +43,38 @@ struct QueryBlock {
   int64_t index;  // of the block within its row and head
 };
 
+// The keys of the store of prefixes that a row of the batch sees. Without a store this is the whole prefix.
+struct Span {
+  int64_t start, length;
+};
+
+inline std::vector<Span> read_spans(const OptionalTensor& tensor, int64_t rows, int64_t keys) {
+  if (!tensor) return std::vector<Span>(rows, Span{0, keys});
+  std::vector<Span> spans;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* span = static_cast<const int64_t*>(tensor->data_ptr()) + 2 * row;
+    TORCH_CHECK_VALUE(
+        span[0] >= 0 && span[1] >= 0 && span[1] <= keys && span[0] <= keys - span[1],
+        "`prefix_spans` must lie within the store of ", keys, " prefix keys; row ", row, " starts at ", span[0],
+        " and has length ", span[1]);
+    spans.push_back({span[0], span[1]});
+  }
+  return spans;
+}
+
 // T: the tensors' type; A: that of sums and scores.
 template <class T, class A>
 struct AttentionProblem {
-  int64_t B, Hq, Hkv, G, N, M, P, D, Dv;  // G: query heads for each key/value head
+  int64_t B, Hq, Hkv, G, N, M, D, Dv;  // G: query heads for each key/value head
+  int64_t prefix_keys;                 // P, or with spans those of the store
+  std::vector<Span> spans;             // [B]
+  int64_t P;                           // the largest length of a span
+  int64_t frozen;                      // so many of the first prefix keys have no gradient
   View<const T> q, k, v, pk, pv;
-  View<const T> gate, output_gate, bias_mask, prefix_bias, sinks;
+  View<const T> gate, output_gate, bias_mask, prefix_bias, key_bias, sinks;
   View<const bool> bool_mask;
   View<const int64_t> query_segments, key_segments;
-  bool gate_per_query, shared_prefix, causal;
+  bool gate_per_query, shared_prefix, from_store, causal;
   std::optional<int64_t> window;
   A scale;
   A softcap = 0;  // 0: none
@@ -65,9 +90,12 @@ struct AttentionProblem {
         G(Hq / Hkv),
         N(a.query.size(2)),
         M(a.key.size(2)),
-        P(a.prefix_key.size(2)),
         D(a.query.size(3)),
         Dv(a.value.size(3)),
+        prefix_keys(a.prefix_key.size(2)),
+        spans(read_spans(a.prefix_spans, B, prefix_keys)),
+        P(0),
+        frozen(a.frozen_prefix),
         q(a.query),
         k(a.key),
         v(a.value),
@@ -76,14 +104,19 @@ struct AttentionProblem {
         gate(a.prefix_gate),
         output_gate(a.output_gate),
         prefix_bias(a.prefix_bias),
+        key_bias(a.prefix_key_bias),
         sinks(a.sinks),
         query_segments(a.query_segments),
         key_segments(a.key_segments),
         gate_per_query(a.prefix_gate && a.prefix_gate->dim() == 4),
         shared_prefix(a.prefix_key.size(0) == 1),
+        from_store(a.prefix_spans.has_value()),
         causal(a.is_causal),
         window(a.window_size),
         scale(static_cast<A>(a.scale)) {
+    for (const Span& span : spans) P = std::max(P, span.length);
+    check_columns("prefix_gate", a.prefix_gate);
+    check_columns("prefix_bias", a.prefix_bias);
     if (a.attn_mask && a.attn_mask->scalar_type() == at::kBool) bool_mask = View<const bool>(*a.attn_mask);
     if (a.attn_mask && a.attn_mask->scalar_type() != at::kBool) bias_mask = View<const T>(*a.attn_mask);
     if (a.softcap) softcap = static_cast<A>(*a.softcap);
@@ -102,9 +135,18 @@ struct AttentionProblem {
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
   int64_t query_blocks() const { return fastprefix::query_blocks(N); }
+  bool shared_key_bias() const { return key_bias.strides[0] == 0; }
+  int64_t key_bias_columns() const { return from_store ? prefix_keys : P; }
   // Where, in normalizers [softmaxes][m, l][B, Hq, N], those of a block begin.
   int64_t normalizer(const QueryBlock& queries, int64_t softmax, int64_t part) const {
     return (((softmax * 2 + part) * B + queries.b) * Hq + queries.h) * N + queries.first;
+  }
+
+ private:
+  void check_columns(const char* name, const OptionalTensor& tensor) const {
+    TORCH_CHECK_VALUE(
+        !tensor || tensor->size(-1) == 1 || tensor->size(-1) >= P, "`", name,
+        "` must have a column for each key of the longest span in `prefix_spans` (", P, "), got ", tensor->size(-1));
   }
 };
 

@@ -20,6 +20,7 @@ AttentionArguments with_dense_rows(AttentionArguments a) {
   for (Tensor* x : {&a.query, &a.key, &a.value, &a.prefix_key, &a.prefix_value}) *x = with_dense_rows(*x);
   for (OptionalTensor* x : {&a.query_segments, &a.key_segments})
     if (*x) *x = (*x)->to(at::kLong);
+  if (a.prefix_spans) a.prefix_spans = a.prefix_spans->to(at::kLong).contiguous();
   return a;
 }
 
@@ -89,9 +90,21 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& a) {
   return {output, normalizers};
 }
 
-// Sums for each block of queries [B, Hq, blocks, *] to the gradient of what was broadcast over them.
+int64_t find_largest_length(const AttentionArguments& a) {
+  return a.prefix_spans ? a.prefix_spans->select(1, 1).max().item<int64_t>() : a.prefix_key.size(2);
+}
+
+// Sums to the gradient of what was broadcast over them.
 void sum_into(const Tensor& gradient, const Tensor& sums) {
   gradient.copy_(at::sum_to(sums, gradient.sizes()));
+}
+
+// The same for sums with a column for each prefix key; where the gradient has more columns, no row sees their keys.
+void sum_columns_into(const Tensor& gradient, const Tensor& sums) {
+  int64_t columns = sums.size(-1);
+  if (gradient.size(-1) <= std::max<int64_t>(columns, 1)) return sum_into(gradient, sums);
+  gradient.narrow(-1, columns, gradient.size(-1) - columns).zero_();
+  sum_into(gradient.narrow(-1, 0, columns), sums);
 }
 
 std::vector<Tensor> run_backward(
@@ -103,16 +116,18 @@ std::vector<Tensor> run_backward(
   std::vector<Tensor> given = list_results(results);
   AttentionArguments a = with_dense_rows(original);
 
-  int64_t B = a.query.size(0), Hq = a.query.size(1), Hkv = a.key.size(1), N = a.query.size(2), P = a.prefix_key.size(2);
+  int64_t B = a.query.size(0), Hq = a.query.size(1), Hkv = a.key.size(1), N = a.query.size(2);
   if (B * N == 0) {
     for (const Tensor& result : given) result.zero_();
     return given;
   }
+  for (const Tensor& result : {results.prefix_key, results.prefix_value})
+    if (result.defined()) result.narrow(2, 0, a.frozen_prefix).zero_();
   int64_t blocks = query_blocks(N);
-  bool each_query = a.prefix_gate && a.prefix_gate->dim() == 4 && a.prefix_gate->size(2) == N;
   auto sums = a.query.options().dtype(accumulator(a.query));
-  AttentionGradients gradients{results, {}, {}, {}};
-  if (needs.prefix_gate) gradients.prefix_gate_sums = at::empty({B, Hq, each_query ? N : blocks, P}, sums);
+  AttentionGradients gradients{results, {}, {}, {}, {}, {}};
+  bool each_query = a.prefix_gate && a.prefix_gate->dim() == 4 && a.prefix_gate->size(2) == N;
+  if (needs.prefix_gate && each_query) gradients.query_gate = at::zeros({B, Hq, N, find_largest_length(a)}, sums);
   if (needs.output_gate) gradients.output_gate_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
   if (needs.sinks) gradients.sinks_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
 
@@ -120,10 +135,16 @@ std::vector<Tensor> run_backward(
     backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
   });
   if (needs.prefix_gate) {
-    Tensor dg = gradients.prefix_gate_sums;
-    if (!each_query) dg = dg.sum(2, a.prefix_gate->dim() == 4);
-    if (a.prefix_gate->dim() == 3) dg = dg.view({B, Hkv, Hq / Hkv, P}).sum(2);
-    sum_into(results.prefix_gate, dg);
+    bool of_heads = a.prefix_gate->dim() == 4;
+    Tensor dg = each_query ? gradients.query_gate : gradients.prefix_gate;
+    int64_t P = dg.size(-1);
+    if (!each_query && of_heads) dg = dg.view({Hkv, B, Hq / Hkv, P}).transpose(0, 1).reshape({B, Hq, 1, P});
+    if (!each_query && !of_heads) dg = dg.view({Hkv, B, P}).transpose(0, 1);
+    sum_columns_into(results.prefix_gate, dg);
+  }
+  if (needs.prefix_key_bias) {
+    Tensor db = gradients.prefix_key_bias;
+    sum_columns_into(results.prefix_key_bias, db.view({Hkv, db.size(0) / Hkv, db.size(1)}).transpose(0, 1));
   }
   if (needs.output_gate) sum_into(results.output_gate, gradients.output_gate_sums.sum(2));
   if (needs.sinks) sum_into(results.sinks, gradients.sinks_sums.sum(at::IntArrayRef{0, 2}));

@@ -18,7 +18,7 @@ struct Gate {
   }
 };
 
-// A block of keys of one half, from `first` on.
+// A block of keys of one half, from `first` on; in the prefix that counts from the start of the row's span.
 struct Columns {
   Half half;
   int64_t first, rows;
@@ -74,6 +74,17 @@ void add_bias(const View<const T>& bias, const QueryBlock& queries, const Column
   }
 }
 
+// Adds a bias for each prefix key, [B, Hkv, P] or of the store, [1, Hkv, T], that broadcasts.
+template <class T, class A>
+void add_key_bias(
+    const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
+  const T* from = p.key_bias.at(queries.b, queries.hkv, p.spans[queries.b].start + columns.first);
+  for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+    A* at = s + r * kQueries + c;
+    store(at, load(at) + splat(static_cast<A>(from[r * p.key_bias.strides[2]])));
+  });
+}
+
 // Hides, in a strip, the scores for which `hidden(i, j)`: query i (of the tensor), key j.
 template <class A, class Hidden>
 void hide_where(const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s, Hidden hidden) {
@@ -126,6 +137,7 @@ void make_scores(
     });
   if (columns.half == Half::prefix) {
     if (p.prefix_bias) add_bias(p.prefix_bias, queries, columns, strip, s);
+    if (p.key_bias) add_key_bias(p, queries, columns, strip, s);
     return;
   }
   if (p.bias_mask) add_bias(p.bias_mask, queries, columns, strip, s);

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 namespace fastprefix {
 
@@ -28,20 +30,30 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Work [0, items) in equal, consecutive shares, one a slot; the shares depend on the number of threads alone.
-struct Slots {
+// Work [0, items) in consecutive shares, one a slot, equal by what the items cost; the shares depend on that and on the
+// number of threads alone.
+class Slots {
+ public:
   int64_t items, count;
 
-  explicit Slots(int64_t items)
-      : items(items), count(std::min<int64_t>(items, at::in_parallel_region() ? 1 : at::get_num_threads())) {}
-
-  int64_t first(int64_t slot) const { return slot * items / count; }
-  int64_t of(int64_t item) const {
-    int64_t slot = item * count / items;
-    while (first(slot + 1) <= item) ++slot;
-    while (first(slot) > item) --slot;
-    return slot;
+  // Groups of `size` items follow one another, each item of which costs what `costs` says of its group.
+  Slots(int64_t size, const std::vector<int64_t>& costs)
+      : items(size * static_cast<int64_t>(costs.size())),
+        count(std::min<int64_t>(items, at::in_parallel_region() ? 1 : at::get_num_threads())) {
+    int64_t total = size * std::accumulate(costs.begin(), costs.end(), int64_t{0}), before = 0, group = 0;
+    for (int64_t slot = 0; slot < count; ++slot) {
+      int64_t target = slot * total / count;
+      while (before + size * costs[group] <= target) before += size * costs[group++];
+      firsts_.push_back(std::max(group * size + (target - before) / costs[group], slot));
+    }
+    firsts_.push_back(items);
+    for (int64_t slot = count - 1; slot > 0; --slot) firsts_[slot] = std::min(firsts_[slot], firsts_[slot + 1] - 1);
   }
+
+  explicit Slots(int64_t items) : Slots(items, std::vector<int64_t>(1, 1)) {}
+
+  int64_t first(int64_t slot) const { return firsts_[slot]; }
+  int64_t of(int64_t item) const { return std::upper_bound(firsts_.begin(), firsts_.end(), item) - firsts_.begin() - 1; }
 
   // Runs body(slot, scratch) for every slot; `bytes` of scratch each.
   template <class Body>
@@ -53,6 +65,9 @@ struct Slots {
       for (int64_t slot = begin; slot < end; ++slot) body(slot, aligned + slot * bytes);
     });
   }
+
+ private:
+  std::vector<int64_t> firsts_;  // [count + 1]; every slot has an item
 };
 
 }  // namespace fastprefix

@@ -35,4 +35,34 @@ void write_sum(const A* from, int64_t count, int64_t step, int64_t rows, int64_t
     }
 }
 
+// Sums of one number a column, for groups of items that follow one another: a row for each slot and group that meet.
+// A slot and a group name one row: both only ever grow, and one of them with every row.
+struct ColumnSums {
+  int64_t items = 1, columns = 0;  // of a group
+  Tensor rows;                     // float64: long sums of numbers that cancel
+
+  ColumnSums() = default;
+  ColumnSums(const Slots& slots, int64_t groups, int64_t columns)
+      : items(slots.items / groups), columns(columns),
+        rows(at::zeros({slots.count + groups - 1, columns}, at::kDouble)) {}
+
+  double* row(int64_t slot, int64_t item) const { return rows.data_ptr<double>() + (slot + item / items) * columns; }
+
+  // [groups, columns], each the sum of its rows in the order of the slots.
+  Tensor total(const Slots& slots) const {
+    int64_t groups = slots.items / items;
+    Tensor totals = at::empty({groups, columns}, at::kDouble);
+    at::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        int64_t from = slots.of(group * items), to = slots.of((group + 1) * items - 1);
+        double* total = totals.data_ptr<double>() + group * columns;
+        std::copy_n(row(from, group * items), columns, total);
+        for (int64_t slot = from + 1; slot <= to; ++slot)
+          for (int64_t c = 0; c < columns; ++c) total[c] += row(slot, group * items)[c];
+      }
+    });
+    return totals;
+  }
+};
+
 }  // namespace fastprefix
