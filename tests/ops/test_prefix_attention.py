@@ -12,6 +12,9 @@ from fastprefix.parity import DTYPES, AttentionCase, attention_cases, measure
 
 SMALL = [case for case in attention_cases(44, seed=1) if case.scores < 5_000]
 FULL = AttentionCase(Hq=4, gate="BhP", output_gate="BH", sinks=True, options={"is_causal": True})
+STORE = AttentionCase(
+    Hq=4, P=6, gate="BHNP", bias="P", key_bias="hT", spans="ragged", frozen=2, sinks=True, options={"is_causal": True}
+)
 JOINT = AttentionCase(Hq=4, gate="hP", sinks=True, options={"softcap": 5.0})
 
 
@@ -32,19 +35,19 @@ def test_parity_float32_with_poisoned_memory(device, backend, case, poisoned):
     assert report.ok, f"\n{report}"
 
 
-@pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
+@pytest.mark.parametrize("case", [JOINT, FULL, STORE], ids=["joint", "separate", "store"])
 @pytest.mark.parametrize("layout", ["BHND", "BNHD", "sliced"])
 def test_opcheck(device, backend, case, layout):
     t = leaves(replace(case, layout=layout), device)
-    arguments = canonical_arguments(**t, **case.options)
+    arguments = canonical_arguments(**t, **case.build(torch.float32, device).options)
     torch.library.opcheck(getattr(torch.ops.fastprefix.prefix_attention, backend), tuple(arguments))
 
 
-@pytest.mark.parametrize("case", [JOINT, FULL], ids=["joint", "separate"])
+@pytest.mark.parametrize("case", [JOINT, FULL, replace(STORE, frozen=0)], ids=["joint", "separate", "store"])
 def test_gradcheck(case):
-    t = leaves(case, dtype=torch.float64)
+    t, options = leaves(case, dtype=torch.float64), case.build(torch.float64).options
     assert torch.autograd.gradcheck(
-        lambda *x: prefix_attention(**dict(zip(t, x, strict=True)), **case.options, backend="eager"), tuple(t.values())
+        lambda *x: prefix_attention(**dict(zip(t, x, strict=True)), **options, backend="eager"), tuple(t.values())
     )
 
 
@@ -95,11 +98,13 @@ def test_checkpoint_replays_dropout(device, backend, reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_equals_explicit_casts(device, backend, dtype):
-    t = JOINT.build(torch.float32, device).tensors
+@pytest.mark.parametrize("case", [JOINT, STORE], ids=["joint", "store"])
+def test_autocast_equals_explicit_casts(device, backend, case, dtype):
+    inputs = case.build(torch.float32, device)
     with torch.autocast(device, dtype):
-        got = prefix_attention(**t, backend=backend)
-    assert torch.equal(got, prefix_attention(**{name: x.to(dtype) for name, x in t.items()}, backend=backend))
+        got = prefix_attention(**inputs.tensors, **inputs.options, backend=backend)
+    cast = case.build(dtype, device)
+    assert torch.equal(got, prefix_attention(**cast.tensors, **cast.options, backend=backend))
 
 
 def test_no_grad_inference_mode_and_determinism(device, backend):
@@ -150,9 +155,11 @@ def test_a_query_that_sees_nothing_is_zero(device, backend):
 
 
 @pytest.mark.parametrize("zero", ["B", "N", "M", "P"])
-def test_zero_sizes(device, backend, zero):
-    t = leaves(AttentionCase(**{zero: 0}), device)
-    output = prefix_attention(**t, backend=backend)
+@pytest.mark.parametrize("more", [{}, {"spans": "own", "key_bias": "T", "gate": "BhP"}], ids=["", "spans"])
+def test_zero_sizes(device, backend, zero, more):
+    case = AttentionCase(**{zero: 0}, **more)
+    t = leaves(case, device)
+    output = prefix_attention(**t, **case.build(torch.float32, device).options, backend=backend)
     assert output.shape == t["query"].shape
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), t.values()))
 

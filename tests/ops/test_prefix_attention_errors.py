@@ -9,6 +9,8 @@ import fastprefix
 
 Z = torch.zeros
 B, HQ, HKV, N, M, P, D, DV = 2, 4, 2, 3, 5, 6, 8, 7
+NONE: dict[str, Any] = {"prefix_key": None, "prefix_value": None}
+SPANS: dict[str, Any] = {"prefix_spans": Z(B, 2, dtype=torch.int64)}
 
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("query no tensor", {"query": 1.0}, TypeError, "query"),
@@ -29,6 +31,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("prefix_key heads", {"prefix_key": Z(HQ, P, D)}, ValueError, "prefix_key"),
     ("prefix_key size", {"prefix_key": Z(HKV, P, DV)}, ValueError, "prefix_key"),
     ("prefix_key None", {"prefix_key": None}, TypeError, "prefix_key"),
+    ("prefix_value None", {"prefix_value": None}, TypeError, "prefix_value"),
     ("prefix_value rank", {"prefix_value": Z(B, HKV, P, DV)}, ValueError, "prefix_value"),
     ("prefix_value length", {"prefix_value": Z(HKV, P + 1, DV)}, ValueError, "prefix_value"),
     ("prefix_value dtype", {"prefix_value": Z(HKV, P, DV).half()}, TypeError, "prefix_value"),
@@ -44,6 +47,30 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attn_mask dtype", {"attn_mask": Z(N, M).half()}, TypeError, "attn_mask"),
     ("prefix_bias shape", {"prefix_bias": Z(N, P + 1)}, ValueError, "prefix_bias"),
     ("prefix_bias bool", {"prefix_bias": Z(N, P).bool()}, TypeError, "prefix_bias"),
+    ("prefix_key_bias shape", {"prefix_key_bias": Z(P + 1)}, ValueError, "prefix_key_bias"),
+    ("prefix_key_bias with query heads", {"prefix_key_bias": Z(HQ, P)}, ValueError, "prefix_key_bias"),
+    ("prefix_key_bias rank", {"prefix_key_bias": Z(B, HQ, N, P)}, ValueError, "prefix_key_bias"),
+    ("prefix_key_bias dtype", {"prefix_key_bias": Z(P).double()}, TypeError, "prefix_key_bias"),
+    ("prefix_key_bias device", {"prefix_key_bias": Z(P, device="meta")}, ValueError, "prefix_key_bias"),
+    ("prefix_key_bias without prefix", {**NONE, "prefix_key_bias": Z(P)}, ValueError, "prefix_key_bias"),
+    ("prefix_key_bias of rows", {**SPANS, "prefix_key_bias": Z(B, HKV, P)}, ValueError, "prefix_key_bias"),
+    ("prefix_spans shape", {"prefix_spans": Z(B, 3).long()}, ValueError, "prefix_spans"),
+    ("prefix_spans rank", {"prefix_spans": Z(2).long()}, ValueError, "prefix_spans"),
+    ("prefix_spans batch", {"prefix_spans": Z(B + 1, 2).long()}, ValueError, "prefix_spans"),
+    ("prefix_spans float", {"prefix_spans": Z(B, 2)}, TypeError, "prefix_spans"),
+    ("prefix_spans list", {"prefix_spans": [(0, 1)] * B}, TypeError, "prefix_spans"),
+    ("prefix_spans device", {"prefix_spans": Z(B, 2, device="meta").long()}, ValueError, "prefix_spans"),
+    ("prefix_spans without prefix", {**NONE, **SPANS}, ValueError, "prefix_spans"),
+    ("prefix_spans of rows", {**SPANS, "prefix_key": Z(B, HKV, P, D)}, ValueError, "prefix_key"),
+    ("spans, gate and bias", {**SPANS, "prefix_gate": Z(3), "prefix_bias": Z(4)}, ValueError, "prefix_bias"),
+    ("frozen_prefix negative", {"frozen_prefix": -1}, ValueError, "frozen_prefix"),
+    ("frozen_prefix too many", {"frozen_prefix": P + 1}, ValueError, "frozen_prefix"),
+    ("frozen_prefix float", {"frozen_prefix": 1.0}, TypeError, "frozen_prefix"),
+    ("frozen_prefix bool", {"frozen_prefix": True}, TypeError, "frozen_prefix"),
+    ("frozen_prefix without prefix", {**NONE, "frozen_prefix": 1}, ValueError, "frozen_prefix"),
+    ("prefix_gate without prefix", {**NONE, "prefix_gate": Z(P)}, ValueError, "prefix_gate"),
+    ("prefix_bias without prefix", {**NONE, "prefix_bias": Z(P)}, ValueError, "prefix_bias"),
+    ("output_gate without prefix", {**NONE, "output_gate": Z(HQ)}, ValueError, "output_gate"),
     ("is_causal", {"is_causal": 1}, TypeError, "is_causal"),
     ("window_size zero", {"window_size": 0}, ValueError, "window_size"),
     ("window_size beyond 64 bits", {"window_size": 2**63}, ValueError, "window_size"),

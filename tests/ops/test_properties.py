@@ -1,5 +1,7 @@
 """Shapes and options drawn by hypothesis: every backend against float64."""
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +26,21 @@ OPTIONS = st.fixed_dictionaries(
 @st.composite
 def attention_cases(draw):
     hkv = draw(st.integers(1, 3))
+    rows = draw(st.integers(1, 3))
+    spans = draw(st.none() | st.tuples(*[st.tuples(st.integers(0, 9), st.integers(0, 9))] * rows))
+    longest = max((length for _, length in spans or ()), default=0)
     case = AttentionCase(
-        B=draw(st.integers(1, 3)), Hq=hkv * draw(st.integers(1, 3)), Hkv=hkv, N=draw(st.integers(0, 9)),
-        M=draw(st.integers(0, 9)), P=draw(st.integers(0, 9)), D=draw(st.integers(2, 9)), Dv=draw(st.integers(2, 9)),
-        prefix_a_row=draw(st.booleans()), gate=draw(GATES),
+        B=rows, Hq=hkv * draw(st.integers(1, 3)), Hkv=hkv, N=draw(st.integers(0, 9)),
+        M=draw(st.integers(0, 9)), P=draw(st.none() | st.integers(0, 9)) if spans is None else longest,
+        D=draw(st.integers(2, 9)), Dv=draw(st.integers(2, 9)),
+        prefix_a_row=draw(st.booleans()), gate=draw(GATES), spans=spans,
         output_gate=draw(st.sampled_from([None, None, "BH", "H", "B1"])),
         mask=draw(st.sampled_from([None, "padding", "bool", "float"])), bias=draw(st.sampled_from([None, "P", "BHNP"])),
-        segments=draw(st.booleans()), sinks=True, layout=draw(st.sampled_from(["BHND", "BNHD"])), options=draw(OPTIONS),
+        key_bias=draw(st.sampled_from([None, "P", "hP", "BhP", "B1P", "h1"])),
+        frozen=draw(st.integers(0, 20)), segments=draw(st.booleans()), sinks=True, layout=draw(st.sampled_from(["BHND", "BNHD"])), options=draw(OPTIONS),
     )  # fmt: skip
+    if spans is not None and min(length for _, length in spans) <= 1:
+        case = replace(case, output_gate=None)
     return _conditioned(case)
 
 

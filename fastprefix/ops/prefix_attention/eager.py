@@ -229,7 +229,8 @@ def _differentiate_prefix(
         gradients["prefix_bias"] = _sum_to(ds, a.prefix_bias)
     if needs["prefix_key_bias"]:
         assert a.prefix_key_bias is not None
-        gradients["prefix_key_bias"] = ds.sum(dim=(2, 3)).sum_to_size(a.prefix_key_bias.shape)
+        sums = ds.sum(dim=(2, 3), dtype=torch.float64)  # which cancel where one bias is many keys'
+        gradients["prefix_key_bias"] = sums.sum_to_size(a.prefix_key_bias.shape)
     ds = _differentiate_softcap(a, ds, half)
     if needs["prefix_gate"]:
         gradients["prefix_gate"] = _sum_gate(a, ds * half.product + p * dov)
