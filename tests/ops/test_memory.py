@@ -71,3 +71,28 @@ def test_backward_allocates_gradients(dtype: torch.dtype) -> None:
 
     gradients = (HEADS * N + 2 * KV_HEADS * M) * D * dtype.itemsize
     assert peak_a_row(work) <= gradients + SMALL_CHANGE
+
+
+LONG, MOST = 40_000, 64 * 2**20  # bytes, of the sums of prefix gradients: kPrefixSumsBytes
+
+
+def test_sums_of_prefix_gradients_are_bounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(1, HEADS, 3, D, generator=generator) for name in ("query", "key", "value")}
+    for name in ("prefix_key", "prefix_value"):
+        x[name] = torch.randn(HEADS, LONG, D, generator=generator)
+    leaves = [x["prefix_key"].requires_grad_(), x["prefix_value"].requires_grad_()]
+    output = fastprefix.prefix_attention(**x, backend="cpu")
+    one_row = 2 * HEADS * LONG * D * 4  # the gradients; sums for each thread besides would take at least as much
+    assert one_row > 2 * MOST
+    peak = added_peak(lambda: torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True))
+    assert peak <= one_row + MOST + 4 * 2**20
+
+
+def test_no_row_gathers_its_span() -> None:
+    def work(rows: int) -> Callable[[], object]:
+        x = tensors(rows, torch.float32)
+        spans = torch.tensor([(0, P)] * rows)
+        return lambda: fastprefix.prefix_attention(**x, prefix_spans=spans, is_causal=True, backend="cpu")
+
+    assert peak_a_row(work) <= HEADS * N * D * 4 + 2 * HEADS * N * 4 + SMALL_CHANGE

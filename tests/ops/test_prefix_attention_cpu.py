@@ -326,3 +326,29 @@ def test_other_instruction_sets(capability: str) -> None:
         command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def many_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(64)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"P": 9000},
+        {"P": 9000, "frozen": 500, "gate": "hP", "key_bias": "h1", "output_gate": "BH"},
+        {"P": 6000, "spans": tuple((40 * row, (6000, 9, 0, 3000)[row % 4]) for row in range(64)), "gate": "BHNP"},
+    ],
+    ids=["shared", "frozen", "spans"],
+)
+@pytest.mark.usefixtures("many_threads")
+def test_prefixes_whose_gradients_are_summed_in_ranges(dtype: torch.dtype, named: Case) -> None:
+    """Beyond ``kPrefixSumsBytes``, which 64 threads reach with 8,192 keys of 16 columns."""
+    case = make_case(**({"B": 64, "Hq": 1, "Hkv": 1, "N": 3, "M": 5, "D": 16} | named))
+    report = measure(case, dtype, "cpu", draws=1)
+    assert report.ok, f"\n{report}"

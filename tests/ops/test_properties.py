@@ -37,7 +37,8 @@ def attention_cases(draw):
         output_gate=draw(st.sampled_from([None, None, "BH", "H", "B1"])),
         mask=draw(st.sampled_from([None, "padding", "bool", "float"])), bias=draw(st.sampled_from([None, "P", "BHNP"])),
         key_bias=draw(st.sampled_from([None, "P", "hP", "BhP", "B1P", "h1"])),
-        frozen=draw(st.integers(0, 20)), segments=draw(st.booleans()), sinks=True, layout=draw(st.sampled_from(["BHND", "BNHD"])), options=draw(OPTIONS),
+        frozen=draw(st.integers(0, 20)), segments=draw(st.booleans()), sinks=True,
+        layout=draw(st.sampled_from(["BHND", "BNHD"])), options=draw(OPTIONS),
     )  # fmt: skip
     if spans is not None and min(length for _, length in spans) <= 1:
         case = replace(case, output_gate=None)
