@@ -122,7 +122,7 @@ std::vector<Tensor> run_backward(
     return given;
   }
   for (const Tensor& result : {results.prefix_key, results.prefix_value})
-    if (result.defined()) result.narrow(2, 0, a.frozen_prefix).zero_();
+    if (result.defined() && a.frozen_prefix > 0) result.narrow(2, 0, a.frozen_prefix).zero_();
   int64_t blocks = query_blocks(N);
   auto sums = a.query.options().dtype(accumulator(a.query));
   AttentionGradients gradients{results, {}, {}, {}, {}, {}};

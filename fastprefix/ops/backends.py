@@ -68,6 +68,10 @@ BACKENDS: dict[str, Backend] = {
 """In order of preference: ``backend=None`` takes the first that is usable."""
 
 
+def _list_backends() -> str:
+    return "None or one of " + ", ".join(repr(known) for known in BACKENDS)
+
+
 def choose(
     name: str | None,
     device: torch.device,
@@ -91,11 +95,10 @@ def choose(
                 continue
             if backend.refusal(device) is None and refusal(arguments) is None:
                 return backend.name
-    takes = "None or one of " + ", ".join(repr(known) for known in BACKENDS)
     if not isinstance(name, str):
-        raise checks.wrong_type("backend", name, takes)
+        raise checks.wrong_type("backend", name, _list_backends())
     if name not in BACKENDS:
-        raise checks.wrong_value("backend", name, takes)
+        raise checks.wrong_value("backend", name, _list_backends())
     reason = BACKENDS[name].refusal(device)
     if reason is None and name not in refusals:
         reason = "it does not have this operation"

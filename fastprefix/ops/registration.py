@@ -133,8 +133,10 @@ class Operation:
         function: Any = type(f"{self.name}_{name}", (torch.autograd.Function,), methods)
 
         def kernel(*arguments: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-                return function.apply(*arguments)
+            if torch.is_grad_enabled():
+                for x in arguments[gradients]:
+                    if x is not None and x.requires_grad:
+                        return function.apply(*arguments)
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(*arguments)
 

@@ -1,5 +1,6 @@
 """Bring a caller's arguments to canonical form, or raise an error that names the argument."""
 
+import contextlib
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -83,7 +84,7 @@ def collect_arguments(
 def canonicalize(given: AttentionArguments) -> AttentionArguments:
     """Check every argument, then bring them to the declared form, by views alone."""
     signature = _read_signature(given)
-    if signature is None or signature not in _CHECKED:
+    if not _was_checked(signature):
         _check_arguments(given)
         _remember(signature)
     values: list[Any] = list(given)
@@ -124,17 +125,24 @@ def _read_signature(given: AttentionArguments) -> Hashable | None:
     options = given[_TENSORS:]
     try:
         seen = tuple([None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors])
-        signature = (seen, options, tuple(map(type, options)), checks.autocast_dtype(given.query.device))
-        hash(signature)
-    except (AttributeError, TypeError):
+        return (seen, options, tuple(map(type, options)), checks.autocast_dtype(given.query.device))
+    except AttributeError:
         return None
-    return signature
+
+
+def _was_checked(signature: Hashable | None) -> bool:
+    try:
+        return signature in _CHECKED
+    except TypeError:  # what cannot be hashed: sizes of a trace, and options that no call takes
+        return False
 
 
 def _remember(signature: Hashable | None) -> None:
-    if signature is not None:
-        if len(_CHECKED) >= _MOST_CHECKED:
-            _CHECKED.clear()
+    if signature is None:
+        return
+    if len(_CHECKED) >= _MOST_CHECKED:
+        _CHECKED.clear()
+    with contextlib.suppress(TypeError):
         _CHECKED.add(signature)
 
 
