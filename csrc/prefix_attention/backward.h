@@ -48,6 +48,18 @@ struct Normalizers {
 // gone through in ranges of keys, one after the other, and only the sums of one range are kept.
 constexpr int64_t kPrefixSumsBytes = int64_t{64} << 20;
 
+// So many blocks of queries go through a tile of prefix keys one after the other, so that keys, values and their
+// gradients, which take about so many bytes, stay in the second-level cache meanwhile.
+constexpr int64_t kBatch = 16, kTileBytes = int64_t{1} << 20;
+
+// Prefix keys of the store that queries are to go through. The first range has all else to do, the last one ends dq.
+struct PrefixRange {
+  int64_t begin, end;
+  bool first, last;
+
+  bool whole() const { return first && last; }
+};
+
 // Up to so many keys, queries or columns, a second look at the scores costs little, and rounding averages out least.
 constexpr int64_t kFewKeys = 16, kFewQueries = 4, kFewColumns = 8;
 
@@ -81,8 +93,7 @@ class AttentionBackward {
     auto options = o_options();
     prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
     cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
-    if (several_ranges()) deltas_ = at::empty({slots_.items, 2, kQueries}, options);
-    if (several_ranges() && needs_.query) dq_sums_ = at::empty({slots_.items, p_.D, kQueries}, options);
+    if (several_ranges()) kept_ = at::empty({slots_.items, kept_size()}, options);
     allocate_column_sums();
     do {
       Arena counting(nullptr);
@@ -102,9 +113,9 @@ class AttentionBackward {
   static int64_t width(bool needed, int64_t size) { return needed ? round_up(size, kLanes<A>) : 0; }
   static at::TensorOptions o_options() { return at::dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat); }
 
-  // ---- ranges of prefix keys ------------------------------------------------------------------------------------
+  // ---- ranges of prefix keys, in tiles --------------------------------------------------------------------------
 
-  // The trained keys of a range have their sums in memory at the same time. All else is done in the first range.
+  // The trained keys of a range have their sums in memory at the same time.
   void divide_prefix() {
     int64_t row = (slots_.count + prefix_groups() - 1) * (prefix_shape_.D + prefix_shape_.Dv) * sizeof(A);
     int64_t most = row == 0 ? prefix_shape_.keys : std::max(kKeys, kPrefixSumsBytes / row / kKeys * kKeys);
@@ -120,6 +131,18 @@ class AttentionBackward {
   bool first_range() const { return begin_ == p_.frozen; }
   bool last_range() const { return end_ == p_.prefix_keys; }
   bool several_ranges() const { return !(first_range() && last_range()); }
+
+  // The tile of the range that begins with a key, and what there is to do in it.
+  PrefixRange tile(int64_t begin) const {
+    int64_t bytes = 2 * (p_.D + p_.Dv) * sizeof(A), keys = std::max(kKeys, kTileBytes / bytes / kKeys * kKeys);
+    int64_t end = std::min(begin + keys, end_);
+    return {begin, end, begin == p_.frozen, end == p_.prefix_keys};
+  }
+
+  bool several_tiles() const { return !several_ranges() && !tile(begin_).whole(); }
+
+  // Between tiles, delta, prefix_delta and dq of a block of queries are kept.
+  int64_t kept_size() const { return (2 + (needs_.query ? p_.D : 0)) * kQueries; }
 
   void allocate_column_sums() {
     bool each_query = p_.gate_per_query && gradients_.query_gate.defined();
@@ -236,7 +259,7 @@ class AttentionBackward {
     A* uncapped;  // the gradients of scores after the soft cap: the key bias's
     Tile<Manner> s;   // scores, then what multiplies do in dV
     Tile<Manner> ds;  // <do, v>, then what multiplies q in dK
-    A* token_sums;
+    A *token_sums, *local_kept;
     double *gate_sums = nullptr, *bias_sums = nullptr;
     std::vector<Strip> strips;
 
@@ -266,6 +289,7 @@ class AttentionBackward {
       s.take(arena, true, false);
       ds.take(arena, true, true);
       token_sums = arena.take<A>(f.token_shape_.size());
+      local_kept = arena.take<A>(f.several_tiles() ? kBatch * f.kept_size() : 0);
     }
 
     void work(int64_t slot) {
@@ -280,8 +304,16 @@ class AttentionBackward {
         A* prefix_row = f.prefix_row(slot, prefix);
         if (prefix != last_prefix) std::fill_n(prefix_row, f.prefix_shape_.size(), A(0));
         last_prefix = prefix;
-        for (int64_t item = from; item < to; ++item)
-          differentiate(slot, item, f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
+        for (int64_t first = from; first < to; first += kBatch) {
+          PrefixRange range = f.tile(f.begin_);
+          for (;; range = f.tile(range.end)) {
+            for (int64_t item = first; item < std::min(first + kBatch, to); ++item) {
+              A* kept = f.several_ranges() ? f.kept(item) : local_kept + (item - first) * f.kept_size();
+              differentiate(slot, item, range, kept, f.token_shape_.at(tokens), f.prefix_shape_.at(prefix_row));
+            }
+            if (range.end == f.end_) break;
+          }
+        }
         if (whole && f.first_range())
           f.write_key_sums(
               f.token_shape_, tokens, 1, 0, f.gradients_.results.key, f.gradients_.results.value, group % p.B,
@@ -289,27 +321,30 @@ class AttentionBackward {
       }
     }
 
-    void differentiate(int64_t slot, int64_t item, const KeySums<A>& tokens, const KeySums<A>& prefix) {
+    void differentiate(
+        int64_t slot, int64_t item, const PrefixRange& range, A* kept, const KeySums<A>& tokens,
+        const KeySums<A>& prefix) {
       QueryBlock queries = f.block(item);
-      if (!f.first_range() && !f.last_range() && !sees_range(queries)) return;
+      if (!range.first && !range.last && !sees(queries, range)) return;
       gate_sums = f.gate_sums_.rows.defined() ? f.gate_sums_.row(slot, item) : nullptr;
       bias_sums = f.bias_sums_.rows.defined() ? f.bias_sums_.row(slot, item) : nullptr;
       prepare(queries);
-      if (f.first_range()) {
+      if (range.first) {
         if (needs.scores() && needs_deltas(queries)) find_deltas(queries);
         if (needs.output_gate) *block_sum(f.gradients_.output_gate_sums, queries) = total(prefix_delta, queries);
         if (needs.sinks) differentiate_sink(queries);
         if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
-        if (f.several_ranges()) keep(item);
+        if (!range.last) keep_deltas(kept);
       } else {
-        recall(item);
+        recall_deltas(kept);
+        if (needs.query) std::copy_n(kept + 2 * kQueries, p.D * kQueries, dq);
       }
-      if (f.first_range() && needs.whole_prefix()) add_prefix(queries, 0, p.frozen, prefix);
-      if (needs.prefix()) add_prefix(queries, f.begin_, f.end_, prefix);
-      if (f.first_range() && needs.tokens())
+      if (range.first && needs.whole_prefix()) add_prefix(queries, 0, p.frozen, prefix);
+      if (needs.prefix()) add_prefix(queries, range.begin, range.end, prefix);
+      if (range.first && needs.tokens())
         for_tokens(queries, [&](auto block) { add_block(queries, block, tokens, needs.key, needs.value); });
-      if (needs.query && f.last_range()) write_dq(queries);
-      if (needs.query && !f.last_range()) std::copy_n(dq, p.D * kQueries, f.kept_dq(item));
+      if (needs.query && range.last) write_dq(queries);
+      if (needs.query && !range.last) std::copy_n(dq, p.D * kQueries, kept + 2 * kQueries);
     }
 
     bool needs_deltas(const QueryBlock& queries) const {
@@ -317,15 +352,13 @@ class AttentionBackward {
       return p.separate() || keys <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns;
     }
 
-    // Between ranges, what was found out about the queries.
-    void keep(int64_t item) const {
-      std::copy_n(delta, kQueries, f.kept_deltas(item));
-      std::copy_n(prefix_delta, kQueries, f.kept_deltas(item) + kQueries);
+    void keep_deltas(A* kept) const {
+      std::copy_n(delta, kQueries, kept);
+      std::copy_n(prefix_delta, kQueries, kept + kQueries);
     }
-    void recall(int64_t item) {
-      std::copy_n(f.kept_deltas(item), kQueries, delta);
-      std::copy_n(f.kept_deltas(item) + kQueries, kQueries, prefix_delta);
-      if (needs.query) std::copy_n(f.kept_dq(item), p.D * kQueries, dq);
+    void recall_deltas(const A* kept) {
+      std::copy_n(kept, kQueries, delta);
+      std::copy_n(kept + kQueries, kQueries, prefix_delta);
     }
 
     // The prefix keys [from, to) of the store, or those of them that the queries see.
@@ -336,9 +369,9 @@ class AttentionBackward {
         add_block(queries, block, prefix, trained && needs.prefix_key, trained && needs.prefix_value);
       });
     }
-    bool sees_range(const QueryBlock& queries) const {
+    bool sees(const QueryBlock& queries, const PrefixRange& range) const {
       const Span& span = p.spans[queries.b];
-      return span.start < f.end_ && f.begin_ < span.start + span.length;
+      return span.start < range.end && range.begin < span.start + span.length;
     }
 
     // The blocks of keys that queries see something of; in the prefix those from the row's own `from` up to `to`.
@@ -616,8 +649,7 @@ class AttentionBackward {
     }
   };
 
-  A* kept_deltas(int64_t item) const { return deltas_.data_ptr<A>() + item * 2 * kQueries; }
-  A* kept_dq(int64_t item) const { return dq_sums_.data_ptr<A>() + item * p_.D * kQueries; }
+  A* kept(int64_t item) const { return kept_.data_ptr<A>() + item * kept_size(); }
 
   const AttentionProblem<T, A>& p_;
   const AttentionNeeds needs_;
@@ -629,7 +661,7 @@ class AttentionBackward {
   KeySumsShape token_shape_, prefix_shape_;
   int64_t begin_ = 0, end_ = 0;  // the range of prefix keys that is gone through
   Tensor prefix_sums_, cut_sums_;
-  Tensor deltas_, dq_sums_;  // what is kept between ranges
+  Tensor kept_;  // between ranges, [items, kept_size()]
   ColumnSums gate_sums_, bias_sums_;
 };
 
