@@ -262,6 +262,7 @@ class AttentionBackward {
     A *token_sums, *local_kept;
     double *gate_sums = nullptr, *bias_sums = nullptr;
     std::vector<Strip> strips;
+    Seen seen[kKeys];
 
     BackwardWorker(const AttentionBackward& backward, Arena& arena) : f(backward), p(f.p_), needs(f.needs_) {
       constexpr int64_t pair = Manner::pair;
@@ -487,11 +488,8 @@ class AttentionBackward {
     Gate<A> score_block(
         const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys = nullptr) {
       bool of_prefix = columns.half == Half::prefix;
-      if (of_prefix) {
-        all_visible(queries, columns.rows, kLanes<A>, strips);
-      } else {
-        visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
-      }
+      find_strips(p, f.band_, queries, columns, seen, strips);
+      if (strips.empty()) return {};
       multiply(queries, columns, need_dov, keys);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
@@ -500,7 +498,7 @@ class AttentionBackward {
           for_vectors<A>(strip, [&](int64_t r, int64_t c) {
             store(products + r * kQueries + c, load(s.values + r * kQueries + c) * p.scale);
           });
-        make_scores(p, f.band_, queries, columns, strip, gate, s.values, slopes);
+        make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values, slopes);
       }
       return gate;
     }

@@ -119,6 +119,7 @@ class AttentionForward {
     Tile<Manner> s;
     Softmax<A> tokens, prefix;
     std::vector<Strip> strips;
+    Seen seen[kKeys];
 
     ForwardWorker(const AttentionForward& forward, Arena& arena) : f(forward), p(forward.p_) {
       q = arena.take<Operand>(round_up(p.D, Manner::pair) * kQueries);
@@ -156,11 +157,8 @@ class AttentionForward {
 
     void add_block(const QueryBlock& queries, const Columns& columns, Softmax<A>& softmax) {
       bool of_prefix = columns.half == Half::prefix;
-      if (of_prefix) {
-        all_visible(queries, columns.rows, kLanes<A>, strips);
-      } else {
-        visible_strips(f.band_, queries, columns.first, columns.rows, kLanes<A>, strips);
-      }
+      find_strips(p, f.band_, queries, columns, seen, strips);
+      if (strips.empty()) return;
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
       int64_t key = of_prefix ? p.spans[queries.b].start + columns.first : columns.first;
       const T* k_at = k.at(queries.b, queries.hkv, key);
@@ -168,7 +166,7 @@ class AttentionForward {
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       score(queries, columns, k_at, k.strides[2]);
-      for (const Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, s.values);
+      for (const Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values);
       softmax.raise(strips, s.values, round_up(queries.count, kLanes<A>), p.Dv);
       for (const Strip& strip : strips) {
         softmax.exponentiate(strip, s.values);

@@ -67,11 +67,30 @@ Gate<A> read_gate(const AttentionProblem<T, A>& p, const QueryBlock& queries, co
 // Adds a bias [B, Hq, N, keys] that broadcasts.
 template <class T, class A>
 void add_bias(const View<const T>& bias, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
-  int64_t last = std::min(strip.column + strip.columns, queries.count), step = bias.strides[2];
-  for (int64_t r = strip.row; r < strip.row + strip.rows; ++r) {
-    const T* from = bias.at(queries.b, queries.h, queries.first, columns.first + r);
-    for (int64_t i = strip.column; i < last; ++i) s[r * kQueries + i] += static_cast<A>(from[i * step]);
-  }
+  constexpr int n = kLanes<A>;
+  const T* from = bias.at(queries.b, queries.h, queries.first, columns.first);
+  int64_t to_query = bias.strides[2], to_key = bias.strides[3], end = strip.row + strip.rows;
+  if (to_query == 0)
+    return for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+      A* at = s + r * kQueries + c;
+      store(at, load(at) + splat(static_cast<A>(from[r * to_key])));
+    });
+  for (int64_t c = strip.column; c < strip.column + strip.columns; c += n)
+    for (int64_t r0 = strip.row; r0 < end; r0 += n) {  // squares, read along the keys
+      Vec<A> square[n];
+      for (int64_t i = 0; i < n; ++i) {
+        square[i] = Vec<A>{};
+        if (c + i >= queries.count) continue;
+        const T* row = from + (c + i) * to_query + r0 * to_key;
+        if (to_key == 1) square[i] = load_first(row, end - r0);
+        else for (int64_t r = 0; r < std::min<int64_t>(n, end - r0); ++r) square[i][r] = static_cast<A>(row[r * to_key]);
+      }
+      transpose<A>(square);
+      for (int64_t r = 0; r < std::min<int64_t>(n, end - r0); ++r) {
+        A* at = s + (r0 + r) * kQueries + c;
+        store(at, load(at) + square[r]);
+      }
+    }
 }
 
 // Adds a bias for each prefix key, [B, Hkv, P] or of the store, [1, Hkv, T], that broadcasts.
@@ -85,35 +104,56 @@ void add_key_bias(
   });
 }
 
-// Hides, in a strip, the scores for which `hidden(i, j)`: query i (of the tensor), key j.
-template <class A, class Hidden>
-void hide_where(const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s, Hidden hidden) {
-  int64_t last = std::min(strip.column + strip.columns, queries.count);
-  for (int64_t r = strip.row; r < strip.row + strip.rows; ++r)
-    for (int64_t i = strip.column; i < last; ++i)
-      if (hidden(queries.first + i, columns.first + r)) s[r * kQueries + i] = -std::numeric_limits<A>::infinity();
-}
-
-// Masks, segments, causality and windows: they speak of tokens only.
+// Which queries see which keys of a block of tokens: causality and windows, segments, a mask.
 template <class T, class A>
-void hide(
-    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns,
-    const Strip& strip, A* s) {
-  if (strip.partial)
-    hide_where(queries, columns, strip, s, [&](int64_t i, int64_t j) {
-      return i < band.first_query(j) || i > band.last_query(j);
-    });
-  if (p.bool_mask)
-    hide_where(queries, columns, strip, s, [&](int64_t i, int64_t j) {
-      return !*p.bool_mask.at(queries.b, queries.h, i, j);
-    });
-  if (p.query_segments)
-    hide_where(queries, columns, strip, s, [&](int64_t i, int64_t j) {
-      return *p.query_segments.at(queries.b, i) != *p.key_segments.at(queries.b, j);
-    });
+void find_seen(
+    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, Seen* seen) {
+  for (int64_t r = 0; r < columns.rows; ++r) seen[r] = see_band(band, queries, columns.first + r);
+  if (p.query_segments) {
+    const int64_t* of_query = p.query_segments.at(queries.b, queries.first);
+    const int64_t* of_key = p.key_segments.at(queries.b, columns.first);
+    int64_t to_query = p.query_segments.strides[1], to_key = p.key_segments.strides[1];
+    Seen same = 0;
+    for (int64_t r = 0; r < columns.rows; ++r) {
+      int64_t segment = of_key[r * to_key];
+      if (r == 0 || segment != of_key[(r - 1) * to_key]) {  // neighbors mostly are of one segment
+        same = 0;
+        for (int64_t i = 0; i < queries.count; ++i) same |= Seen{of_query[i * to_query] == segment} << i;
+      }
+      seen[r] &= same;
+    }
+  }
+  if (p.bool_mask) {
+    const bool* mask = p.bool_mask.at(queries.b, queries.h, queries.first, columns.first);
+    int64_t to_query = p.bool_mask.strides[2], to_key = p.bool_mask.strides[3];
+    if (to_query == 0) {
+      for (int64_t r = 0; r < columns.rows; ++r) seen[r] &= mask[r * to_key] ? ~Seen{0} : Seen{0};
+      return;
+    }
+    Seen let[kKeys] = {};
+    for (int64_t i = 0; i < queries.count; ++i, mask += to_query) {
+      if (to_key == 1)
+        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r]} << i;
+      else
+        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r * to_key]} << i;
+    }
+    for (int64_t r = 0; r < columns.rows; ++r) seen[r] &= let[r];
+  }
 }
 
-// Products in `s` to scores, in place. `slopes`, where given, gets the soft cap's derivative.
+// What queries see of a block of keys, in strips; where there is a mask or there are segments, `seen` tells of each key.
+template <class T, class A>
+void find_strips(
+    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, Seen* seen,
+    std::vector<Strip>& strips) {
+  if (columns.half == Half::prefix) return all_visible(queries, columns.rows, kLanes<A>, strips);
+  if (!p.masked()) return visible_strips(band, queries, columns.first, columns.rows, kLanes<A>, strips);
+  find_seen(p, band, queries, columns, seen);
+  seen_strips(seen, queries, columns.rows, kLanes<A>, strips);
+}
+
+// Products in `s` to scores, in place; `seen` as find_strips left it. `slopes`, where given, gets the soft cap's
+// derivative.
 template <class T, class A>
 void make_scores(
     const AttentionProblem<T, A>& p,
@@ -122,6 +162,7 @@ void make_scores(
     const Columns& columns,
     const Strip& strip,
     const Gate<A>& gate,
+    const Seen* seen,
     A* s,
     A* slopes = nullptr) {
   for_vectors<A>(strip, [&](int64_t r, int64_t c) {
@@ -141,7 +182,14 @@ void make_scores(
     return;
   }
   if (p.bias_mask) add_bias(p.bias_mask, queries, columns, strip, s);
-  hide(p, band, queries, columns, strip, s);
+  if (!strip.partial) return;
+  for (int64_t r = strip.row; r < strip.row + strip.rows; ++r) {
+    Seen bits = p.masked() ? seen[r] : see_band(band, queries, columns.first + r);
+    for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+      A* at = s + r * kQueries + c;
+      store(at, keep_lanes<A>(load(at), bits >> c));
+    }
+  }
 }
 
 }  // namespace fastprefix

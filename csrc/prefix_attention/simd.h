@@ -55,6 +55,15 @@ inline void store(A* p, std::type_identity_t<Vec<A>> x) {
   *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = x;
 }
 
+// x in the lanes whose bits are set, -inf in the others.
+template <class A>
+inline Vec<A> keep_lanes(Vec<A> x, uint64_t bits) {
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<Int> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = Int{1} << i;
+  return (lane & splat(static_cast<Int>(bits))) != 0 ? x : splat(-std::numeric_limits<A>::infinity());
+}
+
 template <class A>
 inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;

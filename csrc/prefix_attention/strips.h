@@ -1,7 +1,9 @@
-// Which part of a block of scores can be seen: the band that causality and a window leave, in rectangles.
+// Which part of a block of scores can be seen, in rectangles: of the band that causality and a window leave, and of what
+// masks and segments leave of it.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <vector>
 
@@ -36,6 +38,50 @@ struct Band {
   int64_t last_key(int64_t query) const { return query + offset + ahead; }
 };
 
+// Which queries of a block see a key, a bit each.
+using Seen = uint64_t;
+static_assert(kQueries == 64);
+
+// Bits from `from` up to `to`.
+inline Seen bit_range(int64_t from, int64_t to) {
+  if (from >= to) return 0;
+  return (~Seen{0} >> (kQueries - (to - from))) << from;
+}
+
+// The queries that see a key of the band.
+inline Seen see_band(const Band& band, const QueryBlock& queries, int64_t key) {
+  return bit_range(
+      std::clamp<int64_t>(band.first_query(key) - queries.first, 0, queries.count),
+      std::clamp<int64_t>(band.last_query(key) + 1 - queries.first, 0, queries.count));
+}
+
+// Appends a strip, or makes the last one longer by it.
+inline void add_strip(std::vector<Strip>& strips, const Strip& strip) {
+  Strip* last = strips.empty() ? nullptr : &strips.back();
+  if (last && last->row + last->rows == strip.row && last->column == strip.column && last->columns == strip.columns &&
+      last->partial == strip.partial) {
+    last->rows += strip.rows;
+  } else {
+    strips.push_back(strip);
+  }
+}
+
+// The strips of a block of keys of which `seen` tells who sees them; `lanes`: a vector's length.
+inline void seen_strips(
+    const Seen* seen, const QueryBlock& queries, int64_t rows, int64_t lanes, std::vector<Strip>& strips) {
+  strips.clear();
+  for (int64_t row = 0; row < rows; row += lanes) {
+    int64_t count = std::min(lanes, rows - row);
+    Seen any = 0, all = ~Seen{0};
+    for (int64_t r = row; r < row + count; ++r) any |= seen[r], all &= seen[r];
+    any &= bit_range(0, queries.count);
+    if (any == 0) continue;
+    int64_t column = std::countr_zero(any) / lanes * lanes, end = round_up(kQueries - std::countl_zero(any), lanes);
+    Seen needed = bit_range(column, std::min(end, queries.count));
+    add_strip(strips, {row, count, column, end - column, (all & needed) != needed});
+  }
+}
+
 // The visible strips of keys [first, first + rows) for a block of queries; `lanes`: a vector's length.
 inline void visible_strips(
     const Band& band, const QueryBlock& queries, int64_t first, int64_t rows, int64_t lanes, std::vector<Strip>& strips) {
@@ -50,13 +96,7 @@ inline void visible_strips(
     Strip strip{row, count, from / lanes * lanes, 0, partial};
     strip.columns = std::min(round_up(to, lanes), width) - strip.column;
     strip.partial |= strip.column != from || (strip.column + strip.columns != to && to != queries.count);
-    Strip* last = strips.empty() ? nullptr : &strips.back();
-    if (last && last->row + last->rows == row && last->column == strip.column && last->columns == strip.columns &&
-        last->partial == strip.partial) {
-      last->rows += count;
-    } else {
-      strips.push_back(strip);
-    }
+    add_strip(strips, strip);
   }
 }
 
