@@ -20,7 +20,7 @@ import fastprefix
 
 from .measure import BenchmarkError, Work
 from .results import Record
-from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
+from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite, set_up
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -169,7 +169,8 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_kernel_options(parser, dtypes=["float32", "bfloat16"])
+    add_common(parser, rounds=10, seconds=2.0)
+    add_dtypes(parser, "float32", "bfloat16")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
@@ -180,4 +181,4 @@ def run(options: argparse.Namespace) -> int:
     device = set_up(options)
     suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
     record = Record.start(suite, device, options.quick, **settings)
-    return run_kernels(record, list_problems(options, device), options, device)
+    return run_suite(record, list_problems(options, device), options, device)

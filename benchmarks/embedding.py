@@ -21,7 +21,7 @@ import fastprefix
 
 from .measure import Role, Work
 from .results import Record
-from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
+from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite, set_up
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -145,10 +145,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_kernel_options(parser, dtypes=["float32"])
-
-
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
@@ -156,7 +152,12 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
             yield {**setting._asdict(), "distinct": inputs.ids.unique().numel(), "dtype": dtype}, inputs.works()
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, rounds=10, seconds=2.0)
+    add_dtypes(parser, "float32")
+
+
 def run(options: argparse.Namespace) -> int:
     device = set_up(options)
     record = Record.start("embedding", device, options.quick, freed_memory_kept=keep_freed_memory())
-    return run_kernels(record, list_problems(options, device), options, device)
+    return run_suite(record, list_problems(options, device), options, device)

@@ -33,8 +33,10 @@ BUSY = 0.5
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
-Job = Callable[[int], float]
-"""Do the work of a round and return the seconds that its timed part took."""
+Job = Callable[[int], list[float]]
+"""Do the work of a round and return the seconds of its timed calls."""
+Timer = Callable[[Callable[[], object], torch.device], list[float]]
+"""Call some work once or more often on a device and return the seconds of each call."""
 
 
 class BenchmarkError(Exception):
@@ -72,6 +74,11 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def time_once(work: Callable[[], object], device: torch.device) -> list[float]:
+    """Time one call, as a timer of ``measure``."""
+    return [time_call(work, device)]
+
+
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
     """Yield the numbers of ``warmup`` rounds, of those that begin within ``seconds``, and of ``least`` in any case."""
     yield from range(warmup)
@@ -102,7 +109,7 @@ def interleave(
                 except Exception as error:  # the failure of one peer must not lose the results of the others
                     errors[name] = error
                 else:
-                    samples[name] += [seconds] * (i >= warmup)
+                    samples[name] += seconds * (i >= warmup)
             tick(name)
     return {name: samples[name] for name in names if name not in errors}, errors
 
@@ -132,33 +139,35 @@ class Work:
     self_timed: Collection[str] = ()
 
 
-def group_calls(works: Mapping[str, Work]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the calls of all peers by direction and peer."""
-    directions = dict.fromkeys(direction for work in works.values() for direction in work.calls)
-    return {d: {name: work.calls[d] for name, work in works.items() if d in work.calls} for d in directions}
-
-
 def measure(
-    case: Row, works: Mapping[str, Work], device: torch.device, rounds: Callable[[], Iterable[int]], warmup: int = 1
+    case: Row,
+    works: Mapping[str, Work],
+    device: torch.device,
+    rounds: Callable[[], Iterable[int]],
+    *,
+    warmup: int = 1,
+    timer: Timer = time_once,
 ) -> tuple[list[Row], list[Row]]:
     """Time all peers of a case in turns, then measure the memory of each. Return rows and faults."""
     rows, faults = list[Row](), list[Row]()
-    for direction, calls in group_calls(works).items():
-        is_timed = {name: direction not in works[name].self_timed for name in calls}
-        jobs: dict[str, Job] = {n: partial(run_job, call, device if is_timed[n] else None) for n, call in calls.items()}
+    for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
+
+        def run_job(name: str, number: int, direction: str = direction) -> list[float]:
+            call = works[name].calls[direction]
+            return [call()] if direction in works[name].self_timed else timer(call, device)
+
+        jobs = {name: partial(run_job, name) for name, work in works.items() if direction in work.calls}
         samples, errors = interleave(jobs, rounds(), warmup=warmup)
         for name, seconds in samples.items():
-            about = (case, name, works[name].role, direction)
+            work, about = works[name], (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))
-            if is_timed[name]:
-                rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
+            if direction not in work.self_timed:
+                try:
+                    rows.append(figure_row(*about, "bytes", added_peak(work.calls[direction], device)))
+                except Exception as error:  # as above
+                    errors[name] = error
         faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults
-
-
-def run_job(call: Callable[[], Any], device: torch.device | None, number: int) -> float:
-    """Return the seconds of a call on a device. Without a device, the call returns them itself."""
-    return time_call(call, device) if device else float(call())
 
 
 def freeze_heap() -> None:

@@ -1,19 +1,15 @@
-"""The frozen models: built from a configuration with random weights, or loaded by name."""
+"""The frozen models: built from a configuration with random weights, or loaded by name.
 
-import copy
-import os
-import sys
-import urllib.error
-import urllib.request
-from pathlib import Path
+Only PyTorch and transformers are needed.
+"""
+
+import argparse
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-import datasets
-import huggingface_hub
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,9 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastprefix.integrations.transformers.adapter import MODULE, find_trainable_modules
-
-from .measure import BenchmarkError, explain
+from .measure import BenchmarkError, Row, explain
 
 ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
 TaskKind = Literal["causal_lm", "classification"]
@@ -107,16 +101,38 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
+# ---- models at published shapes ------------------------------------------------------------------------------------
+
+# The vocabulary, which only ADePT would change, is smaller than the published one.
+PUBLISHED = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
+QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
+KINDS: dict[str, TaskKind] = {"BERT-base": "classification", "Llama, 12 x 768": "causal_lm"}
+PLACES = [(128, 100), (64, 100), (256, 100), (128, 10), (128, 50), (128, 200)]
+"""Tokens of the input and of the prefix. Tables show the first pair."""
+QUICK_PLACES = [(16, 4), (24, 4)]
+
+
+def list_published(
+    options: argparse.Namespace, device: torch.device, places: int | None = None
+) -> Iterator[tuple[Row, TaskKind, PreTrainedModel, dict[str, Tensor]]]:
+    """Yield a case, its kind, the model and a batch for each shape and each of the first pairs of lengths."""
+    size = (QUICK if options.quick else PUBLISHED)._replace(rows=options.rows)
+    for name, kind in KINDS.items():
+        base = build(kind, configure(kind, size), device)
+        dtype = str(base.dtype).removeprefix("torch.")
+        for N, P in (QUICK_PLACES if options.quick else PLACES)[:places]:
+            case = {"model": name, "N": N, "P": P, "rows": size.rows, "dtype": dtype}
+            yield case, kind, base, draw_batch(kind, size, N, device)
+
+
+# ---- models by name ------------------------------------------------------------------------------------------------
+
+
 def find_kind(name: str) -> TaskKind:
     """Return whether a named model is a causal language model or classifies."""
     with explain(f"--model {name}"):
-        config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith(("CausalLM", "LMHeadModel")):
-        return "causal_lm"
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return "classification"
-    raise BenchmarkError(f"--model {name}: neither a causal language model nor one that classifies ({architecture})")
+        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -125,46 +141,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
         raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
     """Load a model. A classifier gets a new head."""
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
-    auto: Any = AutoModelForCausalLM
-    if kind == "classification":
-        auto = AutoModelForSequenceClassification
-        options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
+    auto: Any = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    head = {} if kind == "causal_lm" else {"num_labels": classes, "ignore_mismatched_sizes": True}
     with explain(f"--model {name}"):
-        model: PreTrainedModel = auto.from_pretrained(name, **options)
+        model: PreTrainedModel = auto.from_pretrained(name, attn_implementation=ATTENTION, dtype=torch.float32, **head)
     model.config.pad_token_id = pad
     model.config.use_cache = False
     return model
-
-
-def prepare_hub(name: str | None) -> None:
-    """Use only the local caches for a name of the hub if the hub does not answer, where its libraries would retry."""
-    if name is None or Path(name).is_dir():
-        return
-    try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # an error is an answer
-    except OSError:
-        print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
-    head = set(head_parameters(model))
-    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
-
-
-def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
-    modules = {name: module for name, module in find_trainable_modules(model, None).items() if name != MODULE}
-    return [parameter for module in modules.values() for parameter in module.parameters()]

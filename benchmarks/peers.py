@@ -1,5 +1,6 @@
 """Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import fastprefix
+from fastprefix.integrations.transformers.adapter import MODULE, find_trainable_modules
 from fastprefix.methods import MethodConfig
 
 from .embedding import embed_adept, embed_dept, embed_pt
 from .measure import Role
-from .models import TaskKind, head_parameters, share_weights
+from .models import TaskKind
 
 FLOOR = "frozen floor"
 PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
@@ -52,6 +54,18 @@ class ModelPeer:
     def copy_and_prepare(self, base: PreTrainedModel) -> nn.Module:
         """Return a prepared copy of a model."""
         return self.prepare(share_weights(base)).model
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
+    head = set(head_parameters(model))
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
+    modules = {name: module for name, module in find_trainable_modules(model, None).items() if name != MODULE}
+    return [parameter for module in modules.values() for parameter in module.parameters()]
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:

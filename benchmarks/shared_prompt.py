@@ -6,7 +6,7 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -72,24 +72,22 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
     return Work(peer.role, {**step, "prefill": prefill, "decode": decode}, self_timed=["decode"])
 
 
-def list_problems(size: Size, lengths: Sequence[int], device: torch.device) -> Iterator[Problem]:
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Build all peers for each length of the prompt."""
+    size = QUICK if options.quick else FULL
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
     batch = models.draw_batch("causal_lm", size, size.length, device)
-    for S in lengths:
+    for S in options.prompt:
         peers = list_peers(S, size.length)
         yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
-    parser.add_argument("--rounds", type=positive, help="default: 15; 2 with --quick")
+    add_common(parser, rounds=15)
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")
 
 
 def run(options: argparse.Namespace) -> int:
     device = set_up(options)
-    size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
     record = Record.start("shared-prompt", device, options.quick)
-    problems, rounds = list_problems(size, options.prompt, device), options.rounds or rounds
-    return run_suite(record, problems, options.out, device, partial(range, rounds + 1))
+    return run_suite(record, list_problems(options, device), options, device)

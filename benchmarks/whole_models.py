@@ -5,9 +5,8 @@ DePT and ADePT like their authors' code (eager), and PEFT's prompt and prefix tu
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,37 +15,12 @@ import fastprefix
 
 from . import models
 from .embedding import embed_adept, embed_dept, embed_pt
-from .models import Size, TaskKind
+from .models import TaskKind
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, attach_eager, freeze, list_peft_peers
 from .results import Record
 from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
 
 DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
-TOKENS, PREFIX = 128, 100
-PLACES = [(TOKENS, PREFIX), *((N, PREFIX) for N in (64, 256)), *((TOKENS, P) for P in (10, 50, 200))]
-"""Tokens of the input and of the prefix. The curves over both lengths cross at the first pair."""
-QUICK_PLACES = [(16, 4), (24, 4)]
-
-
-class ModelShape(NamedTuple):
-    """Hold the shape of a model. The vocabulary, which only ADePT would change, is smaller than the published one."""
-
-    name: str
-    kind: TaskKind
-    size: Size
-
-
-SHAPES = (
-    ModelShape("BERT-base", "classification", Size(12, 768, 12, vocabulary=8192, rows=4, length=512)),
-    ModelShape("Llama, 12 x 768", "causal_lm", Size(12, 768, 12, vocabulary=8192, rows=4, length=512)),
-)
-QUICK = tuple(shape._replace(size=Size(2, 32, 2, vocabulary=256, rows=2, length=32)) for shape in SHAPES)
-
-
-def choose_shapes(options: argparse.Namespace) -> tuple[ModelShape, ...]:
-    """Return the models, with as many rows in a batch as the options say."""
-    shapes = QUICK if options.quick else SHAPES
-    return tuple(s._replace(size=s.size._replace(rows=options.rows or s.size.rows)) for s in shapes)
 
 
 def list_peers(kind: TaskKind, N: int, P: int) -> list[ModelPeer]:
@@ -70,28 +44,19 @@ def list_peers(kind: TaskKind, N: int, P: int) -> list[ModelPeer]:
     ]
 
 
-def list_problems(
-    shapes: Sequence[ModelShape], places: Sequence[tuple[int, int]], device: torch.device
-) -> Iterator[Problem]:
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Build all peers on one model for each shape and each pair of lengths."""
-    for shape in shapes:
-        base = models.build(shape.kind, models.configure(shape.kind, shape.size), device)
-        dtype = str(base.dtype).removeprefix("torch.")
-        for N, P in places:
-            batch = models.draw_batch(shape.kind, shape.size, N, device)
-            case = {"model": shape.name, "N": N, "P": P, "rows": shape.size.rows, "dtype": dtype}
-            peers = list_peers(shape.kind, N, P)
-            yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in peers}
+    for case, kind, base, batch in models.list_published(options, device):
+        peers = list_peers(kind, case["N"], case["P"])
+        yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
-    parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
-    parser.add_argument("--rows", type=positive, help="in a batch (default: 4)")
+    add_common(parser, rounds=3)
+    parser.add_argument("--rows", type=positive, default=4, help="in a batch (default: 4)")
 
 
 def run(options: argparse.Namespace) -> int:
-    device, shapes = set_up(options), choose_shapes(options)
-    record = Record.start("models", device, options.quick, sizes={s.name: s.size._asdict() for s in shapes})
-    places, rounds = (QUICK_PLACES, 1) if options.quick else (PLACES, options.rounds)
-    return run_suite(record, list_problems(shapes, places, device), options.out, device, partial(range, rounds + 1))
+    device = set_up(options)
+    record = Record.start("models", device, options.quick)
+    return run_suite(record, list_problems(options, device), options, device)
