@@ -71,8 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
     source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="text from a data set of the Hugging Face hub")
-    parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: guessed)")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: guessed)")
+    add_columns(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name columns."""
+    for kind in COLUMNS:
+        parser.add_argument(f"--{kind}-column", metavar="NAME", help="default: guessed")
 
 
 def read_corpus(options: argparse.Namespace) -> tuple[str, DatasetDict]:
