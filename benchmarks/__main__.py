@@ -14,7 +14,6 @@ SUITES = {
     "embedding": "embedding",
     "shared-prompt": "shared_prompt",
     "models": "whole_models",
-    "adapterhub": "adapterhub",
     "gpu": "gpu",
     "study": "study",
     "compare": "compare",

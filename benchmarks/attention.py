@@ -19,8 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from .measure import BenchmarkError, Work
-from .results import Record
-from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite, set_up
+from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -178,7 +177,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
-    device = set_up(options)
-    suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
-    record = Record.start(suite, device, options.quick, **settings)
-    return run_suite(record, list_problems(options, device), options, device)
+    if options.dropout:
+        return run_suite("attention-dropout", list_problems, options, dropout=options.dropout)
+    return run_suite("attention", list_problems, options)

@@ -122,7 +122,7 @@ def choose_column(rows: Dataset, kind: str, options: argparse.Namespace) -> str 
 
 
 def split_rows(name: str, rows: Dataset, seed: int) -> DatasetDict:
-    """Number the labels and split rows into a part to train on and a held-out part named "test"."""
+    """Split rows into a part to train on and a held-out part, named "test", and number their labels."""
     if len(rows) < 2:
         raise BenchmarkError(f"{name}: at least two passages of text are needed")
     rows = rows.select(range(min(len(rows), MOST_ROWS)))

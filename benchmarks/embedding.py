@@ -20,8 +20,7 @@ from torch.nn import functional as F
 import fastprefix
 
 from .measure import Role, Work
-from .results import Record
-from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite, set_up
+from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -158,6 +157,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = set_up(options)
-    record = Record.start("embedding", device, options.quick, freed_memory_kept=keep_freed_memory())
-    return run_suite(record, list_problems(options, device), options, device)
+    return run_suite("embedding", list_problems, options, freed_memory_kept=keep_freed_memory())

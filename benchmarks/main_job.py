@@ -1,12 +1,13 @@
 """The main job: train every method on real text, on an encoder and on a decoder, beside the frozen floor and PEFT."""
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -18,7 +19,7 @@ import fastprefix
 
 from . import data, models, report
 from .data import Task
-from .measure import Row, added_peak, fault, figure_row, find_busyness, interleave, time_call, timed_row
+from .measure import Row, Work, added_peak, fault, figure_row, find_busyness, measure, time_call
 from .models import TaskKind
 from .peers import (
     ADEPT_WIDTH,
@@ -46,15 +47,8 @@ a classifier is trained with every method, and counted. {report.NOISY}: p20 or p
 the median."""
 
 
-class Rounds(NamedTuple):
-    """Hold the numbers of training steps, of evaluations after the first one, and of steps whose time is dropped."""
-
-    steps: int
-    evaluations: int
-    warmup: int
-
-
-ROUNDS = {"quick": Rounds(24, 4, 2), "cpu": Rounds(32, 4, 3), "cuda": Rounds(120, 10, 10)}
+STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
+"""The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
 
 
 @dataclass(frozen=True)
@@ -116,90 +110,79 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
 
 
 class Trainee:
-    """Train and evaluate one prepared model. Steps and passes are jobs for ``interleave``."""
+    """Train and evaluate one prepared model."""
 
     def __init__(self, prepared: Prepared, task: Task) -> None:
-        self.prepared, self.task, self.device = prepared, task, task.train[0]["input_ids"].device
-        self.loss: Tensor
-        self.losses: dict[str, list[float]] = {FORWARD: [], BOTH: []}
-        self.seconds: dict[str, list[float]] = {FORWARD: [], BOTH: []}
+        self.prepared, self.model, self.task = prepared, prepared.model, task
+        self.device = task.train[0]["input_ids"].device
+        self.batches, self.held_out = iter(task.train), itertools.cycle(task.held_out)
+        self.losses: dict[str, list[Tensor]] = {FORWARD: [], BOTH: []}
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
-    def run_forward(self, batch: data.Batch) -> Tensor:
+    def run_forward(self, batch: data.Batch, direction: str) -> Tensor:
         """Return the loss."""
-        self.loss = self.prepared.model(**batch).loss
-        return self.loss
+        loss: Tensor = self.model(**batch).loss
+        self.losses[direction].append(loss.detach())
+        return loss
 
     def run_both(self, batch: data.Batch) -> None:
         """Run forward and backward."""
-        self.run_forward(batch).backward()
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        self.run_forward(batch, BOTH).backward()
 
-    def train(self, i: int) -> list[float]:
-        """Do training step i. The seconds are those of forward + backward, for all peers use the same optimizer."""
-        self.prepared.model.train()
-        seconds = time_call(partial(self.run_both, self.task.train[i]), self.device)
-        self.losses[BOTH].append(self.loss.item())
+    def train(self) -> float:
+        """Do a training step. The seconds are those of forward + backward, for all peers use the same optimizer."""
+        seconds = time_call(partial(self.run_both, next(self.batches)), self.device)
         if self.optimizer is not None:
             self.optimizer.step()
-        self.prepared.model.zero_grad(set_to_none=True)
-        return [seconds]
+        return seconds
 
     @torch.no_grad()
-    def evaluate(self, i: int) -> list[float]:
+    def evaluate(self) -> None:
         """Do a forward pass over one held-out batch."""
-        self.prepared.model.eval()
-        seconds = time_call(partial(self.run_forward, self.task.held_out[i % len(self.task.held_out)]), self.device)
-        self.losses[FORWARD].append(self.loss.item())
-        return [seconds]
+        self.model.eval()
+        self.run_forward(next(self.held_out), FORWARD)
 
-    def list_rows(self, case: Row, peer: ModelPeer, steps: list[int]) -> list[Row]:
-        """Return times, the memory of a step, the number of trained parameters, and losses."""
-        self.prepared.model.train()
-        peak = added_peak(partial(self.run_both, self.task.train[0]), self.device)
-        held_out = torch.tensor(self.losses[FORWARD]).view(len(steps), -1).mean(1).tolist()
-        row = partial(figure_row, case, peer.name, peer.role)
+    def list_rows(self, row: Callable[..., Row]) -> list[Row]:
+        """Return the losses, the number of trained parameters, and the memory of a step."""
+        losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.task.held_out)
+        for _ in range(passes):
+            self.evaluate()
+        held_out = [
+            torch.stack(part).mean().item() for part in (self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:])
+        ]
         return [
-            *(timed_row(case, peer.name, peer.role, *timed) for timed in self.seconds.items()),
-            row(BOTH, "bytes", peak),
+            row(BOTH, "bytes", added_peak(partial(self.run_both, self.task.train[0]), self.device)),
             row("training", "parameters", self.prepared.count_trainable()),
-            row("training", "loss", self.losses[BOTH][-1], samples=self.losses[BOTH]),
-            row("held out", "loss", held_out[-1], samples=held_out, steps=steps),
+            row("training", "loss", losses[-1], samples=losses),
+            row("held out", "loss", held_out[-1], samples=held_out, steps=[0, len(losses)]),
         ]
 
 
 def compare_peers(
-    subject: Subject, peers: list[ModelPeer], rounds: Rounds, seed: int, tick: Callable[[str], object]
+    subject: Subject, peers: list[ModelPeer], seed: int, tick: Callable[[str], object]
 ) -> tuple[list[Row], list[Row]]:
-    """Train all peers side by side, each on a copy of one model, and evaluate them before, between and after.
+    """Train all peers side by side, each on a copy of one model, and evaluate them before and after.
 
     Training and evaluation are what is timed: in each round every peer does the same batch.
     """
-    task, case, passes = subject.task, {"model": subject.title}, len(subject.task.held_out)
-    trainees, faults = dict[str, Trainee](), list[Row]()
-
-    def run(direction: str, numbers: range, warmup: int) -> None:
-        jobs = {name: of.train if direction == BOTH else of.evaluate for name, of in trainees.items()}
-        samples, errors = interleave(jobs, numbers, warmup=warmup, tick=tick)
-        for name, seconds in samples.items():
-            trainees[name].seconds[direction] += seconds
-        for name, error in errors.items():
-            del trainees[name]
-            faults.append(fault(case, name, direction, error))
-
+    task, case, steps = subject.task, {"model": subject.title}, len(subject.task.train)
+    trainees, works, faults = dict[str, Trainee](), dict[str, Work](), list[Row]()
     for peer in peers:
         torch.manual_seed(seed)
         try:
-            trainees[peer.name] = Trainee(peer.prepare(share_weights(subject.model)), task)
+            trainee = trainees[peer.name] = Trainee(peer.prepare(share_weights(subject.model)), task)
         except Exception as error:  # the failure of one peer must not lose the results of the others
             faults.append(fault(case, peer.name, "set-up", error))
-    parts = min(rounds.evaluations, rounds.steps)
-    cuts = [rounds.steps * k // parts for k in range(parts + 1)]
-    for k, stop in enumerate(cuts):
-        run(BOTH, range(cuts[k - 1] if k else 0, stop), min(rounds.warmup, rounds.steps - 1))
-        run(FORWARD, range(k * passes, (k + 1) * passes), passes)
-    of_peers = [trainees[peer.name].list_rows(case, peer, cuts) for peer in peers if peer.name in trainees]
-    return [row for rows in of_peers for row in rows], faults
+        else:
+            works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train}, self_timed=[BOTH])
+    rounds = partial(range, steps)
+    rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10, tick=tick)
+    for name in works.keys() - {of["peer"] for of in more}:
+        rows += trainees[name].list_rows(partial(figure_row, case, name, works[name].role))
+    return rows, faults + more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,14 +196,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the main job. Return 0 if every peer succeeded, 1 otherwise."""
     start, device = time.perf_counter(), set_up(options)
-    rounds = ROUNDS["quick" if options.quick else device.type]
-    rounds = rounds._replace(steps=options.steps or rounds.steps)
+    steps = options.steps or STEPS["quick" if options.quick else device.type]
     name, corpus = data.read_corpus(options)
     counts = ", ".join(f"{part} {len(rows):,} passages" for part, rows in corpus.items())
     text = f"{name}: {counts}, {len(data.list_classes(corpus))} classes"
     arguments = {name: value for name, value in vars(options).items() if name != "out"}
     record = Record.start("main-job", device, options.quick, arguments=arguments, corpus=text, models=dict[str, Any]())
-    subjects, facts = build_subjects(options, corpus, rounds.steps, device), record.environment
+    subjects, facts = build_subjects(options, corpus, steps, device), record.environment
     versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers", "peft"))
     print(f"text    {text}\ndevice  {facts['device_name']}, {facts['threads']} threads\nwith    {versions}")
     if busy := find_busyness(facts):
@@ -230,9 +212,8 @@ def run(options: argparse.Namespace) -> int:
         peers = list_peers(subject.kind, subject.task.train[0]["input_ids"].shape[1])
         about = {"description": subject.describe(), "tokens_per_step": subject.count_tokens()}
         record.settings["models"][subject.title] = about
-        ticks = len(peers) * (rounds.steps + (min(rounds.evaluations, rounds.steps) + 1) * len(subject.task.held_out))
-        with tqdm(total=ticks, desc=subject.title, unit="step", leave=False, file=sys.stderr) as bar:
-            measured = compare_peers(subject, peers, rounds, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
+        with tqdm(total=2 * steps * len(peers), desc=subject.title, leave=False, file=sys.stderr) as bar:
+            measured = compare_peers(subject, peers, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
         record.settings["seconds"] = time.perf_counter() - start
         record.add(measured, options.out)
         table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()

@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "triton", "peft", "datasets", "tokenizers")
+PACKAGES = ("torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
 BUSY = 0.5
 """Times are not trusted above this load per core, averaged over the minute before a run."""
 
@@ -147,8 +147,12 @@ def measure(
     *,
     warmup: int = 1,
     timer: Timer = time_once,
+    tick: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults."""
+    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
+
+    A peer that failed in one direction is left out of the others.
+    """
     rows, faults = list[Row](), list[Row]()
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
 
@@ -156,8 +160,10 @@ def measure(
             call = works[name].calls[direction]
             return [call()] if direction in works[name].self_timed else timer(call, device)
 
-        jobs = {name: partial(run_job, name) for name, work in works.items() if direction in work.calls}
-        samples, errors = interleave(jobs, rounds(), warmup=warmup)
+        failed = {of["peer"] for of in faults}
+        names = [name for name, work in works.items() if direction in work.calls and name not in failed]
+        jobs = {name: partial(run_job, name) for name in names}
+        samples, errors = interleave(jobs, rounds(), warmup=warmup, tick=tick)
         for name, seconds in samples.items():
             work, about = works[name], (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))

@@ -3,8 +3,6 @@
 Only PyTorch and transformers are needed.
 """
 
-import argparse
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .measure import BenchmarkError, Row, explain
+from .measure import BenchmarkError, explain
 
 ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
 TaskKind = Literal["causal_lm", "classification"]
@@ -99,33 +97,6 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model to the device, in the type in which it is measured."""
     nn.Module.to(model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
-
-
-# ---- models at published shapes ------------------------------------------------------------------------------------
-
-# The vocabulary, which only ADePT would change, is smaller than the published one.
-PUBLISHED = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
-QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
-KINDS: dict[str, TaskKind] = {"BERT-base": "classification", "Llama, 12 x 768": "causal_lm"}
-PLACES = [(128, 100), (64, 100), (256, 100), (128, 10), (128, 50), (128, 200)]
-"""Tokens of the input and of the prefix. Tables show the first pair."""
-QUICK_PLACES = [(16, 4), (24, 4)]
-
-
-def list_published(
-    options: argparse.Namespace, device: torch.device, places: int | None = None
-) -> Iterator[tuple[Row, TaskKind, PreTrainedModel, dict[str, Tensor]]]:
-    """Yield a case, its kind, the model and a batch for each shape and each of the first pairs of lengths."""
-    size = (QUICK if options.quick else PUBLISHED)._replace(rows=options.rows)
-    for name, kind in KINDS.items():
-        base = build(kind, configure(kind, size), device)
-        dtype = str(base.dtype).removeprefix("torch.")
-        for N, P in (QUICK_PLACES if options.quick else PLACES)[:places]:
-            case = {"model": name, "N": N, "P": P, "rows": size.rows, "dtype": dtype}
-            yield case, kind, base, draw_batch(kind, size, N, device)
-
-
-# ---- models by name ------------------------------------------------------------------------------------------------
 
 
 def find_kind(name: str) -> TaskKind:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers.adapter import MODULE, find_trainable_modules
 from fastprefix.methods import MethodConfig
 
 from .embedding import embed_adept, embed_dept, embed_pt
@@ -21,7 +20,7 @@ from .measure import Role
 from .models import TaskKind
 
 FLOOR = "frozen floor"
-PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
+PEFT_IS_INSTALLED, ADAPTERS_IS_INSTALLED = (importlib.util.find_spec(name) is not None for name in ("peft", "adapters"))
 DEPT_RANK = 30
 ADEPT_WIDTH = 19
 PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
@@ -64,8 +63,12 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the parameters of the head of a classifier; those of a language model stay frozen."""
-    modules = {name: module for name, module in find_trainable_modules(model, None).items() if name != MODULE}
-    return [parameter for module in modules.values() for parameter in module.parameters()]
+    if model.get_output_embeddings() is not None:
+        return []
+    children = (
+        child for name, child in model.named_children() if name != "fastprefix" and child is not model.base_model
+    )
+    return [parameter for child in children for parameter in child.parameters()]
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -131,6 +134,16 @@ def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> li
         for name, config, rate in parts
         if PEFT_IS_INSTALLED
     ]
+
+
+def tune_with_adapters(model: Any, tokens: int) -> Prepared:
+    """Add AdapterHub's free prefix to every layer."""
+    import adapters
+
+    adapters.init(model)
+    model.add_adapter("tuned", config=adapters.PrefixTuningConfig(flat=True, prefix_length=tokens))
+    model.train_adapter("tuned")
+    return Prepared(model.to(model.device))
 
 
 class EagerPrompt(nn.Module):

@@ -70,7 +70,8 @@ def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
 def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
     """Show every method of the main job on a model. In detail: with milliseconds, and with marks of noise."""
     frame, rows = load_frame(record), []
-    frame = frame[frame.model.str.startswith(model)]
+    faults = [fault for fault in record.faults if fault["model"].startswith(model)]
+    frame = frame[frame.model.str.startswith(model) & ~frame.peer.isin([fault["peer"] for fault in faults])]
     tokens = record.settings["models"][frame.model.iloc[0]]["tokens_per_step"]
     for peer, of_peer in frame.groupby("peer", sort=False):
         at = of_peer.set_index(["quantity", "direction"])
@@ -84,7 +85,6 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
             "loss first": number(losses[0], 3), "last": number(losses[-1], 3),
         })  # fmt: skip
     header = [name for name in rows[0] if in_detail or not name.endswith(" ms")]
-    faults = [fault for fault in record.faults if fault["model"].startswith(model)]
     failed = [[fault["peer"], "FAILED", fault["message"]] for fault in faults]
     return Table(header, [[str(row[name]) for name in header] for row in rows] + failed)
 

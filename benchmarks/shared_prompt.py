@@ -20,8 +20,7 @@ from . import models
 from .measure import Work, time_call
 from .models import Size
 from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, freeze, list_peft_peers, merge
-from .results import Record
-from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
+from .suite import Problem, add_common, build_model_work, positive, run_suite
 
 DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
@@ -88,6 +87,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = set_up(options)
-    record = Record.start("shared-prompt", device, options.quick)
-    return run_suite(record, list_problems(options, device), options, device)
+    return run_suite("shared-prompt", list_problems, options)

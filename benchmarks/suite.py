@@ -90,13 +90,19 @@ def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
     return Work(role, {"step": step, "inference": inference})
 
 
-def run_suite(record: Record, problems: Iterable[Problem], options: argparse.Namespace, device: torch.device) -> int:
+def run_suite(
+    suite: str,
+    list_problems: Callable[[argparse.Namespace, torch.device], Iterable[Problem]],
+    options: argparse.Namespace,
+    **settings: Any,
+) -> int:
     """Measure, write and print one problem after another. Return the exit status."""
+    device = set_up(options)
     rounds, seconds, warmup = options.rounds, options.seconds, WARMUP[device.type]
     if options.quick:
         rounds, seconds, warmup = 1, 0.0, 1
-    record.settings |= {"rounds": rounds, "seconds": seconds}
-    for case, works in problems:
+    record = Record.start(suite, device, options.quick, rounds=rounds, seconds=seconds, **settings)
+    for case, works in list_problems(options, device):
         numbers = partial(count_until, seconds, least=rounds, warmup=warmup)
         measured = measure(case, works, device, numbers, warmup=warmup)
         record.add(measured, options.out)
