@@ -1,4 +1,4 @@
-"""Prefix attention on a CUDA device in one run of under nine minutes: parity, memory accesses, speed, tiles.
+"""Prefix attention on a CUDA device in one run of under nine minutes: parity, memory accesses, speed.
 
     python -m benchmarks.gpu --out result.json
 
@@ -15,9 +15,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .report import tabulate_gpu
 from .results import Record, describe_fault, describe_times
 from .suite import DEFAULT_OUT, Problem, build_kernel_work
 
-DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, memory, speed, tiles."
+DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, memory accesses, speed."
 CUDA = torch.device("cuda")
 SHAPES = ((32, 12, 12, 128, 128, 64), (16, 16, 16, 512, 512, 64), (8, 32, 8, 1024, 1024, 128),
           (4, 32, 8, 2048, 2048, 128), (2, 32, 8, 8192, 8192, 128))  # fmt: skip
@@ -64,16 +64,6 @@ LARGE = [
     AttentionCase(Hq=4, N=4, M=1000, P=300, D=64, output_gate="BH", options={"is_causal": True, "window_size": 700}),
 ]
 """Shapes that only a GPU runs in good time, in addition to the grid of ``python -m fastprefix parity``."""
-TILES = {
-    "forward": ((128, 128, 64, 8, 2), (128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3),
-                (64, 64, 64, 4, 3), (64, 128, 64, 4, 2)),
-    "dq": ((128, 128, 64, 8, 2), (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3)),
-    "dkv": ((32, 128, 64, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 64, 4, 2), (64, 64, 64, 8, 2)),
-    "dprefix": ((32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (32, 64, 128, 8, 2), (64, 64, 128, 8, 2), (64, 64, 64, 8, 2)),
-}  # fmt: skip
-"""Candidates (BM, BN, BP, warps, stages) for heads of 64 and 128 in bfloat16."""
-
-
 Job = tuple[Any, ...]  # a function and its arguments
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -132,11 +122,9 @@ def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = 14) -> list[dic
         if process is not None:
             process.kill()
 
-    threads = [threading.Thread(target=lead_worker) for _ in range(min(workers, os.cpu_count() or 1, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        for _ in range(min(workers, os.cpu_count() or 1, len(jobs))):
+            threads.submit(lead_worker)
     return answers
 
 
@@ -198,16 +186,8 @@ def check_memory(add: Add, seconds: float) -> None:
         return
     end = time.monotonic() + seconds
     run_jobs([(run_small, case) for case in SMALL], seconds / 2)  # only to compile
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-c",
-        "from benchmarks import gpu; gpu.run_small(*gpu.SMALL)",
-    ]
+    code = "from benchmarks import gpu; gpu.run_small(*gpu.SMALL)"
+    command = [tool, "--tool=memcheck", "--error-exitcode=9", sys.executable, "-c", code]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     left = end - time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False)
@@ -215,7 +195,7 @@ def check_memory(add: Add, seconds: float) -> None:
         raise RuntimeError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
 
 
-# ---- tiles ---------------------------------------------------------------------------------------------------------
+# ---- speed ---------------------------------------------------------------------------------------------------------
 
 
 def time_with_triton(call: Callable[[], object], device: torch.device) -> list[float]:
@@ -223,60 +203,6 @@ def time_with_triton(call: Callable[[], object], device: torch.device) -> list[f
     from triton.testing import do_bench
 
     return [ms / 1e3 for ms in do_bench(call, warmup=10, rep=20, return_mode="all")]
-
-
-measure_turns = partial(measure, device=CUDA, rounds=partial(range, 2), warmup=0, timer=time_with_triton)
-
-
-def find_tiles(kernel: str) -> dict[Any, Any]:
-    """Return the tiles of a kernel on this device, which are read at each call."""
-    from fastprefix.ops.prefix_attention.triton_backend import tiles
-    from fastprefix.ops.targets import architecture
-
-    return tiles.ARCHITECTURES[architecture(torch.cuda.get_device_capability())][kernel]  # type: ignore[no-any-return]
-
-
-def build_tile_call(kernel: str, width: int, tile: tuple[int, ...], N: int) -> Callable[[], None]:
-    """Return a call of the forward pass or of both passes with another tile of one kernel."""
-    shape = Shape(4, 16, 8, N, N, width, 2048 if kernel == "dprefix" else 128)
-    call = build_fused(shape, "none", True).calls["forward" if kernel == "forward" else "forward+backward"]
-    table, key = find_tiles(kernel), (width, "half")
-    own = table[key]
-
-    def run_with_tile() -> None:
-        table[key] = type(own)(*tile)
-        try:
-            call()
-        finally:
-            table[key] = own
-
-    return run_with_tile
-
-
-def compile_tile(kernel: str, width: int, tile: tuple[int, ...]) -> dict[str, Any]:
-    """Run a kernel with a tile on short inputs."""
-    build_tile_call(kernel, width, tile, 256)()
-    torch.cuda.synchronize()
-    return {}
-
-
-def tune_tiles(add: Add, seconds: float) -> None:
-    """Find the fastest tile of each kernel."""
-    end = time.monotonic() + seconds
-    pairs = list(itertools.product(TILES, (128, 64)))
-    run_jobs([(compile_tile, *pair, tile) for pair in pairs for tile in TILES[pair[0]]], seconds * 0.6)
-    for kernel, width in pairs:
-        if time.monotonic() > end:
-            return
-        tiles = dict.fromkeys((tuple(find_tiles(kernel)[width, "half"])[:5], *TILES[kernel]))
-        works = {str(tile): Work("ours", {"tile": build_tile_call(kernel, width, tile, 2048)}) for tile in tiles}
-        rows, faults = measure_turns({"kernel": kernel, "D": width}, works)  # a tile may need too much shared memory
-        add(rows, faults)
-        times = {row["peer"]: row["p50"] for row in rows if row["quantity"] == "seconds"}
-        print(f"tiles {kernel} D {width}: best {min(times, key=lambda tile: times[tile])} of {times}", flush=True)
-
-
-# ---- speed ---------------------------------------------------------------------------------------------------------
 
 
 def list_problems() -> Iterator[tuple[Shape, str, bool]]:
@@ -318,29 +244,22 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
     return {**shape._asdict(), "gate": gate, "causal": causal}, works
 
 
-def build_fused(shape: Shape, gate: str, causal: bool) -> Work:
-    """Return the work of this package alone."""
-    inputs = Inputs(shape, torch.bfloat16, causal, CUDA, gate=gate)
-    return build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad)
-
-
 def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
     """Run the kernels of a case on short inputs."""
-    for call in build_fused(shape, gate, causal).calls.values():
+    inputs = Inputs(shape, torch.bfloat16, causal, CUDA, gate=gate)
+    for call in build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad).calls.values():
         call()
     torch.cuda.synchronize()
     return {}
 
 
-def shorten(shape: Shape) -> Shape:
-    """Return a small shape for which the kernels are compiled alike."""
-    small = shape._replace(B=min(shape.B, 2))
-    return small if shape.N == 1 else small._replace(N=256, M=256)
-
-
 def list_compilations() -> list[Job]:
-    """Return one job per specialization of the kernels."""
-    return list(dict.fromkeys((compile_problem, shorten(shape), *rest) for shape, *rest in list_problems()))
+    """Return one job per specialization of the kernels, on small shapes for which they are compiled alike."""
+    jobs: dict[Job, None] = {}
+    for shape, gate, causal in list_problems():
+        small = shape._replace(B=min(shape.B, 2))
+        jobs[compile_problem, small if shape.N == 1 else small._replace(N=256, M=256), gate, causal] = None
+    return list(jobs)
 
 
 def measure_speed(add: Add, seconds: float) -> None:
@@ -351,7 +270,8 @@ def measure_speed(add: Add, seconds: float) -> None:
         if time.monotonic() > end:
             print(f"speed: {number} cases measured, the others left out for lack of time", flush=True)
             return
-        rows, faults = measure_turns(*build_problem(*kind))  # that a peer cannot do a case is a result too
+        problem, rounds = build_problem(*kind), partial(range, 2)
+        rows, faults = measure(*problem, CUDA, rounds, warmup=0, timer=time_with_triton)
         add(rows, faults)
         print(describe_times(rows), flush=True)
         if not is_device_usable():
@@ -363,8 +283,7 @@ def measure_speed(add: Add, seconds: float) -> None:
 STAGES: dict[str, tuple[Callable[[Add, float], None], int]] = {
     "parity": (check_parity, 120),
     "sanitizer": (check_memory, 60),
-    "speed": (measure_speed, 220),
-    "tiles": (tune_tiles, 100),
+    "speed": (measure_speed, 320),
 }
 """The stages and their seconds."""
 
@@ -396,7 +315,7 @@ def run(options: argparse.Namespace) -> int:
         add([], [])
     failed = [of for of in record.faults if of["peer"] in ("stage", "triton", "fused")]
     print("\n".join([tabulate_gpu(record).markdown(), *map(describe_fault, failed), f"results in {options.out}"]))
-    return int(bool(failed))  # that a peer does not support a case, or a tile does not fit, is no failure of the run
+    return int(bool(failed))  # that a peer does not support a case is no failure of the run
 
 
 if __name__ == "__main__":

@@ -221,6 +221,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{sections[-1]}", flush=True)
     remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
     write_text("\n\n".join([*sections, *remarks]) + "\n", options.out / "main_job.md")
-    report.draw(report.select_times(record), options.out / "main_job.png")
+    report.draw(record, options.out)
     print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON, tables and the plot in {options.out}")
     return record.conclude(options.out)

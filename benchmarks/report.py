@@ -245,24 +245,13 @@ def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, fo
 
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
-PLOTS: dict[str, tuple[str, list[str], str]] = {
-    "main-job": ("model", [FORWARD, BOTH], "index >= 0"),
-    "embedding": ("V", [FORWARD, BOTH], TEXT_CASE),
-    "shared-prompt": ("S", ["step", "prefill"], "index >= 0"),
-    "models": ("model", ["step", "inference"], "N == N.iloc[0] and P == P.iloc[0]"),
-}
-"""The plot of each suite: a panel for each value of a column, the directions in it, and the cases."""
-
 
 def select_times(record: Record) -> dict[str, pd.DataFrame]:
-    """Return times in units of the floor by title: a row for each peer, a column for each direction."""
-    by, directions, where = PLOTS[record.suite]
-    frame, panels = load_frame(record, f"quantity == 'seconds' and {where}"), {}
-    for value, of in frame[frame.direction.isin(directions)].groupby(by, sort=False):
-        table = of.pivot(index="peer", columns="direction", values="x floor")
-        panels[value if isinstance(value, str) else f"{by} {value}"] = table.reindex(of.peer.unique())[
-            directions
-        ].dropna()
+    """Return the times of the main job in units of the floor: a row for each peer, a column for each direction."""
+    frame, panels = load_frame(record, "quantity == 'seconds'"), {}
+    for model, of in frame.groupby("model", sort=False):
+        times = of.pivot(index="peer", columns="direction", values="x floor")
+        panels[str(model)] = times.reindex(of.peer.unique())[[FORWARD, BOTH]].dropna()
     return panels
 
 
@@ -271,21 +260,21 @@ def describe_panels(panels: dict[str, pd.DataFrame]) -> str:
     return json.dumps({title: json.loads(panel.to_json(double_precision=6)) for title, panel in panels.items()})
 
 
-def draw(panels: dict[str, pd.DataFrame], path: Path, xlabel: str = "time, times the floor", dpi: int = 150) -> None:
-    """Draw a panel of bars for each title: a group for each row, a color for each column."""
+def draw(record: Record, folder: Path) -> None:
+    """Draw the times of the main job as bars."""
     from matplotlib.figure import Figure
 
-    height = 1.4 + 0.2 * max(panel.size for panel in panels.values())
-    figure = Figure(figsize=(6.2 * len(panels), height), layout="constrained")
+    panels = select_times(record)
+    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
-        panel.plot.barh(ax=axes, title=title, xlabel=xlabel, ylabel="", width=0.8)
+        panel.plot.barh(ax=axes, title=title, xlabel="time, times the floor", ylabel="", width=0.8)
         for container in axes.containers:
             axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Description": describe_panels(panels)})
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "headline.png", metadata={"Description": describe_panels(panels)})
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
@@ -310,10 +299,8 @@ def run(options: argparse.Namespace) -> int:
         for name, record in records.items():
             about = {fact: record.environment.get(fact) for fact in FACTS}
             frames.append(load_frame(record).assign(folder=device, file=name, **about))
-            if record.suite in PLOTS:
-                draw(select_times(record), options.out / device / f"{name}.png")
-            if options.readme and record.suite == "main-job":
-                draw(select_times(record), options.results / device / "headline.png", dpi=100)
+            if record.suite == "main-job":
+                draw(record, options.results / device if options.readme else options.out / device)
         sections = [describe_record(name, record) for name, record in records.items()]
         results.write_text("\n\n".join(sections) + "\n", options.out / device / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
