@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,52 +78,25 @@ def is_device_usable() -> bool:
     return True
 
 
-def serve(connection: Any) -> None:
-    """Run jobs in a worker process until one of them leaves the device unusable."""
-    usable = True
-    while usable:
-        function, *arguments = connection.recv()
-        try:
-            answer = function(*arguments)
-        except Exception as error:
-            answer = {"error": first_line(error)}
-        usable = is_device_usable()
-        connection.send((answer, usable))
+def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Run a job in a worker process, and return its answer or its error."""
+    if not is_device_usable():
+        return {"error": "left out, because an earlier job of this process lost the device"}
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"error": first_line(error)}
 
 
 def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = 14) -> list[dict[str, Any]]:
-    """Run jobs in worker processes, and return their answers in the order of the jobs.
-
-    A worker that dies or loses the device is replaced, so the failure of one job is no failure of another.
-    """
-    context, end = multiprocessing.get_context("spawn"), time.monotonic() + seconds
-    answers: list[dict[str, Any]] = [{"error": "left out for lack of time"} for _ in jobs]
-    waiting = iter(range(len(jobs)))
-
-    def lead_worker() -> None:
-        process: Any = None
-        here: Any = None
-        for number in waiting:
-            if process is None:
-                here, there = context.Pipe()
-                process = context.Process(target=serve, args=(there,), daemon=True)
-                process.start()
-                there.close()  # so that the end of the process is the end of the pipe
+    """Run jobs in worker processes, and return their answers. A pool replaces workers that die, and ends those that hang."""
+    end, answers = time.monotonic() + seconds, list[dict[str, Any]]()
+    with multiprocessing.get_context("spawn").Pool(min(workers, os.cpu_count() or 1, len(jobs))) as pool:
+        for waiting in [pool.apply_async(run_job, job) for job in jobs]:
             try:
-                here.send(jobs[number])
-                if not here.poll(max(0.0, end - time.monotonic())):
-                    break
-                answers[number], usable = here.recv()
-            except (EOFError, OSError):
-                process.join()
-                answers[number], usable = {"error": f"the process died, exit code {process.exitcode}"}, False
-            process = process if usable else None
-        if process is not None:
-            process.kill()
-
-    with ThreadPoolExecutor() as threads:
-        for _ in range(min(workers, os.cpu_count() or 1, len(jobs))):
-            threads.submit(lead_worker)
+                answers.append(waiting.get(max(0.0, end - time.monotonic())))
+            except multiprocessing.TimeoutError:
+                answers.append({"error": "no answer in time, or the process died"})
     return answers
 
 

@@ -15,36 +15,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import fastprefix
-
 from . import data, models, report
 from .data import Task
 from .measure import Row, Work, added_peak, fault, figure_row, find_busyness, measure, time_call
 from .models import TaskKind
-from .peers import (
-    ADEPT_WIDTH,
-    DEPT_RANK,
-    FLOOR,
-    PREFIX_RATE,
-    ModelPeer,
-    Prepared,
-    attach,
-    freeze,
-    list_peft_peers,
-    share_weights,
-)
+from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
 from .report import BOTH, FORWARD
 from .results import Record, write_text
 from .suite import QUICK_NOTE, add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
+PEERS = (FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PEFT PT", "PEFT prefix tuning")
 NOTES = f"""\
 {FLOOR}: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
-every method must. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd + bwd; peak MB:
-what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training. The head of
-a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off
-the median."""
+every method must. {TOKENS} prompt or prefix tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of
+the text (no padding, no prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on
+held-out text, before and after training. The head of a classifier is trained with every method, and counted.
+{report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
 
 
 STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
@@ -73,22 +61,6 @@ class Subject:
     def count_tokens(self) -> float:
         """Return the mean number of tokens of text in a training batch, without padding and prompts."""
         return sum(float(batch["attention_mask"].sum()) for batch in self.task.train) / len(self.task.train)
-
-
-def list_peers(kind: TaskKind, length: int) -> list[ModelPeer]:
-    """Return the floor, the methods of this package, and PEFT's."""
-    dept = fastprefix.DePTConfig(SHORT, rank=DEPT_RANK, max_length=length)
-    adept = fastprefix.ADePTConfig(SHORT, bottleneck_dim=ADEPT_WIDTH)
-    prefix = partial(attach, config=fastprefix.PrefixTuningConfig(TOKENS), rate=PREFIX_RATE)
-    return [
-        ModelPeer(FLOOR, "floor", freeze),
-        ModelPeer(f"PT ({TOKENS})", "ours", partial(attach, config=fastprefix.PromptTuningConfig(TOKENS))),
-        ModelPeer(f"DePT ({SHORT}, r={DEPT_RANK})", "ours", partial(attach, config=dept)),
-        ModelPeer(f"ADePT ({SHORT}, r={ADEPT_WIDTH})", "ours", partial(attach, config=adept)),
-        ModelPeer(f"prefix tuning ({TOKENS})", "ours", prefix),
-        ModelPeer(f"APT ({TOKENS})", "ours", partial(attach, config=fastprefix.APTConfig(TOKENS), rate=PREFIX_RATE)),
-        *list_peft_peers(kind, TOKENS, f"PEFT prompt tuning ({TOKENS})", f"PEFT prefix tuning ({TOKENS})"),
-    ]
 
 
 def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int, device: torch.device) -> list[Subject]:
@@ -209,7 +181,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"warning {busy}: measure again before you believe this", flush=True)
     sections: list[str] = []
     for subject in subjects:
-        peers = list_peers(subject.kind, subject.task.train[0]["input_ids"].shape[1])
+        of_kind = list_peers(subject.kind, TOKENS, subject.task.train[0]["input_ids"].shape[1], SHORT)
+        peers = [of_kind[name] for name in PEERS if name in of_kind]
         about = {"description": subject.describe(), "tokens_per_step": subject.count_tokens()}
         record.settings["models"][subject.title] = about
         with tqdm(total=2 * steps * len(peers), desc=subject.title, leave=False, file=sys.stderr) as bar:

@@ -20,7 +20,6 @@ from .measure import Role
 from .models import TaskKind
 
 FLOOR = "frozen floor"
-PEFT_IS_INSTALLED, ADAPTERS_IS_INSTALLED = (importlib.util.find_spec(name) is not None for name in ("peft", "adapters"))
 DEPT_RANK = 30
 ADEPT_WIDTH = 19
 PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
@@ -113,27 +112,17 @@ def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
-def wrap_with_peft(
-    model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE
-) -> Prepared:
+def wrap_with_peft(model: PreTrainedModel, kind: TaskKind, tokens: int, how: tuple[str, float]) -> Prepared:
+    """Wrap the model with a method of PEFT, given by the name of its configuration and a learning rate."""
     import peft
 
+    config, rate = how
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
     wrapped: nn.Module = peft.get_peft_model(model, getattr(peft, config)(task_type=task, num_virtual_tokens=tokens))
     trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
     head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]
     return Prepared(wrapped, group(prompt, rate) + group(head, HEAD_RATE))
-
-
-def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> list[ModelPeer]:
-    """Return PEFT's prompt and prefix tuning under the given names, if PEFT is installed."""
-    parts = ((prompt, "PromptTuningConfig", PROMPT_RATE), (prefix, "PrefixTuningConfig", PREFIX_RATE))
-    return [
-        ModelPeer(name, "theirs", partial(wrap_with_peft, config=config, kind=kind, tokens=tokens, rate=rate))
-        for name, config, rate in parts
-        if PEFT_IS_INSTALLED
-    ]
 
 
 def tune_with_adapters(model: Any, tokens: int) -> Prepared:
@@ -174,3 +163,34 @@ def attach_eager(model: PreTrainedModel, embed: Callable[..., Tensor], tokens: i
         embed_adept: ((d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)),
     }
     return Prepared(EagerPrompt(model, embed, tokens, shapes[embed]))
+
+
+def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = None) -> dict[str, ModelPeer]:
+    """Return all peers whose packages are installed, by name. DePT and ADePT have ``short`` prompt tokens, if given."""
+    prompts: dict[str, Callable[..., MethodConfig]] = {
+        "PT": partial(fastprefix.PromptTuningConfig, tokens),
+        "DePT": partial(fastprefix.DePTConfig, short or tokens, rank=DEPT_RANK, max_length=length),
+        "ADePT": partial(fastprefix.ADePTConfig, short or tokens, bottleneck_dim=ADEPT_WIDTH),
+    }
+    prefixes = {"prefix tuning": fastprefix.PrefixTuningConfig(tokens), "APT": fastprefix.APTConfig(tokens)}
+    eager: dict[str, Callable[..., Tensor]] = {"PT": embed_pt, "DePT": embed_dept, "ADePT": embed_adept}
+    peft = {"PEFT PT": ("PromptTuningConfig", PROMPT_RATE), "PEFT prefix tuning": ("PrefixTuningConfig", PREFIX_RATE)}
+    textbook = partial(attach, config=prompts["PT"](shared_prompt=False))
+    peers = [
+        ModelPeer(FLOOR, "floor", freeze),
+        *(ModelPeer(name, "ours", partial(attach, config=make())) for name, make in prompts.items()),
+        *(ModelPeer(name, "ours", partial(attach, config=of, rate=PREFIX_RATE)) for name, of in prefixes.items()),
+        ModelPeer("PT textbook", "ours", textbook),
+        *(ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), False) for name, make in prompts.items()),
+        *(
+            ModelPeer(f"{n}, eager", "theirs", partial(attach_eager, embed=of, tokens=tokens, length=length))
+            for n, of in eager.items()
+        ),
+        *(
+            ModelPeer(name, "theirs", partial(wrap_with_peft, kind=kind, tokens=tokens, how=how))
+            for name, how in peft.items()
+        ),
+        ModelPeer("adapters prefix tuning", "theirs", partial(tune_with_adapters, tokens=tokens)),
+    ]
+    missing = {first for first in ("PEFT", "adapters") if importlib.util.find_spec(first.lower()) is None}
+    return {peer.name: peer for peer in peers if peer.name.split()[0] not in missing}
