@@ -89,7 +89,7 @@ def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[st
 
 
 def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = 14) -> list[dict[str, Any]]:
-    """Run jobs in worker processes, and return their answers. A pool replaces workers that die, and ends those that hang."""
+    """Run jobs in worker processes, and return their answers. The pool replaces workers that die."""
     end, answers = time.monotonic() + seconds, list[dict[str, Any]]()
     with multiprocessing.get_context("spawn").Pool(min(workers, os.cpu_count() or 1, len(jobs))) as pool:
         for waiting in [pool.apply_async(run_job, job) for job in jobs]:

@@ -28,11 +28,10 @@ DESCRIPTION = "Train an encoder and a decoder on real text with every method: sp
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
 PEERS = (FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PEFT PT", "PEFT prefix tuning")
 NOTES = f"""\
-{FLOOR}: the model itself without prompt or prefix; its fwd + bwd brings the gradient down to the embeddings, as
-every method must. {TOKENS} prompt or prefix tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of
-the text (no padding, no prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on
-held-out text, before and after training. The head of a classifier is trained with every method, and counted.
-{report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
+{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. {TOKENS} prompt or
+prefix tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd +
+bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training.
+The head of a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is over {report.NOISE:.0%} off the median."""
 
 
 STEPS = {"quick": 24, "cpu": 32, "cuda": 120}

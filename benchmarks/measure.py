@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,16 +28,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
+PACKAGES = ("fastprefix", "torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
 BUSY = 0.5
 """Times are not trusted above this load per core, averaged over the minute before a run."""
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
-Job = Callable[[int], list[float]]
+Job = Callable[[], list[float]]
 """Do the work of a round and return the seconds of its timed calls."""
-Timer = Callable[[Callable[[], object], torch.device], list[float]]
-"""Call some work once or more often on a device and return the seconds of each call."""
 
 
 class BenchmarkError(Exception):
@@ -74,11 +73,6 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_once(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Time one call, as a timer of ``measure``."""
-    return [time_call(work, device)]
-
-
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
     """Yield the numbers of ``warmup`` rounds, of those that begin within ``seconds``, and of ``least`` in any case."""
     yield from range(warmup)
@@ -97,21 +91,21 @@ def interleave(
     Rounds numbered below ``warmup`` are run and not kept. A job that raises an error is left out of later rounds.
     Return the seconds of the jobs that succeeded and the errors of the others.
     """
-    names = list(jobs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in jobs}
     errors: dict[str, Exception] = {}
     for i in rounds:
+        names = [name for name in jobs if name not in errors]
         first = i % max(1, len(names))
         for name in names[first:] + names[:first]:
-            if name not in errors:
-                try:
-                    seconds = jobs[name](i)
-                except Exception as error:  # the failure of one peer must not lose the results of the others
-                    errors[name] = error
-                else:
-                    samples[name] += seconds * (i >= warmup)
+            try:
+                seconds = jobs[name]()
+            except Exception as error:  # the failure of one peer must not lose the results of the others
+                errors[name] = error
+                del samples[name]
+            else:
+                samples[name] += seconds * (i >= warmup)
             tick(name)
-    return {name: samples[name] for name in names if name not in errors}, errors
+    return samples, errors
 
 
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
@@ -146,7 +140,7 @@ def measure(
     rounds: Callable[[], Iterable[int]],
     *,
     warmup: int = 1,
-    timer: Timer = time_once,
+    timer: Callable[[Callable[[], object], torch.device], list[float]] = lambda call, device: [time_call(call, device)],
     tick: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
@@ -155,14 +149,12 @@ def measure(
     """
     rows, faults = list[Row](), list[Row]()
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
-
-        def run_job(name: str, number: int, direction: str = direction) -> list[float]:
-            call = works[name].calls[direction]
-            return [call()] if direction in works[name].self_timed else timer(call, device)
-
         failed = {of["peer"] for of in faults}
-        names = [name for name, work in works.items() if direction in work.calls and name not in failed]
-        jobs = {name: partial(run_job, name) for name in names}
+        jobs: dict[str, Job] = {}
+        for name, work in works.items():
+            if direction in work.calls and name not in failed:
+                own, call = direction in work.self_timed, work.calls[direction]
+                jobs[name] = partial(time_itself, call) if own else partial(timer, call, device)
         samples, errors = interleave(jobs, rounds(), warmup=warmup, tick=tick)
         for name, seconds in samples.items():
             work, about = works[name], (case, name, works[name].role, direction)
@@ -174,6 +166,10 @@ def measure(
                     errors[name] = error
         faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults
+
+
+def time_itself(call: Callable[[], float]) -> list[float]:
+    return [call()]
 
 
 def freeze_heap() -> None:
@@ -212,9 +208,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "fastprefix": find_version("fastprefix"),
         "commit": run_git("rev-parse", "HEAD"),
-        "dirty": run_git("status", "--porcelain") not in (None, ""),
+        "dirty": bool(run_git("status", "--porcelain")),
         **{name: find_version(name) for name in PACKAGES},
         "device": str(device),
         "device_name": find_device_name(device),
@@ -229,10 +224,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 def find_busyness(facts: Mapping[str, Any]) -> str | None:
     """Return a warning if other programs used the machine before a run."""
-    load, cores = facts.get("load_average"), facts.get("cpu_count")
-    if not load or not cores or load <= BUSY * cores:
-        return None
-    return f"the machine was busy (load {load:.1f} on {cores} cores)"
+    load, cores = facts.get("load_average") or 0.0, facts.get("cpu_count") or 1
+    return f"the machine was busy (load {load:.1f} on {cores} cores)" if load > BUSY * cores else None
 
 
 def find_version(package: str) -> str | None:
@@ -255,7 +248,6 @@ def find_device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", facts, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()

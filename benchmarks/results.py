@@ -112,13 +112,8 @@ def read_devices(folder: Path) -> dict[str, dict[str, Record]]:
     """
     devices: dict[str, dict[str, Record]] = {}
     for path in sorted(folder.resolve().rglob("*.json")):
-        try:
-            record = read(path)
-        except BenchmarkError as error:
-            print(f"left out: {error}", file=sys.stderr)
-        else:
-            if record.suite != "study":
-                devices.setdefault(path.parent.name, {})[path.stem] = record
+        if not path.name.startswith("study") and not path.parent.name.startswith("study"):
+            devices.setdefault(path.parent.name, {})[path.stem] = read(path)
     if not devices:
         raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
     return devices

@@ -1,8 +1,7 @@
-"""The study: how well the methods learn a classification, at equal budgets and over several seeds.
+"""The study: how well the methods learn a classification, over several seeds.
 
-A plan, ``benchmarks/study_plan.json``, holds the settings, the budgets, the comparisons and the cells. A cell is a
-method with its options, of which one may be made as large as a budget allows, and the bounds of its learning rates:
-of the prompt, of the gates, and of everything else but the head ("main").
+A plan, ``benchmarks/study_plan.json``, holds the settings, the cells and their comparisons. A cell is a method with its
+options, and the bounds of its learning rates: of the prompt, of the gates, and of everything else but the head ("main").
 
 The rates of a cell are searched with optuna by accuracy on the dev split, where successive halving ends bad trials
 early. The best ones are used for all seeds, with ``transformers.Trainer`` and early stopping, and the best weights are
@@ -13,8 +12,6 @@ depend on, so that an interrupted study continues.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -35,12 +31,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import data, models
 from .measure import BenchmarkError, Row, added_peak, explain, fault, find_version
-from .peers import Prepared, attach, freeze_body, group, head_parameters, share_weights
+from .peers import Prepared, attach, freeze_body, group, head_parameters
 from .report import Table, number
 from .results import Record, read, write_text
 from .suite import DEFAULT_OUT, add_common, set_up
@@ -57,36 +52,19 @@ weights are tested. ms a step: all of the training but evaluations. peak MB: wha
 batch add to the model, by PyTorch's allocators. 95 %: bootstrap interval of the mean over the seeds."""
 
 
-def count_parameters(model: PreTrainedModel, options: Row) -> int:
-    """Count the parameters of a method on a model, without the head of a classifier."""
-    attached = fastprefix.attach(share_weights(model), MethodConfig.from_dict(options))
-    return fastprefix.count_parameters(attached).groups["fastprefix"]
-
-
-def fit_config(cell: Row, budgets: Row, model: PreTrainedModel) -> MethodConfig:
-    """Return the configuration of a cell, with the option "fit" as large as the budget allows.
-
-    Parameters grow by the same number with each step of such an option. The network of a prefix is counted, although
-    export drops it.
-    """
-    config, fit = cell["config"], cell.get("fit")
-    if fit is not None:
-        budget = count_parameters(model, budgets[cell["budget"]])
-        one, two = (count_parameters(model, {**config, fit: size}) for size in (1, 2))
-        config = {**config, fit: 1 + (budget - one) // (two - one)}
-    return MethodConfig.from_dict(config)
-
-
-def prepare(config: MethodConfig | None, only_head: bool, rates: Row, model: PreTrainedModel, head: float) -> Prepared:
+def prepare(cell: Row, rates: Row, model: PreTrainedModel, head_rate: float) -> Prepared:
     """Return the model with what is trained, and its learning rates."""
-    if config is not None:
-        return attach(model, config, rates.get("main", 0.0), rates.get("prompt", 0.0), head, rates.get("gate"))
-    of_head = head_parameters(model)
-    if only_head:
+    if "config" in cell:
+        of_prompt, gates = rates.get("prompt", 0.0), rates.get("gate")
+        return attach(
+            model, MethodConfig.from_dict(cell["config"]), rates.get("main", 0.0), of_prompt, head_rate, gates
+        )
+    head = head_parameters(model)
+    if cell.get("head_only"):
         freeze_body(model)
-        return Prepared(model, group(of_head, rates["main"]))
-    body = [p for p in model.parameters() if p not in set(of_head)]
-    return Prepared(model, group(body, rates["main"]) + group(of_head, head))
+        return Prepared(model, group(head, rates["main"]))
+    body = [p for p in model.parameters() if p not in set(head)]
+    return Prepared(model, group(body, rates["main"]) + group(head, head_rate))
 
 
 class Pruner(TrainerCallback):
@@ -115,16 +93,14 @@ class Study:
         self.classes = parts["train"].features["label"].num_classes
         self.tokenizer = models.load_tokenizer(options.model)
         self.texts = {part: self.encode(rows) for part, rows in parts.items()}
-        self.model = self.load(0)
         versions = [find_version(package) for package in ("fastprefix", "torch", "transformers")]
         texts = [part.to_dict() for part in self.texts.values()]
-        self.subject = Hasher.hash([self.model.state_dict(), texts, versions, self.settings, device.type])
-        text = f"{options.data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in self.texts.items())
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        introduction = f"text      {text}\nmodel     {options.model}\nsettings  {settings}"
-        self.record = Record.start("study", device, options.quick, introduction=introduction)
+        self.subject = Hasher.hash([options.model, texts, versions, self.settings, device.type])
+        about: Row = {"data": options.data, "model": options.model, "subject": self.subject, **self.settings}
+        about["introduction"] = "\n".join(f"{name:14}  {value}" for name, value in about.items())
+        self.record = Record.start("study", device, options.quick, **about)
         if (self.out / "study.json").exists():
-            self.record.rows = [{**row, "in_tables": False} for row in read(self.out / "study.json").rows]
+            self.record.rows = read(self.out / "study.json").rows
 
     def encode(self, part: Dataset) -> Dataset:
         """Return texts as token ids."""
@@ -132,43 +108,34 @@ class Study:
         columns = {name: rows[name] for name in ("input_ids", "attention_mask")}
         return Dataset.from_dict({**columns, "labels": part["label"]})
 
-    def load(self, seed: int) -> PreTrainedModel:
-        """Load the model with a new head."""
-        model = models.load_model(self.name, "classification", self.classes, self.tokenizer.pad_token_id, seed)
-        nn.Module.to(model, self.device)
-        return model
-
     def run_cells(self, names: list[str]) -> None:
         """Search the rates of each cell, and train. Seeds are the outer loop: an interrupted study has some of all."""
-        jobs: dict[str, Callable[[int], None]] = {}
+        rates: dict[str, Row] = {}
         for seed in (None, *range(self.settings["seeds"])):
             for name in names:
                 try:
                     if seed is None:
-                        cell = self.plan["cells"][name]
-                        config = fit_config(cell, self.plan["budgets"], self.model) if "config" in cell else None
-                        jobs[name] = partial(self.train_once, name, config, self.find_rates(name, config))
-                    elif name in jobs:
-                        jobs[name](seed)
+                        rates[name] = self.find_rates(name)
+                    elif name in rates:
+                        self.train_once(name, rates[name], seed)
                 except Exception as error:  # the failure of one method must not lose the results of the others
-                    jobs.pop(name, None)
+                    rates.pop(name, None)
                     self.record.faults.append(fault({"seed": seed}, name, "training", error))
 
-    def find_rates(self, name: str, config: MethodConfig | None) -> Row:
+    def find_rates(self, name: str) -> Row:
         """Return the rates that are best on the dev split, with the first seed."""
-        bounds = self.plan["cells"][name]["rates"]
-        file = optuna.storages.journal.JournalFileBackend(str(self.out / "search.log"))
+        cell, file = self.plan["cells"][name], str(self.out / "search.log")
         search = optuna.create_study(
-            study_name=Hasher.hash([name, bounds, config and config.to_dict(), self.subject]),
-            storage=optuna.storages.JournalStorage(file),
+            study_name=Hasher.hash([cell, self.subject]),
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(file)),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=2, reduction_factor=2),
             direction="maximize",
             load_if_exists=True,
         )
 
         def score(trial: optuna.Trial) -> float:
-            rates = {kind: trial.suggest_float(kind, *bound, log=True) for kind, bound in bounds.items()}
-            return float(self.train(name, config, rates, 0, trial)["dev_accuracy"])
+            rates = {kind: trial.suggest_float(kind, *bounds, log=True) for kind, bounds in cell["rates"].items()}
+            return float(self.train(name, rates, 0, trial)["dev_accuracy"])
 
         states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
         done = len(search.get_trials(states=states))
@@ -176,25 +143,21 @@ class Study:
         search.optimize(score, max(0, self.settings["trials"] - done))
         return search.best_params
 
-    def train_once(self, name: str, config: MethodConfig | None, rates: Row, seed: int) -> None:
+    def train_once(self, name: str, rates: Row, seed: int) -> None:
         """Add the row of a training, unless it was finished before."""
         about = {"kind": "table", "method": name, "rates": rates, "seed": seed, "subject": self.subject}
-        about = json.loads(json.dumps({**about, "config": config and config.to_dict()}))  # as it is in the file
-        found = [row for row in self.record.rows if about.items() <= row.items()]
-        if not found:
-            found = [about | self.train(name, config, rates, seed)]
-            self.record.rows += found
-        found[0]["in_tables"] = True
-        self.record.write(self.out)
+        about = json.loads(json.dumps({**about, "config": self.plan["cells"][name].get("config")}))  # as in the file
+        if not any(about.items() <= row.items() for row in self.record.rows):
+            self.record.rows.append(about | self.train(name, rates, seed))
+            self.record.write(self.out)
 
-    def train(
-        self, name: str, config: MethodConfig | None, rates: Row, seed: int, trial: optuna.Trial | None = None
-    ) -> Row:
+    def train(self, name: str, rates: Row, seed: int, trial: optuna.Trial | None = None) -> Row:
         """Train, stop early, and test the best weights."""
         print(f"{name}, {rates}, seed {seed}", flush=True)
         torch.manual_seed(seed)
-        model, of, collate = self.load(seed), self.settings, DataCollatorWithPadding(self.tokenizer)
-        prepared = prepare(config, "head_only" in self.plan["cells"][name], rates, model, of["head_rate"])
+        of, collate = self.settings, DataCollatorWithPadding(self.tokenizer)
+        model: Any = models.load_model(self.name, "classification", self.classes, self.tokenizer.pad_token_id, seed)
+        prepared = prepare(self.plan["cells"][name], rates, model.to(self.device), of["head_rate"])
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=of["steps"], per_device_train_batch_size=of["rows"], per_device_eval_batch_size=64,
@@ -278,8 +241,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
-    """Return the cells that the last command asked for, and differences of cells seed by seed."""
-    chosen = [row for row in record.rows if row["in_tables"] and "search" not in row["kind"]]
+    """Return the cells on the texts of the last command, and differences of cells seed by seed."""
+    subject = record.settings.get("subject", record.rows[0]["subject"])
+    chosen = [row for row in record.rows if row["subject"] == subject and "search" not in row["kind"]]
     names = [row["method"] + (f" ({row['config']['num_virtual_tokens']})" if row["config"] else "") for row in chosen]
     frame, rows = pd.DataFrame(chosen).assign(name=names), []
     frame = frame.assign(test=100 * frame.test_accuracy, dev=100 * frame.dev_accuracy)
