@@ -8,8 +8,6 @@ differ by more than a tolerance. A figure without p20 and p80 has a range of one
 import argparse
 from pathlib import Path
 
-from tabulate import tabulate
-
 from . import results
 from .measure import BenchmarkError, find_busyness
 from .report import load_frame
@@ -28,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def find_same_device(new: Record, folder: Path) -> Record:
     """Return the record of the same suite, device, instructions and threads."""
     wanted = [new.suite, *(new.environment.get(name) for name in SAME)]
-    records = [record for of_device in results.read_devices(folder).values() for record in of_device.values()]
-    found = [r for r in records if [r.suite, *(r.environment.get(name) for name in SAME)] == wanted]
+    found = [r for _, r in results.read_all(folder) if [r.suite, *(r.environment.get(name) for name in SAME)] == wanted]
     if len(found) != 1:
         raise BenchmarkError(f"{len(found)} results to compare with of {wanted}; one is needed")
     return found[0]
@@ -51,9 +48,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{new.suite}: {len(both)} ratios against those of {old.environment['date']}; {len(moved)} moved")
     if busy := find_busyness(new.environment):
         print(f"{busy}: measure again before you believe this")
-    columns = [*about, "x floor before", "x floor", "factor"]
-    print(tabulate(moved[columns], columns, "pipe", floatfmt=".2f", showindex=False))
+    print(moved[[*about, "x floor before", "x floor", "factor"]].to_string(index=False, float_format="%.2f"))
     print("\n".join(map(describe_fault, new.faults)))
-    ours = {row["peer"] for row in old.rows if row["role"] == "ours"}
-    failed = any(fault["peer"] in ours for fault in new.faults)
-    return int(failed or bool(((moved.role == "ours") & (moved.factor > 1)).any()))
+    failed = before[before.role == "ours"].peer.isin([fault["peer"] for fault in new.faults]).any()
+    return int(failed or ((moved.role == "ours") & (moved.factor > 1)).any())

@@ -2,8 +2,10 @@
 
 import argparse
 import csv
+import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from pydoc_data.topics import topics
+from typing import Any
 
 import tokenizers
 import torch
@@ -28,29 +30,14 @@ HELD_OUT_BATCHES = 4
 MOST_ROWS = 20_000  # of a data set: more than any of these short runs reads
 MOST_CLASSES = 200  # more distinct values are not class labels
 LONGEST_PASSAGE = 500  # characters
-TOPICS = {
-    "literals and formatting": "strings numbers integers floating imaginary identifiers id-classes formatstrings",
-    "data model": "objects types specialnames customization attribute-access callable-types sequence-types "
-    "numeric-types context-managers",
-    "execution and debugging": "execmodel naming dynamic-features exceptions debugger",
-    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
-    "comparisons conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions "
-    "unary",
-    "statements": "assert assignment augassign break continue del global import nonlocal pass raise return yield "
-    "compound async class else for function if try while with",
-    "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects specialattrs "
-    "string-methods truth typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable",
-}
-"""Topics of Python's documentation by the part of the manuals that they were taken from."""
+TOPICS = Path(__file__).parent / "python_topics.json"  # of Python's documentation, by the part of the manuals
 
 
 def read_python_documentation() -> Dataset:
     """Read the documentation that every interpreter contains. A paragraph of several topics counts once."""
-    from pydoc_data.topics import topics
-
-    texts, labels, seen = list[str](), list[str](), set[str]()
-    for label, names in TOPICS.items():
-        for name in names.split():
+    rows, seen = list[dict[str, str]](), set[str]()
+    for label, names in json.loads(TOPICS.read_text(encoding="utf-8")).items():
+        for name in names:
             passage = ""
             for paragraph in topics.get(name, "").split("\n\n"):  # interpreters differ in their topics
                 key = " ".join(paragraph.split())
@@ -58,12 +45,11 @@ def read_python_documentation() -> Dataset:
                     continue
                 seen.add(key)
                 if passage and len(passage) + len(paragraph) > LONGEST_PASSAGE:
-                    texts.append(passage)
+                    rows.append({"text": passage, "label": label})
                     passage = ""
                 passage += ("\n\n" if passage else "") + paragraph.strip("\n")
-            texts += [passage] if passage else []
-            labels += [label] * (len(texts) - len(labels))
-    return Dataset.from_dict({"text": texts, "label": labels})
+            rows += [{"text": passage, "label": label}] if passage else []
+    return Dataset.from_list(rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,20 +91,16 @@ def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> D
         raise BenchmarkError(f"{option} {source}: must be a .tsv file with a header line or a .jsonl file")
     with explain(f"{option} {source}"):
         rows = load_dataset(**arguments, split="train")
-    text, label = choose_column(rows, "text", options), choose_column(rows, "label", options)
-    if text is None:
-        raise BenchmarkError(f"{option} {source}: name the column of the text by --text-column: {rows.column_names}")
-    frame = rows.to_pandas()[[text, *filter(None, [label])]].dropna().astype(str)
-    frame.columns = ["text", "label"][: len(frame.columns)]
+    columns = rows.column_names
+    chosen: dict[str, str] = {}
+    for kind, usual in COLUMNS.items():
+        named = getattr(options, f"{kind}_column")
+        found = [name for name in ((named,) if named else usual) if name in columns]
+        if not found and (named or kind == "text"):
+            raise BenchmarkError(f"{option} {source}: name a column with --{kind}-column: {', '.join(columns)}")
+        chosen |= {found[0]: kind} if found else {}
+    frame = rows.to_pandas()[list(chosen)].rename(columns=chosen).dropna().astype(str)
     return Dataset.from_pandas(frame[frame.text.str.strip() != ""], preserve_index=False)
-
-
-def choose_column(rows: Dataset, kind: str, options: argparse.Namespace) -> str | None:
-    """Return the column of the texts or of the labels: the one that an option names, or the first usual name."""
-    named = getattr(options, f"{kind}_column")
-    if named is not None and named not in rows.column_names:
-        raise BenchmarkError(f"--{kind}-column {named}: the columns are {', '.join(rows.column_names)}")
-    return named or next((name for name in COLUMNS[kind] if name in rows.column_names), None)
 
 
 def split_rows(name: str, rows: Dataset, seed: int) -> DatasetDict:
@@ -147,13 +129,6 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token=special[0], eos_token=special[1])
 
 
-class Task(NamedTuple):
-    """Hold the batches of every training step, the same for all peers, and a few that no peer trains on."""
-
-    train: list[Batch]
-    held_out: list[Batch]
-
-
 def build_task(
     kind: TaskKind,
     corpus: DatasetDict,
@@ -162,8 +137,8 @@ def build_task(
     steps: int,
     device: torch.device,
     seed: int,
-) -> Task:
-    """Encode a corpus and draw the batches."""
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches of every training step, the same for all peers, and a few that no peer trains on."""
     encode = cut_blocks if kind == "causal_lm" else pad_passages
     train, held_out = (encode(corpus[part], tokenizer, size.length) for part in ("train", "test"))
     if not (len(train["labels"]) and len(held_out["labels"])):
@@ -177,7 +152,7 @@ def build_task(
     def take(rows: Batch, of_batch: tuple[Tensor, ...]) -> list[Batch]:
         return [{name: tensor[part].to(device) for name, tensor in rows.items()} for part in of_batch]
 
-    return Task(take(train, chosen), take(held_out, parts))
+    return take(train, chosen), take(held_out, parts)
 
 
 def cut_blocks(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:

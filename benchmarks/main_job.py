@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from . import data, models, report
-from .data import Task
+from .data import Batch
 from .measure import Row, Work, added_peak, fault, figure_row, find_busyness, measure, time_call
 from .models import TaskKind
 from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
@@ -28,38 +28,33 @@ DESCRIPTION = "Train an encoder and a decoder on real text with every method: sp
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
 PEERS = (FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PEFT PT", "PEFT prefix tuning")
 NOTES = f"""\
-{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. {TOKENS} prompt or
-prefix tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no padding, no prompt) in fwd +
-bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before and after training.
-The head of a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is over {report.NOISE:.0%} off the median."""
-
-
+{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts and
+prefixes have {TOKENS} tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no padding, no
+prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before
+and after training. The head of a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than
+{report.NOISE:.0%} off the median."""
 STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
 """The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Hold a frozen model on its device, and its task."""
+    """Hold a frozen model on its device, the batches of every training step, and a few that no peer trains on."""
 
     title: str
     kind: TaskKind
     model: PreTrainedModel
-    task: Task
-    weights: str = "RANDOM weights"
+    train: list[Batch]
+    held_out: list[Batch]
 
     def describe(self) -> str:
         """Return the sizes of the model and of the task in one line."""
-        config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")
-        shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, {dtype}"
-        size = " x ".join(map(str, self.task.train[0]["input_ids"].shape))
-        task = "language modeling" if self.kind == "causal_lm" else "classification"
-        model = f"{self.model.num_parameters() / 1e6:.1f} M parameters, {shape}, {self.weights}"
-        return f"{model}; {task}, {size} tokens, {len(self.task.train)} steps"
-
-    def count_tokens(self) -> float:
-        """Return the mean number of tokens of text in a training batch, without padding and prompts."""
-        return sum(float(batch["attention_mask"].sum()) for batch in self.task.train) / len(self.task.train)
+        config, size = self.model.config, " x ".join(map(str, self.train[0]["input_ids"].shape))
+        weights = "pretrained" if config.name_or_path else "RANDOM"
+        return (
+            f"{self.model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}, {self.model.dtype}, {weights} weights; {size} tokens, {len(self.train)} steps"
+        )
 
 
 def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int, device: torch.device) -> list[Subject]:
@@ -68,36 +63,34 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
     if name := options.model:
         kind, words = models.find_kind(name), models.load_tokenizer(name)
         model = models.place(models.load_model(name, kind, classes, words.pad_token_id, options.seed), device)
-        task = data.build_task(kind, corpus, words, size, steps, device, options.seed)
-        return [Subject(name, kind, model, task, "pretrained weights")]
+        return [Subject(name, kind, model, *data.build_task(kind, corpus, words, size, steps, device, options.seed))]
     words = data.train_tokenizer(list(corpus["train"]["text"]), size.vocabulary)
     kinds: dict[str, TaskKind] = {"encoder, BERT shape": "classification"} if classes else {}
     subjects = []
     for title, kind in {**kinds, "decoder, Llama shape": "causal_lm"}.items():
         config = models.configure(kind, size, words.pad_token_id, words.eos_token_id, classes)
-        task = data.build_task(kind, corpus, words, size, steps, device, options.seed)
-        subjects.append(Subject(title, kind, models.build(kind, config, device, options.seed), task))
+        batches = data.build_task(kind, corpus, words, size, steps, device, options.seed)
+        subjects.append(Subject(title, kind, models.build(kind, config, device, options.seed), *batches))
     return subjects
 
 
 class Trainee:
     """Train and evaluate one prepared model."""
 
-    def __init__(self, prepared: Prepared, task: Task) -> None:
-        self.prepared, self.model, self.task = prepared, prepared.model, task
-        self.device = task.train[0]["input_ids"].device
-        self.batches, self.held_out = iter(task.train), itertools.cycle(task.held_out)
+    def __init__(self, prepared: Prepared, subject: Subject) -> None:
+        self.prepared, self.model, self.subject = prepared, prepared.model, subject
+        self.batches, self.held_out = iter(subject.train), itertools.cycle(subject.held_out)
         self.losses: dict[str, list[Tensor]] = {FORWARD: [], BOTH: []}
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
-    def run_forward(self, batch: data.Batch, direction: str) -> Tensor:
+    def run_forward(self, batch: Batch, direction: str) -> Tensor:
         """Return the loss."""
         loss: Tensor = self.model(**batch).loss
         self.losses[direction].append(loss.detach())
         return loss
 
-    def run_both(self, batch: data.Batch) -> None:
+    def run_both(self, batch: Batch) -> None:
         """Run forward and backward."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
@@ -105,7 +98,7 @@ class Trainee:
 
     def train(self) -> float:
         """Do a training step. The seconds are those of forward + backward, for all peers use the same optimizer."""
-        seconds = time_call(partial(self.run_both, next(self.batches)), self.device)
+        seconds = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
         if self.optimizer is not None:
             self.optimizer.step()
         return seconds
@@ -118,14 +111,14 @@ class Trainee:
 
     def list_rows(self, row: Callable[..., Row]) -> list[Row]:
         """Return the losses, the number of trained parameters, and the memory of a step."""
-        losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.task.held_out)
+        losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.subject.held_out)
         for _ in range(passes):
             self.evaluate()
         held_out = [
             torch.stack(part).mean().item() for part in (self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:])
         ]
         return [
-            row(BOTH, "bytes", added_peak(partial(self.run_both, self.task.train[0]), self.device)),
+            row(BOTH, "bytes", added_peak(partial(self.run_both, self.subject.train[0]), self.subject.model.device)),
             row("training", "parameters", self.prepared.count_trainable()),
             row("training", "loss", losses[-1], samples=losses),
             row("held out", "loss", held_out[-1], samples=held_out, steps=[0, len(losses)]),
@@ -139,12 +132,12 @@ def compare_peers(
 
     Training and evaluation are what is timed: in each round every peer does the same batch.
     """
-    task, case, steps = subject.task, {"model": subject.title}, len(subject.task.train)
+    case, steps = {"model": subject.title}, len(subject.train)
     trainees, works, faults = dict[str, Trainee](), dict[str, Work](), list[Row]()
     for peer in peers:
         torch.manual_seed(seed)
         try:
-            trainee = trainees[peer.name] = Trainee(peer.prepare(share_weights(subject.model)), task)
+            trainee = trainees[peer.name] = Trainee(peer.prepare(share_weights(subject.model)), subject)
         except Exception as error:  # the failure of one peer must not lose the results of the others
             faults.append(fault(case, peer.name, "set-up", error))
         else:
@@ -180,10 +173,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"warning {busy}: measure again before you believe this", flush=True)
     sections: list[str] = []
     for subject in subjects:
-        of_kind = list_peers(subject.kind, TOKENS, subject.task.train[0]["input_ids"].shape[1], SHORT)
+        of_kind = list_peers(subject.kind, TOKENS, subject.train[0]["input_ids"].shape[1], SHORT)
         peers = [of_kind[name] for name in PEERS if name in of_kind]
-        about = {"description": subject.describe(), "tokens_per_step": subject.count_tokens()}
-        record.settings["models"][subject.title] = about
+        tokens = sum(float(batch["attention_mask"].sum()) for batch in subject.train) / steps  # no padding, no prompts
+        record.settings["models"][subject.title] = {"description": subject.describe(), "tokens_per_step": tokens}
         with tqdm(total=2 * steps * len(peers), desc=subject.title, leave=False, file=sys.stderr) as bar:
             measured = compare_peers(subject, peers, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
         record.settings["seconds"] = time.perf_counter() - start

@@ -237,9 +237,7 @@ def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, fo
     records = [results.read(folder / device / f"{stem}.json") for stem in stems.split()]
     for record in records:
         if objections := record.find_objections():
-            raise BenchmarkError(
-                f"{device}: {record.suite} is not published: {' and '.join(objections)}; measure again"
-            )
+            raise BenchmarkError(f"{device}, {record.suite}: not published, for {' and '.join(objections)}")
     return f"\n{table(*records, *more).markdown()}\n\n"
 
 
@@ -289,20 +287,19 @@ def describe_record(name: str, record: Record) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables and plots")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables, CSV and plots")
     parser.add_argument("--readme", type=Path, help="update the tables of this file, and the plot beside the results")
 
 
 def run(options: argparse.Namespace) -> int:
-    frames = []
-    for device, records in results.read_devices(options.results).items():
-        for name, record in records.items():
-            about = {fact: record.environment.get(fact) for fact in FACTS}
-            frames.append(load_frame(record).assign(folder=device, file=name, **about))
-            if record.suite == "main-job":
-                draw(record, options.results / device if options.readme else options.out / device)
-        sections = [describe_record(name, record) for name, record in records.items()]
-        results.write_text("\n\n".join(sections) + "\n", options.out / device / "report.md")
+    frames, sections = [], []
+    for path, record in results.read_all(options.results):
+        about = {fact: record.environment.get(fact) for fact in FACTS}
+        frames.append(load_frame(record).assign(folder=path.parent.name, file=path.stem, **about))
+        sections.append(describe_record(f"{path.parent.name}/{path.stem}", record))
+        if record.suite == "main-job":
+            draw(record, path.parent if options.readme else options.out / path.parent.name)
+    results.write_text("\n\n".join(sections) + "\n", options.out / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     print(f"tables and plots in {options.out}")
     return update(options.readme) if options.readme else 0

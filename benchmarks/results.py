@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .measure import BenchmarkError, Row, describe_environment, find_busyness, first_line
+from .measure import BenchmarkError, Row, describe_environment, explain, find_busyness
 
 FOLDER = Path(__file__).parent / "results"
 FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
@@ -43,7 +43,7 @@ class Record:
 
     def write_to(self, path: Path) -> Path:
         """Write a file with one row per line."""
-        head = {name: getattr(self, name) for name in ("suite", "environment", "settings", "faults")}
+        head = {name: value for name, value in vars(self).items() if name != "rows"}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
         write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n', path)
@@ -96,27 +96,18 @@ def describe_times(rows: list[Row]) -> str:
 
 def read(path: Path) -> Record:
     """Read the record of a file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{path}: could not be read ({first_line(error)})") from error
-    if not isinstance(document, dict) or document.keys() != Record.__dataclass_fields__.keys():
-        raise BenchmarkError(f"{path}: not the results of a suite of `python -m benchmarks`")
-    return Record(**document)
+    with explain(f"{path}, as results of `python -m benchmarks`"):
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_devices(folder: Path) -> dict[str, dict[str, Record]]:
-    """Read the records in a folder and below by device, which is the name of their folder, and name of the file.
-
-    A study is left out, for its rows are no figures of peers.
-    """
-    devices: dict[str, dict[str, Record]] = {}
-    for path in sorted(folder.resolve().rglob("*.json")):
-        if not path.name.startswith("study") and not path.parent.name.startswith("study"):
-            devices.setdefault(path.parent.name, {})[path.stem] = read(path)
-    if not devices:
+def read_all(folder: Path) -> list[tuple[Path, Record]]:
+    """Read the files in a folder and below, apart from studies, whose rows are no figures of peers."""
+    paths = [
+        path for path in sorted(folder.resolve().rglob("*.json")) if "study" not in f"{path.parent.name}{path.name}"
+    ]
+    if not paths:
         raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
-    return devices
+    return [(path, read(path)) for path in paths]
 
 
 def write_text(text: str, path: Path) -> None:
