@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from .measure import BenchmarkError, Work
-from .suite import DTYPES, Problem, add_common, add_dtypes, build_kernel_work, run_suite
+from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -55,13 +55,7 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        causal: bool,
-        device: torch.device,
-        dropout_p: float = 0.0,
-        gate: str = "row",
+        self, shape: Shape, dtype: Any, causal: bool, device: Any, dropout_p: float = 0.0, gate: str = "row"
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
@@ -117,18 +111,14 @@ class Inputs:
         """Return concatenation with FlexAttention, compiled for this shape."""
         N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            mask = create_block_mask(
-                lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device)
-            )
-        compiled = torch.compile(flex_attention, dynamic=False)
+            visible = lambda b, h, i, j: j <= i + columns - N  # noqa: E731
+            mask = create_block_mask(visible, None, None, N, columns, str(self.q.device))
+        compiled, groups = torch.compile(flex_attention, dynamic=False), self.shape.Hq != self.shape.Hkv
 
         def call() -> Tensor:
             # On a CPU it refuses inputs that require gradients, even where none are computed.
             query = self.q if torch.is_grad_enabled() else self.q.detach()
-            output: Tensor = compiled(
-                query, *self.concatenate(), block_mask=mask, enable_gqa=self.shape.Hq != self.shape.Hkv
-            )
-            return output
+            return compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=groups)  # type: ignore[no-any-return]
 
         return call
 
@@ -168,8 +158,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser, rounds=10, seconds=2.0)
-    add_dtypes(parser, "float32", "bfloat16")
+    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
@@ -177,6 +166,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
-    if options.dropout:
-        return run_suite("attention-dropout", list_problems, options, dropout=options.dropout)
-    return run_suite("attention", list_problems, options)
+    suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
+    return run_suite(suite, list_problems, options, **settings)

@@ -39,11 +39,7 @@ CUDA = torch.device("cuda")
 SHAPES = ((32, 12, 12, 128, 128, 64), (16, 16, 16, 512, 512, 64), (8, 32, 8, 1024, 1024, 128),
           (4, 32, 8, 2048, 2048, 128), (2, 32, 8, 8192, 8192, 128))  # fmt: skip
 DECODING = tuple((B, 32, 8, 1, M, 128) for B in (1, 16, 128) for M in (1024, 8192))
-SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+SDPA = ("flash", "cudnn", "efficient")
 SMALL: tuple[Case, ...] = (
     AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
     AttentionCase(Hq=4, N=3, M=400, P=77, D=40, options={"is_causal": True}),
@@ -194,22 +190,18 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
     def build(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor] = inputs.leaves) -> Work:
         return build_kernel_work(role, call, () if shape.N == 1 else leaves, inputs.grad)  # decoding has no backward
 
-    def choose(call: Callable[[], Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
-        def run_on_backend() -> Tensor:
-            with sdpa_kernel(backend):
-                return call()
-
-        return run_on_backend
+    def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+        return sdpa_kernel(SDPBackend[f"{name.upper()}_ATTENTION"])(call)
 
     works = {"fused": build("ours", inputs.run_fused)}
-    for name, backend in SDPA.items():
+    for name in SDPA:
         variant = copy.copy(inputs)
         variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
         if name == "cudnn" and causal:  # it aligns masks to the upper left alone
             variant.mask = build_dense_mask(shape.N, shape.M, shape.P, inputs.q.device)
-        works[f"tokens, {name}"] = build("floor", choose(variant.run_tokens, backend), inputs.leaves[:3])
+        works[f"tokens, {name}"] = build("floor", choose(variant.run_tokens, name), inputs.leaves[:3])
         if gate != "query":  # a gate for each query cannot be folded into the keys
-            works[f"concat, {name}"] = build("theirs", choose(variant.run_concat, backend))
+            works[f"concat, {name}"] = build("theirs", choose(variant.run_concat, name))
     if gate == "none" and causal and shape.P == 128:
         torch.compiler.reset()  # past its limit of recompilations it would refuse
         works["concat, flex"] = build("theirs", inputs.compile_flex())

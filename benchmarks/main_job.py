@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from . import data, models, report
 from .data import Batch
-from .measure import Row, Work, added_peak, fault, figure_row, find_busyness, measure, time_call
+from .measure import Row, Work, fault, figure_row, find_busyness, measure, time_call
 from .models import TaskKind
 from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
 from .report import BOTH, FORWARD
@@ -29,10 +29,10 @@ TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens a
 PEERS = (FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PEFT PT", "PEFT prefix tuning")
 NOTES = f"""\
 {FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts and
-prefixes have {TOKENS} tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no padding, no
-prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before
-and after training. The head of a classifier is trained with every method, and counted. {report.NOISY}: p20 or p80 is more than
-{report.NOISE:.0%} off the median."""
+prefixes have {TOKENS} tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no
+padding, no prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out
+text, before and after training. The head of a classifier is trained with every method, and counted.
+{report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
 STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
 """The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
 
@@ -79,7 +79,7 @@ class Trainee:
 
     def __init__(self, prepared: Prepared, subject: Subject) -> None:
         self.prepared, self.model, self.subject = prepared, prepared.model, subject
-        self.batches, self.held_out = iter(subject.train), itertools.cycle(subject.held_out)
+        self.batches, self.held_out = itertools.cycle(subject.train), itertools.cycle(subject.held_out)
         self.losses: dict[str, list[Tensor]] = {FORWARD: [], BOTH: []}
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
@@ -98,7 +98,7 @@ class Trainee:
 
     def train(self) -> float:
         """Do a training step. The seconds are those of forward + backward, for all peers use the same optimizer."""
-        seconds = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
+        (seconds,) = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
         if self.optimizer is not None:
             self.optimizer.step()
         return seconds
@@ -110,7 +110,7 @@ class Trainee:
         self.run_forward(next(self.held_out), FORWARD)
 
     def list_rows(self, row: Callable[..., Row]) -> list[Row]:
-        """Return the losses, the number of trained parameters, and the memory of a step."""
+        """Return the losses and the number of trained parameters."""
         losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.subject.held_out)
         for _ in range(passes):
             self.evaluate()
@@ -118,7 +118,6 @@ class Trainee:
             torch.stack(part).mean().item() for part in (self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:])
         ]
         return [
-            row(BOTH, "bytes", added_peak(partial(self.run_both, self.subject.train[0]), self.subject.model.device)),
             row("training", "parameters", self.prepared.count_trainable()),
             row("training", "loss", losses[-1], samples=losses),
             row("held out", "loss", held_out[-1], samples=held_out, steps=[0, len(losses)]),
@@ -141,7 +140,7 @@ def compare_peers(
         except Exception as error:  # the failure of one peer must not lose the results of the others
             faults.append(fault(case, peer.name, "set-up", error))
         else:
-            works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train}, self_timed=[BOTH])
+            works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train})
     rounds = partial(range, steps)
     rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10, tick=tick)
     for name in works.keys() - {of["peer"] for of in more}:

@@ -16,13 +16,12 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,8 +33,6 @@ BUSY = 0.5
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
-Job = Callable[[], list[float]]
-"""Do the work of a round and return the seconds of its timed calls."""
 
 
 class BenchmarkError(Exception):
@@ -63,14 +60,17 @@ def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
 
-def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes until the device has done all of its work."""
+def time_call(work: Callable[[], object], device: torch.device) -> list[float]:
+    """Return the seconds that a call takes until the device has done all of its work.
+
+    A call that returns a number has timed itself: these are its seconds.
+    """
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
     synchronize()
     start = time.perf_counter()
-    work()
+    own = work()
     synchronize()
-    return time.perf_counter() - start
+    return [own if isinstance(own, float) else time.perf_counter() - start]
 
 
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
@@ -84,7 +84,11 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
 
 
 def interleave(
-    jobs: Mapping[str, Job], rounds: Iterable[int], *, warmup: int = 0, tick: Callable[[str], object] = lambda _: None
+    jobs: Mapping[str, Callable[[], list[float]]],
+    rounds: Iterable[int],
+    *,
+    warmup: int = 0,
+    tick: Callable[[str], object] = lambda _: None,
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Run every job once per round. Each round begins with another job, so that drift affects all of them alike.
 
@@ -121,16 +125,11 @@ def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, 
     return {**case, "peer": peer, "role": role, "direction": direction, "quantity": quantity, "p50": p50, **more}
 
 
-@dataclass(frozen=True)
-class Work:
-    """Hold what a peer does in a case: the calls to be measured, by direction.
-
-    The calls of a direction in ``self_timed`` return their own seconds, and their memory is not measured.
-    """
+class Work(NamedTuple):
+    """Hold what a peer does in a case: the calls to be measured, by direction."""
 
     role: Role
-    calls: Mapping[str, Callable[[], Any]]
-    self_timed: Collection[str] = ()
+    calls: Mapping[str, Callable[[], object]]
 
 
 def measure(
@@ -140,7 +139,7 @@ def measure(
     rounds: Callable[[], Iterable[int]],
     *,
     warmup: int = 1,
-    timer: Callable[[Callable[[], object], torch.device], list[float]] = lambda call, device: [time_call(call, device)],
+    timer: Callable[[Callable[[], object], torch.device], list[float]] = time_call,
     tick: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
@@ -150,26 +149,18 @@ def measure(
     rows, faults = list[Row](), list[Row]()
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
         failed = {of["peer"] for of in faults}
-        jobs: dict[str, Job] = {}
-        for name, work in works.items():
-            if direction in work.calls and name not in failed:
-                own, call = direction in work.self_timed, work.calls[direction]
-                jobs[name] = partial(time_itself, call) if own else partial(timer, call, device)
+        calls = {n: work.calls[direction] for n, work in works.items() if direction in work.calls and n not in failed}
+        jobs = {name: partial(timer, call, device) for name, call in calls.items()}
         samples, errors = interleave(jobs, rounds(), warmup=warmup, tick=tick)
         for name, seconds in samples.items():
-            work, about = works[name], (case, name, works[name].role, direction)
+            about = (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))
-            if direction not in work.self_timed:
-                try:
-                    rows.append(figure_row(*about, "bytes", added_peak(work.calls[direction], device)))
-                except Exception as error:  # as above
-                    errors[name] = error
+            try:
+                rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
+            except Exception as error:  # as above
+                errors[name] = error
         faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults
-
-
-def time_itself(call: Callable[[], float]) -> list[float]:
-    return [call()]
 
 
 def freeze_heap() -> None:

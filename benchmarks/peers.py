@@ -1,7 +1,6 @@
 """Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +14,8 @@ from transformers import PreTrainedModel
 import fastprefix
 from fastprefix.methods import MethodConfig
 
-from .embedding import embed_adept, embed_dept, embed_pt
-from .measure import Role
+from .embedding import EAGER
+from .measure import Role, find_version
 from .models import TaskKind
 
 FLOOR = "frozen floor"
@@ -40,14 +39,16 @@ class Prepared:
         return sum(p.numel() for group in self.groups for p in group["params"])
 
 
+Prepare = Callable[[PreTrainedModel], Prepared]
+
+
 @dataclass(frozen=True)
 class ModelPeer:
-    """Prepare a model, which may be changed, for training in one way. After merging, a peer does not train."""
+    """Prepare a model, which may be changed, for training in one way."""
 
     name: str
     role: Role
-    prepare: Callable[[PreTrainedModel], Prepared]
-    trains: bool = True
+    prepare: Prepare
 
     def copy_and_prepare(self, base: PreTrainedModel) -> nn.Module:
         """Return a prepared copy of a model."""
@@ -64,10 +65,8 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the parameters of the head of a classifier; those of a language model stay frozen."""
     if model.get_output_embeddings() is not None:
         return []
-    children = (
-        child for name, child in model.named_children() if name != "fastprefix" and child is not model.base_model
-    )
-    return [parameter for child in children for parameter in child.parameters()]
+    heads = [of for name, of in model.named_children() if name != "fastprefix" and of is not model.base_model]
+    return [parameter for head in heads for parameter in head.parameters()]
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -95,28 +94,27 @@ def freeze_body(model: PreTrainedModel) -> None:
 def attach(
     model: PreTrainedModel,
     config: MethodConfig,
-    rate: float = OFFSET_RATE,
-    prompt_rate: float = PROMPT_RATE,
-    head_rate: float = HEAD_RATE,
-    gate_rate: float | None = None,
+    main: float = OFFSET_RATE,
+    prompt: float = PROMPT_RATE,
+    head: float = HEAD_RATE,
+    gate: float | None = None,
 ) -> Prepared:
     """Attach a method of this package, with separate rates of the prompt, the head, the gates, and the rest."""
     fastprefix.attach(model, config)
-    head = set(head_parameters(model))
-    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, gate_lr=gate_rate, lr=rate)
-    groups = [{**of, "params": [p for p in of["params"] if p not in head]} for of in groups]
-    return Prepared(model, [of for of in groups if of["params"]] + group(head_parameters(model), head_rate))
+    of_head = head_parameters(model)
+    groups = fastprefix.parameter_groups(model, prompt_lr=prompt, gate_lr=gate, lr=main)
+    groups = [{**of, "params": [p for p in of["params"] if p not in set(of_head)]} for of in groups]
+    return Prepared(model, [of for of in groups if of["params"]] + group(of_head, head))
 
 
 def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
-def wrap_with_peft(model: PreTrainedModel, kind: TaskKind, tokens: int, how: tuple[str, float]) -> Prepared:
-    """Wrap the model with a method of PEFT, given by the name of its configuration and a learning rate."""
+def wrap_with_peft(model: PreTrainedModel, kind: TaskKind, tokens: int, config: str, rate: float) -> Prepared:
+    """Wrap the model with a method of PEFT, given by the name of its configuration."""
     import peft
 
-    config, rate = how
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
     wrapped: nn.Module = peft.get_peft_model(model, getattr(peft, config)(task_type=task, num_virtual_tokens=tokens))
     trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
@@ -136,14 +134,19 @@ def tune_with_adapters(model: Any, tokens: int) -> Prepared:
 
 
 class EagerPrompt(nn.Module):
-    """Run a soft prompt in every row, as it is usually written, with the tensors that its way to embed needs."""
+    """Run a soft prompt in every row, as it is usually written: PT, DePT or ADePT."""
 
-    def __init__(self, model: Any, embed: Callable[..., Tensor], tokens: int, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Any, method: str, tokens: int, length: int) -> None:
         super().__init__()
-        self.model, self.embed = model, embed
+        self.model, self.embed, d = model, EAGER[method], model.config.hidden_size
         freeze_body(model)
-        self.prompt = nn.Parameter(torch.randn(tokens, model.config.hidden_size))
-        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes])
+        shapes: dict[str, list[Sequence[int]]] = {
+            "PT": [],
+            "DePT": [(length, DEPT_RANK), (DEPT_RANK, d)],
+            "ADePT": [(d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)],
+        }
+        self.prompt = nn.Parameter(torch.randn(tokens, d))
+        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes[method]])
         self.to(device=model.device, dtype=model.dtype)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
@@ -154,15 +157,8 @@ class EagerPrompt(nn.Module):
         return self.model(inputs_embeds=rows, attention_mask=F.pad(attention_mask, front, value=1), labels=labels)
 
 
-def attach_eager(model: PreTrainedModel, embed: Callable[..., Tensor], tokens: int, length: int) -> Prepared:
-    """Prepare PT, DePT or ADePT in eager PyTorch."""
-    d = model.config.hidden_size
-    shapes: dict[Any, Sequence[Sequence[int]]] = {
-        embed_pt: (),
-        embed_dept: ((length, DEPT_RANK), (DEPT_RANK, d)),
-        embed_adept: ((d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)),
-    }
-    return Prepared(EagerPrompt(model, embed, tokens, shapes[embed]))
+def run_eagerly(model: PreTrainedModel, **options: Any) -> Prepared:
+    return Prepared(EagerPrompt(model, **options))
 
 
 def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = None) -> dict[str, ModelPeer]:
@@ -172,25 +168,20 @@ def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = Non
         "DePT": partial(fastprefix.DePTConfig, short or tokens, rank=DEPT_RANK, max_length=length),
         "ADePT": partial(fastprefix.ADePTConfig, short or tokens, bottleneck_dim=ADEPT_WIDTH),
     }
-    prefixes = {"prefix tuning": fastprefix.PrefixTuningConfig(tokens), "APT": fastprefix.APTConfig(tokens)}
-    eager: dict[str, Callable[..., Tensor]] = {"PT": embed_pt, "DePT": embed_dept, "ADePT": embed_adept}
-    peft = {"PEFT PT": ("PromptTuningConfig", PROMPT_RATE), "PEFT prefix tuning": ("PrefixTuningConfig", PREFIX_RATE)}
-    textbook = partial(attach, config=prompts["PT"](shared_prompt=False))
-    peers = [
-        ModelPeer(FLOOR, "floor", freeze),
-        *(ModelPeer(name, "ours", partial(attach, config=make())) for name, make in prompts.items()),
-        *(ModelPeer(name, "ours", partial(attach, config=of, rate=PREFIX_RATE)) for name, of in prefixes.items()),
-        ModelPeer("PT textbook", "ours", textbook),
-        *(ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), False) for name, make in prompts.items()),
-        *(
-            ModelPeer(f"{n}, eager", "theirs", partial(attach_eager, embed=of, tokens=tokens, length=length))
-            for n, of in eager.items()
-        ),
-        *(
-            ModelPeer(name, "theirs", partial(wrap_with_peft, kind=kind, tokens=tokens, how=how))
-            for name, how in peft.items()
-        ),
-        ModelPeer("adapters prefix tuning", "theirs", partial(tune_with_adapters, tokens=tokens)),
-    ]
-    missing = {first for first in ("PEFT", "adapters") if importlib.util.find_spec(first.lower()) is None}
-    return {peer.name: peer for peer in peers if peer.name.split()[0] not in missing}
+    ours: dict[str, Prepare] = {
+        "PT textbook": partial(attach, config=prompts["PT"](shared_prompt=False)),
+        "prefix tuning": partial(attach, config=fastprefix.PrefixTuningConfig(tokens), main=PREFIX_RATE),
+        "APT": partial(attach, config=fastprefix.APTConfig(tokens), main=PREFIX_RATE),
+    }
+    theirs: dict[str, Prepare] = {}
+    for name, make in prompts.items():
+        ours |= {name: partial(attach, config=make()), f"{name} merged": partial(merge, config=make())}
+        theirs[f"{name}, eager"] = partial(run_eagerly, method=name, tokens=tokens, length=length)
+    if find_version("peft"):
+        wrap = partial(wrap_with_peft, kind=kind, tokens=tokens)
+        theirs["PEFT PT"] = partial(wrap, config="PromptTuningConfig", rate=PROMPT_RATE)
+        theirs["PEFT prefix tuning"] = partial(wrap, config="PrefixTuningConfig", rate=PREFIX_RATE)
+    if find_version("adapters"):
+        theirs["adapters prefix tuning"] = partial(tune_with_adapters, tokens=tokens)
+    roles: dict[Role, dict[str, Prepare]] = {"floor": {FLOOR: freeze}, "ours": ours, "theirs": theirs}
+    return {name: ModelPeer(name, role, how) for role, of in roles.items() for name, how in of.items()}

@@ -47,10 +47,10 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
     def decode() -> float:
         """Return the seconds per token: the time of many tokens less that of one."""
         many, one = (time_call(partial(generate, count), model.device) for count in (DECODED, 1))
-        return (many - one) / (DECODED - 1)
+        return (many[0] - one[0]) / (DECODED - 1)
 
-    step = {"step": work.calls["step"]} if peer.trains else {}
-    return Work(peer.role, {**step, "prefill": prefill, "decode": decode}, self_timed=["decode"])
+    step = {"step": work.calls["step"]} if not peer.name.endswith("merged") else {}
+    return Work(peer.role, {**step, "prefill": prefill, "decode": decode})
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:

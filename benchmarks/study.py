@@ -1,7 +1,7 @@
 """The study: how well the methods learn a classification, over several seeds.
 
-A plan, ``benchmarks/study_plan.json``, holds the settings, the cells and their comparisons. A cell is a method with its
-options, and the bounds of its learning rates: of the prompt, of the gates, and of everything else but the head ("main").
+A plan, ``benchmarks/study_plan.json``, holds the settings, the cells and their comparisons. A cell is a method with
+options, and the bounds of its learning rates: of the prompt, of the gates, and of the rest but the head ("main").
 
 The rates of a cell are searched with optuna by accuracy on the dev split, where successive halving ends bad trials
 early. The best ones are used for all seeds, with ``transformers.Trainer`` and early stopping, and the best weights are
@@ -55,10 +55,7 @@ batch add to the model, by PyTorch's allocators. 95 %: bootstrap interval of the
 def prepare(cell: Row, rates: Row, model: PreTrainedModel, head_rate: float) -> Prepared:
     """Return the model with what is trained, and its learning rates."""
     if "config" in cell:
-        of_prompt, gates = rates.get("prompt", 0.0), rates.get("gate")
-        return attach(
-            model, MethodConfig.from_dict(cell["config"]), rates.get("main", 0.0), of_prompt, head_rate, gates
-        )
+        return attach(model, MethodConfig.from_dict(cell["config"]), head=head_rate, **rates)
     head = head_parameters(model)
     if cell.get("head_only"):
         freeze_body(model)

@@ -24,8 +24,10 @@ Problem = tuple[Row, Mapping[str, Work]]  # a case and the work of each peer
 WARMUP = {"cpu": 1, "cuda": 5}
 
 
-def add_common(parser: argparse.ArgumentParser, rounds: int | None = None, seconds: float = 0.0) -> None:
-    """Add the options of every suite and, with ``rounds``, those of a suite that runs ``run_suite``."""
+def add_common(
+    parser: argparse.ArgumentParser, rounds: int | None = None, seconds: float = 0.0, dtypes: Sequence[str] = ()
+) -> None:
+    """Add the options of every suite, with ``rounds`` those of ``run_suite``, and with ``dtypes`` those of kernels."""
     parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
@@ -33,11 +35,8 @@ def add_common(parser: argparse.ArgumentParser, rounds: int | None = None, secon
     if rounds is not None:
         parser.add_argument("--rounds", type=positive, default=rounds, help=f"at least (default: {rounds})")
         parser.add_argument("--seconds", type=float, default=seconds, help="more rounds as long as there is time")
-
-
-def add_dtypes(parser: argparse.ArgumentParser, *dtypes: str) -> None:
-    """Add the option of the types that a suite measures."""
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
+    if dtypes:
+        parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
 
 
 def positive(text: str) -> int:
