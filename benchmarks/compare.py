@@ -1,8 +1,7 @@
 """Find what became slower: a new result against the committed one of the same suite and device.
 
 Only ratios to the floor of the same run are compared, because a slow machine slows both down. A ratio has moved if its
-range before, from p20 / (the floor's p80) to p80 / (the floor's p20), and its range now do not overlap, and the medians
-differ by more than a tolerance. A figure without p20 and p80 has a range of one point.
+ranges, from p20 / (the floor's p80) to p80 / (the floor's p20), do not overlap, and the medians differ by a tolerance.
 """
 
 import argparse

@@ -47,7 +47,7 @@ SMALL: tuple[Case, ...] = (
     EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
     EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
 )
-"""The cases that the memory checker watches."""
+"""The cases that the memory checker watches. The check of parity compiles them."""
 LARGE = [
     *(AttentionCase(N=n, M=m, P=77, D=D, Hq=4) for n, m in ((113, 203), (239, 1)) for D in (64, 128)),
     *(AttentionCase(N=257, M=257, P=77, D=D, Hq=4, options={"is_causal": True}) for D in (64, 80, 128, 256)),
@@ -128,7 +128,7 @@ def check_case(case: Case, dtype: str, device: str = "cuda", backend: str = "tri
 
 def check_parity(add: Add, seconds: float) -> None:
     """Check the grid of the package, and larger cases."""
-    grid = itertools.product((*LARGE, *attention_cases(66), *embedding_cases()), DTYPES)
+    grid = itertools.product((*SMALL, *LARGE, *attention_cases(66), *embedding_cases()), DTYPES)
     jobs = [(check_case, *cell) for cell in grid]
     for (_, case, dtype), answer in zip(jobs, run_jobs(jobs, seconds), strict=True):
         about = {"case": str(case), "dtype": dtype}
@@ -138,12 +138,10 @@ def check_parity(add: Add, seconds: float) -> None:
             add([figure_row(about, "triton", "ours", "parity", "share of the bound", answer["of bound"])], [])
 
 
-def run_small(*cases: Case) -> dict[str, Any]:
-    """Run small cases, of which the memory checker watches all accesses."""
-    for case in cases:
+def run_small() -> None:
+    for case in SMALL:
         run_case(case, torch.bfloat16)
     torch.cuda.synchronize()
-    return {}
 
 
 def check_memory(add: Add, seconds: float) -> None:
@@ -152,13 +150,10 @@ def check_memory(add: Add, seconds: float) -> None:
     if not Path(tool).exists():
         print("sanitizer: compute-sanitizer is not installed", flush=True)
         return
-    end = time.monotonic() + seconds
-    run_jobs([(run_small, case) for case in SMALL], seconds / 2)  # only to compile
-    code = "from benchmarks import gpu; gpu.run_small(*gpu.SMALL)"
+    code = "from benchmarks import gpu; gpu.run_small()"
     command = [tool, "--tool=memcheck", "--error-exitcode=9", sys.executable, "-c", code]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    left = end - time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
 
@@ -265,9 +260,7 @@ def run(options: argparse.Namespace) -> int:
     record = Record.start("gpu", CUDA, False, seconds=dict[str, float]())
 
     def add(rows: list[Row], faults: list[Row]) -> None:
-        record.rows += rows
-        record.faults += faults
-        record.write_to(options.out)
+        record.add((rows, faults), options.out)
 
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()

@@ -21,8 +21,8 @@ from .measure import Row, Work, fault, figure_row, find_busyness, measure, time_
 from .models import TaskKind
 from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
 from .report import BOTH, FORWARD
-from .results import Record, write_text
-from .suite import QUICK_NOTE, add_common, positive, set_up
+from .results import Record
+from .suite import add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
 TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
@@ -114,9 +114,8 @@ class Trainee:
         losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.subject.held_out)
         for _ in range(passes):
             self.evaluate()
-        held_out = [
-            torch.stack(part).mean().item() for part in (self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:])
-        ]
+        parts = self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:]
+        held_out = [torch.stack(part).mean().item() for part in parts]
         return [
             row("training", "parameters", self.prepared.count_trainable()),
             row("training", "loss", losses[-1], samples=losses),
@@ -124,9 +123,7 @@ class Trainee:
         ]
 
 
-def compare_peers(
-    subject: Subject, peers: list[ModelPeer], seed: int, tick: Callable[[str], object]
-) -> tuple[list[Row], list[Row]]:
+def compare_peers(subject: Subject, peers: list[ModelPeer], seed: int) -> tuple[list[Row], list[Row]]:
     """Train all peers side by side, each on a copy of one model, and evaluate them before and after.
 
     Training and evaluation are what is timed: in each round every peer does the same batch.
@@ -141,8 +138,8 @@ def compare_peers(
             faults.append(fault(case, peer.name, "set-up", error))
         else:
             works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train})
-    rounds = partial(range, steps)
-    rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10, tick=tick)
+    rounds = partial(tqdm, range(steps), desc=subject.title, unit="round", leave=False, file=sys.stderr)
+    rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10)
     for name in works.keys() - {of["peer"] for of in more}:
         rows += trainees[name].list_rows(partial(figure_row, case, name, works[name].role))
     return rows, faults + more
@@ -170,21 +167,16 @@ def run(options: argparse.Namespace) -> int:
     print(f"text    {text}\ndevice  {facts['device_name']}, {facts['threads']} threads\nwith    {versions}")
     if busy := find_busyness(facts):
         print(f"warning {busy}: measure again before you believe this", flush=True)
-    sections: list[str] = []
     for subject in subjects:
         of_kind = list_peers(subject.kind, TOKENS, subject.train[0]["input_ids"].shape[1], SHORT)
         peers = [of_kind[name] for name in PEERS if name in of_kind]
         tokens = sum(float(batch["attention_mask"].sum()) for batch in subject.train) / steps  # no padding, no prompts
         record.settings["models"][subject.title] = {"description": subject.describe(), "tokens_per_step": tokens}
-        with tqdm(total=2 * steps * len(peers), desc=subject.title, leave=False, file=sys.stderr) as bar:
-            measured = compare_peers(subject, peers, options.seed, lambda _, bar=bar: bar.update())  # type: ignore[misc]
+        measured = compare_peers(subject, peers, options.seed)
         record.settings["seconds"] = time.perf_counter() - start
         record.add(measured, options.out)
         table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
-        sections.append(f"**{subject.title}**: {subject.describe()}\n\n{table}")
-        print(f"\n{sections[-1]}", flush=True)
-    remarks = [NOTES, *filter(None, [busy]), *([QUICK_NOTE] if options.quick else [])]
-    write_text("\n\n".join([*sections, *remarks]) + "\n", options.out / "main_job.md")
-    report.draw(record, options.out)
-    print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON, tables and the plot in {options.out}")
+        print(f"\n**{subject.title}**: {subject.describe()}\n\n{table}", flush=True)
+    report.draw(record, options.out / "main_job.png")
+    print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON and plot in {options.out}")
     return record.conclude(options.out)

@@ -84,11 +84,7 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
 
 
 def interleave(
-    jobs: Mapping[str, Callable[[], list[float]]],
-    rounds: Iterable[int],
-    *,
-    warmup: int = 0,
-    tick: Callable[[str], object] = lambda _: None,
+    jobs: Mapping[str, Callable[[], list[float]]], rounds: Iterable[int], warmup: int = 0
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Run every job once per round. Each round begins with another job, so that drift affects all of them alike.
 
@@ -108,7 +104,6 @@ def interleave(
                 del samples[name]
             else:
                 samples[name] += seconds * (i >= warmup)
-            tick(name)
     return samples, errors
 
 
@@ -140,7 +135,6 @@ def measure(
     *,
     warmup: int = 1,
     timer: Callable[[Callable[[], object], torch.device], list[float]] = time_call,
-    tick: Callable[[str], object] = lambda _: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
 
@@ -151,7 +145,7 @@ def measure(
         failed = {of["peer"] for of in faults}
         calls = {n: work.calls[direction] for n, work in works.items() if direction in work.calls and n not in failed}
         jobs = {name: partial(timer, call, device) for name, call in calls.items()}
-        samples, errors = interleave(jobs, rounds(), warmup=warmup, tick=tick)
+        samples, errors = interleave(jobs, rounds(), warmup)
         for name, seconds in samples.items():
             about = (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))

@@ -6,23 +6,18 @@ Only PyTorch and transformers are needed.
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 from .measure import BenchmarkError, explain
 
 ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
 TaskKind = Literal["causal_lm", "classification"]
+AUTO: dict[TaskKind, Any] = {
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
 LONGEST_PROMPT = 128  # positions in addition to those of the text
 
 
@@ -44,7 +39,9 @@ SIZES = {
 }
 
 
-def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2) -> PretrainedConfig:
+def configure(
+    kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2
+) -> transformers.PretrainedConfig:
     """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model)."""
     shared: dict[str, Any] = {
         "vocab_size": size.vocabulary,
@@ -57,7 +54,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
         "attn_implementation": ATTENTION,
     }
     if kind == "classification":
-        return BertConfig(
+        return transformers.BertConfig(
             **shared | {"num_labels": classes},
             intermediate_size=4 * size.width,
             max_position_embeddings=size.length + LONGEST_PROMPT,
@@ -65,7 +62,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-    return LlamaConfig(
+    return transformers.LlamaConfig(
         **shared,
         num_key_value_heads=size.heads // 2,
         intermediate_size=8 * size.width // 3,
@@ -76,12 +73,12 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
     )
 
 
-def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
+def build(
+    kind: TaskKind, config: transformers.PretrainedConfig, device: torch.device, seed: int = 0
+) -> PreTrainedModel:
     """Build a model with random weights."""
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
-    model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
-    return place(model, device)
+    return place(AUTO[kind].from_config(config), device)
 
 
 def draw_batch(kind: TaskKind, size: Size, length: int, device: torch.device) -> dict[str, Tensor]:
@@ -102,14 +99,14 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def find_kind(name: str) -> TaskKind:
     """Return whether a named model is a causal language model or classifies."""
     with explain(f"--model {name}"):
-        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+        architecture = (transformers.AutoConfig.from_pretrained(name).architectures or [""])[0]
     return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token."""
     with explain(f"--model {name}, tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
         raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -119,10 +116,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
     """Load a model. A classifier gets a new head."""
     torch.manual_seed(seed)
-    auto: Any = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
     head = {} if kind == "causal_lm" else {"num_labels": classes, "ignore_mismatched_sizes": True}
     with explain(f"--model {name}"):
-        model: PreTrainedModel = auto.from_pretrained(name, attn_implementation=ATTENTION, dtype=torch.float32, **head)
+        model: PreTrainedModel = AUTO[kind].from_pretrained(
+            name, attn_implementation=ATTENTION, dtype=torch.float32, **head
+        )
     model.config.pad_token_id = pad
     model.config.use_cache = False
     return model

@@ -1,7 +1,6 @@
 """Results as tables, plots and CSV. The tables of the README are filled in with cog."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +41,6 @@ class Table(NamedTuple):
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     """Format a value, or mark it as missing."""
     return MISSING if value is None or pd.isna(value) else f"{value:,.{digits}f}{unit}"
-
-
-def geometric_mean(values: Any) -> float:
-    return float(np.exp(np.log(values).mean()))
 
 
 def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
@@ -108,7 +103,8 @@ def summarize_attention(record: Record, peer: str = "concat", decoding: bool | N
     times = frame.pivot(index=case, columns="peer", values="p50").reset_index().dropna(subset=peer)
     times["over"] = times[peer] / times.fused
     times["share"] = times.fused / ((1 + times.P / times.M) * times.tokens)
-    figures = times.groupby("kind")[["over", "share"]].agg([("mean", geometric_mean), "min", "max"])
+    mean = ("mean", lambda ratios: np.exp(np.log(ratios).mean()))  # geometric
+    figures = times.groupby("kind")[["over", "share"]].agg([mean, "min", "max"])
     figures.columns = pd.Index([" ".join(column) for column in figures.columns])
     return figures.reindex(kind for kind in frame.kind.unique() if kind in figures.index)
 
@@ -221,11 +217,13 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
 """The table of each suite, and the column that has a table for each of its values."""
 
 
-def list_tables(record: Record) -> list[str]:
-    """Return the tables of a record."""
-    table, column = TABLES[record.suite]
+def describe_record(name: str, record: Record) -> str:
+    """Return the section of a record in the report: the environment, what speaks against it, its tables and faults."""
+    (table, column), facts = TABLES[record.suite], ", ".join(f"{of} {record.environment.get(of)}" for of in FACTS)
     values = dict.fromkeys((row[column],) for row in record.rows) if column else [()]
-    return [table(record, *value).markdown() for value in values]
+    objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
+    tables = [table(record, *value).markdown() for value in values]
+    return "\n\n".join([f"## {name}", facts, *objections, *tables, *map(describe_fault, record.faults)])
 
 
 def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, folder: Path = results.FOLDER) -> str:
@@ -241,48 +239,26 @@ def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, fo
     return f"\n{table(*records, *more).markdown()}\n\n"
 
 
-# ---- plots ---------------------------------------------------------------------------------------------------------
+def select_times(record: Record) -> pd.DataFrame:
+    """Return the times of the main job in units of the floor: a row for each peer."""
+    frame = load_frame(record, "quantity == 'seconds'")
+    times = frame.pivot(index="peer", columns=["model", "direction"], values="x floor").reindex(frame.peer.unique())
+    return times.set_axis([", ".join(column) for column in times.columns], axis="columns")
 
 
-def select_times(record: Record) -> dict[str, pd.DataFrame]:
-    """Return the times of the main job in units of the floor: a row for each peer, a column for each direction."""
-    frame, panels = load_frame(record, "quantity == 'seconds'"), {}
-    for model, of in frame.groupby("model", sort=False):
-        times = of.pivot(index="peer", columns="direction", values="x floor")
-        panels[str(model)] = times.reindex(of.peer.unique())[[FORWARD, BOTH]].dropna()
-    return panels
-
-
-def describe_panels(panels: dict[str, pd.DataFrame]) -> str:
-    """Return the figures of a plot as text, which its file contains."""
-    return json.dumps({title: json.loads(panel.to_json(double_precision=6)) for title, panel in panels.items()})
-
-
-def draw(record: Record, folder: Path) -> None:
-    """Draw the times of the main job as bars."""
-    from matplotlib.figure import Figure
-
-    panels = select_times(record)
-    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
-        panel.plot.barh(ax=axes, title=title, xlabel="time, times the floor", ylabel="", width=0.8)
-        for container in axes.containers:
-            axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "headline.png", metadata={"Description": describe_panels(panels)})
+def draw(record: Record, path: Path) -> None:
+    """Draw the times of the main job as bars. The file contains them as text."""
+    times = select_times(record)
+    axes = times.plot.barh(figsize=(9, 1 + 0.9 * len(times)), width=0.8, xlabel="time, times the floor", ylabel="")
+    for container in axes.containers:
+        axes.bar_label(container, fmt="%.2f", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path, bbox_inches="tight", metadata={"Description": times.to_json(double_precision=6)})
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
-
-
-def describe_record(name: str, record: Record) -> str:
-    """Return the section of a record in the report."""
-    about = ", ".join(f"{fact} {record.environment.get(fact)}" for fact in FACTS)
-    objections = [f"Not to be published: {' and '.join(found)}." for found in [record.find_objections()] if found]
-    return "\n\n".join([f"## {name}", about, *objections, *list_tables(record), *map(describe_fault, record.faults)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -298,7 +274,7 @@ def run(options: argparse.Namespace) -> int:
         frames.append(load_frame(record).assign(folder=path.parent.name, file=path.stem, **about))
         sections.append(describe_record(f"{path.parent.name}/{path.stem}", record))
         if record.suite == "main-job":
-            draw(record, path.parent if options.readme else options.out / path.parent.name)
+            draw(record, (path.parent if options.readme else options.out) / "headline.png")
     results.write_text("\n\n".join(sections) + "\n", options.out / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     print(f"tables and plots in {options.out}")

@@ -37,12 +37,9 @@ class Record:
         self.faults += measured[1]
         self.write(folder)
 
-    def write(self, folder: Path) -> Path:
-        """Write the file of the suite in a folder."""
-        return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
-
-    def write_to(self, path: Path) -> Path:
-        """Write a file with one row per line."""
+    def write(self, path: Path) -> Path:
+        """Write a file, or the file of the suite in a folder, with one row per line."""
+        path = path if path.suffix else path / f"{self.suite.replace('-', '_')}.json"
         head = {name: value for name, value in vars(self).items() if name != "rows"}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)

@@ -19,17 +19,10 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
+import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import (
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from fastprefix.methods import MethodConfig
 
@@ -152,11 +145,12 @@ class Study:
         """Train, stop early, and test the best weights."""
         print(f"{name}, {rates}, seed {seed}", flush=True)
         torch.manual_seed(seed)
-        of, collate = self.settings, DataCollatorWithPadding(self.tokenizer)
+        transformers.utils.logging.disable_progress_bar()
+        of, collate = self.settings, transformers.DataCollatorWithPadding(self.tokenizer)
         model: Any = models.load_model(self.name, "classification", self.classes, self.tokenizer.pad_token_id, seed)
         prepared = prepare(self.plan["cells"][name], rates, model.to(self.device), of["head_rate"])
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
+            arguments = transformers.TrainingArguments(
                 folder, max_steps=of["steps"], per_device_train_batch_size=of["rows"], per_device_eval_batch_size=64,
                 warmup_steps=round(WARMUP * of["steps"]), seed=seed, eval_strategy="steps",
                 eval_steps=of["evaluate_every"], save_strategy="best", save_total_limit=1, save_only_model=True,
@@ -165,10 +159,10 @@ class Study:
             )  # fmt: skip
             trainer = Trainer(
                 model, arguments, collate, self.texts["train"], self.texts["dev"], compute_metrics=measure_accuracy,
-                callbacks=[EarlyStoppingCallback(of["patience"]), *([Pruner(trial)] if trial else [])],
+                callbacks=[transformers.EarlyStoppingCallback(of["patience"]), *([Pruner(trial)] if trial else [])],
                 optimizers=(torch.optim.AdamW(prepared.groups, weight_decay=0.0), None),
             )  # fmt: skip
-            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(transformers.PrinterCallback)
             trained = trainer.train()
             tested: Any = trainer.predict(self.texts["test"])
         longest = sorted(self.texts["train"], key=lambda row: len(row["input_ids"]))[-of["rows"] :]
