@@ -118,7 +118,7 @@ class Inputs:
         def call() -> Tensor:
             # On a CPU it refuses inputs that require gradients, even where none are computed.
             query = self.q if torch.is_grad_enabled() else self.q.detach()
-            return compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=groups)  # type: ignore[no-any-return]
+            return compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=groups)
 
         return call
 

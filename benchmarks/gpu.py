@@ -1,4 +1,4 @@
-"""Prefix attention on a CUDA device in one run of under nine minutes: parity, memory accesses, speed.
+"""Prefix attention on a CUDA device in one run of under nine minutes: parity, then speed.
 
     python -m benchmarks.gpu --out result.json
 
@@ -12,8 +12,6 @@ import copy
 import itertools
 import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +27,12 @@ from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase, attent
 from fastprefix.parity import measure as measure_parity
 
 from .attention import Inputs, Shape, build_dense_mask
-from .measure import ROOT, BenchmarkError, Role, Row, Work, fault, figure_row, first_line, freeze_heap, measure
+from .measure import BenchmarkError, Role, Row, Work, fault, figure_row, first_line, freeze_heap, measure
 from .report import tabulate_gpu
 from .results import Record, describe_fault, describe_times
 from .suite import DEFAULT_OUT, Problem, build_kernel_work
 
-DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, memory accesses, speed."
+DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: parity, then speed."
 CUDA = torch.device("cuda")
 SHAPES = ((32, 12, 12, 128, 128, 64), (16, 16, 16, 512, 512, 64), (8, 32, 8, 1024, 1024, 128),
           (4, 32, 8, 2048, 2048, 128), (2, 32, 8, 8192, 8192, 128))  # fmt: skip
@@ -47,7 +45,7 @@ SMALL: tuple[Case, ...] = (
     EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
     EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
 )
-"""The cases that the memory checker watches. The check of parity compiles them."""
+"""The cases of the stage "small", which is meant for compute-sanitizer and is not run by default."""
 LARGE = [
     *(AttentionCase(N=n, M=m, P=77, D=D, Hq=4) for n, m in ((113, 203), (239, 1)) for D in (64, 128)),
     *(AttentionCase(N=257, M=257, P=77, D=D, Hq=4, options={"is_causal": True}) for D in (64, 80, 128, 256)),
@@ -96,7 +94,7 @@ def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = 14) -> list[dic
     return answers
 
 
-# ---- parity and memory accesses ------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------------------------
 
 Add = Callable[[list[Row], list[Row]], None]
 
@@ -126,36 +124,15 @@ def check_case(case: Case, dtype: str, device: str = "cuda", backend: str = "tri
     return {"of bound": worst, **({"error": " and ".join(problems)} if problems else {})}
 
 
-def check_parity(add: Add, seconds: float) -> None:
-    """Check the grid of the package, and larger cases."""
-    grid = itertools.product((*SMALL, *LARGE, *attention_cases(66), *embedding_cases()), DTYPES)
-    jobs = [(check_case, *cell) for cell in grid]
+def check_parity(add: Add, seconds: float, cases: Sequence[Case]) -> None:
+    """Check cases in all types."""
+    jobs = [(check_case, *cell) for cell in itertools.product(cases, DTYPES)]
     for (_, case, dtype), answer in zip(jobs, run_jobs(jobs, seconds), strict=True):
         about = {"case": str(case), "dtype": dtype}
         if "error" in answer:
             add([], [fault(about, "triton", "parity", RuntimeError(answer["error"]))])
         else:
             add([figure_row(about, "triton", "ours", "parity", "share of the bound", answer["of bound"])], [])
-
-
-def run_small() -> None:
-    for case in SMALL:
-        run_case(case, torch.bfloat16)
-    torch.cuda.synchronize()
-
-
-def check_memory(add: Add, seconds: float) -> None:
-    """Run small cases under compute-sanitizer."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        print("sanitizer: compute-sanitizer is not installed", flush=True)
-        return
-    code = "from benchmarks import gpu; gpu.run_small()"
-    command = [tool, "--tool=memcheck", "--error-exitcode=9", sys.executable, "-c", code]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
@@ -239,17 +216,18 @@ def measure_speed(add: Add, seconds: float) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 
+GRID = (*SMALL, *LARGE, *attention_cases(66), *embedding_cases())
 STAGES: dict[str, tuple[Callable[[Add, float], None], int]] = {
-    "parity": (check_parity, 120),
-    "sanitizer": (check_memory, 60),
-    "speed": (measure_speed, 320),
+    "parity": (partial(check_parity, cases=GRID), 120),
+    "speed": (measure_speed, 380),
+    "small": (partial(check_parity, cases=SMALL), 120),
 }
 """The stages and their seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "gpu.json", help="the file of results")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["parity", "speed"])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -259,9 +237,7 @@ def run(options: argparse.Namespace) -> int:
     freeze_heap()
     record = Record.start("gpu", CUDA, False, seconds=dict[str, float]())
 
-    def add(rows: list[Row], faults: list[Row]) -> None:
-        record.add((rows, faults), options.out)
-
+    add = partial(record.add, path=options.out)
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()
         try:

@@ -80,21 +80,15 @@ class Trainee:
     def __init__(self, prepared: Prepared, subject: Subject) -> None:
         self.prepared, self.model, self.subject = prepared, prepared.model, subject
         self.batches, self.held_out = itertools.cycle(subject.train), itertools.cycle(subject.held_out)
-        self.losses: dict[str, list[Tensor]] = {FORWARD: [], BOTH: []}
+        self.losses: list[Tensor] = []  # on held-out text
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
-
-    def run_forward(self, batch: Batch, direction: str) -> Tensor:
-        """Return the loss."""
-        loss: Tensor = self.model(**batch).loss
-        self.losses[direction].append(loss.detach())
-        return loss
 
     def run_both(self, batch: Batch) -> None:
         """Run forward and backward."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        self.run_forward(batch, BOTH).backward()
+        self.model(**batch).loss.backward()
 
     def train(self) -> float:
         """Do a training step. The seconds are those of forward + backward, for all peers use the same optimizer."""
@@ -107,19 +101,18 @@ class Trainee:
     def evaluate(self) -> None:
         """Do a forward pass over one held-out batch."""
         self.model.eval()
-        self.run_forward(next(self.held_out), FORWARD)
+        self.losses.append(self.model(**next(self.held_out)).loss)
 
     def list_rows(self, row: Callable[..., Row]) -> list[Row]:
-        """Return the losses and the number of trained parameters."""
-        losses, passes = torch.stack(self.losses[BOTH]).tolist(), len(self.subject.held_out)
+        """Return the losses on held-out text and the number of trained parameters."""
+        passes, steps = len(self.subject.held_out), len(self.subject.train)
         for _ in range(passes):
             self.evaluate()
-        parts = self.losses[FORWARD][:passes], self.losses[FORWARD][-passes:]
+        parts = self.losses[:passes], self.losses[-passes:]
         held_out = [torch.stack(part).mean().item() for part in parts]
         return [
             row("training", "parameters", self.prepared.count_trainable()),
-            row("training", "loss", losses[-1], samples=losses),
-            row("held out", "loss", held_out[-1], samples=held_out, steps=[0, len(losses)]),
+            row("held out", "loss", held_out[-1], samples=held_out, steps=[0, steps]),
         ]
 
 
@@ -168,13 +161,12 @@ def run(options: argparse.Namespace) -> int:
     if busy := find_busyness(facts):
         print(f"warning {busy}: measure again before you believe this", flush=True)
     for subject in subjects:
-        of_kind = list_peers(subject.kind, TOKENS, subject.train[0]["input_ids"].shape[1], SHORT)
-        peers = [of_kind[name] for name in PEERS if name in of_kind]
+        peers = list_peers(PEERS, subject.kind, TOKENS, subject.train[0]["input_ids"].shape[1], SHORT)
         tokens = sum(float(batch["attention_mask"].sum()) for batch in subject.train) / steps  # no padding, no prompts
         record.settings["models"][subject.title] = {"description": subject.describe(), "tokens_per_step": tokens}
         measured = compare_peers(subject, peers, options.seed)
         record.settings["seconds"] = time.perf_counter() - start
-        record.add(measured, options.out)
+        record.add(*measured, options.out)
         table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
         print(f"\n**{subject.title}**: {subject.describe()}\n\n{table}", flush=True)
     report.draw(record, options.out / "main_job.png")

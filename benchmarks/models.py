@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .measure import BenchmarkError, explain
 
@@ -39,9 +39,7 @@ SIZES = {
 }
 
 
-def configure(
-    kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2
-) -> transformers.PretrainedConfig:
+def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2) -> PretrainedConfig:
     """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model)."""
     shared: dict[str, Any] = {
         "vocab_size": size.vocabulary,
@@ -73,9 +71,7 @@ def configure(
     )
 
 
-def build(
-    kind: TaskKind, config: transformers.PretrainedConfig, device: torch.device, seed: int = 0
-) -> PreTrainedModel:
+def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
     """Build a model with random weights."""
     torch.manual_seed(seed)
     return place(AUTO[kind].from_config(config), device)
@@ -103,10 +99,10 @@ def find_kind(name: str) -> TaskKind:
     return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token."""
     with explain(f"--model {name}, tokenizer"):
-        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
         raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

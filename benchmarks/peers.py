@@ -1,7 +1,7 @@
 """Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -149,6 +149,10 @@ class EagerPrompt(nn.Module):
         self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes[method]])
         self.to(device=model.device, dtype=model.dtype)
 
+    @classmethod
+    def prepare(cls, model: PreTrainedModel, **options: Any) -> Prepared:
+        return Prepared(cls(model, **options))
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
         """Return the output of the model; its loss is that of the caller's tokens."""
         rows = self.embed(input_ids, self.model.get_input_embeddings().weight, self.prompt, *self.offset)
@@ -157,12 +161,10 @@ class EagerPrompt(nn.Module):
         return self.model(inputs_embeds=rows, attention_mask=F.pad(attention_mask, front, value=1), labels=labels)
 
 
-def run_eagerly(model: PreTrainedModel, **options: Any) -> Prepared:
-    return Prepared(EagerPrompt(model, **options))
-
-
-def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = None) -> dict[str, ModelPeer]:
-    """Return all peers whose packages are installed, by name. DePT and ADePT have ``short`` prompt tokens, if given."""
+def list_peers(
+    names: Iterable[str], kind: TaskKind, tokens: int, length: int, short: int | None = None
+) -> list[ModelPeer]:
+    """Return the named peers whose packages are installed. DePT and ADePT have ``short`` prompt tokens, if given."""
     prompts: dict[str, Callable[..., MethodConfig]] = {
         "PT": partial(fastprefix.PromptTuningConfig, tokens),
         "DePT": partial(fastprefix.DePTConfig, short or tokens, rank=DEPT_RANK, max_length=length),
@@ -176,7 +178,7 @@ def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = Non
     theirs: dict[str, Prepare] = {}
     for name, make in prompts.items():
         ours |= {name: partial(attach, config=make()), f"{name} merged": partial(merge, config=make())}
-        theirs[f"{name}, eager"] = partial(run_eagerly, method=name, tokens=tokens, length=length)
+        theirs[f"{name}, eager"] = partial(EagerPrompt.prepare, method=name, tokens=tokens, length=length)
     if find_version("peft"):
         wrap = partial(wrap_with_peft, kind=kind, tokens=tokens)
         theirs["PEFT PT"] = partial(wrap, config="PromptTuningConfig", rate=PROMPT_RATE)
@@ -184,4 +186,5 @@ def list_peers(kind: TaskKind, tokens: int, length: int, short: int | None = Non
     if find_version("adapters"):
         theirs["adapters prefix tuning"] = partial(tune_with_adapters, tokens=tokens)
     roles: dict[Role, dict[str, Prepare]] = {"floor": {FLOOR: freeze}, "ours": ours, "theirs": theirs}
-    return {name: ModelPeer(name, role, how) for role, of in roles.items() for name, how in of.items()}
+    peers = {name: ModelPeer(name, role, how) for role, of in roles.items() for name, how in of.items()}
+    return [peers[name] for name in names if name in peers]

@@ -31,11 +31,11 @@ class Record:
         """Begin a record of this machine."""
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
-    def add(self, measured: tuple[Iterable[Row], Iterable[Row]], folder: Path) -> None:
+    def add(self, rows: Iterable[Row], faults: Iterable[Row], path: Path) -> None:
         """Add rows and faults, and write the file."""
-        self.rows += measured[0]
-        self.faults += measured[1]
-        self.write(folder)
+        self.rows += rows
+        self.faults += faults
+        self.write(path)
 
     def write(self, path: Path) -> Path:
         """Write a file, or the file of the suite in a folder, with one row per line."""

@@ -59,9 +59,8 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
     batch = models.draw_batch("causal_lm", size, size.length, device)
     for S in options.prompt:
-        peers = list_peers("causal_lm", S, size.length + DECODED)
-        chosen = [peers[name] for name in PEERS if name in peers]
-        yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in chosen}
+        peers = list_peers(PEERS, "causal_lm", S, size.length + DECODED)
+        yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

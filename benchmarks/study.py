@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -22,6 +22,7 @@ import torch
 import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from optuna.storages.journal import JournalFileBackend
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from fastprefix.methods import MethodConfig
@@ -85,7 +86,8 @@ class Study:
         self.texts = {part: self.encode(rows) for part, rows in parts.items()}
         versions = [find_version(package) for package in ("fastprefix", "torch", "transformers")]
         texts = [part.to_dict() for part in self.texts.values()]
-        self.subject = Hasher.hash([options.model, texts, versions, self.settings, device.type])
+        shared = {**self.settings, "seeds": None}  # more seeds continue a study
+        self.subject = Hasher.hash([options.model, texts, versions, shared, device.type])
         about: Row = {"data": options.data, "model": options.model, "subject": self.subject, **self.settings}
         about["introduction"] = "\n".join(f"{name:14}  {value}" for name, value in about.items())
         self.record = Record.start("study", device, options.quick, **about)
@@ -117,7 +119,7 @@ class Study:
         cell, file = self.plan["cells"][name], str(self.out / "search.log")
         search = optuna.create_study(
             study_name=Hasher.hash([cell, self.subject]),
-            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(file)),
+            storage=optuna.storages.JournalStorage(JournalFileBackend(file)),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=2, reduction_factor=2),
             direction="maximize",
             load_if_exists=True,
@@ -146,7 +148,7 @@ class Study:
         print(f"{name}, {rates}, seed {seed}", flush=True)
         torch.manual_seed(seed)
         transformers.utils.logging.disable_progress_bar()
-        of, collate = self.settings, transformers.DataCollatorWithPadding(self.tokenizer)
+        of, collate = self.settings, cast(Any, transformers.DataCollatorWithPadding(self.tokenizer))
         model: Any = models.load_model(self.name, "classification", self.classes, self.tokenizer.pad_token_id, seed)
         prepared = prepare(self.plan["cells"][name], rates, model.to(self.device), of["head_rate"])
         with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +168,7 @@ class Study:
             trained = trainer.train()
             tested: Any = trainer.predict(self.texts["test"])
         longest = sorted(self.texts["train"], key=lambda row: len(row["input_ids"]))[-of["rows"] :]
-        batch: Any = collate(longest).to(self.device)
+        batch = collate(longest).to(self.device)
         evaluations = sum(entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history)
         return {
             "dev_accuracy": trainer.state.best_metric, "best_step": trainer.state.best_global_step,
@@ -179,13 +181,11 @@ class Study:
 
 def load_texts(options: argparse.Namespace, most: dict[str, int]) -> dict[str, Dataset]:
     """Return the three parts. Parts without a file are split off from the training file."""
-    parts = {"train": data.read_rows("--data", options.data, options)}
-    if "label" not in parts["train"].column_names:
-        raise BenchmarkError(f"--data {options.data}: name the column of the labels with --label-column")
-    parts["train"] = parts["train"].class_encode_column("label")
+    train = data.read_rows("--data", options.data, options)
+    if "label" not in train.column_names or len(set(train["label"])) < 2:
+        raise BenchmarkError(f"--data {options.data}: two or more classes are needed, in the column of --label-column")
+    parts = {"train": train.class_encode_column("label")}
     label = parts["train"].features["label"]
-    if label.num_classes < 2:
-        raise BenchmarkError(f"--data {options.data}: two or more classes are needed, got {label.names}")
     for part in ("dev", "test"):
         with explain(f"--{part}"):  # too few texts to split some off, or a label that the training texts do not have
             if path := getattr(options, part):
@@ -233,10 +233,12 @@ def run(options: argparse.Namespace) -> int:
 
 def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
     """Return the cells on the texts of the last command, and differences of cells seed by seed."""
-    subject = record.settings.get("subject", record.rows[0]["subject"])
-    chosen = [row for row in record.rows if row["subject"] == subject and "search" not in row["kind"]]
+    subject = record.settings.get("subject")
+    chosen = [row for row in record.rows if subject in (None, row["subject"]) and "search" not in row["kind"]]
+    if not chosen:
+        return []
     names = [row["method"] + (f" ({row['config']['num_virtual_tokens']})" if row["config"] else "") for row in chosen]
-    frame, rows = pd.DataFrame(chosen).assign(name=names), []
+    frame, rows = pd.DataFrame(chosen).assign(name=names).drop_duplicates(["kind", "name", "seed"], keep="last"), []
     frame = frame.assign(test=100 * frame.test_accuracy, dev=100 * frame.dev_accuracy)
     for (_, name), runs in frame.groupby(["kind", "name"], sort=False):
         rates = ", ".join(f"{kind} {rate:.2g}" for kind, rate in runs.rates.iloc[0].items() if rate is not None)
@@ -247,14 +249,13 @@ def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
         ])  # fmt: skip
     header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "ms a step", "peak MB")
     # Seed by seed: the same batches in the same order, and the same head at the start.
-    scores, differences = frame[frame.kind == "table"].pivot(index="seed", columns="method", values="test"), []
+    scores, differences = frame[frame.kind == "table"].pivot_table("test", "seed", "method", "last"), []
     for above, below in compared:
         if above in scores and below in scores:
             each = (scores[above] - scores[below]).dropna().to_numpy()
             means = np.random.default_rng(0).choice(each, (10_000, len(each))).mean(1)
-            interval = (
-                "{:+.1f} to {:+.1f}".format(*np.quantile(means, (0.025, 0.975))) if len(each) > FEW_SEEDS else "-"
-            )
+            low, high = np.quantile(means, (0.025, 0.975))
+            interval = f"{low:+.1f} to {high:+.1f}" if len(each) > FEW_SEEDS else "-"
             seeds = ", ".join(f"{difference:+.1f}" for difference in each)
             differences.append([f"{above} - {below}", f"{each.mean():+.1f}", interval, seeds])
     return [Table(header, rows), Table(("difference of test %", "mean", "95 %", "of each seed"), differences)]

@@ -25,14 +25,14 @@ WARMUP = {"cpu": 1, "cuda": 5}
 
 
 def add_common(
-    parser: argparse.ArgumentParser, rounds: int | None = None, seconds: float = 0.0, dtypes: Sequence[str] = ()
+    parser: argparse.ArgumentParser, rounds: int = 0, seconds: float = 0, dtypes: Sequence[str] = ()
 ) -> None:
     """Add the options of every suite, with ``rounds`` those of ``run_suite``, and with ``dtypes`` those of kernels."""
     parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the results")
-    if rounds is not None:
+    if rounds:
         parser.add_argument("--rounds", type=positive, default=rounds, help=f"at least (default: {rounds})")
         parser.add_argument("--seconds", type=float, default=seconds, help="more rounds as long as there is time")
     if dtypes:
@@ -104,6 +104,6 @@ def run_suite(
     for case, works in list_problems(options, device):
         numbers = partial(count_until, seconds, least=rounds, warmup=warmup)
         measured = measure(case, works, device, numbers, warmup=warmup)
-        record.add(measured, options.out)
+        record.add(*measured, options.out)
         print(describe_times(measured[0]), flush=True)
     return record.conclude(options.out)

@@ -17,8 +17,6 @@ from .peers import FLOOR, list_peers
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
 DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
-
-
 # The vocabulary, which only ADePT would change, is smaller than the published one.
 SIZE = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
 QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
@@ -26,10 +24,8 @@ KINDS: dict[str, TaskKind] = {"BERT-base": "classification", "Llama, 12 x 768": 
 PLACES = [(128, 100), (64, 100), (256, 100), (128, 10), (128, 50), (128, 200)]
 """Tokens of the input and of the prefix. Tables show the first pair."""
 QUICK_PLACES = [(16, 4), (24, 4)]
-PEERS = (
-    *(FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PT, eager", "DePT, eager", "ADePT, eager", "PEFT PT"),
-    *("PEFT prefix tuning", "adapters prefix tuning"),
-)
+OURS = ("PT", "DePT", "ADePT", "prefix tuning", "APT")
+THEIRS = ("PT, eager", "DePT, eager", "ADePT, eager", "PEFT PT", "PEFT prefix tuning", "adapters prefix tuning")
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
@@ -40,16 +36,15 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
         dtype = str(base.dtype).removeprefix("torch.")
         for N, P in QUICK_PLACES if options.quick else PLACES:
             batch = models.draw_batch(kind, size, N, device)
-            peers = list_peers(kind, P, N)
-            chosen = [peers[peer] for peer in options.peers if peer in peers]
+            peers = list_peers(options.peers, kind, P, N)
             case = {"model": name, "N": N, "P": P, "rows": size.rows, "dtype": dtype}
-            yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in chosen}
+            yield case, {p.name: build_model_work(p.role, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=3)
     parser.add_argument("--rows", type=positive, default=4, help="in a batch (default: 4)")
-    parser.add_argument("--peers", nargs="+", default=PEERS, metavar="NAME", help=f"default: {', '.join(PEERS)}")
+    parser.add_argument("--peers", nargs="+", default=[FLOOR, *OURS, *THEIRS], metavar="NAME")
 
 
 def run(options: argparse.Namespace) -> int:
