@@ -86,10 +86,8 @@ def embed_adept(ids: Tensor, weight: Tensor, prompt: Tensor, *network: Tensor) -
 EAGER: dict[str, Callable[..., Tensor]] = {"PT": embed_pt, "DePT": embed_dept, "ADePT": embed_adept}
 
 
-@functools.cache
-def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function once for all settings."""
-    return torch.compile(function, dynamic=True)
+compile_once = functools.cache(lambda function: torch.compile(function, dynamic=True))
+"""Compile a function once for all settings."""
 
 
 def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[int, dict[str, Work]]:

@@ -163,7 +163,7 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
         return build_kernel_work(role, call, () if shape.N == 1 else leaves, inputs.grad)  # decoding has no backward
 
     def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
-        return sdpa_kernel(SDPBackend[f"{name.upper()}_ATTENTION"])(call)
+        return sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))(call)
 
     works = {"fused": build("ours", inputs.run_fused)}
     for name in SDPA:

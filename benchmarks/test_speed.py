@@ -1,7 +1,6 @@
 """A few cases for pytest-benchmark, to compare runs with its tools: ``pytest benchmarks --benchmark-only``.
 
-Nothing here fails for being slow, and ``make test`` does not collect it. Peers run one after another and not in turns,
-so published figures come from ``python -m benchmarks``.
+Peers run one after another and not in turns, so published figures come from ``python -m benchmarks``.
 """
 
 from typing import Any

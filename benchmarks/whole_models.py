@@ -1,9 +1,7 @@
 """Whole models at their published shapes: every method and its peers, over lengths of input and prefix.
 
-All of them are measured in turns on one frozen model with random weights: the floor, the methods of this package, PT,
-DePT and ADePT like their authors' code (eager), PEFT's prompt and prefix tuning, and AdapterHub's prefix tuning.
-AdapterHub's package needs an older transformers, so it is measured with ``--peers`` in a separate environment, where
-only its ratios to the floor can be compared.
+All of them are measured in turns on one frozen model with random weights. AdapterHub's package needs an older
+transformers, so it is measured in an environment of its own, where only ratios to the floor can be compared.
 """
 
 import argparse
