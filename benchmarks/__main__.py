@@ -24,7 +24,10 @@ def main(arguments: Sequence[str]) -> int:
     suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
     if name not in SUITES:
         parser.error(f"unknown suite {name!r}; the suites are {', '.join(SUITES)}")
-    suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    try:
+        suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    except ModuleNotFoundError as error:
+        parser.error(f"{name} needs the package {error.name}, of the extras of pyproject.toml")
     suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
     if name not in arguments[:1] and not {"-h", "--help"} & set(arguments):
         arguments = [name, *arguments]
