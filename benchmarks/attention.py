@@ -111,8 +111,11 @@ class Inputs:
         """Return concatenation with FlexAttention, compiled for this shape."""
         N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            visible = lambda b, h, i, j: j <= i + columns - N  # noqa: E731
-            mask = create_block_mask(visible, None, None, N, columns, str(self.q.device))
+
+            def is_visible(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return j <= i + columns - N
+
+            mask = create_block_mask(is_visible, None, None, N, columns, str(self.q.device))
         compiled, groups = torch.compile(flex_attention, dynamic=False), self.shape.Hq != self.shape.Hkv
 
         def call() -> Tensor:

@@ -216,9 +216,8 @@ def measure_speed(add: Add, seconds: float) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 
-GRID = (*SMALL, *LARGE, *attention_cases(66), *embedding_cases())
 STAGES: dict[str, tuple[Callable[[Add, float], None], int]] = {
-    "parity": (partial(check_parity, cases=GRID), 120),
+    "parity": (partial(check_parity, cases=(*SMALL, *LARGE, *attention_cases(66), *embedding_cases())), 120),
     "speed": (measure_speed, 380),
     "small": (partial(check_parity, cases=SMALL), 120),
 }

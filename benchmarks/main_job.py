@@ -5,9 +5,8 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from . import data, models, report
 from .data import Batch
-from .measure import Row, Work, fault, figure_row, find_busyness, measure, time_call
+from .measure import BenchmarkError, Row, Work, fault, figure_row, find_busyness, measure, time_call
 from .models import TaskKind
 from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
 from .report import BOTH, FORWARD
@@ -37,8 +36,7 @@ STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
 """The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """Hold a frozen model on its device, the batches of every training step, and a few that no peer trains on."""
 
     title: str
@@ -62,6 +60,8 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
     size, classes = models.SIZES["quick" if options.quick else device.type], len(data.list_classes(corpus))
     if name := options.model:
         kind, words = models.find_kind(name), models.load_tokenizer(name)
+        if kind == "classification" and not classes:
+            raise BenchmarkError(f"--model {name} classifies, and the text has no column of labels (--label-column)")
         model = models.place(models.load_model(name, kind, classes, words.pad_token_id, options.seed), device)
         return [Subject(name, kind, model, *data.build_task(kind, corpus, words, size, steps, device, options.seed))]
     words = data.train_tokenizer(list(corpus["train"]["text"]), size.vocabulary)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,7 @@ class Prepared:
 Prepare = Callable[[PreTrainedModel], Prepared]
 
 
-@dataclass(frozen=True)
-class ModelPeer:
+class ModelPeer(NamedTuple):
     """Prepare a model, which may be changed, for training in one way."""
 
     name: str

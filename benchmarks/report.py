@@ -32,10 +32,8 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
-        rows = [row + [""] * (len(self.header) - len(row)) for row in self.rows]  # a failure has fewer cells
-        align = ("left", *["right"] * (len(self.header) - 1))
-        options = {"tablefmt": "pipe", "disable_numparse": True, "colalign": align if rows else None}
-        return str(tabulate(rows, self.header, **options))
+        align = ("left", *["right"] * (len(self.header) - 1)) if self.rows else None
+        return str(tabulate(self.rows, self.header, tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
