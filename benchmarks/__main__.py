@@ -10,15 +10,9 @@ from .suite import QUICK_NOTE
 
 SUITES = {
     "main": "main_job",
-    "attention": "attention",
-    "embedding": "embedding",
-    "shared-prompt": "shared_prompt",
     "models": "whole_models",
-    "adapterhub": "adapterhub",
-    "gpu": "gpu",
-    "study": "study",
-    "compare": "compare",
-    "report": "report",
+    "shared-prompt": "shared_prompt",
+    **{name: name for name in ("attention", "embedding", "gpu", "study", "compare", "report")},
 }
 """The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
 
@@ -30,10 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
     if name not in SUITES:
         parser.error(f"unknown suite {name!r}; the suites are {', '.join(SUITES)}")
-    suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    try:
+        suite = importlib.import_module(f".{SUITES[name]}", __package__)
+    except ModuleNotFoundError as error:
+        parser.error(f"{name} needs the package {error.name}, of the extras of pyproject.toml")
     suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
-    if name == "main" and "main" not in arguments[:1] and not {"-h", "--help"} & set(arguments):
-        arguments = ["main", *arguments]
+    if name not in arguments[:1] and not {"-h", "--help"} & set(arguments):
+        arguments = [name, *arguments]
     options = parser.parse_args(arguments)
     try:
         status: int = suite.run(options)

@@ -19,8 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from .measure import BenchmarkError, Work
-from .results import Record
-from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
+from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
@@ -56,13 +55,7 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        causal: bool,
-        device: torch.device,
-        dropout_p: float = 0.0,
-        gate: str = "row",
+        self, shape: Shape, dtype: Any, causal: bool, device: Any, dropout_p: float = 0.0, gate: str = "row"
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
@@ -118,18 +111,17 @@ class Inputs:
         """Return concatenation with FlexAttention, compiled for this shape."""
         N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
-            mask = create_block_mask(
-                lambda b, h, i, j: j <= i + columns - N, None, None, N, columns, str(self.q.device)
-            )
-        compiled = torch.compile(flex_attention, dynamic=False)
+
+            def is_visible(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return j <= i + columns - N
+
+            mask = create_block_mask(is_visible, None, None, N, columns, str(self.q.device))
+        compiled, groups = torch.compile(flex_attention, dynamic=False), self.shape.Hq != self.shape.Hkv
 
         def call() -> Tensor:
             # On a CPU it refuses inputs that require gradients, even where none are computed.
             query = self.q if torch.is_grad_enabled() else self.q.detach()
-            output: Tensor = compiled(
-                query, *self.concatenate(), block_mask=mask, enable_gqa=self.shape.Hq != self.shape.Hkv
-            )
-            return output
+            return compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=groups)
 
         return call
 
@@ -169,7 +161,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_kernel_options(parser, dtypes=["float32", "bfloat16"])
+    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
 
@@ -177,7 +169,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
-    device = set_up(options)
     suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
-    record = Record.start(suite, device, options.quick, **settings)
-    return run_kernels(record, list_problems(options, device), options, device)
+    return run_suite(suite, list_problems, options, **settings)

@@ -1,12 +1,15 @@
 """Text and its batches: Python's documentation, a local file, or a data set of the Hugging Face hub."""
 
+import argparse
 import csv
-from dataclasses import dataclass
+import json
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import tokenizers
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -17,51 +20,24 @@ from .models import Size, TaskKind
 disable_progress_bars()
 
 Batch = dict[str, Tensor]
-TEXT_COLUMNS = ("text", "sentence", "passage", "content", "document", "sentence1", "question", "premise")
-LABEL_COLUMNS = ("label", "labels", "class", "topic", "category")
+COLUMNS = {
+    "text": ("text", "sentence", "passage", "content", "document", "sentence1", "question", "premise"),
+    "label": ("label", "labels", "class", "topic", "category"),
+}
+"""The usual names of columns."""
 HELD_OUT = 0.1  # of the passages
 HELD_OUT_BATCHES = 4
 MOST_ROWS = 20_000  # of a data set: more than any of these short runs reads
 MOST_CLASSES = 200  # more distinct values are not class labels
 LONGEST_PASSAGE = 500  # characters
-TOPICS = {
-    "literals and formatting": "strings numbers integers floating imaginary identifiers id-classes formatstrings",
-    "data model": "objects types specialnames customization attribute-access callable-types sequence-types "
-    "numeric-types context-managers",
-    "execution and debugging": "execmodel naming dynamic-features exceptions debugger",
-    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
-    "comparisons conversions dict exprlists in lambda lists operator-summary power shifting slicings subscriptions "
-    "unary",
-    "statements": "assert assignment augassign break continue del global import nonlocal pass raise return yield "
-    "compound async class else for function if try while with",
-    "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects specialattrs "
-    "string-methods truth typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable",
-}
-"""Topics of Python's documentation by the part of the manuals that they were taken from."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Hold passages in the column "text" and, if there are ``classes``, their numbers in the column "label"."""
-
-    name: str
-    train: Dataset
-    held_out: Dataset
-    classes: list[str]
-
-    def describe(self) -> str:
-        """Return the name and the counts."""
-        classes = f"{len(self.classes)} classes" if self.classes else "no labels"
-        return f"{self.name}: {len(self.train):,} passages to train on, {len(self.held_out):,} held out, {classes}"
+TOPICS = Path(__file__).parent / "python_topics.json"  # of Python's documentation, by the part of the manuals
 
 
 def read_python_documentation() -> Dataset:
     """Read the documentation that every interpreter contains. A paragraph of several topics counts once."""
-    from pydoc_data.topics import topics
-
-    texts, labels, seen = list[str](), list[str](), set[str]()
-    for label, names in TOPICS.items():
-        for name in names.split():
+    rows, seen = list[dict[str, str]](), set[str]()
+    for label, names in json.loads(TOPICS.read_text(encoding="utf-8")).items():
+        for name in names:
             passage = ""
             for paragraph in topics.get(name, "").split("\n\n"):  # interpreters differ in their topics
                 key = " ".join(paragraph.split())
@@ -69,71 +45,80 @@ def read_python_documentation() -> Dataset:
                     continue
                 seen.add(key)
                 if passage and len(passage) + len(paragraph) > LONGEST_PASSAGE:
-                    texts.append(passage)
+                    rows.append({"text": passage, "label": label})
                     passage = ""
                 passage += ("\n\n" if passage else "") + paragraph.strip("\n")
-            texts += [passage] if passage else []
-            labels += [label] * (len(texts) - len(labels))
-    return Dataset.from_dict({"text": texts, "label": labels})
+            rows += [{"text": passage, "label": label}] if passage else []
+    return Dataset.from_list(rows)
 
 
-def read_file(path: Path, option: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
-    """Read a tab-separated file with a header line or a JSON-lines file. ``option`` names it in errors."""
-    if path.suffix not in (".tsv", ".jsonl", ".json"):
-        raise BenchmarkError(f"{option} {path}: must be a .tsv file with a header line or a .jsonl file")
-    # Quotes are ordinary characters.
-    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    builder = "csv" if path.suffix == ".tsv" else "json"
-    with explain(f"{option} {path}"):
-        rows = load_dataset(builder, data_files=str(path), split="train", **options)
-    return choose_columns(path.name, rows, text_column, label_column)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the text."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
+    source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="text from a data set of the Hugging Face hub")
+    add_columns(parser)
 
 
-def read_hub(name: str, text_column: str | None = None, label_column: str | None = None) -> Dataset:
-    """Read the train split of ``NAME``, ``NAME/CONFIG``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG``."""
-    path, _, config = name.rpartition("/")
-    with explain(f"--dataset {name}"):
-        try:
-            rows = load_dataset(name, split="train")
-        except Exception:
-            if not path:
-                raise
-            rows = load_dataset(path, config, split="train")
-    return choose_columns(name, rows, text_column, label_column)
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name columns."""
+    for kind in COLUMNS:
+        parser.add_argument(f"--{kind}-column", metavar="NAME", help="default: guessed")
 
 
-def choose_columns(name: str, rows: Dataset, text: str | None, label: str | None) -> Dataset:
-    """Return the rows that have text, with the columns "text" and, if there are labels, "label"."""
+def read_corpus(options: argparse.Namespace) -> tuple[str, DatasetDict]:
+    """Return the name and the two parts of the text."""
+    if source := options.data or options.dataset:
+        option = "--data" if options.data else "--dataset"
+        return str(source), split_rows(str(source), read_rows(option, source, options), options.seed)
+    name = "Python documentation (pydoc_data.topics)"
+    return name, split_rows(name, read_python_documentation(), options.seed)
+
+
+def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> Dataset:
+    """Return texts and labels, if there are any, in the columns "text" and "label". ``option`` is named in errors.
+
+    A path is a tab-separated file with a header line or a JSON-lines file, a name a data set of the hub.
+    """
+    if isinstance(source, str):
+        name, _, config = source.partition(":")
+        arguments: dict[str, Any] = {"path": name, "name": config or None}
+    elif source.suffix == ".tsv":  # in which quotes are ordinary characters
+        arguments = {"path": "csv", "data_files": str(source), "delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    elif source.suffix in (".jsonl", ".json"):
+        arguments = {"path": "json", "data_files": str(source)}
+    else:
+        raise BenchmarkError(f"{option} {source}: must be a .tsv file with a header line or a .jsonl file")
+    with explain(f"{option} {source}"):
+        rows = load_dataset(**arguments, split="train")
     columns = rows.column_names
-    text = text or next((column for column in TEXT_COLUMNS if column in columns), None)
-    if text not in columns:
-        raise BenchmarkError(f"{name}: name the column of the text with --text-column; there are {columns}")
-    if label is not None and label not in columns:
-        raise BenchmarkError(f"{name}: no column {label!r} for --label-column; there are {columns}")
-    label = label or next((column for column in LABEL_COLUMNS if column in columns), None)
-    chosen = [i for i, passage in enumerate(rows[text]) if str(passage).strip()]
-    columns_of = {"text": text} | ({"label": label} if label else {})
-    return Dataset.from_dict({name: [str(rows[column][i]) for i in chosen] for name, column in columns_of.items()})
+    chosen: dict[str, str] = {}
+    for kind, usual in COLUMNS.items():
+        named = getattr(options, f"{kind}_column")
+        found = [name for name in ((named,) if named else usual) if name in columns]
+        if not found and (named or kind == "text"):
+            raise BenchmarkError(f"{option} {source}: name a column with --{kind}-column: {', '.join(columns)}")
+        chosen |= {found[0]: kind} if found else {}
+    frame = rows.to_pandas()[list(chosen)].rename(columns=chosen).dropna().astype(str)
+    return Dataset.from_pandas(frame[frame.text.str.strip() != ""], preserve_index=False)
 
 
-def build_corpus(name: str, rows: Dataset, seed: int) -> Corpus:
-    """Split rows into a part to train on and a part held out, and number their classes."""
+def split_rows(name: str, rows: Dataset, seed: int) -> DatasetDict:
+    """Split rows into a part to train on and a held-out part, named "test", and number their labels."""
     if len(rows) < 2:
         raise BenchmarkError(f"{name}: at least two passages of text are needed")
-    rows, classes = number_labels(name, rows.select(range(min(len(rows), MOST_ROWS))))
-    parts = rows.train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
-    return Corpus(name, parts["train"], parts["test"], classes)
+    rows = rows.select(range(min(len(rows), MOST_ROWS)))
+    if "label" in rows.column_names:
+        rows = rows.class_encode_column("label")
+        if rows.features["label"].num_classes > MOST_CLASSES:
+            raise BenchmarkError(f"{name}: more than {MOST_CLASSES} distinct labels: not a class label")
+    return rows.train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
 
 
-def number_labels(name: str, rows: Dataset) -> tuple[Dataset, list[str]]:
-    """Replace the labels by their numbers, and return the classes. Rows without labels have none."""
-    if "label" not in rows.column_names:
-        return rows, []
-    rows = rows.class_encode_column("label")
-    classes = rows.features["label"].names
-    if len(classes) > MOST_CLASSES:
-        raise BenchmarkError(f"{name}: {len(classes)} distinct labels, more than {MOST_CLASSES}: not a class label")
-    return rows, classes
+def list_classes(corpus: DatasetDict) -> list[str]:
+    """Return the classes of the labels. Text without labels has none."""
+    features = corpus["train"].features
+    return list(features["label"].names) if "label" in features else []
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -144,41 +129,20 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token=special[0], eos_token=special[1])
 
 
-@dataclass(frozen=True)
-class Task:
-    """Hold the batches of every training step, the same for all peers, and a few that no peer trains on."""
-
-    kind: TaskKind
-    train: list[Batch]
-    held_out: list[Batch]
-
-    def describe(self) -> str:
-        """Return the kind and the sizes."""
-        rows, length = self.train[0]["input_ids"].shape
-        kind = {"causal_lm": "language modelling", "classification": "classification of passages"}[self.kind]
-        return f"{kind}, {rows} x {length} tokens, {len(self.train)} steps"
-
-    def tokens_per_step(self) -> float:
-        """Return the mean number of tokens of text in a training batch, without padding and prompts."""
-        return sum(float(batch["attention_mask"].sum()) for batch in self.train) / len(self.train)
-
-
 def build_task(
     kind: TaskKind,
-    corpus: Corpus,
+    corpus: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     size: Size,
     steps: int,
     device: torch.device,
     seed: int,
-) -> Task:
-    """Encode a corpus and draw the batches."""
-    if kind == "classification" and not corpus.classes:
-        raise BenchmarkError(f"{corpus.name}: no column of labels, so nothing to classify")
-    make = cut_blocks if kind == "causal_lm" else pad_passages
-    train, held_out = (make(part, tokenizer, size.length) for part in (corpus.train, corpus.held_out))
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches of every training step, the same for all peers, and a few that no peer trains on."""
+    encode = cut_blocks if kind == "causal_lm" else pad_passages
+    train, held_out = (encode(corpus[part], tokenizer, size.length) for part in ("train", "test"))
     if not (len(train["labels"]) and len(held_out["labels"])):
-        raise BenchmarkError(f"{corpus.name}: too little text for rows of {size.length} tokens")
+        raise BenchmarkError(f"too little text for rows of {size.length} tokens")
     generator, count = torch.Generator().manual_seed(seed), steps * size.rows
     order = RandomSampler(train["labels"], num_samples=count, generator=generator)  # an epoch after another
     chosen = torch.tensor(list(order)).split(size.rows)
@@ -188,7 +152,7 @@ def build_task(
     def take(rows: Batch, of_batch: tuple[Tensor, ...]) -> list[Batch]:
         return [{name: tensor[part].to(device) for name, tensor in rows.items()} for part in of_batch]
 
-    return Task(kind, take(train, chosen), take(held_out, parts))
+    return take(train, chosen), take(held_out, parts)
 
 
 def cut_blocks(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:

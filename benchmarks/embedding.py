@@ -20,8 +20,7 @@ from torch.nn import functional as F
 import fastprefix
 
 from .measure import Role, Work
-from .results import Record
-from .suite import DTYPES, Problem, add_kernel_options, build_kernel_work, run_kernels, set_up
+from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
@@ -69,70 +68,58 @@ def add_offset(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
     return rows + (F.relu(rows @ w1 + b1) @ w2 + b2)
 
 
-def prepend_prompt(prompt: Tensor, rows: Tensor) -> Tensor:
-    return torch.cat([prompt.expand(rows.shape[0], -1, -1), rows], 1)
-
-
 def embed_pt(ids: Tensor, weight: Tensor, prompt: Tensor) -> Tensor:
     """Run prompt tuning as it is usually written."""
-    return prepend_prompt(prompt, F.embedding(ids, weight))
+    return torch.cat([prompt.expand(len(ids), -1, -1), F.embedding(ids, weight)], 1)
 
 
 def embed_dept(ids: Tensor, weight: Tensor, prompt: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Run DePT like the authors' code."""
-    return prepend_prompt(prompt, F.embedding(ids, weight) + (a @ b)[: ids.shape[1]])
+    return torch.cat([prompt.expand(len(ids), -1, -1), F.embedding(ids, weight) + (a @ b)[: ids.shape[1]]], 1)
 
 
 def embed_adept(ids: Tensor, weight: Tensor, prompt: Tensor, *network: Tensor) -> Tensor:
     """Run ADePT like the authors' code."""
-    return prepend_prompt(prompt, add_offset(F.embedding(ids, weight), *network))
+    return torch.cat([prompt.expand(len(ids), -1, -1), add_offset(F.embedding(ids, weight), *network)], 1)
 
 
-@functools.cache
-def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function once for all settings."""
-    return torch.compile(function, dynamic=True)
+EAGER: dict[str, Callable[..., Tensor]] = {"PT": embed_pt, "DePT": embed_dept, "ADePT": embed_adept}
 
 
-class Inputs:
-    """Hold the tensors of one setting, and the peers on them."""
+compile_once = functools.cache(lambda function: torch.compile(function, dynamic=True))
+"""Compile a function once for all settings."""
 
-    def __init__(self, setting: Setting, dtype: torch.dtype, device: torch.device) -> None:
-        V, d, B, N, S, r, ids = setting
-        torch.manual_seed(0)
 
-        def draw(*shape: int) -> Tensor:
-            return (torch.randn(*shape) * 0.02).to(device, dtype).requires_grad_()
+def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[int, dict[str, Work]]:
+    """Return the number of distinct tokens of a setting, and the work of each peer."""
+    V, d, B, N, S, r, kind = setting
+    torch.manual_seed(0)
 
-        flat = draw_text_ids(V, B * N) if ids == "text" else torch.randint(0, V, (B * N,))
-        self.ids = flat.view(B, N).to(device)
-        self.weight = torch.randn(V, d).to(device, dtype)
-        self.prompt = draw(S, d)
-        self.ffn = (draw(d, r), draw(r), draw(r, d), draw(d))
-        self.low_rank = (draw(N, r), draw(r, d))
-        self.merged = torch.cat([add_offset(rows, *self.ffn).detach() for rows in self.weight.split(4096)])
-        self.grad = draw(B, S + N, d).detach()
-        # The lookup writes as many rows as the others: the first token of each row takes the place of the prompt.
-        self.longer = torch.cat([self.ids[:, :1].expand(-1, S), self.ids], 1).contiguous()
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape) * 0.02).to(device, dtype).requires_grad_()
 
-    def works(self) -> dict[str, Work]:
-        """Return the work of each peer."""
-        ours = fastprefix.prompt_embedding
-        x, low_rank, ffn = (self.ids, self.weight, self.prompt), self.low_rank, self.ffn
-        pt, dept, adept = (self.prompt,), (self.prompt, *low_rank), (self.prompt, *ffn)
-        peers: dict[str, tuple[Role, Callable[[], Tensor], Sequence[Tensor]]] = {
-            "lookup": ("floor", lambda: F.embedding(self.longer, self.weight), ()),
-            "pt_eager": ("theirs", lambda: embed_pt(*x), pt),
-            "pt": ("ours", lambda: ours(*x), pt),
-            "dept_eager": ("theirs", lambda: embed_dept(*x, *low_rank), dept),
-            "dept_compiled": ("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
-            "dept": ("ours", lambda: ours(*x, low_rank=low_rank), dept),
-            "adept_eager": ("theirs", lambda: embed_adept(*x, *ffn), adept),
-            "adept_compiled": ("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
-            "adept": ("ours", lambda: ours(*x, ffn=ffn), adept),
-            "merged": ("ours", lambda: ours(self.ids, self.merged, self.prompt), ()),
-        }
-        return {name: build_kernel_work(*peer, self.grad) for name, peer in peers.items()}
+    flat = draw_text_ids(V, B * N) if kind == "text" else torch.randint(0, V, (B * N,))
+    ids, weight, prompt = flat.view(B, N).to(device), torch.randn(V, d).to(device, dtype), draw(S, d)
+    ffn, low_rank = (draw(d, r), draw(r), draw(r, d), draw(d)), (draw(N, r), draw(r, d))
+    merged = torch.cat([add_offset(rows, *ffn).detach() for rows in weight.split(4096)])
+    grad = draw(B, S + N, d).detach()
+    # The lookup writes as many rows as the others: the first token of each row takes the place of the prompt.
+    longer = torch.cat([ids[:, :1].expand(-1, S), ids], 1).contiguous()
+    ours, x = fastprefix.prompt_embedding, (ids, weight, prompt)
+    pt, dept, adept = (prompt,), (prompt, *low_rank), (prompt, *ffn)
+    peers: dict[str, tuple[Role, Callable[[], Tensor], Sequence[Tensor]]] = {
+        "lookup": ("floor", lambda: F.embedding(longer, weight), ()),
+        "pt_eager": ("theirs", lambda: embed_pt(*x), pt),
+        "pt": ("ours", lambda: ours(*x), pt),
+        "dept_eager": ("theirs", lambda: embed_dept(*x, *low_rank), dept),
+        "dept_compiled": ("theirs", lambda: compile_once(embed_dept)(*x, *low_rank), dept),
+        "dept": ("ours", lambda: ours(*x, low_rank=low_rank), dept),
+        "adept_eager": ("theirs", lambda: embed_adept(*x, *ffn), adept),
+        "adept_compiled": ("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
+        "adept": ("ours", lambda: ours(*x, ffn=ffn), adept),
+        "merged": ("ours", lambda: ours(ids, merged, prompt), ()),
+    }
+    return ids.unique().numel(), {name: build_kernel_work(*peer, grad) for name, peer in peers.items()}
 
 
 def keep_freed_memory() -> bool:
@@ -145,18 +132,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_kernel_options(parser, dtypes=["float32"])
-
-
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
-            inputs = Inputs(setting, DTYPES[dtype], device)
-            yield {**setting._asdict(), "distinct": inputs.ids.unique().numel(), "dtype": dtype}, inputs.works()
+            distinct, works = build_works(setting, DTYPES[dtype], device)
+            yield {**setting._asdict(), "distinct": distinct, "dtype": dtype}, works
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32"])
 
 
 def run(options: argparse.Namespace) -> int:
-    device = set_up(options)
-    record = Record.start("embedding", device, options.quick, freed_memory_kept=keep_freed_memory())
-    return run_kernels(record, list_problems(options, device), options, device)
+    return run_suite("embedding", list_problems, options, freed_memory_kept=keep_freed_memory())

@@ -10,31 +10,29 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "triton", "peft", "datasets", "tokenizers")
+PACKAGES = ("fastprefix", "torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
 BUSY = 0.5
 """Times are not trusted above this load per core, averaged over the minute before a run."""
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
-Job = Callable[[int], float]
-"""Do the work of a round and return the seconds that its timed part took."""
 
 
 class BenchmarkError(Exception):
@@ -62,14 +60,17 @@ def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
 
-def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes until the device has done all of its work."""
+def time_call(work: Callable[[], object], device: torch.device) -> list[float]:
+    """Return the seconds that a call takes until the device has done all of its work.
+
+    A call that returns a number has timed itself: these are its seconds.
+    """
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
     synchronize()
     start = time.perf_counter()
-    work()
+    own = work()
     synchronize()
-    return time.perf_counter() - start
+    return [own if isinstance(own, float) else time.perf_counter() - start]
 
 
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
@@ -83,28 +84,27 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
 
 
 def interleave(
-    jobs: Mapping[str, Job], rounds: Iterable[int], *, warmup: int = 0, tick: Callable[[str], object] = lambda _: None
+    jobs: Mapping[str, Callable[[], list[float]]], rounds: Iterable[int], warmup: int = 0
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Run every job once per round. Each round begins with another job, so that drift affects all of them alike.
 
     Rounds numbered below ``warmup`` are run and not kept. A job that raises an error is left out of later rounds.
     Return the seconds of the jobs that succeeded and the errors of the others.
     """
-    names = list(jobs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in jobs}
     errors: dict[str, Exception] = {}
     for i in rounds:
+        names = [name for name in jobs if name not in errors]
         first = i % max(1, len(names))
         for name in names[first:] + names[:first]:
-            if name not in errors:
-                try:
-                    seconds = jobs[name](i)
-                except Exception as error:  # the failure of one peer must not lose the results of the others
-                    errors[name] = error
-                else:
-                    samples[name] += [seconds] * (i >= warmup)
-            tick(name)
-    return {name: samples[name] for name in names if name not in errors}, errors
+            try:
+                seconds = jobs[name]()
+            except Exception as error:  # the failure of one peer must not lose the results of the others
+                errors[name] = error
+                del samples[name]
+            else:
+                samples[name] += seconds * (i >= warmup)
+    return samples, errors
 
 
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
@@ -120,45 +120,41 @@ def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, 
     return {**case, "peer": peer, "role": role, "direction": direction, "quantity": quantity, "p50": p50, **more}
 
 
-@dataclass(frozen=True)
-class Work:
-    """Hold what a peer does in a case: the calls to be measured, by direction.
-
-    The calls of a direction in ``self_timed`` return their own seconds, and their memory is not measured.
-    """
+class Work(NamedTuple):
+    """Hold what a peer does in a case: the calls to be measured, by direction."""
 
     role: Role
-    calls: Mapping[str, Callable[[], Any]]
-    self_timed: Collection[str] = ()
-
-
-def group_calls(works: Mapping[str, Work]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the calls of all peers by direction and peer."""
-    directions = dict.fromkeys(direction for work in works.values() for direction in work.calls)
-    return {d: {name: work.calls[d] for name, work in works.items() if d in work.calls} for d in directions}
+    calls: Mapping[str, Callable[[], object]]
 
 
 def measure(
-    case: Row, works: Mapping[str, Work], device: torch.device, rounds: Callable[[], Iterable[int]], warmup: int = 1
+    case: Row,
+    works: Mapping[str, Work],
+    device: torch.device,
+    rounds: Callable[[], Iterable[int]],
+    *,
+    warmup: int = 1,
+    timer: Callable[[Callable[[], object], torch.device], list[float]] = time_call,
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults."""
+    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
+
+    A peer that failed in one direction is left out of the others.
+    """
     rows, faults = list[Row](), list[Row]()
-    for direction, calls in group_calls(works).items():
-        is_timed = {name: direction not in works[name].self_timed for name in calls}
-        jobs: dict[str, Job] = {n: partial(run_job, call, device if is_timed[n] else None) for n, call in calls.items()}
-        samples, errors = interleave(jobs, rounds(), warmup=warmup)
+    for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
+        failed = {of["peer"] for of in faults}
+        calls = {n: work.calls[direction] for n, work in works.items() if direction in work.calls and n not in failed}
+        jobs = {name: partial(timer, call, device) for name, call in calls.items()}
+        samples, errors = interleave(jobs, rounds(), warmup)
         for name, seconds in samples.items():
             about = (case, name, works[name].role, direction)
             rows.append(timed_row(*about, seconds))
-            if is_timed[name]:
+            try:
                 rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
+            except Exception as error:  # as above
+                errors[name] = error
         faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults
-
-
-def run_job(call: Callable[[], Any], device: torch.device | None, number: int) -> float:
-    """Return the seconds of a call on a device. Without a device, the call returns them itself."""
-    return time_call(call, device) if device else float(call())
 
 
 def freeze_heap() -> None:
@@ -197,9 +193,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "fastprefix": find_version("fastprefix"),
         "commit": run_git("rev-parse", "HEAD"),
-        "dirty": run_git("status", "--porcelain") not in (None, ""),
+        "dirty": bool(run_git("status", "--porcelain")),
         **{name: find_version(name) for name in PACKAGES},
         "device": str(device),
         "device_name": find_device_name(device),
@@ -214,10 +209,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 def find_busyness(facts: Mapping[str, Any]) -> str | None:
     """Return a warning if other programs used the machine before a run."""
-    load, cores = facts.get("load_average"), facts.get("cpu_count")
-    if not load or not cores or load <= BUSY * cores:
-        return None
-    return f"the machine was busy (load {load:.1f} on {cores} cores)"
+    load, cores = facts.get("load_average") or 0.0, facts.get("cpu_count") or 1
+    return f"the machine was busy (load {load:.1f} on {cores} cores)" if load > BUSY * cores else None
 
 
 def find_version(package: str) -> str | None:
@@ -240,7 +233,6 @@ def find_device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", facts, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()

@@ -1,36 +1,23 @@
-"""The frozen models: built from a configuration with random weights, or loaded by name."""
+"""The frozen models: built from a configuration with random weights, or loaded by name.
 
-import copy
-import os
-import sys
-import urllib.error
-import urllib.request
-from pathlib import Path
+Only PyTorch and transformers are needed.
+"""
+
 from typing import Any, Literal, NamedTuple
 
-import datasets
-import huggingface_hub
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
-from fastprefix.integrations.transformers.adapter import MODULE, find_trainable_modules
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .measure import BenchmarkError, explain
 
 ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
 TaskKind = Literal["causal_lm", "classification"]
+AUTO: dict[TaskKind, Any] = {
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
 LONGEST_PROMPT = 128  # positions in addition to those of the text
 
 
@@ -65,7 +52,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
         "attn_implementation": ATTENTION,
     }
     if kind == "classification":
-        return BertConfig(
+        return transformers.BertConfig(
             **shared | {"num_labels": classes},
             intermediate_size=4 * size.width,
             max_position_embeddings=size.length + LONGEST_PROMPT,
@@ -73,7 +60,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-    return LlamaConfig(
+    return transformers.LlamaConfig(
         **shared,
         num_key_value_heads=size.heads // 2,
         intermediate_size=8 * size.width // 3,
@@ -87,9 +74,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
 def build(kind: TaskKind, config: PretrainedConfig, device: torch.device, seed: int = 0) -> PreTrainedModel:
     """Build a model with random weights."""
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
-    model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
-    return place(model, device)
+    return place(AUTO[kind].from_config(config), device)
 
 
 def draw_batch(kind: TaskKind, size: Size, length: int, device: torch.device) -> dict[str, Tensor]:
@@ -110,61 +95,28 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def find_kind(name: str) -> TaskKind:
     """Return whether a named model is a causal language model or classifies."""
     with explain(f"--model {name}"):
-        config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith(("CausalLM", "LMHeadModel")):
-        return "causal_lm"
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return "classification"
-    raise BenchmarkError(f"--model {name}: neither a causal language model nor one that classifies ({architecture})")
+        architecture = (transformers.AutoConfig.from_pretrained(name).architectures or [""])[0]
+    return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token."""
     with explain(f"--model {name}, tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
         raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
     """Load a model. A classifier gets a new head."""
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
-    auto: Any = AutoModelForCausalLM
-    if kind == "classification":
-        auto = AutoModelForSequenceClassification
-        options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
+    head = {} if kind == "causal_lm" else {"num_labels": classes, "ignore_mismatched_sizes": True}
     with explain(f"--model {name}"):
-        model: PreTrainedModel = auto.from_pretrained(name, **options)
+        model: PreTrainedModel = AUTO[kind].from_pretrained(
+            name, attn_implementation=ATTENTION, dtype=torch.float32, **head
+        )
     model.config.pad_token_id = pad
     model.config.use_cache = False
     return model
-
-
-def prepare_hub(name: str | None) -> None:
-    """Use only the local caches for a name of the hub if the hub does not answer, where its libraries would retry."""
-    if name is None or Path(name).is_dir():
-        return
-    try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # an error is an answer
-    except OSError:
-        print("the Hugging Face hub cannot be reached: only the local cache is used", file=sys.stderr)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
-    head = set(head_parameters(model))
-    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
-
-
-def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
-    modules = {name: module for name, module in find_trainable_modules(model, None).items() if name != MODULE}
-    return [parameter for module in modules.values() for parameter in module.parameters()]

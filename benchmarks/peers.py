@@ -1,10 +1,10 @@
 """Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
 
-import importlib.util
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 import fastprefix
 from fastprefix.methods import MethodConfig
 
-from .embedding import embed_adept, embed_dept, embed_pt
-from .measure import Role
-from .models import TaskKind, head_parameters, share_weights
+from .embedding import EAGER
+from .measure import Role, find_version
+from .models import TaskKind
 
 FLOOR = "frozen floor"
-PEFT_IS_INSTALLED = importlib.util.find_spec("peft") is not None
 DEPT_RANK = 30
 ADEPT_WIDTH = 19
 PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
@@ -40,18 +39,33 @@ class Prepared:
         return sum(p.numel() for group in self.groups for p in group["params"])
 
 
-@dataclass(frozen=True)
-class ModelPeer:
-    """Prepare a model, which may be changed, for training in one way. After merging, a peer does not train."""
+Prepare = Callable[[PreTrainedModel], Prepared]
+
+
+class ModelPeer(NamedTuple):
+    """Prepare a model, which may be changed, for training in one way."""
 
     name: str
     role: Role
-    prepare: Callable[[PreTrainedModel], Prepared]
-    trains: bool = True
+    prepare: Prepare
 
     def copy_and_prepare(self, base: PreTrainedModel) -> nn.Module:
         """Return a prepared copy of a model."""
         return self.prepare(share_weights(base)).model
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
+    head = set(head_parameters(model))
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
+    if model.get_output_embeddings() is not None:
+        return []
+    heads = [of for name, of in model.named_children() if name != "fastprefix" and of is not model.base_model]
+    return [parameter for head in heads for parameter in head.parameters()]
 
 
 def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
@@ -79,26 +93,25 @@ def freeze_body(model: PreTrainedModel) -> None:
 def attach(
     model: PreTrainedModel,
     config: MethodConfig,
-    rate: float = OFFSET_RATE,
-    prompt_rate: float = PROMPT_RATE,
-    head_rate: float = HEAD_RATE,
-    gate_rate: float | None = None,
+    main: float = OFFSET_RATE,
+    prompt: float = PROMPT_RATE,
+    head: float = HEAD_RATE,
+    gate: float | None = None,
 ) -> Prepared:
     """Attach a method of this package, with separate rates of the prompt, the head, the gates, and the rest."""
     fastprefix.attach(model, config)
-    head = set(head_parameters(model))
-    groups = fastprefix.parameter_groups(model, prompt_lr=prompt_rate, gate_lr=gate_rate, lr=rate)
-    groups = [{**of, "params": [p for p in of["params"] if p not in head]} for of in groups]
-    return Prepared(model, [of for of in groups if of["params"]] + group(head_parameters(model), head_rate))
+    of_head = head_parameters(model)
+    groups = fastprefix.parameter_groups(model, prompt_lr=prompt, gate_lr=gate, lr=main)
+    groups = [{**of, "params": [p for p in of["params"] if p not in set(of_head)]} for of in groups]
+    return Prepared(model, [of for of in groups if of["params"]] + group(of_head, head))
 
 
 def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
-def wrap_with_peft(
-    model: PreTrainedModel, config: str, kind: TaskKind, tokens: int, rate: float = PROMPT_RATE
-) -> Prepared:
+def wrap_with_peft(model: PreTrainedModel, kind: TaskKind, tokens: int, config: str, rate: float) -> Prepared:
+    """Wrap the model with a method of PEFT, given by the name of its configuration."""
     import peft
 
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
@@ -109,26 +122,35 @@ def wrap_with_peft(
     return Prepared(wrapped, group(prompt, rate) + group(head, HEAD_RATE))
 
 
-def list_peft_peers(kind: TaskKind, tokens: int, prompt: str, prefix: str) -> list[ModelPeer]:
-    """Return PEFT's prompt and prefix tuning under the given names, if PEFT is installed."""
-    parts = ((prompt, "PromptTuningConfig", PROMPT_RATE), (prefix, "PrefixTuningConfig", PREFIX_RATE))
-    return [
-        ModelPeer(name, "theirs", partial(wrap_with_peft, config=config, kind=kind, tokens=tokens, rate=rate))
-        for name, config, rate in parts
-        if PEFT_IS_INSTALLED
-    ]
+def tune_with_adapters(model: Any, tokens: int) -> Prepared:
+    """Add AdapterHub's free prefix to every layer."""
+    import adapters
+
+    adapters.init(model)
+    model.add_adapter("tuned", config=adapters.PrefixTuningConfig(flat=True, prefix_length=tokens))
+    model.train_adapter("tuned")
+    return Prepared(model.to(model.device))
 
 
 class EagerPrompt(nn.Module):
-    """Run a soft prompt in every row, as it is usually written, with the tensors that its way to embed needs."""
+    """Run a soft prompt in every row, as it is usually written: PT, DePT or ADePT."""
 
-    def __init__(self, model: Any, embed: Callable[..., Tensor], tokens: int, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Any, method: str, tokens: int, length: int) -> None:
         super().__init__()
-        self.model, self.embed = model, embed
+        self.model, self.embed, d = model, EAGER[method], model.config.hidden_size
         freeze_body(model)
-        self.prompt = nn.Parameter(torch.randn(tokens, model.config.hidden_size))
-        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes])
+        shapes: dict[str, list[Sequence[int]]] = {
+            "PT": [],
+            "DePT": [(length, DEPT_RANK), (DEPT_RANK, d)],
+            "ADePT": [(d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)],
+        }
+        self.prompt = nn.Parameter(torch.randn(tokens, d))
+        self.offset = nn.ParameterList([nn.Parameter(0.02 * torch.randn(*shape)) for shape in shapes[method]])
         self.to(device=model.device, dtype=model.dtype)
+
+    @classmethod
+    def prepare(cls, model: PreTrainedModel, **options: Any) -> Prepared:
+        return Prepared(cls(model, **options))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
         """Return the output of the model; its loss is that of the caller's tokens."""
@@ -138,12 +160,30 @@ class EagerPrompt(nn.Module):
         return self.model(inputs_embeds=rows, attention_mask=F.pad(attention_mask, front, value=1), labels=labels)
 
 
-def attach_eager(model: PreTrainedModel, embed: Callable[..., Tensor], tokens: int, length: int) -> Prepared:
-    """Prepare PT, DePT or ADePT in eager PyTorch."""
-    d = model.config.hidden_size
-    shapes: dict[Any, Sequence[Sequence[int]]] = {
-        embed_pt: (),
-        embed_dept: ((length, DEPT_RANK), (DEPT_RANK, d)),
-        embed_adept: ((d, ADEPT_WIDTH), (ADEPT_WIDTH,), (ADEPT_WIDTH, d), (d,)),
+def list_peers(
+    names: Iterable[str], kind: TaskKind, tokens: int, length: int, short: int | None = None
+) -> list[ModelPeer]:
+    """Return the named peers whose packages are installed. DePT and ADePT have ``short`` prompt tokens, if given."""
+    prompts: dict[str, Callable[..., MethodConfig]] = {
+        "PT": partial(fastprefix.PromptTuningConfig, tokens),
+        "DePT": partial(fastprefix.DePTConfig, short or tokens, rank=DEPT_RANK, max_length=length),
+        "ADePT": partial(fastprefix.ADePTConfig, short or tokens, bottleneck_dim=ADEPT_WIDTH),
     }
-    return Prepared(EagerPrompt(model, embed, tokens, shapes[embed]))
+    ours: dict[str, Prepare] = {
+        "PT textbook": partial(attach, config=prompts["PT"](shared_prompt=False)),
+        "prefix tuning": partial(attach, config=fastprefix.PrefixTuningConfig(tokens), main=PREFIX_RATE),
+        "APT": partial(attach, config=fastprefix.APTConfig(tokens), main=PREFIX_RATE),
+    }
+    theirs: dict[str, Prepare] = {}
+    for name, make in prompts.items():
+        ours |= {name: partial(attach, config=make()), f"{name} merged": partial(merge, config=make())}
+        theirs[f"{name}, eager"] = partial(EagerPrompt.prepare, method=name, tokens=tokens, length=length)
+    if find_version("peft"):
+        wrap = partial(wrap_with_peft, kind=kind, tokens=tokens)
+        theirs["PEFT PT"] = partial(wrap, config="PromptTuningConfig", rate=PROMPT_RATE)
+        theirs["PEFT prefix tuning"] = partial(wrap, config="PrefixTuningConfig", rate=PREFIX_RATE)
+    if find_version("adapters"):
+        theirs["adapters prefix tuning"] = partial(tune_with_adapters, tokens=tokens)
+    roles: dict[Role, dict[str, Prepare]] = {"floor": {FLOOR: freeze}, "ours": ours, "theirs": theirs}
+    peers = {name: ModelPeer(name, role, how) for role, of in roles.items() for name, how in of.items()}
+    return [peers[name] for name in names if name in peers]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .measure import BenchmarkError, Row, describe_environment, find_busyness, first_line
+from .measure import BenchmarkError, Row, describe_environment, explain, find_busyness
 
 FOLDER = Path(__file__).parent / "results"
 FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
@@ -31,19 +31,16 @@ class Record:
         """Begin a record of this machine."""
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
-    def add(self, measured: tuple[Iterable[Row], Iterable[Row]], folder: Path) -> None:
+    def add(self, rows: Iterable[Row], faults: Iterable[Row], path: Path) -> None:
         """Add rows and faults, and write the file."""
-        self.rows += measured[0]
-        self.faults += measured[1]
-        self.write(folder)
+        self.rows += rows
+        self.faults += faults
+        self.write(path)
 
-    def write(self, folder: Path) -> Path:
-        """Write the file of the suite in a folder."""
-        return self.write_to(folder / f"{self.suite.replace('-', '_')}.json")
-
-    def write_to(self, path: Path) -> Path:
-        """Write a file with one row per line."""
-        head = {name: getattr(self, name) for name in ("suite", "environment", "settings", "faults")}
+    def write(self, path: Path) -> Path:
+        """Write a file, or the file of the suite in a folder, with one row per line."""
+        path = path if path.suffix else path / f"{self.suite.replace('-', '_')}.json"
+        head = {name: value for name, value in vars(self).items() if name != "rows"}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
         write_text(f'{text},\n "rows": [\n{rows}\n ]\n}}\n', path)
@@ -96,32 +93,18 @@ def describe_times(rows: list[Row]) -> str:
 
 def read(path: Path) -> Record:
     """Read the record of a file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{path}: could not be read ({first_line(error)})") from error
-    if not isinstance(document, dict) or document.keys() != Record.__dataclass_fields__.keys():
-        raise BenchmarkError(f"{path}: not the results of a suite of `python -m benchmarks`")
-    return Record(**document)
+    with explain(f"{path}, as results of `python -m benchmarks`"):
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_devices(folder: Path) -> dict[str, dict[str, Record]]:
-    """Read the records in a folder and below by device, which is the name of their folder, and name of the file.
-
-    A study is left out, for its rows are no figures of peers.
-    """
-    devices: dict[str, dict[str, Record]] = {}
-    for path in sorted(folder.resolve().rglob("*.json")):
-        try:
-            record = read(path)
-        except BenchmarkError as error:
-            print(f"left out: {error}", file=sys.stderr)
-        else:
-            if record.suite != "study":
-                devices.setdefault(path.parent.name, {})[path.stem] = record
-    if not devices:
+def read_all(folder: Path) -> list[tuple[Path, Record]]:
+    """Read the files in a folder and below, apart from studies, whose rows are no figures of peers."""
+    paths = [
+        path for path in sorted(folder.resolve().rglob("*.json")) if "study" not in f"{path.parent.name}{path.name}"
+    ]
+    if not paths:
         raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
-    return devices
+    return [(path, read(path)) for path in paths]
 
 
 def write_text(text: str, path: Path) -> None:

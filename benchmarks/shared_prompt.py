@@ -6,44 +6,25 @@ step, the prefill (a forward pass that fills a cache), and decoding one token af
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastprefix
-from fastprefix.methods import MethodConfig
-
 from . import models
 from .measure import Work, time_call
 from .models import Size
-from .peers import ADEPT_WIDTH, DEPT_RANK, FLOOR, ModelPeer, attach, freeze, list_peft_peers, merge
-from .results import Record
-from .suite import Problem, add_common, build_model_work, positive, run_suite, set_up
+from .peers import FLOOR, ModelPeer, list_peers
+from .suite import Problem, add_common, build_model_work, positive, run_suite
 
 DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
 QUICK = Size(layers=2, width=64, heads=2, vocabulary=512, rows=2, length=16)
 LENGTHS = (20, 60, 100)
 DECODED = 32  # tokens
-
-
-def list_peers(S: int, length: int) -> list[ModelPeer]:
-    """Return the floor, the methods on the shared path, textbook, merged, and PEFT's prompt tuning."""
-    configs: dict[str, Callable[..., MethodConfig]] = {
-        "PT": partial(fastprefix.PromptTuningConfig, S),
-        "DePT": partial(fastprefix.DePTConfig, S, rank=DEPT_RANK, max_length=length + DECODED),
-        "ADePT": partial(fastprefix.ADePTConfig, S, bottleneck_dim=ADEPT_WIDTH),
-    }
-    peers = [ModelPeer(FLOOR, "floor", freeze)]
-    for name, make in configs.items():
-        peers.append(ModelPeer(f"{name} shared", "ours", partial(attach, config=make(shared_prompt=True))))
-    peers.append(ModelPeer("PT textbook", "ours", partial(attach, config=configs["PT"](shared_prompt=False))))
-    for name, make in configs.items():
-        peers.append(ModelPeer(f"{name} merged", "ours", partial(merge, config=make()), trains=False))
-    return peers + list_peft_peers("causal_lm", S, "PEFT PT", "")[:1]
+PEERS = (FLOOR, "PT", "DePT", "ADePT", "PT textbook", "PT merged", "DePT merged", "ADePT merged", "PEFT PT")
 
 
 def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
@@ -66,30 +47,26 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
     def decode() -> float:
         """Return the seconds per token: the time of many tokens less that of one."""
         many, one = (time_call(partial(generate, count), model.device) for count in (DECODED, 1))
-        return (many - one) / (DECODED - 1)
+        return (many[0] - one[0]) / (DECODED - 1)
 
-    step = {"step": work.calls["step"]} if peer.trains else {}
-    return Work(peer.role, {**step, "prefill": prefill, "decode": decode}, self_timed=["decode"])
+    step = {"step": work.calls["step"]} if not peer.name.endswith("merged") else {}
+    return Work(peer.role, {**step, "prefill": prefill, "decode": decode})
 
 
-def list_problems(size: Size, lengths: Sequence[int], device: torch.device) -> Iterator[Problem]:
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Build all peers for each length of the prompt."""
+    size = QUICK if options.quick else FULL
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
     batch = models.draw_batch("causal_lm", size, size.length, device)
-    for S in lengths:
-        peers = list_peers(S, size.length)
+    for S in options.prompt:
+        peers = list_peers(PEERS, "causal_lm", S, size.length + DECODED)
         yield {"S": S, **size._asdict()}, {p.name: build_work(p, p.copy_and_prepare(base), batch) for p in peers}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
-    parser.add_argument("--rounds", type=positive, help="default: 15; 2 with --quick")
+    add_common(parser, rounds=15)
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")
 
 
 def run(options: argparse.Namespace) -> int:
-    device = set_up(options)
-    size, rounds = (QUICK, 2) if options.quick else (FULL, 15)
-    record = Record.start("shared-prompt", device, options.quick)
-    problems, rounds = list_problems(size, options.prompt, device), options.rounds or rounds
-    return run_suite(record, problems, options.out, device, partial(range, rounds + 1))
+    return run_suite("shared-prompt", list_problems, options)

@@ -1,6 +1,6 @@
 """The parts that suites share: options, the kinds of work they measure, and the loop around a measurement.
 
-Only PyTorch is needed.
+Only PyTorch is needed, so that a suite can run in the environment of another package.
 """
 
 import argparse
@@ -21,26 +21,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_OUT = Path(__file__).parent / "out"
 QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and ratios mean nothing."
 Problem = tuple[Row, Mapping[str, Work]]  # a case and the work of each peer
-LEAST_ROUNDS = 10
 WARMUP = {"cpu": 1, "cuda": 5}
 
 
-# ---- options -------------------------------------------------------------------------------------------------------
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every suite."""
+def add_common(
+    parser: argparse.ArgumentParser, rounds: int = 0, seconds: float = 0, dtypes: Sequence[str] = ()
+) -> None:
+    """Add the options of every suite, with ``rounds`` those of ``run_suite``, and with ``dtypes`` those of kernels."""
     parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the results")
-
-
-def add_kernel_options(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-    """Add the options of a suite that measures kernels."""
-    add_common(parser)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each direction of each case")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
+    if rounds:
+        parser.add_argument("--rounds", type=positive, default=rounds, help=f"at least (default: {rounds})")
+        parser.add_argument("--seconds", type=float, default=seconds, help="more rounds as long as there is time")
+    if dtypes:
+        parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
 
 
 def positive(text: str) -> int:
@@ -65,9 +61,6 @@ def set_up(options: argparse.Namespace) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} sees no GPU")
     return device
-
-
-# ---- work ----------------------------------------------------------------------------------------------------------
 
 
 def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Work:
@@ -96,29 +89,21 @@ def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
     return Work(role, {"step": step, "inference": inference})
 
 
-# ---- suites --------------------------------------------------------------------------------------------------------
-
-
-def run_kernels(record: Record, problems: Iterable[Problem], options: argparse.Namespace, device: torch.device) -> int:
-    """Run the suite for as many rounds as fit into the seconds of the options."""
-    seconds, least, warmup = (0.0, 2, 1) if options.quick else (options.seconds, LEAST_ROUNDS, WARMUP[device.type])
-    record.settings["seconds"] = seconds
-    return run_suite(
-        record, problems, options.out, device, partial(count_until, seconds, least=least, warmup=warmup), warmup
-    )
-
-
 def run_suite(
-    record: Record,
-    problems: Iterable[Problem],
-    out: Path,
-    device: torch.device,
-    rounds: Callable[[], Iterable[int]],
-    warmup: int = 1,
+    suite: str,
+    list_problems: Callable[[argparse.Namespace, torch.device], Iterable[Problem]],
+    options: argparse.Namespace,
+    **settings: Any,
 ) -> int:
     """Measure, write and print one problem after another. Return the exit status."""
-    for case, works in problems:
-        measured = measure(case, works, device, rounds, warmup)
-        record.add(measured, out)
+    device = set_up(options)
+    rounds, seconds, warmup = options.rounds, options.seconds, WARMUP[device.type]
+    if options.quick:
+        rounds, seconds, warmup = 1, 0.0, 1
+    record = Record.start(suite, device, options.quick, rounds=rounds, seconds=seconds, **settings)
+    for case, works in list_problems(options, device):
+        numbers = partial(count_until, seconds, least=rounds, warmup=warmup)
+        measured = measure(case, works, device, numbers, warmup=warmup)
+        record.add(*measured, options.out)
         print(describe_times(measured[0]), flush=True)
-    return record.conclude(out)
+    return record.conclude(options.out)

@@ -1,5 +1,6 @@
 """The study in the small: equal budgets, resumption, early stopping, and the committed tables."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
+pytest.importorskip("optuna")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 pytest.importorskip("tokenizers")
@@ -40,35 +41,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run_study(folder: Path) -> Record:
-    """Run a small study, in which prompt tuning fails."""
+    """Run a small study, in which prompt tuning fails, for its prompt is longer than the positions of the model."""
+    plan = json.loads(study.PLAN.read_text())
+    plan["cells"]["PT"]["config"]["num_virtual_tokens"] = 200
+    (folder / "plan.json").write_text(json.dumps(plan))
     arguments = ["study", "--quick", "--data", str(folder / "reviews.tsv"), "--model", str(folder / "model")]
-    arguments += ["--device", "cpu", "--out", str(folder / "out"), "--seeds", "1", "--lengths", "2"]
-    arguments += ["--methods", "head", "pt", "apt", "--length-methods", "residual+gate"]
-    # The prompt is longer than the positions of the model.
-    assert main([*arguments, "--prompt-tokens", "200"]) == 1
+    arguments += ["--device", "cpu", "--out", str(folder / "out"), "--plan", str(folder / "plan.json")]
+    assert main([*arguments, "--cells", "head alone", "PT", "DePT", "APT, slow gates"]) == 1
     return results.read(folder / "out" / "study.json")
 
 
 def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = run_study(folder)
-    counts = Counter((row["kind"], row["method"]) for row in record.rows)
-    gate = "residual prefix + gate"
-    assert counts == {
-        **{("search, table", method): 3 for method in ("head alone", "APT")},
-        **{("table", method): 1 for method in ("head alone", "APT")},
-        ("search, lengths", gate): 3,
-        ("lengths", gate): 1,
-    }
+    assert Counter(row["method"] for row in record.rows) == {"head alone": 2, "DePT": 2, "APT, slow gates": 2}
     assert {fault["peer"] for fault in record.faults} == {"PT"}
     assert all(0.0 <= row["test_accuracy"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
-    assert "APT (" in (folder / "out" / "study.md").read_text()
-    # Trainings of another command stay in the file and out of the tables.
-    record.rows.append({**record.rows[-1], "most_steps": 9})
-    record.write(folder / "out")
+    assert set(record.rows[-1]["rates"]) == {"main", "gate"}
+    assert "APT, slow gates (" in (folder / "out" / "study.md").read_text()
     trained_again = set()
-    monkeypatch.setattr(study.Study, "run", lambda _, key, *more: trained_again.add(key) or 1 / 0)
-    assert run_study(folder).rows == [*record.rows[:-1], {**record.rows[-1], "in_tables": False}]
-    assert trained_again == {"pt"}
+    monkeypatch.setattr(study.Study, "train", lambda _, name, *more: trained_again.add(name) or 1 / 0)
+    assert run_study(folder).rows == record.rows
+    assert trained_again == {"PT"}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +69,7 @@ def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (None, [], "texts.tsv"),
         ("sentence\nx\ny\n", [], "--label-column"),
-        ("sentence\tlabel\nx\t1\ny\t1\n", ["--dev", "DATA", "--test", "DATA"], "two or more classes"),
+        ("sentence\tlabel\nx\t1\ny\t1\n", [], "two or more classes"),
         ("sentence\tlabel\nx\t1\ny\t0\n", [], "--dev"),
     ],
 )
@@ -91,42 +84,24 @@ def test_errors(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["pt", "dept", "adept", "apt-gates", "residual+gate"])
-def test_every_method_fills_its_budget(key: str) -> None:
+@pytest.mark.parametrize("name", ["head alone", "DePT", "APT, slow gates", "residual prefix + gate"])
+def test_rates_of_a_cell(name: str) -> None:
     model: Any = models.build("classification", models.configure("classification", TINY), CPU)
-    options: Any = type("Options", (), {"prompt_tokens": 40, "prefix_tokens": 40, "max_length": TINY.length})
-    config = study.fit_config(key, model, options)
-    assert config is not None
-    count = study.count_parameters(model, config)
-    budget = 40 * TINY.width * (1 if study.PEERS[key][1] == "prompt" else 2 * TINY.layers)
-    assert 0.9 * budget < count <= budget
-    prepared = study.prepare(key, config, study.set_rates(0.25, 0.5, 0.125), model, head_rate=0.01)
+    cell = json.loads(study.PLAN.read_text())["cells"][name]
+    rates = dict(zip(cell["rates"], (0.25, 0.5), strict=False))
+    prepared = study.prepare(cell, rates, model, 0.01)
     rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kinds = {"classifier": 0.01, "fastprefix.prompt": 0.5}
-            gate = 0.125 if "gate" in name else 0.25
-            assert rate_of[parameter] == next((kinds[k] for k in kinds if name.startswith(k)), gate)
-
-
-def test_early_stopping_keeps_the_best_weights() -> None:
-    model: Any = models.build("classification", models.configure("classification", TINY), CPU)
-    watcher = study.Watcher(model, patience=2)
-    stopped = []
-    for step, score in enumerate((0.5, 0.6, 0.6, 0.5)):
-        torch.nn.init.constant_(model.classifier.bias, float(step))
-        control = type("Control", (), {"should_training_stop": False})()
-        state = type("State", (), {"global_step": step})()
-        watcher.on_evaluate(None, state, control, metrics={"eval_accuracy": score, "eval_loss": 1.0})
-        stopped.append(control.should_training_stop)
-    watcher.restore()
-    assert stopped == [False, False, False, True]
-    assert model.classifier.bias.tolist() == [1.0, 1.0]
+            of_head = parameter_name.startswith("classifier") and name != "head alone"
+            kind = next((kind for kind in ("prompt", "gate") if kind in rates and kind in parameter_name), "main")
+            assert rate_of[parameter] == (0.01 if of_head else rates[kind])
 
 
 def test_the_committed_tables_follow_from_the_committed_results() -> None:
     folder = results.FOLDER / "study-sst2-minilm"
     text = (folder / "study.md").read_text()
     committed = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    for table in study.summarize(results.read(folder / "study.json")):
+    compared = json.loads(study.PLAN.read_text())["compared"]
+    for table in study.summarize(results.read(folder / "study.json"), compared):
         assert all(["", *row, ""] in committed for row in [list(table.header), *table.rows])
