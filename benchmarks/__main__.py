@@ -12,7 +12,8 @@ SUITES = {
     "main": "main_job",
     "models": "whole_models",
     "shared-prompt": "shared_prompt",
-    **{name: name for name in ("attention", "embedding", "gpu", "study", "compare", "report")},
+    "plain-attention": "plain_attention",
+    **{name: name for name in ("attention", "stores", "embedding", "gpu", "study", "compare", "report")},
 }
 """The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
 

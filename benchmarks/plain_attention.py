@@ -1,0 +1,110 @@
+"""Attention without a prefix: ``fused`` is this package, ``sdpa`` PyTorch's, with a mask of what the options say.
+
+``sdpa`` gets ``is_causal`` where that says it all. With ``--flex``, ``flex`` is compiled FlexAttention, which has no
+backward pass on a CPU, with a block mask of the same.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import fastprefix
+
+from .attention import BACKENDS
+from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
+
+DESCRIPTION = "prefix_attention without a prefix against PyTorch's attention, with masks of each kind."
+SHAPES = ((8, 12, 12, 128, 64), (4, 8, 8, 512, 64), (1, 8, 2, 2048, 64))
+QUICK = ((2, 4, 2, 32, 16),)
+
+
+class Mask(NamedTuple):
+    """The options of ``prefix_attention``, the mask of SDPA, and what FlexAttention asks of a row, query and key."""
+
+    options: dict[str, Any]
+    mask: Tensor | None
+    sees: Callable[..., Any] | None
+
+
+def make_masks(B: int, H: int, N: int, dtype: torch.dtype, device: torch.device) -> dict[str, Mask]:
+    """Return a mask of each kind: a quarter of padding, windows of an eighth, four segments."""
+    i = torch.arange(N, device=device)
+    causal, window, segment = i[:, None] >= i, N // 8, i * 4 // N
+    inside, same = i[:, None] - i < window, segment[:, None] == segment
+    padding = (i < 3 * N // 4).expand(B, N)
+    ids = segment.expand(B, N)
+    bias = torch.randn(1, H, N, N, device=device).to(dtype)
+    return {
+        "none": Mask({}, None, None),
+        "causal": Mask({"is_causal": True}, None, lambda b, h, i, j: i >= j),
+        "padding": Mask({"attn_mask": padding}, padding[:, None, None], lambda b, h, i, j: padding[b, j]),
+        "bool": Mask({"attn_mask": causal[None, None]}, causal, lambda b, h, i, j: i >= j),
+        "float": Mask({"attn_mask": bias}, bias, None),
+        "window": Mask(
+            {"is_causal": True, "window_size": window}, causal & inside, lambda b, h, i, j: (i >= j) & (i - j < window)
+        ),
+        "segments": Mask(
+            {"is_causal": True, "segment_ids": (ids, ids)},
+            causal & same,
+            lambda b, h, i, j: (i >= j) & (segment[i] == segment[j]),
+        ),
+    }
+
+
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    for B, Hq, Hkv, N, D in QUICK if options.quick else SHAPES:
+        for name in options.dtype:
+            dtype = DTYPES[name]
+
+            def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+            leaves = (draw(B, Hq, N, D), draw(B, Hkv, N, D), draw(B, Hkv, N, D))
+            grad = draw(B, Hq, N, D).detach()
+            for kind, mask in make_masks(B, Hq, N, dtype, device).items():
+                calls = build_calls(leaves, mask, kind, options.flex)
+                works = {
+                    peer: build_kernel_work(
+                        "ours" if peer == "fused" else "floor" if peer == "sdpa" else "theirs",
+                        call,
+                        () if peer == "flex" and device.type == "cpu" else leaves,
+                        grad,
+                    )
+                    for peer, call in calls.items()
+                }
+                yield {"B": B, "Hq": Hq, "Hkv": Hkv, "N": N, "D": D, "dtype": name, "mask": kind}, works
+
+
+def build_calls(
+    leaves: tuple[Tensor, Tensor, Tensor], mask: Mask, kind: str, flex: bool
+) -> dict[str, Callable[[], Any]]:
+    """Return the call of each peer."""
+    q, k, _ = leaves
+    backend, gqa = BACKENDS[q.device.type], q.shape[1] != k.shape[1]
+    sdpa: dict[str, Any] = {"is_causal": True} if kind == "causal" else {"attn_mask": mask.mask}
+    calls: dict[str, Callable[[], Any]] = {
+        "fused": partial(fastprefix.prefix_attention, *leaves, **mask.options, backend=backend),
+        "sdpa": partial(F.scaled_dot_product_attention, *leaves, **sdpa, enable_gqa=gqa),
+    }
+    if flex and kind != "float":
+        torch.compiler.reset()  # remove what was compiled for another case
+        compiled, (B, _, N, _) = torch.compile(flex_attention, dynamic=False), q.shape
+        blocks = mask.sees and create_block_mask(mask.sees, B, None, N, N, str(q.device))
+        inputs = leaves if q.is_cuda else [x.detach() for x in leaves]
+        calls["flex"] = partial(compiled, *inputs, block_mask=blocks, enable_gqa=gqa)
+    return calls
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, rounds=10, seconds=1.0, dtypes=["float32", "bfloat16"])
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
+
+
+def run(options: argparse.Namespace) -> int:
+    return run_suite("plain-attention", list_problems, options)

@@ -1,0 +1,90 @@
+"""Prefixes of many keys, and stores of many prefixes with a span for each row.
+
+"long": causal tokens with one prefix of 512 to 8,192 keys. The floor is SDPA over as many keys, unmasked; ``masked`` is
+SDPA with the mask that causal tokens need. Their keys are concatenated before the clock starts.
+"spans": 16 rows. The floor is one prefix that all rows share; ``fused`` is a store of 16 prefixes with a span for each
+row, ``copied`` a prefix of its own for each row.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastprefix
+
+from .attention import BACKENDS, build_dense_mask
+from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
+
+DESCRIPTION = "prefix_attention with long prefixes, and with a prefix of its own for each row of a store."
+HEADS, KV_HEADS, D = 8, 4, 64
+TOKENS, LENGTHS = 1024, (512, 2048, 8192)
+ROWS, SPAN, ROW_TOKENS = 16, 100, ((128, 128), (512, 512), (1, 512))
+
+
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    tokens, lengths, row_tokens = (32, (64,), ((8, 8),)) if options.quick else (TOKENS, LENGTHS, ROW_TOKENS)
+    for name in options.dtype:
+
+        def draw(*size: int, dtype: torch.dtype = DTYPES[name]) -> Tensor:
+            return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+        for length in lengths:
+            yield (
+                {"kind": "long", "N": tokens, "M": tokens, "P": length, "dtype": name},
+                attend_long(draw, tokens, length, device),
+            )
+        for N, M in row_tokens:
+            yield {"kind": "spans", "N": N, "M": M, "P": SPAN, "dtype": name}, attend_spans(draw, N, M, device)
+
+
+def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> dict[str, Any]:
+    q, k, v = (draw(1, heads, tokens, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    prefix = [draw(KV_HEADS, length, D) for _ in range(2)]
+    grad = draw(1, HEADS, tokens, D).detach()
+    joined = [torch.cat([p[None], x], 2).detach().requires_grad_() for p, x in zip(prefix, (k, v), strict=True)]
+    fused = partial(fastprefix.prefix_attention, q, k, v, *prefix, is_causal=True, backend=BACKENDS[device.type])
+    sdpa = partial(F.scaled_dot_product_attention, q, *joined, enable_gqa=True)
+    mask = build_dense_mask(tokens, tokens, length, device)
+    return {
+        "fused": build_kernel_work("ours", fused, (q, k, v, *prefix), grad),
+        "unmasked": build_kernel_work("floor", sdpa, (q, *joined), grad),
+        "masked": build_kernel_work("theirs", partial(sdpa, attn_mask=mask), (q, *joined), grad),
+    }
+
+
+def attend_spans(draw: Any, N: int, M: int, device: torch.device) -> dict[str, Any]:
+    q, k, v = draw(ROWS, HEADS, N, D), draw(ROWS, KV_HEADS, M, D), draw(ROWS, KV_HEADS, M, D)
+    grad = draw(ROWS, HEADS, N, D).detach()
+    shared = [draw(KV_HEADS, SPAN, D) for _ in range(2)]
+    store = [draw(KV_HEADS, ROWS * SPAN, D) for _ in range(2)]
+    copies = [x.detach().unflatten(1, (ROWS, SPAN)).transpose(0, 1).contiguous().requires_grad_() for x in store]
+    spans = torch.tensor([(row * SPAN, SPAN) for row in range(ROWS)], device=device)
+    attend = partial(fastprefix.prefix_attention, q, k, v, is_causal=True, backend=BACKENDS[device.type])
+    calls = {
+        "shared": partial(attend, *shared),
+        "fused": partial(attend, *store, prefix_spans=spans),
+        "copied": partial(attend, *copies),
+    }
+    prefixes = {"shared": shared, "fused": store, "copied": copies}
+    return {
+        peer: build_kernel_work(
+            "floor" if peer == "shared" else "ours" if peer == "fused" else "theirs",
+            call,
+            (q, k, v, *prefixes[peer]),
+            grad,
+        )
+        for peer, call in calls.items()
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
+
+
+def run(options: argparse.Namespace) -> int:
+    return run_suite("stores", list_problems, options)
