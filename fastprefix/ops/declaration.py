@@ -21,6 +21,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     bool: "bool",
+    int: "SymInt",
     int | None: "SymInt?",
     float: "float",
     float | None: "float?",
