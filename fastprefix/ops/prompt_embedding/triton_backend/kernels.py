@@ -311,7 +311,6 @@ def prompt_embedding_bwd_weights_kernel(
     """
     column_blocks = tl.cdiv(d, BD)
     o_c = tl.program_id(0) % column_blocks * BD + tl.arange(0, BD)
-    part = tl.program_id(1).to(tl.int64)
     o_j = tl.program_id(2) * RP + tl.arange(0, RP)
     b_dw1 = tl.zeros((BD, RP), tl.float32)
     b_dw2 = tl.zeros((BD, RP), tl.float32)
@@ -327,7 +326,6 @@ def prompt_embedding_bwd_weights_kernel(
             )  # fmt: skip
     else:
         entry = tl.program_id(0) // column_blocks
-        part = part * (tl.num_programs(0) // column_blocks) + entry
         for b in range(0, B):
             used = tl.where(tl.load(p_index + b) == entry, blocks, 0)
             for block in range(0, used):
@@ -338,6 +336,9 @@ def prompt_embedding_bwd_weights_kernel(
                     p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
                     p_z, p_dh, p_dw1, p_dw2, p_db2, b * N + o_i, o_i < N, o_c, o_j, N, S, d, r,
                 )  # fmt: skip
+    part = tl.program_id(1).to(tl.int64)
+    if p_index is not None:
+        part += (tl.program_id(0) // column_blocks).to(tl.int64) * tl.num_programs(1)
     o_w = (part * d + o_c.to(tl.int64))[:, None] * r + o_j[None, :]
     b_inside = (o_c < d)[:, None] & (o_j < r)[None, :]
     if p_dw1 is not None:

@@ -143,21 +143,21 @@ def _sum_weights(
         return None, None, None
     B, N = a.input_ids.shape
     d, r = a.weight.shape[1], z.shape[1]
-    tile = tiles.weights(r, a.weight.element_size())
+    tile = tiles.weights(r, a.weight.element_size(), bank=a.index is not None)
     bank = () if a.index is None else (_count_entries(a),)
     entries = bank[0] if bank else 1
     blocks = divide_up(B * N if a.index is None else N, tile.BT)
     each = max(1, divide_up(blocks, max(1, _PARTS // max(1, entries))))
     parts = divide_up(blocks, each)
-    dw1 = _allocate_floats(a, parts, *bank, d, r) if "w1" in needs else None
-    dw2 = _allocate_floats(a, parts, *bank, d, r) if "w2" in needs else None
-    db2 = _allocate_floats(a, parts, *bank, d) if "b2" in needs else None
+    dw1 = _allocate_floats(a, *bank, parts, d, r) if "w1" in needs else None
+    dw2 = _allocate_floats(a, *bank, parts, d, r) if "w2" in needs else None
+    db2 = _allocate_floats(a, *bank, parts, d) if "b2" in needs else None
     grid = (divide_up(d, tile.BD) * entries, parts, divide_up(r, tile.RP))
     if 0 not in grid:
         sizes = (B, N, a.prompt_length, d, r, each)
         arguments = (*_describe_rows(a, grad_output), _make_dense(a.index), z, dh, dw1, dw2, db2, *sizes)
         _launch(target, "weights", grid, arguments, tile)
-    return tuple(None if x is None else x.sum(0) for x in (dw1, dw2, db2))
+    return tuple(None if x is None else x.sum(len(bank)) for x in (dw1, dw2, db2))
 
 
 def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
