@@ -260,7 +260,7 @@ def _conditioned(case: AttentionCase) -> AttentionCase:
 
 
 def embedding_cases() -> list[EmbeddingCase]:
-    """PT, DePT, ACCEPT and ADePT over odd widths and zero sizes, with the batch's own prompts and offsets or a row's."""
+    """PT, DePT, ACCEPT and ADePT over odd widths and zero sizes, with what the batch shares and with a row's own."""
     shapes: list[dict[str, Any]] = [
         {"B": 2, "N": 7, "S": 3, "d": 8, "r": 3},
         {"B": 3, "N": 113, "S": 100, "d": 129, "r": 19, "V": 211},
@@ -285,7 +285,8 @@ def embedding_cases() -> list[EmbeddingCase]:
 
 def _give_rows_their_own(case: EmbeddingCase) -> EmbeddingCase:
     """Return the case with a prompt and an offset for each row: spans that overlap, and rows without either."""
-    spans, bank = None, {}
+    spans: list[tuple[int, int]] | None = None
+    bank: dict[str, Any] = {}
     if case.S is not None:
         lengths = [(case.S, 0, case.S // 2, case.S // 3)[row % 4] for row in range(case.B)]
         spans = [((case.S - length) * row // 4, length) for row, length in enumerate(lengths)]

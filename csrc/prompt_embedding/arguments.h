@@ -1,6 +1,6 @@
 // What the operators get, in the order of the schema (fastprefix/ops/prompt_embedding/arguments.py): B batch, N tokens,
 // S rows in front of the tokens, V vocabulary, d model width, r bottleneck or rank, P rows of a packed store of prompts.
-// With `index` the tensors of an offset have a leading dimension K, and a row of the batch uses the entry index[b].
+// With `entries` the tensors of an offset have a leading dimension K, and row b of the batch uses entry entries[b].
 #pragma once
 
 #include <ATen/ATen.h>
@@ -30,7 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
   X(Tensor, input_ids) SEPARATOR()                              \
   FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) SEPARATOR() \
   X(OptionalTensor, prompt_spans) SEPARATOR()                   \
-  X(OptionalTensor, index) SEPARATOR()                          \
+  X(OptionalTensor, entries) SEPARATOR()                        \
   X(OptionalTensor, dropout_seed) SEPARATOR()                   \
   X(double, offset_scale) SEPARATOR()                           \
   X(double, dropout_p) SEPARATOR()                              \

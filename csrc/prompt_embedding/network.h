@@ -46,7 +46,7 @@ struct EmbeddingProblem {
         ld(leading<A>(d)), width(round_up(d, kLanes<A>)), rp(round_up(r, kLanes<A>)),
         scale(static_cast<A>(a.offset_scale)), weight(a.weight),
         ids_tensor(a.input_ids.to(at::kLong).contiguous()), ids(ids_tensor.const_data_ptr<int64_t>()),
-        banked(a.index.has_value()) {
+        banked(a.entries.has_value()) {
     check_ids();
     if (a.prompt_spans) {
       spans_tensor = a.prompt_spans->to(at::kLong).contiguous();
@@ -123,7 +123,7 @@ struct EmbeddingProblem {
       users.token = {0};
       users.start = {0, B};
     } else {
-      Tensor index_tensor = a.index->to(at::kLong).contiguous();
+      Tensor index_tensor = a.entries->to(at::kLong).contiguous();
       const int64_t* index = index_tensor.const_data_ptr<int64_t>();
       check_index(index, a.offset()->size(0));
       // Unsigned, -1 is the largest.

@@ -133,7 +133,7 @@ def test_rows_of_their_own_are_those_of_calls_of_one_row(device, backend, case, 
 
 @pytest.mark.parametrize("case", OWN, ids=name)
 def test_gradients_of_what_nobody_uses(device, backend, case, poisoned):
-    """Only row 1 of the batch has an upstream gradient, and row 2 one to the left of its prompt, which has no source."""
+    """Only row 1 of the batch has an upstream gradient, and row 2 on the left of its prompt, where nothing is."""
     tensors, flat = leaves(case, device)
     output = prompt_embedding(**tensors, backend=backend)
     upstream = torch.zeros_like(output)
@@ -212,6 +212,8 @@ def test_values_out_of_range(device, backend, monkeypatch, wrong, message):
     monkeypatch.setenv("FASTPREFIX_CHECK_IDS", "1")
     case = EmbeddingCase(S=6, spans=[(0, 3), (1, 2)], offset="ffn", K=3, index=[0, 1], options={"prompt_length": 3})
     tensors, _ = leaves(case, device)
-    wrong = {key: torch.tensor(value, device=device) if isinstance(value, list) else value for key, value in wrong.items()}
+    wrong = {
+        key: torch.tensor(value, device=device) if isinstance(value, list) else value for key, value in wrong.items()
+    }
     with pytest.raises(ValueError, match=message):
         prompt_embedding(**(tensors | wrong), backend=backend)

@@ -3,7 +3,7 @@
 ``B`` batch, ``N`` tokens, ``S`` rows in front of the tokens, ``V`` vocabulary, ``d`` model width, ``r`` bottleneck or
 rank, ``T`` positions that have an offset, ``P`` rows of a packed store of prompts, ``K`` entries of a bank of offsets.
 ``ffn`` and ``low_rank`` are there whole or not at all, and one offset at most is there. The second shape of an offset
-is the one with ``index``.
+is the one with ``entries``.
 """
 
 from typing import Annotated, NamedTuple
@@ -30,11 +30,17 @@ class EmbeddingArguments(NamedTuple):
     low_rank_b: Annotated[Tensor | None, Rule("[r, d]", "[K, r, d]", "every backend", label="low_rank[1] (b)")]
     position_offset: Annotated[Tensor | None, Rule("[T, d]", "[K, T, d]", "every backend")]  # T >= N
     prompt_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer")]
-    index: Annotated[Tensor | None, Rule("[B]", dtype="integer")]
+    entries: Annotated[Tensor | None, Rule("[B]", dtype="integer", label="index")]
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     offset_scale: float
     dropout_p: float
     prompt_length: int  # S, with and without spans
+
+    @property
+    def bank_size(self) -> int:
+        """K, of a call with entries."""
+        banks = (self.w1, self.low_rank_a, self.position_offset)
+        return next(bank.shape[0] for bank in banks if bank is not None)
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -46,4 +52,4 @@ DECLARATION = Declaration(EmbeddingArguments)
 DIFFERENTIABLE = DECLARATION.differentiable
 """The arguments that can have a gradient, in order."""
 BANKS = ("w1", "b1", "w2", "b2", "low_rank_a", "low_rank_b", "position_offset")
-"""The arguments that have a dimension K with ``index``."""
+"""The arguments that have a dimension K with ``entries``."""

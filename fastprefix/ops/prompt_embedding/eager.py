@@ -24,7 +24,7 @@ def forward(*arguments: Any) -> Tensor:
     output = a.weight.new_empty(batch, a.prompt_length + tokens, a.weight.shape[1])
     if a.prompt is not None:
         output[:, : a.prompt_length] = a.prompt if a.prompt_spans is None else _gather_prompts(a)
-    if a.index is None:
+    if a.entries is None:
         output[:, a.prompt_length :] = _embed_tokens(a)
     for part in _split_by_entry(a):
         rows = _embed_tokens(part.arguments, part.members)
@@ -41,7 +41,7 @@ def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -
     if needs["prompt"]:
         front = grad_output[:, : a.prompt_length].to(a.accumulator)
         gradients["prompt"] = front.sum(0) if a.prompt_spans is None else _scatter_prompts(front, a)
-    if a.index is None:
+    if a.entries is None:
         de = _differentiate_offset(gradients, dy, a, needs)
     else:
         de = dy.clone() if needs["weight"] else dy
@@ -72,12 +72,12 @@ class _Part(NamedTuple):
 
 def _split_by_entry(a: EmbeddingArguments) -> Iterator[_Part]:
     """List the parts of a call with an index, in the order of the entries; none without an index."""
-    entries = [] if a.index is None else a.index.tolist()
+    entries = [] if a.entries is None else a.entries.tolist()
     banks = {name: bank for name in BANKS if (bank := getattr(a, name)) is not None}
     for entry in sorted(set(entries)):
         members = torch.tensor([row for row, used in enumerate(entries) if used == entry], device=a.weight.device)
-        chosen = {name: None if entry < 0 else bank[entry] for name, bank in banks.items()}
-        yield _Part(entry, members, a._replace(input_ids=a.input_ids[members], index=None, **chosen))
+        chosen: dict[str, Any] = {name: None if entry < 0 else bank[entry] for name, bank in banks.items()}
+        yield _Part(entry, members, a._replace(input_ids=a.input_ids[members], entries=None, **chosen))
 
 
 def _locate_prompts(a: EmbeddingArguments) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,8 @@ def _scatter_prompts(front: Tensor, a: EmbeddingArguments) -> Tensor:
     row, there = _locate_prompts(a)
     nowhere = a.prompt.shape[0]
     row = torch.where(there, row, nowhere)
-    return torch.ops.aten.embedding_dense_backward(front, row, nowhere + 1, nowhere, False)[:nowhere]
+    summed: Tensor = torch.ops.aten.embedding_dense_backward(front, row, nowhere + 1, nowhere, False)
+    return summed[:nowhere]
 
 
 def _embed_tokens(a: EmbeddingArguments, members: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ def embed(a: EmbeddingArguments) -> Tensor:
     N = e.shape[1]
     if a.w1 is not None and a.b1 is not None and a.w2 is not None and a.b2 is not None:
         w1, b1, w2, b2 = (_choose(a, bank) for bank in (a.w1, a.b1, a.w2, a.b2))
-        if a.index is not None:
+        if a.entries is not None:
             b1, b2 = b1[:, None], b2[:, None]  # [B, 1, r], [B, 1, d]
         h = _drop(a, e @ w1 + b1)  # [B, N, r]
         e = e + a.offset_scale * (torch.relu(h) @ w2 + b2)
@@ -39,10 +39,10 @@ def embed(a: EmbeddingArguments) -> Tensor:
 
 
 def _choose(a: EmbeddingArguments, bank: Tensor) -> Tensor:
-    """Return the entry of each row, ``[B, ...]``, or without ``index`` the tensor itself. Entry -1 is one of zeros."""
-    if a.index is None:
+    """Return the entry of each row, ``[B, ...]``, with zeros for -1, or without ``entries`` the tensor itself."""
+    if a.entries is None:
         return bank
-    return torch.cat([bank, bank.new_zeros(1, *bank.shape[1:])])[a.index]
+    return torch.cat([bank, bank.new_zeros(1, *bank.shape[1:])])[a.entries]
 
 
 def _lay_out_prompt(a: EmbeddingArguments, prompt: Tensor) -> Tensor:

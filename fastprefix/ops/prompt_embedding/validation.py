@@ -71,7 +71,7 @@ def canonical_arguments(
         low_rank_b=low_rank_b,
         position_offset=position_offset,
         prompt_spans=prompt_spans,
-        index=index,
+        entries=index,
         dropout_seed=random.draw_seed(weight.device) if dropout_p > 0.0 else None,
         offset_scale=float(offset_scale),
         dropout_p=float(dropout_p),
@@ -88,8 +88,8 @@ def check_values(a: EmbeddingArguments) -> None:
     if torch.onnx.is_in_onnx_export():  # a trace cannot look at them
         return
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
-    if a.index is not None:
-        _check_range("index", "entries from -1 (no offset) to K - 1", a.index, -1, _count_entries(a) - 1)
+    if a.entries is not None:
+        _check_range("index", "entries from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
     if a.prompt_spans is not None and a.prompt is not None:
         _check_span_values(a.prompt_spans, a.prompt.shape[0], a.prompt_length)
 
@@ -100,12 +100,6 @@ def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: in
     low, high = (int(bound) for bound in values.aminmax())
     if low < lowest or high > highest:
         raise ValueError(f"{name} takes {takes} = {highest}, got {low if low < lowest else high}")
-
-
-def _count_entries(a: EmbeddingArguments) -> int:
-    """Return K."""
-    bank = next(x for x in (a.w1, a.low_rank_a, a.position_offset) if x is not None)
-    return bank.shape[0]
 
 
 def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:

@@ -79,7 +79,7 @@ def test_parity(device: str, case: dict, dtype: torch.dtype) -> None:
 def test_integers_of_32_bits(device: str, own: bool) -> None:
     a = arguments(device, "adept", own=own)
     dy = torch.randn(len(a.input_ids), 24, 65, device=device)
-    short = {name: x.int() for name in ("input_ids", "prompt_spans", "index") if (x := getattr(a, name)) is not None}
+    short = {name: x.int() for name in ("input_ids", "prompt_spans", "entries") if (x := getattr(a, name)) is not None}
     got = results(OPERATION.operator("triton"), a._replace(**short), dy)
     for x, y in zip(got, results(OPERATION.operator("triton"), a, dy), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
@@ -107,7 +107,9 @@ def test_the_same_from_run_to_run(device: str, kind: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "names"), [("adept", ("w1", "b1", "w2", "b2")), ("dept", ("low_rank_a", "low_rank_b"))])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("adept", ("w1", "b1", "w2", "b2")), ("dept", ("low_rank_a", "low_rank_b"))]
+)
 def test_partial_gradients_of_a_bank(device: str, kind: str, names: tuple[str, ...]) -> None:
     a = arguments(device, kind, own=True)
     dy = torch.randn(4, 24, 65, device=device)
@@ -118,12 +120,12 @@ def test_partial_gradients_of_a_bank(device: str, kind: str, names: tuple[str, .
         torch.testing.assert_close(got, gradient, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["index", "prompt_spans"])
-def test_values_out_of_range(device: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(("field", "name"), [("entries", "index"), ("prompt_spans", "prompt_spans")])
+def test_values_out_of_range(device: str, monkeypatch: pytest.MonkeyPatch, field: str, name: str) -> None:
     monkeypatch.setenv("FASTPREFIX_CHECK_IDS", "1")
     a = arguments(device, "adept", own=True)
     with pytest.raises(ValueError, match=f"^{name} takes"):
-        OPERATION.operator("triton")(*a._replace(**{name: getattr(a, name) + 3}))
+        OPERATION.operator("triton")(*a._replace(**{field: getattr(a, field) + 3}))
 
 
 def test_ids_out_of_range(device: str) -> None:

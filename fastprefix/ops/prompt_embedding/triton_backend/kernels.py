@@ -5,14 +5,14 @@
 part of them. Small parameters and the output are contiguous; the table and the ids are read where they lie. Nothing is
 compiled anew for another batch or length (``VARYING``).
 
-With ``p_index``, parameters have a leading dimension K, and a program works on tokens of one row of the batch, or on
+With ``p_entries``, parameters have a leading dimension K, and a program works on tokens of one row of the batch, or on
 those of one entry. Without it, and without ``p_spans``, nothing of that is compiled.
 """
 
 import triton
 import triton.language as tl
 
-VARYING = ["stride_ids_b", "B", "N", "S", "P", "length", "last", "rows", "blocks"]
+VARYING = ["stride_ids_b", "B", "N", "S", "P", "T", "length", "last", "rows", "blocks"]
 
 
 @triton.jit
@@ -54,12 +54,12 @@ def draw_factors(p_seed, o_t, o_j, N, drop_below, keep):
 
 
 @triton.jit
-def find_tokens(p_index, block, B, N, BT: tl.constexpr):
+def find_tokens(p_entries, block, B, N, BT: tl.constexpr):
     """Return the tokens of a block, which of them are there, and the entry of the bank that they use.
 
-    Without ``p_index`` blocks may cross rows of the batch, and the entry is 0.
+    Without ``p_entries`` blocks may cross rows of the batch, and the entry is 0.
     """
-    if p_index is None:
+    if p_entries is None:
         o_t = block * BT + tl.arange(0, BT)
         there = o_t < B * N
         entry = tl.zeros((), tl.int64)
@@ -69,7 +69,7 @@ def find_tokens(p_index, block, B, N, BT: tl.constexpr):
         o_i = block % row_blocks * BT + tl.arange(0, BT)
         o_t = b * N + o_i
         there = o_i < N
-        entry = tl.load(p_index + b).to(tl.int64)
+        entry = tl.load(p_entries + b).to(tl.int64)
     return o_t, there, entry
 
 
@@ -129,24 +129,24 @@ def embed_tokens(
 
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_fwd_kernel(
-    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_index,
+    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_entries,
     p_w1, p_b1, p_w2, p_b2, p_seed, p_out,
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """Embed tokens for PT (no w1) and ADePT. The first programs run BT tokens each, the others BT prompt rows."""
     block = tl.program_id(0)
-    token_blocks = tl.cdiv(B * N, BT) if p_index is None else B * tl.cdiv(N, BT)
+    token_blocks = tl.cdiv(B * N, BT) if p_entries is None else B * tl.cdiv(N, BT)
     if block >= token_blocks:
         if p_prompt is not None:
             copy_prompt(p_prompt, p_spans, p_out, block - token_blocks, B, N, S, d, BT, BD)
     else:
-        o_t, there, entry = find_tokens(p_index, block, B, N, BT)
+        o_t, there, entry = find_tokens(p_entries, block, B, N, BT)
         o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         p_row = p_out + ((o_t // N).to(tl.int64) * (S + N) + S + o_t % N) * d
         if p_w1 is None:
             copy_tokens(p_weight, stride_v, stride_d, p_row, o_id, there, d, BD)
-        elif p_index is None:
+        elif p_entries is None:
             embed_tokens(
                 p_weight, stride_v, stride_d, p_w1, p_b1, p_w2, p_b2, p_seed, p_row,
                 o_t, o_id, there, N, d, r, scale, drop_below, keep, BT, BD, RP,
@@ -163,7 +163,7 @@ def prompt_embedding_fwd_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_low_rank_fwd_kernel(
-    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_index, p_a, p_b, p_out,
+    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_entries, p_a, p_b, p_out,
     B, N, S, T, d, r, scale, rows,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
@@ -181,8 +181,8 @@ def prompt_embedding_low_rank_fwd_kernel(
         o_i = block % position_blocks * BT + tl.arange(0, BT)
         first = block // position_blocks * rows
         positions, steps = N, r
-        if p_index is not None:
-            entry = tl.load(p_index + first).to(tl.int64)
+        if p_entries is not None:
+            entry = tl.load(p_entries + first).to(tl.int64)
             positions, steps = tl.where(entry < 0, 0, N), tl.where(entry < 0, 0, r)  # without an offset none is read
             if p_b is None:
                 p_a += entry * T * d
@@ -246,7 +246,7 @@ def differentiate_hidden(
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_bwd_hidden_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-    p_index, p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
+    p_entries, p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
     B, N, S, d, r, scale, drop_below, keep,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
@@ -255,19 +255,20 @@ def prompt_embedding_bwd_hidden_kernel(
     Without ``p_w1``, ``p_w2`` is DePT's b, and dh the gradient of the rows of a; z is not computed. For rows of the
     batch without an offset nothing is.
     """
-    o_t, there, entry = find_tokens(p_index, tl.program_id(0), B, N, BT)
-    if p_index is None:
+    o_t, there, entry = find_tokens(p_entries, tl.program_id(0), B, N, BT)
+    if p_entries is None:
         differentiate_hidden(
-            p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-            p_w1, p_b1, p_w2, p_seed, p_z, p_dh, o_t, there, N, S, d, r, scale, drop_below, keep, BT, BD, RP,
+            p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
+            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
+            o_t, there, N, S, d, r, scale, drop_below, keep, BT, BD, RP,
         )  # fmt: skip
     elif entry >= 0:
         if p_w1 is not None:
             p_w1 += entry * d * r
             p_b1 += entry * r
         differentiate_hidden(
-            p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-            p_w1, p_b1, p_w2 + entry * r * d, p_seed, p_z, p_dh,
+            p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
+            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2 + entry * r * d, p_seed, p_z, p_dh,
             o_t, there, N, S, d, r, scale, drop_below, keep, BT, BD, RP,
         )  # fmt: skip
 
@@ -299,15 +300,15 @@ def add_weights(
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_bwd_weights_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-    p_index, p_z, p_dh, p_dw1, p_dw2, p_db2,
+    p_entries, p_z, p_dh, p_dw1, p_dw2, p_db2,
     B, N, S, d, r, blocks,
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """Compute dw1 [d, r], dw2 [d, r] (transposed) and db2 [d], less the scale, over ``blocks`` blocks of BT tokens.
 
     The result is a float32 part for each second index of the grid. The third index counts parts of the hidden units.
-    With ``p_index`` the first one counts the entries of the bank too, each with [d, r], and the blocks are of each row
-    of the batch that uses the entry.
+    With ``p_entries`` the first one counts the entries of the bank too, which have parts of their own, and the blocks
+    are those of every row of the batch that uses the entry.
     """
     column_blocks = tl.cdiv(d, BD)
     o_c = tl.program_id(0) % column_blocks * BD + tl.arange(0, BD)
@@ -315,7 +316,7 @@ def prompt_embedding_bwd_weights_kernel(
     b_dw1 = tl.zeros((BD, RP), tl.float32)
     b_dw2 = tl.zeros((BD, RP), tl.float32)
     b_db2 = tl.zeros((BD,), tl.float32)
-    if p_index is None:
+    if p_entries is None:
         for block in range(0, blocks):
             o_t = (tl.program_id(1) * blocks + block) * BT + tl.arange(0, BT)
             b_dw1, b_dw2, b_db2 = add_weights(
@@ -327,7 +328,7 @@ def prompt_embedding_bwd_weights_kernel(
     else:
         entry = tl.program_id(0) // column_blocks
         for b in range(0, B):
-            used = tl.where(tl.load(p_index + b) == entry, blocks, 0)
+            used = tl.where(tl.load(p_entries + b) == entry, blocks, 0)
             for block in range(0, used):
                 o_i = (tl.program_id(1) * blocks + block) * BT + tl.arange(0, BT)
                 b_dw1, b_dw2, b_db2 = add_weights(
@@ -337,7 +338,7 @@ def prompt_embedding_bwd_weights_kernel(
                     p_z, p_dh, p_dw1, p_dw2, p_db2, b * N + o_i, o_i < N, o_c, o_j, N, S, d, r,
                 )  # fmt: skip
     part = tl.program_id(1).to(tl.int64)
-    if p_index is not None:
+    if p_entries is not None:
         part += (tl.program_id(0) // column_blocks).to(tl.int64) * tl.num_programs(1)
     o_w = (part * d + o_c.to(tl.int64))[:, None] * r + o_j[None, :]
     b_inside = (o_c < d)[:, None] & (o_j < r)[None, :]

@@ -31,12 +31,12 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     if output.numel() == 0:
         return output
     prompt = None if S == 0 else _make_dense(a.prompt)
-    table = (*_describe_ids(a), *_describe_table(a), prompt, _make_dense(a.prompt_spans), _make_dense(a.index))
+    table = (*_describe_ids(a), *_describe_table(a), prompt, _make_dense(a.prompt_spans), _make_dense(a.entries))
     positions = a.position_offset if a.low_rank_a is None else a.low_rank_a
     if positions is not None:
         r = 1 if a.low_rank_a is None else positions.shape[-1]
         tile = tiles.low_rank(r, a.weight.element_size())
-        rows = min(B, 8) if a.index is None else 1
+        rows = min(B, 8) if a.entries is None else 1
         programs = divide_up(N, tile.BT) * divide_up(B, rows) + divide_up(B * S, tile.BT)
         factors = (_make_dense(positions), _make_dense(a.low_rank_b))
         sizes = (B, N, S, positions.shape[-2], d, r, a.offset_scale, rows)
@@ -66,10 +66,10 @@ def backward(
     if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
         dh = _differentiate_network(gradients, grad_output, a, needs, target)
     if needs & {"low_rank_a", "low_rank_b"}:
-        if a.index is None:
+        if a.entries is None:
             _differentiate_low_rank(gradients, grad_output[:, S:], a)
         else:
-            _differentiate_low_rank_bank(gradients, grad_output, a, target)
+            _differentiate_low_rank_bank(gradients, grad_output, a, needs, target)
     if "position_offset" in needs:
         gradients["position_offset"] = _differentiate_positions(grad_output, a, target)
     if "weight" in needs:
@@ -102,7 +102,7 @@ def _differentiate_network(
     r = a.w1.shape[-1]
     z, dh = (_allocate_floats(a, B * N, r) for _ in range(2))
     _launch_hidden(grad_output, a, z, dh, target)
-    if "b1" in needs and a.index is None:
+    if "b1" in needs and a.entries is None:
         gradients["b1"] = dh.sum(0)
     elif "b1" in needs:
         of_rows = dh.view(B, N, r).sum(1, keepdim=True)
@@ -126,7 +126,7 @@ def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None,
     grid = (_count_token_blocks(a, tile), divide_up(r, tile.RP))
     if 0 in grid or d == 0:
         return
-    network = tuple(_make_dense(x) for x in (a.index, a.w1, a.b1, w2))
+    network = tuple(_make_dense(x) for x in (a.entries, a.w1, a.b1, w2))
     sizes = (*a.input_ids.shape, a.prompt_length, d, r, a.offset_scale, *_describe_dropout(a))
     arguments = (*_describe_rows(a, grad_output), *network, a.dropout_seed, z, dh, *sizes)
     _launch(target, "hidden", grid, arguments, tile)
@@ -143,10 +143,10 @@ def _sum_weights(
         return None, None, None
     B, N = a.input_ids.shape
     d, r = a.weight.shape[1], z.shape[1]
-    tile = tiles.weights(r, a.weight.element_size(), bank=a.index is not None)
-    bank = () if a.index is None else (_count_entries(a),)
+    tile = tiles.weights(r, a.weight.element_size(), bank=a.entries is not None)
+    bank = () if a.entries is None else (a.bank_size,)
     entries = bank[0] if bank else 1
-    blocks = divide_up(B * N if a.index is None else N, tile.BT)
+    blocks = divide_up(B * N if a.entries is None else N, tile.BT)
     each = max(1, divide_up(blocks, max(1, _PARTS // max(1, entries))))
     parts = divide_up(blocks, each)
     dw1 = _allocate_floats(a, *bank, parts, d, r) if "w1" in needs else None
@@ -155,7 +155,7 @@ def _sum_weights(
     grid = (divide_up(d, tile.BD) * entries, parts, divide_up(r, tile.RP))
     if 0 not in grid:
         sizes = (B, N, a.prompt_length, d, r, each)
-        arguments = (*_describe_rows(a, grad_output), _make_dense(a.index), z, dh, dw1, dw2, db2, *sizes)
+        arguments = (*_describe_rows(a, grad_output), _make_dense(a.entries), z, dh, dw1, dw2, db2, *sizes)
         _launch(target, "weights", grid, arguments, tile)
     return tuple(None if x is None else x.sum(len(bank)) for x in (dw1, dw2, db2))
 
@@ -171,26 +171,26 @@ def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: Embeddi
 
 
 def _differentiate_low_rank_bank(
-    gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, target: Target
+    gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
 ) -> None:
-    """Enter the gradients of a bank of pairs: as those of a network whose hidden layer is ``low_rank_a``."""
+    """Enter the gradients of a bank of pairs, as those of a network whose hidden layer is ``low_rank_a``."""
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
-    assert a.index is not None
+    assert a.entries is not None
     B, N = a.input_ids.shape
     K, T, r = a.low_rank_a.shape
-    if K == 0:
-        gradients["low_rank_a"], gradients["low_rank_b"] = a.low_rank_a, a.low_rank_b
-        return
-    da = _allocate_floats(a, B * N, r)
-    _launch_hidden(grad_output, a, None, da, target)
-    sums = _allocate_like(a.low_rank_a)
-    _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
-    gradients["low_rank_a"] = sums
-    chosen = a.low_rank_a[:, :N].index_select(0, a.index.clamp(min=0)).view(B * N, r)  # small: r, not d, columns
-    _, db, _ = _sum_weights(grad_output, a, chosen, None, {"w2"}, target)
-    assert db is not None
-    gradients["low_rank_b"] = a.offset_scale * db.mT
+    if "low_rank_a" in needs:
+        da, sums = _allocate_floats(a, B * N, r), _allocate_like(a.low_rank_a)
+        _launch_hidden(grad_output, a, None, da, target)
+        _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
+        gradients["low_rank_a"] = sums
+    if "low_rank_b" in needs:
+        # Rows of r: small beside those of d. Without entries there is none to choose.
+        choices = a.entries.clamp(min=0) if K > 0 else a.entries[:0]
+        hidden = a.low_rank_a[:, :N].index_select(0, choices).view(-1, r)
+        _, db, _ = _sum_weights(grad_output, a, hidden, None, {"w2"}, target)
+        assert db is not None
+        gradients["low_rank_b"] = a.offset_scale * db.mT
 
 
 def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
@@ -198,7 +198,7 @@ def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target:
     assert a.position_offset is not None
     N, S = a.input_ids.shape[1], a.prompt_length
     *_, T, d = a.position_offset.shape
-    if a.index is None:
+    if a.entries is None:
         summed = grad_output.new_zeros((T, d), dtype=torch.float32)
         summed[:N] = a.offset_scale * grad_output[:, S:].sum(0, dtype=torch.float32)
         return summed
@@ -209,8 +209,8 @@ def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target:
 
 def _list_spans(a: EmbeddingArguments, positions: int, used: int) -> Tensor:
     """Return the spans that rows of the batch use of a bank [K * positions, ...]: the first ``used`` of their entry."""
-    assert a.index is not None
-    entry = a.index.long()
+    assert a.entries is not None
+    entry = a.entries.long()
     return torch.stack([entry * positions, (entry >= 0) * used], 1)
 
 
@@ -232,26 +232,20 @@ def _sum_spans(rows: Tensor, spans: Tensor, last: int, scale: float, sums: Tenso
 def _apply_w1(dh: Tensor, a: EmbeddingArguments) -> Tensor:
     """Return dh w1^T, [B * N, d] or [B, N, d]."""
     assert a.w1 is not None
-    if a.index is None:
+    if a.entries is None:
         return dh @ a.w1.float().T
     B, N = a.input_ids.shape
     d, r = a.w1.shape[-2:]
     if a.w1.shape[0] == 0:
         return dh.new_zeros(B, N, d)
-    chosen = a.w1.index_select(0, a.index.clamp(min=0)).float()  # [B, d, r]; one of B * N rows of d is made anyhow
-    return torch.bmm(dh.view(B, N, r), chosen.mT).masked_fill_((a.index < 0)[:, None, None], 0.0)
-
-
-def _count_entries(a: EmbeddingArguments) -> int:
-    """Return K."""
-    bank = next(x for x in (a.w1, a.low_rank_a, a.position_offset) if x is not None)
-    return bank.shape[0]
+    chosen = a.w1.index_select(0, a.entries.clamp(min=0)).float()  # [B, d, r]; one of B * N rows of d is made anyhow
+    return torch.bmm(dh.view(B, N, r), chosen.mT).masked_fill_((a.entries < 0)[:, None, None], 0.0)
 
 
 def _count_token_blocks(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> int:
     """Return how many blocks of tokens there are: with an index they are of one row of the batch each."""
     B, N = a.input_ids.shape
-    return divide_up(B * N, tile.BT) if a.index is None else B * divide_up(N, tile.BT)
+    return divide_up(B * N, tile.BT) if a.entries is None else B * divide_up(N, tile.BT)
 
 
 def _allocate_floats(a: EmbeddingArguments, *shape: int) -> Tensor:
