@@ -1,6 +1,7 @@
 // What the operators get, in the order of the schema (fastprefix/ops/prompt_embedding/arguments.py): B batch, N tokens,
-// S rows in front of the tokens, V vocabulary, d model width, r bottleneck or rank, P rows of a packed store of prompts.
-// With `entries` the tensors of an offset have a leading dimension K, and row b of the batch uses entry entries[b].
+// S rows in front of the tokens, V vocabulary, d model width, r bottleneck or rank, P rows of a packed store of
+// prompts. With `entries` the tensors of an offset have a leading dimension K, and row b of the batch uses entry
+// entries[b].
 #pragma once
 
 #include <ATen/ATen.h>

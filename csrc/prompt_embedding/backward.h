@@ -75,7 +75,8 @@ struct EmbeddingBackward {
         seen.clear();
         for (int64_t b = 0; b < p.B; ++b) {
           int64_t place = i - p.spans[2 * b], length = p.spans[2 * b + 1];
-          if (place >= 0 && place < length) seen.push_back(grad + b * batch_stride + (p.S - length + place) * row_stride);
+          if (place >= 0 && place < length)
+            seen.push_back(grad + b * batch_stride + (p.S - length + place) * row_stride);
         }
         sum_rows(static_cast<int64_t>(seen.size()), [&](int64_t j) { return seen[j]; }, p.d, sum.data());
         write_row(sum.data(), p.d, to + i * p.d);
@@ -189,8 +190,9 @@ struct EmbeddingBackward {
   }
 
   // g: dy summed over the occurrences, times the scale.
-  void ffn_tile(const Offset<T>& offset, const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile,
-                const Sums& sums) const {
+  void ffn_tile(
+      const Offset<T>& offset, const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile,
+      const Sums& sums) const {
     p.gather(groups, first, rows, tile.e);
     for (int64_t t = 0; t < rows; ++t) {
       A* g = tile.g + t * p.ld;

@@ -145,8 +145,7 @@ struct EmbeddingForward {
   void positional() const {
     int64_t blocks = (p.N + p.tile() - 1) / p.tile();
     // Few blocks of positions: threads share one, each with rows of the batch of its own.
-    std::vector<Share> shares =
-        share_rows(std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B));
+    std::vector<Share> shares = share_rows(std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B));
     int64_t parts = static_cast<int64_t>(shares.size());
     Slots slots(blocks * parts);
     slots.run(ForwardTile::bytes(p), [&](int64_t slot, char* scratch) {

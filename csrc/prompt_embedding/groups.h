@@ -73,9 +73,10 @@ struct Groups {
   Groups flatten(const Groups& inner) const {
     Groups flat{token, {0}, {}, {}};
     for (int64_t u = 0; u < count(); ++u) {
-      for (int64_t i = start[u]; i < start[u + 1]; ++i)
-        flat.place.insert(
-            flat.place.end(), inner.place.begin() + inner.start[place[i]], inner.place.begin() + inner.start[place[i] + 1]);
+      for (int64_t i = start[u]; i < start[u + 1]; ++i) {
+        auto of = inner.start.begin() + place[i];
+        flat.place.insert(flat.place.end(), inner.place.begin() + of[0], inner.place.begin() + of[1]);
+      }
       flat.start.push_back(static_cast<int64_t>(flat.place.size()));
     }
     return flat;

@@ -33,7 +33,7 @@ struct EmbeddingProblem {
   Rows<T> weight;
   Tensor ids_tensor, spans_tensor;
   const int64_t* ids;              // [B * N]
-  const int64_t* spans = nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr: the same prompt in each row
+  const int64_t* spans = nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr: each row has all of it
   OffsetKind kind = OffsetKind::none;
   bool banked;
   Groups users;                    // the rows of the batch that have each offset; rows without one are the last
