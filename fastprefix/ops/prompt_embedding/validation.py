@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..declaration import list_letters
 from .arguments import EmbeddingArguments
 
 _FFN = "a tuple (w1 [d, r], b1 [r], w2 [r, d], b2 [d])"
@@ -30,9 +31,11 @@ def canonical_arguments(
 ) -> EmbeddingArguments:
     """Check every argument, then bring them to the declared form."""
     checks.check_floating("weight", weight, "an embedding table [V, d]")
-    checks.check_shape("weight", weight, (None, None), "an embedding table [V, d]")
+    if weight.ndim != 2:
+        raise checks.wrong_value("weight", weight, "an embedding table [V, d]")
     checks.check_integer("input_ids", input_ids, "token ids [B, N]")
-    checks.check_shape("input_ids", input_ids, (None, None), "token ids [B, N]")
+    if input_ids.ndim != 2:
+        raise checks.wrong_value("input_ids", input_ids, "token ids [B, N]")
     checks.check_device("input_ids", input_ids, weight.device, "weight")
     length: int = 0
     if prompt is not None:
@@ -145,13 +148,28 @@ def _check_index(index: Tensor, input_ids: Tensor, offsets: int) -> None:
 
 
 def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, takes: str) -> None:
-    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight."""
+    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight.
+
+    ``takes`` has the letters of the shape, of which None is any size.
+    """
     checks.check_floating(name, value, takes)
-    checks.check_shape(name, value, shape, f"{takes} with d = {weight.shape[1]} of weight")
+    if value.shape != shape and not _fits(value.shape, shape):
+        known = [
+            f"{letter} = {size}" for letter, size in zip(list_letters(takes), shape, strict=True) if size is not None
+        ]
+        raise checks.wrong_value(name, value, f"{takes} with {', '.join(known)}")
     checks.check_device(name, value, weight.device, "weight")
-    autocast = checks.autocast_dtype(weight.device) is not None
-    if not autocast:  # it brings the parameters to weight's dtype
-        checks.check_dtype(name, value, weight.dtype, "weight")
+    if value.dtype is not weight.dtype and checks.autocast_dtype(weight.device) is None:
+        raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast brings it to that
+
+
+def _fits(shape: torch.Size, expected: _Shape) -> bool:
+    if len(shape) != len(expected):
+        return False
+    for size, wanted in zip(shape, expected, strict=True):  # noqa: SIM110 (all() takes twice the time)
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def _check_ffn(
@@ -159,15 +177,23 @@ def _check_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_tuple("ffn", ffn, 4, _FFN)
     w1, b1, w2, b2 = ffn
-    d, K = weight.shape[1], "K, " if banked else ""
-    _check_parameter("ffn[0] (w1)", w1, weight, (*_any_entries(banked), d, None), f"[{K}d, r]")
-    *entries, _, r = w1.shape
+    d = weight.shape[1]
+    if banked:
+        _check_parameter("ffn[0] (w1)", w1, weight, (None, d, None), "[K, d, r]")
+    else:
+        _check_parameter("ffn[0] (w1)", w1, weight, (d, None), "[d, r]")
+    r = w1.shape[-1]
     if r == 0:
         raise checks.wrong_value("ffn[0] (w1)", w1, "a bottleneck r of at least 1")
-    of_w1 = f"K, r = {entries[0]}, {r} of w1," if banked else f"r = {r} of w1,"
-    _check_parameter("ffn[1] (b1)", b1, weight, (*entries, r), f"[{K}r], {of_w1}")
-    _check_parameter("ffn[2] (w2)", w2, weight, (*entries, r, d), f"[{K}r, d], {of_w1}")
-    _check_parameter("ffn[3] (b2)", b2, weight, (*entries, d), f"[{K}d], {of_w1}" if banked else "[d]")
+    if banked:
+        K = w1.shape[0]
+        _check_parameter("ffn[1] (b1)", b1, weight, (K, r), "[K, r]")
+        _check_parameter("ffn[2] (w2)", w2, weight, (K, r, d), "[K, r, d]")
+        _check_parameter("ffn[3] (b2)", b2, weight, (K, d), "[K, d]")
+    else:
+        _check_parameter("ffn[1] (b1)", b1, weight, (r,), "[r]")
+        _check_parameter("ffn[2] (w2)", w2, weight, (r, d), "[r, d]")
+        _check_parameter("ffn[3] (b2)", b2, weight, (d,), "[d]")
     return w1, b1, w2, b2
 
 
@@ -176,26 +202,29 @@ def _check_low_rank(
 ) -> tuple[Tensor, Tensor]:
     _check_tuple("low_rank", low_rank, 2, _LOW_RANK)
     a, b = low_rank
-    K = "K, " if banked else ""
-    _check_parameter("low_rank[0] (a)", a, weight, (*_any_entries(banked), None, None), f"[{K}T, r]")
-    *entries, _, r = a.shape
+    d = weight.shape[1]
+    if banked:
+        _check_parameter("low_rank[0] (a)", a, weight, (None, None, None), "[K, T, r]")
+    else:
+        _check_parameter("low_rank[0] (a)", a, weight, (None, None), "[T, r]")
+    r = a.shape[-1]
     if r == 0:
         raise checks.wrong_value("low_rank[0] (a)", a, "a rank r of at least 1")
-    of_a = f"K, r = {entries[0]}, {r} of a," if banked else f"r = {r} of a,"
-    _check_parameter("low_rank[1] (b)", b, weight, (*entries, r, weight.shape[1]), f"[{K}r, d], {of_a}")
+    if banked:
+        _check_parameter("low_rank[1] (b)", b, weight, (a.shape[0], r, d), "[K, r, d]")
+    else:
+        _check_parameter("low_rank[1] (b)", b, weight, (r, d), "[r, d]")
     _check_positions("low_rank[0] (a)", a, input_ids)
     return a, b
 
 
 def _check_position_offset(position_offset: Tensor, input_ids: Tensor, weight: Tensor, banked: bool) -> None:
-    shape, takes = (*_any_entries(banked), None, weight.shape[1]), "[K, T, d]" if banked else "[T, d]"
-    _check_parameter("position_offset", position_offset, weight, shape, takes)
+    d = weight.shape[1]
+    if banked:
+        _check_parameter("position_offset", position_offset, weight, (None, None, d), "[K, T, d]")
+    else:
+        _check_parameter("position_offset", position_offset, weight, (None, d), "[T, d]")
     _check_positions("position_offset", position_offset, input_ids)
-
-
-def _any_entries(banked: bool) -> _Shape:
-    """Return the leading dimensions of a bank's first tensor: K, which it settles, or none without ``index``."""
-    return (None,) if banked else ()
 
 
 def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
