@@ -13,7 +13,8 @@ from torch import Tensor
 import fastprefix
 from fastprefix.ops.backends import BACKENDS
 from fastprefix.parity import EmbeddingCase
-from tests.ops.test_memory import SMALL_CHANGE, peak_a_row
+
+from .test_memory import SMALL_CHANGE, peak_a_row
 
 REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -59,7 +59,8 @@ def prompt_embedding(
             may be equal or overlap, and a length may be 0. A prompt shorter than S stands right before its tokens. The
             rows on its left are 0 and pass no gradient on; mask them.
         prompt_length: S with ``prompt_spans``, at least their largest length. None: the largest length, which is read
-            on the host. On a GPU that waits for the device, and ``torch.compile`` cannot trace it, so give it there.
+            on the host. On a GPU that waits for the device, and under ``torch.compile`` it makes the shape of the
+            result depend on data, so give the length there.
         index: int64 or int32 ``[B]``, the entry of the bank for each row, from 0 to K - 1; -1: no offset. The eager
             backend reads it on the host, which on a GPU waits for the device.
         offset_scale: multiplies the offset.
