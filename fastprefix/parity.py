@@ -178,8 +178,11 @@ class EmbeddingCase:
     V: int = 29
     d: int = 8
     r: int = 3
-    offset: str | None = None  # "ffn" or "low_rank"
+    offset: Literal["ffn", "low_rank", "position_offset"] | None = None
     spare: int = 0  # T - N
+    spans: Sequence[tuple[int, int]] | None = None  # (start, length) a row: the prompt is then a store of S rows
+    K: int | None = None  # the entries of a bank of offsets
+    index: Sequence[int] | None = None  # with K: the entry of each row
     options: dict[str, Any] = field(default_factory=dict)
 
     operation: Callable[..., Tensor] = field(default=prompt_embedding, repr=False)
@@ -192,14 +195,24 @@ class EmbeddingCase:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
+        def draw_bank(*shape: int) -> Tensor:
+            return draw(*(() if self.K is None else (self.K,)), *shape)
+
         ids = torch.randint(0, self.V, (self.B, self.N), generator=generator).to(device)
-        tensors: dict[str, Any] = {"input_ids": ids, "weight": draw(self.V, self.d)}
+        d, r, T = self.d, self.r, self.N + self.spare
+        tensors: dict[str, Any] = {"input_ids": ids, "weight": draw(self.V, d)}
         if self.S is not None:
-            tensors["prompt"] = draw(self.S, self.d)
+            tensors["prompt"] = draw(self.S, d)
         if self.offset == "ffn":
-            tensors["ffn"] = (draw(self.d, self.r), draw(self.r), draw(self.r, self.d), draw(self.d))
+            tensors["ffn"] = (draw_bank(d, r), draw_bank(r), draw_bank(r, d), draw_bank(d))
         elif self.offset == "low_rank":
-            tensors["low_rank"] = (draw(self.N + self.spare, self.r), draw(self.r, self.d))
+            tensors["low_rank"] = (draw_bank(T, r), draw_bank(r, d))
+        elif self.offset == "position_offset":
+            tensors["position_offset"] = draw_bank(T, d)
+        if self.spans is not None:
+            tensors["prompt_spans"] = torch.tensor(self.spans, dtype=torch.int64, device=device).view(-1, 2)
+        if self.index is not None:
+            tensors["index"] = torch.tensor(self.index, dtype=torch.int64, device=device)
         return Inputs(tensors, dict(self.options))
 
 
@@ -296,7 +309,7 @@ def _conditioned(case: AttentionCase) -> AttentionCase:
 
 
 def embedding_cases() -> list[EmbeddingCase]:
-    """PT, DePT and ADePT over odd widths and zero sizes."""
+    """PT, DePT, ACCEPT and ADePT over odd widths and zero sizes, with what the batch shares and with a row's own."""
     shapes: list[dict[str, Any]] = [
         {"B": 2, "N": 7, "S": 3, "d": 8, "r": 3},
         {"B": 3, "N": 113, "S": 100, "d": 129, "r": 19, "V": 211},
@@ -310,11 +323,25 @@ def embedding_cases() -> list[EmbeddingCase]:
         {},
         {"offset": "low_rank"},
         {"offset": "low_rank", "spare": 11, "options": {"offset_scale": 1.3}},
+        {"offset": "position_offset", "spare": 2, "options": {"offset_scale": -0.7}},
         {"offset": "ffn"},
         {"offset": "ffn", "options": {"offset_scale": -0.5, "dropout_p": 0.1}},
         {"offset": "ffn", "options": {"dropout_p": 0.6}},
     ]
-    return [EmbeddingCase(**shape, **offset) for shape in shapes for offset in offsets]
+    shared = [EmbeddingCase(**shape, **offset) for shape in shapes for offset in offsets]
+    return shared + [_give_rows_their_own(case) for case in shared]
+
+
+def _give_rows_their_own(case: EmbeddingCase) -> EmbeddingCase:
+    """Return the case with a prompt and an offset for each row: spans that overlap, and rows without either."""
+    spans: list[tuple[int, int]] | None = None
+    bank: dict[str, Any] = {}
+    if case.S is not None:
+        lengths = [(case.S, 0, case.S // 2, case.S // 3)[row % 4] for row in range(case.B)]
+        spans = [((case.S - length) * row // 4, length) for row, length in enumerate(lengths)]
+    if case.offset is not None:
+        bank = {"K": 3, "index": [(1, 0, -1, 1)[row % 4] for row in range(case.B)]}
+    return replace(case, spans=spans, **bank)
 
 
 def measure(

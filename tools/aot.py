@@ -158,26 +158,44 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
-    """Compile the kernels of ADePT's training step and DePT's forward pass, with a bottleneck or rank of r."""
+    """Compile the kernels of a training step of each method, with a bottleneck or rank of r."""
     from fastprefix.ops.prompt_embedding.triton_backend import launch
 
-    B, N, S, V, d = 4, 512, 60, 1000, 1024
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=_DTYPES[dtype_name], device="meta")
-
-    ids = torch.empty((B, N), dtype=torch.int64, device="meta")
-    offsets: dict[str, dict[str, Any]] = {
-        "ADePT": {"ffn": (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), "low_rank": None},
-        "DePT": {"ffn": None, "low_rank": (tensor(N, r), tensor(r, d))},
-    }
-    for method, offset in offsets.items():
+    for method, a in embedding_calls(_DTYPES[dtype_name], r).items():
         compiler = _Compiler(arch, dtype_name, f"r{r}", method)
-        dropout_p = 0.1 if method == "ADePT" else 0.0
-        a = embedding_arguments(ids, tensor(V, d), tensor(S, d), **offset, offset_scale=2.0, dropout_p=dropout_p)
         needs = [getattr(a, name) is not None for name in embedding.DIFFERENTIABLE]
         launch.backward(launch.forward(*a, target=compiler), needs, *a, target=compiler)
         yield from compiler.reports
+
+
+def embedding_calls(
+    dtype: torch.dtype, r: int, B: int = 4, N: int = 512, S: int = 60, d: int = 1024
+) -> dict[str, embedding.EmbeddingArguments]:
+    """Return arguments without storage that make every kind of each kernel of the embedding run."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def bank(*shape: int) -> Tensor:
+        return tensor(3, *shape)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    T = 512
+    rows = {"prompt_spans": integers(B, 2), "prompt_length": S, "index": integers(B)}
+    offsets: dict[str, dict[str, Any]] = {
+        "ADePT": {"ffn": (tensor(d, r), tensor(r), tensor(r, d), tensor(d)), "dropout_p": 0.1},
+        "DePT": {"low_rank": (tensor(T, r), tensor(r, d))},
+        "ACCEPT": {"position_offset": tensor(T, d)},
+        "ADePT, bank": {"ffn": (bank(d, r), bank(r), bank(r, d), bank(d)), "dropout_p": 0.1, **rows},
+        "DePT, bank": {"low_rank": (bank(T, r), bank(r, d)), **rows},
+        "ACCEPT, bank": {"position_offset": bank(T, d), **rows},
+    }
+    return {
+        method: embedding_arguments(integers(B, N), tensor(1000, d), tensor(S, d), **offset, offset_scale=2.0)
+        for method, offset in offsets.items()
+    }
 
 
 def _attention(dtype: torch.dtype, D: int, N: int, **features: Any) -> attention.AttentionArguments:

@@ -21,18 +21,24 @@ struct EmbeddingBackward {
         need_dh(gradients.w1.defined() || gradients.b1.defined() || gradients.weight.defined()) {}
 
   void run() const {
-    if (gradients.prompt.defined()) prompt_gradient();
+    if (gradients.prompt.defined()) {
+      if (p.spans) store_gradient();
+      else prompt_gradient();
+    }
+    if (p.banked) gradients.zero_banks();  // for the entries that nobody uses
     if (p.tokens() == 0) return;
-    if (p.w1) {
+    if (p.kind == OffsetKind::ffn) {
       Groups groups = p.groups();
       Tensor dh = gradients.weight.defined()
           ? at::empty({groups.count(), p.rp}, at::CppTypeToScalarType<A>::value) : Tensor();
       if (gradients.of_ffn() || gradients.weight.defined()) ffn_gradients(groups, dh);
-      if (gradients.weight.defined()) weight_gradient(dh);
+      if (gradients.weight.defined()) weight_gradient(groups, dh);
       return;
     }
-    if (gradients.low_rank_a.defined() || gradients.low_rank_b.defined()) low_rank_gradients();
-    if (gradients.weight.defined()) weight_gradient({});
+    if (p.kind == OffsetKind::low_rank && (gradients.low_rank_a.defined() || gradients.low_rank_b.defined()))
+      low_rank_gradients();
+    if (p.kind == OffsetKind::dense && gradients.position_offset.defined()) dense_gradient();
+    if (gradients.weight.defined()) weight_gradient(Groups::distinct(p.ids, p.tokens()), {});
   }
 
  private:
@@ -55,6 +61,25 @@ struct EmbeddingBackward {
       for (int64_t s = begin; s < end; ++s) {
         sum_rows(p.B, [&](int64_t b) { return grad + b * batch_stride + s * row_stride; }, p.d, sum.data());
         write_row(sum.data(), p.d, to + s * p.d);
+      }
+    });
+  }
+
+  // A row of the store is the sum over the rows of the batch that see it.
+  void store_gradient() const {
+    T* to = gradients.prompt.template mutable_data_ptr<T>();
+    at::parallel_for(0, p.P, 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(p.width);
+      std::vector<const T*> seen;
+      for (int64_t i = begin; i < end; ++i) {
+        seen.clear();
+        for (int64_t b = 0; b < p.B; ++b) {
+          int64_t place = i - p.spans[2 * b], length = p.spans[2 * b + 1];
+          if (place >= 0 && place < length)
+            seen.push_back(grad + b * batch_stride + (p.S - length + place) * row_stride);
+        }
+        sum_rows(static_cast<int64_t>(seen.size()), [&](int64_t j) { return seen[j]; }, p.d, sum.data());
+        write_row(sum.data(), p.d, to + i * p.d);
       }
     });
   }
@@ -89,28 +114,37 @@ struct EmbeddingBackward {
     }
   };
 
-  // Runs body(slot, tile, sums) with sums of zeros, then adds the slots up.
+  // Runs body(slot, tile, sums), where sums(user) starts from zeros, then adds up those of a user over the slots.
   template <class Body>
   void summed(const Slots& slots, Body body) const {
-    int64_t bytes = Sums::bytes(p);
-    Tensor memory = at::zeros({slots.count * bytes + Arena::kLine}, at::kByte);
+    // Work is in the order of users. So a step on to the next slot, user or both is a step up in their sum, and
+    // `slot + user` numbers the pairs that occur.
+    int64_t bytes = Sums::bytes(p), parts = slots.count + static_cast<int64_t>(p.offsets.size()) - 1;
+    std::vector<int64_t> user_of(parts, -1);
+    Tensor memory = at::zeros({parts * bytes + Arena::kLine}, at::kByte);
     auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     char* aligned = reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine);
-    auto sums_of = [&](int64_t slot) {
-      Arena arena(aligned + slot * bytes);
+    auto sums_of = [&](int64_t part) {
+      Arena arena(aligned + part * bytes);
       return Sums(arena, p);
     };
     slots.run(BackwardTile::bytes(p), [&](int64_t slot, char* scratch) {
       Arena arena(scratch);
-      body(slot, BackwardTile(arena, p), sums_of(slot));
+      body(slot, BackwardTile(arena, p), [&](int64_t user) {
+        user_of[slot + user] = user;
+        return sums_of(slot + user);
+      });
     });
-    std::vector<Sums> all;
-    for (int64_t slot = 0; slot < slots.count; ++slot) all.push_back(sums_of(slot));
-    add_up(all, &Sums::w1, p.r, p.ld);
-    add_up(all, &Sums::w2, p.r, p.ld);
-    add_up(all, &Sums::b1, 1, p.rp);
-    add_up(all, &Sums::b2, 1, p.width);
-    finish(all[0]);
+    std::vector<std::vector<Sums>> all(p.offsets.size());
+    for (int64_t part = 0; part < parts; ++part)
+      if (user_of[part] >= 0) all[user_of[part]].push_back(sums_of(part));
+    for (size_t user = 0; user < all.size(); ++user) {
+      add_up(all[user], &Sums::w1, p.r, p.ld);
+      add_up(all[user], &Sums::w2, p.r, p.ld);
+      add_up(all[user], &Sums::b1, 1, p.rp);
+      add_up(all[user], &Sums::b2, 1, p.width);
+      finish(all[user][0], p.offsets[user].entry);
+    }
   }
 
   void add_up(const std::vector<Sums>& all, A* Sums::*part, int64_t rows, int64_t width) const {
@@ -123,38 +157,42 @@ struct EmbeddingBackward {
   }
 
   // From the sums, and their scale, to the tensors.
-  void finish(const Sums& sums) const {
-    auto write = [&](const Tensor& to, A* from, int64_t rows, int64_t width, int64_t ld) {
+  void finish(const Sums& sums, int64_t entry) const {
+    auto write = [&](const Tensor& to, A* from, int64_t rows, int64_t width, int64_t ld, int64_t entry) {
       if (!to.defined()) return;
-      T* data = to.template mutable_data_ptr<T>();
+      T* data = to.template mutable_data_ptr<T>() + entry * rows * width;
       for (int64_t i = 0; i < rows; ++i) write_row(from + i * ld, width, data + i * width);
     };
     if (gradients.w1.defined()) {
       Tensor transposed = at::empty({p.r, p.d}, gradients.w1.options());
-      write(transposed, sums.w1, p.r, p.d, p.ld);
-      gradients.w1.copy_(transposed.t());
+      write(transposed, sums.w1, p.r, p.d, p.ld, 0);
+      (p.banked ? gradients.w1.select(0, entry) : gradients.w1).copy_(transposed.t());
     }
-    write(gradients.w2, sums.w2, p.r, p.d, p.ld);
-    write(gradients.low_rank_b, sums.w2, p.r, p.d, p.ld);
-    write(gradients.b1, sums.b1, 1, p.r, p.rp);
-    write(gradients.b2, sums.b2, 1, p.d, p.width);
+    write(gradients.w2, sums.w2, p.r, p.d, p.ld, entry);
+    write(gradients.low_rank_b, sums.w2, p.r, p.d, p.ld, entry);
+    write(gradients.b1, sums.b1, 1, p.r, p.rp, entry);
+    write(gradients.b2, sums.b2, 1, p.d, p.width, entry);
   }
 
   void ffn_gradients(const Groups& groups, const Tensor& all_dh) const {
     Slots slots(p.tokens());
     A* kept = all_dh.defined() ? all_dh.template mutable_data_ptr<A>() : nullptr;
-    summed(slots, [&](int64_t slot, const BackwardTile& tile, const Sums& sums) {
+    summed(slots, [&](int64_t slot, const BackwardTile& tile, auto sums) {
       int64_t last = groups.cut(slot + 1, slots.count, 3 * p.cost_of_group());
-      for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()); u < last; u += p.tile()) {
-        int64_t rows = std::min(p.tile(), last - u);
-        ffn_tile(groups, u, rows, tile, sums);
+      for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()), rows; u < last; u += rows) {
+        int64_t user = groups.user_of(u);
+        if (!p.has_offset(user)) break;  // the last of the users
+        rows = std::min(p.tile(), groups.run(u, last) - u);
+        ffn_tile(p.offsets[user], groups, u, rows, tile, sums(user));
         if (kept) std::memcpy(static_cast<void*>(kept + u * p.rp), tile.dh, rows * p.rp * sizeof(A));
       }
     });
   }
 
   // g: dy summed over the occurrences, times the scale.
-  void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile, const Sums& sums) const {
+  void ffn_tile(
+      const Offset<T>& offset, const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile,
+      const Sums& sums) const {
     p.gather(groups, first, rows, tile.e);
     for (int64_t t = 0; t < rows; ++t) {
       A* g = tile.g + t * p.ld;
@@ -162,7 +200,7 @@ struct EmbeddingBackward {
       for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
     }
     if (gradients.b2.defined()) add_tile(tile.g, rows, p.ld, p.width, tile.sum, sums.b2);
-    p.hidden(tile.e, rows, tile.h);
+    p.hidden(offset, tile.e, rows, tile.h);
     std::fill(tile.factors, tile.factors + rows * p.rp, A(1));
     if (p.dropout.active)
       for (int64_t t = 0; t < rows; ++t) {
@@ -170,7 +208,7 @@ struct EmbeddingBackward {
         p.dropout.apply(token % p.N, token / p.N, p.r, tile.h + t * p.rp, tile.factors + t * p.rp);
       }
     if (need_dh) {
-      dots(tile.g, rows, p.w2, p.r, p.width, p.ld, tile.dh, p.rp);
+      dots(tile.g, rows, offset.w2, p.r, p.width, p.ld, tile.dh, p.rp);
       for (int64_t t = 0; t < rows; ++t)
         for (int64_t i = t * p.rp; i < t * p.rp + p.r; ++i)
           tile.dh[i] *= (tile.h[i] > 0 ? A(1) : A(0)) * tile.factors[i];
@@ -192,57 +230,84 @@ struct EmbeddingBackward {
   }
 
   // The table's gradient, a distinct token at a time: dy, and dh w1^T where there is a network (dh is summed over the
-  // occurrences first).
-  void weight_gradient(const Tensor& all_dh) const {
+  // occurrences that share an offset first).
+  void weight_gradient(const Groups& groups, const Tensor& all_dh) const {
     gradients.weight.zero_();
-    Groups groups = Groups::distinct(p.ids, p.tokens());
+    // An id has several groups with dropout, where every occurrence is one, and with a bank of offsets.
+    bool several = p.kind == OffsetKind::ffn && (p.banked || p.dropout.active);
+    Groups of_ids = several ? Groups::distinct(groups.token.data(), groups.count())
+                            : Groups::singles(groups.token.data(), groups.count());
+    Groups flat;
+    if (several) flat = of_ids.flatten(groups);
+    const Groups& occurrences = several ? flat : groups;
     const A* dh = all_dh.defined() ? all_dh.template const_data_ptr<A>() : nullptr;
     T* to = gradients.weight.template mutable_data_ptr<T>();
-    at::parallel_for(0, groups.count(), 16, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, of_ids.count(), 16, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width), offset(p.width), dh_sum(p.rp);
       for (int64_t u = begin; u < end; ++u) {
-        sum_occurrences(groups, u, sum.data());
-        if (dh) {
-          // Without dropout the network saw the same groups; with it, every occurrence on its own.
-          std::copy(dh + u * p.rp, dh + u * p.rp + p.r, dh_sum.data());
-          if (p.dropout.active) {
-            std::fill(dh_sum.begin(), dh_sum.end(), A(0));
-            for (int64_t i = groups.start[u]; i < groups.start[u + 1]; ++i)
-              for (int64_t j = 0; j < p.r; ++j) dh_sum[j] += dh[groups.place[i] * p.rp + j];
-          }
-          Product<Plain<A>>{dh_sum.data(), p.rp, 1, p.w1, p.ld, offset.data(), p.ld, p.r, false}.run(1, p.width);
+        sum_occurrences(occurrences, u, sum.data());
+        for (int64_t i = of_ids.start[u]; dh && i < of_ids.start[u + 1];) {
+          int64_t user = groups.user_of(of_ids.place[i]);
+          if (!p.has_offset(user)) break;  // the last of the users
+          std::fill(dh_sum.begin(), dh_sum.end(), A(0));
+          for (; i < of_ids.start[u + 1] && groups.user_of(of_ids.place[i]) == user; ++i)
+            for (int64_t j = 0; j < p.r; ++j) dh_sum[j] += dh[of_ids.place[i] * p.rp + j];
+          const A* w1 = p.offsets[user].w1;
+          Product<Plain<A>>{dh_sum.data(), p.rp, 1, w1, p.ld, offset.data(), p.ld, p.r, false}.run(1, p.width);
           add_row(offset.data(), p.width, sum.data());
         }
-        write_row(sum.data(), p.d, to + groups.token[u] * p.d);
+        write_row(sum.data(), p.d, to + of_ids.token[u] * p.d);
       }
     });
   }
 
-  // da = g b^T and db = a^T g, where g is dy summed over the batch, times the scale.
+  // The gradient of a position's scaled offset: dy summed over the rows of the batch that have it, times the scale.
+  void sum_position(int64_t user, int64_t position, A* to) const {
+    const int64_t* rows = p.users.place.data() + p.users.start[user];
+    sum_rows(p.users.size(user), [&](int64_t i) { return dy(rows[i] * p.N + position); }, p.d, to);
+    for (int64_t k = 0; k < p.width; k += kLanes<A>) store(to + k, load(to + k) * p.scale);
+  }
+
+  // Where the gradient of a position's row is, in a tensor [T, ...] or [K, T, ...] with rows of `width`.
+  T* position_row(const Tensor& to, int64_t user, int64_t position, int64_t width) const {
+    return to.template mutable_data_ptr<T>() + (p.offsets[user].entry * to.size(-2) + position) * width;
+  }
+
+  void dense_gradient() const {
+    gradients.position_offset.zero_();  // from position N on
+    int64_t items = static_cast<int64_t>(p.offsets.size()) * p.N;
+    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(p.width);
+      for (int64_t i = begin; i < end; ++i) {
+        sum_position(i / p.N, i % p.N, sum.data());
+        write_row(sum.data(), p.d, position_row(gradients.position_offset, i / p.N, i % p.N, p.d));
+      }
+    });
+  }
+
+  // da = g b^T and db = a^T g, where g is what sum_position makes.
   void low_rank_gradients() const {
-    T* to = gradients.low_rank_a.defined() ? gradients.low_rank_a.template mutable_data_ptr<T>() : nullptr;
-    if (to) gradients.low_rank_a.zero_();
-    Slots slots(p.N);
-    summed(slots, [&](int64_t slot, const BackwardTile& tile, const Sums& sums) {
-      for (int64_t i = slots.first(slot); i < slots.first(slot + 1); i += p.tile()) {
-        int64_t rows = std::min(p.tile(), slots.first(slot + 1) - i);
-        low_rank_tile(i, rows, tile, sums, to);
+    if (gradients.low_rank_a.defined()) gradients.low_rank_a.zero_();  // from position N on
+    Slots slots(static_cast<int64_t>(p.offsets.size()) * p.N);
+    summed(slots, [&](int64_t slot, const BackwardTile& tile, auto sums) {
+      for (int64_t i = slots.first(slot), rows; i < slots.first(slot + 1); i += rows) {
+        int64_t user = i / p.N, position = i % p.N;
+        rows = std::min({p.tile(), slots.first(slot + 1) - i, p.N - position});
+        low_rank_tile(user, position, rows, tile, sums(user));
       }
     });
   }
 
-  void low_rank_tile(int64_t first, int64_t rows, const BackwardTile& tile, const Sums& sums, T* da) const {
-    for (int64_t t = 0; t < rows; ++t) {
-      A* g = tile.g + t * p.ld;
-      sum_rows(p.B, [&](int64_t b) { return dy(b * p.N + first + t); }, p.d, g);
-      for (int64_t k = 0; k < p.width; k += kLanes<A>) store(g + k, load(g + k) * p.scale);
-    }
-    if (da) {
-      dots(tile.g, rows, p.w2, p.r, p.width, p.ld, tile.dh, p.rp);
-      for (int64_t t = 0; t < rows; ++t) write_row(tile.dh + t * p.rp, p.r, da + (first + t) * p.r);
+  void low_rank_tile(int64_t user, int64_t first, int64_t rows, const BackwardTile& tile, const Sums& sums) const {
+    const Offset<T>& offset = p.offsets[user];
+    for (int64_t t = 0; t < rows; ++t) sum_position(user, first + t, tile.g + t * p.ld);
+    if (gradients.low_rank_a.defined()) {
+      dots(tile.g, rows, offset.w2, p.r, p.width, p.ld, tile.dh, p.rp);
+      for (int64_t t = 0; t < rows; ++t)
+        write_row(tile.dh + t * p.rp, p.r, position_row(gradients.low_rank_a, user, first + t, p.r));
     }
     if (gradients.low_rank_b.defined()) {
-      for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
+      for (int64_t t = 0; t < rows; ++t) offset.positions.widen(first + t, tile.h + t * p.rp);
       Product<Plain<A>>{tile.h, 1, p.rp, tile.g, p.ld, sums.w2, p.ld, rows, true}.run(p.r, p.width);
     }
   }

@@ -22,20 +22,32 @@ struct EmbeddingForward {
         streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
 
   void run() const {
-    if (p.tokens() == 0 || p.r == 0) return lookup();
-    if (p.w1) return ffn();
-    low_rank();
+    switch (p.kind) {
+      case OffsetKind::none: return lookup();
+      case OffsetKind::ffn: return ffn();
+      case OffsetKind::low_rank:
+      case OffsetKind::dense: return positional();
+    }
   }
 
  private:
   T* row(int64_t i) const { return output + i * p.d; }
+
+  // Row s in front of the tokens of row b.
+  void write_prompt_row(int64_t b, int64_t s) const {
+    T* to = row(b * (p.S + p.N) + s);
+    if (!p.spans) return prompt.copy(s, to, streaming);
+    int64_t place = s - (p.S - p.spans[2 * b + 1]);  // a shorter prompt stands right before its tokens
+    if (place < 0) std::fill(to, to + p.d, T(0));
+    else prompt.copy(p.spans[2 * b] + place, to, streaming);
+  }
 
   // Prompt tuning: rows are copied, the prompt's and the table's.
   void lookup() const {
     at::parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t b = i / (p.S + p.N), s = i % (p.S + p.N);
-        if (s < p.S) prompt.copy(s, row(i), streaming);
+        if (s < p.S) write_prompt_row(b, s);
         else p.weight.copy(p.ids[b * p.N + s - p.S], row(i), streaming);
       }
       finish_streams();
@@ -50,8 +62,7 @@ struct EmbeddingForward {
   // This slot's share of the prompt rows.
   void write_prompt(int64_t slot, int64_t slots) const {
     int64_t rows = p.B * p.S;
-    for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i)
-      prompt.copy(i % p.S, row(i / p.S * (p.S + p.N) + i % p.S), streaming);
+    for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i) write_prompt_row(i / p.S, i % p.S);
   }
 
   static constexpr int64_t kPiece = 1024;  // elements
@@ -81,43 +92,68 @@ struct EmbeddingForward {
       Arena arena(scratch);
       ForwardTile tile(arena, p);
       int64_t last = groups.cut(slot + 1, slots.count, p.cost_of_group());
-      for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()); u < last; u += p.tile())
-        ffn_tile(groups, u, std::min(p.tile(), last - u), tile);
+      for (int64_t u = groups.cut(slot, slots.count, p.cost_of_group()), rows; u < last; u += rows) {
+        rows = std::min(p.tile(), groups.run(u, last) - u);
+        if (p.has_offset(groups.user_of(u))) ffn_tile(groups, u, rows, tile);
+        else copy_groups(groups, u, rows);
+      }
       finish_streams();
     });
   }
 
+  void copy_groups(const Groups& groups, int64_t first, int64_t rows) const {
+    for (int64_t u = first; u < first + rows; ++u)
+      for (int64_t i = groups.start[u]; i < groups.start[u + 1]; ++i)
+        p.weight.copy(groups.token[u], row(p.place_in_output(groups.place[i])), streaming);
+  }
+
   void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const ForwardTile& tile) const {
+    const Offset<T>& offset = p.offsets[groups.user_of(first)];
     p.gather(groups, first, rows, tile.e);
-    p.hidden(tile.e, rows, tile.h);
+    p.hidden(offset, tile.e, rows, tile.h);
     for (int64_t t = 0; t < rows; ++t) {
       A* h = tile.h + t * p.rp;
       int64_t token = groups.place[groups.start[first + t]];
       if (p.dropout.active) p.dropout.apply(token % p.N, token / p.N, p.r, h, tile.factors);
       for (int64_t j = 0; j < p.r; ++j) h[j] = h[j] < 0 ? A(0) : h[j];
     }
-    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    Product<Plain<A>>{tile.h, p.rp, 1, offset.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
     for (int64_t t = 0; t < rows; ++t) {
       int64_t begin = groups.start[first + t], end = groups.start[first + t + 1];
-      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, p.b2, p.scale, p.d, tile.out);
+      write_offset_row(tile.e + t * p.ld, tile.y + t * p.ld, offset.b2, p.scale, p.d, tile.out);
       for (int64_t i = begin; i < end; ++i) write(tile.out, row(p.place_in_output(groups.place[i])));
     }
   }
 
-  // DePT: the offsets of a block of positions once for all rows of the batch.
-  void low_rank() const {
+  // Rows of the batch with the same offset: `place[first]` to `place[last - 1]` of the users.
+  struct Share {
+    int64_t user, first, last;
+  };
+
+  std::vector<Share> share_rows(int64_t parts) const {
+    int64_t most = (p.B + parts - 1) / parts;
+    std::vector<Share> shares;
+    for (int64_t user = 0; user < p.users.count(); ++user) {
+      int64_t rows = p.users.size(user), pieces = (rows + most - 1) / most, start = p.users.start[user];
+      for (int64_t i = 0; i < pieces; ++i)
+        shares.push_back({user, start + i * rows / pieces, start + (i + 1) * rows / pieces});
+    }
+    return shares;
+  }
+
+  // DePT and dense offsets: those of a block of positions once for all rows of the batch that have them.
+  void positional() const {
     int64_t blocks = (p.N + p.tile() - 1) / p.tile();
     // Few blocks of positions: threads share one, each with rows of the batch of its own.
-    int64_t parts = std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B);
+    std::vector<Share> shares = share_rows(std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B));
+    int64_t parts = static_cast<int64_t>(shares.size());
     Slots slots(blocks * parts);
     slots.run(ForwardTile::bytes(p), [&](int64_t slot, char* scratch) {
       write_prompt(slot, slots.count);
       Arena arena(scratch);
       ForwardTile tile(arena, p);
-      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) {
-        int64_t part = item % parts;
-        low_rank_tile(item / parts * p.tile(), part * p.B / parts, (part + 1) * p.B / parts, tile);
-      }
+      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item)
+        positional_tile(item / parts * p.tile(), shares[item % parts], tile);
       finish_streams();
     });
   }
@@ -133,17 +169,29 @@ struct EmbeddingForward {
     }
   }
 
-  void low_rank_tile(int64_t first, int64_t first_row, int64_t last_row, const ForwardTile& tile) const {
+  void positional_tile(int64_t first, const Share& share, const ForwardTile& tile) const {
     int64_t rows = std::min(p.tile(), p.N - first);
-    for (int64_t t = 0; t < rows; ++t) p.low_rank_a.widen(first + t, tile.h + t * p.rp);
-    Product<Plain<A>>{tile.h, p.rp, 1, p.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    bool offset = p.has_offset(share.user);
+    if (offset) compute_offsets(p.offsets[share.user], first, rows, tile);
+    for (int64_t i = share.first; i < share.last; ++i)
+      for (int64_t t = 0; t < rows; ++t) {
+        int64_t token = p.users.place[i] * p.N + first + t;
+        T* to = row(p.place_in_output(token));
+        if (offset) add_offset(p.ids[token], tile.y + t * p.ld, tile, to);
+        else p.weight.copy(p.ids[token], to, streaming);
+      }
+  }
+
+  // y = the scaled offsets of positions first, first + 1, ...
+  void compute_offsets(const Offset<T>& offset, int64_t first, int64_t rows, const ForwardTile& tile) const {
+    if (p.kind == OffsetKind::dense) {
+      for (int64_t t = 0; t < rows; ++t) offset.positions.widen(first + t, tile.y + t * p.ld);
+    } else {
+      for (int64_t t = 0; t < rows; ++t) offset.positions.widen(first + t, tile.h + t * p.rp);
+      Product<Plain<A>>{tile.h, p.rp, 1, offset.w2, p.ld, tile.y, p.ld, p.r, false}.run(rows, p.width);
+    }
     for (int64_t t = 0; t < rows; ++t)
       for (A *y = tile.y + t * p.ld, *end = y + p.width; y < end; y += kLanes<A>) store(y, p.scale * load(y));
-    for (int64_t b = first_row; b < last_row; ++b)
-      for (int64_t t = 0; t < rows; ++t) {
-        int64_t token = b * p.N + first + t;
-        add_offset(p.ids[token], tile.y + t * p.ld, tile, row(p.place_in_output(token)));
-      }
   }
 };
 

@@ -13,14 +13,22 @@ namespace fastprefix::prompt_embedding {
 // Group u: the token `token[u]`, at the places `place[start[u]]` to `place[start[u + 1] - 1]` of the flat ids.
 struct Groups {
   std::vector<int64_t> token, start, place;
+  std::vector<int64_t> user;  // with a bank of offsets: who uses a group's offset, in order; else empty
 
   int64_t count() const { return static_cast<int64_t>(token.size()); }
+  int64_t size(int64_t u) const { return start[u + 1] - start[u]; }
+  int64_t user_of(int64_t u) const { return user.empty() ? 0 : user[u]; }
+
+  // The end of the groups from u on, at most `last`, that have the same offset.
+  int64_t run(int64_t u, int64_t last) const {
+    return user.empty() ? last : std::upper_bound(user.begin() + u, user.begin() + last, user[u]) - user.begin();
+  }
 
   // Every occurrence a group of its own.
   static Groups singles(const int64_t* ids, int64_t tokens) {
-    Groups groups{std::vector<int64_t>(ids, ids + tokens), std::vector<int64_t>(tokens + 1), {}};
+    Groups groups{std::vector<int64_t>(ids, ids + tokens), std::vector<int64_t>(tokens + 1), {}, {}};
     std::iota(groups.start.begin(), groups.start.end(), 0);
-    groups.place = groups.start;
+    groups.place.assign(groups.start.begin(), groups.start.end() - 1);
     return groups;
   }
 
@@ -49,6 +57,29 @@ struct Groups {
     std::vector<int64_t> next(groups.start.begin(), groups.start.end() - 1);
     for (int64_t t = 0; t < tokens; ++t) groups.place[next[group[t]]++] = t;
     return groups;
+  }
+
+  // Adds the groups of one user, whose tokens were numbered from 0: token t of them is at `places(t)`.
+  template <class Places>
+  void append(const Groups& groups, int64_t of_user, Places places) {
+    if (start.empty()) start.push_back(0);
+    for (int64_t u = 0; u < groups.count(); ++u) start.push_back(start.back() + groups.size(u));
+    for (int64_t t : groups.place) place.push_back(places(t));
+    token.insert(token.end(), groups.token.begin(), groups.token.end());
+    user.insert(user.end(), groups.count(), of_user);
+  }
+
+  // The places of each id, where these groups are of groups: their places number the groups of `inner`.
+  Groups flatten(const Groups& inner) const {
+    Groups flat{token, {0}, {}, {}};
+    for (int64_t u = 0; u < count(); ++u) {
+      for (int64_t i = start[u]; i < start[u + 1]; ++i) {
+        auto of = inner.start.begin() + place[i];
+        flat.place.insert(flat.place.end(), inner.place.begin() + of[0], inner.place.begin() + of[1]);
+      }
+      flat.start.push_back(static_cast<int64_t>(flat.place.size()));
+    }
+    return flat;
   }
 
   // The first group of share `slot` out of `slots`, where a group costs `fixed` and 1 more for each occurrence.

@@ -1,4 +1,4 @@
-// ADePT's network, or DePT's factor, as the kernels want it: in the sums' type, rows of d, padded with zeros.
+// The offset, ADePT's network, DePT's pair or a dense one, and who uses it, as the kernels want them.
 #pragma once
 
 #include "../prefix_attention/gemm.h"
@@ -11,52 +11,83 @@
 
 namespace fastprefix::prompt_embedding {
 
+enum class OffsetKind { none, ffn, low_rank, dense };
+
+// One entry of a bank, or the only offset. Matrices are in the sums' type, rows of d, padded with zeros.
+template <class T>
+struct Offset {
+  using A = AccumulatorOf<T>;
+
+  int64_t entry = 0;
+  A *w1 = nullptr, *w2 = nullptr, *b1 = nullptr, *b2 = nullptr;  // [r, d] (w1 transposed; w2, or DePT's b), [r], [d]
+  Rows<T> positions;                                             // DePT's a, or the dense offset
+};
+
 template <class T>
 struct EmbeddingProblem {
   using A = AccumulatorOf<T>;
 
-  int64_t B, N, S, V, d, r;
+  int64_t B, N, S, P, V, d, r;
   int64_t ld, width, rp;  // leading dimension and used part of a padded row of d; r padded
   A scale;
   Rows<T> weight;
-  Tensor ids_tensor;
-  const int64_t* ids;  // [B * N]
+  Tensor ids_tensor, spans_tensor;
+  const int64_t* ids;              // [B * N]
+  const int64_t* spans = nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr: each row has all of it
+  OffsetKind kind = OffsetKind::none;
+  bool banked;
+  Groups users;                    // the rows of the batch that have each offset; rows without one are the last
+  std::vector<Offset<T>> offsets;  // of the users that have one
   Tensor memory;
-  A *w1 = nullptr, *w2 = nullptr, *b1 = nullptr, *b2 = nullptr;  // [r, d] (w1 transposed; w2, or DePT's b), [r], [d]
-  Rows<T> low_rank_a;
   Dropout dropout;
 
   explicit EmbeddingProblem(const EmbeddingArguments& a)
-      : B(a.B()), N(a.N()), S(a.S()), V(a.V()), d(a.d()), r(a.r()),
+      : B(a.B()), N(a.N()), S(a.S()), P(a.P()), V(a.V()), d(a.d()), r(a.r()),
         ld(leading<A>(d)), width(round_up(d, kLanes<A>)), rp(round_up(r, kLanes<A>)),
         scale(static_cast<A>(a.offset_scale)), weight(a.weight),
-        ids_tensor(a.input_ids.to(at::kLong).contiguous()), ids(ids_tensor.const_data_ptr<int64_t>()) {
+        ids_tensor(a.input_ids.to(at::kLong).contiguous()), ids(ids_tensor.const_data_ptr<int64_t>()),
+        banked(a.entries.has_value()) {
     check_ids();
-    if (B * N == 0 || r == 0) return;
+    if (a.prompt_spans) {
+      spans_tensor = a.prompt_spans->to(at::kLong).contiguous();
+      spans = spans_tensor.const_data_ptr<int64_t>();
+      check_spans();
+    }
+    if (!a.offset()) return;
+    find_users(a);
+    if (B * N == 0 || offsets.empty()) return;
+    kind = a.w1 ? OffsetKind::ffn : a.low_rank_a ? OffsetKind::low_rank : OffsetKind::dense;
     Arena count(nullptr);
-    lay_out(count, a.w1.has_value());
+    for (Offset<T>& offset : offsets) lay_out(count, offset);
     memory = at::empty({count.used() + Arena::kLine}, at::kByte);
     auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     Arena arena(reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine));
-    lay_out(arena, a.w1.has_value());
-    if (a.w1) {
-      pack_matrix<T>(a.w1->t().contiguous(), rp, ld, w1);
-      pack_matrix<T>(*a.w2, rp, ld, w2);
-      std::fill(b1, b1 + rp, A(0));
-      pack_vector<T>(*a.b1, b1);
-      pack_vector<T>(*a.b2, b2);
-    } else {
-      pack_matrix<T>(*a.low_rank_b, rp, ld, w2);
-      std::fill(b2, b2 + width, A(0));
-      low_rank_a = Rows<T>(*a.low_rank_a);
+    for (Offset<T>& offset : offsets) {
+      lay_out(arena, offset);
+      fill(a, offset);
     }
     if (a.dropout_seed) dropout = Dropout(a.dropout_seed->item<int64_t>(), a.dropout_p);
   }
 
   int64_t tokens() const { return B * N; }
   int64_t place_in_output(int64_t token) const { return token / N * (S + N) + S + token % N; }  // its row
+  bool has_offset(int64_t user) const { return user < static_cast<int64_t>(offsets.size()); }
+
+  // Occurrences that share an offset; with a bank of them, those of one user after those of the other.
   Groups groups() const {
-    return dropout.active ? Groups::singles(ids, tokens()) : Groups::distinct(ids, tokens());
+    auto find = [&](const int64_t* of, int64_t count) {
+      return dropout.active ? Groups::singles(of, count) : Groups::distinct(of, count);
+    };
+    if (!banked) return find(ids, tokens());
+    Groups all;
+    for (int64_t user = 0; user < users.count(); ++user) {
+      const int64_t* rows = users.place.data() + users.start[user];
+      std::vector<int64_t> of;
+      for (int64_t i = 0; i < users.size(user); ++i) of.insert(of.end(), ids + rows[i] * N, ids + (rows[i] + 1) * N);
+      auto place = [&](int64_t token) { return rows[token / N] * N + token % N; };
+      all.append(find(of.data(), static_cast<int64_t>(of.size())), user, place);
+    }
+    return all;
   }
 
   // Tokens in a tile: their rows stay in the second-level cache, and products are worth their while.
@@ -78,18 +109,61 @@ struct EmbeddingProblem {
   }
 
   // h [rows, r] (`rp` apart) from the rows e: before dropout and ReLU.
-  void hidden(const A* e, int64_t rows, A* h) const {
-    dots(e, rows, w1, r, width, ld, h, rp);
+  void hidden(const Offset<T>& offset, const A* e, int64_t rows, A* h) const {
+    dots(e, rows, offset.w1, r, width, ld, h, rp);
     for (int64_t t = 0; t < rows; ++t)
-      for (int64_t j = 0; j < r; ++j) h[t * rp + j] += b1[j];
+      for (int64_t j = 0; j < r; ++j) h[t * rp + j] += offset.b1[j];
   }
 
  private:
-  void lay_out(Arena& arena, bool ffn) {
-    if (ffn) w1 = arena.take<A>(rp * ld);
-    w2 = arena.take<A>(rp * ld);
-    if (ffn) b1 = arena.take<A>(rp + kLanes<A>);
-    b2 = arena.take<A>(width);
+  void find_users(const EmbeddingArguments& a) {
+    users.place.resize(B);
+    std::iota(users.place.begin(), users.place.end(), 0);
+    if (!banked) {
+      users.token = {0};
+      users.start = {0, B};
+    } else {
+      Tensor index_tensor = a.entries->to(at::kLong).contiguous();
+      const int64_t* index = index_tensor.const_data_ptr<int64_t>();
+      check_index(index, a.offset()->size(0));
+      // Unsigned, -1 is the largest.
+      auto entry = [&](int64_t row) { return static_cast<uint64_t>(index[row]); };
+      std::stable_sort(
+          users.place.begin(), users.place.end(), [&](int64_t x, int64_t y) { return entry(x) < entry(y); });
+      for (int64_t i = 0; i < B; ++i)
+        if (i == 0 || index[users.place[i]] != users.token.back()) {
+          users.token.push_back(index[users.place[i]]);
+          users.start.push_back(i);
+        }
+      users.start.push_back(B);
+    }
+    for (int64_t entry : users.token)
+      if (entry >= 0) offsets.emplace_back().entry = entry;
+  }
+
+  void lay_out(Arena& arena, Offset<T>& offset) const {
+    if (kind == OffsetKind::dense) return;
+    bool ffn = kind == OffsetKind::ffn;
+    if (ffn) offset.w1 = arena.take<A>(rp * ld);
+    offset.w2 = arena.take<A>(rp * ld);
+    if (ffn) offset.b1 = arena.take<A>(rp + kLanes<A>);
+    if (ffn) offset.b2 = arena.take<A>(width);
+  }
+
+  void fill(const EmbeddingArguments& a, Offset<T>& offset) const {
+    auto of = [&](const OptionalTensor& x) { return banked ? x->select(0, offset.entry) : *x; };
+    if (kind == OffsetKind::ffn) {
+      pack_matrix<T>(of(a.w1).t().contiguous(), rp, ld, offset.w1);
+      pack_matrix<T>(of(a.w2), rp, ld, offset.w2);
+      std::fill(offset.b1, offset.b1 + rp, A(0));
+      pack_vector<T>(of(a.b1), offset.b1);
+      pack_vector<T>(of(a.b2), offset.b2);
+    } else if (kind == OffsetKind::low_rank) {
+      pack_matrix<T>(of(a.low_rank_b), rp, ld, offset.w2);
+      offset.positions = Rows<T>(of(a.low_rank_a));
+    } else {
+      offset.positions = Rows<T>(of(a.position_offset));
+    }
   }
 
   void check_ids() const {
@@ -97,6 +171,27 @@ struct EmbeddingProblem {
     auto [low, high] = std::minmax_element(ids, ids + tokens());
     TORCH_CHECK_VALUE(
         *low >= 0 && *high < V, "input_ids takes ids from 0 to V - 1 = ", V - 1, ", got ", *low < 0 ? *low : *high);
+  }
+
+  void check_index(const int64_t* index, int64_t entries) const {
+    for (int64_t b = 0; b < B; ++b)
+      TORCH_CHECK_VALUE(
+          index[b] >= -1 && index[b] < entries, "index takes entries from -1 (no offset) to K - 1 = ", entries - 1,
+          ", got ", index[b]);
+  }
+
+  void check_spans() const {
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t start = spans[2 * b], length = spans[2 * b + 1];
+      // Without start + length, which may be beyond 64 bits.
+      TORCH_CHECK_VALUE(
+          start >= 0 && length >= 0 && start <= P && length <= P - start,
+          "prompt_spans takes (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
+          ") in row ", b);
+      TORCH_CHECK_VALUE(
+          length <= S, "prompt_spans takes lengths up to prompt_length = ", S, ", got (", start, ", ", length,
+          ") in row ", b);
+    }
   }
 };
 

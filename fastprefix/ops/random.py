@@ -43,15 +43,17 @@ def find_threshold(p: float) -> int:
     return round(p * 2**32)
 
 
-def draw_factor(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
+def draw_factor(seed: Tensor, p: float, shape: torch.Size, planes: Tensor | None = None) -> Tensor:
     """Draw the factors of dropout in float64: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped.
 
     The counter is (column, row, plane, 0), and its first word decides: columns along the last dimension of ``shape``,
-    rows along the one before it, planes along all the others together.
+    rows along the one before it, planes along all the others together. ``planes`` has the numbers of the planes where
+    they are not 0, 1, 2 and so on.
     """
-    *_, rows, columns = shape
+    *outer, rows, columns = shape
     row, column = (torch.arange(size, device=seed.device) for size in (rows, columns))
-    words = philox(seed, column, row[:, None], _number_planes(shape, seed.device), torch.zeros_like(seed))
+    plane = _number_planes(shape, seed.device) if planes is None else planes.reshape(*outer, 1, 1)
+    words = philox(seed, column, row[:, None], plane, torch.zeros_like(seed))
     return _compare_words(words[0], p)
 
 

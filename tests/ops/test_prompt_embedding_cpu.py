@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,27 +19,43 @@ from fastprefix.parity import EmbeddingCase, measure
 
 pytestmark = pytest.mark.skipif(_native.load() is not None, reason=f"no C++ backend: {_native.load()}")
 
-OFFSETS = {"pt": None, "dept": "low_rank", "adept": "ffn"}
+OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept": "ffn"}
 
 
 def make_case(kind: str, **named: Any) -> EmbeddingCase:
     """Sizes in the letters of the formulas; whatever else is named is an option of the call."""
-    sizes = {"B": 3, "N": 37, "S": 5, "V": 29, "d": 65, "r": 7, "spare": 3}
-    sizes |= {name: named.pop(name) for name in sizes if name in named}
-    return EmbeddingCase(**sizes, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
+    fields = {"B": 3, "N": 37, "S": 5, "V": 29, "d": 65, "r": 7, "spare": 3, "spans": None, "K": None, "index": None}
+    fields |= {name: named.pop(name) for name in fields if name in named}
+    return EmbeddingCase(**fields, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
+
+
+def make_bank_case(kind: str, **named: Any) -> EmbeddingCase:
+    """Rows with prompts of their own that overlap and, but for prompt tuning, offsets of their own."""
+    B = named.setdefault("B", 6)
+    index = None if kind == "pt" else [(4, 0, -1, 4, 2, 0)[row % 6] for row in range(B)]
+    spans = [((0, 5), (1, 3), (3, 0), (2, 3))[row % 4] for row in range(B)]
+    return make_case(kind, spans=spans, index=index, K=None if index is None else 5, **named)
 
 
 def tensors(case: EmbeddingCase, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
     """Ids, and the differentiable inputs."""
     inputs = case.build(dtype).tensors
-    return inputs["input_ids"], [inputs["weight"], inputs["prompt"], *inputs.get("ffn", inputs.get("low_rank", ()))]
+    offset = inputs.get(case.offset, ())
+    offsets = offset if isinstance(offset, tuple) else (offset,)
+    return inputs["input_ids"], [inputs["weight"], inputs["prompt"], *offsets]
 
 
 def call(function, case: EmbeddingCase, ids: Tensor, inputs: Sequence[Tensor], **options) -> Tensor:
     weight, prompt, *offset = inputs
     torch.manual_seed(5)  # dropout's seed
-    offsets = {case.offset: tuple(offset)} if case.offset else {}
-    return function(ids, weight, prompt, **offsets, **case.options, **options)
+    chosen: dict[str, Any] = {}
+    if case.offset:
+        chosen[case.offset] = offset[0] if case.offset == "position_offset" else tuple(offset)
+    if case.spans is not None:
+        chosen["prompt_spans"] = torch.tensor(case.spans, dtype=torch.int64).view(-1, 2)
+    if case.index is not None:
+        chosen["index"] = torch.tensor(case.index, dtype=torch.int64)
+    return function(ids, weight, prompt, **chosen, **case.options, **options)
 
 
 def results(
@@ -67,8 +83,24 @@ SHAPES = [
     make_case("adept", dropout_p=0.3),
     make_case("adept", dropout_p=1.0),
     make_case("adept", d=770, r=19, dropout_p=0.1),
-    *(make_case(kind, **{size: 0}) for kind in ("pt", "dept", "adept") for size in ("B", "N", "S")),
+    *(make_case(kind, **{size: 0}) for kind in OFFSETS for size in ("B", "N", "S")),
     make_case("adept", N=0, S=0),
+    make_case("accept"),
+    make_case("accept", d=770, N=130),
+    *(make_bank_case(kind) for kind in OFFSETS),
+    *(make_bank_case(kind, **{size: 0}) for kind in OFFSETS for size in ("B", "N")),
+    make_bank_case("dept", B=19, N=2, d=13, r=3),
+    make_bank_case("accept", d=770, N=130, B=2),
+    make_bank_case("adept", d=770, r=19, N=130, V=100),
+    make_bank_case("adept", d=16, r=512, N=30),
+    make_bank_case("adept", dropout_p=0.3),
+]
+
+
+KINDS = [
+    *(make(kind) for kind in OFFSETS for make in (make_case, make_bank_case)),
+    make_case("adept", dropout_p=0.2),
+    make_bank_case("adept", dropout_p=0.2),
 ]
 
 
@@ -80,7 +112,8 @@ def test_parity(case: EmbeddingCase, dtype: torch.dtype) -> None:
         assert report.ok, f"\n{report}"
         return
     ids, inputs = tensors(case)
-    dy = torch.randn(case.B, case.S + case.N, case.d, dtype=dtype)
+    rows = case.S if case.spans is None else max((length for _, length in case.spans), default=0)
+    dy = torch.randn(case.B, rows + case.N, case.d, dtype=dtype)
     got = results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu")
     for x, y in zip(got, results(reference.prompt_embedding, case, ids, inputs, dy), strict=True):
         tolerance = 100 * torch.finfo(dtype).eps * float(y.abs().max()) if y.numel() else 0.0
@@ -98,13 +131,14 @@ def test_is_the_default() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["pt", "dept", "adept"])
-def test_any_strides(kind: str) -> None:
-    case = make_case(kind)
+@pytest.mark.parametrize("make", [make_case, make_bank_case])
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_any_strides(kind: str, make: Callable[..., EmbeddingCase]) -> None:
+    case = make(kind)
     ids, inputs = tensors(case, torch.float32)
     dy = torch.randn(case.d, case.S + case.N, case.B).permute(2, 1, 0)
     wanted = results(fastprefix.prompt_embedding, case, ids, inputs, dy.contiguous(), backend="cpu")
-    odd = [x.t().contiguous().t() if x.ndim == 2 else x.repeat_interleave(2)[::2] for x in inputs]
+    odd = [x.mT.contiguous().mT if x.ndim > 1 else x.repeat_interleave(2)[::2] for x in inputs]
     got = results(fastprefix.prompt_embedding, case, ids.int().t().contiguous().t(), odd, dy, backend="cpu")
     for x, y in zip(got, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
@@ -119,8 +153,9 @@ def test_gradient_of_a_sum() -> None:
         torch.testing.assert_close(x, y)
 
 
-def test_dropout_drops_what_eager_drops() -> None:
-    case = make_case("adept", dropout_p=0.5, N=70, r=40)
+@pytest.mark.parametrize("make", [make_case, make_bank_case])
+def test_dropout_drops_what_eager_drops(make: Callable[..., EmbeddingCase]) -> None:
+    case = make("adept", dropout_p=0.5, N=70, r=40)
     ids, inputs = tensors(case)
     torch.testing.assert_close(
         call(fastprefix.prompt_embedding, case, ids, inputs, backend="cpu"),
@@ -130,10 +165,10 @@ def test_dropout_drops_what_eager_drops() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["dept", "adept"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_partial_gradients(kind: str, dropout_p: float) -> None:
-    case = make_case(kind, **({"dropout_p": dropout_p} if kind == "adept" else {}))
+@pytest.mark.parametrize("make", [make_case, make_bank_case])
+@pytest.mark.parametrize(("kind", "dropout_p"), [("dept", 0.0), ("accept", 0.0), ("adept", 0.0), ("adept", 0.3)])
+def test_partial_gradients(kind: str, dropout_p: float, make: Callable[..., EmbeddingCase]) -> None:
+    case = make(kind, dropout_p=dropout_p)
     ids, inputs = tensors(case)
     dy = torch.randn(case.B, case.S + case.N, case.d, dtype=torch.float64)
     wanted = results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu")[1:]
@@ -146,7 +181,17 @@ def test_partial_gradients(kind: str, dropout_p: float) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
-    "case", [make_case("adept", N=200, V=90), make_case("dept"), make_case("adept", dropout_p=0.2)], ids=str
+    "case",
+    [
+        make_case("adept", N=200, V=90),
+        make_case("dept"),
+        make_case("adept", dropout_p=0.2),
+        *(make_bank_case(kind, N=50) for kind in OFFSETS),
+        make_bank_case("adept", dropout_p=0.2),
+        make_bank_case("adept", B=25, N=1),
+        make_bank_case("dept", B=2, N=9),
+    ],
+    ids=str,
 )
 def test_threads_and_determinism(case: EmbeddingCase, threads: int) -> None:
     ids, inputs = tensors(case)
@@ -163,9 +208,7 @@ def test_threads_and_determinism(case: EmbeddingCase, threads: int) -> None:
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize(
-    "case", [make_case("adept"), make_case("dept", d=770), make_case("pt"), make_case("adept", dropout_p=0.2)], ids=str
-)
+@pytest.mark.parametrize("case", [*KINDS, make_case("dept", d=770)], ids=str)
 def test_reads_nothing_that_was_not_written(case: EmbeddingCase) -> None:
     """With deterministic algorithms new memory is filled with NaN."""
     ids, inputs = tensors(case, torch.float32)
@@ -205,18 +248,16 @@ def arguments(case: EmbeddingCase) -> tuple[Any, ...]:
     return tuple(call(canonical_arguments, case, ids, leaves))
 
 
-@pytest.mark.parametrize(
-    "case", [make_case("adept"), make_case("dept"), make_case("pt"), make_case("adept", dropout_p=0.2)], ids=str
-)
+@pytest.mark.parametrize("case", KINDS, ids=str)
 def test_opcheck(case: EmbeddingCase) -> None:
     torch.library.opcheck(OPERATION.operator("cpu"), arguments(case))
 
 
-@pytest.mark.parametrize(
-    "case", [make_case("adept"), make_case("dept"), make_case("pt"), make_case("adept", dropout_p=0.2)], ids=str
-)
+@pytest.mark.parametrize("case", KINDS, ids=str)
 def test_gradcheck(case: EmbeddingCase) -> None:
-    case = replace(case, B=2, N=4, S=2, V=3, d=5, r=3)
+    own = {} if case.spans is None else {"spans": [(0, 2), (1, 1)]}
+    own |= {} if case.index is None else {"index": [1, 0], "K": 3}
+    case = replace(case, B=2, N=4, S=2, V=3, d=5, r=3, **own)
     assert torch.autograd.gradcheck(lambda *a: OPERATION.operator("cpu")(*a), arguments(case))
 
 

@@ -52,16 +52,28 @@ def test_prefix_attention(device, backend, case, dtype):
     assert report.ok, f"\n{report}"
 
 
-@given(
-    case=st.builds(
-        EmbeddingCase,
-        B=st.integers(0, 3), N=st.integers(0, 9), S=st.none() | st.integers(0, 5), V=st.integers(1, 20),
-        d=st.integers(1, 40), r=st.integers(1, 20), offset=st.sampled_from([None, "ffn", "low_rank"]),
-        spare=st.integers(0, 5), options=st.fixed_dictionaries({"offset_scale": st.floats(-2.0, 2.0)}),
-    ),
-    dtype=st.sampled_from(list(DTYPES)),
-)  # fmt: skip
-@SETTINGS
+@st.composite
+def embedding_cases(draw):
+    B, S = draw(st.integers(0, 4)), draw(st.none() | st.integers(0, 5))
+    offset = draw(st.sampled_from([None, "ffn", "low_rank", "position_offset"]))
+    spans, options, K, index = None, {"offset_scale": draw(st.floats(-2.0, 2.0))}, None, None
+    if S is not None and draw(st.booleans()):
+        starts = [draw(st.integers(0, S)) for _ in range(B)]
+        spans = [(start, draw(st.integers(0, S - start))) for start in starts]
+        longest = max((length for _, length in spans), default=0)
+        options["prompt_length"] = draw(st.none() | st.integers(longest, longest + 2))
+    if offset is not None and draw(st.booleans()):
+        K = draw(st.integers(0, 3))
+        index = [draw(st.integers(-1, K - 1)) for _ in range(B)]
+    return EmbeddingCase(
+        B=B, N=draw(st.integers(0, 9)), S=S, V=draw(st.integers(1, 20)), d=draw(st.integers(1, 40)),
+        r=draw(st.integers(1, 20)), offset=offset, spare=draw(st.integers(0, 5)), spans=spans, K=K, index=index,
+        options=options,
+    )  # fmt: skip
+
+
+@given(case=embedding_cases(), dtype=st.sampled_from(list(DTYPES)))
+@settings(SETTINGS, max_examples=50)
 def test_prompt_embedding(device, backend, case, dtype):
     report = measure(case, DTYPES[dtype], backend, device, draws=4)
     assert report.ok, f"\n{report}"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,14 @@ def test_every_variant_is_measured(draws: int) -> None:
     assert all((q / calls[0] - 1).abs().max() < 1.1e-3 for q in calls)
 
 
-@pytest.mark.parametrize("offset", [None, "ffn", "low_rank"])
-def test_prompt_embedding_without_gradients(offset: str | None, backend: str) -> None:
-    inputs = EmbeddingCase(offset=offset).build(torch.float32)
+EMBEDDINGS = [EmbeddingCase(offset=offset) for offset in (None, "ffn", "low_rank", "position_offset")]
+EMBEDDINGS += [replace(case, spans=[(0, 3), (1, 1)]) for case in EMBEDDINGS[:1]]
+EMBEDDINGS += [replace(case, spans=[(0, 3), (1, 1)], K=3, index=[1, -1]) for case in EMBEDDINGS[1:4]]
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS, ids=str)
+def test_prompt_embedding_without_gradients(case: EmbeddingCase, backend: str) -> None:
+    inputs = case.build(torch.float32)
     run = lambda: EmbeddingCase.operation(**inputs.tensors, backend=backend)  # noqa: E731
     expected = run()
     with torch.no_grad():
@@ -127,12 +133,12 @@ def test_prompt_embedding_without_gradients(offset: str | None, backend: str) ->
         assert torch.equal(run(), expected)
 
 
-@pytest.mark.parametrize("offset", [None, "ffn", "low_rank"])
-def test_prompt_embedding_opcheck(offset: str | None, backend: str) -> None:
+@pytest.mark.parametrize("case", EMBEDDINGS, ids=str)
+def test_prompt_embedding_opcheck(case: EmbeddingCase, backend: str) -> None:
     from fastprefix.ops.prompt_embedding.registration import OPERATION
     from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 
-    tensors = EmbeddingCase(offset=offset).build(torch.float32).tensors
+    tensors = case.build(torch.float32).tensors
     options = {"prompt": None, "ffn": None, "low_rank": None, "offset_scale": 1.0, "dropout_p": 0.0}
     arguments = canonical_arguments(**{**options, **tensors})
     leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]

@@ -1,7 +1,9 @@
 """Declare what every backend gets: the arguments of ``prompt_embedding`` in one canonical form.
 
-``B`` batch, ``N`` tokens, ``S`` soft-prompt length, ``V`` vocabulary, ``d`` model width, ``r`` bottleneck or rank,
-``T`` positions that have an offset. ``ffn`` and ``low_rank`` are there whole or not at all, and never both.
+``B`` batch, ``N`` tokens, ``S`` rows in front of the tokens, ``V`` vocabulary, ``d`` model width, ``r`` bottleneck or
+rank, ``T`` positions that have an offset, ``P`` rows of a packed store of prompts, ``K`` entries of a bank of offsets.
+``ffn`` and ``low_rank`` are there whole or not at all, and one offset at most is there. The second shape of an offset
+is the one with ``entries``.
 """
 
 from typing import Annotated, NamedTuple
@@ -17,23 +19,28 @@ class EmbeddingArguments(NamedTuple):
 
     input_ids: Annotated[Tensor, Rule("[B, N]", dtype="integer")]
     weight: Annotated[Tensor, Rule("[V, d]", gradient="every backend")]
-    prompt: Annotated[Tensor | None, Rule("[S, d]", gradient="every backend")]
+    prompt: Annotated[Tensor | None, Rule("[P, d]", gradient="every backend")]  # without spans P = S
     # ffn
-    w1: Annotated[Tensor | None, Rule("[d, r]", gradient="every backend", label="ffn[0] (w1)")]
-    b1: Annotated[Tensor | None, Rule("[r]", gradient="every backend", label="ffn[1] (b1)")]
-    w2: Annotated[Tensor | None, Rule("[r, d]", gradient="every backend", label="ffn[2] (w2)")]
-    b2: Annotated[Tensor | None, Rule("[d]", gradient="every backend", label="ffn[3] (b2)")]
+    w1: Annotated[Tensor | None, Rule("[d, r]", "[K, d, r]", "every backend", label="ffn[0] (w1)")]
+    b1: Annotated[Tensor | None, Rule("[r]", "[K, r]", "every backend", label="ffn[1] (b1)")]
+    w2: Annotated[Tensor | None, Rule("[r, d]", "[K, r, d]", "every backend", label="ffn[2] (w2)")]
+    b2: Annotated[Tensor | None, Rule("[d]", "[K, d]", "every backend", label="ffn[3] (b2)")]
     # low_rank; T >= N
-    low_rank_a: Annotated[Tensor | None, Rule("[T, r]", gradient="every backend", label="low_rank[0] (a)")]
-    low_rank_b: Annotated[Tensor | None, Rule("[r, d]", gradient="every backend", label="low_rank[1] (b)")]
+    low_rank_a: Annotated[Tensor | None, Rule("[T, r]", "[K, T, r]", "every backend", label="low_rank[0] (a)")]
+    low_rank_b: Annotated[Tensor | None, Rule("[r, d]", "[K, r, d]", "every backend", label="low_rank[1] (b)")]
+    position_offset: Annotated[Tensor | None, Rule("[T, d]", "[K, T, d]", "every backend")]  # T >= N
+    prompt_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer")]
+    entries: Annotated[Tensor | None, Rule("[B]", dtype="integer", label="index")]
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     offset_scale: float
     dropout_p: float
+    prompt_length: int  # S, with and without spans
 
     @property
-    def prompt_length(self) -> int:
-        """S."""
-        return 0 if self.prompt is None else self.prompt.shape[0]
+    def bank_size(self) -> int:
+        """K, of a call with entries."""
+        banks = (self.w1, self.low_rank_a, self.position_offset)
+        return next(bank.shape[0] for bank in banks if bank is not None)
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -44,3 +51,5 @@ class EmbeddingArguments(NamedTuple):
 DECLARATION = Declaration(EmbeddingArguments)
 DIFFERENTIABLE = DECLARATION.differentiable
 """The arguments that can have a gradient, in order."""
+BANKS = ("w1", "b1", "w2", "b2", "low_rank_a", "low_rank_b", "position_offset")
+"""The arguments that have a dimension K with ``entries``."""

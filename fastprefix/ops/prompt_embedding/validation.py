@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..declaration import list_letters
 from .arguments import EmbeddingArguments
 
 _FFN = "a tuple (w1 [d, r], b1 [r], w2 [r, d], b2 [d])"
 _LOW_RANK = "a tuple (a [T, r], b [r, d])"
+_Shape = tuple[checks.Size | None, ...]
 
 
 def canonical_arguments(
@@ -20,21 +22,40 @@ def canonical_arguments(
     *,
     ffn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    position_offset: Tensor | None = None,
+    prompt_spans: Tensor | None = None,
+    prompt_length: int | None = None,
+    index: Tensor | None = None,
     offset_scale: float = 1.0,
     dropout_p: float = 0.0,
 ) -> EmbeddingArguments:
     """Check every argument, then bring them to the declared form."""
     checks.check_floating("weight", weight, "an embedding table [V, d]")
-    checks.check_shape("weight", weight, (None, None), "an embedding table [V, d]")
+    if weight.ndim != 2:
+        raise checks.wrong_value("weight", weight, "an embedding table [V, d]")
     checks.check_integer("input_ids", input_ids, "token ids [B, N]")
-    checks.check_shape("input_ids", input_ids, (None, None), "token ids [B, N]")
+    if input_ids.ndim != 2:
+        raise checks.wrong_value("input_ids", input_ids, "token ids [B, N]")
     checks.check_device("input_ids", input_ids, weight.device, "weight")
+    length: int = 0
     if prompt is not None:
-        _check_parameter("prompt", prompt, weight, (None, weight.shape[1]), "[S, d]")
-    if ffn is not None and low_rank is not None:
-        raise ValueError("ffn and low_rank exclude one another: give one offset, got both")
-    w1, b1, w2, b2 = (None, None, None, None) if ffn is None else _check_ffn(ffn, weight)
-    low_rank_a, low_rank_b = (None, None) if low_rank is None else _check_low_rank(low_rank, input_ids, weight)
+        takes = "[S, d]" if prompt_spans is None else "[T, d]"
+        _check_parameter("prompt", prompt, weight, (None, weight.shape[1]), takes)
+        length = prompt.shape[0]
+    if prompt_spans is not None or prompt_length is not None:
+        length = _check_spans(prompt_spans, prompt_length, prompt, input_ids)
+    offsets = (ffn is not None) + (low_rank is not None) + (position_offset is not None)
+    if offsets > 1:
+        named = {"ffn": ffn, "low_rank": low_rank, "position_offset": position_offset}
+        given = " and ".join(name for name, offset in named.items() if offset is not None)
+        raise ValueError(f"{given} exclude one another: give one offset, got {offsets}")
+    banked = index is not None
+    if index is not None:
+        _check_index(index, input_ids, offsets)
+    w1, b1, w2, b2 = (None, None, None, None) if ffn is None else _check_ffn(ffn, weight, banked)
+    low_rank_a, low_rank_b = (None, None) if low_rank is None else _check_low_rank(low_rank, input_ids, weight, banked)
+    if position_offset is not None:
+        _check_position_offset(position_offset, input_ids, weight, banked)
     checks.check_number("offset_scale", offset_scale, "a finite number")
     if not -math.inf < offset_scale < math.inf:
         raise checks.wrong_value("offset_scale", offset_scale, "a finite number")
@@ -51,65 +72,168 @@ def canonical_arguments(
         b2=b2,
         low_rank_a=low_rank_a,
         low_rank_b=low_rank_b,
+        position_offset=position_offset,
+        prompt_spans=prompt_spans,
+        entries=index,
         dropout_seed=random.draw_seed(weight.device) if dropout_p > 0.0 else None,
         offset_scale=float(offset_scale),
         dropout_p=float(dropout_p),
+        prompt_length=length,
     )
 
 
-def check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Raise for token ids outside the table: on a CPU always; elsewhere, where looking would wait for the device,
-    only with ``FASTPREFIX_CHECK_IDS=1`` in the environment. Ids are never clamped.
+def check_values(a: EmbeddingArguments) -> None:
+    """Raise for token ids, spans and indices out of range: on a CPU always; elsewhere, where looking would wait for
+    the device, only with ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never clamped.
     """
-    if input_ids.device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
+    if a.weight.device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
         return
-    if input_ids.numel() == 0 or torch.onnx.is_in_onnx_export():  # a trace cannot look at them
+    if torch.onnx.is_in_onnx_export():  # a trace cannot look at them
         return
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise ValueError(f"input_ids takes ids from 0 to V - 1 = {vocabulary - 1}, got {wrong}")
+    _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
+    if a.entries is not None:
+        _check_range("index", "entries from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
+    if a.prompt_spans is not None and a.prompt is not None:
+        _check_span_values(a.prompt_spans, a.prompt.shape[0], a.prompt_length)
 
 
-def _check_parameter(
-    name: str, value: Tensor, weight: Tensor, shape: tuple[checks.Size | None, ...], takes: str
-) -> None:
-    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight."""
+def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: int) -> None:
+    if values.numel() == 0:
+        return
+    low, high = (int(bound) for bound in values.aminmax())
+    if low < lowest or high > highest:
+        raise ValueError(f"{name} takes {takes} = {highest}, got {low if low < lowest else high}")
+
+
+def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
+    for row, (start, length) in enumerate(spans.tolist()):
+        if start < 0 or length < 0 or start + length > rows:
+            takes = f"(start, length) of rows within the prompt's {rows}"
+        elif length > longest:
+            takes = f"lengths up to prompt_length = {longest}"
+        else:
+            continue
+        raise ValueError(f"prompt_spans takes {takes}, got ({start}, {length}) in row {row}")
+
+
+def _check_spans(spans: Tensor | None, longest: int | None, prompt: Tensor | None, input_ids: Tensor) -> int:
+    """Check ``prompt_spans`` and ``prompt_length``; return S, which is read from the spans where it is not given."""
+    if spans is None:
+        raise checks.wrong_value("prompt_length", longest, "None where there are no prompt_spans")
+    takes = "(start, length) of each row's prompt, int [B, 2]"
+    checks.check_integer("prompt_spans", spans, takes)
+    batch = input_ids.shape[0]
+    checks.check_shape("prompt_spans", spans, (batch, 2), f"{takes} with B = {batch} of input_ids")
+    checks.check_device("prompt_spans", spans, input_ids.device, "input_ids")
+    if prompt is None:
+        raise ValueError("prompt_spans takes None where there is no prompt to take rows of, got spans")
+    if longest is None:
+        return max(0, int(spans[:, 1].max())) if batch > 0 else 0
+    takes = "a length S of at least 0"
+    if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+        raise checks.wrong_type("prompt_length", longest, takes)
+    if longest < 0:
+        raise checks.wrong_value("prompt_length", longest, takes)
+    return longest
+
+
+def _check_index(index: Tensor, input_ids: Tensor, offsets: int) -> None:
+    takes = "the entry of each row, int [B]"
+    checks.check_integer("index", index, takes)
+    batch = input_ids.shape[0]
+    checks.check_shape("index", index, (batch,), f"{takes} with B = {batch} of input_ids")
+    checks.check_device("index", index, input_ids.device, "input_ids")
+    if offsets == 0:
+        raise ValueError("index takes None where there is no ffn, low_rank or position_offset to choose from")
+
+
+def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, takes: str) -> None:
+    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight.
+
+    ``takes`` has the letters of the shape, of which None is any size.
+    """
     checks.check_floating(name, value, takes)
-    checks.check_shape(name, value, shape, f"{takes} with d = {weight.shape[1]} of weight")
+    if value.shape != shape and not _fits(value.shape, shape):
+        known = [
+            f"{letter} = {size}" for letter, size in zip(list_letters(takes), shape, strict=True) if size is not None
+        ]
+        raise checks.wrong_value(name, value, f"{takes} with {', '.join(known)}")
     checks.check_device(name, value, weight.device, "weight")
-    autocast = checks.autocast_dtype(weight.device) is not None
-    if not autocast:  # it brings the parameters to weight's dtype
-        checks.check_dtype(name, value, weight.dtype, "weight")
+    if value.dtype is not weight.dtype and checks.autocast_dtype(weight.device) is None:
+        raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast brings it to that
 
 
-def _check_ffn(ffn: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fits(shape: torch.Size, expected: _Shape) -> bool:
+    if len(shape) != len(expected):
+        return False
+    for size, wanted in zip(shape, expected, strict=True):  # noqa: SIM110 (all() takes twice the time)
+        if wanted is not None and size != wanted:
+            return False
+    return True
+
+
+def _check_ffn(
+    ffn: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor, banked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_tuple("ffn", ffn, 4, _FFN)
     w1, b1, w2, b2 = ffn
     d = weight.shape[1]
-    _check_parameter("ffn[0] (w1)", w1, weight, (d, None), "[d, r]")
-    r = w1.shape[1]
+    if banked:
+        _check_parameter("ffn[0] (w1)", w1, weight, (None, d, None), "[K, d, r]")
+    else:
+        _check_parameter("ffn[0] (w1)", w1, weight, (d, None), "[d, r]")
+    r = w1.shape[-1]
     if r == 0:
         raise checks.wrong_value("ffn[0] (w1)", w1, "a bottleneck r of at least 1")
-    _check_parameter("ffn[1] (b1)", b1, weight, (r,), f"[r], r = {r} of w1,")
-    _check_parameter("ffn[2] (w2)", w2, weight, (r, d), f"[r, d], r = {r} of w1,")
-    _check_parameter("ffn[3] (b2)", b2, weight, (d,), "[d]")
+    if banked:
+        K = w1.shape[0]
+        _check_parameter("ffn[1] (b1)", b1, weight, (K, r), "[K, r]")
+        _check_parameter("ffn[2] (w2)", w2, weight, (K, r, d), "[K, r, d]")
+        _check_parameter("ffn[3] (b2)", b2, weight, (K, d), "[K, d]")
+    else:
+        _check_parameter("ffn[1] (b1)", b1, weight, (r,), "[r]")
+        _check_parameter("ffn[2] (w2)", w2, weight, (r, d), "[r, d]")
+        _check_parameter("ffn[3] (b2)", b2, weight, (d,), "[d]")
     return w1, b1, w2, b2
 
 
-def _check_low_rank(low_rank: tuple[Tensor, Tensor], input_ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _check_low_rank(
+    low_rank: tuple[Tensor, Tensor], input_ids: Tensor, weight: Tensor, banked: bool
+) -> tuple[Tensor, Tensor]:
     _check_tuple("low_rank", low_rank, 2, _LOW_RANK)
     a, b = low_rank
-    _check_parameter("low_rank[0] (a)", a, weight, (None, None), "[T, r]")
-    if a.shape[1] == 0:
+    d = weight.shape[1]
+    if banked:
+        _check_parameter("low_rank[0] (a)", a, weight, (None, None, None), "[K, T, r]")
+    else:
+        _check_parameter("low_rank[0] (a)", a, weight, (None, None), "[T, r]")
+    r = a.shape[-1]
+    if r == 0:
         raise checks.wrong_value("low_rank[0] (a)", a, "a rank r of at least 1")
-    _check_parameter("low_rank[1] (b)", b, weight, (a.shape[1], weight.shape[1]), f"[r, d], r = {a.shape[1]} of a,")
-    if a.shape[0] < input_ids.shape[1]:
-        raise ValueError(
-            f"low_rank[0] (a) has offsets for T = {a.shape[0]} positions, got input_ids of N = {input_ids.shape[1]} "
-            f"tokens: it takes T >= N"
-        )
+    if banked:
+        _check_parameter("low_rank[1] (b)", b, weight, (a.shape[0], r, d), "[K, r, d]")
+    else:
+        _check_parameter("low_rank[1] (b)", b, weight, (r, d), "[r, d]")
+    _check_positions("low_rank[0] (a)", a, input_ids)
     return a, b
+
+
+def _check_position_offset(position_offset: Tensor, input_ids: Tensor, weight: Tensor, banked: bool) -> None:
+    d = weight.shape[1]
+    if banked:
+        _check_parameter("position_offset", position_offset, weight, (None, None, d), "[K, T, d]")
+    else:
+        _check_parameter("position_offset", position_offset, weight, (None, d), "[T, d]")
+    _check_positions("position_offset", position_offset, input_ids)
+
+
+def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
+    positions = offsets.shape[-2]
+    if positions < input_ids.shape[1]:
+        raise ValueError(
+            f"{name} has offsets for T = {positions} positions, got input_ids of N = {input_ids.shape[1]} tokens: it "
+            f"takes T >= N"
+        )
 
 
 def _check_tuple(name: str, value: object, length: int, takes: str) -> None:

@@ -29,6 +29,9 @@ CASES: tuple[Case, ...] = (
     AttentionCase(N=1, M=300, P=300, D=128, prefix_a_row=True),
     EmbeddingCase(N=40, d=64, r=9, offset="ffn", options={"dropout_p": 0.1}),
     EmbeddingCase(N=40, d=64, r=9, offset="low_rank"),
+    EmbeddingCase(N=40, d=64, r=9, offset="ffn", spans=[(0, 3), (1, 1)], K=2, index=[1, -1]),
+    EmbeddingCase(N=40, d=64, r=9, offset="low_rank", spans=[(0, 3), (1, 1)], K=2, index=[1, -1]),
+    EmbeddingCase(N=40, d=64, offset="position_offset", spans=[(0, 3), (1, 1)], K=2, index=[1, -1]),
 )  # fmt: skip
 
 

@@ -11,13 +11,19 @@ from fastprefix.ops.prompt_embedding.registration import OPERATION
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 from fastprefix.parity import EmbeddingCase, measure
 
-OFFSETS = {"pt": None, "dept": "low_rank", "adept": "ffn"}
+OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept": "ffn"}
 
 
-def make_case(kind: str, **named: Any) -> EmbeddingCase:
-    sizes = {"B": 2, "N": 21, "S": 3, "V": 17, "d": 65, "r": 7, "spare": 2}
+def make_case(kind: str, own: bool = False, **named: Any) -> EmbeddingCase:
+    """``own``: prompts and offsets of the rows' own; three rows in four have a prompt, and three an offset."""
+    sizes = {"B": 4 if own else 2, "N": 21, "S": 3, "V": 17, "d": 65, "r": 7, "spare": 2}
     sizes |= {name: named.pop(name) for name in sizes if name in named}
-    return EmbeddingCase(**sizes, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
+    rows: dict[str, Any] = {}
+    if own:
+        rows["spans"] = [((0, 3), (1, 1), (0, 0), (1, 2))[row % 4] for row in range(sizes["B"])]
+    if own and kind != "pt":
+        rows |= {"K": 3, "index": [(2, 0, -1, 2)[row % 4] for row in range(sizes["B"])]}
+    return EmbeddingCase(**sizes, **rows, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
 
 
 def arguments(device: str, kind: str, **named: Any) -> EmbeddingArguments:
@@ -49,7 +55,16 @@ CASES = [
     {"kind": "adept", "d": 40, "r": 130},
     {"kind": "adept", "dropout_p": 0.3},
     {"kind": "adept", "dropout_p": 1.0},
-    *({"kind": kind, size: 0} for kind in ("pt", "dept", "adept") for size in ("B", "N", "S")),
+    {"kind": "accept"},
+    {"kind": "accept", "B": 9, "N": 2, "d": 13},
+    *({"kind": kind, size: 0} for kind in OFFSETS for size in ("B", "N", "S")),
+    *({"kind": kind, "own": True} for kind in OFFSETS),
+    *({"kind": kind, "own": True, size: 0} for kind in OFFSETS for size in ("B", "N")),
+    {"kind": "pt", "own": True, "N": 0, "d": 130, "S": 70, "B": 2},
+    {"kind": "adept", "own": True, "d": 130, "r": 33, "N": 70},
+    {"kind": "adept", "own": True, "N": 1},
+    {"kind": "adept", "own": True, "dropout_p": 0.3, "N": 40},
+    {"kind": "dept", "own": True, "d": 13, "r": 70, "N": 40},
 ]
 
 
@@ -60,22 +75,57 @@ def test_parity(device: str, case: dict, dtype: torch.dtype) -> None:
     assert report.ok, f"\n{report}"
 
 
-def test_ids_of_32_bits(device: str) -> None:
-    a = arguments(device, "adept")
-    dy = torch.randn(2, 24, 65, device=device)
-    got = results(OPERATION.operator("triton"), a._replace(input_ids=a.input_ids.int()), dy)
+@pytest.mark.parametrize("own", [False, True])
+def test_integers_of_32_bits(device: str, own: bool) -> None:
+    a = arguments(device, "adept", own=own)
+    dy = torch.randn(len(a.input_ids), 24, 65, device=device)
+    short = {name: x.int() for name in ("input_ids", "prompt_spans", "entries") if (x := getattr(a, name)) is not None}
+    got = results(OPERATION.operator("triton"), a._replace(**short), dy)
     for x, y in zip(got, results(OPERATION.operator("triton"), a, dy), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-def test_any_strides(device: str) -> None:
-    a = arguments(device, "adept")
-    dy = torch.randn(65, 24, 2, device=device).permute(2, 1, 0)
-    odd = EmbeddingArguments(*(x.t().contiguous().t() if isinstance(x, Tensor) and x.ndim == 2 else x for x in a))
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(kind, own) for kind in OFFSETS for own in (False, True) if (kind, own) != ("dept", False)],  # PyTorch's products
+)
+def test_any_strides(device: str, kind: str, own: bool) -> None:
+    a = arguments(device, kind, own=own)
+    dy = torch.randn(65, 24, len(a.input_ids), device=device).permute(2, 1, 0)
+    odd = EmbeddingArguments(*(x.mT.contiguous().mT if isinstance(x, Tensor) and x.ndim > 1 else x for x in a))
     got = results(OPERATION.operator("triton"), odd, dy)
     wanted = results(OPERATION.operator("triton"), a, dy.contiguous())
     for x, y in zip(got, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_the_same_from_run_to_run(device: str, kind: str) -> None:
+    a = arguments(device, kind, own=True)
+    dy = torch.randn(4, 24, 65, device=device)
+    first, second = (results(OPERATION.operator("triton"), a, dy) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("adept", ("w1", "b1", "w2", "b2")), ("dept", ("low_rank_a", "low_rank_b"))]
+)
+def test_partial_gradients_of_a_bank(device: str, kind: str, names: tuple[str, ...]) -> None:
+    a = arguments(device, kind, own=True)
+    dy = torch.randn(4, 24, 65, device=device)
+    wanted = dict(zip(("weight", "prompt", *names), results(OPERATION.operator("triton"), a, dy)[1:], strict=True))
+    for name, gradient in wanted.items():
+        leaf = getattr(a, name).detach().clone().requires_grad_()
+        (got,) = torch.autograd.grad(OPERATION.operator("triton")(*a._replace(**{name: leaf})), leaf, dy)
+        torch.testing.assert_close(got, gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("field", "name"), [("entries", "index"), ("prompt_spans", "prompt_spans")])
+def test_values_out_of_range(device: str, monkeypatch: pytest.MonkeyPatch, field: str, name: str) -> None:
+    monkeypatch.setenv("FASTPREFIX_CHECK_IDS", "1")
+    a = arguments(device, "adept", own=True)
+    with pytest.raises(ValueError, match=f"^{name} takes"):
+        OPERATION.operator("triton")(*a._replace(**{field: getattr(a, field) + 3}))
 
 
 def test_ids_out_of_range(device: str) -> None:

@@ -14,6 +14,6 @@ def refusal(a: EmbeddingArguments) -> str | None:
     """Explain why these kernels cannot run a call, or return None if they can."""
     if a.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {a.weight.dtype}"
-    if a.w1 is not None and a.w1.shape[1] > WIDEST:
-        return f"it takes a bottleneck up to {WIDEST}, not r = {a.w1.shape[1]}"
+    if a.w1 is not None and a.w1.shape[-1] > WIDEST:
+        return f"it takes a bottleneck up to {WIDEST}, not r = {a.w1.shape[-1]}"
     return None

@@ -1,7 +1,7 @@
 """From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles.
 
-What is small, and a plain sum or product, is left to PyTorch: the prompt's gradient, DePT's backward pass, the sum of
-the parts, the scatter to the table's gradient. All sums are in a fixed order.
+What is small, and a plain sum or product, is left to PyTorch: the gradient of a prompt and DePT's backward pass without
+spans and index, the sum of the parts, the scatter to the table's gradient. All sums are in a fixed order.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import random
 from ...targets import Target, divide_up, target_of
 from ..arguments import DIFFERENTIABLE, EmbeddingArguments
-from ..validation import check_ids
+from ..validation import check_values
 from . import tiles
 
 _PARTS = 32  # of the tokens, in the sums of the backward pass
@@ -24,25 +24,27 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
     target = target or target_of(a.weight.device)
-    check_ids(a.input_ids, a.weight.shape[0])
+    check_values(a)
     B, N = a.input_ids.shape
     S, d = a.prompt_length, a.weight.shape[1]
     output = torch.empty((B, S + N, d), dtype=a.weight.dtype, device=a.weight.device)
     if output.numel() == 0:
         return output
     prompt = None if S == 0 else _make_dense(a.prompt)
-    table = (*_describe_ids(a), *_describe_table(a), prompt)
-    if a.low_rank_a is not None:
-        tile = tiles.low_rank(a.low_rank_a.shape[1], a.weight.element_size())
-        rows = min(B, 8)
+    table = (*_describe_ids(a), *_describe_table(a), prompt, _make_dense(a.prompt_spans), _make_dense(a.entries))
+    positions = a.position_offset if a.low_rank_a is None else a.low_rank_a
+    if positions is not None:
+        r = 1 if a.low_rank_a is None else positions.shape[-1]
+        tile = tiles.low_rank(r, a.weight.element_size())
+        rows = min(B, 8) if a.entries is None else 1
         programs = divide_up(N, tile.BT) * divide_up(B, rows) + divide_up(B * S, tile.BT)
-        factors = (_make_dense(a.low_rank_a), _make_dense(a.low_rank_b))
-        sizes = (B, N, S, d, a.low_rank_a.shape[1], a.offset_scale, rows)
+        factors = (_make_dense(positions), _make_dense(a.low_rank_b))
+        sizes = (B, N, S, positions.shape[-2], d, r, a.offset_scale, rows)
         _launch(target, "low rank", (programs,), (*table, *factors, output, *sizes), tile)
         return output
-    r = 1 if a.w1 is None else a.w1.shape[1]
+    r = 1 if a.w1 is None else a.w1.shape[-1]
     tile = tiles.forward(r, a.weight.element_size())
-    programs = divide_up(B * N, tile.BT) + divide_up(B * S, tile.BT)
+    programs = _count_token_blocks(a, tile) + divide_up(B * S, tile.BT)
     network = tuple(_make_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
     handed = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_describe_dropout(a))
     _launch(target, "forward", (programs,), handed, tile)
@@ -59,16 +61,21 @@ def backward(
     S = a.prompt_length
     gradients: dict[str, Tensor] = {}
     if "prompt" in needs:
-        gradients["prompt"] = grad_output[:, :S].sum(0, dtype=torch.float32)
+        gradients["prompt"] = _differentiate_prompt(grad_output, a, target)
     dh = None
     if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
         dh = _differentiate_network(gradients, grad_output, a, needs, target)
     if needs & {"low_rank_a", "low_rank_b"}:
-        _differentiate_low_rank(gradients, grad_output[:, S:], a)
+        if a.entries is None:
+            _differentiate_low_rank(gradients, grad_output[:, S:], a)
+        else:
+            _differentiate_low_rank_bank(gradients, grad_output, a, needs, target)
+    if "position_offset" in needs:
+        gradients["position_offset"] = _differentiate_positions(grad_output, a, target)
     if "weight" in needs:
         de = grad_output[:, S:].float()
         if dh is not None and a.w1 is not None:
-            de = de + (dh @ a.w1.float().T).view(de.shape)
+            de = de + _apply_w1(dh, a).view(de.shape)
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
     results = []
     for name in (name for name in DIFFERENTIABLE if name in needs):
@@ -77,44 +84,80 @@ def backward(
     return results
 
 
+def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
+    """Return the gradient of the prompt or, with spans, of the store."""
+    if a.prompt_spans is None:
+        return grad_output[:, : a.prompt_length].sum(0, dtype=torch.float32)
+    assert a.prompt is not None
+    return _sum_spans(grad_output, a.prompt_spans, a.prompt_length, 1.0, _allocate_like(a.prompt), target)
+
+
 def _differentiate_network(
     gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
 ) -> Tensor:
-    """Enter the network's gradients; returns dh [B * N, r]."""
+    """Enter the network's gradients; returns dh [B * N, r], which has no values in rows of the batch without offset."""
     assert a.w1 is not None
+    assert a.b1 is not None
     B, N = a.input_ids.shape
-    (d, r), S, s = a.w1.shape, a.prompt_length, a.offset_scale
-    tile = tiles.hidden(r, a.weight.element_size())
-    blocks = divide_up(B * N, tile.BT)
-    each = max(1, divide_up(blocks, _PARTS))
-    parts = divide_up(blocks, each)
-
-    def allocate_floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
-
-    z, dh = allocate_floats(B * N, r), allocate_floats(B * N, r)
-    dw1 = allocate_floats(parts, d, r) if "w1" in needs else None
-    dw2 = allocate_floats(parts, d, r) if "w2" in needs else None
-    db2 = allocate_floats(parts, d) if "b2" in needs else None
-    if B * N * d > 0:
-        rows = (*_describe_ids(a), *_describe_table(a), grad_output, *grad_output.stride())
-        network = tuple(_make_dense(x) for x in (a.w1, a.b1, a.w2))
-        arguments = (*rows, *network, a.dropout_seed, z, dh, B, N, S, d, r, s, *_describe_dropout(a))
-        _launch(target, "hidden", (blocks, divide_up(r, tile.RP)), arguments, tile)
-        if needs & {"w1", "w2", "b2"}:
-            tile = tiles.weights(r, a.weight.element_size())  # of as many tokens
-            grid = (divide_up(d, tile.BD), parts, divide_up(r, tile.RP))
-            arguments = (*rows, z, dh, dw1, dw2, db2, B, N, S, d, r, each)
-            _launch(target, "weights", grid, arguments, tile)
-    if "b1" in needs:
+    r = a.w1.shape[-1]
+    z, dh = (_allocate_floats(a, B * N, r) for _ in range(2))
+    _launch_hidden(grad_output, a, z, dh, target)
+    if "b1" in needs and a.entries is None:
         gradients["b1"] = dh.sum(0)
+    elif "b1" in needs:
+        of_rows = dh.view(B, N, r).sum(1, keepdim=True)
+        gradients["b1"] = _sum_spans(of_rows, _list_spans(a, 1, 1), 1, 1.0, _allocate_like(a.b1), target)
+    dw1, dw2, db2 = _sum_weights(grad_output, a, z, dh, needs & {"w1", "w2", "b2"}, target)
     if dw1 is not None:
-        gradients["w1"] = dw1.sum(0)
+        gradients["w1"] = dw1
     if dw2 is not None:
-        gradients["w2"] = s * dw2.sum(0).T
+        gradients["w2"] = a.offset_scale * dw2.mT
     if db2 is not None:
-        gradients["b2"] = s * db2.sum(0)
+        gradients["b2"] = a.offset_scale * db2
     return dh
+
+
+def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None, dh: Tensor, target: Target) -> None:
+    """Fill z and dh, [B * N, r]; dh alone for DePT's pair, in which ``low_rank_b`` has the place of w2."""
+    w2 = a.low_rank_b if a.w1 is None else a.w2
+    assert w2 is not None
+    r, d = w2.shape[-2:]
+    tile = tiles.hidden(r, a.weight.element_size())
+    grid = (_count_token_blocks(a, tile), divide_up(r, tile.RP))
+    if 0 in grid or d == 0:
+        return
+    network = tuple(_make_dense(x) for x in (a.entries, a.w1, a.b1, w2))
+    sizes = (*a.input_ids.shape, a.prompt_length, d, r, a.offset_scale, *_describe_dropout(a))
+    arguments = (*_describe_rows(a, grad_output), *network, a.dropout_seed, z, dh, *sizes)
+    _launch(target, "hidden", grid, arguments, tile)
+
+
+def _sum_weights(
+    grad_output: Tensor, a: EmbeddingArguments, z: Tensor, dh: Tensor | None, needs: set[str], target: Target
+) -> tuple[Tensor | None, ...]:
+    """Return dw1 [d, r], dw2 [d, r] and db2 [d], the last two less the scale; with an index they are [K, ...].
+
+    z is [B * N, r], or what has its place; None where a gradient is not needed.
+    """
+    if not needs:
+        return None, None, None
+    B, N = a.input_ids.shape
+    d, r = a.weight.shape[1], z.shape[1]
+    tile = tiles.weights(r, a.weight.element_size(), bank=a.entries is not None)
+    bank = () if a.entries is None else (a.bank_size,)
+    entries = bank[0] if bank else 1
+    blocks = divide_up(B * N if a.entries is None else N, tile.BT)
+    each = max(1, divide_up(blocks, max(1, _PARTS // max(1, entries))))
+    parts = divide_up(blocks, each)
+    dw1 = _allocate_floats(a, *bank, parts, d, r) if "w1" in needs else None
+    dw2 = _allocate_floats(a, *bank, parts, d, r) if "w2" in needs else None
+    db2 = _allocate_floats(a, *bank, parts, d) if "b2" in needs else None
+    grid = (divide_up(d, tile.BD) * entries, parts, divide_up(r, tile.RP))
+    if 0 not in grid:
+        sizes = (B, N, a.prompt_length, d, r, each)
+        arguments = (*_describe_rows(a, grad_output), _make_dense(a.entries), z, dh, dw1, dw2, db2, *sizes)
+        _launch(target, "weights", grid, arguments, tile)
+    return tuple(None if x is None else x.sum(len(bank)) for x in (dw1, dw2, db2))
 
 
 def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
@@ -127,6 +170,92 @@ def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: Embeddi
     gradients["low_rank_b"] = a.low_rank_a[:N].float().T @ summed
 
 
+def _differentiate_low_rank_bank(
+    gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
+) -> None:
+    """Enter the gradients of a bank of pairs, as those of a network whose hidden layer is ``low_rank_a``."""
+    assert a.low_rank_a is not None
+    assert a.low_rank_b is not None
+    assert a.entries is not None
+    B, N = a.input_ids.shape
+    K, T, r = a.low_rank_a.shape
+    if "low_rank_a" in needs:
+        da, sums = _allocate_floats(a, B * N, r), _allocate_like(a.low_rank_a)
+        _launch_hidden(grad_output, a, None, da, target)
+        _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
+        gradients["low_rank_a"] = sums
+    if "low_rank_b" in needs:
+        # Rows of r: small beside those of d. Without entries there is none to choose.
+        choices = a.entries.clamp(min=0) if K > 0 else a.entries[:0]
+        hidden = a.low_rank_a[:, :N].index_select(0, choices).view(-1, r)
+        _, db, _ = _sum_weights(grad_output, a, hidden, None, {"w2"}, target)
+        assert db is not None
+        gradients["low_rank_b"] = a.offset_scale * db.mT
+
+
+def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
+    """Return the gradient of the dense offset: of positions below N, and 0 from there on."""
+    assert a.position_offset is not None
+    N, S = a.input_ids.shape[1], a.prompt_length
+    *_, T, d = a.position_offset.shape
+    if a.entries is None:
+        summed = grad_output.new_zeros((T, d), dtype=torch.float32)
+        summed[:N] = a.offset_scale * grad_output[:, S:].sum(0, dtype=torch.float32)
+        return summed
+    sums = _allocate_like(a.position_offset)
+    _sum_spans(grad_output, _list_spans(a, T, N), S + N, a.offset_scale, sums.view(-1, d), target)
+    return sums
+
+
+def _list_spans(a: EmbeddingArguments, positions: int, used: int) -> Tensor:
+    """Return the spans that rows of the batch use of a bank [K * positions, ...]: the first ``used`` of their entry."""
+    assert a.entries is not None
+    entry = a.entries.long()
+    return torch.stack([entry * positions, (entry >= 0) * used], 1)
+
+
+def _sum_spans(rows: Tensor, spans: Tensor, last: int, scale: float, sums: Tensor, target: Target) -> Tensor:
+    """Fill ``sums`` [P, ...] with the scaled sums of rows [B, ..., ...] that are copies of a store's rows.
+
+    The copies of the span of a row of the batch end before its row ``last``. What nobody has a copy of gets 0.
+    """
+    B, length, width = rows.shape
+    P = sums.shape[0]
+    tile = tiles.spans()
+    grid = (divide_up(P, tile.BT), divide_up(width, tile.BD))
+    if 0 not in grid:
+        sizes = (B, P, length, last, width, scale)
+        _launch(target, "spans", grid, (rows.contiguous(), spans.contiguous(), sums, *sizes), tile)
+    return sums
+
+
+def _apply_w1(dh: Tensor, a: EmbeddingArguments) -> Tensor:
+    """Return dh w1^T, [B * N, d] or [B, N, d]."""
+    assert a.w1 is not None
+    if a.entries is None:
+        return dh @ a.w1.float().T
+    B, N = a.input_ids.shape
+    d, r = a.w1.shape[-2:]
+    if a.w1.shape[0] == 0:
+        return dh.new_zeros(B, N, d)
+    chosen = a.w1.index_select(0, a.entries.clamp(min=0)).float()  # [B, d, r]; one of B * N rows of d is made anyhow
+    return torch.bmm(dh.view(B, N, r), chosen.mT).masked_fill_((a.entries < 0)[:, None, None], 0.0)
+
+
+def _count_token_blocks(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> int:
+    """Return how many blocks of tokens there are: with an index they are of one row of the batch each."""
+    B, N = a.input_ids.shape
+    return divide_up(B * N, tile.BT) if a.entries is None else B * divide_up(N, tile.BT)
+
+
+def _allocate_floats(a: EmbeddingArguments, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
+
+
+def _allocate_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _make_dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -137,6 +266,10 @@ def _describe_ids(a: EmbeddingArguments) -> tuple[Any, ...]:
 
 def _describe_table(a: EmbeddingArguments) -> tuple[Any, ...]:
     return (a.weight, *a.weight.stride())
+
+
+def _describe_rows(a: EmbeddingArguments, grad_output: Tensor) -> tuple[Any, ...]:
+    return (*_describe_ids(a), *_describe_table(a), grad_output, *grad_output.stride())
 
 
 def _describe_dropout(a: EmbeddingArguments) -> tuple[int, float]:
@@ -153,10 +286,12 @@ def _load_kernels() -> dict[str, Any]:
         "low rank": kernels.prompt_embedding_low_rank_fwd_kernel,
         "hidden": kernels.prompt_embedding_bwd_hidden_kernel,
         "weights": kernels.prompt_embedding_bwd_weights_kernel,
+        "spans": kernels.prompt_embedding_bwd_spans_kernel,
     }
 
 
 def _launch(
     target: Target, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: tiles.EmbeddingTile
 ) -> None:
-    target.launch(_load_kernels()[name], grid, arguments, {"BT": tile.BT, "BD": tile.BD, "RP": tile.RP}, tile)
+    constants = {"BT": tile.BT, "BD": tile.BD} | ({"RP": tile.RP} if tile.RP else {})
+    target.launch(_load_kernels()[name], grid, arguments, constants, tile)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class EmbeddingTile(NamedTuple):
-    """Tokens, columns of the model width, hidden units; warps and pipeline stages."""
+    """Tokens, columns of the model width, hidden units (0: none); warps and pipeline stages."""
 
     BT: int
     BD: int
@@ -55,7 +55,17 @@ def hidden(r: int, element_size: int) -> EmbeddingTile:
     return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 4)
 
 
-def weights(r: int, element_size: int) -> EmbeddingTile:
-    """Backward, sums over tokens: in blocks of as many tokens as in ``hidden``."""
-    RP = min(64, _padded(r))
-    return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4)
+def weights(r: int, element_size: int, bank: bool) -> EmbeddingTile:
+    """Backward, sums over tokens: in blocks of as many tokens as in ``hidden``.
+
+    With a bank, a loop over the rows of the batch is around that over the tokens, and a third stage would spill.
+    """
+    RP, stages = min(64, _padded(r)), 2 if bank else 3
+    if element_size == 4:
+        return EmbeddingTile(16, 32, RP, 4, stages)
+    return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4, stages)
+
+
+def spans() -> EmbeddingTile:
+    """Backward, sums over the rows of the batch that have copies of a row."""
+    return EmbeddingTile(32, 64, 0, 4)

@@ -1,0 +1,54 @@
+"""Test that on the CPU, prompts and offsets of the rows' own are not copied for each row.
+
+A call allocates its results, and scratch memory that does not grow with the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastprefix
+from fastprefix.ops.backends import BACKENDS
+from fastprefix.parity import EmbeddingCase
+
+from .test_memory import SMALL_CHANGE, peak_a_row
+
+REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+N = 96
+
+
+def embedding_tensors(rows: int, offset: str | None) -> tuple[dict[str, Any], list[Tensor]]:
+    """Prompts and offsets of the rows' own, and what has a gradient."""
+    spans, bank = [(row % 3, 60) for row in range(rows)], {}
+    if offset is not None:
+        bank = {"K": 3, "index": [row % 4 - 1 for row in range(rows)]}
+    x = EmbeddingCase(B=rows, N=N, S=64, V=100, d=256, r=19, offset=offset, spans=spans, **bank).build(torch.float32)
+    leaves = [x for v in x.tensors.values() for x in (v if isinstance(v, tuple) else (v,)) if x.is_floating_point()]
+    return x.tensors, leaves[1:]  # the table is frozen
+
+
+@pytest.mark.parametrize("offset", [None, "ffn", "low_rank", "position_offset"])
+def test_forward_allocates_its_results(offset: str | None) -> None:
+    def work(rows: int) -> Callable[[], object]:
+        x, _ = embedding_tensors(rows, offset)
+        return lambda: fastprefix.prompt_embedding(**x, backend="cpu")
+
+    assert peak_a_row(work) <= (60 + N) * 256 * 4 + SMALL_CHANGE
+
+
+@pytest.mark.parametrize("offset", [None, "ffn", "low_rank", "position_offset"])
+def test_backward_needs_nothing_for_a_row(offset: str | None) -> None:
+    def work(rows: int) -> Callable[[], object]:
+        x, leaves = embedding_tensors(rows, offset)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        output = fastprefix.prompt_embedding(**x, backend="cpu")
+        grad = torch.ones_like(output)
+        return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    assert peak_a_row(work) <= SMALL_CHANGE
