@@ -96,8 +96,8 @@ def build_calls(
         torch.compiler.reset()  # remove what was compiled for another case
         compiled, (B, _, N, _) = torch.compile(flex_attention, dynamic=False), q.shape
         blocks = mask.sees and create_block_mask(mask.sees, B, None, N, N, str(q.device))
-        inputs = leaves if q.is_cuda else [x.detach() for x in leaves]
-        calls["flex"] = partial(compiled, *inputs, block_mask=blocks, enable_gqa=gqa)
+        q, k, v = leaves if q.is_cuda else (x.detach() for x in leaves)
+        calls["flex"] = partial(compiled, q, k, v, block_mask=blocks, enable_gqa=gqa)
     return calls
 
 

@@ -48,7 +48,8 @@ def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> di
     grad = draw(1, HEADS, tokens, D).detach()
     joined = [torch.cat([p[None], x], 2).detach().requires_grad_() for p, x in zip(prefix, (k, v), strict=True)]
     fused = partial(fastprefix.prefix_attention, q, k, v, *prefix, is_causal=True, backend=BACKENDS[device.type])
-    sdpa = partial(F.scaled_dot_product_attention, q, *joined, enable_gqa=True)
+    keys, values = joined
+    sdpa = partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=True)
     mask = build_dense_mask(tokens, tokens, length, device)
     return {
         "fused": build_kernel_work("ours", fused, (q, k, v, *prefix), grad),
