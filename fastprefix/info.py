@@ -45,7 +45,7 @@ def _describe(name: str) -> int:
         for line in preview(name):
             print(line)
     except (OSError, ValueError) as error:
-        print(f"--model takes a local folder or a name that the hub knows: {error}", file=sys.stderr)
+        print(f"`--model` must be a local folder or a name that the hub knows: {error}", file=sys.stderr)
         return 1
     return 0
 

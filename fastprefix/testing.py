@@ -133,13 +133,17 @@ def measure_parity(
     by_name = isinstance(inputs, Mapping)
     options = dict(options or {})
     if any(tensor.dtype is torch.float64 for _, tensor in _collect_tensors(named)):
-        raise ValueError("inputs takes dtypes below float64: nothing more exact is there to compare float64 with")
+        raise ValueError(
+            "`inputs` must be of dtypes below float64: nothing more exact is there to compare float64 with"
+        )
     plain_options = dict(options)
     if function in _REFERENCES and reference is None:
         reference = _REFERENCES[function]
         plain_options.pop("backend", None)
     if reference is None:
-        raise ValueError("reference takes the plain version of the function; only fastprefix's own operations have one")
+        raise ValueError(
+            "`reference` is missing: give the plain version of the function (only fastprefix's own operations have one)"
+        )
     _check_parameter_names(function, reference)
     parameters = isinstance(function, nn.Module) and isinstance(reference, nn.Module)
 
@@ -323,5 +327,5 @@ def _check_parameter_names(function: Callable[..., Any], reference: Callable[...
     ours, theirs = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (function, reference))
     if ours != theirs:
         raise ValueError(
-            f"reference takes a module with the function's parameters; not in both: {sorted(ours ^ theirs)}"
+            f"`reference` must be a module with the function's parameters; not in both: {sorted(ours ^ theirs)}"
         )

@@ -170,13 +170,13 @@ struct EmbeddingProblem {
     if (tokens() == 0) return;
     auto [low, high] = std::minmax_element(ids, ids + tokens());
     TORCH_CHECK_VALUE(
-        *low >= 0 && *high < V, "input_ids takes ids from 0 to V - 1 = ", V - 1, ", got ", *low < 0 ? *low : *high);
+        *low >= 0 && *high < V, "`input_ids` must hold ids from 0 to V - 1 = ", V - 1, ", got ", *low < 0 ? *low : *high);
   }
 
   void check_index(const int64_t* index, int64_t entries) const {
     for (int64_t b = 0; b < B; ++b)
       TORCH_CHECK_VALUE(
-          index[b] >= -1 && index[b] < entries, "index takes entries from -1 (no offset) to K - 1 = ", entries - 1,
+          index[b] >= -1 && index[b] < entries, "`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1,
           ", got ", index[b]);
   }
 
@@ -186,10 +186,10 @@ struct EmbeddingProblem {
       // Without start + length, which may be beyond 64 bits.
       TORCH_CHECK_VALUE(
           start >= 0 && length >= 0 && start <= P && length <= P - start,
-          "prompt_spans takes (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
+          "`prompt_spans` must hold (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
           ") in row ", b);
       TORCH_CHECK_VALUE(
-          length <= S, "prompt_spans takes lengths up to prompt_length = ", S, ", got (", start, ", ", length,
+          length <= S, "`prompt_spans` must hold lengths up to prompt_length = ", S, ", got (", start, ", ", length,
           ") in row ", b);
     }
   }

@@ -32,7 +32,7 @@ class ADePTConfig(PromptTuningConfig):
         super().__post_init__()
         check_positive("bottleneck_dim", self.bottleneck_dim)
         if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"dropout takes a probability from 0 to 1, got {self.dropout!r}")
+            raise ValueError(f"`dropout` must be a probability from 0 to 1, got {self.dropout!r}")
 
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":

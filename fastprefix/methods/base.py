@@ -30,21 +30,21 @@ def register(name: str, config: type[MethodConfig], method: type[PromptMethod] |
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} takes one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_finite(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} takes a finite number, got {value!r}")
+        raise TypeError(f"`{name}` must be a finite number, got {value!r}")
     if not math.isfinite(value):
-        raise ValueError(f"{name} takes a finite number, got {value!r}")
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} takes a whole number of at least 1, got {value!r}")
+        raise TypeError(f"`{name}` must be a whole number of at least 1, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -29,5 +29,5 @@ def largest_within(name: str, budget: int, *, fixed: int, each: int) -> int:
     """
     count = (budget - fixed) // each
     if count < 1:
-        raise ValueError(f"{name} takes at least {fixed + each} parameters here, got {budget}")
+        raise ValueError(f"`{name}` must be at least {fixed + each} parameters here, got {budget}")
     return count

@@ -53,7 +53,9 @@ class LlamaAdapter(PrefixMethod):
         count = len(shapes)
         layers = count if config.layers is None else config.layers
         if layers > count:
-            raise ValueError(f"layers takes at most the {count} attention layers of the model, got {layers}")
+            raise ValueError(
+                f"`layers` must be at most {count}, the number of attention layers of the model, got {layers}"
+            )
         return range(count - layers, count)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:

@@ -168,7 +168,7 @@ class PrefixTuning(PrefixMethod):
         wanted, found = config.attentions, sorted({shape.role for shape in shapes})
         chosen = [index for index, shape in enumerate(shapes) if wanted is None or shape.role in wanted]
         if not chosen:
-            raise ValueError(f"attentions takes some of what the model has, {', '.join(found)}; got {wanted!r}")
+            raise ValueError(f"`attentions` must name some of what the model has ({', '.join(found)}), got {wanted!r}")
         return chosen
 
     def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:

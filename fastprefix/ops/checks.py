@@ -30,11 +30,11 @@ def describe(value: object) -> str:
 
 
 def wrong_type(name: str, value: object, takes: str) -> TypeError:
-    return TypeError(f"{name} takes {takes}, got {describe(value)}")
+    return TypeError(f"`{name}` must be {takes}, got {describe(value)}")
 
 
 def wrong_value(name: str, value: object, takes: str) -> ValueError:
-    return ValueError(f"{name} takes {takes}, got {describe(value)}")
+    return ValueError(f"`{name}` must be {takes}, got {describe(value)}")
 
 
 def check_tensor(name: str, value: object, takes: str) -> None:

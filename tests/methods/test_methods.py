@@ -249,7 +249,7 @@ def test_llama_adapter_starts_with_closed_gates() -> None:
 def test_llama_adapter_chooses_the_last_layers() -> None:
     assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=2), 2 * SHAPES) == range(4, 6)
     assert LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5), 2 * SHAPES) == range(6)
-    with pytest.raises(ValueError, match=r"layers takes at most the 6 .* got 7"):
+    with pytest.raises(ValueError, match=r"`layers` must be at most 6, .* got 7"):
         LlamaAdapter.chosen_layers(fastprefix.LlamaAdapterConfig(5, layers=7), 2 * SHAPES)
 
 

@@ -101,7 +101,7 @@ def test_bad_input(function, bad, error, name):
         "prefix_key": Z(HKV, P, D),
         "prefix_value": Z(HKV, P, DV),
     }
-    with pytest.raises(error, match=rf"^{name}\b"):
+    with pytest.raises(error, match=rf"^`{name}\b"):
         function(**(good | bad))
 
 
@@ -143,7 +143,7 @@ def test_what_equals_a_right_argument_is_not_taken_for_it(right, wrong, name):
     tensors = (Z(B, HQ, N, D), Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
     for _ in range(2):
         fastprefix.prefix_attention(*tensors, **right)
-        with pytest.raises(TypeError, match=rf"^{name}\b"):
+        with pytest.raises(TypeError, match=rf"^`{name}\b"):
             fastprefix.prefix_attention(*tensors, **wrong)
 
 
@@ -152,5 +152,5 @@ def test_autocast_is_part_of_what_was_checked():
     for _ in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             fastprefix.prefix_attention(query.bfloat16(), *rest)
-        with pytest.raises(TypeError, match=r"^key"):
+        with pytest.raises(TypeError, match=r"^`key`"):
             fastprefix.prefix_attention(query.bfloat16(), *rest)

@@ -226,7 +226,7 @@ def test_ids_out_of_range(wrong: int) -> None:
     case = make_case("adept")
     ids, inputs = tensors(case)
     ids[1, 2] = wrong
-    message = f"input_ids takes ids from 0 to V - 1 = 28, got {wrong}"
+    message = f"`input_ids` must hold ids from 0 to V - 1 = 28, got {wrong}"
     for backend in ("cpu", "eager"):
         with pytest.raises(ValueError, match=message):
             call(fastprefix.prompt_embedding, case, ids, inputs, backend=backend)

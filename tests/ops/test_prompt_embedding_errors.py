@@ -95,5 +95,5 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize("function", [fastprefix.prompt_embedding, fastprefix.reference.prompt_embedding])
 @pytest.mark.parametrize(("bad", "error", "name"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_bad_input(function, bad, error, name):
-    with pytest.raises(error, match=rf"^{name}"):
+    with pytest.raises(error, match=rf"^`{name}"):
         function(**({"input_ids": IDS, "weight": Z(V, D), "prompt": Z(S, D)} | bad))

@@ -47,8 +47,8 @@ def canonical_arguments(
     offsets = (ffn is not None) + (low_rank is not None) + (position_offset is not None)
     if offsets > 1:
         named = {"ffn": ffn, "low_rank": low_rank, "position_offset": position_offset}
-        given = " and ".join(name for name, offset in named.items() if offset is not None)
-        raise ValueError(f"{given} exclude one another: give one offset, got {offsets}")
+        given = " and ".join(f"`{name}`" for name, offset in named.items() if offset is not None)
+        raise ValueError(f"{given} exclude one another: give one of them")
     banked = index is not None
     if index is not None:
         _check_index(index, input_ids, offsets)
@@ -102,7 +102,7 @@ def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: in
         return
     low, high = (int(bound) for bound in values.aminmax())
     if low < lowest or high > highest:
-        raise ValueError(f"{name} takes {takes} = {highest}, got {low if low < lowest else high}")
+        raise ValueError(f"`{name}` must hold {takes} = {highest}, got {low if low < lowest else high}")
 
 
 def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
@@ -113,7 +113,7 @@ def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
             takes = f"lengths up to prompt_length = {longest}"
         else:
             continue
-        raise ValueError(f"prompt_spans takes {takes}, got ({start}, {length}) in row {row}")
+        raise ValueError(f"`prompt_spans` must hold {takes}, got ({start}, {length}) in row {row}")
 
 
 def _check_spans(spans: Tensor | None, longest: int | None, prompt: Tensor | None, input_ids: Tensor) -> int:
@@ -126,7 +126,7 @@ def _check_spans(spans: Tensor | None, longest: int | None, prompt: Tensor | Non
     checks.check_shape("prompt_spans", spans, (batch, 2), f"{takes} with B = {batch} of input_ids")
     checks.check_device("prompt_spans", spans, input_ids.device, "input_ids")
     if prompt is None:
-        raise ValueError("prompt_spans takes None where there is no prompt to take rows of, got spans")
+        raise ValueError("`prompt_spans` was given without `prompt`, of which it takes rows: give both or neither")
     if longest is None:
         return max(0, int(spans[:, 1].max())) if batch > 0 else 0
     takes = "a length S of at least 0"
@@ -144,7 +144,7 @@ def _check_index(index: Tensor, input_ids: Tensor, offsets: int) -> None:
     checks.check_shape("index", index, (batch,), f"{takes} with B = {batch} of input_ids")
     checks.check_device("index", index, input_ids.device, "input_ids")
     if offsets == 0:
-        raise ValueError("index takes None where there is no ffn, low_rank or position_offset to choose from")
+        raise ValueError("`index` chooses entries of ffn, low_rank or position_offset: give one of them, or no index")
 
 
 def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, takes: str) -> None:
@@ -231,8 +231,8 @@ def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
     positions = offsets.shape[-2]
     if positions < input_ids.shape[1]:
         raise ValueError(
-            f"{name} has offsets for T = {positions} positions, got input_ids of N = {input_ids.shape[1]} tokens: it "
-            f"takes T >= N"
+            f"`{name}` has offsets for T = {positions} positions, and input_ids has N = {input_ids.shape[1]} tokens: give "
+            f"it at least as many positions as there are tokens"
         )
 
 
@@ -240,4 +240,4 @@ def _check_tuple(name: str, value: object, length: int, takes: str) -> None:
     if not isinstance(value, tuple | list):
         raise checks.wrong_type(name, value, takes)
     if len(value) != length:
-        raise ValueError(f"{name} takes {takes}, got {len(value)} entries")
+        raise ValueError(f"`{name}` must be {takes}, got {len(value)} entries")

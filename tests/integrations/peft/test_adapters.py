@@ -131,7 +131,7 @@ def test_formats_and_gates_and_heads_that_are_not_pefts(tmp_path: Path) -> None:
     apt = fastprefix.attach(models.decoder(), fastprefix.APTConfig(LENGTH, prefix_position="shift"))
     with pytest.raises(ValueError, match="gates of APTConfig"):
         fastprefix.save_adapter(apt, tmp_path, format="peft")
-    with pytest.raises(ValueError, match="format takes one of 'fastprefix', 'peft', got 'onnx'"):
+    with pytest.raises(ValueError, match="`format` must be one of 'fastprefix', 'peft', got 'onnx'"):
         fastprefix.save_adapter(apt, tmp_path, format="onnx")
     with pytest.raises(ValueError, match="causal language model"):
         fastprefix.save_adapter(attached("encoder", "prompt_tuning"), tmp_path, format="peft")

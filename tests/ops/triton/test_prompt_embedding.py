@@ -124,12 +124,12 @@ def test_partial_gradients_of_a_bank(device: str, kind: str, names: tuple[str, .
 def test_values_out_of_range(device: str, monkeypatch: pytest.MonkeyPatch, field: str, name: str) -> None:
     monkeypatch.setenv("FASTPREFIX_CHECK_IDS", "1")
     a = arguments(device, "adept", own=True)
-    with pytest.raises(ValueError, match=f"^{name} takes"):
+    with pytest.raises(ValueError, match=f"^`{name}`"):
         OPERATION.operator("triton")(*a._replace(**{field: getattr(a, field) + 3}))
 
 
 def test_ids_out_of_range(device: str) -> None:
     a = arguments(device, "adept")
     a.input_ids[0, 0] = 17
-    with pytest.raises(ValueError, match="input_ids takes ids from 0 to V - 1 = 16, got 17"):
+    with pytest.raises(ValueError, match="`input_ids` .* 16, got 17"):
         OPERATION.operator("triton")(*a)
