@@ -231,8 +231,8 @@ def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
     positions = offsets.shape[-2]
     if positions < input_ids.shape[1]:
         raise ValueError(
-            f"`{name}` has offsets for T = {positions} positions, and input_ids has N = {input_ids.shape[1]} tokens: give "
-            f"it at least as many positions as there are tokens"
+            f"`{name}` has offsets for T = {positions} positions, and input_ids has N = {input_ids.shape[1]} tokens: "
+            f"give it at least as many positions as there are tokens"
         )
 
 

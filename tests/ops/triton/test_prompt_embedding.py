@@ -131,5 +131,5 @@ def test_values_out_of_range(device: str, monkeypatch: pytest.MonkeyPatch, field
 def test_ids_out_of_range(device: str) -> None:
     a = arguments(device, "adept")
     a.input_ids[0, 0] = 17
-    with pytest.raises(ValueError, match="`input_ids` .* 16, got 17"):
+    with pytest.raises(ValueError, match=r"`input_ids` .* 16, got 17"):
         OPERATION.operator("triton")(*a)
