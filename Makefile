@@ -3,7 +3,7 @@
 #   make bench    the main job: the methods against their peers, on real text
 #   make test     build, then all tests: the Triton kernels' in the interpreter, PEFT's again with its transformers
 #   make matrix   the model tests on the oldest, the pinned and the newest libraries (an hour and 15 GB, not part of CI)
-#   make lint     ruff, mypy and codespell
+#   make lint     ruff, clang-format, mypy and codespell
 #   make docs     the documentation's site, in site/
 #   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 #
@@ -29,6 +29,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 # Pytest exits with 5 where TEST selects no test of a second run.
 OR_NONE := $(if $(TEST),|| test $$? -eq 5)
 # A folder that stands before the environment's packages on the path of PEFT's tests.
@@ -52,6 +53,7 @@ matrix:
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/codespell benchmarks csrc docs examples fastprefix tests tools *.* Makefile
 
@@ -63,6 +65,7 @@ sanitize: $(INSTALLED)
 
 format: $(BUILT)
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 	$(BIN)/ruff check --fix .
 
 install: $(BUILT)

@@ -17,9 +17,9 @@ template <class W>
 inline void philox(uint32_t k0, uint32_t k1, W (&c)[4]) {
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     W first = multiply_low(c[0], 0xD2511F53u), second = multiply_low(c[2], 0xCD9E8D57u);
-    c[0] = (second >> 32) ^ c[1] ^ uint64_t{k0};
+    c[0] = (second >> 32) ^ c[1] ^ static_cast<uint64_t>(k0);
     c[1] = second;
-    c[2] = (first >> 32) ^ c[3] ^ uint64_t{k1};
+    c[2] = (first >> 32) ^ c[3] ^ static_cast<uint64_t>(k1);
     c[3] = first;
   }
 }

@@ -13,7 +13,8 @@
 
 namespace fastprefix {
 
-// Where gradients go: those of a key, or the results themselves, and sums that the caller brings to the results' shapes.
+// Where gradients go: those of a key, or the results themselves, and sums that the caller brings to the results'
+// shapes.
 struct AttentionGradients {
   const AttentionResults& results;
   Tensor query_gate;        // of a gate for each query, [B, Hq, N, P]
@@ -44,8 +45,8 @@ struct Normalizers {
   Vec<A> probability(Vec<A> s, int64_t c) const { return exp(s - load(m + c)) * load(inverse + c); }
 };
 
-// What the sums of prefix gradients may take, in bytes. Where a long prefix or many threads would need more, the prefix is
-// gone through in ranges of keys, one after the other, and only the sums of one range are kept.
+// What the sums of prefix gradients may take, in bytes. Where a long prefix or many threads would need more, the prefix
+// is gone through in ranges of keys, one after the other, and only the sums of one range are kept.
 constexpr int64_t kPrefixSumsBytes = int64_t{64} << 20;
 
 // So many blocks of queries go through a tile of prefix keys one after the other, so that keys, values and their
@@ -187,12 +188,22 @@ class AttentionBackward {
 
   template <class Row>
   void write_key_sums(
-      const KeySumsShape& shape, const A* first, int64_t count, int64_t step, const Tensor& dk, const Tensor& dv,
-      Row b, Row hkv, int64_t begin, int64_t end, int64_t offset = 0) const {
+      const KeySumsShape& shape,
+      const A* first,
+      int64_t count,
+      int64_t step,
+      const Tensor& dk,
+      const Tensor& dv,
+      Row b,
+      Row hkv,
+      int64_t begin,
+      int64_t end,
+      int64_t offset = 0) const {
     KeySums<A> sums = shape.at(const_cast<A*>(first));
     auto write = [&](const A* from, int64_t ld, const Tensor& to) {
       if (ld == 0) return;
-      T* rows = static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + (begin + offset) * to.stride(2);
+      T* rows =
+          static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + (begin + offset) * to.stride(2);
       write_sum(from + begin * ld, count, step, end - begin, ld, to.size(3), rows, to.stride(2));
     };
     write(sums.dk, shape.D, dk);
@@ -323,7 +334,11 @@ class AttentionBackward {
     }
 
     void differentiate(
-        int64_t slot, int64_t item, const PrefixRange& range, A* kept, const KeySums<A>& tokens,
+        int64_t slot,
+        int64_t item,
+        const PrefixRange& range,
+        A* kept,
+        const KeySums<A>& tokens,
         const KeySums<A>& prefix) {
       QueryBlock queries = f.block(item);
       if (!range.first && !range.last && !sees(queries, range)) return;
@@ -387,8 +402,7 @@ class AttentionBackward {
     }
     template <class F>
     static void for_range(Half half, int64_t begin, int64_t end, F use) {
-      for (int64_t first = begin; first < end; first += kKeys)
-        use(Columns{half, first, std::min(kKeys, end - first)});
+      for (int64_t first = begin; first < end; first += kKeys) use(Columns{half, first, std::min(kKeys, end - first)});
     }
 
     // Operands of the block's queries, what normalises them and delta = <do, o>.
@@ -419,8 +433,7 @@ class AttentionBackward {
 
     A inner(const T* x, const T* y) const {
       Vec<A> sums{};
-      for (int64_t d = 0; d < p.Dv; d += kLanes<A>)
-        sums += load_first(x + d, p.Dv - d) * load_first(y + d, p.Dv - d);
+      for (int64_t d = 0; d < p.Dv; d += kLanes<A>) sums += load_first(x + d, p.Dv - d) * load_first(y + d, p.Dv - d);
       return sum<A>(sums);
     }
 
@@ -434,9 +447,7 @@ class AttentionBackward {
       for (A* sums : {delta, prefix_delta, masses, prefix_masses}) std::fill_n(sums, kQueries, A(0));
       if (p.sinks)
         for (int64_t i = 0; i < queries.count; ++i) masses[i] = sink_probability(queries, i);
-      for_prefix(queries, 0, p.P, [&](auto block) {
-        add_delta(queries, block, of_prefix_by, of_prefix, prefix_mass);
-      });
+      for_prefix(queries, 0, p.P, [&](auto block) { add_delta(queries, block, of_prefix_by, of_prefix, prefix_mass); });
       if (!separate || needs.tokens() || needs.sinks)
         for_tokens(queries, [&](auto block) { add_delta(queries, block, tokens_by, delta, masses); });
       for (int64_t i = 0; i < queries.count; ++i) {
@@ -445,8 +456,7 @@ class AttentionBackward {
       }
     }
 
-    void add_delta(
-        const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
+    void add_delta(const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
       Gate<A> gate = score_block(queries, columns, true);
       for (const Strip& strip : strips) {
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
@@ -570,7 +580,8 @@ class AttentionBackward {
       const View<const T>& k = columns.half == Half::prefix ? p.pk : p.k;
       const T* k_at = k.at(queries.b, queries.hkv, place(queries, columns) + strip.row);
       const A *probabilities = s.values + strip.row * kQueries, *gradients = ds.values + strip.row * kQueries;
-      if (dv) add_outer_few(probabilities, strip.rows, queries.count, few_do, p.Dv, dv + strip.row * f.width(true, p.Dv));
+      if (dv)
+        add_outer_few(probabilities, strip.rows, queries.count, few_do, p.Dv, dv + strip.row * f.width(true, p.Dv));
       if (dk) add_outer_few(gradients, strip.rows, queries.count, few_q, p.D, dk + strip.row * f.width(true, p.D));
       if (needs.query) add_values_few(k_at, k.strides[2], strip.rows, p.D, gradients, queries.count, dq);
     }
@@ -615,8 +626,15 @@ class AttentionBackward {
     void add_to_rows(const Tile<Manner>& tile, const Operand* rows, int64_t width, A* sums, const Strip& strip) const {
       int64_t ld = round_up(width, kLanes<A>);
       Product<Manner> product{
-          tile.natural + strip.row * kQueries + strip.column, kQueries, Manner::pair, rows + strip.column * ld,
-          ld * Manner::pair, sums + strip.row * ld, ld, strip.columns / Manner::pair, true};
+          tile.natural + strip.row * kQueries + strip.column,
+          kQueries,
+          Manner::pair,
+          rows + strip.column * ld,
+          ld * Manner::pair,
+          sums + strip.row * ld,
+          ld,
+          strip.columns / Manner::pair,
+          true};
       product.run(strip.rows, ld);
     }
 

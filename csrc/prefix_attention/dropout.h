@@ -56,10 +56,8 @@ void keep_factors(
     for (int64_t first = 0; first < kQueries; first += 2 * kApart)
       for (int64_t i = first; i < first + kApart; i += kLanes<uint64_t>) {
         Vec<uint64_t> c[4] = {
-            splat(column - later * kApart),
-            lanes + static_cast<uint64_t>(queries.first + i),
-            splat(static_cast<uint64_t>(queries.b * p.Hq + queries.h)),
-            splat(uint64_t{tokens})};
+            splat(column - later * kApart), lanes + static_cast<uint64_t>(queries.first + i),
+            splat(static_cast<uint64_t>(queries.b * p.Hq + queries.h)), splat(uint64_t{tokens})};
         philox(p.seed_low, p.seed_high, c);
         store_kept(p, c[later], factors + i);
         store_kept(p, c[2 + later], factors + i + kApart);

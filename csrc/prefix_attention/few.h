@@ -17,7 +17,12 @@ void pack_few(const T* from, int64_t stride, int64_t count, int64_t width, A* to
 // S^T [rows][kQueries] = K Q^T, and 0 in the rest of the first vector of each row.
 template <class T>
 void score_few(
-    const T* k, int64_t stride, int64_t rows, int64_t D, const AccumulatorOf<T>* q, int64_t count,
+    const T* k,
+    int64_t stride,
+    int64_t rows,
+    int64_t D,
+    const AccumulatorOf<T>* q,
+    int64_t count,
     AccumulatorOf<T>* s) {
   using A = AccumulatorOf<T>;
   constexpr int n = kLanes<A>;
@@ -39,7 +44,12 @@ void score_few(
 // O^T [Dv][kQueries] += V^T P^T
 template <class T>
 void add_values_few(
-    const T* v, int64_t stride, int64_t rows, int64_t Dv, const AccumulatorOf<T>* p, int64_t count,
+    const T* v,
+    int64_t stride,
+    int64_t rows,
+    int64_t Dv,
+    const AccumulatorOf<T>* p,
+    int64_t count,
     AccumulatorOf<T>* o) {
   using A = AccumulatorOf<T>;
   constexpr int n = kLanes<A>, width = 4;

@@ -142,7 +142,8 @@ class AttentionForward {
         pack_transposed<Manner>(rows, p.q.strides[2], queries.count, p.D, q);
       }
       int64_t columns = round_up(queries.count, kLanes<A>);
-      tokens.start(p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
+      tokens.start(
+          p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
       if (p.separate()) prefix.start(p.Dv, columns);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
       int64_t length = p.spans[queries.b].length;

@@ -33,8 +33,7 @@ inline void pack_row_pairs(
 // rows x width transposed: to[d][row], kQueries rows of which those past `rows` (up to a full vector) are zero. Words
 // are one element, or a pair of neighbours where the product takes pairs.
 template <class Manner, class T>
-void pack_transposed(
-    const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
   using A = typename Manner::Accumulator;
   constexpr int n = kLanes<A>;
   A* words = reinterpret_cast<A*>(to);
@@ -71,8 +70,7 @@ void unpack_transposed(const A* from, int64_t rows, int64_t width, T* to, int64_
       Vec<A> square[n];
       for (int d = 0; d < n; ++d) square[d] = d0 + d < width ? load(from + (d0 + d) * kQueries + r0) : Vec<A>{};
       transpose<A>(square);
-      for (int r = 0; r < n && r0 + r < rows; ++r)
-        store_first(to + (r0 + r) * stride + d0, square[r], width - d0);
+      for (int r = 0; r < n && r0 + r < rows; ++r) store_first(to + (r0 + r) * stride + d0, square[r], width - d0);
     }
 }
 

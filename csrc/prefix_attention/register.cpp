@@ -77,7 +77,8 @@ void dispatch(at::ScalarType type, Call call) {
     case at::kDouble: return call(double{});
     case at::kBFloat16: return call(at::BFloat16{});
     case at::kHalf: return call(at::Half{});
-    default: TORCH_CHECK_TYPE(false, "prefix_attention on the CPU takes float32, float64, bfloat16 or float16, got ", type);
+    default:
+      TORCH_CHECK_TYPE(false, "prefix_attention on the CPU takes float32, float64, bfloat16 or float16, got ", type);
   }
 }
 
@@ -108,7 +109,10 @@ void sum_columns_into(const Tensor& gradient, const Tensor& sums) {
 }
 
 std::vector<Tensor> run_backward(
-    const AttentionArguments& original, const Tensor& grad_output, const Tensor& output, const Tensor& normalizers,
+    const AttentionArguments& original,
+    const Tensor& grad_output,
+    const Tensor& output,
+    const Tensor& normalizers,
     const AttentionNeeds& needs) {
   TORCH_CHECK(
       !needs.attn_mask && !needs.prefix_bias, "attn_mask and prefix_bias have gradients from the eager backend alone");
@@ -152,15 +156,20 @@ std::vector<Tensor> run_backward(
 }
 
 #define FASTPREFIX_PARAMETERS FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED \
-  AttentionArguments { FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) }
+#define FASTPREFIX_COLLECTED                                          \
+  AttentionArguments {                                                \
+    FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) \
+  }
 
 std::tuple<Tensor, Tensor> forward(FASTPREFIX_PARAMETERS) {
   return run_forward(with_dense_rows(FASTPREFIX_COLLECTED));
 }
 
 std::vector<Tensor> backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& normalizers, c10::List<bool> needs_grad,
+    const Tensor& grad_output,
+    const Tensor& output,
+    const Tensor& normalizers,
+    c10::List<bool> needs_grad,
     FASTPREFIX_PARAMETERS) {
   return run_backward(
       FASTPREFIX_COLLECTED, with_dense_rows(grad_output), output, normalizers.contiguous(), read_needs(needs_grad));

@@ -83,7 +83,8 @@ void add_bias(const View<const T>& bias, const QueryBlock& queries, const Column
         if (c + i >= queries.count) continue;
         const T* row = from + (c + i) * to_query + r0 * to_key;
         if (to_key == 1) square[i] = load_first(row, end - r0);
-        else for (int64_t r = 0; r < std::min<int64_t>(n, end - r0); ++r) square[i][r] = static_cast<A>(row[r * to_key]);
+        else
+          for (int64_t r = 0; r < std::min<int64_t>(n, end - r0); ++r) square[i][r] = static_cast<A>(row[r * to_key]);
       }
       transpose<A>(square);
       for (int64_t r = 0; r < std::min<int64_t>(n, end - r0); ++r) {
@@ -141,10 +142,15 @@ void find_seen(
   }
 }
 
-// What queries see of a block of keys, in strips; where there is a mask or there are segments, `seen` tells of each key.
+// What queries see of a block of keys, in strips; where there is a mask or there are segments, `seen` tells of each
+// key.
 template <class T, class A>
 void find_strips(
-    const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, Seen* seen,
+    const AttentionProblem<T, A>& p,
+    const Band& band,
+    const QueryBlock& queries,
+    const Columns& columns,
+    Seen* seen,
     std::vector<Strip>& strips) {
   if (columns.half == Half::prefix) return all_visible(queries, columns.rows, kLanes<A>, strips);
   if (!p.masked()) return visible_strips(band, queries, columns.first, columns.rows, kLanes<A>, strips);

@@ -53,7 +53,9 @@ class Slots {
   explicit Slots(int64_t items) : Slots(items, std::vector<int64_t>(1, 1)) {}
 
   int64_t first(int64_t slot) const { return firsts_[slot]; }
-  int64_t of(int64_t item) const { return std::upper_bound(firsts_.begin(), firsts_.end(), item) - firsts_.begin() - 1; }
+  int64_t of(int64_t item) const {
+    return std::upper_bound(firsts_.begin(), firsts_.end(), item) - firsts_.begin() - 1;
+  }
 
   // Runs body(slot, scratch) for every slot; `bytes` of scratch each.
   template <class Body>

@@ -32,7 +32,8 @@ constexpr int kLanes = kVectorBytes / sizeof(A);
 template <class A>
 struct VectorOf {
   typedef A type __attribute__((vector_size(kVectorBytes)));
-  typedef A unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));  // pairs of 16 bits are read too
+  typedef A unaligned
+      __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));  // pairs of 16 bits are read too
 };
 template <class A>
 using Vec = typename VectorOf<A>::type;

@@ -1,5 +1,5 @@
-// Which part of a block of scores can be seen, in rectangles: of the band that causality and a window leave, and of what
-// masks and segments leave of it.
+// Which part of a block of scores can be seen, in rectangles: of the band that causality and a window leave, and of
+// what masks and segments leave of it.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +84,12 @@ inline void seen_strips(
 
 // The visible strips of keys [first, first + rows) for a block of queries; `lanes`: a vector's length.
 inline void visible_strips(
-    const Band& band, const QueryBlock& queries, int64_t first, int64_t rows, int64_t lanes, std::vector<Strip>& strips) {
+    const Band& band,
+    const QueryBlock& queries,
+    int64_t first,
+    int64_t rows,
+    int64_t lanes,
+    std::vector<Strip>& strips) {
   strips.clear();
   int64_t width = round_up(queries.count, lanes);
   for (int64_t row = 0; row < rows; row += lanes) {

@@ -2,8 +2,8 @@
 // them and then added up in the order of the slots. So they are the same from run to run for a number of threads.
 #pragma once
 
-#include "scratch.h"
 #include "pack.h"
+#include "scratch.h"
 
 namespace fastprefix {
 
@@ -26,7 +26,8 @@ struct KeySumsShape {
 
 // Adds up `count` pieces, `step` apart, and writes them as rows of T.
 template <class T, class A>
-void write_sum(const A* from, int64_t count, int64_t step, int64_t rows, int64_t ld, int64_t width, T* to, int64_t stride) {
+void write_sum(
+    const A* from, int64_t count, int64_t step, int64_t rows, int64_t ld, int64_t width, T* to, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < width; d += kLanes<A>) {
       Vec<A> total = load(from + r * ld + d);
@@ -43,7 +44,8 @@ struct ColumnSums {
 
   ColumnSums() = default;
   ColumnSums(const Slots& slots, int64_t groups, int64_t columns)
-      : items(slots.items / groups), columns(columns),
+      : items(slots.items / groups),
+        columns(columns),
         rows(at::zeros({slots.count + groups - 1, columns}, at::kDouble)) {}
 
   double* row(int64_t slot, int64_t item) const { return rows.data_ptr<double>() + (slot + item / items) * columns; }

@@ -27,9 +27,8 @@ struct Tile {
 
   void round_natural(const Strip& strip) const {
     if constexpr (Manner::pair == 2)
-      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
-        store_as(natural + r * kQueries + c, load(values + r * kQueries + c));
-      });
+      for_vectors<A>(
+          strip, [&](int64_t r, int64_t c) { store_as(natural + r * kQueries + c, load(values + r * kQueries + c)); });
   }
 
   // Strips begin at even rows; an odd last row is paired with zeros.

@@ -16,8 +16,11 @@ struct EmbeddingBackward {
   bool need_dh;
 
   EmbeddingBackward(const EmbeddingProblem<T>& p, const EmbeddingGradients& gradients, const Tensor& grad_output)
-      : p(p), gradients(gradients), grad(grad_output.const_data_ptr<T>()),
-        batch_stride(grad_output.stride(0)), row_stride(grad_output.stride(1)),
+      : p(p),
+        gradients(gradients),
+        grad(grad_output.const_data_ptr<T>()),
+        batch_stride(grad_output.stride(0)),
+        row_stride(grad_output.stride(1)),
         need_dh(gradients.w1.defined() || gradients.b1.defined() || gradients.weight.defined()) {}
 
   void run() const {
@@ -29,8 +32,8 @@ struct EmbeddingBackward {
     if (p.tokens() == 0) return;
     if (p.kind == OffsetKind::ffn) {
       Groups groups = p.groups();
-      Tensor dh = gradients.weight.defined()
-          ? at::empty({groups.count(), p.rp}, at::CppTypeToScalarType<A>::value) : Tensor();
+      Tensor dh =
+          gradients.weight.defined() ? at::empty({groups.count(), p.rp}, at::CppTypeToScalarType<A>::value) : Tensor();
       if (gradients.of_ffn() || gradients.weight.defined()) ffn_gradients(groups, dh);
       if (gradients.weight.defined()) weight_gradient(groups, dh);
       return;
@@ -42,9 +45,7 @@ struct EmbeddingBackward {
   }
 
  private:
-  const T* dy(int64_t token) const {
-    return grad + token / p.N * batch_stride + (p.S + token % p.N) * row_stride;
-  }
+  const T* dy(int64_t token) const { return grad + token / p.N * batch_stride + (p.S + token % p.N) * row_stride; }
 
   void sum_occurrences(const Groups& groups, int64_t u, A* to) const {
     constexpr int64_t kAhead = 6;
@@ -147,7 +148,7 @@ struct EmbeddingBackward {
     }
   }
 
-  void add_up(const std::vector<Sums>& all, A* Sums::*part, int64_t rows, int64_t width) const {
+  void add_up(const std::vector<Sums>& all, A* Sums::* part, int64_t rows, int64_t width) const {
     if (all.size() == 1) return;
     at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
       for (size_t slot = 1; slot < all.size(); ++slot)
@@ -191,7 +192,11 @@ struct EmbeddingBackward {
 
   // g: dy summed over the occurrences, times the scale.
   void ffn_tile(
-      const Offset<T>& offset, const Groups& groups, int64_t first, int64_t rows, const BackwardTile& tile,
+      const Offset<T>& offset,
+      const Groups& groups,
+      int64_t first,
+      int64_t rows,
+      const BackwardTile& tile,
       const Sums& sums) const {
     p.gather(groups, first, rows, tile.e);
     for (int64_t t = 0; t < rows; ++t) {

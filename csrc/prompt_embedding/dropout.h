@@ -25,10 +25,10 @@ struct Dropout {
   template <class A>
   void apply(int64_t position, int64_t row, int64_t r, A* h, A* factors) const {
     for (int64_t j = 0; j < r; ++j) {
-      factors[j] = word(static_cast<uint32_t>(j), static_cast<uint32_t>(position), static_cast<uint32_t>(row)) >=
-              drop_below
-          ? static_cast<A>(keep)
-          : A(0);
+      factors[j] =
+          word(static_cast<uint32_t>(j), static_cast<uint32_t>(position), static_cast<uint32_t>(row)) >= drop_below
+              ? static_cast<A>(keep)
+              : A(0);
       h[j] *= factors[j];
     }
   }

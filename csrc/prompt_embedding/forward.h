@@ -18,7 +18,9 @@ struct EmbeddingForward {
   bool streaming;
 
   EmbeddingForward(const EmbeddingProblem<T>& p, const OptionalTensor& prompt, Tensor& output)
-      : p(p), prompt(prompt ? Rows<T>(*prompt) : Rows<T>()), output(output.mutable_data_ptr<T>()),
+      : p(p),
+        prompt(prompt ? Rows<T>(*prompt) : Rows<T>()),
+        output(output.mutable_data_ptr<T>()),
         streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
 
   void run() const {

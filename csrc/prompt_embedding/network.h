@@ -36,16 +36,26 @@ struct EmbeddingProblem {
   const int64_t* spans = nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr: each row has all of it
   OffsetKind kind = OffsetKind::none;
   bool banked;
-  Groups users;                    // the rows of the batch that have each offset; rows without one are the last
+  Groups users;  // the rows of the batch that have each offset; rows without one are the last
   std::vector<Offset<T>> offsets;  // of the users that have one
   Tensor memory;
   Dropout dropout;
 
   explicit EmbeddingProblem(const EmbeddingArguments& a)
-      : B(a.B()), N(a.N()), S(a.S()), P(a.P()), V(a.V()), d(a.d()), r(a.r()),
-        ld(leading<A>(d)), width(round_up(d, kLanes<A>)), rp(round_up(r, kLanes<A>)),
-        scale(static_cast<A>(a.offset_scale)), weight(a.weight),
-        ids_tensor(a.input_ids.to(at::kLong).contiguous()), ids(ids_tensor.const_data_ptr<int64_t>()),
+      : B(a.B()),
+        N(a.N()),
+        S(a.S()),
+        P(a.P()),
+        V(a.V()),
+        d(a.d()),
+        r(a.r()),
+        ld(leading<A>(d)),
+        width(round_up(d, kLanes<A>)),
+        rp(round_up(r, kLanes<A>)),
+        scale(static_cast<A>(a.offset_scale)),
+        weight(a.weight),
+        ids_tensor(a.input_ids.to(at::kLong).contiguous()),
+        ids(ids_tensor.const_data_ptr<int64_t>()),
         banked(a.entries.has_value()) {
     check_ids();
     if (a.prompt_spans) {
@@ -170,14 +180,15 @@ struct EmbeddingProblem {
     if (tokens() == 0) return;
     auto [low, high] = std::minmax_element(ids, ids + tokens());
     TORCH_CHECK_VALUE(
-        *low >= 0 && *high < V, "`input_ids` must hold ids from 0 to V - 1 = ", V - 1, ", got ", *low < 0 ? *low : *high);
+        *low >= 0 && *high < V, "`input_ids` must hold ids from 0 to V - 1 = ", V - 1, ", got ",
+        *low < 0 ? *low : *high);
   }
 
   void check_index(const int64_t* index, int64_t entries) const {
     for (int64_t b = 0; b < B; ++b)
       TORCH_CHECK_VALUE(
-          index[b] >= -1 && index[b] < entries, "`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1,
-          ", got ", index[b]);
+          index[b] >= -1 && index[b] < entries,
+          "`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1, ", got ", index[b]);
   }
 
   void check_spans() const {

@@ -16,7 +16,8 @@ void dispatch(at::ScalarType type, Call call) {
     case at::kDouble: return call(double{});
     case at::kBFloat16: return call(at::BFloat16{});
     case at::kHalf: return call(at::Half{});
-    default: TORCH_CHECK_TYPE(false, "prompt_embedding on the CPU takes float32, float64, bfloat16 or float16, got ", type);
+    default:
+      TORCH_CHECK_TYPE(false, "prompt_embedding on the CPU takes float32, float64, bfloat16 or float16, got ", type);
   }
 }
 
@@ -60,8 +61,10 @@ std::vector<Tensor> run_backward(const Tensor& grad_output, const c10::List<bool
 }
 
 #define FASTPREFIX_PARAMETERS FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED \
-  EmbeddingArguments { FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) }
+#define FASTPREFIX_COLLECTED                                          \
+  EmbeddingArguments {                                                \
+    FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) \
+  }
 
 Tensor forward(FASTPREFIX_PARAMETERS) {
   return run_forward(FASTPREFIX_COLLECTED);
