@@ -42,10 +42,29 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "padding": {"is_causal": True, "mask": "padding", "softcap": 30.0},
     "dropout": {"mask": "padding", "gate": "BhP", "dropout_p": 0.1},
     "separate, dropout": {"is_causal": True, "output_gate": "BH", "sinks": True, "dropout_p": 0.1},
+    "key bias": {"is_causal": True, "key_bias": "BhP", "frozen": 1},
+    "spans": {"is_causal": True, "spans": "own"},
+    "spans, gate of keys": {"is_causal": True, "spans": "own", "gate": "BhP", "key_bias": "hT", "frozen": 1},
+    "spans, gate of queries": {"is_causal": True, "spans": "own", "gate": "BHNP", "key_bias": "hT"},
+    "spans, separate": {"spans": "own", "output_gate": "BH", "gate": "BhP", "key_bias": "hT"},
     "everything": {
         "is_causal": True,
         "window_size": 100,
         "gate": "BHNP",
+        "mask": "float BHNM",
+        "bias": "BHNP",
+        "segments": True,
+        "softcap": 30.0,
+        "sinks": True,
+        "dropout_p": 0.1,
+    },
+    "everything, spans": {
+        "is_causal": True,
+        "window_size": 100,
+        "spans": "own",
+        "frozen": 1,
+        "gate": "BHNP",
+        "key_bias": "hT",
         "mask": "float BHNM",
         "bias": "BHNP",
         "segments": True,
@@ -197,16 +216,17 @@ class _Compiler:
         self.architecture = arch
         self.reports: list[Report] = []
         self._dtype, self._size, self._features = dtype, size, features
-        self._seen: set[str] = set()
+        self._seen: set[tuple[Any, ...]] = set()
         pretend_device(int(arch.removeprefix("sm_")))
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
     ) -> None:
         name = kernel.__name__
-        if name in self._seen:
+        identity = (name, *_list_presence(arguments))
+        if identity in self._seen:
             return
-        self._seen.add(name)
+        self._seen.add(identity)
         short = name.removeprefix("prefix_attention_").removeprefix("prompt_").removesuffix("_kernel")
         known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
@@ -218,6 +238,13 @@ class _Compiler:
         matrix = machine_code.count_matrix_instructions(compiled.asm["ptx"])
         loops = machine_code.find_loops(compiled.asm["cubin"])
         self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix, loops))
+
+
+def _list_presence(arguments: Any) -> list[bool]:
+    """List which arguments are there: a kernel may be launched again without some results."""
+    if isinstance(arguments, list | tuple):
+        return [there for argument in arguments for there in _list_presence(argument)]
+    return [arguments is not None]
 
 
 def _innermost(failure: BaseException) -> str:

@@ -66,6 +66,7 @@ def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
 
 COUNT = """
 import torch, triton
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.triton_backend import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
 from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
@@ -98,7 +99,7 @@ for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
         q, k, p = tensor(B, 4, N, 64), tensor(B, 2, N + S, 64), tensor(2, 50, 64)
         a = aot.attention_arguments(q, k, k, p, p, is_causal=True)
         output, normalizers = attention.forward(*a, target=Target())
-        needs = [x is not None for x in a[:10]]
+        needs = [getattr(a, name) is not None for name in DIFFERENTIABLE]
         attention.backward(output, output, normalizers, needs, *a, target=Target())
 print(*sorted(name for name, keys in kinds.items() if len(keys) > 1))
 print(len(kinds))

@@ -99,7 +99,7 @@ def prefix_attention_bwd_delta_kernel(
     i = i0 + tl.arange(0, T.BM)
     b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
     b_reference, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, sizes)
-    b_delta = tl.zeros([T.BM], tl.float32)
+    b_delta = tl.zeros([i.shape[0]], tl.float32)
     if a.og.pointer is None:
         if TOKENS or PREFIX:
             b_o = load_block(o, b, h, i0, N, T.BM, T.DV, T.DVP)
@@ -110,7 +110,7 @@ def prefix_attention_bwd_delta_kernel(
         if TOKENS:
             b_delta = sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T)
         b_prefix_reference, b_prefix_inverse = load_normalizers(p_normalizers, 1, plane, i, a, sizes)
-        b_prefix = tl.zeros([T.BM], tl.float32)
+        b_prefix = tl.zeros([i.shape[0]], tl.float32)
         if PREFIX:
             b_prefix = sum_prefix_delta(queries, b_do, b_prefix_reference, b_prefix_inverse, a, sizes, T)
         store_rows(p_rows, 1, plane, i, b_prefix_reference, b_prefix_inverse, b_prefix, a, sizes)
@@ -184,7 +184,7 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
     rows = load_rows(p_rows, own, plane, i[:, None], a, sizes)
     of_block: tl.constexpr = a.query_gate.n is None
     of_keys: tl.constexpr = a.gate.c is not None or a.query_gate.c is not None
-    b_sum = tl.zeros([T.BM], tl.float32)  # of the gate's gradient over keys
+    b_sum = tl.zeros([i.shape[0]], tl.float32)  # of the gate's gradient over keys
     for p0 in tl.range(0, sizes.P, T.BP):
         p = p0 + tl.arange(0, T.BP)
         at = Pairs(b, h, queries.i, p[None, :])
@@ -250,7 +250,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
     b_k = load_block(a.k, b, hk, j0, M, T.BN, T.D, T.DP)
     b_v = load_block(a.v, b, hk, j0, M, T.BN, T.DV, T.DVP)
     keys = Keys(b_k, b_v, b, hk, j0 + tl.arange(0, T.BN)[:, None])
-    sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP), tl.zeros([T.BN], tl.float32))
+    sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP), tl.zeros([b_k.shape[0]], tl.float32))
     lo, inner_lo, inner_hi, hi = find_queries(a, j0, tl.minimum(j0 + T.BN, M), sizes, T.BM)
     inner_lo = tl.minimum(inner_lo, hi)
     if a.seed is not None:  # dropout costs far more than comparisons: one loop for all, and fewer registers
@@ -354,7 +354,7 @@ def prefix_attention_bwd_dprefix_kernel(
     b_pv = load_block(a.pv, b0, hk, p0, P, T.BP, T.DV, T.DVP)
     p = p0 + tl.arange(0, T.BP)
     keys = Keys(b_pk, b_pv, b0, hk, p[:, None])
-    sums = KeySums(make_zeros(T.BP, T.DP), make_zeros(T.BP, T.DVP), tl.zeros([T.BP], tl.float32))
+    sums = KeySums(make_zeros(T.BP, T.DP), make_zeros(T.BP, T.DVP), tl.zeros([p.shape[0]], tl.float32))
     if a.spans.pointer is None:
         sizes = Lengths(N, M, P, 0)
         first = tl.program_id(1) * chunk

@@ -117,9 +117,7 @@ def attend_span(p_parts, p_sums, part, parts, tile, b0, hk, sizes, a, T: tl.cons
         h, i = hk * a.group + r // sizes.N % a.group, r % sizes.N
         q, found = gather_queries(b, h, i, found, b0, hk, a, T)
         start = part * chunk
-        sums = attend_prefix(
-            start_sums(T.BM, T.DVP), q, start, tl.minimum(start + chunk, sizes.P), a, sizes, T
-        )
+        sums = attend_prefix(start_sums(T.BM, T.DVP), q, start, tl.minimum(start + chunk, sizes.P), a, sizes, T)
         first = parts - tl.cdiv(sizes.P, chunk)
         store_part(p_parts, p_sums, first + part, sums, q, found, a, sizes, T)
 
