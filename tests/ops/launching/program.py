@@ -27,6 +27,10 @@ CASES: tuple[Case, ...] = (
                   sinks=True, options={"softcap": 30.0, "window_size": 50, "scale": -0.3}),
     AttentionCase(N=70, M=300, P=300, D=80, mask="padding", options={"dropout_p": 0.1}),
     AttentionCase(N=1, M=300, P=300, D=128, prefix_a_row=True),
+    AttentionCase(B=3, N=70, M=75, P=20, D=64, spans="ragged", frozen=1, gate="BhP", key_bias="hT"),
+    AttentionCase(B=3, N=1, M=300, P=300, D=64, spans="equal", key_bias="hT"),
+    AttentionCase(N=70, M=75, P=20, D=64, key_bias="B1P", frozen=7),
+    AttentionCase(N=70, M=75, P=None, D=64),
     EmbeddingCase(N=40, d=64, r=9, offset="ffn", options={"dropout_p": 0.1}),
     EmbeddingCase(N=40, d=64, r=9, offset="low_rank"),
 )  # fmt: skip
