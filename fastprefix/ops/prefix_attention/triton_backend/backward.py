@@ -185,6 +185,9 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
     of_block: tl.constexpr = a.query_gate.n is None
     of_keys: tl.constexpr = a.gate.c is not None or a.query_gate.c is not None
     b_sum = tl.zeros([i.shape[0]], tl.float32)  # of the gate's gradient over keys
+    if p_dgate is not None:
+        row = plane * blocks + block if of_block else plane.to(tl.int64) * N + queries.i
+        p_dgate += row.to(tl.int64) * columns
     for p0 in tl.range(0, sizes.P, T.BP):
         p = p0 + tl.arange(0, T.BP)
         at = Pairs(b, h, queries.i, p[None, :])
@@ -199,19 +202,24 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
             if not of_keys:
                 b_sum += tl.sum(b_dgate, 1)
             elif of_block:
-                p_row = p_dgate + (plane * blocks + block).to(tl.int64) * columns
-                tl.store(p_row + p, tl.sum(b_dgate, 0).to(p_dgate.dtype.element_ty), mask=p < sizes.P)
+                store_gate(p_dgate, p, tl.sum(b_dgate, 0), p < sizes.P)
             else:
-                p_row = p_dgate + (plane.to(tl.int64) * N + queries.i) * columns + at.j
-                b_dgate = b_dgate.to(p_dgate.dtype.element_ty)
-                tl.store(p_row, b_dgate, mask=(queries.i < N) & (at.j < sizes.P))
+                store_gate(p_dgate, at.j, b_dgate, (queries.i < N) & (at.j < sizes.P))
         if dq.pointer is not None:
             b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=T.PRECISION)
-    if p_dgate is not None and not of_keys:
-        if of_block:
-            tl.store(p_dgate + plane * blocks + block, tl.sum(b_sum).to(p_dgate.dtype.element_ty))
-        else:
-            tl.store(p_dgate + plane.to(tl.int64) * N + i, b_sum.to(p_dgate.dtype.element_ty), mask=i < N)
+    if p_dgate is not None:
+        if of_keys and a.spans.pointer is not None:  # the row's own span may be shorter than the longest one
+            for p0 in tl.range(sizes.P, columns, T.BP):
+                p = p0 + tl.arange(0, T.BP)
+                if of_block:
+                    store_gate(p_dgate, p, tl.zeros([p.shape[0]], tl.float32), p < columns)
+                else:
+                    there = (queries.i < N) & (p[None, :] < columns)
+                    store_gate(p_dgate, p[None, :], make_zeros(T.BM, T.BP), there)
+        elif not of_keys and of_block:
+            tl.store(p_dgate, tl.sum(b_sum).to(p_dgate.dtype.element_ty))
+        elif not of_keys:
+            store_gate(p_dgate, 0, b_sum[:, None], queries.i < N)
     if dq.pointer is not None:
         rows = load_rows(p_rows, 0, plane, i[:, None], a, sizes)
         lo, inner_lo, inner_hi, hi = find_keys(a, i0, tl.minimum(i0 + T.BM, N), sizes, T.BN)
@@ -223,6 +231,12 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
         # With dropout one loop for all, as for keys.
         b_dq = add_tokens(b_dq, queries, b_do, rows, lo, hi, a, sizes, T, False)
         store_block(dq, b, h, i0, N, b_dq * a.scale, T.D)
+
+
+@triton.jit
+def store_gate(p_row, p, b_dgate, there):
+    """Store gradients of the gate in its dtype, or in that of its sums."""
+    tl.store(p_row + p, b_dgate.to(p_row.dtype.element_ty), mask=there)
 
 
 @triton.jit

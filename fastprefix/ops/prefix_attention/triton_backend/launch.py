@@ -108,13 +108,13 @@ class _Launcher:
         self._widths = (self.D, self.DV, DP, DVP)
         self._precision = _choose_precision(a.query.dtype)
         self._width = max(self.D, self.DV)
-        self._variant = _find_variant(self.operands)
+        self._variants = _find_variants(self.operands)
 
     def find_tile(self, name: str) -> AttentionTile:
         """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
         operand.
         """
-        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variants)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
@@ -246,12 +246,12 @@ class _BackwardLauncher(_Launcher):
             return None
         of_queries = gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if of_queries else blocks, gate.shape[-1])
-        dgate = allocate_gradient(gate) if gate.shape == shape else None
-        if dgate is not None and dgate.is_contiguous():
-            self.gradients["prefix_gate"] = dgate
-        else:
-            dgate = self.allocate_floats(*shape)
-        return dgate if self.a.prefix_spans is None else dgate.zero_()  # where a row's own span is shorter
+        if gate.shape == shape:
+            dgate = allocate_gradient(gate)
+            if dgate.is_contiguous():
+                self.gradients["prefix_gate"] = dgate
+                return dgate
+        return self.allocate_floats(*shape)
 
     def differentiate_keys(self) -> None:
         """Compute gradients of key and value."""
@@ -272,7 +272,7 @@ class _BackwardLauncher(_Launcher):
         if bias is None or "prefix_key_bias" not in self._needs:
             self._sum_queries(frozen, self.P, batch, results, None)
         else:
-            rows = max(batch, bias.shape[0])
+            rows = batch if bias.shape[0] in (1, batch) else self.B
             dbias = self.allocate_floats(rows, self.kv_heads, self.P)
             together = trained and rows == batch
             if trained:
@@ -288,8 +288,8 @@ class _BackwardLauncher(_Launcher):
     ) -> None:
         """Compute gradients of prefix keys [begin, end): a tall problem per key/value head, in parts if long.
 
-        Parts are float32 sums. All of them together have at most ``_MOST_BYTES`` bytes, and as the parts and the
-        blocks of keys are at most twice as many as there are processors P, about 8 P BP (D + Dv) bytes.
+        Parts are float32 sums. All of them together have at most 64 MiB, and since there are at most twice as many
+        programs as processors, at most ``8 * processors * BP * (D + Dv + 1)`` bytes. One part needs no memory.
         """
         if begin == end:
             return
@@ -325,15 +325,20 @@ class _BackwardLauncher(_Launcher):
         )
 
 
-def _find_variant(operands: Operands) -> str:
-    """Return which of the tile tables' variants a call needs."""
+def _find_variants(operands: Operands) -> tuple[str, ...]:
+    """Return which of the tile tables' variants a call needs, the most special one first."""
     pairs = (operands.query_gate, operands.mask, operands.visible, operands.bias)
     pairwise = any(operand.pointer is not None and operand.n is not None for operand in pairs)
     if operands.seed is not None:
-        return "dropout of pairs" if pairwise else "dropout"
-    if pairwise:
-        return "pairwise"
-    return "capped" if operands.softcap is not None else "separate" if operands.og.pointer is not None else "plain"
+        variant = "dropout of pairs" if pairwise else "dropout"
+    elif pairwise:
+        variant = "pairwise"
+    else:
+        variant = (
+            "capped" if operands.softcap is not None else "separate" if operands.og.pointer is not None else "plain"
+        )
+    keyed = operands.key_bias.pointer is not None or operands.spans.pointer is not None
+    return (f"{variant}, keyed", variant) if keyed else (variant,)
 
 
 def _next_power_of_two(size: int) -> int:
