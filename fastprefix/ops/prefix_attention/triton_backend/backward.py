@@ -408,7 +408,7 @@ def add_seeing_rows(sums, keys, p0, do, dpk, dpv, p_dbias, p_rows, N, M, P, a, T
     chunk = tl.cdiv(seeing * tiles, tl.num_programs(1))
     first = tl.program_id(1) * chunk  # from here on counted from the tiles of the row at hand
     for b in tl.range(0, batch):
-        if find_seeing(b, p0, a, T):
+        if find_seeing(b, p0, a, T) & (chunk > 0):
             sizes = find_lengths(a, b, N, M, P)
             start, end = tl.maximum(first, 0), tl.minimum(first + chunk, tiles)
             h, block = keys.h * a.group + start // blocks, start % blocks

@@ -192,7 +192,10 @@ _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
         "dkv": {**_SMALLEST["dkv"], (64, HALF): AttentionTile(32, 32, 32, 8, 1)},
         "dprefix": {**_SMALLEST["dprefix"], (64, HALF): AttentionTile(32, 32, 32, 4, 1)},
     },
-    "plain, keyed": {**_KEYED["plain, keyed"], "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 3)}},
+    "plain, keyed": {
+        **_KEYED["plain, keyed"],
+        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 3), (128, HALF): AttentionTile(16, 64, 32, 4, 2)},
+    },
 }
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "pairwise": {
