@@ -226,6 +226,10 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
             (128, HALF): AttentionTile(32, 32, 32, 4, 1),
         },
     },
+    "plain, keyed": {
+        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 2), (128, HALF): AttentionTile(16, 64, 64, 4, 2)},
+        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
+    },
     "pairwise, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
     "separate, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
     "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
