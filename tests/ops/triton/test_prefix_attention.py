@@ -150,7 +150,21 @@ CASES: dict[str, Inputs] = {
     "spans, no queries": {"spans": "own", "N": 0, "gate": "BhP", "key_bias": "hT"},
     "plain attention": {"P": None, "is_causal": True, "sinks": True, "softcap": 3.0},
     "plain attention, decoding": {"P": None, "N": 2, "M": 100, "mask": "padding"},
-    "long prefix, packed rows": {"P": 512, "N": 64, "M": 64, "B": 1, "Hq": 2, "segments": True, "is_causal": True},
+    **{
+        f"prefix of {P}, packed rows": {
+            "P": P,
+            "N": 40,
+            "M": 40,
+            "B": 1,
+            "Hq": 2,
+            "Hkv": 1,
+            "D": 16,
+            "Dv": 16,
+            "segments": True,
+            "is_causal": True,
+        }
+        for P in (512, 2048, 8192)
+    },
     "everything": {
         "is_causal": True,
         "window_size": 30,
