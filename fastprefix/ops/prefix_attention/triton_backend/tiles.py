@@ -194,7 +194,7 @@ _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     },
     "plain, keyed": {
         **_KEYED["plain, keyed"],
-        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 3), (128, HALF): AttentionTile(16, 64, 64, 4, 2)},
+        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 3), (128, HALF): AttentionTile(16, 32, 32, 8, 2)},
     },
 }
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
