@@ -282,30 +282,35 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
         for part in parts:
             named |= part
         case = make_attention_case(**(named | (fixed or {})))
-        cases.append(case if fixed else _conditioned(case))
+        cases.append(_reconcile(case) if fixed else _conditioned(case))
     return cases
+
+
+def _reconcile(case: AttentionCase) -> AttentionCase:
+    """Let what excludes or limits something else do so."""
+    if case.P is None:
+        return replace(
+            case, gate=None, output_gate=None, bias=None, key_bias=None, spans=None, frozen=0, prefix_a_row=False
+        )
+    if case.spans is not None:
+        bias = case.key_bias and case.key_bias.replace("B", "").replace("P", "T")
+        case = replace(case, prefix_a_row=False, key_bias=bias)
+    return replace(case, frozen=min(case.frozen, case.P or 0 if case.spans is None else case.store))
 
 
 def _conditioned(case: AttentionCase) -> AttentionCase:
     """Keep a softmax over a single column out: its gradients are exactly 0, and so is the error of a plain softmax,
     which makes a bound relative to it meaningless for a backward pass that stores its output rounded.
-    The largest cases are kept affordable, and what excludes or limits something else does so.
+    The largest cases are kept affordable.
     """
     if case.P is None:
-        case = replace(
-            case, gate=None, output_gate=None, bias=None, key_bias=None, spans=None, frozen=0, prefix_a_row=False
-        )
-        return replace(case, sinks=True) if case.M <= 1 else case
+        return replace(_reconcile(case), sinks=True) if case.M <= 1 else _reconcile(case)
     ragged = case.spans == "ragged" and (case.M <= 1 or case.output_gate is not None)  # it has spans of length 0 and 1
-    if ragged or case.P + case.M <= 1 or (case.output_gate is not None and min(case.P, case.M) == 1):
+    if ragged or case.P + case.M <= 2 or (case.output_gate is not None and min(case.P, case.M) == 1):
         case = replace(case, sinks=True, output_gate=None, P=case.P or 1)
-    assert case.P is not None
-    if case.N * case.P > 1_000_000:  # seconds in every dtype, and nothing that 128 keys do not show
+    if case.N * (case.P or 0) > 1_000_000:  # seconds in every dtype, and nothing that 128 keys do not show
         case = replace(case, P=128)
-    if case.spans is not None:
-        bias = case.key_bias and case.key_bias.replace("B", "").replace("P", "T")
-        case = replace(case, prefix_a_row=False, key_bias=bias)
-    return replace(case, frozen=min(case.frozen, case.P or 0 if case.spans is None else case.store))
+    return _reconcile(case)
 
 
 def embedding_cases() -> list[EmbeddingCase]:

@@ -280,7 +280,7 @@ class _BackwardLauncher(_Launcher):
             self._sum_queries(0, frozen if together else self.P, rows, [None, None], dbias)
             self._store_sum("prefix_key_bias", dbias)
         for result in results:
-            if result is not None:
+            if result is not None and frozen > 0:
                 result[:, :, :frozen].zero_()
 
     def _sum_queries(
