@@ -30,7 +30,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 _WIDTHS = (16, 64, 80, 128, 256)
 _SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 alone
-_SAMPLED_FEATURES = ("full", "causal, gate of keys", "everything")
+_SAMPLED_FEATURES = ("full", "causal, gate of keys", "spans, gate of keys", "everything")
 _QUICK_BOTTLENECKS = (19, 64, 512)
 _BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 100, 200)
 _FEATURES: dict[str, dict[str, Any]] = {
@@ -42,10 +42,29 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "padding": {"is_causal": True, "mask": "padding", "softcap": 30.0},
     "dropout": {"mask": "padding", "gate": "BhP", "dropout_p": 0.1},
     "separate, dropout": {"is_causal": True, "output_gate": "BH", "sinks": True, "dropout_p": 0.1},
+    "key bias": {"is_causal": True, "key_bias": "BhP", "frozen": 1},
+    "spans": {"is_causal": True, "spans": "own"},
+    "spans, gate of keys": {"is_causal": True, "spans": "own", "gate": "BhP", "key_bias": "hT", "frozen": 1},
+    "spans, gate of queries": {"is_causal": True, "spans": "own", "gate": "BHNP", "key_bias": "hT"},
+    "spans, separate": {"spans": "own", "output_gate": "BH", "gate": "BhP", "key_bias": "hT"},
     "everything": {
         "is_causal": True,
         "window_size": 100,
         "gate": "BHNP",
+        "mask": "float BHNM",
+        "bias": "BHNP",
+        "segments": True,
+        "softcap": 30.0,
+        "sinks": True,
+        "dropout_p": 0.1,
+    },
+    "everything, spans": {
+        "is_causal": True,
+        "window_size": 100,
+        "spans": "own",
+        "frozen": 1,
+        "gate": "BHNP",
+        "key_bias": "hT",
         "mask": "float BHNM",
         "bias": "BHNP",
         "segments": True,
@@ -215,16 +234,17 @@ class _Compiler:
         self.architecture = arch
         self.reports: list[Report] = []
         self._dtype, self._size, self._features = dtype, size, features
-        self._seen: set[str] = set()
+        self._seen: set[tuple[Any, ...]] = set()
         pretend_device(int(arch.removeprefix("sm_")))
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
     ) -> None:
         name = kernel.__name__
-        if name in self._seen:
+        identity = (name, *_list_presence(arguments))
+        if identity in self._seen:
             return
-        self._seen.add(name)
+        self._seen.add(identity)
         short = name.removeprefix("prefix_attention_").removeprefix("prompt_").removesuffix("_kernel")
         known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
@@ -236,6 +256,13 @@ class _Compiler:
         matrix = machine_code.count_matrix_instructions(compiled.asm["ptx"])
         loops = machine_code.find_loops(compiled.asm["cubin"])
         self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix, loops))
+
+
+def _list_presence(arguments: Any) -> list[bool]:
+    """List which arguments are there: a kernel may be launched again without some results."""
+    if isinstance(arguments, list | tuple):
+        return [there for argument in arguments for there in _list_presence(argument)]
+    return [arguments is not None]
 
 
 def _innermost(failure: BaseException) -> str:

@@ -19,6 +19,16 @@ def aot(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def run_program(program: str) -> list[str]:
+    """Run a program that compiles, in a process of its own, and return the lines that it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_80", " mma "), ("sm_90", " wgmma ")])
 def test_compiles_without_spills(arch: str, instruction: str) -> None:
     done = aot("--quick", "--arch", arch)
@@ -66,6 +76,7 @@ def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
 
 COUNT = """
 import torch, triton
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.triton_backend import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
 from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
@@ -94,7 +105,7 @@ for B, N, S in (2, 512, 60), (3, 77, 64), (4, 130, 16), (16, 1, 1):
         q, k, p = tensor(B, 4, N, 64), tensor(B, 2, N + S, 64), tensor(2, 50, 64)
         a = aot.attention_arguments(q, k, k, p, p, is_causal=True)
         output, normalizers = attention.forward(*a, target=Target())
-        needs = [x is not None for x in a[:10]]
+        needs = [getattr(a, name) is not None for name in DIFFERENTIABLE]
         attention.backward(output, output, normalizers, needs, *a, target=Target())
 print(*sorted(name for (name, _), size in kinds.items() if size != (2, 512, 60)))
 print(len({name for name, _ in kinds}))
@@ -102,11 +113,44 @@ print(len({name for name, _ in kinds}))
 
 
 def test_another_batch_or_length_compiles_nothing_anew() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["", "11"]
+    assert run_program(COUNT) == ["", "11"]
+
+
+PRODUCTS = """
+import torch
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
+from fastprefix.ops.prefix_attention.triton_backend import launch
+from fastprefix.parity import make_attention_case
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        if kernel.__name__ in ("prefix_attention_bwd_dprefix_kernel", "prefix_attention_bwd_delta_kernel"):
+            compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+            print(compiled.asm["ttir"].count(" tt.dot "), end=" ")
+
+aot.pretend_device(80)
+case = make_attention_case(N=70, M=75, P=20, D=16, key_bias="hP", output_gate="BH")
+a = aot.attention_arguments(**case.build(torch.bfloat16, "meta").tensors)
+output, normalizers = torch.empty_like(a.query), torch.empty(a.normalizers_shape, device="meta")
+for wanted in ("prefix_value", "prefix_key", "prefix_key_bias", "prefix_key prefix_value", "value", "query"):
+    needs = [name in wanted.split() for name in DIFFERENTIABLE]
+    launch.backward(output, output, normalizers, needs, *a, target=Target())
+    print(wanted)
+"""
+
+
+def test_only_the_products_that_the_wanted_gradients_need() -> None:
+    """Count products of the kernels of delta and of the prefix, of two softmaxes; <do, pv> is not for values."""
+    assert run_program(PRODUCTS) == [
+        "0 2 prefix_value",
+        "2 3 prefix_key",
+        "2 2 prefix_key_bias",
+        "2 4 prefix_key prefix_value",
+        "0 value",
+        "4 query",
+    ]
 
 
 def test_a_spill_is_not_acceptable() -> None:

@@ -53,6 +53,22 @@ def assert_close(case: AttentionCase, dtype: torch.dtype, device: str, grad: boo
     assert report.ok, f"\n{report}"
 
 
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Return a list to which every launch adds the name of its kernel and what it got, by parameter."""
+    from fastprefix.ops import targets
+
+    launched: list[tuple[str, dict[str, Any]]] = []
+    launch = targets.Device.launch
+
+    def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+        name = kernel.__name__.removeprefix("prefix_attention_").removesuffix("_kernel")
+        launched.append((name, dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"grid": grid}))
+        launch(self, kernel, grid, arguments, constants, tile)
+
+    monkeypatch.setattr(targets.Device, "launch", record)
+    return launched
+
+
 CASES: dict[str, Inputs] = {
     "plain": {},
     "heads of the width of a tile": {"D": 32, "Dv": 32, "N": 64, "M": 64, "P": 32, "Hq": 2},
@@ -101,6 +117,54 @@ CASES: dict[str, Inputs] = {
     "separate, dropout": {"output_gate": "BH", "dropout_p": 0.4, "gate": "P"},
     "dropout": {"dropout_p": 0.3},
     "dropout of everything": {"dropout_p": 1.0, "B": 1},
+    "key bias": {"key_bias": "hP"},
+    "key bias, softcap": {"key_bias": "P", "softcap": 1.5, "gate": "P", "is_causal": True},
+    "key bias of rows, prefix shared": {"key_bias": "B1P", "frozen": 3},
+    "key bias of rows, prefix of each": {"key_bias": "BhP", "prefix_a_row": True, "P": 40, "frozen": 7},
+    "key bias of heads": {"key_bias": "h1", "mask": "bool"},
+    "key bias, separate": {"key_bias": "hP", "output_gate": "BH", "gate": "BHNP", "dropout_p": 0.2},
+    "frozen": {"frozen": 7, "P": 50},
+    "all frozen": {"frozen": 19, "gate": "hP", "key_bias": "hP"},
+    "spans": {"spans": "own", "B": 4, "is_causal": True},
+    "spans, equal": {"spans": "equal", "B": 4, "gate": "hP", "mask": "padding"},
+    "spans, ragged": {"spans": "ragged", "B": 5, "P": 50, "gate": "BhP", "segments": True, "key_bias": "hT"},
+    "spans of one row": {"spans": ((3, 17),), "B": 1, "key_bias": "1T", "frozen": 5},
+    "spans, a large one beside empty ones": {
+        "spans": ((5, 0), (1, 150), (0, 0), (7, 1)),
+        "B": 4,
+        "N": 20,
+        "M": 20,
+        "is_causal": True,
+        "segments": True,
+    },
+    "spans, frozen": {"spans": "ragged", "B": 5, "P": 40, "frozen": 9, "key_bias": "hT", "softcap": 2.0},
+    "spans, gate of queries": {"spans": "ragged", "B": 4, "P": 40, "gate": "BHNP", "bias": "BHNP", "sinks": True},
+    "spans, gate of queries alone": {"spans": "own", "B": 3, "gate": "B1N1", "window_size": 9},
+    "spans, gate of keys": {"spans": "own", "B": 3, "gate": "1H1P", "bias": "P", "mask": "float 1HNM"},
+    "spans, one gate": {"spans": "ragged", "B": 4, "gate": "1"},
+    "spans, separate": {"spans": "own", "B": 3, "output_gate": "BH", "gate": "BhP", "sinks": True, "key_bias": "h1"},
+    "spans, separate, dropout": {"spans": "equal", "B": 3, "output_gate": "H", "dropout_p": 0.3, "softcap": 2.0},
+    "spans, dropout": {"spans": "ragged", "B": 4, "P": 40, "dropout_p": 0.3},
+    "spans of nothing": {"spans": "own", "P": 0, "B": 3},
+    "spans of no rows": {"spans": "own", "B": 0, "key_bias": "hT"},
+    "spans, no queries": {"spans": "own", "N": 0, "gate": "BhP", "key_bias": "hT"},
+    "plain attention": {"P": None, "is_causal": True, "sinks": True, "softcap": 3.0},
+    "plain attention, decoding": {"P": None, "N": 2, "M": 100, "mask": "padding"},
+    **{
+        f"prefix of {P}, packed rows": {
+            "P": P,
+            "N": 40,
+            "M": 40,
+            "B": 1,
+            "Hq": 2,
+            "Hkv": 1,
+            "D": 16,
+            "Dv": 16,
+            "segments": True,
+            "is_causal": True,
+        }
+        for P in (512, 2048, 8192)
+    },
     "everything": {
         "is_causal": True,
         "window_size": 30,
@@ -143,6 +207,31 @@ CASES: dict[str, Inputs] = {
     "decoding, segments": {"N": 4, "M": 100, "segments": True, "mask": "float BHNM"},
     "decoding, no prefix": {"N": 1, "M": 100, "P": 0},
     "decoding, no tokens": {"N": 1, "M": 0, "P": 100},
+    "decoding, spans": {"spans": "own", "B": 3, "N": 1, "M": 70, "P": 100, "key_bias": "hT"},
+    "decoding, equal spans": {"spans": "equal", "B": 37, "N": 1, "M": 20, "P": 70, "gate": "BhP", "Hq": 2, "Hkv": 1},
+    "decoding, spans of which some are equal": {
+        "spans": tuple([(7, 90), (7, 0), (7, 90), (3, 40), (8, 90)][row * row % 5] for row in range(40)),
+        "B": 40,
+        "N": 2,
+        "M": 3,
+        "Hq": 2,
+        "is_causal": True,
+    },
+    "decoding, spans, separate": {
+        "spans": "ragged",
+        "B": 5,
+        "N": 3,
+        "M": 30,
+        "P": 140,
+        "output_gate": "BH",
+        "sinks": True,
+        "gate": "BHNP",
+        "bias": "BHNP",
+        "softcap": 2.0,
+    },
+    "decoding, spans, many queries of a row": {"spans": "equal", "B": 2, "N": 16, "M": 20, "P": 80, "Hq": 6},
+    "decoding, spans, dropout": {"spans": "ragged", "B": 4, "N": 2, "M": 30, "P": 70, "dropout_p": 0.3},
+    "decoding, spans of nothing": {"spans": "own", "B": 3, "N": 1, "M": 70, "P": 0},
 }
 HALF_CASES = (
     "plain",
@@ -158,6 +247,10 @@ HALF_CASES = (
     "separate, gated",
     "separate, sinks, softcap",
     "decoding, a few",
+    "key bias",
+    "spans, ragged",
+    "spans, gate of queries",
+    "decoding, spans",
 )
 
 
@@ -178,22 +271,10 @@ def test_only_the_gradients_asked_for(device: str, wanted: tuple[str, ...]) -> N
 
 
 def test_frozen_tokens_cost_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastprefix.ops import targets
-
-    launched: list[str] = []
-    launch = targets.Device.launch
-
-    def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-        launched.append(
-            kernel.__name__
-            + ("" if arguments[2] is not None and getattr(arguments[2], "pointer", 0) is not None else " without dq")
-        )
-        launch(self, kernel, grid, arguments, constants, tile)
-
-    monkeypatch.setattr(targets.Device, "launch", record)
+    launched = record_launches(monkeypatch)
     run(triton_backend, make(device, gate="P"), ("prefix_key", "prefix_value", "prefix_gate"))
-    assert not any("dkv" in name for name in launched)
-    assert "prefix_attention_bwd_dq_kernel without dq" in launched
+    assert "bwd_dkv" not in [name for name, _ in launched]
+    assert [given["dq"].pointer for name, given in launched if name == "bwd_dq"] == [None]
 
 
 def test_dropout_drops_what_the_eager_backend_drops(device: str) -> None:
@@ -213,6 +294,160 @@ def test_twice_the_same_bits(device: str) -> None:
     first, second = (run(triton_backend, x) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [100.0, -100.0])
+@pytest.mark.parametrize("name", ["prefix_bias", "prefix_key_bias", "attn_mask", "sinks"])
+def test_large_biases_where_queries_do_not_fill_a_tile(device: str, name: str, size: float, dtype: torch.dtype) -> None:
+    """Rows beyond the last query would have infinite probabilities: e^100 is more than a float32 holds."""
+    x = make(device, dtype, B=1, Hq=1, Hkv=1, N=5, M=8, P=4, D=16, Dv=16, gate="BhP")
+    shape = {"prefix_bias": (1, 1, 5, 4), "prefix_key_bias": (1, 4), "attn_mask": (1, 1, 5, 8), "sinks": (1,)}[name]
+    x[name] = torch.full(shape, size, dtype=dtype, device=device)
+    if name == "sinks":
+        x["attn_mask"] = torch.zeros(5, 8, dtype=dtype, device=device)
+    grad = [key for key in x if key not in EAGER_ALONE]
+    assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, grad=grad, draws=2)
+
+
+def test_expanded_upstream_gradients_are_loaded_as_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = record_launches(monkeypatch)
+    x = make(device, N=20, M=20, B=1)
+    leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    triton_backend(**leaves).sum().backward()
+    strides = [given["do"].c for _, given in launched if "do" in given]
+    assert strides
+    assert set(strides) == {1}
+    for tensor in leaves.values():
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("gate", "shape"), [("11N1", (2, 4, 37, 1)), ("1", (2, 4, 2, 1)), ("BhP", (2, 4, 2, 19))])
+def test_the_gates_gradient_is_summed_in_programs(
+    device: str, gate: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = record_launches(monkeypatch)
+    run(triton_backend, make(device, gate=gate), ["prefix_gate"])
+    assert [given["p_dgate"].shape for name, given in launched if name == "bwd_dq"] == [shape]
+
+
+def test_the_gradient_of_a_gate_that_does_not_broadcast_needs_no_scratch(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = record_launches(monkeypatch)
+    _, gradients = run(triton_backend, make(device, torch.float16, gate="BHNP"), ["prefix_gate"])
+    (given,) = [given for name, given in launched if name == "bwd_dq"]
+    assert given["p_dgate"].data_ptr() == gradients["prefix_gate"].data_ptr()
+
+
+def test_frozen_keys_cost_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = record_launches(monkeypatch)
+    x = make(device, P=70)
+
+    def find_blocks(frozen: int, **more: Any) -> list[int]:
+        """Return the blocks of keys of each launch over the prefix."""
+        launched.clear()
+        _, gradients = run(triton_backend, x | {"frozen_prefix": frozen} | more)
+        for name in ("prefix_key", "prefix_value"):
+            assert not gradients[name][:, :frozen].any()
+        return [given["grid"][0] // 2 for name, given in launched if name == "bwd_dprefix"]
+
+    assert find_blocks(0) == [3]
+    assert find_blocks(1) == [3]
+    assert find_blocks(6) == [2]
+    assert find_blocks(70) == []
+    assert find_blocks(40, prefix_key_bias=torch.zeros(70, device=device)) == [1, 2]  # biases of all keys
+
+
+def test_keys_are_not_multiplied_for_the_gradient_of_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = record_launches(monkeypatch)
+    case = make_case(N=20, M=33, gate="BhP", output_gate="BH", key_bias="hP")
+    assert_close(case, torch.float32, device, ["prefix_value"])
+    names = [name for name, _ in launched]
+    assert "bwd_dq" not in names
+    assert not any(given["TOKENS"] or given["PREFIX"] for name, given in launched if name == "bwd_delta")
+    assert all(given["dpk"].pointer is None for name, given in launched if name == "bwd_dprefix")
+
+
+class Recorder:
+    """A device with any number of processors, on which nothing runs."""
+
+    architecture, split_from = "sm_90", 256
+
+    def __init__(self, processors: int) -> None:
+        self.processors = processors
+        self.bytes = 0  # of the prefix's gradients and their parts
+
+    def launch(self, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+        if kernel.__name__ == "prefix_attention_bwd_dprefix_kernel":
+            given = dict(zip(kernel.arg_names, arguments, strict=False))
+            tensors = (given["dpk"].pointer, given["dpv"].pointer, given["p_dbias"])
+            self.bytes = sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+@pytest.mark.parametrize("P", [16, 512, 2048, 8192, 65536])
+@pytest.mark.parametrize("processors", [4, 132, 10_000])
+@pytest.mark.parametrize("spans", [None, "own"])
+def test_partial_sums_of_the_prefix_are_bounded(processors: int, P: int, spans: Any) -> None:
+    from fastprefix.ops.prefix_attention.triton_backend import launch, tiles
+
+    case = make_case(
+        B=8, Hq=32, Hkv=8, N=8192, M=8192, P=P, D=128, Dv=128, spans=spans, key_bias="hT" if spans else "hP"
+    )
+    inputs = case.build(torch.bfloat16, "meta")
+    a = canonical_arguments(**inputs.tensors, **inputs.options)
+    target = Recorder(processors)
+    output = torch.empty_like(a.query)
+    normalizers = torch.empty(a.normalizers_shape, device="meta")
+    needs = [name in ("prefix_key", "prefix_value", "prefix_key_bias") for name in DIFFERENTIABLE]
+    launch.backward(output, output, normalizers, needs, *a, target=target)
+    BP = tiles.find_tile("sm_90", "dprefix", 128, torch.bfloat16).BP
+    once = 4 * a.prefix_key[..., :1].numel() * (128 + 128 + 1)
+    assert 0 < target.bytes <= max(once, min(launch._MOST_BYTES, 2 * processors * BP * 4 * (128 + 128 + 1)))
+
+
+def test_spans_twice_the_same_bits(device: str) -> None:
+    for more in ({"N": 37}, {"N": 2}):
+        x = make(device, B=5, P=70, spans="ragged", gate="BhP", key_bias="hT", output_gate="BH", **more)
+        first, second = (run(triton_backend, x) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("N", [1, 20])
+def test_what_other_rows_see_of_the_store_does_not_matter(device: str, N: int) -> None:
+    x = make(device, B=3, N=N, M=70, P=30, spans="own", gate="BhP", key_bias="hT")
+    wanted = ["query", "key", "value", "prefix_gate"]
+    output, gradients = run(triton_backend, x, wanted)
+    for name in ("prefix_key", "prefix_value", "prefix_key_bias"):
+        x[name] = x[name].clone()
+        x[name].narrow(1, 30, 30).fill_(float("nan"))  # what the row in the middle sees
+    changed, changed_gradients = run(triton_backend, x, wanted)
+    rows = [0, 2]
+    assert torch.equal(output[rows], changed[rows])
+    assert changed[1].isnan().all()
+    assert all(torch.equal(gradients[name][rows], changed_gradients[name][rows]) for name in wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_spans_in_any_layout(device: str, dtype: torch.dtype) -> None:
+    x = make(device, B=3, N=20, M=20, P=30, spans="ragged", key_bias="hT")
+    output, gradients = run(triton_backend, x)
+    x["prefix_spans"] = x["prefix_spans"].to(dtype).mT.contiguous().mT
+    again, gradients_again = run(triton_backend, x)
+    assert torch.equal(output, again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+    x["prefix_spans"] = x["prefix_spans"][:1].expand(3, 2)
+    assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=2)
+
+
+def test_spans_beyond_the_store(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTPREFIX_CHECK_IDS", "1")
+    x = make(device, B=2, spans=((0, 5), (2, 4)))
+    x["prefix_spans"] = x["prefix_spans"] + 3
+    with pytest.raises(ValueError, match="prefix_spans"):
+        triton_backend(**x)
 
 
 def test_strided_views_and_layouts(device: str) -> None:
@@ -247,16 +482,7 @@ def test_precision_of_products(
     device: str, dtype: torch.dtype, precision: str, used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user's, by PyTorch's newer switch: once it is set, the older one cannot be read."""
-    from fastprefix.ops import targets
-
-    seen: set[str] = set()
-    launch = targets.Device.launch
-
-    def record(self: Any, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
-        seen.add(constants["T"].PRECISION)
-        launch(self, kernel, grid, arguments, constants, tile)
-
-    monkeypatch.setattr(targets.Device, "launch", record)
+    launched = record_launches(monkeypatch)
     x = make(device, dtype, N=20, M=20, B=1)
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
@@ -264,7 +490,7 @@ def test_precision_of_products(
         triton_backend(**x)
     finally:
         matmul.fp32_precision = before
-    assert seen == {used}
+    assert {given["T"].PRECISION for _, given in launched} == {used}
 
 
 def test_compiles_whole(device: str) -> None:

@@ -9,11 +9,13 @@ import triton.language as tl
 
 from .operands import Keys, KeySums, Lengths, Pairs, Queries
 from .primitives import (
+    ROWS,
     cap_scores,
     compute_probability,
     differentiate_cap,
     draw_kept,
     find_keys,
+    find_lengths,
     find_queries,
     finish_prefix_scores,
     finish_token_scores,
@@ -21,9 +23,11 @@ from .primitives import (
     load_block,
     load_normalizers,
     load_output_gate,
+    load_prefix,
     load_prefix_gate,
     load_rows,
     load_sink,
+    load_span,
     make_no_gate,
     make_zeros,
     store_block,
@@ -55,41 +59,60 @@ def differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE: tl.const
 
 @triton.jit
 def differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes):
-    """Compute the gradient of g <q, pk> c and the probability after dropout and gate, from <q, pk> and <do, pv>."""
+    """Compute the gradient of a score, that of g <q, pk> c, before the soft cap, and the probability after dropout,
+    from <q, pk> and <do, pv>.
+    """
     b_p = compute_prefix_probabilities(b_qk, b_gate, at, rows.reference, rows.inverse, a, sizes)
     b_p = load_output_gate(a, at.b, at.h) * b_p
     b_keep = draw_kept(at, a, False)
-    return differentiate_cap(b_p * (b_keep * b_gate * b_dov - rows.delta), b_qk, b_gate, a), b_p * b_keep
+    b_ds = b_p * (b_keep * b_gate * b_dov - rows.delta)
+    return b_ds, differentiate_cap(b_ds, b_qk, b_gate, a), b_p * b_keep
 
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_bwd_delta_kernel(
-    a, o, do, p_normalizers, p_rows, p_dog, p_dsinks, N, M, P, TOKENS: tl.constexpr, T: tl.constexpr
+    a,
+    o,
+    do,
+    p_normalizers,
+    p_rows,
+    p_dog,
+    p_dsinks,
+    N,
+    M,
+    P,
+    TOKENS: tl.constexpr,
+    PREFIX: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Compute delta = <do, o> and the gradient of the sinks, and store normalizers as the other kernels load them.
 
-    With two softmaxes a delta for each (the tokens' where TOKENS), from their probabilities, since the output is the
-    sum of both and its rounding hides the smaller one; and what the output gate gets.
+    TOKENS and PREFIX: the scores of the tokens and of the prefix need it. With two softmaxes a delta for each, from
+    their probabilities, since the output is the sum of both and its rounding hides the smaller one; and what the
+    output gate gets.
     """
-    sizes = Lengths(N, M, P)
     blocks = tl.cdiv(N, T.BM)
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
+    sizes = find_lengths(a, b, N, M, P)
     i0 = tl.program_id(0) % blocks * T.BM
     i = i0 + tl.arange(0, T.BM)
     b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
     b_reference, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, sizes)
+    b_delta = tl.zeros([i.shape[0]], tl.float32)
     if a.og.pointer is None:
-        b_o = load_block(o, b, h, i0, N, T.BM, T.DV, T.DVP)
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        if TOKENS or PREFIX:
+            b_o = load_block(o, b, h, i0, N, T.BM, T.DV, T.DVP)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     else:
         b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
         queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
-        b_delta = tl.zeros([b_q.shape[0]], tl.float32)
         if TOKENS:
             b_delta = sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T)
         b_prefix_reference, b_prefix_inverse = load_normalizers(p_normalizers, 1, plane, i, a, sizes)
-        b_prefix = sum_prefix_delta(queries, b_do, b_prefix_reference, b_prefix_inverse, a, sizes, T)
+        b_prefix = tl.zeros([i.shape[0]], tl.float32)
+        if PREFIX:
+            b_prefix = sum_prefix_delta(queries, b_do, b_prefix_reference, b_prefix_inverse, a, sizes, T)
         store_rows(p_rows, 1, plane, i, b_prefix_reference, b_prefix_inverse, b_prefix, a, sizes)
         if p_dog is not None:
             tl.store(p_dog + tl.program_id(0), tl.sum(b_prefix))
@@ -110,8 +133,8 @@ def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.cons
     for p0 in tl.range(0, sizes.P, T.BP):
         at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
         b_gate = load_prefix_gate(at, a, sizes)
-        b_pk = load_block(a.pk, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.D, T.DP)
-        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
+        b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_p = compute_prefix_probabilities(b_qk, b_gate, at, b_reference[:, None], b_inverse[:, None], a, sizes)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
@@ -140,14 +163,18 @@ def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.
     return b_delta * invert(b_mass)
 
 
-@triton.jit(do_not_specialize=["N", "M", "P"])
-def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE: tl.constexpr, T: tl.constexpr):
-    """Compute gradients of queries, and of the prefix gate for each query or (SUM_GATE) summed over this block."""
-    sizes = Lengths(N, M, P)
+@triton.jit(do_not_specialize=["N", "M", "P", "columns"])
+def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns, T: tl.constexpr):
+    """Compute gradients of queries and of the prefix gate.
+
+    Those of the gate are [B, Hq, rows, columns]: a row for each query, or for each block of queries, over which it is
+    summed, where the gate does not know them; one column, to which keys are summed, where it does not know keys.
+    """
     blocks = tl.cdiv(N, T.BM)
     block = blocks - 1 - tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
+    sizes = find_lengths(a, b, N, M, P)
     i0 = block * T.BM
     i = i0 + tl.arange(0, T.BM)
     queries = Queries(load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP), b, h, i[:, None], b, h // a.group)
@@ -155,24 +182,44 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE
     b_dq = make_zeros(T.BM, T.DP)
     own: tl.constexpr = a.og.pointer is not None  # the prefix has a softmax of its own
     rows = load_rows(p_rows, own, plane, i[:, None], a, sizes)
-    for p0 in tl.range(0, P, T.BP):
+    of_block: tl.constexpr = a.query_gate.n is None
+    of_keys: tl.constexpr = a.gate.c is not None or a.query_gate.c is not None
+    b_sum = tl.zeros([i.shape[0]], tl.float32)  # of the gate's gradient over keys
+    if p_dgate is not None:
+        row = plane * blocks + block if of_block else plane.to(tl.int64) * N + queries.i
+        p_dgate += row.to(tl.int64) * columns
+    for p0 in tl.range(0, sizes.P, T.BP):
         p = p0 + tl.arange(0, T.BP)
         at = Pairs(b, h, queries.i, p[None, :])
         b_gate = load_prefix_gate(at, a, sizes)
-        b_pk = load_block(a.pk, b, queries.key_h, p0, P, T.BP, T.D, T.DP)
-        b_pv = load_block(a.pv, b, queries.key_h, p0, P, T.BP, T.DV, T.DVP)
+        b_pk = load_prefix(a.pk, b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
+        b_pv = load_prefix(a.pv, b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
-        b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        _, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
         if p_dgate is not None:
             b_dgate = b_ds * (a.scale * b_qk) + b_p * b_dov
-            if SUM_GATE:
-                tl.store(p_dgate + (plane * blocks + block).to(tl.int64) * P + p, tl.sum(b_dgate, 0), mask=p < P)
+            if not of_keys:
+                b_sum += tl.sum(b_dgate, 1)
+            elif of_block:
+                store_gate(p_dgate, p, tl.sum(b_dgate, 0), p < sizes.P)
             else:
-                p_row = p_dgate + (plane.to(tl.int64) * N + queries.i) * P + at.j
-                tl.store(p_row, b_dgate, mask=(queries.i < N) & (at.j < P))
+                store_gate(p_dgate, at.j, b_dgate, (queries.i < N) & (at.j < sizes.P))
         if dq.pointer is not None:
             b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=T.PRECISION)
+    if p_dgate is not None:
+        if of_keys and a.spans.pointer is not None:  # the row's own span may be shorter than the longest one
+            for p0 in tl.range(sizes.P, columns, T.BP):
+                p = p0 + tl.arange(0, T.BP)
+                if of_block:
+                    store_gate(p_dgate, p, tl.zeros([p.shape[0]], tl.float32), p < columns)
+                else:
+                    there = (queries.i < N) & (p[None, :] < columns)
+                    store_gate(p_dgate, p[None, :], make_zeros(T.BM, T.BP), there)
+        elif not of_keys and of_block:
+            tl.store(p_dgate, tl.sum(b_sum).to(p_dgate.dtype.element_ty))
+        elif not of_keys:
+            store_gate(p_dgate, 0, b_sum[:, None], queries.i < N)
     if dq.pointer is not None:
         rows = load_rows(p_rows, 0, plane, i[:, None], a, sizes)
         lo, inner_lo, inner_hi, hi = find_keys(a, i0, tl.minimum(i0 + T.BM, N), sizes, T.BN)
@@ -184,6 +231,12 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, SUM_GATE
         # With dropout one loop for all, as for keys.
         b_dq = add_tokens(b_dq, queries, b_do, rows, lo, hi, a, sizes, T, False)
         store_block(dq, b, h, i0, N, b_dq * a.scale, T.D)
+
+
+@triton.jit
+def store_gate(p_row, p, b_dgate, there):
+    """Store gradients of the gate in its dtype, or in that of its sums."""
+    tl.store(p_row + p, b_dgate.to(p_row.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -203,7 +256,7 @@ def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr,
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.constexpr):
     """Compute gradients of a block of token keys and values, over all query heads that use them."""
-    sizes = Lengths(N, M, P)
+    sizes = Lengths(N, M, P, 0)
     blocks = tl.cdiv(M, T.BN)
     kv_heads = a.heads // a.group
     j0 = tl.program_id(0) % blocks * T.BN
@@ -211,7 +264,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
     b_k = load_block(a.k, b, hk, j0, M, T.BN, T.D, T.DP)
     b_v = load_block(a.v, b, hk, j0, M, T.BN, T.DV, T.DVP)
     keys = Keys(b_k, b_v, b, hk, j0 + tl.arange(0, T.BN)[:, None])
-    sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP))
+    sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP), tl.zeros([b_k.shape[0]], tl.float32))
     lo, inner_lo, inner_hi, hi = find_queries(a, j0, tl.minimum(j0 + T.BN, M), sizes, T.BM)
     inner_lo = tl.minimum(inner_lo, hi)
     if a.seed is not None:  # dropout costs far more than comparisons: one loop for all, and fewer registers
@@ -238,7 +291,8 @@ def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.cons
     blocks = tl.cdiv(end - start, T.BM)
     h, block = keys.h * a.group, 0
     for _ in tl.range(0, a.group * blocks):
-        sums = add_block(sums, keys, keys.b, h, start + block * T.BM, do, dk, dv, p_rows, a, sizes, T, False, INSIDE)
+        i0 = start + block * T.BM
+        sums = add_block(sums, keys, keys.b, h, i0, do, dk, dv, None, p_rows, a, sizes, T, False, INSIDE)
         h, block = advance_block(h, block, blocks)
     return sums
 
@@ -252,62 +306,125 @@ def advance_block(h, block, blocks):
 
 @triton.jit
 def add_block(
-    sums, keys, b, h, i0, do, dk, dv, p_rows, a, sizes, T: tl.constexpr, PREFIX: tl.constexpr, INSIDE: tl.constexpr
+    sums,
+    keys,
+    b,
+    h,
+    i0,
+    do,
+    dk,
+    dv,
+    p_dbias,
+    p_rows,
+    a,
+    sizes,
+    T: tl.constexpr,
+    PREFIX: tl.constexpr,
+    INSIDE: tl.constexpr,
 ):
     """Add a block of queries to the gradients of keys, the prefix's or tokens'.
 
     Tiles are [keys, queries]. A missing key makes garbage, but in its row alone, which is not stored.
     """
     own: tl.constexpr = PREFIX and a.og.pointer is not None  # the prefix has a softmax of its own
-    at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j)
+    at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j - sizes.start)
     b_q = load_block(a.q, b, h, i0, sizes.N, T.BM, T.D, T.DP)
     b_do = load_block(do, b, h, i0, sizes.N, T.BM, T.DV, T.DVP)
     rows = load_rows(p_rows, own, b * a.heads + h, at.i, a, sizes)
     b_qk = tl.dot(keys.k, tl.trans(b_q), input_precision=T.PRECISION)
     b_dov = tl.dot(keys.v, tl.trans(b_do), input_precision=T.PRECISION)
+    b_dk, b_dv, b_dbias = sums.dk, sums.dv, sums.dbias
     if PREFIX:
         b_gate = load_prefix_gate(at, a, sizes)
-        b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        b_dcapped, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        if p_dbias is not None:
+            b_dbias += tl.sum(b_dcapped, 1)
         b_ds, b_p = b_ds * b_gate, b_p * b_gate
     else:
         b_ds, b_p = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
-    b_dk, b_dv = sums.dk, sums.dv
     if dv.pointer is not None:
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=T.PRECISION)
     if dk.pointer is not None:
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=T.PRECISION)
-    return KeySums(b_dk, b_dv)
+    return KeySums(b_dk, b_dv, b_dbias)
 
 
-@triton.jit(do_not_specialize=["N", "M", "P", "tiles", "chunk", "batch"])
-def prefix_attention_bwd_dprefix_kernel(a, do, dpk, dpv, p_rows, N, M, P, tiles, chunk, batch, T: tl.constexpr):
-    """Compute gradients of a block of prefix keys and values, over one chunk of the tiles of queries that share them.
+@triton.jit(do_not_specialize=["N", "M", "P", "begin", "tiles", "chunk", "batch"])
+def prefix_attention_bwd_dprefix_kernel(
+    a, do, dpk, dpv, p_dbias, p_rows, N, M, P, begin, tiles, chunk, batch, T: tl.constexpr
+):
+    """Compute gradients of a block of the prefix keys [begin, P) and values, and of their biases [parts, Hkv, keys],
+    over one part of the tiles of queries that share them.
 
-    These are the tiles of all rows of the batch (of one, where each has its own prefix) and of all heads of the group.
+    These are the tiles of all rows of the batch (of one, where each has its own prefix) and of all heads of the group;
+    of a store, those of the rows that see one of the block's keys.
     """
-    sizes = Lengths(N, M, P)
-    prefix_blocks = tl.cdiv(P, T.BP)
+    first_key = 0 if begin is None else begin
+    prefix_blocks = tl.cdiv(P - first_key, T.BP)
     kv_heads = a.heads // a.group
-    p0 = tl.program_id(0) % prefix_blocks * T.BP
+    p0 = first_key + tl.program_id(0) % prefix_blocks * T.BP
     hk, b0 = tl.program_id(0) // prefix_blocks % kv_heads, tl.program_id(0) // prefix_blocks // kv_heads
     b_pk = load_block(a.pk, b0, hk, p0, P, T.BP, T.D, T.DP)
     b_pv = load_block(a.pv, b0, hk, p0, P, T.BP, T.DV, T.DVP)
-    keys = Keys(b_pk, b_pv, b0, hk, p0 + tl.arange(0, T.BP)[:, None])
-    sums = KeySums(make_zeros(T.BP, T.DP), make_zeros(T.BP, T.DVP))
-    first = tl.program_id(1) * chunk
-    blocks = tl.cdiv(N, T.BM)
-    head, block = first // blocks, first % blocks  # of all the rows' heads
-    b, h = b0 + head // a.group, hk * a.group + head % a.group
-    for _ in tl.range(first, tl.minimum(first + chunk, tiles)):
-        sums = add_block(sums, keys, b, h, block * T.BM, do, dpk, dpv, p_rows, a, sizes, T, True, False)
-        h, block = advance_block(h, block, blocks)
-        last = h == (hk + 1) * a.group
-        b, h = tl.where(last, b + 1, b), tl.where(last, hk * a.group, h)
+    p = p0 + tl.arange(0, T.BP)
+    keys = Keys(b_pk, b_pv, b0, hk, p[:, None])
+    sums = KeySums(make_zeros(T.BP, T.DP), make_zeros(T.BP, T.DVP), tl.zeros([p.shape[0]], tl.float32))
+    if a.spans.pointer is None:
+        sizes = Lengths(N, M, P, 0)
+        first = tl.program_id(1) * chunk
+        blocks = tl.cdiv(N, T.BM)
+        head, block = first // blocks, first % blocks  # of all the rows' heads
+        b, h = b0 + head // a.group, hk * a.group + head % a.group
+        for _ in tl.range(first, tl.minimum(first + chunk, tiles)):
+            sums = add_block(sums, keys, b, h, block * T.BM, do, dpk, dpv, p_dbias, p_rows, a, sizes, T, True, False)
+            h, block = advance_block(h, block, blocks)
+            last = h == (hk + 1) * a.group
+            b, h = tl.where(last, b + 1, b), tl.where(last, hk * a.group, h)
+    else:
+        sums = add_seeing_rows(sums, keys, p0, do, dpk, dpv, p_dbias, p_rows, N, M, P, a, T)
     part = tl.program_id(1) * batch + b0  # the parts are laid out as if they were rows of the batch
     if dpk.pointer is not None:
         store_block(dpk, part, hk, p0, P, sums.dk * a.scale, T.D)
     if dpv.pointer is not None:
         store_block(dpv, part, hk, p0, P, sums.dv, T.DV)
+    if p_dbias is not None:
+        p_part = p_dbias + (part * kv_heads + hk).to(tl.int64) * (P - first_key)
+        tl.store(p_part + (p - first_key), sums.dbias, mask=p < P)
+
+
+@triton.jit
+def add_seeing_rows(sums, keys, p0, do, dpk, dpv, p_dbias, p_rows, N, M, P, a, T: tl.constexpr):
+    """Add this part of the tiles of those rows of the batch that see keys of a store [p0, p0 + BP), in their order.
+
+    The tiles are divided among the parts here, since the host does not know which rows see what.
+    """
+    batch = a.planes16 // 16 // a.heads
+    blocks = tl.cdiv(N, T.BM)
+    tiles = a.group * blocks  # of a row
+    seeing = 0
+    for b0 in tl.range(0, batch, ROWS):
+        b = b0 + tl.arange(0, ROWS)
+        seeing += tl.sum((find_seeing(tl.minimum(b, batch - 1), p0, a, T) & (b < batch)).to(tl.int32))
+    chunk = tl.cdiv(seeing * tiles, tl.num_programs(1))
+    first = tl.program_id(1) * chunk  # from here on counted from the tiles of the row at hand
+    for b in tl.range(0, batch):
+        if find_seeing(b, p0, a, T) & (chunk > 0):
+            sizes = find_lengths(a, b, N, M, P)
+            start, end = tl.maximum(first, 0), tl.minimum(first + chunk, tiles)
+            h, block = keys.h * a.group + start // blocks, start % blocks
+            for _ in tl.range(start, end):
+                i0 = block * T.BM
+                sums = add_block(sums, keys, b, h, i0, do, dpk, dpv, p_dbias, p_rows, a, sizes, T, True, False)
+                h, block = advance_block(h, block, blocks)
+            first -= tiles
+    return sums
+
+
+@triton.jit
+def find_seeing(b, p0, a, T: tl.constexpr):
+    """Find out which rows b see one of the keys [p0, p0 + BP) of the store."""
+    start, length = load_span(a, b)
+    return (length > 0) & (start < p0 + T.BP) & (start + length > p0)
 
 
 @triton.jit(do_not_specialize=["count", "parts"])

@@ -1,7 +1,8 @@
 """Decoding: few queries against many keys. Keys are split over programs, and a second kernel joins the parts.
 
-The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch) are rows of one tile,
-so that keys are read once for all of them. Prefix and tokens are parts like any other; they are made in one launch.
+The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch, or of the rows with the
+same span of a store) are rows of one tile, so that keys are read once for all of them. Prefix and tokens are parts like
+any other; they are made in one launch.
 """
 
 import triton
@@ -10,13 +11,16 @@ import triton.language as tl
 from .forward import attend_band, attend_prefix
 from .operands import Lengths, Queries
 from .primitives import (
+    ROWS,
     bound_maximum,
     exponentiate,
+    find_lengths,
     find_numbers,
     find_row,
     invert,
     load_entry,
     load_sink,
+    load_span,
     start_sums,
     store_normalizers,
 )
@@ -40,18 +44,22 @@ def prefix_attention_decode_kernel(
     T: tl.constexpr,
 ):
     """Attend from a tile of queries to one part of the keys: weighted sums [part, b, h, i, DV], maxima and sums."""
-    sizes = Lengths(N, M, P)
+    sizes = Lengths(N, M, P, 0)
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
     rows = a.group * N
     if pid < prefix_programs:
-        if a.pk.b is None:
-            rows *= a.planes16 // 16 // a.heads
-        part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, T.BM), kv_heads)
-        queries, there = load_queries(tile, rows, b0, hk, a, sizes, T)
-        start = part * prefix_chunk
-        sums = attend_prefix(start_sums(T.BM, T.DVP), queries, start, tl.minimum(start + prefix_chunk, P), a, sizes, T)
-        store_part(p_parts, p_sums, part, sums, queries, there, a, sizes, T)
+        if a.spans.pointer is not None:
+            part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, T.BM), kv_heads)
+            attend_span(p_parts, p_sums, part, prefix_parts, tile, b0, hk, find_lengths(a, b0, N, M, P), a, T)
+        else:
+            if a.pk.b is None:
+                rows *= a.planes16 // 16 // a.heads
+            part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, T.BM), kv_heads)
+            queries, there = load_queries(tile, rows, b0, hk, a, sizes, T)
+            start, sums = part * prefix_chunk, start_sums(T.BM, T.DVP)
+            sums = attend_prefix(sums, queries, start, tl.minimum(start + prefix_chunk, P), a, sizes, T)
+            store_part(p_parts, p_sums, part, sums, queries, there, a, sizes, T)
     else:
         part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, T.BM), kv_heads)
         queries, there = load_queries(tile, rows, b0, hk, a, sizes, T)
@@ -74,10 +82,84 @@ def load_queries(tile, rows, b0, hk, a, sizes, T: tl.constexpr):
     r = tile * T.BM + tl.arange(0, T.BM)[:, None]
     o_r = tl.minimum(r, rows - 1)
     b, h, i = b0 + o_r // sizes.N // a.group, hk * a.group + o_r // sizes.N % a.group, o_r % sizes.N
+    return gather_queries(b, h, i, r < rows, b0, hk, a, T)
+
+
+@triton.jit
+def gather_queries(b, h, i, there, b0, hk, a, T: tl.constexpr):
+    """Load queries b, h, i [BM, 1] as a tile that sees the keys of row ``b0``, and return their mask with it."""
     o_d = tl.arange(0, T.DP)[None, :]
     p_q = find_row(a.q, b, h, i) + o_d.to(tl.int64) * a.q.c
-    b_q = tl.load(p_q, mask=(r < rows) & (o_d < T.D), other=0.0)
-    return Queries(b_q, b, h, i, b0, hk), r < rows
+    b_q = tl.load(p_q, mask=there & (o_d < T.D), other=0.0)
+    return Queries(b_q, b, h, i, b0, hk), there
+
+
+@triton.jit
+def attend_span(p_parts, p_sums, part, parts, tile, b0, hk, sizes, a, T: tl.constexpr):
+    """Attend from the rows that share a tile with row ``b0`` to one part of their span, if row ``b0`` is their first
+    and the part is there.
+
+    The rows with the same span are divided among tiles in their order. Neither spans nor who shares them is known to
+    the host, so there are programs for every row, and those of other rows than the first of a tile have nothing to do.
+    """
+    queries = a.group * sizes.N  # of a row
+    members = tl.maximum(1, T.BM // queries)  # rows in a tile
+    chunk = divide_span(sizes.P, parts, T)
+    there = part * chunk < sizes.P
+    number = 0
+    if there:
+        number = count_equal_spans(b0, sizes, a)
+    if there & (number % members == 0):
+        r = tile * T.BM + tl.arange(0, T.BM)[:, None]
+        b, found = find_members(b0, r // queries, sizes, a)
+        found = found & (r // queries < members)
+        b = tl.where(found, b, b0)
+        h, i = hk * a.group + r // sizes.N % a.group, r % sizes.N
+        q, found = gather_queries(b, h, i, found, b0, hk, a, T)
+        start = part * chunk
+        sums = attend_prefix(start_sums(T.BM, T.DVP), q, start, tl.minimum(start + chunk, sizes.P), a, sizes, T)
+        first = parts - tl.cdiv(sizes.P, chunk)
+        store_part(p_parts, p_sums, first + part, sums, q, found, a, sizes, T)
+
+
+@triton.jit
+def divide_span(length, parts, T: tl.constexpr):
+    """Return how many keys of a span each of at most ``parts`` parts has. Parts that are not there come first."""
+    return tl.cdiv(tl.maximum(tl.cdiv(length, T.BP), 1), parts) * T.BP
+
+
+@triton.jit
+def find_equal_spans(b, sizes, a):
+    """Find out which rows b of the batch see exactly what ``sizes`` says. Others than rows do not."""
+    batch = a.planes16 // 16 // a.heads
+    start, length = load_span(a, tl.minimum(b, batch - 1))
+    return (start == sizes.start) & (length == sizes.P) & (b < batch)
+
+
+@triton.jit
+def count_equal_spans(b0, sizes, a):
+    """Count the rows before ``b0`` that have its span."""
+    count = 0
+    for j0 in tl.range(0, b0, ROWS):
+        j = j0 + tl.arange(0, ROWS)
+        count += tl.sum((find_equal_spans(j, sizes, a) & (j < b0)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def find_members(b0, number, sizes, a):
+    """Find the rows of the batch that have the span of row ``b0``, by their numbers [BM, 1] counted from it, and
+    whether they are there.
+    """
+    b, count = tl.zeros_like(number), 0
+    for j0 in tl.range(b0, a.planes16 // 16 // a.heads, ROWS):
+        j = j0 + tl.arange(0, ROWS)
+        b_equal = find_equal_spans(j, sizes, a).to(tl.int32)
+        b_number = count + tl.cumsum(b_equal, 0) - 1
+        b_found = (b_number[None, :] == number) & (b_equal[None, :] != 0)  # [BM, ROWS]
+        b += tl.sum(tl.where(b_found, j[None, :] + 1, 0), 1)[:, None]
+        count += tl.sum(b_equal, 0)
+    return b - 1, b > 0
 
 
 @triton.jit
@@ -96,17 +178,21 @@ def prefix_attention_combine_kernel(
     """Join the parts of one query, in a fixed order: one softmax over all, or one over the prefix's and one over the
     tokens', and the sinks.
     """
-    sizes = Lengths(N, N, N)
+    sizes = Lengths(N, N, N, 0)
     plane = tl.program_id(0) // N
     i = tl.program_id(0) % N
     b, h = plane // a.heads, plane % a.heads
     o_d = tl.arange(0, T.DVP)
     i_one = i + tl.arange(0, 1)
     there = i_one < N
+    first = 0
+    if a.spans.pointer is not None:  # those parts of a span that are there stand right before the tokens'
+        _, length = load_span(a, b)
+        first = prefix_parts - tl.cdiv(length, divide_span(length, prefix_parts, T))
     if a.og.pointer is None:
-        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, parts, True, a, h, sizes, T, BS)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, first, parts, True, a, h, sizes, T, BS)
     else:
-        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, 0, prefix_parts, False, a, h, sizes, T, BS)
+        b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, first, prefix_parts, False, a, h, sizes, T, BS)
         b_prefix = b_o * load_entry(a.og, b, h, i, i).to(tl.float32)
         store_normalizers(p_normalizers, 1, plane, i_one, there, b_m, b_l, a, sizes)
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, sizes, T, BS)

@@ -7,7 +7,7 @@ found, is then added to the same accumulator.
 import triton
 import triton.language as tl
 
-from .operands import Lengths, Pairs, Queries, Sums
+from .operands import Pairs, Queries, Sums
 from .primitives import (
     add_sink,
     bound_maximum,
@@ -16,11 +16,13 @@ from .primitives import (
     draw_kept,
     exponentiate,
     find_keys,
+    find_lengths,
     finish_prefix_scores,
     finish_token_scores,
     invert,
     load_block,
     load_output_gate,
+    load_prefix,
     load_prefix_gate,
     make_no_gate,
     start_sums,
@@ -32,17 +34,17 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
-    sizes = Lengths(N, M, P)
     blocks = tl.cdiv(N, T.BM)
     plane = tl.program_id(0) // blocks
     i0 = (blocks - 1 - tl.program_id(0) % blocks) * T.BM  # the longest rows of a causal problem first
     b, h = plane // a.heads, plane % a.heads
+    sizes = find_lengths(a, b, N, M, P)
     i = i0 + tl.arange(0, T.BM)
     b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
     queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
     sums = start_sums(T.BM, T.DVP)
     if a.og.pointer is None:
-        sums = attend_prefix(sums, queries, 0, P, a, sizes, T)
+        sums = attend_prefix(sums, queries, 0, sizes.P, a, sizes, T)
     sums = attend_band(sums, queries, i0, tl.minimum(i0 + T.BM, N), 0, M, a, sizes, T)
     sums = add_sink(sums, a, h)
     store_normalizers(p_normalizers, 0, plane, i, i < N, sums.m, sums.l, a, sizes)
@@ -58,7 +60,7 @@ def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
 def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
     """Compute scores [BM, BP] of prefix keys p0, p0 + 1, ..., and the factors of their probabilities."""
     at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
-    b_pk = load_block(a.pk, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.D, T.DP)
+    b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
     b_gate = load_prefix_gate(at, a, sizes)
     b_s = cap_scores(tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION), b_gate, a)
     return finish_prefix_scores(b_s, at, a, sizes), b_gate * draw_kept(at, a, False)
@@ -70,7 +72,7 @@ def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
     for p0 in tl.range(start, end, T.BP):
         b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
         b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
-        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_acc = sums.acc * b_decay[:, None]
         b_acc = tl.dot((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, input_precision=T.PRECISION)
         sums = Sums(b_acc, b_m, b_l)
@@ -95,7 +97,7 @@ def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
     for p0 in tl.range(0, sizes.P, T.BP):
         b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
         b_p = b_weight * exponentiate(b_s - bound_maximum(b_m)[:, None], a) * b_factor
-        b_pv = load_block(a.pv, queries.key_b, queries.key_h, p0, sizes.P, T.BP, T.DV, T.DVP)
+        b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_o = tl.dot(b_p.to(b_pv.dtype), b_pv, b_o, input_precision=T.PRECISION)
     return b_o
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...targets import Target, divide_up, target_of
 from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
+from ..spans import check_spans
 from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix
 from .tiles import AttentionTile, find_tile
 
@@ -17,15 +18,18 @@ _SUM_BLOCK = 1024
 _DECODING = 16  # queries, at most, for which keys are split over programs
 _MOST_PARTS = 64
 _PARTS_BLOCK = 16
+_MOST_BYTES = 64 * 2**20  # of partial sums of the prefix's gradients
+_PREFIX = ("prefix_key", "prefix_value", "prefix_key_bias")
 
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
     a = AttentionArguments(*arguments)
+    check_spans(a)
     launcher = _Launcher(a, target or target_of(a.query.device))
     output = allocate_heads(a.query, launcher.DV)
     normalizers = launcher.allocate_floats(*a.normalizers_shape)
-    keys = launcher.M + launcher.P
+    keys = launcher.M + launcher.longest
     if launcher.N <= _DECODING and keys >= launcher.target.split_from:
         launcher.split_keys(output, normalizers)
     else:
@@ -49,13 +53,15 @@ def backward(
         return []
     if refused := needs.intersection(EAGER_ALONE):
         raise ValueError(f"the triton backend has no gradient for {' and '.join(sorted(refused))}; the eager one has")
+    if grad_output.stride(-1) != 1:  # an expanded one, as of a sum: its columns could not be loaded together
+        grad_output = grad_output.contiguous()
     step = _BackwardLauncher(a, target or target_of(a.query.device), grad_output, output, normalizers, needs)
     step.find_delta()
     if needs & {"query", "prefix_gate"}:
         step.differentiate_queries()
     if needs & {"key", "value"}:
         step.differentiate_keys()
-    if needs & {"prefix_key", "prefix_value"}:
+    if needs.intersection(_PREFIX):
         step.differentiate_prefix()
     return [step.gradients[name] for name in DIFFERENTIABLE if name in needs]
 
@@ -96,21 +102,28 @@ class _Launcher:
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
+        self.longest = self._limit_length()
         self.sizes = (self.N, self.M, self.P)
         DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
         self._widths = (self.D, self.DV, DP, DVP)
         self._precision = _choose_precision(a.query.dtype)
         self._width = max(self.D, self.DV)
-        self._variant = _find_variant(self.operands)
+        self._variants = _find_variants(self.operands)
 
     def find_tile(self, name: str) -> AttentionTile:
         """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
         operand.
         """
-        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variant)
+        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variants)
         if name in ("forward", "delta", "dq"):
-            tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.P))))
+            tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
+
+    def _limit_length(self) -> int:
+        """Return the number of prefix keys that a row sees, or a limit of it where only the device knows spans."""
+        columns = [] if self.a.prefix_spans is None else [self.a.prefix_gate, self.a.prefix_bias]
+        known = [tensor.shape[-1] for tensor in columns if tensor is not None and tensor.shape[-1] != 1]
+        return min([self.P, *known])
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty."""
@@ -129,8 +142,10 @@ class _Launcher:
         rows = self.B * queries if shared else queries
         prefix_tiles = divide_up(rows, tile.BM) * self.kv_heads * (1 if shared else self.B)
         token_tiles = divide_up(queries, tile.BM) * self.kv_heads * self.B
-        prefix_parts, prefix_chunk = self._divide_keys(self.P, tile.BP, prefix_tiles)
+        prefix_parts, prefix_chunk = self._divide_keys(self.longest, tile.BP, prefix_tiles)
         token_parts, chunk = self._divide_keys(self.M, tile.BN, token_tiles)
+        if self.a.prefix_spans is not None:  # as many parts as if all rows shared a tile, and programs if none do
+            prefix_parts, prefix_tiles = max(1, prefix_parts), token_tiles
         prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
         queries_shape = (self.B, self.H, self.N)
         values = self.allocate_floats(parts, *queries_shape, self.DV)
@@ -197,9 +212,12 @@ class _BackwardLauncher(_Launcher):
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
         arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)
-        tokens = bool(self._needs & {"query", "key", "value", "sinks"})
+        needed = {  # by gradients of scores, but not by those of values alone
+            "TOKENS": bool(self._needs & {"query", "key", "sinks"}),
+            "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
+        }
         grid = (self.B * self.H * blocks,)
-        self.launch("delta", grid, self.operands, *arguments, *self.sizes, TOKENS=tokens)
+        self.launch("delta", grid, self.operands, *arguments, *self.sizes, **needed)
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
@@ -207,19 +225,33 @@ class _BackwardLauncher(_Launcher):
         """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
-        by_query = gate is not None and gate.ndim == 4 and gate.shape[2] != 1
-        shape = (self.B, self.H, self.N if by_query else blocks, self.P)
-        dgate = self._allocate_part("prefix_gate", *shape)
+        dgate = self._lay_out_gate(blocks)
         arguments = (self._do, ABSENT if dq is None else describe_matrix(dq), dgate, self._rows)
-        grid = (self.B * self.H * blocks,)
-        self.launch("dq", grid, self.operands, *arguments, *self.sizes, SUM_GATE=not by_query)
-        if gate is None or dgate is None:
+        columns = None if dgate is None else dgate.shape[3]
+        self.launch("dq", (self.B * self.H * blocks,), self.operands, *arguments, *self.sizes, columns)
+        if gate is None or dgate is None or "prefix_gate" in self.gradients:
             return
         if gate.ndim == 3:
             dgate = dgate.unflatten(1, (self.kv_heads, self.H // self.kv_heads)).sum((2, 3))
-        elif not by_query:
+        elif gate.shape[2] == 1:
             dgate = dgate.sum(2, keepdim=True)
         self._store_sum("prefix_gate", dgate)
+
+    def _lay_out_gate(self, blocks: int) -> Tensor | None:
+        """Return where the gradient of the prefix gate goes: itself where it does not broadcast, else float32 sums of
+        programs over the queries of a block, or over keys, where it broadcasts over them.
+        """
+        gate = self.a.prefix_gate
+        if gate is None or "prefix_gate" not in self._needs:
+            return None
+        of_queries = gate.ndim == 4 and gate.shape[2] != 1
+        shape = (self.B, self.H, self.N if of_queries else blocks, gate.shape[-1])
+        if gate.shape == shape:
+            dgate = allocate_gradient(gate)
+            if dgate.is_contiguous():
+                self.gradients["prefix_gate"] = dgate
+                return dgate
+        return self.allocate_floats(*shape)
 
     def differentiate_keys(self) -> None:
         """Compute gradients of key and value."""
@@ -229,24 +261,56 @@ class _BackwardLauncher(_Launcher):
         self.launch("dkv", grid, self.operands, *arguments, *self.sizes)
 
     def differentiate_prefix(self) -> None:
-        """Compute gradients of prefix_key and prefix_value: a tall problem per key/value head, in parts if long."""
-        batch = self.a.prefix_key.shape[0]
+        """Compute gradients of prefix_key and prefix_value, except for frozen keys, and of prefix_key_bias.
+
+        A bias that rows have of their own over a prefix that they share needs a pass of its own, and so does that of
+        frozen keys.
+        """
+        batch, frozen, bias = self.a.prefix_key.shape[0], self.a.frozen_prefix, self.a.prefix_key_bias
+        results = [self._allocate_result(name) for name in _PREFIX[:2]]
+        trained = any(result is not None for result in results)
+        if bias is None or "prefix_key_bias" not in self._needs:
+            self._sum_queries(frozen, self.P, batch, results, None)
+        else:
+            rows = batch if bias.shape[0] in (1, batch) else self.B
+            dbias = self.allocate_floats(rows, self.kv_heads, self.P)
+            together = trained and rows == batch
+            if trained:
+                self._sum_queries(frozen, self.P, batch, results, dbias if together else None)
+            self._sum_queries(0, frozen if together else self.P, rows, [None, None], dbias)
+            self._store_sum("prefix_key_bias", dbias)
+        for result in results:
+            if result is not None:
+                result[:, :, :frozen].zero_()
+
+    def _sum_queries(
+        self, begin: int, end: int, batch: int, results: Sequence[Tensor | None], dbias: Tensor | None
+    ) -> None:
+        """Compute gradients of prefix keys [begin, end): a tall problem per key/value head, in parts if long.
+
+        Parts are float32 sums. All of them together have at most 64 MiB, and since there are at most twice as many
+        programs as processors, at most ``8 * processors * BP * (D + Dv + 1)`` bytes. One part needs no memory.
+        """
+        if begin == end:
+            return
         tile = self.find_tile("dprefix")
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)
-        programs = batch * self.kv_heads * divide_up(self.P, tile.BP)
-        parts = min(max(1, tiles), max(1, 2 * self.target.processors // max(1, programs)))
-        chunk = max(1, divide_up(tiles, parts))
+        programs = batch * self.kv_heads * divide_up(end - begin, tile.BP)
+        size = 4 * sum(x.numel() for x in (*results, dbias) if x is not None)
+        parts = min(tiles, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
+        chunk = max(1, divide_up(tiles, max(1, parts)))
         parts = max(1, divide_up(tiles, chunk))
-        results = [self._allocate_result(name) for name in ("prefix_key", "prefix_value")]
         sums = [self._lay_out_parts(result, parts) for result in results]
-        arguments = (self._do, *sums, self._rows, *self.sizes, tiles, chunk, batch)
-        self.launch("dprefix", (programs, parts), self.operands, *arguments)
+        biases = None if dbias is None else self.allocate_floats(parts * batch, self.kv_heads, end - begin)
+        sizes = (self.N, self.M, end, begin or None, tiles, chunk, batch)
+        self.launch("dprefix", (programs, parts), self.operands, self._do, *sums, biases, self._rows, *sizes)
+        if dbias is not None and biases is not None:
+            dbias[:, :, begin:end] = biases.unflatten(0, (parts, batch)).sum(0)
         if parts > 1:
             for result, part in zip(results, sums, strict=True):
                 if result is not None:
                     grid = (divide_up(result.numel(), _SUM_BLOCK),)
-                    sizes = (result.numel(), parts)
-                    self.launch("sum", grid, result, part.pointer, *sizes, BLOCK=_SUM_BLOCK)
+                    self.launch("sum", grid, result, part.pointer, result.numel(), parts, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
         """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory
@@ -261,15 +325,20 @@ class _BackwardLauncher(_Launcher):
         )
 
 
-def _find_variant(operands: Operands) -> str:
-    """Return which of the tile tables' variants a call needs."""
+def _find_variants(operands: Operands) -> tuple[str, ...]:
+    """Return which of the tile tables' variants a call needs, the most special one first."""
     pairs = (operands.query_gate, operands.mask, operands.visible, operands.bias)
     pairwise = any(operand.pointer is not None and operand.n is not None for operand in pairs)
     if operands.seed is not None:
-        return "dropout of pairs" if pairwise else "dropout"
-    if pairwise:
-        return "pairwise"
-    return "capped" if operands.softcap is not None else "separate" if operands.og.pointer is not None else "plain"
+        variant = "dropout of pairs" if pairwise else "dropout"
+    elif pairwise:
+        variant = "pairwise"
+    else:
+        variant = (
+            "capped" if operands.softcap is not None else "separate" if operands.og.pointer is not None else "plain"
+        )
+    keyed = operands.key_bias.pointer is not None or operands.spans.pointer is not None
+    return (f"{variant}, keyed", variant) if keyed else (variant,)
 
 
 def _next_power_of_two(size: int) -> int:

@@ -40,9 +40,11 @@ class Operands(NamedTuple):
     visible: Strided  # bool mask, as bytes [b, hq, i, j]
     mask: Strided  # float mask [b, hq, i, j]
     bias: Strided  # [b, hq, i, p]
+    key_bias: Strided  # [b, hkv, -, p], or with spans [-, hkv, -, key of the store]
     sinks: Strided  # [-, hq, -, -]
     query_segments: Strided  # [b, -, i, -]
     key_segments: Strided  # [b, -, j, -]
+    spans: Strided  # [b, -, -, start or length]
     near: int | None  # a query sees a key where near <= i + (M - N) - j <= far
     far: int | None
     heads: int  # Hq
@@ -74,11 +76,14 @@ class KernelShape(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Queries, token keys, prefix keys of a call."""
+    """Queries, token keys and prefix keys that a row of the batch sees, and the place of the first of its prefix keys:
+    0, unless it sees a span of a store.
+    """
 
     N: Any
     M: Any
     P: Any
+    start: Any
 
 
 class Pairs(NamedTuple):
@@ -122,10 +127,11 @@ class Sums(NamedTuple):
 
 
 class KeySums(NamedTuple):
-    """Gradients of a tile of keys and values so far."""
+    """Gradients of a tile of keys and values so far, and of the biases of its keys."""
 
     dk: Any
     dv: Any
+    dbias: Any
 
 
 class Rows(NamedTuple):
@@ -160,7 +166,7 @@ def build_operands(a: AttentionArguments) -> Operands:
     dropped, below = a.dropout_seed is not None, random.find_threshold(a.dropout_p)
     single = a.query.dtype is torch.float32
     linear = a.softcap is None and mask.pointer is None and a.scale > 0 and not single
-    biased = mask.pointer is not None or a.prefix_bias is not None
+    biased = mask.pointer is not None or a.prefix_bias is not None or a.prefix_key_bias is not None
     return Operands(
         q=describe_matrix(a.query),
         k=describe_matrix(a.key),
@@ -173,9 +179,11 @@ def build_operands(a: AttentionArguments) -> Operands:
         visible=visible,
         mask=mask,
         bias=describe(a.prefix_bias, "bhnc"),
+        key_bias=describe(a.prefix_key_bias, "bhc"),
         sinks=describe(a.sinks, "h"),
         query_segments=describe(a.query_segments, "bn"),
         key_segments=describe(a.key_segments, "bn"),
+        spans=describe(a.prefix_spans, "bc"),
         near=near,
         far=far,
         heads=heads,

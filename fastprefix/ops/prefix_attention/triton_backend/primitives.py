@@ -9,11 +9,12 @@ product. Those of float32 are natural: that product would be a rounding too many
 import triton
 import triton.language as tl
 
-from .operands import Rows, Sums
+from .operands import Lengths, Rows, Sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 of so few bits that its products with small whole numbers are exact
 LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
+ROWS = tl.constexpr(32)  # rows of the batch whose spans are looked at together
 
 
 # ---- the band of a causal or windowed problem, in blocks: those to skip, to compare, and to take whole
@@ -117,6 +118,29 @@ def load_entry(operand, b, h, n, c):
 
 
 @triton.jit
+def load_span(a, b):
+    """Load the start and the length of the spans of rows b."""
+    p_span = find_row(a.spans, b, b, b)
+    return tl.load(p_span).to(tl.int32), tl.load(p_span + a.spans.c).to(tl.int32)
+
+
+@triton.jit
+def find_lengths(a, b, N, M, P):
+    """Find what row b of the batch sees: all P prefix keys, or its own span of them."""
+    if a.spans.pointer is None:
+        return Lengths(N, M, P, 0)
+    else:
+        start, length = load_span(a, b)
+        return Lengths(N, M, length, start)
+
+
+@triton.jit
+def load_prefix(operand, b, h, p0, sizes, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Load prefix keys or values ``p0, p0 + 1, ...`` of what a row sees as a tile, zero beyond the last of them."""
+    return load_block(operand, b, h, sizes.start + p0, sizes.start + sizes.P, ROWS, D, DP)
+
+
+@triton.jit
 def find_numbers(p_numbers, index, plane, a, sizes):
     """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
     return p_numbers + (index * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N
@@ -184,14 +208,32 @@ def make_no_gate():
 
 
 @triton.jit
+def find_prefix_keys(at, a, sizes):
+    """Find out which prefix keys are there. A block of a store may begin before a row's span."""
+    if a.spans.pointer is None:
+        return at.j < sizes.P
+    else:
+        return (at.j >= 0) & (at.j < sizes.P)
+
+
+@triton.jit
+def limit_prefix_keys(at, a, sizes):
+    """Limit prefix keys to those that are there, for loads of which nothing is used where they are not."""
+    if a.spans.pointer is None:
+        return tl.minimum(at.j, sizes.P - 1)
+    else:
+        return tl.maximum(tl.minimum(at.j, sizes.P - 1), 0)
+
+
+@triton.jit
 def load_prefix_gate(at, a, sizes):
     """Load the gate of prefix keys, for each query where it differs, or 1 without a gate."""
-    i, p = tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1)
+    i, p = tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
     elif a.gate.pointer is not None:  # not by ``p``: keys that follow one another are loaded together
         p_gate = find_row(a.gate, at.b, at.h // a.group, i) + tl.cast(at.j, tl.int64) * a.gate.c
-        return tl.load(p_gate, mask=at.j < sizes.P, other=0.0).to(tl.float32)
+        return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
     elif a.query_gate.pointer is not None:
         return load_entry(a.query_gate, at.b, at.h, i, p).to(tl.float32)
     else:
@@ -215,22 +257,41 @@ def load_sink(a, h):
 
 @triton.jit
 def load_bias(bias, b, h, i, j, a):
-    """Load elements of a bias.
+    """Load elements of a bias, in the unit of the kernels."""
+    return convert_bias(load_entry(bias, b, h, i, j).to(tl.float32), a)
 
-    The least finite numbers, which masks are made of, stay finite in the unit of the kernels: where a row has nothing
-    else, they hide nothing.
+
+@triton.jit
+def load_key_bias(at, a, sizes):
+    """Load the bias of prefix keys, the same for every query."""
+    h = at.h // a.group
+    if a.key_bias.c is None:
+        b_x = load_entry(a.key_bias, at.b, h, h, h)
+    else:  # as the gate of keys
+        p_bias = find_row(a.key_bias, at.b, h, h) + tl.cast(sizes.start + at.j, tl.int64) * a.key_bias.c
+        b_x = tl.load(p_bias, mask=find_prefix_keys(at, a, sizes), other=0.0)
+    return convert_bias(b_x.to(tl.float32), a)
+
+
+@triton.jit
+def convert_bias(b_x, a):
+    """Convert a bias to the unit of the kernels.
+
+    The least finite numbers, which masks are made of, stay finite in that unit: where a row has nothing else, they
+    hide nothing.
     """
-    b_x = load_entry(bias, b, h, i, j).to(tl.float32)
     b_bias = convert_natural(b_x, a)
     return tl.where((b_bias == float("-inf")) & (b_x != float("-inf")), b_x, b_bias)
 
 
 @triton.jit
 def finish_prefix_scores(b_s, at, a, sizes):
-    """Add the bias to capped scores, and hide what lies beyond the prefix."""
+    """Add the biases to capped scores, and hide what lies beyond the prefix."""
     if a.bias.pointer is not None:
-        b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), tl.minimum(at.j, sizes.P - 1), a)
-    return tl.where(at.j < sizes.P, b_s, float("-inf"))
+        b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes), a)
+    if a.key_bias.pointer is not None:
+        b_s += load_key_bias(at, a, sizes)
+    return tl.where(find_prefix_keys(at, a, sizes), b_s, float("-inf"))
 
 
 @triton.jit
@@ -346,11 +407,12 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
     """Load the reference and the inverse of rows i: maximum and 1 / sum, or the log-sum-exp and 1.
 
     The latter saves a product for every pair. In 16 bits its rounding is nothing, unless a bias can make scores huge.
+    Rows that see nothing or are not there have a reference beyond every score, so that all their probabilities are 0.
     """
     b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
     b_l = tl.load(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
     if a.exact is not None:
-        return tl.where(b_l == 0.0, 0.0, b_m), invert(b_l)
+        return tl.where(b_l == 0.0, float("inf"), b_m), invert(b_l)
     else:
         b_lse = tl.where(b_l == 0.0, float("inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
         return b_lse, tl.full(b_l.shape, 1.0, tl.float32)
@@ -378,7 +440,9 @@ def load_rows(p_rows, softmax, plane, i, a, sizes):
         b_delta = tl.load(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
         return Rows(b_reference, 1.0, b_delta)
     else:
-        b_reference = tl.load(find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
+        b_reference = tl.load(
+            find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
+        )
         b_delta = tl.load(find_numbers(p_rows, 3 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
         b_inverse = tl.load(find_numbers(p_rows, 3 * softmax + 2, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
         return Rows(b_reference, b_inverse, b_delta)

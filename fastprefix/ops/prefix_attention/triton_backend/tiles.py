@@ -3,6 +3,7 @@
 What is not said to spill does not, with Triton 3.6, 3.7 and 3.8: each brings a compiler that allots registers its way.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -130,7 +131,8 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {
 
 # Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
 # pair of query and key (a gate, a bias, a mask); "capped", with a soft cap; "separate", with two softmaxes; "dropout";
-# and "dropout of pairs", with dropout and something for each pair. Kernels that are not named have one tile for all.
+# and "dropout of pairs", with dropout and something for each pair. Each of these, and "plain", may have rows for calls
+# that are "keyed" too, with a bias of prefix keys or spans. Kernels that are not named have one tile for all.
 _DECODE_DROPOUT = {
     (16, HALF): AttentionTile(16, 32, 32, 4, 2, _NARROW),
     (64, HALF): AttentionTile(16, 32, 32, 4, 3),
@@ -159,6 +161,18 @@ _DROPOUT: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
     "decode": _DECODE_DROPOUT,
 }
+_KEYED: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    "plain, keyed": {
+        "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2)},
+        "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 1)},
+    },
+    "separate, keyed": {
+        "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 1)}
+    },
+    "dropout of pairs, keyed": {
+        "dprefix": {(64, HALF): AttentionTile(32, 32, 32, 4, 1), (128, HALF): AttentionTile(32, 32, 16, 8, 1)}
+    },
+}
 _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "pairwise": {
         "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
@@ -169,6 +183,7 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "capped": {"dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1)}},
     "dropout": _DROPOUT,
     "dropout of pairs": _SMALLEST,
+    **_KEYED,
 }
 _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     **_SM80_VARIANTS,
@@ -176,6 +191,10 @@ _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
         **_SMALLEST,
         "dkv": {**_SMALLEST["dkv"], (64, HALF): AttentionTile(32, 32, 32, 8, 1)},
         "dprefix": {**_SMALLEST["dprefix"], (64, HALF): AttentionTile(32, 32, 32, 4, 1)},
+    },
+    "plain, keyed": {
+        **_KEYED["plain, keyed"],
+        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 3), (128, HALF): AttentionTile(16, 32, 32, 8, 2)},
     },
 }
 _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
@@ -207,6 +226,13 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
             (128, HALF): AttentionTile(32, 32, 32, 4, 1),
         },
     },
+    "plain, keyed": {
+        "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 2), (128, HALF): AttentionTile(16, 64, 64, 4, 2)},
+        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
+    },
+    "pairwise, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
+    "separate, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
+    "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
 }
 
 _INTERPRETER = {
@@ -225,9 +251,11 @@ WIDEST = 256
 """The widest head there is a tile for."""
 
 
-def find_tile(architecture: str, kernel: str, width: int, dtype: torch.dtype, variant: str = "plain") -> AttentionTile:
-    """Return the tile of a kernel for heads of ``width`` columns."""
+def find_tile(
+    architecture: str, kernel: str, width: int, dtype: torch.dtype, variants: Sequence[str] = ()
+) -> AttentionTile:
+    """Return the tile of a kernel for heads of ``width`` columns, of the first of ``variants`` that has one."""
     kind = SINGLE if dtype is torch.float32 else HALF
-    special = VARIANTS.get(architecture, {}).get(variant, {}).get(kernel, {})
-    tables = (special, ARCHITECTURES[architecture][kernel])
+    special = VARIANTS.get(architecture, {})
+    tables = (*(special.get(variant, {}).get(kernel, {}) for variant in variants), ARCHITECTURES[architecture][kernel])
     return next(rows[key] for rows in tables for key in sorted(rows) if key[1] == kind and width <= key[0])
