@@ -30,7 +30,7 @@ TARGETS = [
 
 
 def pytest_collection_finish() -> None:
-    """Leave what imports made out of garbage collections: ``Trainer`` runs a full collection each time that it trains."""
+    """Leave what imports made out of garbage collections: ``Trainer`` runs a full one in each training."""
     gc.collect()
     gc.freeze()
 
