@@ -1,5 +1,6 @@
 """Give tests the devices of this machine and the backends that are usable on them."""
 
+import gc
 import os
 import tempfile
 
@@ -26,6 +27,12 @@ TARGETS = [
     if backend.refusal(torch.device(device)) is None
 ]
 """Every device of this machine with each backend that is usable on it."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports made out of garbage collections: ``Trainer`` runs a full one in each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=TARGETS)

@@ -32,12 +32,12 @@ def require(name: str, *least: int) -> None:
         pytest.skip(f"{name} before {'.'.join(map(str, least))} cannot do this by itself")
 
 
-def encoder(**options: object) -> BertForSequenceClassification:
+def encoder(layers: int = LAYERS, **options: object) -> BertForSequenceClassification:
     """A BERT-shaped classifier."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         intermediate_size=64,
         vocab_size=VOCABULARY,
@@ -50,11 +50,11 @@ def encoder(**options: object) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).double().eval()
 
 
-def decoder(**options: object) -> LlamaForCausalLM:
+def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
     """A Llama-shaped language model with grouped heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES,
+        **{**SIZES, "num_hidden_layers": layers},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -60,6 +60,11 @@ def test_a_shape_that_is_none_names_itself(monkeypatch: pytest.MonkeyPatch, caps
     assert "--shape" in capsys.readouterr().err
 
 
+def test_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "nothing") == 2
+    assert "nothing" in capsys.readouterr().err
+
+
 def test_info_in_a_process_of_its_own() -> None:
     output = subprocess.run([sys.executable, "-m", "fastprefix", "info"], capture_output=True, text=True, check=True)
     assert torch.__version__ in output.stdout

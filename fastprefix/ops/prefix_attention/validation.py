@@ -131,6 +131,8 @@ def _read_signature(given: AttentionArguments) -> Hashable | None:
 
 
 def _was_checked(signature: Hashable | None) -> bool:
+    if signature is None:  # a trace that looked into the set would be compiled anew for each new signature
+        return False
     try:
         return signature in _CHECKED
     except TypeError:  # what cannot be hashed: sizes of a trace, and options that no call takes

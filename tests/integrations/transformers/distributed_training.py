@@ -1,6 +1,7 @@
-"""What ``test_distributed`` runs under ``torchrun``: a few steps of training, in this process alone and in all of them.
+"""Train a few steps in all processes of ``torchrun``, with each wrapper, and in the first process alone.
 
-``python -m tests.distributed_training MODE FILE``: the first process writes to FILE what both came to, case by case.
+``test_distributed`` runs ``python -m tests.integrations.transformers.distributed_training FILE``. The first process
+writes the results of all cases to FILE: those of each wrapper, and those of one process.
 """
 
 import sys
@@ -84,13 +85,14 @@ def refusals() -> list[str]:
     return messages
 
 
-def main(mode: str, file: str) -> None:
+def main(file: str) -> None:
     """Train all cases."""
     distributed.init_process_group("gloo")
-    results = {case: (train(*case, WRAPPERS[mode]), train(*case, None)) for case in CASES}
+    results = {mode: {case: train(*case, wrap) for case in CASES} for mode, wrap in WRAPPERS.items()}
     messages = refusals()
     if distributed.get_rank() == 0:
-        torch.save((results, messages), file)
+        alone = {case: train(*case, None) for case in CASES}
+        torch.save((results, alone, messages), file)
     distributed.destroy_process_group()
 
 

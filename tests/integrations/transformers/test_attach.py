@@ -32,12 +32,13 @@ PREFIXES: dict[str, Callable[[], Any]] = {
     "residual": lambda: fastprefix.ResidualPrefixConfig(5, bottleneck_dim=8, hidden_dim=16),
 }
 METHODS = {**PROMPTS, **PREFIXES}
-FAMILIES: dict[str, Callable[[], Any]] = {"encoder": models.encoder, "decoder": models.decoder}
+FAMILIES: dict[str, Callable[..., Any]] = {"encoder": models.encoder, "decoder": models.decoder}
 PADDINGS = ["none", "right", "left"]
 
 
-def attached(family: str, method: str) -> Any:
-    model = fastprefix.attach(FAMILIES[family](), METHODS[method]())
+def attached(family: str, method: str, **options: Any) -> Any:
+    """A model with a method whose parameters are random; the options are the model's."""
+    model = fastprefix.attach(FAMILIES[family](**options), METHODS[method]())
     models.randomize(model)
     return model
 
@@ -370,7 +371,7 @@ def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
 
 
 def test_pooled_gates_are_compiled_without_graph_breaks() -> None:
-    model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
+    model = fastprefix.attach(models.decoder(layers=1), fastprefix.APTConfig(5, pooling="cls"))
     models.randomize(model)
     ids = models.batch()["input_ids"]
     torch._dynamo.reset()

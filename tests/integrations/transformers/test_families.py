@@ -223,10 +223,11 @@ def test_compiles_without_graph_breaks(family: str) -> None:
     expected = model(**inputs)[0]
     torch._dynamo.reset()
     try:
-        torch.compile(build(family), fullgraph=True, backend="eager")(**inputs)
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
     except torch._dynamo.exc.Unsupported:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(build(family), fullgraph=True, backend="eager")(**inputs)
         pytest.skip("with this version of transformers, the plain model has graph breaks")
-    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
     assert torch.equal(actual, expected)
     actual.sum().backward()
     assert all(parameter.grad is not None for parameter in model.fastprefix.parameters())
@@ -253,7 +254,7 @@ def test_a_reparameterised_prefix_is_merged() -> None:
         ("t5", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), 'prefix_position.*"none"'),
         ("whisper-encoder", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), "prefix_position"),
         ("bart", fastprefix.PrefixTuningConfig(3, init="text", init_text="a"), 'init="text"'),
-        ("vit", fastprefix.PrefixTuningConfig(3, attentions=("cross", "decoder")), "attentions.*encoder; got"),
+        ("vit", fastprefix.PrefixTuningConfig(3, attentions=("cross", "decoder")), "`attentions`.*encoder"),
         ("bart", fastprefix.APTConfig(3, pooling="cls"), 'pooling="cls" takes self-attention'),
         ("bart", fastprefix.APTConfig(3, pooling="mean"), 'pooling="mean"'),
     ],

@@ -252,12 +252,14 @@ def test_generation_across_the_original_context(family: str) -> None:
 @pytest.mark.parametrize("tokens", [7, 24])
 def test_rotary_frequencies_for_the_row_compile_without_graph_breaks(tokens: int) -> None:
     models.require("transformers", 5, 23)
+    config = BY_LENGTH["longrope-llama"]()
+    config.num_hidden_layers = 1
     with Float64():
-        model = attached(build(BY_LENGTH["longrope-llama"]()))
+        model = attached(build(config))
         ids = batch(tokens)["input_ids"]
         expected = model(input_ids=ids, use_cache=False).logits
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -22,15 +22,15 @@ from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
 BYTES = {"u64": 8, "b64": 8, "f64": 8, "u32": 4, "b32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
 CASES: tuple[Case, ...] = (
-    AttentionCase(N=70, M=75, P=20, D=64, gate="P", layout="BNHD", options={"is_causal": True}),
-    AttentionCase(Hq=4, N=70, M=70, P=20, D=64, gate="BHNP", output_gate="BH", mask="float", bias="HNP", segments=True,
+    AttentionCase(N=70, M=75, P=20, D=16, gate="P", layout="BNHD", options={"is_causal": True}),
+    AttentionCase(Hq=4, N=70, M=70, P=20, D=16, gate="BHNP", output_gate="BH", mask="float", bias="HNP", segments=True,
                   sinks=True, options={"softcap": 30.0, "window_size": 50, "scale": -0.3}),
-    AttentionCase(N=70, M=300, P=300, D=80, mask="padding", options={"dropout_p": 0.1}),
-    AttentionCase(N=1, M=300, P=300, D=128, prefix_a_row=True),
-    AttentionCase(B=3, N=70, M=75, P=20, D=64, spans="ragged", frozen=1, gate="BhP", key_bias="hT"),
-    AttentionCase(B=3, N=1, M=300, P=300, D=64, spans="equal", key_bias="hT"),
-    AttentionCase(N=70, M=75, P=20, D=64, key_bias="B1P", frozen=7),
-    AttentionCase(N=70, M=75, P=None, D=64),
+    AttentionCase(N=70, M=300, P=300, D=24, mask="padding", options={"dropout_p": 0.1}),
+    AttentionCase(N=1, M=300, P=300, D=16, prefix_a_row=True),
+    AttentionCase(B=3, N=70, M=75, P=20, D=16, spans="ragged", frozen=1, gate="BhP", key_bias="hT"),
+    AttentionCase(B=3, N=1, M=300, P=300, D=16, spans="equal", key_bias="hT"),
+    AttentionCase(N=70, M=75, P=20, D=16, key_bias="B1P", frozen=7),
+    AttentionCase(N=70, M=75, P=None, D=16),
     EmbeddingCase(N=40, d=64, r=9, offset="ffn", options={"dropout_p": 0.1}),
     EmbeddingCase(N=40, d=64, r=9, offset="low_rank"),
     EmbeddingCase(N=40, d=64, r=9, offset="ffn", spans=[(0, 3), (1, 1)], K=2, index=[1, -1]),
