@@ -129,6 +129,23 @@ def tabulate_more_attention(main: Record, dropout: Record, avx2: Record) -> Tabl
     return Table(("prefix attention", "times faster", "least", "most", "share of plain SDPA, scaled: most"), rows)
 
 
+def tabulate_plain_attention(record: Record) -> Table:
+    """Show how much faster ``fused`` is than SDPA with masks of each kind: geometric means over the shapes."""
+    frame = load_frame(record, "quantity == 'seconds' and peer == 'fused'")
+    frame = frame.assign(kind=frame.dtype + " " + frame.direction.str.replace("+", " + "), faster=1 / frame["x floor"])
+    means = frame.pivot_table("faster", "mask", "kind", lambda ratios: np.exp(np.log(ratios).mean()), sort=False)
+    return Table(("mask", *means.columns), [[mask, *map(number, row)] for mask, *row in means.itertuples()])
+
+
+def tabulate_stores(record: Record, kind: str) -> Table:
+    """Show long prefixes, or spans of a store, in units of the floor."""
+    frame = load_frame(record, "quantity == 'seconds' and role != 'floor'").query("kind == @kind")
+    ratios = frame.pivot_table("x floor", ["N", "M", "P", "dtype"], ["peer", "direction"], sort=False)
+    header = ("queries x tokens, prefix", *(f"{peer}, {direction}" for peer, direction in ratios.columns))
+    rows = [[f"{N} x {M}, {P} {dtype}", *map(number, row)] for (N, M, P, dtype), *row in ratios.itertuples()]
+    return Table(header, rows)
+
+
 def tabulate_embedding(record: Record) -> Table:
     """Show ADePT and its eager peer in units of the lookup, for each embedding table."""
     frame, rows = load_frame(record, f"quantity == 'seconds' and {TEXT_CASE}"), []
@@ -206,6 +223,8 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "main-job": (tabulate_methods, "model"),
     "attention": (tabulate_attention, None),
     "attention-dropout": (tabulate_attention, None),
+    "plain-attention": (tabulate_plain_attention, None),
+    "stores": (tabulate_stores, "kind"),
     "embedding": (tabulate_embedding, None),
     "shared-prompt": (tabulate_shared_prompt, "S"),
     "models": (tabulate_model, "model"),
