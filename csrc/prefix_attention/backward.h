@@ -17,8 +17,8 @@ namespace fastprefix {
 // shapes.
 struct AttentionGradients {
   const AttentionResults& results;
-  Tensor query_gate;        // of a gate for each query, [B, Hq, N, P]
-  Tensor prefix_gate;       // float64 [Hkv, B, P], or of a gate for each query head [Hkv, B, G, P]
+  // [B, Hq, N, P] of a gate for each query; else float64 [Hkv, B, P], or [Hkv, B, G, P] of a gate for each query head
+  Tensor prefix_gate;
   Tensor prefix_key_bias;   // float64 [Hkv, 1|B, P or the store's length]
   Tensor output_gate_sums;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
   Tensor sinks_sums;        // float64 [B, Hq, blocks]
@@ -95,10 +95,10 @@ class AttentionBackward {
     prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
     cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
     if (several_ranges()) kept_ = at::empty({slots_.items, kept_size()}, options);
-    allocate_column_sums();
+    allocate_sums();
+    Arena counting(nullptr);
+    BackwardWorker(*this, counting);
     do {
-      Arena counting(nullptr);
-      BackwardWorker(*this, counting);
       slots_.run(counting.used(), [&](int64_t slot, char* memory) {
         Arena arena(memory);
         BackwardWorker(*this, arena).work(slot);
@@ -145,21 +145,23 @@ class AttentionBackward {
   // Between tiles, delta, prefix_delta and dq of a block of queries are kept.
   int64_t kept_size() const { return (2 + (needs_.query ? p_.D : 0)) * kQueries; }
 
-  void allocate_column_sums() {
-    bool each_query = p_.gate_per_query && gradients_.query_gate.defined();
-    int64_t gate_groups = p_.gate_per_query ? p_.B * p_.Hq : groups();
-    if (needs_.prefix_gate && !each_query) gate_sums_ = ColumnSums(slots_, gate_groups, p_.P);
+  void allocate_sums() {
+    if (needs_.prefix_gate && p_.gate_differs_by_query()) {
+      gradients_.prefix_gate = at::empty({p_.B, p_.Hq, p_.N, p_.P}, o_options());
+      if (p_.from_store) gradients_.prefix_gate.zero_();  // for the columns beyond a row's own span
+    } else if (needs_.prefix_gate) {
+      gate_sums_ = ColumnSums(slots_, p_.gate_per_query ? p_.B * p_.Hq : groups(), p_.P);
+    }
     if (needs_.prefix_key_bias)
       bias_sums_ = ColumnSums(slots_, p_.shared_key_bias() ? p_.Hkv : groups(), p_.key_bias_columns());
   }
 
   // ---- order of work: groups (hkv, b) of G * blocks items -------------------------------------------------------
 
-  // What an item of each group costs: its keys.
+  // What an item of each group costs.
   static std::vector<int64_t> costs(const AttentionProblem<T, A>& p) {
-    std::vector<int64_t> costs;
-    for (int64_t hkv = 0; hkv < p.Hkv; ++hkv)
-      for (const Span& span : p.spans) costs.push_back(p.M + span.length + kKeys);
+    std::vector<int64_t> costs, of_rows = row_costs(p);
+    for (int64_t hkv = 0; hkv < p.Hkv; ++hkv) costs.insert(costs.end(), of_rows.begin(), of_rows.end());
     return costs;
   }
 
@@ -393,16 +395,11 @@ class AttentionBackward {
     // The blocks of keys that queries see something of; in the prefix those from the row's own `from` up to `to`.
     template <class F>
     void for_prefix(const QueryBlock& queries, int64_t from, int64_t to, F use) {
-      for_range(Half::prefix, std::max<int64_t>(from, 0), std::min(to, p.spans[queries.b].length), use);
+      for_blocks(Half::prefix, std::max<int64_t>(from, 0), std::min(to, p.spans[queries.b].length), use);
     }
     template <class F>
     void for_tokens(const QueryBlock& queries, F use) {
-      int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
-      for_range(Half::tokens, std::max<int64_t>(0, f.band_.first_key(queries.first)), end, use);
-    }
-    template <class F>
-    static void for_range(Half half, int64_t begin, int64_t end, F use) {
-      for (int64_t first = begin; first < end; first += kKeys) use(Columns{half, first, std::min(kKeys, end - first)});
+      for_token_blocks(p, f.band_, queries, use);
     }
 
     // Operands of the block's queries, what normalises them and delta = <do, o>.
@@ -517,8 +514,8 @@ class AttentionBackward {
     void multiply(const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys) {
       bool of_prefix = columns.half == Half::prefix;
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      const T* k_at = k.at(queries.b, queries.hkv, place(queries, columns));
-      const T* v_at = v.at(queries.b, queries.hkv, place(queries, columns));
+      const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
+      const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
       if (queries.count <= kFew) {
         score_few(k_at, k.strides[2], columns.rows, p.D, few_q, queries.count, s.values);
         if (need_dov) score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
@@ -531,11 +528,6 @@ class AttentionBackward {
       if (!need_dov) return;
       auto vb = key_block<Manner>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
       for (const Strip& strip : strips) multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
-    }
-
-    // Where a block of keys begins, in the store of prefixes or among the tokens.
-    int64_t place(const QueryBlock& queries, const Columns& columns) const {
-      return columns.first + (columns.half == Half::prefix ? p.spans[queries.b].start : 0);
     }
 
     static void multiply_strip(Product<Manner> product, const Strip& strip) {
@@ -551,12 +543,15 @@ class AttentionBackward {
       bool need_ds = need_dk || (of_prefix ? needs.whole_prefix() : needs.query);
       KeyBlock<Manner> kb;
       Gate<A> gate = score_block(queries, columns, need_ds, &kb);
-      int64_t row = place(queries, columns) - (of_prefix ? f.begin_ : 0);  // of the sums
+      int64_t row = place(p, queries, columns) - (of_prefix ? f.begin_ : 0);  // of the sums
       A* dk = need_dk ? sums.dk + row * f.width(true, p.D) : nullptr;
       A* dv = need_dv ? sums.dv + row * f.width(true, p.Dv) : nullptr;
       for (const Strip& strip : strips) {
-        if (need_ds) differentiate_scores(queries, columns, strip, gate);
-        if (!need_ds) weigh(queries, columns, strip, gate);
+        if (need_ds) {
+          differentiate_scores(queries, columns, strip, gate);
+        } else {
+          weigh(queries, columns, strip, gate);
+        }
         if (queries.count <= kFew) {
           add_few(queries, columns, strip, dk, dv);
           continue;
@@ -572,13 +567,14 @@ class AttentionBackward {
       }
       if (of_prefix && needs.prefix_gate) add_gate_gradient(queries, columns);
       if (of_prefix && needs.prefix_key_bias)
-        add_columns(uncapped, queries, columns, bias_sums + (p.from_store ? place(queries, columns) : columns.first));
+        add_columns(
+            uncapped, queries, columns, bias_sums + (p.from_store ? place(p, queries, columns) : columns.first));
     }
 
     // dV += P^T dO, dK += dS^T Q, dQ += dS K for a few queries.
     void add_few(const QueryBlock& queries, const Columns& columns, const Strip& strip, A* dk, A* dv) const {
       const View<const T>& k = columns.half == Half::prefix ? p.pk : p.k;
-      const T* k_at = k.at(queries.b, queries.hkv, place(queries, columns) + strip.row);
+      const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns) + strip.row);
       const A *probabilities = s.values + strip.row * kQueries, *gradients = ds.values + strip.row * kQueries;
       if (dv)
         add_outer_few(probabilities, strip.rows, queries.count, few_do, p.Dv, dv + strip.row * f.width(true, p.Dv));
@@ -586,14 +582,24 @@ class AttentionBackward {
       if (needs.query) add_values_few(k_at, k.strides[2], strip.rows, p.D, gradients, queries.count, dq);
     }
 
+    // What belongs to the softmax of a block of keys.
+    struct OfSoftmax {
+      const Normalizers<A>& by;
+      const A* delta;
+      A output_gate;
+    };
+    OfSoftmax of_softmax(const QueryBlock& queries, const Columns& columns) const {
+      if (p.separate() && columns.half == Half::prefix)
+        return {prefix_by, prefix_delta, p.output_gate_of(queries.b, queries.h)};
+      return {tokens_by, delta, A(1)};
+    }
+
     // P to P g keep in s.
     void weigh(const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
-      bool own_softmax = p.separate() && columns.half == Half::prefix;
-      const Normalizers<A>& by = own_softmax ? prefix_by : tokens_by;
-      A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
+      OfSoftmax softmax = of_softmax(queries, columns);
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> kept = by.probability(load(s.values + at), c) * og;
+        Vec<A> kept = softmax.by.probability(load(s.values + at), c) * softmax.output_gate;
         if (keeps) kept *= load(keeps + at);
         store(s.values + at, kept * gate.at(r, c));
       });
@@ -602,18 +608,15 @@ class AttentionBackward {
     // P to P g keep in s, dP to dS c g in ds, dg in products, and dS before the soft cap's slope in uncapped.
     void differentiate_scores(
         const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
-      bool own_softmax = p.separate() && columns.half == Half::prefix;
-      const Normalizers<A>& by = own_softmax ? prefix_by : tokens_by;
-      const A* row_delta = own_softmax ? prefix_delta : delta;
-      A og = own_softmax ? p.output_gate_of(queries.b, queries.h) : A(1);
+      OfSoftmax softmax = of_softmax(queries, columns);
       bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
       bool with_bias = columns.half == Half::prefix && needs.prefix_key_bias;
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> probability = by.probability(load(s.values + at), c) * og;
+        Vec<A> probability = softmax.by.probability(load(s.values + at), c) * softmax.output_gate;
         Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
         if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
-        Vec<A> d = probability * (g * dov - load(row_delta + c));
+        Vec<A> d = probability * (g * dov - load(softmax.delta + c));
         if (with_bias) store(uncapped + at, d);
         if (slopes) d *= load(slopes + at);
         if (with_dg) store(products + at, d * load(products + at) + probability * dov);
@@ -641,7 +644,7 @@ class AttentionBackward {
     // dg, added up over the block's queries, or for each of them.
     void add_gate_gradient(const QueryBlock& queries, const Columns& columns) {
       if (gate_sums) return add_columns(products, queries, columns, gate_sums + columns.first);
-      const Tensor& gradient = f.gradients_.query_gate;
+      const Tensor& gradient = f.gradients_.prefix_gate;
       A* to = gradient.data_ptr<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
               queries.first * gradient.stride(2) + columns.first;
       for (int64_t r = 0; r < columns.rows; ++r)

@@ -87,9 +87,7 @@ class AttentionForward {
       : p_(p), band_(p), output_(output), normalizers_(normalizers.data_ptr<A>()) {}
 
   void run() {
-    std::vector<int64_t> costs;
-    for (const Span& span : p_.spans) costs.push_back(p_.M + span.length + kKeys);
-    Slots slots(p_.Hq * p_.query_blocks(), costs);
+    Slots slots(p_.Hq * p_.query_blocks(), row_costs(p_));
     if (slots.items == 0) return;
     Arena counting(nullptr);
     ForwardWorker(*this, counting);
@@ -146,13 +144,10 @@ class AttentionForward {
           p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
       if (p.separate()) prefix.start(p.Dv, columns);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
-      int64_t length = p.spans[queries.b].length;
-      for (int64_t first = 0; first < length; first += kKeys)
-        add_block(queries, {Half::prefix, first, std::min(kKeys, length - first)}, of_prefix);
-      int64_t begin = std::max<int64_t>(0, f.band_.first_key(queries.first));
-      int64_t end = std::min(p.M, f.band_.last_key(queries.first + queries.count - 1) + 1);
-      for (int64_t first = begin; first < end; first += kKeys)
-        add_block(queries, {Half::tokens, first, std::min(kKeys, end - first)}, tokens);
+      for_blocks(Half::prefix, 0, p.spans[queries.b].length, [&](const Columns& columns) {
+        add_block(queries, columns, of_prefix);
+      });
+      for_token_blocks(p, f.band_, queries, [&](const Columns& columns) { add_block(queries, columns, tokens); });
       finish(queries);
     }
 
@@ -161,9 +156,8 @@ class AttentionForward {
       find_strips(p, f.band_, queries, columns, seen, strips);
       if (strips.empty()) return;
       const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      int64_t key = of_prefix ? p.spans[queries.b].start + columns.first : columns.first;
-      const T* k_at = k.at(queries.b, queries.hkv, key);
-      const T* v_at = v.at(queries.b, queries.hkv, key);
+      const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
+      const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       score(queries, columns, k_at, k.strides[2]);

@@ -132,6 +132,7 @@ struct AttentionProblem {
     }
   }
 
+  bool gate_differs_by_query() const { return gate_per_query && gate.strides[2] != 0; }
   bool masked() const { return bool_mask || query_segments; }
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }

@@ -91,10 +91,6 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& a) {
   return {output, normalizers};
 }
 
-int64_t find_largest_length(const AttentionArguments& a) {
-  return a.prefix_spans ? a.prefix_spans->select(1, 1).max().item<int64_t>() : a.prefix_key.size(2);
-}
-
 // Sums to the gradient of what was broadcast over them.
 void sum_into(const Tensor& gradient, const Tensor& sums) {
   gradient.copy_(at::sum_to(sums, gradient.sizes()));
@@ -128,22 +124,19 @@ std::vector<Tensor> run_backward(
   for (const Tensor& result : {results.prefix_key, results.prefix_value})
     if (result.defined() && a.frozen_prefix > 0) result.narrow(2, 0, a.frozen_prefix).zero_();
   int64_t blocks = query_blocks(N);
-  auto sums = a.query.options().dtype(accumulator(a.query));
-  AttentionGradients gradients{results, {}, {}, {}, {}, {}};
-  bool each_query = a.prefix_gate && a.prefix_gate->dim() == 4 && a.prefix_gate->size(2) == N;
-  if (needs.prefix_gate && each_query) gradients.query_gate = at::zeros({B, Hq, N, find_largest_length(a)}, sums);
-  if (needs.output_gate) gradients.output_gate_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
-  if (needs.sinks) gradients.sinks_sums = at::empty({B, Hq, blocks}, sums.dtype(at::kDouble));
+  auto sums = a.query.options().dtype(at::kDouble);
+  AttentionGradients gradients{results, {}, {}, {}, {}};
+  if (needs.output_gate) gradients.output_gate_sums = at::empty({B, Hq, blocks}, sums);
+  if (needs.sinks) gradients.sinks_sums = at::empty({B, Hq, blocks}, sums);
 
   dispatch(a.query.scalar_type(), [&](auto type) {
     backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
   });
   if (needs.prefix_gate) {
-    bool of_heads = a.prefix_gate->dim() == 4;
-    Tensor dg = each_query ? gradients.query_gate : gradients.prefix_gate;
+    Tensor dg = gradients.prefix_gate;
     int64_t P = dg.size(-1);
-    if (!each_query && of_heads) dg = dg.view({Hkv, B, Hq / Hkv, P}).transpose(0, 1).reshape({B, Hq, 1, P});
-    if (!each_query && !of_heads) dg = dg.view({Hkv, B, P}).transpose(0, 1);
+    if (a.prefix_gate->dim() == 3) dg = dg.view({Hkv, B, P}).transpose(0, 1);
+    else if (a.prefix_gate->size(2) == 1) dg = dg.view({Hkv, B, Hq / Hkv, P}).transpose(0, 1).reshape({B, Hq, 1, P});
     sum_columns_into(results.prefix_gate, dg);
   }
   if (needs.prefix_key_bias) {

@@ -24,6 +24,25 @@ struct Columns {
   int64_t first, rows;
 };
 
+// Where a block of keys begins, in the store of prefixes or among the tokens.
+template <class T, class A>
+int64_t place(const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns) {
+  return columns.first + (columns.half == Half::prefix ? p.spans[queries.b].start : 0);
+}
+
+// Calls use(columns) for the blocks of the keys [begin, end) of one half.
+template <class Use>
+void for_blocks(Half half, int64_t begin, int64_t end, Use use) {
+  for (int64_t first = begin; first < end; first += kKeys) use(Columns{half, first, std::min(kKeys, end - first)});
+}
+
+// The same for the tokens of which queries see something in the band.
+template <class T, class A, class Use>
+void for_token_blocks(const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, Use use) {
+  int64_t end = std::min(p.M, band.last_key(queries.first + queries.count - 1) + 1);
+  for_blocks(Half::tokens, std::max<int64_t>(0, band.first_key(queries.first)), end, use);
+}
+
 // Calls visit(row, column) for every vector of a strip of a block.
 template <class A, class Visit>
 inline void for_vectors(const Strip& strip, Visit visit) {
@@ -98,7 +117,7 @@ void add_bias(const View<const T>& bias, const QueryBlock& queries, const Column
 template <class T, class A>
 void add_key_bias(
     const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
-  const T* from = p.key_bias.at(queries.b, queries.hkv, p.spans[queries.b].start + columns.first);
+  const T* from = p.key_bias.at(queries.b, queries.hkv, place(p, queries, columns));
   for_vectors<A>(strip, [&](int64_t r, int64_t c) {
     A* at = s + r * kQueries + c;
     store(at, load(at) + splat(static_cast<A>(from[r * p.key_bias.strides[2]])));

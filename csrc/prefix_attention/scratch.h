@@ -25,6 +25,13 @@ class Arena {
 
   static constexpr int64_t kLine = 128;
 
+  // Memory for so many bytes, and where it begins on a cache line.
+  static at::Tensor allocate(int64_t bytes) { return at::empty({bytes + kLine}, at::kByte); }
+  static char* align(const at::Tensor& memory) {
+    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
+    return reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+  }
+
  private:
   char* memory_;
   int64_t used_ = 0;
@@ -60,9 +67,8 @@ class Slots {
   // Runs body(slot, scratch) for every slot; `bytes` of scratch each.
   template <class Body>
   void run(int64_t bytes, Body body) const {
-    at::Tensor memory = at::empty({count * bytes + Arena::kLine}, at::kByte);
-    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-    char* aligned = reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine);
+    at::Tensor memory = Arena::allocate(count * bytes);
+    char* aligned = Arena::align(memory);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) body(slot, aligned + slot * bytes);
     });

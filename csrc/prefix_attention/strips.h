@@ -38,6 +38,14 @@ struct Band {
   int64_t last_key(int64_t query) const { return query + offset + ahead; }
 };
 
+// What the work of each row's queries costs: the keys that they may see, and a block for what does not depend on keys.
+template <class T, class A>
+std::vector<int64_t> row_costs(const AttentionProblem<T, A>& p) {
+  std::vector<int64_t> costs;
+  for (const Span& span : p.spans) costs.push_back(p.M + span.length + kKeys);
+  return costs;
+}
+
 // Which queries of a block see a key, a bit each.
 using Seen = uint64_t;
 static_assert(kQueries == 64);

@@ -122,9 +122,8 @@ struct EmbeddingBackward {
     // `slot + user` numbers the pairs that occur.
     int64_t bytes = Sums::bytes(p), parts = slots.count + static_cast<int64_t>(p.offsets.size()) - 1;
     std::vector<int64_t> user_of(parts, -1);
-    Tensor memory = at::zeros({parts * bytes + Arena::kLine}, at::kByte);
-    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-    char* aligned = reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine);
+    Tensor memory = Arena::allocate(parts * bytes).zero_();
+    char* aligned = Arena::align(memory);
     auto sums_of = [&](int64_t part) {
       Arena arena(aligned + part * bytes);
       return Sums(arena, p);

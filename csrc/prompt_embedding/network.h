@@ -69,9 +69,8 @@ struct EmbeddingProblem {
     kind = a.w1 ? OffsetKind::ffn : a.low_rank_a ? OffsetKind::low_rank : OffsetKind::dense;
     Arena count(nullptr);
     for (Offset<T>& offset : offsets) lay_out(count, offset);
-    memory = at::empty({count.used() + Arena::kLine}, at::kByte);
-    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-    Arena arena(reinterpret_cast<char*>((address + Arena::kLine - 1) / Arena::kLine * Arena::kLine));
+    memory = Arena::allocate(count.used());
+    Arena arena(Arena::align(memory));
     for (Offset<T>& offset : offsets) {
       lay_out(arena, offset);
       fill(a, offset);
