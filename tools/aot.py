@@ -33,6 +33,17 @@ _SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 a
 _SAMPLED_FEATURES = ("full", "causal, gate of keys", "spans, gate of keys", "everything")
 _QUICK_BOTTLENECKS = (19, 64, 512)
 _BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 100, 200)
+_EVERYTHING: dict[str, Any] = {
+    "is_causal": True,
+    "window_size": 100,
+    "gate": "BHNP",
+    "mask": "float BHNM",
+    "bias": "BHNP",
+    "segments": True,
+    "softcap": 30.0,
+    "sinks": True,
+    "dropout_p": 0.1,
+}
 _FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal, gate of keys": {"is_causal": True, "gate": "BhP"},
@@ -47,31 +58,8 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "spans, gate of keys": {"is_causal": True, "spans": "own", "gate": "BhP", "key_bias": "hT", "frozen": 1},
     "spans, gate of queries": {"is_causal": True, "spans": "own", "gate": "BHNP", "key_bias": "hT"},
     "spans, separate": {"spans": "own", "output_gate": "BH", "gate": "BhP", "key_bias": "hT"},
-    "everything": {
-        "is_causal": True,
-        "window_size": 100,
-        "gate": "BHNP",
-        "mask": "float BHNM",
-        "bias": "BHNP",
-        "segments": True,
-        "softcap": 30.0,
-        "sinks": True,
-        "dropout_p": 0.1,
-    },
-    "everything, spans": {
-        "is_causal": True,
-        "window_size": 100,
-        "spans": "own",
-        "frozen": 1,
-        "gate": "BHNP",
-        "key_bias": "hT",
-        "mask": "float BHNM",
-        "bias": "BHNP",
-        "segments": True,
-        "softcap": 30.0,
-        "sinks": True,
-        "dropout_p": 0.1,
-    },
+    "everything": _EVERYTHING,
+    "everything, spans": {**_EVERYTHING, "spans": "own", "frozen": 1, "key_bias": "hT"},
 }
 
 

@@ -4,6 +4,7 @@ Nothing here reads a tensor's values, so nothing synchronises with a device and 
 ``torch.compile``.
 """
 
+import os
 import reprlib
 from collections.abc import Sequence
 from numbers import Real
@@ -57,13 +58,20 @@ def check_integer(name: str, value: Tensor, takes: str) -> None:
         raise wrong_type(name, value, f"{takes}, int64 or int32")
 
 
+def has_shape(value: Tensor, expected: Sequence[Size | None]) -> bool:
+    """Return whether the shape is ``expected``; ``None`` stands for any size."""
+    if value.ndim != len(expected):
+        return False
+    for size, wanted in zip(value.shape, expected, strict=True):  # noqa: SIM110 (all() takes twice the time)
+        if wanted is not None and size != wanted:
+            return False
+    return True
+
+
 def check_shape(name: str, value: Tensor, expected: Sequence[Size | None], takes: str) -> None:
     """Raise unless the shape is ``expected``; ``None`` stands for any size."""
-    if value.ndim != len(expected):
+    if not has_shape(value, expected):
         raise wrong_value(name, value, takes)
-    for size, wanted in zip(value.shape, expected, strict=True):
-        if wanted is not None and size != wanted:
-            raise wrong_value(name, value, takes)
 
 
 def check_broadcastable(name: str, value: Tensor, full: Sequence[Size], takes: str) -> None:
@@ -97,6 +105,15 @@ def after_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype, of: str, cast: torch.dtype | None = None) -> None:
     if after_autocast(value.dtype, cast) != after_autocast(dtype, cast):
         raise wrong_type(name, value, f"the dtype of {of} ({dtype})")
+
+
+def can_read_values(device: torch.device) -> bool:
+    """Return whether the values of ids and spans are checked: on a CPU always; elsewhere, where looking would wait for
+    the device, only with ``FASTPREFIX_CHECK_IDS=1`` in the environment. A trace for ONNX cannot look at them.
+    """
+    if device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
+        return False
+    return not torch.onnx.is_in_onnx_export()
 
 
 def check_flag(name: str, value: object) -> None:

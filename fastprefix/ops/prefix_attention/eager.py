@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import random
 from .arguments import DIFFERENTIABLE, AttentionArguments
 from .layout import allocate_gradient, allocate_heads
-from .spans import read_spans, take_row
+from .spans import Span, read_spans, take_row
 from .visibility import find_visible_tokens
 
 
@@ -23,7 +23,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = AttentionArguments(*arguments)
     output = allocate_heads(a.query, a.value.shape[3])
     normalizers = a.query.new_empty(a.normalizers_shape, dtype=a.accumulator)
-    for row, plane, rows in _list_rows(a):
+    for row, plane, rows in _list_rows(a, _read_spans(a)):
         o, softmaxes = _attend(row, plane)
         output[rows] = o.reshape(output[rows].shape)
         found = torch.stack([x for softmax in softmaxes for x in (softmax.m, softmax.l)])
@@ -40,8 +40,8 @@ def backward(
     asked = [name for name in DIFFERENTIABLE if needs[name]]
     both = any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks"))
     zeros: dict[str, Any] = {name: torch.zeros_like(getattr(a, name), dtype=a.accumulator) for name in asked}
-    totals = a._replace(**zeros)
-    for (row, plane, rows), (total, _, _) in zip(_list_rows(a), _list_rows(totals), strict=True):
+    totals, spans = a._replace(**zeros), _read_spans(a)
+    for (row, plane, rows), (total, _, _) in zip(_list_rows(a, spans), _list_rows(totals, spans), strict=True):
         gradients: dict[str, Tensor] = {}
         if both:
             _differentiate_all(gradients, grad_output[rows], row, plane, needs)
@@ -56,15 +56,19 @@ def backward(
     return [allocate_gradient(getattr(a, name)).copy_(getattr(totals, name)) for name in asked]
 
 
-def _list_rows(a: AttentionArguments) -> list[tuple[AttentionArguments, int, slice]]:
+def _read_spans(a: AttentionArguments) -> list[Span] | None:
+    return None if a.prefix_spans is None else read_spans(a)
+
+
+def _list_rows(a: AttentionArguments, spans: list[Span] | None) -> list[tuple[AttentionArguments, int, slice]]:
     """List what is computed together: all rows of the batch, or with spans, each row with its own part of the store.
 
     With the arguments comes the number of their first plane, by which dropout counts, and which rows they are.
     """
-    if a.prefix_spans is None:
+    if spans is None:
         return [(a, 0, slice(None))]
     heads = a.query.shape[1]
-    return [(take_row(a, row, span), row * heads, slice(row, row + 1)) for row, span in enumerate(read_spans(a))]
+    return [(take_row(a, row, span), row * heads, slice(row, row + 1)) for row, span in enumerate(spans)]
 
 
 def _differentiate_all(

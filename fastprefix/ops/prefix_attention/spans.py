@@ -1,12 +1,14 @@
 """Spans of a store of prefixes: what each row of the batch sees of it."""
 
-import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from .arguments import AttentionArguments
+
+_OF_ROWS = ("query", "key", "value", "output_gate", "attn_mask", "query_segments", "key_segments")
 
 
 class Span(NamedTuple):
@@ -14,6 +16,24 @@ class Span(NamedTuple):
 
     start: int
     length: int
+
+
+def list_columns(a: AttentionArguments) -> dict[str, checks.Size]:
+    """List how many columns rows' own gate and bias of the prefix have, where they do not broadcast over its keys.
+
+    With spans that is as many as the longest one has keys, or more.
+    """
+    given = {"prefix_gate": a.prefix_gate, "prefix_bias": a.prefix_bias}
+    return {
+        name: tensor.shape[-1]
+        for name, tensor in given.items()
+        if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.shape[-1] != 1
+    }
+
+
+def find_longest(spans: list[Span]) -> int:
+    """Return the length of the longest span."""
+    return max((span.length for span in spans), default=0)
 
 
 def read_spans(a: AttentionArguments) -> list[Span]:
@@ -30,10 +50,9 @@ def read_spans(a: AttentionArguments) -> list[Span]:
                 f"`prefix_spans` must lie within the store of {store} prefix keys; row {row} starts at {start} and has "
                 f"length {length}"
             )
-    for name, tensor in (("prefix_gate", a.prefix_gate), ("prefix_bias", a.prefix_bias)):
-        columns = 1 if tensor is None else tensor.shape[-1]
-        longest = max((span.length for span in spans), default=0)
-        if columns != 1 and columns < longest:
+    longest = find_longest(spans)
+    for name, columns in list_columns(a).items():
+        if columns < longest:
             raise ValueError(
                 f"`{name}` must have a column for each key of the longest span in `prefix_spans` ({longest}), "
                 f"got {columns}"
@@ -42,12 +61,8 @@ def read_spans(a: AttentionArguments) -> list[Span]:
 
 
 def check_spans(a: AttentionArguments) -> None:
-    """Check the values of ``prefix_spans``: on a CPU always; elsewhere, where looking would wait for the device, only
-    with ``FASTPREFIX_CHECK_IDS=1`` in the environment. Spans are never clamped.
-    """
-    if a.prefix_spans is None:
-        return
-    if a.prefix_spans.device.type == "cpu" or os.environ.get("FASTPREFIX_CHECK_IDS") == "1":
+    """Check the values of ``prefix_spans``, where values can be read. They are never clamped."""
+    if a.prefix_spans is not None and checks.can_read_values(a.prefix_spans.device):
         read_spans(a)
 
 
@@ -57,20 +72,17 @@ def take_row(a: AttentionArguments, row: int, span: Span) -> AttentionArguments:
     def take(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.shape[0] == 1 else tensor[row : row + 1]
 
-    def take_columns(tensor: Tensor | None, start: int) -> Tensor | None:
-        tensor = take(tensor)
-        return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., start : start + span.length]
-
-    end = span.start + span.length
-    named = {name: take(getattr(a, name)) for name in _OF_ROWS}
-    named |= {name: getattr(a, name)[:, :, span.start : end] for name in ("prefix_key", "prefix_value")}
-    named |= {name: take_columns(getattr(a, name), 0) for name in ("prefix_gate", "prefix_bias")}
-    named["prefix_key_bias"] = take_columns(a.prefix_key_bias, span.start)
-    frozen = min(max(a.frozen_prefix - span.start, 0), span.length)
-    return a._replace(**named, prefix_spans=None, frozen_prefix=frozen)  # type: ignore[arg-type]
+    start, end = span.start, span.start + span.length
+    named: dict[str, Any] = {name: take(getattr(a, name)) for name in _OF_ROWS}
+    named |= {name: getattr(a, name)[:, :, start:end] for name in ("prefix_key", "prefix_value")}
+    named |= {name: _take_columns(take(getattr(a, name)), 0, span.length) for name in ("prefix_gate", "prefix_bias")}
+    named["prefix_key_bias"] = _take_columns(a.prefix_key_bias, start, end)
+    frozen = min(max(a.frozen_prefix - start, 0), span.length)
+    return a._replace(**named, prefix_spans=None, frozen_prefix=frozen)
 
 
-_OF_ROWS = ("query", "key", "value", "output_gate", "attn_mask", "query_segments", "key_segments")
+def _take_columns(tensor: Tensor | None, start: int, end: int) -> Tensor | None:
+    return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., start:end]
 
 
 def gather_prefixes(a: AttentionArguments) -> tuple[AttentionArguments, Tensor]:
@@ -78,7 +90,7 @@ def gather_prefixes(a: AttentionArguments) -> tuple[AttentionArguments, Tensor]:
     keys are there, ``[B, P]``. This is what spans mean; no backend makes these copies.
     """
     assert a.prefix_spans is not None
-    longest = max((span.length for span in read_spans(a)), default=0)
+    longest = find_longest(read_spans(a))
     start, length = a.prefix_spans[:, :1], a.prefix_spans[:, 1:]
     p = torch.arange(longest, device=a.query.device)
     there = p < length  # [B, P]
@@ -87,17 +99,14 @@ def gather_prefixes(a: AttentionArguments) -> tuple[AttentionArguments, Tensor]:
     def gather(store: Tensor) -> Tensor:
         return torch.where(there[:, None, :, None], store[0][:, index].movedim(0, 1), 0.0)
 
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., :longest]
-
     bias = a.prefix_key_bias
     if bias is not None and bias.shape[-1] != 1:
         bias = bias[0][:, index].movedim(0, 1)  # [B, Hkv, P]
     rows = a._replace(
         prefix_key=gather(a.prefix_key),
         prefix_value=gather(a.prefix_value),
-        prefix_gate=cut(a.prefix_gate),
-        prefix_bias=cut(a.prefix_bias),
+        prefix_gate=_take_columns(a.prefix_gate, 0, longest),
+        prefix_bias=_take_columns(a.prefix_bias, 0, longest),
         prefix_key_bias=bias,
         prefix_spans=None,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks, random
 from ..declaration import Rule, accept
 from .arguments import DECLARATION, SEGMENTS, AttentionArguments
+from .spans import list_columns
 
 _PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one a row)"
 _STORE = "[Hkv, T, {d}] (with prefix_spans: a store of prefixes)"
@@ -61,7 +62,7 @@ def collect_arguments(
         key=key,
         value=value,
         prefix_key=prefix_key,  # type: ignore[arg-type]  # None, for no prefix, until it is canonical
-        prefix_value=prefix_value,  # type: ignore[arg-type]
+        prefix_value=prefix_value,  # type: ignore[arg-type]  # the same
         prefix_gate=prefix_gate,
         output_gate=output_gate,
         attn_mask=attn_mask,
@@ -155,25 +156,12 @@ def _check_arguments(given: AttentionArguments) -> None:
     sizes: dict[str, checks.Size] = dict(zip(("B", "Hq", "N", "D"), given.query.shape, strict=True))
     sizes |= {"Hkv": given.key.shape[1], "M": given.key.shape[2], "P": length, "T": length, "2": 2}
     if given.prefix_spans is not None:
-        sizes["P"] = _find_largest_length(given)
+        sizes["P"] = next(iter(list_columns(given).values()), 1)  # of the longest span, which only the values tell
     for name, rule in DECLARATION.optional.items():
         tensor = getattr(given, name)
         if tensor is not None:
             letters = _STORE_BIAS if name == "prefix_key_bias" and given.prefix_spans is not None else None
             _check_optional(rule.label or name, tensor, rule, sizes, given.query, letters)
-
-
-def _find_largest_length(given: AttentionArguments) -> checks.Size:
-    """Return what rows' own arguments take for the largest length: their number of columns, unless they broadcast.
-
-    The lengths themselves are looked at by the backends (see ``spans``), where that does not wait for a device.
-    """
-    columns = [
-        tensor.shape[-1]
-        for tensor in (given.prefix_gate, given.prefix_bias)
-        if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.shape[-1] != 1
-    ]
-    return columns[0] if columns else 1
 
 
 def _check_optional(

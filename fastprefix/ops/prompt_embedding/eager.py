@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import random
 from .arguments import BANKS, DIFFERENTIABLE, EmbeddingArguments
+from .layout import allocate_gradient
 from .validation import check_values
 
 
@@ -55,11 +56,7 @@ def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -
                 gradients[name][part.entry] = of_entry[name].to(a.weight.dtype)
     if needs["weight"]:
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
-    results = []
-    for name in (name for name in DIFFERENTIABLE if needs[name]):
-        tensor: Tensor = getattr(a, name)
-        results.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(gradients[name]))
-    return results
+    return [allocate_gradient(getattr(a, name)).copy_(gradients[name]) for name in DIFFERENTIABLE if needs[name]]
 
 
 class _Part(NamedTuple):

@@ -9,6 +9,7 @@ from ... import _native
 from ..registration import Operation
 from . import eager, triton_backend
 from .arguments import DECLARATION, EmbeddingArguments
+from .layout import allocate_gradient
 from .triton_backend import launch
 
 
@@ -18,10 +19,6 @@ def _fake(*arguments: Any) -> Tensor:
     return a.weight.new_empty(batch, a.prompt_length + tokens, a.weight.shape[1])
 
 
-def _allocate_gradient(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Bring the parameters to the table's dtype; like PyTorch's own lookup, the table keeps its own."""
     table = EmbeddingArguments(*arguments).weight.dtype
@@ -29,7 +26,7 @@ def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]
 
 
 OPERATION = Operation(
-    "prompt_embedding", DECLARATION, fake=_fake, allocate_gradient=_allocate_gradient, autocast=_autocast
+    "prompt_embedding", DECLARATION, fake=_fake, allocate_gradient=allocate_gradient, autocast=_autocast
 )
 
 OPERATION.define("eager")

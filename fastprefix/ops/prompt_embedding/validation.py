@@ -1,7 +1,6 @@
 """From a caller's arguments to the canonical ones, or to an error that names the argument."""
 
 import math
-import os
 
 import torch
 from torch import Tensor
@@ -83,12 +82,8 @@ def canonical_arguments(
 
 
 def check_values(a: EmbeddingArguments) -> None:
-    """Raise for token ids, spans and indices out of range: on a CPU always; elsewhere, where looking would wait for
-    the device, only with ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never clamped.
-    """
-    if a.weight.device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
-        return
-    if torch.onnx.is_in_onnx_export():  # a trace cannot look at them
+    """Raise for token ids, spans and indices out of range, where values can be read. They are never clamped."""
+    if not checks.can_read_values(a.weight.device):
         return
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
     if a.entries is not None:
@@ -153,7 +148,7 @@ def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, ta
     ``takes`` has the letters of the shape, of which None is any size.
     """
     checks.check_floating(name, value, takes)
-    if value.shape != shape and not _fits(value.shape, shape):
+    if value.shape != shape and not checks.has_shape(value, shape):
         known = [
             f"{letter} = {size}" for letter, size in zip(list_letters(takes), shape, strict=True) if size is not None
         ]
@@ -163,13 +158,14 @@ def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, ta
         raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast brings it to that
 
 
-def _fits(shape: torch.Size, expected: _Shape) -> bool:
-    if len(shape) != len(expected):
-        return False
-    for size, wanted in zip(shape, expected, strict=True):  # noqa: SIM110 (all() takes twice the time)
-        if wanted is not None and size != wanted:
-            return False
-    return True
+def _check_offset(
+    name: str, value: Tensor, weight: Tensor, shape: _Shape, letters: str, entries: checks.Size | None, banked: bool
+) -> None:
+    """Check a parameter of an offset, which a bank has ``entries`` of (None: any number of them)."""
+    if banked:
+        _check_parameter(name, value, weight, (entries, *shape), f"[K, {letters}]")
+    else:
+        _check_parameter(name, value, weight, shape, f"[{letters}]")
 
 
 def _check_ffn(
@@ -178,22 +174,13 @@ def _check_ffn(
     _check_tuple("ffn", ffn, 4, _FFN)
     w1, b1, w2, b2 = ffn
     d = weight.shape[1]
-    if banked:
-        _check_parameter("ffn[0] (w1)", w1, weight, (None, d, None), "[K, d, r]")
-    else:
-        _check_parameter("ffn[0] (w1)", w1, weight, (d, None), "[d, r]")
-    r = w1.shape[-1]
+    _check_offset("ffn[0] (w1)", w1, weight, (d, None), "d, r", None, banked)
+    K, r = w1.shape[0], w1.shape[-1]
     if r == 0:
         raise checks.wrong_value("ffn[0] (w1)", w1, "a bottleneck r of at least 1")
-    if banked:
-        K = w1.shape[0]
-        _check_parameter("ffn[1] (b1)", b1, weight, (K, r), "[K, r]")
-        _check_parameter("ffn[2] (w2)", w2, weight, (K, r, d), "[K, r, d]")
-        _check_parameter("ffn[3] (b2)", b2, weight, (K, d), "[K, d]")
-    else:
-        _check_parameter("ffn[1] (b1)", b1, weight, (r,), "[r]")
-        _check_parameter("ffn[2] (w2)", w2, weight, (r, d), "[r, d]")
-        _check_parameter("ffn[3] (b2)", b2, weight, (d,), "[d]")
+    _check_offset("ffn[1] (b1)", b1, weight, (r,), "r", K, banked)
+    _check_offset("ffn[2] (w2)", w2, weight, (r, d), "r, d", K, banked)
+    _check_offset("ffn[3] (b2)", b2, weight, (d,), "d", K, banked)
     return w1, b1, w2, b2
 
 
@@ -202,28 +189,18 @@ def _check_low_rank(
 ) -> tuple[Tensor, Tensor]:
     _check_tuple("low_rank", low_rank, 2, _LOW_RANK)
     a, b = low_rank
-    d = weight.shape[1]
-    if banked:
-        _check_parameter("low_rank[0] (a)", a, weight, (None, None, None), "[K, T, r]")
-    else:
-        _check_parameter("low_rank[0] (a)", a, weight, (None, None), "[T, r]")
+    _check_offset("low_rank[0] (a)", a, weight, (None, None), "T, r", None, banked)
     r = a.shape[-1]
     if r == 0:
         raise checks.wrong_value("low_rank[0] (a)", a, "a rank r of at least 1")
-    if banked:
-        _check_parameter("low_rank[1] (b)", b, weight, (a.shape[0], r, d), "[K, r, d]")
-    else:
-        _check_parameter("low_rank[1] (b)", b, weight, (r, d), "[r, d]")
+    _check_offset("low_rank[1] (b)", b, weight, (r, weight.shape[1]), "r, d", a.shape[0], banked)
     _check_positions("low_rank[0] (a)", a, input_ids)
     return a, b
 
 
 def _check_position_offset(position_offset: Tensor, input_ids: Tensor, weight: Tensor, banked: bool) -> None:
-    d = weight.shape[1]
-    if banked:
-        _check_parameter("position_offset", position_offset, weight, (None, None, d), "[K, T, d]")
-    else:
-        _check_parameter("position_offset", position_offset, weight, (None, d), "[T, d]")
+    shape = (None, weight.shape[1])
+    _check_offset("position_offset", position_offset, weight, shape, "T, d", None, banked)
     _check_positions("position_offset", position_offset, input_ids)
 
 

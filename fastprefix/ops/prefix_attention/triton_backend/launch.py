@@ -10,7 +10,7 @@ from torch import Tensor
 from ...targets import Target, divide_up, target_of
 from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
-from ..spans import check_spans
+from ..spans import check_spans, list_columns
 from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix
 from .tiles import AttentionTile, find_tile
 
@@ -121,9 +121,8 @@ class _Launcher:
 
     def _limit_length(self) -> int:
         """Return the number of prefix keys that a row sees, or a limit of it where only the device knows spans."""
-        columns = [] if self.a.prefix_spans is None else [self.a.prefix_gate, self.a.prefix_bias]
-        known = [tensor.shape[-1] for tensor in columns if tensor is not None and tensor.shape[-1] != 1]
-        return min([self.P, *known])
+        known = () if self.a.prefix_spans is None else list_columns(self.a).values()
+        return min([self.P, *map(int, known)])
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty."""
@@ -263,8 +262,8 @@ class _BackwardLauncher(_Launcher):
     def differentiate_prefix(self) -> None:
         """Compute gradients of prefix_key and prefix_value, except for frozen keys, and of prefix_key_bias.
 
-        A bias that rows have of their own over a prefix that they share needs a pass of its own, and so does that of
-        frozen keys.
+        A second pass computes the gradient of the bias of frozen keys, and of a bias that differs by row while the
+        prefix is shared.
         """
         batch, frozen, bias = self.a.prefix_key.shape[0], self.a.frozen_prefix, self.a.prefix_key_bias
         results = [self._allocate_result(name) for name in _PREFIX[:2]]

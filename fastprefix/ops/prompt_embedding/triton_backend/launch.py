@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import random
 from ...targets import Target, divide_up, target_of
 from ..arguments import DIFFERENTIABLE, EmbeddingArguments
+from ..layout import allocate_gradient
 from ..validation import check_values
 from . import tiles
 
@@ -77,11 +78,7 @@ def backward(
         if dh is not None and a.w1 is not None:
             de = de + _apply_w1(dh, a).view(de.shape)
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
-    results = []
-    for name in (name for name in DIFFERENTIABLE if name in needs):
-        tensor: Tensor = getattr(a, name)
-        results.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(gradients[name]))
-    return results
+    return [allocate_gradient(getattr(a, name)).copy_(gradients[name]) for name in DIFFERENTIABLE if name in needs]
 
 
 def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
@@ -89,7 +86,7 @@ def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Ta
     if a.prompt_spans is None:
         return grad_output[:, : a.prompt_length].sum(0, dtype=torch.float32)
     assert a.prompt is not None
-    return _sum_spans(grad_output, a.prompt_spans, a.prompt_length, 1.0, _allocate_like(a.prompt), target)
+    return _sum_spans(grad_output, a.prompt_spans, a.prompt_length, 1.0, allocate_gradient(a.prompt), target)
 
 
 def _differentiate_network(
@@ -106,7 +103,7 @@ def _differentiate_network(
         gradients["b1"] = dh.sum(0)
     elif "b1" in needs:
         of_rows = dh.view(B, N, r).sum(1, keepdim=True)
-        gradients["b1"] = _sum_spans(of_rows, _list_spans(a, 1, 1), 1, 1.0, _allocate_like(a.b1), target)
+        gradients["b1"] = _sum_spans(of_rows, _list_spans(a, 1, 1), 1, 1.0, allocate_gradient(a.b1), target)
     dw1, dw2, db2 = _sum_weights(grad_output, a, z, dh, needs & {"w1", "w2", "b2"}, target)
     if dw1 is not None:
         gradients["w1"] = dw1
@@ -180,7 +177,7 @@ def _differentiate_low_rank_bank(
     B, N = a.input_ids.shape
     K, T, r = a.low_rank_a.shape
     if "low_rank_a" in needs:
-        da, sums = _allocate_floats(a, B * N, r), _allocate_like(a.low_rank_a)
+        da, sums = _allocate_floats(a, B * N, r), allocate_gradient(a.low_rank_a)
         _launch_hidden(grad_output, a, None, da, target)
         _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
         gradients["low_rank_a"] = sums
@@ -202,7 +199,7 @@ def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target:
         summed = grad_output.new_zeros((T, d), dtype=torch.float32)
         summed[:N] = a.offset_scale * grad_output[:, S:].sum(0, dtype=torch.float32)
         return summed
-    sums = _allocate_like(a.position_offset)
+    sums = allocate_gradient(a.position_offset)
     _sum_spans(grad_output, _list_spans(a, T, N), S + N, a.offset_scale, sums.view(-1, d), target)
     return sums
 
@@ -250,10 +247,6 @@ def _count_token_blocks(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> int
 
 def _allocate_floats(a: EmbeddingArguments, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
-
-
-def _allocate_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _make_dense(x: Tensor | None) -> Tensor | None:
