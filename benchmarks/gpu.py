@@ -78,7 +78,7 @@ def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[st
         return {"error": "left out, because an earlier job of this process lost the device"}
     try:
         return function(*arguments)
-    except Exception as error:
+    except Exception as error:  # the failure of one job must not lose the results of the others
         return {"error": first_line(error)}
 
 

@@ -102,8 +102,9 @@ def interleave(
             except Exception as error:  # the failure of one peer must not lose the results of the others
                 errors[name] = error
                 del samples[name]
-            else:
-                samples[name] += seconds * (i >= warmup)
+                continue
+            if i >= warmup:
+                samples[name] += seconds
     return samples, errors
 
 
@@ -151,7 +152,7 @@ def measure(
             rows.append(timed_row(*about, seconds))
             try:
                 rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
-            except Exception as error:  # as above
+            except Exception as error:  # an error in the pass for memory must not lose the times of the others
                 errors[name] = error
         faults += [fault(case, name, direction, error) for name, error in errors.items()]
     return rows, faults

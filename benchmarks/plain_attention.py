@@ -17,11 +17,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from .attention import BACKENDS
+from .measure import Role
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention without a prefix against PyTorch's attention, with masks of each kind."
 SHAPES = ((8, 12, 12, 128, 64), (4, 8, 8, 512, 64), (1, 8, 2, 2048, 64))
 QUICK = ((2, 4, 2, 32, 16),)
+ROLES: dict[str, Role] = {"fused": "ours", "sdpa": "floor", "flex": "theirs"}
 
 
 class Mask(NamedTuple):
@@ -71,10 +73,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
                 calls = build_calls(leaves, mask, kind, options.flex)
                 works = {
                     peer: build_kernel_work(
-                        "ours" if peer == "fused" else "floor" if peer == "sdpa" else "theirs",
-                        call,
-                        () if peer == "flex" and device.type == "cpu" else leaves,
-                        grad,
+                        ROLES[peer], call, () if peer == "flex" and device.type == "cpu" else leaves, grad
                     )
                     for peer, call in calls.items()
                 }

@@ -18,6 +18,7 @@ from torch import Tensor
 import fastprefix
 
 from .attention import BACKENDS, build_dense_mask
+from .measure import Work
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention with long prefixes, and with a prefix of its own for each row of a store."
@@ -42,7 +43,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
             yield {"kind": "spans", "N": N, "M": M, "P": SPAN, "dtype": name}, attend_spans(draw, N, M, device)
 
 
-def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> dict[str, Any]:
+def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> dict[str, Work]:
     q, k, v = (draw(1, heads, tokens, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
     prefix = [draw(KV_HEADS, length, D) for _ in range(2)]
     grad = draw(1, HEADS, tokens, D).detach()
@@ -58,7 +59,7 @@ def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> di
     }
 
 
-def attend_spans(draw: Any, N: int, M: int, device: torch.device) -> dict[str, Any]:
+def attend_spans(draw: Any, N: int, M: int, device: torch.device) -> dict[str, Work]:
     q, k, v = draw(ROWS, HEADS, N, D), draw(ROWS, KV_HEADS, M, D), draw(ROWS, KV_HEADS, M, D)
     grad = draw(ROWS, HEADS, N, D).detach()
     shared = [draw(KV_HEADS, SPAN, D) for _ in range(2)]
@@ -66,20 +67,10 @@ def attend_spans(draw: Any, N: int, M: int, device: torch.device) -> dict[str, A
     copies = [x.detach().unflatten(1, (ROWS, SPAN)).transpose(0, 1).contiguous().requires_grad_() for x in store]
     spans = torch.tensor([(row * SPAN, SPAN) for row in range(ROWS)], device=device)
     attend = partial(fastprefix.prefix_attention, q, k, v, is_causal=True, backend=BACKENDS[device.type])
-    calls = {
-        "shared": partial(attend, *shared),
-        "fused": partial(attend, *store, prefix_spans=spans),
-        "copied": partial(attend, *copies),
-    }
-    prefixes = {"shared": shared, "fused": store, "copied": copies}
     return {
-        peer: build_kernel_work(
-            "floor" if peer == "shared" else "ours" if peer == "fused" else "theirs",
-            call,
-            (q, k, v, *prefixes[peer]),
-            grad,
-        )
-        for peer, call in calls.items()
+        "shared": build_kernel_work("floor", partial(attend, *shared), (q, k, v, *shared), grad),
+        "fused": build_kernel_work("ours", partial(attend, *store, prefix_spans=spans), (q, k, v, *store), grad),
+        "copied": build_kernel_work("theirs", partial(attend, *copies), (q, k, v, *copies), grad),
     }
 
 

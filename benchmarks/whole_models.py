@@ -1,7 +1,7 @@
 """Whole models at their published shapes: every method and its peers, over lengths of input and prefix.
 
 All of them are measured in turns on one frozen model with random weights. AdapterHub's package needs an older
-transformers, so it is measured in an environment of its own, where only ratios to the floor can be compared.
+transformers. It is measured in a separate environment, and only its ratios to the floor can be compared.
 """
 
 import argparse

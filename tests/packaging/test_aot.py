@@ -20,7 +20,7 @@ def aot(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_program(program: str) -> list[str]:
-    """Run a program that compiles, in a process of its own, and return the lines that it prints."""
+    """Run a program that compiles kernels in a separate process, and return the lines that it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
