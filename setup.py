@@ -1,40 +1,64 @@
 """Build of the package; everything static is in pyproject.toml. Here: the CPU kernels.
 
 The same sources are compiled once for each instruction set, into libraries of which the package loads one (see
-``fastprefix/_native/__init__.py``). Their names say which PyTorch they were compiled against, since they run with no
-other. ``FASTPREFIX_BUILD_EXT=0``, or no C++ compiler, leaves them out.
+``fastprefix/_native/__init__.py``). They use nothing but PyTorch's stable C++ interface, as it was in version ``ABI``,
+so they run with that version and every later one; their names end with it.
+
+The environment variable ``FASTPREFIX_BUILD_EXT`` says whether they are built: ``1`` fails where that is not possible,
+``0`` leaves them out. Without it they are built where that is possible; the package works without them.
 """
 
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.extension import Extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler
 
-TORCH = "_".join(torch.__version__.split(".")[:2])  # PyTorch keeps its C++ interface within a minor version
+ABI = (2, 11)
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 # The names of ``torch.backends.cpu.get_cpu_capability()``, in small letters; never the building machine's own set.
-_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
-_AVX512 = [
-    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-]
-INSTRUCTION_SETS = {"default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
 
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only
+FLAGS += ["-Wno-maybe-uninitialized"]  # the intrinsics of GCC 12 warn of themselves
+FLAGS += ["-include", str(Path("csrc/common/older_systems.h").resolve())]
+FLAGS += [f"-DTORCH_TARGET_VERSION=0x{ABI[0]:02x}{ABI[1]:02x}000000000000"]
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """Return the flags of each instruction set of an architecture, the least one first."""
+    return {"default": []} | (_X86 if machine.lower() in ("x86_64", "amd64") else {})
+
+
+def why_not_built(system: str, wanted: str, compiler: str | None) -> str | None:
+    """Return why the kernels are left out; None: they are built."""
+    if wanted == "0":
+        return "FASTPREFIX_BUILD_EXT is 0"
+    if system != "Linux":
+        return f"they are written for GCC on Linux, and this is {system}"
+    return None if compiler else "there is no C++ compiler"
 
 
 class Build(BuildExtension):  # type: ignore[misc]
     """Objects of each library in a folder of their own, for they come from the same sources."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            if os.environ.get("FASTPREFIX_BUILD_EXT") == "1":
+                raise
+            print(f"fastprefix is installed without its CPU kernels: {error}", file=sys.stderr)
 
     def build_extension(self, extension: Extension) -> None:
         folder = self.build_temp
@@ -53,17 +77,27 @@ class Wheel(bdist_wheel):
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("FASTPREFIX_BUILD_EXT", "1") == "0" or shutil.which(get_cxx_compiler()) is None:
+    wanted = os.environ.get("FASTPREFIX_BUILD_EXT", "")
+    reason = why_not_built(platform.system(), wanted, shutil.which(get_cxx_compiler()))
+    if reason is not None:
+        if wanted == "1":
+            raise SystemExit(f"FASTPREFIX_BUILD_EXT is 1, but the CPU kernels cannot be built: {reason}")
+        print(f"fastprefix is installed without its CPU kernels: {reason}", file=sys.stderr)
         return []
     extra = os.environ.get("FASTPREFIX_CXXFLAGS", "").split()
+    folder = Path(torch.__file__).parent
     return [
-        CppExtension(
-            f"fastprefix._native.{name}_torch{TORCH}",
+        Extension(
+            f"fastprefix._native.{name}_abi{ABI[0]}_{ABI[1]}",
             SOURCES,
+            include_dirs=[str(folder / "include")],
+            library_dirs=[str(folder / "lib")],
+            libraries=["torch_cpu"],
             extra_compile_args=[*FLAGS, *flags, *extra],
-            extra_link_args=["-fopenmp", "-s", *extra],
+            extra_link_args=["-s", *extra],
+            language="c++",
         )
-        for name, flags in INSTRUCTION_SETS.items()
+        for name, flags in instruction_sets(platform.machine()).items()
     ]
 
 

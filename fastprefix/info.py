@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import _native
 from ._version import __version__
 from .ops.backends import BACKENDS
 
@@ -69,6 +70,7 @@ def lines() -> Iterator[str]:
     for package in ("triton", "transformers"):
         yield f"{package:<13} {_version(package)}"
     yield f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    yield f"c++ kernels   {_native.describe()}"
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

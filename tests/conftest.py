@@ -1,8 +1,11 @@
 """Give tests the devices of this machine and the backends that are usable on them."""
 
+import ctypes
 import gc
 import os
+import platform
 import tempfile
+from collections.abc import Iterator
 
 # Compiled graphs know an operator by its name: those of another version of this package must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="fastprefix-inductor-", ignore_cleanup_errors=True)
@@ -54,9 +57,18 @@ def backend(target: tuple[str, str]) -> str:
 
 
 @pytest.fixture
-def poisoned():
-    """Uninitialized memory is NaN, so a result that was never written shows."""
+def poisoned() -> Iterator[None]:
+    """Uninitialized memory is NaN, what C++ allocates too, so a result that was never written shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
+    _fill_allocations(0x100)  # every byte is 255
     yield
+    _fill_allocations(0)
     torch.use_deterministic_algorithms(False)
+
+
+def _fill_allocations(value: int) -> None:
+    """Let glibc fill new memory with the complement of the lowest byte of ``value``; 0 turns that off."""
+    if platform.libc_ver()[0] == "glibc":
+        m_perturb = -6
+        assert ctypes.CDLL(None).mallopt(m_perturb, value) == 1

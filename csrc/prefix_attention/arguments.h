@@ -1,16 +1,10 @@
 // The operators' arguments, declared once, in the order of their schema (fastprefix/ops/prefix_attention/arguments.py).
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-
 #include "../common/declare.h"
+#include "../common/tensor.h"
 
 namespace fastprefix {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // clang-format off
 #define FASTPREFIX_ATTENTION_DIFFERENTIABLE(X, SEPARATOR) \

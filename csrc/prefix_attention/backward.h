@@ -83,7 +83,7 @@ class AttentionBackward {
         band_(p),
         do_(grad_output),
         o_(output),
-        normalizers_(normalizers.data_ptr<A>()),
+        normalizers_(normalizers.data<const A>()),
         slots_(p.G * p.query_blocks(), costs(p)),
         token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
         prefix_shape_{p.prefix_keys - p.frozen, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
@@ -91,10 +91,9 @@ class AttentionBackward {
   void run() {
     if (slots_.items == 0) return;
     divide_prefix();
-    auto options = o_options();
-    prefix_sums_ = at::empty({slots_.count + prefix_groups() - 1, prefix_shape_.size()}, options);
-    cut_sums_ = at::empty({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()}, options);
-    if (several_ranges()) kept_ = at::empty({slots_.items, kept_size()}, options);
+    prefix_sums_ = empty<A>({slots_.count + prefix_groups() - 1, prefix_shape_.size()});
+    cut_sums_ = empty<A>({slots_.count > 1 ? 2 * slots_.count : 0, token_shape_.size()});
+    if (several_ranges()) kept_ = empty<A>({slots_.items, kept_size()});
     allocate_sums();
     Arena counting(nullptr);
     BackwardWorker(*this, counting);
@@ -112,7 +111,6 @@ class AttentionBackward {
 
  private:
   static int64_t width(bool needed, int64_t size) { return needed ? round_up(size, kLanes<A>) : 0; }
-  static at::TensorOptions o_options() { return at::dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat); }
 
   // ---- ranges of prefix keys, in tiles --------------------------------------------------------------------------
 
@@ -147,8 +145,8 @@ class AttentionBackward {
 
   void allocate_sums() {
     if (needs_.prefix_gate && p_.gate_differs_by_query()) {
-      gradients_.prefix_gate = at::empty({p_.B, p_.Hq, p_.N, p_.P}, o_options());
-      if (p_.from_store) gradients_.prefix_gate.zero_();  // for the columns beyond a row's own span
+      gradients_.prefix_gate = empty<A>({p_.B, p_.Hq, p_.N, p_.P});
+      if (p_.from_store) gradients_.prefix_gate.zero();  // for the columns beyond a row's own span
     } else if (needs_.prefix_gate) {
       gate_sums_ = ColumnSums(slots_, p_.gate_per_query ? p_.B * p_.Hq : groups(), p_.P);
     }
@@ -179,11 +177,11 @@ class AttentionBackward {
 
   // A slot and a prefix group name one row: both only ever grow, and one of them with every row.
   A* prefix_row(int64_t slot, int64_t group) const {
-    return prefix_sums_.data_ptr<A>() + (slot + group) * prefix_shape_.size();
+    return prefix_sums_.data<A>() + (slot + group) * prefix_shape_.size();
   }
   // A slot can cut two groups: one that an earlier slot began, and one that a later slot ends.
   A* cut_row(int64_t slot, bool begun_earlier) const {
-    return cut_sums_.data_ptr<A>() + (2 * slot + (begun_earlier ? 0 : 1)) * token_shape_.size();
+    return cut_sums_.data<A>() + (2 * slot + (begun_earlier ? 0 : 1)) * token_shape_.size();
   }
 
   // ---- writing the sums -----------------------------------------------------------------------------------------
@@ -204,8 +202,7 @@ class AttentionBackward {
     KeySums<A> sums = shape.at(const_cast<A*>(first));
     auto write = [&](const A* from, int64_t ld, const Tensor& to) {
       if (ld == 0) return;
-      T* rows =
-          static_cast<T*>(to.data_ptr()) + b * to.stride(0) + hkv * to.stride(1) + (begin + offset) * to.stride(2);
+      T* rows = to.data<T>() + b * to.stride(0) + hkv * to.stride(1) + (begin + offset) * to.stride(2);
       write_sum(from + begin * ld, count, step, end - begin, ld, to.size(3), rows, to.stride(2));
     };
     write(sums.dk, shape.D, dk);
@@ -220,7 +217,7 @@ class AttentionBackward {
       if (!begins_here || !cut) continue;
       int64_t pieces = slots_.of(end - 1) - slot + 1;
       // Rows: (slot, kind 1), then (slot + 1, kind 0), (slot + 2, kind 0), ...
-      at::parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
+      parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
         add_rows(cut_row(slot, false), pieces - 1, cut_row(slot + 1, true), from, to);
         write_key_sums(
             token_shape_, cut_row(slot, false), 1, 0, gradients_.results.key, gradients_.results.value, group % p_.B,
@@ -243,7 +240,7 @@ class AttentionBackward {
   void write_prefix_sums() const {
     if (prefix_shape_.size() == 0) return;
     int64_t items = slots_.items / prefix_groups();
-    at::parallel_for(0, prefix_groups(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, prefix_groups(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         int64_t first = slots_.of(group * items), last = slots_.of((group + 1) * items - 1);
         int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
@@ -411,8 +408,8 @@ class AttentionBackward {
         pack_few(q_at, qs, queries.count, p.D, few_q);
         pack_few(do_at, ds_, queries.count, p.Dv, few_do);
       } else {
-        pack_transposed<Manner>(q_at, qs, queries.count, p.D, q);
-        pack_transposed<Manner>(do_at, ds_, queries.count, p.Dv, dout);
+        pack_transposed<Manner>(q_at, qs, queries.count, p.D, q, kQueries);
+        pack_transposed<Manner>(do_at, ds_, queries.count, p.Dv, dout, kQueries);
         if (needs.key || needs.prefix_key) pack_vectors<Manner>(q_at, qs, queries.count, p.D, q_rows);
         if (needs.value || needs.prefix_value) pack_vectors<Manner>(do_at, ds_, queries.count, p.Dv, do_rows);
       }
@@ -474,7 +471,7 @@ class AttentionBackward {
     }
 
     A sink_probability(const QueryBlock& queries, int64_t i) const {
-      return std::exp(static_cast<A>(*p.sinks.at(queries.h)) - tokens_by.m[i]) * tokens_by.inverse[i];
+      return exp(splat(static_cast<A>(*p.sinks.at(queries.h)) - tokens_by.m[i]))[0] * tokens_by.inverse[i];
     }
 
     double total(const A* values, const QueryBlock& queries) const {
@@ -482,7 +479,7 @@ class AttentionBackward {
     }
 
     double* block_sum(const Tensor& sums, const QueryBlock& queries) const {
-      return sums.data_ptr<double>() + (queries.b * p.Hq + queries.h) * p.query_blocks() + queries.index;
+      return sums.data<double>() + (queries.b * p.Hq + queries.h) * p.query_blocks() + queries.index;
     }
 
     void differentiate_sink(const QueryBlock& queries) {
@@ -645,7 +642,7 @@ class AttentionBackward {
     void add_gate_gradient(const QueryBlock& queries, const Columns& columns) {
       if (gate_sums) return add_columns(products, queries, columns, gate_sums + columns.first);
       const Tensor& gradient = f.gradients_.prefix_gate;
-      A* to = gradient.data_ptr<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
+      A* to = gradient.data<A>() + queries.b * gradient.stride(0) + queries.h * gradient.stride(1) +
               queries.first * gradient.stride(2) + columns.first;
       for (int64_t r = 0; r < columns.rows; ++r)
         for (int64_t i = 0; i < queries.count; ++i) to[i * gradient.stride(2) + r] = products[r * kQueries + i];
@@ -662,13 +659,12 @@ class AttentionBackward {
 
     void write_dq(const QueryBlock& queries) {
       const Tensor& to = f.gradients_.results.query;
-      T* rows = static_cast<T*>(to.data_ptr()) + queries.b * to.stride(0) + queries.h * to.stride(1) +
-                queries.first * to.stride(2);
-      unpack_transposed(dq, queries.count, p.D, rows, to.stride(2));
+      T* rows = to.data<T>() + queries.b * to.stride(0) + queries.h * to.stride(1) + queries.first * to.stride(2);
+      unpack_transposed(dq, kQueries, queries.count, p.D, rows, to.stride(2));
     }
   };
 
-  A* kept(int64_t item) const { return kept_.data_ptr<A>() + item * kept_size(); }
+  A* kept(int64_t item) const { return kept_.data<A>() + item * kept_size(); }
 
   const AttentionProblem<T, A>& p_;
   const AttentionNeeds needs_;

@@ -2,8 +2,8 @@
 
 namespace fastprefix {
 #if defined(__AVX512BF16__)
-FASTPREFIX_DEFINE_KERNELS(at::BFloat16, Bfloat16Pairs)
+FASTPREFIX_DEFINE_KERNELS(BFloat16, Bfloat16Pairs)
 #else
-FASTPREFIX_DEFINE_KERNELS(at::BFloat16, Plain<float>)
+FASTPREFIX_DEFINE_KERNELS(BFloat16, Plain<float>)
 #endif
 }

@@ -4,19 +4,19 @@
 #pragma once
 
 #include "../common/philox.h"
+#include "../common/simd.h"
 #include "problem.h"
-#include "simd.h"
 
 namespace fastprefix {
 
 constexpr int64_t kApart = 8;
 
-#if defined(CPU_CAPABILITY_AVX512)  // the compiler would multiply whole lanes, which takes several instructions
+#if defined(__AVX512F__)  // the compiler would multiply whole lanes, which takes several instructions
 template <>
 inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
   return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
 }
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(__AVX2__)
 template <>
 inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
   return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));

@@ -1,5 +1,5 @@
 #include "kernels.h"
 
 namespace fastprefix {
-FASTPREFIX_DEFINE_KERNELS(at::Half, Plain<float>)
+FASTPREFIX_DEFINE_KERNELS(Float16, Plain<float>)
 }

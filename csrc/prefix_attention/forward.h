@@ -4,8 +4,8 @@
 // fill the vectors. So maxima and sums are vertical, and P^T is at once the operand of O^T += V^T P^T.
 #pragma once
 
+#include "../common/scratch.h"
 #include "few.h"
-#include "scratch.h"
 #include "tiles.h"
 
 namespace fastprefix {
@@ -84,7 +84,7 @@ class AttentionForward {
 
  public:
   AttentionForward(const AttentionProblem<T, A>& p, Tensor& output, Tensor& normalizers)
-      : p_(p), band_(p), output_(output), normalizers_(normalizers.data_ptr<A>()) {}
+      : p_(p), band_(p), output_(output), normalizers_(normalizers.data<A>()) {}
 
   void run() {
     Slots slots(p_.Hq * p_.query_blocks(), row_costs(p_));
@@ -137,7 +137,7 @@ class AttentionForward {
       if (queries.count <= kFew) {
         pack_few(rows, p.q.strides[2], queries.count, p.D, few_q);
       } else {
-        pack_transposed<Manner>(rows, p.q.strides[2], queries.count, p.D, q);
+        pack_transposed<Manner>(rows, p.q.strides[2], queries.count, p.D, q, kQueries);
       }
       int64_t columns = round_up(queries.count, kLanes<A>);
       tokens.start(
@@ -223,9 +223,9 @@ class AttentionForward {
         }
       }
       const Tensor& output = f.output_;
-      T* to = static_cast<T*>(output.data_ptr()) + queries.b * output.stride(0) + queries.h * output.stride(1) +
+      T* to = output.data<T>() + queries.b * output.stride(0) + queries.h * output.stride(1) +
               queries.first * output.stride(2);
-      unpack_transposed(tokens.o, queries.count, p.Dv, to, output.stride(2));
+      unpack_transposed(tokens.o, kQueries, queries.count, p.Dv, to, output.stride(2));
       write_normalizers(queries, tokens, 0);
       if (p.separate()) write_normalizers(queries, prefix, 1);
     }

@@ -1,8 +1,9 @@
 // Moving operands into the forms that the product wants, a block at a time, in a thread's own scratch memory.
 #pragma once
 
+#include "../common/gemm.h"
 #include "../common/round_up.h"
-#include "gemm.h"
+#include "../common/transposed.h"
 #include "problem.h"
 
 namespace fastprefix {
@@ -20,57 +21,13 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Op* t
 
 // The same, two rows together: to[r / 2][d][r % 2]. An odd last row is paired with zeros. `ld` a multiple of lanes.
 inline void pack_row_pairs(
-    const at::BFloat16* from, int64_t stride, int64_t rows, int64_t width, at::BFloat16* to, int64_t ld) {
+    const BFloat16* from, int64_t stride, int64_t rows, int64_t width, BFloat16* to, int64_t ld) {
   for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
     for (int64_t d = 0; d < ld; d += kLanes<float>, to += 2 * kLanes<float>) {
       Bits low = reinterpret_cast<Bits>(load_first(from + d, width - d)) >> 16;
       Bits high{};
       if (r + 1 < rows) high = reinterpret_cast<Bits>(load_first(from + stride + d, width - d));
       store(reinterpret_cast<uint32_t*>(to), low | high);
-    }
-}
-
-// rows x width transposed: to[d][row], kQueries rows of which those past `rows` (up to a full vector) are zero. Words
-// are one element, or a pair of neighbours where the product takes pairs.
-template <class Manner, class T>
-void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
-  using A = typename Manner::Accumulator;
-  constexpr int n = kLanes<A>;
-  A* words = reinterpret_cast<A*>(to);
-  int64_t steps = (width + Manner::pair - 1) / Manner::pair;
-  for (int64_t r0 = 0; r0 < rows; r0 += n)
-    for (int64_t d0 = 0; d0 < steps; d0 += n) {
-      Vec<A> square[n];
-      for (int r = 0; r < n; ++r) {
-        if (r0 + r >= rows) {
-          square[r] = Vec<A>{};
-          continue;
-        }
-        const T* row = from + (r0 + r) * stride + d0 * Manner::pair;
-        if constexpr (Manner::pair == 1) {
-          square[r] = load_first(row, width - d0);
-        } else {
-          at::BFloat16 padded[2 * n] = {};
-          int64_t left = std::min<int64_t>(width - 2 * d0, 2 * n);
-          if (left < 2 * n) std::memcpy(static_cast<void*>(padded), row, left * sizeof(T));
-          square[r] = load(reinterpret_cast<const A*>(left < 2 * n ? padded : row));
-        }
-      }
-      transpose<A>(square);
-      for (int d = 0; d < n && d0 + d < steps; ++d) store(words + (d0 + d) * kQueries + r0, square[d]);
-    }
-}
-
-// from[d][row] (kQueries rows) back to rows x width of T.
-template <class A, class T>
-void unpack_transposed(const A* from, int64_t rows, int64_t width, T* to, int64_t stride) {
-  constexpr int n = kLanes<A>;
-  for (int64_t r0 = 0; r0 < rows; r0 += n)
-    for (int64_t d0 = 0; d0 < width; d0 += n) {
-      Vec<A> square[n];
-      for (int d = 0; d < n; ++d) square[d] = d0 + d < width ? load(from + (d0 + d) * kQueries + r0) : Vec<A>{};
-      transpose<A>(square);
-      for (int r = 0; r < n && r0 + r < rows; ++r) store_first(to + (r0 + r) * stride + d0, square[r], width - d0);
     }
 }
 

@@ -18,7 +18,7 @@ struct View {
   std::array<int64_t, 4> strides{};
 
   View() = default;
-  explicit View(const Tensor& tensor) : data(static_cast<T*>(tensor.data_ptr())) {
+  explicit View(const Tensor& tensor) : data(tensor.data<T>()) {
     for (int64_t d = 0; d < tensor.dim(); ++d) strides[d] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
   }
   explicit View(const OptionalTensor& tensor) : View(tensor ? View(*tensor) : View()) {}
@@ -52,11 +52,11 @@ inline std::vector<Span> read_spans(const OptionalTensor& tensor, int64_t rows, 
   if (!tensor) return std::vector<Span>(rows, Span{0, keys});
   std::vector<Span> spans;
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t* span = static_cast<const int64_t*>(tensor->data_ptr()) + 2 * row;
-    TORCH_CHECK_VALUE(
-        span[0] >= 0 && span[1] >= 0 && span[1] <= keys && span[0] <= keys - span[1],
-        "`prefix_spans` must lie within the store of ", keys, " prefix keys; row ", row, " starts at ", span[0],
-        " and has length ", span[1]);
+    const int64_t* span = tensor->data<const int64_t>() + 2 * row;
+    if (span[0] < 0 || span[1] < 0 || span[1] > keys || span[0] > keys - span[1])
+      refuse_value(
+          "`prefix_spans` must lie within the store of ", keys, " prefix keys; row ", row, " starts at ", span[0],
+          " and has length ", span[1]);
     spans.push_back({span[0], span[1]});
   }
   return spans;
@@ -117,11 +117,11 @@ struct AttentionProblem {
     for (const Span& span : spans) P = std::max(P, span.length);
     check_columns("prefix_gate", a.prefix_gate);
     check_columns("prefix_bias", a.prefix_bias);
-    if (a.attn_mask && a.attn_mask->scalar_type() == at::kBool) bool_mask = View<const bool>(*a.attn_mask);
-    if (a.attn_mask && a.attn_mask->scalar_type() != at::kBool) bias_mask = View<const T>(*a.attn_mask);
+    if (a.attn_mask && a.attn_mask->holds<bool>()) bool_mask = View<const bool>(*a.attn_mask);
+    else bias_mask = View<const T>(a.attn_mask);
     if (a.softcap) softcap = static_cast<A>(*a.softcap);
     if (a.dropout_seed) {
-      uint64_t seed = static_cast<uint64_t>(*static_cast<const int64_t*>(a.dropout_seed->data_ptr()));
+      uint64_t seed = static_cast<uint64_t>(*a.dropout_seed->data<const int64_t>());
       drops = true;
       seed_low = static_cast<uint32_t>(seed);
       seed_high = static_cast<uint32_t>(seed >> 32);
@@ -146,9 +146,10 @@ struct AttentionProblem {
 
  private:
   void check_columns(const char* name, const OptionalTensor& tensor) const {
-    TORCH_CHECK_VALUE(
-        !tensor || tensor->size(-1) == 1 || tensor->size(-1) >= P, "`", name,
-        "` must have a column for each key of the longest span in `prefix_spans` (", P, "), got ", tensor->size(-1));
+    if (tensor && tensor->size(-1) != 1 && tensor->size(-1) < P)
+      refuse_value(
+          "`", name, "` must have a column for each key of the longest span in `prefix_spans` (", P, "), got ",
+          tensor->size(-1));
   }
 };
 

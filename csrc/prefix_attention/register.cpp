@@ -1,10 +1,10 @@
 // The operators `fastprefix::prefix_attention.cpu` and `fastprefix::prefix_attention_backward.cpu`.
 //
 // Schemas, fakes and autograd are the Python package's (fastprefix/ops/prefix_attention/registration.py).
-#include <ATen/ExpandUtils.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "kernels.h"
+#include "reduce.h"
 
 namespace fastprefix {
 namespace {
@@ -12,34 +12,35 @@ namespace {
 // Kernels read rows whose elements are neighbours. A tensor that is laid out otherwise (a stride over the head size)
 // is copied; no layout that attention modules produce is.
 Tensor with_dense_rows(const Tensor& x) {
-  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
+  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : contiguous(x);
 }
 
 // The arguments as the kernels read them: rows are dense, segments have 64 bits.
 AttentionArguments with_dense_rows(AttentionArguments a) {
   for (Tensor* x : {&a.query, &a.key, &a.value, &a.prefix_key, &a.prefix_value}) *x = with_dense_rows(*x);
   for (OptionalTensor* x : {&a.query_segments, &a.key_segments})
-    if (*x) *x = (*x)->to(at::kLong);
-  if (a.prefix_spans) a.prefix_spans = a.prefix_spans->to(at::kLong).contiguous();
+    if (*x && !(*x)->holds<int64_t>()) *x = as_int64(**x);
+  if (a.prefix_spans) a.prefix_spans = as_int64(*a.prefix_spans);
   return a;
 }
 
 // The layouts of fastprefix/ops/prefix_attention/layout.py: heads and length as in `like`.
 Tensor empty_heads(const Tensor& like, int64_t size) {
   int64_t B = like.size(0), H = like.size(1), N = like.size(2);
-  if (like.stride(1) < like.stride(2)) return at::empty({B, N, H, size}, like.options()).transpose(1, 2);
-  return at::empty({B, H, N, size}, like.options());
+  if (like.stride(1) >= like.stride(2)) return empty({B, H, N, size}, like.dtype());
+  const int64_t sizes[] = {B, H, N, size}, strides[] = {N * H * size, size, H * size, 1};
+  return empty_strided(sizes, strides, 4, like.dtype());
 }
 
 Tensor empty_gradient(const Tensor& like) {
-  return like.dim() == 4 ? empty_heads(like, like.size(3)) : at::empty(like.sizes(), like.options());
+  return like.dim() == 4 ? empty_heads(like, like.size(3)) : empty_like(like);
 }
 
 Tensor empty_gradient(const OptionalTensor& like) {
   return empty_gradient(*like);
 }
 
-AttentionNeeds read_needs(const c10::List<bool>& asked) {
+AttentionNeeds read_needs(const std::vector<bool>& asked) {
   AttentionNeeds needs;
 #define FASTPREFIX_READ(type, name) needs.name = asked[static_cast<int64_t>(AttentionArgument::name)];
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_READ, FASTPREFIX_NOTHING)
@@ -66,42 +67,13 @@ std::vector<Tensor> list_results(const AttentionResults& results) {
   return given;
 }
 
-at::ScalarType accumulator(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-template <class Call>
-void dispatch(at::ScalarType type, Call call) {
-  switch (type) {
-    case at::kFloat: return call(float{});
-    case at::kDouble: return call(double{});
-    case at::kBFloat16: return call(at::BFloat16{});
-    case at::kHalf: return call(at::Half{});
-    default:
-      TORCH_CHECK_TYPE(false, "prefix_attention on the CPU takes float32, float64, bfloat16 or float16, got ", type);
-  }
-}
-
 std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& a) {
   Tensor output = empty_heads(a.query, a.value.size(3));
-  Tensor normalizers = at::empty(
+  Tensor normalizers = empty(
       {a.output_gate ? 2 : 1, 2, a.query.size(0), a.query.size(1), a.query.size(2)},
-      a.query.options().dtype(accumulator(a.query)));
-  dispatch(a.query.scalar_type(), [&](auto type) { forward_kernel<decltype(type)>(a, output, normalizers); });
+      a.query.holds<double>() ? dtype_of<double>() : dtype_of<float>());
+  dispatch("prefix_attention", a.query, [&](auto type) { forward_kernel<decltype(type)>(a, output, normalizers); });
   return {output, normalizers};
-}
-
-// Sums to the gradient of what was broadcast over them.
-void sum_into(const Tensor& gradient, const Tensor& sums) {
-  gradient.copy_(at::sum_to(sums, gradient.sizes()));
-}
-
-// The same for sums with a column for each prefix key; where the gradient has more columns, no row sees their keys.
-void sum_columns_into(const Tensor& gradient, const Tensor& sums) {
-  int64_t columns = sums.size(-1);
-  if (gradient.size(-1) <= std::max<int64_t>(columns, 1)) return sum_into(gradient, sums);
-  gradient.narrow(-1, columns, gradient.size(-1) - columns).zero_();
-  sum_into(gradient.narrow(-1, 0, columns), sums);
 }
 
 std::vector<Tensor> run_backward(
@@ -110,7 +82,7 @@ std::vector<Tensor> run_backward(
     const Tensor& output,
     const Tensor& normalizers,
     const AttentionNeeds& needs) {
-  TORCH_CHECK(
+  STD_TORCH_CHECK(
       !needs.attn_mask && !needs.prefix_bias, "attn_mask and prefix_bias have gradients from the eager backend alone");
   AttentionResults results = allocate_results(needs, original);
   std::vector<Tensor> given = list_results(results);
@@ -118,61 +90,71 @@ std::vector<Tensor> run_backward(
 
   int64_t B = a.query.size(0), Hq = a.query.size(1), Hkv = a.key.size(1), N = a.query.size(2);
   if (B * N == 0) {
-    for (const Tensor& result : given) result.zero_();
+    for (const Tensor& result : given) result.zero();
     return given;
   }
   for (const Tensor& result : {results.prefix_key, results.prefix_value})
-    if (result.defined() && a.frozen_prefix > 0) result.narrow(2, 0, a.frozen_prefix).zero_();
+    if (result.defined() && a.frozen_prefix > 0) result.narrow(2, 0, a.frozen_prefix).zero();
   int64_t blocks = query_blocks(N);
-  auto sums = a.query.options().dtype(at::kDouble);
   AttentionGradients gradients{results, {}, {}, {}, {}};
-  if (needs.output_gate) gradients.output_gate_sums = at::empty({B, Hq, blocks}, sums);
-  if (needs.sinks) gradients.sinks_sums = at::empty({B, Hq, blocks}, sums);
+  if (needs.output_gate) gradients.output_gate_sums = empty<double>({B, Hq, blocks});
+  if (needs.sinks) gradients.sinks_sums = empty<double>({B, Hq, blocks});
 
-  dispatch(a.query.scalar_type(), [&](auto type) {
+  dispatch("prefix_attention", a.query, [&](auto type) {
     backward_kernel<decltype(type)>(a, needs, gradients, grad_output, output, normalizers);
   });
   if (needs.prefix_gate) {
-    Tensor dg = gradients.prefix_gate;
-    int64_t P = dg.size(-1);
-    if (a.prefix_gate->dim() == 3) dg = dg.view({Hkv, B, P}).transpose(0, 1);
-    else if (a.prefix_gate->size(2) == 1) dg = dg.view({Hkv, B, Hq / Hkv, P}).transpose(0, 1).reshape({B, Hq, 1, P});
-    sum_columns_into(results.prefix_gate, dg);
+    Tensor gradient = results.prefix_gate, sums = gradients.prefix_gate;
+    if (gradient.dim() == 3) {
+      sums = sums.unflatten(0, {Hkv, B}).transpose(0, 1);
+    } else if (gradient.size(2) == 1) {
+      sums = sums.unflatten(0, {Hkv, B, Hq / Hkv}).transpose(0, 1);
+      gradient = gradient.select(2, 0).unflatten(1, {Hkv, Hq / Hkv});
+    }
+    sum_columns_into(gradient, sums);
   }
   if (needs.prefix_key_bias) {
-    Tensor db = gradients.prefix_key_bias;
-    sum_columns_into(results.prefix_key_bias, db.view({Hkv, db.size(0) / Hkv, db.size(1)}).transpose(0, 1));
+    Tensor sums = gradients.prefix_key_bias;
+    sum_columns_into(results.prefix_key_bias, sums.unflatten(0, {Hkv, sums.size(0) / Hkv}).transpose(0, 1));
   }
-  if (needs.output_gate) sum_into(results.output_gate, gradients.output_gate_sums.sum(2));
-  if (needs.sinks) sum_into(results.sinks, gradients.sinks_sums.sum(at::IntArrayRef{0, 2}));
+  if (needs.output_gate) sum_into(results.output_gate.unsqueeze(2), gradients.output_gate_sums);
+  if (needs.sinks) sum_into(results.sinks.unsqueeze(0).unsqueeze(2), gradients.sinks_sums);
   return given;
 }
 
 #define FASTPREFIX_PARAMETERS FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED                                          \
-  AttentionArguments {                                                \
-    FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) \
+#define FASTPREFIX_COLLECTED                                            \
+  AttentionArguments {                                                  \
+    FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_OPENED, FASTPREFIX_COMMA) \
   }
+#define FASTPREFIX_RELEASE FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_RELEASED, FASTPREFIX_NOTHING)
 
-std::tuple<Tensor, Tensor> forward(FASTPREFIX_PARAMETERS) {
-  return run_forward(with_dense_rows(FASTPREFIX_COLLECTED));
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> forward(FASTPREFIX_PARAMETERS) {
+  Finally released{[&] { FASTPREFIX_RELEASE }};
+  auto [output, normalizers] = run_forward(with_dense_rows(FASTPREFIX_COLLECTED));
+  return {output.owner(), normalizers.owner()};
 }
 
-std::vector<Tensor> backward(
-    const Tensor& grad_output,
-    const Tensor& output,
-    const Tensor& normalizers,
-    c10::List<bool> needs_grad,
+std::vector<torch::stable::Tensor> backward(
+    AtenTensorHandle grad_output,
+    AtenTensorHandle output,
+    AtenTensorHandle normalizers,
+    std::vector<bool> needs_grad,
     FASTPREFIX_PARAMETERS) {
-  return run_backward(
-      FASTPREFIX_COLLECTED, with_dense_rows(grad_output), output, normalizers.contiguous(), read_needs(needs_grad));
+  Finally released{[&] {
+    for (AtenTensorHandle handle : {grad_output, output, normalizers}) BoxedOf<Tensor>::release(handle);
+    FASTPREFIX_RELEASE
+  }};
+  return boxed(run_backward(
+      FASTPREFIX_COLLECTED, with_dense_rows(Tensor(grad_output)), Tensor(output), contiguous(Tensor(normalizers)),
+      read_needs(needs_grad)));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastprefix, CPU, library) {
-  library.impl("prefix_attention.cpu", forward);
-  library.impl("prefix_attention_backward.cpu", backward);
+STABLE_TORCH_LIBRARY_IMPL(fastprefix, CPU, library) {
+  library.impl("prefix_attention.cpu", TORCH_BOX(&forward));
+  library.impl("prefix_attention_backward.cpu", TORCH_BOX(&backward));
 }
 
 }  // namespace fastprefix

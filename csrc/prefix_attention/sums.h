@@ -2,8 +2,8 @@
 // them and then added up in the order of the slots. So they are the same from run to run for a number of threads.
 #pragma once
 
+#include "../common/scratch.h"
 #include "pack.h"
-#include "scratch.h"
 
 namespace fastprefix {
 
@@ -44,20 +44,20 @@ struct ColumnSums {
 
   ColumnSums() = default;
   ColumnSums(const Slots& slots, int64_t groups, int64_t columns)
-      : items(slots.items / groups),
-        columns(columns),
-        rows(at::zeros({slots.count + groups - 1, columns}, at::kDouble)) {}
+      : items(slots.items / groups), columns(columns), rows(empty<double>({slots.count + groups - 1, columns})) {
+    rows.zero();
+  }
 
-  double* row(int64_t slot, int64_t item) const { return rows.data_ptr<double>() + (slot + item / items) * columns; }
+  double* row(int64_t slot, int64_t item) const { return rows.data<double>() + (slot + item / items) * columns; }
 
   // [groups, columns], each the sum of its rows in the order of the slots.
   Tensor total(const Slots& slots) const {
     int64_t groups = slots.items / items;
-    Tensor totals = at::empty({groups, columns}, at::kDouble);
-    at::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
+    Tensor totals = empty<double>({groups, columns});
+    parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         int64_t from = slots.of(group * items), to = slots.of((group + 1) * items - 1);
-        double* total = totals.data_ptr<double>() + group * columns;
+        double* total = totals.data<double>() + group * columns;
         std::copy_n(row(from, group * items), columns, total);
         for (int64_t slot = from + 1; slot <= to; ++slot)
           for (int64_t c = 0; c < columns; ++c) total[c] += row(slot, group * items)[c];

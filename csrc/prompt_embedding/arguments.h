@@ -4,16 +4,10 @@
 // entries[b].
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-
 #include "../common/declare.h"
+#include "../common/tensor.h"
 
 namespace fastprefix::prompt_embedding {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // clang-format off
 #define FASTPREFIX_EMBEDDING_DIFFERENTIABLE(X, SEPARATOR) \
@@ -60,7 +54,7 @@ struct EmbeddingGradients {
 
   void zero_banks() const {
     for (const Tensor& bank : {w1, b1, w2, b2, low_rank_a, low_rank_b, position_offset})
-      if (bank.defined()) bank.zero_();
+      if (bank.defined()) bank.zero();
   }
   bool of_ffn() const { return w1.defined() || b1.defined() || w2.defined() || b2.defined(); }
 };

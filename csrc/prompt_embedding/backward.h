@@ -18,7 +18,7 @@ struct EmbeddingBackward {
   EmbeddingBackward(const EmbeddingProblem<T>& p, const EmbeddingGradients& gradients, const Tensor& grad_output)
       : p(p),
         gradients(gradients),
-        grad(grad_output.const_data_ptr<T>()),
+        grad(grad_output.data<const T>()),
         batch_stride(grad_output.stride(0)),
         row_stride(grad_output.stride(1)),
         need_dh(gradients.w1.defined() || gradients.b1.defined() || gradients.weight.defined()) {}
@@ -32,8 +32,7 @@ struct EmbeddingBackward {
     if (p.tokens() == 0) return;
     if (p.kind == OffsetKind::ffn) {
       Groups groups = p.groups();
-      Tensor dh =
-          gradients.weight.defined() ? at::empty({groups.count(), p.rp}, at::CppTypeToScalarType<A>::value) : Tensor();
+      Tensor dh = gradients.weight.defined() ? empty<A>({groups.count(), p.rp}) : Tensor();
       if (gradients.of_ffn() || gradients.weight.defined()) ffn_gradients(groups, dh);
       if (gradients.weight.defined()) weight_gradient(groups, dh);
       return;
@@ -56,8 +55,8 @@ struct EmbeddingBackward {
   }
 
   void prompt_gradient() const {
-    T* to = gradients.prompt.template mutable_data_ptr<T>();
-    at::parallel_for(0, p.S, 1, [&](int64_t begin, int64_t end) {
+    T* to = gradients.prompt.template data<T>();
+    parallel_for(0, p.S, 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width);
       for (int64_t s = begin; s < end; ++s) {
         sum_rows(p.B, [&](int64_t b) { return grad + b * batch_stride + s * row_stride; }, p.d, sum.data());
@@ -68,8 +67,8 @@ struct EmbeddingBackward {
 
   // A row of the store is the sum over the rows of the batch that see it.
   void store_gradient() const {
-    T* to = gradients.prompt.template mutable_data_ptr<T>();
-    at::parallel_for(0, p.P, 1, [&](int64_t begin, int64_t end) {
+    T* to = gradients.prompt.template data<T>();
+    parallel_for(0, p.P, 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width);
       std::vector<const T*> seen;
       for (int64_t i = begin; i < end; ++i) {
@@ -122,7 +121,8 @@ struct EmbeddingBackward {
     // `slot + user` numbers the pairs that occur.
     int64_t bytes = Sums::bytes(p), parts = slots.count + static_cast<int64_t>(p.offsets.size()) - 1;
     std::vector<int64_t> user_of(parts, -1);
-    Tensor memory = Arena::allocate(parts * bytes).zero_();
+    Tensor memory = Arena::allocate(parts * bytes);
+    memory.zero();
     char* aligned = Arena::align(memory);
     auto sums_of = [&](int64_t part) {
       Arena arena(aligned + part * bytes);
@@ -149,7 +149,7 @@ struct EmbeddingBackward {
 
   void add_up(const std::vector<Sums>& all, A* Sums::* part, int64_t rows, int64_t width) const {
     if (all.size() == 1) return;
-    at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
       for (size_t slot = 1; slot < all.size(); ++slot)
         for (int64_t i = begin * width; i < end * width; i += kLanes<A>)
           store(all[0].*part + i, load(all[0].*part + i) + load(all[slot].*part + i));
@@ -160,14 +160,11 @@ struct EmbeddingBackward {
   void finish(const Sums& sums, int64_t entry) const {
     auto write = [&](const Tensor& to, A* from, int64_t rows, int64_t width, int64_t ld, int64_t entry) {
       if (!to.defined()) return;
-      T* data = to.template mutable_data_ptr<T>() + entry * rows * width;
+      T* data = to.template data<T>() + entry * rows * width;
       for (int64_t i = 0; i < rows; ++i) write_row(from + i * ld, width, data + i * width);
     };
-    if (gradients.w1.defined()) {
-      Tensor transposed = at::empty({p.r, p.d}, gradients.w1.options());
-      write(transposed, sums.w1, p.r, p.d, p.ld, 0);
-      (p.banked ? gradients.w1.select(0, entry) : gradients.w1).copy_(transposed.t());
-    }
+    if (gradients.w1.defined())
+      unpack_transposed(sums.w1, p.ld, p.d, p.r, gradients.w1.template data<T>() + entry * p.d * p.r, p.r);
     write(gradients.w2, sums.w2, p.r, p.d, p.ld, entry);
     write(gradients.low_rank_b, sums.w2, p.r, p.d, p.ld, entry);
     write(gradients.b1, sums.b1, 1, p.r, p.rp, entry);
@@ -176,7 +173,7 @@ struct EmbeddingBackward {
 
   void ffn_gradients(const Groups& groups, const Tensor& all_dh) const {
     Slots slots(p.tokens());
-    A* kept = all_dh.defined() ? all_dh.template mutable_data_ptr<A>() : nullptr;
+    A* kept = all_dh.defined() ? all_dh.template data<A>() : nullptr;
     summed(slots, [&](int64_t slot, const BackwardTile& tile, auto sums) {
       int64_t last = groups.cut(slot + 1, slots.count, 3 * p.cost_of_group());
       for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()), rows; u < last; u += rows) {
@@ -236,7 +233,7 @@ struct EmbeddingBackward {
   // The table's gradient, a distinct token at a time: dy, and dh w1^T where there is a network (dh is summed over the
   // occurrences that share an offset first).
   void weight_gradient(const Groups& groups, const Tensor& all_dh) const {
-    gradients.weight.zero_();
+    gradients.weight.zero();
     // An id has several groups with dropout, where every occurrence is one, and with a bank of offsets.
     bool several = p.kind == OffsetKind::ffn && (p.banked || p.dropout.active);
     Groups of_ids = several ? Groups::distinct(groups.token.data(), groups.count())
@@ -244,9 +241,9 @@ struct EmbeddingBackward {
     Groups flat;
     if (several) flat = of_ids.flatten(groups);
     const Groups& occurrences = several ? flat : groups;
-    const A* dh = all_dh.defined() ? all_dh.template const_data_ptr<A>() : nullptr;
-    T* to = gradients.weight.template mutable_data_ptr<T>();
-    at::parallel_for(0, of_ids.count(), 16, [&](int64_t begin, int64_t end) {
+    const A* dh = all_dh.defined() ? all_dh.template data<const A>() : nullptr;
+    T* to = gradients.weight.template data<T>();
+    parallel_for(0, of_ids.count(), 16, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width), offset(p.width), dh_sum(p.rp);
       for (int64_t u = begin; u < end; ++u) {
         sum_occurrences(occurrences, u, sum.data());
@@ -274,13 +271,13 @@ struct EmbeddingBackward {
 
   // Where the gradient of a position's row is, in a tensor [T, ...] or [K, T, ...] with rows of `width`.
   T* position_row(const Tensor& to, int64_t user, int64_t position, int64_t width) const {
-    return to.template mutable_data_ptr<T>() + (p.offsets[user].entry * to.size(-2) + position) * width;
+    return to.template data<T>() + (p.offsets[user].entry * to.size(-2) + position) * width;
   }
 
   void dense_gradient() const {
-    gradients.position_offset.zero_();  // from position N on
+    gradients.position_offset.zero();  // from position N on
     int64_t items = static_cast<int64_t>(p.offsets.size()) * p.N;
-    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width);
       for (int64_t i = begin; i < end; ++i) {
         sum_position(i / p.N, i % p.N, sum.data());
@@ -291,7 +288,7 @@ struct EmbeddingBackward {
 
   // da = g b^T and db = a^T g, where g is what sum_position makes.
   void low_rank_gradients() const {
-    if (gradients.low_rank_a.defined()) gradients.low_rank_a.zero_();  // from position N on
+    if (gradients.low_rank_a.defined()) gradients.low_rank_a.zero();  // from position N on
     Slots slots(static_cast<int64_t>(p.offsets.size()) * p.N);
     summed(slots, [&](int64_t slot, const BackwardTile& tile, auto sums) {
       for (int64_t i = slots.first(slot), rows; i < slots.first(slot + 1); i += rows) {

@@ -1,7 +1,7 @@
 // Products that sum over the model width: both operands are read by vectors, along their rows.
 #pragma once
 
-#include "../prefix_attention/simd.h"
+#include "../common/simd.h"
 
 namespace fastprefix::prompt_embedding {
 

@@ -20,8 +20,8 @@ struct EmbeddingForward {
   EmbeddingForward(const EmbeddingProblem<T>& p, const OptionalTensor& prompt, Tensor& output)
       : p(p),
         prompt(prompt ? Rows<T>(*prompt) : Rows<T>()),
-        output(output.mutable_data_ptr<T>()),
-        streaming(static_cast<int64_t>(output.nbytes()) > kStreamFrom) {}
+        output(output.data<T>()),
+        streaming(output.numel() * static_cast<int64_t>(sizeof(T)) > kStreamFrom) {}
 
   void run() const {
     switch (p.kind) {
@@ -46,7 +46,7 @@ struct EmbeddingForward {
 
   // Prompt tuning: rows are copied, the prompt's and the table's.
   void lookup() const {
-    at::parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t b = i / (p.S + p.N), s = i % (p.S + p.N);
         if (s < p.S) write_prompt_row(b, s);
@@ -147,7 +147,8 @@ struct EmbeddingForward {
   void positional() const {
     int64_t blocks = (p.N + p.tile() - 1) / p.tile();
     // Few blocks of positions: threads share one, each with rows of the batch of its own.
-    std::vector<Share> shares = share_rows(std::clamp<int64_t>((at::get_num_threads() + blocks - 1) / blocks, 1, p.B));
+    std::vector<Share> shares =
+        share_rows(std::clamp<int64_t>((int64_t{get_num_threads()} + blocks - 1) / blocks, 1, p.B));
     int64_t parts = static_cast<int64_t>(shares.size());
     Slots slots(blocks * parts);
     slots.run(ForwardTile::bytes(p), [&](int64_t slot, char* scratch) {

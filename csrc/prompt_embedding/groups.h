@@ -1,8 +1,6 @@
 // The occurrences of each distinct token id, for a token's offset depends on its id alone.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <numeric>

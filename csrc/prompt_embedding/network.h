@@ -1,8 +1,8 @@
 // The offset, ADePT's network, DePT's pair or a dense one, and who uses it, as the kernels want them.
 #pragma once
 
-#include "../prefix_attention/gemm.h"
-#include "../prefix_attention/scratch.h"
+#include "../common/gemm.h"
+#include "../common/scratch.h"
 #include "arguments.h"
 #include "dots.h"
 #include "dropout.h"
@@ -54,13 +54,13 @@ struct EmbeddingProblem {
         rp(round_up(r, kLanes<A>)),
         scale(static_cast<A>(a.offset_scale)),
         weight(a.weight),
-        ids_tensor(a.input_ids.to(at::kLong).contiguous()),
-        ids(ids_tensor.const_data_ptr<int64_t>()),
+        ids_tensor(as_int64(a.input_ids)),
+        ids(ids_tensor.data<const int64_t>()),
         banked(a.entries.has_value()) {
     check_ids();
     if (a.prompt_spans) {
-      spans_tensor = a.prompt_spans->to(at::kLong).contiguous();
-      spans = spans_tensor.const_data_ptr<int64_t>();
+      spans_tensor = as_int64(*a.prompt_spans);
+      spans = spans_tensor.data<const int64_t>();
       check_spans();
     }
     if (!a.offset()) return;
@@ -75,7 +75,7 @@ struct EmbeddingProblem {
       lay_out(arena, offset);
       fill(a, offset);
     }
-    if (a.dropout_seed) dropout = Dropout(a.dropout_seed->item<int64_t>(), a.dropout_p);
+    if (a.dropout_seed) dropout = Dropout(*a.dropout_seed->data<const int64_t>(), a.dropout_p);
   }
 
   int64_t tokens() const { return B * N; }
@@ -132,8 +132,8 @@ struct EmbeddingProblem {
       users.token = {0};
       users.start = {0, B};
     } else {
-      Tensor index_tensor = a.entries->to(at::kLong).contiguous();
-      const int64_t* index = index_tensor.const_data_ptr<int64_t>();
+      Tensor index_tensor = as_int64(*a.entries);
+      const int64_t* index = index_tensor.data<const int64_t>();
       check_index(index, a.offset()->size(0));
       // Unsigned, -1 is the largest.
       auto entry = [&](int64_t row) { return static_cast<uint64_t>(index[row]); };
@@ -162,7 +162,7 @@ struct EmbeddingProblem {
   void fill(const EmbeddingArguments& a, Offset<T>& offset) const {
     auto of = [&](const OptionalTensor& x) { return banked ? x->select(0, offset.entry) : *x; };
     if (kind == OffsetKind::ffn) {
-      pack_matrix<T>(of(a.w1).t().contiguous(), rp, ld, offset.w1);
+      pack_columns<T>(of(a.w1), rp, ld, offset.w1);
       pack_matrix<T>(of(a.w2), rp, ld, offset.w2);
       std::fill(offset.b1, offset.b1 + rp, A(0));
       pack_vector<T>(of(a.b1), offset.b1);
@@ -178,29 +178,28 @@ struct EmbeddingProblem {
   void check_ids() const {
     if (tokens() == 0) return;
     auto [low, high] = std::minmax_element(ids, ids + tokens());
-    TORCH_CHECK_VALUE(
-        *low >= 0 && *high < V, "`input_ids` must hold ids from 0 to V - 1 = ", V - 1, ", got ",
-        *low < 0 ? *low : *high);
+    if (*low < 0 || *high >= V)
+      refuse_value("`input_ids` must hold ids from 0 to V - 1 = ", V - 1, ", got ", *low < 0 ? *low : *high);
   }
 
   void check_index(const int64_t* index, int64_t entries) const {
     for (int64_t b = 0; b < B; ++b)
-      TORCH_CHECK_VALUE(
-          index[b] >= -1 && index[b] < entries,
-          "`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1, ", got ", index[b]);
+      if (index[b] < -1 || index[b] >= entries)
+        refuse_value("`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1, ", got ", index[b]);
   }
 
   void check_spans() const {
     for (int64_t b = 0; b < B; ++b) {
       int64_t start = spans[2 * b], length = spans[2 * b + 1];
       // Without start + length, which may be beyond 64 bits.
-      TORCH_CHECK_VALUE(
-          start >= 0 && length >= 0 && start <= P && length <= P - start,
-          "`prompt_spans` must hold (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
-          ") in row ", b);
-      TORCH_CHECK_VALUE(
-          length <= S, "`prompt_spans` must hold lengths up to prompt_length = ", S, ", got (", start, ", ", length,
-          ") in row ", b);
+      if (start < 0 || length < 0 || start > P || length > P - start)
+        refuse_value(
+            "`prompt_spans` must hold (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
+            ") in row ", b);
+      if (length > S)
+        refuse_value(
+            "`prompt_spans` must hold lengths up to prompt_length = ", S, ", got (", start, ", ", length, ") in row ",
+            b);
     }
   }
 };

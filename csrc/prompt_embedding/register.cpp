@@ -1,7 +1,7 @@
 // The operators `fastprefix::prompt_embedding.cpu` and `fastprefix::prompt_embedding_backward.cpu`.
 //
 // Schemas, fakes and autograd are the Python package's (fastprefix/ops/prompt_embedding/registration.py).
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "backward.h"
 #include "forward.h"
@@ -9,76 +9,61 @@
 namespace fastprefix::prompt_embedding {
 namespace {
 
-template <class Call>
-void dispatch(at::ScalarType type, Call call) {
-  switch (type) {
-    case at::kFloat: return call(float{});
-    case at::kDouble: return call(double{});
-    case at::kBFloat16: return call(at::BFloat16{});
-    case at::kHalf: return call(at::Half{});
-    default:
-      TORCH_CHECK_TYPE(false, "prompt_embedding on the CPU takes float32, float64, bfloat16 or float16, got ", type);
-  }
-}
-
 Tensor run_forward(const EmbeddingArguments& a) {
   Tensor output;
-  dispatch(a.weight.scalar_type(), [&](auto type) {
+  dispatch("prompt_embedding", a.weight, [&](auto type) {
     EmbeddingProblem<decltype(type)> problem(a);  // checks the ids
-    output = at::empty({a.B(), a.S() + a.N(), a.d()}, a.weight.options());
+    output = empty({a.B(), a.S() + a.N(), a.d()}, a.weight.dtype());
     if (output.numel() > 0) EmbeddingForward<decltype(type)>(problem, a.prompt, output).run();
   });
   return output;
 }
 
-Tensor empty_gradient(const Tensor& x) {
-  return at::empty(x.sizes(), x.options());
-}
-
-Tensor empty_gradient(const OptionalTensor& x) {
-  return empty_gradient(*x);
-}
-
-std::vector<Tensor> run_backward(const Tensor& grad_output, const c10::List<bool>& asked, const EmbeddingArguments& a) {
+std::vector<Tensor> run_backward(
+    const Tensor& grad_output, const std::vector<bool>& asked, const EmbeddingArguments& a) {
   EmbeddingGradients gradients;
   std::vector<Tensor> given;
 #define FASTPREFIX_ALLOCATE(type, name) \
-  if (asked[static_cast<int64_t>(EmbeddingGradient::name)]) given.push_back(gradients.name = empty_gradient(a.name));
+  if (asked[static_cast<int64_t>(EmbeddingGradient::name)]) given.push_back(gradients.name = empty_like(a.name));
   FASTPREFIX_EMBEDDING_DIFFERENTIABLE(FASTPREFIX_ALLOCATE, FASTPREFIX_NOTHING)
 #undef FASTPREFIX_ALLOCATE
   if (grad_output.numel() == 0) {
-    for (const Tensor& result : given) result.zero_();
+    for (const Tensor& result : given) result.zero();
     return given;
   }
-  Tensor dy = grad_output.size(2) == 1 || grad_output.stride(2) == 1 ? grad_output : grad_output.contiguous();
-  dispatch(a.weight.scalar_type(), [&](auto type) {
+  Tensor dy = grad_output.size(2) == 1 || grad_output.stride(2) == 1 ? grad_output : contiguous(grad_output);
+  dispatch("prompt_embedding", a.weight, [&](auto type) {
     EmbeddingProblem<decltype(type)> problem(a);
     if (a.N() == 0)
-      for (const Tensor& result : given) result.zero_();  // all but the prompt's
+      for (const Tensor& result : given) result.zero();  // all but the prompt's
     EmbeddingBackward<decltype(type)>(problem, gradients, dy).run();
   });
   return given;
 }
 
 #define FASTPREFIX_PARAMETERS FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED                                          \
-  EmbeddingArguments {                                                \
-    FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) \
+#define FASTPREFIX_COLLECTED                                            \
+  EmbeddingArguments {                                                  \
+    FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_OPENED, FASTPREFIX_COMMA) \
   }
+#define FASTPREFIX_RELEASE FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_RELEASED, FASTPREFIX_NOTHING)
 
-Tensor forward(FASTPREFIX_PARAMETERS) {
-  return run_forward(FASTPREFIX_COLLECTED);
+torch::stable::Tensor forward(FASTPREFIX_PARAMETERS) {
+  Finally released{[&] { FASTPREFIX_RELEASE }};
+  return run_forward(FASTPREFIX_COLLECTED).owner();
 }
 
-std::vector<Tensor> backward(const Tensor& grad_output, c10::List<bool> needs_grad, FASTPREFIX_PARAMETERS) {
-  return run_backward(grad_output, needs_grad, FASTPREFIX_COLLECTED);
+std::vector<torch::stable::Tensor> backward(
+    AtenTensorHandle grad_output, std::vector<bool> needs_grad, FASTPREFIX_PARAMETERS) {
+  Finally released{[&] { FASTPREFIX_RELEASED(Tensor, grad_output) FASTPREFIX_RELEASE }};
+  return boxed(run_backward(Tensor(grad_output), needs_grad, FASTPREFIX_COLLECTED));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastprefix, CPU, library) {
-  library.impl("prompt_embedding.cpu", forward);
-  library.impl("prompt_embedding_backward.cpu", backward);
+STABLE_TORCH_LIBRARY_IMPL(fastprefix, CPU, library) {
+  library.impl("prompt_embedding.cpu", TORCH_BOX(&forward));
+  library.impl("prompt_embedding_backward.cpu", TORCH_BOX(&backward));
 }
 
 }  // namespace fastprefix::prompt_embedding

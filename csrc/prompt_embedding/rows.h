@@ -2,20 +2,21 @@
 #pragma once
 
 #include "../common/round_up.h"
-#include "../prefix_attention/simd.h"
+#include "../common/tensor.h"
+#include "../common/transposed.h"
 
 namespace fastprefix::prompt_embedding {
 
 // memcpy past the caches, for an output that they could not hold: memory is written without being read first.
 inline void stream(void* to, const void* from, int64_t bytes) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(__AVX2__)
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
   int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & (kVectorBytes - 1), bytes);
   std::memcpy(target, source, head);
   int64_t k = head;
   for (; k + kVectorBytes <= bytes; k += kVectorBytes) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(target + k), _mm512_loadu_si512(source + k));
 #else
     __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + k));
@@ -30,7 +31,7 @@ inline void stream(void* to, const void* from, int64_t bytes) {
 
 // After the last stream() of a thread: other threads see what it wrote.
 inline void finish_streams() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
@@ -48,8 +49,8 @@ struct Rows {
   int64_t stride = 0, step = 1, d = 0;  // elements from row to row, from element to element; elements in a row
 
   Rows() = default;
-  explicit Rows(const at::Tensor& x)
-      : data(x.const_data_ptr<T>()), stride(x.stride(0)), step(x.size(1) == 1 ? 1 : x.stride(1)), d(x.size(1)) {}
+  explicit Rows(const Tensor& x)
+      : data(x.data<const T>()), stride(x.stride(0)), step(x.size(1) == 1 ? 1 : x.stride(1)), d(x.size(1)) {}
 
   const T* row(int64_t i) const { return data + i * stride; }
 
@@ -150,7 +151,7 @@ int64_t leading(int64_t d) {
 
 // x, its rows `ld` apart, in the sums' type, with rows of zeros up to `rows`.
 template <class T, class A>
-void pack_matrix(const at::Tensor& x, int64_t rows, int64_t ld, A* to) {
+void pack_matrix(const Tensor& x, int64_t rows, int64_t ld, A* to) {
   Rows<T> from(x);
   int64_t width = round_up(from.d, kLanes<A>);
   for (int64_t i = 0; i < rows; ++i) {
@@ -159,8 +160,17 @@ void pack_matrix(const at::Tensor& x, int64_t rows, int64_t ld, A* to) {
   }
 }
 
+// The columns of x in the same way.
 template <class T, class A>
-void pack_vector(const at::Tensor& x, A* to) {
+void pack_columns(const Tensor& x, int64_t columns, int64_t ld, A* to) {
+  Rows<T> from(x);
+  if (from.step != 1) return pack_matrix<T>(x.transpose(0, 1), columns, ld, to);
+  pack_transposed<Plain<A>>(from.data, from.stride, x.size(0), from.d, to, ld);
+  std::fill(to + from.d * ld, to + columns * ld, A(0));
+}
+
+template <class T, class A>
+void pack_vector(const Tensor& x, A* to) {
   pack_matrix<T>(x.unsqueeze(0), 1, 0, to);
 }
 

@@ -20,31 +20,39 @@ def instruction_set() -> str:
     return capability if capability in ("avx2", "avx512") else "default"
 
 
-def find_library(folder: Path, torch_version: str) -> Path | str:
+def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__) -> Path | str:
     """Return the library in ``folder`` for this machine and a PyTorch version, or the reason why there is none.
 
-    The name of a library ends with the PyTorch version that it was compiled against (``setup.py``). With another one it
-    might load and then crash, since PyTorch's C++ interface changes from one minor version to the next.
+    The name of a library ends with the PyTorch version whose stable C++ interface it was compiled against
+    (``setup.py``). It runs with that version and with every later one.
     """
-    suffix = "_torch"
-    wanted = "_".join(torch_version.split(".")[:2])
-    library = folder / f"{instruction_set()}{suffix}{wanted}.so"
-    if library.exists():
-        return library
-    others = sorted({path.stem.rpartition(suffix)[2] for path in folder.glob(f"*{suffix}*.so")} - {wanted})
-    if not others:
+    found = {path.stem.rpartition("_abi")[2]: path for path in folder.glob(f"{instruction_set()}_abi*.so")}
+    if not found:
         return _NOT_BUILT
-    built = " and ".join(version.replace("_", ".") for version in others)
-    return (
-        f"its C++ extension was built for PyTorch {built}, and this is {torch_version}: "
-        "install fastprefix again, with --no-build-isolation"
-    )
+    abi, library = max(found.items(), key=lambda item: _numbers(item[0], "_"))
+    if _numbers(torch_version, ".") < _numbers(abi, "_"):
+        return f"its C++ extension needs PyTorch {abi.replace('_', '.')} or newer, and this is {torch_version}"
+    return library
+
+
+def _numbers(version: str, separator: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(number) for number in version.split(separator)[:2])
+
+
+def describe() -> str:
+    """Return the instruction set of the library for this machine and the PyTorch versions it runs with."""
+    library = find_library()
+    if isinstance(library, str):
+        return "none"
+    name, _, abi = library.stem.rpartition("_abi")
+    return f"{name}, for PyTorch {abi.replace('_', '.')} and newer (stable ABI)"
 
 
 @once
 def load() -> str | None:
     """Load the library, once, which registers its kernels with PyTorch; why not, if it cannot be."""
-    library = find_library(_FOLDER, torch.__version__)
+    library = find_library()
     if isinstance(library, str):
         return library
     try:

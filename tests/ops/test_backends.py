@@ -50,6 +50,25 @@ def test_triton_looks_at_the_device_of_the_inputs(monkeypatch):
     assert "ROCm" in refusal(torch.device("cuda", 1))
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "meta", "privateuseone"])
+@pytest.mark.parametrize("name", ["prefix_attention", "prompt_embedding"])
+def test_other_devices_are_served_by_eager(name, device):
+    refusals = dict.fromkeys(backends.BACKENDS, lambda arguments: None)
+    assert backends.choose(None, torch.device(device), refusals) == "eager"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.__name__)
+def test_eager_asks_nothing_of_a_device(case):
+    """On ``meta``, where tensors have no memory."""
+    inputs = case.build(torch.float32)
+    tensors = {name: x.to("meta").requires_grad_(x.is_floating_point()) for name, x in inputs.tensors.items()}
+    options = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.options.items()}
+    output = case.operation(**tensors, **options)
+    output.sum().backward()
+    assert output.is_meta
+    assert all(x.grad.is_meta for x in tensors.values() if x.requires_grad)
+
+
 @pytest.mark.parametrize("name", ["attn_mask", "prefix_bias"])
 def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
     case = AttentionCase()

@@ -26,12 +26,8 @@ Case = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every ``empty`` tensor, in C++ too, is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poison(poisoned: None) -> None:
+    """Every test's memory is full of NaN."""
 
 
 def make(dtype: torch.dtype, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

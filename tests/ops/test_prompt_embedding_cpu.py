@@ -209,15 +209,10 @@ def test_threads_and_determinism(case: EmbeddingCase, threads: int) -> None:
 
 
 @pytest.mark.parametrize("case", [*KINDS, make_case("dept", d=770)], ids=str)
-def test_reads_nothing_that_was_not_written(case: EmbeddingCase) -> None:
-    """With deterministic algorithms new memory is filled with NaN."""
+def test_reads_nothing_that_was_not_written(case: EmbeddingCase, poisoned: None) -> None:
     ids, inputs = tensors(case, torch.float32)
     dy = torch.randn(case.B, case.S + case.N, case.d)
-    torch.use_deterministic_algorithms(True)
-    try:
-        got = results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    got = results(fastprefix.prompt_embedding, case, ids, inputs, dy, backend="cpu")
     assert all(x.isfinite().all() for x in got)
 
 

@@ -1,6 +1,9 @@
 """Test that the source distribution builds the wheel, and that the wheel holds the package and nothing else."""
 
+import contextlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -8,9 +11,12 @@ import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
-import torch
+import setuptools
+import torch_abi_audit
 
 import fastprefix
 from fastprefix import _native
@@ -109,10 +115,78 @@ def test_commands_run_from_the_wheel(built: Distributions, tmp_path: Path) -> No
     assert "prefix_attention" in run(program, "parity", *options, folder=tmp_path, PYTHONPATH=str(site))
 
 
-def test_libraries_of_another_pytorch_are_not_loaded(tmp_path: Path) -> None:
-    assert "was not built" in str(_native.find_library(tmp_path, torch.__version__))
-    for version in ("2_11", "2_12"):
-        (tmp_path / f"{_native.instruction_set()}_torch{version}.so").touch()
-    assert _native.find_library(tmp_path, "2.12.1+cpu") == tmp_path / f"{_native.instruction_set()}_torch2_12.so"
-    reason = str(_native.find_library(tmp_path, "2.13.0+cpu"))
-    assert "was built for PyTorch 2.11 and 2.12, and this is 2.13.0+cpu" in reason
+def test_a_library_runs_with_its_pytorch_and_newer_ones(tmp_path: Path) -> None:
+    assert "was not built" in str(_native.find_library(tmp_path, "2.13.0+cpu"))
+    library = tmp_path / f"{_native.instruction_set()}_abi2_11.so"
+    library.touch()
+    for version in ("2.11.0", "2.13.0+cpu", "2.100.0a0+git1", "3.0.0"):
+        assert _native.find_library(tmp_path, version) == library
+    reason = str(_native.find_library(tmp_path, "2.10.1+cpu"))
+    assert reason == "its C++ extension needs PyTorch 2.11 or newer, and this is 2.10.1+cpu"
+
+
+LIBRARIES = sorted(Path(_native.__file__).parent.glob("*.so"))
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+def test_libraries_use_the_stable_interface_alone(library: Path) -> None:
+    (report,) = torch_abi_audit.inspect_package(library).bundled_libs
+    assert report.torch.stable
+    assert report.torch.min_torch_version == f"{library.stem.rpartition('_abi')[2].replace('_', '.')}.0"
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+def test_libraries_load_on_older_systems(library: Path) -> None:
+    """Symbols of glibc 2.28 and of the libstdc++ of GCC 8 are the newest that they ask for."""
+    needed = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
+    for system, newest in (("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 25)), ("CXXABI", (1, 3, 11))):
+        versions = {tuple(map(int, found.split("."))) for found in re.findall(rf"@{system}_([\d.]+)", needed)}
+        assert max(versions) <= newest
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    """``setup.py`` as a module, without building anything."""
+    specification = importlib.util.spec_from_file_location("fastprefix_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    with mock.patch("setuptools.setup"):
+        specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("system", "wanted", "compiler", "reason"),
+    [
+        ("Linux", "", "/usr/bin/c++", None),
+        ("Linux", "1", "/usr/bin/c++", None),
+        ("Linux", "0", "/usr/bin/c++", "FASTPREFIX_BUILD_EXT is 0"),
+        ("Linux", "", None, "there is no C++ compiler"),
+        ("Darwin", "", "/usr/bin/c++", "they are written for GCC on Linux, and this is Darwin"),
+        ("Windows", "", "cl.exe", "they are written for GCC on Linux, and this is Windows"),
+    ],
+)
+def test_when_the_kernels_are_built(
+    setup: ModuleType, system: str, wanted: str, compiler: str | None, reason: str | None
+) -> None:
+    assert setup.why_not_built(system, wanted, compiler) == reason
+
+
+def test_instruction_sets_of_architectures(setup: ModuleType) -> None:
+    assert list(setup.instruction_sets("x86_64")) == ["default", "avx2", "avx512", "avx512_bf16"]
+    assert list(setup.instruction_sets("AMD64")) == list(setup.instruction_sets("x86_64"))
+    assert setup.instruction_sets("aarch64") == {"default": []}
+
+
+@pytest.mark.parametrize(("wanted", "fails"), [("", False), ("1", True)])
+def test_a_failing_compiler_fails_the_build_only_where_kernels_were_asked_for(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: str, fails: bool
+) -> None:
+    def fail(self: object) -> None:
+        raise RuntimeError("Error compiling objects")
+
+    monkeypatch.setenv("FASTPREFIX_BUILD_EXT", wanted)
+    monkeypatch.setattr(setup.BuildExtension, "run", fail)
+    build = setup.Build(setuptools.Distribution())
+    with pytest.raises(RuntimeError, match="compiling") if fails else contextlib.nullcontext():
+        build.run()
+    assert ("without its CPU kernels: Error compiling objects" in capsys.readouterr().err) is not fails

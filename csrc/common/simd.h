@@ -4,23 +4,23 @@
 // are used only where the extensions have no word for an instruction.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include "types.h"
+
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace fastprefix {
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -99,12 +99,12 @@ inline Bits to_bfloat16(Vec<float> x) {
 
 template <class T>
 inline Vec<AccumulatorOf<T>> load_as(const T* p) {
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     return reinterpret_cast<Vec<float>>(widen(load_halves(p)) << 16);
-  } else if constexpr (std::is_same_v<T, at::Half>) {
-#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if defined(__AVX512F__)
     return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(__AVX2__)
     return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     Vec<float> x;
@@ -118,18 +118,18 @@ inline Vec<AccumulatorOf<T>> load_as(const T* p) {
 
 template <class T>
 inline void store_as(T* p, Vec<AccumulatorOf<T>> x) {
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     Halves halves = __builtin_convertvector(to_bfloat16(x), Halves);
     std::memcpy(static_cast<void*>(p), &halves, sizeof(halves));
-  } else if constexpr (std::is_same_v<T, at::Half>) {
-#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if defined(__AVX512F__)
     __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(__AVX2__)
     __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
 #else
-    for (int i = 0; i < kLanes<float>; ++i) p[i] = static_cast<at::Half>(x[i]);
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = static_cast<Float16>(x[i]);
 #endif
   } else {
     store(p, x);
@@ -175,9 +175,30 @@ inline Vec<float> exp(Vec<float> x) {
   return y * reinterpret_cast<Vec<float>>(power);
 }
 
+// The same; 0 from e^-708.4 downwards.
 inline Vec<double> exp(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
+  constexpr double kRound = 0x1.8p52;
+  constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;  // n * kLn2High is exact
+  x = x < -708.9 ? splat(-708.9) : x;
+  Vec<double> shifted = x * M_LOG2E + kRound, n = shifted - kRound;
+  Vec<double> r = x - n * kLn2High;
+  r = r - n * kLn2Low;
+  // Taylor's series: |r| is at most ln(2) / 2, so what follows its last term is below the rounding.
+  Vec<double> y = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  y = y * r + 1.0 / 39916800;
+  y = y * r + 1.0 / 3628800;
+  y = y * r + 1.0 / 362880;
+  y = y * r + 1.0 / 40320;
+  y = y * r + 1.0 / 5040;
+  y = y * r + 1.0 / 720;
+  y = y * r + 1.0 / 120;
+  y = y * r + 1.0 / 24;
+  y = y * r + 1.0 / 6;
+  y = y * r + 1.0 / 2;
+  y = y * r + 1.0;
+  y = y * r + 1.0;
+  Vec<uint64_t> power = (reinterpret_cast<Vec<uint64_t>>(shifted) << 52) + 0x3FF0000000000000u;
+  return y * reinterpret_cast<Vec<double>>(power);
 }
 
 // Its slope is 1 - tanh^2, which loses its digits as a difference where tanh is almost 1.

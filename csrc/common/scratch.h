@@ -1,12 +1,9 @@
 // Scratch memory, one piece for each slot of parallel work, from PyTorch's allocator.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
-#include <algorithm>
-#include <numeric>
 #include <vector>
+
+#include "tensor.h"
 
 namespace fastprefix {
 
@@ -26,9 +23,9 @@ class Arena {
   static constexpr int64_t kLine = 128;
 
   // Memory for so many bytes, and where it begins on a cache line.
-  static at::Tensor allocate(int64_t bytes) { return at::empty({bytes + kLine}, at::kByte); }
-  static char* align(const at::Tensor& memory) {
-    auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  static Tensor allocate(int64_t bytes) { return empty<char>({bytes + kLine}); }
+  static char* align(const Tensor& memory) {
+    auto address = reinterpret_cast<uintptr_t>(memory.data<char>());
     return reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
   }
 
@@ -45,8 +42,7 @@ class Slots {
 
   // Groups of `size` items follow one another, each item of which costs what `costs` says of its group.
   Slots(int64_t size, const std::vector<int64_t>& costs)
-      : items(size * static_cast<int64_t>(costs.size())),
-        count(std::min<int64_t>(items, at::in_parallel_region() ? 1 : at::get_num_threads())) {
+      : items(size * static_cast<int64_t>(costs.size())), count(std::min<int64_t>(items, get_num_threads())) {
     int64_t total = size * std::accumulate(costs.begin(), costs.end(), int64_t{0}), before = 0, group = 0;
     for (int64_t slot = 0; slot < count; ++slot) {
       int64_t target = slot * total / count;
@@ -67,9 +63,9 @@ class Slots {
   // Runs body(slot, scratch) for every slot; `bytes` of scratch each.
   template <class Body>
   void run(int64_t bytes, Body body) const {
-    at::Tensor memory = Arena::allocate(count * bytes);
+    Tensor memory = Arena::allocate(count * bytes);
     char* aligned = Arena::align(memory);
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) body(slot, aligned + slot * bytes);
     });
   }

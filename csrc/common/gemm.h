@@ -19,15 +19,15 @@ struct Plain {
 
 #if defined(__AVX512BF16__)
 struct Bfloat16Pairs {
-  using Operand = at::BFloat16;
+  using Operand = BFloat16;
   using Accumulator = float;
   static constexpr int pair = 2;
-  static Vec<float> broadcast(const at::BFloat16* a) {
+  static Vec<float> broadcast(const BFloat16* a) {
     float both;
     std::memcpy(&both, a, sizeof(both));
     return splat_bits(both);
   }
-  static Vec<float> vector(const at::BFloat16* b) { return load(reinterpret_cast<const float*>(b)); }
+  static Vec<float> vector(const BFloat16* b) { return load(reinterpret_cast<const float*>(b)); }
   static Vec<float> multiply_add(Vec<float> c, Vec<float> a, Vec<float> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
@@ -37,7 +37,7 @@ struct Bfloat16Pairs {
 };
 #endif
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AVX512F__)
 constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16

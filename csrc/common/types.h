@@ -1,0 +1,12 @@
+// The 16-bit types, as PyTorch has them.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace fastprefix {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Float16 = torch::headeronly::Half;
+
+}  // namespace fastprefix
