@@ -23,10 +23,12 @@ from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler
 ABI = (2, 11)
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
-# The names of ``torch.backends.cpu.get_cpu_capability()``, in small letters; never the building machine's own set.
+# The names of ``fastprefix._native.instruction_set()``; never the building machine's own set.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
-_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+_AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16, "amx": _AMX}
 
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only

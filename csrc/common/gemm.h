@@ -1,17 +1,21 @@
 // The one matrix product that everything is made of: C (+)= A B, A read by broadcast, B and C by vectors.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace fastprefix {
 
-// How operands are multiplied. `pair` elements that are neighbours along the summed index lie together in memory:
-// one for ordinary arithmetic, two for bfloat16 dot products.
+// How operands are multiplied. `pair` elements that are neighbors along the summed index lie together in memory: one
+// for ordinary arithmetic, two for bfloat16 dot products. `tiled`: with AMX. A `Unit` lives while a thread multiplies.
 template <class A>
 struct Plain {
   using Operand = A;
   using Accumulator = A;
+  struct Unit {};
   static constexpr int pair = 1;
+  static constexpr bool tiled = false;
   static Vec<A> broadcast(const A* a) { return splat(*a); }
   static Vec<A> vector(const A* b) { return load(b); }
   static Vec<A> multiply_add(Vec<A> c, Vec<A> a, Vec<A> b) { return a * b + c; }
@@ -21,7 +25,9 @@ struct Plain {
 struct Bfloat16Pairs {
   using Operand = BFloat16;
   using Accumulator = float;
+  struct Unit {};
   static constexpr int pair = 2;
+  static constexpr bool tiled = false;
   static Vec<float> broadcast(const BFloat16* a) {
     float both;
     std::memcpy(&both, a, sizeof(both));
@@ -34,6 +40,69 @@ struct Bfloat16Pairs {
 
  private:
   static Vec<float> splat_bits(float both) { return (Vec<float>)_mm512_set1_ps(both); }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+// How AMX is told of its eight tiles: 16 rows of 64 bytes each.
+struct TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+alignas(64) inline constexpr TileShapes kWholeTiles;
+
+// The same with AMX: 16 x 16 sums in a tile. What does not fill whole tiles is multiplied as above.
+struct Bfloat16Tiles : Bfloat16Pairs {
+  static constexpr bool tiled = true;
+  static constexpr int64_t kSize = 16;  // rows of a tile, and words in each
+
+  // Sets the tiles up, of which every thread has its own.
+  struct Unit {
+    Unit() { _tile_loadconfig(&kWholeTiles); }
+    ~Unit() { _tile_release(); }
+    Unit(const Unit&) = delete;
+  };
+
+  // R x V tiles of C (+)= A B over `steps` pairs, a multiple of kSize; strides are in elements.
+  template <int R, int V>
+  static void multiply(
+      const BFloat16* a,
+      int64_t lda,
+      const BFloat16* b,
+      int64_t ldb,
+      float* c,
+      int64_t ldc,
+      int64_t steps,
+      bool accumulate) {
+    constexpr int64_t pairs = kSize * pair;
+    asm volatile("" ::: "memory");  // what was stored is in memory
+    if (accumulate) {
+      _tile_loadd(0, c, ldc * 4);
+      if constexpr (V == 2) _tile_loadd(1, c + kSize, ldc * 4);
+      if constexpr (R == 2) _tile_loadd(2, c + kSize * ldc, ldc * 4);
+      if constexpr (R == 2 && V == 2) _tile_loadd(3, c + kSize * ldc + kSize, ldc * 4);
+    } else {
+      _tile_zero(0);
+      if constexpr (V == 2) _tile_zero(1);
+      if constexpr (R == 2) _tile_zero(2);
+      if constexpr (R == 2 && V == 2) _tile_zero(3);
+    }
+    for (; steps > 0; steps -= kSize, a += pairs, b += kSize * ldb) {
+      _tile_loadd(4, a, lda * 2);
+      _tile_loadd(6, b, ldb * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (V == 2) _tile_loadd(7, b + pairs, ldb * 2);
+      if constexpr (V == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (R == 2) _tile_loadd(5, a + kSize * lda, lda * 2);
+      if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, ldc * 4);
+    if constexpr (V == 2) _tile_stored(1, c + kSize, ldc * 4);
+    if constexpr (R == 2) _tile_stored(2, c + kSize * ldc, ldc * 4);
+    if constexpr (R == 2 && V == 2) _tile_stored(3, c + kSize * ldc + kSize, ldc * 4);
+  }
 };
 #endif
 
@@ -111,6 +180,9 @@ struct Product {
     Product piece = *this;
     for (int64_t done = 0; done < steps || done == 0; done += piece.steps) {
       piece.steps = std::min(kSteps, steps - done);
+      if constexpr (Manner::tiled) {
+        if (ks == Manner::pair) return run_tiles(rows, columns);
+      }
       piece.run_piece(rows, columns);
       if (piece.steps == 0) return;
       piece.a += piece.steps * ks;
@@ -120,6 +192,35 @@ struct Product {
   }
 
  private:
+  // Whole tiles, then the rows and the steps that are left.
+  void run_tiles(int64_t rows, int64_t columns) const {
+    constexpr int64_t n = Manner::kSize;
+    int64_t whole_rows = rows / n * n, whole_steps = steps / n * n;
+    if (whole_rows == 0 || whole_steps == 0) return run_piece(rows, columns);
+    for (int64_t column = 0; column < columns; column += 2 * n)
+      for (int64_t row = 0; row < whole_rows; row += 2 * n) {
+        bool two_rows = row + n < whole_rows, two_columns = column + n < columns;
+        auto multiply = two_rows ? (two_columns ? Manner::template multiply<2, 2> : Manner::template multiply<2, 1>)
+                                 : (two_columns ? Manner::template multiply<1, 2> : Manner::template multiply<1, 1>);
+        multiply(
+            a + row * rs, rs, b + column * Manner::pair, ldb, c + row * ldc + column, ldc, whole_steps, accumulate);
+      }
+    Product rest = *this;
+    if (whole_steps < steps) {
+      rest.a += whole_steps * ks;
+      rest.b += whole_steps * ldb;
+      rest.steps -= whole_steps;
+      rest.accumulate = true;
+      rest.run_piece(whole_rows, columns);
+    }
+    if (whole_rows < rows) {
+      rest = *this;
+      rest.a += whole_rows * rs;
+      rest.c += whole_rows * ldc;
+      rest.run_piece(rows - whole_rows, columns);
+    }
+  }
+
   void run_piece(int64_t rows, int64_t columns) const {
     int64_t vectors = columns / kLanes<A>;
     for (int64_t vector = 0, width; vector < vectors; vector += width) {

@@ -99,6 +99,7 @@ class AttentionBackward {
     BackwardWorker(*this, counting);
     do {
       slots_.run(counting.used(), [&](int64_t slot, char* memory) {
+        [[maybe_unused]] typename Manner::Unit unit;
         Arena arena(memory);
         BackwardWorker(*this, arena).work(slot);
       });

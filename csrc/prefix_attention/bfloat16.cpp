@@ -1,7 +1,9 @@
 #include "kernels.h"
 
 namespace fastprefix {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+FASTPREFIX_DEFINE_KERNELS(BFloat16, Bfloat16Tiles)
+#elif defined(__AVX512BF16__)
 FASTPREFIX_DEFINE_KERNELS(BFloat16, Bfloat16Pairs)
 #else
 FASTPREFIX_DEFINE_KERNELS(BFloat16, Plain<float>)

@@ -92,6 +92,7 @@ class AttentionForward {
     Arena counting(nullptr);
     ForwardWorker(*this, counting);
     slots.run(counting.used(), [&](int64_t slot, char* memory) {
+      [[maybe_unused]] typename Manner::Unit unit;
       Arena arena(memory);
       ForwardWorker worker(*this, arena);
       for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) worker.attend(block(item));

@@ -31,6 +31,26 @@ inline void pack_row_pairs(
     }
 }
 
+// A block of keys transposed: to[d][row], kKeys apart, of which those past `rows` are zero.
+inline void pack_row_pairs_transposed(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, BFloat16* to) {
+  constexpr int n = kLanes<float>;
+  for (int64_t r0 = 0; r0 < round_up(rows, 2 * n); r0 += 2 * n)
+    for (int64_t d0 = 0; d0 < width; d0 += n) {
+      Vec<float> square[n];  // of pairs
+      for (int i = 0; i < n; ++i) {
+        int64_t r = r0 + 2 * i;
+        const BFloat16* at = from + r * stride + d0;
+        Bits low{}, high{};
+        if (r < rows) low = reinterpret_cast<Bits>(load_first(at, width - d0)) >> 16;
+        if (r + 1 < rows) high = reinterpret_cast<Bits>(load_first(at + stride, width - d0));
+        square[i] = reinterpret_cast<Vec<float>>(low | high);
+      }
+      transpose<float>(square);
+      for (int d = 0; d < n && d0 + d < width; ++d)
+        store(reinterpret_cast<float*>(to + (d0 + d) * kKeys + r0), square[d]);
+    }
+}
+
 // One block of keys (or values) as the broadcast side of a product, summed over its width (`along`) or over its rows
 // (`across`). Operands are read where they lie if their form allows it, else from a packed block.
 template <class Manner>
@@ -52,6 +72,7 @@ struct KeyBlock {
     int64_t steps = (count + Manner::pair - 1) / Manner::pair;
     b += first * kQueries;
     if constexpr (Manner::pair == 1) return {rows + first * stride, 1, stride, b, kQueries, c, kQueries, steps, true};
+    if constexpr (Manner::tiled) return {pairs + first, kKeys, 2, b, 2 * kQueries, c, kQueries, steps, true};
     return {pairs + first * pair_stride, 2, 2 * pair_stride, b, 2 * kQueries, c, kQueries, steps, true};
   }
 };
@@ -81,7 +102,8 @@ KeyBlock<Manner> key_block(
   if constexpr (Manner::pair == 2) {
     if (need_across) {
       block.pair_stride = round_up(width, kLanes<float>);
-      pack_row_pairs(from, stride, rows, width, packed_pairs, block.pair_stride);
+      if constexpr (Manner::tiled) pack_row_pairs_transposed(from, stride, rows, width, packed_pairs);
+      else pack_row_pairs(from, stride, rows, width, packed_pairs, block.pair_stride);
       block.pairs = packed_pairs;
     }
   }

@@ -1,5 +1,6 @@
 """The compiled CPU kernels: which of the libraries this machine runs, and, where none can be, why."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,12 +13,25 @@ _NOT_BUILT = (
 )
 
 
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+@once
 def instruction_set() -> str:
-    """PyTorch's own choice (``ATEN_CPU_CAPABILITY`` lowers it), plus bfloat16 products."""
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    if capability == "avx512" and torch.cpu._is_avx512_bf16_supported():
-        return "avx512_bf16"
-    return capability if capability in ("avx2", "avx512") else "default"
+    """Return PyTorch's own choice (``ATEN_CPU_CAPABILITY`` lowers it), with products of bfloat16 where the CPU has them.
+
+    ``FASTPREFIX_CPU`` lowers it further.
+    """
+    found = torch.backends.cpu.get_cpu_capability().lower()
+    if found == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        # Linux gives the tiles to a process that asks for them.
+        found = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
+    if found not in INSTRUCTION_SETS:
+        found = "default"
+    most = os.environ.get("FASTPREFIX_CPU", found)
+    if most not in INSTRUCTION_SETS:
+        raise ValueError(f"`FASTPREFIX_CPU` must be one of {', '.join(INSTRUCTION_SETS)}, got {most}")
+    return min(found, most, key=INSTRUCTION_SETS.index)
 
 
 def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__) -> Path | str:
