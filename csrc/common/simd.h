@@ -70,6 +70,20 @@ inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
+// Whether a comparison holds in any lane.
+template <class A, class Mask>
+inline bool any(Mask mask) {
+#if defined(__AVX512F__)
+  return (sizeof(A) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < kLanes<A>; ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
 // ---- conversions: tensors of type T, arithmetic in type A -------------------------------------------------------
 
 // The type of sums over elements of type T.
@@ -94,6 +108,18 @@ inline Bits to_bfloat16(Vec<float> x) {
   Bits bits = reinterpret_cast<Bits>(x);
   Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return x == x ? rounded : (bits >> 16) | 0x40u;
+#endif
+}
+
+// Two vectors rounded to bfloat16, element by element next to each other.
+inline Vec<float> pair_up(Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16,
+      0);
+  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
+  return reinterpret_cast<Vec<float>>(to_bfloat16(even) | (to_bfloat16(odd) << 16));
 #endif
 }
 
@@ -175,7 +201,24 @@ inline Vec<float> exp(Vec<float> x) {
   return y * reinterpret_cast<Vec<float>>(power);
 }
 
-// The same; 0 from e^-708.4 downwards.
+// e^x for what is then rounded to bfloat16: to 1e-6 of it from e^-8 on; 0 for -inf, NaN for NaN.
+inline Vec<float> exp_rounded(Vec<float> x) {
+#if defined(__AVX512F__)
+  x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x) * float(M_LOG2E);
+  Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  Vec<float> r = x - n;
+  Vec<float> y = r * 1.30556000e-3f + 9.67814347e-3f;
+  y = y * r + 5.55162280e-2f;
+  y = y * r + 2.40221060e-1f;
+  y = y * r + 6.93146098e-1f;
+  y = y * r + 1.0f;
+  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  return exp(x);
+#endif
+}
+
+// The same as exp; 0 from e^-708.4 downwards.
 inline Vec<double> exp(Vec<double> x) {
   constexpr double kRound = 0x1.8p52;
   constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;  // n * kLn2High is exact

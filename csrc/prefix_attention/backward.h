@@ -261,7 +261,7 @@ class AttentionBackward {
     Operand *q, *dout;            // Q^T, dO^T
     Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
     A *few_q, *few_do;            // or, for a few queries, Q and dO alone
-    Operand *key_rows, *key_pairs, *value_rows;
+    KeyBlocks<Manner, T> keys, values;
     Normalizers<A> tokens_by, prefix_by;
     A *delta, *prefix_delta, *masses, *prefix_masses;
     A* dq;  // dQ^T
@@ -283,9 +283,8 @@ class AttentionBackward {
       do_rows = arena.take<Operand>(round_up(p.Dv, kLanes<A>) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
       few_do = arena.take<A>(kFew * round_up(p.Dv, kLanes<A>));
-      key_rows = arena.take<Operand>(round_up(p.D, pair) * kKeys);
-      key_pairs = pair == 2 ? arena.take<Operand>(round_up(p.D, kLanes<A>) * kKeys) : nullptr;
-      value_rows = arena.take<Operand>(round_up(p.Dv, pair) * kKeys);
+      keys.take(arena, p, p.D, true, needs.query);
+      values.take(arena, p, p.Dv, true, false);
       tokens_by.take(arena);
       prefix_by.take(arena);
       delta = arena.take<A>(kQueries);
@@ -454,9 +453,10 @@ class AttentionBackward {
     void add_delta(const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
       Gate<A> gate = score_block(queries, columns, true);
       for (const Strip& strip : strips) {
+        A scale = scale_of(p, strip);
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
           Vec<A> probabilities = sum_rows<A>(strip, [&](int64_t r) {
-            Vec<A> probability = by.probability(load(s.values + r * kQueries + c), c);
+            Vec<A> probability = by.probability(load(s.values + r * kQueries + c) * scale, c);
             store(s.values + r * kQueries + c, probability);
             return probability;
           });
@@ -491,14 +491,14 @@ class AttentionBackward {
 
     // Scores and, where asked for, <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
     Gate<A> score_block(
-        const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys = nullptr) {
+        const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* found = nullptr) {
       bool of_prefix = columns.half == Half::prefix;
       find_strips(p, f.band_, queries, columns, seen, strips);
       if (strips.empty()) return {};
-      multiply(queries, columns, need_dov, keys);
+      multiply(queries, columns, need_dov, found);
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
-      for (const Strip& strip : strips) {
+      for (Strip& strip : strips) {
         if (products && of_prefix)
           for_vectors<A>(strip, [&](int64_t r, int64_t c) {
             store(products + r * kQueries + c, load(s.values + r * kQueries + c) * p.scale);
@@ -509,22 +509,21 @@ class AttentionBackward {
     }
 
     // <q, k> in s and <do, v> in ds, for the strips.
-    void multiply(const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* keys) {
+    void multiply(const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* found) {
       bool of_prefix = columns.half == Half::prefix;
-      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
-      const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
       if (queries.count <= kFew) {
+        const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
+        const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
+        const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
         score_few(k_at, k.strides[2], columns.rows, p.D, few_q, queries.count, s.values);
         if (need_dov) score_few(v_at, v.strides[2], columns.rows, p.Dv, few_do, queries.count, ds.values);
         return;
       }
-      bool across = needs.query && keys;
-      auto kb = key_block<Manner>(k_at, k.strides[2], columns.rows, p.D, true, across, key_rows, key_pairs);
+      KeyBlock<Manner> kb = keys.find(p, p.pk, p.k, queries, columns);
       for (const Strip& strip : strips) multiply_strip(kb.along(p.D, q, s.values), strip);
-      if (keys) *keys = kb;
+      if (found) *found = kb;
       if (!need_dov) return;
-      auto vb = key_block<Manner>(v_at, v.strides[2], columns.rows, p.Dv, true, false, value_rows, nullptr);
+      KeyBlock<Manner> vb = values.find(p, p.pv, p.v, queries, columns);
       for (const Strip& strip : strips) multiply_strip(vb.along(p.Dv, dout, ds.values), strip);
     }
 
@@ -595,9 +594,10 @@ class AttentionBackward {
     // P to P g keep in s.
     void weigh(const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       OfSoftmax softmax = of_softmax(queries, columns);
+      A scale = scale_of(p, strip);
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> kept = softmax.by.probability(load(s.values + at), c) * softmax.output_gate;
+        Vec<A> kept = softmax.by.probability(load(s.values + at) * scale, c) * softmax.output_gate;
         if (keeps) kept *= load(keeps + at);
         store(s.values + at, kept * gate.at(r, c));
       });
@@ -609,9 +609,10 @@ class AttentionBackward {
       OfSoftmax softmax = of_softmax(queries, columns);
       bool with_dg = columns.half == Half::prefix && needs.prefix_gate;
       bool with_bias = columns.half == Half::prefix && needs.prefix_key_bias;
+      A scale = scale_of(p, strip);
       for_vectors<A>(strip, [&](int64_t r, int64_t c) {
         int64_t at = r * kQueries + c;
-        Vec<A> probability = softmax.by.probability(load(s.values + at), c) * softmax.output_gate;
+        Vec<A> probability = softmax.by.probability(load(s.values + at) * scale, c) * softmax.output_gate;
         Vec<A> g = gate.at(r, c), dov = load(ds.values + at), kept = probability;
         if (keeps) kept *= load(keeps + at), dov *= load(keeps + at);
         Vec<A> d = probability * (g * dov - load(softmax.delta + c));

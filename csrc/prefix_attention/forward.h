@@ -10,7 +10,8 @@
 
 namespace fastprefix {
 
-// Running maximum, sum and weighted sum of values of a softmax, one a query.
+// Running reference, sum and weighted sum of values of a softmax, one a query. Probabilities are e to the score less
+// the reference, which is a score of about the largest so far.
 template <class A>
 struct Softmax {
   A* m;  // [kQueries]
@@ -30,20 +31,21 @@ struct Softmax {
     for (int64_t d = 0; d < Dv; ++d) std::fill_n(o + d * kQueries, columns, A(0));
   }
 
-  // The maximum is finite or, in a row that has seen nothing, replaced by 0, so that -inf - m is -inf.
+  // The reference is finite or, in a row that has seen nothing, replaced by 0, so that -inf - m is -inf.
   static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
 
-  // Raises the maximum by the scores of the strips and rescales what was summed under the old one.
-  void raise(const std::vector<Strip>& strips, const A* s, int64_t columns, int64_t Dv) {
+  // Raises the reference to the largest of the strips' scores and rescales what was summed under the old one. That
+  // waits until they exceed it by more than kSlack: what counts is that nothing overflows.
+  void raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
+    constexpr A kSlack = 8;
     for (int64_t c = 0; c < columns; c += kLanes<A>) {
       Vec<A> old = load(m + c), highest = old;
       for (const Strip& strip : strips)
-        if (strip.column <= c && c < strip.column + strip.columns)
-          highest = maximum<A>(highest, column_maximum(s + strip.row * kQueries + c, strip.rows));
-      auto raised = highest != old;
-      bool any = false;
-      for (int i = 0; i < kLanes<A>; ++i) any |= raised[i] != 0;
-      if (!any) continue;
+        if (strip.column <= c && c < strip.column + strip.columns) {
+          Vec<A> largest = column_maximum(s + strip.row * kQueries + c, strip.rows);
+          highest = maximum<A>(highest, strip.unscaled ? largest * scale : largest);
+        }
+      if (!any<A>(highest > old + kSlack)) continue;
       Vec<A> factor = exp(old - shift(highest));
       store(m + c, highest);
       store(l + c, load(l + c) * factor);
@@ -61,19 +63,6 @@ struct Softmax {
     }
     for (; rows > 0; --rows, s += kQueries) a = maximum<A>(a, load(s));
     return maximum<A>(maximum<A>(a, b), maximum<A>(c, d));
-  }
-
-  // Scores to probabilities (under the maximum so far), in place, and their sums.
-  void exponentiate(const Strip& strip, A* s) {
-    for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
-      Vec<A> shifted = shift(load(m + c));
-      Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
-        Vec<A> probability = exp(load(s + r * kQueries + c) - shifted);
-        store(s + r * kQueries + c, probability);
-        return probability;
-      });
-      store(l + c, load(l + c) + sum);
-    }
   }
 };
 
@@ -110,9 +99,7 @@ class AttentionForward {
     const AttentionProblem<T, A>& p;
     Operand* q;  // Q^T
     A* few_q;    // or, for a few queries, Q
-    Operand* keys;
-    Operand* value_rows;
-    Operand* value_pairs;
+    KeyBlocks<Manner, T> keys, values;
     A* gates;
     A* keeps;
     Tile<Manner> s;
@@ -123,9 +110,8 @@ class AttentionForward {
     ForwardWorker(const AttentionForward& forward, Arena& arena) : f(forward), p(forward.p_) {
       q = arena.take<Operand>(round_up(p.D, Manner::pair) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
-      keys = arena.take<Operand>(kKeys * round_up(p.D, Manner::pair));
-      value_rows = Manner::pair == 1 ? arena.take<Operand>(kKeys * p.Dv) : nullptr;
-      value_pairs = Manner::pair == 2 ? arena.take<Operand>(kKeys * round_up(p.Dv, kLanes<A>)) : nullptr;
+      keys.take(arena, p, p.D, true, false);
+      values.take(arena, p, p.Dv, false, true);
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
       keeps = p.drops ? arena.take<A>(kKeys * kQueries) : nullptr;
       s.take(arena, false, true);
@@ -156,25 +142,26 @@ class AttentionForward {
       bool of_prefix = columns.half == Half::prefix;
       find_strips(p, f.band_, queries, columns, seen, strips);
       if (strips.empty()) return;
-      const View<const T>&k = of_prefix ? p.pk : p.k, &v = of_prefix ? p.pv : p.v;
-      const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
-      const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
       Gate<A> gate = read_gate(p, queries, columns, gates);
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
-      score(queries, columns, k_at, k.strides[2]);
-      for (const Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values);
-      softmax.raise(strips, s.values, round_up(queries.count, kLanes<A>), p.Dv);
-      for (const Strip& strip : strips) {
-        softmax.exponentiate(strip, s.values);
-        weigh(strip, gate);
-      }
-      add_values(queries, columns, v_at, v.strides[2], softmax.o);
+      score(queries, columns);
+      for (Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values);
+      softmax.raise(strips, s.values, p.scale, round_up(queries.count, kLanes<A>), p.Dv);
+      bool as_pairs = Manner::pair == 2 && queries.count > kFew;
+      for (const Strip& strip : strips)
+        if (as_pairs) exponentiate_pairs(strip, gate, softmax);
+        else exponentiate(strip, gate, softmax);
+      add_values(queries, columns, softmax.o);
     }
 
     // S^T = K Q^T
-    void score(const QueryBlock& queries, const Columns& columns, const T* k, int64_t stride) {
-      if (queries.count <= kFew) return score_few(k, stride, columns.rows, p.D, few_q, queries.count, s.values);
-      auto block = key_block<Manner>(k, stride, columns.rows, p.D, true, false, keys, nullptr);
+    void score(const QueryBlock& queries, const Columns& columns) {
+      if (queries.count <= kFew) {
+        const View<const T>& k = columns.half == Half::prefix ? p.pk : p.k;
+        const T* k_at = k.at(queries.b, queries.hkv, place(p, queries, columns));
+        return score_few(k_at, k.strides[2], columns.rows, p.D, few_q, queries.count, s.values);
+      }
+      KeyBlock<Manner> block = keys.find(p, p.pk, p.k, queries, columns);
       for (const Strip& strip : strips) {
         A* scores = s.values + strip.row * kQueries + strip.column;
         Product<Manner> product = block.along(p.D, q + strip.column * Manner::pair, scores);
@@ -184,30 +171,65 @@ class AttentionForward {
     }
 
     // O^T += V^T P^T
-    void add_values(const QueryBlock& queries, const Columns& columns, const T* v, int64_t stride, A* o) {
+    void add_values(const QueryBlock& queries, const Columns& columns, A* o) {
       if (queries.count <= kFew) {
+        const View<const T>& v = columns.half == Half::prefix ? p.pv : p.v;
+        const T* v_at = v.at(queries.b, queries.hkv, place(p, queries, columns));
+        int64_t stride = v.strides[2];
         for (const Strip& strip : strips)
           add_values_few(
-              v + strip.row * stride, stride, strip.rows, p.Dv, s.values + strip.row * kQueries, queries.count, o);
+              v_at + strip.row * stride, stride, strip.rows, p.Dv, s.values + strip.row * kQueries, queries.count, o);
         return;
       }
-      auto block = key_block<Manner>(v, stride, columns.rows, p.Dv, false, true, value_rows, value_pairs);
-      for (const Strip& strip : strips) {
-        s.round_pairs(strip);
+      KeyBlock<Manner> block = values.find(p, p.pv, p.v, queries, columns);
+      for (const Strip& strip : strips)
         block.across(strip.row, strip.rows, s.pairs + strip.column * Manner::pair, o + strip.column)
             .run(p.Dv, strip.columns);
+    }
+
+    // Scores to probabilities, in place, and their sums; then to what multiplies values.
+    void exponentiate(const Strip& strip, const Gate<A>& gate, Softmax<A>& softmax) const {
+      A scale = scale_of(p, strip);
+      for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+        Vec<A> reference = Softmax<A>::shift(load(softmax.m + c));
+        Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
+          A* at = s.values + r * kQueries + c;
+          Vec<A> probability = exp(load(at) * scale - reference);
+          store(at, weigh(probability, gate, r, c));
+          return probability;
+        });
+        store(softmax.l + c, load(softmax.l + c) + sum);
+      }
+    }
+
+    // The same, rounded to pairs of bfloat16. Strips begin at even rows; an odd last row is paired with zeros.
+    void exponentiate_pairs(const Strip& strip, const Gate<A>& gate, Softmax<A>& softmax) const {
+      if constexpr (Manner::pair == 2) {
+        float scale = scale_of(p, strip);
+        for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
+          Vec<A> reference = Softmax<A>::shift(load(softmax.m + c));
+          Vec<A> sum = sum_row_pairs<A>(strip, [&](int64_t r, bool both, Vec<A>& sum) {
+            const A* at = s.values + r * kQueries + c;
+            Vec<A> even = exp_rounded(load(at) * scale - reference), odd{};
+            sum += even;
+            even = weigh(even, gate, r, c);
+            if (both) {
+              odd = exp_rounded(load(at + kQueries) * scale - reference);
+              sum += odd;
+              odd = weigh(odd, gate, r + 1, c);
+            }
+            store(reinterpret_cast<float*>(s.pairs + r * kQueries + 2 * c), pair_up(even, odd));
+          });
+          store(softmax.l + c, load(softmax.l + c) + sum);
+        }
       }
     }
 
     // What a probability multiplies its value with: the gate, dropout.
-    void weigh(const Strip& strip, const Gate<A>& gate) {
-      if (!gate.of_row && !gate.of_query && !keeps) return;
-      for_vectors<A>(strip, [&](int64_t r, int64_t c) {
-        A* at = s.values + r * kQueries + c;
-        Vec<A> weight = gate.at(r, c);
-        if (keeps) weight *= load(keeps + r * kQueries + c);
-        store(at, load(at) * weight);
-      });
+    Vec<A> weigh(Vec<A> probability, const Gate<A>& gate, int64_t r, int64_t c) const {
+      if (gate) probability *= gate.at(r, c);
+      if (keeps) probability *= load(keeps + r * kQueries + c);
+      return probability;
     }
 
     // o = O / l (+ og times the prefix's).

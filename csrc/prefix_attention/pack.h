@@ -51,65 +51,6 @@ inline void pack_row_pairs_transposed(const BFloat16* from, int64_t stride, int6
     }
 }
 
-// One block of keys (or values) as the broadcast side of a product, summed over its width (`along`) or over its rows
-// (`across`). Operands are read where they lie if their form allows it, else from a packed block.
-template <class Manner>
-struct KeyBlock {
-  using Operand = typename Manner::Operand;
-  const Operand* rows = nullptr;
-  int64_t stride = 0;
-  const Operand* pairs = nullptr;
-  int64_t pair_stride = 0;
-
-  // C (rows of the block x lanes) = block B, B [width][kQueries].
-  Product<Manner> along(int64_t width, const Operand* b, typename Manner::Accumulator* c) const {
-    int64_t steps = (width + Manner::pair - 1) / Manner::pair;
-    return {rows, stride, Manner::pair, b, kQueries * Manner::pair, c, kQueries, steps, false};
-  }
-
-  // C (width x lanes) += block^T B, B [rows][kQueries], from `first` on.
-  Product<Manner> across(int64_t first, int64_t count, const Operand* b, typename Manner::Accumulator* c) const {
-    int64_t steps = (count + Manner::pair - 1) / Manner::pair;
-    b += first * kQueries;
-    if constexpr (Manner::pair == 1) return {rows + first * stride, 1, stride, b, kQueries, c, kQueries, steps, true};
-    if constexpr (Manner::tiled) return {pairs + first, kKeys, 2, b, 2 * kQueries, c, kQueries, steps, true};
-    return {pairs + first * pair_stride, 2, 2 * pair_stride, b, 2 * kQueries, c, kQueries, steps, true};
-  }
-};
-
-template <class Manner, class T>
-KeyBlock<Manner> key_block(
-    const T* from,
-    int64_t stride,
-    int64_t rows,
-    int64_t width,
-    bool need_along,
-    bool need_across,
-    typename Manner::Operand* packed,
-    typename Manner::Operand* packed_pairs) {
-  KeyBlock<Manner> block;
-  if constexpr (std::is_same_v<T, typename Manner::Operand>) {
-    block.rows = from;
-    block.stride = stride;
-  }
-  if (need_along || Manner::pair == 1) {
-    if (!std::is_same_v<T, typename Manner::Operand> || width % Manner::pair != 0) {
-      block.stride = round_up(width, Manner::pair);
-      pack_rows(from, stride, rows, width, packed, block.stride);
-      block.rows = packed;
-    }
-  }
-  if constexpr (Manner::pair == 2) {
-    if (need_across) {
-      block.pair_stride = round_up(width, kLanes<float>);
-      if constexpr (Manner::tiled) pack_row_pairs_transposed(from, stride, rows, width, packed_pairs);
-      else pack_row_pairs(from, stride, rows, width, packed_pairs, block.pair_stride);
-      block.pairs = packed_pairs;
-    }
-  }
-  return block;
-}
-
 // Rows as the vector side of a product that sums over the rows: [row][width padded with zeros to whole vectors].
 template <class Manner, class T>
 void pack_vectors(const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {

@@ -12,6 +12,7 @@ struct Gate {
   const A* of_row = nullptr;
   const A* of_query = nullptr;  // [row][kQueries]
 
+  explicit operator bool() const { return of_row || of_query; }
   Vec<A> at(int64_t row, int64_t column) const {
     if (of_query) return load(of_query + row * kQueries + column);
     return splat(of_row ? of_row[row] : A(1));
@@ -40,7 +41,8 @@ void for_blocks(Half half, int64_t begin, int64_t end, Use use) {
 template <class T, class A, class Use>
 void for_token_blocks(const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, Use use) {
   int64_t end = std::min(p.M, band.last_key(queries.first + queries.count - 1) + 1);
-  for_blocks(Half::tokens, std::max<int64_t>(0, band.first_key(queries.first)), end, use);
+  // Blocks begin where they do for other queries, so that they can share what is packed.
+  for_blocks(Half::tokens, std::max<int64_t>(0, band.first_key(queries.first)) / kKeys * kKeys, end, use);
 }
 
 // Calls visit(row, column) for every vector of a strip of a block.
@@ -63,6 +65,23 @@ inline Vec<A> sum_rows(const Strip& strip, Term term) {
     sum += group;
   }
   for (; r < end; ++r) rest += term(r);
+  return sum + rest;
+}
+
+// The same for rows that come in pairs: terms(row, both, sum) adds the term of a row, and that of the next one if it is
+// given both.
+template <class A, class Terms>
+inline Vec<A> sum_row_pairs(const Strip& strip, Terms terms) {
+  constexpr int64_t kGroup = 8;
+  Vec<A> sum{}, rest{};
+  int64_t r = strip.row, end = strip.row + strip.rows;
+  for (; r + kGroup <= end; r += kGroup) {
+    Vec<A> group{};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kGroup; i += 2) terms(r + i, true, group);
+    sum += group;
+  }
+  for (; r < end; r += 2) terms(r, r + 1 < end, rest);
   return sum + rest;
 }
 
@@ -177,23 +196,32 @@ void find_strips(
   seen_strips(seen, queries, columns.rows, kLanes<A>, strips);
 }
 
+// What the scores of a strip are still to be multiplied by.
+template <class T, class A>
+A scale_of(const AttentionProblem<T, A>& p, const Strip& strip) {
+  return strip.unscaled ? p.scale : A(1);
+}
+
 // Products in `s` to scores, in place; `seen` as find_strips left it. `slopes`, where given, gets the soft cap's
-// derivative.
+// derivative. Where the scale is all that is to be done, it is left to whoever reads the scores.
 template <class T, class A>
 void make_scores(
     const AttentionProblem<T, A>& p,
     const Band& band,
     const QueryBlock& queries,
     const Columns& columns,
-    const Strip& strip,
+    Strip& strip,
     const Gate<A>& gate,
     const Seen* seen,
     A* s,
     A* slopes = nullptr) {
-  for_vectors<A>(strip, [&](int64_t r, int64_t c) {
-    A* at = s + r * kQueries + c;
-    store(at, load(at) * (gate.at(r, c) * p.scale));
-  });
+  bool biased = columns.half == Half::prefix ? p.prefix_bias || p.key_bias : bool(p.bias_mask);
+  strip.unscaled = !gate && !biased && p.softcap == 0 && p.scale > 0;
+  if (!strip.unscaled)
+    for_vectors<A>(strip, [&](int64_t r, int64_t c) {
+      A* at = s + r * kQueries + c;
+      store(at, load(at) * (gate.at(r, c) * p.scale));
+    });
   if (p.softcap != 0)
     for_vectors<A>(strip, [&](int64_t r, int64_t c) {
       A* at = s + r * kQueries + c;

@@ -16,6 +16,7 @@ namespace fastprefix {
 struct Strip {
   int64_t row, rows, column, columns;
   bool partial;
+  bool unscaled = false;  // its scores are products, still without the scale
 };
 
 constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;

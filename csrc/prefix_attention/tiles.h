@@ -2,7 +2,7 @@
 // `natural` for sums over queries, `pairs` of keys for sums over keys. Where it does not, they are used as they are.
 #pragma once
 
-#include "scores.h"
+#include "key_blocks.h"
 
 namespace fastprefix {
 
@@ -37,9 +37,8 @@ struct Tile {
       for (int64_t r = strip.row; r < strip.row + strip.rows; r += 2)
         for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
           const A* at = values + r * kQueries + c;
-          Bits low = to_bfloat16(load(at)), high{};
-          if (r + 1 < strip.row + strip.rows) high = to_bfloat16(load(at + kQueries));
-          store(reinterpret_cast<uint32_t*>(pairs + r * kQueries + 2 * c), low | (high << 16));
+          Vec<A> odd = r + 1 < strip.row + strip.rows ? load(at + kQueries) : Vec<A>{};
+          store(reinterpret_cast<float*>(pairs + r * kQueries + 2 * c), pair_up(load(at), odd));
         }
   }
 };
