@@ -18,9 +18,9 @@ INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 @once
 def instruction_set() -> str:
-    """Return PyTorch's own choice (``ATEN_CPU_CAPABILITY`` lowers it), with products of bfloat16 where the CPU has them.
+    """Return PyTorch's own choice, or more of it where the CPU multiplies bfloat16.
 
-    ``FASTPREFIX_CPU`` lowers it further.
+    ``ATEN_CPU_CAPABILITY`` lowers PyTorch's choice, and ``FASTPREFIX_CPU`` this one.
     """
     found = torch.backends.cpu.get_cpu_capability().lower()
     if found == "avx512" and torch.cpu._is_avx512_bf16_supported():

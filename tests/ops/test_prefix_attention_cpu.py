@@ -1,8 +1,5 @@
 """The CPU kernels against the float64 reference: output and every gradient, on every instruction set."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +14,7 @@ from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.registration import OPERATION
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
+from tests.instruction_sets import EVERY, LOWER, run_tests
 
 REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -174,7 +172,7 @@ def describe(case: Case) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES + FEATURES, ids=describe)
+@pytest.mark.parametrize("case", (SHAPES + FEATURES)[::EVERY], ids=describe)
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     assert_as_good(dtype, **case)
 
@@ -311,17 +309,10 @@ def test_opcheck(case: Case, layout: str) -> None:
     torch.library.opcheck(torch.ops.fastprefix.prefix_attention_backward.cpu, inputs)
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_other_instruction_sets(capability: str) -> None:
-    """The same parity, in a process of its own, for PyTorch fixes the instruction set when it is loaded."""
-    if torch.backends.cpu.get_cpu_capability().lower() in (capability, "default"):
-        pytest.skip("this process runs on it, or can run nothing else")
-    chosen = "(test_parity and (float32 or bfloat16)) or gradcheck or drops"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+@pytest.mark.parametrize("name", LOWER)
+def test_lower_instruction_sets(name: str) -> None:
+    dtypes = "bfloat16" if name.startswith("avx512") else "float32 or bfloat16"
+    run_tests(__file__, name, f"(test_parity and ({dtypes})) or gradcheck or drops")
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""Run tests of the CPU kernels on the lower instruction sets of this machine, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+from fastprefix._native import INSTRUCTION_SETS, instruction_set
+
+LOWER = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())] if "FASTPREFIX_CPU" not in os.environ else ()
+"""None in such a process itself."""
+
+EVERY = 3 if "FASTPREFIX_CPU" in os.environ else 1
+"""Instruction sets share most of their code, so only every third case runs on the lower ones."""
+
+
+def run_tests(file: str, name: str, chosen: str) -> None:
+    """Run the tests of a file that ``chosen`` selects, as ``-k`` does, on an instruction set."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", chosen]
+    environment = {**os.environ, "FASTPREFIX_CPU": name}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
