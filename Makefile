@@ -81,7 +81,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 # No build isolation: it would install a second PyTorch to build with.
 $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f)
 	@echo "building the C++ kernels (a few minutes on two cores)"
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	FASTPREFIX_BUILD_EXT=1 $(PIP) install --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
 
 $(OVERLAID): constraints-peft.txt $(INSTALLED)

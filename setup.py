@@ -21,6 +21,7 @@ from setuptools.extension import Extension
 from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler
 
 ABI = (2, 11)
+INCLUDE = Path(torch.__file__).parent / "include"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 # The names of ``fastprefix._native.instruction_set()``; never the building machine's own set.
@@ -29,17 +30,21 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mpre
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
 _AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 _X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16, "amx": _AMX}
+_ARM = {"neon_bf16": ["-march=armv8.2-a+bf16"]}
 
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only
 FLAGS += ["-Wno-maybe-uninitialized"]  # the intrinsics of GCC 12 warn of themselves
 FLAGS += ["-include", str(Path("csrc/common/older_systems.h").resolve())]
+# Errors name files, and the libraries are the same wherever they are built.
+FLAGS += [f"-ffile-prefix-map={Path.cwd()}=fastprefix", f"-ffile-prefix-map={INCLUDE}=torch"]
 FLAGS += [f"-DTORCH_TARGET_VERSION=0x{ABI[0]:02x}{ABI[1]:02x}000000000000"]
 
 
 def instruction_sets(machine: str) -> dict[str, list[str]]:
     """Return the flags of each instruction set of an architecture, the least one first."""
-    return {"default": []} | (_X86 if machine.lower() in ("x86_64", "amd64") else {})
+    of_machine = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
+    return {"default": []} | of_machine.get(machine.lower(), {})
 
 
 def why_not_built(system: str, wanted: str, compiler: str | None) -> str | None:
@@ -87,13 +92,12 @@ def extensions() -> list[Extension]:
         print(f"fastprefix is installed without its CPU kernels: {reason}", file=sys.stderr)
         return []
     extra = os.environ.get("FASTPREFIX_CXXFLAGS", "").split()
-    folder = Path(torch.__file__).parent
     return [
         Extension(
             f"fastprefix._native.{name}_abi{ABI[0]}_{ABI[1]}",
             SOURCES,
-            include_dirs=[str(folder / "include")],
-            library_dirs=[str(folder / "lib")],
+            include_dirs=[str(INCLUDE)],
+            library_dirs=[str(INCLUDE.parent / "lib")],
             libraries=["torch_cpu"],
             extra_compile_args=[*FLAGS, *flags, *extra],
             extra_link_args=["-s", *extra],

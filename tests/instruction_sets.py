@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+from fastprefix import _native
 from fastprefix._native import INSTRUCTION_SETS, instruction_set
 
-LOWER = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())] if "FASTPREFIX_CPU" not in os.environ else ()
+_BUILT = {path.stem.rpartition("_abi")[0] for path in Path(_native.__file__).parent.glob("*.so")}
+_BELOW = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())]
+LOWER = [] if "FASTPREFIX_CPU" in os.environ else [name for name in _BELOW if name in _BUILT]
 """None in such a process itself."""
 
 EVERY = 3 if "FASTPREFIX_CPU" in os.environ else 1

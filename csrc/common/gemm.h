@@ -21,7 +21,7 @@ struct Plain {
   static Vec<A> multiply_add(Vec<A> c, Vec<A> a, Vec<A> b) { return a * b + c; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(FASTPREFIX_BFLOAT16_PAIRS)
 struct Bfloat16Pairs {
   using Operand = BFloat16;
   using Accumulator = float;
@@ -34,12 +34,21 @@ struct Bfloat16Pairs {
     return splat_bits(both);
   }
   static Vec<float> vector(const BFloat16* b) { return load(reinterpret_cast<const float*>(b)); }
+#if defined(__AVX512BF16__)
   static Vec<float> multiply_add(Vec<float> c, Vec<float> a, Vec<float> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
 
  private:
   static Vec<float> splat_bits(float both) { return (Vec<float>)_mm512_set1_ps(both); }
+#else
+  static Vec<float> multiply_add(Vec<float> c, Vec<float> a, Vec<float> b) {
+    return (Vec<float>)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  }
+
+ private:
+  static Vec<float> splat_bits(float both) { return (Vec<float>)vdupq_n_f32(both); }
+#endif
 };
 #endif
 
@@ -106,7 +115,7 @@ struct Bfloat16Tiles : Bfloat16Pairs {
 };
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16

@@ -14,6 +14,12 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FASTPREFIX_BFLOAT16_PAIRS  // an instruction multiplies pairs of bfloat16 and adds them up in float32
 #endif
 
 namespace fastprefix {

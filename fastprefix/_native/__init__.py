@@ -1,6 +1,8 @@
 """The compiled CPU kernels: which of the libraries this machine runs, and, where none can be, why."""
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ _NOT_BUILT = (
 )
 
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
+INSTRUCTION_SETS = ("default", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx")
+"""Those of an architecture in rising order."""
 
 
 @once
@@ -27,11 +30,21 @@ def instruction_set() -> str:
         # Linux gives the tiles to a process that asks for them.
         found = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
     if found not in INSTRUCTION_SETS:
-        found = "default"
+        found = "neon_bf16" if _has_neon_bf16() else "default"
     most = os.environ.get("FASTPREFIX_CPU", found)
     if most not in INSTRUCTION_SETS:
         raise ValueError(f"`FASTPREFIX_CPU` must be one of {', '.join(INSTRUCTION_SETS)}, got {most}")
     return min(found, most, key=INSTRUCTION_SETS.index)
+
+
+def _has_neon_bf16() -> bool:
+    """Ask Linux whether an ARM processor multiplies bfloat16."""
+    if platform.machine() != "aarch64" or platform.system() != "Linux":
+        return False
+    at_hwcap2, hwcap2_bf16 = 26, 1 << 14
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype = ctypes.c_ulong
+    return bool(getauxval(ctypes.c_ulong(at_hwcap2)) & hwcap2_bf16)
 
 
 def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__) -> Path | str:
