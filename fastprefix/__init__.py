@@ -11,6 +11,7 @@ from ._version import __version__
 from .methods import (
     ADePTConfig,
     APTConfig,
+    CartridgeConfig,
     DePTConfig,
     LlamaAdapterConfig,
     PrefixTuningConfig,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADePTConfig",
     "APTConfig",
+    "CartridgeConfig",
     "DePTConfig",
     "LlamaAdapterConfig",
     "PrefixTuningConfig",

@@ -283,7 +283,8 @@ def test_residual_prefix_switches() -> None:
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_configurations_survive_saving(name: str) -> None:
-    config = METHODS[name][0](5, modules_to_save=["head"])
+    options = {"init_text": "a"} if name == "cartridge" else {}
+    config = METHODS[name][0](5, modules_to_save=["head"], **options)
     assert MethodConfig.from_dict(config.to_dict()) == config
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 

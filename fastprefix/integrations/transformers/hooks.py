@@ -306,7 +306,7 @@ class Cut:
     def cut(self, prefixes: list[Prefix]) -> None:
         """Make leaves with the values of the prefixes; ``tie`` has to follow in the same call."""
         self.tensors = [tensor for prefix in prefixes for tensor in prefix]
-        self.leaves = [tensor.detach().requires_grad_() for tensor in self.tensors]
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.tensors]
         self.tied = False
 
     def clear(self) -> None:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
+from .merging import refuse_more_than_keys
 from .switching import evaluating, find_device
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
@@ -218,6 +219,7 @@ def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
         )
     if method.needs_hidden() or method.output_gate(0) is not None:
         raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
+    refuse_more_than_keys(method, 'format="peft"')
     _check_layers(model, find_layers(model))
     blocks = [block for pair in method.baked().prefixes() for block in pair]
     return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1)

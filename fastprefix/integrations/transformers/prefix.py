@@ -267,6 +267,15 @@ class LayerBinding(Binding):
         length = self.attachment.method.config.num_virtual_tokens
         return make_window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
 
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases of the prefix keys in the dtype of the query."""
+        bias = self.attachment.method.key_bias(self.index)
+        return None if bias is None else bias.to(query)
+
+    def count_frozen(self) -> int:
+        """Return how many of the first tokens need no gradient."""
+        return self.attachment.method.frozen_tokens()
+
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         method, attachment = self.attachment.method, self.attachment
         if not method.needs_hidden():
@@ -462,8 +471,8 @@ class PrefixHooks:
         return forward(*args, **kwargs)
 
     def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
-        """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
-        length, ids = self.method.config.num_virtual_tokens, arguments.get("input_ids")
+        """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""
+        length, ids = self.method.position_shift(), arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
         name = find_cache_parameter(self.names)
         if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
