@@ -40,6 +40,7 @@ from .attachment import (
     set_adapter,
     use_adapter,
 )
+from .cartridge_format import find_cartridge, read_cartridge
 from .switching import OPTIONS, Inputs
 
 
@@ -166,7 +167,9 @@ def load_adapter(
         example_inputs: as for ``attach``.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
-    or a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read.
+    a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read; or a file of the
+    Cartridges authors' code, such as ``cache_last.pt``, or the directory with it. No code from a file is run. Tokens
+    that were frozen stay frozen.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -177,6 +180,10 @@ def load_adapter(
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (found := read_whole_checkpoint(folder, model)) is not None:
+            return _attach(model, *found, name, example_inputs)
+        if (cartridge := find_cartridge(folder)) is not None:
+            with use_adapter(model, None):
+                found = read_cartridge(cartridge, model)
             return _attach(model, *found, name, example_inputs)
         pickled = folder / "adapter_model.bin"
         if not folder.is_dir():

@@ -287,6 +287,67 @@ def test_a_position_shift_with_windows_is_refused() -> None:
         fastprefix.attach(model, config)
 
 
+# Files of the Cartridges authors
+
+
+def write_cartridge(path: Path, frozen: int = 2, fixed: str = "frozen", **changes: Any) -> Pairs:
+    """Write a file as their code does; returns the keys and values of each layer."""
+    pairs = [(layer.keys, layer.values) for layer in make_cache().layers]
+    lists: dict[str, Any] = {}
+    for which, tensors in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):
+        trained = [torch.nn.Parameter(tensor[:, :, frozen:].contiguous()) for tensor in tensors]
+        kept = [torch.nn.Parameter(tensor[:, :, :frozen].contiguous(), False) for tensor in tensors if frozen]
+        lists[f"trainable_{which}"] = torch.nn.ParameterList(trained)
+        lists[f"{fixed}_{which}"] = torch.nn.ParameterList(kept)
+    torch.save({**lists, **changes}, path)
+    return [(key[0], value[0]) for key, value in pairs]
+
+
+@pytest.mark.parametrize("fixed", ["frozen", "fixed"])
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+@pytest.mark.parametrize("place", ["cache_last.pt", "kv_cache.torch", "cache-step64.pt"])
+def test_cartridges_of_the_authors(tmp_path: Path, place: str, frozen: int, fixed: str) -> None:
+    expected = write_cartridge(tmp_path / place, frozen, fixed)
+    model = fastprefix.load_adapter(models.decoder(), tmp_path / place if "step" in place else tmp_path)
+    assert_close(prefixes(model), expected)
+    config = get_attachment(model).config
+    assert isinstance(config, fastprefix.PrefixTuningConfig)
+    assert (config.num_virtual_tokens, config.num_frozen_tokens) == (LENGTH, frozen)
+    tokens = models.batch()["input_ids"][:1]
+    logits = model(input_ids=tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits, models.decoder()(input_ids=tokens, past_key_values=make_cache()).logits)
+    logits.sum().backward()
+    trained = {p.shape[1] for p in model.parameters() if p.grad is not None}
+    assert trained == {LENGTH - frozen}
+    fastprefix.save_adapter(model, tmp_path / "ours")
+    assert_close(prefixes(fastprefix.load_adapter(models.decoder(), tmp_path / "ours")), expected)
+
+
+class Harm:
+    def __reduce__(self) -> Any:
+        return (open, ("/dev/null",))
+
+
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {
+    "code": ({"more": Harm()}, "cannot be read"),
+    "no lists": ({"trainable_keys": None}, "must hold the lists"),
+    "layers": ({"trainable_values": torch.nn.ParameterList([torch.zeros(1, 2, 4, HEAD)])}, "must have 2 layers"),
+    "heads": ({"frozen_keys": torch.nn.ParameterList([torch.zeros(1, 4, 2, HEAD)] * 2)}, "must have \\[1, 2, tokens"),
+    "length": ({"frozen_values": torch.nn.ParameterList([torch.zeros(1, 2, 3, HEAD)] * 2)}, "as many tokens"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_cartridges_are_refused(tmp_path: Path, case: str) -> None:
+    changes, message = SPOILT[case]
+    write_cartridge(tmp_path / "cache_last.pt", **changes)
+    model = models.decoder()
+    with pytest.raises(ValueError, match=message):
+        fastprefix.load_adapter(model, tmp_path)
+    assert not hasattr(model, "fastprefix")
+
+
 # What is trained
 
 
