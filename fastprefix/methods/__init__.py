@@ -7,6 +7,7 @@ from .adept import ADePT, ADePTConfig
 from .apt import APT, APTConfig
 from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
 from .cartridge import CartridgeConfig
+from .composition import Composition, CompositionConfig
 from .dept import DePT, DePTConfig
 from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
@@ -22,6 +23,8 @@ __all__ = [
     "APTConfig",
     "AttentionShape",
     "CartridgeConfig",
+    "Composition",
+    "CompositionConfig",
     "DePT",
     "DePTConfig",
     "EmbeddingShape",

@@ -150,15 +150,18 @@ class FreePrefix(nn.Module):
             self.frozen_keys = _copy_as_parameters(keys, slice(self.frozen), False)
             self.frozen_values = _copy_as_parameters(values, slice(self.frozen), False)
 
-    def write(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy keys and values of all tokens into the parameters, which stay the same objects in the same memory."""
-        pieces = [(self.keys, slice(self.frozen, None), 0), (self.values, slice(self.frozen, None), 1)]
-        if self.frozen:
-            pieces += [(self.frozen_keys, slice(self.frozen), 0), (self.frozen_values, slice(self.frozen), 1)]
-        with torch.no_grad():
-            for parameters, tokens, which in pieces:
-                for parameter, prefix in zip(parameters, prefixes, strict=True):
-                    parameter.copy_(prefix[which][:, tokens])
+    @torch.no_grad()
+    def write(self, prefixes: Sequence[tuple[Tensor, Tensor]], start: int = 0) -> None:
+        """Copy keys and values over those of the tokens from ``start`` on, in the parameters' own memory."""
+        for layer, pair in enumerate(prefixes):
+            for which, tensor in zip(("keys", "values"), pair, strict=True):
+                count = tensor.shape[1]
+                frozen = min(max(self.frozen - start, 0), count)
+                if frozen:
+                    getattr(self, f"frozen_{which}")[layer][:, start : start + frozen].copy_(tensor[:, :frozen])
+                if frozen < count:
+                    trained = slice(start + frozen - self.frozen, start + count - self.frozen)
+                    getattr(self, which)[layer][:, trained].copy_(tensor[:, frozen:])
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         keys, values = list(self.keys), list(self.values)

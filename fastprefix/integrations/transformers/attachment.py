@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...methods import (
     METHODS,
+    CompositionConfig,
     EmbeddingShape,
     MethodConfig,
     PrefixMethod,
@@ -83,6 +84,8 @@ def attach(
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
     _check(model, config, name)
+    if isinstance(config, CompositionConfig):
+        raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
     check_cache_given(config, past_key_values)
     with use_adapter(model, None):
         plan = _make_plan(model, config, example_inputs, check)
@@ -96,7 +99,7 @@ def attach(
             with load_offloaded(model, model.get_input_embeddings()):
                 plan.method.reset_parameters(_find_table(model), ids)
         adapter = _make_adapter(model, config, plan)
-    return _install(model, adapter, name)
+    return install(model, adapter, name)
 
 
 def attach_empty(
@@ -106,7 +109,7 @@ def attach_empty(
     _check(model, config, name)
     with use_adapter(model, None):
         adapter = _make_adapter(model, config, _make_plan(model, config, example_inputs, check=False))
-    return _install(model, adapter, name)
+    return install(model, adapter, name)
 
 
 def detach(model: Model, name: str | None = None) -> Model:
@@ -395,7 +398,7 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> 
     return Adapter(model, copy.deepcopy(config), method, hooks)
 
 
-def _install(model: Model, adapter: Adapter, name: str) -> Model:
+def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
     if not hasattr(model, _STATE):
         setattr(model, _STATE, Attachment(model))

@@ -7,7 +7,7 @@ one piece.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,34 @@ _NAME = "fastprefix_pieces"
 
 
 @dataclass(frozen=True)
-class InitialPrefix:
-    """The keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of each layer, and its biases ``[Hkv, m]`` if it has any."""
+class PrefixState:
+    """A prefix in memory.
+
+    Args:
+        pairs: the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of each layer.
+        biases: the biases ``[Hkv, m]`` of the keys of each layer, if it has any.
+        prefix_position: of the prefix, where that is known.
+    """
 
     pairs: list[Prefix]
     biases: list[Tensor] | None = None
+    prefix_position: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return int(self.pairs[0][0].shape[1])
+
+    def pin_memory(self) -> PrefixState:
+        """Return a copy in page-locked memory, from which a GPU copies fastest."""
+        pairs = [(key.pin_memory(), value.pin_memory()) for key, value in self.pairs]
+        biases = None if self.biases is None else [bias.pin_memory() for bias in self.biases]
+        return replace(self, pairs=pairs, biases=biases)
 
 
 def make_initial_prefix(
     model: PreTrainedModel, config: Any, layers: list[Layer], tokenizer: Any, past_key_values: Any
-) -> InitialPrefix | None:
+) -> PrefixState | None:
     """Return what a prefix starts from, or None if that comes from no text and no cache.
 
     Raises:
@@ -46,7 +64,7 @@ def make_initial_prefix(
     if getattr(config, "init", None) == "cache":
         return read_cache(model, config, layers, past_key_values)
     ids = tokenize_text(model, config, tokenizer)
-    return None if ids is None else InitialPrefix(compute_keys_values(model, ids, layers))
+    return None if ids is None else PrefixState(compute_keys_values(model, ids, layers))
 
 
 def check_cache_given(config: Any, past_key_values: Any) -> None:
@@ -134,7 +152,7 @@ def _run_in_pieces(model: PreTrainedModel, input_ids: Tensor) -> dict[nn.Module,
     return seen
 
 
-def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_key_values: Any) -> InitialPrefix:
+def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_key_values: Any) -> PrefixState:
     """Read the keys, values and biases of a cache for layers of a model.
 
     Args:
@@ -177,7 +195,7 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
         biases.append(F.pad(bias, (0, missing), value=-torch.inf))
     if has_biases and not config.key_bias:
         raise ValueError("`key_bias` must be True for a cache with biases of its keys, but is False.")
-    return InitialPrefix(pairs, biases if config.key_bias else None)
+    return PrefixState(pairs, biases if config.key_bias else None)
 
 
 def _list_entries(cache: Any) -> list[Any]:

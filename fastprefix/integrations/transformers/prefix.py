@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ...methods import PrefixMethod
+from ...methods import Composition, PrefixMethod
 from .attention import (
     Binding,
     GivenPrefix,
@@ -332,6 +332,8 @@ class PrefixHooks:
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
+        if isinstance(self.method, Composition):
+            self.method.freeze_parts()
         if self.implementation is None:
             self.implementation = Implementation(model, {**self.bindings})
         else:
@@ -520,6 +522,8 @@ class PrefixHooks:
             handle.remove()
         assert self.implementation is not None
         self.implementation.restore()
+        if isinstance(self.method, Composition):
+            self.method.release_parts()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
