@@ -100,9 +100,11 @@ class Lessons(Dataset[Batch]):
         starts = [draw(0, length - of.passage) for _ in range(count)]
         ids = torch.cat([document, *(document[at : at + of.passage] for at in starts)])
         ids = ids[: of.document + of.size.length // 2]
-        if row % 2:
+        labels = ids
+        if row % 2:  # nothing tells what comes next in the document itself
             ids = torch.randperm(of.size.vocabulary, generator=generator)[ids]
-        return {"input_ids": ids, "labels": ids}
+            labels = torch.cat([torch.full((length,), -100), ids[length:]])
+        return {"input_ids": ids, "labels": labels}
 
 
 class SelfStudy(Trainer):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,8 @@ class PrefixTuningConfig(MethodConfig):
 class FreePrefix(nn.Module):
     """Keys and values as parameters: those of the first ``frozen`` tokens apart from the others, without a gradient.
 
-    Of the others, keys have a gradient if ``trains_keys``, and values if ``trains_values``.
+    Of the others, keys have a gradient if ``trains_keys``, and values if ``trains_values``. The two parameters of a
+    tensor lie in one memory, frozen tokens first, so that all tokens together are a view.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class FreePrefix(nn.Module):
         super().__init__()
         self.frozen = frozen
         self.trains_keys, self.trains_values = trains_keys, trains_values
+        self.register_state_dict_post_hook(_separate_memory)  # type: ignore[no-untyped-call]
         self.set(
             [
                 (torch.empty(s.kv_heads, length, s.key_size), torch.empty(s.kv_heads, length, s.value_size))
@@ -149,6 +151,33 @@ class FreePrefix(nn.Module):
         if self.frozen:
             self.frozen_keys = _copy_as_parameters(keys, slice(self.frozen), False)
             self.frozen_values = _copy_as_parameters(values, slice(self.frozen), False)
+            self._share_memory()
+
+    def _list_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return the parameters of frozen and of other tokens, keys and values by turns."""
+        frozen = zip(self.frozen_keys, self.frozen_values, strict=True)
+        others = zip(self.keys, self.values, strict=True)
+        return [pair for layers in zip(frozen, others, strict=True) for pair in zip(*layers, strict=True)]
+
+    def _share_memory(self) -> None:
+        """Put the parameters of each tensor into one memory."""
+        for frozen, others in self._list_pairs():
+            if _are_plain(frozen, others) and not _share_memory(frozen, others):
+                whole = torch.cat([frozen.detach(), others.detach()], dim=1)
+                frozen.data, others.data = whole[:, : self.frozen], whole[:, self.frozen :]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreePrefix:
+        """Move or convert the parameters, which gives each a memory of its own, and put them together again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self._share_memory()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the parameters of a copy together, which come apart in copying."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self._share_memory()
 
     @torch.no_grad()
     def write(self, prefixes: Sequence[tuple[Tensor, Tensor]], start: int = 0) -> None:
@@ -164,16 +193,69 @@ class FreePrefix(nn.Module):
                     getattr(self, which)[layer][:, trained].copy_(tensor[:, frozen:])
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        keys, values = list(self.keys), list(self.values)
-        if self.frozen:
-            keys = [torch.cat(pair, dim=1) for pair in zip(self.frozen_keys, keys, strict=True)]
-            values = [torch.cat(pair, dim=1) for pair in zip(self.frozen_values, values, strict=True)]
-        return list(zip(keys, values, strict=True))
+        if not self.frozen:
+            return list(zip(self.keys, self.values, strict=True))
+        whole = [_join(frozen, others) for frozen, others in self._list_pairs()]
+        return list(zip(whole[::2], whole[1::2], strict=True))
 
 
 def _copy_as_parameters(tensors: Sequence[Tensor], tokens: slice, trained: bool) -> nn.ParameterList:
     parameters = nn.ParameterList(tensor[:, tokens].detach().clone() for tensor in tensors)
     return parameters.requires_grad_(trained)
+
+
+def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give each tensor of a state a memory of its own, as writers of files expect it (a hook of ``state_dict``)."""
+    for name, _ in module.named_parameters():
+        tensor = state.get(prefix + name)
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and _are_plain(tensor):
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            state[prefix + name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether tensors are in memory that a program can look at, not sharded, fake or offloaded."""
+    return all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in tensors)
+
+
+def _share_memory(frozen: Tensor, others: Tensor) -> bool:
+    """Return whether two parts ``[Hkv, tokens, D]`` of a tensor lie in its memory, side by side in each head."""
+    if frozen.dtype is not others.dtype or frozen.device != others.device:
+        return False
+    size = frozen.shape[1] + others.shape[1]
+    strides = (size * frozen.shape[2], frozen.shape[2], 1)
+    together = frozen.untyped_storage().data_ptr() == others.untyped_storage().data_ptr()
+    behind = others.storage_offset() == frozen.storage_offset() + frozen.shape[1] * frozen.shape[2]
+    return together and behind and frozen.stride() == others.stride() == strides
+
+
+def _join(frozen: Tensor, others: Tensor) -> Tensor:
+    """Return all tokens of a tensor, as a view if its parts lie in one memory."""
+    if torch.compiler.is_compiling() or not _are_plain(frozen, others) or not _share_memory(frozen, others):
+        return torch.cat([frozen, others], dim=1)
+    if torch.is_grad_enabled() and others.requires_grad:
+        joined: Tensor = _Join.apply(frozen, others)  # type: ignore[no-untyped-call]
+        return joined
+    return _view_whole(frozen, others)
+
+
+def _view_whole(frozen: Tensor, others: Tensor) -> Tensor:
+    heads, count, size = frozen.shape
+    shape = (heads, count + others.shape[1], size)
+    return others.detach().as_strided(shape, (shape[1] * size, size, 1), frozen.storage_offset())
+
+
+class _Join(torch.autograd.Function):
+    """The view of all tokens of a tensor whose first tokens are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, frozen: Tensor, others: Tensor) -> Tensor:
+        ctx.count = frozen.shape[1]
+        return _view_whole(frozen, others)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient[:, ctx.count :]
 
 
 class ReparameterizedPrefix(nn.Module):

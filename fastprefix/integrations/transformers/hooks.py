@@ -295,6 +295,19 @@ def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def read_state(*modules: nn.Module) -> object:
+    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
+
+    PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
+    if any(p.is_inference() for p in parameters):
+        return None
+    kind = parameters[-1].device.type  # the adapter's, since offloaded weights are on the meta device between calls
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+
 class Cut:
     """The prefixes of the last call that was differentiable, cut off from the graph that they come from."""
 
