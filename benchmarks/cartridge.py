@@ -6,7 +6,8 @@ in packed rows. On passages that are never sampled in training, the model is com
 with a prefix that starts from text and is not trained, and with the trained prefix.
 
 Without ``--model`` a small decoder is trained first, on other documents, each followed by passages from it. In half of
-the rows all tokens are renamed at random, so that only the document in context tells what comes next.
+the rows all tokens are renamed at random, as they are in the document of the study: only the document in context tells
+what comes next, and so much of it as a small decoder learns to use.
 
 Everything is kept in ``OUT``: the same command continues an interrupted run.
 """
@@ -78,6 +79,11 @@ class Passages(Dataset[Batch]):
         return {"input_ids": self.document[places].flatten(), "position_ids": positions}
 
 
+def rename(ids: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Give each token the name of another: the text stays one, in a language that no decoder has seen."""
+    return torch.randperm(vocabulary, generator=generator)[ids]
+
+
 class Lessons(Dataset[Batch]):
     """Rows to train a decoder with: a document of any length up to the longest, and passages from it until the end."""
 
@@ -102,7 +108,7 @@ class Lessons(Dataset[Batch]):
         ids = ids[: of.document + of.size.length // 2]
         labels = ids
         if row % 2:  # nothing tells what comes next in the document itself
-            ids = torch.randperm(of.size.vocabulary, generator=generator)[ids]
+            ids = rename(ids, of.size.vocabulary, generator)
             labels = torch.cat([torch.full((length,), -100), ids[length:]])
         return {"input_ids": ids, "labels": labels}
 
@@ -202,6 +208,8 @@ def build_subject(options: argparse.Namespace, of: Settings, device: torch.devic
         print(f"a decoder of {model.num_parameters():,} parameters learns to read documents, in {folder}", flush=True)
         train(Trainer(model, arguments, train_dataset=Lessons(ids, of)))
     document = torch.tensor(words(text, verbose=False)["input_ids"][: of.document])
+    if not options.model:
+        document = rename(document, of.size.vocabulary, torch.Generator().manual_seed(0))
     if len(document) < 2 * of.passage:
         raise BenchmarkError(f"{title}: {len(document)} tokens are too few for passages of {of.passage}")
     return Subject(title, models.place(model, device), document)
