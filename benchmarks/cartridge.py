@@ -121,7 +121,8 @@ class SelfStudy(Trainer):
     ) -> Any:
         with torch.no_grad():
             expected, ids = predict(model, inputs, TEACHER).topk(TOP)
-        loss = measure_divergence(expected, predict(model, inputs, STUDENT).gather(-1, ids))
+        found = predict(model, inputs, STUDENT).gather(-1, ids)
+        loss = measure_divergence(add_rest(expected), add_rest(found))
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -137,6 +138,15 @@ def predict(model: Any, row: Batch, name: str | None) -> Tensor:
     with contextlib.nullcontext() if name else fastprefix.disable_adapter(model):
         logits: Tensor = model(**row, use_cache=False).logits
     return F.log_softmax(logits.float(), dim=-1)
+
+
+def add_rest(logs: Tensor) -> Tensor:
+    """Add the logarithm of the probability of all other tokens together.
+
+    Without it the loss would be lowest where the student expects nothing but the tokens that are given.
+    """
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
+    return torch.cat([logs, rest.log()], dim=-1)
 
 
 def measure_divergence(expected: Tensor, found: Tensor) -> Tensor:
@@ -199,7 +209,9 @@ def build_subject(options: argparse.Namespace, of: Settings, device: torch.devic
         model = models.load_model(options.model, "causal_lm", 0, words.pad_token_id, 0)
     else:
         words = data.train_tokenizer(others, of.size.vocabulary)
-        model = models.build("causal_lm", models.configure("causal_lm", of.size), device)
+        config = models.configure("causal_lm", of.size)
+        config.tie_word_embeddings = True  # what a token is, and what is expected: copying is soon learned
+        model = models.build("causal_lm", config, device)
         ids = torch.tensor(words("\n\n".join(others), add_special_tokens=False, verbose=False)["input_ids"])
         folder = options.out / f"decoder-{Hasher.hash([of, ids.tolist()])}"
         arguments = make_arguments(

@@ -43,6 +43,11 @@ def sample_passages(document: Tensor, length: int, count: int) -> dict[str, Tens
     return {"input_ids": torch.cat(passages)[None], "position_ids": torch.cat(positions)[None]}
 
 
+def add_rest(logs: Tensor) -> Tensor:
+    """Add the logarithm of the probability of all other tokens together."""
+    return torch.cat([logs, (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()], dim=-1)
+
+
 def measure_loss(model: PreTrainedModel, row: dict[str, Tensor]) -> Tensor:
     """Return how far the cartridge is from the document in context: the KL divergence on the teacher's top tokens."""
     with torch.no_grad():
@@ -50,6 +55,7 @@ def measure_loss(model: PreTrainedModel, row: dict[str, Tensor]) -> Tensor:
         expected, ids = model(**row, use_cache=False).logits.float().log_softmax(-1).topk(TOP)
     fastprefix.set_adapter(model, "cartridge")
     found = model(**row, use_cache=False).logits.float().log_softmax(-1).gather(-1, ids)
+    expected, found = add_rest(expected), add_rest(found)
     return (expected.exp() * (expected - found)).sum(-1).mean()
 
 

@@ -68,8 +68,8 @@ def main() -> None:
     pairs = SENTENCES if options.data is None else read(options.data)
     model, tokenizer = load(options.model, labels=1 + max(label for _, label in pairs))
 
-    # The model's own parameters are frozen; the prefix, its gates and the fresh head are trained. The prefix starts from
-    # the keys and values of a text, which is better than random numbers.
+    # The model's own parameters are frozen; the prefix, its gates and the fresh head are trained. The prefix starts
+    # from the keys and values of a text, which is better than random numbers.
     config = fastprefix.APTConfig(num_virtual_tokens=options.tokens, init="text", init_text=options.start)
     fastprefix.attach(model, config, tokenizer=tokenizer)
     print(fastprefix.count_parameters(model))
