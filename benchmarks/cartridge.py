@@ -5,9 +5,9 @@ The student learns the teacher's 20 most likely tokens after every token of pass
 in packed rows. On passages that are never sampled in training, the model is compared with the teacher without a prefix,
 with a prefix that starts from text and is not trained, and with the trained prefix.
 
-Without ``--model`` a small decoder is trained first, on other documents, each followed by passages from it. In half of
-the rows all tokens are renamed at random, as they are in the document of the study: only the document in context tells
-what comes next, and so much of it as a small decoder learns to use.
+Without ``--model`` a small decoder is trained first, on other documents, each followed by passages from it. In three
+of four rows all tokens are renamed at random, as they are in the document of the study: only the document in context
+tells what comes next, and so much of it as a small decoder learns to use.
 
 Everything is kept in ``OUT``: the same command continues an interrupted run.
 """
@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     decoder_steps: int
 
 
-FULL = Settings(Size(4, 256, 4, vocabulary=2048, rows=4, length=1024), 1024, (64, 256, 512), 64, 600, 2000)
+FULL = Settings(Size(4, 256, 4, vocabulary=512, rows=4, length=1024), 1024, (64, 256, 512), 64, 600, 2000)
 QUICK = Settings(Size(2, 64, 2, vocabulary=512, rows=2, length=64), 64, (8,), 16, 6, 6)
 
 
@@ -107,7 +107,7 @@ class Lessons(Dataset[Batch]):
         ids = torch.cat([document, *(document[at : at + of.passage] for at in starts)])
         ids = ids[: of.document + of.size.length // 2]
         labels = ids
-        if row % 2:  # nothing tells what comes next in the document itself
+        if row % 4:  # nothing tells what comes next in the document itself
             ids = rename(ids, of.size.vocabulary, generator)
             labels = torch.cat([torch.full((length,), -100), ids[length:]])
         return {"input_ids": ids, "labels": labels}
@@ -215,7 +215,7 @@ def build_subject(options: argparse.Namespace, of: Settings, device: torch.devic
         ids = torch.tensor(words("\n\n".join(others), add_special_tokens=False, verbose=False)["input_ids"])
         folder = options.out / f"decoder-{Hasher.hash([of, ids.tolist()])}"
         arguments = make_arguments(
-            folder, of.decoder_steps, of.size.rows, device, learning_rate=1e-3, warmup_steps=of.decoder_steps // 20
+            folder, of.decoder_steps, of.size.rows, device, learning_rate=2e-3, warmup_steps=of.decoder_steps // 20
         )
         print(f"a decoder of {model.num_parameters():,} parameters learns to read documents, in {folder}", flush=True)
         train(Trainer(model, arguments, train_dataset=Lessons(ids, of)))

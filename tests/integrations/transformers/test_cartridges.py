@@ -15,6 +15,7 @@ from fastprefix.integrations.transformers.attachment import get_attachment
 
 from ... import models
 from ...float64 import Float64
+from ...ops.test_memory import added_peak
 
 LENGTH, FROZEN = 6, 1
 HEAD = models.WIDTH // models.HEADS
@@ -140,14 +141,12 @@ def test_an_encoder_runs_a_long_text_at_once(pieces: list[int]) -> None:
 def test_a_long_document_needs_the_memory_of_its_cache() -> None:
     """In float32, 4,096 tokens; the logits of all of them, or one layer's scores, would be many times as large."""
     pytest.importorskip("fastprefix._native")
-    from benchmarks.measure import added_peak
-
     model: Any = models.decoder().float()
     ids = torch.arange(4096) % models.VOCABULARY
     layers = initial.find_layers(model)
     cache = 2 * models.LAYERS * models.KV_HEADS * HEAD * 4 * len(ids)
     results: list[Any] = []
-    peak = added_peak(lambda: results.append(initial.compute_keys_values(model, ids, layers)), torch.device("cpu"))
+    peak = added_peak(lambda: results.append(initial.compute_keys_values(model, ids, layers)))
     piece = 2 * initial.PIECE * len(ids) + 64 * initial.PIECE * models.WIDTH  # two masks, and the states of a piece
     assert sum(t.numel() * t.element_size() for pair in results[0] for t in pair) == cache
     assert peak < 2 * cache + piece
