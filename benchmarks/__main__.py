@@ -13,7 +13,8 @@ SUITES = {
     "models": "whole_models",
     "shared-prompt": "shared_prompt",
     "plain-attention": "plain_attention",
-    **{name: name for name in ("attention", "stores", "embedding", "gpu", "study", "compare", "report")},
+    "long-prefixes": "long_prefixes",
+    **{name: name for name in ("attention", "stores", "embedding", "gpu", "study", "cartridge", "compare", "report")},
 }
 """The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
 

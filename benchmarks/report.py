@@ -204,6 +204,38 @@ def tabulate_saved(record: Record) -> Table:
     return Table((f"{epochs} x {count:,} rows, {model}", "hours", "with PEFT", "MB", "with PEFT"), rows)
 
 
+def tabulate_cartridge(record: Record) -> Table:
+    """Show how far a document in context is replaced by nothing, and by a prefix before and after its training."""
+    names = {"no document": "no document", "untrained": "text, untrained", "trained": "trained"}
+    header = ("P", *(f"KL, {title}" for title in names.values()), "gap closed", "loss, no document", "in context",
+              "trained", "MB", "MB of the document", "tokens/s")  # fmt: skip
+    rows = []
+    for P, of in pd.DataFrame(record.rows).groupby("P", sort=False):
+        at = of.drop_duplicates(["quantity", "peer"]).set_index(["quantity", "peer"]).p50
+        divergences = [at["kl", peer] for peer in names]
+        losses = [at["loss", peer] for peer in ("no document", "document in context", "trained")]
+        sizes = [number(at["bytes", peer] / 1e6, 1) for peer in ("trained", "document in context")]
+        closed = number(100 * (1 - divergences[-1] / divergences[0]), 0, " %")
+        speed = number(at.get(("tokens/s", "trained")), 0)
+        rows.append([str(P), *map(number, divergences), closed, *map(number, losses), *sizes, speed])
+    return Table(header, rows)
+
+
+def tabulate_long_prefixes(record: Record) -> Table:
+    """Show times and memory of every peer with long prefixes, in units of PEFT's cartridge."""
+    header, rows = ("direction, P, type", "peer", "ms", "x floor", "x PEFT", "peak MB", "x PEFT"), []
+    for key, of in load_frame(record).groupby(["direction", "P", "dtype"], sort=False):
+        at = of.set_index(["quantity", "peer"])
+        for peer in dict.fromkeys(of.peer):
+            cells = []
+            for quantity, unit in (("seconds", 1e3), ("bytes", 1e-6)):
+                own, theirs = at.p50.get((quantity, peer)), at.p50.get((quantity, "PEFT cartridge"))
+                cells += [number(own and unit * own, 1), number(own and theirs and own / theirs)]
+            floor = number(at["x floor"].get(("seconds", peer)))
+            rows.append([", ".join(map(str, key)), peer, cells[0], floor, *cells[1:]])
+    return Table(header, rows)
+
+
 def tabulate_gpu(record: Record) -> Table:
     """Show the times of prefix attention on a GPU, its rate, and the ratios to the best peer and the best floor."""
     header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
@@ -228,6 +260,8 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "embedding": (tabulate_embedding, None),
     "shared-prompt": (tabulate_shared_prompt, "S"),
     "models": (tabulate_model, "model"),
+    "long-prefixes": (tabulate_long_prefixes, None),
+    "cartridge": (tabulate_cartridge, None),
     "adapterhub": (tabulate_model, "model"),
     "gpu": (tabulate_gpu, None),
 }

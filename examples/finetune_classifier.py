@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--model", help="name or path of an encoder")
     parser.add_argument("--data", help="tab-separated texts and labels")
     parser.add_argument("--out", default="apt-adapter", help="where the adapter is saved")
+    parser.add_argument("--start", default="the film was wonderful", help="the text from which the prefix starts")
     parser.add_argument("--tokens", type=int, default=20, help="length of the prefix")
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--lr", type=float, default=2e-2)
@@ -67,8 +68,10 @@ def main() -> None:
     pairs = SENTENCES if options.data is None else read(options.data)
     model, tokenizer = load(options.model, labels=1 + max(label for _, label in pairs))
 
-    # The model's own parameters are frozen; the prefix, its gates and the fresh head are trained.
-    fastprefix.attach(model, fastprefix.APTConfig(num_virtual_tokens=options.tokens))
+    # The model's own parameters are frozen; the prefix, its gates and the fresh head are trained. The prefix starts
+    # from the keys and values of a text, which is better than random numbers.
+    config = fastprefix.APTConfig(num_virtual_tokens=options.tokens, init="text", init_text=options.start)
+    fastprefix.attach(model, config, tokenizer=tokenizer)
     print(fastprefix.count_parameters(model))
 
     rows = [{**tokenizer(text, truncation=True), "label": label} for text, label in pairs]

@@ -11,6 +11,7 @@ from ._version import __version__
 from .methods import (
     ADePTConfig,
     APTConfig,
+    CartridgeConfig,
     DePTConfig,
     LlamaAdapterConfig,
     PrefixTuningConfig,
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from . import testing
     from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
+        PrefixState,
         attach,
+        compose,
         count_parameters,
         detach,
         disable_adapter,
@@ -32,21 +35,26 @@ if TYPE_CHECKING:
         load_adapter,
         merge,
         parameter_groups,
+        read_prefix,
         save_adapter,
         set_adapter,
+        swap_prefix,
     )
 
 __all__ = [
     "ADePTConfig",
     "APTConfig",
+    "CartridgeConfig",
     "DePTConfig",
     "LlamaAdapterConfig",
+    "PrefixState",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "ResidualPrefixConfig",
     "__version__",
     "accelerate",
     "attach",
+    "compose",
     "count_parameters",
     "decelerate",
     "detach",
@@ -57,9 +65,11 @@ __all__ = [
     "parameter_groups",
     "prefix_attention",
     "prompt_embedding",
+    "read_prefix",
     "reference",
     "save_adapter",
     "set_adapter",
+    "swap_prefix",
     "testing",
 ]
 

@@ -6,6 +6,8 @@ Nothing here knows of any model library: a method is told the shapes of what it 
 from .adept import ADePT, ADePTConfig
 from .apt import APT, APTConfig
 from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
+from .cartridge import CartridgeConfig
+from .composition import Composition, CompositionConfig
 from .dept import DePT, DePTConfig
 from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
@@ -20,6 +22,9 @@ __all__ = [
     "ADePTConfig",
     "APTConfig",
     "AttentionShape",
+    "CartridgeConfig",
+    "Composition",
+    "CompositionConfig",
     "DePT",
     "DePTConfig",
     "EmbeddingShape",

@@ -76,8 +76,7 @@ class APT(PrefixTuning):
         if self.config.reparameterization is None and not self.config.layer_gate:
             raise ValueError("APT's token gate depends on the input, and there is nothing beside it to bake in")
         config = replace(self.config, reparameterization=None, layer_gate=False)
-        baked = APT(config, self.shapes)
-        baked.set_prefixes(self._gated_prefixes())
+        baked = self._fill_baked(APT(config, self.shapes))
         baked.gate_projections = nn.ParameterList(p.detach().clone() for p in self.gate_projections)
         return baked
 

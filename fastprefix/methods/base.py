@@ -196,3 +196,18 @@ class PrefixMethod(nn.Module, ABC):
     def output_gate(self, layer: int) -> Tensor | None:
         """Return the output gate of a layer, or None for one joint softmax."""
         return None
+
+    def key_bias(self, layer: int) -> Tensor | None:
+        """Return the biases ``[Hkv, m]`` of a layer's prefix keys, or None."""
+        return None
+
+    def frozen_tokens(self) -> int:
+        """Return how many of the first tokens have keys and values that need no gradient."""
+        return 0
+
+    def position_shift(self) -> int:
+        """Return by how many positions the tokens are moved up."""
+        if self.config.prefix_position != "shift":
+            return 0
+        shift: int | None = getattr(self.config, "position_shift", None)
+        return int(self.config.num_virtual_tokens) if shift is None else shift

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,39 +22,73 @@ class PrefixTuningConfig(MethodConfig):
             ``W2 tanh(W1 E + b1) + b2`` from an embedding ``E [m, d]``.
         hidden_dim: width of the MLP's hidden layer.
         init: of free keys and values: "normal", normal(0, 0.02) as in P-tuning v2; "zero"; "text", what the frozen
-            model itself computes for a text, repeated to m tokens.
-        init_text: the text, for ``init="text"``.
+            model itself computes for the first m tokens of a text, which is repeated if it is shorter; "chunks", what
+            it computes for chunks sampled evenly over the text (arXiv 2508.17032); "cache", those of the
+            ``past_key_values`` that ``attach`` is given.
+        init_text: the text, for ``init="text"`` and ``init="chunks"``.
+        chunk_tokens: length of a chunk, for ``init="chunks"``.
+        add_special_tokens: whether the tokenizer puts special tokens around the text, such as one for its beginning.
         prefix_position: "none", tokens keep their positions; "shift", they are moved up by m, as when a prefix is
             passed as a key/value cache (PEFT, P-tuning v2).
+        position_shift: how far "shift" moves the tokens, where that is not m: a compacted cache stands for more tokens
+            than it has keys (Attention Matching, arXiv 2602.16284).
         attentions: which attention layers get a prefix: "encoder" and "decoder", the self-attention of each, "cross",
             the attention of a decoder to its encoder. None: all.
         num_frozen_tokens: how many of the first tokens keep the keys and values that they start with, as in a
             cartridge. No gradient, optimizer step or weight decay changes them.
+        train: what of the other tokens is trained: "both", "values" or "keys". The gradient of the rest is not
+            computed. Keys stay near their initial values in training, so values alone can absorb a text
+            (arXiv 2508.17032).
+        key_bias: whether every prefix key has a trained bias on its scores, ``[Hkv, m]`` in each layer, 0 at the start.
+            A key with a bias b counts ``e^b`` times, as Attention Matching uses it.
     """
 
     kind: ClassVar[str] = "prefix"
 
     reparameterization: Literal["mlp"] | None = None
     hidden_dim: int = 512
-    init: Literal["normal", "zero", "text"] = "normal"
+    init: Literal["normal", "zero", "text", "chunks", "cache"] = "normal"
     init_text: str | None = None
+    chunk_tokens: int = 64
+    add_special_tokens: bool = False
     prefix_position: Literal["none", "shift"] = "none"
+    position_shift: int | None = None
     attentions: tuple[Role, ...] | None = None
     num_frozen_tokens: int = 0
+    train: Literal["both", "values", "keys"] = "both"
+    key_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("reparameterization", self.reparameterization, (None, "mlp"))
         check_positive("hidden_dim", self.hidden_dim)
-        check_choice("init", self.init, ("normal", "zero", "text"))
+        check_choice("init", self.init, ("normal", "zero", "text", "chunks", "cache"))
         check_choice("prefix_position", self.prefix_position, ("none", "shift"))
+        check_choice("train", self.train, ("both", "values", "keys"))
+        check_choice("key_bias", self.key_bias, (False, True))
+        check_choice("add_special_tokens", self.add_special_tokens, (False, True))
+        check_positive("chunk_tokens", self.chunk_tokens)
         self._check_attentions()
         self._check_frozen()
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(f'init_text goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
-        if self.reparameterization is not None and self.init != "normal":
+        self._check_shift()
+        if (self.init in ("text", "chunks")) != (self.init_text is not None):
             raise ValueError(
-                f"init={self.init!r} is for free keys and values, got reparameterization={self.reparameterization!r}"
+                '`init_text` must be given with init="text" or init="chunks", and with no other, got '
+                f"init={self.init!r}, init_text={self.init_text!r}"
+            )
+        if self.reparameterization is not None and (self.init != "normal" or self.train != "both"):
+            raise ValueError(
+                f"`reparameterization` must be None for init={self.init!r} and train={self.train!r}, which are about "
+                f"free keys and values, got {self.reparameterization!r}"
+            )
+
+    def _check_shift(self) -> None:
+        if self.position_shift is None:
+            return
+        check_positive("position_shift", self.position_shift)
+        if self.prefix_position != "shift":
+            raise ValueError(
+                f'`position_shift` must be None without prefix_position="shift", got {self.position_shift}'
             )
 
     def _check_frozen(self) -> None:
@@ -83,11 +117,24 @@ class PrefixTuningConfig(MethodConfig):
 
 
 class FreePrefix(nn.Module):
-    """Keys and values as parameters: those of the first ``frozen`` tokens apart from the others, without a gradient."""
+    """Keys and values as parameters: those of the first ``frozen`` tokens apart from the others, without a gradient.
 
-    def __init__(self, length: int, shapes: Sequence[AttentionShape], frozen: int = 0) -> None:
+    Of the others, keys have a gradient if ``trains_keys``, and values if ``trains_values``. The two parameters of a
+    tensor lie in one memory, frozen tokens first, so that all tokens together are a view.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        shapes: Sequence[AttentionShape],
+        frozen: int = 0,
+        trains_keys: bool = True,
+        trains_values: bool = True,
+    ) -> None:
         super().__init__()
         self.frozen = frozen
+        self.trains_keys, self.trains_values = trains_keys, trains_values
+        self.register_state_dict_post_hook(_separate_memory)  # type: ignore[no-untyped-call]
         self.set(
             [
                 (torch.empty(s.kv_heads, length, s.key_size), torch.empty(s.kv_heads, length, s.value_size))
@@ -98,23 +145,117 @@ class FreePrefix(nn.Module):
     def set(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the parameters copies of these keys and values of all tokens."""
         keys, values = zip(*prefixes, strict=True)
-        self.keys, self.values = self._parameters_of(keys), self._parameters_of(values)
+        trained = slice(self.frozen, None)
+        self.keys = _copy_as_parameters(keys, trained, self.trains_keys)
+        self.values = _copy_as_parameters(values, trained, self.trains_values)
         if self.frozen:
-            self.frozen_keys, self.frozen_values = self._frozen_of(keys), self._frozen_of(values)
+            self.frozen_keys = _copy_as_parameters(keys, slice(self.frozen), False)
+            self.frozen_values = _copy_as_parameters(values, slice(self.frozen), False)
+            self._share_memory()
 
-    def _parameters_of(self, tensors: Sequence[Tensor]) -> nn.ParameterList:
-        return nn.ParameterList(tensor[:, self.frozen :].detach().clone() for tensor in tensors)
+    def _list_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return the parameters of frozen and of other tokens, keys and values by turns."""
+        frozen = zip(self.frozen_keys, self.frozen_values, strict=True)
+        others = zip(self.keys, self.values, strict=True)
+        return [pair for layers in zip(frozen, others, strict=True) for pair in zip(*layers, strict=True)]
 
-    def _frozen_of(self, tensors: Sequence[Tensor]) -> nn.ParameterList:
-        frozen = nn.ParameterList(tensor[:, : self.frozen].detach().clone() for tensor in tensors)
-        return frozen.requires_grad_(False)
+    def _share_memory(self) -> None:
+        """Put the parameters of each tensor into one memory."""
+        for frozen, others in self._list_pairs():
+            if _are_plain(frozen, others) and not _share_memory(frozen, others):
+                whole = torch.cat([frozen.detach(), others.detach()], dim=1)
+                frozen.data, others.data = whole[:, : self.frozen], whole[:, self.frozen :]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreePrefix:
+        """Move or convert the parameters, which gives each a memory of its own, and put them together again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self._share_memory()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the parameters of a copy together, which come apart in copying."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self._share_memory()
+
+    @torch.no_grad()
+    def write(self, prefixes: Sequence[tuple[Tensor, Tensor]], start: int = 0) -> None:
+        """Copy keys and values over those of the tokens from ``start`` on, in the parameters' own memory."""
+        for layer, pair in enumerate(prefixes):
+            for which, tensor in zip(("keys", "values"), pair, strict=True):
+                count = tensor.shape[1]
+                frozen = min(max(self.frozen - start, 0), count)
+                if frozen:
+                    getattr(self, f"frozen_{which}")[layer][:, start : start + frozen].copy_(tensor[:, :frozen])
+                if frozen < count:
+                    trained = slice(start + frozen - self.frozen, start + count - self.frozen)
+                    getattr(self, which)[layer][:, trained].copy_(tensor[:, frozen:])
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        keys, values = list(self.keys), list(self.values)
-        if self.frozen:
-            keys = [torch.cat(pair, dim=1) for pair in zip(self.frozen_keys, keys, strict=True)]
-            values = [torch.cat(pair, dim=1) for pair in zip(self.frozen_values, values, strict=True)]
-        return list(zip(keys, values, strict=True))
+        if not self.frozen:
+            return list(zip(self.keys, self.values, strict=True))
+        whole = [_join(frozen, others) for frozen, others in self._list_pairs()]
+        return list(zip(whole[::2], whole[1::2], strict=True))
+
+
+def _copy_as_parameters(tensors: Sequence[Tensor], tokens: slice, trained: bool) -> nn.ParameterList:
+    parameters = nn.ParameterList(tensor[:, tokens].detach().clone() for tensor in tensors)
+    return parameters.requires_grad_(trained)
+
+
+def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give each tensor of a state a memory of its own, as writers of files expect it (a hook of ``state_dict``)."""
+    for name, _ in module.named_parameters():
+        tensor = state.get(prefix + name)
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and _are_plain(tensor):
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            state[prefix + name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether tensors are in memory that a program can look at, not sharded, fake or offloaded."""
+    return all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in tensors)
+
+
+def _share_memory(frozen: Tensor, others: Tensor) -> bool:
+    """Return whether two parts ``[Hkv, tokens, D]`` of a tensor lie in its memory, side by side in each head."""
+    if frozen.dtype is not others.dtype or frozen.device != others.device:
+        return False
+    size = frozen.shape[1] + others.shape[1]
+    strides = (size * frozen.shape[2], frozen.shape[2], 1)
+    together = frozen.untyped_storage().data_ptr() == others.untyped_storage().data_ptr()
+    behind = others.storage_offset() == frozen.storage_offset() + frozen.shape[1] * frozen.shape[2]
+    return together and behind and frozen.stride() == others.stride() == strides
+
+
+def _join(frozen: Tensor, others: Tensor) -> Tensor:
+    """Return all tokens of a tensor, as a view if its parts lie in one memory."""
+    if torch.compiler.is_compiling() or not _are_plain(frozen, others) or not _share_memory(frozen, others):
+        return torch.cat([frozen, others], dim=1)
+    if torch.is_grad_enabled() and others.requires_grad:
+        joined: Tensor = _Join.apply(frozen, others)  # type: ignore[no-untyped-call]
+        return joined
+    return _view_whole(frozen, others)
+
+
+def _view_whole(frozen: Tensor, others: Tensor) -> Tensor:
+    heads, count, size = frozen.shape
+    shape = (heads, count + others.shape[1], size)
+    return others.detach().as_strided(shape, (shape[1] * size, size, 1), frozen.storage_offset())
+
+
+class _Join(torch.autograd.Function):
+    """The view of all tokens of a tensor whose first tokens are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, frozen: Tensor, others: Tensor) -> Tensor:
+        ctx.count = frozen.shape[1]
+        return _view_whole(frozen, others)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient[:, ctx.count :]
 
 
 class ReparameterizedPrefix(nn.Module):
@@ -161,6 +302,8 @@ class PrefixTuning(PrefixMethod):
     def __init__(self, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> None:
         super().__init__(config, shapes)
         self.prefix = self._make_prefix()
+        if config.key_bias:
+            self.key_biases = nn.ParameterList([torch.zeros(s.kv_heads, config.num_virtual_tokens) for s in shapes])
 
     @classmethod
     def chosen_layers(cls, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
@@ -172,18 +315,21 @@ class PrefixTuning(PrefixMethod):
         return chosen
 
     def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:
-        length = self.config.num_virtual_tokens
-        if self.config.reparameterization is None:
-            return FreePrefix(length, self.shapes, self.config.num_frozen_tokens)
+        length, of = self.config.num_virtual_tokens, self.config
+        if of.reparameterization is None:
+            return FreePrefix(length, self.shapes, of.num_frozen_tokens, of.train != "values", of.train != "keys")
         return ReparameterizedPrefix(length, self.shapes, self.config.hidden_dim)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Initialise as ``init`` says."""
+        """Initialize as ``init`` says, and biases of keys with 0."""
+        if self.config.key_bias:
+            for bias in self.key_biases:
+                nn.init.zeros_(bias)
         if isinstance(self.prefix, ReparameterizedPrefix):
             self.prefix.reset_parameters()
             return
-        if self.config.init == "text" and text_keys_values is None:
-            raise ValueError('init="text" takes the keys and values of the text')
+        if self.config.init not in ("normal", "zero") and text_keys_values is None:
+            raise ValueError(f"init={self.config.init!r} requires keys and values")
         with torch.no_grad():
             former = self.prefixes()
             initial = text_keys_values or [(self._draw(key), self._draw(value)) for key, value in former]
@@ -206,19 +352,42 @@ class PrefixTuning(PrefixMethod):
 
     def baked(self) -> PrefixTuning:
         """Return a free prefix: compute a reparameterization, and multiply gates in."""
+        of = self.config
         config = PrefixTuningConfig(
-            self.config.num_virtual_tokens,
-            modules_to_save=self.config.modules_to_save,
-            prefix_position=self.config.prefix_position,
-            attentions=self.config.attentions,
-            num_frozen_tokens=self.config.num_frozen_tokens,
+            of.num_virtual_tokens,
+            modules_to_save=of.modules_to_save,
+            prefix_position=of.prefix_position,
+            position_shift=of.position_shift,
+            attentions=of.attentions,
+            num_frozen_tokens=of.num_frozen_tokens,
+            train=of.train,
+            key_bias=of.key_bias,
         )
-        baked = PrefixTuning(config, self.shapes)
-        baked.set_prefixes(self._gated_prefixes())
+        return self._fill_baked(PrefixTuning(config, self.shapes))
+
+    def _fill_baked(self, baked: PrefixT) -> PrefixT:
+        """Give another prefix the keys, values and biases of this one, with constant gates multiplied in."""
+        baked.set_prefixes(self.gated_prefixes())
+        if self.config.key_bias:
+            baked.key_biases = nn.ParameterList(bias.detach().clone() for bias in self.key_biases)
         return baked
 
-    def _gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values times what of their gate does not depend on the input."""
+    def set_key_biases(self, biases: Sequence[Tensor]) -> None:
+        """Copy the biases ``[Hkv, m]`` of all layers."""
+        with torch.no_grad():
+            for own, bias in zip(self.key_biases, biases, strict=True):
+                own.copy_(bias)
+
+    def key_bias(self, layer: int) -> Tensor | None:
+        """``[Hkv, m]``, or None."""
+        return self.key_biases[layer] if self.config.key_bias else None
+
+    def frozen_tokens(self) -> int:
+        """Those of ``num_frozen_tokens``."""
+        return self.config.num_frozen_tokens
+
+    def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values times what of their gate does not depend on the input."""
         gates = [self.constant_gate(layer) for layer in range(len(self.shapes))]
         weights = [1.0 if gate is None else gate.unsqueeze(-1) for gate in gates]
         return [(w * key, w * value) for w, (key, value) in zip(weights, self.prefixes(), strict=True)]
@@ -227,5 +396,7 @@ class PrefixTuning(PrefixMethod):
         """Return the part of a layer's gate that does not depend on the input, a scalar or ``[m]``, or None."""
         return self.prefix_gate(layer, None, None)
 
+
+PrefixT = TypeVar("PrefixT", bound=PrefixTuning)
 
 register("prefix_tuning", PrefixTuningConfig, PrefixTuning)

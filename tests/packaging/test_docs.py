@@ -108,6 +108,7 @@ def test_commands_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif words[:2] == ["python", "-m"]:
         run_until_parsed(runpy.run_module, words[2], words[3:], monkeypatch)
     elif words[0] == "python":
+        monkeypatch.syspath_prepend(str((ROOT / words[1]).parent))  # as Python itself does
         run_until_parsed(runpy.run_path, str(ROOT / words[1]), words[2:], monkeypatch)
     else:
         assert words[0] in NOT_OURS

@@ -41,3 +41,11 @@ def test_adept_decoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("epoch")]
     assert losses[-1] < 0.7 * losses[0]
     assert "\nthe film " in printed
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+def test_cartridge(own_text: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("the film was dull and the cast was awful " * 5, encoding="utf-8")
+    printed = run("cartridge.py", monkeypatch, capsys, *(["--text", "text.txt"] if own_text else []))
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.5 * losses[0]

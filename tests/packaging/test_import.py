@@ -16,7 +16,13 @@ ALLOWED = {
     "tests": {"fastprefix", "tools", "tests"},
 }
 """For each part, the parts that its modules may import."""
-TESTS_OF_BENCHMARKS = ("test_benchmarks.py", "test_gpu_benchmark.py", "test_results.py", "test_study.py")
+TESTS_OF_BENCHMARKS = (
+    "test_benchmarks.py",
+    "test_cartridge.py",
+    "test_gpu_benchmark.py",
+    "test_results.py",
+    "test_study.py",
+)
 
 
 def test_import_pulls_in_nothing_heavy():

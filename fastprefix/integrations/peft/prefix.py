@@ -280,6 +280,7 @@ class PrefixAcceleration(PromptLearning):
         config = peft_model.active_peft_config
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]
         length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
+        frozen = getattr(config, "num_frozen_tokens", 0)
         rows = self._make_rows(encoder, config).to(peft_model.base_model.dtype)
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
         two_halves = self.backbone.config.is_encoder_decoder
@@ -291,7 +292,7 @@ class PrefixAcceleration(PromptLearning):
             pair = [_fit(tensor, layer) for tensor in keys_values[first : first + 2]]
             if pair[0] is not None and pair[1] is not None:
                 name = self.layer_names[layer.module]
-                prefixes[name] = GivenPrefix(pair[0], pair[1], window=layer.window)
+                prefixes[name] = GivenPrefix(pair[0], pair[1], window=layer.window, frozen=frozen)
         cache = PrefixCache(len(self.layers), length, prefixes)
         return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
 

@@ -10,13 +10,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ...methods import METHODS, EmbeddingShape, MethodConfig, PrefixMethod, PrefixTuningConfig, PromptTuningConfig
+from ...methods import (
+    METHODS,
+    CompositionConfig,
+    EmbeddingShape,
+    MethodConfig,
+    PrefixMethod,
+    PrefixTuning,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
 from .conformance import adopt_small_trial, choose_stand_in
-from .discovery import Layer, compute_keys_values, find_embedding, find_layers, find_method_layers, find_projections
+from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
+from .initial import check_cache_given, make_initial_prefix, tokenize_text
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
@@ -45,6 +55,7 @@ def attach(
     name: str = DEFAULT,
     tokenizer: Any = None,
     example_inputs: Inputs | None = None,
+    past_key_values: Any = None,
     check: bool = True,
 ) -> Model:
     """Attach a method: the model's own parameters are frozen, the method's are added.
@@ -59,6 +70,9 @@ def attach(
         tokenizer: for an initialisation from text; None: the one of the model's name or path.
         example_inputs: for prefix methods, keyword arguments that the model's attention layers are found with; None:
             small ones made up from its configuration, of text, images or sound.
+        past_key_values: for ``init="cache"``, the cache whose keys and values the prefix starts from: one of
+            ``transformers``, or a sequence with (key, value) for each layer, or (key, value, bias) or (key, bias,
+            value), of shapes ``[1, Hkv, m, D]`` and, biases, ``[1, Hkv, m]``.
         check: whether the method is compared with the textbook on a small copy of the model first, once a class and
             configuration. A prompt that cannot be shared exactly then runs in every row.
 
@@ -70,16 +84,22 @@ def attach(
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
     _check(model, config, name)
+    if isinstance(config, CompositionConfig):
+        raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
+    check_cache_given(config, past_key_values)
     with use_adapter(model, None):
         plan = _make_plan(model, config, example_inputs, check)
-        ids = _tokenize_text(model, config, tokenizer)
         if isinstance(plan.method, PrefixMethod):
-            plan.method.reset_parameters(None if ids is None else compute_keys_values(model, ids, plan.layers))
+            initial = make_initial_prefix(model, config, plan.layers, tokenizer, past_key_values)
+            plan.method.reset_parameters(None if initial is None else initial.pairs)
+            if initial is not None and initial.biases is not None and isinstance(plan.method, PrefixTuning):
+                plan.method.set_key_biases(initial.biases)
         else:
+            ids = tokenize_text(model, config, tokenizer)
             with load_offloaded(model, model.get_input_embeddings()):
                 plan.method.reset_parameters(_find_table(model), ids)
         adapter = _make_adapter(model, config, plan)
-    return _install(model, adapter, name)
+    return install(model, adapter, name)
 
 
 def attach_empty(
@@ -89,7 +109,7 @@ def attach_empty(
     _check(model, config, name)
     with use_adapter(model, None):
         adapter = _make_adapter(model, config, _make_plan(model, config, example_inputs, check=False))
-    return _install(model, adapter, name)
+    return install(model, adapter, name)
 
 
 def detach(model: Model, name: str | None = None) -> Model:
@@ -267,8 +287,8 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
         return
     if not isinstance(config, PrefixTuningConfig):
         raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
-    if config.init == "text":
-        raise ValueError(f'init="text" requires an encoder or a decoder of text, but `model` is {what}.')
+    if config.init in ("text", "chunks", "cache"):
+        raise ValueError(f"init={config.init!r} requires an encoder or a decoder of text, but `model` is {what}.")
     if config.prefix_position == "shift":
         raise ValueError(
             f'`prefix_position` must be "none" for {what}, whose positions cannot be shifted, but is "shift".'
@@ -295,6 +315,11 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
+        if method.position_shift() not in (0, config.num_virtual_tokens) and any(layer.window for layer in layers):
+            raise ValueError(
+                "`position_shift` must be None for a model with sliding windows, which cut the prefix by positions, "
+                f"but is {method.position_shift()}."
+            )
         if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
             raise ValueError(
                 f"`model` must have layers whose input a hook can watch, for the gate, but these have none: {lost}"
@@ -373,28 +398,9 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> 
     return Adapter(model, copy.deepcopy(config), method, hooks)
 
 
-def _install(model: Model, adapter: Adapter, name: str) -> Model:
+def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
     if not hasattr(model, _STATE):
         setattr(model, _STATE, Attachment(model))
     get_attachment(model).adapters[name] = adapter
     return set_adapter(model, name)
-
-
-def _tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
-    """Return the token ids ``[m]`` of the text that a method starts from, repeated to its length, or None without a
-    text.
-    """
-    if config.init_text is None:
-        return None
-    if tokenizer is None:
-        if not model.name_or_path:
-            raise ValueError(
-                "`tokenizer` must be given for `init_text`, since the model has no name or path to load it from."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"`init_text` must have at least one token, but is {config.init_text!r}.")
-    length = config.num_virtual_tokens
-    return torch.tensor((ids * -(-length // len(ids)))[:length])

@@ -228,6 +228,14 @@ class Binding:
         """Return a bias ``[N, m]`` for the scores of the prefix, or None. A bias of -inf hides a prefix key."""
         return None
 
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases ``[Hkv, m]`` of the prefix keys, or None."""
+        return None
+
+    def count_frozen(self) -> int:
+        """Return how many of the first prefix keys and values need no gradient."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class GivenPrefix(Binding):
@@ -235,7 +243,7 @@ class GivenPrefix(Binding):
 
     ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
     all tokens; ``past`` of them are in a cache, and ``tokens`` are in the call (0: as many as there are queries). Some
-    layers get the last queries only.
+    layers get the last queries only. The first ``frozen`` keys and values need no gradient.
     """
 
     key: Tensor
@@ -244,6 +252,7 @@ class GivenPrefix(Binding):
     window: int | None = None
     past: int = 0
     tokens: int = 0
+    frozen: int = 0
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
         """Return the prefix on the query's device and in its dtype."""
@@ -256,6 +265,10 @@ class GivenPrefix(Binding):
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias that hides the prefix where the window does not reach it."""
         return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
+
+    def count_frozen(self) -> int:
+        """Return the number of frozen tokens that a cut cache still holds."""
+        return min(self.frozen, self.key.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,8 +394,11 @@ def run_attention(
     prefix = None if binding is None else binding.get_prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
     gates = (None, None) if binding is None or prefix is None else binding.get_gates(query, key, attention_mask)
-    if binding is not None and prefix is not None and (hidden := binding.get_bias(query)) is not None:
-        prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
+    key_bias, frozen = None, 0
+    if binding is not None and prefix is not None:
+        if (hidden := binding.get_bias(query)) is not None:
+            prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
+        key_bias, frozen = binding.get_key_bias(query), binding.count_frozen()
     output = prefix_attention(
         query,
         key,
@@ -392,6 +408,8 @@ def run_attention(
         prefix_gate=gates[0],
         output_gate=gates[1],
         prefix_bias=None if prefix_bias is None else prefix_bias.to(query.dtype),
+        prefix_key_bias=key_bias,
+        frozen_prefix=frozen,
         attn_mask=masking.attn_mask,
         is_causal=masking.is_causal,
         softcap=softcap,

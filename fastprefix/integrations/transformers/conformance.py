@@ -318,6 +318,7 @@ def adopt_small_trial(model: PreTrainedModel) -> None:
 def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
+    limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -326,7 +327,7 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
         elif field.name == "max_length" and type(value) is int:
             changed[field.name] = 64
         elif field.name == "init" and value not in ("random", "normal"):
-            changed[field.name] = field.default
+            changed[field.name] = "normal" if config.kind == "prefix" else "random"
         elif field.name == "init_text":
             changed[field.name] = None
         elif isinstance(value, float) and "dropout" in field.name:

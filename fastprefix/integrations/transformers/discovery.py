@@ -71,12 +71,6 @@ class Layer:
     projection: Projection | None = None  # for a method that has the layer project its prefix
 
 
-def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Compute the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of ids ``[m]`` in layers of a model."""
-    found = {layer.module: layer for layer in find_layers(model, input_ids[None])}
-    return [(found[layer.module].key[0], found[layer.module].value[0]) for layer in layers]
-
-
 def find_layers(
     model: PreTrainedModel, input_ids: Tensor | None = None, example_inputs: Inputs | None = None
 ) -> list[Layer]:

@@ -295,6 +295,19 @@ def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def read_state(*modules: nn.Module) -> object:
+    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
+
+    PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
+    if any(p.is_inference() for p in parameters):
+        return None
+    kind = parameters[-1].device.type  # the adapter's, since offloaded weights are on the meta device between calls
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+
 class Cut:
     """The prefixes of the last call that was differentiable, cut off from the graph that they come from."""
 
@@ -306,7 +319,7 @@ class Cut:
     def cut(self, prefixes: list[Prefix]) -> None:
         """Make leaves with the values of the prefixes; ``tie`` has to follow in the same call."""
         self.tensors = [tensor for prefix in prefixes for tensor in prefix]
-        self.leaves = [tensor.detach().requires_grad_() for tensor in self.tensors]
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.tensors]
         self.tied = False
 
     def clear(self) -> None:

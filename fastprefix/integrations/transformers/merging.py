@@ -13,7 +13,7 @@ an output head shares its weights, that costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
 from .hooks import Forward, count_past, name_arguments
+from .initial import find_shared_sources
 from .positions import refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
@@ -102,6 +103,7 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         raise ValueError('`prefix_position` must be "shift" for a cache, whose tokens come after it, but is "none".')
     if method.needs_hidden():
         raise ValueError(f"`model` must have gates that do not depend on the input, but has {type(method).__name__}.")
+    refuse_more_than_keys(method, "a cache")
     assert isinstance(adapter.hooks, PrefixHooks)
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
@@ -109,7 +111,7 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
-        sources = _find_shared_sources(model, prefixes)
+        sources = find_shared_sources(model, prefixes)
         for index, pair in prefixes.items():
             if index not in sources:
                 key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
@@ -123,19 +125,15 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     return cache
 
 
-def _find_shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int, int]:
-    """Return the layers that keep nothing in a cache, and for each the layer whose keys and values it reads.
-
-    That is the last layer of the same type that does keep its own.
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    kept = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    return {
-        index: max(source for source in range(kept) if types[source] == types[index])
-        for index in indices
-        if index >= kept
-    }
+def refuse_more_than_keys(method: PrefixMethod, what: str) -> None:
+    """Refuse a prefix that is more than keys and values at the positions before all tokens."""
+    if method.key_bias(0) is not None:
+        raise ValueError(f"`key_bias` must be False for {what}, which has no place for biases of keys, but is True.")
+    shift, length = method.position_shift(), method.config.num_virtual_tokens
+    if shift != length:
+        raise ValueError(
+            f"`position_shift` must be None for {what}, whose tokens stand right behind {length} keys, but is {shift}."
+        )
 
 
 def _get_index(module: nn.Module) -> Any:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
+from .merging import refuse_more_than_keys
 from .switching import evaluating, find_device
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
@@ -88,9 +89,8 @@ def convert_to_peft(
         rows = method.prompt.detach()
         kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
     else:
-        rows = _make_rows(model, method)
+        rows, frozen = _make_rows(model, method)
         shape = method.shapes[0]
-        frozen = method.config.num_frozen_tokens
         kind = {
             **({"peft_type": "CARTRIDGE", "num_frozen_tokens": frozen} if frozen else {"peft_type": "PREFIX_TUNING"}),
             "token_dim": shape.kv_heads * shape.key_size,
@@ -122,13 +122,13 @@ def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> 
     layers = sum(name.startswith("prefix.keys.") for name in parameters)
     for i in range(layers):
         key, value = (
-            _join_frozen(parameters, which, i).to(find_device(model), model.dtype) for which in ("keys", "values")
+            join_frozen(parameters, which, i).to(find_device(model), model.dtype) for which in ("keys", "values")
         )
         cache.update(key[None], value[None], i)
     return _run_three_tokens(model, cache.get_seq_length(), **{_require_cache(model): cache})
 
 
-def _join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
+def join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
     """Return the keys or values of all tokens of a layer, those of frozen tokens first."""
     names = (f"prefix.frozen_{which}.{layer}", f"prefix.{which}.{layer}")
     return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
@@ -210,17 +210,22 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
     return parameters
 
 
-def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> Tensor:
-    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, with gates that do not depend on the input multiplied in."""
+def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, int]:
+    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, and how many of the first are frozen.
+
+    Gates that do not depend on the input are multiplied in.
+    """
     if method.config.prefix_position != "shift":
         raise ValueError(
             'format="peft" requires prefix_position="shift", since PEFT moves the tokens up by the prefix.'
         )
     if method.needs_hidden() or method.output_gate(0) is not None:
         raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
+    refuse_more_than_keys(method, 'format="peft"')
     _check_layers(model, find_layers(model))
-    blocks = [block for pair in method.baked().prefixes() for block in pair]
-    return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1)
+    baked = method.baked()
+    blocks = [block for pair in baked.prefixes() for block in pair]
+    return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1), baked.frozen_tokens()
 
 
 def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:

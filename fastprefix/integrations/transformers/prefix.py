@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ...methods import PrefixMethod
+from ...methods import Composition, PrefixMethod
 from .attention import (
     Binding,
     GivenPrefix,
@@ -44,6 +44,7 @@ from .hooks import (
     find_cache,
     find_cache_parameter,
     name_arguments,
+    read_state,
     refuse_one_row_masks,
     refuse_replicas,
 )
@@ -254,7 +255,7 @@ class LayerBinding(Binding):
             return None
         else:
             pk, pv = self.projection(states.to(query))
-        return pk.to(query), pv.to(query)
+        return self.attachment.cast_prefix(self.index, (pk, pv), query)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
@@ -266,6 +267,15 @@ class LayerBinding(Binding):
         """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
         length = self.attachment.method.config.num_virtual_tokens
         return make_window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
+
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases of the prefix keys in the dtype of the query."""
+        bias = self.attachment.method.key_bias(self.index)
+        return None if bias is None else bias.to(query)
+
+    def count_frozen(self) -> int:
+        """Return how many of the first tokens need no gradient."""
+        return self.attachment.method.frozen_tokens()
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         method, attachment = self.attachment.method, self.attachment
@@ -297,6 +307,14 @@ class LayerBinding(Binding):
         return {**self.__dict__, "hidden": None}
 
 
+class KeptPrefixes(NamedTuple):
+    """The prefixes of all layers while the parameters are in a state, and what they were cast to."""
+
+    state: object
+    prefixes: list[Prefix]
+    casts: dict[tuple[int, torch.dtype, torch.device], Prefix]
+
+
 class PrefixHooks:
     """A prefix method for a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
@@ -309,6 +327,7 @@ class PrefixHooks:
         self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
         self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None
+        self.kept: KeptPrefixes | None = None  # for the tokens that are generated after a call
         self._forget_gates()
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
@@ -323,6 +342,8 @@ class PrefixHooks:
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
+        if isinstance(self.method, Composition):
+            self.method.freeze_parts()
         if self.implementation is None:
             self.implementation = Implementation(model, {**self.bindings})
         else:
@@ -365,9 +386,9 @@ class PrefixHooks:
             raise ValueError(
                 "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
             )
-        self.prefixes = self.method.prefixes()
-        self.running = True
         self._take_up(arguments)
+        self.prefixes = self._find_prefixes()
+        self.running = True
         if torch.is_grad_enabled():
             if checkpoints_reentrantly(self.backbone):
                 self._check_embedding()
@@ -386,6 +407,26 @@ class PrefixHooks:
                 refuse_packed(arguments, self.backbone)
             self._shift(arguments, self.shift)
         return arguments
+
+    def _find_prefixes(self) -> list[Prefix]:
+        """Return the prefixes of all layers. A call that goes on without gradients has those of the one before."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(self.method.parameters()):
+            self.kept = None
+            return self.method.prefixes()
+        state = read_state(self.method)
+        if self.past == 0 or self.kept is None or state is None or self.kept.state != state:
+            self.kept = KeptPrefixes(state, self.method.prefixes(), {})
+        return self.kept.prefixes
+
+    def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
+        """Return the prefix of a layer on the query's device and in its dtype, cast once while prefixes are kept."""
+        kept = self.kept
+        if kept is None or not kept.prefixes or kept.prefixes[index][0] is not prefix[0]:
+            return prefix[0].to(query), prefix[1].to(query)
+        place = index, query.dtype, query.device
+        if place not in kept.casts:
+            kept.casts[place] = prefix[0].to(query), prefix[1].to(query)
+        return kept.casts[place]
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
         if not getattr(find_cache(arguments), "is_compileable", False):
@@ -462,8 +503,8 @@ class PrefixHooks:
         return forward(*args, **kwargs)
 
     def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
-        """Move the tokens up by the prefix's length, as a key/value cache of that length would."""
-        length, ids = self.method.config.num_virtual_tokens, arguments.get("input_ids")
+        """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""
+        length, ids = self.method.position_shift(), arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
         name = find_cache_parameter(self.names)
         if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
@@ -511,7 +552,17 @@ class PrefixHooks:
             handle.remove()
         assert self.implementation is not None
         self.implementation.restore()
+        if isinstance(self.method, Composition):
+            self.method.release_parts()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {**self.__dict__, "prefixes": None, "held": HeldGates(), "pooled": {}, "begun": None, "sequences": None}
+        return {
+            **self.__dict__,
+            "prefixes": None,
+            "kept": None,
+            "held": HeldGates(),
+            "pooled": {},
+            "begun": None,
+            "sequences": None,
+        }

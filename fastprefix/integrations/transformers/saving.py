@@ -40,6 +40,8 @@ from .attachment import (
     set_adapter,
     use_adapter,
 )
+from .cartridge_format import find_cartridge, read_cartridge
+from .initial import PrefixState
 from .switching import OPTIONS, Inputs
 
 
@@ -166,29 +168,18 @@ def load_adapter(
         example_inputs: as for ``attach``.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
-    or a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read.
+    a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read; or a file of the
+    Cartridges authors' code, such as ``cache_last.pt``, or the directory with it. No code from a file is run. Tokens
+    that were frozen stay frozen.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
             it was.
     """
-    folder = Path(directory)
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (found := read_whole_checkpoint(folder, model)) is not None:
-            return _attach(model, *found, name, example_inputs)
-        pickled = folder / "adapter_model.bin"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"`directory` '{directory}' does not exist.")
-        why = f". It has {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
-        raise FileNotFoundError(f"`directory` '{directory}' has no {WEIGHTS_FILE}{why}.")
-    header, tensors = _read(path)
-    if header is not None:
-        return _attach(model, _parse_header(path, header, model), tensors, name, example_inputs)
-    config, tensors = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model)
-    if not isinstance(config, PrefixTuningConfig):
-        return _attach(model, config, tensors, name)
+    config, tensors, is_of_peft = _read_adapter(model, Path(directory))
+    if not is_of_peft or not isinstance(config, PrefixTuningConfig):
+        return _attach(model, config, tensors, name, example_inputs)
     former = get_active_name(model)
     with use_adapter(model, None):
         expected = peft_format.run_as_a_cache(model, tensors)
@@ -199,6 +190,56 @@ def load_adapter(
         _take_off(model, name, former)
         raise
     return model
+
+
+def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixState:
+    """Read a saved prefix into memory, for ``swap_prefix`` or ``attach(..., past_key_values=state.pairs)``.
+
+    Args:
+        model: the model that it was saved from, or one like it, which is not changed.
+        directory: as for ``load_adapter``.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: the adapter is damaged, of another model, or has more than free keys and values.
+    """
+    assert isinstance(model, PreTrainedModel)
+    config, tensors, _ = _read_adapter(model, Path(directory))
+    kinds = {name.rpartition(".")[0] for name in tensors}
+    known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
+    if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
+        raise ValueError(
+            f"`directory` must have a prefix of free keys and values, but '{directory}' has {type(config).__name__} "
+            f"with {', '.join(sorted(kinds - known)) or 'no prefix'}."
+        )
+    layers = sum(name.startswith("prefix.keys.") for name in tensors)
+    pairs = [
+        (peft_format.join_frozen(tensors, "keys", i), peft_format.join_frozen(tensors, "values", i))
+        for i in range(layers)
+    ]
+    biases = [tensors[f"key_biases.{i}"] for i in range(layers)] if config.key_bias else None
+    return PrefixState(pairs, biases, config.prefix_position)
+
+
+def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+    """Read the options and parameters of an adapter, and whether it is one of PEFT's."""
+    path = folder / WEIGHTS_FILE
+    if path.is_file():
+        header, tensors = _read(path)
+        if header is not None:
+            return _parse_header(path, header, model), tensors, False
+        with use_adapter(model, None):
+            return *peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model), True
+    if (found := read_whole_checkpoint(folder, model)) is not None:
+        return *found, False
+    if (cartridge := find_cartridge(folder)) is not None:
+        with use_adapter(model, None):
+            return *read_cartridge(cartridge, model), False
+    pickled = folder / "adapter_model.bin"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`directory` '{folder}' does not exist.")
+    why = f". It has {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
+    raise FileNotFoundError(f"`directory` '{folder}' has no {WEIGHTS_FILE}{why}.")
 
 
 def _attach(

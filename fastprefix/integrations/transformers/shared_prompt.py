@@ -32,6 +32,7 @@ from .hooks import (
     find_cache,
     name_arguments,
     read_parameter_names,
+    read_state,
     refuse_replicas,
     suspend_checkpointing,
 )
@@ -291,7 +292,7 @@ class SharedPromptHooks(PromptHooks):
 
     def _get_kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
         """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
-        state = _read_state(self.backbone, self.method)
+        state = read_state(self.backbone, self.method)
         kept = self.kept
         if kept is None or state is None or kept.state != (call.types, state) or not (past or self._is_good(kept)):
             prefixes = self.run_prompt(call)
@@ -299,7 +300,7 @@ class SharedPromptHooks(PromptHooks):
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
-        """Return whether a prompt is unchanged in ways that ``_read_state`` cannot tell. This is asked once a sequence.
+        """Return whether a prompt is unchanged in ways that ``read_state`` cannot tell. This is asked once a sequence.
 
         Optimizers change a prompt through ``.data``, PEFT's layers may be merged or switched, and weights may be
         offloaded.
@@ -434,16 +435,3 @@ def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tens
     if unpadded:
         return "it counts positions by the attention mask"
     return "sharing the prompt does not give what the textbook's way gives"
-
-
-def _read_state(*modules: nn.Module) -> object:
-    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
-
-    PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
-    """
-    parameters = [p for module in modules for p in module.parameters()]
-    if any(p.is_inference() for p in parameters):
-        return None
-    kind = parameters[-1].device.type  # the adapter's, since offloaded weights are on the meta device between calls
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)

@@ -231,7 +231,7 @@ class PrefixTextbook:
         self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # pooled from first tokens, and which rows have begun
         self.padding: dict[str, Tensor | None] = {}
         self.past = self.tokens = 0
-        self.shift = method.config.num_virtual_tokens if method.config.prefix_position == "shift" else 0
+        self.shift = method.position_shift()
         AttentionInterface.register(_NAME, self._attend_anywhere)
         AttentionMaskInterface.register(_NAME, make_full_mask)
         set_attention(model, _NAME)
@@ -351,6 +351,9 @@ class PrefixTextbook:
         window = self.found[self.layers[module]].window if self.shift else None
         if mask is None and window is not None:
             mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+        key_bias = self.method.key_bias(self.layers[module])
+        if mask is None and key_bias is not None:
+            mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         if mask is not None:
             mask = nn.functional.pad(mask, columns)
             if window is not None:
@@ -358,6 +361,9 @@ class PrefixTextbook:
                 ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
                 hidden = nn.functional.pad(ahead >= window, (0, key.shape[2]))
                 mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            if key_bias is not None:
+                own = key_bias.to(mask).repeat_interleave(query.shape[1] // key.shape[1], 0)[None, :, None]
+                mask = mask + nn.functional.pad(own, (0, key.shape[2]))
             mask = mask[:, :, rows]
         bias = kwargs.get("position_bias")
         if isinstance(bias, Tensor):

@@ -138,6 +138,20 @@ def test_gradient_checkpointing(name: str, kind: str, reentrant: bool) -> None:
     assert_same(evaluated(model, inputs), expected)
 
 
+def test_no_work_is_done_for_frozen_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frozen = family("decoder", "cartridge"), list[int]()
+    former = attention.prefix_attention
+
+    def watch(*args: Any, **options: Any) -> Tensor:
+        frozen.append(options["frozen_prefix"])
+        return former(*args, **options)
+
+    fastprefix.accelerate(model)
+    monkeypatch.setattr(attention, "prefix_attention", watch)
+    model(**models.batch())
+    assert frozen == [2] * models.LAYERS
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beam", "sample"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,6 +54,10 @@ def test_pefts_adapters_are_read(name: str, kind: str, padding: str, tmp_path: P
 OWN: dict[str, tuple[str, Callable[[], Any]]] = {
     "prompt": ("decoder", lambda: fastprefix.PromptTuningConfig(LENGTH)),
     "prefix": ("decoder", lambda: fastprefix.PrefixTuningConfig(LENGTH, prefix_position="shift")),
+    "cartridge": (
+        "decoder",
+        lambda: fastprefix.CartridgeConfig(LENGTH, init="normal", num_frozen_tokens=2, train="values"),
+    ),
     "prefix-encoder": ("encoder", lambda: fastprefix.PrefixTuningConfig(LENGTH, prefix_position="shift")),
     "prefix-mlp": (
         "decoder",
