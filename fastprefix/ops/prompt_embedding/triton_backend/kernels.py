@@ -347,7 +347,8 @@ def prompt_embedding_bwd_weights_kernel(
     if p_dw2 is not None:
         tl.store(p_dw2 + o_w, b_dw2, mask=b_inside)
     if p_db2 is not None:
-        tl.store(p_db2 + part * d + o_c, b_db2, mask=o_c < d)
+        first = tl.program_id(2) == 0  # every part of the hidden units has the same sum
+        tl.store(p_db2 + part * d + o_c, b_db2, mask=(o_c < d) & first)
 
 
 @triton.jit(do_not_specialize=VARYING)
