@@ -51,9 +51,13 @@ def divide_up(size: int, block: int) -> int:
 
 def architecture(capability: tuple[int, int]) -> str:
     """Return the row for a device: the newest that is no newer and needs no more shared memory than the device has."""
-    if capability[0] in (9, 10, 11):
+    if capability[0] == 12:  # 99 KB of shared memory a block, and products of sm_80
+        return "sm_120"
+    if capability[0] in (10, 11):
+        return "sm_100"
+    if capability[0] == 9:
         return "sm_90"
-    if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KB a block
+    if capability in ((8, 6), (8, 9)):  # 99 KB a block
         return "sm_86"
     return "sm_80"
 

@@ -11,7 +11,7 @@ from ...targets import Target, divide_up, target_of
 from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
 from ..spans import check_spans, list_columns
-from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix
+from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix, keep_rows
 from .tiles import AttentionTile, find_tile
 
 _SUM_BLOCK = 1024
@@ -79,11 +79,13 @@ def _load_kernels() -> dict[str, Any]:
         "dq": backward.prefix_attention_bwd_dq_kernel,
         "dkv": backward.prefix_attention_bwd_dkv_kernel,
         "dprefix": backward.prefix_attention_bwd_dprefix_kernel,
+        "dgate": backward.prefix_attention_bwd_dgate_kernel,
         "sum": backward.prefix_attention_sum_kernel,
     }
 
 
-_TILE_OF = {"combine": "decode", "sum": "dprefix"}  # a row of the tile tables; the others have one of their own name
+_TILE_OF = {"dgate": "dq", "sum": "dprefix"}  # a row of the tile tables; the others have one of their own name
+_COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
 
 
 def _choose_precision(dtype: torch.dtype) -> str:
@@ -114,7 +116,11 @@ class _Launcher:
         """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
         operand.
         """
+        if name == "combine":
+            return _COMBINING
         tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variants)
+        if name == "delta" and self.a.output_gate is None:  # it looks at no keys
+            return tile._replace(BN=16, BP=16)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
@@ -154,7 +160,7 @@ class _Launcher:
         self.launch("decode", grid, self.operands, values, sums, *sizes)
         arguments = (describe_matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
         grid = (self.B * self.H * self.N,)
-        self.launch("combine", grid, self.operands, *arguments, BS=_PARTS_BLOCK)
+        self.launch("combine", grid, keep_rows(self.operands), *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
         """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
@@ -216,7 +222,8 @@ class _BackwardLauncher(_Launcher):
             "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
         }
         grid = (self.B * self.H * blocks,)
-        self.launch("delta", grid, self.operands, *arguments, *self.sizes, **needed)
+        operands = keep_rows(self.operands) if self.a.output_gate is None else self.operands
+        self.launch("delta", grid, operands, *arguments, *self.sizes, **needed)
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
@@ -224,10 +231,17 @@ class _BackwardLauncher(_Launcher):
         """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
-        dgate = self._lay_out_gate(blocks)
-        arguments = (self._do, ABSENT if dq is None else describe_matrix(dq), dgate, self._rows)
+        if self._is_gate_of_queries_shared():
+            self._differentiate_shared_gate()
+            dgate = None
+        else:
+            dgate = self._lay_out_gate(blocks)
+        if dq is None and dgate is None:
+            return
+        results = (ABSENT if x is None else describe_matrix(x) for x in (dq, dgate))
         columns = None if dgate is None else dgate.shape[3]
-        self.launch("dq", (self.B * self.H * blocks,), self.operands, *arguments, *self.sizes, columns)
+        grid = (self.B * self.H * blocks,)
+        self.launch("dq", grid, self.operands, self._do, *results, self._rows, *self.sizes, columns)
         if gate is None or dgate is None or "prefix_gate" in self.gradients:
             return
         if gate.ndim == 3:
@@ -246,11 +260,33 @@ class _BackwardLauncher(_Launcher):
         of_queries = gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if of_queries else blocks, gate.shape[-1])
         if gate.shape == shape:
-            dgate = allocate_gradient(gate)
-            if dgate.is_contiguous():
-                self.gradients["prefix_gate"] = dgate
-                return dgate
+            return self._allocate_result("prefix_gate")
         return self.allocate_floats(*shape)
+
+    def _is_gate_of_queries_shared(self) -> bool:
+        """Return whether rows or heads share a gate that differs by query and key, and its gradient is wanted."""
+        gate = self.a.prefix_gate
+        if gate is None or gate.ndim == 3 or "prefix_gate" not in self._needs:
+            return False
+        return gate.shape[2] != 1 and gate.shape[3] != 1 and gate.shape[:2] != (self.B, self.H)
+
+    def _differentiate_shared_gate(self) -> None:
+        """Compute the gradient of a gate of queries and keys that rows or heads share, of which a sum for each row and
+        head would take far more memory than the gate.
+        """
+        gate, dgate = self.a.prefix_gate, self._allocate_result("prefix_gate")
+        assert gate is not None
+        assert dgate is not None
+        tile = self.find_tile("dq")
+        batch, heads, _, columns = gate.shape
+        programs = batch * heads * divide_up(self.N, tile.BM) * divide_up(columns, tile.BP)
+        shared = self.B // max(1, batch) * (self.H // heads)
+        chunk = self._divide_sum(shared, programs, 4 * gate.numel())
+        parts = max(1, divide_up(shared, chunk))
+        sums = self._lay_out_parts(dgate, parts)
+        sizes = (*self.sizes, columns, batch, heads, shared, chunk)
+        self.launch("dgate", (programs, parts), self.operands, self._do, sums, self._rows, *sizes)
+        self._add_parts([dgate], [sums], parts)
 
     def differentiate_keys(self) -> None:
         """Compute gradients of key and value."""
@@ -296,8 +332,7 @@ class _BackwardLauncher(_Launcher):
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)
         programs = batch * self.kv_heads * divide_up(end - begin, tile.BP)
         size = 4 * sum(x.numel() for x in (*results, dbias) if x is not None)
-        parts = min(tiles, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
-        chunk = max(1, divide_up(tiles, max(1, parts)))
+        chunk = self._divide_sum(tiles, programs, size)
         parts = max(1, divide_up(tiles, chunk))
         sums = [self._lay_out_parts(result, parts) for result in results]
         biases = None if dbias is None else self.allocate_floats(parts * batch, self.kv_heads, end - begin)
@@ -305,11 +340,23 @@ class _BackwardLauncher(_Launcher):
         self.launch("dprefix", (programs, parts), self.operands, self._do, *sums, biases, self._rows, *sizes)
         if dbias is not None and biases is not None:
             dbias[:, :, begin:end] = biases.unflatten(0, (parts, batch)).sum(0)
-        if parts > 1:
-            for result, part in zip(results, sums, strict=True):
-                if result is not None:
-                    grid = (divide_up(result.numel(), _SUM_BLOCK),)
-                    self.launch("sum", grid, result, part.pointer, result.numel(), parts, BLOCK=_SUM_BLOCK)
+        self._add_parts(results, sums, parts)
+
+    def _divide_sum(self, terms: int, programs: int, size: int) -> int:
+        """Return how many of the terms of a sum each part adds: enough parts to fill the device, of ``size`` bytes each
+        and not too many in all.
+        """
+        parts = min(terms, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
+        return max(1, divide_up(terms, max(1, parts)))
+
+    def _add_parts(self, results: Sequence[Tensor | None], sums: Sequence[Strided], parts: int) -> None:
+        """Add the parts of each result, if there are several."""
+        if parts == 1:
+            return
+        for result, part in zip(results, sums, strict=True):
+            if result is not None:
+                grid = (divide_up(result.numel(), _SUM_BLOCK),)
+                self.launch("sum", grid, result, part.pointer, result.numel(), parts, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
         """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory

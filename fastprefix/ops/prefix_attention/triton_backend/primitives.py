@@ -52,15 +52,24 @@ def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
 
 
 @triton.jit
+def find_stride(stride, aligned):
+    """Return a stride of rows, heads or positions (``operands.Strided``)."""
+    if aligned is None:
+        return stride // 16
+    else:
+        return stride
+
+
+@triton.jit
 def find_row(operand, b, h, n):
     """Find where rows begin, in 64 bits. Dimensions that broadcast do not enter."""
     pointer = operand.pointer
     if operand.b is not None:
-        pointer += tl.cast(b, tl.int64) * operand.b
+        pointer += tl.cast(b, tl.int64) * find_stride(operand.b, operand.aligned)
     if operand.h is not None:
-        pointer += tl.cast(h, tl.int64) * operand.h
+        pointer += tl.cast(h, tl.int64) * find_stride(operand.h, operand.aligned)
     if operand.n is not None:
-        pointer += tl.cast(n, tl.int64) * operand.n
+        pointer += tl.cast(n, tl.int64) * find_stride(operand.n, operand.aligned)
     return pointer
 
 
@@ -69,7 +78,7 @@ def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Find addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
     o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    return find_row(operand, b, h, n0) + (o_n * operand.n + o_d * operand.c)
+    return find_row(operand, b, h, n0) + (o_n * find_stride(operand.n, operand.aligned) + o_d * operand.c)
 
 
 @triton.jit

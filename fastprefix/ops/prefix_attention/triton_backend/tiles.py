@@ -235,6 +235,11 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
 }
 
+_SM100 = _SM90
+_SM100_VARIANTS = _SM90_VARIANTS
+_SM120 = _SM86
+_SM120_VARIANTS = _SM86_VARIANTS
+
 _INTERPRETER = {
     kernel: {(256, HALF): AttentionTile(32, 32, 32, 1, 1), (256, SINGLE): AttentionTile(32, 32, 32, 1, 1)}
     for kernel in _SM80
@@ -244,9 +249,17 @@ ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "sm_80": _SM80,
     "sm_86": _SM86,
     "sm_90": _SM90,
+    "sm_100": _SM100,
+    "sm_120": _SM120,
     "interpreter": _INTERPRETER,
 }
-VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_86": _SM86_VARIANTS, "sm_90": _SM90_VARIANTS}
+VARIANTS = {
+    "sm_80": _SM80_VARIANTS,
+    "sm_86": _SM86_VARIANTS,
+    "sm_90": _SM90_VARIANTS,
+    "sm_100": _SM100_VARIANTS,
+    "sm_120": _SM120_VARIANTS,
+}
 WIDEST = 256
 """The widest head there is a tile for."""
 
