@@ -464,9 +464,20 @@ def find_seeing(b, p0, a, T: tl.constexpr):
     return (length > 0) & (start < p0 + T.BP) & (start + length > p0)
 
 
-@triton.jit(do_not_specialize=["count", "parts"])
-def prefix_attention_sum_kernel(p_out, p_parts, count, parts, BLOCK: tl.constexpr):
-    """Add float32 parts in their order."""
+@triton.jit(do_not_specialize=["count", "second_count", "parts"])
+def prefix_attention_sum_kernel(
+    p_out, p_parts, count, p_second_out, p_second_parts, second_count, parts, BLOCK: tl.constexpr
+):
+    """Add float32 parts of one result or, with a second index of the grid, of two."""
+    if tl.program_id(1) == 0:
+        add_parts(p_out, p_parts, count, parts, BLOCK)
+    elif p_second_out is not None:
+        add_parts(p_second_out, p_second_parts, second_count, parts, BLOCK)
+
+
+@triton.jit
+def add_parts(p_out, p_parts, count, parts, BLOCK: tl.constexpr):
+    """Add parts in their order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for _ in tl.range(0, parts):

@@ -18,6 +18,7 @@ from .primitives import (
     exponentiate,
     find_keys,
     find_lengths,
+    find_numbers,
     finish_prefix_scores,
     finish_token_scores,
     invert,
@@ -55,6 +56,25 @@ def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
         store_normalizers(p_normalizers, 1, plane, i, i < N, b_m, b_l, a, sizes)
         b_o = add_prefix(b_o, queries, b_m, b_l, a, sizes, T)
     store_block(o, b, h, i0, N, b_o, T.DV)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_extend_kernel(a, o_tokens, p_logsumexp, o, p_normalizers, N, M, P, T: tl.constexpr):
+    """Add the prefix to attention over the tokens, given by its output and natural log-sum-exp [B, Hq, N]."""
+    blocks = tl.cdiv(N, T.BM)
+    plane = tl.program_id(0) // blocks
+    i0 = tl.program_id(0) % blocks * T.BM
+    b, h = plane // a.heads, plane % a.heads
+    sizes = find_lengths(a, b, N, M, P)
+    i = i0 + tl.arange(0, T.BM)
+    b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+    queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
+    b_o = load_block(o_tokens, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32)
+    b_m = tl.load(find_numbers(p_logsumexp, 0, plane, a, sizes) + i, mask=i < N, other=0.0)
+    sums = Sums(b_o, convert_natural(b_m, a), tl.full([T.BM], 1.0, tl.float32))
+    sums = attend_prefix(sums, queries, 0, sizes.P, a, sizes, T)
+    store_normalizers(p_normalizers, 0, plane, i, i < N, sums.m, sums.l, a, sizes)
+    store_block(o, b, h, i0, N, sums.acc * invert(sums.l)[:, None], T.DV)
 
 
 @triton.jit

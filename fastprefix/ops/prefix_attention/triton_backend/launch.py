@@ -8,12 +8,22 @@ import torch
 from torch import Tensor
 
 from ...targets import Target, divide_up, target_of
-from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
+from ..arguments import DECLARATION, DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
 from ..spans import check_spans, list_columns
-from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix, keep_rows
+from .operands import (
+    ABSENT,
+    KernelShape,
+    Operands,
+    OperandsTemplate,
+    Strided,
+    build_operands,
+    describe_matrix,
+    keep_rows,
+)
 from .tiles import AttentionTile, find_tile
 
+_TENSORS = DECLARATION.tensors
 _SUM_BLOCK = 1024
 _DECODING = 16  # queries, at most, for which keys are split over programs
 _MOST_PARTS = 64
@@ -35,6 +45,25 @@ def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tens
     else:
         grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
         launcher.launch("forward", grid, launcher.operands, describe_matrix(output), normalizers, *launcher.sizes)
+    return output, normalizers
+
+
+def extend(
+    a: AttentionArguments, output_of_tokens: Tensor, logsumexp: Tensor, target: Target | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return what ``forward`` returns, for the prefix of ``a`` and tokens over which attention is already known.
+
+    ``logsumexp`` [B, Hq, N] is that of the tokens' scores; ``a`` itself has no tokens.
+    """
+    check_spans(a)
+    layouts = _describe_layouts((output_of_tokens, logsumexp))
+    launcher = _Launcher(a, target or target_of(a.query.device), ("extend", layouts))
+    output = allocate_heads(a.query, launcher.DV)
+    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
+    results = (describe_matrix(output), normalizers)
+    given = (describe_matrix(output_of_tokens), logsumexp.contiguous())
+    launcher.launch("extend", grid, launcher.operands, *given, *results, *launcher.sizes)
     return output, normalizers
 
 
@@ -73,6 +102,7 @@ def _load_kernels() -> dict[str, Any]:
 
     return {
         "forward": forward.prefix_attention_fwd_kernel,
+        "extend": forward.prefix_attention_extend_kernel,
         "decode": decode.prefix_attention_decode_kernel,
         "combine": decode.prefix_attention_combine_kernel,
         "delta": backward.prefix_attention_bwd_delta_kernel,
@@ -84,7 +114,11 @@ def _load_kernels() -> dict[str, Any]:
     }
 
 
-_TILE_OF = {"dgate": "dq", "sum": "dprefix"}  # a row of the tile tables; the others have one of their own name
+_TILE_OF = {
+    "extend": "forward",
+    "dgate": "dq",
+    "sum": "dprefix",
+}  # a row of the tile tables; the others have one of their own name
 _COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
 
 
@@ -94,50 +128,109 @@ def _choose_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
 
 
-class _Launcher:
-    """What the launches of a call have in common."""
+class _Problem:
+    """What calls with arguments of the same shapes, strides, dtypes and options have in common."""
 
-    def __init__(self, a: AttentionArguments, target: Target) -> None:
-        self.a = a
-        self.target = target
-        self.operands = build_operands(a)
+    def __init__(self, a: AttentionArguments, architecture: str, precision: str) -> None:
+        self.template = OperandsTemplate(a)
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
-        self.longest = self._limit_length()
-        self.sizes = (self.N, self.M, self.P)
-        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
-        self._widths = (self.D, self.DV, DP, DVP)
-        self._precision = _choose_precision(a.query.dtype)
-        self._width = max(self.D, self.DV)
-        self._variants = _find_variants(self.operands)
+        known = () if a.prefix_spans is None else list_columns(a).values()
+        self.longest = min([self.P, *map(int, known)])  # prefix keys of a row, or a limit where the device knows spans
+        self.launches: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their constants
+        self._architecture, self._precision = architecture, precision
+        self._dtype, self._separate, self._has_spans = (
+            a.query.dtype,
+            a.output_gate is not None,
+            a.prefix_spans is not None,
+        )
+        self._variants = _find_variants(build_operands(a))
+        self._tiles: dict[str, AttentionTile] = {}
 
     def find_tile(self, name: str) -> AttentionTile:
         """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
         operand.
         """
+        if name not in self._tiles:
+            self._tiles[name] = self._choose_tile(name)
+        return self._tiles[name]
+
+    def _choose_tile(self, name: str) -> AttentionTile:
+        if name == "combine" and self._has_spans:  # it divides them into the parts that decoding made
+            return _COMBINING._replace(BP=self.find_tile("decode").BP)
         if name == "combine":
             return _COMBINING
-        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variants)
-        if name == "delta" and self.a.output_gate is None:  # it looks at no keys
+        tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
+        if name == "delta" and not self._separate:  # it looks at no keys
             return tile._replace(BN=16, BP=16)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
-    def _limit_length(self) -> int:
-        """Return the number of prefix keys that a row sees, or a limit of it where only the device knows spans."""
-        known = () if self.a.prefix_spans is None else list_columns(self.a).values()
-        return min([self.P, *map(int, known)])
+    def describe_shape(self, tile: AttentionTile) -> KernelShape:
+        """Return what a kernel is compiled for."""
+        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
+        return KernelShape(self.D, self.DV, DP, DVP, tile.BM, tile.BN, tile.BP, self._precision)
+
+
+_PROBLEMS: dict[Any, _Problem] = {}
+_MOST_PROBLEMS = 4096
+
+
+def _find_problem(a: AttentionArguments, target: Target) -> _Problem:
+    """Return the problem that a call is an instance of. All layers of a model share one, and so do both passes."""
+    precision = _choose_precision(a.query.dtype)
+    signature = (target, precision, _describe_layouts(a[:_TENSORS]), a[_TENSORS:])
+    problem = _PROBLEMS.get(signature)
+    if problem is None:
+        if len(_PROBLEMS) >= _MOST_PROBLEMS:
+            _PROBLEMS.clear()
+        problem = _PROBLEMS[signature] = _Problem(a, target.architecture, precision)
+    return problem
+
+
+def _describe_layouts(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return all of tensors that a kernel is compiled for, and more: their shapes and strides."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
+
+
+class _Launcher:
+    """The launches of a call. ``kind`` tells which of the calls of a problem have the same launches."""
+
+    def __init__(self, a: AttentionArguments, target: Target, kind: Any = None) -> None:
+        self.a = a
+        self.target = target
+        self.problem = problem = _find_problem(a, target)
+        self.operands = problem.template.fill(a)
+        self.B, self.H, self.N, self.M, self.P = problem.B, problem.H, problem.N, problem.M, problem.P
+        self.kv_heads, self.DV, self.longest = problem.kv_heads, problem.DV, problem.longest
+        self.sizes = (self.N, self.M, self.P)
+        self.find_tile = problem.find_tile
+        self._kind, self._launched = kind, 0
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel in its tile of the table, unless the grid is empty."""
+        """Launch a kernel in its tile of the table, unless the grid is empty.
+
+        What an earlier call of the same kind launched here is launched again: Triton would look at every argument to
+        find out which of its compiled kernels that is.
+        """
         if 0 in grid:
+            return
+        key = (self._kind, self._launched)
+        self._launched += 1
+        known = self.problem.launches.get(key)
+        if known is not None:
+            compiled, values = known
+            self.target.launch_again(compiled, grid, (*arguments, *values))
             return
         kernel, tile = _load_kernels()[name], self.find_tile(_TILE_OF.get(name, name))
         if "T" in kernel.arg_names:
-            constants["T"] = KernelShape(*self._widths, tile.BM, tile.BN, tile.BP, self._precision)
-        self.target.launch(kernel, grid, arguments, constants, tile)
+            constants["T"] = self.problem.describe_shape(tile)
+        compiled = self.target.launch(kernel, grid, arguments, constants, tile)
+        if compiled is not None:
+            values = tuple(constants[parameter] for parameter in kernel.arg_names if parameter in constants)
+            self.problem.launches[key] = (compiled, values)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
         """Attend from few queries to many keys, in parts of the keys side by side that are then joined."""
@@ -185,7 +278,8 @@ class _BackwardLauncher(_Launcher):
         normalizers: Tensor,
         needs: set[str],
     ) -> None:
-        super().__init__(a, target)
+        layouts = _describe_layouts((grad_output, output, normalizers))
+        super().__init__(a, target, (frozenset(needs), layouts))
         self._needs = needs
         self._output, self._do = describe_matrix(output), describe_matrix(grad_output)
         self._normalizers = normalizers
@@ -353,10 +447,13 @@ class _BackwardLauncher(_Launcher):
         """Add the parts of each result, if there are several."""
         if parts == 1:
             return
+        handed: list[Any] = []
         for result, part in zip(results, sums, strict=True):
             if result is not None:
-                grid = (divide_up(result.numel(), _SUM_BLOCK),)
-                self.launch("sum", grid, result, part.pointer, result.numel(), parts, BLOCK=_SUM_BLOCK)
+                handed += (result, part.pointer, result.numel())
+        if handed:
+            grid = (divide_up(max(handed[2::3]), _SUM_BLOCK), len(handed) // 3)
+            self.launch("sum", grid, *(*handed, None, None, None)[:6], parts, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
         """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory
