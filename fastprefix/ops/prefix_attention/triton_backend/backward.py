@@ -7,10 +7,11 @@ added atomically: sums over programs are stored in parts, and ``prefix_attention
 import triton
 import triton.language as tl
 
-from ...products import add_product
 from .operands import Keys, KeySums, Lengths, Pairs, Queries
 from .primitives import (
+    PADDING,
     ROWS,
+    add_product,
     cap_scores,
     compute_probability,
     differentiate_cap,
@@ -88,12 +89,13 @@ def prefix_attention_bwd_delta_kernel(
     T: tl.constexpr,
 ):
     """Compute delta = <do, o> and the gradient of the sinks, and store normalizers as the other kernels load them.
+    There are programs for the rows that pad the last block too.
 
     TOKENS and PREFIX: the scores of the tokens and of the prefix need it. With two softmaxes a delta for each, from
     their probabilities, since the output is the sum of both and its rounding hides the smaller one; and what the
     output gate gets.
     """
-    blocks = tl.cdiv(N, T.BM)
+    blocks = tl.cdiv(N, PADDING) * (PADDING // T.BM)
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
     sizes = find_lengths(a, b, N, M, P)
@@ -208,7 +210,7 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T
             else:
                 store_gate(p_dgate, at.j * dgate.c, b_dgate, (queries.i < N) & (at.j < sizes.P))
         if dq.pointer is not None:
-            b_dq = add_product((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, T.PRECISION)
+            b_dq = add_product((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, T)
     if dgate.pointer is not None:
         if of_keys and a.spans.pointer is not None:  # the row's own span may be shorter than the longest one
             for p0 in tl.range(sizes.P, columns, T.BP):
@@ -286,7 +288,7 @@ def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr,
         b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
         b_ds, _ = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
-        b_dq = add_product(b_ds.to(b_k.dtype), b_k, b_dq, T.PRECISION)
+        b_dq = add_product(b_ds.to(b_k.dtype), b_k, b_dq, T)
     return b_dq
 
 
@@ -380,9 +382,9 @@ def add_block(
     else:
         b_ds, b_p = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
     if dv.pointer is not None:
-        b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv, T.PRECISION)
+        b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv, T)
     if dk.pointer is not None:
-        b_dk = add_product(b_ds.to(b_q.dtype), b_q, b_dk, T.PRECISION)
+        b_dk = add_product(b_ds.to(b_q.dtype), b_q, b_dk, T)
     return KeySums(b_dk, b_dv, b_dbias)
 
 

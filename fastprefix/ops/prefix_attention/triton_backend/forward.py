@@ -7,9 +7,9 @@ found, is then added to the same accumulator.
 import triton
 import triton.language as tl
 
-from ...products import add_product
 from .operands import Pairs, Queries, Sums
 from .primitives import (
+    add_product,
     add_sink,
     bound_maximum,
     cap_scores,
@@ -95,7 +95,7 @@ def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
         b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_acc = sums.acc * b_decay[:, None]
-        b_acc = add_product((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, T.PRECISION)
+        b_acc = add_product((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, T)
         sums = Sums(b_acc, b_m, b_l)
     return sums
 
@@ -119,7 +119,7 @@ def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
         b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
         b_p = b_weight * exponentiate(b_s - bound_maximum(b_m)[:, None], a) * b_factor
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
-        b_o = add_product(b_p.to(b_pv.dtype), b_pv, b_o, T.PRECISION)
+        b_o = add_product(b_p.to(b_pv.dtype), b_pv, b_o, T)
     return b_o
 
 
@@ -155,6 +155,6 @@ def attend_tokens(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: 
         b_p = b_p * draw_kept(at, a, True)
         b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP, INSIDE)
         b_acc = sums.acc * b_decay[:, None]
-        b_acc = add_product(b_p.to(b_v.dtype), b_v, b_acc, T.PRECISION)
+        b_acc = add_product(b_p.to(b_v.dtype), b_v, b_acc, T)
         sums = Sums(b_acc, b_m, b_l)
     return sums

@@ -13,6 +13,7 @@ from ..layout import allocate_gradient, allocate_heads
 from ..spans import check_spans, list_columns
 from .operands import (
     ABSENT,
+    ROWS_PADDING,
     KernelShape,
     Operands,
     OperandsTemplate,
@@ -283,9 +284,9 @@ class _BackwardLauncher(_Launcher):
         self._needs = needs
         self._output, self._do = describe_matrix(output), describe_matrix(grad_output)
         self._normalizers = normalizers
-        self._rows = self.allocate_floats(
-            normalizers.shape[0], 2 if self.operands.exact is None else 3, self.B, self.H, self.N
-        )
+        self._padded = divide_up(self.N, ROWS_PADDING) * ROWS_PADDING
+        kinds = 2 if self.operands.exact is None else 3
+        self._rows = self.allocate_floats(normalizers.shape[0], kinds, self.B, self.H, self._padded)
         self.gradients: dict[str, Tensor] = {}
 
     def _allocate_result(self, name: str) -> Tensor | None:
@@ -307,7 +308,7 @@ class _BackwardLauncher(_Launcher):
 
     def find_delta(self) -> None:
         """Compute what every other step needs, and the gradients of the output gate and the sinks."""
-        blocks = divide_up(self.N, self.find_tile("delta").BM)
+        blocks = self._padded // self.find_tile("delta").BM
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
         arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)

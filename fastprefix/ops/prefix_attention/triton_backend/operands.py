@@ -12,6 +12,9 @@ from torch import Tensor
 from ... import random
 from ..arguments import AttentionArguments
 
+ROWS_PADDING = 128
+"""The rows of a head are padded to a multiple of this with rows that see nothing: every block of queries divides it."""
+
 
 class Strided(NamedTuple):
     """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key).

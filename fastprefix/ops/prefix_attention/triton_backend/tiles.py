@@ -235,9 +235,41 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
 }
 
-_SM100 = _SM90
-_SM100_VARIANTS = _SM90_VARIANTS
-_SM120 = _SM86
+# Compute capability 10 keeps sums of products in a memory of their own, and copies them to registers to use them: it
+# takes more warps than 9.0. Compute capability 12 has the shared memory of 8.6.
+_SM100_DECODE_DROPOUT = {**_DECODE_DROPOUT, (64, HALF): AttentionTile(16, 32, 32, 4, 2)}
+_SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    **_SM90,
+    "forward": {
+        **_SM90["forward"],
+        (64, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+    },
+    "decode": {**_SM90["decode"], (128, HALF): AttentionTile(16, 32, 32, 4, 2)},
+    "dq": {**_SM90["dq"], (64, HALF): AttentionTile(128, 64, 64, 8, 2)},
+}
+_SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    **_SM90_VARIANTS,
+    "dropout": {
+        **_SM90_VARIANTS["dropout"],
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "decode": _SM100_DECODE_DROPOUT,
+    },
+    "dropout of pairs": {**_SM90_VARIANTS["dropout of pairs"], "decode": _SM100_DECODE_DROPOUT},
+    "plain, keyed": {
+        **_SM90_VARIANTS["plain, keyed"],
+        "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "dprefix": {**_SM90_VARIANTS["plain, keyed"]["dprefix"], (64, HALF): AttentionTile(64, 64, 64, 8, 2)},
+    },
+}
+_SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    **_SM86,
+    "decode": {
+        **_SM86["decode"],
+        (64, HALF): AttentionTile(16, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(16, 32, 32, 4, 2),
+    },
+}
 _SM120_VARIANTS = _SM86_VARIANTS
 
 _INTERPRETER = {
