@@ -246,6 +246,7 @@ _SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
         (128, HALF): AttentionTile(128, 64, 64, 8, 2),
     },
     "decode": {**_SM90["decode"], (128, HALF): AttentionTile(16, 32, 32, 4, 2)},
+    "delta": {**_SM90["delta"], (128, HALF): AttentionTile(64, 32, 32, 8, 2)},
     "dq": {**_SM90["dq"], (64, HALF): AttentionTile(128, 64, 64, 8, 2)},
 }
 _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
