@@ -251,6 +251,14 @@ _SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
 }
 _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     **_SM90_VARIANTS,
+    "pairwise": {
+        **_SM90_VARIANTS["pairwise"],
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+    },
+    "capped": {
+        **_SM90_VARIANTS["capped"],
+        "forward": {(128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+    },
     "dropout": {
         **_SM90_VARIANTS["dropout"],
         "forward": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
