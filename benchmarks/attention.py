@@ -78,8 +78,10 @@ class Inputs:
         return (self.q, self.k, self.v, self.pk, self.pv, *self.gates.values())
 
     def run_fused(self) -> Tensor:
+        return self.run_backend(BACKENDS[self.q.device.type])
+
+    def run_backend(self, backend: str) -> Tensor:
         options: dict[str, Any] = {"is_causal": self.causal, "dropout_p": self.dropout_p, **self.gates}
-        backend = BACKENDS[self.q.device.type]
         return fastprefix.prefix_attention(self.q, self.k, self.v, self.pk, self.pv, **options, backend=backend)
 
     def concatenate(self) -> tuple[Tensor, Tensor]:

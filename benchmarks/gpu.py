@@ -37,6 +37,7 @@ CUDA = torch.device("cuda")
 SHAPES = ((32, 12, 12, 128, 128, 64), (16, 16, 16, 512, 512, 64), (8, 32, 8, 1024, 1024, 128),
           (4, 32, 8, 2048, 2048, 128), (2, 32, 8, 8192, 8192, 128))  # fmt: skip
 DECODING = tuple((B, 32, 8, 1, M, 128) for B in (1, 16, 128) for M in (1024, 8192))
+COMPOSED = "composed"
 SDPA = ("flash", "cudnn", "efficient")
 SMALL: tuple[Case, ...] = (
     AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
@@ -155,6 +156,11 @@ def list_problems() -> Iterator[tuple[Shape, str, bool]]:
             yield from ((Shape(*shape, P), gate, False) for shape in DECODING)
 
 
+def is_composed(shape: Shape, gate: str) -> bool:
+    """Return whether the composed backend is measured: it has one softmax, and is not made for decoding."""
+    return gate != "separate" and shape.N > 1
+
+
 def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = CUDA) -> Problem:
     """Return the peers: concatenation and the tokens alone on each kernel of SDPA, and compiled FlexAttention."""
     inputs = Inputs(shape, torch.bfloat16, causal, device, gate=gate)
@@ -166,6 +172,8 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
         return sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))(call)
 
     works = {"fused": build("ours", inputs.run_fused)}
+    if is_composed(shape, gate):
+        works["composed"] = build("ours", partial(inputs.run_backend, COMPOSED))
     for name in SDPA:
         variant = copy.copy(inputs)
         variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
@@ -183,8 +191,12 @@ def build_problem(shape: Shape, gate: str, causal: bool, device: torch.device = 
 def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
     """Run the kernels of a case on short inputs."""
     inputs = Inputs(shape, torch.bfloat16, causal, CUDA, gate=gate)
-    for call in build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad).calls.values():
-        call()
+    runs = [inputs.run_fused]
+    if is_composed(shape, gate):
+        runs.append(partial(inputs.run_backend, COMPOSED))
+    for run in runs:
+        for call in build_kernel_work("ours", run, inputs.leaves, inputs.grad).calls.values():
+            call()
     torch.cuda.synchronize()
     return {}
 
@@ -245,7 +257,7 @@ def run(options: argparse.Namespace) -> int:
             add([], [fault({}, "stage", name, error)])
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)
         add([], [])
-    failed = [of for of in record.faults if of["peer"] in ("stage", "triton", "fused")]
+    failed = [of for of in record.faults if of["peer"] in ("stage", "triton", "fused", "composed")]
     print("\n".join([tabulate_gpu(record).markdown(), *map(describe_fault, failed), f"results in {options.out}"]))
     return int(bool(failed))  # that a peer does not support a case is no failure of the run
 

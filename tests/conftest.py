@@ -27,7 +27,7 @@ TARGETS = [
     )
     for device in DEVICES
     for name, backend in BACKENDS.items()
-    if backend.refusal(torch.device(device)) is None
+    if backend.refusal(torch.device(device)) is None and not backend.partial
 ]
 """Every device of this machine with each backend that is usable on it."""
 

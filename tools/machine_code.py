@@ -18,7 +18,11 @@ def read_resources(cubin: bytes) -> tuple[int, int]:
 
 def count_matrix_instructions(ptx: str) -> str:
     """Return the number of matrix products by the kind of instruction, as text."""
-    counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    counts = {
+        "tcgen05": len(re.findall(r"tcgen05\.mma\b", ptx)),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+    }
     return " ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
 
 

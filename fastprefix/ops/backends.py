@@ -25,6 +25,7 @@ class Backend:
     devices: tuple[str, ...] | None  # None: all
     reason_unusable: Callable[[torch.device], str | None]
     interpretable: bool = False  # with TRITON_INTERPRET=1 it runs on the CPU too, if it is named
+    partial: bool = False  # it is made for some kinds of calls, and refuses all others
 
     def refusal(self, device: torch.device) -> str | None:
         """Return why this backend cannot run on ``device``, or None if it can."""
@@ -60,12 +61,16 @@ def _no_triton(device: torch.device) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend("composed", ("cuda",), _no_triton, interpretable=True, partial=True),
         Backend("triton", ("cuda",), _no_triton, interpretable=True),
         Backend("cpu", ("cpu",), _no_libraries),
         Backend("eager", None, _always),
     )
 }
 """In order of preference: ``backend=None`` takes the first that is usable."""
+
+
+_NONE: Mapping[str, Callable[[Any], bool]] = {}
 
 
 def _list_backends() -> str:
@@ -78,11 +83,13 @@ def choose(
     refusals: Mapping[str, Callable[[Any], str | None]],
     arguments: Any = None,
     eager_only: str | None = None,
+    preferences: Mapping[str, Callable[[Any], bool]] = _NONE,
 ) -> str:
     """Return the name of the backend to call on ``device``.
 
     ``refusals``: for each backend that has the operation, a function that explains why it cannot serve ``arguments``.
-    ``eager_only``: why this call is served by the eager backend alone, if it is.
+    ``eager_only``: why this call is served by the eager backend alone, if it is. ``preferences``: for some backends, a
+    function that says whether they are worth taking for ``arguments`` if none was named.
 
     Raises ``TypeError`` for a name that is no string, ``ValueError`` for a backend that is unknown or not usable.
     """
@@ -93,7 +100,9 @@ def choose(
             refusal = refusals.get(backend.name)
             if refusal is None or (backend.interpretable and device.type == "cpu"):
                 continue
-            if backend.refusal(device) is None and refusal(arguments) is None:
+            if backend.refusal(device) is not None or refusal(arguments) is not None:
+                continue
+            if backend.name not in preferences or preferences[backend.name](arguments):
                 return backend.name
     if not isinstance(name, str):
         raise checks.wrong_type("backend", name, _list_backends())

@@ -19,6 +19,8 @@ _AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 Kernel = Callable[..., Any]
 Refusal = Callable[[Any], str | None]
 """A function of the canonical arguments that explains why a backend cannot serve them; None: it can."""
+Preference = Callable[[Any], bool]
+"""A function of canonical arguments that a backend can serve: whether it is worth taking where none was named."""
 
 
 class Operation:
@@ -55,6 +57,7 @@ class Operation:
         self._autocast = autocast
         self._operators: dict[str, Kernel] = {}
         self._refusals: dict[str, Refusal] = {}
+        self._preferences: dict[str, Preference] = {}
 
     @property
     def implemented(self) -> tuple[str, ...]:
@@ -70,8 +73,17 @@ class Operation:
         """For each backend that has this operation, the function that refuses what it cannot serve."""
         return self._refusals
 
-    def define(self, backend: str, refusal: Refusal = lambda arguments: None) -> None:
+    @property
+    def preferences(self) -> Mapping[str, Preference]:
+        """For backends that are not always worth taking, the function that says where they are."""
+        return self._preferences
+
+    def define(
+        self, backend: str, refusal: Refusal = lambda arguments: None, is_preferred: Preference | None = None
+    ) -> None:
         """Declare the operators of a backend, with every rule but the kernels."""
+        if is_preferred is not None:
+            self._preferences[backend] = is_preferred
         for name, schema, fake in zip((self.name, f"{self.name}_backward"), self._schemas, self._fakes, strict=True):
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
@@ -126,7 +138,12 @@ class Operation:
                 return (None,) * arity
             kept = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[gradients])
-            found = iter(backward(grads[0], *kept[:saved], needs, *kept[saved:], *ctx.options))
+            given = (grads[0], *kept[:saved], needs, *kept[saved:], *ctx.options)
+            if torch.is_grad_enabled():  # a second derivative is asked for, and refused
+                found = iter(backward(*given))
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = iter(backward(*given))
             return (*before, *[next(found) if needed else None for needed in needs], *after)
 
         methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(differentiate)}

@@ -17,8 +17,11 @@ class Target(Protocol):
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
-    ) -> None:
-        """Launch a kernel with the warps and stages of its tile."""
+    ) -> Any:
+        """Launch a kernel with the warps and stages of its tile, and return what can be launched again, or None."""
+
+    def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Launch a compiled kernel with arguments of the same kinds, constants included."""
 
 
 class Device:
@@ -35,13 +38,40 @@ class Device:
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
-    ) -> None:
+    ) -> Any:
         """Launch on the device's current stream."""
         here = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         with here:
-            kernel.run(
+            return kernel.run(
                 *arguments, grid=grid, warmup=False, **constants, num_warps=tile.warps, num_stages=tile.stages
             )  # what ``kernel[grid]`` calls, less a frame
+
+    def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Launch on the device's current stream, as ``kernel.run`` does once it knows the compiled kernel."""
+        index = self._device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                self._run(compiled, grid, arguments)
+        else:
+            self._run(compiled, grid, arguments)
+
+    def _run(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        driver, hooks = _import_runtime()
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        x, y, z = (*grid, 1, 1)[:3]
+        metadata = None if hooks.launch_enter_hook is None else compiled.launch_metadata(grid, stream, *arguments)
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        known = (compiled.function, compiled.packed_metadata)
+        compiled.run(x, y, z, stream, *known, metadata, enter, leave, *arguments)
+
+
+@functools.cache
+def _import_runtime() -> tuple[Any, Any]:
+    """Import Triton's driver and hooks, after the first launch."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
 
 
 def divide_up(size: int, block: int) -> int:
@@ -51,9 +81,13 @@ def divide_up(size: int, block: int) -> int:
 
 def architecture(capability: tuple[int, int]) -> str:
     """Return the row for a device: the newest that is no newer and needs no more shared memory than the device has."""
-    if capability[0] in (9, 10, 11):
+    if capability[0] == 12:  # 99 KB of shared memory a block, and products of sm_80
+        return "sm_120"
+    if capability[0] in (10, 11):
+        return "sm_100"
+    if capability[0] == 9:
         return "sm_90"
-    if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KB a block
+    if capability in ((8, 6), (8, 9)):  # 99 KB a block
         return "sm_86"
     return "sm_80"
 

@@ -153,6 +153,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [(shape, gate, shape.N > 1) for shape in shapes for gate in ("none", "row", "query", "separate")]
     check_case = functools.partial(gpu.check_case, device="cpu", backend="eager")
     monkeypatch.setitem(attention.BACKENDS, "cpu", "eager")
+    monkeypatch.setattr(gpu, "COMPOSED", "eager")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "CUDA", CPU)
@@ -167,6 +168,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = results.read(tmp_path / "gpu.json")
     of = {(row["direction"], row["peer"]) for row in record.rows}
     assert {("parity", "triton"), ("forward", "fused"), ("forward+backward", "tokens, flash")} <= of
+    assert {("forward", "composed"), ("forward+backward", "composed")} <= of
     assert {row["N"] for row in record.rows if row["direction"] == "forward+backward"} == {8}
     # Not every kernel of SDPA runs on a CPU. That is recorded and is no failure.
     assert {fault["peer"].split(", ")[1] for fault in record.faults} <= {"cudnn", "efficient"}

@@ -29,7 +29,9 @@ def run_program(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("arch", "instruction"), [("sm_80", " mma "), ("sm_90", " wgmma ")])
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [("sm_80", " mma "), ("sm_90", " wgmma "), ("sm_100", " tcgen05 "), ("sm_120", " mma ")]
+)
 def test_compiles_without_spills(arch: str, instruction: str) -> None:
     done = aot("--quick", "--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,8 +61,10 @@ def test_narrow_and_padded_heads_and_rounded_products() -> None:
     ("row", "capabilities"),
     [
         ("sm_80", [(8, 0), (8, 7)]),
-        ("sm_86", [(8, 6), (8, 9), (12, 0), (12, 1)]),
-        ("sm_90", [(9, 0), (10, 0), (10, 3), (11, 0)]),
+        ("sm_86", [(8, 6), (8, 9)]),
+        ("sm_90", [(9, 0)]),
+        ("sm_100", [(10, 0), (10, 3), (11, 0)]),
+        ("sm_120", [(12, 0), (12, 1)]),
     ],
 )
 def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
@@ -114,6 +118,148 @@ print(len({name for name, _ in kinds}))
 
 def test_another_batch_or_length_compiles_nothing_anew() -> None:
     assert run_program(COUNT) == ["", "11"]
+
+
+LENGTHS = """
+import torch, triton
+from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE, EAGER_ALONE
+from fastprefix.ops.prefix_attention.triton_backend import launch
+from fastprefix.parity import make_attention_case
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+
+def count(*, compile, fn, **_):
+    kinds.add((fn.name, compile["key"]))
+    return True  # do not compile
+
+aot.pretend_device(80)
+triton.knobs.runtime.jit_cache_hook = count
+for features in (
+    {"mask": "padding"},
+    {"segments": True, "is_causal": True},
+    {"mask": "bool BHNM"},
+    {"mask": "float B1NM", "bias": "BHNP"},
+    {"gate": "B1NP", "D": 40},
+    {"gate": "BHNP", "layout": "BNHD", "spans": "own"},
+    {"mask": "padding", "B": 1, "gate": "BhP"},
+):
+    kinds, after_two = set(), None
+    for length in (100, 101, *range(102, 300, 7), 112, 128, 256, 299):
+        for N, M in ((length, length), (1, length + 256)):
+            case = make_attention_case(**{"B": 2, "Hq": 4, "N": N, "M": M, "P": 100, "D": 64} | features)
+            inputs = case.build(torch.bfloat16, "meta")
+            a = aot.attention_arguments(**inputs.tensors, **inputs.options)
+            output, normalizers = launch.forward(*a, target=Target())
+            if N > 1:
+                asked = [getattr(a, x) is not None and x not in EAGER_ALONE for x in DIFFERENTIABLE]
+                launch.backward(output, output, normalizers, asked, *a, target=Target())
+        if length == 101:
+            after_two = len(kinds)
+    print(after_two, len(kinds))
+"""
+
+
+def test_another_length_compiles_nothing_anew_whatever_masks_and_gates_there_are() -> None:
+    counts = [tuple(map(int, line.split())) for line in run_program(LENGTHS)]
+    assert len(counts) == 7
+    assert all(first == last >= 7 for first, last in counts), counts
+
+
+KINDS = """
+import torch, triton
+from fastprefix.ops.prefix_attention.triton_backend import launch
+from fastprefix.parity import make_attention_case
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_90", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+
+kinds = {}
+aot.pretend_device(90)
+triton.knobs.runtime.jit_cache_hook = lambda *, compile, fn, **_: kinds.setdefault(fn.name, set()).add(compile["key"])
+for features in ({}, {"mask": "padding"}, {"is_causal": True, "gate": "BhP"}, {"softcap": 3.0}, {"dropout_p": 0.1}):
+    inputs = make_attention_case(Hq=4, N=1, M=300, P=100, D=64, **features).build(torch.bfloat16, "meta")
+    launch.forward(*aot.attention_arguments(**inputs.tensors, **inputs.options), target=Target())
+print(*sorted(f"{name.rpartition('.')[2]} {len(keys)}" for name, keys in kinds.items()), sep="\\n")
+"""
+
+
+def test_parts_are_joined_by_one_kernel_for_all_kinds_of_calls() -> None:
+    assert run_program(KINDS) == ["prefix_attention_combine_kernel 1", "prefix_attention_decode_kernel 5"]
+
+
+CHAINS = """
+import re
+import torch
+from fastprefix.ops.prefix_attention.triton_backend import launch as attention
+from fastprefix.ops.prompt_embedding import arguments
+from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        ttgir = kernel.warmup(
+            *arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants
+        ).asm["ttgir"]
+        zeros = set(re.findall(r"(%\\S+) = arith.constant dense<0.000000e\\+00>", ttgir))
+        sums = re.findall(r"tt.dot %\\S+, %\\S+, (%[^\\s,]+)", ttgir)
+        print(kernel.__name__, len(sums), sum(x not in zeros for x in sums))
+
+aot.pretend_device(80)
+a = aot._attention(torch.float32, 16, 512, gate="B1NP")
+output, normalizers = attention.forward(*a, target=Target())
+wanted = ("query", "key", "value", "prefix_key", "prefix_value", "prefix_gate")
+needs = [name in wanted for name in aot.attention.DIFFERENTIABLE]
+attention.backward(output, output, normalizers, needs, *a, target=Target())
+calls = aot.embedding_calls(torch.float32, 9)
+for a in (calls["ADePT"], calls["DePT, bank"]):
+    needs = [getattr(a, name) is not None for name in arguments.DIFFERENTIABLE]
+    embedding.backward(embedding.forward(*a, target=Target()), needs, *a, target=Target())
+"""
+
+
+ROWS = """
+import torch
+from fastprefix.ops.prefix_attention.triton_backend import launch
+from tools import aot
+
+class Target:
+    architecture, processors, split_from = "sm_80", 132, 256
+    def launch(self, kernel, grid, arguments, constants, tile):
+        if kernel.__name__ in ("prefix_attention_bwd_dkv_kernel", "prefix_attention_bwd_dprefix_kernel"):
+            compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+            loads = [line for line in compiled.asm["ttir"].splitlines() if " tt.load " in line]
+            rows = [line for line in loads if "!tt.ptr<f32>" in line]
+            print(kernel.__name__, len(rows), sum("," in line.partition(" : ")[0] for line in rows))
+
+aot.pretend_device(80)
+a = aot._attention(torch.bfloat16, 64, 512)
+output, normalizers = launch.forward(*a, target=Target())
+needs = [name in ("key", "value", "prefix_key", "prefix_value") for name in aot.attention.DIFFERENTIABLE]
+launch.backward(output, output, normalizers, needs, *a, target=Target())
+"""
+
+
+def test_numbers_of_rows_are_loaded_without_masks() -> None:
+    """A mask at each load costs a quarter of the instructions of these loops with Triton 3.6."""
+    lines = [line.split() for line in run_program(ROWS)]
+    assert len(lines) == 2
+    assert all(int(loads) >= 2 and masked == "0" for _, loads, masked in lines), lines
+
+
+def test_no_chain_of_additions_in_float32_runs_through_all_blocks() -> None:
+    """Triton makes a sum the beginning of the product that is added to it, in compiled code only."""
+    counts = [line.split() for line in run_program(CHAINS)]
+    assert sum(int(products) for _, products, _ in counts) > 20
+    chained = {name: number for name, _, number in counts if number != "0"}
+    assert chained == {"prompt_embedding_fwd_kernel": "1"}  # w2's only product, which begins with b2
 
 
 PRODUCTS = """

@@ -93,7 +93,7 @@ def prefix_attention(
         scale: default ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention probability, from 0 to 1, whatever the module's mode. What is
             dropped follows from a seed drawn from the device's generator, and is the same on every backend.
-        backend: None, the best for the device, or "eager", "triton", "cpu": that one or an error.
+        backend: None, the best for the device and shape, or "eager", "triton", "composed", "cpu": that one or an error.
 
     Returns:
         ``[B, Hq, N, Dv]`` in the dtype of query, with heads and length in memory in query's order.
@@ -124,7 +124,9 @@ def prefix_attention(
         dropout_p=dropout_p,
     )
     arguments = canonicalize(given)
-    name = choose(backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given))
+    name = choose(
+        backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
+    )
     if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
         return attend(arguments)
     output: Tensor = OPERATION.operator(name)(*arguments)[0]

@@ -8,8 +8,9 @@ from torch import Tensor
 from ... import _native
 from .. import checks
 from ..registration import Operation
-from . import eager, triton_backend
+from . import composed_backend, eager, triton_backend
 from .arguments import DECLARATION, AttentionArguments
+from .composed_backend import launch as composed_launch
 from .layout import allocate_gradient, allocate_heads
 from .triton_backend import launch
 
@@ -46,3 +47,7 @@ if _native.load() is None:  # its kernels are registered in C++ (csrc/prefix_att
 OPERATION.define("triton", triton_backend.refusal)
 for _key in ("CUDA", "CPU"):  # on the CPU: in Triton's interpreter
     OPERATION.implement("triton", launch.forward, launch.backward, _key)
+
+OPERATION.define("composed", composed_backend.refusal, composed_backend.is_preferred)
+for _key in ("CUDA", "CPU"):
+    OPERATION.implement("composed", composed_launch.forward, composed_launch.backward, _key)

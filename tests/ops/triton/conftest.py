@@ -5,7 +5,9 @@ Whether Triton interprets is settled when it is imported, so the interpreter's r
 
 import importlib.util
 import os
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -19,6 +21,31 @@ collect_ignore_glob = [] if HAS_TRITON and (HAS_GPU or INTERPRETING) else ["test
 def device(request: pytest.FixtureRequest) -> str:
     """The device on which the kernels run."""
     return request.param
+
+
+@pytest.fixture
+def store_counts(monkeypatch: pytest.MonkeyPatch) -> list[numpy.ndarray]:
+    """Return a list to which every launch adds how often it stored to each address."""
+    if not INTERPRETING:
+        pytest.skip("only the interpreter shows stores")
+    from triton.runtime import interpreter
+
+    stored: list[numpy.ndarray] = []
+    counts: list[numpy.ndarray] = []
+    store, call = interpreter._interpreter.store, interpreter.GridExecutor.__call__
+
+    def record_store(addresses: numpy.ndarray, value: numpy.ndarray, mask: numpy.ndarray) -> None:
+        stored.append(addresses[mask.astype(bool)])
+        store(addresses, value, mask)
+
+    def launch(self: Any, *arguments: Any, **named: Any) -> None:
+        stored.clear()
+        call(self, *arguments, **named)
+        counts.append(numpy.unique(numpy.concatenate(stored), return_counts=True)[1])
+
+    monkeypatch.setattr(interpreter._interpreter, "store", record_store)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    return counts
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,10 @@ CASES: dict[str, Inputs] = {
     "gate of rows, prefix of each": {"gate": "B1P", "prefix_a_row": True},
     "one gate": {"gate": "1"},
     "gate of queries": {"gate": "BHNP"},
-    "gate of queries, shared by heads": {"gate": "B1N1", "P": 40},
+    "gate of queries, one for all keys": {"gate": "B1N1", "P": 40},
+    "gate of queries, shared by heads": {"gate": "B1NP", "P": 40, "Hq": 6},
+    "gate of queries, shared by rows": {"gate": "1HNP", "B": 3, "prefix_a_row": True, "is_causal": True},
+    "gate of queries, shared by all": {"gate": "11NP", "output_gate": "BH", "dropout_p": 0.2},
     "gate of heads in four dimensions": {"gate": "1H1P"},
     "separate": {"output_gate": "BH"},
     "separate, gated": {"output_gate": "H", "gate": "BhP", "is_causal": True},
@@ -139,6 +142,8 @@ CASES: dict[str, Inputs] = {
     },
     "spans, frozen": {"spans": "ragged", "B": 5, "P": 40, "frozen": 9, "key_bias": "hT", "softcap": 2.0},
     "spans, gate of queries": {"spans": "ragged", "B": 4, "P": 40, "gate": "BHNP", "bias": "BHNP", "sinks": True},
+    "spans, gate of queries, shared": {"spans": "ragged", "B": 4, "P": 40, "gate": "11NP", "key_bias": "hT"},
+    "no queries, gate of queries, shared": {"N": 0, "gate": "B1NP"},
     "spans, gate of queries alone": {"spans": "own", "B": 3, "gate": "B1N1", "window_size": 9},
     "spans, gate of keys": {"spans": "own", "B": 3, "gate": "1H1P", "bias": "P", "mask": "float 1HNM"},
     "spans, one gate": {"spans": "ragged", "B": 4, "N": 20, "gate": "1"},
@@ -336,16 +341,28 @@ def test_the_gates_gradient_is_summed_in_programs(
 ) -> None:
     launched = record_launches(monkeypatch)
     run(triton_backend, make(device, gate=gate), ["prefix_gate"])
-    assert [given["p_dgate"].shape for name, given in launched if name == "bwd_dq"] == [shape]
+    assert [given["dgate"].pointer.shape for name, given in launched if name == "bwd_dq"] == [shape]
 
 
-def test_the_gradient_of_a_gate_that_does_not_broadcast_needs_no_scratch(
-    device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gate", "kernel"), [("BHNP", "bwd_dq"), ("B1NP", "bwd_dgate"), ("11NP", "bwd_dgate")])
+def test_the_gradient_of_a_gate_of_queries_and_keys_needs_no_scratch(
+    device: str, gate: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = record_launches(monkeypatch)
-    _, gradients = run(triton_backend, make(device, torch.float16, gate="BHNP"), ["prefix_gate"])
-    (given,) = [given for name, given in launched if name == "bwd_dq"]
-    assert given["p_dgate"].data_ptr() == gradients["prefix_gate"].data_ptr()
+    _, gradients = run(triton_backend, make(device, torch.float16, gate=gate, N=70, P=64), ["prefix_gate"])
+    ((name, given),) = [launch for launch in launched if "dgate" in launch[1]]
+    assert name == kernel
+    assert given["dgate"].pointer.data_ptr() == gradients["prefix_gate"].data_ptr()
+
+
+def test_the_gradient_of_a_gate_has_its_layout(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = record_launches(monkeypatch)
+    x = make(device, torch.float16, gate="BHNP")
+    x["prefix_gate"] = x["prefix_gate"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=2)
+    dtypes = [given["dgate"].pointer.dtype for name, given in launched if name == "bwd_dq"]
+    assert dtypes
+    assert set(dtypes) == {torch.float16}
 
 
 def test_frozen_keys_cost_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,13 +401,39 @@ class Recorder:
 
     def __init__(self, processors: int) -> None:
         self.processors = processors
-        self.bytes = 0  # of the prefix's gradients and their parts
+        self.bytes = dict.fromkeys(("prefix", "gate"), 0)  # of gradients and their parts
 
     def launch(self, kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any) -> None:
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
         if kernel.__name__ == "prefix_attention_bwd_dprefix_kernel":
-            given = dict(zip(kernel.arg_names, arguments, strict=False))
             tensors = (given["dpk"].pointer, given["dpv"].pointer, given["p_dbias"])
-            self.bytes = sum(x.untyped_storage().nbytes() for x in tensors)
+            self.bytes["prefix"] = sum(x.untyped_storage().nbytes() for x in tensors)
+        elif given.get("dgate") is not None and given["dgate"].pointer is not None:
+            self.bytes["gate"] = given["dgate"].pointer.untyped_storage().nbytes()
+
+
+def record_backward(case: AttentionCase, wanted: Sequence[str], processors: int) -> dict[str, int]:
+    """Return the bytes of gradients and their parts in a backward pass on tensors without memory."""
+    from fastprefix.ops.prefix_attention.triton_backend import launch
+
+    inputs = case.build(torch.bfloat16, "meta")
+    a = canonical_arguments(**inputs.tensors, **inputs.options)
+    target = Recorder(processors)
+    output = torch.empty_like(a.query)
+    normalizers = torch.empty(a.normalizers_shape, device="meta")
+    launch.backward(output, output, normalizers, [name in wanted for name in DIFFERENTIABLE], *a, target=target)
+    return target.bytes
+
+
+@pytest.mark.parametrize("N", [100, 8192])
+@pytest.mark.parametrize("gate", ["B1NP", "1HNP", "11NP", "B1N1", "11N1", "BHNP"])
+def test_gradients_of_gates_take_little_memory(gate: str, N: int) -> None:
+    """A float32 for each row, head, query and key would be 4 GB in the larger calls."""
+    from fastprefix.ops.prefix_attention.triton_backend import launch
+
+    case = make_case(B=2, Hq=32, Hkv=8, N=N, M=N, P=2048, D=128, Dv=128, gate=gate)
+    own = 2 * case.build(torch.bfloat16, "meta").tensors["prefix_gate"].numel()
+    assert 0 < record_backward(case, ["prefix_gate"], 132)["gate"] <= max(own, launch._MOST_BYTES)
 
 
 @pytest.mark.parametrize("P", [16, 512, 2048, 8192, 65536])
@@ -402,16 +445,10 @@ def test_partial_sums_of_the_prefix_are_bounded(processors: int, P: int, spans: 
     case = make_case(
         B=8, Hq=32, Hkv=8, N=8192, M=8192, P=P, D=128, Dv=128, spans=spans, key_bias="hT" if spans else "hP"
     )
-    inputs = case.build(torch.bfloat16, "meta")
-    a = canonical_arguments(**inputs.tensors, **inputs.options)
-    target = Recorder(processors)
-    output = torch.empty_like(a.query)
-    normalizers = torch.empty(a.normalizers_shape, device="meta")
-    needs = [name in ("prefix_key", "prefix_value", "prefix_key_bias") for name in DIFFERENTIABLE]
-    launch.backward(output, output, normalizers, needs, *a, target=target)
+    taken = record_backward(case, ["prefix_key", "prefix_value", "prefix_key_bias"], processors)["prefix"]
     BP = tiles.find_tile("sm_90", "dprefix", 128, torch.bfloat16).BP
-    once = 4 * a.prefix_key[..., :1].numel() * (128 + 128 + 1)
-    assert 0 < target.bytes <= max(once, min(launch._MOST_BYTES, 2 * processors * BP * 4 * (128 + 128 + 1)))
+    once = 4 * 8 * (case.store if spans else P) * (128 + 128 + 1)
+    assert 0 < taken <= max(once, min(launch._MOST_BYTES, 2 * processors * BP * 4 * (128 + 128 + 1)))
 
 
 def test_spans_twice_the_same_bits(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +74,15 @@ CASES = [
 def test_parity(device: str, case: dict, dtype: torch.dtype) -> None:
     report = measure(make_case(**case), dtype, "triton", device, draws=2)
     assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_every_element_is_stored_once(device: str, own: bool, store_counts: list[numpy.ndarray]) -> None:
+    """Two programs that store the same sum would do the same work twice."""
+    a = arguments(device, "adept", own=own, r=130)
+    results(OPERATION.operator("triton"), a, torch.randn(len(a.input_ids), 24, 65, device=device))
+    assert len(store_counts) >= 3
+    assert all((count == 1).all() for count in store_counts)
 
 
 @pytest.mark.parametrize("own", [False, True])

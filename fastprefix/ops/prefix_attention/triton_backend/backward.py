@@ -9,7 +9,9 @@ import triton.language as tl
 
 from .operands import Keys, KeySums, Lengths, Pairs, Queries
 from .primitives import (
+    PADDING,
     ROWS,
+    add_product,
     cap_scores,
     compute_probability,
     differentiate_cap,
@@ -17,6 +19,7 @@ from .primitives import (
     find_keys,
     find_lengths,
     find_queries,
+    find_row,
     finish_prefix_scores,
     finish_token_scores,
     invert,
@@ -86,12 +89,13 @@ def prefix_attention_bwd_delta_kernel(
     T: tl.constexpr,
 ):
     """Compute delta = <do, o> and the gradient of the sinks, and store normalizers as the other kernels load them.
+    There are programs for the rows that pad the last block too.
 
     TOKENS and PREFIX: the scores of the tokens and of the prefix need it. With two softmaxes a delta for each, from
     their probabilities, since the output is the sum of both and its rounding hides the smaller one; and what the
     output gate gets.
     """
-    blocks = tl.cdiv(N, T.BM)
+    blocks = tl.cdiv(N, PADDING) * (PADDING // T.BM)
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
     sizes = find_lengths(a, b, N, M, P)
@@ -164,7 +168,7 @@ def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "columns"])
-def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns, T: tl.constexpr):
+def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T: tl.constexpr):
     """Compute gradients of queries and of the prefix gate.
 
     Those of the gate are [B, Hq, rows, columns]: a row for each query, or for each block of queries, over which it is
@@ -185,9 +189,9 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
     of_block: tl.constexpr = a.query_gate.n is None
     of_keys: tl.constexpr = a.gate.c is not None or a.query_gate.c is not None
     b_sum = tl.zeros([i.shape[0]], tl.float32)  # of the gate's gradient over keys
-    if p_dgate is not None:
-        row = plane * blocks + block if of_block else plane.to(tl.int64) * N + queries.i
-        p_dgate += row.to(tl.int64) * columns
+    if dgate.pointer is not None:
+        row = block if of_block else queries.i
+        p_dgate = find_row(dgate, b, h, row)
     for p0 in tl.range(0, sizes.P, T.BP):
         p = p0 + tl.arange(0, T.BP)
         at = Pairs(b, h, queries.i, p[None, :])
@@ -197,25 +201,25 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
         b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
         _, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
-        if p_dgate is not None:
+        if dgate.pointer is not None:
             b_dgate = b_ds * (a.scale * b_qk) + b_p * b_dov
             if not of_keys:
                 b_sum += tl.sum(b_dgate, 1)
             elif of_block:
-                store_gate(p_dgate, p, tl.sum(b_dgate, 0), p < sizes.P)
+                store_gate(p_dgate, p * dgate.c, tl.sum(b_dgate, 0), p < sizes.P)
             else:
-                store_gate(p_dgate, at.j, b_dgate, (queries.i < N) & (at.j < sizes.P))
+                store_gate(p_dgate, at.j * dgate.c, b_dgate, (queries.i < N) & (at.j < sizes.P))
         if dq.pointer is not None:
-            b_dq = tl.dot((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, input_precision=T.PRECISION)
-    if p_dgate is not None:
+            b_dq = add_product((b_ds * b_gate).to(b_pk.dtype), b_pk, b_dq, T)
+    if dgate.pointer is not None:
         if of_keys and a.spans.pointer is not None:  # the row's own span may be shorter than the longest one
             for p0 in tl.range(sizes.P, columns, T.BP):
                 p = p0 + tl.arange(0, T.BP)
                 if of_block:
-                    store_gate(p_dgate, p, tl.zeros([p.shape[0]], tl.float32), p < columns)
+                    store_gate(p_dgate, p * dgate.c, tl.zeros([p.shape[0]], tl.float32), p < columns)
                 else:
                     there = (queries.i < N) & (p[None, :] < columns)
-                    store_gate(p_dgate, p[None, :], make_zeros(T.BM, T.BP), there)
+                    store_gate(p_dgate, p[None, :] * dgate.c, make_zeros(T.BM, T.BP), there)
         elif not of_keys and of_block:
             tl.store(p_dgate, tl.sum(b_sum).to(p_dgate.dtype.element_ty))
         elif not of_keys:
@@ -234,9 +238,44 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, p_dgate, p_rows, N, M, P, columns,
 
 
 @triton.jit
-def store_gate(p_row, p, b_dgate, there):
+def store_gate(p_row, o_p, b_dgate, there):
     """Store gradients of the gate in its dtype, or in that of its sums."""
-    tl.store(p_row + p, b_dgate.to(p_row.dtype.element_ty), mask=there)
+    tl.store(p_row + o_p, b_dgate.to(p_row.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P", "columns", "batch", "heads", "shared", "chunk"])
+def prefix_attention_bwd_dgate_kernel(
+    a, do, dgate, p_rows, N, M, P, columns, batch, heads, shared, chunk, T: tl.constexpr
+):
+    """Compute the gradient of a gate of queries and keys, [batch, heads, N, columns], for a block of both, over one
+    part of the ``shared`` rows and heads that have the same gate.
+    """
+    query_blocks, key_blocks = tl.cdiv(N, T.BM), tl.cdiv(columns, T.BP)
+    p0 = tl.program_id(0) % key_blocks * T.BP
+    i0 = tl.program_id(0) // key_blocks % query_blocks * T.BM
+    plane = tl.program_id(0) // key_blocks // query_blocks
+    b0, h0 = plane // heads, plane % heads
+    own: tl.constexpr = a.og.pointer is not None  # the prefix has a softmax of its own
+    i = (i0 + tl.arange(0, T.BM))[:, None]
+    p = (p0 + tl.arange(0, T.BP))[None, :]
+    b_dgate = make_zeros(T.BM, T.BP)
+    first = tl.program_id(1) * chunk
+    for number in tl.range(first, tl.minimum(first + chunk, shared)):
+        b, h = b0 + number // (a.heads // heads), h0 + number % (a.heads // heads)
+        sizes = find_lengths(a, b, N, M, P)
+        at = Pairs(b, h, i, p)
+        b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+        b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
+        rows = load_rows(p_rows, own, b * a.heads + h, i, a, sizes)
+        b_gate = load_prefix_gate(at, a, sizes)
+        b_pk = load_prefix(a.pk, b, h // a.group, p0, sizes, T.BP, T.D, T.DP)
+        b_pv = load_prefix(a.pv, b, h // a.group, p0, sizes, T.BP, T.DV, T.DVP)
+        b_qk = tl.dot(b_q, tl.trans(b_pk), input_precision=T.PRECISION)
+        b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
+        _, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
+        b_dgate += b_ds * (a.scale * b_qk) + b_p * b_dov
+    part = tl.program_id(1) * batch + b0  # the parts are laid out as if they were rows of the batch
+    store_gate(find_row(dgate, part, h0, i), p * dgate.c, b_dgate, (i < N) & (p < columns))
 
 
 @triton.jit
@@ -249,7 +288,7 @@ def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr,
         b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
         b_ds, _ = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=T.PRECISION)
+        b_dq = add_product(b_ds.to(b_k.dtype), b_k, b_dq, T)
     return b_dq
 
 
@@ -343,9 +382,9 @@ def add_block(
     else:
         b_ds, b_p = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
     if dv.pointer is not None:
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=T.PRECISION)
+        b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv, T)
     if dk.pointer is not None:
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=T.PRECISION)
+        b_dk = add_product(b_ds.to(b_q.dtype), b_q, b_dk, T)
     return KeySums(b_dk, b_dv, b_dbias)
 
 
@@ -427,9 +466,20 @@ def find_seeing(b, p0, a, T: tl.constexpr):
     return (length > 0) & (start < p0 + T.BP) & (start + length > p0)
 
 
-@triton.jit(do_not_specialize=["count", "parts"])
-def prefix_attention_sum_kernel(p_out, p_parts, count, parts, BLOCK: tl.constexpr):
-    """Add float32 parts in their order."""
+@triton.jit(do_not_specialize=["count", "second_count", "parts"])
+def prefix_attention_sum_kernel(
+    p_out, p_parts, count, p_second_out, p_second_parts, second_count, parts, BLOCK: tl.constexpr
+):
+    """Add float32 parts of one result or, with a second index of the grid, of two."""
+    if tl.program_id(1) == 0:
+        add_parts(p_out, p_parts, count, parts, BLOCK)
+    elif p_second_out is not None:
+        add_parts(p_second_out, p_second_parts, second_count, parts, BLOCK)
+
+
+@triton.jit
+def add_parts(p_out, p_parts, count, parts, BLOCK: tl.constexpr):
+    """Add parts in their order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for _ in tl.range(0, parts):

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .operands import Pairs, Queries, Sums
 from .primitives import (
+    add_product,
     add_sink,
     bound_maximum,
     cap_scores,
@@ -17,6 +18,7 @@ from .primitives import (
     exponentiate,
     find_keys,
     find_lengths,
+    find_numbers,
     finish_prefix_scores,
     finish_token_scores,
     invert,
@@ -56,6 +58,25 @@ def prefix_attention_fwd_kernel(a, o, p_normalizers, N, M, P, T: tl.constexpr):
     store_block(o, b, h, i0, N, b_o, T.DV)
 
 
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def prefix_attention_extend_kernel(a, o_tokens, p_logsumexp, o, p_normalizers, N, M, P, T: tl.constexpr):
+    """Add the prefix to attention over the tokens, given by its output and natural log-sum-exp [B, Hq, N]."""
+    blocks = tl.cdiv(N, T.BM)
+    plane = tl.program_id(0) // blocks
+    i0 = tl.program_id(0) % blocks * T.BM
+    b, h = plane // a.heads, plane % a.heads
+    sizes = find_lengths(a, b, N, M, P)
+    i = i0 + tl.arange(0, T.BM)
+    b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+    queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
+    b_o = load_block(o_tokens, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32)
+    b_m = tl.load(find_numbers(p_logsumexp, 0, plane, a, sizes) + i, mask=i < N, other=0.0)
+    sums = Sums(b_o, convert_natural(b_m, a), tl.full([T.BM], 1.0, tl.float32))
+    sums = attend_prefix(sums, queries, 0, sizes.P, a, sizes, T)
+    store_normalizers(p_normalizers, 0, plane, i, i < N, sums.m, sums.l, a, sizes)
+    store_block(o, b, h, i0, N, sums.acc * invert(sums.l)[:, None], T.DV)
+
+
 @triton.jit
 def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
     """Compute scores [BM, BP] of prefix keys p0, p0 + 1, ..., and the factors of their probabilities."""
@@ -74,7 +95,7 @@ def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
         b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_acc = sums.acc * b_decay[:, None]
-        b_acc = tl.dot((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, input_precision=T.PRECISION)
+        b_acc = add_product((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, T)
         sums = Sums(b_acc, b_m, b_l)
     return sums
 
@@ -98,7 +119,7 @@ def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
         b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
         b_p = b_weight * exponentiate(b_s - bound_maximum(b_m)[:, None], a) * b_factor
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
-        b_o = tl.dot(b_p.to(b_pv.dtype), b_pv, b_o, input_precision=T.PRECISION)
+        b_o = add_product(b_p.to(b_pv.dtype), b_pv, b_o, T)
     return b_o
 
 
@@ -134,6 +155,6 @@ def attend_tokens(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: 
         b_p = b_p * draw_kept(at, a, True)
         b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP, INSIDE)
         b_acc = sums.acc * b_decay[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=T.PRECISION)
+        b_acc = add_product(b_p.to(b_v.dtype), b_v, b_acc, T)
         sums = Sums(b_acc, b_m, b_l)
     return sums

@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 
 from ...targets import Target, divide_up, target_of
-from ..arguments import DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
+from ..arguments import DECLARATION, DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
 from ..spans import check_spans, list_columns
-from .operands import ABSENT, KernelShape, Operands, Strided, build_operands, describe_matrix
+from .operands import (
+    ABSENT,
+    ROWS_PADDING,
+    KernelShape,
+    Operands,
+    OperandsTemplate,
+    Strided,
+    build_operands,
+    describe_matrix,
+    keep_rows,
+)
 from .tiles import AttentionTile, find_tile
 
+_TENSORS = DECLARATION.tensors
 _SUM_BLOCK = 1024
 _DECODING = 16  # queries, at most, for which keys are split over programs
 _MOST_PARTS = 64
@@ -35,6 +46,25 @@ def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tens
     else:
         grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
         launcher.launch("forward", grid, launcher.operands, describe_matrix(output), normalizers, *launcher.sizes)
+    return output, normalizers
+
+
+def extend(
+    a: AttentionArguments, output_of_tokens: Tensor, logsumexp: Tensor, target: Target | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return what ``forward`` returns, for the prefix of ``a`` and tokens over which attention is already known.
+
+    ``logsumexp`` [B, Hq, N] is that of the tokens' scores; ``a`` itself has no tokens.
+    """
+    check_spans(a)
+    layouts = _describe_layouts((output_of_tokens, logsumexp))
+    launcher = _Launcher(a, target or target_of(a.query.device), ("extend", layouts))
+    output = allocate_heads(a.query, launcher.DV)
+    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
+    results = (describe_matrix(output), normalizers)
+    given = (describe_matrix(output_of_tokens), logsumexp.contiguous())
+    launcher.launch("extend", grid, launcher.operands, *given, *results, *launcher.sizes)
     return output, normalizers
 
 
@@ -73,17 +103,24 @@ def _load_kernels() -> dict[str, Any]:
 
     return {
         "forward": forward.prefix_attention_fwd_kernel,
+        "extend": forward.prefix_attention_extend_kernel,
         "decode": decode.prefix_attention_decode_kernel,
         "combine": decode.prefix_attention_combine_kernel,
         "delta": backward.prefix_attention_bwd_delta_kernel,
         "dq": backward.prefix_attention_bwd_dq_kernel,
         "dkv": backward.prefix_attention_bwd_dkv_kernel,
         "dprefix": backward.prefix_attention_bwd_dprefix_kernel,
+        "dgate": backward.prefix_attention_bwd_dgate_kernel,
         "sum": backward.prefix_attention_sum_kernel,
     }
 
 
-_TILE_OF = {"combine": "decode", "sum": "dprefix"}  # a row of the tile tables; the others have one of their own name
+_TILE_OF = {
+    "extend": "forward",
+    "dgate": "dq",
+    "sum": "dprefix",
+}  # a row of the tile tables; the others have one of their own name
+_COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
 
 
 def _choose_precision(dtype: torch.dtype) -> str:
@@ -92,46 +129,109 @@ def _choose_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
 
 
-class _Launcher:
-    """What the launches of a call have in common."""
+class _Problem:
+    """What calls with arguments of the same shapes, strides, dtypes and options have in common."""
 
-    def __init__(self, a: AttentionArguments, target: Target) -> None:
-        self.a = a
-        self.target = target
-        self.operands = build_operands(a)
+    def __init__(self, a: AttentionArguments, architecture: str, precision: str) -> None:
+        self.template = OperandsTemplate(a)
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
-        self.longest = self._limit_length()
-        self.sizes = (self.N, self.M, self.P)
-        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
-        self._widths = (self.D, self.DV, DP, DVP)
-        self._precision = _choose_precision(a.query.dtype)
-        self._width = max(self.D, self.DV)
-        self._variants = _find_variants(self.operands)
+        known = () if a.prefix_spans is None else list_columns(a).values()
+        self.longest = min([self.P, *map(int, known)])  # prefix keys of a row, or a limit where the device knows spans
+        self.launches: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their constants
+        self._architecture, self._precision = architecture, precision
+        self._dtype, self._separate, self._has_spans = (
+            a.query.dtype,
+            a.output_gate is not None,
+            a.prefix_spans is not None,
+        )
+        self._variants = _find_variants(build_operands(a))
+        self._tiles: dict[str, AttentionTile] = {}
 
     def find_tile(self, name: str) -> AttentionTile:
         """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
         operand.
         """
-        tile = find_tile(self.target.architecture, name, self._width, self.a.query.dtype, self._variants)
+        if name not in self._tiles:
+            self._tiles[name] = self._choose_tile(name)
+        return self._tiles[name]
+
+    def _choose_tile(self, name: str) -> AttentionTile:
+        if name == "combine" and self._has_spans:  # it divides them into the parts that decoding made
+            return _COMBINING._replace(BP=self.find_tile("decode").BP)
+        if name == "combine":
+            return _COMBINING
+        tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
+        if name == "delta" and not self._separate:  # it looks at no keys
+            return tile._replace(BN=16, BP=16)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
-    def _limit_length(self) -> int:
-        """Return the number of prefix keys that a row sees, or a limit of it where only the device knows spans."""
-        known = () if self.a.prefix_spans is None else list_columns(self.a).values()
-        return min([self.P, *map(int, known)])
+    def describe_shape(self, tile: AttentionTile) -> KernelShape:
+        """Return what a kernel is compiled for."""
+        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
+        return KernelShape(self.D, self.DV, DP, DVP, tile.BM, tile.BN, tile.BP, self._precision)
+
+
+_PROBLEMS: dict[Any, _Problem] = {}
+_MOST_PROBLEMS = 4096
+
+
+def _find_problem(a: AttentionArguments, target: Target) -> _Problem:
+    """Return the problem that a call is an instance of. All layers of a model share one, and so do both passes."""
+    precision = _choose_precision(a.query.dtype)
+    signature = (target, precision, _describe_layouts(a[:_TENSORS]), a[_TENSORS:])
+    problem = _PROBLEMS.get(signature)
+    if problem is None:
+        if len(_PROBLEMS) >= _MOST_PROBLEMS:
+            _PROBLEMS.clear()
+        problem = _PROBLEMS[signature] = _Problem(a, target.architecture, precision)
+    return problem
+
+
+def _describe_layouts(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return all of tensors that a kernel is compiled for, and more: their shapes and strides."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
+
+
+class _Launcher:
+    """The launches of a call. ``kind`` tells which of the calls of a problem have the same launches."""
+
+    def __init__(self, a: AttentionArguments, target: Target, kind: Any = None) -> None:
+        self.a = a
+        self.target = target
+        self.problem = problem = _find_problem(a, target)
+        self.operands = problem.template.fill(a)
+        self.B, self.H, self.N, self.M, self.P = problem.B, problem.H, problem.N, problem.M, problem.P
+        self.kv_heads, self.DV, self.longest = problem.kv_heads, problem.DV, problem.longest
+        self.sizes = (self.N, self.M, self.P)
+        self.find_tile = problem.find_tile
+        self._kind, self._launched = kind, 0
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel in its tile of the table, unless the grid is empty."""
+        """Launch a kernel in its tile of the table, unless the grid is empty.
+
+        What an earlier call of the same kind launched here is launched again: Triton would look at every argument to
+        find out which of its compiled kernels that is.
+        """
         if 0 in grid:
+            return
+        key = (self._kind, self._launched)
+        self._launched += 1
+        known = self.problem.launches.get(key)
+        if known is not None:
+            compiled, values = known
+            self.target.launch_again(compiled, grid, (*arguments, *values))
             return
         kernel, tile = _load_kernels()[name], self.find_tile(_TILE_OF.get(name, name))
         if "T" in kernel.arg_names:
-            constants["T"] = KernelShape(*self._widths, tile.BM, tile.BN, tile.BP, self._precision)
-        self.target.launch(kernel, grid, arguments, constants, tile)
+            constants["T"] = self.problem.describe_shape(tile)
+        compiled = self.target.launch(kernel, grid, arguments, constants, tile)
+        if compiled is not None:
+            values = tuple(constants[parameter] for parameter in kernel.arg_names if parameter in constants)
+            self.problem.launches[key] = (compiled, values)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
         """Attend from few queries to many keys, in parts of the keys side by side that are then joined."""
@@ -154,7 +254,7 @@ class _Launcher:
         self.launch("decode", grid, self.operands, values, sums, *sizes)
         arguments = (describe_matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
         grid = (self.B * self.H * self.N,)
-        self.launch("combine", grid, self.operands, *arguments, BS=_PARTS_BLOCK)
+        self.launch("combine", grid, keep_rows(self.operands), *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
         """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
@@ -179,13 +279,14 @@ class _BackwardLauncher(_Launcher):
         normalizers: Tensor,
         needs: set[str],
     ) -> None:
-        super().__init__(a, target)
+        layouts = _describe_layouts((grad_output, output, normalizers))
+        super().__init__(a, target, (frozenset(needs), layouts))
         self._needs = needs
         self._output, self._do = describe_matrix(output), describe_matrix(grad_output)
         self._normalizers = normalizers
-        self._rows = self.allocate_floats(
-            normalizers.shape[0], 2 if self.operands.exact is None else 3, self.B, self.H, self.N
-        )
+        self._padded = divide_up(self.N, ROWS_PADDING) * ROWS_PADDING
+        kinds = 2 if self.operands.exact is None else 3
+        self._rows = self.allocate_floats(normalizers.shape[0], kinds, self.B, self.H, self._padded)
         self.gradients: dict[str, Tensor] = {}
 
     def _allocate_result(self, name: str) -> Tensor | None:
@@ -207,7 +308,7 @@ class _BackwardLauncher(_Launcher):
 
     def find_delta(self) -> None:
         """Compute what every other step needs, and the gradients of the output gate and the sinks."""
-        blocks = divide_up(self.N, self.find_tile("delta").BM)
+        blocks = self._padded // self.find_tile("delta").BM
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
         arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)
@@ -216,7 +317,8 @@ class _BackwardLauncher(_Launcher):
             "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
         }
         grid = (self.B * self.H * blocks,)
-        self.launch("delta", grid, self.operands, *arguments, *self.sizes, **needed)
+        operands = keep_rows(self.operands) if self.a.output_gate is None else self.operands
+        self.launch("delta", grid, operands, *arguments, *self.sizes, **needed)
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
@@ -224,10 +326,17 @@ class _BackwardLauncher(_Launcher):
         """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
-        dgate = self._lay_out_gate(blocks)
-        arguments = (self._do, ABSENT if dq is None else describe_matrix(dq), dgate, self._rows)
+        if self._is_gate_of_queries_shared():
+            self._differentiate_shared_gate()
+            dgate = None
+        else:
+            dgate = self._lay_out_gate(blocks)
+        if dq is None and dgate is None:
+            return
+        results = (ABSENT if x is None else describe_matrix(x) for x in (dq, dgate))
         columns = None if dgate is None else dgate.shape[3]
-        self.launch("dq", (self.B * self.H * blocks,), self.operands, *arguments, *self.sizes, columns)
+        grid = (self.B * self.H * blocks,)
+        self.launch("dq", grid, self.operands, self._do, *results, self._rows, *self.sizes, columns)
         if gate is None or dgate is None or "prefix_gate" in self.gradients:
             return
         if gate.ndim == 3:
@@ -246,11 +355,33 @@ class _BackwardLauncher(_Launcher):
         of_queries = gate.ndim == 4 and gate.shape[2] != 1
         shape = (self.B, self.H, self.N if of_queries else blocks, gate.shape[-1])
         if gate.shape == shape:
-            dgate = allocate_gradient(gate)
-            if dgate.is_contiguous():
-                self.gradients["prefix_gate"] = dgate
-                return dgate
+            return self._allocate_result("prefix_gate")
         return self.allocate_floats(*shape)
+
+    def _is_gate_of_queries_shared(self) -> bool:
+        """Return whether rows or heads share a gate that differs by query and key, and its gradient is wanted."""
+        gate = self.a.prefix_gate
+        if gate is None or gate.ndim == 3 or "prefix_gate" not in self._needs:
+            return False
+        return gate.shape[2] != 1 and gate.shape[3] != 1 and gate.shape[:2] != (self.B, self.H)
+
+    def _differentiate_shared_gate(self) -> None:
+        """Compute the gradient of a gate of queries and keys that rows or heads share, of which a sum for each row and
+        head would take far more memory than the gate.
+        """
+        gate, dgate = self.a.prefix_gate, self._allocate_result("prefix_gate")
+        assert gate is not None
+        assert dgate is not None
+        tile = self.find_tile("dq")
+        batch, heads, _, columns = gate.shape
+        programs = batch * heads * divide_up(self.N, tile.BM) * divide_up(columns, tile.BP)
+        shared = self.B // max(1, batch) * (self.H // heads)
+        chunk = self._divide_sum(shared, programs, 4 * gate.numel())
+        parts = max(1, divide_up(shared, chunk))
+        sums = self._lay_out_parts(dgate, parts)
+        sizes = (*self.sizes, columns, batch, heads, shared, chunk)
+        self.launch("dgate", (programs, parts), self.operands, self._do, sums, self._rows, *sizes)
+        self._add_parts([dgate], [sums], parts)
 
     def differentiate_keys(self) -> None:
         """Compute gradients of key and value."""
@@ -296,8 +427,7 @@ class _BackwardLauncher(_Launcher):
         tiles = self.H // self.kv_heads * divide_up(self.N, tile.BM) * (self.B if batch == 1 else 1)
         programs = batch * self.kv_heads * divide_up(end - begin, tile.BP)
         size = 4 * sum(x.numel() for x in (*results, dbias) if x is not None)
-        parts = min(tiles, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
-        chunk = max(1, divide_up(tiles, max(1, parts)))
+        chunk = self._divide_sum(tiles, programs, size)
         parts = max(1, divide_up(tiles, chunk))
         sums = [self._lay_out_parts(result, parts) for result in results]
         biases = None if dbias is None else self.allocate_floats(parts * batch, self.kv_heads, end - begin)
@@ -305,11 +435,26 @@ class _BackwardLauncher(_Launcher):
         self.launch("dprefix", (programs, parts), self.operands, self._do, *sums, biases, self._rows, *sizes)
         if dbias is not None and biases is not None:
             dbias[:, :, begin:end] = biases.unflatten(0, (parts, batch)).sum(0)
-        if parts > 1:
-            for result, part in zip(results, sums, strict=True):
-                if result is not None:
-                    grid = (divide_up(result.numel(), _SUM_BLOCK),)
-                    self.launch("sum", grid, result, part.pointer, result.numel(), parts, BLOCK=_SUM_BLOCK)
+        self._add_parts(results, sums, parts)
+
+    def _divide_sum(self, terms: int, programs: int, size: int) -> int:
+        """Return how many of the terms of a sum each part adds: enough parts to fill the device, of ``size`` bytes each
+        and not too many in all.
+        """
+        parts = min(terms, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
+        return max(1, divide_up(terms, max(1, parts)))
+
+    def _add_parts(self, results: Sequence[Tensor | None], sums: Sequence[Strided], parts: int) -> None:
+        """Add the parts of each result, if there are several."""
+        if parts == 1:
+            return
+        handed: list[Any] = []
+        for result, part in zip(results, sums, strict=True):
+            if result is not None:
+                handed += (result, part.pointer, result.numel())
+        if handed:
+            grid = (divide_up(max(handed[2::3]), _SUM_BLOCK), len(handed) // 3)
+            self.launch("sum", grid, *(*handed, None, None, None)[:6], parts, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
         """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory

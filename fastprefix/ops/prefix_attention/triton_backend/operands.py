@@ -12,18 +12,27 @@ from torch import Tensor
 from ... import random
 from ..arguments import AttentionArguments
 
+ROWS_PADDING = 128
+"""The rows of a head are padded to a multiple of this with rows that see nothing: every block of queries divides it."""
+
 
 class Strided(NamedTuple):
-    """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key)."""
+    """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key).
+
+    Triton compiles anew where an integer becomes, or stops being, a multiple of 16. So the strides of rows, heads and
+    positions are multiples of 16 for every length of a batch: either all of them are, which allows wide loads, or they
+    are handed over times 16.
+    """
 
     pointer: Tensor | None
     b: int | None
     h: int | None
     n: int | None
     c: int | None
+    aligned: int | None  # 1: strides as they are; None: b, h and n are 16 times as large
 
 
-ABSENT = Strided(None, None, None, None, None)
+ABSENT = Strided(None, None, None, None, None, None)
 
 
 class Operands(NamedTuple):
@@ -144,6 +153,12 @@ class Rows(NamedTuple):
     delta: Any
 
 
+_OF_PAIRS = (
+    *("k", "v", "pk", "pv", "gate", "query_gate", "visible", "mask", "bias", "key_bias"),
+    *("query_segments", "key_segments"),
+)
+
+
 def describe(tensor: Tensor | None, dimensions: str) -> Strided:
     """Return a tensor with its strides, or ``ABSENT``. Dimensions, named by their letters, broadcast where their size
     is 1.
@@ -154,7 +169,27 @@ def describe(tensor: Tensor | None, dimensions: str) -> Strided:
         name: None if size == 1 else stride
         for name, size, stride in zip(dimensions, tensor.shape, tensor.stride(), strict=True)
     }
-    return Strided(tensor, *(strides.get(name) for name in "bhnc"))
+    return _align(tensor, *(strides.get(name) for name in "bhnc"))
+
+
+def _describe_tokens(tensor: Tensor | None, dimensions: str) -> Strided:
+    """Return a tensor whose strides depend on how many tokens there are, like a mask, and thus are never aligned.
+
+    A single row of the batch has a stride, of 0: a batch of one compiles nothing anew.
+    """
+    described = describe(tensor, dimensions)
+    if tensor is None:
+        return ABSENT
+    b, h, n = (x if x is None or described.aligned is None else 16 * x for x in described[1:4])
+    return described._replace(b=0 if b is None else b, h=h, n=n, aligned=None)
+
+
+def _align(tensor: Tensor, b: int | None, h: int | None, n: int | None, c: int | None) -> Strided:
+    for stride in (b, h, n):
+        if stride is not None and stride % 16 != 0:
+            b, h, n = (x if x is None else 16 * x for x in (b, h, n))
+            return Strided(tensor, b, h, n, c, None)
+    return Strided(tensor, b, h, n, c, 1)
 
 
 def build_operands(a: AttentionArguments) -> Operands:
@@ -171,8 +206,8 @@ def build_operands(a: AttentionArguments) -> Operands:
         q=describe_matrix(a.query),
         k=describe_matrix(a.key),
         v=describe_matrix(a.value),
-        pk=describe_matrix(a.prefix_key),
-        pv=describe_matrix(a.prefix_value),
+        pk=_describe_prefix(a.prefix_key),
+        pv=_describe_prefix(a.prefix_value),
         gate=ABSENT if gate is None or gate.ndim == 4 else describe(gate, "bhc"),
         query_gate=ABSENT if gate is None or gate.ndim == 3 else describe(gate, "bhnc"),
         og=describe(a.output_gate, "bh"),
@@ -181,8 +216,8 @@ def build_operands(a: AttentionArguments) -> Operands:
         bias=describe(a.prefix_bias, "bhnc"),
         key_bias=describe(a.prefix_key_bias, "bhc"),
         sinks=describe(a.sinks, "h"),
-        query_segments=describe(a.query_segments, "bn"),
-        key_segments=describe(a.key_segments, "bn"),
+        query_segments=_describe_tokens(a.query_segments, "bn"),
+        key_segments=_describe_tokens(a.key_segments, "bn"),
         spans=describe(a.prefix_spans, "bc"),
         near=near,
         far=far,
@@ -199,18 +234,68 @@ def build_operands(a: AttentionArguments) -> Operands:
     )
 
 
+_ARGUMENT_OF = {
+    **{"q": "query", "k": "key", "v": "value", "pk": "prefix_key", "pv": "prefix_value", "gate": "prefix_gate"},
+    **{"query_gate": "prefix_gate", "og": "output_gate", "visible": "attn_mask", "mask": "attn_mask"},
+    **{"bias": "prefix_bias", "key_bias": "prefix_key_bias", "sinks": "sinks", "spans": "prefix_spans"},
+    **{"query_segments": "query_segments", "key_segments": "key_segments"},
+}
+
+
+class OperandsTemplate:
+    """The operands of all calls with arguments of the same shapes, strides, dtypes and options, less the tensors."""
+
+    def __init__(self, a: AttentionArguments) -> None:
+        operands = build_operands(a)
+        self._rest: list[Any] = list(operands)
+        self._tensors: list[tuple[int, int, bool, tuple[Any, ...]]] = []
+        for slot, (name, operand) in enumerate(zip(operands._fields, operands, strict=True)):
+            if isinstance(operand, Strided) and operand.pointer is not None:
+                argument = AttentionArguments._fields.index(_ARGUMENT_OF[name])
+                self._tensors.append((slot, argument, name == "visible", operand[1:]))
+                self._rest[slot] = None
+        self._seed = operands._fields.index("seed")
+        self._rest[self._seed] = None
+
+    def fill(self, a: AttentionArguments) -> Operands:
+        """Return the operands of a call."""
+        values = self._rest.copy()
+        for slot, argument, is_bool, strides in self._tensors:
+            tensor: Any = a[argument]
+            values[slot] = Strided(tensor.view(torch.uint8) if is_bool else tensor, *strides)
+        values[self._seed] = a.dropout_seed
+        return Operands(*values)
+
+
 def describe_matrix(tensor: Tensor) -> Strided:
-    """Return queries, keys, values or a result: rows and columns are there even where there is but one."""
+    """Return queries, keys, values or a result: all dimensions are there, even where they have but one entry."""
     batch, heads, _, _ = tensor.shape
     b, h, n, c = tensor.stride()
-    return Strided(tensor, None if batch == 1 else b, None if heads == 1 else h, n, c)
+    return _align(tensor, 0 if batch == 1 else b, 0 if heads == 1 else h, n, c)
+
+
+def _describe_prefix(tensor: Tensor) -> Strided:
+    """Return prefix keys or values, which rows of the batch may share."""
+    described = describe_matrix(tensor)
+    return described._replace(b=None) if tensor.shape[0] == 1 else described
+
+
+def keep_rows(operands: Operands) -> Operands:
+    """Return the operands of a kernel that reads sinks, output gates and spans, but neither keys nor masks.
+
+    What it does not read would only make it another kernel for every kind of call.
+    """
+    left: dict[str, Any] = dict.fromkeys(_OF_PAIRS, ABSENT)
+    left["q"] = ABSENT._replace(pointer=operands.q.pointer)  # for its dtype
+    left |= dict.fromkeys(("near", "far", "softcap", "seed", "drop_below", "keep_scale", "linear"))
+    return operands._replace(**left, group=1, scale=1.0)
 
 
 def _split_mask(mask: Tensor | None) -> tuple[Strided, Strided]:
     """Return a bool mask and a float mask, of which one at most is there."""
     if mask is not None and mask.dtype is torch.bool:
-        return describe(mask.view(torch.uint8), "bhnc"), ABSENT
-    return ABSENT, describe(mask, "bhnc")
+        return _describe_tokens(mask.view(torch.uint8), "bhnc"), ABSENT
+    return ABSENT, _describe_tokens(mask, "bhnc")
 
 
 def _find_band(a: AttentionArguments) -> tuple[int | None, int | None]:

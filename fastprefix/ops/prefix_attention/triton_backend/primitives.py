@@ -9,11 +9,13 @@ product. Those of float32 are natural: that product would be a rounding too many
 import triton
 import triton.language as tl
 
-from .operands import Lengths, Rows, Sums
+from ...products import add_exact_product
+from .operands import ROWS_PADDING, Lengths, Rows, Sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 of so few bits that its products with small whole numbers are exact
 LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
+PADDING = tl.constexpr(ROWS_PADDING)
 ROWS = tl.constexpr(32)  # rows of the batch whose spans are looked at together
 
 
@@ -52,15 +54,24 @@ def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
 
 
 @triton.jit
+def find_stride(stride, aligned):
+    """Return a stride of rows, heads or positions (``operands.Strided``)."""
+    if aligned is None:
+        return stride // 16
+    else:
+        return stride
+
+
+@triton.jit
 def find_row(operand, b, h, n):
     """Find where rows begin, in 64 bits. Dimensions that broadcast do not enter."""
     pointer = operand.pointer
     if operand.b is not None:
-        pointer += tl.cast(b, tl.int64) * operand.b
+        pointer += tl.cast(b, tl.int64) * find_stride(operand.b, operand.aligned)
     if operand.h is not None:
-        pointer += tl.cast(h, tl.int64) * operand.h
+        pointer += tl.cast(h, tl.int64) * find_stride(operand.h, operand.aligned)
     if operand.n is not None:
-        pointer += tl.cast(n, tl.int64) * operand.n
+        pointer += tl.cast(n, tl.int64) * find_stride(operand.n, operand.aligned)
     return pointer
 
 
@@ -69,7 +80,7 @@ def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Find addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
     o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    return find_row(operand, b, h, n0) + (o_n * operand.n + o_d * operand.c)
+    return find_row(operand, b, h, n0) + (o_n * find_stride(operand.n, operand.aligned) + o_d * operand.c)
 
 
 @triton.jit
@@ -106,6 +117,15 @@ def store_block(operand, b, h, n0, end, b_x, D: tl.constexpr):
 def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Make sums to begin with."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def add_product(b_x, b_y, b_sum, T: tl.constexpr):
+    """Add ``b_x @ b_y`` to a float32 sum, in the precision of products."""
+    if T.PRECISION == "ieee":
+        return add_exact_product(b_x, b_y, b_sum)
+    else:
+        return tl.dot(b_x, b_y, b_sum, input_precision=T.PRECISION)
 
 
 @triton.jit
@@ -419,33 +439,37 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
 
 
 @triton.jit
+def find_padded(p_rows, index, plane, a, sizes):
+    """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N rounded up to PADDING]."""
+    padded = tl.cdiv(sizes.N, PADDING) * PADDING
+    return p_rows + (index * (a.planes16 // 16) + plane).to(tl.int64) * padded
+
+
+@triton.jit
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
-    """Store what the kernels after the delta pass load: [softmaxes, 2, B, Hq, N], or 3 where an inverse is stored."""
+    """Store what the kernels after the delta pass load: [softmaxes, 2, B, Hq, ...], or 3 where an inverse is stored.
+
+    Rows that are not there are stored too, with probabilities of 0, so that nobody has to ask which rows are there.
+    """
     if a.exact is None:
-        tl.store(find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
-        tl.store(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)
+        tl.store(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference)
+        tl.store(find_padded(p_rows, 2 * softmax + 1, plane, a, sizes) + i, b_delta)
     else:
-        tl.store(find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, b_reference, mask=i < sizes.N)
-        tl.store(find_numbers(p_rows, 3 * softmax + 1, plane, a, sizes) + i, b_delta, mask=i < sizes.N)
-        tl.store(find_numbers(p_rows, 3 * softmax + 2, plane, a, sizes) + i, b_inverse, mask=i < sizes.N)
+        tl.store(find_padded(p_rows, 3 * softmax, plane, a, sizes) + i, b_reference)
+        tl.store(find_padded(p_rows, 3 * softmax + 1, plane, a, sizes) + i, b_delta)
+        tl.store(find_padded(p_rows, 3 * softmax + 2, plane, a, sizes) + i, b_inverse)
 
 
 @triton.jit
 def load_rows(p_rows, softmax, plane, i, a, sizes):
     """Load what the backward pass knows of rows i. Those that are not there have probabilities of 0."""
     if a.exact is None:
-        b_reference = tl.load(
-            find_numbers(p_rows, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
-        )
-        b_delta = tl.load(find_numbers(p_rows, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
-        return Rows(b_reference, 1.0, b_delta)
+        b_reference = tl.load(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i)
+        return Rows(b_reference, 1.0, tl.load(find_padded(p_rows, 2 * softmax + 1, plane, a, sizes) + i))
     else:
-        b_reference = tl.load(
-            find_numbers(p_rows, 3 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=float("inf")
-        )
-        b_delta = tl.load(find_numbers(p_rows, 3 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
-        b_inverse = tl.load(find_numbers(p_rows, 3 * softmax + 2, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
-        return Rows(b_reference, b_inverse, b_delta)
+        b_reference = tl.load(find_padded(p_rows, 3 * softmax, plane, a, sizes) + i)
+        b_delta = tl.load(find_padded(p_rows, 3 * softmax + 1, plane, a, sizes) + i)
+        return Rows(b_reference, tl.load(find_padded(p_rows, 3 * softmax + 2, plane, a, sizes) + i), b_delta)
 
 
 @triton.jit

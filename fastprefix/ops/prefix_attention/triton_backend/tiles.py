@@ -235,6 +235,52 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
 }
 
+# Compute capability 10 keeps sums of products in a memory of their own, and copies them to registers to use them: it
+# takes more warps than 9.0. Compute capability 12 has the shared memory of 8.6.
+_SM100_DECODE_DROPOUT = {**_DECODE_DROPOUT, (64, HALF): AttentionTile(16, 32, 32, 4, 2)}
+_SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    **_SM90,
+    "forward": {
+        **_SM90["forward"],
+        (64, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+    },
+    "decode": {**_SM90["decode"], (128, HALF): AttentionTile(16, 32, 32, 4, 2)},
+    "delta": {**_SM90["delta"], (128, HALF): AttentionTile(64, 32, 32, 8, 2)},
+    "dq": {**_SM90["dq"], (64, HALF): AttentionTile(128, 64, 64, 8, 2)},
+}
+_SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
+    **_SM90_VARIANTS,
+    "pairwise": {
+        **_SM90_VARIANTS["pairwise"],
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+    },
+    "capped": {
+        **_SM90_VARIANTS["capped"],
+        "forward": {(128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+    },
+    "dropout": {
+        **_SM90_VARIANTS["dropout"],
+        "forward": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "decode": _SM100_DECODE_DROPOUT,
+    },
+    "dropout of pairs": {**_SM90_VARIANTS["dropout of pairs"], "decode": _SM100_DECODE_DROPOUT},
+    "plain, keyed": {
+        **_SM90_VARIANTS["plain, keyed"],
+        "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "dprefix": {**_SM90_VARIANTS["plain, keyed"]["dprefix"], (64, HALF): AttentionTile(64, 64, 64, 8, 2)},
+    },
+}
+_SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
+    **_SM86,
+    "decode": {
+        **_SM86["decode"],
+        (64, HALF): AttentionTile(16, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(16, 32, 32, 4, 2),
+    },
+}
+_SM120_VARIANTS = _SM86_VARIANTS
+
 _INTERPRETER = {
     kernel: {(256, HALF): AttentionTile(32, 32, 32, 1, 1), (256, SINGLE): AttentionTile(32, 32, 32, 1, 1)}
     for kernel in _SM80
@@ -244,9 +290,17 @@ ARCHITECTURES: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "sm_80": _SM80,
     "sm_86": _SM86,
     "sm_90": _SM90,
+    "sm_100": _SM100,
+    "sm_120": _SM120,
     "interpreter": _INTERPRETER,
 }
-VARIANTS = {"sm_80": _SM80_VARIANTS, "sm_86": _SM86_VARIANTS, "sm_90": _SM90_VARIANTS}
+VARIANTS = {
+    "sm_80": _SM80_VARIANTS,
+    "sm_86": _SM86_VARIANTS,
+    "sm_90": _SM90_VARIANTS,
+    "sm_100": _SM100_VARIANTS,
+    "sm_120": _SM120_VARIANTS,
+}
 WIDEST = 256
 """The widest head there is a tile for."""
 

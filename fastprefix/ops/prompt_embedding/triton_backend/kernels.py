@@ -12,6 +12,8 @@ those of one entry. Without it, and without ``p_spans``, nothing of that is comp
 import triton
 import triton.language as tl
 
+from ...products import add_exact_product
+
 VARYING = ["stride_ids_b", "B", "N", "S", "P", "T", "length", "last", "rows", "blocks"]
 
 
@@ -113,7 +115,7 @@ def embed_tokens(
     for c in range(0, d, BD):
         o_c = c + tl.arange(0, BD)
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        b_h = tl.dot(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h, input_precision="ieee")
+        b_h = add_exact_product(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h)
     b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
     if p_seed is not None:
         b_h *= draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
@@ -198,7 +200,7 @@ def prompt_embedding_low_rank_fwd_kernel(
                 for j in range(0, steps, RP):
                     o_j = j + tl.arange(0, RP)
                     b_a = load_w1(p_a, o_i, o_j, positions, r)
-                    b_y = tl.dot(b_a, load_w2(p_b, o_j, o_c, d, r), b_y, input_precision="ieee")
+                    b_y = add_exact_product(b_a, load_w2(p_b, o_j, o_c, d, r), b_y)
             b_y *= scale
             for b in range(first, tl.minimum(first + rows, B)):
                 o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
@@ -226,9 +228,9 @@ def differentiate_hidden(
         o_c = c + tl.arange(0, BD)
         if p_w1 is not None:
             b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-            b_h = tl.dot(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h, input_precision="ieee")
+            b_h = add_exact_product(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h)
         b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
-        b_dz = tl.dot(b_dy, tl.trans(load_w2(p_w2, o_j, o_c, d, r)), b_dz, input_precision="ieee")
+        b_dz = add_exact_product(b_dy, tl.trans(load_w2(p_w2, o_j, o_c, d, r)), b_dz)
     b_dh = scale * b_dz
     o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
     b_there = there[:, None] & (o_j < r)[None, :]
@@ -287,11 +289,11 @@ def add_weights(
         o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
         b_dh = tl.load(p_dh + o_z, mask=b_there, other=0.0).to(b_e.dtype)
-        b_dw1 = tl.dot(tl.trans(b_e), b_dh, b_dw1, input_precision="ieee")
+        b_dw1 = add_exact_product(tl.trans(b_e), b_dh, b_dw1)
     b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
     if p_dw2 is not None:
         b_z = tl.load(p_z + o_z, mask=b_there, other=0.0).to(b_dy.dtype)
-        b_dw2 = tl.dot(tl.trans(b_dy), b_z, b_dw2, input_precision="ieee")
+        b_dw2 = add_exact_product(tl.trans(b_dy), b_z, b_dw2)
     if p_db2 is not None:
         b_db2 += tl.sum(b_dy.to(tl.float32), 0)
     return b_dw1, b_dw2, b_db2
@@ -347,7 +349,8 @@ def prompt_embedding_bwd_weights_kernel(
     if p_dw2 is not None:
         tl.store(p_dw2 + o_w, b_dw2, mask=b_inside)
     if p_db2 is not None:
-        tl.store(p_db2 + part * d + o_c, b_db2, mask=o_c < d)
+        first = tl.program_id(2) == 0  # every part of the hidden units has the same sum
+        tl.store(p_db2 + part * d + o_c, b_db2, mask=(o_c < d) & first)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -1,0 +1,44 @@
+"""Build the driver without a device, ``driver.c``, and let Triton find it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ONLY_THERE = (
+    "cuCtxGetDevice",
+    "cuCtxGetLimit",
+    "cuCtxSetCurrent",
+    "cuCtxSetLimit",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuFuncSetAttribute",
+    "cuFuncSetCacheConfig",
+    "cuLaunchKernel",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveClusters",
+    "cuTensorMapEncodeTiled",
+)
+"""Functions that the launcher wants to find."""
+
+
+def build_driver(folder: Path) -> Path:
+    """Build ``libcuda.so.1`` in a folder, and return the folder."""
+    import triton
+
+    (folder / "rest.c").write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in ONLY_THERE))
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    sources = [Path(__file__).parent / "driver.c", folder / "rest.c"]
+    output = folder / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", f"-I{headers}", "-Wl,-soname,libcuda.so.1", "-o", output, *sources]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def describe_environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a process that finds the driver in a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | {
+        "LD_LIBRARY_PATH": f"{folder}:{environment.get('LD_LIBRARY_PATH', '')}",
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "TRITON_LIBCUDA_PATH": str(folder),
+    }

@@ -1,0 +1,90 @@
+"""Measure what a call costs on the host: Python, PyTorch and Triton's launcher, on a driver without a device.
+
+    python -m tests.ops.launching.times
+
+Prints medians and 5th percentiles of 1,000 warm calls, and the processor's time. Tensors are the CPU's, and nothing is
+computed. On a GPU add the time of the driver and of the allocator, a few microseconds a launch.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastprefix.ops import prefix_attention
+from tests.ops.launching.driver import build_driver, describe_environment
+from tests.ops.launching.program import H100, pretend
+
+CALLS = 1000
+WARMUP = 50
+
+
+def list_calls() -> dict[str, Callable[[], object]]:
+    """Return the calls that are measured."""
+    target = H100()
+    prefix_attention.triton_backend.launch.target_of = lambda device: target
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+
+    def draw_tensors(N: int, M: int) -> list[torch.Tensor]:
+        return [draw(2, 12, N, 64), *(draw(2, 12, M, 64) for _ in range(2)), *(draw(12, 128, 64) for _ in range(2))]
+
+    tensors, decoding, gate, grad = (
+        draw_tensors(128, 128),
+        draw_tensors(1, 1024),
+        draw(2, 12, 128),
+        draw(2, 12, 128, 64),
+    )
+
+    def run_forward(tensors: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            prefix_attention.prefix_attention(*tensors, backend="triton")
+
+    def run_both(gate: torch.Tensor | None) -> None:
+        output = prefix_attention.prefix_attention(*tensors, prefix_gate=gate, backend="triton")
+        torch.autograd.grad(output, tensors if gate is None else [*tensors, gate], grad)
+
+    return {
+        "forward": lambda: run_forward(tensors),
+        "decoding": lambda: run_forward(decoding),
+        "forward + backward": lambda: run_both(None),
+        "forward + backward, gate of keys": lambda: run_both(gate),
+    }
+
+
+def measure(call: Callable[[], object]) -> tuple[float, float, float]:
+    """Return the median, the 5th percentile, and the processor's time of a call, in microseconds."""
+    for _ in range(WARMUP):
+        call()
+    times, start = [], time.process_time()
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    processor = (time.process_time() - start) / CALLS
+    times.sort()
+    return 1e6 * times[CALLS // 2], 1e6 * times[CALLS // 20], 1e6 * processor
+
+
+def main() -> None:
+    """Build the driver, and measure in a process that finds it."""
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = describe_environment(build_driver(Path(folder)))
+            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, "-m", "tests.ops.launching.times", folder], env=environment, check=True)
+        return
+    pretend(sys.argv[1])
+    print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8}  us")
+    for name, call in list_calls().items():
+        print(f"{name:33} {' '.join(f'{value:8.1f}' for value in measure(call))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
