@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastprefix
 
 from .measure import BenchmarkError, Work
+from .peak import measure_peaks
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
 DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
@@ -172,4 +173,4 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
         raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
     suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
-    return run_suite(suite, list_problems, options, **settings)
+    return run_suite(suite, list_problems, options, measure_peaks, **settings)

@@ -129,6 +129,26 @@ def tabulate_more_attention(main: Record, dropout: Record, avx2: Record) -> Tabl
     return Table(("prefix attention", "times faster", "least", "most", "share of plain SDPA, scaled: most"), rows)
 
 
+def tabulate_shares(record: Record) -> Table:
+    """Show the rate of ``fused`` as a share of the machine's peak, measured in the same run, for each case."""
+    frame = pd.DataFrame(record.rows).query("quantity == 'seconds' and peer == 'fused' and N > 1")
+    hidden = frame.causal * (frame.N - 1) / 2  # keys that a query does not see, on average
+    operations = frame.direction.map({FORWARD: 4, BOTH: 14}) * frame.B * frame.Hq * frame.D * frame.N
+    rates = operations * (frame.P + frame.M - hidden) / frame.p50
+    frame = frame.assign(share=rates / frame.dtype.map(record.settings["peaks"]))
+    frame = frame.assign(kind=frame.dtype + " " + frame.direction.str.replace("+", " + "))
+    case = ["B", "Hq", "Hkv", "N", "M", "D", "P", "causal"]
+    shares = frame.pivot(index=case, columns="kind", values="share").reindex(columns=frame.kind.unique())
+    rows = [
+        [
+            "x".join(map(str, key[:6])) + f", P {key[6]}" + ", causal" * key[7],
+            *(number(100 * x, 0, " %") for x in values),
+        ]
+        for key, *values in shares.itertuples()
+    ]
+    return Table(("B x Hq x Hkv x N x M x D", *shares.columns), rows)
+
+
 def tabulate_plain_attention(record: Record) -> Table:
     """Show how much faster ``fused`` is than SDPA with masks of each kind: geometric means over the shapes."""
     frame = load_frame(record, "quantity == 'seconds' and peer == 'fused'")
@@ -274,6 +294,7 @@ def describe_record(name: str, record: Record) -> str:
     values = dict.fromkeys((row[column],) for row in record.rows) if column else [()]
     objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
     tables = [table(record, *value).markdown() for value in values]
+    tables += [tabulate_shares(record).markdown()] if "peaks" in record.settings else []
     return "\n\n".join([f"## {name}", facts, *objections, *tables, *map(describe_fault, record.faults)])
 
 

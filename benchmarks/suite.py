@@ -93,10 +93,16 @@ def run_suite(
     suite: str,
     list_problems: Callable[[argparse.Namespace, torch.device], Iterable[Problem]],
     options: argparse.Namespace,
+    measure_peaks: Callable[[], dict[str, float]] | None = None,
     **settings: Any,
 ) -> int:
-    """Measure, write and print one problem after another. Return the exit status."""
+    """Measure, write and print one problem after another. Return the exit status.
+
+    ``measure_peaks`` returns the peak rates of a CPU, which are stored beside the times.
+    """
     device = set_up(options)
+    if measure_peaks is not None and device.type == "cpu" and not options.quick:
+        settings["peaks"] = measure_peaks()
     rounds, seconds, warmup = options.rounds, options.seconds, WARMUP[device.type]
     if options.quick:
         rounds, seconds, warmup = 1, 0.0, 1

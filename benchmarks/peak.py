@@ -1,0 +1,108 @@
+"""The peak rates at which this machine's CPU multiplies and adds, as a measure of kernels.
+
+A small C++ program keeps the units busy with nothing but independent products on the instruction set that the package
+uses, on as many threads as PyTorch has.
+"""
+
+import ctypes
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastprefix._native import instruction_set
+
+from .measure import BenchmarkError
+
+_AVX512 = ["-mavx2", "-mfma", "-mavx512f"]
+FLAGS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+SOURCE = r"""
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+typedef float Vec __attribute__((vector_size(kBytes)));
+constexpr int kSums = 12;
+
+// Each returns the operations of its rounds.
+extern "C" double float32(long rounds) {
+  Vec sums[kSums] = {}, x = Vec{} + 1.0f, y = Vec{} + 1e-9f;
+  for (long i = 0; i < rounds; ++i) {
+    asm volatile("" : "+x"(x), "+x"(y));
+    for (int j = 0; j < kSums; ++j) sums[j] = sums[j] * x + y;
+  }
+  for (int j = 0; j < kSums; ++j) asm volatile("" ::"x"(sums[j]));
+  return 2.0 * rounds * kSums * (kBytes / 4);
+}
+
+extern "C" double bfloat16(long rounds) {
+#if defined(__AMX_BF16__)
+  alignas(64) static const struct {
+    unsigned char palette = 1, start = 0, reserved[14] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  _tile_loadconfig(&shapes);
+  for (long i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * rounds * 4 * 16 * 16 * 32;
+#elif defined(__AVX512BF16__)
+  __m512 sums[kSums] = {};
+  __m512bh x{}, y{};
+  for (long i = 0; i < rounds; ++i) {
+    asm volatile("" : "+x"(x), "+x"(y));
+    for (int j = 0; j < kSums; ++j) sums[j] = _mm512_dpbf16_ps(sums[j], x, y);
+  }
+  for (int j = 0; j < kSums; ++j) asm volatile("" ::"x"(sums[j]));
+  return 2.0 * rounds * kSums * 32;
+#else
+  return float32(rounds);  // elements are widened
+#endif
+}
+"""
+
+
+def measure_peaks(seconds: float = 0.3) -> dict[str, float]:
+    """Return the operations in a second of all threads, for each type: the best of five tries."""
+    name = instruction_set()
+    if name not in FLAGS:
+        raise BenchmarkError(f"no program measures the peak of {name}")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
+        source.write_text(SOURCE, encoding="utf-8")
+        options = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-o", str(library)]
+        subprocess.run(["c++", *FLAGS[name], str(source), *options], check=True)
+        functions = ctypes.CDLL(str(library))
+        return {dtype: max(_measure(functions[dtype], seconds) for _ in range(5)) for dtype in ("float32", "bfloat16")}
+
+
+def _measure(function: "ctypes._NamedFuncPointer", seconds: float) -> float:
+    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]
+    started = time.perf_counter()
+    function(1_000_000)
+    rounds = max(1, int(1_000_000 * seconds / (time.perf_counter() - started)))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        started = time.perf_counter()
+        operations = sum(pool.map(function, [rounds] * torch.get_num_threads()))
+        return float(operations) / (time.perf_counter() - started)
