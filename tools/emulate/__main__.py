@@ -215,7 +215,7 @@ def register(operation: Operation, emulator: Emulator) -> None:
 
 
 def list_cases() -> list[Case]:
-    """Return the smaller cases of the grid of ``fastprefix.parity``, and what it has in its larger ones alone."""
+    """Return smaller cases of the grid of ``fastprefix.parity``, after a few that use much of the code."""
     wide = make_attention_case(Hq=4, N=33, M=45, P=11, D=64, gate="BhP", is_causal=True)
     numbers = torch.arange(33, dtype=torch.int32) // 7
     shared: list[Case] = [
