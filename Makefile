@@ -29,7 +29,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
-SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES = $(shell find csrc tools -name '*.h' -o -name '*.cpp')
 # Pytest exits with 5 where TEST selects no test of a second run.
 OR_NONE := $(if $(TEST),|| test $$? -eq 5)
 # A folder that stands before the environment's packages on the path of PEFT's tests.
