@@ -2,10 +2,11 @@
 
     python -m tests.ops.launching.times
 
-Prints medians and 5th percentiles of 1,000 warm calls, and the processor's time. Tensors are the CPU's, and nothing is
+Prints medians and 5th percentiles of warm calls, and the processor's time. Tensors are the CPU's, and nothing is
 computed. On a GPU add the time of the driver and of the allocator, a few microseconds a launch.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from fastprefix.ops import prefix_attention
 from tests.ops.launching.driver import build_driver, describe_environment
 from tests.ops.launching.program import H100, pretend
 
-CALLS = 1000
 WARMUP = 50
 
 
@@ -58,32 +58,37 @@ def list_calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(call: Callable[[], object]) -> tuple[float, float, float]:
+def measure(call: Callable[[], object], calls: int) -> tuple[float, float, float]:
     """Return the median, the 5th percentile, and the processor's time of a call, in microseconds."""
     for _ in range(WARMUP):
         call()
     times, start = [], time.process_time()
-    for _ in range(CALLS):
+    for _ in range(calls):
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)
-    processor = (time.process_time() - start) / CALLS
+    processor = (time.process_time() - start) / calls
     times.sort()
-    return 1e6 * times[CALLS // 2], 1e6 * times[CALLS // 20], 1e6 * processor
+    return 1e6 * times[calls // 2], 1e6 * times[calls // 20], 1e6 * processor
 
 
 def main() -> None:
     """Build the driver, and measure in a process that finds it."""
-    if len(sys.argv) == 1:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--driver", help=argparse.SUPPRESS)  # the folder of one that is built
+    options = parser.parse_args()
+    if options.driver is None:
         with tempfile.TemporaryDirectory() as folder:
             environment = describe_environment(build_driver(Path(folder)))
             environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, "-m", "tests.ops.launching.times", folder], env=environment, check=True)
+            command = [sys.executable, "-m", __spec__.name, "--calls", str(options.calls), "--driver", folder]
+            subprocess.run(command, env=environment, check=True)
         return
-    pretend(sys.argv[1])
+    pretend(options.driver)
     print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8}  us")
     for name, call in list_calls().items():
-        print(f"{name:33} {' '.join(f'{value:8.1f}' for value in measure(call))}", flush=True)
+        print(f"{name:33} {' '.join(f'{value:8.1f}' for value in measure(call, options.calls))}", flush=True)
 
 
 if __name__ == "__main__":
