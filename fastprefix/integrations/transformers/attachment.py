@@ -288,7 +288,9 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     if not isinstance(config, PrefixTuningConfig):
         raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
     if config.init in ("text", "chunks", "cache"):
-        raise ValueError(f"init={config.init!r} requires an encoder or a decoder of text, but `model` is {what}.")
+        raise ValueError(
+            f'`init` must be "normal" or "zero" for {what}, which is no model of text alone, but is "{config.init}".'
+        )
     if config.prefix_position == "shift":
         raise ValueError(
             f'`prefix_position` must be "none" for {what}, whose positions cannot be shifted, but is "shift".'

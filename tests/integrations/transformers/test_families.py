@@ -253,7 +253,7 @@ def test_a_reparameterised_prefix_is_merged() -> None:
         ("vit", fastprefix.LlamaAdapterConfig(3), "LlamaAdapterConfig"),
         ("t5", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), 'prefix_position.*"none"'),
         ("whisper-encoder", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), "prefix_position"),
-        ("bart", fastprefix.PrefixTuningConfig(3, init="text", init_text="a"), 'init="text"'),
+        ("bart", fastprefix.PrefixTuningConfig(3, init="text", init_text="a"), '`init`.*is "text"'),
         ("vit", fastprefix.PrefixTuningConfig(3, attentions=("cross", "decoder")), "`attentions`.*encoder"),
         ("bart", fastprefix.APTConfig(3, pooling="cls"), 'pooling="cls" takes self-attention'),
         ("bart", fastprefix.APTConfig(3, pooling="mean"), 'pooling="mean"'),
