@@ -26,8 +26,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastprefix._native import instruction_set
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fastprefix", "torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
+LOWERING = ("ATEN_CPU_CAPABILITY", "FASTPREFIX_CPU", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""Environment variables that keep PyTorch, this package or PyTorch's libraries from instructions of the CPU."""
 BUSY = 0.5
 """Times are not trusted above this load per core, averaged over the minute before a run."""
 
@@ -201,6 +205,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device_name": find_device_name(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
+        "kernels": instruction_set(),
+        "lowered": {name: os.environ[name] for name in LOWERING if name in os.environ},
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
