@@ -11,7 +11,7 @@ from fastprefix._native import INSTRUCTION_SETS, instruction_set
 _BUILT = {path.stem.rpartition("_abi")[0] for path in Path(_native.__file__).parent.glob("*.so")}
 _BELOW = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())]
 LOWER = [] if "FASTPREFIX_CPU" in os.environ else [name for name in _BELOW if name in _BUILT]
-"""None in such a process itself."""
+"""The libraries below this machine's own instruction set. A process that runs one of them has none below it."""
 
 EVERY = 3 if "FASTPREFIX_CPU" in os.environ else 1
 """Instruction sets share most of their code, so only every third case runs on the lower ones."""

@@ -16,7 +16,7 @@ _NOT_BUILT = (
 
 
 INSTRUCTION_SETS = ("default", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx")
-"""Those of an architecture in rising order."""
+"""The instruction sets of all architectures, those of one architecture in rising order."""
 
 
 @once

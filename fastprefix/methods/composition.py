@@ -77,7 +77,7 @@ class Composition(PrefixMethod):
 
     @classmethod
     def chosen_layers(cls, config: CompositionConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
-        """Those of the first part, which are those of all."""
+        """Return the layers of the first part. All parts have the same."""
         return PrefixTuning.chosen_layers(config.make_configs()[0], shapes)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:

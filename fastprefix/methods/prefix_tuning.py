@@ -383,7 +383,7 @@ class PrefixTuning(PrefixMethod):
         return self.key_biases[layer] if self.config.key_bias else None
 
     def frozen_tokens(self) -> int:
-        """Those of ``num_frozen_tokens``."""
+        """Return ``num_frozen_tokens``."""
         return self.config.num_frozen_tokens
 
     def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:

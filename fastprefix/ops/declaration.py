@@ -7,7 +7,7 @@ is imported, so that a call reads plain tuples and nothing is looked up by refle
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -86,6 +86,10 @@ class Declaration:
         assert list(self.rules) == names[: self.tensors]
         assert self.differentiable == tuple(names[self.gradients])
         self.arity = len(names)
+
+    def name_needs(self, needs_grad: Sequence[bool]) -> set[str]:
+        """Return the arguments whose gradients are asked for."""
+        return {name for name, needed in zip(self.differentiable, needs_grad, strict=True) if needed}
 
 
 def accept(

@@ -1,4 +1,4 @@
-"""Where composition is faster than the Triton backend, as data that a run of ``python -m benchmarks gpu`` fills."""
+"""Where composition is faster than the Triton backend, as data that a run of ``python -m benchmarks.gpu`` fills."""
 
 FEWEST_QUERIES: dict[tuple[str, bool, int], int] = {}
 """By architecture (a row of the tile tables), ``is_causal`` and head size: the fewest queries for which

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...targets import Target
-from ..arguments import DIFFERENTIABLE, AttentionArguments
+from ..arguments import DECLARATION, DIFFERENTIABLE, AttentionArguments
 from ..layout import allocate_gradient
 from ..triton_backend import launch
 from . import flash
@@ -42,16 +42,14 @@ def backward(
 ) -> list[Tensor]:
     """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = AttentionArguments(*arguments)
-    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    needs = DECLARATION.name_needs(needs_grad)
     gradients: dict[str, Tensor] = {}
     if needs.intersection(_TOKENS):
         logsumexp = _join_normalizers(normalizers, a.query.dtype)
         tensors = (a.query, a.key, a.value, output, logsumexp)
         gradients = dict(zip(_TOKENS, flash.differentiate(grad_output, *tensors, a.is_causal, a.scale), strict=True))
-    of_prefix = [
-        needed and name not in ("key", "value") for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True)
-    ]
-    names = [name for name, needed in zip(DIFFERENTIABLE, of_prefix, strict=True) if needed]
+    names = [name for name in DIFFERENTIABLE if name in needs - {"key", "value"}]
+    of_prefix = [name in names for name in DIFFERENTIABLE]
     halves = launch.backward(grad_output, output, normalizers, of_prefix, *_leave_out_tokens(a), target=target)
     for name, half in zip(names, halves, strict=True):
         gradients[name] = half.add_(gradients[name]) if name in gradients else half

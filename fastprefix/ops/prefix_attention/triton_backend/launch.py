@@ -78,7 +78,7 @@ def backward(
 ) -> list[Tensor]:
     """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = AttentionArguments(*arguments)
-    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    needs = DECLARATION.name_needs(needs_grad)
     if not needs:
         return []
     if refused := needs.intersection(EAGER_ALONE):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import random
 from ...targets import Target, divide_up, target_of
-from ..arguments import DIFFERENTIABLE, EmbeddingArguments
+from ..arguments import DECLARATION, DIFFERENTIABLE, EmbeddingArguments
 from ..layout import allocate_gradient
 from ..validation import check_values
 from . import tiles
@@ -58,7 +58,7 @@ def backward(
     """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = EmbeddingArguments(*arguments)
     target = target or target_of(a.weight.device)
-    needs = {name for name, needed in zip(DIFFERENTIABLE, needs_grad, strict=True) if needed}
+    needs = DECLARATION.name_needs(needs_grad)
     S = a.prompt_length
     gradients: dict[str, Tensor] = {}
     if "prompt" in needs:
