@@ -7,27 +7,29 @@
 
 namespace fastprefix {
 
+// Products without AMX, for which a thread has nothing to set up.
+struct Untiled {
+  struct Unit {};
+  static constexpr bool tiled = false;
+};
+
 // How operands are multiplied. `pair` elements that are neighbors along the summed index lie together in memory: one
 // for ordinary arithmetic, two for bfloat16 dot products. `tiled`: with AMX. A `Unit` lives while a thread multiplies.
 template <class A>
-struct Plain {
+struct Plain : Untiled {
   using Operand = A;
   using Accumulator = A;
-  struct Unit {};
   static constexpr int pair = 1;
-  static constexpr bool tiled = false;
   static Vec<A> broadcast(const A* a) { return splat(*a); }
   static Vec<A> vector(const A* b) { return load(b); }
   static Vec<A> multiply_add(Vec<A> c, Vec<A> a, Vec<A> b) { return a * b + c; }
 };
 
 #if defined(FASTPREFIX_BFLOAT16_PAIRS)
-struct Bfloat16Pairs {
+struct Bfloat16Pairs : Untiled {
   using Operand = BFloat16;
   using Accumulator = float;
-  struct Unit {};
   static constexpr int pair = 2;
-  static constexpr bool tiled = false;
   static Vec<float> broadcast(const BFloat16* a) {
     float both;
     std::memcpy(&both, a, sizeof(both));
@@ -186,12 +188,12 @@ struct Product {
 
   // `rows` of C, and `columns` (a multiple of the vector's length) of them.
   void run(int64_t rows, int64_t columns) const {
+    if constexpr (Manner::tiled) {
+      if (ks == Manner::pair) return run_tiles(rows, columns);
+    }
     Product piece = *this;
     for (int64_t done = 0; done < steps || done == 0; done += piece.steps) {
       piece.steps = std::min(kSteps, steps - done);
-      if constexpr (Manner::tiled) {
-        if (ks == Manner::pair) return run_tiles(rows, columns);
-      }
       piece.run_piece(rows, columns);
       if (piece.steps == 0) return;
       piece.a += piece.steps * ks;

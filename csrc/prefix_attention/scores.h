@@ -52,24 +52,8 @@ inline void for_vectors(const Strip& strip, Visit visit) {
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) visit(r, c);
 }
 
-// The sum of term(row) over a strip's rows, made group by group: one long sum would round more.
-template <class A, class Term>
-inline Vec<A> sum_rows(const Strip& strip, Term term) {
-  constexpr int64_t kGroup = 8;
-  Vec<A> sum{}, rest{};
-  int64_t r = strip.row, end = strip.row + strip.rows;
-  for (; r + kGroup <= end; r += kGroup) {
-    Vec<A> group{};
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kGroup; ++i) group += term(r + i);
-    sum += group;
-  }
-  for (; r < end; ++r) rest += term(r);
-  return sum + rest;
-}
-
-// The same for rows that come in pairs: terms(row, both, sum) adds the term of a row, and that of the next one if it is
-// given both.
+// The sum over a strip's rows, made group by group: one long sum would round more. terms(row, both, sum) adds the term
+// of a row, and that of the next one if it is given both.
 template <class A, class Terms>
 inline Vec<A> sum_row_pairs(const Strip& strip, Terms terms) {
   constexpr int64_t kGroup = 8;
@@ -83,6 +67,15 @@ inline Vec<A> sum_row_pairs(const Strip& strip, Terms terms) {
   }
   for (; r < end; r += 2) terms(r, r + 1 < end, rest);
   return sum + rest;
+}
+
+// The same for term(row).
+template <class A, class Term>
+inline Vec<A> sum_rows(const Strip& strip, Term term) {
+  return sum_row_pairs<A>(strip, [&](int64_t r, bool both, Vec<A>& sum) {
+    sum += term(r);
+    if (both) sum += term(r + 1);
+  });
 }
 
 // A gate's values for a block of prefix keys, into `values`.
