@@ -98,7 +98,7 @@ class Composition(PrefixMethod):
 
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, with constant gates multiplied in."""
-        parts = [part.gated_prefixes() for part, _ in self._pair_parts()]
+        parts = [_compute_pairs(part, trained) for part, trained in self._pair_parts()]
         return [
             (torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1))
             for pairs in zip(*parts, strict=True)
@@ -154,6 +154,11 @@ class Composition(PrefixMethod):
 
     def _pair_parts(self) -> Iterator[tuple[Any, bool]]:
         return zip(self.parts, self.config.trainable, strict=True)
+
+
+def _compute_pairs(part: PrefixTuning, trained: bool) -> list[tuple[Tensor, Tensor]]:
+    pairs = part.gated_prefixes()
+    return pairs if trained else [(key.detach(), value.detach()) for key, value in pairs]
 
 
 register("composition", CompositionConfig, Composition)

@@ -21,15 +21,18 @@ from transformers import (
 
 from ..transformers.attention import (
     BINDING,
+    CHECKPOINT_WRAPPER,
     NAME,
-    WATCHED,
     Binding,
     CarriedBindings,
-    CarryingCheckpoint,
     GivenPrefix,
+    carry_through_checkpoints,
     carrying,
     get_carried_bindings,
     make_two_adapters_error,
+    restore_checkpoints,
+    unwatch,
+    watch,
 )
 from ..transformers.discovery import Layer, find_backbone
 from ..transformers.hooks import (
@@ -48,10 +51,6 @@ from ..transformers.hooks import (
 )
 from ..transformers.prefix import PrefixCache
 from ..transformers.switching import Implementation, runs_with_adapter
-
-_WRAPPER = "checkpoint_fn"
-_CHECKPOINTS = ("_gradient_checkpointing_func", _WRAPPER)
-"""The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
 
 
 class CachedPrefix:
@@ -77,8 +76,7 @@ class CachedPrefix:
             self.backbone.register_forward_pre_hook(_refuse_replica),
             Interception(self.backbone, self.run),
         ]
-        for module in self.modules.values():
-            setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
+        watch(self.modules.values())
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone; the call carries its prefix to the attention."""
@@ -97,7 +95,7 @@ class CachedPrefix:
                 refuse_one_row_masks(arguments)
             else:
                 arguments = expand_one_row_mask(arguments)
-        self.carry_through_checkpoints()
+        carry_through_checkpoints(self.backbone)
         with carrying(carried):
             return forward(**arguments)
 
@@ -124,34 +122,13 @@ class CachedPrefix:
             return former
         return CarriedBindings({}, self.own_attention)
 
-    def carry_through_checkpoints(self) -> None:
-        """Have every gradient checkpointing function run a layer again with what its first run carried."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        for module in self.backbone.modules():
-            for name in _CHECKPOINTS:
-                function = vars(module).get(name)
-                if function is not None and not isinstance(function, CarryingCheckpoint):
-                    setattr(module, name, CarryingCheckpoint(function))
-
     def remove(self) -> None:
         """Remove all hooks."""
         for handle in reversed(self.handles):
             handle.remove()
-        for module in self.modules.values():
-            setattr(module, WATCHED, getattr(module, WATCHED) - 1)
-            if not getattr(module, WATCHED):
-                delattr(module, WATCHED)
-        if not any(hasattr(module, WATCHED) for module in self.modules.values()):
-            self._restore_checkpoints()
+        unwatch(self.modules.values())
+        restore_checkpoints(self.backbone)
         self.implementation.restore()
-
-    def _restore_checkpoints(self) -> None:
-        for module in self.backbone.modules():
-            for name in _CHECKPOINTS:
-                function = vars(module).get(name)
-                if isinstance(function, CarryingCheckpoint):
-                    setattr(module, name, function.function)
 
 
 class PeftCall:
@@ -313,7 +290,7 @@ class PrefixAcceleration(PromptLearning):
 
 def wraps_reentrantly(backbone: nn.Module) -> bool:
     """Return whether PyTorch's wrapper checkpoints a layer of a backbone reentrantly."""
-    functions = (vars(module).get(_WRAPPER) for module in backbone.modules())
+    functions = (vars(module).get(CHECKPOINT_WRAPPER) for module in backbone.modules())
     return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import Binding, CarriedBindings, GivenPrefix, Prefix, carrying
+from ..transformers.attention import (
+    Binding,
+    CarriedBindings,
+    GivenPrefix,
+    Prefix,
+    carry_through_checkpoints,
+    carrying,
+)
 from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.hooks import (
     Forward,
@@ -164,7 +171,7 @@ class PromptAcceleration(PromptLearning):
 
         ``reach`` holds the prompt's positions and the last one of the call, where rotary frequencies depend on it.
         """
-        self.carry_through_checkpoints()  # PyTorch's wrapper stays on while the prompt runs
+        carry_through_checkpoints(self.backbone)  # PyTorch's wrapper stays on while the prompt runs
         length = prompt.shape[1]
         if reach is not None:
             longer = {name: _repeat_last(value) for name, value in alone.items()}

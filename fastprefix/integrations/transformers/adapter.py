@@ -291,6 +291,7 @@ class Attachment:
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
+        self.routing: Any = None  # decides for each call which adapters its rows have
         model.requires_grad_(False)
         if self.quantized:
             vars(model)["is_quantized"] = (

@@ -27,8 +27,10 @@ from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules,
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
+from .mixing import BASE
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
+from .routing import Routing
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
@@ -130,8 +132,11 @@ def detach(model: Model, name: str | None = None) -> Model:
     if attachment.active in gone:
         _activate(model, attachment, None)
     for each in gone:
-        attachment.adapters.pop(each).drop_gradients(model)
-    if not attachment.adapters:
+        adapter = attachment.adapters.pop(each)
+        adapter.drop_gradients(model)
+        attachment.routing.forget(adapter)
+    if not attachment.adapters and (name is None or not attachment.routing.stored):
+        attachment.routing.remove()
         attachment.release(model)
         delattr(model, _STATE)
     return model
@@ -206,12 +211,14 @@ def get_method(model: nn.Module) -> Method:
 
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
     refuse_sharded(model)
+    attachment.routing.leave()
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
     attachment.user.acts = name is not None
     if name is not None:
         attachment.adapter.put_on(model)
+    attachment.routing.install()
 
 
 class _Plan(NamedTuple):
@@ -228,8 +235,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
-    if name in getattr(getattr(model, _STATE, None), "adapters", ()):
-        raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
+    check_name_free(model, name)
     if not is_plain_text(model):
         _check_not_plain_text(model, config)
     _check_alone(model)
@@ -244,6 +250,19 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
             f"`modules_to_save` names modules that stay trainable, and accelerate has offloaded the weights of {lost}: "
             "leave these modules on the device in the device map, or pass modules_to_save=[]"
         )
+
+
+def check_name_free(model: nn.Module, name: str) -> None:
+    """Refuse a name that an adapter of the model has, attached or stored, or that stands for the base model."""
+    attachment: Attachment | None = getattr(model, _STATE, None)
+    if name == BASE:
+        raise ValueError(f"`name` must not be {BASE!r}, which stands for the base model in `adapter_names`.")
+    if attachment is None:
+        return
+    if name in attachment.adapters:
+        raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
+    if name in attachment.routing.stored:
+        raise ValueError(f"`name` must not be that of a stored adapter, but is {name!r}: drop it from the store first.")
 
 
 def _check_alone(model: PreTrainedModel) -> None:
@@ -402,7 +421,14 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
-    if not hasattr(model, _STATE):
-        setattr(model, _STATE, Attachment(model))
-    get_attachment(model).adapters[name] = adapter
+    prepare(model).adapters[name] = adapter
     return set_adapter(model, name)
+
+
+def prepare(model: PreTrainedModel) -> Attachment:
+    """Freeze the model and let its calls name adapters, if that is not done."""
+    if not hasattr(model, _STATE):
+        attachment = Attachment(model)
+        attachment.routing = Routing(model, attachment)
+        setattr(model, _STATE, attachment)
+    return get_attachment(model)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -153,6 +153,18 @@ def make_window_bias(query: Tensor, window: int | None, length: int, past: int, 
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
 
 
+def make_span_bias(
+    query: Tensor, window: int | None, lengths: Tensor, longest: int, past: int, tokens: int = 0
+) -> Tensor | None:
+    """Return the bias ``[B, 1, N, longest]`` of ``make_window_bias`` for prefixes ``lengths`` ``[B]``, one a row."""
+    if window is None or longest + past + max(tokens, query.shape[2]) <= window:
+        return None
+    end = past + max(tokens, query.shape[2])
+    positions = torch.arange(end - query.shape[2], end, device=query.device)[None, :, None] + lengths[:, None, None]
+    hidden = (torch.arange(longest, device=query.device) <= positions - window)[:, None]
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
+
+
 def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
     """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
 
@@ -207,7 +219,22 @@ BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
 
 WATCHED = "_fastprefix_watched"
-"""The attribute of an attention module that counts the accelerated PEFT models whose calls carry its prefix."""
+"""The attribute of an attention module that counts the users, such as PEFT models, whose calls carry its prefix."""
+
+
+def watch(modules: Iterable[nn.Module]) -> None:
+    """Note that calls carry the prefixes of these attention modules."""
+    for module in modules:
+        setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
+
+
+def unwatch(modules: Iterable[nn.Module]) -> None:
+    """Undo ``watch``."""
+    for module in modules:
+        setattr(module, WATCHED, getattr(module, WATCHED) - 1)
+        if not getattr(module, WATCHED):
+            delattr(module, WATCHED)
+
 
 Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
@@ -225,11 +252,15 @@ class Binding:
         return None, None
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """Return a bias ``[N, m]`` for the scores of the prefix, or None. A bias of -inf hides a prefix key."""
+        """Return a bias ``[N, m]`` or ``[B, 1, N, m]`` for the prefix scores, or None. A bias of -inf hides a key."""
         return None
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
         """Return the biases ``[Hkv, m]`` of the prefix keys, or None."""
+        return None
+
+    def get_spans(self, query: Tensor) -> Tensor | None:
+        """Return each row's start and length in the prefix, int ``[B, 2]``, or None where all rows have all of it."""
         return None
 
     def count_frozen(self) -> int:
@@ -337,6 +368,34 @@ class _CarryingRun(NamedTuple):
             return self.run(*args, **kwargs)
 
 
+CHECKPOINT_WRAPPER = "checkpoint_fn"
+"""The attribute of PyTorch's wrapper of a module that holds its gradient checkpointing function."""
+_CHECKPOINTS = ("_gradient_checkpointing_func", CHECKPOINT_WRAPPER)
+"""The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
+
+
+def carry_through_checkpoints(backbone: nn.Module) -> None:
+    """Have every gradient checkpointing function run a layer again with what its first run carried."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for module in backbone.modules():
+        for name in _CHECKPOINTS:
+            function = vars(module).get(name)
+            if function is not None and not isinstance(function, CarryingCheckpoint):
+                setattr(module, name, CarryingCheckpoint(function))
+
+
+def restore_checkpoints(backbone: nn.Module) -> None:
+    """Undo ``carry_through_checkpoints``, unless an accelerated PEFT model still needs it."""
+    if any(getattr(module, WATCHED, 0) for module in backbone.modules()):
+        return
+    for module in backbone.modules():
+        for name in _CHECKPOINTS:
+            function = vars(module).get(name)
+            if isinstance(function, CarryingCheckpoint):
+                setattr(module, name, function.function)
+
+
 def runs_again() -> bool:
     """Return whether a backward pass is in progress in this thread, in which checkpointed layers run again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -346,8 +405,9 @@ def refuse_lost_bindings() -> None:
     """Refuse to run a layer again in a backward pass without the bindings that its first run carried."""
     if _CALL.carried is None and runs_again():
         raise RuntimeError(
-            "a layer of an accelerated PEFT model runs again in a backward pass, where the prefix of its call is not "
-            "known: enable gradient checkpointing with `gradient_checkpointing_enable()` instead of another wrapper"
+            "a layer of an accelerated PEFT model, or of a call with `adapter_names`, runs again in a backward pass, "
+            "where the prefix of its call is not known: enable gradient checkpointing with "
+            "`gradient_checkpointing_enable()` instead of another wrapper"
         )
 
 
@@ -394,11 +454,11 @@ def run_attention(
     prefix = None if binding is None else binding.get_prefix(query, key, value)
     pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
     gates = (None, None) if binding is None or prefix is None else binding.get_gates(query, key, attention_mask)
-    key_bias, frozen = None, 0
+    key_bias, spans, frozen = None, None, 0
     if binding is not None and prefix is not None:
         if (hidden := binding.get_bias(query)) is not None:
             prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
-        key_bias, frozen = binding.get_key_bias(query), binding.count_frozen()
+        key_bias, spans, frozen = binding.get_key_bias(query), binding.get_spans(query), binding.count_frozen()
     output = prefix_attention(
         query,
         key,
@@ -409,6 +469,7 @@ def run_attention(
         output_gate=gates[1],
         prefix_bias=None if prefix_bias is None else prefix_bias.to(query.dtype),
         prefix_key_bias=key_bias,
+        prefix_spans=spans,
         frozen_prefix=frozen,
         attn_mask=masking.attn_mask,
         is_causal=masking.is_causal,

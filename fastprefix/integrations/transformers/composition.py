@@ -11,7 +11,7 @@ from torch import nn
 from ...methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ...methods.prefix_tuning import FreePrefix
 from .adapter import Adapter, refuse_sharded
-from .attachment import Model, get_attachment, install, use_adapter
+from .attachment import Model, check_name_free, get_attachment, install, use_adapter
 from .discovery import find_method_layers
 from .initial import PrefixState
 from .prefix import PrefixHooks
@@ -49,8 +49,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
         raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
-    if name in attachment.adapters:
-        raise ValueError(f"`name` must not be that of another adapter, got {name!r}: detach it, or choose another name")
+    check_name_free(model, name)
     if unknown := sorted(set(trainable or ()) - set(chosen)):
         raise ValueError(f"`trainable` must name some of {chosen}, got {unknown}")
     parts: list[tuple[PrefixTuning, bool]] = []

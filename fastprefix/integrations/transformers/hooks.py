@@ -213,6 +213,15 @@ def refuse_replicas(module: nn.Module) -> None:
         )
 
 
+def refuse_names(kwargs: Mapping[str, Any], module: nn.Module) -> None:
+    """Refuse ``adapter_names`` in a call of a part of a model, which would be lost in its ``**kwargs``."""
+    if "adapter_names" in kwargs:
+        raise ValueError(
+            "`adapter_names` must be given to the model that the adapters are attached to, not to "
+            f"{type(module).__name__} inside it."
+        )
+
+
 def find_cache_parameter(names: Container[str]) -> str | None:
     """Return the name of the cache among the parameters of a module, or None if the module takes no cache.
 

@@ -34,11 +34,9 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
-from .hooks import Forward, count_past, name_arguments
 from .initial import find_shared_sources
-from .positions import refuse_packed
 from .prefix import PrefixHooks
-from .prompt import PromptHooks
+from .prompt import OffsetHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
 
@@ -58,9 +56,11 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: the model has no method attached, or nothing of it can be baked in, and why.
     """
-    adapter = get_attachment(model).adapter
+    attachment = get_attachment(model)
+    adapter, routing = attachment.adapter, attachment.routing
     if adapter.merged:
         return model
+    routing.leave()
     method, hooks = adapter.method, adapter.hooks
     with evaluating(model), torch.no_grad():
         if isinstance(method, PrefixMethod):
@@ -74,6 +74,7 @@ def merge(model: Model) -> Model:
                 f"`model` must have something to merge, but {type(method).__name__} on the path "
                 f'"{method.prompt_path}" computes the prompt anew for every input. Use the model as it is.'
             )
+    routing.install()
     adapter.merged = True
     adapter.mark(model)
     model.requires_grad_(False)
@@ -279,16 +280,6 @@ def _resize_like(embedding: nn.Embedding, other: nn.Embedding) -> None:
             [embedding.weight.data[:rows], other.weight.data[former:].to(embedding.weight)]
         )
         embedding.num_embeddings, embedding.padding_idx = rows, other.padding_idx
-
-
-class OffsetHooks(PromptHooks):
-    """A prompt method's offset without its prompt."""
-
-    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the backbone on embeddings with the offset."""
-        arguments = name_arguments(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone)
-        return self.run_with_offset(forward, arguments, count_past(arguments))
 
 
 class Several:

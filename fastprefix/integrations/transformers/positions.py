@@ -15,6 +15,14 @@ from .discovery import ModuleCall, find_embedding, make_few_ids, record_calls
 from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
+class RowShift(NamedTuple):
+    """Numbers of positions by which the rows of a call are moved up."""
+
+    by_row: Tensor
+    """``[B, 1]``."""
+    largest: int
+
+
 class Positions(NamedTuple):
     """The way a model counts the positions of its tokens."""
 
@@ -64,12 +72,13 @@ class Positions(NamedTuple):
             by_mask = by_mask or (moved is not None and not torch.equal(handed[..., -1], moved[..., -1]))
         return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
-    def move_ids(self, arguments: Mapping[str, Any], shift: int) -> Tensor:
-        """Return the position ids of a call moved up by ``shift``; where none are given, the model's own.
+    def move_ids(self, arguments: Mapping[str, Any], by: int | RowShift) -> Tensor:
+        """Return the position ids of a call, or the model's own, moved up ``by`` a number for all rows or one for each.
 
         Raises:
             ValueError: they exceed the model's table of positions.
         """
+        shift, largest = by if isinstance(by, RowShift) else (by, by)
         tokens = arguments.get("input_ids")
         device = (arguments["inputs_embeds"] if tokens is None else tokens).device
         count = count_tokens(arguments)
@@ -86,7 +95,7 @@ class Positions(NamedTuple):
         else:
             counted = True
             positions = self.first + shift + torch.arange(past, past + count, device=device)[None]
-        self.check(None if counted else positions, past + count + shift, shift)
+        self.check(None if counted else positions, past + count + largest, largest)
         return positions
 
     def check(self, positions: Tensor | None, rows: int, shift: int) -> None:
@@ -118,7 +127,7 @@ class PositionShift:
         self.positions = positions
         self.inside = self.positions.reader is not backbone
         self.names = read_parameter_names(self.positions.reader)
-        self.shift = 0  # of the call in progress
+        self.shift: int | RowShift = 0  # of the call in progress
 
     def install(self) -> list[RemovableHandle]:
         """Set the hook on a text model inside the backbone."""
@@ -126,10 +135,10 @@ class PositionShift:
             return []
         return [self.positions.reader.register_forward_pre_hook(self.move, with_kwargs=True)]
 
-    def begin(self, arguments: dict[str, Any], shift: int) -> None:
+    def begin(self, arguments: dict[str, Any], shift: int | RowShift) -> None:
         """Move a call of the backbone, given its arguments; a ``shift`` of 0 leaves it as it is."""
         self.shift = shift
-        if shift > 0 and not self.inside:
+        if shift != 0 and not self.inside:
             arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

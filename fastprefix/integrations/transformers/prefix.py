@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...methods import Composition, PrefixMethod
 from .attention import (
     Binding,
     GivenPrefix,
     Prefix,
-    check_one_sequence,
     find_attended_tokens,
     get_carried_bindings,
     make_window_bias,
@@ -30,6 +28,7 @@ from .attention import (
     runs_again,
 )
 from .discovery import Layer, find_backbone, find_first_tensor
+from .gates import CallGates
 from .hooks import (
     Cut,
     Forward,
@@ -45,10 +44,11 @@ from .hooks import (
     find_cache_parameter,
     name_arguments,
     read_state,
+    refuse_names,
     refuse_one_row_masks,
     refuse_replicas,
 )
-from .positions import Positions, PositionShift, find_packed_sequences, refuse_packed
+from .positions import Positions, PositionShift, refuse_packed
 from .switching import Implementation, runs_on_text
 
 
@@ -179,62 +179,6 @@ class PrefixCacheLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
-_GATES = "fastprefix_gates"
-"""The attribute of a key/value cache that holds the gates of its sequences."""
-_SEQUENCES = "fastprefix_sequences"
-"""The attribute of a mask that holds the sequences of packed rows, for layers that checkpointing runs again."""
-_SELECTIONS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-"""The methods of a key/value cache that move its rows."""
-
-
-class HeldGates:
-    """The gates of the sequences of a key/value cache, pooled from the first tokens of each.
-
-    ``gates`` are ``[B, 1, m]`` by layer. ``begun`` says which sequences have begun, bool ``[B]``: the others have had
-    nothing but padding so far. None: all of them.
-    """
-
-    def __init__(self, gates: dict[int, Tensor] | None = None, begun: Tensor | None = None) -> None:
-        self.gates = gates or {}
-        self.begun = begun
-
-    def choose_gate(self, index: int, pooled: Tensor) -> Tensor:
-        """Return a layer's gate: that of sequences that have begun is kept."""
-        if self.begun is None:
-            return self.gates[index]
-        return torch.where(self.begun[:, None, None], self.gates[index], pooled)
-
-    def advance(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
-        """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
-        if begun is not None and self.begun is not None:
-            begun = begun | self.begun
-        if begun is not None and not torch.compiler.is_compiling() and bool(begun.all()):
-            begun = None
-        return HeldGates(gates, begun)
-
-    def hold(self, cache: Cache) -> None:
-        """Put the gates on a cache. They move with its rows, as when a beam search reorders them."""
-        setattr(cache, _GATES, self)
-        for name in _SELECTIONS:
-            if hasattr(cache, name):
-                setattr(cache, name, partial(_select_rows, cache, name))
-
-    def select_rows(self, name: str, rows: Any) -> HeldGates:
-        """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
-
-        def select(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(rows, 0) if name == "batch_repeat_interleave" else tensor[rows]
-
-        gates = {index: select(gate) for index, gate in self.gates.items()}
-        return HeldGates(gates, None if self.begun is None else select(self.begun))
-
-
-def _select_rows(cache: Cache, name: str, rows: Any) -> None:
-    """Move the rows of a cache and of the gates that it holds."""
-    getattr(type(cache), name)(cache, rows)
-    setattr(cache, _GATES, getattr(cache, _GATES).select_rows(name, rows))
-
-
 class LayerBinding(Binding):
     """The binding of an attention module to its prefix and its gates."""
 
@@ -266,7 +210,7 @@ class LayerBinding(Binding):
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
         length = self.attachment.method.config.num_virtual_tokens
-        return make_window_bias(query, self.window, length, self.attachment.past, self.attachment.tokens)
+        return make_window_bias(query, self.window, length, self.attachment.gates.past, self.attachment.gates.tokens)
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
         """Return the biases of the prefix keys in the dtype of the query."""
@@ -278,20 +222,20 @@ class LayerBinding(Binding):
         return self.attachment.method.frozen_tokens()
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
-        method, attachment = self.attachment.method, self.attachment
+        method, gates = self.attachment.method, self.attachment.gates
         if not method.needs_hidden():
             gate = method.prefix_gate(self.index, None, None)
             return None if gate is None else gate.to(query)
-        causal, held = method.shapes[self.index].causal, attachment.held
+        causal, held = method.shapes[self.index].causal, gates.held
         if causal and held.begun is None and self.index in held.gates:
             return held.gates[self.index].to(query)
-        attended = find_attended_tokens(mask, query.shape[2], attachment.past if causal else 0)
-        sequences = attachment.find_sequences(mask) if causal else None
+        attended = find_attended_tokens(mask, query.shape[2], gates.past if causal else 0)
+        sequences = gates.find_sequences(mask) if causal else None
         packed = {} if sequences is None else {"sequences": sequences}
         gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
         assert gate is not None
         if causal and gate.ndim == 3:  # pooled from the first tokens of a sequence, for those to come too
-            gate = attachment.hold(self.index, gate, attended)
+            gate = gates.hold(self.index, gate, attended)
         return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -328,7 +272,7 @@ class PrefixHooks:
         self.longest: int | None = None  # row that a prefix computed from a prompt is for
         self.prefixes: list[Prefix] | None = None
         self.kept: KeptPrefixes | None = None  # for the tokens that are generated after a call
-        self._forget_gates()
+        self.gates = CallGates()
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
         halves = model.config.is_encoder_decoder
@@ -369,6 +313,7 @@ class PrefixHooks:
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with its prefixes."""
+        refuse_names(kwargs, self.backbone)
         arguments = self.begin(name_arguments(self.names, args, kwargs))
         try:
             output = forward(**arguments)
@@ -386,7 +331,9 @@ class PrefixHooks:
             raise ValueError(
                 "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
             )
-        self._take_up(arguments)
+        self.gates = CallGates(arguments)
+        if self.method.needs_hidden():
+            self.gates.take_up(arguments, self.backbone, getattr(self.method, "poolings", ()))
         self.prefixes = self._find_prefixes()
         self.running = True
         if torch.is_grad_enabled():
@@ -414,7 +361,7 @@ class PrefixHooks:
             self.kept = None
             return self.method.prefixes()
         state = read_state(self.method)
-        if self.past == 0 or self.kept is None or state is None or self.kept.state != state:
+        if self.gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
             self.kept = KeptPrefixes(state, self.method.prefixes(), {})
         return self.kept.prefixes
 
@@ -432,62 +379,6 @@ class PrefixHooks:
         if not getattr(find_cache(arguments), "is_compileable", False):
             tokens = count_past(arguments) + count_tokens(arguments)
             check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
-
-    def _forget_gates(self) -> None:
-        """Begin without gates of sequences: nothing of a former call is left."""
-        self.past = 0  # tokens in the cache of the call in progress
-        self.tokens = 0  # of that call
-        self.held = HeldGates()  # gates of the sequences in that cache
-        self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
-        self.begun: Tensor | None = None  # which of them had a token in the call; None: all
-        self.sequences: Tensor | None = None  # of the call's tokens, where rows are packed
-
-    def _take_up(self, arguments: dict[str, Any]) -> None:
-        """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
-        self._forget_gates()
-        self.past = count_past(arguments)
-        self.tokens = count_tokens(arguments)
-        if not self.method.needs_hidden():
-            return
-        if self.past > 0:
-            self.held = getattr(find_cache(arguments), _GATES, self.held)
-        self.sequences = find_packed_sequences(arguments, self.backbone)
-        for name in ("attention_mask", "decoder_attention_mask"):
-            mask = arguments.get(name)
-            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > 1 and self._pools():
-                check_one_sequence(mask, mask.shape[2], self.past)
-
-    def _pools(self) -> bool:
-        """Return whether a gate depends on several tokens. A trace cannot look at masks."""
-        poolings = getattr(self.method, "poolings", ())
-        return any(pooling != "query" for pooling in poolings) and not torch.compiler.is_compiling()
-
-    def find_sequences(self, mask: Tensor | None) -> Tensor | None:
-        """Return the sequences of packed rows. A layer that is run again finds those of its own call on its mask."""
-        if self.sequences is None or mask is None or torch.compiler.is_compiling():
-            return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
-        setattr(mask, _SEQUENCES, self.sequences)
-        return self.sequences
-
-    def hold(self, index: int, gate: Tensor, attended: Tensor | None) -> Tensor:
-        """Keep a layer's gate for the calls that go on with this one's cache, and return the gate of this call."""
-        if self.past > 0:
-            if index not in self.held.gates:
-                raise ValueError(
-                    "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
-                    "from a sequence's first tokens."
-                )
-            gate = self.held.choose_gate(index, gate)
-        self.pooled[index] = gate
-        self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
-        return gate
-
-    def _put_down(self, output: Any) -> None:
-        """Leave the pooled gates of a call on its cache."""
-        cache = find_cache(output)
-        if self.pooled and cache is not None:
-            self.held.advance(self.pooled, self.begun).hold(cache)
-        self._forget_gates()
 
     def _check_embedding(self) -> None:
         if self.embedding is None:
@@ -516,7 +407,7 @@ class PrefixHooks:
             shift.begin(arguments, 0)
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
-        if self.longest is not None and self.past == 0:
+        if self.longest is not None and self.gates.past == 0:
             ends = int(shift.positions.move_ids(arguments, length).max()) + 1
             if ends > self.longest:
                 raise ValueError(
@@ -532,7 +423,8 @@ class PrefixHooks:
 
     def end(self, output: Any) -> None:
         """Keep the gates with the cache, and check that gradients will reach the prefixes."""
-        self._put_down(output)
+        self.gates.put_down(find_cache(output))
+        self.gates = CallGates()
         if not self.cut.tied:
             raise RuntimeError(
                 f"Gradient checkpointing of {type(self.backbone).__name__} requires use_reentrant=False: it does not "
@@ -561,8 +453,5 @@ class PrefixHooks:
             **self.__dict__,
             "prefixes": None,
             "kept": None,
-            "held": HeldGates(),
-            "pooled": {},
-            "begun": None,
-            "sequences": None,
+            "gates": CallGates(),
         }

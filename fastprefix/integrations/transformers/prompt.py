@@ -35,6 +35,7 @@ from .hooks import (
     find_cache,
     name_arguments,
     read_parameter_names,
+    refuse_names,
     refuse_replicas,
 )
 from .positions import Positions, refuse_packed
@@ -129,6 +130,7 @@ class PromptHooks:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
+        refuse_names(kwargs, self.backbone)
         return self.run_in_every_row(forward, name_arguments(self.names, args, kwargs))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
@@ -553,6 +555,16 @@ def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
     extended[:, :, :length].masked_fill_(extended.new_ones(length, length + tokens).triu(1) != 0, hidden)
     extended[:, :, length:, length:] = mask
     return extended
+
+
+class OffsetHooks(PromptHooks):
+    """The offset of a prompt method, without its prompt."""
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone on embeddings with the offset."""
+        arguments = name_arguments(self.names, args, kwargs)
+        refuse_packed(arguments, self.backbone)
+        return self.run_with_offset(forward, arguments, count_past(arguments))
 
 
 _MASK = "encoder_attention_mask"

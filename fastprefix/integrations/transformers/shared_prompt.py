@@ -33,6 +33,7 @@ from .hooks import (
     name_arguments,
     read_parameter_names,
     read_state,
+    refuse_names,
     refuse_replicas,
     suspend_checkpointing,
 )
@@ -149,6 +150,7 @@ class SharedPromptHooks(PromptHooks):
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
+        refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
         past, reason = count_past(arguments), self.find_reason_against(arguments)
         filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None

@@ -1,0 +1,372 @@
+"""Decide for each call of a model with adapters which of them its rows have: the one in use, or those that it names."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...methods import LlamaAdapter, PrefixMethod, PromptMethod
+from .adapter import Adapter, Attachment, refuse_sharded
+from .discovery import find_layers
+from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
+from .mixing import BASE, MixedRows, MixtureHooks, Part, compute_prefixes, count_rows, get_held_names
+from .prefix import PrefixHooks
+from .shared_prompt import SharedPromptHooks
+from .span_store import KeyedPrefix, SpanStore
+from .switching import evaluating, find_device
+
+_ARGUMENT = "adapter_names"
+
+
+class NamesInterception(Interception):
+    """An interception whose signature has ``adapter_names``, so that Trainer keeps a column of that name."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Return the signature of the forward inside, with the names."""
+        signature = inspect.signature(self.forward)
+        parameters = list(signature.parameters.values())
+        place = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        parameters.insert(place, inspect.Parameter(_ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None))
+        return signature.replace(parameters=parameters)
+
+
+class Routing:
+    """The calls of a model with adapters.
+
+    A call without names runs with the adapter in use. A call with names runs without that one's hooks, on hooks that
+    give each row its own adapter. They stay until a call without names comes.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment) -> None:
+        self.model: Any = model
+        self.attachment = attachment
+        self.store = SpanStore()
+        self.stored: dict[str, Part] = {}
+        """The adapters that are in the store alone, by name."""
+        self.lock = threading.RLock()
+        self.hooks: MixtureHooks | None = None
+        self.mixes = False  # the hooks for named adapters are installed, in place of those of the adapter in use
+        self.used = False  # a call has named adapters, and others may go on with its cache
+        self.generating: tuple[str, ...] | None = None  # the names of a generation in progress
+        self.parts: dict[Adapter, Part] = {}
+        self.written: dict[Adapter, tuple[object, torch.Tensor]] = {}  # prompts in the store, and what they came from
+        self.parameter_names = read_parameter_names(model)
+        self.interception: NamesInterception | None = None
+        self.former_generate: Any = None
+
+    def install(self) -> None:
+        """Intercept the model's ``forward``, outside of all hooks, and its ``generate``."""
+        if self.interception is not None:
+            self.interception.remove()
+        self.interception = NamesInterception(self.model, self.run)
+        attributes = vars(self.model)
+        if self.former_generate is None and hasattr(self.model, "generate"):
+            self.former_generate = attributes.get("generate", functools.partial(type(self.model).generate, self.model))
+            attributes["generate"] = self.generate
+
+    def remove(self) -> None:
+        """Remove the interceptions."""
+        self.leave()
+        if self.interception is not None:
+            self.interception.remove()
+            self.interception = None
+        attributes = vars(self.model)
+        if attributes.get("generate") == self.generate:
+            former = self.former_generate
+            if isinstance(former, functools.partial):
+                del attributes["generate"]
+            else:
+                attributes["generate"] = former
+        self.former_generate = None
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with the adapter in use, or each row with the one that it names."""
+        if not self.used and _ARGUMENT not in kwargs:
+            return forward(*args, **kwargs)
+        with self.lock:
+            kwargs = dict(kwargs)
+            names = check_names(kwargs.pop(_ARGUMENT, None))
+            arguments = name_arguments(self.parameter_names, args, kwargs)
+            names = self._choose_names(names, arguments)
+            if names is None:
+                self.leave()
+                return self._get_forward()(*args, **kwargs)
+            with self._select(names, count_past(arguments)):
+                return self._get_forward()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, each row with the adapter that it names, if names are given."""
+        names = check_names(kwargs.pop(_ARGUMENT, None))
+        cache = find_cache(kwargs)
+        if names is None and cache is not None:
+            names = get_held_names(cache)
+        if names is None:
+            return self.former_generate(*args, **kwargs)
+        self._check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
+        with self._select(names, 0 if cache is None else int(cache.get_seq_length())):
+            former, self.generating = self.generating, names
+            try:
+                return self.former_generate(*args, **kwargs)
+            finally:
+                self.generating = former
+
+    def _get_forward(self) -> Forward:
+        """Return the model's forward inside this interception, with the hooks that are installed now."""
+        assert self.interception is not None
+        return self.interception.forward
+
+    def _choose_names(self, names: tuple[str, ...] | None, arguments: dict[str, Any]) -> tuple[str, ...] | None:
+        """Return the names of a call's rows: those given, those of a generation in progress, or those of its cache.
+
+        Raises:
+            ValueError: they are not as many as there are rows, or differ from those of the cache.
+        """
+        cache, generating = find_cache(arguments), names is None and self.generating is not None
+        names = self.generating if generating else names
+        past = count_past(arguments)
+        held = get_held_names(cache) if past > 0 else None
+        if held is None:
+            if past > 0 and names is not None:
+                raise ValueError(
+                    "`past_key_values` must be a cache that was filled with `adapter_names`, or empty: its tokens were "
+                    "computed with other adapters than these names."
+                )
+            if names is not None and not generating:
+                self._check_rows(names, arguments)
+            return names
+        if names is None:
+            return held
+        if len(held) % len(names) or tuple(name for name in names for _ in range(len(held) // len(names))) != held:
+            raise ValueError(
+                f"`adapter_names` must be those of `past_key_values`, {list(held)}, but are {list(names)}. The names "
+                "belong to the cache and may be left out."
+            )
+        return held
+
+    def _check_rows(self, names: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
+        """Check that there is a name for each row. Several choices of an example are rows of one name."""
+        count = count_rows(arguments)
+        ids = arguments.get("input_ids")
+        if isinstance(ids, torch.Tensor) and ids.ndim > 2:
+            count = int(ids.shape[0])
+        if count is not None and len(names) != count:
+            raise ValueError(
+                f"`adapter_names` must have a name for each row of the batch, but has {len(names)} for {count} rows."
+            )
+
+    @contextmanager
+    def _select(self, names: tuple[str, ...], past: int) -> Iterator[None]:
+        """Run calls in this context with these adapters."""
+        with self.lock:
+            parts = self.find_parts(names)
+            self.enter()
+            assert self.hooks is not None
+            rows = MixedRows(names, parts)
+            if not torch.is_grad_enabled():
+                self._write(parts, past)
+            former, self.hooks.rows = self.hooks.rows, rows
+            try:
+                yield
+            finally:
+                self.hooks.rows = former
+
+    def enter(self) -> None:
+        """Put the hooks for named adapters on the model, in place of those of the adapter in use."""
+        if self.mixes:
+            return
+        self.used = True
+        active = None if self.attachment.active is None else self.attachment.adapter
+        if active is not None and active.saved_modules:
+            raise ValueError(
+                f"`adapter_names` cannot be given while the adapter in use trains modules of the base model "
+                f"({', '.join(active.saved_modules)}), which all rows would share: use another adapter with "
+                "fastprefix.set_adapter, or attach it with modules_to_save=[]"
+            )
+        if active is not None:
+            active.hooks.remove()
+        try:
+            if self.hooks is None:
+                self.hooks = MixtureHooks(self.model, find_layers(self.model), self.store)
+                self.hooks.leave = self.leave
+            parts = [*self.stored.values(), *(self._find_part(name) for name in self._list_usable())]
+            self.hooks.keys = {part: adapter for adapter, part in self.parts.items()}
+            self.hooks.install(parts)
+        except BaseException:
+            if active is not None:
+                active.hooks.install(self.model)
+            raise
+        self.mixes = True
+        self.install()
+
+    def leave(self) -> None:
+        """Put the hooks of the adapter in use on the model again."""
+        if not self.mixes:
+            return
+        assert self.hooks is not None
+        self.hooks.remove()
+        self.mixes = False
+        if self.attachment.active is not None:
+            self.attachment.adapter.hooks.install(self.model)
+        self.install()
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what was stored of an adapter that is taken off."""
+        self.parts.pop(adapter, None)
+        self.written.pop(adapter, None)
+        if adapter in self.store.spans:
+            self.store.drop(adapter)
+
+    def find_parts(self, names: Sequence[str]) -> list[Part]:
+        """Return what is known of the adapters with these names, each once; of the base nothing.
+
+        Raises:
+            ValueError: a name that no adapter has, or adapters that cannot be in one batch.
+        """
+        refuse_sharded(self.model)
+        parts = [self._find_part(name) for name in dict.fromkeys(names) if name != BASE]
+        check_together(parts)
+        return parts
+
+    def _find_part(self, name: str) -> Part:
+        if name in self.stored:
+            return self.stored[name]
+        adapter = self.attachment.adapters.get(name)
+        if adapter is None:
+            known = [*self.attachment.adapters, *self.stored, BASE]
+            raise ValueError(f"`adapter_names` must name adapters of the model, {known}, but has {name!r}.")
+        if (reason := find_reason_against(adapter)) is not None:
+            raise ValueError(f"`adapter_names` must not name {name!r}: {reason}.")
+        part = self.parts.get(adapter)
+        if part is None or part.method is not adapter.method or part.name != name:
+            part = self.parts[adapter] = make_part(name, adapter)
+            if self.hooks is not None:
+                self.hooks.keys[part] = adapter
+        adapter.method.to(find_device(self.model)).train(self.model.training)
+        return part
+
+    def _list_usable(self) -> list[str]:
+        return [name for name, each in self.attachment.adapters.items() if find_reason_against(each) is None]
+
+    def _write(self, parts: Sequence[Part], past: int) -> None:
+        """Write the keys and values of attached adapters into the store. Calls that go on have those of the first."""
+        assert self.hooks is not None
+        of_adapter = {part: adapter for adapter, part in self.parts.items()}
+        fresh = [part for part in parts if part in of_adapter]
+        if past > 0:
+            fresh = [part for part in fresh if of_adapter[part] not in self.store.spans]
+        prompts = [part for part in fresh if part.is_prompt and self._is_changed(of_adapter[part])]
+        with evaluating(self.model):
+            computed = dict(zip(prompts, self.hooks.run_prompts([part.method for part in prompts]), strict=True))
+        for part in fresh:
+            if part.is_projected or (part.is_prompt and part not in computed):
+                continue
+            adapter = of_adapter[part]
+            self.write(adapter, computed[part] if part in computed else compute_prefixes(part))
+            if part in computed:
+                assert isinstance(adapter.method, PromptMethod)
+                self.written[adapter] = (self._read_state(adapter), adapter.method.prompt.detach().clone())
+
+    def write(self, key: Any, prefixes: Mapping[nn.Module, KeyedPrefix]) -> None:
+        """Write the keys and values of a prefix into the store, given by attention module."""
+        assert self.hooks is not None
+        index = {module: i for i, module in enumerate(self.hooks.layers)}
+        self.store.write(key, {index[module]: prefix for module, prefix in prefixes.items()}, self.model.dtype)
+
+    def _is_changed(self, adapter: Adapter) -> bool:
+        """Return whether a prompt's keys and values in the store are not those of its parameters, or may not be."""
+        if adapter not in self.written or adapter not in self.store.spans:
+            return True
+        state, prompt = self.written[adapter]
+        if state is None or state != self._read_state(adapter):
+            return True
+        assert isinstance(adapter.method, PromptMethod)
+        unknown = any(hasattr(module, "merged_adapters") for module in self.model.modules())
+        return unknown or not torch.equal(prompt, adapter.method.prompt)
+
+    def _read_state(self, adapter: Adapter) -> object:
+        assert self.hooks is not None
+        return read_state(self.hooks.backbone, adapter.method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock out, which cannot be copied."""
+        return {**self.__dict__, "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a new lock."""
+        self.__dict__.update(state, lock=threading.RLock())
+
+
+def check_names(names: Any) -> tuple[str, ...] | None:
+    """Return the names that a call was given, as a tuple.
+
+    Raises:
+        TypeError: it is no list of names.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"`adapter_names` must be a list with a name for each row, but is {names!r}.")
+    if not names:
+        raise ValueError("`adapter_names` must have a name for each row of the batch, but is empty.")
+    return tuple(names)
+
+
+def find_reason_against(adapter: Adapter) -> str | None:
+    """Return why an adapter cannot be in one batch with others, or None."""
+    if adapter.saved_modules:
+        return f"it trains modules of the base model ({', '.join(adapter.saved_modules)}), which all rows share"
+    if adapter.outside is not None:
+        return f"it was merged, and {adapter.outside}"
+    if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
+        return None
+    path = getattr(adapter.method, "prompt_path", None)
+    return f"its prompt runs in every row ({str(path).removeprefix('textbook: ')})"
+
+
+def make_part(name: str, adapter: Adapter) -> Part:
+    """Return what a mixed batch needs to know of an attached adapter."""
+    method, hooks = adapter.method, adapter.hooks
+    assert isinstance(hooks, PrefixHooks | SharedPromptHooks)
+    length = method.config.num_virtual_tokens
+    indices = {module: index for index, module in enumerate(hooks.bindings)}
+    if isinstance(method, PromptMethod):
+        return Part(name, length, length, indices, method)
+    assert isinstance(hooks, PrefixHooks)
+    assert isinstance(method, PrefixMethod)
+    projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}
+    own = method.output_gate(0) is not None
+    return Part(name, length, method.position_shift(), indices, method, projections, own)
+
+
+def check_together(parts: Sequence[Part]) -> None:
+    """Refuse adapters that cannot be in one batch.
+
+    Raises:
+        ValueError: they cannot, and why.
+    """
+    groups: dict[str, dict[Any, str]] = {"softmax": {}, "positions": {}, "states": {}, "pooling": {}}
+    for part in parts:
+        groups["softmax"].setdefault(part.has_own_softmax, part.name)
+        groups["positions"].setdefault(part.shift > 0, part.name)
+        groups["states"].setdefault(isinstance(part.method, LlamaAdapter), part.name)
+        for pooling in getattr(part.gates, "poolings", ()):
+            groups["pooling"].setdefault(pooling == "query", part.name)
+    reasons = {
+        "states": "those of LLaMA-Adapter can only be in a batch with their like",
+        "softmax": "one has a softmax of its own and the other has not",
+        "positions": 'one moves the positions of the tokens ("shift") and the other does not ("none")',
+        "pooling": "one has a gate for each query, and the other one for each sequence",
+    }
+    for kind, reason in reasons.items():
+        if len(groups[kind]) > 1:
+            first, second = list(groups[kind].values())[:2]
+            raise ValueError(f"`adapter_names` must not name both {first!r} and {second!r}: {reason}.")

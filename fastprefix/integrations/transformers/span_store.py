@@ -1,0 +1,153 @@
+"""Store the prefixes of many adapters one behind the other, in one tensor for each layer's keys and one for its values.
+
+A call whose rows have different adapters hands these tensors to ``prefix_attention`` with a span for each row, so that
+no prefix is copied or expanded. Prefixes come and go while the tensors stay: freed room is used again, and where no gap
+is large enough, all prefixes move into new tensors with some slack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SLACK = 0.04
+"""The share of the stored tokens that new tensors have beyond them."""
+
+
+class Span(NamedTuple):
+    """The place of a prefix in a store."""
+
+    start: int
+    length: int
+
+
+class KeyedPrefix(NamedTuple):
+    """A layer's keys ``[Hkv, m, D]``, values ``[Hkv, m, Dv]`` and, if it has any, biases of the keys ``[Hkv, m]``."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None = None
+
+
+class SpanStore:
+    """Prefixes under keys such as names. A prefix has the same span in every layer that it is for."""
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.spans: dict[Hashable, Span] = {}
+        self.layers: dict[int, KeyedPrefix] = {}
+        """Keys ``[Hkv, capacity, D]``, values ``[Hkv, capacity, Dv]`` and biases of each layer that a prefix is for."""
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens are stored."""
+        return sum(span.length for span in self.spans.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory of all layers, in bytes."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer if tensor is not None)
+
+    def write(self, key: Hashable, prefixes: Mapping[int, KeyedPrefix], dtype: torch.dtype) -> Span:
+        """Store a prefix of some layers, or write it over the one under the same key, and return its span.
+
+        A prefix of another length gets another place. Layers are stored in ``dtype``, where their first prefix is.
+        """
+        length = next(iter(prefixes.values())).key.shape[1]
+        span = self.spans.get(key)
+        if span is None or span.length != length:
+            self.spans.pop(key, None)
+            span = Span(self._find_room(length), length)
+            self.spans[key] = span
+        for index, prefix in prefixes.items():
+            self._write_layer(index, prefix, span, dtype)
+        return span
+
+    def drop(self, key: Hashable) -> None:
+        """Free the room of a prefix."""
+        del self.spans[key]
+
+    def rename(self, key: Hashable, new: Hashable) -> None:
+        """Keep a prefix under another key."""
+        self.spans = {new if each == key else each: span for each, span in self.spans.items()}
+
+    def compact(self) -> None:
+        """Move all prefixes together and give the memory of all gaps and of the slack back."""
+        self._move(self.tokens)
+
+    def list_gaps(self) -> Iterator[Span]:
+        """Yield the free room between the prefixes and behind the last one."""
+        end = 0
+        for span in sorted(self.spans.values()):
+            if span.start > end:
+                yield Span(end, span.start - end)
+            end = span.start + span.length
+        if self.capacity > end:
+            yield Span(end, self.capacity - end)
+
+    def _find_room(self, length: int) -> int:
+        """Return where a prefix of so many tokens can begin: in the smallest gap that is large enough."""
+        fitting = [gap for gap in self.list_gaps() if gap.length >= length]
+        if not fitting:
+            needed = self.tokens + length
+            self._move(max(needed, self.capacity if needed <= self.capacity else math.floor((1 + SLACK) * needed)))
+            fitting = [gap for gap in self.list_gaps() if gap.length >= length]
+        return min(fitting, key=lambda gap: (gap.length, gap.start)).start
+
+    def _move(self, capacity: int) -> None:
+        """Move all prefixes together into new tensors, a layer at a time."""
+        former, self.spans, start = self.spans, {}, 0
+        for key, span in sorted(former.items(), key=lambda item: item[1]):
+            self.spans[key] = Span(start, span.length)
+            start += span.length
+        self.capacity = capacity
+        for index, layer in self.layers.items():
+            moved = KeyedPrefix(*(None if tensor is None else self._make_room(tensor) for tensor in layer))  # type: ignore[arg-type]
+            for key, span in former.items():
+                for target, source in zip(moved, layer, strict=True):
+                    if target is not None and source is not None:
+                        cut_span(target, self.spans[key]).copy_(cut_span(source, span))
+            self.layers[index] = moved
+
+    def _make_room(self, like: Tensor) -> Tensor:
+        """Return zeros for all tokens, with the heads and sizes of a tensor. Gaps are never read."""
+        return like.new_zeros(like.shape[0], self.capacity, *like.shape[2:])
+
+    def _write_layer(self, index: int, prefix: KeyedPrefix, span: Span, dtype: torch.dtype) -> None:
+        if index not in self.layers:
+            self.layers[index] = KeyedPrefix(*(self._make_room(tensor.detach().to(dtype)) for tensor in prefix[:2]))
+        key, value, bias = self.layers[index]
+        if bias is None and prefix.bias is not None:
+            bias = self._make_room(prefix.bias.detach().to(dtype))
+            self.layers[index] = KeyedPrefix(key, value, bias)
+        with torch.no_grad():
+            cut_span(key, span).copy_(prefix.key)
+            cut_span(value, span).copy_(prefix.value)
+            if bias is not None and prefix.bias is not None:
+                cut_span(bias, span).copy_(prefix.bias)
+            elif bias is not None:
+                cut_span(bias, span).zero_()
+
+    def fit(self, index: int, like: Tensor) -> KeyedPrefix:
+        """Return a layer in the dtype and on the device of a tensor, to which it is moved for good if need be."""
+        layer = self.layers[index]
+        if layer.key.dtype is not like.dtype or layer.key.device != like.device:
+            layer = self.layers[index] = KeyedPrefix(*(None if t is None else t.to(like) for t in layer))  # type: ignore[arg-type]
+        return layer
+
+    def read(self, key: Hashable) -> dict[int, KeyedPrefix]:
+        """Return views of a prefix by layer. Layers that it is not for have whatever is there."""
+        span = self.spans[key]
+        return {
+            index: KeyedPrefix(*(None if tensor is None else cut_span(tensor, span) for tensor in layer))  # type: ignore[arg-type]
+            for index, layer in self.layers.items()
+        }
+
+
+def cut_span(tensor: Tensor, span: Span) -> Tensor:
+    """Return the part of a tensor ``[Hkv, T, ...]`` in a span."""
+    return tensor[:, span.start : span.start + span.length]
