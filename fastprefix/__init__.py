@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from . import testing
     from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
+        AdapterStore,
         PrefixState,
+        ResidentAdapters,
         attach,
         compose,
         count_parameters,
@@ -44,12 +46,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ADePTConfig",
     "APTConfig",
+    "AdapterStore",
     "CartridgeConfig",
     "DePTConfig",
     "LlamaAdapterConfig",
     "PrefixState",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "ResidentAdapters",
     "ResidualPrefixConfig",
     "__version__",
     "accelerate",

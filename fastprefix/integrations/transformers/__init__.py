@@ -6,10 +6,13 @@ from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
 from .saving import load_adapter, read_prefix, save_adapter
+from .serving import AdapterStore, ResidentAdapters
 
 __all__ = [
+    "AdapterStore",
     "ParameterCount",
     "PrefixState",
+    "ResidentAdapters",
     "attach",
     "compose",
     "count_parameters",

@@ -135,7 +135,7 @@ def detach(model: Model, name: str | None = None) -> Model:
         adapter = attachment.adapters.pop(each)
         adapter.drop_gradients(model)
         attachment.routing.forget(adapter)
-    if not attachment.adapters and (name is None or not attachment.routing.stored):
+    if not attachment.adapters and (name is None or not attachment.routing.serves):
         attachment.routing.remove()
         attachment.release(model)
         delattr(model, _STATE)
@@ -172,8 +172,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Use another adapter of a model in this context, or none (None). A model without adapters is left alone."""
-    attachment = getattr(model, _STATE, None)
-    if attachment is None or attachment.active == name:
+    attachment = find_attachment(model)
+    if attachment is None:
+        yield
+        return
+    attachment.routing.leave()
+    if attachment.active == name:
         yield
         return
     former = attachment.active
@@ -190,17 +194,23 @@ def get_attachment(model: nn.Module) -> Attachment:
     Raises:
         ValueError: there is none.
     """
-    attachment = getattr(model, _STATE, None)
-    if not isinstance(attachment, Attachment):
+    attachment = find_attachment(model)
+    if attachment is None:
         raise ValueError(
             f"`model` must have a method attached, but {type(model).__name__} has none: call fastprefix.attach."
         )
     return attachment
 
 
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, or None."""
+    attachment: Attachment | None = getattr(model, _STATE, None)
+    return attachment
+
+
 def get_active_name(model: nn.Module) -> str | None:
     """Return the name of the adapter in use on a model, or None."""
-    attachment: Attachment | None = getattr(model, _STATE, None)
+    attachment = find_attachment(model)
     return None if attachment is None else attachment.active
 
 
@@ -254,7 +264,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
 
 def check_name_free(model: nn.Module, name: str) -> None:
     """Refuse a name that an adapter of the model has, attached or stored, or that stands for the base model."""
-    attachment: Attachment | None = getattr(model, _STATE, None)
+    attachment = find_attachment(model)
     if name == BASE:
         raise ValueError(f"`name` must not be {BASE!r}, which stands for the base model in `adapter_names`.")
     if attachment is None:

@@ -142,13 +142,8 @@ def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
         raise ValueError(
             f"`sources` must have the {config.num_virtual_tokens} tokens of the prefix together, but have {lengths}."
         )
-    expected = [((s.kv_heads, s.key_size), (s.kv_heads, s.value_size)) for s in method.shapes]
     for state in states:
-        found = [tuple((tensor.shape[0], tensor.shape[2]) for tensor in pair) for pair in state.pairs]
-        if found != expected:
-            raise ValueError(
-                f"`sources` must have heads and head sizes {expected} in their layers as the prefix has, got {found}."
-            )
+        state.check_shapes("sources", method.shapes)
         if state.prefix_position not in (None, method.config.prefix_position):
             raise ValueError(
                 f"`sources` must have prefix_position={method.config.prefix_position!r} as the prefix has, but have "

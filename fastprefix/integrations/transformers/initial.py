@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ...methods import AttentionShape
 from .attention import MASKS, Prefix, run_attention
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
@@ -45,6 +46,17 @@ class PrefixState:
     def length(self) -> int:
         """Return the number of tokens."""
         return int(self.pairs[0][0].shape[1])
+
+    def check_shapes(self, name: str, shapes: Sequence[AttentionShape]) -> None:
+        """Check that the heads and their sizes are those of attention layers; ``name`` is the argument's.
+
+        Raises:
+            ValueError: they are not.
+        """
+        expected = [((s.kv_heads, s.key_size), (s.kv_heads, s.value_size)) for s in shapes]
+        found = [tuple((tensor.shape[0], tensor.shape[2]) for tensor in pair) for pair in self.pairs]
+        if found != expected:
+            raise ValueError(f"`{name}` must have heads and head sizes {expected} in their layers, got {found}.")
 
     def pin_memory(self) -> PrefixState:
         """Return a copy in page-locked memory, from which a GPU copies fastest."""

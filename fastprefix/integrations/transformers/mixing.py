@@ -78,6 +78,7 @@ class Part:
         method: computes gates and offsets, and keys and values where the store has none.
         projections: of a method whose layers project its states, by attention module.
         has_own_softmax: whether its keys have a softmax of their own.
+        is_prompt: whether its keys and values are those of a prompt.
     """
 
     name: str
@@ -87,11 +88,7 @@ class Part:
     method: Method | None = None
     projections: Mapping[nn.Module, Projection] = field(default_factory=dict)
     has_own_softmax: bool = False
-
-    @property
-    def is_prompt(self) -> bool:
-        """Return whether its keys and values are those of a prompt."""
-        return isinstance(self.method, PromptMethod)
+    is_prompt: bool = False
 
     @property
     def has_offset(self) -> bool:
@@ -502,7 +499,7 @@ class MixtureHooks:
         else:
             self.implementation.resume()
         watch(self.layers)
-        if any(part.is_prompt for part in parts):
+        if any(isinstance(part.method, PromptMethod) for part in parts):
             self.offsets = OffsetHooks(self.model, MixedOffsets())  # type: ignore[arg-type]
             self.offsets.install(self.model)
             self.handles.append(self.offsets)

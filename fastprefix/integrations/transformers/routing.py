@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...methods import LlamaAdapter, PrefixMethod, PromptMethod
 from .adapter import Adapter, Attachment, refuse_sharded
-from .discovery import find_layers
+from .discovery import Layer, find_layers
 from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
 from .mixing import BASE, MixedRows, MixtureHooks, Part, compute_prefixes, count_rows, get_held_names
 from .prefix import PrefixHooks
@@ -52,6 +52,7 @@ class Routing:
         self.store = SpanStore()
         self.stored: dict[str, Part] = {}
         """The adapters that are in the store alone, by name."""
+        self.serves = False  # the model has an AdapterStore, and stays as it is without an attached adapter
         self.lock = threading.RLock()
         self.hooks: MixtureHooks | None = None
         self.mixes = False  # the hooks for named adapters are installed, in place of those of the adapter in use
@@ -194,9 +195,8 @@ class Routing:
         if active is not None:
             active.hooks.remove()
         try:
-            if self.hooks is None:
-                self.hooks = MixtureHooks(self.model, find_layers(self.model), self.store)
-                self.hooks.leave = self.leave
+            self.make_hooks()
+            assert self.hooks is not None
             parts = [*self.stored.values(), *(self._find_part(name) for name in self._list_usable())]
             self.hooks.keys = {part: adapter for adapter, part in self.parts.items()}
             self.hooks.install(parts)
@@ -206,6 +206,18 @@ class Routing:
             raise
         self.mixes = True
         self.install()
+
+    def make_hooks(self) -> MixtureHooks:
+        """Return the hooks for named adapters, made once. No other adapter's hooks may be on the model."""
+        if self.hooks is None:
+            self.hooks = MixtureHooks(self.model, find_layers(self.model), self.store)
+            self.hooks.leave = self.leave
+        return self.hooks
+
+    def list_layers(self) -> list[Layer]:
+        """Return the attention layers of the model."""
+        assert self.hooks is not None
+        return list(self.hooks.layers.values())
 
     def leave(self) -> None:
         """Put the hooks of the adapter in use on the model again."""
@@ -339,7 +351,7 @@ def make_part(name: str, adapter: Adapter) -> Part:
     length = method.config.num_virtual_tokens
     indices = {module: index for index, module in enumerate(hooks.bindings)}
     if isinstance(method, PromptMethod):
-        return Part(name, length, length, indices, method)
+        return Part(name, length, length, indices, method, is_prompt=True)
     assert isinstance(hooks, PrefixHooks)
     assert isinstance(method, PrefixMethod)
     projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}

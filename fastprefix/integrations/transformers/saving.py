@@ -177,7 +177,7 @@ def load_adapter(
         ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
             it was.
     """
-    config, tensors, is_of_peft = _read_adapter(model, Path(directory))
+    config, tensors, is_of_peft = read_adapter(model, Path(directory))
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         return _attach(model, config, tensors, name, example_inputs)
     former = get_active_name(model)
@@ -204,7 +204,7 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
         ValueError: the adapter is damaged, of another model, or has more than free keys and values.
     """
     assert isinstance(model, PreTrainedModel)
-    config, tensors, _ = _read_adapter(model, Path(directory))
+    config, tensors, _ = read_adapter(model, Path(directory))
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
@@ -221,7 +221,7 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
     return PrefixState(pairs, biases, config.prefix_position)
 
 
-def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+def read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
     """Read the options and parameters of an adapter, and whether it is one of PEFT's."""
     path = folder / WEIGHTS_FILE
     if path.is_file():
@@ -253,7 +253,7 @@ def _attach(
     former = get_active_name(model)
     attach_empty(model, config, name, example_inputs)
     try:
-        _fill(_collect_parameters(model), tensors)
+        fill(_collect_parameters(model), tensors)
     except ValueError:
         _take_off(model, name, former)
         raise
@@ -345,7 +345,7 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
 
 
-def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy tensors into parameters, all or, where names or shapes differ, none."""
     if names := sorted(parameters.keys() ^ tensors.keys()):
         sides = [f"{name} ({'the model' if name in parameters else 'the adapter'} has it)" for name in names]

@@ -75,6 +75,11 @@ class SpanStore:
         """Keep a prefix under another key."""
         self.spans = {new if each == key else each: span for each, span in self.spans.items()}
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens at once."""
+        if tokens > self.capacity:
+            self._move(tokens)
+
     def compact(self) -> None:
         """Move all prefixes together and give the memory of all gaps and of the slack back."""
         self._move(self.tokens)
