@@ -27,7 +27,7 @@ from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules,
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
-from .mixing import BASE
+from .mixed_call import BASE
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .routing import Routing

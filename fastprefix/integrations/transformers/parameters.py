@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from .adapter import MODULE
-from .attachment import get_attachment, get_method
+from .attachment import get_attachment
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def parameter_groups(
     prompt_lr: float | None = None,
     gate_lr: float | None = None,
     weight_decay: float = 0.0,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with the learning rates that methods are trained with.
 
@@ -71,17 +73,26 @@ def parameter_groups(
         gate_lr: for gates; None: ``lr``. APT's are projections of a whole hidden state: at a rate that is right for the
             prefix, they are all at 1 within some tens of steps of Adam.
         weight_decay: for all groups.
+        adapter_names: of the adapters that are trained together, in batches whose rows name them. None: the one in use.
 
     Raises:
         ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
     """
-    if get_attachment(model).adapter.merged:
+    attachment = get_attachment(model)
+    names = [attachment.active] if adapter_names is None else list(dict.fromkeys(adapter_names))
+    adapters = [
+        attachment.adapter if name is None else attachment.adapters[attachment.check_known(name)] for name in names
+    ]
+    if any(adapter.merged for adapter in adapters):
         raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
-    method = get_method(model)
-    prompt = [method.prompt] if isinstance(method, PromptMethod) else []
-    gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]
+    methods = [adapter.method for adapter in adapters]
+    prompt = [method.prompt for method in methods if isinstance(method, PromptMethod)]
+    named = [pair for method in methods for pair in method.named_parameters()]
+    gates = [] if gate_lr is None else [p for name, p in named if "gate" in name]
+    in_use = set() if attachment.active is None else set(attachment.adapter.method.parameters())
+    beside = [p for p in model.parameters() if p not in in_use]
     apart = {*prompt, *gates}
-    rest = [p for p in model.parameters() if p.requires_grad and p not in apart]
+    rest = [p for p in dict.fromkeys([*(p for _, p in named), *beside]) if p.requires_grad and p not in apart]
     groups = [(prompt, prompt_lr), (gates, gate_lr), (rest, None)]
     return [
         {"params": parameters, "lr": lr if own_lr is None else own_lr, "weight_decay": weight_decay}

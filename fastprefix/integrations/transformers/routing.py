@@ -17,7 +17,8 @@ from ...methods import LlamaAdapter, PrefixMethod, PromptMethod
 from .adapter import Adapter, Attachment, refuse_sharded
 from .discovery import Layer, find_layers
 from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
-from .mixing import BASE, MixedRows, MixtureHooks, Part, compute_prefixes, count_rows, get_held_names
+from .mixed_call import BASE, MixedRows, Part, compute_prefixes
+from .mixing import MixtureHooks, count_rows, get_held_names
 from .prefix import PrefixHooks
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix, SpanStore
@@ -113,7 +114,8 @@ class Routing:
         if names is None:
             return self.former_generate(*args, **kwargs)
         self._check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
-        with self._select(names, 0 if cache is None else int(cache.get_seq_length())):
+        past = 0 if cache is None else int(cache.get_seq_length())
+        with torch.no_grad(), self._select(names, past):
             former, self.generating = self.generating, names
             try:
                 return self.former_generate(*args, **kwargs)
@@ -171,14 +173,14 @@ class Routing:
             parts = self.find_parts(names)
             self.enter()
             assert self.hooks is not None
-            rows = MixedRows(names, parts)
             if not torch.is_grad_enabled():
                 self._write(parts, past)
-            former, self.hooks.rows = self.hooks.rows, rows
+            call = self.hooks.make_call(MixedRows(names, parts, find_device(self.model)))
+            former, self.hooks.call = self.hooks.call, call
             try:
                 yield
             finally:
-                self.hooks.rows = former
+                self.hooks.call = former
 
     def enter(self) -> None:
         """Put the hooks for named adapters on the model, in place of those of the adapter in use."""

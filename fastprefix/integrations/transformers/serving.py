@@ -27,7 +27,7 @@ from .attachment import (
     use_adapter,
 )
 from .initial import PrefixState
-from .mixing import BASE, Part, compute_prefixes
+from .mixed_call import BASE, Part, compute_prefixes
 from .routing import Routing, find_reason_against, make_part
 from .saving import fill, load_adapter, read_adapter
 from .shared_prompt import SharedPromptHooks
