@@ -317,7 +317,8 @@ class CarriedBindings:
 class _CallInProgress(threading.local):
     """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
 
-    carried: CarriedBindings | None = None
+    def __init__(self) -> None:
+        self.carried: CarriedBindings | None = None  # of the instance from the start, since Dynamo's guards look there
 
 
 _CALL = _CallInProgress()

@@ -169,7 +169,7 @@ class MixtureHooks:
             raise ValueError("`output_attentions` must be False with `adapter_names`: the kernels make no weights.")
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
             raise ValueError("`use_reentrant` must be False for gradient checkpointing with `adapter_names`.")
-        prompts = [part.name for part in rows.parts if part.is_prompt]
+        prompts = [part.name for part in rows.parts if part.is_prompt] if rows.has_prompts else []
         if prompts and self.drops and self.backbone.training:
             raise ValueError(
                 f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model draws anew in "
