@@ -2,6 +2,7 @@
 
 from .attachment import attach, detach, disable_adapter, set_adapter
 from .composition import compose, swap_prefix
+from .exporting import encode_prompt_embeds, export_merged_base, export_prompt_embeds
 from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
@@ -18,7 +19,10 @@ __all__ = [
     "count_parameters",
     "detach",
     "disable_adapter",
+    "encode_prompt_embeds",
     "export_cache",
+    "export_merged_base",
+    "export_prompt_embeds",
     "load_adapter",
     "merge",
     "parameter_groups",

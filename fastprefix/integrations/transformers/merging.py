@@ -13,13 +13,16 @@ an output head shares its weights, that costs nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..._version import __version__
 from ...methods import (
     ADePT,
     DePT,
@@ -30,11 +33,13 @@ from ...methods import (
     PromptTuning,
     PromptTuningConfig,
 )
+from ...methods.base import check_choice
 from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
 from .initial import find_shared_sources
+from .mlx_format import FORMATS, write_prompt_cache
 from .prefix import PrefixHooks
 from .prompt import OffsetHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks
@@ -81,15 +86,32 @@ def merge(model: Model) -> Model:
     return model
 
 
-def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+def export_cache(
+    model: PreTrainedModel,
+    batch_size: int = 1,
+    *,
+    format: Literal["transformers", "mlx", "mlx-0.31"] = "transformers",
+    path: str | os.PathLike[str] | None = None,
+) -> DynamicCache:
     """Return a prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
 
     It takes the prefix's columns in ``attention_mask``, as every cache does. Calls and ``generate`` extend a cache:
     export one for each.
 
+    Args:
+        model: a model with a shifted prefix.
+        batch_size: of the cache.
+        format: "mlx" also writes a file that ``load_prompt_cache`` of MLX-LM 0.32 and later reads, and "mlx-0.31" one
+            for versions before that; the model there must have the same weights.
+        path: of that file, which is ``[1, Hkv, m, D]`` for each layer's keys and values.
+
     Raises:
-        ValueError: the method is more than keys and values that stand before all tokens, and what it is.
+        ValueError: the method is more than keys and values that stand before all tokens, and what it is, or the format
+            has no place for it.
     """
+    check_choice("format", format, ("transformers", *FORMATS))
+    if (path is None) != (format == "transformers"):
+        raise ValueError(f"`path` must be given for the formats {', '.join(FORMATS)}, and for no other.")
     adapter = get_attachment(model).adapter
     method = adapter.method
     if not isinstance(method, PrefixMethod):
@@ -106,6 +128,11 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         raise ValueError(f"`model` must have gates that do not depend on the input, but has {type(method).__name__}.")
     refuse_more_than_keys(method, "a cache")
     assert isinstance(adapter.hooks, PrefixHooks)
+    if format != "transformers" and adapter.hooks.windows:
+        raise ValueError(
+            "`model` must have no sliding windows for a prompt cache of MLX-LM, which has another class for them, but "
+            f"{type(model).__name__} has."
+        )
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
         raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
@@ -113,16 +140,21 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
     with torch.no_grad():
         prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
         sources = find_shared_sources(model, prefixes)
+        pairs: list[Prefix] = []
         for index, pair in prefixes.items():
             if index not in sources:
                 key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
                 cache.update(key, value, index)
+                pairs.append((key[:1], value[:1]))
             elif not all(map(torch.equal, pair, prefixes[sources[index]])):
                 raise ValueError(
                     f"`model` must be one with the same prefix in layers that share their keys and values, but layer "
                     f"{index} of {type(model).__name__} reads those of layer {sources[index]} from a cache, and its "
                     "prefix is another: use the adapter on the model instead"
                 )
+    if path is not None:
+        about = {"model": model.name_or_path or type(model).__name__, "fastprefix": __version__}
+        write_prompt_cache(Path(path), pairs, format, about)
     return cache
 
 
@@ -151,7 +183,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     """Turn a prompt into a prefix that stands before all tokens."""
     with load_offloaded(model, hooks.backbone):
         prefixes = hooks.run_prompt()
-    table = _rewrite_table(hooks) if isinstance(method, ADePT) else None
+    table = rewrite_table(hooks) if isinstance(method, ADePT) else None
     hooks.remove()
     layers = find_layers(model)
     prefix = _make_plain_prefix(method, [prefixes[index] for index in range(len(layers))], layers)
@@ -176,7 +208,7 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
     )
     prompt = PromptTuning(config, method.shape)
     prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
-    table = NewTable(hooks, _rewrite_table(hooks))
+    table = NewTable(hooks, rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
     _exchange(model, adapter, prompt, [table, hooks])
@@ -206,7 +238,7 @@ def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Seq
     return prefix
 
 
-def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
+def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
     """Compute the embedding table with ADePT's offset, in blocks, and with all else that the former module does to a
     row.
     """
