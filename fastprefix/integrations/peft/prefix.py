@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +49,11 @@ from ..transformers.hooks import (
     refuse_one_row_masks,
     refuse_replicas,
 )
+from ..transformers.mixing import check_names
 from ..transformers.prefix import PrefixCache
+from ..transformers.span_store import KeyedPrefix
 from ..transformers.switching import Implementation, runs_with_adapter
+from .mixing import PeftMixture
 
 
 class CachedPrefix:
@@ -197,12 +200,28 @@ class PromptLearning(CachedPrefix):
         """Return what stands for the prompt in one of PEFT's calls."""
         raise NotImplementedError
 
+    def make_mixture(self) -> PeftMixture:
+        """Return the hooks of a batch whose rows have different adapters."""
+        raise NotImplementedError
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run PEFT's ``generate``."""
+        """Run PEFT's ``generate``, or that of the base model, each row with the adapter that it names."""
+        if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
+            with torch.no_grad():
+                return self._run_mixed(names, self.peft_model.base_model.generate, args, kwargs)
         return self.call(functools.partial(type(self.peft_model).generate, self.peft_model), args, kwargs)
+
+    def _run_mixed(
+        self, names: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function of the base model, each row with its own adapter. Its results are about the tokens alone."""
+        arguments = name_arguments(("input_ids", "attention_mask", "inputs_embeds", "labels"), args, kwargs)
+        return self.make_mixture().run_with(names, function, arguments)
 
     def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the PEFT model that asks for the prompt."""
+        if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
+            return self._run_mixed(names, self.peft_model.base_model, args, kwargs)
         with self._track_call() as call:
             result = method(*args, **kwargs)
         if call.prompt is not None:
@@ -253,6 +272,13 @@ class PrefixAcceleration(PromptLearning):
         self, call: PeftCall, batch_size: int, task_ids: Tensor | None
     ) -> PrefixCache | EncoderDecoderCache:
         """Return a cache with the active adapter's prefix, computed once a call, for whatever batch size."""
+        prefixes = {self.layer_names[module]: prefix for module, prefix in self.read_prefixes().items()}
+        length = self.peft_model.active_peft_config.num_virtual_tokens
+        cache = PrefixCache(len(self.layers), length, prefixes)
+        return EncoderDecoderCache(cache, DynamicCache()) if self.backbone.config.is_encoder_decoder else cache
+
+    def read_prefixes(self) -> dict[nn.Module, GivenPrefix]:
+        """Return the prefix of the active adapter for each attention module."""
         peft_model = self.peft_model
         config = peft_model.active_peft_config
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]
@@ -261,17 +287,28 @@ class PrefixAcceleration(PromptLearning):
         rows = self._make_rows(encoder, config).to(peft_model.base_model.dtype)
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
         two_halves = self.backbone.config.is_encoder_decoder
-        prefixes = {}
+        prefixes: dict[nn.Module, GivenPrefix] = {}
         for index, layer in self.layers.items():
             source = self.sources[index]
             # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
             first = (4 * source) % (2 * layers) if two_halves else 2 * source
             pair = [_fit(tensor, layer) for tensor in keys_values[first : first + 2]]
             if pair[0] is not None and pair[1] is not None:
-                name = self.layer_names[layer.module]
-                prefixes[name] = GivenPrefix(pair[0], pair[1], window=layer.window, frozen=frozen)
-        cache = PrefixCache(len(self.layers), length, prefixes)
-        return EncoderDecoderCache(cache, DynamicCache()) if two_halves else cache
+                prefixes[layer.module] = GivenPrefix(pair[0], pair[1], window=layer.window, frozen=frozen)
+        return prefixes
+
+    def read_keyed(self) -> dict[nn.Module, KeyedPrefix]:
+        """Return the same for a batch of different adapters, cut off from the parameters of frozen tokens."""
+        return {
+            module: KeyedPrefix(*(_freeze(tensor, prefix.frozen) for tensor in (prefix.key, prefix.value)))
+            for module, prefix in self.read_prefixes().items()
+        }
+
+    def make_mixture(self) -> PeftMixture:
+        """Return the hooks of such a batch."""
+        if self.backbone.config.is_encoder_decoder:
+            raise ValueError("`adapter_names` must not be given to an encoder-decoder of PEFT.")
+        return PeftMixture(self.peft_model, list(self.layers.values()), self.read_keyed)
 
     def _make_rows(self, encoder: Any, config: Any) -> Tensor:
         """Return the keys and values ``[m, 2 L H D]`` of all layers, as PEFT's encoder computes them."""
@@ -286,6 +323,11 @@ class PrefixAcceleration(PromptLearning):
             )
         weight: Tensor = encoder.embedding.weight
         return weight
+
+
+def _freeze(tensor: Tensor, count: int) -> Tensor:
+    """Return keys or values ``[H, m, D]`` whose first tokens have no gradient."""
+    return torch.cat([tensor[:, :count].detach(), tensor[:, count:]], dim=1) if count else tensor
 
 
 def wraps_reentrantly(backbone: nn.Module) -> bool:

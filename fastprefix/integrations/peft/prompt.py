@@ -31,6 +31,7 @@ from ..transformers.positions import Positions
 from ..transformers.prefix import PrefixCache
 from ..transformers.shared_prompt import add_reached_token, has_dropout
 from ..transformers.switching import find_device
+from .mixing import PeftMixture
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
 _LOSS = "_loss_function"
@@ -65,6 +66,10 @@ class PromptAcceleration(PromptLearning):
         prompt: Tensor = type(self.peft_model).get_prompt(self.peft_model, 1, task_ids)
         call.prompt = prompt
         return prompt.detach().expand(batch_size, -1, -1)
+
+    def make_mixture(self) -> PeftMixture:
+        """Return the hooks of a batch whose rows have different prompts."""
+        return PeftMixture(self.peft_model, self.layers, None)
 
     def remove(self) -> None:
         """Remove all hooks."""

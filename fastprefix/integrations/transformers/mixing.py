@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ...methods import PromptMethod
 from .attention import (
     CarriedBindings,
     Prefix,
@@ -95,7 +94,7 @@ class MixtureHooks:
         else:
             self.implementation.resume()
         watch(self.layers)
-        if any(isinstance(part.method, PromptMethod) for part in parts):
+        if any(part.is_prompt for part in parts):
             self.offsets = OffsetHooks(self.model, MixedOffsets())  # type: ignore[arg-type]
             self.offsets.install(self.model)
             self.handles.append(self.offsets)
@@ -324,3 +323,29 @@ def count_rows(arguments: Mapping[str, Any]) -> int | None:
             return math.prod(value.shape[:-1]) if name.endswith("ids") else int(value.shape[0])
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     return int(tensors[0].shape[0]) if tensors else None
+
+
+def check_names(names: Any) -> tuple[str, ...] | None:
+    """Return the names that a call was given, as a tuple.
+
+    Raises:
+        TypeError: it is no list of names.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"`adapter_names` must be a list with a name for each row, but is {names!r}.")
+    if not names:
+        raise ValueError("`adapter_names` must have a name for each row of the batch, but is empty.")
+    return tuple(names)
+
+
+def check_rows(names: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
+    """Check that there is a name for each row of a call. Several choices of an example are rows of one name."""
+    count, ids = count_rows(arguments), arguments.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim > 2:
+        count = int(ids.shape[0])
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"`adapter_names` must have a name for each row of the batch, but has {len(names)} for {count} rows."
+        )

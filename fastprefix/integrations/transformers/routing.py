@@ -18,7 +18,7 @@ from .adapter import Adapter, Attachment, refuse_sharded
 from .discovery import Layer, find_layers
 from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
 from .mixed_call import BASE, MixedRows, Part, compute_prefixes
-from .mixing import MixtureHooks, count_rows, get_held_names
+from .mixing import MixtureHooks, check_names, check_rows, get_held_names
 from .prefix import PrefixHooks
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix, SpanStore
@@ -113,7 +113,7 @@ class Routing:
             names = get_held_names(cache)
         if names is None:
             return self.former_generate(*args, **kwargs)
-        self._check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
+        check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
         past = 0 if cache is None else int(cache.get_seq_length())
         with torch.no_grad(), self._select(names, past):
             former, self.generating = self.generating, names
@@ -144,7 +144,7 @@ class Routing:
                     "computed with other adapters than these names."
                 )
             if names is not None and not generating:
-                self._check_rows(names, arguments)
+                check_rows(names, arguments)
             return names
         if names is None:
             return held
@@ -154,17 +154,6 @@ class Routing:
                 "belong to the cache and may be left out."
             )
         return held
-
-    def _check_rows(self, names: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
-        """Check that there is a name for each row. Several choices of an example are rows of one name."""
-        count = count_rows(arguments)
-        ids = arguments.get("input_ids")
-        if isinstance(ids, torch.Tensor) and ids.ndim > 2:
-            count = int(ids.shape[0])
-        if count is not None and len(names) != count:
-            raise ValueError(
-                f"`adapter_names` must have a name for each row of the batch, but has {len(names)} for {count} rows."
-            )
 
     @contextmanager
     def _select(self, names: tuple[str, ...], past: int) -> Iterator[None]:
@@ -317,21 +306,6 @@ class Routing:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a new lock."""
         self.__dict__.update(state, lock=threading.RLock())
-
-
-def check_names(names: Any) -> tuple[str, ...] | None:
-    """Return the names that a call was given, as a tuple.
-
-    Raises:
-        TypeError: it is no list of names.
-    """
-    if names is None:
-        return None
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
-        raise TypeError(f"`adapter_names` must be a list with a name for each row, but is {names!r}.")
-    if not names:
-        raise ValueError("`adapter_names` must have a name for each row of the batch, but is empty.")
-    return tuple(names)
 
 
 def find_reason_against(adapter: Adapter) -> str | None:

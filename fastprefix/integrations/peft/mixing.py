@@ -1,0 +1,84 @@
+"""Run the rows of one batch with different adapters of an accelerated PEFT model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..transformers.discovery import Layer
+from ..transformers.mixed_call import BASE, MixedCall, MixedRows, Part
+from ..transformers.mixing import MixtureHooks, check_rows
+from ..transformers.span_store import KeyedPrefix, SpanStore
+from ..transformers.switching import find_device
+
+
+class PeftMixture(MixtureHooks):
+    """The hooks of a call of a PEFT model whose rows have different adapters."""
+
+    def __init__(
+        self,
+        peft_model: Any,
+        layers: Sequence[Layer],
+        read: Callable[[], Mapping[nn.Module, KeyedPrefix]] | None,
+    ) -> None:
+        super().__init__(peft_model.base_model, layers, SpanStore())
+        self.peft_model = peft_model
+        self.read = read
+        """Returns the keys and values of the active adapter, if these are its parameters; None: it has a prompt."""
+
+    def run_with(self, names: tuple[str, ...], function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run the base model, or its ``generate``, with an adapter for each row."""
+        check_rows(names, arguments)
+        parts = [self._make_part(name) for name in dict.fromkeys(names) if name != BASE]
+        rows = MixedRows(names, parts, find_device(self.model))
+        self.install(parts)
+        try:
+            self.call = self.make_call(rows)
+            if not torch.is_grad_enabled():
+                self.call.set_prefixes(self.compute_prefixes(parts))
+            return function(**arguments)
+        finally:
+            self.call = None
+            self.remove()
+
+    def _make_part(self, name: str) -> Part:
+        configs = self.peft_model.peft_config
+        if name not in configs:
+            raise ValueError(f"`adapter_names` must name adapters of the model, {[*configs, BASE]}, but has {name!r}.")
+        length = configs[name].num_virtual_tokens
+        indices = {module: index for index, module in enumerate(self.layers)}
+        return Part(name, length, length, indices, is_prompt=self.read is None)
+
+    def compute_prefixes(self, parts: Sequence[Part]) -> list[dict[nn.Module, KeyedPrefix]]:
+        """Return the keys and values of each adapter by attention module."""
+        if self.read is not None:
+            prefixes = []
+            for part in parts:
+                with self._active(part.name):
+                    prefixes.append(dict(self.read()))
+            return prefixes
+        prompts = []
+        for part in parts:
+            with self._active(part.name):
+                prompts.append(type(self.peft_model).get_prompt(self.peft_model, 1)[0])
+        return self.run_prompts([SimpleNamespace(prompt=prompt) for prompt in prompts])
+
+    def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:
+        """Return the arguments with shifted positions. PEFT has prompts count them itself, padding included."""
+        if self.read is None:
+            arguments.pop("position_ids", None)
+        return super()._arrange(arguments, call)
+
+    @contextmanager
+    def _active(self, name: str) -> Iterator[None]:
+        """Have PEFT compute an adapter in this context."""
+        former, self.peft_model.active_adapter = self.peft_model.active_adapter, name
+        try:
+            yield
+        finally:
+            self.peft_model.active_adapter = former
