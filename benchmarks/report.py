@@ -256,6 +256,15 @@ def tabulate_long_prefixes(record: Record) -> Table:
     return Table(header, rows)
 
 
+def tabulate_many_adapters(record: Record) -> Table:
+    """Show the times of all peers in units of the floor: one adapter for all rows, or a copy of the same size."""
+    header, rows = ("case", "peer", "ms", "x floor"), []
+    for (kind, dtype), of in load_frame(record, "quantity == 'seconds'").groupby(["kind", "dtype"], sort=False):
+        for peer, seconds, ratio in zip(of.peer, of.p50, of["x floor"], strict=True):
+            rows.append([f"{kind}, {dtype}", peer, number(1e3 * seconds, 1), number(ratio)])
+    return Table(header, rows)
+
+
 def tabulate_gpu(record: Record) -> Table:
     """Show the times of prefix attention on a GPU, its rate, and the ratios to the best peer and the best floor."""
     header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
@@ -281,6 +290,7 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "shared-prompt": (tabulate_shared_prompt, "S"),
     "models": (tabulate_model, "model"),
     "long-prefixes": (tabulate_long_prefixes, None),
+    "many-adapters": (tabulate_many_adapters, None),
     "cartridge": (tabulate_cartridge, None),
     "adapterhub": (tabulate_model, "model"),
     "gpu": (tabulate_gpu, None),

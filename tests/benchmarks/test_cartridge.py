@@ -151,6 +151,19 @@ def test_long_prefixes(tmp_path: Path) -> None:
     assert report.describe_record("long_prefixes", record)
 
 
+def test_many_adapters(tmp_path: Path) -> None:
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--dtype", "float32"]
+    assert main(["many-adapters", *options]) == 0
+    record = results.read(tmp_path / "many_adapters.json")
+    peers = [(row["kind"], row["peer"]) for row in record.rows if row["quantity"] == "seconds"]
+    of_kind = ["shared", "mixed", "in turn", "base"]
+    assert peers == [(kind, peer) for kind in ("prefix", "prompt") for peer in of_kind] + [
+        ("swap", "copy"),
+        ("swap", "store"),
+    ]
+    assert [row[1] for row in report.tabulate_many_adapters(record).rows] == [peer for _, peer in peers]
+
+
 def test_decoding_leaves_the_cache_as_it_was() -> None:
     config = models.configure("causal_lm", QUICK.size)
     model: Any = models.build("causal_lm", config, CPU)

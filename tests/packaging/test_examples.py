@@ -49,3 +49,12 @@ def test_cartridge(own_text: bool, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     printed = run("cartridge.py", monkeypatch, capsys, *(["--text", "text.txt"] if own_text else []))
     losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_serve_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve_many.py", "--requests", "10", "--tokens", "3"])
+    runpy.run_path(str(EXAMPLES / "serve_many.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("tokens per second") == 2
+    assert "user0: " in printed
+    assert "AdapterStore(4 adapters, 68 tokens" in printed

@@ -1,0 +1,118 @@
+"""Rows of one batch with different adapters, and adapters that are swapped in.
+
+"prefix", "prompt": prefill and greedy generation of 16 rows. The floor is one adapter that all rows share; ``mixed``
+has another adapter for each row, ``in turn`` generates each row by itself with its adapter, ``base`` has no adapter.
+"swap": a prefix in host memory takes the place of another in the model's store. The floor copies as many bytes.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import fastprefix
+
+from .measure import Work
+from .suite import DTYPES, Problem, add_common, run_suite
+
+DESCRIPTION = "A batch whose rows have different adapters, against one shared adapter and one adapter after another."
+ROWS, LENGTH, TOKENS, NEW = 16, 100, 128, 64
+SWAPPED = 20 * 2**20  # bytes
+SIZES: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
+QUICK: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2}
+
+
+def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    rows, tokens, new = (4, 8, 4) if options.quick else (ROWS, TOKENS, NEW)
+    for name in options.dtype:
+        for kind in ("prefix", "prompt"):
+            model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
+            attach_all(model, kind, rows)
+            case = {"kind": kind, "rows": rows, "P": LENGTH, "N": tokens, "new": new, "dtype": name}
+            yield case, generate(model, draw_ids(rows, tokens, device), new)
+        model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
+        yield {"kind": "swap", "dtype": name}, swap(model, SWAPPED // (64 if options.quick else 1))
+
+
+def build_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **sizes,
+        vocab_size=4096,
+        intermediate_size=8 * sizes["hidden_size"] // 3,
+        initializer_range=sizes["hidden_size"] ** -0.5,
+    )
+    model: Any = transformers.LlamaForCausalLM(config).eval()
+    model.to(device=device, dtype=dtype).generation_config.eos_token_id = None
+    return model
+
+
+def attach_all(model: Any, kind: str, count: int) -> None:
+    for index in range(count):
+        config = fastprefix.PrefixTuningConfig(LENGTH) if kind == "prefix" else fastprefix.PromptTuningConfig(LENGTH)
+        fastprefix.attach(model, config, name=f"adapter {index}", check=index == 0)
+
+
+def draw_ids(rows: int, tokens: int, device: torch.device) -> Tensor:
+    return torch.randint(3, 4096, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def generate(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
+    names = [f"adapter {index}" for index in range(len(ids))]
+    run = partial(model.generate, max_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    def run_shared() -> None:
+        fastprefix.set_adapter(model, names[0])
+        run(input_ids=ids)
+
+    def run_in_turn() -> None:
+        for row, name in enumerate(names):
+            fastprefix.set_adapter(model, name)
+            run(input_ids=ids[row : row + 1])
+
+    def run_base() -> None:
+        with fastprefix.disable_adapter(model):
+            run(input_ids=ids)
+
+    return {
+        "shared": Work("floor", {"generate": run_shared}),
+        "mixed": Work("ours", {"generate": lambda: run(input_ids=ids, adapter_names=names)}),
+        "in turn": Work("theirs", {"generate": run_in_turn}),
+        "base": Work("theirs", {"generate": run_base}),
+    }
+
+
+def swap(model: Any, size: int) -> dict[str, Work]:
+    """Swap two prefixes of so many bytes in a store that holds others."""
+    config, dtype = model.config, model.dtype
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    width = config.hidden_size // config.num_attention_heads
+    length = size // (2 * layers * heads * width * dtype.itemsize)
+    pairs = [tuple(torch.randn(heads, length, width).to(dtype) for _ in range(2)) for _ in range(layers)]
+    state = fastprefix.PrefixState(pairs)  # type: ignore[arg-type]
+    store = fastprefix.AdapterStore(model, tokens=4 * length)
+    for name in ("one", "two", "three"):
+        store.load(name, state)
+    places = [tuple(torch.empty_like(tensor, device=model.device) for tensor in pair) for pair in pairs]
+
+    def copy() -> None:
+        for pair, place in zip(pairs, places, strict=True):
+            for source, target in zip(pair, place, strict=True):
+                target.copy_(source)
+
+    return {
+        "copy": Work("floor", {"swap": copy}),
+        "store": Work("ours", {"swap": lambda: store.load("two", state)}),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
+
+
+def run(options: argparse.Namespace) -> int:
+    return run_suite("many-adapters", list_problems, options)
