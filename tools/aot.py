@@ -37,8 +37,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.f
 _WIDTHS = (16, 64, 80, 128, 256)
 _SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 alone
 _SAMPLED_FEATURES = ("full", "causal, gate of keys", "spans, gate of keys", "everything")
-_QUICK_BOTTLENECKS = (19, 64, 512)
-_BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 100, 200)
+_QUICK_BOTTLENECKS = (19, 512)
+_BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 64, 100, 200)
 _EVERYTHING: dict[str, Any] = {
     "is_causal": True,
     "window_size": 100,

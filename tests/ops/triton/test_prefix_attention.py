@@ -108,16 +108,30 @@ CASES: dict[str, Inputs] = {
     "gate of rows, prefix of each": {"gate": "B1P", "prefix_a_row": True},
     "one gate": {"gate": "1"},
     "gate of queries": {"gate": "BHNP"},
-    "gate of queries, one for all keys": {"gate": "B1N1", "P": 40},
+    "gate of queries, one for all keys": {"gate": "B1N1", "N": 20, "M": 20, "P": 40},
     "gate of queries, shared by heads": {"gate": "B1NP", "P": 40, "Hq": 4, "N": 21, "M": 19, "D": 16},
-    "gate of queries, shared by rows": {"gate": "1HNP", "B": 3, "prefix_a_row": True, "is_causal": True},
-    "gate of queries, shared by all": {"gate": "11NP", "output_gate": "BH", "dropout_p": 0.2},
+    "gate of queries, shared by rows": {
+        "gate": "1HNP",
+        "B": 3,
+        "Hq": 2,
+        "N": 20,
+        "prefix_a_row": True,
+        "is_causal": True,
+    },
+    "gate of queries, shared by all": {
+        "gate": "11NP",
+        "N": 20,
+        "M": 20,
+        "Hq": 2,
+        "output_gate": "BH",
+        "dropout_p": 0.2,
+    },
     "gate of heads in four dimensions": {"gate": "1H1P"},
     "separate": {"output_gate": "BH"},
     "separate, gated": {"output_gate": "H", "gate": "BhP", "is_causal": True},
     "separate, gate of queries": {"output_gate": "H", "gate": "BHNP", "P": 19},
     "separate, sinks, softcap": {"output_gate": "B1", "sinks": True, "softcap": 2.0, "window_size": 9},
-    "separate, dropout": {"output_gate": "BH", "dropout_p": 0.4, "gate": "P"},
+    "separate, dropout": {"N": 20, "M": 20, "output_gate": "BH", "dropout_p": 0.4, "gate": "P"},
     "dropout": {"dropout_p": 0.3},
     "dropout of everything": {"dropout_p": 1.0, "B": 1},
     "key bias": {"key_bias": "hP"},
@@ -125,12 +139,12 @@ CASES: dict[str, Inputs] = {
     "key bias of rows, prefix shared": {"key_bias": "B1P", "frozen": 3},
     "key bias of rows, prefix of each": {"key_bias": "BhP", "prefix_a_row": True, "P": 40, "frozen": 7},
     "key bias of heads": {"key_bias": "h1", "mask": "bool"},
-    "key bias, separate": {"key_bias": "hP", "output_gate": "BH", "gate": "BHNP", "dropout_p": 0.2},
+    "key bias, separate": {"N": 20, "M": 20, "key_bias": "hP", "output_gate": "BH", "gate": "BHNP", "dropout_p": 0.2},
     "frozen": {"frozen": 7, "P": 50},
     "all frozen": {"frozen": 19, "gate": "hP", "key_bias": "hP"},
     "spans": {"spans": "own", "B": 4, "is_causal": True},
     "spans, equal": {"spans": "equal", "B": 4, "N": 20, "gate": "hP", "mask": "padding"},
-    "spans, ragged": {"spans": "ragged", "B": 5, "P": 50, "gate": "BhP", "segments": True, "key_bias": "hT"},
+    "spans, ragged": {"spans": "ragged", "B": 4, "N": 20, "P": 50, "gate": "BhP", "segments": True, "key_bias": "hT"},
     "spans of one row": {"spans": ((3, 17),), "B": 1, "key_bias": "1T", "frozen": 5},
     "spans, a large one beside empty ones": {
         "spans": ((5, 0), (1, 150), (0, 0), (7, 1)),
@@ -140,23 +154,52 @@ CASES: dict[str, Inputs] = {
         "is_causal": True,
         "segments": True,
     },
-    "spans, frozen": {"spans": "ragged", "B": 5, "P": 40, "frozen": 9, "key_bias": "hT", "softcap": 2.0},
-    "spans, gate of queries": {"spans": "ragged", "B": 4, "P": 40, "gate": "BHNP", "bias": "BHNP", "sinks": True},
-    "spans, gate of queries, shared": {"spans": "ragged", "B": 4, "P": 40, "gate": "11NP", "key_bias": "hT"},
+    "spans, frozen": {
+        "spans": "ragged",
+        "B": 4,
+        "N": 20,
+        "Hq": 2,
+        "Hkv": 1,
+        "P": 40,
+        "frozen": 9,
+        "key_bias": "hT",
+        "softcap": 2.0,
+    },
+    "spans, gate of queries": {
+        "spans": "ragged",
+        "B": 3,
+        "N": 20,
+        "Hq": 2,
+        "P": 40,
+        "gate": "BHNP",
+        "bias": "BHNP",
+        "sinks": True,
+    },
+    "spans, gate of queries, shared": {"spans": "ragged", "B": 3, "N": 20, "P": 40, "gate": "11NP", "key_bias": "hT"},
     "no queries, gate of queries, shared": {"N": 0, "gate": "B1NP"},
-    "spans, gate of queries alone": {"spans": "own", "B": 3, "gate": "B1N1", "window_size": 9},
-    "spans, gate of keys": {"spans": "own", "B": 3, "gate": "1H1P", "bias": "P", "mask": "float 1HNM"},
+    "spans, gate of queries alone": {"spans": "own", "B": 3, "N": 20, "Hq": 2, "gate": "B1N1", "window_size": 9},
+    "spans, gate of keys": {"spans": "own", "B": 2, "N": 20, "gate": "1H1P", "bias": "P", "mask": "float 1HNM"},
     "spans, one gate": {"spans": "ragged", "B": 4, "N": 20, "gate": "1"},
-    "spans, separate": {"spans": "own", "B": 3, "output_gate": "BH", "gate": "BhP", "sinks": True, "key_bias": "h1"},
+    "spans, separate": {
+        "spans": "own",
+        "B": 3,
+        "N": 20,
+        "Hq": 2,
+        "output_gate": "BH",
+        "gate": "BhP",
+        "sinks": True,
+        "key_bias": "h1",
+    },
     "spans, separate, dropout": {
         "spans": "equal",
         "B": 3,
         "N": 20,
+        "Hq": 2,
         "output_gate": "H",
         "dropout_p": 0.3,
         "softcap": 2.0,
     },
-    "spans, dropout": {"spans": "ragged", "B": 4, "N": 20, "P": 40, "dropout_p": 0.3},
+    "spans, dropout": {"spans": "ragged", "B": 3, "N": 20, "Hq": 2, "P": 40, "dropout_p": 0.3},
     "spans of nothing": {"spans": "own", "P": 0, "B": 3, "N": 20},
     "spans of no rows": {"spans": "own", "B": 0, "key_bias": "hT"},
     "spans, no queries": {"spans": "own", "N": 0, "gate": "BhP", "key_bias": "hT"},
@@ -165,11 +208,10 @@ CASES: dict[str, Inputs] = {
     **{
         f"prefix of {P}, packed rows": {
             "P": P,
-            "N": 40,
-            "M": 40,
+            "N": 20,
+            "M": 20,
             "B": 1,
-            "Hq": 2,
-            "Hkv": 1,
+            "Hq": 1,
             "D": 16,
             "Dv": 16,
             "segments": True,
@@ -220,10 +262,10 @@ CASES: dict[str, Inputs] = {
     "decoding, no prefix": {"N": 1, "M": 100, "P": 0},
     "decoding, no tokens": {"N": 1, "M": 0, "P": 100},
     "decoding, spans": {"spans": "own", "B": 3, "N": 1, "M": 70, "P": 100, "key_bias": "hT"},
-    "decoding, equal spans": {"spans": "equal", "B": 37, "N": 1, "M": 20, "P": 70, "gate": "BhP", "Hq": 2, "Hkv": 1},
+    "decoding, equal spans": {"spans": "equal", "B": 19, "N": 1, "M": 20, "P": 70, "gate": "BhP", "Hq": 2, "Hkv": 1},
     "decoding, spans of which some are equal": {
-        "spans": tuple([(7, 90), (7, 0), (7, 90), (3, 40), (8, 90)][row * row % 5] for row in range(40)),
-        "B": 40,
+        "spans": tuple([(7, 90), (7, 0), (7, 90), (3, 40), (8, 90)][row * row % 5] for row in range(20)),
+        "B": 20,
         "N": 2,
         "M": 3,
         "Hq": 2,
@@ -231,10 +273,11 @@ CASES: dict[str, Inputs] = {
     },
     "decoding, spans, separate": {
         "spans": "ragged",
-        "B": 5,
+        "B": 3,
         "N": 3,
         "M": 30,
         "P": 140,
+        "Hq": 2,
         "output_gate": "BH",
         "sinks": True,
         "gate": "BHNP",
@@ -302,7 +345,7 @@ def test_dropout_drops_what_the_eager_backend_drops(device: str) -> None:
 
 
 def test_twice_the_same_bits(device: str) -> None:
-    x = make(device, B=3, P=40, gate="P", sinks=True)
+    x = make(device, B=3, Hq=2, N=20, P=40, gate="P", sinks=True)
     first, second = (run(triton_backend, x) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
@@ -453,7 +496,7 @@ def test_partial_sums_of_the_prefix_are_bounded(processors: int, P: int, spans: 
 
 def test_spans_twice_the_same_bits(device: str) -> None:
     for more in ({"N": 19}, {"N": 2}):
-        x = make(device, B=3, M=17, P=40, spans="ragged", gate="BhP", key_bias="hT", output_gate="BH", **more)
+        x = make(device, B=3, Hq=2, M=17, P=40, spans="ragged", gate="BhP", key_bias="hT", output_gate="BH", **more)
         first, second = (run(triton_backend, x) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
@@ -461,7 +504,7 @@ def test_spans_twice_the_same_bits(device: str) -> None:
 
 @pytest.mark.parametrize("N", [1, 20])
 def test_what_other_rows_see_of_the_store_does_not_matter(device: str, N: int) -> None:
-    x = make(device, B=3, N=N, M=70, P=30, spans="own", gate="BhP", key_bias="hT")
+    x = make(device, B=3, Hq=2, N=N, M=70, P=30, spans="own", gate="BhP", key_bias="hT")
     wanted = ["query", "key", "value", "prefix_gate"]
     output, gradients = run(triton_backend, x, wanted)
     for name in ("prefix_key", "prefix_value", "prefix_key_bias"):
@@ -476,7 +519,7 @@ def test_what_other_rows_see_of_the_store_does_not_matter(device: str, N: int) -
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_spans_in_any_layout(device: str, dtype: torch.dtype) -> None:
-    x = make(device, B=3, N=20, M=20, P=30, spans="ragged", key_bias="hT")
+    x = make(device, B=3, Hq=2, N=20, M=20, P=30, spans="ragged", key_bias="hT")
     output, gradients = run(triton_backend, x)
     x["prefix_spans"] = x["prefix_spans"].to(dtype).mT.contiguous().mT
     again, gradients_again = run(triton_backend, x)
