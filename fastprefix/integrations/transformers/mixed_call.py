@@ -148,6 +148,7 @@ class MixedCall:
         self.gates = CallGates()
         self.method = MixedGates([layer.shape for layer in layers.values()], rows, list(layers))
         self.stores: list[LayerStore | None] = [None] * len(layers)
+        self.store: SpanStore | None = None  # that they are in
         self.bindings: dict[nn.Module, Binding] = {
             module: MixedBinding(self, index, layer) for index, (module, layer) in enumerate(layers.items())
         }
@@ -166,6 +167,7 @@ class MixedCall:
 
     def set_spans(self, store: SpanStore, spans: Sequence[Span | None]) -> None:
         """Take the keys and values of all parts from a store in which they have these spans."""
+        self.store = store
         for index, module in enumerate(self.bindings):
             places: list[Place] = [
                 None if span is None or module not in part.indices else (span.start, span.length)
@@ -272,7 +274,12 @@ class MixedBinding(LayerBinding):
                 return None
             self.call.stores[self.index] = self._project(query)
         store = self.call.stores[self.index]
-        return None if store is None else (store.prefix.key.to(query), store.prefix.value.to(query))
+        if store is None:
+            return None
+        prefix = store.prefix
+        if self.call.store is not None and prefix.key.device != query.device:
+            prefix = self.call.store.move_layer(self.index, query.device)
+        return prefix.key.to(query), prefix.value.to(query)
 
     def _is_running(self, part: Part) -> bool:
         return self.module in part.projections and part.projections[self.module].running

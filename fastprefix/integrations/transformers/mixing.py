@@ -84,6 +84,7 @@ class MixtureHooks:
         """Return a call, without gradients with the keys and values that are in the store."""
         call = MixedCall(self.layers, rows)
         if not torch.is_grad_enabled():
+            self.store.convert(self.model.dtype)
             call.set_spans(self.store, [self.store.spans.get(self.find_key(part)) for part in rows.parts])
         return call
 

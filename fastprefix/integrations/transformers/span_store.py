@@ -8,7 +8,7 @@ is large enough, all prefixes move into new tensors with some slack.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class SpanStore:
             start += span.length
         self.capacity = capacity
         for index, layer in self.layers.items():
-            moved = KeyedPrefix(*(None if tensor is None else self._make_room(tensor) for tensor in layer))  # type: ignore[arg-type]
+            moved = _map_tensors(layer, self._make_room)
             for key, span in former.items():
                 for target, source in zip(moved, layer, strict=True):
                     if target is not None and source is not None:
@@ -137,22 +137,33 @@ class SpanStore:
             elif bias is not None:
                 cut_span(bias, span).zero_()
 
-    def fit(self, index: int, like: Tensor) -> KeyedPrefix:
-        """Return a layer in the dtype and on the device of a tensor, to which it is moved for good if need be."""
+    def convert(self, dtype: torch.dtype) -> None:
+        """Give all layers a dtype, that of a model which was converted."""
+        if any(layer.key.dtype is not dtype for layer in self.layers.values()):
+            self._map_layers(lambda tensor: tensor.to(dtype))
+
+    def move_layer(self, index: int, device: torch.device) -> KeyedPrefix:
+        """Return a layer on a device, to which it is moved for good if need be: that of a model which was moved."""
         layer = self.layers[index]
-        if layer.key.dtype is not like.dtype or layer.key.device != like.device:
-            layer = self.layers[index] = KeyedPrefix(*(None if t is None else t.to(like) for t in layer))  # type: ignore[arg-type]
+        if layer.key.device != device:
+            layer = self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(device))
         return layer
+
+    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> None:
+        for index, layer in self.layers.items():
+            self.layers[index] = _map_tensors(layer, function)
 
     def read(self, key: Hashable) -> dict[int, KeyedPrefix]:
         """Return views of a prefix by layer. Layers that it is not for have whatever is there."""
         span = self.spans[key]
-        return {
-            index: KeyedPrefix(*(None if tensor is None else cut_span(tensor, span) for tensor in layer))  # type: ignore[arg-type]
-            for index, layer in self.layers.items()
-        }
+        return {i: _map_tensors(layer, lambda tensor: cut_span(tensor, span)) for i, layer in self.layers.items()}
 
 
 def cut_span(tensor: Tensor, span: Span) -> Tensor:
     """Return the part of a tensor ``[Hkv, T, ...]`` in a span."""
     return tensor[:, span.start : span.start + span.length]
+
+
+def _map_tensors(layer: KeyedPrefix, function: Callable[[Tensor], Tensor]) -> KeyedPrefix:
+    key, value, bias = layer
+    return KeyedPrefix(function(key), function(value), None if bias is None else function(bias))

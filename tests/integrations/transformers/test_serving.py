@@ -177,6 +177,23 @@ def test_loading_leaves_other_adapters_where_they_are(files: Files) -> None:
     assert store.tokens == 4 + 20
 
 
+def test_the_store_follows_the_model(files: Files) -> None:
+    model = models.decoder()
+    store = fastprefix.AdapterStore(model)
+    store.load("prefix", files.folder / "prefix")
+    files.check(model, ["prefix", BASE], {"prefix": "prefix", BASE: BASE})
+    size = store.nbytes
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        logits = model(input_ids=IDS, adapter_names=["prefix"]).logits[0]
+    assert logits.dtype is torch.bfloat16
+    assert float((logits - files.logits["prefix"]).abs().mean()) < 0.1 * float(files.logits["prefix"].abs().mean())
+    assert store.nbytes == size // 4
+    store.load("biases", files.folder / "biases")
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=IDS, adapter_names=["biases"]).logits).all()
+
+
 class TestResidentAdapters:
     """Adapters come when a batch needs them, and those go that were not used for longest."""
 
