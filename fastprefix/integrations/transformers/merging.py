@@ -237,7 +237,8 @@ def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
         with load_offloaded(hooks.model, former):
             table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
-    return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
+    padding = getattr(former, "padding_idx", None)
+    return nn.Embedding(rows, width, padding_idx=padding, _weight=table, _freeze=True)
 
 
 class NewTable:

@@ -23,19 +23,14 @@ def _is_of(value: object, names: frozenset[str]) -> bool:
     return any(each.__name__ in names for each in type(value).__mro__)
 
 
-def is_peft_model(model: object) -> bool:
-    """Return whether a model is one of PEFT's, around a base model."""
-    return _is_of(model, _MODELS)
-
-
 def find_base_model(model: nn.Module) -> PreTrainedModel:
     """Return the model inside a PEFT model whose adapters are layers, or the model itself.
 
     PEFT's prompts, prefixes and adaption prompts are no layers: a model with one of these is returned as it is.
     """
-    if is_peft_model(model) and not getattr(model, "_is_prompt_learning", False):
+    if _is_of(model, _MODELS) and not getattr(model, "_is_prompt_learning", False):
         base = getattr(model._modules.get("base_model"), "model", None)
-        if isinstance(base, PreTrainedModel) and has_tuner_layers(base):
+        if isinstance(base, PreTrainedModel) and "ADAPTION_PROMPT" not in str(getattr(model, "peft_type", "")):
             return base
     return cast(PreTrainedModel, model)
 
