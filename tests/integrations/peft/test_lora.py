@@ -185,3 +185,55 @@ def test_a_prompt_matches_the_textbook(family: str) -> None:
 )
 def test_kinds_of_lora_match_the_textbook(method: str, kind: str) -> None:
     assert_same_training("llama", kind, method, padding="none")
+
+
+def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["prefix-mlp", "apt", "prompt", "adept"])
+def test_gradient_checkpointing_changes_nothing(method: str, reentrant: bool) -> None:
+    model = attached(tuned(), METHODS[method]()).train()
+    inputs = make_inputs(find_base_model(model))
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(gradients(model, inputs), expected)
+    assert {name for name in expected if name != "loss"} == trained(model).keys()
+
+
+@pytest.mark.parametrize("method", ["prefix", "apt", "adept"])
+def test_compiled_as_a_whole(method: str) -> None:
+    model = attached(tuned(), METHODS[method]())
+    base, inputs = find_base_model(model), models.batch("right")
+    inputs["labels"] = inputs["input_ids"]
+    expected = gradients(base, inputs)
+    torch._dynamo.reset()
+    base.forward = torch.compile(base.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+    assert_same(gradients(base, inputs), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["prefix", "adept"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_base_of_low_precision(family: str, method: str, autocast: bool) -> None:
+    """What is trained is float32, and what comes out has the precision of the base."""
+    base = FAMILIES[family]().to(torch.bfloat16)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    fastprefix.attach(model, METHODS[method](), check=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(**make_inputs(base))
+    assert output.logits.dtype is torch.bfloat16
+    output.loss.backward()
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(model).values())
