@@ -5,6 +5,7 @@ from .composition import compose, swap_prefix
 from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
+from .publishing import push_to_hub
 from .saving import load_adapter, read_prefix, save_adapter
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "parameter_groups",
+    "push_to_hub",
     "read_prefix",
     "save_adapter",
     "set_adapter",

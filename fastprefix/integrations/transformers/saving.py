@@ -41,7 +41,9 @@ from .attachment import (
     set_adapter,
     use_adapter,
 )
+from .cartridge_format import NAMES as CARTRIDGES
 from .cartridge_format import find_cartridge, read_cartridge
+from .hub import locate
 from .initial import PrefixState
 from .switching import OPTIONS, Inputs
 from .tuners import find_base_model
@@ -176,6 +178,10 @@ CARRIED = "fastprefix"
 """The folder in a directory of PEFT's that has the adapters of this package, one file each."""
 
 
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{CARRIED}/*.safetensors", *CARTRIDGES)
+"""What is downloaded of an adapter on the hub."""
+
+
 def _locate_carried(directory: Path, name: str) -> Path:
     return directory / CARRIED / f"{quote(name, safe='')}.safetensors"
 
@@ -223,15 +229,23 @@ def _find_carried(directory: Path, name: str) -> Path | None:
 
 
 def load_adapter(
-    model: Model, directory: str | os.PathLike[str], *, name: str = DEFAULT, example_inputs: Inputs | None = None
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    example_inputs: Inputs | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
 ) -> Model:
     """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
 
     Args:
         model: the model that it was saved from, or one like it.
-        directory: of the adapter.
+        directory: of the adapter, or the name of a repository on the Hugging Face hub, such as "organization/name".
         name: that it gets on this model.
         example_inputs: as for ``attach``.
+        revision: of the repository: a branch, a tag or a commit.
+        token: for the hub; None: the one that is stored on this machine.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
     one that a PEFT model with LoRA or the like has saved while an adapter of this package was on it (of several, that
@@ -242,10 +256,11 @@ def load_adapter(
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
-            it was.
+            it was. Or a revision of a local directory.
     """
     base = find_base_model(model)
-    config, tensors, is_of_peft = _read_adapter(base, Path(directory), name)
+    folder = locate(directory, _FILES, revision, token)
+    config, tensors, is_of_peft = _read_adapter(base, folder, name)
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         _attach(model, config, tensors, name, example_inputs)
         return model
@@ -261,18 +276,27 @@ def load_adapter(
     return model
 
 
-def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixState:
+def read_prefix(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> PrefixState:
     """Read a saved prefix into memory, for ``swap_prefix`` or ``attach(..., past_key_values=state.pairs)``.
 
     Args:
         model: the model that it was saved from, or one like it, which is not changed.
         directory: as for ``load_adapter``.
+        revision: of a repository on the hub.
+        token: for the hub.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged, of another model, or has more than free keys and values.
     """
-    config, tensors, _ = _read_adapter(find_base_model(model), Path(directory), DEFAULT)
+    folder = locate(directory, _FILES, revision, token)
+    config, tensors, _ = _read_adapter(find_base_model(model), folder, DEFAULT)
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:

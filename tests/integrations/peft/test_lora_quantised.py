@@ -13,8 +13,9 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import fastprefix
 
 from ... import models
+from ..transformers.test_training import trained, trainer
 from .test_lora import METHODS
-from .test_lora_state import lora, trained, trainer
+from .test_lora_state import lora
 
 pytestmark = [
     pytest.mark.peft,
@@ -49,7 +50,7 @@ def test_both_are_trained(method: str, bits: int, dora: bool, tmp_path: Path) ->
     model = quantised(tmp_path, bits, use_dora=dora, init_lora_weights=True)
     fastprefix.attach(model, METHODS[method](), check=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    of = trainer(model, tmp_path, save_strategy="no", max_steps=9, learning_rate=0.03)
+    of = trainer(model, "decoder", tmp_path, save_strategy="no", max_steps=9, learning_rate=0.03)
     of.train()
     losses = [entry["loss"] for entry in of.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
 from fastprefix.integrations.transformers.tuners import find_base_model
 
 from ... import models, peft_support
-from ..transformers.test_training import Stop, dataset, trained
+from ..transformers.fake_hub import serve
+from ..transformers.test_training import Stop, trained, trainer
 from .test_lora import METHODS, attached, randomize, tuned
 
 pytestmark = pytest.mark.peft
@@ -488,22 +489,6 @@ def test_peft_models_of_prompts_are_refused() -> None:
 # Trainer
 
 
-def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 0.01,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **options,
-    }
-    rows = dataset("decoder")
-    return Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=rows, eval_dataset=rows)
-
-
 def fresh(method: str) -> Any:
     torch.manual_seed(0)
     model = peft.get_peft_model(models.decoder().float(), lora())
@@ -512,12 +497,12 @@ def fresh(method: str) -> Any:
 
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 def test_trainer_resumes_both(method: str, tmp_path: Path) -> None:
-    whole = trainer(fresh(method), tmp_path / "whole")
+    whole = trainer(fresh(method), "decoder", tmp_path / "whole")
     whole.train()
-    stopped = trainer(fresh(method), tmp_path / "parts")
+    stopped = trainer(fresh(method), "decoder", tmp_path / "parts")
     stopped.add_callback(Stop())
     stopped.train()
-    resumed = trainer(fresh(method), tmp_path / "parts")
+    resumed = trainer(fresh(method), "decoder", tmp_path / "parts")
     resumed.train(resume_from_checkpoint=True)
     expected = trained(whole.model)
     assert {"lora" in name for name in expected} == {True, False}
@@ -525,7 +510,7 @@ def test_trainer_resumes_both(method: str, tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
     other = fresh("prefix")
     with pytest.raises(ValueError, match=r"has the adapter 'b', but .*checkpoint-3 has none of that name"):
-        trainer(fastprefix.attach(other, PREFIX, name="b"), tmp_path / "parts").train(
+        trainer(fastprefix.attach(other, PREFIX, name="b"), "decoder", tmp_path / "parts").train(
             resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3")
         )
 
@@ -533,6 +518,7 @@ def test_trainer_resumes_both(method: str, tmp_path: Path) -> None:
 def test_trainer_goes_back_to_the_best(tmp_path: Path) -> None:
     of = trainer(
         fresh("prefix"),
+        "decoder",
         tmp_path,
         eval_strategy="steps",
         eval_steps=1,
@@ -548,3 +534,17 @@ def test_trainer_goes_back_to_the_best(tmp_path: Path) -> None:
     assert torch.equal(of.model.fastprefix.prefix.keys[0], saved["prefix.keys.0"])
     loss = of.evaluate()["eval_loss"]
     assert loss == pytest.approx(max(entry["eval_loss"] for entry in of.state.log_history if "eval_loss" in entry))
+
+
+def test_a_peft_model_publishes_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = attached(tuned(), PREFIX)
+    with serve(monkeypatch, tmp_path) as hub:
+        model.push_to_hub("org/both")
+        found = hub.find("org/both", "main")
+        assert found is not None
+        assert {"adapter_config.json", "adapter_model.safetensors", "fastprefix/default.safetensors"} <= set(found[1])
+        other = peft.PeftModel.from_pretrained(models.decoder(), "org/both").double().eval()
+        fastprefix.load_adapter(other, "org/both")
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+        fastprefix.push_to_hub(model, "org/own")
+        assert "together with LORA of PEFT" in hub.read("org/own", "README.md")
