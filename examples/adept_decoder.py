@@ -41,7 +41,13 @@ def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return LlamaForCausalLM(config), tokenizer
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lines: list[str], epochs: int, lr: float) -> None:
+def train(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    lines: list[str],
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     """Teach the model to continue each line to its end."""
 
     def batch(texts: list[str]) -> BatchEncoding:
@@ -50,7 +56,6 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lines: lis
         return inputs
 
     loader = DataLoader(lines, batch_size=8, shuffle=True, collate_fn=batch)
-    optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=lr, prompt_lr=0.3))
     model.train()
     for epoch in range(epochs):
         total = 0.0
@@ -85,7 +90,8 @@ def main() -> None:
     config = fastprefix.ADePTConfig.for_budget(model, trainable=budget, num_virtual_tokens=8)
     fastprefix.attach(model, config)
     print(fastprefix.count_parameters(model))
-    train(model, tokenizer, lines, options.epochs, options.lr)
+    optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=options.lr, prompt_lr=0.3))
+    train(model, tokenizer, lines, options.epochs, optimizer)
 
     fastprefix.save_adapter(model, options.out)
     print(f"the adapter is in {options.out}")

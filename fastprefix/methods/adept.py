@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import check_positive, register
+from .base import LearningRates, check_positive, register
 from .budget import embedding_width, largest_within
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -24,6 +24,8 @@ class ADePTConfig(PromptTuningConfig):
         dropout: on the hidden layer, before the ReLU, while training; the paper's formula has none, the authors' code
             0.1.
     """
+
+    learning_rates: ClassVar[LearningRates] = LearningRates(rest=1e-4)
 
     bottleneck_dim: int = 19
     dropout: float = 0.0

@@ -4,12 +4,12 @@ fine-tuning", ACL 2023).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import check_choice, register
+from .base import LearningRates, check_choice, register
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .shapes import AttentionShape
 
@@ -29,6 +29,8 @@ class APTConfig(PrefixTuningConfig):
         token_gate: whether there is the token-level gate ``sigmoid(h W_i)``.
         layer_gate: whether there is the layer-level gate ``lambda_i``.
     """
+
+    learning_rates: ClassVar[LearningRates] = LearningRates(gates=1e-3)
 
     pooling: Literal["cls", "mean", "query"] | None = None
     token_gate: bool = True

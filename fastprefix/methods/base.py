@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,17 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be at least 0, got {value!r}")
 
 
+class LearningRates(NamedTuple):
+    """The rates at which a method is usually trained with Adam."""
+
+    prompt: float = 0.3
+    """Of a soft prompt (Lester et al., EMNLP 2021)."""
+    rest: float = 5e-3
+    """Of prefixes (Liu et al., P-tuning v2, ACL 2022), offsets, and modules of the model that stay trainable."""
+    gates: float | None = None
+    """Of gates. None: as the rest."""
+
+
 @dataclass(kw_only=True)
 class MethodConfig:
     """A method's options.
@@ -65,6 +76,7 @@ class MethodConfig:
     """
 
     kind: ClassVar[str]  # "prompt" or "prefix"
+    learning_rates: ClassVar[LearningRates] = LearningRates()
 
     num_virtual_tokens: int = dataclasses.field(kw_only=False)
     modules_to_save: list[str] | None = None

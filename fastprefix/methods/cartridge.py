@@ -3,9 +3,9 @@ self-study", arXiv 2506.06266).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from .base import register
+from .base import LearningRates, register
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 
@@ -16,6 +16,8 @@ class CartridgeConfig(PrefixTuningConfig):
     It starts from the keys and values of a text, its first token is frozen, since models use that as an attention sink,
     and tokens stand behind it as they would behind a key/value cache.
     """
+
+    learning_rates: ClassVar[LearningRates] = LearningRates(rest=2e-2)
 
     init: Literal["normal", "zero", "text", "chunks", "cache"] = "text"
     add_special_tokens: bool = True

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import check_finite, check_positive, register
+from .base import LearningRates, check_finite, check_positive, register
 from .budget import embedding_width, largest_within
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -24,6 +24,8 @@ class DePTConfig(PromptTuningConfig):
         max_length: ``T``, the longest input. The offset says nothing beyond it: a longer input is an error.
         alpha: the scale is ``alpha / sqrt(r)``, as in the authors' code.
     """
+
+    learning_rates: ClassVar[LearningRates] = LearningRates(rest=1e-3)
 
     rank: int = 30
     max_length: int = 256

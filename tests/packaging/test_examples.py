@@ -43,6 +43,15 @@ def test_adept_decoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "\nthe film " in printed
 
 
+def test_lora_prefix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("lora_prefix.py", monkeypatch, capsys)
+    assert re.search(r"are trained .*: fastprefix 2,048, peft 4,096\n", printed)
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("epoch")]
+    assert losses[-1] < 0.5 * losses[0]
+    assert Path("adapter", "lora", "adapter_model.safetensors").is_file()
+    assert "\nthe film " in printed
+
+
 @pytest.mark.parametrize("own_text", [False, True])
 def test_cartridge(own_text: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("the film was dull and the cast was awful " * 5, encoding="utf-8")

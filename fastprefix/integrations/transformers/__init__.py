@@ -6,6 +6,7 @@ from .exporting import encode_prompt_embeds, export_merged_base, export_prompt_e
 from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
+from .publishing import push_to_hub
 from .saving import load_adapter, read_prefix, save_adapter
 from .serving import AdapterStore, ResidentAdapters
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "parameter_groups",
+    "push_to_hub",
     "read_prefix",
     "save_adapter",
     "set_adapter",

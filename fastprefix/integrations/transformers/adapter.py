@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod
 from .switching import OPTIONS, OwnConfigurations, User, find_device
+from .tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -50,20 +51,24 @@ _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoic
 
 
 def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
-    """Return the modules that stay trainable, by name.
+    """Return the modules that stay trainable, by name. A head that PEFT trains is left to PEFT.
 
     Raises:
-        ValueError: a name that the model does not have.
+        ValueError: a name that the model does not have, or of a module that PEFT has put its layers into.
     """
     if names is not None:
         modules = dict(model.named_modules())
         if missing := [name for name in names if name not in modules or not name]:
             raise ValueError(f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.")
+        if taken := find_taken_by_peft(model, names):
+            raise ValueError(f"`modules_to_save` must name modules that PEFT does not train and save, but has {taken}.")
         return {name: modules[name] for name in names}
     if not _FRESH_HEAD.search(type(model).__name__):
         return {}
-    children = model.named_children()
-    return {name: child for name, child in children if child is not model.base_model and list(child.parameters())}
+    children = dict(model.named_children())
+    heads = {name: child for name, child in children.items() if child is not model.base_model}
+    taken = find_taken_by_peft(model, heads)
+    return {name: head for name, head in heads.items() if name not in taken and list(head.parameters())}
 
 
 MODULE = "fastprefix"
@@ -105,7 +110,8 @@ class Casts:
         own = set(self.parameters)
         tied = [m for m in model.modules() if m not in inside and not own.isdisjoint(m._parameters.values())]
         self.modules = [*called, *tied]
-        frozen = [p for p in model.parameters() if p not in own and p.dtype in _PRECISIONS]
+        added = {each.parameter for each in list_tuner_parameters(model)}  # float32 in any model
+        frozen = [p for p in model.parameters() if p not in own and p not in added and p.dtype in _PRECISIONS]
         alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
         self.model_parameter = next(iter(alike or frozen), None)  # tells in which precision the model is now
         self.precision = self.read_model_precision()
@@ -164,14 +170,21 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 class Adapter:
     """A method, its hooks and its weights of the base modules that it trains: on the model, or waiting beside it."""
 
-    def __init__(self, model: PreTrainedModel, config: MethodConfig, method: Method, hooks: Hooks) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: MethodConfig, method: Method, hooks: Hooks, freeze_peft: bool = False
+    ) -> None:
         self.config = config
         self.method = method
         self.hooks = hooks
+        self.trained = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+        self.freeze_peft = freeze_peft
+        self.frozen = Frozen()  # what PEFT trains, while this adapter is on the model and does not let it
         self.merged = False
         self.guard: RemovableHandle | None = None  # against training, while it is merged and on the model
         self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
         modules = find_trainable_modules(model, config.modules_to_save)
+        if config.modules_to_save is None and has_tuner_layers(model):
+            config.modules_to_save = list(modules)  # without PEFT's layers it would be others
         self.saved_modules: dict[str, dict[str, Tensor]] = {
             name: {key: _copy_for_training(p) for key, p in module.named_parameters()}
             for name, module in modules.items()
@@ -181,6 +194,9 @@ class Adapter:
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Make the model run and train with this adapter."""
+        self.check_untouched(model)
+        if self.freeze_peft or self.merged:
+            self.frozen.freeze(model, own=self.method.parameters())
         self._exchange_weights(model, trained=True)
         self.casts.install()
         for name in self.saved_modules:
@@ -212,6 +228,26 @@ class Adapter:
             model.get_submodule(name).requires_grad_(False)
         self._exchange_weights(model, trained=False)
         self.casts.remove()
+        self.frozen.release(model)
+
+    def check_untouched(self, model: PreTrainedModel) -> None:
+        """Refuse to go on if PEFT has put its layers into what this adapter consists of.
+
+        Raises:
+            ValueError: it has.
+        """
+        inside, taken = has_tuner_layers(self.method), find_taken_by_peft(model, self.saved_modules)
+        if inside or taken:
+            what = "the adapter's own network" if inside else f"{taken}, which the adapter trains"
+            raise ValueError(
+                f"`model` has layers of PEFT in {what}. Name other modules in PEFT's options, or add PEFT's layers "
+                "before fastprefix.attach."
+            )
+
+    def train_again(self) -> None:
+        """Let be trained what PEFT has frozen in adding its layers."""
+        for name in self.trained:
+            self.method.get_parameter(name).requires_grad_()
 
     def drop_gradients(self, model: PreTrainedModel) -> None:
         """Drop the gradients of the modules that the adapter trained: they are not for the next one."""
@@ -252,8 +288,10 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return output
 
+    trains = any(each.parameter.requires_grad for each in list_tuner_parameters(module))  # PEFT unfreezes by itself
+
     def guard_value(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or (value.requires_grad and not trains):
             return value
         if value.ndim > 0 and not module.training:
             return value
@@ -285,14 +323,18 @@ class Attachment:
     """The adapters of a model that is frozen, and how it was before."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        added = {each.name for each in list_tuner_parameters(model)}
+        named = model.named_parameters()
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in named if name not in added}
+        self.had_tuners = has_tuner_layers(model)
         self.user = User(type(model).__name__)
         self.configurations = OwnConfigurations(model, self.user)
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.routing: Any = None  # decides for each call which adapters its rows have
-        model.requires_grad_(False)
+        if not self.had_tuners:  # or PEFT has frozen the model, but for what it trains
+            model.requires_grad_(False)
         if self.quantized:
             vars(model)["is_quantized"] = (
                 False  # Trainer refuses to train quantised weights, and these it does not train
@@ -300,8 +342,9 @@ class Attachment:
 
     def release(self, model: PreTrainedModel) -> None:
         """Make the model, which has no adapters any more, what it was before; what it gained since stays as it is."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        if self.had_tuners or not has_tuner_layers(model):  # a model that PEFT has frozen since stays frozen
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         self.configurations.release()
         if self.quantized:
             vars(model)["is_quantized"] = True

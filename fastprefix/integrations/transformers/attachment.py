@@ -42,12 +42,13 @@ from .switching import (
     loads_all_inside,
     runs_on_text,
 )
+from .tuners import find_base_model, has_tuner_layers
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
 """The name of an adapter that was given none."""
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def attach(
@@ -59,14 +60,19 @@ def attach(
     example_inputs: Inputs | None = None,
     past_key_values: Any = None,
     check: bool = True,
+    freeze_peft: bool = False,
 ) -> Model:
     """Attach a method: the model's own parameters are frozen, the method's are added.
 
     A model takes several under different names. The one attached last is in use, until ``set_adapter``.
 
+    A model with layers of PEFT's, such as LoRA's, has been frozen by PEFT, except for what PEFT trains. That is trained
+    on beside the method.
+
     Args:
         model: a ``transformers`` model; for prefix methods one whose attention goes through the attention interface,
-            for prompt methods any with input embeddings.
+            for prompt methods any with input embeddings. Or a PEFT model around one, with an adapter that consists of
+            layers (LoRA, DoRA and others): all functions of this package accept it in the place of the model inside.
         config: the method and its options.
         name: of the adapter.
         tokenizer: for an initialisation from text; None: the one of the model's name or path.
@@ -77,6 +83,7 @@ def attach(
             value), of shapes ``[1, Hkv, m, D]`` and, biases, ``[1, Hkv, m]``.
         check: whether the method is compared with the textbook on a small copy of the model first, once a class and
             configuration. A prompt that cannot be shared exactly then runs in every row.
+        freeze_peft: whether what PEFT trains is frozen while this adapter is in use.
 
     Returns:
         The same model. It stays an ordinary ``transformers`` model.
@@ -85,33 +92,39 @@ def attach(
         TypeError: not a ``transformers`` model, or not a method's configuration.
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
-    _check(model, config, name)
+    base = find_base_model(model)
+    _check(base, config, name)
     if isinstance(config, CompositionConfig):
         raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
     check_cache_given(config, past_key_values)
-    with use_adapter(model, None):
-        plan = _make_plan(model, config, example_inputs, check)
+    with use_adapter(base, None):
+        plan = _make_plan(base, config, example_inputs, check)
         if isinstance(plan.method, PrefixMethod):
-            initial = make_initial_prefix(model, config, plan.layers, tokenizer, past_key_values)
+            initial = make_initial_prefix(base, config, plan.layers, tokenizer, past_key_values)
             plan.method.reset_parameters(None if initial is None else initial.pairs)
             if initial is not None and initial.biases is not None and isinstance(plan.method, PrefixTuning):
                 plan.method.set_key_biases(initial.biases)
         else:
-            ids = tokenize_text(model, config, tokenizer)
-            with load_offloaded(model, model.get_input_embeddings()):
-                plan.method.reset_parameters(_find_table(model), ids)
-        adapter = _make_adapter(model, config, plan)
+            ids = tokenize_text(base, config, tokenizer)
+            with load_offloaded(base, base.get_input_embeddings()):
+                plan.method.reset_parameters(_find_table(base), ids)
+        adapter = _make_adapter(base, config, plan, freeze_peft)
     return install(model, adapter, name)
 
 
 def attach_empty(
-    model: Model, config: MethodConfig, name: str = DEFAULT, example_inputs: Inputs | None = None
-) -> Model:
+    model: nn.Module,
+    config: MethodConfig,
+    name: str = DEFAULT,
+    example_inputs: Inputs | None = None,
+    freeze_peft: bool = False,
+) -> None:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
-    _check(model, config, name)
-    with use_adapter(model, None):
-        adapter = _make_adapter(model, config, _make_plan(model, config, example_inputs, check=False))
-    return install(model, adapter, name)
+    base = find_base_model(model)
+    _check(base, config, name)
+    with use_adapter(base, None):
+        adapter = _make_adapter(base, config, _make_plan(base, config, example_inputs, check=False), freeze_peft)
+    install(model, adapter, name)
 
 
 def detach(model: Model, name: str | None = None) -> Model:
@@ -127,39 +140,50 @@ def detach(model: Model, name: str | None = None) -> Model:
     Raises:
         ValueError: the model has no method attached, or none of that name.
     """
-    attachment = get_attachment(model)
+    attachment, base = get_attachment(model), find_base_model(model)
     gone = list(attachment.adapters) if name is None else [attachment.check_known(name)]
     if attachment.active in gone:
-        _activate(model, attachment, None)
+        _activate(base, attachment, None)
     for each in gone:
         adapter = attachment.adapters.pop(each)
-        adapter.drop_gradients(model)
+        adapter.drop_gradients(base)
         attachment.routing.forget(adapter)
     if not attachment.adapters and (name is None or not attachment.routing.serves):
+        from .checkpoints import leave_checkpoints
+
         attachment.routing.remove()
-        attachment.release(model)
-        delattr(model, _STATE)
+        attachment.release(base)
+        delattr(base, _STATE)
+        if model is not base:
+            leave_checkpoints(model)
     return model
 
 
 def set_adapter(model: Model, name: str) -> Model:
     """Use another adapter of a model, to run and to train; the others wait beside it, with their parameters.
 
+    PEFT freezes everything in a model when it adds its first layers, an adapter in use among it. Naming that adapter
+    here lets it be trained again.
+
     Raises:
-        ValueError: the model has no method attached, or none of that name.
+        ValueError: the model has no method attached, or none of that name, or PEFT has put its layers into what that
+            adapter consists of.
     """
-    attachment = get_attachment(model)
-    former = attachment.active
-    if former != attachment.check_known(name):
-        _activate(model, attachment, name)
+    attachment, base = get_attachment(model), find_base_model(model)
+    former, adapter = attachment.active, attachment.adapters[attachment.check_known(name)]
+    adapter.check_untouched(base)
+    if has_tuner_layers(base) and not attachment.had_tuners and not adapter.merged:
+        adapter.train_again()
+    if former != name:
+        _activate(base, attachment, name)
         if former is not None:
-            attachment.adapters[former].drop_gradients(model)
+            attachment.adapters[former].drop_gradients(base)
     return model
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapter in this context. It stays frozen.
+    """Run the model without its adapter in this context. It stays frozen. PEFT's layers go on acting.
 
     Raises:
         ValueError: the model has no method attached.
@@ -172,7 +196,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Use another adapter of a model in this context, or none (None). A model without adapters is left alone."""
-    attachment = find_attachment(model)
+    attachment, base = find_attachment(model), find_base_model(model)
     if attachment is None:
         yield
         return
@@ -181,11 +205,11 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
         return
     former = attachment.active
-    _activate(model, attachment, name)
+    _activate(base, attachment, name)
     try:
         yield
     finally:
-        _activate(model, attachment, former)
+        _activate(base, attachment, former)
 
 
 def get_attachment(model: nn.Module) -> Attachment:
@@ -204,7 +228,7 @@ def get_attachment(model: nn.Module) -> Attachment:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """Return the attachment of a model, or None."""
-    attachment: Attachment | None = getattr(model, _STATE, None)
+    attachment: Attachment | None = getattr(find_base_model(model), _STATE, None)
     return attachment
 
 
@@ -296,7 +320,8 @@ def _check_alone(model: PreTrainedModel) -> None:
 
 def _check_types(model: Any, config: Any) -> None:
     if not isinstance(model, PreTrainedModel):
-        hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": ": see fastprefix.accelerate"}
+        peft = ": PEFT's prompts, prefixes and adaption prompts run faster with fastprefix.accelerate"
+        hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": peft}
         hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
         raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}{hint}.")
     if not isinstance(config, MethodConfig):
@@ -398,7 +423,7 @@ def _refuse_wrong(report: conformance.ConformanceReport, alternative: str) -> No
         raise ValueError(report.describe(alternative))
 
 
-def _attach_unchecked(model: Model, config: MethodConfig) -> Model:
+def _attach_unchecked(model: PreTrainedModel, config: MethodConfig) -> PreTrainedModel:
     return attach(model, config, check=False)
 
 
@@ -412,7 +437,7 @@ def _find_table(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapter:
+def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, freeze_peft: bool) -> Adapter:
     method, layers, path = plan
     hooks: Hooks
     if isinstance(method, PrefixMethod):
@@ -426,12 +451,17 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> 
             hooks = EncoderPromptHooks(model, method)
         else:
             hooks = PromptHooks(model, method)
-    return Adapter(model, copy.deepcopy(config), method, hooks)
+    return Adapter(model, copy.deepcopy(config), method, hooks, freeze_peft)
 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
-    prepare(model).adapters[name] = adapter
+    from .checkpoints import carry_in_checkpoints
+
+    base = find_base_model(model)
+    prepare(base).adapters[name] = adapter
+    if model is not base:
+        carry_in_checkpoints(model)
     return set_adapter(model, name)
 
 

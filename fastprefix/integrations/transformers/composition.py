@@ -16,6 +16,7 @@ from .discovery import find_method_layers
 from .initial import PrefixState
 from .prefix import PrefixHooks
 from .saving import read_prefix
+from .tuners import find_base_model
 
 Source = str | os.PathLike[str] | PrefixState
 """A file or directory of a prefix, or a prefix in memory."""
@@ -44,8 +45,8 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
         ValueError: an adapter that is not there, that cannot be a part, or that does not fit the others, or a name that
             is taken.
     """
-    attachment = get_attachment(model)
-    refuse_sharded(model)
+    attachment, base = get_attachment(model), find_base_model(model)
+    refuse_sharded(base)
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
         raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
@@ -65,10 +66,10 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
         parts=[part.config.to_dict() for part, _ in parts],
         trainable=[trains for _, trains in parts],
     )
-    with use_adapter(model, None):
-        layers = find_method_layers(model, config)
+    with use_adapter(base, None):
+        layers = find_method_layers(base, config)
     method = Composition(config, [layer.shape for layer in layers], [part for part, _ in parts])
-    return install(model, Adapter(model, config, method, PrefixHooks(model, method, layers)), name)
+    return install(model, Adapter(base, config, method, PrefixHooks(base, method, layers)), name)
 
 
 def _check_part(name: str, adapter: Adapter) -> None:
@@ -115,7 +116,7 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     prefix = getattr(method, "prefix", None)
     if not isinstance(method, PrefixTuning) or not isinstance(prefix, FreePrefix):
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
-    refuse_sharded(model)
+    refuse_sharded(find_base_model(model))
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)

@@ -34,16 +34,19 @@ from ...methods import (
     PromptTuningConfig,
 )
 from ...methods.base import check_choice
+from ...methods.prefix_tuning import FreePrefix
 from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
+from .hooks import Forward, Interception, count_past, name_arguments
 from .initial import find_shared_sources
 from .mlx_format import FORMATS, write_prompt_cache
 from .prefix import PrefixHooks
 from .prompt import OffsetHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
+from .tuners import find_base_model, has_tuner_layers, read_tuner_state
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -55,25 +58,28 @@ def merge(model: Model) -> Model:
     be saved, as a plain prefix. After merging ADePT, ``inputs_embeds`` takes what the model's own input embeddings
     give, the offset included.
 
+    PEFT's layers stay as they are, and are frozen while the merged adapter is in use. They may be merged, switched and
+    disabled by PEFT as before: a prompt's keys and values are then computed anew at the beginning of the next sequence.
+
     Returns:
         The same model.
 
     Raises:
         ValueError: the model has no method attached, or nothing of it can be baked in, and why.
     """
-    attachment = get_attachment(model)
+    attachment, base = get_attachment(model), find_base_model(model)
     adapter, routing = attachment.adapter, attachment.routing
     if adapter.merged:
         return model
     routing.leave()
     method, hooks = adapter.method, adapter.hooks
-    with evaluating(model), torch.no_grad():
+    with evaluating(base), torch.no_grad():
         if isinstance(method, PrefixMethod):
-            _merge_prefix(model, adapter, method)
+            _merge_prefix(base, adapter, method)
         elif isinstance(hooks, SharedPromptHooks):
-            _merge_shared_prompt(model, adapter, method, hooks)
+            _merge_shared_prompt(base, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
-            _merge_table(model, adapter, method, hooks)
+            _merge_table(base, adapter, method, hooks)
         else:
             raise ValueError(
                 f"`model` must have something to merge, but {type(method).__name__} on the path "
@@ -81,13 +87,15 @@ def merge(model: Model) -> Model:
             )
     routing.install()
     adapter.merged = True
-    adapter.mark(model)
-    model.requires_grad_(False)
+    adapter.mark(base)
+    own = (base.get_submodule(name) for name in (MODULE, *adapter.saved_modules))
+    adapter.frozen.freeze(base, own=[parameter for module in own for parameter in module.parameters()])
+    base.requires_grad_(False)
     return model
 
 
 def export_cache(
-    model: PreTrainedModel,
+    model: nn.Module,
     batch_size: int = 1,
     *,
     format: Literal["transformers", "mlx", "mlx-0.31"] = "transformers",
@@ -112,7 +120,7 @@ def export_cache(
     check_choice("format", format, ("transformers", *FORMATS))
     if (path is None) != (format == "transformers"):
         raise ValueError(f"`path` must be given for the formats {', '.join(FORMATS)}, and for no other.")
-    adapter = get_attachment(model).adapter
+    adapter, base = get_attachment(model).adapter, find_base_model(model)
     method = adapter.method
     if not isinstance(method, PrefixMethod):
         raise ValueError(
@@ -136,24 +144,24 @@ def export_cache(
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
         raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=base.config)
     with torch.no_grad():
         prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
-        sources = find_shared_sources(model, prefixes)
+        sources = find_shared_sources(base, prefixes)
         pairs: list[Prefix] = []
         for index, pair in prefixes.items():
             if index not in sources:
-                key, value = (t.to(model.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
+                key, value = (t.to(base.dtype).expand(batch_size, -1, -1, -1).contiguous() for t in pair)
                 cache.update(key, value, index)
                 pairs.append((key[:1], value[:1]))
             elif not all(map(torch.equal, pair, prefixes[sources[index]])):
                 raise ValueError(
                     f"`model` must be one with the same prefix in layers that share their keys and values, but layer "
-                    f"{index} of {type(model).__name__} reads those of layer {sources[index]} from a cache, and its "
+                    f"{index} of {type(base).__name__} reads those of layer {sources[index]} from a cache, and its "
                     "prefix is another: use the adapter on the model instead"
                 )
     if path is not None:
-        about = {"model": model.name_or_path or type(model).__name__, "fastprefix": __version__}
+        about = {"model": base.name_or_path or type(base).__name__, "fastprefix": __version__}
         write_prompt_cache(Path(path), pairs, format, about)
     return cache
 
@@ -181,6 +189,7 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """Turn a prompt into a prefix that stands before all tokens."""
+    tuners = read_tuner_state(hooks.backbone)
     with load_offloaded(model, hooks.backbone):
         prefixes = hooks.run_prompt()
     table = rewrite_table(hooks) if isinstance(method, ADePT) else None
@@ -193,9 +202,10 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     elif isinstance(method, DePT):
         prefix.add_module("offset", method)
         parts.append(OffsetHooks(model, method))
-    merged = PrefixHooks(model, prefix, layers)
+    merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
     merged.longest = hooks.positions.by_length
-    _exchange(model, adapter, prefix, [*parts, merged])
+    merged.parts = [*parts, merged]
+    _exchange(model, adapter, prefix, merged.parts)
     adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
         adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens alone"
@@ -243,6 +253,11 @@ def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
     row.
     """
     former = hooks.embedding
+    if has_tuner_layers(former):
+        raise ValueError(
+            "`model` must have input embeddings without layers of PEFT, whose changes a merged table would not notice: "
+            "call merge_and_unload of the PEFT model first, or use the adapter as it is."
+        )
     if getattr(former, "max_norm", None) is not None:
         raise ValueError("`model` must have an embedding that does not change its own weights, but it has max_norm.")
     around = (m for m in hooks.model.modules() if loads_all_inside(m))
@@ -256,7 +271,8 @@ def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
         with load_offloaded(hooks.model, former):
             table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
-    return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
+    padding = getattr(former, "padding_idx", None)
+    return nn.Embedding(rows, width, padding_idx=padding, _weight=table, _freeze=True)
 
 
 class NewTable:
@@ -312,6 +328,66 @@ def _resize_like(embedding: nn.Embedding, other: nn.Embedding) -> None:
             [embedding.weight.data[:rows], other.weight.data[former:].to(embedding.weight)]
         )
         embedding.num_embeddings, embedding.padding_idx = rows, other.padding_idx
+
+
+class MergedPromptHooks(PrefixHooks):
+    """A prefix that was computed from a prompt, and is computed anew where PEFT's layers have changed since.
+
+    Args:
+        model: the model.
+        method: the prefix.
+        layers: its attention layers.
+        source: the hooks of the prompt, which are not on the model.
+        tuners: the state of PEFT's layers in which the prefix was computed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: PrefixTuning,
+        layers: list[Layer],
+        source: SharedPromptHooks,
+        tuners: object,
+    ) -> None:
+        super().__init__(model, method, layers)
+        self.source = source
+        self.tuners = tuners
+        self.is_up_to_date = False  # in a call that has computed the prefix anew
+        self.parts: list[Hooks] = [self]
+        """Everything that merging has put on the model."""
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone with the prefix, which is brought up to date at the beginning of a sequence."""
+        begins = count_past(name_arguments(self.names, args, kwargs)) == 0
+        if self.is_up_to_date or not begins or torch.compiler.is_compiling():
+            return super().run(forward, args, kwargs)
+        tuners = read_tuner_state(self.backbone)
+        if tuners is not None and tuners == self.tuners:
+            return super().run(forward, args, kwargs)
+        self._compute_again()
+        self.tuners, self.is_up_to_date = tuners, True
+        interception = self.handles[0]
+        assert isinstance(interception, Interception)
+        try:
+            return interception(*args, **kwargs)  # the one of this call has been removed
+        finally:
+            self.is_up_to_date = False
+
+    def _compute_again(self) -> None:
+        model = self.source.model
+        for part in reversed(self.parts):
+            part.remove()
+        self.source.install(model)
+        try:
+            with evaluating(model), torch.no_grad(), load_offloaded(model, self.backbone):
+                prefixes = self.source.run_prompt()
+        finally:
+            self.source.remove()
+            for part in self.parts:
+                part.install(model)
+        prefix = self.method.get_submodule("prefix")
+        assert isinstance(prefix, FreePrefix)
+        prefix.write([prefixes[index] for index in range(len(prefixes))])
 
 
 class Several:

@@ -10,16 +10,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .adapter import MODULE
+from ...methods.base import LearningRates
+from .adapter import MODULE, Adapter, Method
 from .attachment import get_attachment
+from .tuners import find_base_model, has_tuner_layers
+
+PEFT = "peft"
+"""The name of the group of the parameters that PEFT trains."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
     """The numbers of a model's parameters, in all and trained. ``print`` shows them in a line.
 
-    ``groups`` has the trained ones by what they belong to: the method (under "fastprefix") and the modules that stay
-    trainable, each under its name.
+    ``groups`` has the trained ones by what they belong to: the method (under "fastprefix"), the modules that stay
+    trainable, each under its name, and what PEFT trains, such as LoRA (under "peft").
     """
 
     total: int
@@ -46,21 +51,33 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         ValueError: the model has no method attached, or none in use.
     """
-    adapter = get_attachment(model).adapter
+    adapter, base = get_attachment(model).adapter, find_base_model(model)
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
-    assert isinstance(model, PreTrainedModel)
     groups = {
-        name: sum(p.numel() for p in model.get_submodule(name).parameters() if p.requires_grad) for name in modules
+        name: sum(p.numel() for p in base.get_submodule(name).parameters() if p.requires_grad) for name in modules
     }
-    return ParameterCount(model.num_parameters(), groups)
+    if beside := _list_trained_beside(model, adapter):
+        groups[PEFT] = sum(p.numel() for p in beside)
+    return ParameterCount(base.num_parameters(), groups)
+
+
+def _list_trained_beside(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    """Return what is trained beside an adapter in a model with layers of PEFT's: all of that is PEFT's choice."""
+    base = find_base_model(model)
+    if not has_tuner_layers(base):
+        return []
+    modules = [adapter.method, *(base.get_submodule(name) for name in adapter.saved_modules)]
+    own = {p for module in modules for p in module.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p not in own]
 
 
 def parameter_groups(
     model: nn.Module,
     *,
-    lr: float,
+    lr: float | None = None,
     prompt_lr: float | None = None,
     gate_lr: float | None = None,
+    peft_lr: float = 2e-4,
     weight_decay: float = 0.0,
     adapter_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
@@ -68,34 +85,54 @@ def parameter_groups(
 
     Args:
         model: a model with a method attached.
-        lr: for everything else: prefixes, offsets, and the modules that stay trainable.
-        prompt_lr: for the soft prompt; None: ``lr``.
-        gate_lr: for gates; None: ``lr``. APT's are projections of a whole hidden state: at a rate that is right for the
-            prefix, they are all at 1 within some tens of steps of Adam.
+        lr: for everything else: prefixes, offsets, and the modules that stay trainable. None: the method's usual rate.
+        prompt_lr: for the soft prompt. None: ``lr``, and if that is None too, the method's usual rate, 0.3.
+        gate_lr: for gates. None: ``lr``, and if that is None too, the method's usual rate. APT's gates are projections
+            of a whole hidden state: at a rate that is right for the prefix, they are all at 1 within some tens of steps
+            of Adam.
+        peft_lr: for what PEFT trains, such as LoRA; 2e-4 is the rate of LoRA's paper.
         weight_decay: for all groups.
         adapter_names: of the adapters that are trained together, in batches whose rows name them. None: the one in use.
 
+    The usual rates are the ``learning_rates`` of a method's configuration. They are meant for Adam.
+
     Raises:
-        ValueError: the model has no method attached, none in use, or one that was merged and cannot be trained.
+        ValueError: the model has no method attached, none in use, or one that cannot be trained: it was merged, or PEFT
+            has frozen it or put its layers into it.
     """
-    attachment = get_attachment(model)
-    names = [attachment.active] if adapter_names is None else list(dict.fromkeys(adapter_names))
-    adapters = [
-        attachment.adapter if name is None else attachment.adapters[attachment.check_known(name)] for name in names
-    ]
-    if any(adapter.merged for adapter in adapters):
-        raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
-    methods = [adapter.method for adapter in adapters]
-    prompt = [method.prompt for method in methods if isinstance(method, PromptMethod)]
-    named = [pair for method in methods for pair in method.named_parameters()]
-    gates = [] if gate_lr is None else [p for name, p in named if "gate" in name]
-    in_use = set() if attachment.active is None else set(attachment.adapter.method.parameters())
-    beside = [p for p in model.parameters() if p not in in_use]
-    apart = {*prompt, *gates}
-    rest = [p for p in dict.fromkeys([*(p for _, p in named), *beside]) if p.requires_grad and p not in apart]
-    groups = [(prompt, prompt_lr), (gates, gate_lr), (rest, None)]
+    attachment, base = get_attachment(model), find_base_model(model)
+    adapters = [attachment.adapter]
+    if adapter_names is not None:
+        adapters = [attachment.adapters[attachment.check_known(name)] for name in dict.fromkeys(adapter_names)]
+    beside = _list_trained_beside(model, adapters[0])
+    others = set(beside) | {p for each in attachment.adapters.values() for p in each.method.parameters()}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in others]
+    groups: list[tuple[list[nn.Parameter], float | None]] = []
+    for adapter in adapters:
+        _check_trained(base, adapter)
+        method: Method = adapter.method
+        usual = method.config.learning_rates if lr is None else LearningRates(lr, lr, None)
+        gate_rate = usual.gates if gate_lr is None else gate_lr
+        prompt = [method.prompt] if isinstance(method, PromptMethod) else []
+        gates = [] if gate_rate is None else [p for name, p in method.named_parameters() if "gate" in name]
+        apart = {*prompt, *gates}
+        rest += [p for p in method.parameters() if p.requires_grad and p not in apart]
+        groups += [(prompt, usual.prompt if prompt_lr is None else prompt_lr), (gates, gate_rate), (rest, usual.rest)]
+        rest = []
     return [
-        {"params": parameters, "lr": lr if own_lr is None else own_lr, "weight_decay": weight_decay}
-        for parameters, own_lr in groups
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+        for parameters, rate in (*groups, (beside, peft_lr))
         if parameters
     ]
+
+
+def _check_trained(base: PreTrainedModel, adapter: Adapter) -> None:
+    if adapter.merged:
+        raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
+    adapter.check_untouched(base)
+    frozen = not any(p.requires_grad for p in adapter.method.parameters())
+    if has_tuner_layers(base) and adapter.trained and frozen:
+        raise ValueError(
+            "`model` must have an adapter that is trained, but all of its parameters are frozen. PEFT freezes them "
+            "when it adds its layers: call fastprefix.set_adapter afterwards."
+        )

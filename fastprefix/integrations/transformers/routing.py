@@ -23,6 +23,7 @@ from .prefix import PrefixHooks
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix, SpanStore
 from .switching import evaluating, find_device
+from .tuners import has_tuner_layers, read_tuner_state
 
 _ARGUMENT = "adapter_names"
 
@@ -289,15 +290,16 @@ class Routing:
         if adapter not in self.written or adapter not in self.store.spans:
             return True
         state, prompt = self.written[adapter]
-        if state is None or state != self._read_state(adapter):
-            return True
         assert isinstance(adapter.method, PromptMethod)
-        unknown = any(hasattr(module, "merged_adapters") for module in self.model.modules())
-        return unknown or not torch.equal(prompt, adapter.method.prompt)
+        return state is None or state != self._read_state(adapter) or not torch.equal(prompt, adapter.method.prompt)
 
     def _read_state(self, adapter: Adapter) -> object:
+        """Return what a prompt's keys and values depend on, or None if that is unknown."""
         assert self.hooks is not None
-        return read_state(self.hooks.backbone, adapter.method)
+        backbone = self.hooks.backbone
+        states = read_state(backbone, adapter.method), read_tuner_state(backbone)
+        offloaded = any(parameter.is_meta for parameter in backbone.parameters())
+        return None if offloaded or None in states else states
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the lock out, which cannot be copied."""
@@ -314,6 +316,9 @@ def find_reason_against(adapter: Adapter) -> str | None:
         return f"it trains modules of the base model ({', '.join(adapter.saved_modules)}), which all rows share"
     if adapter.outside is not None:
         return f"it was merged, and {adapter.outside}"
+    hooks = adapter.hooks
+    if isinstance(hooks, PrefixHooks) and type(hooks) is not PrefixHooks and has_tuner_layers(hooks.backbone):
+        return "it was merged, and PEFT's layers may change what it was merged from"
     if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
         return None
     path = getattr(adapter.method, "prompt_path", None)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote, unquote
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,7 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapter import MODULE, find_trainable_modules, gather_full_tensor
+from .adapter import MODULE, Adapter, find_trainable_modules, gather_full_tensor
 from .attachment import (
     DEFAULT,
     Model,
@@ -40,9 +41,12 @@ from .attachment import (
     set_adapter,
     use_adapter,
 )
+from .cartridge_format import NAMES as CARTRIDGES
 from .cartridge_format import find_cartridge, read_cartridge
+from .hub import locate
 from .initial import PrefixState
 from .switching import OPTIONS, Inputs
+from .tuners import find_base_model
 
 
 @contextmanager
@@ -129,82 +133,170 @@ def save_adapter(
             weights, or one that the format has no place for.
     """
     check_choice("format", format, ("fastprefix", "peft"))
-    attachment = get_attachment(model)
-    assert isinstance(model, PreTrainedModel)
-    with use_adapter(model, attachment.active if name is None else attachment.check_known(name)):
-        adapter = attachment.adapter
-        if adapter.outside is not None:
-            raise ValueError(
-                f"`model` must have an adapter that is not merged, since now {adapter.outside}: save it before merging."
-            )
+    attachment, base = get_attachment(model), find_base_model(model)
+    with use_adapter(base, attachment.active if name is None else attachment.check_known(name)):
         if format == "peft":
-            description, tensors = peft_format.convert_to_peft(model, adapter.method, adapter.saved_modules)
+            adapter = _get_savable(base)
+            description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
             metadata = {"format": "pt"}
         else:
-            description = {
-                **adapter.config.to_dict(),
-                "base_model_type": model.config.model_type,
-                "base_model_class": type(model).__name__,
-                "base_model_name_or_path": model.name_or_path,
-                "fastprefix_version": __version__,
-            }
-            tensors = {
-                key: gather_full_tensor(p.detach()).cpu().contiguous() for key, p in _collect_parameters(model).items()
-            }
-            description[_SAVE_ID] = _compute_save_id(description, tensors)
-            metadata = {_HEADER: _format_description(description)}
+            description, tensors, metadata = _pack(base)
         _write(Path(directory), description, tensors, metadata)
 
 
+def _get_savable(model: PreTrainedModel) -> Adapter:
+    """Return the adapter in use.
+
+    Raises:
+        ValueError: it cannot be saved, and why.
+    """
+    adapter = get_attachment(model).adapter
+    adapter.check_untouched(model)
+    if adapter.outside is not None:
+        raise ValueError(
+            f"`model` must have an adapter that is not merged, since now {adapter.outside}: save it before merging."
+        )
+    return adapter
+
+
+def _pack(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return the options, the parameters and the header of the adapter in use."""
+    description: dict[str, Any] = {
+        **_get_savable(model).config.to_dict(),
+        "base_model_type": model.config.model_type,
+        "base_model_class": type(model).__name__,
+        "base_model_name_or_path": model.name_or_path,
+        "fastprefix_version": __version__,
+    }
+    parameters = _collect_parameters(model).items()
+    tensors = {key: gather_full_tensor(p.detach()).cpu().contiguous() for key, p in parameters}
+    description[_SAVE_ID] = _compute_save_id(description, tensors)
+    return description, tensors, {_HEADER: _format_description(description)}
+
+
+CARRIED = "fastprefix"
+"""The folder in a directory of PEFT's that has the adapters of this package, one file each."""
+
+
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{CARRIED}/*.safetensors", *CARTRIDGES)
+"""What is downloaded of an adapter on the hub."""
+
+
+def _locate_carried(directory: Path, name: str) -> Path:
+    return directory / CARRIED / f"{quote(name, safe='')}.safetensors"
+
+
+def write_carried(model: PreTrainedModel, directory: Path) -> None:
+    """Write the adapter in use into a directory of PEFT's, in one file."""
+    name = get_active_name(model)
+    if name is not None:
+        _, tensors, metadata = _pack(model)
+        path = _locate_carried(directory, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
+
+
+def read_carried(model: PreTrainedModel, directory: Path) -> None:
+    """Read the parameters of the adapter in use from what ``write_carried`` wrote.
+
+    Raises:
+        ValueError: it is not there, damaged, or another adapter.
+    """
+    name = get_active_name(model)
+    if name is not None:
+        path = _locate_carried(directory, name)
+        if not path.is_file():
+            raise ValueError(f"`model` has the adapter {name!r}, but {directory} has none of that name.")
+        header, tensors = _read(path)
+        config = None if header is None else _parse_header(path, header, model)
+        if config != get_attachment(model).adapter.config:
+            raise ValueError(f"`model` has the adapter {name!r}, but {path} has one with other options.")
+        fill(_collect_parameters(model), tensors)
+
+
+def _find_carried(directory: Path, name: str) -> Path | None:
+    """Return the file of an adapter in a directory of PEFT's: that of a name, or the only one. None: it has none.
+
+    Raises:
+        ValueError: it has several, and none of that name.
+    """
+    files = sorted((directory / CARRIED).glob("*.safetensors"))
+    own = _locate_carried(directory, name)
+    if len(files) > 1 and own not in files:
+        names = [unquote(path.stem) for path in files]
+        raise ValueError(f"`name` must be that of one of the adapters in {directory}, which are {names}, got {name!r}.")
+    return own if own in files else next(iter(files), None)
+
+
 def load_adapter(
-    model: Model, directory: str | os.PathLike[str], *, name: str = DEFAULT, example_inputs: Inputs | None = None
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    example_inputs: Inputs | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
 ) -> Model:
     """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
 
     Args:
         model: the model that it was saved from, or one like it.
-        directory: of the adapter.
+        directory: of the adapter, or the name of a repository on the Hugging Face hub, such as "organization/name".
         name: that it gets on this model.
         example_inputs: as for ``attach``.
+        revision: of the repository: a branch, a tag or a commit.
+        token: for the hub; None: the one that is stored on this machine.
 
     The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
-    a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read; or a file of the
-    Cartridges authors' code, such as ``cache_last.pt``, or the directory with it. No code from a file is run. Tokens
-    that were frozen stay frozen.
+    one that a PEFT model with LoRA or the like has saved while an adapter of this package was on it (of several, that
+    of this ``name``); a checkpoint of the whole attached model, as Trainer writes it, of which
+    the adapter alone is read; or a file of the Cartridges authors' code, such as ``cache_last.pt``, or the directory
+    with it. No code from a file is run. Tokens that were frozen stay frozen.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
-            it was.
+            it was. Or a revision of a local directory.
     """
-    config, tensors, is_of_peft = read_adapter(model, Path(directory))
+    base = find_base_model(model)
+    folder = locate_adapter(directory, revision, token)
+    config, tensors, is_of_peft = read_adapter(base, folder, name)
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
-        return _attach(model, config, tensors, name, example_inputs)
-    former = get_active_name(model)
-    with use_adapter(model, None):
-        expected = peft_format.run_as_a_cache(model, tensors)
+        _attach(model, config, tensors, name, example_inputs)
+        return model
+    former = get_active_name(base)
+    with use_adapter(base, None):
+        expected = peft_format.run_as_a_cache(base, tensors)
     _attach(model, config, tensors, name)
     try:
-        peft_format.check_as_a_cache(model, expected)
+        peft_format.check_as_a_cache(base, expected)
     except ValueError:
         _take_off(model, name, former)
         raise
     return model
 
 
-def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixState:
+def read_prefix(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> PrefixState:
     """Read a saved prefix into memory, for ``swap_prefix`` or ``attach(..., past_key_values=state.pairs)``.
 
     Args:
         model: the model that it was saved from, or one like it, which is not changed.
         directory: as for ``load_adapter``.
+        revision: of a repository on the hub.
+        token: for the hub.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged, of another model, or has more than free keys and values.
     """
-    assert isinstance(model, PreTrainedModel)
-    config, tensors, _ = read_adapter(model, Path(directory))
+    folder = locate_adapter(directory, revision, token)
+    config, tensors, _ = read_adapter(find_base_model(model), folder, DEFAULT)
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
@@ -221,9 +313,18 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
     return PrefixState(pairs, biases, config.prefix_position)
 
 
-def read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+def locate_adapter(
+    directory: str | os.PathLike[str], revision: str | None = None, token: bool | str | None = None
+) -> Path:
+    """Return the local path of an adapter in a directory or in a repository of the hub (see ``locate``)."""
+    return locate(directory, _FILES, revision, token)
+
+
+def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> tuple[MethodConfig, dict[str, Tensor], bool]:
     """Read the options and parameters of an adapter, and whether it is one of PEFT's."""
     path = folder / WEIGHTS_FILE
+    if (carried := _find_carried(folder, name)) is not None:
+        path = carried
     if path.is_file():
         header, tensors = _read(path)
         if header is not None:
@@ -243,24 +344,23 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, di
 
 
 def _attach(
-    model: Model,
+    model: nn.Module,
     config: MethodConfig,
     tensors: dict[str, Tensor],
     name: str,
     example_inputs: Inputs | None = None,
-) -> Model:
+) -> None:
     """Attach a method with its parameters, or leave the model as it was."""
     former = get_active_name(model)
     attach_empty(model, config, name, example_inputs)
     try:
-        fill(_collect_parameters(model), tensors)
+        fill(_collect_parameters(find_base_model(model)), tensors)
     except ValueError:
         _take_off(model, name, former)
         raise
-    return model
 
 
-def _take_off(model: PreTrainedModel, name: str, former: str | None) -> None:
+def _take_off(model: nn.Module, name: str, former: str | None) -> None:
     """Take an adapter off, and use the one that was in use before."""
     detach(model, name)
     if former is not None:

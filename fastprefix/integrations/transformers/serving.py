@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ...methods import METHODS, PrefixMethod, PrefixTuning, PrefixTuningConfig
 from ...methods.base import check_count, check_positive
 from .adapter import refuse_sharded
 from .attachment import (
+    DEFAULT,
     check_name_free,
     detach,
     find_attachment,
@@ -29,10 +29,11 @@ from .attachment import (
 from .initial import PrefixState
 from .mixed_call import BASE, Part, compute_prefixes
 from .routing import Routing, find_reason_against, make_part
-from .saving import fill, load_adapter, read_adapter
+from .saving import fill, load_adapter, locate_adapter, read_adapter
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix
 from .switching import evaluating, find_device
+from .tuners import find_base_model
 
 Source = str | os.PathLike[str] | PrefixState
 """A file or directory of an adapter, or a prefix in memory."""
@@ -59,6 +60,7 @@ class AdapterStore:
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int = 0) -> None:
+        model = find_base_model(model)
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}.")
         check_count("tokens", tokens)
@@ -188,7 +190,7 @@ class AdapterStore:
         """Return an adapter, and its keys and values by attention module."""
         if isinstance(source, PrefixState):
             return self._read_state(name, source)
-        config, tensors, is_of_peft = read_adapter(self.model, Path(source))
+        config, tensors, is_of_peft = read_adapter(self.model, locate_adapter(source), DEFAULT)
         if isinstance(config, PrefixTuningConfig) and not is_of_peft:
             return self._make_prefix(name, config, tensors)
         return self._attach_for_a_moment(name, source)

@@ -40,6 +40,7 @@ from .hooks import (
 from .positions import Positions, PositionShift, is_packed
 from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
 from .switching import Implementation, find_device, preserve_state, switch_attention
+from .tuners import read_tuner_state, uses_adapter_names
 
 _FILLED = "fastprefix_filled"
 """The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
@@ -241,6 +242,8 @@ class SharedPromptHooks(PromptHooks):
             return "attention weights are asked for, which the fused kernels do not make"
         if self.positions.by_length is not None and self._computes_positions(arguments):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
+        if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
+            return "PEFT's adapters differ from row to row"
         mask = arguments.get("attention_mask")
         # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
         if find_cache(arguments) is None and mask is not None:
@@ -294,21 +297,20 @@ class SharedPromptHooks(PromptHooks):
 
     def _get_kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
         """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
-        state = read_state(self.backbone, self.method)
-        kept = self.kept
-        if kept is None or state is None or kept.state != (call.types, state) or not (past or self._is_good(kept)):
+        state, tuners = read_state(self.backbone, self.method), read_tuner_state(self.backbone)
+        kept, now = self.kept, (call.types, state, tuners)
+        unknown = state is None or (tuners is None and not past)
+        if kept is None or unknown or kept.state != now or not (past or self._is_good(kept)):
             prefixes = self.run_prompt(call)
-            kept = self.kept = _Kept((call.types, state), self.method.prompt.clone(), prefixes)
+            kept = self.kept = _Kept(now, self.method.prompt.clone(), prefixes)
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
         """Return whether a prompt is unchanged in ways that ``read_state`` cannot tell. This is asked once a sequence.
 
-        Optimizers change a prompt through ``.data``, PEFT's layers may be merged or switched, and weights may be
-        offloaded.
+        Optimizers change a prompt through ``.data``, and weights may be offloaded.
         """
-        unknown = any(hasattr(module, "merged_adapters") for module in self.backbone.modules())
-        unknown = unknown or any(parameter.is_meta for parameter in self.backbone.parameters())
+        unknown = any(parameter.is_meta for parameter in self.backbone.parameters())
         return not unknown and torch.equal(kept.prompt, self.method.prompt)
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:

@@ -139,6 +139,28 @@ def test_trainable_parameters(family: str, method: str) -> None:
     assert sum(len(group["params"]) for group in groups) == len(rates)
 
 
+@pytest.mark.parametrize(
+    ("config", "rates"),
+    [
+        (fastprefix.PromptTuningConfig(5), {"prompt": 0.3}),
+        (fastprefix.DePTConfig(5, rank=3, max_length=32), {"prompt": 0.3, "a": 1e-3, "b": 1e-3}),
+        (fastprefix.ADePTConfig(5, bottleneck_dim=3), {"prompt": 0.3, "w1": 1e-4, "b2": 1e-4}),
+        (fastprefix.PrefixTuningConfig(5), {"prefix.keys.0": 5e-3, "prefix.values.1": 5e-3}),
+        (fastprefix.CartridgeConfig(5, init="normal"), {"prefix.keys.0": 2e-2}),
+        (fastprefix.APTConfig(5), {"prefix.keys.0": 5e-3, "gate_projections.0": 1e-3, "layer_gates.0": 1e-3}),
+        (fastprefix.LlamaAdapterConfig(5), {"states.0": 5e-3, "gates.0": 5e-3}),
+    ],
+)
+def test_usual_rates(config: Any, rates: dict[str, float]) -> None:
+    model = fastprefix.attach(models.decoder(), config, check=False)
+    parameters = dict(get_method(model).named_parameters())
+    for options, expected in (({}, rates), ({"lr": 0.7}, dict.fromkeys(rates, 0.7))):
+        groups = fastprefix.parameter_groups(model, **options)
+        found = {p: group["lr"] for group in groups for p in group["params"]}
+        assert {name: found[parameters[name]] for name in expected} == expected
+        assert set(found) == {p for p in parameters.values() if p.requires_grad}
+
+
 def test_parameters_are_counted() -> None:
     model = attached("encoder", "adept")
     count = fastprefix.count_parameters(model)

@@ -58,7 +58,8 @@ def trainer(model: Any, family: str, folder: Path, **options: Any) -> Trainer:
         "disable_tqdm": True,
         **options,
     }
-    return Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=dataset(family))
+    rows = dataset(family)
+    return Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=rows, eval_dataset=rows)
 
 
 def fresh(family: str, method: str) -> Any:

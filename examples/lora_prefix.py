@@ -1,0 +1,58 @@
+"""Train LoRA and a prefix together on a language model, save both, and load them again.
+
+    python examples/lora_prefix.py --model meta-llama/Llama-3.2-1B --text corpus.txt --out adapter
+
+TEXT has one example a line. Without ``--model`` a tiny random decoder is used, and without ``--text`` a few made-up
+sentences: that takes seconds.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from adept_decoder import load, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from toy import SENTENCES
+
+import fastprefix
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="name or path of a decoder")
+    parser.add_argument("--text", help="one example a line")
+    parser.add_argument("--out", default="lora-adapter", help="where both are saved")
+    parser.add_argument("--start", default="the film", help="what is continued in the end")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=5e-3, help="of the prefix")
+    parser.add_argument("--lora-lr", type=float, default=2e-3, help="of LoRA; 2e-4 is usual for a pretrained model")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    model, tokenizer = load(options.model)
+    lines = [text for text, _ in SENTENCES]
+    if options.text is not None:
+        lines = Path(options.text).read_text(encoding="utf-8").splitlines()
+
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
+    prefix = fastprefix.PrefixTuningConfig(num_virtual_tokens=8, init="text", init_text=lines[0])
+    fastprefix.attach(peft_model, prefix, tokenizer=tokenizer)
+    print(fastprefix.count_parameters(peft_model))  # the prefix, and what PEFT trains
+    groups = fastprefix.parameter_groups(peft_model, lr=options.lr, peft_lr=options.lora_lr)
+    train(peft_model, tokenizer, lines, options.epochs, torch.optim.AdamW(groups))
+
+    fastprefix.save_adapter(peft_model, Path(options.out))  # the prefix
+    peft_model.save_pretrained(Path(options.out) / "lora")  # LoRA
+    print(f"both are in {options.out}")
+
+    # In another process, a base model with the same weights is loaded in the place of this one.
+    base = fastprefix.detach(peft_model).unload()
+    both = PeftModel.from_pretrained(base, Path(options.out) / "lora")
+    fastprefix.load_adapter(both, options.out)
+    start = tokenizer(options.start, return_tensors="pt").to(both.device)
+    output = both.eval().generate(**start, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

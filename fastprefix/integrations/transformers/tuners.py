@@ -1,0 +1,135 @@
+"""Find what PEFT has put into a model: tuner layers, such as those of LoRA and DoRA, and their parameters.
+
+PEFT is not imported: its classes are told by their names, so that nothing here needs it to be installed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_MODELS = frozenset({"PeftModel", "PeftMixedModel"})
+_LAYERS = frozenset({"BaseTunerLayer", "AuxiliaryTrainingWrapper"})
+"""The classes of layers that stand for a module of the base model, and of wrappers that train a copy of one."""
+_BASES = ("base_layer", "original_module")
+"""The names under which these hold the module of the base model."""
+
+
+def _is_of(value: object, names: frozenset[str]) -> bool:
+    return any(each.__name__ in names for each in type(value).__mro__)
+
+
+def find_base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model inside a PEFT model whose adapters are layers, or the model itself.
+
+    PEFT's prompts, prefixes and adaption prompts are no layers: a model with one of these is returned as it is.
+    """
+    if _is_of(model, _MODELS) and not getattr(model, "_is_prompt_learning", False):
+        base = getattr(model._modules.get("base_model"), "model", None)
+        if isinstance(base, PreTrainedModel) and "ADAPTION_PROMPT" not in str(getattr(model, "peft_type", "")):
+            return base
+    return cast(PreTrainedModel, model)
+
+
+def list_tuner_layers(model: nn.Module) -> Iterator[Any]:
+    """Yield the layers and wrappers of PEFT's in a model."""
+    return (module for module in model.modules() if _is_of(module, _LAYERS))
+
+
+def has_tuner_layers(model: nn.Module) -> bool:
+    """Return whether PEFT has put layers into a model."""
+    return next(list_tuner_layers(model), None) is not None
+
+
+class TunerParameter(NamedTuple):
+    """A parameter that PEFT has added to a model."""
+
+    name: str
+    parameter: nn.Parameter
+    active: bool
+    """Whether it belongs to an adapter of PEFT's that is in use."""
+
+
+def list_tuner_parameters(model: nn.Module) -> Iterator[TunerParameter]:
+    """Yield the parameters that PEFT has added to a model: those of its layers, but for the modules in them."""
+    for name, module in model.named_modules():
+        if _is_of(module, _LAYERS):
+            layer: Any = module
+            for inside, parameter in _list_own(module):
+                active = not set(layer.active_adapters).isdisjoint(inside.split("."))
+                yield TunerParameter(f"{name}.{inside}" if name else inside, parameter, active)
+
+
+def _list_own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if name not in _BASES and not _is_of(child, _LAYERS):
+            yield from ((f"{name}.{inside}", parameter) for inside, parameter in _list_own(child))
+
+
+class Frozen:
+    """The parameters that PEFT trains, frozen while an adapter of this package is in use."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+
+    def freeze(self, model: nn.Module, own: Iterable[nn.Parameter] = ()) -> None:
+        """Freeze everything that is trained in a model, except for an adapter's ``own`` parameters."""
+        kept = set(map(id, own))
+        for parameter in model.parameters():
+            if parameter.requires_grad and id(parameter) not in kept:
+                parameter.requires_grad_(False)
+                self.parameters.append(parameter)
+
+    def release(self, model: nn.Module) -> None:
+        """Let it be trained again, unless PEFT has put it out of use since."""
+        unused = {id(each.parameter) for each in list_tuner_parameters(model) if not each.active}
+        for parameter in self.parameters:
+            parameter.requires_grad_(parameter.requires_grad or id(parameter) not in unused)
+        self.parameters = []
+
+
+def read_tuner_state(model: nn.Module) -> object:
+    """Return an object that is equal while PEFT's layers compute the same.
+
+    None: that is unknown, because parameters of theirs are trained. Some optimizers change these in ways that PyTorch
+    does not count.
+    """
+    parameters = [each.parameter for each in list_tuner_parameters(model)]
+    if any(p.requires_grad or p.is_inference() for p in parameters):
+        return None
+    return *map(_read_layer, list_tuner_layers(model)), *((p.data_ptr(), p._version) for p in parameters)
+
+
+def _read_layer(layer: Any) -> tuple[object, ...]:
+    scales = getattr(layer, "scaling", None)
+    read = tuple(map(_read_scale, scales.items())) if isinstance(scales, dict) else ()
+    merged = tuple(getattr(layer, "merged_adapters", ()))
+    return merged, tuple(layer.active_adapters), bool(layer.disable_adapters), read
+
+
+def _read_scale(item: tuple[str, Any]) -> tuple[object, ...]:
+    name, scale = item
+    return (name, scale.data_ptr(), scale._version) if isinstance(scale, Tensor) else (name, scale)
+
+
+def uses_adapter_names(model: nn.Module) -> bool:
+    """Return whether PEFT's layers use an adapter for each row in the call in progress (its ``adapter_names``)."""
+    hooks = (hook for layer in list_tuner_layers(model) for hook in layer._forward_pre_hooks.values())
+    return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
+
+
+def find_taken_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of these modules PEFT has put layers into, or trains a copy of, or a part of such a copy."""
+    layers = {name: module for name, module in model.named_modules() if _is_of(module, _LAYERS)}
+    wrappers = [name for name, module in layers.items() if "base_layer" not in module._modules]
+    return [
+        name
+        for name in names
+        if any(f"{each}.".startswith(f"{name}.") for each in layers)
+        or any(f"{name}.".startswith(f"{each}.") for each in wrappers)
+    ]
