@@ -321,7 +321,7 @@ class PrefixTextbook:
         gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)
         if output_gate is not None:
             output = (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)[0]
-            own = _attend_to_prefix(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
+            own = self._attend_to_prefix(index, query, pk, pv, gate, kwargs) * output_gate.to(query)[:, None, None]
             return output + own.transpose(1, 2), None
         if gate is None or gate.ndim < 4:
             if gate is not None:
@@ -356,11 +356,8 @@ class PrefixTextbook:
             mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         if mask is not None:
             mask = nn.functional.pad(mask, columns)
-            if window is not None:
-                first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
-                ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
-                hidden = nn.functional.pad(ahead >= window, (0, key.shape[2]))
-                mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            if (hidden := self._find_hidden(self.layers[module], query)) is not None:
+                mask = mask.masked_fill(nn.functional.pad(hidden, (0, key.shape[2])), torch.finfo(mask.dtype).min)
             if key_bias is not None:
                 own = key_bias.to(mask).repeat_interleave(query.shape[1] // key.shape[1], 0)[None, :, None]
                 mask = mask + nn.functional.pad(own, (0, key.shape[2]))
@@ -370,6 +367,36 @@ class PrefixTextbook:
             kwargs = {**kwargs, "position_bias": nn.functional.pad(bias[..., : key.shape[2]], columns)[:, :, rows]}
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
         return (find_eager_attention(module) or _attend_plainly)(module, query[:, :, rows], key, value, mask, **kwargs)
+
+    def _find_hidden(self, index: int, query: Tensor) -> Tensor | None:
+        """Return which prefix keys a sliding window hides from each query, bool ``[N, m]``, or None."""
+        window = self.found[index].window if self.shift else None
+        if window is None:
+            return None
+        first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
+        ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
+        return ahead >= window
+
+    def _attend_to_prefix(
+        self, index: int, query: Tensor, pk: Tensor, pv: Tensor, gate: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Attend to the prefix alone, ``[B, H, N, Dv]``; a query from which a window hides all of it gets 0."""
+        groups = query.shape[1] // pk.shape[1]
+        pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
+        weights = query.new_ones(1) if gate is None else gate.to(query)
+        weights = weights if weights.ndim == 4 else weights.unsqueeze(-2)
+        scale = kwargs.get("scaling")
+        scores = query @ pk.mT * weights * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if (cap := kwargs.get("softcap")) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if (bias := self.method.key_bias(index)) is not None:
+            scores = scores + bias.to(query).repeat_interleave(groups, 0)[:, None]
+        if (hidden := self._find_hidden(index, query)) is None:
+            hidden = torch.zeros(1, 1, dtype=torch.bool)
+        everything = hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(hidden & ~everything, -torch.inf)
+        output: Tensor = (scores.softmax(-1).masked_fill(everything, 0.0) * weights) @ pv
+        return output
 
     def _find_prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
         states = self.method.projected_states(index)
@@ -403,18 +430,6 @@ class PrefixTextbook:
             self.gates[index] = gate, begun
         gate = gate.to(query)
         return gate if gate.ndim >= 3 else gate.reshape((1,) * (3 - gate.ndim) + gate.shape)
-
-
-def _attend_to_prefix(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Return ``[B, H, N, Dv]``: attention to a prefix alone."""
-    groups = query.shape[1] // pk.shape[1]
-    pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
-    scale = kwargs.get("scaling")
-    scores = query @ pk.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if (cap := kwargs.get("softcap")) is not None:
-        scores = cap * torch.tanh(scores / cap)
-    output: Tensor = scores.softmax(-1) @ pv
-    return output
 
 
 def _attend_plainly(
