@@ -17,6 +17,7 @@ from .methods import (
     PrefixTuningConfig,
     PromptTuningConfig,
     ResidualPrefixConfig,
+    ULPTConfig,
 )
 from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
@@ -51,6 +52,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "ResidualPrefixConfig",
+    "ULPTConfig",
     "__version__",
     "accelerate",
     "attach",

@@ -8,16 +8,19 @@ from .apt import APT, APTConfig
 from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
 from .cartridge import CartridgeConfig
 from .composition import Composition, CompositionConfig
+from .computed_prompt import ComputedPrompt, ComputedPromptConfig, make_plain_prompt
 from .dept import DePT, DePTConfig
 from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
 from .shapes import AttentionShape, EmbeddingShape
+from .ulpt import ULPT, ULPTConfig
 
 __all__ = [
     "APT",
     "METHODS",
+    "ULPT",
     "ADePT",
     "ADePTConfig",
     "APTConfig",
@@ -25,6 +28,8 @@ __all__ = [
     "CartridgeConfig",
     "Composition",
     "CompositionConfig",
+    "ComputedPrompt",
+    "ComputedPromptConfig",
     "DePT",
     "DePTConfig",
     "EmbeddingShape",
@@ -39,4 +44,6 @@ __all__ = [
     "PromptTuningConfig",
     "ResidualPrefix",
     "ResidualPrefixConfig",
+    "ULPTConfig",
+    "make_plain_prompt",
 ]

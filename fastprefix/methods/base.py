@@ -119,16 +119,37 @@ class PromptMethod(nn.Module, ABC):
 
     changes_tokens: ClassVar[bool] = False
     """Whether the method adds an offset to the tokens' embeddings."""
+    changes_positions: ClassVar[bool] = False
+    """Whether that offset depends on the position of a token, rather than on the token."""
+    prompt: Tensor
+    """The prompt, ``[m, d]``: a parameter, or in a ``ComputedPrompt`` a property that computes it."""
 
     def __init__(self, config: Any, shape: EmbeddingShape) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
-        self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, shape.width))
+        self._make_prompt()
         self.prompt_path: str | None = None
         """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not. Known from
         ``attach`` on; dropout while training and the like decide anew in every call, and it is the last call's.
         """
+
+    def _make_prompt(self) -> None:
+        """Make the parameters of the prompt."""
+        self.prompt = nn.Parameter(torch.empty(self.config.num_virtual_tokens, self.shape.width))
+
+    def list_prompt_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the prompt is made of, which are trained at the rate of prompts."""
+        assert isinstance(self.prompt, nn.Parameter)
+        return [self.prompt]
+
+    def baked(self) -> PromptMethod:
+        """Return a method for inference that computes nothing again that does not depend on the input.
+
+        Raises:
+            ValueError: there is nothing of that kind, and why.
+        """
+        raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
 
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:

@@ -20,7 +20,6 @@ from ...methods import (
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
-    PromptTuningConfig,
 )
 from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
@@ -283,7 +282,7 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
-    if isinstance(config, PromptTuningConfig) and is_of_text(model):
+    if config.kind == "prompt" and is_of_text(model):
         return
     if not isinstance(config, PrefixTuningConfig):
         raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")

@@ -318,7 +318,7 @@ def adopt_small_trial(model: PreTrainedModel) -> None:
 def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
-    limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1}
+    limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -5,6 +5,7 @@ What does not depend on the input is computed once:
 - ADePT's network becomes part of the embedding table. An output head that is tied to the table keeps the old one.
 - On a decoder that shares its prompt, the prompt becomes keys and values. DePT's offset depends on the position and
   stays where it is.
+- A prompt that is computed from other parameters becomes a plain one, where it stands in every row.
 - A reparameterised prefix becomes a plain one, and gates that do not depend on the input are multiplied in.
 
 The embedding that was there is kept until the method is detached, on its device, or there would be no way back. Where
@@ -22,13 +23,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ...methods import (
     ADePT,
-    DePT,
+    ComputedPrompt,
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
     PromptMethod,
-    PromptTuning,
-    PromptTuningConfig,
+    make_plain_prompt,
 )
 from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
@@ -69,6 +69,10 @@ def merge(model: Model) -> Model:
             _merge_shared_prompt(model, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
             _merge_table(model, adapter, method, hooks)
+        elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
+            hooks.remove()
+            hooks.method = method.baked()
+            _exchange(model, adapter, hooks.method, [hooks])
         else:
             raise ValueError(
                 f"`model` must have something to merge, but {type(method).__name__} on the path "
@@ -129,6 +133,8 @@ def refuse_more_than_keys(method: PrefixMethod, what: str) -> None:
     """Refuse a prefix that is more than keys and values at the positions before all tokens."""
     if method.key_bias(0) is not None:
         raise ValueError(f"`key_bias` must be False for {what}, which has no place for biases of keys, but is True.")
+    if method.output_gate(0) is not None:
+        raise ValueError(f'`softmax` must be "joint" for {what}, whose keys share one softmax, but is "own".')
     shift, length = method.position_shift(), method.config.num_virtual_tokens
     if shift != length:
         raise ValueError(
@@ -157,7 +163,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     parts: list[Hooks] = []
     if table is not None:
         parts.append(NewTable(hooks, table))
-    elif isinstance(method, DePT):
+    elif method.changes_positions:
         prefix.add_module("offset", method)
         parts.append(OffsetHooks(model, method))
     merged = PrefixHooks(model, prefix, layers)
@@ -170,11 +176,8 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
     """Merge ADePT's network alone, which leaves prompt tuning."""
-    config = PromptTuningConfig(
-        method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
-    )
-    prompt = PromptTuning(config, method.shape)
-    prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
+    prompt = make_plain_prompt(method)
+    prompt.config.shared_prompt = False
     table = NewTable(hooks, _rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
@@ -185,7 +188,7 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
 def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
-    return "DePT's offset stands beside its prefix" if isinstance(method, DePT) else None
+    return f"{type(method).__name__}'s offset stands beside its prefix" if method.changes_positions else None
 
 
 def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:

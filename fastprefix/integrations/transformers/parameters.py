@@ -67,7 +67,7 @@ def parameter_groups(
     Args:
         model: a model with a method attached.
         lr: for everything else: prefixes, offsets, and the modules that stay trainable.
-        prompt_lr: for the soft prompt; None: ``lr``.
+        prompt_lr: for the soft prompt, or what it is computed from; None: ``lr``.
         gate_lr: for gates; None: ``lr``. APT's are projections of a whole hidden state: at a rate that is right for the
             prefix, they are all at 1 within some tens of steps of Adam.
         weight_decay: for all groups.
@@ -78,7 +78,7 @@ def parameter_groups(
     if get_attachment(model).adapter.merged:
         raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
     method = get_method(model)
-    prompt = [method.prompt] if isinstance(method, PromptMethod) else []
+    prompt = method.list_prompt_parameters() if isinstance(method, PromptMethod) else []
     gates = [] if gate_lr is None else [p for name, p in method.named_parameters() if "gate" in name]
     apart = {*prompt, *gates}
     rest = [p for p in model.parameters() if p.requires_grad and p not in apart]

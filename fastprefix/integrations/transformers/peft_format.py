@@ -80,7 +80,7 @@ def convert_to_peft(
     """
     modules = list(modules)
     if isinstance(method, PromptMethod):
-        if type(method.config) is not PromptTuningConfig:
+        if method.changes_tokens:
             raise ValueError(
                 'format="peft" must be used with prompt tuning or a prefix, but the method is '
                 f"{type(method.config).__name__}."

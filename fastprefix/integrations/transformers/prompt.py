@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from ...methods import DePT, PromptMethod
+from ...methods import PromptMethod
 from .attention import make_two_adapters_error
 from .discovery import find_entry, find_input_path, list_ordinary_ids
 from .hooks import (
@@ -87,9 +87,10 @@ class PromptHooks:
                 f"`model` must call its input embeddings with the ids that it gets, or accept inputs_embeds. {name} "
                 "does neither."
             )
-        if not self.receives_ids and isinstance(self.method, DePT):
+        if not self.receives_ids and self.method.changes_positions:
             raise ValueError(
-                f"`model` must hand ids to its decoder for DePT, whose offset depends on the position, but "
+                f"`model` must hand ids to its decoder for {type(self.method).__name__}, whose offset depends on the "
+                "position, but "
                 f"{type(self.model).__name__} hands it embeddings. Use ADePT."
             )
 

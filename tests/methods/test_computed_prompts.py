@@ -1,0 +1,80 @@
+"""Prompts that are computed from other parameters: formulas, initialization, parameter counts, budgets."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastprefix
+from fastprefix.methods import ULPT, ComputedPrompt
+from fastprefix.methods.shapes import EmbeddingShape
+
+from .test_methods import TABLE, WithEmbeddings, count, table
+
+
+def test_ulpt_is_its_formula() -> None:
+    torch.manual_seed(0)
+    method = ULPT(fastprefix.ULPTConfig(7, rank=5, seed=3), TABLE)
+    for parameter in method.parameters():
+        nn.init.normal_(parameter)
+    z, r, s, b = method.low_dimensional, method.projection, method.scale, method.shift
+    rows = [torch.stack([s[k] * sum(z[i, j] * r[j, k] for j in range(5)) + b[k] for k in range(96)]) for i in range(7)]
+    torch.testing.assert_close(method.prompt, torch.stack(rows))
+
+
+def test_ulpt_initialization() -> None:
+    torch.manual_seed(0)
+    method = ULPT(fastprefix.ULPTConfig(400, rank=8), TABLE)
+    method.reset_parameters(table(), None)
+    z, n = method.low_dimensional, 400 * 8
+    assert abs(z.std() - 1.0) < 5 / (2 * n) ** 0.5
+    assert bool((method.scale == 1.0).all())
+    assert not method.shift.any()
+    bound = (6 / (8 + 96)) ** 0.5
+    assert 0.98 * bound < method.projection.abs().max() <= bound
+    assert abs(method.projection.mean()) < 5 * bound / (3 * 8 * 96) ** 0.5
+    assert count(method) == 400 * 8 + 2 * 96
+
+
+def test_ulpts_projection_follows_from_the_seed_and_is_frozen() -> None:
+    first, again, other = (ULPT(fastprefix.ULPTConfig(3, rank=4, seed=seed), TABLE) for seed in (5, 5, 6))
+    torch.manual_seed(1)
+    first.reset_parameters(table(), None)
+    assert torch.equal(first.projection, again.projection)
+    assert not torch.equal(first.projection, other.projection)
+    assert not first.projection.requires_grad
+    assert "projection" not in first.state_dict()
+    first.prompt.sum().backward()
+    assert {name for name, p in first.named_parameters() if p.grad is not None} == {
+        *("low_dimensional", "scale", "shift")
+    }
+
+
+@pytest.mark.parametrize(("length", "trainable", "rank"), [(100, 2 * 768 + 200, 2), (100, 7_936, 64), (20, 2_000, 23)])
+def test_ulpt_budget(length: int, trainable: int, rank: int) -> None:
+    config = fastprefix.ULPTConfig.for_budget(WithEmbeddings(768), trainable=trainable, num_virtual_tokens=length)
+    assert config.rank == rank
+    assert count(ULPT(config, EmbeddingShape(10, 768))) <= trainable
+
+
+@pytest.mark.parametrize("method", [ULPT(fastprefix.ULPTConfig(7, rank=5), TABLE)], ids=["ulpt"])
+def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
+    method.reset_parameters(table(), None)
+    baked = method.baked()
+    assert type(baked.config) is fastprefix.PromptTuningConfig
+    assert [name for name, _ in baked.named_parameters()] == ["prompt"]
+    assert torch.equal(baked.prompt, method.prompt)
+    assert set(method.list_prompt_parameters()) == set(method.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "named"),
+    [
+        (lambda: fastprefix.ULPTConfig(5, rank=0), ValueError, "rank"),
+        (lambda: fastprefix.ULPTConfig(5, seed=-1), ValueError, "seed"),
+        (lambda: fastprefix.ULPTConfig(5, shared_prompt="yes"), ValueError, "shared_prompt"),
+        (lambda: fastprefix.ULPTConfig(5, init="text"), TypeError, "init"),
+    ],
+)
+def test_bad_options_are_named(make: object, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=rf"\b{named}\b"):
+        make()
