@@ -11,6 +11,7 @@ from .composition import Composition, CompositionConfig
 from .computed_prompt import ComputedPrompt, ComputedPromptConfig, make_plain_prompt
 from .dept import DePT, DePTConfig
 from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
+from .p_tuning import PTuning, PTuningConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
@@ -36,6 +37,8 @@ __all__ = [
     "LlamaAdapter",
     "LlamaAdapterConfig",
     "MethodConfig",
+    "PTuning",
+    "PTuningConfig",
     "PrefixMethod",
     "PrefixTuning",
     "PrefixTuningConfig",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastprefix
-from fastprefix.methods import ULPT, ComputedPrompt
+from fastprefix.methods import ULPT, ComputedPrompt, PTuning
 from fastprefix.methods.shapes import EmbeddingShape
 
 from .test_methods import TABLE, WithEmbeddings, count, table
@@ -56,7 +56,38 @@ def test_ulpt_budget(length: int, trainable: int, rank: int) -> None:
     assert count(ULPT(config, EmbeddingShape(10, 768))) <= trainable
 
 
-@pytest.mark.parametrize("method", [ULPT(fastprefix.ULPTConfig(7, rank=5), TABLE)], ids=["ulpt"])
+@pytest.mark.parametrize("h", [None, 12])
+def test_p_tuning_initialization_and_parameters(h: int | None) -> None:
+    torch.manual_seed(0)
+    d, n = 96, h or 96
+    for encoder in ("mlp", "lstm"):
+        method = PTuning(fastprefix.PTuningConfig(400, encoder=encoder, encoder_hidden_dim=h), TABLE)
+        method.reset_parameters(table(), None)
+        assert abs(method.embedding.std() - 1.0) < 5 / (2 * 400 * d) ** 0.5
+        expected = 400 * d + 2 * d * n + n**2 + 2 * n + d
+        if encoder == "lstm":
+            layers = 8 * n * (d + n + 2) + 8 * n * (3 * n + 2)
+            expected = 400 * d + layers + 4 * n**2 + 2 * n + 2 * n * d + d
+        assert count(method) == expected
+        assert method.prompt.shape == (400, d)
+        for layer in method.mlp[::2]:
+            bound = layer.in_features**-0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+
+
+def test_p_tunings_hidden_width_is_the_models_by_default() -> None:
+    method = PTuning(fastprefix.PTuningConfig(3, encoder="lstm", encoder_num_layers=1), TABLE)
+    assert (method.lstm.hidden_size, method.lstm.num_layers) == (96, 1)
+    assert [layer.out_features for layer in method.mlp[::2]] == [192, 96]
+
+
+BAKED: dict[str, ComputedPrompt] = {
+    "p-tuning": PTuning(fastprefix.PTuningConfig(7, encoder_hidden_dim=5), TABLE),
+    "ulpt": ULPT(fastprefix.ULPTConfig(7, rank=5), TABLE),
+}
+
+
+@pytest.mark.parametrize("method", BAKED.values(), ids=BAKED)
 def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
     method.reset_parameters(table(), None)
     baked = method.baked()
@@ -69,6 +100,9 @@ def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "named"),
     [
+        (lambda: fastprefix.PTuningConfig(5, encoder="gru"), ValueError, "encoder"),
+        (lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=0), ValueError, "encoder_hidden_dim"),
+        (lambda: fastprefix.PTuningConfig(5, encoder_num_layers=0), ValueError, "encoder_num_layers"),
         (lambda: fastprefix.ULPTConfig(5, rank=0), ValueError, "rank"),
         (lambda: fastprefix.ULPTConfig(5, seed=-1), ValueError, "seed"),
         (lambda: fastprefix.ULPTConfig(5, shared_prompt="yes"), ValueError, "shared_prompt"),

@@ -1,7 +1,7 @@
 """Adapters as PEFT's files have them, read and written without PEFT.
 
 A PEFT prefix travels as a key/value cache, so it is a prefix with ``prefix_position="shift"``. What PEFT computes a
-prefix or a prompt from (a projection, the network of P-tuning) it does not save.
+prefix or a prompt from (a projection, the network of P-tuning) it does not save, so what is read is a plain one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
+from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig, PTuning
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
 from .merging import refuse_more_than_keys
@@ -87,7 +87,7 @@ def convert_to_peft(
             )
         _check_heads(model)
         rows = method.prompt.detach()
-        kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
+        kind: dict[str, Any] = {**_describe_prompt(method), "token_dim": rows.shape[1]}
     else:
         rows, frozen = _make_rows(model, method)
         shape = method.shapes[0]
@@ -114,6 +114,19 @@ def convert_to_peft(
         for key, p in model.get_submodule(name).named_parameters()
     }
     return description, {_EMBEDDINGS: rows, **parameters}
+
+
+def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
+    """Return PEFT's type of a prompt, and the encoder that it was computed by, if PEFT has one like it."""
+    if not isinstance(method, PTuning):
+        return {"peft_type": "PROMPT_TUNING"}
+    of = method.config
+    return {
+        "peft_type": "P_TUNING",
+        "encoder_reparameterization_type": of.encoder.upper(),
+        "encoder_hidden_size": of.encoder_hidden_dim or method.shape.width,
+        "encoder_num_layers": of.encoder_num_layers,
+    }
 
 
 def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -122,7 +122,7 @@ def save_adapter(
         directory: where to; one for each adapter.
         name: of the adapter; None: the one in use.
         format: "fastprefix"; or "peft", as ``peft.PeftModel.from_pretrained`` reads it: a prompt on a language model,
-            or a shifted prefix, which is written as keys and values, whatever it was computed from.
+            or a shifted prefix, written as rows or as keys and values, whatever they were computed from.
 
     Raises:
         ValueError: the model has no method attached, or none of that name, one that was merged into the model's own

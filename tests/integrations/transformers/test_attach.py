@@ -20,6 +20,8 @@ PROMPTS: dict[str, Callable[[], Any]] = {
     "prompt_tuning": lambda: fastprefix.PromptTuningConfig(5),
     "dept": lambda: fastprefix.DePTConfig(5, rank=3, max_length=32),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+    "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=6),
+    "p-tuning-lstm": lambda: fastprefix.PTuningConfig(5, encoder="lstm", encoder_hidden_dim=6),
     "ulpt": lambda: fastprefix.ULPTConfig(5, rank=3, seed=4),
 }
 PREFIXES: dict[str, Callable[[], Any]] = {
@@ -106,7 +108,33 @@ def textbook_rows(method: Any) -> Tensor:
     """The prompt itself, by its formula."""
     if hasattr(method, "projection"):
         return method.low_dimensional @ method.projection * method.scale[None] + method.shift[None]
+    if hasattr(method, "lstm"):
+        first, second = method.mlp[0], method.mlp[2]
+        return second(torch.relu(first(run_lstm(method.lstm, method.embedding))))
+    if hasattr(method, "embedding"):
+        first, second, third = method.mlp[0], method.mlp[2], method.mlp[4]
+        return third(torch.relu(second(torch.relu(first(method.embedding)))))
     return method.prompt
+
+
+def run_lstm(lstm: torch.nn.LSTM, states: Tensor) -> Tensor:
+    """A bidirectional LSTM, step by step."""
+    for layer in range(lstm.num_layers):
+        directions = []
+        for suffix in ("", "_reverse"):
+            weights = [getattr(lstm, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh")]
+            biases = [getattr(lstm, f"{name}_l{layer}{suffix}") for name in ("bias_ih", "bias_hh")]
+            hidden = cell = states.new_zeros(lstm.hidden_size)
+            outputs = []
+            for state in states.flip(0) if suffix else states:
+                gates = weights[0] @ state + biases[0] + weights[1] @ hidden + biases[1]
+                let_in, forget, candidate, let_out = gates.chunk(4)
+                cell = torch.sigmoid(forget) * cell + torch.sigmoid(let_in) * torch.tanh(candidate)
+                hidden = torch.sigmoid(let_out) * torch.tanh(cell)
+                outputs.append(hidden)
+            directions.append(torch.stack(outputs[::-1] if suffix else outputs))
+        states = torch.cat(directions, dim=1)
+    return states
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -21,10 +21,10 @@ from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 
 MERGEABLE = {
     "decoder": [
-        *("prompt_tuning", "dept", "adept", "ulpt"),
+        *("prompt_tuning", "dept", "adept", "p-tuning-lstm", "ulpt"),
         *("prefix", "prefix-mlp", "prefix-shift", "apt", "apt-own", "residual"),
     ],
-    "encoder": ["adept", "ulpt", "prefix", "prefix-mlp", "prefix-own", "apt", "apt-cls", "residual"],
+    "encoder": ["adept", "p-tuning", "ulpt", "prefix", "prefix-mlp", "prefix-own", "apt", "apt-cls", "residual"],
 }
 CASES = [(family, method) for family, methods in MERGEABLE.items() for method in methods]
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
