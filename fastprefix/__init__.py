@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from ._version import __version__
 from .methods import (
+    ACCEPTConfig,
     ADePTConfig,
     APTConfig,
     CartridgeConfig,
     DePTConfig,
     LlamaAdapterConfig,
-    PTuningConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     ResidualPrefixConfig,
     ULPTConfig,
 )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACCEPTConfig",
     "ADePTConfig",
     "APTConfig",
     "CartridgeConfig",

@@ -3,6 +3,7 @@
 Nothing here knows of any model library: a method is told the shapes of what it attaches to.
 """
 
+from .accept import ACCEPT, ACCEPTConfig
 from .adept import ADePT, ADePTConfig
 from .apt import APT, APTConfig
 from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
@@ -19,9 +20,11 @@ from .shapes import AttentionShape, EmbeddingShape
 from .ulpt import ULPT, ULPTConfig
 
 __all__ = [
+    "ACCEPT",
     "APT",
     "METHODS",
     "ULPT",
+    "ACCEPTConfig",
     "ADePT",
     "ADePTConfig",
     "APTConfig",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastprefix
-from fastprefix.methods import ULPT, ComputedPrompt, PTuning
+from fastprefix.methods import ACCEPT, ULPT, ComputedPrompt, DePT, PTuning
 from fastprefix.methods.shapes import EmbeddingShape
 
 from .test_methods import TABLE, WithEmbeddings, count, table
@@ -56,6 +56,96 @@ def test_ulpt_budget(length: int, trainable: int, rank: int) -> None:
     assert count(ULPT(config, EmbeddingShape(10, 768))) <= trainable
 
 
+def codebook_of(rows: int, parts: int, codewords: int, block: int) -> int:
+    return rows * parts * codewords + codewords * parts * block
+
+
+def test_accept_is_its_formula() -> None:
+    torch.manual_seed(0)
+    config = fastprefix.ACCEPTConfig(
+        5, max_length=9, prompt_block=32, prompt_codewords=4, offset_block=48, offset_codewords=3
+    )
+    method = ACCEPT(config, TABLE)
+    for parameter in method.parameters():
+        nn.init.normal_(parameter)
+    for rows, codebook in ((method.prompt, method.prompt_codebook), (offset_rows(method, 9), method.offset_codebook)):
+        w, c, t = codebook.weights, codebook.codewords, codebook.codewords.shape[2]
+        for i, k in ((0, 0), (3, 1), (4, 96 // t - 1)):
+            expected = sum(w[i, k, j] * c[k, j] for j in range(w.shape[2]))
+            torch.testing.assert_close(rows[i, k * t : (k + 1) * t], expected)
+    assert count(method) == codebook_of(5, 3, 4, 32) + codebook_of(9, 2, 3, 48)
+    torch.testing.assert_close(method.offset(3, 5, torch.float32)["position_offset"], offset_rows(method, 9)[5:8])
+    assert "offset_scale" not in method.offset(3, 5, torch.float32)
+    with pytest.raises(ValueError, match=r"ACCEPT has offsets for max_length = 9 tokens, got an input of 10"):
+        method.offset(5, 5, torch.float32)
+
+
+def offset_rows(method: ACCEPT, length: int) -> torch.Tensor:
+    rows: torch.Tensor = method.offset(length, 0, torch.float32)["position_offset"]
+    return rows
+
+
+def test_accept_initialization() -> None:
+    torch.manual_seed(0)
+    options = {"max_length": 200, "prompt_block": 32, "prompt_codewords": 20, "offset_block": 48, "offset_codewords": 6}
+    method = ACCEPT(fastprefix.ACCEPTConfig(60, **options), TABLE)
+    method.reset_parameters(table(), None)
+    bounds = {
+        "prompt_codebook.weights": (3 * 20) ** -0.5,
+        "prompt_codebook.codewords": (20 * 32) ** -0.5,
+        "offset_codebook.weights": (2 * 6) ** -0.5,
+        "offset_codebook.codewords": (6 / (6 * 48)) ** 0.5,
+    }
+    parameters = dict(method.named_parameters())
+    assert parameters.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        assert 0.95 * bound < parameters[name].abs().max() <= bound
+        assert abs(parameters[name].mean()) < 5 * bound / (3 * parameters[name].numel()) ** 0.5
+    assert offset_rows(method, 200).any()
+    zero = ACCEPT(fastprefix.ACCEPTConfig(60, offset_init="zero", **options), TABLE)
+    zero.reset_parameters(table(), None)
+    assert not offset_rows(zero, 200).any()
+    assert zero.offset_codebook.weights.any()
+
+
+def test_accept_without_codebooks_is_dept() -> None:
+    options = {"rank": 4, "max_length": 64, "init": "vocab"}
+    method = ACCEPT(fastprefix.ACCEPTConfig(20, codebook_prompt=False, codebook_offset=False, **options), TABLE)
+    dept = DePT(fastprefix.DePTConfig(20, **options), TABLE)
+    weight, ids = table(), torch.randint(0, TABLE.vocabulary, (2, 9))
+    for each in (method, dept):
+        torch.manual_seed(0)
+        each.reset_parameters(weight, None)
+        nn.init.normal_(each.b, generator=torch.Generator().manual_seed(1))
+    assert [p.shape for p in method.parameters()] == [p.shape for p in dept.parameters()]
+    assert torch.equal(method.embed(ids, weight, 3, with_prompt=True), dept.embed(ids, weight, 3, with_prompt=True))
+
+
+@pytest.mark.parametrize(
+    ("width", "length", "options", "name", "found"),
+    [
+        (768, 60, {}, "offset_codewords", 4),
+        (512, 40, {"prompt_codewords": 17, "offset_block": 256}, "offset_codewords", 30),
+        (768, 60, {"codebook_prompt": False, "codebook_offset": False}, "rank", 30),
+    ],
+)
+def test_accept_budget_of_100_prompt_tokens(width: int, length: int, options: dict, name: str, found: int) -> None:
+    """The published settings, and DePT's."""
+    config = fastprefix.ACCEPTConfig.for_budget(
+        WithEmbeddings(width), trainable=100 * width, num_virtual_tokens=length, **options
+    )
+    assert getattr(config, name) == found
+    assert count(ACCEPT(config, EmbeddingShape(10, width))) <= 100 * width
+
+
+def test_blocks_that_do_not_divide_the_width_are_refused() -> None:
+    for name in ("prompt_block", "offset_block"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be a divisor of the model's width, 96, got 36"):
+            ACCEPT(fastprefix.ACCEPTConfig(5, **{name: 36}), TABLE)
+    with pytest.raises(ValueError, match="offset"):
+        ACCEPT(fastprefix.ACCEPTConfig(5), TABLE).baked()
+
+
 @pytest.mark.parametrize("h", [None, 12])
 def test_p_tuning_initialization_and_parameters(h: int | None) -> None:
     torch.manual_seed(0)
@@ -100,6 +190,13 @@ def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "named"),
     [
+        (lambda: fastprefix.ACCEPTConfig(5, prompt_block=0), ValueError, "prompt_block"),
+        (lambda: fastprefix.ACCEPTConfig(5, prompt_codewords=0), ValueError, "prompt_codewords"),
+        (lambda: fastprefix.ACCEPTConfig(5, offset_block=1.5), TypeError, "offset_block"),
+        (lambda: fastprefix.ACCEPTConfig(5, offset_codewords=0), ValueError, "offset_codewords"),
+        (lambda: fastprefix.ACCEPTConfig(5, offset_init="ones"), ValueError, "offset_init"),
+        (lambda: fastprefix.ACCEPTConfig(5, codebook_prompt=3), ValueError, "codebook_prompt"),
+        (lambda: fastprefix.ACCEPTConfig(5, init="vocab"), ValueError, "init"),
         (lambda: fastprefix.PTuningConfig(5, encoder="gru"), ValueError, "encoder"),
         (lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=0), ValueError, "encoder_hidden_dim"),
         (lambda: fastprefix.PTuningConfig(5, encoder_num_layers=0), ValueError, "encoder_num_layers"),

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import threading
 import traceback
@@ -319,11 +320,14 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
     limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
+    limits |= {"prompt_codewords": 3, "offset_codewords": 3}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in limits and type(value) is int:
             changed[field.name] = min(value, limits[field.name])
+        elif field.name.endswith("_block"):  # a divisor of the small width too
+            changed[field.name] = math.gcd(value, 8)
         elif field.name == "max_length" and type(value) is int:
             changed[field.name] = 64
         elif field.name == "init" and value not in ("random", "normal"):

@@ -19,6 +19,9 @@ from ...textbook import textbook
 PROMPTS: dict[str, Callable[[], Any]] = {
     "prompt_tuning": lambda: fastprefix.PromptTuningConfig(5),
     "dept": lambda: fastprefix.DePTConfig(5, rank=3, max_length=32),
+    "accept": lambda: fastprefix.ACCEPTConfig(5, max_length=32, prompt_block=8, prompt_codewords=3, offset_block=4),
+    "accept-offset": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_prompt=False, offset_codewords=2),
+    "accept-prompt": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_offset=False, rank=3),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
     "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=6),
     "p-tuning-lstm": lambda: fastprefix.PTuningConfig(5, encoder="lstm", encoder_hidden_dim=6),
@@ -99,6 +102,8 @@ def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
     e = model.get_input_embeddings()(ids)
     if hasattr(method, "a"):
         e = e + 8.0 / 3**0.5 * (method.a @ method.b)[: e.shape[1]]
+    if hasattr(method, "offset_codebook"):
+        e = e + textbook_codebook(method.offset_codebook)[: e.shape[1]]
     if hasattr(method, "w1"):
         e = e + torch.relu(e @ method.w1 + method.b1) @ method.w2 + method.b2
     return torch.cat([textbook_rows(method).expand(e.shape[0], -1, -1), e], dim=1)
@@ -106,6 +111,10 @@ def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
 
 def textbook_rows(method: Any) -> Tensor:
     """The prompt itself, by its formula."""
+    if hasattr(method, "prompt_codebook"):
+        return textbook_codebook(method.prompt_codebook)
+    if hasattr(method, "free_prompt"):
+        return method.free_prompt
     if hasattr(method, "projection"):
         return method.low_dimensional @ method.projection * method.scale[None] + method.shift[None]
     if hasattr(method, "lstm"):
@@ -115,6 +124,12 @@ def textbook_rows(method: Any) -> Tensor:
         first, second, third = method.mlp[0], method.mlp[2], method.mlp[4]
         return third(torch.relu(second(torch.relu(first(method.embedding)))))
     return method.prompt
+
+
+def textbook_codebook(codebook: Any) -> Tensor:
+    """Rows whose parts are sums of weighted codewords, part by part."""
+    parts = [codebook.weights[:, k] @ codebook.codewords[k] for k in range(codebook.codewords.shape[0])]
+    return torch.cat(parts, dim=1)
 
 
 def run_lstm(lstm: torch.nn.LSTM, states: Tensor) -> Tensor:
@@ -172,7 +187,7 @@ def test_trainable_parameters(family: str, method: str) -> None:
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     expected = dict.fromkeys(trainable, 1e-4)
     expected |= {name: 1e-3 for name in trainable if name.startswith("fastprefix.") and "gate" in name}
-    offset = {"a", "b", "w1", "b1", "w2", "b2"}
+    offset = {"a", "b", "w1", "b1", "w2", "b2", "offset_codebook.weights", "offset_codebook.codewords"}
     if method in PROMPTS:
         names = {name for name, _ in get_method(model).named_parameters()} - offset
         expected |= {f"fastprefix.{name}": 0.3 for name in names}

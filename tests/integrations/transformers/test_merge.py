@@ -21,7 +21,7 @@ from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 
 MERGEABLE = {
     "decoder": [
-        *("prompt_tuning", "dept", "adept", "p-tuning-lstm", "ulpt"),
+        *("prompt_tuning", "dept", "accept", "accept-prompt", "adept", "p-tuning-lstm", "ulpt"),
         *("prefix", "prefix-mlp", "prefix-shift", "apt", "apt-own", "residual"),
     ],
     "encoder": ["adept", "p-tuning", "ulpt", "prefix", "prefix-mlp", "prefix-own", "apt", "apt-cls", "residual"],
