@@ -12,6 +12,7 @@ from .composition import Composition, CompositionConfig
 from .computed_prompt import ComputedPrompt, ComputedPromptConfig, make_plain_prompt
 from .dept import DePT, DePTConfig
 from .llama_adapter import LlamaAdapter, LlamaAdapterConfig
+from .multitask_prompt import MultitaskPrompt, MultitaskPromptConfig
 from .p_tuning import PTuning, PTuningConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
@@ -40,6 +41,8 @@ __all__ = [
     "LlamaAdapter",
     "LlamaAdapterConfig",
     "MethodConfig",
+    "MultitaskPrompt",
+    "MultitaskPromptConfig",
     "PTuning",
     "PTuningConfig",
     "PrefixMethod",

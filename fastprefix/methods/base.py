@@ -151,6 +151,10 @@ class PromptMethod(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
 
+    def repeat_prompt(self, batch: int) -> Tensor:
+        """Return the prompt of each row of a batch, ``[B, m, d]``."""
+        return self.prompt.expand(batch, -1, -1)
+
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
         """Initialise; ``table`` is the embedding table, ``init_ids`` ``[m]`` are a text's, for ``init="text"``."""

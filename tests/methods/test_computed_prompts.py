@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastprefix
-from fastprefix.methods import ACCEPT, ULPT, ComputedPrompt, DePT, PTuning
+from fastprefix.methods import ACCEPT, ULPT, ComputedPrompt, DePT, MultitaskPrompt, PTuning
 from fastprefix.methods.shapes import EmbeddingShape
 
 from .test_methods import TABLE, WithEmbeddings, count, table
@@ -146,6 +146,79 @@ def test_blocks_that_do_not_divide_the_width_are_refused() -> None:
         ACCEPT(fastprefix.ACCEPTConfig(5), TABLE).baked()
 
 
+def multitask(tasks: int = 3, **options: object) -> MultitaskPrompt:
+    torch.manual_seed(0)
+    method = MultitaskPrompt(fastprefix.MultitaskPromptConfig(40, num_tasks=tasks, rank=2, **options), TABLE)
+    method.reset_parameters(table(), None)
+    return method
+
+
+def test_multitask_prompts_are_their_formula() -> None:
+    method = multitask()
+    weight, ids = table(), torch.randint(0, TABLE.vocabulary, (4, 9))
+    for parameter in method.parameters():
+        nn.init.normal_(parameter)
+    method.task_ids = torch.tensor([2, 0, 2, 1])
+    expected = [method.shared * (method.columns[k] @ method.rows[k]) for k in (2, 0, 2, 1)]
+    output = method.embed(ids, weight, 0, with_prompt=True)
+    torch.testing.assert_close(output[:, :40], torch.stack(expected))
+    assert torch.equal(output[:, 40:], weight[ids])
+    assert torch.equal(method.embed(ids, weight, 3, with_prompt=False), weight[ids])
+    assert count(method) == 40 * 96 + 3 * 2 * (40 + 96)
+
+
+def test_multitask_initialization() -> None:
+    method, weight = multitask(), table()
+    assert abs(method.shared.std() - weight.std()) < 0.02
+    for factor in (method.columns, method.rows):
+        assert abs(factor.std() - 0.02) < 5 * 0.02 / (2 * factor.numel()) ** 0.5
+
+
+def test_a_multitask_prompt_starts_from_other_tasks() -> None:
+    source = [torch.randn(40, 96), torch.randn(5, 40, 2), torch.randn(5, 2, 96)]
+    for how, picked in (("average", lambda t: t.mean(0)), ("task", lambda t: t[4])):
+        method = multitask(source="x", source_init=how, source_task=4)
+        method.start_from(*source)
+        assert torch.equal(method.shared, source[0])
+        for own, given in ((method.columns, source[1]), (method.rows, source[2])):
+            assert torch.equal(own, picked(given).expand_as(own))
+    method, untouched = (multitask(source="x", source_init="shared") for _ in range(2))
+    method.start_from(*source)
+    assert torch.equal(method.shared, source[0])
+    assert torch.equal(method.columns, untouched.columns)
+    with pytest.raises(ValueError, match="`source` must have"):
+        method.start_from(source[0], source[1][:, :, :1], source[2])
+    with pytest.raises(ValueError, match="`source_task` must be below the 5 tasks"):
+        multitask(source="x", source_init="task", source_task=5).start_from(*source)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "says"),
+    [
+        (None, ValueError, "`task_ids` must be given"),
+        ([0, 1], TypeError, "`task_ids` must be an int64"),
+        (torch.tensor([0.0, 1.0]), TypeError, "`task_ids` must be an int64"),
+        (torch.tensor([0]), ValueError, r"`task_ids` must be \[2\]"),
+        (torch.tensor([0, 3]), ValueError, "`task_ids` must be from 0 to 2, but has 3"),
+        (torch.tensor([-1, 0]), ValueError, "but has -1"),
+    ],
+)
+def test_bad_tasks_are_refused(ids: object, error: type[Exception], says: str) -> None:
+    method = multitask()
+    method.task_ids = ids  # type: ignore[assignment]
+    with pytest.raises(error, match=says):
+        method.find_tasks(2)
+    with pytest.raises(ValueError, match="`num_tasks` must be 1"):
+        method.baked()
+
+
+def test_multitask_budget() -> None:
+    config = fastprefix.MultitaskPromptConfig.for_budget(
+        WithEmbeddings(768), trainable=100 * 768 + 5 * 2 * 868 + 100, num_virtual_tokens=100, num_tasks=5
+    )
+    assert config.rank == 2
+
+
 @pytest.mark.parametrize("h", [None, 12])
 def test_p_tuning_initialization_and_parameters(h: int | None) -> None:
     torch.manual_seed(0)
@@ -172,6 +245,7 @@ def test_p_tunings_hidden_width_is_the_models_by_default() -> None:
 
 
 BAKED: dict[str, ComputedPrompt] = {
+    "multitask": multitask(1),
     "p-tuning": PTuning(fastprefix.PTuningConfig(7, encoder_hidden_dim=5), TABLE),
     "ulpt": ULPT(fastprefix.ULPTConfig(7, rank=5), TABLE),
 }
@@ -197,6 +271,11 @@ def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
         (lambda: fastprefix.ACCEPTConfig(5, offset_init="ones"), ValueError, "offset_init"),
         (lambda: fastprefix.ACCEPTConfig(5, codebook_prompt=3), ValueError, "codebook_prompt"),
         (lambda: fastprefix.ACCEPTConfig(5, init="vocab"), ValueError, "init"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=0), ValueError, "num_tasks"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, rank=0), ValueError, "rank"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source_init="best"), ValueError, "source_init"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source_task=-1), ValueError, "source_task"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source="x", init="vocab"), ValueError, "init"),
         (lambda: fastprefix.PTuningConfig(5, encoder="gru"), ValueError, "encoder"),
         (lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=0), ValueError, "encoder_hidden_dim"),
         (lambda: fastprefix.PTuningConfig(5, encoder_num_layers=0), ValueError, "encoder_num_layers"),

@@ -309,7 +309,8 @@ def test_residual_prefix_switches() -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_configurations_survive_saving(name: str) -> None:
     parts = [fastprefix.PrefixTuningConfig(2).to_dict(), fastprefix.APTConfig(3).to_dict()]
-    required = {"cartridge": {"init_text": "a"}, "composition": {"parts": parts, "trainable": [True, False]}}
+    required = {"multitask_prompt": {"num_tasks": 2}, "cartridge": {"init_text": "a"}}
+    required |= {"composition": {"parts": parts, "trainable": [True, False]}}
     config = METHODS[name][0](5, modules_to_save=["head"], **required.get(name, {}))
     assert MethodConfig.from_dict(config.to_dict()) == config
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

@@ -17,6 +17,8 @@ from ...methods import (
     CompositionConfig,
     EmbeddingShape,
     MethodConfig,
+    MultitaskPrompt,
+    MultitaskPromptConfig,
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
@@ -26,6 +28,7 @@ from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules,
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
+from .multitask import read_source
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
@@ -97,6 +100,8 @@ def attach(
             ids = tokenize_text(model, config, tokenizer)
             with load_offloaded(model, model.get_input_embeddings()):
                 plan.method.reset_parameters(_find_table(model), ids)
+            if isinstance(config, MultitaskPromptConfig) and isinstance(plan.method, MultitaskPrompt) and config.source:
+                plan.method.start_from(*read_source(config.source))
         adapter = _make_adapter(model, config, plan)
     return install(model, adapter, name)
 
@@ -353,6 +358,8 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
 def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
     if config.shared_prompt is False:
         return "shared_prompt=False"
+    if isinstance(config, MultitaskPromptConfig) and config.num_tasks > 1:
+        return "each row has the prompt of its task"
     if model.config.is_encoder_decoder:
         return "its encoder's prompt sees what comes after it"
     reason = find_reason_not_shareable(choose_stand_in(model))

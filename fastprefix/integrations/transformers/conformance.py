@@ -44,6 +44,7 @@ from .discovery import (
     shrink_config,
 )
 from .hooks import find_cache, find_cache_parameter, read_parameter_names
+from .multitask import count_tasks
 from .positions import find_frequencies_end
 from .prompt import choose_placeholder_id, needs_ids
 from .switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
@@ -193,7 +194,11 @@ def check(
 
 
 def check_pair(
-    model: PreTrainedModel, method: str, options: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]
+    model: PreTrainedModel,
+    method: str,
+    options: str,
+    make: Callable[[PreTrainedModel], tuple[Any, Any]],
+    choose_tasks: Callable[[int], Tensor] | None = None,
 ) -> ConformanceReport:
     """Compare two models that are to be the same, such as an accelerated one with what it was before.
 
@@ -202,9 +207,10 @@ def check_pair(
         method: what a report calls it.
         options: everything that says what ``make`` makes, but for the base.
         make: of a small copy of the base, the model that says what is right, and the other one.
+        choose_tasks: returns the argument ``task_ids`` for so many rows. None: there is no such argument.
     """
     key = _Key(type(model), describe_structure(model), method, options)
-    return _report(model, key, method, lambda plain: _compare_pair(plain, make))
+    return _report(model, key, method, lambda plain: _compare_pair(plain, make, choose_tasks))
 
 
 def _report(
@@ -230,7 +236,11 @@ def _report(
         return report
 
 
-def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> tuple[Finding, ...]:
+def _compare_pair(
+    plain: PreTrainedModel,
+    make: Callable[[PreTrainedModel], tuple[Any, Any]],
+    choose_tasks: Callable[[int], Tensor] | None,
+) -> tuple[Finding, ...]:
     try:
         with Float64(), torch.random.fork_rng(devices=[]):
             right, other = make(copy.deepcopy(plain))
@@ -240,7 +250,8 @@ def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tupl
         _randomize(p for p in each.parameters() if p.requires_grad)
         each.eval()
     subject, book = (
-        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
+        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad], choose_tasks)
+        for each in (other, right)
     )
     return _collect_findings(Situations(subject, book, plain, paired=True), _PAIRED)
 
@@ -320,7 +331,7 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
     limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
-    limits |= {"prompt_codewords": 3, "offset_codewords": 3}
+    limits |= {"prompt_codewords": 3, "offset_codewords": 3, "num_tasks": 2}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -332,7 +343,7 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
             changed[field.name] = 64
         elif field.name == "init" and value not in ("random", "normal"):
             changed[field.name] = "normal" if config.kind == "prefix" else "random"
-        elif field.name == "init_text":
+        elif field.name in ("init_text", "source"):
             changed[field.name] = None
         elif isinstance(value, float) and "dropout" in field.name:
             changed[field.name] = 0.0
@@ -349,6 +360,16 @@ class _Subject(NamedTuple):
     run: Callable[..., Any]
     model: Any
     trained: list[Tensor]
+    choose_tasks: Callable[[int], Tensor] | None = None  # of so many rows, for the argument ``task_ids``
+
+    def call(self, **inputs: Any) -> Any:
+        """Run it, with rows of different tasks if it has tasks."""
+        return self.run(**inputs, **self.make_tasks(inputs))
+
+    def make_tasks(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return the argument that says the task of each row, if there are tasks."""
+        rows = next((inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs), None)
+        return {} if self.choose_tasks is None or rows is None else {"task_ids": self.choose_tasks(len(rows))}
 
 
 def _compare_method(
@@ -373,8 +394,10 @@ def _compare_method(
     with Float64():
         book = _make_textbook(book_model, config, attached.fastprefix)
     parameters: list[Tensor] = list(trained.values())
+    count = count_tasks(attached.fastprefix)
+    choose = (lambda rows: torch.arange(rows) % count) if count else None
     situations = Situations(
-        _Subject(attached.__call__, attached, parameters), _Subject(book, book_model, leaves), plain
+        _Subject(attached.__call__, attached, parameters, choose), _Subject(book, book_model, leaves, choose), plain
     )
     return _collect_findings(situations, names)
 
@@ -679,7 +702,7 @@ class Situations:
         with torch.no_grad():
             output = model.generate(
                 do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
-                max_new_tokens=_NEW, **options,
+                max_new_tokens=_NEW, **options, **subject.make_tasks(options),
             )  # fmt: skip
         scores = getattr(output, "sequences_scores", None)
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
@@ -913,7 +936,7 @@ def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
     """Return values, and the gradients of a fixed combination of them. What a model draws is the same each time."""
     torch.manual_seed(0)
     with torch.set_grad_enabled(gradients):
-        values = run(subject.run)
+        values = run(subject.call)
     if not gradients or not subject.trained:
         return _Numbers([value.detach() for value in values], [])
     output = torch.cat([value.flatten() for value in values])

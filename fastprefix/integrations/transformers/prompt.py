@@ -37,6 +37,7 @@ from .hooks import (
     read_parameter_names,
     refuse_replicas,
 )
+from .multitask import list_task_handles
 from .positions import Positions, refuse_packed
 from .prefix import PrefixCache
 
@@ -99,6 +100,7 @@ class PromptHooks:
         self.handles = [Interception(self.backbone, self.run)]
         if self.backbone is not model:
             self.handles.append(Interception(model, self.router_mask.run))
+        self.handles += list_task_handles(self.method, self.backbone, model)
         self._hook_pooler()
         self._hook_embedding()
 
@@ -242,7 +244,7 @@ class PromptHooks:
 
     def _before(self, rows: Tensor) -> Tensor:
         """Return the prompt before rows that need nothing else."""
-        return torch.cat([self.method.prompt.to(rows.dtype).expand(rows.shape[0], -1, -1), rows], dim=1)
+        return torch.cat([self.method.repeat_prompt(rows.shape[0]).to(rows.dtype), rows], dim=1)
 
     # A pooler inside the backbone pools the caller's first token, not the prompt's.
 

@@ -167,7 +167,8 @@ def load_adapter(
         name: that it gets on this model.
         example_inputs: as for ``attach``.
 
-    The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
+    The directory may be one of PEFT's, with PROMPT_TUNING, P_TUNING or MULTITASK_PROMPT_TUNING of a language model,
+    PREFIX_TUNING or CARTRIDGE;
     a checkpoint of the whole attached model, as Trainer writes it, of which the adapter alone is read; or a file of the
     Cartridges authors' code, such as ``cache_last.pt``, or the directory with it. No code from a file is run. Tokens
     that were frozen stay frozen.

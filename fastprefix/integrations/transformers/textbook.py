@@ -21,6 +21,7 @@ from ...methods import PrefixMethod, PromptMethod
 from .attention import make_additive, make_full_mask
 from .discovery import Layer, find_backbone, find_embedding, find_entry, find_first_tensor
 from .hooks import count_tokens, find_cache, name_arguments, read_parameter_names
+from .multitask import list_task_handles
 from .switching import find_eager_attention, is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
@@ -58,6 +59,7 @@ class PromptTextbook:
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.backbone.register_forward_hook(self._end)
         embedding.register_forward_hook(self._embed)
+        list_task_handles(method, self.backbone, model)
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output for the caller's tokens."""
@@ -115,8 +117,8 @@ class PromptTextbook:
         return self._put_prompt(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
 
     def _put_prompt(self, rows: Tensor) -> Tensor:
-        prompt = self.method.prompt[: self.inserted].to(rows.dtype).expand(len(rows), -1, -1)
-        return torch.cat([prompt, rows], dim=1)
+        prompt = self.method.repeat_prompt(len(rows))[:, : self.inserted] if self.inserted else rows[:, :0]
+        return torch.cat([prompt.to(rows.dtype), rows], dim=1)
 
     def _run_block(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         assert self.block is not None

@@ -127,7 +127,7 @@ def test_positions_that_are_counted_by_the_mask(padding: str, tmp_path: Path) ->
         assert_close(actual[seen], expected(**inputs).logits[seen])
 
 
-PEFTS_OWN = ("prompt_tuning", "p-tuning", "p-tuning-lstm", "ulpt", "prefix-shift")
+PEFTS_OWN = ("prompt_tuning", "multitask", "p-tuning", "p-tuning-lstm", "ulpt", "prefix-shift")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in PEFTS_OWN])

@@ -23,6 +23,7 @@ PROMPTS: dict[str, Callable[[], Any]] = {
     "accept-offset": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_prompt=False, offset_codewords=2),
     "accept-prompt": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_offset=False, rank=3),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+    "multitask": lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=1, rank=2),
     "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=6),
     "p-tuning-lstm": lambda: fastprefix.PTuningConfig(5, encoder="lstm", encoder_hidden_dim=6),
     "ulpt": lambda: fastprefix.ULPTConfig(5, rank=3, seed=4),
@@ -111,6 +112,8 @@ def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
 
 def textbook_rows(method: Any) -> Tensor:
     """The prompt itself, by its formula."""
+    if hasattr(method, "columns"):
+        return method.shared * (method.columns[0] @ method.rows[0])
     if hasattr(method, "prompt_codebook"):
         return textbook_codebook(method.prompt_codebook)
     if hasattr(method, "free_prompt"):
