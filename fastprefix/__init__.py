@@ -21,6 +21,7 @@ from .methods import (
     PTuningConfig,
     ResidualPrefixConfig,
     ULPTConfig,
+    VisualPromptConfig,
 )
 from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
@@ -59,6 +60,7 @@ __all__ = [
     "PromptTuningConfig",
     "ResidualPrefixConfig",
     "ULPTConfig",
+    "VisualPromptConfig",
     "__version__",
     "accelerate",
     "attach",

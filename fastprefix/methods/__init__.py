@@ -6,7 +6,7 @@ Nothing here knows of any model library: a method is told the shapes of what it 
 from .accept import ACCEPT, ACCEPTConfig
 from .adept import ADePT, ADePTConfig
 from .apt import APT, APTConfig
-from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod
+from .base import METHODS, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .cartridge import CartridgeConfig
 from .composition import Composition, CompositionConfig
 from .computed_prompt import ComputedPrompt, ComputedPromptConfig, make_plain_prompt
@@ -17,8 +17,9 @@ from .p_tuning import PTuning, PTuningConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
-from .shapes import AttentionShape, EmbeddingShape
+from .shapes import AttentionShape, EmbeddingShape, VisionShape
 from .ulpt import ULPT, ULPTConfig
+from .visual_prompt import VisualPrompt, VisualPromptConfig
 
 __all__ = [
     "ACCEPT",
@@ -54,5 +55,9 @@ __all__ = [
     "ResidualPrefix",
     "ResidualPrefixConfig",
     "ULPTConfig",
+    "VisionShape",
+    "VisualMethod",
+    "VisualPrompt",
+    "VisualPromptConfig",
     "make_plain_prompt",
 ]

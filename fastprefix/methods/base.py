@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.prompt_embedding import prompt_embedding
-from .shapes import AttentionShape, EmbeddingShape
+from .shapes import AttentionShape, EmbeddingShape, VisionShape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod]]] = {}
+METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]]] = {}
 """Configuration and method by name, the name that saved adapters carry."""
 
 
-def register(name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod]) -> None:
+def register(
+    name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]
+) -> None:
     """Make a method known under a name."""
     METHODS[name] = (config, method)
 
@@ -64,7 +66,7 @@ class MethodConfig:
             the head, where the model is one with a freshly initialised head (classification, question answering).
     """
 
-    kind: ClassVar[str]  # "prompt" or "prefix"
+    kind: ClassVar[str]  # "prompt", "prefix" or "visual"
 
     num_virtual_tokens: int = dataclasses.field(kw_only=False)
     modules_to_save: list[str] | None = None
@@ -168,6 +170,39 @@ class PromptMethod(nn.Module, ABC):
         prompt = self.prompt.to(table.dtype) if with_prompt else None
         offset = self.offset(input_ids.shape[1], first_position, table.dtype)
         return prompt_embedding(input_ids, table, prompt, **offset)
+
+
+class VisualMethod(nn.Module, ABC):
+    """Rows beside the tokens of an image, in every layer of a vision transformer."""
+
+    def __init__(self, config: Any, shape: VisionShape) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.prompt_path: str | None = None
+        """How a model runs the rows: "shared", once for the whole batch, or "textbook: " and why not."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialize."""
+
+    @abstractmethod
+    def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
+        """Return the rows ``[B, P, d]`` of a layer.
+
+        ``former`` ``[B, P', d]`` is what the layer before made of its rows, None before the first layer.
+        """
+
+    def sees_tokens(self, training: bool) -> str | None:
+        """Return the reason for which rows differ by image, or None if they are the same for all of a batch."""
+        return None
+
+    def strength(self, layer: int) -> float | None:
+        """Return the share of a separate softmax over the rows in what a layer's tokens get; None: one joint softmax.
+
+        With a share, rows are not attended to one another: each gets its own value.
+        """
+        return None
 
 
 class PrefixMethod(nn.Module, ABC):

@@ -22,6 +22,7 @@ from ...methods import (
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
+    VisualMethod,
 )
 from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
@@ -42,6 +43,7 @@ from .switching import (
     loads_all_inside,
     runs_on_text,
 )
+from .vision import VisionStack, VisualHooks, find_vision_stack
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -91,7 +93,9 @@ def attach(
     check_cache_given(config, past_key_values)
     with use_adapter(model, None):
         plan = _make_plan(model, config, example_inputs, check)
-        if isinstance(plan.method, PrefixMethod):
+        if isinstance(plan.method, VisualMethod):
+            plan.method.reset_parameters()
+        elif isinstance(plan.method, PrefixMethod):
             initial = make_initial_prefix(model, config, plan.layers, tokenizer, past_key_values)
             plan.method.reset_parameters(None if initial is None else initial.pairs)
             if initial is not None and initial.biases is not None and isinstance(plan.method, PrefixTuning):
@@ -224,6 +228,7 @@ class _Plan(NamedTuple):
     method: Method
     layers: list[Layer]  # the attention layers that the method needs
     prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
+    stack: VisionStack | None = None  # of a visual method
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
@@ -234,7 +239,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
     if name in getattr(getattr(model, _STATE, None), "adapters", ()):
         raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
-    if not is_plain_text(model):
+    if config.kind != "visual" and not is_plain_text(model):
         _check_not_plain_text(model, config)
     _check_alone(model)
     if loads_all_inside(model):
@@ -306,6 +311,8 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
     precision.
     """
     method_class = METHODS[config.method_name()][1]
+    if issubclass(method_class, VisualMethod):
+        return _make_visual_plan(model, method_class, config, example_inputs, check)
     if example_inputs is None:
         adopt_small_trial(model)
     layers: list[Layer] = []
@@ -334,8 +341,30 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
         method = method_class(config, EmbeddingShape(*_find_table(model).shape))
         path = _choose_prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
-    method.to(device=find_device(model), dtype=torch.promote_types(model.dtype, torch.float32))
-    return _Plan(method, layers, path)
+    return _Plan(_move_method(model, method), layers, path)
+
+
+def _make_visual_plan(
+    model: PreTrainedModel,
+    method_class: type[VisualMethod],
+    config: MethodConfig,
+    example_inputs: Inputs | None,
+    check: bool,
+) -> _Plan:
+    """Build a visual method for a model of images."""
+    stack = find_vision_stack(model, example_inputs)
+    method = method_class(config, stack.shape)
+    if check:
+        _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
+    reason = method.sees_tokens(training=False) or stack.reason
+    if reason is not None and method.strength(0) is not None:
+        raise ValueError(f"`model` must have layers that run on rows alone for {type(method).__name__}, but {reason}.")
+    return _Plan(_move_method(model, method), [], "shared" if reason is None else f"textbook: {reason}", stack)
+
+
+def _move_method(model: PreTrainedModel, method: Method) -> Method:
+    """Return a method on the device of a model, in float32 or the model's higher precision."""
+    return method.to(device=find_device(model), dtype=torch.promote_types(model.dtype, torch.float32))
 
 
 def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
@@ -390,9 +419,13 @@ def _find_table(model: PreTrainedModel) -> Tensor:
 
 
 def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> Adapter:
-    method, layers, path = plan
+    method, layers, path, stack = plan
     hooks: Hooks
-    if isinstance(method, PrefixMethod):
+    if isinstance(method, VisualMethod):
+        assert stack is not None
+        method.prompt_path = path
+        hooks = VisualHooks(model, method, stack)
+    elif isinstance(method, PrefixMethod):
         hooks = PrefixHooks(model, method, layers)
     else:
         method.prompt_path = path

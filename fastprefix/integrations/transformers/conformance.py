@@ -31,7 +31,8 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from ...methods import METHODS, MethodConfig, PrefixMethod
+from ...methods import METHODS, MethodConfig, PrefixMethod, VisualMethod
+from .adapter import MODULE
 from .discovery import (
     CONTEXT,
     CopyError,
@@ -49,6 +50,8 @@ from .positions import find_frequencies_end
 from .prompt import choose_placeholder_id, needs_ids
 from .switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
+from .vision import PIXELS, find_vision_stack
+from .vision_textbook import VisionTextbook
 
 BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
@@ -412,6 +415,8 @@ def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tu
 
 
 def _make_textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
+    if isinstance(method, VisualMethod):
+        return VisionTextbook(model, method, find_vision_stack(model))
     if issubclass(METHODS[config.method_name()][1], PrefixMethod):
         return PrefixTextbook(model, method, find_method_layers(model, config))
     # Another id than the method's own, since none of what a family makes of it may matter.
@@ -495,6 +500,8 @@ class Situations:
             return functools.partial(self._compare_cached, key, run, gradients)
 
         chosen: dict[str, Callable[[], Compared]] = {"ids": compare("ids", self._run_plainest)}
+        if isinstance(getattr(self.subject.model, MODULE, None), VisualMethod):
+            chosen["several images"] = compare("several images", self._run_several_images)
         if self.is_text:
             chosen |= {f"{side} padding": compare(side, self._run_padded(side)) for side in ("left", "right")}
             chosen["a row alone"] = compare("alone", self._run_alone)
@@ -607,6 +614,10 @@ class Situations:
 
     def _run_plainest(self, run: Run) -> list[Tensor]:
         return _extract_values(run(**self._plainest_inputs))
+
+    def _run_several_images(self, run: Run) -> list[Tensor]:
+        pixels = self._plainest_inputs[PIXELS]
+        return _extract_values(run(**{**self._plainest_inputs, PIXELS: torch.cat([pixels, 0.5 - pixels.flip(-1)])}))
 
     def _run_alone(self, run: Run) -> list[Tensor]:
         return _extract_values(run(**self._make_inputs(self.ids[1:])))

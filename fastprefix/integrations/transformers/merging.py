@@ -5,6 +5,7 @@ What does not depend on the input is computed once:
 - ADePT's network becomes part of the embedding table. An output head that is tied to the table keeps the old one.
 - On a decoder that shares its prompt, the prompt becomes keys and values. DePT's offset depends on the position and
   stays where it is.
+- Rows that deep visual prompts put into each layer become a prefix.
 - A prompt that is computed from other parameters becomes a plain one, where it stands in every row.
 - A reparameterised prefix becomes a plain one, and gates that do not depend on the input are multiplied in.
 
@@ -28,6 +29,7 @@ from ...methods import (
     PrefixTuning,
     PrefixTuningConfig,
     PromptMethod,
+    VisualMethod,
     make_plain_prompt,
 )
 from .adapter import MODULE, Adapter, Hooks
@@ -41,6 +43,7 @@ from .prefix import PrefixHooks
 from .prompt import PromptHooks
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
+from .vision import VisualHooks
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -65,6 +68,8 @@ def merge(model: Model) -> Model:
     with evaluating(model), torch.no_grad():
         if isinstance(method, PrefixMethod):
             _merge_prefix(model, adapter, method)
+        elif isinstance(method, VisualMethod):
+            _merge_rows(model, adapter, method)
         elif isinstance(hooks, SharedPromptHooks):
             _merge_shared_prompt(model, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
@@ -150,6 +155,27 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     baked = method.baked()
     adapter.hooks.remove()
     _exchange(model, adapter, baked, [PrefixHooks(model, baked, find_method_layers(model, baked.config))])
+
+
+def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
+    """Turn rows that no image changes into a prefix of the vision layers."""
+    hooks = adapter.hooks
+    assert isinstance(hooks, VisualHooks)
+    reason = hooks.find_reason(training=False)
+    if reason is None and method.strength(0) is not None:
+        reason = "its softmax over the rows is weighed by a fixed share"
+    if reason is not None:
+        raise ValueError(f"`model` must have something to merge, but of {type(method).__name__} {reason}.")
+    pairs = [(key[0], value[0]) for key, value in hooks.run_rows()]
+    hooks.remove()
+    found = {layer.module: layer for layer in find_layers(model)}
+    layers = [found[module] for module in hooks.stack.attentions]
+    config = PrefixTuningConfig(method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save)
+    prefix = PrefixTuning(config, [layer.shape for layer in layers])
+    prefix.set_prefixes(pairs)
+    _exchange(model, adapter, prefix, [PrefixHooks(model, prefix, layers)])
+    if len(found) > len(layers):
+        adapter.outside = "its prefix is in the layers of images alone"
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:

@@ -25,6 +25,7 @@ from ...methods import (
     PromptMethod,
     PromptTuningConfig,
     PTuning,
+    VisualMethod,
 )
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
@@ -84,7 +85,7 @@ def convert_from_peft(
 
 
 def convert_to_peft(
-    model: PreTrainedModel, method: PromptMethod | PrefixMethod, modules: Iterable[str]
+    model: PreTrainedModel, method: PromptMethod | PrefixMethod | VisualMethod, modules: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
 
@@ -92,6 +93,8 @@ def convert_to_peft(
         ValueError: PEFT has nothing that computes the same.
     """
     modules = list(modules)
+    if isinstance(method, VisualMethod):
+        raise ValueError(f'format="peft" has no place for the rows of {type(method.config).__name__}')
     if isinstance(method, PromptMethod):
         if method.changes_tokens:
             raise ValueError(
