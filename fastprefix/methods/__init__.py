@@ -18,6 +18,7 @@ from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .residual_prefix import ResidualPrefix, ResidualPrefixConfig
 from .shapes import AttentionShape, EmbeddingShape, VisionShape
+from .ship import SHIP, SHIPConfig
 from .ulpt import ULPT, ULPTConfig
 from .visual_prompt import VisualPrompt, VisualPromptConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "ACCEPT",
     "APT",
     "METHODS",
+    "SHIP",
     "ULPT",
     "ACCEPTConfig",
     "ADePT",
@@ -54,6 +56,7 @@ __all__ = [
     "PromptTuningConfig",
     "ResidualPrefix",
     "ResidualPrefixConfig",
+    "SHIPConfig",
     "ULPTConfig",
     "VisionShape",
     "VisualMethod",

@@ -193,6 +193,18 @@ class VisualMethod(nn.Module, ABC):
         ``former`` ``[B, P', d]`` is what the layer before made of its rows, None before the first layer.
         """
 
+    def reads_tokens(self, layer: int) -> bool:
+        """Return whether a layer's ``make_image_rows`` is given the most attended tokens of the layer before."""
+        return False
+
+    def make_image_rows(self, layer: int, given: Tensor | None) -> Tensor | None:
+        """Return rows ``[B, A, d]`` of a layer that differ by image beside those of ``make_rows``, or None.
+
+        ``given`` are the ``config.num_attribute`` tokens ``[B, A, d]`` with the largest attention of the class token in
+        the layer before, if ``reads_tokens``, and else what the layer before made of these rows (None: it had none).
+        """
+        return None
+
     def sees_tokens(self, training: bool) -> str | None:
         """Return the reason for which rows differ by image, or None if they are the same for all of a batch."""
         return None

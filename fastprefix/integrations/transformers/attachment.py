@@ -357,6 +357,11 @@ def _make_visual_plan(
     if check:
         _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
     reason = method.sees_tokens(training=False) or stack.reason
+    if stack.leading == 0 and (getattr(config, "bank", None) or getattr(config, "matching_loss", False)):
+        raise ValueError(
+            f"`model` must have a class token for `bank` and `matching_loss`, which read its attention, but "
+            f"{type(stack.part).__name__} has none."
+        )
     if reason is not None and method.strength(0) is not None:
         raise ValueError(f"`model` must have layers that run on rows alone for {type(method).__name__}, but {reason}.")
     return _Plan(_move_method(model, method), [], "shared" if reason is None else f"textbook: {reason}", stack)

@@ -335,11 +335,14 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
     limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
     limits |= {"prompt_codewords": 3, "offset_codewords": 3, "num_tasks": 2}
+    limits |= {"num_shared": 2, "num_attribute": 2, "bank": 3}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in limits and type(value) is int:
             changed[field.name] = min(value, limits[field.name])
+        elif field.name == "layers" and isinstance(value, list):  # a small copy has two layers at least
+            changed[field.name] = [0, 1][: len(value)]
         elif field.name.endswith("_block"):  # a divisor of the small width too
             changed[field.name] = math.gcd(value, 8)
         elif field.name == "max_length" and type(value) is int:

@@ -33,10 +33,12 @@ from .hooks import (
     name_arguments,
     read_parameter_names,
     refuse_replicas,
+    suspend_checkpointing,
 )
 from .switching import Implementation, Inputs, find_device, preserve_state, run_trial
 
 PIXELS = "pixel_values"
+_MATCHED = 10  # tokens that rows are matched with
 
 
 class VisionStack(NamedTuple):
@@ -200,6 +202,8 @@ class RowsBinding(Binding):
         self.hooks = hooks
         self.index = index
         self.captured: Prefix | None = None  # of the rows that run now
+        self.image_rows: Prefix | None = None  # keys and values ``[B, Hkv, A, D]`` of the rows that differ by image
+        self.attention: Tensor | None = None  # of the class token to the tokens ``[B, N]``, if it is asked for
 
     def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Keep the keys and values of rows that run alone, each of which gets its own value."""
@@ -211,7 +215,27 @@ class RowsBinding(Binding):
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the keys and values of the rows."""
         prefix = self.hooks.get_prefix(self.index)
-        return None if prefix is None else (prefix[0].to(query), prefix[1].to(query))
+        if prefix is None:
+            return None
+        pk, pv = prefix[0].to(query), prefix[1].to(query)
+        if self.image_rows is not None:
+            pk, pv = (
+                torch.cat([shared.expand(len(query), -1, -1, -1), own], dim=2)
+                for shared, own in zip((pk, pv), self.image_rows, strict=True)
+            )
+        if self.hooks.asks_for_attention(self.index):
+            self.attention = self._compute_attention(query, key, pk)
+        return pk, pv
+
+    def _compute_attention(self, query: Tensor, key: Tensor, prefix_key: Tensor) -> Tensor:
+        """Compute the attention of the class token to the tokens, the mean over heads ``[B, N]``."""
+        groups, tokens = query.shape[1] // key.shape[1], key.shape[2]
+        if self.hooks.method.strength(self.index) is None:
+            key = torch.cat([key, prefix_key.expand(len(key), -1, -1, -1)], dim=2)
+        scale = getattr(self.hooks.stack.attentions[self.index], "scaling", query.shape[-1] ** -0.5)
+        scores = query[:, :, :1] @ key.repeat_interleave(groups, 1).mT * scale
+        attention: Tensor = scores.softmax(-1)[..., :tokens].mean(1).squeeze(1)
+        return attention
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
         """Return the gate of a separate softmax over the rows, with which its share is right after scaling."""
@@ -225,7 +249,7 @@ class RowsBinding(Binding):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {**self.__dict__, "captured": None}
+        return {**self.__dict__, "captured": None, "image_rows": None, "attention": None}
 
 
 class VisualHooks:
@@ -233,11 +257,12 @@ class VisualHooks:
 
     def __init__(self, model: PreTrainedModel, method: VisualMethod, stack: VisionStack) -> None:
         self.model = model
-        self.method = method
+        self.method: Any = method
         self.stack = stack
         self.names = read_parameter_names(stack.part)
         self.bindings = {module: RowsBinding(self, i) for i, module in enumerate(stack.attentions)}
         self.prefixes: list[Prefix] | None = None  # of the call in progress, where rows are shared
+        self.last_rows: Tensor | None = None  # that enter the last layer
         self.running_rows = False
         self.rows = 0  # in every image, of the call in progress
         self.tokens = 0
@@ -290,9 +315,10 @@ class VisualHooks:
                 )
             self.prefixes = self.run_rows()
         output = forward(*args, **kwargs)
-        if reason is None:
-            return output
-        return crop_states(output, self.stack.leading, self.rows, self.tokens)
+        if reason is not None:
+            return crop_states(output, self.stack.leading, self.rows, self.tokens)
+        tail = self.count_tail()
+        return crop_states(output, self.tokens, tail, self.tokens) if tail else output
 
     def find_reason(self, training: bool) -> str | None:
         """Return the reason for which rows stand in every image, or None if they run once for the whole batch."""
@@ -302,14 +328,12 @@ class VisualHooks:
         """Run the rows alone, and return their keys ``[1, Hkv, P, D]`` and values in every layer."""
         prefixes: list[Prefix] = []
         former: Tensor | None = None
-        self.running_rows = True
-        try:
+        with suspend_checkpointing(self.stack.part):  # a layer that runs again is taken to run on tokens
             for index in range(len(self.stack.blocks)):
                 rows = self.method.make_rows(index, former, 1)
+                self.last_rows = rows
                 former, prefix = self.run_alone(index, rows)
                 prefixes.append(prefix)
-        finally:
-            self.running_rows = False
         return prefixes
 
     def run_alone(self, index: int, rows: Tensor) -> tuple[Tensor, Prefix]:
@@ -338,7 +362,7 @@ class VisualHooks:
     def run_block(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer, on rows in every image too where they are not shared."""
         if self.prefixes is not None:
-            return forward(*args, **kwargs)
+            return self.run_beside_rows(index, forward, args, kwargs)
         place, former = self.stack.leading, self.rows if index else 0
         tokens = self.tokens
 
@@ -360,6 +384,78 @@ class VisualHooks:
         state = get_state(output)
         return replace_state(output, torch.cat([state[:, :place], state[:, place + self.rows :]], dim=1))
 
+    # Rows that differ by image. Between layers they are the last of the tokens, or in their place those tokens are that
+    # the next layer reads, so that a checkpointed layer that runs again has all that it needs.
+
+    def count_tail(self) -> int:
+        """Return the number of rows that differ by image, or 0."""
+        reads = any(self.method.reads_tokens(index) for index in range(len(self.stack.blocks)))
+        return int(self.method.config.num_attribute) if reads else 0
+
+    def has_tail(self, index: int) -> bool:
+        """Return whether rows that differ by image, or what they are made of, enter a layer."""
+        return any(self.method.reads_tokens(i) for i in range(index + 1))
+
+    def asks_for_attention(self, index: int) -> bool:
+        """Return whether the attention of the class token is needed in a layer."""
+        last = index + 1 == len(self.stack.blocks)
+        return self.keeps_loss() if last else self.method.reads_tokens(index + 1)
+
+    def keeps_loss(self) -> bool:
+        """Return whether calls leave a loss on the method."""
+        return bool(getattr(self.method.config, "matching_loss", False))
+
+    def run_beside_rows(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer whose tokens attend to rows."""
+        if not self.keeps_loss() and self.count_tail() == 0:
+            return forward(*args, **kwargs)
+        count = self.count_tail() if self.has_tail(index) else 0
+        tail: Tensor | None = None
+        tokens: Tensor | None = None
+
+        def split(state: Tensor) -> Tensor:
+            nonlocal tail, tokens
+            end = state.shape[1] - count
+            tokens, tail = state[:, :end], state[:, end:] if count else None
+            return tokens
+
+        args, kwargs = change_tokens(args, kwargs, split)
+        assert tokens is not None
+        self.tokens = tokens.shape[1]
+        binding = self.bindings[self.stack.attentions[index]]
+        rows, after = self.method.make_image_rows(index, tail), None
+        binding.image_rows = None
+        if rows is not None:
+            with suspend_checkpointing(self.stack.part):
+                after, binding.image_rows = self.run_alone(index, rows)  # kept for a checkpointed layer that runs again
+        output = forward(*args, **kwargs)
+        attention, binding.attention = binding.attention, None
+        if index + 1 == len(self.stack.blocks):
+            if self.keeps_loss():
+                self.method.matching_loss = self.compute_loss(tokens, rows, attention)
+            return output
+        if self.method.reads_tokens(index + 1):
+            after = self.choose_tokens(get_state(output), attention, self.count_tail())
+        return output if after is None else replace_state(output, torch.cat([get_state(output), after], dim=1))
+
+    def choose_tokens(self, state: Tensor, attention: Tensor | None, count: int) -> Tensor:
+        """Return the patches ``[B, A, d]`` with the largest attention of the class token."""
+        assert attention is not None
+        patches = attention[:, self.stack.leading :]
+        if patches.shape[1] < count:
+            raise ValueError(f"`num_attribute` must be at most {patches.shape[1]}, the number of patches, got {count}.")
+        place = patches.topk(count, dim=1).indices + self.stack.leading
+        return state.gather(1, place[..., None].expand(-1, -1, state.shape[-1]))
+
+    def compute_loss(self, tokens: Tensor, rows: Tensor | None, attention: Tensor | None) -> Tensor:
+        """Compute the loss of the rows and the most attended tokens that enter the last layer."""
+        assert self.last_rows is not None
+        count = min(_MATCHED, tokens.shape[1] - self.stack.leading)
+        shared = self.last_rows.to(tokens).expand(len(tokens), -1, -1)
+        every = shared if rows is None else torch.cat([shared, rows.to(tokens)], dim=1)
+        loss: Tensor = self.method.compute_matching_loss(every, self.choose_tokens(tokens, attention, count))
+        return loss
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {**self.__dict__, "prefixes": None}
+        return {**self.__dict__, "prefixes": None, "last_rows": None}

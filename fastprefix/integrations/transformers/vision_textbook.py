@@ -32,6 +32,8 @@ class VisionTextbook:
         self.method = method
         self.place = stack.leading
         self.rows = 0  # in the layer in progress
+        self.image_rows = 0  # those of them that differ by image, the last ones
+        self.attention: Tensor | None = None  # of the class token, to the tokens of the image
         self.layers = {module: index for index, module in enumerate(stack.attentions)}
         AttentionInterface.register(_NAME, self._attend_anywhere)
         AttentionMaskInterface.register(_NAME, make_full_mask)
@@ -52,9 +54,19 @@ class VisionTextbook:
     def _make_entry(self, index: int) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            former, self.rows = self.rows if index else 0, 0
+            former, apart = (self.rows, self.image_rows) if index else (0, 0)
             behind = self.place + former
-            rows = self.method.make_rows(index, given[:, self.place : behind] if former else None, len(given))
+            plain = given[:, self.place : behind - apart]
+            own: Tensor | None = given[:, behind - apart : behind] if apart else None
+            rows = self.method.make_rows(index, plain if index else None, len(given))
+            if self.method.reads_tokens(index):
+                assert self.attention is not None
+                patches = self.attention[:, self.place :].argsort(1, descending=True)
+                chosen = patches[:, : self.method.config.num_attribute] + behind
+                own = torch.stack([image[places] for image, places in zip(given, chosen, strict=True)])
+            own = self.method.make_image_rows(index, own)
+            self.image_rows = 0 if own is None else own.shape[1]
+            rows = rows if own is None else torch.cat([rows, own], dim=1)
             self.rows = rows.shape[1]
             state = torch.cat([given[:, : self.place], rows.to(given), given[:, behind:]], dim=1)
 
@@ -77,10 +89,13 @@ class VisionTextbook:
         if states is None:
             return output
         length = min(each.shape[1] for each in states if each is not None)
-        output["hidden_states"] = tuple(
-            each if each is None or each.shape[1] == length else self._remove_rows(each) for each in states
-        )
+        output["hidden_states"] = tuple(each if each is None else self._keep_tokens(each, length) for each in states)
         return output
+
+    def _keep_tokens(self, states: Tensor, length: int) -> Tensor:
+        """Return states ``[B, N + P, d]`` without their rows, however many there are."""
+        last = states.shape[1] - (length - self.place)
+        return torch.cat([states[:, : self.place], states[:, last:]], dim=1)
 
     def _remove_rows(self, states: Tensor) -> Tensor:
         return torch.cat([states[:, : self.place], states[:, self.place + self.rows :]], dim=1)
@@ -105,5 +120,7 @@ class VisionTextbook:
         scores = query @ key.mT * scale
         to_tokens = scores.masked_fill(own, -torch.inf).softmax(-1) @ value
         to_rows = scores.masked_fill(~own, -torch.inf).softmax(-1) @ value
+        seen = scores[:, :, 0].masked_fill(own, -torch.inf).softmax(-1).mean(1)
+        self.attention = torch.cat([seen[:, : self.place], seen[:, self.place + self.rows :]], dim=1)
         output = (1 - share) * to_tokens + share * to_rows
         return torch.where(own[:, None], value, output).transpose(1, 2)
