@@ -171,6 +171,16 @@ def test_checkpointed_layers_have_the_same_gradients(case: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("config", [configure(bank=BANK), fastprefix.VisualPromptConfig(4)], ids=["ship", "vpt"])
+def test_compiled_as_a_whole(config: Any) -> None:
+    model = fastprefix.attach(vision_models.vit(), config, check=False)
+    models.randomize(model)
+    expected = run(model).logits
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(model).logits, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_training_lowers_the_loss() -> None:
     model = fastprefix.attach(vision_models.vit(), configure(layers=[0, 2], bank=BANK, matching_loss=True)).train()
     optimizer = torch.optim.Adam(fastprefix.parameter_groups(model, lr=0.02))
