@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from ._version import __version__
 from .methods import (
+    ACCEPTConfig,
     ADePTConfig,
     APTConfig,
     CartridgeConfig,
     DePTConfig,
     LlamaAdapterConfig,
+    MultitaskPromptConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningConfig,
     ResidualPrefixConfig,
+    SHIPConfig,
+    ULPTConfig,
+    VisualPromptConfig,
 )
 from .ops.prefix_attention import prefix_attention
 from .ops.prompt_embedding import prompt_embedding
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
         ResidentAdapters,
         attach,
         compose,
+        compute_bank,
         count_parameters,
         detach,
         disable_adapter,
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
         export_cache,
         export_merged_base,
         export_prompt_embeds,
+        find_entered_layers,
         load_adapter,
         merge,
         parameter_groups,
@@ -48,21 +56,28 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACCEPTConfig",
     "ADePTConfig",
     "APTConfig",
     "AdapterStore",
     "CartridgeConfig",
     "DePTConfig",
     "LlamaAdapterConfig",
+    "MultitaskPromptConfig",
+    "PTuningConfig",
     "PrefixState",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "ResidentAdapters",
     "ResidualPrefixConfig",
+    "SHIPConfig",
+    "ULPTConfig",
+    "VisualPromptConfig",
     "__version__",
     "accelerate",
     "attach",
     "compose",
+    "compute_bank",
     "count_parameters",
     "decelerate",
     "detach",
@@ -71,6 +86,7 @@ __all__ = [
     "export_cache",
     "export_merged_base",
     "export_prompt_embeds",
+    "find_entered_layers",
     "load_adapter",
     "merge",
     "parameter_groups",

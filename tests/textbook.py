@@ -34,16 +34,16 @@ def textbook_attention(
     pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in prefix)
     gate, output_gate = binding.get_gates(query, key, mask)
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if output_gate is not None:
-        scores = query @ k.mT * scaling + (0.0 if mask is None else mask[..., : k.shape[2]])
-        adapter = output_gate[:, None, None] * (query @ pk.mT * scaling).softmax(-1) @ pv
-        return (scores.softmax(-1) @ v + adapter).transpose(1, 2), scores
     if gate is None:
         gate = query.new_ones(())
     if gate.ndim < 4:  # one for all queries
         gate = gate.reshape((1,) * (3 - gate.ndim) + gate.shape).unsqueeze(2)
         gate = gate.repeat_interleave(groups, 1) if gate.shape[1] > 1 else gate
     prefix_scores = (query @ pk.mT) * gate
+    if output_gate is not None:
+        output, scores = plain_attention(query, k, v, None if mask is None else mask[..., : k.shape[2]], scaling)
+        own = output_gate[:, None, None] * ((prefix_scores * scaling).softmax(-1) * gate) @ pv
+        return output + own.transpose(1, 2), scores
     scores = torch.cat([prefix_scores, query @ k.mT], dim=-1) * scaling
     if mask is not None:
         scores = scores + nn.functional.pad(mask[..., : k.shape[2]], (pk.shape[2], 0))

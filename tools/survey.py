@@ -1,7 +1,8 @@
 """Survey which families of ``transformers`` each kind of method works on: ``python -m tools.survey prefix --csv FILE``.
 
 Every family is built small, with random weights, short sliding windows and one layer of every kind, and gets a method
-of three virtual tokens with the conformance check. A survey appends a row for each family to a CSV, and can be resumed.
+of three virtual tokens with the conformance check: the plainest of its kind, or another one by ``--method``. A survey
+appends a row for each family to a CSV, and can be resumed.
 
 ``python -m tools.survey table DIRECTORY --out FILE`` makes one page of the CSVs of all surveys, and ``python -m
 tools.survey check llama --method apt`` prints what the check says of one method on one family.
@@ -90,6 +91,14 @@ UNSET: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"image_size": 36, "num_frames": 2},
 }
 """Options without which a family's own defaults make no model, or one that takes too long."""
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "cartridge": {"init": "normal"},
+    "multitask_prompt": {"num_tasks": 2},
+    "PromptEncoderConfig": {"encoder_hidden_size": 8},
+    "MultitaskPromptTuningConfig": {"num_tasks": 2},
+}
+"""Options that methods, of this package and of PEFT, require."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,8 @@ def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
         with Float64():
             base = small_model(family, class_name, is_decoder=family in ("bert", "roberta"))
             task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-            config = getattr(peft, config_name)(task_type=task, num_virtual_tokens=3)
+            options = REQUIRED.get(config_name, {})
+            config = getattr(peft, config_name)(task_type=task, num_virtual_tokens=3, **options)
             model: Any = peft.get_peft_model(base, config).double().eval()
             run_peft(model)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -219,9 +229,10 @@ def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
 def run_peft(model: Any) -> None:
     """Run a model of PEFT on a few tokens."""
     ids = torch.arange(10, 14)[None]
-    decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    more |= {"task_ids": ids[:, 0] * 0} if hasattr(model.active_peft_config, "num_tasks") else {}
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoded)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
 
 
 def list_families(*mappings: Mapping[str, Any]) -> dict[str, str]:
@@ -251,6 +262,8 @@ class Survey(NamedTuple):
 
 
 _MODELS, _DECODERS = modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+_IMAGES = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+_PICTURES = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 _SEEING = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 _HALVES = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 SURVEYS = {
@@ -260,6 +273,9 @@ SURVEYS = {
     "prompt": Survey(
         list_families(_SEEING, _DECODERS),
         partial(survey_method, config=fastprefix.PromptTuningConfig(3), is_decoder=True),
+    ),
+    "visual": Survey(
+        list_families(_PICTURES, _IMAGES), partial(survey_method, config=fastprefix.VisualPromptConfig(3, depth="deep"))
     ),
     "peft-prefix": Survey(
         list_families(_SEEING, _HALVES, _DECODERS), partial(survey_peft, config_name="PrefixTuningConfig")
@@ -271,6 +287,7 @@ SURVEYS = {
 COLUMNS = {
     "prefix": "prefix methods",
     "prompt": "prompt methods",
+    "visual": "visual methods",
     "peft-prefix": "PEFT prefixes, accelerated",
     "peft-prompt": "PEFT prompts, accelerated",
 }
@@ -297,6 +314,8 @@ def write_table(folder: Path, out: Path) -> None:
     """Write one page of the CSVs of all surveys."""
     verdicts, counts = {}, {}
     for kind, title in COLUMNS.items():
+        if not (folder / f"{kind}.csv").exists():
+            continue
         rows = pd.read_csv(folder / f"{kind}.csv").set_index("family").sort_index()
         untried = rows.verdict.isin(["not built", "not run", "fails with PEFT alone"])
         shown = rows.verdict.mask(untried, "not tried")
@@ -313,14 +332,39 @@ def write_table(folder: Path, out: Path) -> None:
     out.write_text(page, encoding="utf-8")
 
 
+def make_config(method: str) -> MethodConfig:
+    """Return a configuration of three virtual tokens, with what the method requires."""
+    return METHODS[method][0](3, **REQUIRED.get(method, {}))
+
+
+def list_methods(kind: str) -> list[str]:
+    """Return what a survey may be made of: methods of this package by name, and PEFT's by their configurations."""
+    if kind == "peft-prompt":
+        return ["PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig"]
+    if kind == "peft-prefix":
+        return ["PrefixTuningConfig", "CartridgeConfig"]
+    return [name for name, (config, _) in METHODS.items() if config.kind == kind and name != "composition"]
+
+
+def choose_method(kind: str, method: str | None) -> Survey:
+    """Return a survey of another method of its kind."""
+    survey = SURVEYS[kind]
+    if method is None:
+        return survey
+    if kind.startswith("peft"):
+        return survey._replace(survey=partial(survey_peft, config_name=method))
+    options = {"is_decoder": True} if kind == "prompt" else {}
+    return survey._replace(survey=partial(survey_method, config=make_config(method), **options))
+
+
 def print_report(family: str, method: str, situations: list[str] | None) -> bool:
     """Print what the conformance check says of a method on a small model of a family; return whether it agrees."""
-    config_class = METHODS[method][0]
-    survey = SURVEYS["prompt" if config_class.kind == "prompt" else "prefix"]
+    config = make_config(method)
+    survey = SURVEYS[config.kind]
     with Float64():
-        model = small_model(family, survey.families[family], is_decoder=config_class.kind == "prompt")
+        model = small_model(family, survey.families[family], is_decoder=config.kind == "prompt")
     attach = partial(fastprefix.attach, check=False)
-    report = check(model, config_class(num_virtual_tokens=3), attach, situations)
+    report = check(model, config, attach, situations)
     print(report)
     return report.agrees
 
@@ -333,6 +377,7 @@ def main() -> int:
         command = commands.add_parser(kind)
         command.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
         command.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
+        command.add_argument("--method", choices=list_methods(kind), help="default: the plainest of its kind")
         command.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
     table = commands.add_parser("table")
     table.add_argument("folder", type=Path, help="has the CSVs, named after the surveys")
@@ -349,7 +394,8 @@ def main() -> int:
         return 0
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    survey, (part, of) = SURVEYS[options.command], map(int, options.part.split("/"))
+    survey = choose_method(options.command, options.method)
+    part, of = map(int, options.part.split("/"))
     known = {outcome.family: outcome for outcome in read(options.csv)}
     for family in (options.family or list(survey.families))[part::of]:
         if family not in known:

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.prompt_embedding import prompt_embedding
-from .shapes import AttentionShape, EmbeddingShape
+from .shapes import AttentionShape, EmbeddingShape, VisionShape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod]]] = {}
+METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]]] = {}
 """Configuration and method by name, the name that saved adapters carry."""
 
 
-def register(name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod]) -> None:
+def register(
+    name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]
+) -> None:
     """Make a method known under a name."""
     METHODS[name] = (config, method)
 
@@ -75,7 +77,7 @@ class MethodConfig:
             the head, where the model is one with a freshly initialised head (classification, question answering).
     """
 
-    kind: ClassVar[str]  # "prompt" or "prefix"
+    kind: ClassVar[str]  # "prompt", "prefix" or "visual"
     learning_rates: ClassVar[LearningRates] = LearningRates()
 
     num_virtual_tokens: int = dataclasses.field(kw_only=False)
@@ -131,16 +133,41 @@ class PromptMethod(nn.Module, ABC):
 
     changes_tokens: ClassVar[bool] = False
     """Whether the method adds an offset to the tokens' embeddings."""
+    changes_positions: ClassVar[bool] = False
+    """Whether that offset depends on the position of a token, rather than on the token."""
+    prompt: Tensor
+    """The prompt, ``[m, d]``: a parameter, or in a ``ComputedPrompt`` a property that computes it."""
 
     def __init__(self, config: Any, shape: EmbeddingShape) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
-        self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, shape.width))
+        self._make_prompt()
         self.prompt_path: str | None = None
         """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not. Known from
         ``attach`` on; dropout while training and the like decide anew in every call, and it is the last call's.
         """
+
+    def _make_prompt(self) -> None:
+        """Make the parameters of the prompt."""
+        self.prompt = nn.Parameter(torch.empty(self.config.num_virtual_tokens, self.shape.width))
+
+    def list_prompt_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the prompt is made of, which are trained at the rate of prompts."""
+        assert isinstance(self.prompt, nn.Parameter)
+        return [self.prompt]
+
+    def baked(self) -> PromptMethod:
+        """Return a method for inference that computes nothing again that does not depend on the input.
+
+        Raises:
+            ValueError: there is nothing of that kind, and why.
+        """
+        raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
+
+    def repeat_prompt(self, batch: int) -> Tensor:
+        """Return the prompt of each row of a batch, ``[B, m, d]``."""
+        return self.prompt.expand(batch, -1, -1)
 
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
@@ -155,6 +182,51 @@ class PromptMethod(nn.Module, ABC):
         prompt = self.prompt.to(table.dtype) if with_prompt else None
         offset = self.offset(input_ids.shape[1], first_position, table.dtype)
         return prompt_embedding(input_ids, table, prompt, **offset)
+
+
+class VisualMethod(nn.Module, ABC):
+    """Rows beside the tokens of an image, in every layer of a vision transformer."""
+
+    def __init__(self, config: Any, shape: VisionShape) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.prompt_path: str | None = None
+        """How a model runs the rows: "shared", once for the whole batch, or "textbook: " and why not."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialize."""
+
+    @abstractmethod
+    def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
+        """Return the rows ``[B, P, d]`` of a layer.
+
+        ``former`` ``[B, P', d]`` is what the layer before made of its rows, None before the first layer.
+        """
+
+    def reads_tokens(self, layer: int) -> bool:
+        """Return whether a layer's ``make_image_rows`` is given the most attended tokens of the layer before."""
+        return False
+
+    def make_image_rows(self, layer: int, given: Tensor | None) -> Tensor | None:
+        """Return rows ``[B, A, d]`` of a layer that differ by image beside those of ``make_rows``, or None.
+
+        ``given`` are the ``config.num_attribute`` tokens ``[B, A, d]`` with the largest attention of the class token in
+        the layer before, if ``reads_tokens``, and else what the layer before made of these rows (None: it had none).
+        """
+        return None
+
+    def sees_tokens(self, training: bool) -> str | None:
+        """Return the reason for which rows differ by image, or None if they are the same for all of a batch."""
+        return None
+
+    def strength(self, layer: int) -> float | None:
+        """Return the share of a separate softmax over the rows in what a layer's tokens get; None: one joint softmax.
+
+        With a share, rows are not attended to one another: each gets its own value.
+        """
+        return None
 
 
 class PrefixMethod(nn.Module, ABC):

@@ -39,6 +39,8 @@ class CompositionConfig(MethodConfig):
             )
         if unknown := [type(each).__name__ for each in configs if not isinstance(each, PrefixTuningConfig)]:
             raise ValueError(f"`parts` must be prefixes of prefix tuning or a method built on it, got {unknown[0]}")
+        if any(config.softmax != "joint" for config in configs):
+            raise ValueError('`parts` must be prefixes with softmax="joint": a softmax of its own has no other part')
         if self.num_virtual_tokens != sum(config.num_virtual_tokens for config in configs):
             raise ValueError(f"`num_virtual_tokens` must be the length of all parts, got {self.num_virtual_tokens}")
         for name in ("prefix_position", "attentions"):

@@ -52,15 +52,23 @@ class DePT(PromptTuning):
 
     config: DePTConfig
     changes_tokens = True
+    changes_positions = True
 
     def __init__(self, config: DePTConfig, shape: Any) -> None:
         super().__init__(config, shape)
-        self.a = nn.Parameter(torch.empty(config.max_length, config.rank))
-        self.b = nn.Parameter(torch.empty(config.rank, shape.width))
+        self._make_offset()
+
+    def _make_offset(self) -> None:
+        """Make the parameters of the offset."""
+        self.a = nn.Parameter(torch.empty(self.config.max_length, self.config.rank))
+        self.b = nn.Parameter(torch.empty(self.config.rank, self.shape.width))
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
         """Draw ``a ~ U(-1/sqrt(r), 1/sqrt(r))``, and set ``b = 0``."""
         super().reset_parameters(table, init_ids)
+        self._reset_offset()
+
+    def _reset_offset(self) -> None:
         bound = 1.0 / math.sqrt(self.config.rank)
         nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.b)
@@ -71,13 +79,19 @@ class DePT(PromptTuning):
         Raises:
             ValueError: an input longer than ``max_length``.
         """
+        end = self._check_end(tokens, first_position)
+        pair = (self.a[first_position:end].to(dtype), self.b.to(dtype))
+        return {"low_rank": pair, "offset_scale": self.config.alpha / math.sqrt(self.config.rank)}
+
+    def _check_end(self, tokens: int, first_position: int) -> int:
+        """Return the position behind the last token, if there are offsets up to it."""
         end = first_position + tokens
         if end > self.config.max_length:
             raise ValueError(
-                f"DePT has offsets for max_length = {self.config.max_length} tokens, got an input of {end}"
+                f"{type(self).__name__} has offsets for max_length = {self.config.max_length} tokens, got an input of "
+                f"{end}"
             )
-        pair = (self.a[first_position:end].to(dtype), self.b.to(dtype))
-        return {"low_rank": pair, "offset_scale": self.config.alpha / math.sqrt(self.config.rank)}
+        return end
 
 
 register("dept", DePTConfig, DePT)

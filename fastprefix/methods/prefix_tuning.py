@@ -41,6 +41,10 @@ class PrefixTuningConfig(MethodConfig):
             (arXiv 2508.17032).
         key_bias: whether every prefix key has a trained bias on its scores, ``[Hkv, m]`` in each layer, 0 at the start.
             A key with a bias b counts ``e^b`` times, as Attention Matching uses it.
+        softmax: "joint", prefix and tokens share one softmax; "own", the prefix has a softmax of its own, whose output
+            is multiplied by ``tanh(g_h)`` and added. One ``g_h`` a query head, 0 at the start, so training starts from
+            the frozen model. PrefixMemory-Tuning (arXiv 2506.13674) finds that prefix and input compete in one softmax;
+            the gate is ours.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -57,6 +61,7 @@ class PrefixTuningConfig(MethodConfig):
     num_frozen_tokens: int = 0
     train: Literal["both", "values", "keys"] = "both"
     key_bias: bool = False
+    softmax: Literal["joint", "own"] = "joint"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +70,7 @@ class PrefixTuningConfig(MethodConfig):
         check_choice("init", self.init, ("normal", "zero", "text", "chunks", "cache"))
         check_choice("prefix_position", self.prefix_position, ("none", "shift"))
         check_choice("train", self.train, ("both", "values", "keys"))
+        check_choice("softmax", self.softmax, ("joint", "own"))
         check_choice("key_bias", self.key_bias, (False, True))
         check_choice("add_special_tokens", self.add_special_tokens, (False, True))
         check_positive("chunk_tokens", self.chunk_tokens)
@@ -304,6 +310,8 @@ class PrefixTuning(PrefixMethod):
         self.prefix = self._make_prefix()
         if config.key_bias:
             self.key_biases = nn.ParameterList([torch.zeros(s.kv_heads, config.num_virtual_tokens) for s in shapes])
+        if config.softmax == "own":
+            self.output_gates = nn.ParameterList([torch.zeros(s.heads) for s in shapes])
 
     @classmethod
     def chosen_layers(cls, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
@@ -321,10 +329,11 @@ class PrefixTuning(PrefixMethod):
         return ReparameterizedPrefix(length, self.shapes, self.config.hidden_dim)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Initialize as ``init`` says, and biases of keys with 0."""
-        if self.config.key_bias:
-            for bias in self.key_biases:
-                nn.init.zeros_(bias)
+        """Initialize as ``init`` says, and biases of keys and gates of the output with 0."""
+        zeros = [*(self.key_biases if self.config.key_bias else ())]
+        zeros += self.output_gates if self.config.softmax == "own" else ()
+        for parameter in zeros:
+            nn.init.zeros_(parameter)
         if isinstance(self.prefix, ReparameterizedPrefix):
             self.prefix.reset_parameters()
             return
@@ -362,14 +371,17 @@ class PrefixTuning(PrefixMethod):
             num_frozen_tokens=of.num_frozen_tokens,
             train=of.train,
             key_bias=of.key_bias,
+            softmax=of.softmax,
         )
         return self._fill_baked(PrefixTuning(config, self.shapes))
 
     def _fill_baked(self, baked: PrefixT) -> PrefixT:
-        """Give another prefix the keys, values and biases of this one, with constant gates multiplied in."""
+        """Give another prefix all but the gates of this one's keys, the constant ones of which are multiplied in."""
         baked.set_prefixes(self.gated_prefixes())
         if self.config.key_bias:
             baked.key_biases = nn.ParameterList(bias.detach().clone() for bias in self.key_biases)
+        if self.config.softmax == "own":
+            baked.output_gates = nn.ParameterList(gate.detach().clone() for gate in self.output_gates)
         return baked
 
     def set_key_biases(self, biases: Sequence[Tensor]) -> None:
@@ -381,6 +393,10 @@ class PrefixTuning(PrefixMethod):
     def key_bias(self, layer: int) -> Tensor | None:
         """``[Hkv, m]``, or None."""
         return self.key_biases[layer] if self.config.key_bias else None
+
+    def output_gate(self, layer: int) -> Tensor | None:
+        """``tanh(g)``, ``[Hq]``, for a softmax of the prefix's own, or None."""
+        return torch.tanh(self.output_gates[layer]) if self.config.softmax == "own" else None
 
     def frozen_tokens(self) -> int:
         """Return ``num_frozen_tokens``."""

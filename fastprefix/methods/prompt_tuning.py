@@ -46,11 +46,14 @@ class PromptTuning(PromptMethod):
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
         """Initialise the prompt as ``init`` says."""
+        self._reset_prompt(self.prompt, table, init_ids)
+
+    def _reset_prompt(self, prompt: Tensor, table: Tensor, init_ids: Tensor | None) -> None:
         with torch.no_grad():
             if self.config.init == "random":
-                nn.init.normal_(self.prompt, std=float(table.float().std()))
+                nn.init.normal_(prompt, std=float(table.float().std()))
             else:
-                self.prompt.copy_(table[self._rows(init_ids).to(table.device)])
+                prompt.copy_(table[self._rows(init_ids).to(table.device)])
 
     def _rows(self, init_ids: Tensor | None) -> Tensor:
         """Which rows of the table the prompt starts from."""

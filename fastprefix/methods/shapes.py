@@ -16,6 +16,15 @@ class EmbeddingShape:
 
 
 @dataclass(frozen=True)
+class VisionShape:
+    """A stack of layers over the patches of an image: its width, and how many numbers a patch has."""
+
+    width: int
+    layers: int
+    patch: int
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """One attention layer: its heads and their sizes, the width of the hidden states that enter its layer."""
 

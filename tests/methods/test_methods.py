@@ -178,6 +178,31 @@ def test_mlp_reparameterisation_is_its_formula() -> None:
         assert torch.equal(pv.transpose(0, 1).reshape(7, 96), v)
 
 
+def test_a_prefix_with_a_softmax_of_its_own_starts_with_closed_gates() -> None:
+    shapes = [dataclasses.replace(LAYER, kv_heads=2)] * 3
+    plain = PrefixTuning(fastprefix.PrefixTuningConfig(10), shapes)
+    method = PrefixTuning(fastprefix.PrefixTuningConfig(10, softmax="own"), shapes)
+    nn.init.ones_(method.output_gates[1])
+    method.reset_parameters(None)
+    assert count(method) == count(plain) + 3 * LAYER.heads
+    assert all(not method.output_gate(layer).any() for layer in range(3))
+    assert plain.output_gate(0) is None
+    nn.init.normal_(method.output_gates[1])
+    assert torch.equal(method.output_gate(1), torch.tanh(method.output_gates[1]))
+
+
+def test_a_baked_prefix_keeps_the_gates_of_its_own_softmax() -> None:
+    config = fastprefix.PrefixTuningConfig(7, reparameterization="mlp", hidden_dim=8, softmax="own")
+    method = PrefixTuning(config, SHAPES)
+    method.reset_parameters(None)
+    for gate in method.output_gates:
+        nn.init.normal_(gate)
+    baked = method.baked()
+    assert (baked.config.softmax, baked.config.reparameterization) == ("own", None)
+    assert torch.equal(baked.output_gate(2), method.output_gate(2))
+    assert torch.equal(baked.prefixes()[2][1], method.prefixes()[2][1])
+
+
 def test_apt_has_half_as_many_parameters_again() -> None:
     plain = PrefixTuning(fastprefix.PrefixTuningConfig(10), SHAPES)
     assert count(APT(fastprefix.APTConfig(10), SHAPES)) == 1.5 * count(plain) + len(SHAPES)
@@ -284,7 +309,8 @@ def test_residual_prefix_switches() -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_configurations_survive_saving(name: str) -> None:
     parts = [fastprefix.PrefixTuningConfig(2).to_dict(), fastprefix.APTConfig(3).to_dict()]
-    required = {"cartridge": {"init_text": "a"}, "composition": {"parts": parts, "trainable": [True, False]}}
+    required = {"multitask_prompt": {"num_tasks": 2}, "cartridge": {"init_text": "a"}}
+    required |= {"composition": {"parts": parts, "trainable": [True, False]}}
     config = METHODS[name][0](5, modules_to_save=["head"], **required.get(name, {}))
     assert MethodConfig.from_dict(config.to_dict()) == config
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
@@ -311,6 +337,7 @@ def test_configurations_survive_saving(name: str) -> None:
         (lambda: fastprefix.PrefixTuningConfig(5, reparameterization="mlp", init="zero"), ValueError, "init"),
         (lambda: fastprefix.PrefixTuningConfig(5, hidden_dim=0), ValueError, "hidden_dim"),
         (lambda: fastprefix.PrefixTuningConfig(5, prefix_position="up"), ValueError, "prefix_position"),
+        (lambda: fastprefix.PrefixTuningConfig(5, softmax="two"), ValueError, "softmax"),
         (lambda: fastprefix.APTConfig(5, pooling="max"), ValueError, "pooling"),
         (lambda: fastprefix.ResidualPrefixConfig(5, reparameterization=None), ValueError, "reparameterization"),
         (lambda: fastprefix.LlamaAdapterConfig(5, layers=0), ValueError, "layers"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig
+from transformers import BertConfig, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, ViTConfig
 
 from fastprefix import __main__ as cli
 from fastprefix import parity, testing
@@ -79,6 +79,10 @@ MODELS = {
     "mistral": (MistralConfig(num_hidden_layers=2), ["shared", "2 attention layers, 2 with a sliding window of 4096"]),
     "mixtral": (MixtralConfig(num_hidden_layers=2), ["shared", "2 attention layers\n"]),
     "bert": (BertConfig(architectures=["BertForSequenceClassification"]), ["textbook: ", "not causal", "12 attention"]),
+    "vit": (
+        ViTConfig(num_hidden_layers=3, architectures=["ViTForImageClassification"]),
+        ["3 attention layers", "visual        3 layers; deep prompts run once for the whole batch"],
+    ),
     "mamba": (MambaConfig(num_hidden_layers=2), ["textbook: ", "none: "]),
 }
 

@@ -74,7 +74,7 @@ def commands() -> list[str]:
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
         found += [
-            span for span in spans if re.match(r"(\w+=\S+ )*(make|fastprefix [a-z]|python -m|python \S+\.py)", span)
+            span for span in spans if re.match(r"(\w+=\S+ )*(make\b|fastprefix [a-z]|python -m|python \S+\.py)", span)
         ]
     return sorted({command for command in found if command})
 

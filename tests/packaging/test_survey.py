@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.survey import SURVEYS, Outcome, append, read, write_table
+from tools.survey import SURVEYS, Outcome, append, choose_method, list_methods, make_config, read, write_table
 
 from .. import models
 
@@ -28,6 +28,27 @@ def test_prefixes_work(family: str) -> None:
 def test_families_that_are_not_served_are_refused(family: str) -> None:
     outcome = surveyed(family)
     assert outcome.verdict == "refused", outcome
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "family", "verdict"),
+    [
+        ("prompt", "multitask_prompt", "llama", "in every row"),
+        ("prompt", "accept", "gpt2", "works"),
+        ("visual", "ship", "vit", "works"),
+        ("visual", None, "dinov2", "works"),
+        ("visual", "visual_prompt", "swin", "refused"),
+    ],
+)
+def test_other_methods_and_models_of_images(kind: str, method: str | None, family: str, verdict: str) -> None:
+    assert choose_method(kind, method).run(family).verdict == verdict
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "visual"])
+def test_every_method_can_be_surveyed(kind: str) -> None:
+    methods = list_methods(kind)
+    assert len(methods) >= 2
+    assert {make_config(method).num_virtual_tokens for method in methods} == {3}
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:

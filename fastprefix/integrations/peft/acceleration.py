@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,8 @@ from .prompt import PromptAcceleration
 
 ATTRIBUTE = "fastprefix"
 """The name under which an accelerated model has its ``Acceleration``."""
-_PREFIXES, _PROMPTS, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING"), "ADAPTION_PROMPT"
+_PREFIXES, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), "ADAPTION_PROMPT"
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 KINDS = (*_PREFIXES, *_PROMPTS, _ADAPTION)
 """The methods of PEFT that can be accelerated."""
 
@@ -48,7 +50,8 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
     whichever is active.
 
     Args:
-        peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT.
+        peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING or
+            ADAPTION_PROMPT. Multitask prompts of rows with different tasks run in every row.
         check: compare an accelerated model with PEFT's own on a small copy of the base first, once a class and
             configuration. A prompt that differs stays on PEFT's path. Without the check, or where no small copy runs,
             the model itself is compared on four tokens.
@@ -138,7 +141,9 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
         return right, accelerate(copy.deepcopy(right), check=False)
 
     options = {name: str(value) for name, value in sorted(vars(config).items())}
-    return conformance.check_pair(peft_model.get_base_model(), _get_kind(peft_model), str(options), make)
+    base, kind, tasks = peft_model.get_base_model(), _get_kind(peft_model), _count_tasks(peft_model)
+    last = functools.partial(torch.full, fill_value=tasks - 1) if tasks else None  # of rows with the same task
+    return conformance.check_pair(base, kind, str(options), make, last)
 
 
 def _shrink_config(config: Any) -> Any:
@@ -155,6 +160,8 @@ def _shrink_config(config: Any) -> Any:
             setattr(small, name, type(value)(0))
     if hasattr(small, "prompt_tuning_init"):
         small.prompt_tuning_init, small.prompt_tuning_init_text = "RANDOM", None
+    if hasattr(small, "prompt_tuning_init_state_dict_path"):
+        small.prompt_tuning_init_state_dict_path = None
     small.inference_mode = False
     return small
 
@@ -238,8 +245,9 @@ def _number_layers(model: PreTrainedModel, layers: list[Layer]) -> dict[int, Lay
 def _run_trial(model: Any) -> Tensor:
     """Return a model's output for four tokens, the last of which is padding."""
     ids = torch.arange(4, device=find_device(model))[None]
-    decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **decoded)[0]
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    more |= {"task_ids": ids[:, 0]} if _count_tasks(model) else {}
+    output: Tensor = model(input_ids=ids, attention_mask=(ids < 3).long(), return_dict=True, **more)[0]
     return output.double()
 
 
@@ -292,6 +300,12 @@ def _compare(actual: Tensor, expected: Tensor, bound: float, where: str) -> None
     error = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
     if not error <= bound:
         raise ValueError(f"`peft_model` would not get PEFT's numbers: they differ by {error:.1e} {where}")
+
+
+def _count_tasks(model: Any) -> int:
+    """Return the number of tasks of a PEFT model whose calls get ``task_ids``, or 0."""
+    is_multitask = isinstance(model, PeftModel) and _get_kind(model) == "MULTITASK_PROMPT_TUNING"
+    return int(model.active_peft_config.num_tasks) if is_multitask else 0
 
 
 def _get_kind(peft_model: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -62,8 +63,12 @@ class PromptAcceleration(PromptLearning):
             setattr(model, _LOSS, self.compute_loss)
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
-        """Return a placeholder for the prompt in every row."""
-        prompt: Tensor = type(self.peft_model).get_prompt(self.peft_model, 1, task_ids)
+        """Return a placeholder for the prompt in every row, or the prompts of rows that have different tasks."""
+        get_prompt = functools.partial(type(self.peft_model).get_prompt, self.peft_model)
+        if task_ids is not None and not bool((task_ids == task_ids[:1]).all()):
+            prompts: Tensor = get_prompt(batch_size, task_ids)
+            return prompts
+        prompt: Tensor = get_prompt(1, None if task_ids is None else task_ids[:1])
         call.prompt = prompt
         return prompt.detach().expand(batch_size, -1, -1)
 

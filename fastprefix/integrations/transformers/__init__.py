@@ -9,6 +9,7 @@ from .parameters import ParameterCount, count_parameters, parameter_groups
 from .publishing import push_to_hub
 from .saving import load_adapter, read_prefix, save_adapter
 from .serving import AdapterStore, ResidentAdapters
+from .vision_features import compute_bank, find_entered_layers
 
 __all__ = [
     "AdapterStore",
@@ -17,6 +18,7 @@ __all__ = [
     "ResidentAdapters",
     "attach",
     "compose",
+    "compute_bank",
     "count_parameters",
     "detach",
     "disable_adapter",
@@ -24,6 +26,7 @@ __all__ = [
     "export_cache",
     "export_merged_base",
     "export_prompt_embeds",
+    "find_entered_layers",
     "load_adapter",
     "merge",
     "parameter_groups",

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ...methods import MethodConfig, PrefixMethod, PromptMethod
+from ...methods import MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .switching import OPTIONS, OwnConfigurations, User, find_device
 from .tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 
@@ -74,7 +74,7 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
 MODULE = "fastprefix"
 """The name under which the parameters of the adapter in use hang on the model."""
 
-Method = PromptMethod | PrefixMethod
+Method = PromptMethod | PrefixMethod | VisualMethod
 
 
 class Hooks(Protocol):

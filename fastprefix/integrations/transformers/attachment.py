@@ -17,10 +17,12 @@ from ...methods import (
     CompositionConfig,
     EmbeddingShape,
     MethodConfig,
+    MultitaskPrompt,
+    MultitaskPromptConfig,
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
-    PromptTuningConfig,
+    VisualMethod,
 )
 from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
@@ -28,6 +30,7 @@ from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
 from .mixed_call import BASE
+from .multitask import read_source
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .routing import Routing
@@ -43,6 +46,7 @@ from .switching import (
     runs_on_text,
 )
 from .tuners import find_base_model, has_tuner_layers
+from .vision import VisionStack, VisualHooks, find_vision_stack
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -99,7 +103,9 @@ def attach(
     check_cache_given(config, past_key_values)
     with use_adapter(base, None):
         plan = _make_plan(base, config, example_inputs, check)
-        if isinstance(plan.method, PrefixMethod):
+        if isinstance(plan.method, VisualMethod):
+            plan.method.reset_parameters()
+        elif isinstance(plan.method, PrefixMethod):
             initial = make_initial_prefix(base, config, plan.layers, tokenizer, past_key_values)
             plan.method.reset_parameters(None if initial is None else initial.pairs)
             if initial is not None and initial.biases is not None and isinstance(plan.method, PrefixTuning):
@@ -108,6 +114,8 @@ def attach(
             ids = tokenize_text(base, config, tokenizer)
             with load_offloaded(base, base.get_input_embeddings()):
                 plan.method.reset_parameters(_find_table(base), ids)
+            if isinstance(config, MultitaskPromptConfig) and isinstance(plan.method, MultitaskPrompt) and config.source:
+                plan.method.start_from(*read_source(config.source))
         adapter = _make_adapter(base, config, plan, freeze_peft)
     return install(model, adapter, name)
 
@@ -261,6 +269,7 @@ class _Plan(NamedTuple):
     method: Method
     layers: list[Layer]  # the attention layers that the method needs
     prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
+    stack: VisionStack | None = None  # of a visual method
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
@@ -270,7 +279,7 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
     check_name_free(model, name)
-    if not is_plain_text(model):
+    if config.kind != "visual" and not is_plain_text(model):
         _check_not_plain_text(model, config)
     _check_alone(model)
     if loads_all_inside(model):
@@ -337,7 +346,7 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
-    if isinstance(config, PromptTuningConfig) and is_of_text(model):
+    if config.kind == "prompt" and is_of_text(model):
         return
     if not isinstance(config, PrefixTuningConfig):
         raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
@@ -356,6 +365,8 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
     precision.
     """
     method_class = METHODS[config.method_name()][1]
+    if issubclass(method_class, VisualMethod):
+        return _make_visual_plan(model, method_class, config, example_inputs, check)
     if example_inputs is None:
         adopt_small_trial(model)
     layers: list[Layer] = []
@@ -384,8 +395,35 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
         method = method_class(config, EmbeddingShape(*_find_table(model).shape))
         path = _choose_prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
-    method.to(device=find_device(model), dtype=torch.promote_types(model.dtype, torch.float32))
-    return _Plan(method, layers, path)
+    return _Plan(_move_method(model, method), layers, path)
+
+
+def _make_visual_plan(
+    model: PreTrainedModel,
+    method_class: type[VisualMethod],
+    config: MethodConfig,
+    example_inputs: Inputs | None,
+    check: bool,
+) -> _Plan:
+    """Build a visual method for a model of images."""
+    stack = find_vision_stack(model, example_inputs)
+    method = method_class(config, stack.shape)
+    if check:
+        _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
+    reason = method.sees_tokens(training=False) or stack.reason
+    if stack.leading == 0 and (getattr(config, "bank", None) or getattr(config, "matching_loss", False)):
+        raise ValueError(
+            f"`model` must have a class token for `bank` and `matching_loss`, which read its attention, but "
+            f"{type(stack.part).__name__} has none."
+        )
+    if reason is not None and method.strength(0) is not None:
+        raise ValueError(f"`model` must have layers that run on rows alone for {type(method).__name__}, but {reason}.")
+    return _Plan(_move_method(model, method), [], "shared" if reason is None else f"textbook: {reason}", stack)
+
+
+def _move_method(model: PreTrainedModel, method: Method) -> Method:
+    """Return a method on the device of a model, in float32 or the model's higher precision."""
+    return method.to(device=find_device(model), dtype=torch.promote_types(model.dtype, torch.float32))
 
 
 def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str:
@@ -408,6 +446,8 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
 def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
     if config.shared_prompt is False:
         return "shared_prompt=False"
+    if isinstance(config, MultitaskPromptConfig) and config.num_tasks > 1:
+        return "each row has the prompt of its task"
     if model.config.is_encoder_decoder:
         return "its encoder's prompt sees what comes after it"
     reason = find_reason_not_shareable(choose_stand_in(model))
@@ -438,9 +478,13 @@ def _find_table(model: PreTrainedModel) -> Tensor:
 
 
 def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, freeze_peft: bool) -> Adapter:
-    method, layers, path = plan
+    method, layers, path, stack = plan
     hooks: Hooks
-    if isinstance(method, PrefixMethod):
+    if isinstance(method, VisualMethod):
+        assert stack is not None
+        method.prompt_path = path
+        hooks = VisualHooks(model, method, stack)
+    elif isinstance(method, PrefixMethod):
         hooks = PrefixHooks(model, method, layers)
     else:
         method.prompt_path = path

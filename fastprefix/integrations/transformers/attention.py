@@ -263,6 +263,14 @@ class Binding:
         """Return each row's start and length in the prefix, int ``[B, 2]``, or None where all rows have all of it."""
         return None
 
+    def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Return an output ``[B, N, H, Dv]`` in place of attention, or None."""
+        return None
+
+    def get_output_scale(self) -> float:
+        """Return a factor of the output."""
+        return 1.0
+
     def count_frozen(self) -> int:
         """Return how many of the first prefix keys and values need no gradient."""
         return 0
@@ -450,6 +458,8 @@ def run_attention(
         binding = carried.bindings.get(module)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
+    if binding is not None and (alone := binding.attend_alone(query, key, value)) is not None:
+        return alone, None
     prefix_bias, position_bias = split_bias(position_bias, key)
     masking = add_bias(read_mask(attention_mask, query), position_bias, key)
     prefix = None if binding is None else binding.get_prefix(query, key, value)
@@ -479,7 +489,8 @@ def run_attention(
         scale=scaling,
         dropout_p=dropout,
     )
-    return output.transpose(1, 2), None
+    scale = 1.0 if binding is None else binding.get_output_scale()
+    return (output if scale == 1.0 else output * scale).transpose(1, 2), None
 
 
 def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -83,6 +83,8 @@ def _check_part(name: str, adapter: Adapter) -> None:
         reason = f"it is a {type(method).__name__}"
     elif method.needs_hidden():
         reason = f"the gates of {type(method).__name__} depend on the input"
+    elif method.output_gate(0) is not None:
+        reason = 'it has softmax="own", which other prefixes have no part in'
     if reason is not None:
         raise ValueError(f"`names` must be adapters that are prefixes and nothing more, but of {name!r} {reason}")
 
@@ -116,6 +118,8 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     prefix = getattr(method, "prefix", None)
     if not isinstance(method, PrefixTuning) or not isinstance(prefix, FreePrefix):
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
+    if method.config.softmax != "joint":
+        raise ValueError('`name` must be an adapter with softmax="joint": trained gates are for the keys that it has.')
     refuse_sharded(find_base_model(model))
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]

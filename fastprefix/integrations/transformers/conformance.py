@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import threading
 import traceback
@@ -30,7 +31,8 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from ...methods import METHODS, MethodConfig, PrefixMethod
+from ...methods import METHODS, MethodConfig, PrefixMethod, VisualMethod
+from .adapter import MODULE
 from .discovery import (
     CONTEXT,
     CopyError,
@@ -43,10 +45,13 @@ from .discovery import (
     shrink_config,
 )
 from .hooks import find_cache, find_cache_parameter, read_parameter_names
+from .multitask import count_tasks
 from .positions import find_frequencies_end
 from .prompt import choose_placeholder_id, needs_ids
 from .switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
+from .vision import PIXELS, find_vision_stack
+from .vision_textbook import VisionTextbook
 
 BOUND = 1e-10
 """The largest error, relative to the largest value, of what agrees in float64."""
@@ -192,7 +197,11 @@ def check(
 
 
 def check_pair(
-    model: PreTrainedModel, method: str, options: str, make: Callable[[PreTrainedModel], tuple[Any, Any]]
+    model: PreTrainedModel,
+    method: str,
+    options: str,
+    make: Callable[[PreTrainedModel], tuple[Any, Any]],
+    choose_tasks: Callable[[int], Tensor] | None = None,
 ) -> ConformanceReport:
     """Compare two models that are to be the same, such as an accelerated one with what it was before.
 
@@ -201,9 +210,10 @@ def check_pair(
         method: what a report calls it.
         options: everything that says what ``make`` makes, but for the base.
         make: of a small copy of the base, the model that says what is right, and the other one.
+        choose_tasks: returns the argument ``task_ids`` for so many rows. None: there is no such argument.
     """
     key = _Key(type(model), describe_structure(model), method, options)
-    return _report(model, key, method, lambda plain: _compare_pair(plain, make))
+    return _report(model, key, method, lambda plain: _compare_pair(plain, make, choose_tasks))
 
 
 def _report(
@@ -229,7 +239,11 @@ def _report(
         return report
 
 
-def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tuple[Any, Any]]) -> tuple[Finding, ...]:
+def _compare_pair(
+    plain: PreTrainedModel,
+    make: Callable[[PreTrainedModel], tuple[Any, Any]],
+    choose_tasks: Callable[[int], Tensor] | None,
+) -> tuple[Finding, ...]:
     try:
         with Float64(), torch.random.fork_rng(devices=[]):
             right, other = make(copy.deepcopy(plain))
@@ -239,7 +253,8 @@ def _compare_pair(plain: PreTrainedModel, make: Callable[[PreTrainedModel], tupl
         _randomize(p for p in each.parameters() if p.requires_grad)
         each.eval()
     subject, book = (
-        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad]) for each in (other, right)
+        _Subject(each.__call__, each, [p for p in each.parameters() if p.requires_grad], choose_tasks)
+        for each in (other, right)
     )
     return _collect_findings(Situations(subject, book, plain, paired=True), _PAIRED)
 
@@ -318,17 +333,23 @@ def adopt_small_trial(model: PreTrainedModel) -> None:
 def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
     """Return a method's options with short prompts and narrow networks, not initialized from a text."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
-    limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1}
+    limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
+    limits |= {"prompt_codewords": 3, "offset_codewords": 3, "num_tasks": 2}
+    limits |= {"num_shared": 2, "num_attribute": 2, "bank": 3}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in limits and type(value) is int:
             changed[field.name] = min(value, limits[field.name])
+        elif field.name == "layers" and isinstance(value, list):  # a small copy has two layers at least
+            changed[field.name] = [0, 1][: len(value)]
+        elif field.name.endswith("_block"):  # a divisor of the small width too
+            changed[field.name] = math.gcd(value, 8)
         elif field.name == "max_length" and type(value) is int:
             changed[field.name] = 64
         elif field.name == "init" and value not in ("random", "normal"):
             changed[field.name] = "normal" if config.kind == "prefix" else "random"
-        elif field.name == "init_text":
+        elif field.name in ("init_text", "source"):
             changed[field.name] = None
         elif isinstance(value, float) and "dropout" in field.name:
             changed[field.name] = 0.0
@@ -345,6 +366,16 @@ class _Subject(NamedTuple):
     run: Callable[..., Any]
     model: Any
     trained: list[Tensor]
+    choose_tasks: Callable[[int], Tensor] | None = None  # of so many rows, for the argument ``task_ids``
+
+    def call(self, **inputs: Any) -> Any:
+        """Run it, with rows of different tasks if it has tasks."""
+        return self.run(**inputs, **self.make_tasks(inputs))
+
+    def make_tasks(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return the argument that says the task of each row, if there are tasks."""
+        rows = next((inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs), None)
+        return {} if self.choose_tasks is None or rows is None else {"task_ids": self.choose_tasks(len(rows))}
 
 
 def _compare_method(
@@ -369,8 +400,10 @@ def _compare_method(
     with Float64():
         book = _make_textbook(book_model, config, attached.fastprefix)
     parameters: list[Tensor] = list(trained.values())
+    count = count_tasks(attached.fastprefix)
+    choose = (lambda rows: torch.arange(rows) % count) if count else None
     situations = Situations(
-        _Subject(attached.__call__, attached, parameters), _Subject(book, book_model, leaves), plain
+        _Subject(attached.__call__, attached, parameters, choose), _Subject(book, book_model, leaves, choose), plain
     )
     return _collect_findings(situations, names)
 
@@ -385,6 +418,8 @@ def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tu
 
 
 def _make_textbook(model: PreTrainedModel, config: MethodConfig, method: Any) -> Callable[..., Any]:
+    if isinstance(method, VisualMethod):
+        return VisionTextbook(model, method, find_vision_stack(model))
     if issubclass(METHODS[config.method_name()][1], PrefixMethod):
         return PrefixTextbook(model, method, find_method_layers(model, config))
     # Another id than the method's own, since none of what a family makes of it may matter.
@@ -468,6 +503,8 @@ class Situations:
             return functools.partial(self._compare_cached, key, run, gradients)
 
         chosen: dict[str, Callable[[], Compared]] = {"ids": compare("ids", self._run_plainest)}
+        if isinstance(getattr(self.subject.model, MODULE, None), VisualMethod):
+            chosen["several images"] = compare("several images", self._run_several_images)
         if self.is_text:
             chosen |= {f"{side} padding": compare(side, self._run_padded(side)) for side in ("left", "right")}
             chosen["a row alone"] = compare("alone", self._run_alone)
@@ -581,6 +618,10 @@ class Situations:
     def _run_plainest(self, run: Run) -> list[Tensor]:
         return _extract_values(run(**self._plainest_inputs))
 
+    def _run_several_images(self, run: Run) -> list[Tensor]:
+        pixels = self._plainest_inputs[PIXELS]
+        return _extract_values(run(**{**self._plainest_inputs, PIXELS: torch.cat([pixels, 0.5 - pixels.flip(-1)])}))
+
     def _run_alone(self, run: Run) -> list[Tensor]:
         return _extract_values(run(**self._make_inputs(self.ids[1:])))
 
@@ -675,7 +716,7 @@ class Situations:
         with torch.no_grad():
             output = model.generate(
                 do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
-                max_new_tokens=_NEW, **options,
+                max_new_tokens=_NEW, **options, **subject.make_tasks(options),
             )  # fmt: skip
         scores = getattr(output, "sequences_scores", None)
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
@@ -909,7 +950,7 @@ def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
     """Return values, and the gradients of a fixed combination of them. What a model draws is the same each time."""
     torch.manual_seed(0)
     with torch.set_grad_enabled(gradients):
-        values = run(subject.run)
+        values = run(subject.call)
     if not gradients or not subject.trained:
         return _Numbers([value.detach() for value in values], [])
     output = torch.cat([value.flatten() for value in values])

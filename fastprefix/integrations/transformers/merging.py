@@ -5,6 +5,8 @@ What does not depend on the input is computed once:
 - ADePT's network becomes part of the embedding table. An output head that is tied to the table keeps the old one.
 - On a decoder that shares its prompt, the prompt becomes keys and values. DePT's offset depends on the position and
   stays where it is.
+- Rows that deep visual prompts put into each layer become a prefix.
+- A prompt that is computed from other parameters becomes a plain one, where it stands in every row.
 - A reparameterised prefix becomes a plain one, and gates that do not depend on the input are multiplied in.
 
 The embedding that was there is kept until the method is detached, on its device, or there would be no way back. Where
@@ -25,13 +27,13 @@ from transformers import DynamicCache, PreTrainedModel
 from ..._version import __version__
 from ...methods import (
     ADePT,
-    DePT,
+    ComputedPrompt,
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
     PromptMethod,
-    PromptTuning,
-    PromptTuningConfig,
+    VisualMethod,
+    make_plain_prompt,
 )
 from ...methods.base import check_choice
 from ...methods.prefix_tuning import FreePrefix
@@ -47,6 +49,7 @@ from .prompt import OffsetHooks, PromptHooks
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
 from .tuners import find_base_model, has_tuner_layers, read_tuner_state
+from .vision import VisualHooks
 
 _ROWS = 4096  # of the table that are computed at once
 
@@ -76,10 +79,16 @@ def merge(model: Model) -> Model:
     with evaluating(base), torch.no_grad():
         if isinstance(method, PrefixMethod):
             _merge_prefix(base, adapter, method)
+        elif isinstance(method, VisualMethod):
+            _merge_rows(base, adapter, method)
         elif isinstance(hooks, SharedPromptHooks):
             _merge_shared_prompt(base, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
             _merge_table(base, adapter, method, hooks)
+        elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
+            hooks.remove()
+            hooks.method = method.baked()
+            _exchange(base, adapter, hooks.method, [hooks])
         else:
             raise ValueError(
                 f"`model` must have something to merge, but {type(method).__name__} on the path "
@@ -170,6 +179,8 @@ def refuse_more_than_keys(method: PrefixMethod, what: str) -> None:
     """Refuse a prefix that is more than keys and values at the positions before all tokens."""
     if method.key_bias(0) is not None:
         raise ValueError(f"`key_bias` must be False for {what}, which has no place for biases of keys, but is True.")
+    if method.output_gate(0) is not None:
+        raise ValueError(f'`softmax` must be "joint" for {what}, whose keys share one softmax, but is "own".')
     shift, length = method.position_shift(), method.config.num_virtual_tokens
     if shift != length:
         raise ValueError(
@@ -187,6 +198,27 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     _exchange(model, adapter, baked, [PrefixHooks(model, baked, find_method_layers(model, baked.config))])
 
 
+def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
+    """Turn rows that no image changes into a prefix of the vision layers."""
+    hooks = adapter.hooks
+    assert isinstance(hooks, VisualHooks)
+    reason = hooks.find_reason(training=False)
+    if reason is None and method.strength(0) is not None:
+        reason = "its softmax over the rows is weighed by a fixed share"
+    if reason is not None:
+        raise ValueError(f"`model` must have something to merge, but of {type(method).__name__} {reason}.")
+    pairs = [(key[0], value[0]) for key, value in hooks.run_rows()]
+    hooks.remove()
+    found = {layer.module: layer for layer in find_layers(model)}
+    layers = [found[module] for module in hooks.stack.attentions]
+    config = PrefixTuningConfig(method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save)
+    prefix = PrefixTuning(config, [layer.shape for layer in layers])
+    prefix.set_prefixes(pairs)
+    _exchange(model, adapter, prefix, [PrefixHooks(model, prefix, layers)])
+    if len(found) > len(layers):
+        adapter.outside = "its prefix is in the layers of images alone"
+
+
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """Turn a prompt into a prefix that stands before all tokens."""
     tuners = read_tuner_state(hooks.backbone)
@@ -199,7 +231,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     parts: list[Hooks] = []
     if table is not None:
         parts.append(NewTable(hooks, table))
-    elif isinstance(method, DePT):
+    elif method.changes_positions:
         prefix.add_module("offset", method)
         parts.append(OffsetHooks(model, method))
     merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
@@ -213,11 +245,8 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
     """Merge ADePT's network alone, which leaves prompt tuning."""
-    config = PromptTuningConfig(
-        method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, shared_prompt=False
-    )
-    prompt = PromptTuning(config, method.shape)
-    prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
+    prompt = make_plain_prompt(method)
+    prompt.config.shared_prompt = False
     table = NewTable(hooks, rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
@@ -228,7 +257,7 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
 def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
-    return "DePT's offset stands beside its prefix" if isinstance(method, DePT) else None
+    return f"{type(method).__name__}'s offset stands beside its prefix" if method.changes_positions else None
 
 
 def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:

@@ -86,7 +86,8 @@ def parameter_groups(
     Args:
         model: a model with a method attached.
         lr: for everything else: prefixes, offsets, and the modules that stay trainable. None: the method's usual rate.
-        prompt_lr: for the soft prompt. None: ``lr``, and if that is None too, the method's usual rate, 0.3.
+        prompt_lr: for the soft prompt, or what it is computed from. None: ``lr``, and if that is None too, the method's
+            usual rate, 0.3 for most.
         gate_lr: for gates. None: ``lr``, and if that is None too, the method's usual rate. APT's gates are projections
             of a whole hidden state: at a rate that is right for the prefix, they are all at 1 within some tens of steps
             of Adam.
@@ -113,7 +114,7 @@ def parameter_groups(
         method: Method = adapter.method
         usual = method.config.learning_rates if lr is None else LearningRates(lr, lr, None)
         gate_rate = usual.gates if gate_lr is None else gate_lr
-        prompt = [method.prompt] if isinstance(method, PromptMethod) else []
+        prompt = method.list_prompt_parameters() if isinstance(method, PromptMethod) else []
         gates = [] if gate_rate is None else [p for name, p in method.named_parameters() if "gate" in name]
         apart = {*prompt, *gates}
         rest += [p for p in method.parameters() if p.requires_grad and p not in apart]

@@ -1,7 +1,7 @@
 """Adapters as PEFT's files have them, read and written without PEFT.
 
 A PEFT prefix travels as a key/value cache, so it is a prefix with ``prefix_position="shift"``. What PEFT computes a
-prefix or a prompt from (a projection, the network of P-tuning) it does not save.
+prefix or a prompt from (a projection, the network of P-tuning) it does not save, so what is read is a plain one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ...methods import MethodConfig, PrefixMethod, PrefixTuningConfig, PromptMethod, PromptTuningConfig
+from ...methods import (
+    MethodConfig,
+    MultitaskPrompt,
+    MultitaskPromptConfig,
+    PrefixMethod,
+    PrefixTuningConfig,
+    PromptMethod,
+    PromptTuningConfig,
+    PTuning,
+    VisualMethod,
+)
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
 from .merging import refuse_more_than_keys
+from .multitask import PEFT_NAMES
 from .switching import evaluating, find_device
 
-PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _EMBEDDINGS = "prompt_embeddings"
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
@@ -60,9 +71,12 @@ def convert_from_peft(
         for key, _ in model.get_submodule(name).named_parameters()
         if f"base_model.{name}.{key}" in tensors
     }
-    if left := sorted(tensors.keys() - {_EMBEDDINGS} - {_make_peft_name(name) for name in parameters}):
+    factors = PEFT_NAMES if description["peft_type"] == "MULTITASK_PROMPT_TUNING" else {"rows": _EMBEDDINGS}
+    if left := sorted(tensors.keys() - set(factors.values()) - {_make_peft_name(name) for name in parameters}):
         raise ValueError(f"the adapter does not fit this model: it has no place for {', '.join(left)}")
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
+    if description["peft_type"] == "MULTITASK_PROMPT_TUNING":
+        return _make_multitask(path, tensors, options, parameters)
     if description["peft_type"] in PROMPTS:
         return PromptTuningConfig(**options), {"prompt": rows, **parameters}
     frozen = description["num_frozen_tokens"]
@@ -71,7 +85,7 @@ def convert_from_peft(
 
 
 def convert_to_peft(
-    model: PreTrainedModel, method: PromptMethod | PrefixMethod, modules: Iterable[str]
+    model: PreTrainedModel, method: PromptMethod | PrefixMethod | VisualMethod, modules: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
 
@@ -79,15 +93,17 @@ def convert_to_peft(
         ValueError: PEFT has nothing that computes the same.
     """
     modules = list(modules)
+    if isinstance(method, VisualMethod):
+        raise ValueError(f'format="peft" has no place for the rows of {type(method.config).__name__}')
     if isinstance(method, PromptMethod):
-        if type(method.config) is not PromptTuningConfig:
+        if method.changes_tokens:
             raise ValueError(
                 'format="peft" must be used with prompt tuning or a prefix, but the method is '
                 f"{type(method.config).__name__}."
             )
         _check_heads(model)
-        rows = method.prompt.detach()
-        kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "token_dim": rows.shape[1]}
+        rows = (method.shared if isinstance(method, MultitaskPrompt) else method.prompt).detach()
+        kind: dict[str, Any] = {**_describe_prompt(method), "token_dim": rows.shape[1]}
     else:
         rows, frozen = _make_rows(model, method)
         shape = method.shapes[0]
@@ -113,7 +129,40 @@ def convert_to_peft(
         for name in modules
         for key, p in model.get_submodule(name).named_parameters()
     }
+    if isinstance(method, MultitaskPrompt):
+        parameters |= {PEFT_NAMES[name]: getattr(method, name).detach() for name in ("columns", "rows")}
     return description, {_EMBEDDINGS: rows, **parameters}
+
+
+def _make_multitask(
+    path: Path, tensors: Mapping[str, Tensor], options: dict[str, Any], parameters: dict[str, Tensor]
+) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """Return the configuration and the parameters of a multitask prompt."""
+    shared, columns, rows = (tensors.get(key, torch.empty(0)) for key in PEFT_NAMES.values())
+    tasks, rank = len(columns), rows.shape[-2] if rows.ndim == 3 else 0
+    fits = columns.shape == (tasks, len(shared), rank) and rows.shape == (tasks, rank, shared.shape[1])
+    if not fits or columns.numel() == 0:
+        shapes = {key: tuple(tensors[key].shape) for key in PEFT_NAMES.values() if key in tensors}
+        raise ValueError(f"{', '.join(PEFT_NAMES.values())} in {path.parent} must fit one another, but are {shapes}.")
+    found = {"shared": shared, "columns": columns, "rows": rows}
+    config = MultitaskPromptConfig(num_tasks=tasks, rank=rank, **options)
+    return config, {**found, **parameters}
+
+
+def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
+    """Return PEFT's type of a prompt, and the encoder that it was computed by, if PEFT has one like it."""
+    if isinstance(method, MultitaskPrompt):
+        tasks, rank = method.config.num_tasks, method.config.rank
+        return {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": tasks, "num_ranks": rank}
+    if not isinstance(method, PTuning):
+        return {"peft_type": "PROMPT_TUNING"}
+    of = method.config
+    return {
+        "peft_type": "P_TUNING",
+        "encoder_reparameterization_type": of.encoder.upper(),
+        "encoder_hidden_size": of.encoder_hidden_dim or method.shape.width,
+        "encoder_num_layers": of.encoder_num_layers,
+    }
 
 
 def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ...methods import PromptTuningConfig
 from .attachment import attach, detach, get_method
 from .discovery import CopyError, find_layers, make_small_copy
+from .vision import find_vision_stack
 
 
 def preview(name: str) -> Iterator[str]:
@@ -33,6 +34,8 @@ def preview(name: str) -> Iterator[str]:
     yield f"model         {type(model).__name__} ({config.model_type}), tried with random weights"
     yield f"prompts       {_describe_prompts(model)}"
     yield f"prefixes      {_describe_prefixes(model)}"
+    if (rows := _describe_rows(model)) is not None:
+        yield f"visual        {rows}"
 
 
 def _describe_prompts(model: PreTrainedModel) -> str:
@@ -43,6 +46,16 @@ def _describe_prompts(model: PreTrainedModel) -> str:
     path = get_method(model).prompt_path
     detach(model)
     return "shared: run once for the whole batch" if path == "shared" else f"in every row ({path})"
+
+
+def _describe_rows(model: PreTrainedModel) -> str | None:
+    """Describe visual prompts, or return None for a model without images."""
+    try:
+        stack = find_vision_stack(model)
+    except ValueError:
+        return None
+    how = "once for the whole batch" if stack.reason is None else f"in every image ({stack.reason})"
+    return f"{len(stack.blocks)} layers; deep prompts run {how}"
 
 
 def _describe_prefixes(model: PreTrainedModel) -> str:

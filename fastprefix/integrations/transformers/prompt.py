@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from ...methods import DePT, PromptMethod
+from ...methods import PromptMethod
 from .attention import make_two_adapters_error
 from .discovery import find_entry, find_input_path, list_ordinary_ids
 from .hooks import (
@@ -38,6 +38,7 @@ from .hooks import (
     refuse_names,
     refuse_replicas,
 )
+from .multitask import list_task_handles
 from .positions import Positions, refuse_packed
 from .prefix import PrefixCache
 
@@ -88,9 +89,10 @@ class PromptHooks:
                 f"`model` must call its input embeddings with the ids that it gets, or accept inputs_embeds. {name} "
                 "does neither."
             )
-        if not self.receives_ids and isinstance(self.method, DePT):
+        if not self.receives_ids and self.method.changes_positions:
             raise ValueError(
-                f"`model` must hand ids to its decoder for DePT, whose offset depends on the position, but "
+                f"`model` must hand ids to its decoder for {type(self.method).__name__}, whose offset depends on the "
+                "position, but "
                 f"{type(self.model).__name__} hands it embeddings. Use ADePT."
             )
 
@@ -99,6 +101,7 @@ class PromptHooks:
         self.handles = [Interception(self.backbone, self.run)]
         if self.backbone is not model:
             self.handles.append(Interception(model, self.router_mask.run))
+        self.handles += list_task_handles(self.method, self.backbone, model)
         self._hook_pooler()
         self._hook_embedding()
 
@@ -243,7 +246,7 @@ class PromptHooks:
 
     def _before(self, rows: Tensor) -> Tensor:
         """Return the prompt before rows that need nothing else."""
-        return torch.cat([self.method.prompt.to(rows.dtype).expand(rows.shape[0], -1, -1), rows], dim=1)
+        return torch.cat([self.method.repeat_prompt(rows.shape[0]).to(rows.dtype), rows], dim=1)
 
     # A pooler inside the backbone pools the caller's first token, not the prompt's.
 

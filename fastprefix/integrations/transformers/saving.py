@@ -126,7 +126,7 @@ def save_adapter(
         directory: where to; one for each adapter.
         name: of the adapter; None: the one in use.
         format: "fastprefix"; or "peft", as ``peft.PeftModel.from_pretrained`` reads it: a prompt on a language model,
-            or a shifted prefix, which is written as keys and values, whatever it was computed from.
+            or a shifted prefix, written as rows or as keys and values, whatever they were computed from.
 
     Raises:
         ValueError: the model has no method attached, or none of that name, one that was merged into the model's own
@@ -247,11 +247,11 @@ def load_adapter(
         revision: of the repository: a branch, a tag or a commit.
         token: for the hub; None: the one that is stored on this machine.
 
-    The directory may be one of PEFT's, with PROMPT_TUNING or P_TUNING of a language model, PREFIX_TUNING or CARTRIDGE;
-    one that a PEFT model with LoRA or the like has saved while an adapter of this package was on it (of several, that
-    of this ``name``); a checkpoint of the whole attached model, as Trainer writes it, of which
-    the adapter alone is read; or a file of the Cartridges authors' code, such as ``cache_last.pt``, or the directory
-    with it. No code from a file is run. Tokens that were frozen stay frozen.
+    The directory may be one of PEFT's, with PROMPT_TUNING, P_TUNING or MULTITASK_PROMPT_TUNING of a language model,
+    PREFIX_TUNING or CARTRIDGE; one that a PEFT model with LoRA or the like has saved while an adapter of this package
+    was on it (of several, that of this ``name``); a checkpoint of the whole attached model, as Trainer writes it, of
+    which the adapter alone is read; or a file of the Cartridges authors' code, such as ``cache_last.pt``, or the
+    directory with it. No code from a file is run. Tokens that were frozen stay frozen.
 
     Raises:
         FileNotFoundError: no adapter there.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...methods import DePT, PromptMethod
+from ...methods import PromptMethod
 from .adapter import is_sharded
 from .attention import Binding, Prefix, make_window_bias
 from .discovery import Layer, find_backbone, find_layers, list_ordinary_ids
@@ -253,8 +253,8 @@ class SharedPromptHooks(PromptHooks):
                 return "in an attention mask of one row, the prompt sees the tokens"
             if mask.ndim == 4 and self.windows:
                 return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
-        if (self.windows or isinstance(self.method, DePT)) and is_packed(arguments, self.backbone):
-            return "a sliding window and DePT's offset start anew with every packed sequence"
+        if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
+            return "a sliding window and an offset of positions start anew with every packed sequence"
         return None
 
     def remove(self) -> None:

@@ -21,6 +21,7 @@ from ...methods import PrefixMethod, PromptMethod
 from .attention import make_additive, make_full_mask
 from .discovery import Layer, find_backbone, find_embedding, find_entry, find_first_tensor
 from .hooks import count_tokens, find_cache, name_arguments, read_parameter_names
+from .multitask import list_task_handles
 from .switching import find_eager_attention, is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
@@ -58,6 +59,7 @@ class PromptTextbook:
         self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.backbone.register_forward_hook(self._end)
         embedding.register_forward_hook(self._embed)
+        list_task_handles(method, self.backbone, model)
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output for the caller's tokens."""
@@ -115,8 +117,8 @@ class PromptTextbook:
         return self._put_prompt(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
 
     def _put_prompt(self, rows: Tensor) -> Tensor:
-        prompt = self.method.prompt[: self.inserted].to(rows.dtype).expand(len(rows), -1, -1)
-        return torch.cat([prompt, rows], dim=1)
+        prompt = self.method.repeat_prompt(len(rows))[:, : self.inserted] if self.inserted else rows[:, :0]
+        return torch.cat([prompt.to(rows.dtype), rows], dim=1)
 
     def _run_block(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         assert self.block is not None
@@ -321,7 +323,7 @@ class PrefixTextbook:
         gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)
         if output_gate is not None:
             output = (find_eager_attention(module) or _attend_plainly)(module, query, key, value, mask, **kwargs)[0]
-            own = _attend_to_prefix(query, pk, pv, kwargs) * output_gate.to(query)[:, None, None]
+            own = self._attend_to_prefix(index, query, pk, pv, gate, kwargs) * output_gate.to(query)[:, None, None]
             return output + own.transpose(1, 2), None
         if gate is None or gate.ndim < 4:
             if gate is not None:
@@ -356,11 +358,8 @@ class PrefixTextbook:
             mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         if mask is not None:
             mask = nn.functional.pad(mask, columns)
-            if window is not None:
-                first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
-                ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
-                hidden = nn.functional.pad(ahead >= window, (0, key.shape[2]))
-                mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            if (hidden := self._find_hidden(self.layers[module], query)) is not None:
+                mask = mask.masked_fill(nn.functional.pad(hidden, (0, key.shape[2])), torch.finfo(mask.dtype).min)
             if key_bias is not None:
                 own = key_bias.to(mask).repeat_interleave(query.shape[1] // key.shape[1], 0)[None, :, None]
                 mask = mask + nn.functional.pad(own, (0, key.shape[2]))
@@ -370,6 +369,36 @@ class PrefixTextbook:
             kwargs = {**kwargs, "position_bias": nn.functional.pad(bias[..., : key.shape[2]], columns)[:, :, rows]}
         key, value = torch.cat([pk, key], dim=2), torch.cat([pv, value], dim=2)
         return (find_eager_attention(module) or _attend_plainly)(module, query[:, :, rows], key, value, mask, **kwargs)
+
+    def _find_hidden(self, index: int, query: Tensor) -> Tensor | None:
+        """Return which prefix keys a sliding window hides from each query, bool ``[N, m]``, or None."""
+        window = self.found[index].window if self.shift else None
+        if window is None:
+            return None
+        first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
+        ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
+        return ahead >= window
+
+    def _attend_to_prefix(
+        self, index: int, query: Tensor, pk: Tensor, pv: Tensor, gate: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Attend to the prefix alone, ``[B, H, N, Dv]``; a query from which a window hides all of it gets 0."""
+        groups = query.shape[1] // pk.shape[1]
+        pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
+        weights = query.new_ones(1) if gate is None else gate.to(query)
+        weights = weights if weights.ndim == 4 else weights.unsqueeze(-2)
+        scale = kwargs.get("scaling")
+        scores = query @ pk.mT * weights * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if (cap := kwargs.get("softcap")) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if (bias := self.method.key_bias(index)) is not None:
+            scores = scores + bias.to(query).repeat_interleave(groups, 0)[:, None]
+        if (hidden := self._find_hidden(index, query)) is None:
+            hidden = torch.zeros(1, 1, dtype=torch.bool)
+        everything = hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(hidden & ~everything, -torch.inf)
+        output: Tensor = (scores.softmax(-1).masked_fill(everything, 0.0) * weights) @ pv
+        return output
 
     def _find_prefix(self, module: nn.Module, index: int) -> tuple[Tensor, Tensor]:
         states = self.method.projected_states(index)
@@ -403,18 +432,6 @@ class PrefixTextbook:
             self.gates[index] = gate, begun
         gate = gate.to(query)
         return gate if gate.ndim >= 3 else gate.reshape((1,) * (3 - gate.ndim) + gate.shape)
-
-
-def _attend_to_prefix(query: Tensor, pk: Tensor, pv: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Return ``[B, H, N, Dv]``: attention to a prefix alone."""
-    groups = query.shape[1] // pk.shape[1]
-    pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
-    scale = kwargs.get("scaling")
-    scores = query @ pk.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if (cap := kwargs.get("softcap")) is not None:
-        scores = cap * torch.tanh(scores / cap)
-    output: Tensor = scores.softmax(-1) @ pv
-    return output
 
 
 def _attend_plainly(

@@ -53,6 +53,9 @@ def test_pefts_adapters_are_read(name: str, kind: str, padding: str, tmp_path: P
 
 OWN: dict[str, tuple[str, Callable[[], Any]]] = {
     "prompt": ("decoder", lambda: fastprefix.PromptTuningConfig(LENGTH)),
+    "p-tuning": ("decoder", lambda: fastprefix.PTuningConfig(LENGTH, encoder_hidden_dim=6)),
+    "p-tuning-lstm": ("decoder", lambda: fastprefix.PTuningConfig(LENGTH, encoder="lstm", encoder_hidden_dim=6)),
+    "ulpt": ("decoder", lambda: fastprefix.ULPTConfig(LENGTH, rank=3)),
     "prefix": ("decoder", lambda: fastprefix.PrefixTuningConfig(LENGTH, prefix_position="shift")),
     "cartridge": (
         "decoder",
@@ -124,7 +127,10 @@ def test_positions_that_are_counted_by_the_mask(padding: str, tmp_path: Path) ->
         assert_close(actual[seen], expected(**inputs).logits[seen])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("prompt_tuning", "prefix-shift")])
+PEFTS_OWN = ("prompt_tuning", "multitask", "p-tuning", "p-tuning-lstm", "ulpt", "prefix-shift")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in PEFTS_OWN])
 def test_what_peft_has_no_place_for(method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='format="peft"'):
         fastprefix.save_adapter(attached("decoder", method), tmp_path, format="peft")

@@ -19,7 +19,14 @@ from ...textbook import textbook
 PROMPTS: dict[str, Callable[[], Any]] = {
     "prompt_tuning": lambda: fastprefix.PromptTuningConfig(5),
     "dept": lambda: fastprefix.DePTConfig(5, rank=3, max_length=32),
+    "accept": lambda: fastprefix.ACCEPTConfig(5, max_length=32, prompt_block=8, prompt_codewords=3, offset_block=4),
+    "accept-offset": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_prompt=False, offset_codewords=2),
+    "accept-prompt": lambda: fastprefix.ACCEPTConfig(5, max_length=32, codebook_offset=False, rank=3),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+    "multitask": lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=1, rank=2),
+    "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=6),
+    "p-tuning-lstm": lambda: fastprefix.PTuningConfig(5, encoder="lstm", encoder_hidden_dim=6),
+    "ulpt": lambda: fastprefix.ULPTConfig(5, rank=3, seed=4),
 }
 PREFIXES: dict[str, Callable[[], Any]] = {
     "prefix": lambda: fastprefix.PrefixTuningConfig(5),
@@ -28,6 +35,8 @@ PREFIXES: dict[str, Callable[[], Any]] = {
     "apt": lambda: fastprefix.APTConfig(5),
     "apt-cls": lambda: fastprefix.APTConfig(5, pooling="cls"),
     "apt-query": lambda: fastprefix.APTConfig(5, pooling="query"),
+    "prefix-own": lambda: fastprefix.PrefixTuningConfig(5, softmax="own"),
+    "apt-own": lambda: fastprefix.APTConfig(5, softmax="own"),
     "llama-adapter": lambda: fastprefix.LlamaAdapterConfig(5),
     "residual": lambda: fastprefix.ResidualPrefixConfig(5, bottleneck_dim=8, hidden_dim=16),
 }
@@ -94,9 +103,56 @@ def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
     e = model.get_input_embeddings()(ids)
     if hasattr(method, "a"):
         e = e + 8.0 / 3**0.5 * (method.a @ method.b)[: e.shape[1]]
+    if hasattr(method, "offset_codebook"):
+        e = e + textbook_codebook(method.offset_codebook)[: e.shape[1]]
     if hasattr(method, "w1"):
         e = e + torch.relu(e @ method.w1 + method.b1) @ method.w2 + method.b2
-    return torch.cat([method.prompt.expand(e.shape[0], -1, -1), e], dim=1)
+    return torch.cat([textbook_rows(method).expand(e.shape[0], -1, -1), e], dim=1)
+
+
+def textbook_rows(method: Any) -> Tensor:
+    """The prompt itself, by its formula."""
+    if hasattr(method, "columns"):
+        return method.shared * (method.columns[0] @ method.rows[0])
+    if hasattr(method, "prompt_codebook"):
+        return textbook_codebook(method.prompt_codebook)
+    if hasattr(method, "free_prompt"):
+        return method.free_prompt
+    if hasattr(method, "projection"):
+        return method.low_dimensional @ method.projection * method.scale[None] + method.shift[None]
+    if hasattr(method, "lstm"):
+        first, second = method.mlp[0], method.mlp[2]
+        return second(torch.relu(first(run_lstm(method.lstm, method.embedding))))
+    if hasattr(method, "embedding"):
+        first, second, third = method.mlp[0], method.mlp[2], method.mlp[4]
+        return third(torch.relu(second(torch.relu(first(method.embedding)))))
+    return method.prompt
+
+
+def textbook_codebook(codebook: Any) -> Tensor:
+    """Rows whose parts are sums of weighted codewords, part by part."""
+    parts = [codebook.weights[:, k] @ codebook.codewords[k] for k in range(codebook.codewords.shape[0])]
+    return torch.cat(parts, dim=1)
+
+
+def run_lstm(lstm: torch.nn.LSTM, states: Tensor) -> Tensor:
+    """A bidirectional LSTM, step by step."""
+    for layer in range(lstm.num_layers):
+        directions = []
+        for suffix in ("", "_reverse"):
+            weights = [getattr(lstm, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh")]
+            biases = [getattr(lstm, f"{name}_l{layer}{suffix}") for name in ("bias_ih", "bias_hh")]
+            hidden = cell = states.new_zeros(lstm.hidden_size)
+            outputs = []
+            for state in states.flip(0) if suffix else states:
+                gates = weights[0] @ state + biases[0] + weights[1] @ hidden + biases[1]
+                let_in, forget, candidate, let_out = gates.chunk(4)
+                cell = torch.sigmoid(forget) * cell + torch.sigmoid(let_in) * torch.tanh(candidate)
+                hidden = torch.sigmoid(let_out) * torch.tanh(cell)
+                outputs.append(hidden)
+            directions.append(torch.stack(outputs[::-1] if suffix else outputs))
+        states = torch.cat(directions, dim=1)
+    return states
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -134,7 +190,10 @@ def test_trainable_parameters(family: str, method: str) -> None:
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     expected = dict.fromkeys(trainable, 1e-4)
     expected |= {name: 1e-3 for name in trainable if name.startswith("fastprefix.") and "gate" in name}
-    expected |= {name: 0.3 for name in trainable if name == "fastprefix.prompt"}
+    offset = {"a", "b", "w1", "b1", "w2", "b2", "offset_codebook.weights", "offset_codebook.codewords"}
+    if method in PROMPTS:
+        names = {name for name, _ in get_method(model).named_parameters()} - offset
+        expected |= {f"fastprefix.{name}": 0.3 for name in names}
     assert {name: rates[p] for name, p in model.named_parameters() if p in rates} == expected
     assert sum(len(group["params"]) for group in groups) == len(rates)
 
@@ -178,7 +237,8 @@ def test_training_lowers_the_loss(method: str) -> None:
     model = fastprefix.attach(models.decoder(), METHODS[method]()).train()
     inputs = models.batch("right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    optimizer = torch.optim.Adam(fastprefix.parameter_groups(model, lr=0.02))
+    rate = 0.1 if method.endswith("-own") else 0.02  # gates of an own softmax are closed at the start
+    optimizer = torch.optim.Adam(fastprefix.parameter_groups(model, lr=rate))
     losses = []
     for _ in range(16):
         loss = model(**inputs, labels=labels).loss

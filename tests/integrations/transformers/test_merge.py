@@ -20,8 +20,11 @@ from .test_attach import FAMILIES, METHODS, attached
 from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 
 MERGEABLE = {
-    "decoder": ["prompt_tuning", "dept", "adept", "prefix", "prefix-mlp", "prefix-shift", "apt", "residual"],
-    "encoder": ["adept", "prefix", "prefix-mlp", "apt", "apt-cls", "residual"],
+    "decoder": [
+        *("prompt_tuning", "dept", "accept", "accept-prompt", "adept", "p-tuning-lstm", "ulpt"),
+        *("prefix", "prefix-mlp", "prefix-shift", "apt", "apt-own", "residual"),
+    ],
+    "encoder": ["adept", "p-tuning", "ulpt", "prefix", "prefix-mlp", "prefix-own", "apt", "apt-cls", "residual"],
 }
 CASES = [(family, method) for family, methods in MERGEABLE.items() for method in methods]
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -1,0 +1,153 @@
+"""SHIP, semantic hierarchical prompts for vision transformers (arXiv 2412.16956, ICASSP 2025)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import MethodConfig, VisualMethod, check_choice, check_count, check_finite, check_positive, register
+from .shapes import VisionShape
+
+
+@dataclass(kw_only=True)
+class SHIPConfig(MethodConfig):
+    """New rows in some layers of a vision transformer, attended to apart from the image.
+
+    An entered layer gets K new rows, and the last two entered layers attribute rows too. Between entered layers the
+    rows go on through the layers. Shared rows, the same tensor for all layers, are put anew into each of them. In all
+    layers but the last, tokens attend to one another and to the rows in a softmax each, with the shares ``1 - s`` and
+    ``s``, and rows are not attended to one another. All rows start uniform in +-sqrt(6 / (c + d)), as in VPT.
+
+    ``num_virtual_tokens`` is K.
+
+    Args:
+        layers: which layers are entered, the first of which is 0. None: all. See ``find_entered_layers``.
+        num_shared: the number of shared rows.
+        num_attribute: the number of attribute rows.
+        strength: ``s``.
+        bank: prototypes ``[C, d]`` of the features of training images, which are frozen (see ``compute_bank``). An
+            attribute row is then ``0.1 pattern + 0.9 learned``. Its pattern is ``softmax(cos(x, bank)) bank`` for one
+            of the tokens x with the largest attention of the class token in the layer before. None: attribute rows are
+            learned alone. A number: so many random ones, for a bank that will be loaded.
+        matching_loss: whether each call leaves ``model.fastprefix.matching_loss``, a loss to add to that of the task:
+            ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` of the rows and of the 10 tokens with the largest attention of the
+            class token, as they enter the last layer.
+    """
+
+    kind: ClassVar[str] = "visual"
+    init_text: ClassVar[None] = None
+
+    layers: list[int] | None = None
+    num_shared: int = 10
+    num_attribute: int = 10
+    strength: float = 0.1
+    bank: Any = None
+    matching_loss: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_shared", self.num_shared)
+        check_count("num_attribute", self.num_attribute)
+        check_finite("strength", self.strength)
+        check_choice("matching_loss", self.matching_loss, (False, True))
+        if not 0.0 < self.strength < 1.0:
+            raise ValueError(f"`strength` must be between 0 and 1, got {self.strength!r}")
+        self.prototypes: Tensor | None = None
+        if isinstance(self.bank, Tensor):
+            if self.bank.ndim != 2 or not self.bank.is_floating_point():
+                raise ValueError(f"`bank` must be floating [C, d], got {self.bank.dtype} {list(self.bank.shape)}")
+            self.prototypes, self.bank = self.bank, len(self.bank)
+        if self.bank is not None:
+            check_positive("bank", self.bank)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if layers is None:
+            return
+        if not isinstance(layers, Sequence) or not all(type(layer) is int for layer in layers):
+            raise TypeError(f"`layers` must be None or a list of whole numbers, got {layers!r}")
+        if not layers or layers[0] != 0 or sorted(set(layers)) != list(layers):
+            raise ValueError(f"`layers` must be different numbers in order, the first of which is 0, got {layers!r}")
+        self.layers = list(layers)
+
+
+class SHIP(VisualMethod):
+    """The rows of entered layers, attribute rows, and shared rows."""
+
+    config: SHIPConfig
+
+    def __init__(self, config: SHIPConfig, shape: VisionShape) -> None:
+        super().__init__(config, shape)
+        self.entered = list(range(shape.layers)) if config.layers is None else config.layers
+        if self.entered[-1] >= shape.layers:
+            raise ValueError(f"`layers` must be below {shape.layers}, the number of layers, got {config.layers}")
+        if config.prototypes is not None and config.prototypes.shape[1] != shape.width:
+            raise ValueError(f"`bank` must have the width {shape.width} of the model, got {config.prototypes.shape[1]}")
+        self.attributed = self.entered[-2:] if config.num_attribute else []
+        d = shape.width
+        self.prompts = nn.Parameter(torch.empty(len(self.entered), config.num_virtual_tokens, d))
+        self.attributes = nn.Parameter(torch.empty(len(self.attributed), config.num_attribute, d))
+        self.shared = nn.Parameter(torch.empty(config.num_shared, d))
+        if config.bank is not None:
+            self.bank = nn.Parameter(torch.empty(config.bank, d), requires_grad=False)
+        self.matching_loss: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-sqrt(6 / (c + d)); the bank is the given one."""
+        bound = math.sqrt(6.0 / (self.shape.patch + self.shape.width))
+        for parameter in (self.prompts, self.attributes, self.shared):
+            nn.init.uniform_(parameter, -bound, bound)
+        if self.config.bank is None:
+            return
+        with torch.no_grad():
+            given = self.config.prototypes
+            _ = nn.init.normal_(self.bank) if given is None else self.bank.copy_(given)
+
+    def strength(self, layer: int) -> float | None:
+        """Return ``s``, and None for the last layer."""
+        return self.config.strength if layer + 1 < self.shape.layers else None
+
+    def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
+        """Return the rows of a layer that are the same for every image."""
+        shared = self.shared.expand(batch, -1, -1)
+        if layer not in self.entered:
+            assert former is not None
+            return torch.cat([former[:, : former.shape[1] - self.config.num_shared], shared], dim=1)
+        parts = [self.prompts[self.entered.index(layer)].expand(batch, -1, -1)]
+        if layer in self.attributed and not self.reads_tokens(layer):
+            parts.append(self.attributes[self.attributed.index(layer)].expand(batch, -1, -1))
+        return torch.cat([*parts, shared], dim=1)
+
+    def reads_tokens(self, layer: int) -> bool:
+        """Return whether a layer gets attribute rows that depend on the image. In the first layer none do."""
+        return self.config.bank is not None and layer in self.attributed and layer > 0
+
+    def make_image_rows(self, layer: int, given: Tensor | None) -> Tensor | None:
+        """Return the rows ``[B, A, d]`` of a layer that depend on the image, or None.
+
+        ``given`` ``[B, A, d]`` are the tokens with the largest attention of the class token in the layer before, if
+        ``reads_tokens``, and else what the layer before made of these rows.
+        """
+        if not self.reads_tokens(layer):
+            return None if layer in self.entered else given
+        assert given is not None
+        similarity = F.normalize(given, dim=-1) @ F.normalize(self.bank.to(given), dim=-1).mT
+        pattern = similarity.softmax(-1) @ self.bank.to(given)
+        return 0.1 * pattern + 0.9 * self.attributes[self.attributed.index(layer)].to(given)
+
+    def compute_matching_loss(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Compute ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` for rows ``[B, P, d]`` and tokens ``[B, T, d]``."""
+        similarity = F.normalize(rows, dim=-1) @ F.normalize(tokens, dim=-1).mT
+        return 0.5 * (1.0 - similarity.amax(-1)).mean()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the loss of the last call."""
+        return {**self.__dict__, "matching_loss": None}
+
+
+register("ship", SHIPConfig, SHIP)
