@@ -2,12 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import check_choice, check_positive, register
+from .base import LearningRates, check_choice, check_positive, register
 from .computed_prompt import ComputedPrompt, ComputedPromptConfig
 
 
@@ -24,6 +24,8 @@ class PTuningConfig(ComputedPromptConfig):
         encoder_hidden_dim: ``h``. None: the width ``d`` of the model.
         encoder_num_layers: of the LSTM. The MLP ignores it.
     """
+
+    learning_rates: ClassVar[LearningRates] = LearningRates(prompt=1e-3)
 
     encoder: Literal["mlp", "lstm"] = "mlp"
     encoder_hidden_dim: int | None = None

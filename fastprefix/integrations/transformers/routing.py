@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...methods import LlamaAdapter, PrefixMethod, PromptMethod
+from ...methods import LlamaAdapter, PrefixMethod, PromptMethod, VisualMethod
 from .adapter import Adapter, Attachment, refuse_sharded
 from .discovery import Layer, find_layers
 from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
@@ -321,6 +321,8 @@ def find_reason_against(adapter: Adapter) -> str | None:
         return "it was merged, and PEFT's layers may change what it was merged from"
     if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
         return None
+    if isinstance(adapter.method, VisualMethod):
+        return "its rows stand among those of images"
     path = getattr(adapter.method, "prompt_path", None)
     return f"its prompt runs in every row ({str(path).removeprefix('textbook: ')})"
 
