@@ -54,11 +54,10 @@ def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
     """A Llama-shaped language model with grouped heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **{**SIZES, "num_hidden_layers": layers},
+        **{**SIZES, "num_hidden_layers": layers, **options},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **options,
     )
     model = LlamaForCausalLM(config)
     for name, module in list(model.named_modules()):

@@ -160,7 +160,12 @@ class FreePrefix(nn.Module):
         return [pair for layers in zip(frozen, others, strict=True) for pair in zip(*layers, strict=True)]
 
     def _share_memory(self) -> None:
-        """Put the parameters of each tensor into one memory."""
+        """Put the parameters of each tensor into one memory, unless there are other processes.
+
+        FSDP2 shards no parameter that is a part of another one's memory.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return
         for frozen, others in self._list_pairs():
             if _are_plain(frozen, others) and not _share_memory(frozen, others):
                 whole = torch.cat([frozen.detach(), others.detach()], dim=1)
@@ -385,6 +390,12 @@ class PrefixTuning(PrefixMethod):
     def frozen_tokens(self) -> int:
         """Return ``num_frozen_tokens``."""
         return self.config.num_frozen_tokens
+
+    def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
+        """Free keys and values, and biases of keys."""
+        names = [name for name, _ in self.named_parameters()]
+        free = isinstance(self.prefix, FreePrefix)
+        return {n: "keys" for n in names if n.startswith("key_biases.") or (free and n.startswith("prefix."))}
 
     def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values times what of their gate does not depend on the input."""

@@ -23,12 +23,20 @@ from ...methods import (
     PromptTuningConfig,
 )
 from . import conformance
-from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
+from .adapter import (
+    Adapter,
+    Attachment,
+    Hooks,
+    Method,
+    find_trainable_modules,
+)
+from .agreement import agree, do_together
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
+from .sharding import gather_full_tensor, make_alike
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
@@ -83,7 +91,7 @@ def attach(
         TypeError: not a ``transformers`` model, or not a method's configuration.
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
-    _check(model, config, name)
+    _check_together(model, config, name)
     if isinstance(config, CompositionConfig):
         raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
     check_cache_given(config, past_key_values)
@@ -97,7 +105,8 @@ def attach(
         else:
             ids = tokenize_text(model, config, tokenizer)
             with load_offloaded(model, model.get_input_embeddings()):
-                plan.method.reset_parameters(_find_table(model), ids)
+                plan.method.reset_parameters(gather_full_tensor(_find_table(model).detach()), ids)
+        make_alike(model, plan.method.parameters())
         adapter = _make_adapter(model, config, plan)
     return install(model, adapter, name)
 
@@ -106,7 +115,7 @@ def attach_empty(
     model: Model, config: MethodConfig, name: str = DEFAULT, example_inputs: Inputs | None = None
 ) -> Model:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
-    _check(model, config, name)
+    _check_together(model, config, name)
     with use_adapter(model, None):
         adapter = _make_adapter(model, config, _make_plan(model, config, example_inputs, check=False))
     return install(model, adapter, name)
@@ -205,7 +214,6 @@ def get_method(model: nn.Module) -> Method:
 
 
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
-    refuse_sharded(model)
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
@@ -222,9 +230,14 @@ class _Plan(NamedTuple):
     prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
 
 
-def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
+def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
+    """Check a model and options, which must be the same on all ranks of a sharded model."""
     _check_types(model, config)
-    refuse_sharded(model)
+    do_together(model, "attach an adapter", lambda: _check(model, config, name))
+    agree(model, "The options of an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
+
+
+def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
@@ -313,7 +326,7 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
             _refuse_wrong(conformance.check(model, config, _attach_unchecked), "Use another method or model.")
         if not runs_on_text(model):
             _check_not_plain_text(model, config)
-        method = method_class(config, [layer.shape for layer in layers])
+        method = method_class(config, [layer.whole_shape for layer in layers])
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
@@ -388,6 +401,8 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan) -> 
     hooks: Hooks
     if isinstance(method, PrefixMethod):
         hooks = PrefixHooks(model, method, layers)
+        if hooks.heads is not None:
+            hooks.heads.distribute(method)
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True

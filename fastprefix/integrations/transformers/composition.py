@@ -10,7 +10,7 @@ from torch import nn
 
 from ...methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ...methods.prefix_tuning import FreePrefix
-from .adapter import Adapter, refuse_sharded
+from .adapter import Adapter, refuse_fully_sharded
 from .attachment import Model, get_attachment, install, use_adapter
 from .discovery import find_method_layers
 from .initial import PrefixState
@@ -45,7 +45,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
             is taken.
     """
     attachment = get_attachment(model)
-    refuse_sharded(model)
+    refuse_fully_sharded(model, "compose its prefixes")
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
         raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
@@ -68,7 +68,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
     )
     with use_adapter(model, None):
         layers = find_method_layers(model, config)
-    method = Composition(config, [layer.shape for layer in layers], [part for part, _ in parts])
+    method = Composition(config, [layer.whole_shape for layer in layers], [part for part, _ in parts])
     return install(model, Adapter(model, config, method, PrefixHooks(model, method, layers)), name)
 
 
@@ -116,7 +116,7 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     prefix = getattr(method, "prefix", None)
     if not isinstance(method, PrefixTuning) or not isinstance(prefix, FreePrefix):
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
-    refuse_sharded(model)
+    refuse_fully_sharded(model, "swap a prefix")
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)

@@ -20,6 +20,7 @@ from .attention import MASKS, Prefix, run_attention
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
 from .positions import find_frequencies_end
+from .sharding import TensorParallelHeads
 from .switching import borrow_attention, find_device, find_runnable, is_plain_text, run_trial
 
 PIECE = 512
@@ -64,7 +65,12 @@ def make_initial_prefix(
     if getattr(config, "init", None) == "cache":
         return read_cache(model, config, layers, past_key_values)
     ids = tokenize_text(model, config, tokenizer)
-    return None if ids is None else PrefixState(compute_keys_values(model, ids, layers))
+    if ids is None:
+        return None
+    pairs, heads = compute_keys_values(model, ids, layers), TensorParallelHeads.find(model, layers)
+    if heads is not None:
+        pairs = [heads.gather_prefix(pair, index) for index, pair in enumerate(pairs)]
+    return PrefixState(pairs)
 
 
 def check_cache_given(config: Any, past_key_values: Any) -> None:

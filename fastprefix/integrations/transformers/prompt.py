@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 from ...methods import DePT, PromptMethod
 from .attention import make_two_adapters_error
 from .discovery import find_entry, find_input_path, list_ordinary_ids
+from .fully_sharded import run_gathered
 from .hooks import (
     Forward,
     Interception,
@@ -129,7 +130,8 @@ class PromptHooks:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
-        return self.run_in_every_row(forward, name_arguments(self.names, args, kwargs))
+        arguments = name_arguments(self.names, args, kwargs)
+        return run_gathered(self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,8 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapter import MODULE, find_trainable_modules, gather_full_tensor
+from .adapter import MODULE, find_trainable_modules
+from .agreement import agree, do_together, leads
 from .attachment import (
     DEFAULT,
     Model,
@@ -42,6 +43,7 @@ from .attachment import (
 )
 from .cartridge_format import find_cartridge, read_cartridge
 from .initial import PrefixState
+from .sharding import gather_full_tensor, write_whole
 from .switching import OPTIONS, Inputs
 
 
@@ -104,6 +106,7 @@ _HEADER = "fastprefix"
 _ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
 """What a header says beside the options."""
 _SAVE_ID = "save_id"
+_SAMPLES = 1024  # numbers of a tensor that ranks compare
 _INFORMATIVE = ("base_model_name_or_path",)
 """What may be changed by hand, since nothing is made of it."""
 
@@ -115,7 +118,11 @@ def save_adapter(
     name: str | None = None,
     format: Literal["fastprefix", "peft"] = "fastprefix",
 ) -> None:
-    """Write an adapter of a model into a directory, which is made if need be. Of a sharded model, in all its processes.
+    """Write an adapter of a model into a directory, which is made if need be.
+
+    Of a sharded model, all ranks call this, and the first of them writes. The files do not depend on the number of
+    ranks. Where a rank is missing or dies, the others raise an error within 30 seconds, and a file that was there stays
+    as it was.
 
     Args:
         model: a model with a method attached.
@@ -127,6 +134,7 @@ def save_adapter(
     Raises:
         ValueError: the model has no method attached, or none of that name, one that was merged into the model's own
             weights, or one that the format has no place for.
+        RuntimeError: another rank of a sharded model failed or did not come.
     """
     check_choice("format", format, ("fastprefix", "peft"))
     attachment = get_attachment(model)
@@ -148,12 +156,30 @@ def save_adapter(
                 "base_model_name_or_path": model.name_or_path,
                 "fastprefix_version": __version__,
             }
-            tensors = {
-                key: gather_full_tensor(p.detach()).cpu().contiguous() for key, p in _collect_parameters(model).items()
-            }
-            description[_SAVE_ID] = _compute_save_id(description, tensors)
-            metadata = {_HEADER: _format_description(description)}
-        _write(Path(directory), description, tensors, metadata)
+            tensors = {**_collect_parameters(model)}
+            metadata = {}
+        agree(model, "The adapter to save", f"{attachment.active}, {format}, {description}")
+        whole = _gather(model, tensors)
+
+        def write() -> None:
+            if not leads(model):
+                return
+            if format == "fastprefix":
+                description[_SAVE_ID] = _compute_save_id(description, whole)
+                metadata[_HEADER] = _format_description(description)
+            _write(Path(directory), description, whole, metadata)
+
+        do_together(model, f"save the adapter in '{directory}'", write)
+
+
+def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in full on the CPU, in the first rank of a sharded model alone."""
+    keeps, whole = leads(model), {}
+    for name, tensor in tensors.items():
+        full = gather_full_tensor(tensor.detach())
+        if keeps:
+            whole[name] = full.cpu().contiguous()
+    return whole
 
 
 def load_adapter(
@@ -177,7 +203,7 @@ def load_adapter(
         ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
             it was.
     """
-    config, tensors, is_of_peft = _read_adapter(model, Path(directory))
+    config, tensors, is_of_peft = _read_adapter_together(model, Path(directory))
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         return _attach(model, config, tensors, name, example_inputs)
     former = get_active_name(model)
@@ -204,7 +230,7 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
         ValueError: the adapter is damaged, of another model, or has more than free keys and values.
     """
     assert isinstance(model, PreTrainedModel)
-    config, tensors, _ = _read_adapter(model, Path(directory))
+    config, tensors, _ = _read_adapter_together(model, Path(directory))
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
@@ -219,6 +245,20 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
     ]
     biases = [tensors[f"key_biases.{i}"] for i in range(layers)] if config.key_bias else None
     return PrefixState(pairs, biases, config.prefix_position)
+
+
+def _read_adapter_together(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+    """Read an adapter, which must be the same for all ranks of a sharded model."""
+    found = do_together(model, f"read the adapter in '{folder}'", lambda: _read_adapter(model, folder))
+    config, tensors, _ = found
+    samples = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        step = max(tensor.numel() // _SAMPLES, 1)
+        sample = tensor.flatten()[::step].contiguous()
+        samples.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        samples.update(sample.view(torch.uint8).numpy().tobytes())
+    agree(model, f"The adapter in '{folder}'", f"{config.to_dict()}, {samples.hexdigest()}")
+    return found
 
 
 def _read_adapter(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
@@ -325,7 +365,7 @@ def _format_option(options: dict[str, Any], name: str) -> str:
 
 
 def _compute_save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return an id that all processes of a sharded save agree on: a digest of what is saved."""
+    """Return the id of a save, a digest of what is saved."""
     digest = hashlib.sha256(_format_description(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -339,7 +379,6 @@ def _format_description(description: dict[str, Any]) -> str:
 
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
-    tensors = {name: gather_full_tensor(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
@@ -356,7 +395,7 @@ def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> No
             raise ValueError(f"the adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            write_whole(parameter, tensors[name])
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -696,6 +696,8 @@ def test_sharded_models_keep_their_adapter(method: str) -> None:
         each(**inputs, labels=inputs["input_ids"]).loss.backward()
     for p, expected in zip(model.fastprefix.parameters(), plain.fastprefix.parameters(), strict=True):
         assert same(p.grad.full_tensor(), expected.grad)
-    with pytest.raises(ValueError, match="detach before fully_shard"):
-        fastprefix.detach(model)
     assert same(logits(model), logits(plain))
+    with fastprefix.disable_adapter(model):
+        assert same(logits(model), logits(models.decoder()))
+    assert same(logits(model), logits(plain))
+    assert same(logits(fastprefix.detach(model)), logits(models.decoder()))
