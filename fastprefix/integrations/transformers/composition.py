@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ...methods.prefix_tuning import FreePrefix
@@ -16,6 +17,7 @@ from .discovery import find_method_layers
 from .initial import PrefixState
 from .prefix import PrefixHooks
 from .saving import read_prefix
+from .sharding import TensorParallelHeads
 
 Source = str | os.PathLike[str] | PrefixState
 """A file or directory of a prefix, or a prefix in memory."""
@@ -121,18 +123,24 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
     start = 0
+    heads = adapter.hooks.heads if isinstance(adapter.hooks, PrefixHooks) else None
     for state in states:
-        prefix.write(state.pairs, start)
-        if method.config.key_bias:
-            _write_biases(method, state, start)
+        with torch.no_grad():
+            prefix.write(state.pairs if heads is None else heads.take_prefixes(state.pairs), start)
+            if method.config.key_bias:
+                _write_biases(method, state, start, heads)
         start += state.length
 
 
-def _write_biases(method: PrefixTuning, state: PrefixState, start: int) -> None:
-    with torch.no_grad():
-        for i, own in enumerate(method.key_biases):
-            place = own[:, start : start + state.length]
-            _ = place.zero_() if state.biases is None else place.copy_(state.biases[i])
+def _write_biases(method: PrefixTuning, state: PrefixState, start: int, heads: TensorParallelHeads | None) -> None:
+    for i, parameter in enumerate(method.key_biases):
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        place = own[:, start : start + state.length]
+        if state.biases is None:
+            place.zero_()
+        else:
+            bias = state.biases[i]
+            place.copy_(bias if heads is None else heads.take_heads(bias, heads.splits[i].keys))
 
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:

@@ -181,6 +181,7 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
             f"`model` must have numbered attention layers for a cache, but {type(model).__name__} has not."
         )
     sources = find_shared_sources(model, indices)
+    heads = TensorParallelHeads.find(model, layers)
     pairs, biases, has_biases = [], [], False
     for index, layer in zip(indices, layers, strict=True):
         place = sources.get(index, index)
@@ -188,7 +189,8 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
             raise ValueError(
                 f"`past_key_values` must have an entry for each of {len(layers)} layers, but has {len(entries)}."
             )
-        key, value, bias = _check_entry(entries[place], layer, place, config.num_virtual_tokens)
+        entry = entries[place] if heads is None else heads.gather_entry(entries[place], len(pairs))
+        key, value, bias = _check_entry(entry, layer, place, config.num_virtual_tokens)
         missing = config.num_virtual_tokens - key.shape[1]
         if missing and not config.key_bias:
             raise ValueError(
@@ -238,7 +240,7 @@ def _check_entry(
     key, value, bias = entry
     if not isinstance(key, Tensor) or not isinstance(value, Tensor):
         raise ValueError(f"`past_key_values` must be a filled cache, but has nothing for layer {place}.")
-    shape = layer.shape
+    shape = layer.whole_shape
     length = key.shape[-2]
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "keys": (key, (length, shape.key_size)),

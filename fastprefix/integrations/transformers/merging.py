@@ -34,11 +34,13 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
+from .fully_sharded import gathering_around, run_gathered
 from .hooks import Forward, count_past, name_arguments
 from .initial import find_shared_sources
 from .positions import refuse_packed
 from .prefix import PrefixHooks
 from .prompt import PromptHooks
+from .sharding import TensorParallelHeads
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
 
@@ -110,7 +112,10 @@ def export_cache(model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
         raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
+        pairs = method.baked().prefixes()
+        if adapter.hooks.heads is not None:
+            pairs = adapter.hooks.heads.take_prefixes(pairs)
+        prefixes = dict(zip(map(_get_index, modules), pairs, strict=True))
         sources = find_shared_sources(model, prefixes)
         for index, pair in prefixes.items():
             if index not in sources:
@@ -141,19 +146,26 @@ def _get_index(module: nn.Module) -> Any:
 
 
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
-    baked = method.baked()
+    with gathering_around(model, [method]):
+        baked = method.baked()
     adapter.hooks.remove()
-    _exchange(model, adapter, baked, [PrefixHooks(model, baked, find_method_layers(model, baked.config))])
+    hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
+    if hooks.heads is not None:
+        hooks.heads.distribute(baked)
+    _exchange(model, adapter, baked, [hooks])
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """Turn a prompt into a prefix that stands before all tokens."""
-    with load_offloaded(model, hooks.backbone):
+    with load_offloaded(model, hooks.backbone), gathering_around(model, [method]):
         prefixes = hooks.run_prompt()
     table = _rewrite_table(hooks) if isinstance(method, ADePT) else None
     hooks.remove()
     layers = find_layers(model)
-    prefix = _make_plain_prefix(method, [prefixes[index] for index in range(len(layers))], layers)
+    pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
+    if heads is not None:
+        pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
+    prefix = _make_plain_prefix(method, pairs, layers)
     parts: list[Hooks] = []
     if table is not None:
         parts.append(NewTable(hooks, table))
@@ -200,7 +212,7 @@ def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Seq
     config = PrefixTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, prefix_position="shift"
     )
-    prefix = PrefixTuning(config, [layer.shape for layer in layers])
+    prefix = PrefixTuning(config, [layer.whole_shape for layer in layers])
     prefix.set_prefixes(prefixes)
     return prefix
 
@@ -218,9 +230,10 @@ def _rewrite_table(hooks: PromptHooks) -> nn.Embedding:
             "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table in "
             "the place of the merged one: offload it without that option, or do not merge"
         )
-    table = torch.empty_like(hooks.table, requires_grad=False, device=find_device(hooks.model))
+    former_table = hooks.table
+    table = torch.empty(former_table.shape, dtype=former_table.dtype, device=find_device(hooks.model))
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
-        with load_offloaded(hooks.model, former):
+        with load_offloaded(hooks.model, former), gathering_around(hooks.model, [former, hooks.method]):
             table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
     return nn.Embedding(rows, width, padding_idx=getattr(former, "padding_idx", None), _weight=table)
@@ -288,7 +301,7 @@ class OffsetHooks(PromptHooks):
         """Run the backbone on embeddings with the offset."""
         arguments = name_arguments(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone)
-        return self.run_with_offset(forward, arguments, count_past(arguments))
+        return run_gathered(self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments)))
 
 
 class Several:

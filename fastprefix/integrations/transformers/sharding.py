@@ -152,6 +152,27 @@ class TensorParallelHeads:
             own = DTensor.from_local(own.to_local().clone(), self.mesh, [Shard(0)], run_check=False)
             module.register_parameter(leaf, nn.Parameter(own, requires_grad=parameter.requires_grad))
 
+    def spread_prefix(self, prefix: Prefix, index: int) -> Prefix:
+        """Return the keys and values of all heads of a layer as tensors of which each rank has its own, given those."""
+        if not self.splits[index].keys:
+            return prefix
+        key, value = (DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False) for tensor in prefix)
+        return key, value
+
+    def gather_entry(self, entry: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+        """Return keys, values and biases of a cache for all heads of a layer, given these or each rank's own.
+
+        They are ``[1, H, ...]`` or ``[H, ...]``.
+        """
+        split = self.splits[index]
+        own = split.shape.kv_heads // self.mesh.size()
+        key = entry[0]
+        if not isinstance(key, Tensor) or not split.keys or key.ndim < 3 or key.shape[-3] != own:
+            return entry
+        batch = key.ndim == 4
+        rows = (tensor if tensor is None else tensor[0] if batch else tensor for tensor in entry)
+        return tuple(tensor if tensor is None else self.gather_heads(tensor, index) for tensor in rows)
+
     def gather_prefix(self, prefix: Prefix, index: int) -> Prefix:
         """Return the keys and values of all heads of a layer, given each rank's own."""
         return self.gather_heads(prefix[0], index), self.gather_heads(prefix[1], index)

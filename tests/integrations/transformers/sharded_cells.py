@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -24,6 +23,7 @@ import fastprefix
 from fastprefix.integrations.transformers.conformance import Float64
 
 from ... import models
+from .sharded_scenarios import SCENARIOS, gather
 
 STEPS, ROWS, TOKENS, NEW = 3, 4, 7, 4
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -50,27 +50,7 @@ def load(folder: str, **options: int) -> Any:
     spread = {"distributed_config": DistributedConfig(**options)} if options else {}
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **spread)
     model.generation_config.eos_token_id = None
-    return model.eval()
-
-
-class Layout:
-    """A way to spread a model over processes: its ranks with batches of their own, and how it is made."""
-
-    def __init__(self, make: Callable[[str, str], Any], batches: Callable[[int], int] = lambda size: 1) -> None:
-        self.make = make
-        self.batches = batches
-
-
-def make_plain(folder: str, adapter: str) -> Any:
-    return fastprefix.load_adapter(load(folder), adapter)
-
-
-def make_tensor_parallel(folder: str, adapter: str) -> Any:
-    return fastprefix.load_adapter(load(folder, tp_size=distributed.get_world_size()), adapter)
-
-
-def make_ddp(folder: str, adapter: str) -> Any:
-    return DistributedDataParallel(make_plain(folder, adapter))
+    return (model if "fsdp_size" in options else models.replace_norms(model)).eval()
 
 
 def shard(model: Any) -> Any:
@@ -80,34 +60,49 @@ def shard(model: Any) -> Any:
     return fully_shard(model)
 
 
-def make_sharded_before(folder: str, adapter: str) -> Any:
-    return fastprefix.load_adapter(shard(load(folder)), adapter)
+def make_plain(folder: str, adapter: str) -> Any:
+    return fastprefix.load_adapter(load(folder), adapter)
 
 
-def make_sharded_after(folder: str, adapter: str) -> Any:
-    return shard(make_plain(folder, adapter))
+class Layout:
+    """A way to spread a model over processes."""
+
+    def __init__(
+        self,
+        make_bare: Callable[[str], Any],
+        count_batches: Callable[[int], int],
+        attach_first: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.make_bare = make_bare
+        self.count_batches = count_batches
+        """How many of the processes have batches of their own."""
+        self.attach_first = attach_first
+
+    def make(self, folder: str, adapter: str) -> Any:
+        """Return the model with an adapter."""
+        if self.attach_first is not None:
+            return self.attach_first(make_plain(folder, adapter))
+        return fastprefix.load_adapter(self.make_bare(folder), adapter)
 
 
-def make_loaded(folder: str, adapter: str) -> Any:
-    return fastprefix.load_adapter(load(folder, fsdp_size=distributed.get_world_size()), adapter)
+def count_one(size: int) -> int:
+    return 1
 
 
-def make_both(folder: str, adapter: str) -> Any:
-    return fastprefix.load_adapter(load(folder, fsdp_size=2, tp_size=distributed.get_world_size() // 2), adapter)
+def count_all(size: int) -> int:
+    return size
 
 
 LAYOUTS = {
-    "ddp": Layout(make_ddp, lambda size: size),
-    "tp": Layout(make_tensor_parallel),
-    "fsdp2-attach-before": Layout(make_sharded_after, lambda size: size),
-    "fsdp2-attach-after": Layout(make_sharded_before, lambda size: size),
-    "fsdp2-loaded": Layout(make_loaded, lambda size: size),
-    "fsdp2-tp": Layout(make_both, lambda size: 2),
+    "ddp": Layout(load, count_all, DistributedDataParallel),
+    "tp": Layout(lambda folder: load(folder, tp_size=distributed.get_world_size()), count_one),
+    "fsdp2-attach-before": Layout(load, count_all, shard),
+    "fsdp2-attach-after": Layout(lambda folder: shard(load(folder)), count_all),
+    "fsdp2-loaded": Layout(lambda folder: load(folder, fsdp_size=distributed.get_world_size()), count_all),
+    "fsdp2-tp": Layout(
+        lambda folder: load(folder, fsdp_size=2, tp_size=distributed.get_world_size() // 2), lambda size: 2
+    ),
 }
-
-
-def gather(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def run(model: Any, wrapped: nn.Module, batches: int, batch: int, out: str) -> dict[str, Tensor]:
@@ -151,6 +146,17 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(errors.values())
 
 
+def run_scenario(layout: Layout, name: str, folder: Path) -> float | None:
+    """Return the largest error of a scenario in the first process."""
+    first, base = distributed.get_rank() == 0, str(folder / "model")
+    work = folder / f"{name}-{id(layout)}"
+    names = [str(work)]
+    distributed.broadcast_object_list(names)
+    actual = SCENARIOS[name](layout.make_bare(base), Path(names[0]))
+    distributed.barrier()
+    return compare(actual, SCENARIOS[name](load(base), folder / f"{name}-alone")) if first else None
+
+
 def run_cell(layout: Layout, method: str, folder: Path) -> float | None:
     """Return the largest error of a cell in the first process."""
     first = distributed.get_rank() == 0
@@ -160,7 +166,7 @@ def run_cell(layout: Layout, method: str, folder: Path) -> float | None:
         models.randomize(plain)
         fastprefix.save_adapter(plain, adapter)
     distributed.barrier()
-    batches = layout.batches(distributed.get_world_size())
+    batches = layout.count_batches(distributed.get_world_size())
     model = layout.make(base, adapter)
     batch = distributed.get_rank() * batches // distributed.get_world_size()
     actual = run(getattr(model, "module", model), model, batches, batch, f"{adapter}-{id(layout)}")
@@ -197,7 +203,8 @@ def main(file: str, *cells: str) -> None:
         for cell in cells:
             layout, _, method = cell.partition(":")
             try:
-                results[cell] = run_cell(LAYOUTS[layout], method, folder)
+                run_one = run_scenario if method in SCENARIOS else run_cell
+                results[cell] = run_one(LAYOUTS[layout], method, folder)
             except Exception:
                 results[cell] = traceback.format_exc()
                 print(distributed.get_rank(), results[cell], file=sys.stderr)
