@@ -34,7 +34,7 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
-from .fully_sharded import gathering_around, run_gathered
+from .fully_sharded import gathering_around, is_fully_sharded, run_gathered
 from .hooks import Forward, count_past, name_arguments
 from .initial import find_shared_sources
 from .positions import refuse_packed
@@ -187,6 +187,9 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
     )
     prompt = PromptTuning(config, method.shape)
     prompt.prompt, prompt.prompt_path = method.prompt, method.prompt_path
+    if is_fully_sharded(model):  # the gathered parameter is freed again
+        with gathering_around(model, [method]):
+            prompt.prompt = nn.Parameter(method.prompt.detach().clone())
     table = NewTable(hooks, _rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
