@@ -41,7 +41,7 @@ class Ranks:
     @staticmethod
     def find(model: nn.Module) -> Ranks | None:
         """Return the ranks of a model, or None for a model that is not spread over several."""
-        mesh = find_whole_mesh(model)
+        mesh = find_whole_mesh(model) if isinstance(model, nn.Module) else None
         if mesh is None or mesh.size() == 1:
             return None
         return Ranks(sorted(mesh.mesh.flatten().tolist()))
@@ -66,8 +66,8 @@ class Ranks:
         others = [rank for rank, text in messages.items() if text != messages[self.own]]
         if others:
             raise ValueError(
-                f"{action} must be the same on all ranks of the model, but rank {self.own} has other ones than rank "
-                f"{', '.join(map(str, others))}: {textwrap.shorten(message, _LONGEST)}"
+                f"what ranks {action} with must be the same on all of them, but rank {self.own} differs from rank "
+                f"{', '.join(map(str, others))}: it has {textwrap.shorten(message, _LONGEST)}"
             )
 
     @contextmanager
@@ -96,13 +96,13 @@ class Ranks:
         for rank in self.ranks:
             if not self._wait(f"{key}/{rank}", rank):
                 raise RuntimeError(
-                    f"rank {rank} of the model did not come to {action} within {TIMEOUT:.0f} seconds. All ranks must "
-                    "call the same functions of fastprefix in the same order; see the log of that rank."
+                    f"rank {rank} of the model did not come to {action} within {TIMEOUT:.0f} s. All ranks must call "
+                    "the same functions of fastprefix in the same order: see the log of that rank."
                 )
             messages[rank] = self.store.get(f"{key}/{rank}").decode()
         if failed := {rank: text for rank, text in messages.items() if text.startswith(_FAILED)}:
             rank, reason = next(iter(failed.items()))
-            raise RuntimeError(f"{action} failed on rank {rank}: {reason.removeprefix(_FAILED)}")
+            raise RuntimeError(f"to {action} failed on rank {rank}: {reason.removeprefix(_FAILED)}")
         return messages
 
     def _wait(self, key: str, rank: int) -> bool:

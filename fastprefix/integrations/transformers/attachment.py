@@ -232,9 +232,13 @@ class _Plan(NamedTuple):
 
 def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     """Check a model and options, which must be the same on all ranks of a sharded model."""
-    _check_types(model, config)
-    do_together(model, "attach an adapter", lambda: _check(model, config, name))
-    agree(model, "The options of an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
+
+    def check() -> None:
+        _check_types(model, config)
+        _check(model, config, name)
+
+    do_together(model, "attach an adapter", check)
+    agree(model, "attach an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:

@@ -182,7 +182,8 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
         )
     sources = find_shared_sources(model, indices)
     heads = TensorParallelHeads.find(model, layers)
-    pairs, biases, has_biases = [], [], False
+    pairs: list[Prefix] = []
+    biases, has_biases = [], False
     for index, layer in zip(indices, layers, strict=True):
         place = sources.get(index, index)
         if place >= len(entries):

@@ -158,7 +158,7 @@ def save_adapter(
             }
             tensors = {**_collect_parameters(model)}
             metadata = {}
-        agree(model, "The adapter to save", f"{attachment.active}, {format}, {description}")
+        agree(model, "save an adapter", f"{attachment.active}, {format}, {description}")
         whole = _gather(model, tensors)
 
         def write() -> None:
@@ -169,7 +169,7 @@ def save_adapter(
                 metadata[_HEADER] = _format_description(description)
             _write(Path(directory), description, whole, metadata)
 
-        do_together(model, f"save the adapter in '{directory}'", write)
+        do_together(model, "save an adapter", write)
 
 
 def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ def read_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> PrefixSt
 
 def _read_adapter_together(model: PreTrainedModel, folder: Path) -> tuple[MethodConfig, dict[str, Tensor], bool]:
     """Read an adapter, which must be the same for all ranks of a sharded model."""
-    found = do_together(model, f"read the adapter in '{folder}'", lambda: _read_adapter(model, folder))
+    found = do_together(model, "read an adapter", lambda: _read_adapter(model, folder))
     config, tensors, _ = found
     samples = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -257,7 +257,7 @@ def _read_adapter_together(model: PreTrainedModel, folder: Path) -> tuple[Method
         sample = tensor.flatten()[::step].contiguous()
         samples.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         samples.update(sample.view(torch.uint8).numpy().tobytes())
-    agree(model, f"The adapter in '{folder}'", f"{config.to_dict()}, {samples.hexdigest()}")
+    agree(model, "load an adapter", f"{config.to_dict()}, {samples.hexdigest()}")
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
@@ -183,6 +184,35 @@ def whole(model: Any, folder: Path) -> Found:
     return found | {"after": list_logits(model)}
 
 
+def accelerate(model: Any, folder: Path) -> Found:
+    """PEFT's adapters run on these kernels, which PEFT cannot do itself with a prefix on such a model."""
+    found: Found = {}
+    for name, config in {
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "network": peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+        ),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "adaption": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+    }.items():
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, config).double()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        fastprefix.accelerate(wrapped)
+        logits = wrapped(**models.batch("left")).logits
+        found[f"{name} logits"] = logits.detach()
+        logits[..., :50].sum().backward()
+        trained = ((n, p) for n, p in wrapped.named_parameters() if p.requires_grad)
+        found |= {f"{name} {key}": gather(parameter.grad) for key, parameter in trained}
+        fastprefix.decelerate(wrapped)
+        model = wrapped.get_base_model()  # the adaption prompt is the last one, which stays on it
+    return found
+
+
 SCENARIOS: dict[str, Callable[[Any, Path], Found]] = {
-    function.__name__: function for function in (start, cache, merge, switch, compose, checkpoint, whole)
+    function.__name__: function for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate)
 }
