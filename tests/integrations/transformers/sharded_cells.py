@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -85,6 +86,13 @@ class Layout:
         return fastprefix.load_adapter(self.make_bare(folder), adapter)
 
 
+def offload(model: Any) -> Any:
+    """Keep layers on the CPU and on the disk, from which accelerate loads them in time."""
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tempfile.mkdtemp())
+
+
 def count_one(size: int) -> int:
     return 1
 
@@ -94,6 +102,7 @@ def count_all(size: int) -> int:
 
 
 LAYOUTS = {
+    "offload": Layout(lambda folder: offload(load(folder)), count_one),
     "ddp": Layout(load, count_all, DistributedDataParallel),
     "tp": Layout(lambda folder: load(folder, tp_size=distributed.get_world_size()), count_one),
     "fsdp2-attach-before": Layout(load, count_all, shard),
