@@ -35,6 +35,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def recover(model: nn.Module) -> None:
+    """Let FSDP2 forget a forward pass that ended with an error, where PyTorch (from 2.13 on) can do that."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+
+
 def open_root(model: nn.Module) -> None:
     """Gather what the root of a model has itself, so that a part of the model can be called; ``reshard`` undoes it."""
     if not isinstance(model, FSDPModule):

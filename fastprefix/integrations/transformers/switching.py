@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
-from .fully_sharded import reshard
+from .fully_sharded import recover, reshard
 from .hooks import read_parameter_names
 
 _LOCK = threading.Lock()
@@ -76,6 +76,9 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     try:
         with evaluating(model):
             yield
+    except BaseException:
+        recover(model)
+        raise
     finally:
         reshard(model)
         for module, attributes, contents in before:
