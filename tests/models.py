@@ -50,21 +50,25 @@ def encoder(layers: int = LAYERS, **options: object) -> BertForSequenceClassific
     return BertForSequenceClassification(config).double().eval()
 
 
+def replace_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Replace Llama's norms, which compute in float32 whatever their input is, by PyTorch's with weights of 1."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LlamaRMSNorm):
+            norm = nn.RMSNorm(WIDTH, module.variance_epsilon)
+            model.set_submodule(name, norm.to(module.weight))
+    return model
+
+
 def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
     """A Llama-shaped language model with grouped heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **{**SIZES, "num_hidden_layers": layers},
+        **{**SIZES, "num_hidden_layers": layers, **options},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **options,
     )
-    model = LlamaForCausalLM(config)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LlamaRMSNorm):  # it computes in float32, whatever its input
-            model.set_submodule(name, nn.RMSNorm(WIDTH, module.variance_epsilon))
-    model = model.double().eval()
+    model = replace_norms(LlamaForCausalLM(config)).double().eval()
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model

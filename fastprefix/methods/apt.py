@@ -105,8 +105,8 @@ class APT(PrefixTuning):
                 "token_gate=False"
             )
         pooled = self._pool(self.poolings[layer], hidden, attended, sequences)
-        alpha = torch.sigmoid(pooled @ self.gate_projections[layer].to(pooled.dtype)).unsqueeze(1)
-        return alpha if gate is None else gate * alpha
+        alpha = torch.sigmoid(pooled @ self.gate_projections[layer].to(pooled)).unsqueeze(1)
+        return alpha if gate is None else gate.to(alpha.device) * alpha
 
     def _pool(self, pooling: str, hidden: Tensor, attended: Tensor | None, sequences: Tensor | None) -> Tensor:
         """Return ``[B, d]``, or for every token its own or that of its sequence ``[B, N, d]``."""

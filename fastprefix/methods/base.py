@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -280,6 +280,13 @@ class PrefixMethod(nn.Module, ABC):
     def output_gate(self, layer: int) -> Tensor | None:
         """Return the output gate of a layer, or None for one joint softmax."""
         return None
+
+    def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
+        """Return the parameters whose first dimension is the heads of a layer, and if those are of keys or queries.
+
+        Their names end with the number of the layer. Tensor parallelism gives each rank its own rows of them.
+        """
+        return {}
 
     def key_bias(self, layer: int) -> Tensor | None:
         """Return the biases ``[Hkv, m]`` of a layer's prefix keys, or None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,11 @@ class Composition(PrefixMethod):
             for bias, length in zip(biases, lengths, strict=True)
         ]
         return torch.cat(pieces, dim=1)
+
+    def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
+        """Those of the parts."""
+        parts = enumerate(part.head_parameters() for part, _ in self._pair_parts())
+        return {f"parts.{number}.{name}": kind for number, names in parts for name, kind in names.items()}
 
     def frozen_tokens(self) -> int:
         """Count the first tokens, of leading frozen parts and the first trained one.

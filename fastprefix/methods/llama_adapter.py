@@ -4,7 +4,7 @@ attention", ICLR 2024).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,10 @@ class LlamaAdapter(PrefixMethod):
         """``[m, d]`` of a layer."""
         states: Tensor = self.states[layer]
         return states
+
+    def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
+        """Return the gates."""
+        return {f"gates.{layer}": "queries" for layer in range(len(self.shapes))}
 
     def output_gate(self, layer: int) -> Tensor:
         """``tanh(g)``, ``[Hq]``."""

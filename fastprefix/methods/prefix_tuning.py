@@ -166,7 +166,12 @@ class FreePrefix(nn.Module):
         return [pair for layers in zip(frozen, others, strict=True) for pair in zip(*layers, strict=True)]
 
     def _share_memory(self) -> None:
-        """Put the parameters of each tensor into one memory."""
+        """Put the parameters of each tensor into one memory, unless there are other processes.
+
+        FSDP2 shards no parameter that is a part of another one's memory.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return
         for frozen, others in self._list_pairs():
             if _are_plain(frozen, others) and not _share_memory(frozen, others):
                 whole = torch.cat([frozen.detach(), others.detach()], dim=1)
@@ -187,16 +192,20 @@ class FreePrefix(nn.Module):
 
     @torch.no_grad()
     def write(self, prefixes: Sequence[tuple[Tensor, Tensor]], start: int = 0) -> None:
-        """Copy keys and values over those of the tokens from ``start`` on, in the parameters' own memory."""
+        """Copy keys and values over those of the tokens from ``start`` on, in the parameters' own memory.
+
+        Where a rank has some of the heads, these are theirs.
+        """
         for layer, pair in enumerate(prefixes):
             for which, tensor in zip(("keys", "values"), pair, strict=True):
                 count = tensor.shape[1]
                 frozen = min(max(self.frozen - start, 0), count)
                 if frozen:
-                    getattr(self, f"frozen_{which}")[layer][:, start : start + frozen].copy_(tensor[:, :frozen])
+                    own = _get_own_heads(getattr(self, f"frozen_{which}")[layer])
+                    own[:, start : start + frozen].copy_(tensor[:, :frozen])
                 if frozen < count:
                     trained = slice(start + frozen - self.frozen, start + count - self.frozen)
-                    getattr(self, which)[layer][:, trained].copy_(tensor[:, frozen:])
+                    _get_own_heads(getattr(self, which)[layer])[:, trained].copy_(tensor[:, frozen:])
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         if not self.frozen:
@@ -205,8 +214,16 @@ class FreePrefix(nn.Module):
         return list(zip(whole[::2], whole[1::2], strict=True))
 
 
+def _get_own_heads(parameter: Tensor) -> Tensor:
+    """Return what this rank has of a parameter, which is a ``DTensor`` under tensor parallelism."""
+    to_local: Callable[[], Tensor] | None = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()
+
+
 def _copy_as_parameters(tensors: Sequence[Tensor], tokens: slice, trained: bool) -> nn.ParameterList:
-    parameters = nn.ParameterList(tensor[:, tokens].detach().clone() for tensor in tensors)
+    """Return copies of tensors as parameters, each in the order of its dimensions, as FSDP2 expects them."""
+    order = torch.contiguous_format
+    parameters = nn.ParameterList(tensor[:, tokens].detach().clone(memory_format=order) for tensor in tensors)
     return parameters.requires_grad_(trained)
 
 
@@ -401,6 +418,12 @@ class PrefixTuning(PrefixMethod):
     def frozen_tokens(self) -> int:
         """Return ``num_frozen_tokens``."""
         return self.config.num_frozen_tokens
+
+    def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
+        """Free keys and values, and biases of keys."""
+        names = [name for name, _ in self.named_parameters()]
+        free = isinstance(self.prefix, FreePrefix)
+        return {n: "keys" for n in names if n.startswith("key_biases.") or (free and n.startswith("prefix."))}
 
     def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values times what of their gate does not depend on the input."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..transformers import conformance
 from ..transformers.discovery import Layer, find_layers
+from ..transformers.sharding import is_tensor_parallel
 from ..transformers.shared_prompt import find_reason_against_layers
 from ..transformers.switching import evaluating, find_device, list_adapting_users
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
@@ -119,8 +121,6 @@ def _check(peft_model: Any) -> None:
         raise ValueError(f"`peft_model` must wrap a transformers model, but wraps {_get_class_name(model)}.")
     if list_adapting_users(model):
         raise ValueError("`peft_model` must have a base model without a method of this package: detach it first.")
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError("`peft_model` must have a base model without tensor parallelism.")
     if peft_model._adapters_disabled:
         raise ValueError("`peft_model` must have its adapter enabled: leave disable_adapter() first.")
     if kind == _ADAPTION:
@@ -173,9 +173,12 @@ def _find_layers(peft_model: Any) -> list[Layer]:
         ValueError: the model does not run, or its attention does not go through the attention interface.
     """
     model = peft_model.get_base_model()
+    # PEFT's adapted attention does not run on a rank's own heads.
+    fails = _get_kind(peft_model) == _ADAPTION and is_tensor_parallel(model)
     try:
         conformance.adopt_small_trial(model)
-        return find_layers(model)
+        with peft_model.disable_adapter() if fails else nullcontext():
+            return find_layers(model)
     except Exception as error:  # whatever a family makes of it
         why = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"`peft_model` must be a model that runs on these kernels: {why}") from error

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
 from ..transformers.discovery import Layer
 from ..transformers.hooks import Forward, Interception
+from ..transformers.sharding import TensorParallelHeads
 from .prefix import CachedPrefix
 
 
@@ -29,11 +30,27 @@ class AdaptionPromptAcceleration(CachedPrefix):
         adapted = list(find_adapted_attentions(peft_model))
         super().__init__(model, [layer.module for layer in layers])
         self.adapter_model = peft_model.base_model
-        self.handles += [Interception(module, functools.partial(_run_adapted, module)) for module in adapted]
+        self.heads = TensorParallelHeads.find(model, layers)
+        self.handles += [Interception(module, functools.partial(self.run_adapted, module)) for module in adapted]
 
     def carry_without_prefix(self) -> CarriedBindings | None:
         """Return what a call carries whose adapted attentions bring their prompts themselves."""
         return CarriedBindings({}) if self.adapter_model._enabled else super().carry_without_prefix()
+
+    def run_adapted(
+        self, adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Compute what ``AdaptedAttention.forward`` computes."""
+        attention = adapted.model
+        key, value = (
+            project(adapted.adaption_prompt)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        gate = adapted.adaption_gate.reshape(1, 1)
+        binding = GivenPrefix(key, value, output_gate=gate if self.heads is None else self.heads.share(gate))
+        with carrying(CarriedBindings({attention: binding})):
+            output, weights = attention(*args, **kwargs)
+        return output, weights
 
 
 def find_adapted_attentions(peft_model: Any) -> set[Any]:
@@ -41,19 +58,6 @@ def find_adapted_attentions(peft_model: Any) -> set[Any]:
     waiting = peft_model.base_model._cached_adapters.values()
     active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
     return {*active, *(module for modules in waiting for module in modules)}
-
-
-def _run_adapted(adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Compute what ``AdaptedAttention.forward`` computes."""
-    attention = adapted.model
-    key, value = (
-        project(adapted.adaption_prompt)[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-        for project in (attention.k_proj, attention.v_proj)
-    )
-    binding = GivenPrefix(key, value, output_gate=adapted.adaption_gate.reshape(1, 1))
-    with carrying(CarriedBindings({attention: binding})):
-        output, weights = attention(*args, **kwargs)
-    return output, weights
 
 
 def find_reason_not_fusable(module: nn.Module) -> str | None:

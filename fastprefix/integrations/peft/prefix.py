@@ -51,6 +51,7 @@ from ..transformers.hooks import (
 )
 from ..transformers.mixing import check_names
 from ..transformers.prefix import PrefixCache
+from ..transformers.sharding import TensorParallelHeads
 from ..transformers.span_store import KeyedPrefix
 from ..transformers.switching import Implementation, runs_with_adapter
 from .mixing import PeftMixture
@@ -260,6 +261,7 @@ class PrefixAcceleration(PromptLearning):
         super().__init__(peft_model, [layer.module for layer in layers.values()])
         self.layers = layers
         self.sources = _find_sources(layers)
+        self.heads = TensorParallelHeads.find(peft_model.base_model, list(layers.values()))
         self.layer_names = {module: name for name, module in self.modules.items()}
         self.handles += [
             layer.module.register_forward_pre_hook(_bias_prefix, with_kwargs=True)
@@ -288,13 +290,16 @@ class PrefixAcceleration(PromptLearning):
         keys_values = rows.view(length, 2 * layers, heads, -1).permute(1, 2, 0, 3).unbind(0)
         two_halves = self.backbone.config.is_encoder_decoder
         prefixes: dict[nn.Module, GivenPrefix] = {}
-        for index, layer in self.layers.items():
+        for number, (index, layer) in enumerate(self.layers.items()):
             source = self.sources[index]
             # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
             first = (4 * source) % (2 * layers) if two_halves else 2 * source
-            pair = [_fit(tensor, layer) for tensor in keys_values[first : first + 2]]
-            if pair[0] is not None and pair[1] is not None:
-                prefixes[layer.module] = GivenPrefix(pair[0], pair[1], window=layer.window, frozen=frozen)
+            key, value = (_fit(tensor, layer) for tensor in keys_values[first : first + 2])
+            if key is not None and value is not None:
+                if self.heads is not None:
+                    split = self.heads.splits[number].keys
+                    key, value = self.heads.take_heads(key, split), self.heads.take_heads(value, split)
+                prefixes[layer.module] = GivenPrefix(key, value, window=layer.window, frozen=frozen)
         return prefixes
 
     def read_keyed(self) -> dict[nn.Module, KeyedPrefix]:
@@ -338,7 +343,7 @@ def wraps_reentrantly(backbone: nn.Module) -> bool:
 
 def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:
     """Cut keys or values ``[H, m, D]`` to a layer's heads and head size, as PEFT does; None: the layer's are larger."""
-    heads, size = layer.shape.kv_heads, layer.shape.key_size
+    heads, size = layer.whole_shape.kv_heads, layer.shape.key_size
     if heads > prefix.shape[0] or size > prefix.shape[2]:
         return None
     return prefix[:heads, :, :size]

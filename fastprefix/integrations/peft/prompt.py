@@ -19,6 +19,7 @@ from ..transformers.attention import (
     carrying,
 )
 from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
+from ..transformers.fully_sharded import Gatherer
 from ..transformers.hooks import (
     Forward,
     Interception,
@@ -187,7 +188,8 @@ class PromptAcceleration(PromptLearning):
             longer = {name: _repeat_last(value) for name, value in alone.items()}
             prompt, longer["position_ids"] = add_reached_token(prompt, *reach)
             alone = longer
-        seen = {layer.module: _Seen() for layer in self.layers}
+        gatherer = Gatherer(self.backbone)
+        seen = {layer.module: _Seen(layer.module, gatherer) for layer in self.layers}
         with suspend_checkpointing(self.backbone), carrying(CarriedBindings(seen)):
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
@@ -255,6 +257,11 @@ class _Seen(Binding):
 
     pair: Prefix
 
+    def __init__(self, module: nn.Module, gatherer: Gatherer) -> None:
+        self.module = module
+        self.gatherer = gatherer
+
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Return None, and keep the keys and values of the one row."""
+        self.gatherer.watch(self.module, (key, value))
         self.pair = key[0], value[0]

@@ -18,33 +18,16 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod, VisualMethod
+from .fully_sharded import is_fully_sharded, shard_like
+from .sharding import is_sharded, write_whole
 from .switching import OPTIONS, OwnConfigurations, User, find_device
 from .tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model's parameters are spread over processes, as by FSDP2."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered from all processes if it is sharded."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()
-    return gathered
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse to change what a model trains once it is sharded: its processes would not exchange those gradients."""
-    name, size = type(model).__name__, getattr(model, "tp_size", None) or 1
-    if size > 1:
-        raise ValueError(f"`model` must have no tensor-parallel plan, but {name} has tp_size={size}.")
-    if is_sharded(model):
-        raise ValueError(
-            f"`model` must not be sharded, but {name} has sharded parameters: attach, switch and detach before "
-            "fully_shard."
-        )
+def refuse_fully_sharded(model: nn.Module, what: str) -> None:
+    """Refuse what changes parameters of an adapter that FSDP2 has sharded."""
+    if is_fully_sharded(model):
+        raise ValueError(f"`model` must not be sharded by FSDP2 to {what}: do that before fully_shard.")
 
 
 _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
@@ -88,8 +71,13 @@ class Hooks(Protocol):
 
 
 def _copy_for_training(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it."""
+    """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it.
+
+    A part of a parameter that is sharded keeps its precision, in which it is gathered with others.
+    """
     weight = parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.is_floating_point() else weight
 
 
@@ -201,7 +189,9 @@ class Adapter:
         self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
-        model.add_module(MODULE, self.method.to(find_device(model)).train(model.training))
+        method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
+        model.add_module(MODULE, method.train(model.training))
+        shard_like(model, method)
         self.mark(model)
         self.hooks.install(model)
 
@@ -260,7 +250,11 @@ class Adapter:
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:
                     weight = self.casts.fit_weight(weights[key], trained).to(parameter.device)
-                    weights[key], parameter.data = parameter.data, _fit_shape(weight, parameter.data)
+                    if isinstance(parameter, DTensor):  # whoever sharded it keeps its memory
+                        weights[key] = parameter.detach().clone()
+                        write_whole(parameter, weight)
+                    else:
+                        weights[key], parameter.data = parameter.data, _fit_shape(weight, parameter.data)
 
 
 def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:

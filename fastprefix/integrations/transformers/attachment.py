@@ -25,7 +25,14 @@ from ...methods import (
     VisualMethod,
 )
 from . import conformance
-from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, refuse_sharded
+from .adapter import (
+    Adapter,
+    Attachment,
+    Hooks,
+    Method,
+    find_trainable_modules,
+)
+from .agreement import agree, do_together
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
@@ -34,6 +41,7 @@ from .multitask import read_source
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .routing import Routing
+from .sharding import gather_full_tensor, make_alike
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
@@ -97,7 +105,7 @@ def attach(
         ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
     """
     base = find_base_model(model)
-    _check(base, config, name)
+    _check_together(base, config, name)
     if isinstance(config, CompositionConfig):
         raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
     check_cache_given(config, past_key_values)
@@ -113,9 +121,10 @@ def attach(
         else:
             ids = tokenize_text(base, config, tokenizer)
             with load_offloaded(base, base.get_input_embeddings()):
-                plan.method.reset_parameters(_find_table(base), ids)
+                plan.method.reset_parameters(gather_full_tensor(_find_table(base).detach()), ids)
             if isinstance(config, MultitaskPromptConfig) and isinstance(plan.method, MultitaskPrompt) and config.source:
                 plan.method.start_from(*read_source(config.source))
+        make_alike(base, plan.method.parameters())
         adapter = _make_adapter(base, config, plan, freeze_peft)
     return install(model, adapter, name)
 
@@ -129,7 +138,7 @@ def attach_empty(
 ) -> None:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     base = find_base_model(model)
-    _check(base, config, name)
+    _check_together(base, config, name)
     with use_adapter(base, None):
         adapter = _make_adapter(base, config, _make_plan(base, config, example_inputs, check=False), freeze_peft)
     install(model, adapter, name)
@@ -252,7 +261,6 @@ def get_method(model: nn.Module) -> Method:
 
 
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
-    refuse_sharded(model)
     attachment.routing.leave()
     if attachment.active is not None:
         attachment.adapter.take_off(model)
@@ -272,9 +280,18 @@ class _Plan(NamedTuple):
     stack: VisionStack | None = None  # of a visual method
 
 
+def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
+    """Check a model and options, which must be the same on all ranks of a sharded model."""
+
+    def check() -> None:
+        _check_types(model, config)
+        _check(model, config, name)
+
+    do_together(model, "attach an adapter", check)
+    agree(model, "attach an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
+
+
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
-    _check_types(model, config)
-    refuse_sharded(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
@@ -378,7 +395,7 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
             _refuse_wrong(conformance.check(model, config, _attach_unchecked), "Use another method or model.")
         if not runs_on_text(model):
             _check_not_plain_text(model, config)
-        method = method_class(config, [layer.shape for layer in layers])
+        method = method_class(config, [layer.whole_shape for layer in layers])
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
@@ -486,6 +503,8 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
         hooks = VisualHooks(model, method, stack)
     elif isinstance(method, PrefixMethod):
         hooks = PrefixHooks(model, method, layers)
+        if hooks.heads is not None:
+            hooks.heads.distribute(method)
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True

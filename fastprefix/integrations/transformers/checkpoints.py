@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import is_sharded
 from .attachment import get_active_name
 from .saving import read_carried, write_carried
+from .sharding import is_sharded
 from .tuners import find_base_model
 
 _TRAINER = "trainer_state.json"

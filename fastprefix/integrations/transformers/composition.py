@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ...methods.prefix_tuning import FreePrefix
-from .adapter import Adapter, refuse_sharded
+from .adapter import Adapter, refuse_fully_sharded
 from .attachment import Model, check_name_free, get_attachment, install, use_adapter
 from .discovery import find_method_layers
 from .initial import PrefixState
 from .prefix import PrefixHooks
 from .saving import read_prefix
+from .sharding import TensorParallelHeads
 from .tuners import find_base_model
 
 Source = str | os.PathLike[str] | PrefixState
@@ -46,7 +48,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
             is taken.
     """
     attachment, base = get_attachment(model), find_base_model(model)
-    refuse_sharded(base)
+    refuse_fully_sharded(base, "compose its prefixes")
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
         raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
@@ -68,7 +70,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
     )
     with use_adapter(base, None):
         layers = find_method_layers(base, config)
-    method = Composition(config, [layer.shape for layer in layers], [part for part, _ in parts])
+    method = Composition(config, [layer.whole_shape for layer in layers], [part for part, _ in parts])
     return install(model, Adapter(base, config, method, PrefixHooks(base, method, layers)), name)
 
 
@@ -120,23 +122,29 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
     if method.config.softmax != "joint":
         raise ValueError('`name` must be an adapter with softmax="joint": trained gates are for the keys that it has.')
-    refuse_sharded(find_base_model(model))
+    refuse_fully_sharded(find_base_model(model), "swap a prefix")
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
     start = 0
+    heads = adapter.hooks.heads if isinstance(adapter.hooks, PrefixHooks) else None
     for state in states:
-        prefix.write(state.pairs, start)
-        if method.config.key_bias:
-            _write_biases(method, state, start)
+        with torch.no_grad():
+            prefix.write(state.pairs if heads is None else heads.take_prefixes(state.pairs), start)
+            if method.config.key_bias:
+                _write_biases(method, state, start, heads)
         start += state.length
 
 
-def _write_biases(method: PrefixTuning, state: PrefixState, start: int) -> None:
-    with torch.no_grad():
-        for i, own in enumerate(method.key_biases):
-            place = own[:, start : start + state.length]
-            _ = place.zero_() if state.biases is None else place.copy_(state.biases[i])
+def _write_biases(method: PrefixTuning, state: PrefixState, start: int, heads: TensorParallelHeads | None) -> None:
+    for i, parameter in enumerate(method.key_biases):
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        place = own[:, start : start + state.length]
+        if state.biases is None:
+            place.zero_()
+        else:
+            bias = state.biases[i]
+            place.copy_(bias if heads is None else heads.take_heads(bias, heads.splits[i].keys))
 
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:

@@ -48,6 +48,7 @@ from .hooks import find_cache, find_cache_parameter, read_parameter_names
 from .multitask import count_tasks
 from .positions import find_frequencies_end
 from .prompt import choose_placeholder_id, needs_ids
+from .sharding import is_sharded
 from .switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
 from .textbook import PrefixTextbook, PromptTextbook
 from .vision import PIXELS, find_vision_stack
@@ -318,8 +319,12 @@ def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def choose_stand_in(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the small copy of a model that its trials are held on, or the model itself where there is none."""
-    small = None if model.num_parameters() <= _TINY else _get_small_copy(model)
+    """Return the small copy of a model that its trials are held on, or the model itself where there is none.
+
+    Running a model that is spread over processes is never cheap.
+    """
+    cheap = model.num_parameters() <= _TINY and not is_sharded(model)
+    small = None if cheap else _get_small_copy(model)
     return model if small is None else small
 
 

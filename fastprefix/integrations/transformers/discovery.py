@@ -29,7 +29,9 @@ from ...methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
 from ...methods.budget import embedding_width
 from ...methods.shapes import Role
 from .attention import MASKS, Binding, Prefix, read_mask, run_attention, sees_all_of_window
+from .fully_sharded import gathering_around, is_fully_sharded, open_root
 from .hooks import name_arguments, read_parameter_names
+from .sharding import HeadSplit, find_splits
 from .switching import (
     Inputs,
     borrow_attention,
@@ -69,6 +71,13 @@ class Layer:
     window: int | None
     local: bool
     projection: Projection | None = None  # for a method that has the layer project its prefix
+    query: Tensor | None = None
+    split: HeadSplit | None = None  # of a tensor-parallel model, where ``shape`` has the heads of this rank
+
+    @property
+    def whole_shape(self) -> AttentionShape:
+        """Return the shape with the heads of all ranks."""
+        return self.shape if self.split is None else self.split.shape
 
 
 def find_layers(
@@ -109,7 +118,8 @@ def find_layers(
             role="cross" if others else halves.find_role(module, causal),
         )
         window, local = windows.find(attention_mask, kwargs.get("sliding_window"))
-        layers.setdefault(module, Layer(trace.names[module], module, shape, key, value, entry, window, local))
+        layer = Layer(trace.names[module], module, shape, key, value, entry, window, local, query=query)
+        layers.setdefault(module, layer)
         return run_attention(module, query, key, value, attention_mask, **kwargs)
 
     try:
@@ -123,7 +133,9 @@ def find_layers(
         raise ValueError(
             f"{_get_class_name(model)} never called the attention interface: it has no attention to give a prefix to"
         )
-    return list(layers.values())
+    found = list(layers.values())
+    find_splits(model, found)
+    return found
 
 
 def _find_width(model: PreTrainedModel, query: Tensor) -> int:
@@ -285,6 +297,7 @@ def record_calls(
         The calls, and the error that ended the run, if one did.
     """
     calls: dict[nn.Module, ModuleCall] = {}
+    runs_on = is_fully_sharded(model)  # FSDP2 does not stop halfway
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in calls:
@@ -297,7 +310,7 @@ def record_calls(
             stop_if_enough()
 
     def stop_if_enough() -> None:
-        if is_enough(calls):
+        if not runs_on and is_enough(calls):
             raise _Stop
 
     handles: list[RemovableHandle] = []
@@ -307,6 +320,7 @@ def record_calls(
     error = None
     try:
         with preserve_state(model), torch.no_grad():
+            open_root(model)
             model(**inputs)
     except _Stop:
         pass
@@ -523,7 +537,8 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
         for handle in handles:
             handle.remove()
     projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
-    with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad():
+    around = gathering_around(model, [projection.module for projection in projections])
+    with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad(), around:
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
                 "`model` must have layers that compute keys and values of what enters their attention, but these "

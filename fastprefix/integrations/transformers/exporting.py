@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...methods import ADePT, PromptMethod
-from .adapter import refuse_sharded
 from .attachment import get_attachment, use_adapter
 from .merging import NewTable, rewrite_table
 from .prompt import PromptHooks, needs_ids
+from .sharding import refuse_sharded
 from .switching import evaluating
 
 
@@ -98,7 +98,7 @@ def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str]
 
 def _get_prompt_hooks(model: PreTrainedModel) -> PromptHooks:
     """Return the hooks of a prompt on a decoder that gets nothing but embeddings."""
-    refuse_sharded(model)
+    refuse_sharded(model, "export its prompt")
     adapter = get_attachment(model).adapter
     hooks, method = adapter.hooks, adapter.method
     if not isinstance(method, PromptMethod):

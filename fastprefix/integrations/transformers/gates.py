@@ -70,7 +70,8 @@ class HeldGates:
         """Return a layer's gate: that of sequences that have begun is kept."""
         if self.begun is None:
             return self.gates[index]
-        return torch.where(self.begun[:, None, None], self.gates[index], pooled)
+        begun = self.begun.to(pooled.device)  # layers may be on several devices
+        return torch.where(begun[:, None, None], self.gates[index], pooled)
 
     def advance(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
         """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
@@ -84,7 +85,9 @@ class HeldGates:
         """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
 
         def select(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(rows, 0) if name == "batch_repeat_interleave" else tensor[rows]
+            if name == "batch_repeat_interleave":
+                return tensor.repeat_interleave(rows, 0)
+            return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
 
         gates = {index: select(gate) for index, gate in self.gates.items()}
         return HeldGates(gates, None if self.begun is None else select(self.begun))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
@@ -314,7 +315,8 @@ def read_state(*modules: nn.Module) -> object:
         return None
     kind = parameters[-1].device.type  # the adapter's, since offloaded weights are on the meta device between calls
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in own)
 
 
 class Cut:

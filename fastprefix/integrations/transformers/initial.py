@@ -21,6 +21,7 @@ from .attention import MASKS, Prefix, run_attention
 from .discovery import Layer, find_layers
 from .hooks import find_cache_parameter, read_parameter_names
 from .positions import find_frequencies_end
+from .sharding import TensorParallelHeads
 from .switching import borrow_attention, find_device, find_runnable, is_plain_text, run_trial
 
 PIECE = 512
@@ -76,7 +77,12 @@ def make_initial_prefix(
     if getattr(config, "init", None) == "cache":
         return read_cache(model, config, layers, past_key_values)
     ids = tokenize_text(model, config, tokenizer)
-    return None if ids is None else PrefixState(compute_keys_values(model, ids, layers))
+    if ids is None:
+        return None
+    pairs, heads = compute_keys_values(model, ids, layers), TensorParallelHeads.find(model, layers)
+    if heads is not None:
+        pairs = [heads.gather_prefix(pair, index) for index, pair in enumerate(pairs)]
+    return PrefixState(pairs)
 
 
 def check_cache_given(config: Any, past_key_values: Any) -> None:
@@ -187,14 +193,17 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
             f"`model` must have numbered attention layers for a cache, but {type(model).__name__} has not."
         )
     sources = find_shared_sources(model, indices)
-    pairs, biases, has_biases = [], [], False
+    heads = TensorParallelHeads.find(model, layers)
+    pairs: list[Prefix] = []
+    biases, has_biases = [], False
     for index, layer in zip(indices, layers, strict=True):
         place = sources.get(index, index)
         if place >= len(entries):
             raise ValueError(
                 f"`past_key_values` must have an entry for each of {len(layers)} layers, but has {len(entries)}."
             )
-        key, value, bias = _check_entry(entries[place], layer, place, config.num_virtual_tokens)
+        entry = entries[place] if heads is None else heads.gather_entry(entries[place], len(pairs))
+        key, value, bias = _check_entry(entry, layer, place, config.num_virtual_tokens)
         missing = config.num_virtual_tokens - key.shape[1]
         if missing and not config.key_bias:
             raise ValueError(
@@ -244,7 +253,7 @@ def _check_entry(
     key, value, bias = entry
     if not isinstance(key, Tensor) or not isinstance(value, Tensor):
         raise ValueError(f"`past_key_values` must be a filled cache, but has nothing for layer {place}.")
-    shape = layer.shape
+    shape = layer.whole_shape
     length = key.shape[-2]
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "keys": (key, (length, shape.key_size)),

@@ -41,11 +41,13 @@ from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
 from .attention import Prefix
 from .discovery import Layer, find_layers, find_method_layers
+from .fully_sharded import gathering_around, is_fully_sharded
 from .hooks import Forward, Interception, count_past, name_arguments
 from .initial import find_shared_sources
 from .mlx_format import FORMATS, write_prompt_cache
 from .prefix import PrefixHooks
 from .prompt import OffsetHooks, PromptHooks
+from .sharding import TensorParallelHeads
 from .shared_prompt import SharedPromptHooks
 from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
 from .tuners import find_base_model, has_tuner_layers, read_tuner_state
@@ -155,7 +157,10 @@ def export_cache(
         raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
-        prefixes = dict(zip(map(_get_index, modules), method.baked().prefixes(), strict=True))
+        baked = method.baked().prefixes()
+        if adapter.hooks.heads is not None:
+            baked = adapter.hooks.heads.take_prefixes(baked)
+        prefixes = dict(zip(map(_get_index, modules), baked, strict=True))
         sources = find_shared_sources(base, prefixes)
         pairs: list[Prefix] = []
         for index, pair in prefixes.items():
@@ -193,9 +198,13 @@ def _get_index(module: nn.Module) -> Any:
 
 
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
-    baked = method.baked()
+    with gathering_around(model, [method]):
+        baked = method.baked()
     adapter.hooks.remove()
-    _exchange(model, adapter, baked, [PrefixHooks(model, baked, find_method_layers(model, baked.config))])
+    hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
+    if hooks.heads is not None:
+        hooks.heads.distribute(baked)
+    _exchange(model, adapter, baked, [hooks])
 
 
 def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
@@ -222,12 +231,15 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
     """Turn a prompt into a prefix that stands before all tokens."""
     tuners = read_tuner_state(hooks.backbone)
-    with load_offloaded(model, hooks.backbone):
+    with load_offloaded(model, hooks.backbone), gathering_around(model, [method]):
         prefixes = hooks.run_prompt()
     table = rewrite_table(hooks) if isinstance(method, ADePT) else None
     hooks.remove()
     layers = find_layers(model)
-    prefix = _make_plain_prefix(method, [prefixes[index] for index in range(len(layers))], layers)
+    pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
+    if heads is not None:
+        pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
+    prefix = _make_plain_prefix(method, pairs, layers)
     parts: list[Hooks] = []
     if table is not None:
         parts.append(NewTable(hooks, table))
@@ -247,6 +259,9 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
     """Merge ADePT's network alone, which leaves prompt tuning."""
     prompt = make_plain_prompt(method)
     prompt.config.shared_prompt = False
+    if is_fully_sharded(model):  # the gathered parameter is freed again
+        with gathering_around(model, [method]):
+            prompt.prompt = nn.Parameter(method.prompt.detach().clone())
     table = NewTable(hooks, rewrite_table(hooks))
     hooks.remove()
     hooks.method = prompt
@@ -272,7 +287,7 @@ def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Seq
     config = PrefixTuningConfig(
         method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save, prefix_position="shift"
     )
-    prefix = PrefixTuning(config, [layer.shape for layer in layers])
+    prefix = PrefixTuning(config, [layer.whole_shape for layer in layers])
     prefix.set_prefixes(prefixes)
     return prefix
 
@@ -295,9 +310,10 @@ def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
             "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table in "
             "the place of the merged one: offload it without that option, or do not merge"
         )
-    table = torch.empty_like(hooks.table, requires_grad=False, device=find_device(hooks.model))
+    former_table = hooks.table
+    table = torch.empty(former_table.shape, dtype=former_table.dtype, device=find_device(hooks.model))
     for ids in torch.arange(table.shape[0], device=table.device).split(_ROWS):
-        with load_offloaded(hooks.model, former):
+        with load_offloaded(hooks.model, former), gathering_around(hooks.model, [former, hooks.method]):
             table[ids[0] : ids[-1] + 1] = hooks.embed_ids(ids[None])[0]
     rows, width = table.shape
     padding = getattr(former, "padding_idx", None)

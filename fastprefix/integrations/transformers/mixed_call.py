@@ -146,6 +146,7 @@ class MixedCall:
     def __init__(self, layers: Mapping[nn.Module, Layer], rows: MixedRows) -> None:
         self.rows = rows
         self.gates = CallGates()
+        self.heads = None  # of a tensor-parallel model, which has no mixed batches
         self.method = MixedGates([layer.shape for layer in layers.values()], rows, list(layers))
         self.stores: list[LayerStore | None] = [None] * len(layers)
         self.store: SpanStore | None = None  # that they are in

@@ -28,6 +28,7 @@ from .attention import (
     runs_again,
 )
 from .discovery import Layer, find_backbone, find_first_tensor
+from .fully_sharded import run_gathered
 from .gates import CallGates
 from .hooks import (
     Cut,
@@ -49,6 +50,7 @@ from .hooks import (
     refuse_replicas,
 )
 from .positions import Positions, PositionShift, refuse_packed
+from .sharding import TensorParallelHeads
 from .switching import Implementation, runs_on_text
 
 
@@ -203,9 +205,13 @@ class LayerBinding(Binding):
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
-        method = self.attachment.method
-        output_gate = method.output_gate(self.index)
-        return self._prefix_gate(query, mask), None if output_gate is None else output_gate.to(query)
+        prefix_gate, output_gate = self._prefix_gate(query, mask), self.attachment.method.output_gate(self.index)
+        heads = self.attachment.heads
+        if heads is not None:
+            prefix_gate = None if prefix_gate is None else heads.take_gate(prefix_gate, self.index)
+            if output_gate is not None:
+                output_gate = heads.take_heads(output_gate, heads.splits[self.index].queries)
+        return prefix_gate, None if output_gate is None else output_gate.to(query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
@@ -214,7 +220,9 @@ class LayerBinding(Binding):
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
         """Return the biases of the prefix keys in the dtype of the query."""
-        bias = self.attachment.method.key_bias(self.index)
+        bias, heads = self.attachment.method.key_bias(self.index), self.attachment.heads
+        if bias is not None and heads is not None:
+            bias = heads.take_heads(bias, heads.splits[self.index].keys)
         return None if bias is None else bias.to(query)
 
     def count_frozen(self) -> int:
@@ -279,6 +287,7 @@ class PrefixHooks:
         self.encoder: Any = model.get_encoder() if halves else None  # which generation calls by itself
         self.running = False
         self.embedding = model.get_input_embeddings() if text else None
+        self.heads = TensorParallelHeads.find(model, layers)
         self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
         self.entries = {layer.module: layer.entry for layer in layers}
         self.handles: list[RemovableHandle | Interception] = []
@@ -314,6 +323,9 @@ class PrefixHooks:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with its prefixes."""
         refuse_names(kwargs, self.backbone)
+        return run_gathered(self.method, lambda: self._run(forward, args, kwargs))
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.begin(name_arguments(self.names, args, kwargs))
         try:
             output = forward(**arguments)
@@ -359,11 +371,16 @@ class PrefixHooks:
         """Return the prefixes of all layers. A call that goes on without gradients has those of the one before."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(self.method.parameters()):
             self.kept = None
-            return self.method.prefixes()
+            return self.compute_prefixes()
         state = read_state(self.method)
         if self.gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
-            self.kept = KeptPrefixes(state, self.method.prefixes(), {})
+            self.kept = KeptPrefixes(state, self.compute_prefixes(), {})
         return self.kept.prefixes
+
+    def compute_prefixes(self) -> list[Prefix]:
+        """Return the prefixes of all layers, of a tensor-parallel model those of this rank's heads."""
+        prefixes = self.method.prefixes()
+        return prefixes if self.heads is None else self.heads.take_prefixes(prefixes)
 
     def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
         """Return the prefix of a layer on the query's device and in its dtype, cast once while prefixes are kept."""
@@ -389,9 +406,14 @@ class PrefixHooks:
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an encoder. Called by itself, it gets newly computed prefixes, not those of a former call."""
-        if not self.running:
-            self.prefixes = self.method.prefixes()
-        return forward(*args, **kwargs)
+        if self.running:
+            return forward(*args, **kwargs)
+
+        def run() -> Any:
+            self.prefixes = self.compute_prefixes()
+            return forward(*args, **kwargs)
+
+        return run_gathered(self.method, run)
 
     def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
         """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""
@@ -435,7 +457,7 @@ class PrefixHooks:
         """Return the prefix of a layer. A layer that is called outside its model computes its own."""
         if (leaves := self.cut.get_prefix(index)) is not None:
             return leaves
-        prefixes = self.method.prefixes() if self.prefixes is None else self.prefixes
+        prefixes = self.compute_prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
 
     def remove(self) -> None:

@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 from ...methods import PromptMethod
 from .attention import make_two_adapters_error
 from .discovery import find_entry, find_input_path, list_ordinary_ids
+from .fully_sharded import run_gathered
 from .hooks import (
     Forward,
     Interception,
@@ -134,7 +135,8 @@ class PromptHooks:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
-        return self.run_in_every_row(forward, name_arguments(self.names, args, kwargs))
+        arguments = name_arguments(self.names, args, kwargs)
+        return run_gathered(self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
@@ -567,7 +569,7 @@ class OffsetHooks(PromptHooks):
         """Run the backbone on embeddings with the offset."""
         arguments = name_arguments(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone)
-        return self.run_with_offset(forward, arguments, count_past(arguments))
+        return run_gathered(self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments)))
 
 
 _MASK = "encoder_attention_mask"

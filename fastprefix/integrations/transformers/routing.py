@@ -14,12 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...methods import LlamaAdapter, PrefixMethod, PromptMethod, VisualMethod
-from .adapter import Adapter, Attachment, refuse_sharded
+from .adapter import Adapter, Attachment
 from .discovery import Layer, find_layers
 from .hooks import Forward, Interception, count_past, find_cache, name_arguments, read_parameter_names, read_state
 from .mixed_call import BASE, MixedRows, Part, compute_prefixes
 from .mixing import MixtureHooks, check_names, check_rows, get_held_names
 from .prefix import PrefixHooks
+from .sharding import refuse_sharded
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix, SpanStore
 from .switching import evaluating, find_device
@@ -235,7 +236,7 @@ class Routing:
         Raises:
             ValueError: a name that no adapter has, or adapters that cannot be in one batch.
         """
-        refuse_sharded(self.model)
+        refuse_sharded(self.model, "give its rows adapters by name")
         parts = [self._find_part(name) for name in dict.fromkeys(names) if name != BASE]
         check_together(parts)
         return parts

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,8 @@ from ..._version import __version__
 from ...methods import MethodConfig, PrefixTuningConfig
 from ...methods.base import check_choice
 from . import peft_format
-from .adapter import MODULE, Adapter, find_trainable_modules, gather_full_tensor
+from .adapter import MODULE, Adapter, find_trainable_modules
+from .agreement import agree, do_together, leads
 from .attachment import (
     DEFAULT,
     Model,
@@ -45,6 +46,7 @@ from .cartridge_format import NAMES as CARTRIDGES
 from .cartridge_format import find_cartridge, read_cartridge
 from .hub import locate
 from .initial import PrefixState
+from .sharding import gather_full_tensor, write_whole
 from .switching import OPTIONS, Inputs
 from .tuners import find_base_model
 
@@ -108,6 +110,7 @@ _HEADER = "fastprefix"
 _ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
 """What a header says beside the options."""
 _SAVE_ID = "save_id"
+_SAMPLES = 1024  # numbers of a tensor that ranks compare
 _INFORMATIVE = ("base_model_name_or_path",)
 """What may be changed by hand, since nothing is made of it."""
 
@@ -119,7 +122,11 @@ def save_adapter(
     name: str | None = None,
     format: Literal["fastprefix", "peft"] = "fastprefix",
 ) -> None:
-    """Write an adapter of a model into a directory, which is made if need be. Of a sharded model, in all its processes.
+    """Write an adapter of a model into a directory, which is made if need be.
+
+    Of a sharded model, all ranks call this, and the first of them writes. The files do not depend on the number of
+    ranks. Where a rank is missing or dies, the others raise an error within 30 seconds, and a file that was there stays
+    as it was.
 
     Args:
         model: a model with a method attached.
@@ -131,6 +138,7 @@ def save_adapter(
     Raises:
         ValueError: the model has no method attached, or none of that name, one that was merged into the model's own
             weights, or one that the format has no place for.
+        RuntimeError: another rank of a sharded model failed or did not come.
     """
     check_choice("format", format, ("fastprefix", "peft"))
     attachment, base = get_attachment(model), find_base_model(model)
@@ -140,8 +148,29 @@ def save_adapter(
             description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
             metadata = {"format": "pt"}
         else:
-            description, tensors, metadata = _pack(base)
-        _write(Path(directory), description, tensors, metadata)
+            description, tensors = _describe(base), {**_collect_parameters(base)}
+            metadata = {}
+        agree(base, "save an adapter", f"{attachment.active}, {format}, {description}")
+        whole = _gather(base, tensors)
+
+        def write() -> None:
+            if not leads(base):
+                return
+            if format == "fastprefix":
+                metadata.update(_sign(description, whole))
+            _write(Path(directory), description, whole, metadata)
+
+        do_together(base, "save an adapter", write)
+
+
+def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in full on the CPU, in the first rank of a sharded model alone."""
+    keeps, whole = leads(model), {}
+    for name, tensor in tensors.items():
+        full = gather_full_tensor(tensor.detach())
+        if keeps:
+            whole[name] = full.cpu().contiguous()
+    return whole
 
 
 def _get_savable(model: PreTrainedModel) -> Adapter:
@@ -159,19 +188,21 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
     return adapter
 
 
-def _pack(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Return the options, the parameters and the header of the adapter in use."""
-    description: dict[str, Any] = {
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of the adapter in use, and of which model it is."""
+    return {
         **_get_savable(model).config.to_dict(),
         "base_model_type": model.config.model_type,
         "base_model_class": type(model).__name__,
         "base_model_name_or_path": model.name_or_path,
         "fastprefix_version": __version__,
     }
-    parameters = _collect_parameters(model).items()
-    tensors = {key: gather_full_tensor(p.detach()).cpu().contiguous() for key, p in parameters}
+
+
+def _sign(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Add the id of a save to the options, and return the header with them."""
     description[_SAVE_ID] = _compute_save_id(description, tensors)
-    return description, tensors, {_HEADER: _format_description(description)}
+    return {_HEADER: _format_description(description)}
 
 
 CARRIED = "fastprefix"
@@ -190,7 +221,10 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
     """Write the adapter in use into a directory of PEFT's, in one file."""
     name = get_active_name(model)
     if name is not None:
-        _, tensors, metadata = _pack(model)
+        tensors = _gather(model, _collect_parameters(model))
+        if not leads(model):
+            return
+        metadata = _sign(_describe(model), tensors)
         path = _locate_carried(directory, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
@@ -260,7 +294,7 @@ def load_adapter(
     """
     base = find_base_model(model)
     folder = locate_adapter(directory, revision, token)
-    config, tensors, is_of_peft = read_adapter(base, folder, name)
+    config, tensors, is_of_peft = _read_adapter_together(base, folder, name)
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         _attach(model, config, tensors, name, example_inputs)
         return model
@@ -295,8 +329,9 @@ def read_prefix(
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged, of another model, or has more than free keys and values.
     """
-    folder = locate_adapter(directory, revision, token)
-    config, tensors, _ = read_adapter(find_base_model(model), folder, DEFAULT)
+    folder, base = locate_adapter(directory, revision, token), find_base_model(model)
+    assert isinstance(base, PreTrainedModel)
+    config, tensors, _ = _read_adapter_together(base, folder, DEFAULT)
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
@@ -318,6 +353,22 @@ def locate_adapter(
 ) -> Path:
     """Return the local path of an adapter in a directory or in a repository of the hub (see ``locate``)."""
     return locate(directory, _FILES, revision, token)
+
+
+def _read_adapter_together(
+    model: PreTrainedModel, folder: Path, name: str
+) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+    """Read an adapter, which must be the same for all ranks of a sharded model."""
+    found = do_together(model, "read an adapter", lambda: read_adapter(model, folder, name))
+    config, tensors, _ = found
+    samples = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        step = max(tensor.numel() // _SAMPLES, 1)
+        sample = tensor.flatten()[::step].contiguous()
+        samples.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        samples.update(sample.view(torch.uint8).numpy().tobytes())
+    agree(model, "load an adapter", f"{config.to_dict()}, {samples.hexdigest()}")
+    return found
 
 
 def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> tuple[MethodConfig, dict[str, Tensor], bool]:
@@ -425,7 +476,7 @@ def _format_option(options: dict[str, Any], name: str) -> str:
 
 
 def _compute_save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return an id that all processes of a sharded save agree on: a digest of what is saved."""
+    """Return the id of a save, a digest of what is saved."""
     digest = hashlib.sha256(_format_description(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -439,7 +490,6 @@ def _format_description(description: dict[str, Any]) -> str:
 
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
-    tensors = {name: gather_full_tensor(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
@@ -456,7 +506,7 @@ def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> Non
             raise ValueError(f"the adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            write_whole(parameter, tensors[name])
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

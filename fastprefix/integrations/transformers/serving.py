@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ...methods import METHODS, PrefixMethod, PrefixTuning, PrefixTuningConfig
 from ...methods.base import check_count, check_positive
-from .adapter import refuse_sharded
 from .attachment import (
     DEFAULT,
     check_name_free,
@@ -30,6 +29,7 @@ from .initial import PrefixState
 from .mixed_call import BASE, Part, compute_prefixes
 from .routing import Routing, find_reason_against, make_part
 from .saving import fill, load_adapter, locate_adapter, read_adapter
+from .sharding import refuse_sharded
 from .shared_prompt import SharedPromptHooks
 from .span_store import KeyedPrefix
 from .switching import evaluating, find_device
@@ -64,7 +64,7 @@ class AdapterStore:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}.")
         check_count("tokens", tokens)
-        refuse_sharded(model)
+        refuse_sharded(model, "have a store of adapters")
         self.model = model
         attachment = prepare(model)
         self.routing: Routing = attachment.routing

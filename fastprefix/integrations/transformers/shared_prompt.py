@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
-from .adapter import is_sharded
 from .attention import Binding, Prefix, make_window_bias
 from .discovery import Layer, find_backbone, find_layers, list_ordinary_ids
+from .fully_sharded import Gatherer, run_gathered
 from .hooks import (
     Forward,
     asks_for,
@@ -60,32 +60,35 @@ class SharedPrompt:
         self.capturing = False
         self.past = 0  # tokens in the cache of the call in progress
         self.tokens = 0  # of that call
+        self.gatherer: Gatherer | None = None
 
     def make_bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
         """Return a binding for each layer's attention module."""
-        return {layer.module: SharedBinding(self, index, layer.window) for index, layer in enumerate(layers)}
+        return {layer.module: SharedBinding(self, index, layer) for index, layer in enumerate(layers)}
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
-        """Make what attention layers are called with in this context their prefix."""
+    def capture(self, backbone: nn.Module) -> Iterator[None]:
+        """Make what attention layers of a backbone are called with in this context their prefix."""
         self.prefixes, self.capturing = {}, True
+        self.gatherer = Gatherer(backbone)
         try:
             yield
         finally:
-            self.capturing = False
+            self.capturing, self.gatherer = False, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0}
+        return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "gatherer": None}
 
 
 class SharedBinding(Binding):
     """The binding of an attention module to the prompt's keys and values in its layer."""
 
-    def __init__(self, shared: SharedPrompt, index: int, window: int | None) -> None:
+    def __init__(self, shared: SharedPrompt, index: int, layer: Layer) -> None:
         self.shared = shared
         self.index = index
-        self.window = window
+        self.module = layer.module
+        self.window = layer.window
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None while the prompt itself runs and on the textbook's path."""
@@ -93,6 +96,8 @@ class SharedBinding(Binding):
         if shared.prefixes is None:
             return None
         if shared.capturing:
+            assert shared.gatherer is not None
+            shared.gatherer.watch(self.module, (key, value))
             shared.prefixes[self.index] = (key[0], value[0])
             return None
         pk, pv = shared.prefixes[self.index]
@@ -148,6 +153,9 @@ class SharedPromptHooks(PromptHooks):
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the prompt once, then the backbone on the tokens, moved up by its length."""
+        return run_gathered(self.method, lambda: self._run(forward, args, kwargs))
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
@@ -234,8 +242,6 @@ class SharedPromptHooks(PromptHooks):
             return "dropout in the model draws anew in every row"
         if checkpoints_reentrantly(self.backbone):
             return "reentrant gradient checkpointing differentiates a prefix once a layer"
-        if torch.is_grad_enabled() and is_sharded(self.backbone):
-            return "FSDP gathers a layer for the backward of its output, not for that of its keys and values"
         if asks_for(arguments, self.backbone, "output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
         if asks_for(arguments, self.backbone, "output_attentions"):
@@ -323,7 +329,10 @@ class SharedPromptHooks(PromptHooks):
             prompt, positions = add_reached_token(prompt, positions, call.reach)
         sizes = {} if call is None else call.types
         types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
-        with self.shared.capture(), suspend_checkpointing(self.backbone):  # one row is not worth running twice
+        with (
+            self.shared.capture(self.backbone),
+            suspend_checkpointing(self.backbone),
+        ):  # one row is not worth running twice
             self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
         pairs = self.shared.prefixes.items()
@@ -409,7 +418,7 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         alone = run(tokens, attention_mask=mask)
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
-        with shared.capture():
+        with shared.capture(backbone):
             run(prompt[:1], position_ids=positions)
         inputs = {"input_ids": tokens, "attention_mask": mask}
         actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))

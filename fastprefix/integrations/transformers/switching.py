@@ -22,9 +22,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
+from .fully_sharded import recover, reshard
 from .hooks import read_parameter_names
 
 _LOCK = threading.Lock()
@@ -69,11 +71,16 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     Containers get their contents back in place, since handles of hooks refer to them. ``transformers`` installs its
     output-capturing hooks in the first call, for one, and notes that in an attribute: both have to go, or both to stay.
     """
+    reshard(model)
     before = [(module, dict(vars(module)), list(_copy_contents(vars(module)))) for module in model.modules()]
     try:
         with evaluating(model):
             yield
+    except BaseException:
+        recover(model)
+        raise
     finally:
+        reshard(model)
         for module, attributes, contents in before:
             _refill(vars(module), attributes)
             for container, content in contents:
@@ -190,7 +197,12 @@ def is_plain_text(model: PreTrainedModel) -> bool:
 
 
 def find_runnable(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that runs on its input, without a head where that can be left out."""
+    """Return the part of a model that runs on its input, without a head where that can be left out.
+
+    A model of FSDP2 runs as a whole, since its root gathers what is not in its layers.
+    """
+    if isinstance(model, FSDPModule):
+        return model
     base: nn.Module = model.base_model
     return base if str(model.main_input_name) in inspect.signature(base.forward).parameters else model
 

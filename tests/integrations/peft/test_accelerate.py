@@ -531,13 +531,6 @@ def test_layers_without_a_place_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
     assert prompt.fastprefix.prompt_path.startswith("textbook: `peft_model`")
 
 
-def test_tensor_parallel_models_are_refused() -> None:
-    model = family("decoder", "prefix")
-    model.base_model._tp_size = 2
-    with pytest.raises(ValueError, match="tensor parallel"):
-        fastprefix.accelerate(model)
-
-
 def test_what_would_differ_in_a_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = family("decoder", "prefix"), models.batch()
     expected = model(**inputs).logits

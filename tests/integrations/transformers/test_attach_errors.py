@@ -34,7 +34,7 @@ def tensor_parallel() -> Any:
 @pytest.mark.parametrize(
     ("make", "config", "error", "says"),
     [
-        (tensor_parallel, PREFIX, ValueError, "no tensor-parallel plan, but LlamaForCausalLM has tp_size=2"),
+        (tensor_parallel, PREFIX, ValueError, "device mesh with a dimension 'tp' for tp_size=2"),
         (lambda: nn.Linear(2, 2), PREFIX, TypeError, "`model` must be a transformers model"),
         (lambda: torch.compile(models.decoder()), PREFIX, TypeError, "OptimizedModule: attach first, then compile"),
         (lambda: models.decoder().to("meta"), PREFIX, ValueError, "weights loaded"),

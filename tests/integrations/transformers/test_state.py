@@ -533,6 +533,27 @@ def test_prompts_of_offloaded_models_are_trained(given: str, method: str, kind: 
     assert same(logits(model, **inputs), bare)
 
 
+@pytest.mark.parametrize("kind", OFFLOADED)
+@pytest.mark.parametrize("method", METHODS)
+def test_offloaded_models_generate(method: str, kind: str, folder: str) -> None:
+    ids = models.batch()["input_ids"]
+    plain, model = (attached(each, method).eval() for each in (models.decoder(), offloaded(kind, folder)))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        expected = plain.generate(ids, num_beams=beams, **options)
+        assert same(model.generate(ids, num_beams=beams, **options), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_on_two_devices(method: str) -> None:
+    """The second one has no values, which tells everything but them."""
+    model = attached(models.decoder(), method)
+    for module in (model.model.layers[1], model.model.norm, model.lm_head):
+        accelerate.hooks.add_hook_to_module(module.to("meta"), accelerate.hooks.AlignDevicesHook("meta"))
+    for cache in (False, True):
+        assert model(**models.batch(), use_cache=cache).logits.device.type == "meta"
+
+
 class Tokenizer:
     """A tokenizer that makes three ids of whatever text."""
 
@@ -696,6 +717,8 @@ def test_sharded_models_keep_their_adapter(method: str) -> None:
         each(**inputs, labels=inputs["input_ids"]).loss.backward()
     for p, expected in zip(model.fastprefix.parameters(), plain.fastprefix.parameters(), strict=True):
         assert same(p.grad.full_tensor(), expected.grad)
-    with pytest.raises(ValueError, match="detach before fully_shard"):
-        fastprefix.detach(model)
     assert same(logits(model), logits(plain))
+    with fastprefix.disable_adapter(model):
+        assert same(logits(model), logits(models.decoder()))
+    assert same(logits(model), logits(plain))
+    assert same(logits(fastprefix.detach(model)), logits(models.decoder()))

@@ -1,0 +1,155 @@
+"""Run adapters on models of FSDP2, attached before or after ``fully_shard``.
+
+Attached before, an adapter is sharded with the model's root. Attached after, it becomes an FSDP module of its own.
+Nothing calls its ``forward``, so it is gathered around the forward pass of the model instead, as a root is: its
+gradients are reduced at the end of the backward pass.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+_RUN = "run_gathered"
+"""The method of a sharded adapter that runs a function while the adapter is gathered."""
+_TP = "tp"
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Return whether a model, or a part of it, is sharded by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered of a model, so that its modules have their shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def recover(model: nn.Module) -> None:
+    """Let FSDP2 forget a forward pass that ended with an error, where PyTorch (from 2.13 on) can do that."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+
+
+def open_root(model: nn.Module) -> None:
+    """Gather what the root of a model has itself, so that a part of the model can be called; ``reshard`` undoes it."""
+    if not isinstance(model, FSDPModule):
+        return
+    _register(model)
+    getattr(model, _RUN)(lambda: None)  # the first module that runs is FSDP2's root, and must not be a part
+    model.unshard()
+
+
+def shard_like(model: nn.Module, method: nn.Module) -> None:
+    """Shard an adapter that was attached to a model of FSDP2 over the same ranks."""
+    if not isinstance(model, FSDPModule) or isinstance(method, FSDPModule) or not list(method.parameters()):
+        return
+    if any(map(_is_sharded, method.parameters())):
+        return
+    mesh = find_mesh(model)
+    size = mesh.size(mesh.ndim - 1)
+
+    def choose_dimension(parameter: nn.Parameter) -> Shard | None:
+        """Cut tokens rather than heads, of which there may be fewer than ranks."""
+        even = parameter.ndim > 1 and parameter.shape[1] % size == 0
+        return Shard(1) if even else None
+
+    fully_shard(
+        method,
+        mesh=mesh,
+        reshard_after_forward=False,
+        shard_placement_fn=choose_dimension,
+        offload_policy=_find_offload_policy(model),
+    )
+
+
+def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
+    """Return where FSDP2 keeps the shards of a model."""
+    states: list[Any] = [each._get_fsdp_state() for each in model.modules() if isinstance(each, FSDPModule)]
+    policies = (group.offload_policy for state in states for group in state._fsdp_param_groups)
+    return next(policies, OffloadPolicy())
+
+
+@contextmanager
+def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves."""
+    gathered = {each: None for module in modules for each in _find_around(model, module)}
+    if gathered:
+        open_root(model)
+    for each in gathered:
+        each.unshard()
+    try:
+        yield
+    finally:
+        for each in gathered:
+            each.reshard()
+
+
+def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
+    """Return the modules of FSDP2 that have parameters of a module or are inside it."""
+    inside = set(module.modules())
+    return [each for each in model.modules() if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Return whether a parameter is sharded already, and not only by tensor parallelism."""
+    return isinstance(parameter, DTensor) and (parameter.device_mesh.mesh_dim_names or ()) != (_TP,)
+
+
+def find_mesh(model: nn.Module) -> DeviceMesh:
+    """Return the mesh over which FSDP2 shards a model, without a dimension of tensor parallelism."""
+    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    plain = next((mesh for mesh in meshes if _TP not in (mesh.mesh_dim_names or ())), None)
+    if plain is not None:
+        return plain
+    names = meshes[0].mesh_dim_names or ()
+    return meshes[0][tuple(name for name in names if name != _TP)]
+
+
+def run_gathered(method: nn.Module, call: Callable[[], Any]) -> Any:
+    """Run a function while a sharded adapter is gathered, and have its gradients reduced."""
+    if not isinstance(method, FSDPModule):
+        return call()
+    _register(method)
+    return getattr(method, _RUN)(call)
+
+
+def _register(module: Any) -> None:
+    if _RUN not in vars(module):
+        vars(module)[_RUN] = types.MethodType(_run, module)
+        register_fsdp_forward_method(module, _RUN)
+
+
+def _run(module: nn.Module, call: Callable[[], Any]) -> Any:
+    return call()
+
+
+class Gatherer:
+    """Have FSDP2 gather the modules around an attention for the backward of its keys and values.
+
+    FSDP2 gathers a module for the backward of what it returns. The keys and values of a prompt leave a layer on another
+    way.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone if torch.is_grad_enabled() and is_fully_sharded(backbone) else None
+
+    def watch(self, attention: nn.Module, tensors: Iterable[Tensor]) -> None:
+        """Have the modules around and inside an attention gathered before the backward of tensors made in it."""
+        if self.backbone is None:
+            return
+        for module in _find_around(self.backbone, attention):
+            state: Any = module._get_fsdp_state()
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    tensor.register_hook(state._pre_backward)

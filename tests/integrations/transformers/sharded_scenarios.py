@@ -1,0 +1,218 @@
+"""What else is done with adapters on models that are spread over processes; run by ``sharded_cells``.
+
+Each scenario is a function that all processes run. It returns tensors that must be the same as those that the same
+function returns for a model in one process.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+
+import fastprefix
+
+from ... import models
+
+Found = dict[str, Tensor]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def list_parameters(model: Any) -> Found:
+    """The parameters of the adapter in use, in full."""
+    return {name: gather(p.detach()) for name, p in model.fastprefix.named_parameters()}
+
+
+@torch.no_grad()
+def list_logits(model: Any) -> Tensor:
+    """The logits of a few tokens."""
+    result: Tensor = model.eval()(**models.batch("left")).logits
+    return result
+
+
+class Tokenizer:
+    """Letters as tokens."""
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 90 for letter in text]}
+
+
+def start(model: Any, folder: Path) -> Found:
+    """Adapters start from the same values, whatever the random state of each process is."""
+    found: Found = {}
+    configs = {
+        "normal": fastprefix.PrefixTuningConfig(4),
+        "mlp": fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8),
+        "text": fastprefix.PrefixTuningConfig(4, init="text", init_text="a text", prefix_position="shift"),
+        "vocab": fastprefix.PromptTuningConfig(4, init="vocab"),
+        "random": fastprefix.ADePTConfig(4, bottleneck_dim=3),
+        "words": fastprefix.PromptTuningConfig(4, init="text", init_text="words"),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(5 + distributed.get_rank())
+        fastprefix.attach(model, config, tokenizer=Tokenizer(), name=name)
+        found |= {f"{name} {key}": value for key, value in list_parameters(model).items()}
+        found[f"{name} logits"] = list_logits(model)
+    return found
+
+
+def cache(model: Any, folder: Path) -> Found:
+    """A prefix starts from a key/value cache of all heads, and is exported as one of this rank's."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = [tuple(torch.randn(1, 4, 3, 4, generator=generator).double() for _ in "kv") for _ in range(2)]
+    config = fastprefix.PrefixTuningConfig(3, init="cache", prefix_position="shift")
+    fastprefix.attach(model, config, past_key_values=pairs)
+    found = list_parameters(model) | {"logits": list_logits(model)}
+    exported = fastprefix.export_cache(model, batch_size=3)
+    fastprefix.detach(model)
+    batch = models.batch()
+    mask = torch.ones(3, 3 + 7, dtype=torch.long)
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], attention_mask=mask, past_key_values=exported)
+    return found | {"through the cache": output.logits}
+
+
+def merge(model: Any, folder: Path) -> Found:
+    """Merged adapters give what they gave before, and detaching restores the model."""
+    found = {"bare": list_logits(model)}
+    for name, config in {
+        "mlp": fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8),
+        "apt": fastprefix.APTConfig(4, token_gate=False),
+        "residual": fastprefix.ResidualPrefixConfig(4, bottleneck_dim=8, hidden_dim=8),
+        "prompt": fastprefix.PromptTuningConfig(4),
+        "dept": fastprefix.DePTConfig(4, rank=3, max_length=32),
+        "adept": fastprefix.ADePTConfig(4, bottleneck_dim=3),
+        "adept in every row": fastprefix.ADePTConfig(4, bottleneck_dim=3, shared_prompt=False),
+    }.items():
+        torch.manual_seed(1)
+        fastprefix.attach(model, config)
+        found[name] = list_logits(model)
+        fastprefix.merge(model)
+        found[f"{name} merged"] = list_logits(model)
+        ids = models.batch()["input_ids"]
+        found[f"{name} generated"] = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        if name in ("mlp", "prompt"):
+            fastprefix.save_adapter(model, folder / f"merged-{name}")
+            fastprefix.detach(model)
+            fastprefix.load_adapter(model, folder / f"merged-{name}")
+            found[f"{name} saved merged"] = list_logits(model)
+        fastprefix.detach(model)
+        found[f"{name} detached"] = list_logits(model)
+    return found
+
+
+def switch(model: Any, folder: Path) -> Found:
+    """Several adapters are on a model by turns."""
+    torch.manual_seed(2)
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(4), name="a")
+    fastprefix.attach(model, fastprefix.APTConfig(3), name="b")
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(3), name="c")
+    found: Found = {}
+    for name in ("a", "b", "c", "a"):
+        fastprefix.set_adapter(model, name)
+        found[name] = list_logits(model)
+        with fastprefix.disable_adapter(model):
+            found[f"without {name}"] = list_logits(model)
+    model.train()
+    loss = model(**models.batch()).logits.square().sum()
+    loss.backward()
+    found |= {f"gradient {name}": gather(p.grad) for name, p in model.fastprefix.named_parameters()}
+    fastprefix.save_adapter(model, folder / "b", name="b")
+    fastprefix.detach(model, "b")
+    fastprefix.load_adapter(model, folder / "b", name="d")
+    found["d"] = list_logits(model)
+    fastprefix.detach(model)
+    found["none"] = list_logits(model)
+    return found
+
+
+def compose(model: Any, folder: Path) -> Found:
+    """Prefixes stand one behind the other, and take the place of others."""
+    torch.manual_seed(2)
+    fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name="a")
+    fastprefix.save_adapter(model, folder / "part")
+    fastprefix.attach(model, fastprefix.CartridgeConfig(3, init="normal", init_text=None), name="b")
+    fastprefix.compose(model, ["a", "b"], name="ab")
+    found = {"composed": list_logits(model)}
+    model.train()(**models.batch()).logits.square().sum().backward()
+    found |= {f"gradient {n}": gather(p.grad) for n, p in model.fastprefix.named_parameters() if p.requires_grad}
+    fastprefix.set_adapter(model, "a")
+    with torch.no_grad():
+        for parameter in model.fastprefix.parameters():
+            parameter.mul_(2.0)
+    found["changed"] = list_logits(model)
+    fastprefix.swap_prefix(model, folder / "part")
+    found["swapped"] = list_logits(model)
+    return found
+
+
+def checkpoint(model: Any, folder: Path) -> Found:
+    """Gradient checkpointing of both kinds."""
+    found: Found = {}
+    for name, config in {
+        "mlp": fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8),
+        "apt": fastprefix.APTConfig(4),
+        "prompt": fastprefix.PromptTuningConfig(4),
+    }.items():
+        torch.manual_seed(1)
+        fastprefix.attach(model, config)
+        for reentrant in (False, True):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.train()(**models.batch()).logits.square().sum().backward()
+            for key, parameter in model.fastprefix.named_parameters():
+                found[f"{name} {reentrant} {key}"] = gather(parameter.grad)
+            model.zero_grad()
+        model.gradient_checkpointing_disable()
+        fastprefix.detach(model)
+    return found
+
+
+def whole(model: Any, folder: Path) -> Found:
+    """The adapter is read out of a checkpoint of the whole model."""
+    torch.manual_seed(1)
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(4))
+    found = {"before": list_logits(model)}
+    model.save_pretrained(folder / "whole")
+    fastprefix.detach(model)
+    fastprefix.load_adapter(model, folder / "whole")
+    return found | {"after": list_logits(model)}
+
+
+def accelerate(model: Any, folder: Path) -> Found:
+    """PEFT's adapters run on these kernels, which PEFT cannot do itself with a prefix on such a model."""
+    found: Found = {}
+    for name, config in {
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "network": peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+        ),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "adaption": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+    }.items():
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, config).double()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        fastprefix.accelerate(wrapped)
+        logits = wrapped(**models.batch("left")).logits
+        found[f"{name} logits"] = logits.detach()
+        logits[..., :50].sum().backward()
+        trained = ((n, p) for n, p in wrapped.named_parameters() if p.requires_grad)
+        found |= {f"{name} {key}": gather(parameter.grad) for key, parameter in trained}
+        fastprefix.decelerate(wrapped)
+        model = wrapped.get_base_model()  # the adaption prompt is the last one, which stays on it
+    return found
+
+
+SCENARIOS: dict[str, Callable[[Any, Path], Found]] = {
+    function.__name__: function for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate)
+}

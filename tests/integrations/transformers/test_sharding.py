@@ -1,0 +1,73 @@
+"""Adapters on models that are spread over processes give what one process gives: ``sharded_cells`` says how."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CELLS = {
+    2: [
+        "ddp:prompt",
+        *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "apt-cls", "llama-adapter", "prompt", "adept")],
+        *[
+            f"tp:{name}"
+            for name in ("start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate")
+        ],
+        *[f"fsdp2-attach-before:{method}" for method in ("prompt", "cartridge")],
+        *[f"fsdp2-attach-after:{method}" for method in ("apt", "llama-adapter", "prompt")],
+        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "switch", "checkpoint")],
+        *[f"fsdp2-loaded:{name}" for name in ("prompt", "whole")],
+    ],
+    4: ["tp:prefix", *[f"fsdp2-tp:{method}" for method in ("apt", "prompt", "cartridge")]],
+}
+"""The cells that run together, by the number of processes."""
+BOUND = 1e-10
+
+
+def launch(module: str, processes: int, *arguments: str) -> None:
+    """Run a module of tests in so many processes."""
+    options = ["--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", f"{__package__}.{module}", *arguments]
+    run = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("processes", CELLS)
+def test_processes_give_what_one_gives(processes: int, tmp_path: Path) -> None:
+    """Losses, gradients, steps of the optimizer, files, generated tokens and their logits, in one run for all cells."""
+    file = tmp_path / "results.json"
+    launch("sharded_cells", processes, str(file), *CELLS[processes])
+    results = json.loads(file.read_text())
+    wrong = {cell: results.get(cell, "did not run") for cell in CELLS[processes]}
+    wrong = {cell: error for cell, error in wrong.items() if not isinstance(error, float) or error >= BOUND}
+    assert not wrong
+
+
+def test_failures_are_errors_on_all_ranks(tmp_path: Path) -> None:
+    """Where ranks differ, are missing or fail, each of the others says so in time, and files stay as they were."""
+    launch("sharded_failures", 2, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"errors-{rank}.json").read_text()) for rank in (0, 1))
+    said = {
+        "attach_different_lengths": ("ValueError: what ranks attach an adapter with must be the same",) * 2,
+        "attach_on_one_rank": ("RuntimeError: rank 1 of the model did not come to attach an adapter", "nothing"),
+        "attach_what_one_rank_cannot": (
+            "RuntimeError: to attach an adapter failed on rank 1",
+            "ValueError: `modules_to_s",
+        ),
+        "load_from_different_folders": ("ValueError: what ranks load an adapter with must be the same",) * 2,
+        "load_what_one_rank_has_not": ("RuntimeError: to read an adapter failed on rank 1", "FileNotFoundError"),
+        "save_on_one_rank": ("nothing", "RuntimeError: rank 0 of the model did not come to save an adapter"),
+        "save_where_nothing_can_be_written": ("FileExistsError", "RuntimeError: to save an adapter failed on rank 0"),
+        "save_while_the_first_rank_dies": (
+            "KeyboardInterrupt",
+            "RuntimeError: rank 0 of the model did not come to save",
+        ),
+    }
+    assert first.keys() == said.keys()
+    for name, (of_first, of_second) in said.items():
+        assert first[name].startswith(of_first)
+        assert second[name].startswith(of_second)
+        assert " and changed the files" not in first[name] + second[name]
+        assert " seconds" not in first[name].rpartition(" after ")[2]
