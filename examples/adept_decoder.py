@@ -11,34 +11,13 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from toy import SENTENCES, TINY, word_tokenizer
+from toy import SENTENCES, load_decoder
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BatchEncoding,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 import fastprefix
-
-
-def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
-    if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return AutoModelForCausalLM.from_pretrained(name), tokenizer
-    tokenizer = word_tokenizer()
-    config = LlamaConfig(
-        **TINY,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config), tokenizer
 
 
 def train(
@@ -80,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_decoder(options.model)
     lines = [text for text, _ in SENTENCES]
     if options.text is not None:
         lines = Path(options.text).read_text(encoding="utf-8").splitlines()

@@ -12,27 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from toy import SENTENCES, TINY, word_tokenizer
+from toy import SENTENCES, load_decoder
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 import fastprefix
 
 TOP = 20  # the teacher's most likely tokens, which are compared
-
-
-def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
-    if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    tokenizer = word_tokenizer()
-    return LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=len(tokenizer))), tokenizer
 
 
 def sample_passages(document: Tensor, length: int, count: int) -> dict[str, Tensor]:
@@ -72,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_decoder(options.model)
     text = " ".join(sentence for sentence, _ in SENTENCES)
     if options.text is not None:
         text = options.text.read_text(encoding="utf-8")

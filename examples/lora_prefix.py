@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from adept_decoder import load, train
+from adept_decoder import train
 from peft import LoraConfig, PeftModel, get_peft_model
-from toy import SENTENCES
+from toy import SENTENCES, load_decoder
 
 import fastprefix
 
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_decoder(options.model)
     lines = [text for text, _ in SENTENCES]
     if options.text is not None:
         lines = Path(options.text).read_text(encoding="utf-8").splitlines()

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from toy import SENTENCES, TINY, word_tokenizer
+from toy import SENTENCES, load_decoder
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,14 +29,6 @@ class Request(NamedTuple):
 
     adapter: str
     text: str
-
-
-def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
-    if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    tokenizer = word_tokenizer()
-    return LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=len(tokenizer))), tokenizer
 
 
 def make_adapters(model: PreTrainedModel, folder: Path) -> list[Path]:
@@ -70,7 +58,12 @@ def answer(
     """Return what the model writes after each text with the adapter of its request."""
     texts, names = [each.text for each in requests], [each.adapter for each in requests]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    options = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     written = model.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapter_names=names, **options
     )
@@ -89,9 +82,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_decoder(options.model)
     model.eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     folders = options.adapters or make_adapters(model, options.out)
 
     store = fastprefix.AdapterStore(model, tokens=options.room)

@@ -1,7 +1,15 @@
 """What the examples run on by default: a few made-up sentences, a tokenizer of their words, a tiny model."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 SENTENCES = [
     (f"the {noun} {verb} {adjective}", label)
@@ -34,3 +42,19 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="[EOS]",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def load_decoder(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return AutoModelForCausalLM.from_pretrained(name), tokenizer
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        **TINY,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer
