@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .integrations.peft import accelerate, decelerate
     from .integrations.transformers import (
         PrefixState,
+        ReferenceModel,
         attach,
         compose,
         count_parameters,
@@ -51,6 +52,7 @@ __all__ = [
     "PrefixState",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "ReferenceModel",
     "ResidualPrefixConfig",
     "__version__",
     "accelerate",

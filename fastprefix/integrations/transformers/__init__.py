@@ -6,11 +6,13 @@ from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
 from .publishing import push_to_hub
+from .reference_model import ReferenceModel
 from .saving import load_adapter, read_prefix, save_adapter
 
 __all__ = [
     "ParameterCount",
     "PrefixState",
+    "ReferenceModel",
     "attach",
     "compose",
     "count_parameters",

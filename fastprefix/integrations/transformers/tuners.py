@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -91,6 +92,22 @@ class Frozen:
         for parameter in self.parameters:
             parameter.requires_grad_(parameter.requires_grad or id(parameter) not in unused)
         self.parameters = []
+
+
+@contextmanager
+def disable_tuners(model: nn.Module) -> Iterator[None]:
+    """Run a model without PEFT's layers in this context. What is trained stays so."""
+    layers = [layer for layer in list_tuner_layers(model) if not layer.disable_adapters]
+    trained = [(each.parameter, each.parameter.requires_grad) for each in list_tuner_parameters(model)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
 
 
 def read_tuner_state(model: nn.Module) -> object:
