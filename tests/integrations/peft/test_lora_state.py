@@ -144,6 +144,27 @@ def test_both_are_counted_and_have_rates() -> None:
         assert all("lora" in name for name, p in model.named_parameters() if p in set(groups[2]["params"]))
 
 
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("method", ["prefix", "adept"])
+def test_a_reference_model_is_the_base(method: str, made: str) -> None:
+    expected = logits(models.decoder())
+    model = MADE[made]()
+    fastprefix.attach(model, METHODS[method](), freeze_peft=method == "adept", check=False)
+    randomize(model.fastprefix)
+    own, before = logits(model), flags(model)
+    reference = fastprefix.ReferenceModel(model)
+    assert not list(reference.parameters())
+    for _ in range(2):
+        assert torch.equal(logits(reference), expected)
+        assert torch.equal(logits(model), own)
+        assert flags(model) == before
+    states = reference.base_model(**models.batch("right")).last_hidden_state
+    torch.testing.assert_close(reference.get_output_embeddings()(states), expected)
+    fastprefix.detach(model)
+    with pytest.raises(ValueError, match="method attached"):
+        fastprefix.ReferenceModel(model)
+
+
 # Saved and loaded
 
 
@@ -256,7 +277,8 @@ def test_a_head_beside_lora_is_trained_and_saved(tmp_path: Path) -> None:
     assert fastprefix.count_parameters(model).groups.keys() == {"fastprefix", "classifier", "peft"}
     fastprefix.save_adapter(model, tmp_path)
     other = tuned("bert", target_modules=["query"])
-    assert torch.equal(logits(fastprefix.load_adapter(other, tmp_path)), logits(model))
+    assert torch.equal(logits(fastprefix.load_adapter(other, tmp_path, freeze_peft=True)), logits(model))
+    assert not any("lora" in name for name in names(other))
 
 
 def test_layers_of_pefts_in_what_an_adapter_trains_are_refused(tmp_path: Path) -> None:
