@@ -371,6 +371,22 @@ def test_a_prompt_that_is_kept_notices_changes_of_lora(frozen: bool, merged: boo
     assert not torch.allclose(own, actual)
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["kept", "merged"])
+def test_changes_of_lora_are_noticed_in_inference_mode(merged: bool) -> None:
+    model, expected = attached(two_loras(), PROMPT, freeze_peft=True), {}
+    for name in ("default", "b"):
+        model.set_adapter(name, inference_mode=True)
+        expected[name] = logits(model)
+    if merged:
+        fastprefix.merge(model)
+    with torch.inference_mode():
+        for name in ("default", "b", "default"):
+            model.set_adapter(name, inference_mode=True)
+            for _ in range(2):
+                actual = model(**models.batch("right")).logits
+                torch.testing.assert_close(actual, expected[name], rtol=1e-9, atol=1e-9)
+
+
 def generate(model: Any, use_cache: bool) -> Tensor:
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
     tokens: Tensor = find_base_model(model).generate(**models.batch("left"), **options)
@@ -570,3 +586,10 @@ def test_a_peft_model_publishes_both(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
         fastprefix.push_to_hub(model, "org/own")
         assert "together with LORA of PEFT" in hub.read("org/own", "README.md")
+        options = {"max_steps": 1, "save_strategy": "no", "hub_model_id": "org/trained"}
+        of = trainer(fresh("prefix"), "decoder", tmp_path / "out", **options)
+        of.train()
+        of.push_to_hub()
+        other = peft.PeftModel.from_pretrained(models.decoder().float(), "org/trained").eval()
+        fastprefix.load_adapter(other, "org/trained")
+        torch.testing.assert_close(logits(other), logits(of.model.eval()), rtol=1e-5, atol=1e-5)
