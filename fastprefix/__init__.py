@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import (
         AdapterStore,
         PrefixState,
+        ReferenceModel,
         ResidentAdapters,
         attach,
         compose,
@@ -68,6 +69,7 @@ __all__ = [
     "PrefixState",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "ReferenceModel",
     "ResidentAdapters",
     "ResidualPrefixConfig",
     "SHIPConfig",

@@ -1,5 +1,6 @@
 """The examples run as they are, and leave an adapter."""
 
+import importlib.util
 import re
 import runpy
 import sys
@@ -50,6 +51,20 @@ def test_lora_prefix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert losses[-1] < 0.5 * losses[0]
     assert Path("adapter", "lora", "adapter_model.safetensors").is_file()
     assert "\nthe film " in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
+def test_trl_adapter(
+    trainer: str, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer", trainer, "--method", method, "--cpu", "--steps", "8", "--lr", "0.3"]
+    printed = run("trl_adapter.py", monkeypatch, capsys, *options)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([-\d.e]+)", printed)]
+    assert len(losses) == 8
+    if trainer != "grpo":  # whose loss is around 0
+        assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("own_text", [False, True])

@@ -7,6 +7,7 @@ from .initial import PrefixState
 from .merging import export_cache, merge
 from .parameters import ParameterCount, count_parameters, parameter_groups
 from .publishing import push_to_hub
+from .reference_model import ReferenceModel
 from .saving import load_adapter, read_prefix, save_adapter
 from .serving import AdapterStore, ResidentAdapters
 from .vision_features import compute_bank, find_entered_layers
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterStore",
     "ParameterCount",
     "PrefixState",
+    "ReferenceModel",
     "ResidentAdapters",
     "attach",
     "compose",

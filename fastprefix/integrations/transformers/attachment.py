@@ -130,11 +130,7 @@ def attach(
 
 
 def attach_empty(
-    model: nn.Module,
-    config: MethodConfig,
-    name: str = DEFAULT,
-    example_inputs: Inputs | None = None,
-    freeze_peft: bool = False,
+    model: nn.Module, config: MethodConfig, name: str, example_inputs: Inputs | None, freeze_peft: bool
 ) -> None:
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     base = find_base_model(model)

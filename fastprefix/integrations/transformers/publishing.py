@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,8 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
         "|---|---|",
         f"| base model | {source if is_public else 'not on the hub'}, `{kind}` |",
         f"| parameters | {own:,} of {total:,} ({own / total:.4%}) |",
-        *(f"| `{option}` | {_format(value)} |" for option, value in config.to_dict().items() if value is not None),
+        f"| `method` | {config.method_name()} |",
+        *(f"| `{option}` | {_format(value)} |" for option, value in _list_choices(config)),
         "",
         "## How to load it",
         "",
@@ -115,6 +117,12 @@ def _describe(config: MethodConfig) -> str:
     """Return the first sentence about a method."""
     text = (type(config).__doc__ or "").strip().partition("\n\n")[0]
     return " ".join(text.replace("``", "`").split())
+
+
+def _list_choices(config: MethodConfig) -> list[tuple[str, Any]]:
+    """Return the options that are not at their defaults."""
+    options = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [(field.name, value) for field, value in options if value is not None and value != field.default]
 
 
 def _format(value: Any) -> str:

@@ -270,6 +270,7 @@ def load_adapter(
     example_inputs: Inputs | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
+    freeze_peft: bool = False,
 ) -> Model:
     """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
 
@@ -280,6 +281,7 @@ def load_adapter(
         example_inputs: as for ``attach``.
         revision: of the repository: a branch, a tag or a commit.
         token: for the hub; None: the one that is stored on this machine.
+        freeze_peft: whether what PEFT trains is frozen while this adapter is in use.
 
     The directory may be one of PEFT's, with PROMPT_TUNING, P_TUNING or MULTITASK_PROMPT_TUNING of a language model,
     PREFIX_TUNING or CARTRIDGE; one that a PEFT model with LoRA or the like has saved while an adapter of this package
@@ -296,12 +298,12 @@ def load_adapter(
     folder = locate_adapter(directory, revision, token)
     config, tensors, is_of_peft = _read_adapter_together(base, folder, name)
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
-        _attach(model, config, tensors, name, example_inputs)
+        _attach(model, config, tensors, name, example_inputs, freeze_peft)
         return model
     former = get_active_name(base)
     with use_adapter(base, None):
         expected = peft_format.run_as_a_cache(base, tensors)
-    _attach(model, config, tensors, name)
+    _attach(model, config, tensors, name, None, freeze_peft)
     try:
         peft_format.check_as_a_cache(base, expected)
     except ValueError:
@@ -399,11 +401,12 @@ def _attach(
     config: MethodConfig,
     tensors: dict[str, Tensor],
     name: str,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | None,
+    freeze_peft: bool,
 ) -> None:
     """Attach a method with its parameters, or leave the model as it was."""
     former = get_active_name(model)
-    attach_empty(model, config, name, example_inputs)
+    attach_empty(model, config, name, example_inputs, freeze_peft)
     try:
         fill(_collect_parameters(find_base_model(model)), tensors)
     except ValueError:

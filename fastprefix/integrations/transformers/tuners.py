@@ -6,7 +6,8 @@ PEFT is not imported: its classes are told by their names, so that nothing here 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -93,6 +94,22 @@ class Frozen:
         self.parameters = []
 
 
+@contextmanager
+def disable_tuners(model: nn.Module) -> Iterator[None]:
+    """Run a model without PEFT's layers in this context. What is trained stays so."""
+    layers = [layer for layer in list_tuner_layers(model) if not layer.disable_adapters]
+    trained = [(each.parameter, each.parameter.requires_grad) for each in list_tuner_parameters(model)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+
+
 def read_tuner_state(model: nn.Module) -> object:
     """Return an object that is equal while PEFT's layers compute the same.
 
@@ -123,8 +140,10 @@ def uses_adapter_names(model: nn.Module) -> bool:
     return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
-def find_taken_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
+def find_taken_by_peft(model: nn.Module, names: Collection[str]) -> list[str]:
     """Return which of these modules PEFT has put layers into, or trains a copy of, or a part of such a copy."""
+    if not names:
+        return []
     layers = {name: module for name, module in model.named_modules() if _is_of(module, _LAYERS)}
     wrappers = [name for name, module in layers.items() if "base_layer" not in module._modules]
     return [

@@ -144,6 +144,27 @@ def test_both_are_counted_and_have_rates() -> None:
         assert all("lora" in name for name, p in model.named_parameters() if p in set(groups[2]["params"]))
 
 
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("method", ["prefix", "adept"])
+def test_a_reference_model_is_the_base(method: str, made: str) -> None:
+    expected = logits(models.decoder())
+    model = MADE[made]()
+    fastprefix.attach(model, METHODS[method](), freeze_peft=method == "adept", check=False)
+    randomize(model.fastprefix)
+    own, before = logits(model), flags(model)
+    reference = fastprefix.ReferenceModel(model)
+    assert not list(reference.parameters())
+    for _ in range(2):
+        assert torch.equal(logits(reference), expected)
+        assert torch.equal(logits(model), own)
+        assert flags(model) == before
+    states = reference.base_model(**models.batch("right")).last_hidden_state
+    torch.testing.assert_close(reference.get_output_embeddings()(states), expected)
+    fastprefix.detach(model)
+    with pytest.raises(ValueError, match="method attached"):
+        fastprefix.ReferenceModel(model)
+
+
 # Saved and loaded
 
 
@@ -256,7 +277,8 @@ def test_a_head_beside_lora_is_trained_and_saved(tmp_path: Path) -> None:
     assert fastprefix.count_parameters(model).groups.keys() == {"fastprefix", "classifier", "peft"}
     fastprefix.save_adapter(model, tmp_path)
     other = tuned("bert", target_modules=["query"])
-    assert torch.equal(logits(fastprefix.load_adapter(other, tmp_path)), logits(model))
+    assert torch.equal(logits(fastprefix.load_adapter(other, tmp_path, freeze_peft=True)), logits(model))
+    assert not any("lora" in name for name in names(other))
 
 
 def test_layers_of_pefts_in_what_an_adapter_trains_are_refused(tmp_path: Path) -> None:
@@ -347,6 +369,22 @@ def test_a_prompt_that_is_kept_notices_changes_of_lora(frozen: bool, merged: boo
         assert torch.equal(logits(model), actual), change
         torch.testing.assert_close(generate(model, True), generate(model, False), msg=change)
     assert not torch.allclose(own, actual)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["kept", "merged"])
+def test_changes_of_lora_are_noticed_in_inference_mode(merged: bool) -> None:
+    model, expected = attached(two_loras(), PROMPT, freeze_peft=True), {}
+    for name in ("default", "b"):
+        model.set_adapter(name, inference_mode=True)
+        expected[name] = logits(model)
+    if merged:
+        fastprefix.merge(model)
+    with torch.inference_mode():
+        for name in ("default", "b", "default"):
+            model.set_adapter(name, inference_mode=True)
+            for _ in range(2):
+                actual = model(**models.batch("right")).logits
+                torch.testing.assert_close(actual, expected[name], rtol=1e-9, atol=1e-9)
 
 
 def generate(model: Any, use_cache: bool) -> Tensor:
@@ -548,3 +586,10 @@ def test_a_peft_model_publishes_both(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
         fastprefix.push_to_hub(model, "org/own")
         assert "together with LORA of PEFT" in hub.read("org/own", "README.md")
+        options = {"max_steps": 1, "save_strategy": "no", "hub_model_id": "org/trained"}
+        of = trainer(fresh("prefix"), "decoder", tmp_path / "out", **options)
+        of.train()
+        of.push_to_hub()
+        other = peft.PeftModel.from_pretrained(models.decoder().float(), "org/trained").eval()
+        fastprefix.load_adapter(other, "org/trained")
+        torch.testing.assert_close(logits(other), logits(of.model.eval()), rtol=1e-5, atol=1e-5)

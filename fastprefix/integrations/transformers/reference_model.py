@@ -1,0 +1,65 @@
+"""A model without its adapters, as the reference of preference optimization, which costs no second copy of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attachment import get_attachment, use_adapter
+from .tuners import disable_tuners, find_base_model
+
+
+class ReferenceModel(nn.Module):
+    """Run another model without its adapters, those of this package and PEFT's layers.
+
+    It has no parameters of its own, and looks like a model to trainers that ask for a reference model, such as TRL's
+    ``DPOTrainer(model, ref_model=...)``. The adapters are put aside for the time of a call.
+
+    Args:
+        model: a model with a method attached, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model has no method attached.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        get_attachment(model)
+        self._held = (find_base_model(model),)  # in a tuple, which hides it from PyTorch
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self._held[0]
+
+    @property
+    def config(self) -> Any:
+        """Return the configuration of the model."""
+        return self._model.config
+
+    @property
+    def device(self) -> Any:
+        """Return the device of the model."""
+        return self._model.device
+
+    @property
+    def dtype(self) -> Any:
+        """Return the dtype of the model."""
+        return self._model.dtype
+
+    def get_output_embeddings(self) -> Any:
+        """Return the head of the model."""
+        return self._model.get_output_embeddings()
+
+    def base_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model without its head."""
+        return self._run(self._model.base_model, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self._run(self._model, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with use_adapter(self._model, None), disable_tuners(self._model):
+            return module(*args, **kwargs)
