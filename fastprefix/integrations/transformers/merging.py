@@ -216,7 +216,7 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
         reason = "its softmax over the rows is weighed by a fixed share"
     if reason is not None:
         raise ValueError(f"`model` must have something to merge, but of {type(method).__name__} {reason}.")
-    pairs = [(key[0], value[0]) for key, value in hooks.run_rows()]
+    pairs = [(key[0], value[0]) for key, value in hooks.run_rows().prefixes or ()]
     hooks.remove()
     found = {layer.module: layer for layer in find_layers(model)}
     layers = [found[module] for module in hooks.stack.attentions]

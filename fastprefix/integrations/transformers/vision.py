@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import VisionShape, VisualMethod
-from .attention import Binding, Prefix
+from .attention import Binding, Prefix, runs_again
 from .discovery import ModuleCall, find_layers, record_calls
 from .hooks import (
     Forward,
@@ -195,6 +195,15 @@ def crop_states(output: Any, place: int, rows: int, length: int) -> Any:
     return output
 
 
+class SharedRows(NamedTuple):
+    """What a call computed of the rows that are the same for every image."""
+
+    prefixes: list[Prefix] | None
+    """Their keys ``[1, Hkv, P, D]`` and values in every layer. None: rows stand in every image."""
+    last: Tensor | None
+    """The rows ``[1, P, d]`` that enter the last layer."""
+
+
 class RowsBinding(Binding):
     """The binding of a layer's attention to the keys and values of the rows."""
 
@@ -261,8 +270,8 @@ class VisualHooks:
         self.stack = stack
         self.names = read_parameter_names(stack.part)
         self.bindings = {module: RowsBinding(self, i) for i, module in enumerate(stack.attentions)}
-        self.prefixes: list[Prefix] | None = None  # of the call in progress, where rows are shared
-        self.last_rows: Tensor | None = None  # that enter the last layer
+        self.of_call = SharedRows(None, None)
+        self.of_training = self.of_call  # of the last call with gradients, whose layers may run again
         self.running_rows = False
         self.rows = 0  # in every image, of the call in progress
         self.tokens = 0
@@ -304,7 +313,7 @@ class VisualHooks:
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
-        self.rows, self.prefixes = 0, None
+        self.rows, self.of_call = 0, SharedRows(None, None)
         if reason is None:
             assert self.implementation is not None
             self.implementation.check()
@@ -313,7 +322,9 @@ class VisualHooks:
                     "`output_attentions` must be False with rows that are shared, whose kernels make no attention "
                     "weights."
                 )
-            self.prefixes = self.run_rows()
+            self.of_call = self.run_rows()
+        if torch.is_grad_enabled():
+            self.of_training = self.of_call
         output = forward(*args, **kwargs)
         if reason is not None:
             return crop_states(output, self.stack.leading, self.rows, self.tokens)
@@ -324,17 +335,22 @@ class VisualHooks:
         """Return the reason for which rows stand in every image, or None if they run once for the whole batch."""
         return self.method.sees_tokens(training) or self.stack.reason
 
-    def run_rows(self) -> list[Prefix]:
-        """Run the rows alone, and return their keys ``[1, Hkv, P, D]`` and values in every layer."""
+    @property
+    def shared(self) -> SharedRows:
+        """Return the rows of the call in progress; of a checkpointed layer that runs again, those of its own call."""
+        return self.of_training if runs_again() else self.of_call
+
+    def run_rows(self) -> SharedRows:
+        """Run the rows alone."""
+        rows: Tensor | None = None
         prefixes: list[Prefix] = []
         former: Tensor | None = None
         with suspend_checkpointing(self.stack.part):  # a layer that runs again is taken to run on tokens
             for index in range(len(self.stack.blocks)):
                 rows = self.method.make_rows(index, former, 1)
-                self.last_rows = rows
                 former, prefix = self.run_alone(index, rows)
                 prefixes.append(prefix)
-        return prefixes
+        return SharedRows(prefixes, rows)
 
     def run_alone(self, index: int, rows: Tensor) -> tuple[Tensor, Prefix]:
         """Run a layer on rows ``[B, P, d]`` alone; return what it makes of them, and their keys and values."""
@@ -354,14 +370,15 @@ class VisualHooks:
 
     def get_prefix(self, index: int) -> Prefix | None:
         """Return the keys ``[Hkv, P, D]`` and values of a layer's rows, or None where rows stand in every image."""
-        if self.prefixes is None:
+        prefixes = self.shared.prefixes
+        if prefixes is None:
             return None
-        key, value = self.prefixes[index]
+        key, value = prefixes[index]
         return key[0], value[0]
 
     def run_block(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer, on rows in every image too where they are not shared."""
-        if self.prefixes is not None:
+        if self.shared.prefixes is not None:
             return self.run_beside_rows(index, forward, args, kwargs)
         place, former = self.stack.leading, self.rows if index else 0
         tokens = self.tokens
@@ -409,6 +426,23 @@ class VisualHooks:
         """Run a layer whose tokens attend to rows."""
         if not self.keeps_loss() and self.count_tail() == 0:
             return forward(*args, **kwargs)
+        block: Any = self.stack.blocks[index]
+        checkpoints = getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()
+        if not checkpoints:
+            return self.run_beside_image_rows(index, forward, args, kwargs)
+
+        def run_plainly(*given: Any) -> Any:
+            block.gradient_checkpointing = False
+            try:
+                return self.run_beside_image_rows(index, forward, given, kwargs)
+            finally:
+                block.gradient_checkpointing = True
+
+        # Inside the layer's own checkpoint, a layer that runs again would have the image rows of a later call.
+        return block._gradient_checkpointing_func(run_plainly, *args)
+
+    def run_beside_image_rows(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer, and the rows that differ by image beside it."""
         count = self.count_tail() if self.has_tail(index) else 0
         tail: Tensor | None = None
         tokens: Tensor | None = None
@@ -424,15 +458,17 @@ class VisualHooks:
         self.tokens = tokens.shape[1]
         binding = self.bindings[self.stack.attentions[index]]
         rows, after = self.method.make_image_rows(index, tail), None
-        binding.image_rows = None
         if rows is not None:
-            with suspend_checkpointing(self.stack.part):
-                after, binding.image_rows = self.run_alone(index, rows)  # kept for a checkpointed layer that runs again
-        output = forward(*args, **kwargs)
-        attention, binding.attention = binding.attention, None
+            after, binding.image_rows = self.run_alone(index, rows)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            attention, binding.attention, binding.image_rows = binding.attention, None, None
         if index + 1 == len(self.stack.blocks):
             if self.keeps_loss():
-                self.method.matching_loss = self.compute_loss(tokens, rows, attention)
+                loss = self.compute_loss(tokens, rows, attention)
+                if not runs_again():
+                    self.method.matching_loss = loss
             return output
         if self.method.reads_tokens(index + 1):
             after = self.choose_tokens(get_state(output), attention, self.count_tail())
@@ -449,13 +485,15 @@ class VisualHooks:
 
     def compute_loss(self, tokens: Tensor, rows: Tensor | None, attention: Tensor | None) -> Tensor:
         """Compute the loss of the rows and the most attended tokens that enter the last layer."""
-        assert self.last_rows is not None
+        last = self.shared.last
+        assert last is not None
         count = min(_MATCHED, tokens.shape[1] - self.stack.leading)
-        shared = self.last_rows.to(tokens).expand(len(tokens), -1, -1)
+        shared = last.to(tokens).expand(len(tokens), -1, -1)
         every = shared if rows is None else torch.cat([shared, rows.to(tokens)], dim=1)
         loss: Tensor = self.method.compute_matching_loss(every, self.choose_tokens(tokens, attention, count))
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {**self.__dict__, "prefixes": None, "last_rows": None}
+        nothing = SharedRows(None, None)
+        return {**self.__dict__, "of_call": nothing, "of_training": nothing}

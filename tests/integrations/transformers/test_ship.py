@@ -158,17 +158,33 @@ def test_detach_copies_and_files(case: str, tmp_path: Path) -> None:
     assert torch.equal(run(model).logits, plain)
 
 
-@pytest.mark.parametrize("case", ["some layers", "a bank, some layers"])
+@pytest.mark.parametrize("case", ["some layers", "a bank", "a bank, some layers"])
 def test_checkpointed_layers_have_the_same_gradients(case: str) -> None:
+    """Of two calls that are differentiated together, and two more that are not."""
     gradients = []
     for checkpointing in (False, True):
-        model = attached(**OPTIONS[case]).train()
+        model = attached(**OPTIONS[case], matching_loss=True).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        run(model).logits.square().sum().backward()
+        loss = run(model).logits.square().sum() + model.fastprefix.matching_loss
+        with torch.no_grad():
+            model(-vision_models.images())
+        loss = loss + model(vision_models.images().flip(0, 2)).logits.pow(3).sum() + model.fastprefix.matching_loss
+        with torch.no_grad():
+            model(vision_models.images(1))
+        loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["some layers", "a bank"])
+def test_nothing_of_an_image_is_kept_alive(case: str) -> None:
+    model = attached(**OPTIONS[case])
+    run(model).logits.sum().backward()
+    bindings = [m._fastprefix_binding for m in model.modules() if hasattr(m, "_fastprefix_binding")]
+    assert len(bindings) == LAYERS
+    assert all(b.image_rows is None and b.attention is None and b.captured is None for b in bindings)
 
 
 @pytest.mark.parametrize("config", [configure(bank=BANK), fastprefix.VisualPromptConfig(4)], ids=["ship", "vpt"])

@@ -83,8 +83,24 @@ def test_families_agree_with_the_textbook(family: str, depth: str) -> None:
     assert {finding.verdict for finding in report.findings} == {"ok"}, str(report)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_deep_rows_with_dropout_stand_in_every_image(depth: str) -> None:
+def test_checkpointed_layers_run_again_as_in_their_own_call() -> None:
+    """With rows in every image, although a later call for evaluation shared them."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = attached("vit", "deep", check=False, dropout=1e-30).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = run(model).logits.square().sum()
+        with torch.no_grad():
+            run(model.eval())
+        assert model.fastprefix.prompt_path == "shared"
+        model.train()
+        loss.backward()
+        gradients.append(model.fastprefix.prompts.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_deep_rows_with_dropout_stand_in_every_image() -> None:
     model = attached("vit", "deep", check=False, dropout=0.3)
     expected = run(model).logits
     assert model.fastprefix.prompt_path == "shared"
