@@ -15,7 +15,10 @@ SUITES = {
     "plain-attention": "plain_attention",
     "long-prefixes": "long_prefixes",
     "many-adapters": "many_adapters",
-    **{name: name for name in ("attention", "stores", "embedding", "gpu", "study", "cartridge", "compare", "report")},
+    **{
+        name: name
+        for name in ("attention", "stores", "embedding", "gpu", "study", "cartridge", "plan", "compare", "report")
+    },
 }
 """The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
 
