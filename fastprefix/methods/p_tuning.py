@@ -63,8 +63,12 @@ class PTuning(ComputedPrompt):
                 module.reset_parameters()
 
     def compute_prompt(self) -> Tensor:
-        """Encode the embedding."""
-        states = self.lstm(self.embedding)[0] if self.config.encoder == "lstm" else self.embedding
+        """Encode the embedding. An LSTM runs in its own precision under autocast: on a CPU it has no float16."""
+        if self.config.encoder == "mlp":
+            states: Tensor = self.embedding
+        else:
+            with torch.autocast(self.embedding.device.type, enabled=False):
+                states = self.lstm(self.embedding)[0]
         prompt: Tensor = self.mlp(states)
         return prompt
 
