@@ -304,7 +304,9 @@ class OffsetHooks(PromptHooks):
         """Run the backbone on embeddings with the offset."""
         arguments = name_arguments(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone)
-        return run_gathered(self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments)))
+        return run_gathered(
+            self.backbone, self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments))
+        )
 
 
 class Several:

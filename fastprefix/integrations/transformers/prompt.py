@@ -131,7 +131,7 @@ class PromptHooks:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
-        return run_gathered(self.method, lambda: self.run_in_every_row(forward, arguments))
+        return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
