@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 SURVEY = "families.md"
-NOT_OURS = ("pip",)
+NOT_OURS = ("pip", "torchrun")
 """Commands in examples whose options are others' to keep."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from torch import distributed, nn
 
+from .partitioned import any_partitioned
 from .sharding import find_whole_mesh
 
 TIMEOUT = 30.0
@@ -39,9 +40,13 @@ class Ranks:
         self.store: Any = distributed.distributed_c10d._get_default_store()
 
     @staticmethod
-    def find(model: nn.Module) -> Ranks | None:
+    def find(model: object) -> Ranks | None:
         """Return the ranks of a model, or None for a model that is not spread over several."""
-        mesh = find_whole_mesh(model) if isinstance(model, nn.Module) else None
+        if not isinstance(model, nn.Module):
+            return None
+        if any_partitioned(model):
+            return Ranks(list(range(distributed.get_world_size())))
+        mesh = find_whole_mesh(model)
         if mesh is None or mesh.size() == 1:
             return None
         return Ranks(sorted(mesh.mesh.flatten().tolist()))

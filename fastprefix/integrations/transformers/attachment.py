@@ -38,6 +38,7 @@ from .discovery import Layer, find_embedding, find_layers, find_method_layers, f
 from .initial import check_cache_given, make_initial_prefix, tokenize_text
 from .mixed_call import BASE
 from .multitask import read_source
+from .partitioned import any_partitioned
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .routing import Routing
@@ -257,6 +258,7 @@ def get_method(model: nn.Module) -> Method:
 
 
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
+    _refuse_partitioned(model)
     attachment.routing.leave()
     if attachment.active is not None:
         attachment.adapter.take_off(model)
@@ -287,7 +289,17 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
     agree(model, "attach an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
 
 
+def _refuse_partitioned(model: nn.Module) -> None:
+    """Refuse to change which parameters a model has once DeepSpeed has partitioned them."""
+    if any_partitioned(model):
+        raise ValueError(
+            "`model` must not be partitioned by DeepSpeed's ZeRO-3, whose parameters are empty between calls: attach, "
+            "switch and detach before deepspeed.initialize, on a model that was loaded without ZeRO-3"
+        )
+
+
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
+    _refuse_partitioned(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
+from .partitioned import gather_with
+
 _RUN = "run_gathered"
 """The method of a sharded adapter that runs a function while the adapter is gathered."""
 _TP = "tp"
@@ -116,8 +118,9 @@ def find_mesh(model: nn.Module) -> DeviceMesh:
     return meshes[0][tuple(name for name in names if name != _TP)]
 
 
-def run_gathered(method: nn.Module, call: Callable[[], Any]) -> Any:
-    """Run a function while a sharded adapter is gathered, and have its gradients reduced."""
+def run_gathered(module: nn.Module, method: nn.Module, call: Callable[[], Any]) -> Any:
+    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced."""
+    gather_with(module, method)
     if not isinstance(method, FSDPModule):
         return call()
     _register(method)

@@ -323,7 +323,7 @@ class PrefixHooks:
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with its prefixes."""
         refuse_names(kwargs, self.backbone)
-        return run_gathered(self.method, lambda: self._run(forward, args, kwargs))
+        return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
 
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.begin(name_arguments(self.names, args, kwargs))
@@ -413,7 +413,7 @@ class PrefixHooks:
             self.prefixes = self.compute_prefixes()
             return forward(*args, **kwargs)
 
-        return run_gathered(self.method, run)
+        return run_gathered(self.encoder, self.method, run)
 
     def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
         """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""

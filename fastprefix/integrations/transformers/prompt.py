@@ -136,7 +136,7 @@ class PromptHooks:
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
-        return run_gathered(self.method, lambda: self.run_in_every_row(forward, arguments))
+        return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
@@ -569,7 +569,9 @@ class OffsetHooks(PromptHooks):
         """Run the backbone on embeddings with the offset."""
         arguments = name_arguments(self.names, args, kwargs)
         refuse_packed(arguments, self.backbone)
-        return run_gathered(self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments)))
+        return run_gathered(
+            self.backbone, self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments))
+        )
 
 
 _MASK = "encoder_attention_mask"

@@ -167,9 +167,9 @@ def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """Return tensors in full on the CPU, in the first rank of a sharded model alone."""
     keeps, whole = leads(model), {}
     for name, tensor in tensors.items():
-        full = gather_full_tensor(tensor.detach())
+        full = gather_full_tensor(tensor)
         if keeps:
-            whole[name] = full.cpu().contiguous()
+            whole[name] = full.detach().cpu().contiguous()
     return whole
 
 

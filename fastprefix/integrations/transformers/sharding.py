@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ...methods import AttentionShape, PrefixMethod
 from .attention import Prefix
+from .partitioned import copy_whole, is_partitioned
 
 if TYPE_CHECKING:
     from .discovery import Layer
@@ -36,7 +37,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered from all processes if it is sharded."""
+    """Return a tensor, gathered from all processes if it is sharded or partitioned."""
+    if isinstance(tensor, nn.Parameter) and is_partitioned(tensor):
+        return copy_whole([tensor])[0]
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()

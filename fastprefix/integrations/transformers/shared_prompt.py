@@ -153,7 +153,7 @@ class SharedPromptHooks(PromptHooks):
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the prompt once, then the backbone on the tokens, moved up by its length."""
-        return run_gathered(self.method, lambda: self._run(forward, args, kwargs))
+        return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
 
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.implementation is not None

@@ -15,7 +15,7 @@ from typing import Any
 import accelerate
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -54,11 +54,11 @@ def load(folder: str, **options: int) -> Any:
     return (model if "fsdp_size" in options else models.replace_norms(model)).eval()
 
 
-def shard(model: Any) -> Any:
+def shard(model: Any, **options: Any) -> Any:
     """FSDP2, layer by layer; the embedding by itself."""
     for module in (*model.model.layers, model.get_input_embeddings()):
-        fully_shard(module)
-    return fully_shard(model)
+        fully_shard(module, **options)
+    return fully_shard(model, **options)
 
 
 def make_plain(folder: str, adapter: str) -> Any:
@@ -107,6 +107,9 @@ LAYOUTS = {
     "tp": Layout(lambda folder: load(folder, tp_size=distributed.get_world_size()), count_one),
     "fsdp2-attach-before": Layout(load, count_all, shard),
     "fsdp2-attach-after": Layout(lambda folder: shard(load(folder)), count_all),
+    "fsdp2-cpu-offload": Layout(
+        lambda folder: shard(load(folder), offload_policy=CPUOffloadPolicy(pin_memory=False)), count_all
+    ),
     "fsdp2-loaded": Layout(lambda folder: load(folder, fsdp_size=distributed.get_world_size()), count_all),
     "fsdp2-tp": Layout(
         lambda folder: load(folder, fsdp_size=2, tp_size=distributed.get_world_size() // 2), lambda size: 2

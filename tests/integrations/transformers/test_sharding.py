@@ -30,7 +30,7 @@ def launch(module: str, processes: int, *arguments: str) -> None:
     """Run a module of tests in so many processes."""
     options = ["--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", f"{__package__}.{module}", *arguments]
-    run = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr[-4000:]
 
 

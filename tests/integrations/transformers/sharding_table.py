@@ -1,0 +1,51 @@
+"""Run every cell of sharded models, and write the largest error of each to ``docs/devices.csv`` (tens of minutes).
+
+``python -m tests.integrations.transformers.sharding_table`` exits with 1 where a cell does not give what one process
+gives.
+"""
+
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from .sharded_cells import METHODS
+from .test_sharding import BOUND, launch
+
+OUT = Path(__file__).parents[3] / "docs" / "devices.csv"
+TABLE: dict[str, tuple[int, list[str]]] = {
+    "ddp": (2, []),
+    "tp": (2, ["start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate"]),
+    "fsdp2-attach-before": (2, []),
+    "fsdp2-attach-after": (2, ["start", "cache", "merge", "switch", "checkpoint"]),
+    "fsdp2-cpu-offload": (2, []),
+    "fsdp2-loaded": (2, ["whole"]),
+    "fsdp2-tp": (4, ["start", "merge", "switch"]),
+    "offload": (1, ["start", "cache", "merge", "switch", "compose", "checkpoint"]),
+}
+"""The number of processes and the scenarios of each layout, beside all methods."""
+
+
+def main() -> int:
+    """Run all layouts, each in processes of its own."""
+    rows, wrong = [], 0
+    for layout, (processes, scenarios) in TABLE.items():
+        cells = [*METHODS, *scenarios]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "results.json"
+            launch("sharded_cells", processes, str(file), *[f"{layout}:{cell}" for cell in cells])
+            results = json.loads(file.read_text())
+        for cell in cells:
+            error = results.get(f"{layout}:{cell}", "did not run")
+            good = isinstance(error, float) and error < BOUND
+            wrong += not good
+            rows.append((layout, processes, cell, f"{error:.1e}" if isinstance(error, float) else "failed"))
+            print(*rows[-1], "" if good else f"\n{error}", flush=True)
+    with OUT.open("w", newline="") as file_:
+        csv.writer(file_, lineterminator="\n").writerows([("layout", "processes", "cell", "largest error"), *rows])
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
