@@ -433,8 +433,6 @@ def _make_visual_plan(
     """Build a visual method for a model of images."""
     stack = find_vision_stack(model, example_inputs)
     method = method_class(config, stack.shape)
-    if check:
-        _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
     reason = method.sees_tokens(training=False) or stack.reason
     if stack.leading == 0 and (getattr(config, "bank", None) or getattr(config, "matching_loss", False)):
         raise ValueError(
@@ -443,6 +441,8 @@ def _make_visual_plan(
         )
     if reason is not None and method.strength(0) is not None:
         raise ValueError(f"`model` must have layers that run on rows alone for {type(method).__name__}, but {reason}.")
+    if check:
+        _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
     return _Plan(_move_method(model, method), [], "shared" if reason is None else f"textbook: {reason}", stack)
 
 

@@ -344,6 +344,8 @@ class MixedOffsets(nn.Module):
         self.rows: MixedRows | None = None  # of the call in progress
         self.prompt_path: str | None = None
 
+    changes_positions = False  # a model that hands embeddings to its decoder has been refused for such a part alone
+
     @property
     def changes_tokens(self) -> bool:
         """Whether a part of the call in progress has an offset."""

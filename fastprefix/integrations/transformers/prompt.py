@@ -93,8 +93,7 @@ class PromptHooks:
         if not self.receives_ids and self.method.changes_positions:
             raise ValueError(
                 f"`model` must hand ids to its decoder for {type(self.method).__name__}, whose offset depends on the "
-                "position, but "
-                f"{type(self.model).__name__} hands it embeddings. Use ADePT."
+                f"position, but {type(self.model).__name__} hands it embeddings. Use ADePT."
             )
 
     def install(self, model: PreTrainedModel) -> None:
