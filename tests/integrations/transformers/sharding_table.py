@@ -16,7 +16,7 @@ from .test_sharding import BOUND, launch
 OUT = Path(__file__).parents[3] / "docs" / "devices.csv"
 TABLE: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, []),
-    "tp": (2, ["start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate"]),
+    "tp": (2, ["start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate", "one_key_head"]),
     "fsdp2-attach-before": (2, []),
     "fsdp2-attach-after": (2, ["start", "cache", "merge", "switch", "checkpoint"]),
     "fsdp2-cpu-offload": (2, []),
