@@ -5,6 +5,7 @@ gives. Cells are in float64 and hold the largest relative error. Those of DeepSp
 float32 and hold the largest difference of a trained number.
 """
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -31,6 +32,9 @@ TABLE: dict[str, tuple[int, list[str]]] = {
 
 def main() -> int:
     """Run all layouts, each in processes of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
+    options = parser.parse_args()
     rows, wrong = [], 0
     for layout, (processes, scenarios) in TABLE.items():
         cells = [*METHODS, *scenarios]
@@ -50,7 +54,7 @@ def main() -> int:
             launch("deepspeed_training", 2, str(file))
             results = json.loads(file.read_text())
         rows += [("zero", 2, case, f"{found['saved']:.1e}") for case, found in results.items() if case != "refused"]
-    with OUT.open("w", newline="") as file_:
+    with options.out.open("w", newline="") as file_:
         csv.writer(file_, lineterminator="\n").writerows([("layout", "processes", "cell", "largest error"), *rows])
     return int(wrong > 0)
 
