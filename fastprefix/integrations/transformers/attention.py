@@ -275,6 +275,10 @@ class Binding:
         """Return how many of the first prefix keys and values need no gradient."""
         return 0
 
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, whose gradients are added over ranks that have the same ones."""
+        return key, value
+
 
 @dataclass(frozen=True, eq=False)
 class GivenPrefix(Binding):
@@ -456,6 +460,8 @@ def run_attention(
         if binding is not None and carried.bindings:
             raise make_two_adapters_error()
         binding = carried.bindings.get(module)
+    if binding is not None:
+        key, value = binding.share_tokens(key, value)
     if carried is not None and attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
     if binding is not None and (alone := binding.attend_alone(query, key, value)) is not None:

@@ -27,10 +27,10 @@ def gather_with(module: nn.Module, method: nn.Module) -> None:
     parameters: list[Any] = [parameter for parameter in method.parameters() if is_partitioned(parameter)]
     if not parameters:
         return
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     for parameter in parameters:
-        register_external_parameter(module, parameter)
+        deepspeed.zero.register_external_parameter(module, parameter)
     missing = [parameter for parameter in parameters if parameter.ds_status.name != "AVAILABLE"]
     if missing:
         missing[0].all_gather(param_list=missing)
@@ -38,8 +38,8 @@ def gather_with(module: nn.Module, method: nn.Module) -> None:
 
 def copy_whole(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return copies of partitioned parameters, in full on each rank."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     given = list(parameters)
-    with GatheredParameters(given):
+    with deepspeed.zero.GatheredParameters(given):
         return [parameter.detach().clone() for parameter in given]

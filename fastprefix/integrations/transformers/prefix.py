@@ -225,6 +225,11 @@ class LayerBinding(Binding):
             bias = heads.take_heads(bias, heads.splits[self.index].keys)
         return None if bias is None else bias.to(query)
 
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
+        heads = self.attachment.heads
+        return (key, value) if heads is None else heads.share_tokens(key, value, self.index)
+
     def count_frozen(self) -> int:
         """Return how many of the first tokens need no gradient."""
         return self.attachment.method.frozen_tokens()

@@ -137,6 +137,14 @@ class TensorParallelHeads:
         whole = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         return whole.to_local(grad_placements=[Partial()])
 
+    def share_tokens(self, key: Tensor, value: Tensor, index: int) -> Prefix:
+        """Return the keys and values of the tokens of a layer for work on each rank's query heads.
+
+        Where all ranks have the same keys, ``transformers`` takes each rank's gradient of them for the whole.
+        """
+        split = self.splits[index]
+        return (self.share(key), self.share(value)) if split.queries and not split.keys else (key, value)
+
     def take_gate(self, gate: Tensor, index: int) -> Tensor:
         """Return this rank's part of a prefix gate, ``[B, Hq, N, m]`` or up to ``[B, Hkv, m]``, or what broadcasts."""
         split = self.splits[index]

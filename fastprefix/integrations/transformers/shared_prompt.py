@@ -39,6 +39,7 @@ from .hooks import (
 )
 from .positions import Positions, PositionShift, is_packed
 from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
+from .sharding import TensorParallelHeads
 from .switching import Implementation, find_device, preserve_state, switch_attention
 from .tuners import read_tuner_state, uses_adapter_names
 
@@ -62,9 +63,9 @@ class SharedPrompt:
         self.tokens = 0  # of that call
         self.gatherer: Gatherer | None = None
 
-    def make_bindings(self, layers: list[Layer]) -> dict[nn.Module, Binding]:
+    def make_bindings(self, layers: list[Layer], heads: TensorParallelHeads | None = None) -> dict[nn.Module, Binding]:
         """Return a binding for each layer's attention module."""
-        return {layer.module: SharedBinding(self, index, layer) for index, layer in enumerate(layers)}
+        return {layer.module: SharedBinding(self, index, layer, heads) for index, layer in enumerate(layers)}
 
     @contextmanager
     def capture(self, backbone: nn.Module) -> Iterator[None]:
@@ -84,8 +85,11 @@ class SharedPrompt:
 class SharedBinding(Binding):
     """The binding of an attention module to the prompt's keys and values in its layer."""
 
-    def __init__(self, shared: SharedPrompt, index: int, layer: Layer) -> None:
+    def __init__(
+        self, shared: SharedPrompt, index: int, layer: Layer, heads: TensorParallelHeads | None = None
+    ) -> None:
         self.shared = shared
+        self.heads = heads
         self.index = index
         self.module = layer.module
         self.window = layer.window
@@ -102,6 +106,10 @@ class SharedBinding(Binding):
             return None
         pk, pv = shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
+
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
+        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
@@ -140,7 +148,7 @@ class SharedPromptHooks(PromptHooks):
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
         self.implementation: Implementation | None = None
-        self.bindings = self.shared.make_bindings(layers)
+        self.bindings = self.shared.make_bindings(layers, TensorParallelHeads.find(model, layers))
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""

@@ -155,7 +155,9 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         name: float((actual[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30))
         for name, value in expected.items()
     }
-    return max(errors.values())
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"largest error: {errors[worst]:.1e} of {worst}", file=sys.stderr)
+    return errors[worst]
 
 
 def run_scenario(layout: Layout, name: str, folder: Path) -> float | None:

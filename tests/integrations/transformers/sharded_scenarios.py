@@ -12,8 +12,11 @@ import peft
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import fastprefix
+from fastprefix.integrations.transformers.sharding import is_tensor_parallel
 
 from ... import models
 
@@ -213,6 +216,38 @@ def accelerate(model: Any, folder: Path) -> Found:
     return found
 
 
+def one_key_head(model: Any, folder: Path) -> Found:
+    """All ranks have the one key head, and each has query heads of its own."""
+    options: dict[str, Any] = {}
+    base = models.decoder(num_attention_heads=8, num_key_value_heads=1)
+    if is_tensor_parallel(model):
+        plan = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "kv"}
+        options["distributed_config"] = DistributedConfig(tp_size=distributed.get_world_size(), tp_plan=plan)
+        if distributed.get_rank() == 0:
+            base.save_pretrained(folder)
+        distributed.barrier()
+        base = models.replace_norms(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **options))
+    found: Found = {}
+    for name, config in {
+        "prefix": fastprefix.PrefixTuningConfig(3),
+        "apt": fastprefix.APTConfig(3),
+        "prompt": fastprefix.PromptTuningConfig(3),
+        "llama-adapter": fastprefix.LlamaAdapterConfig(3),
+    }.items():
+        torch.manual_seed(1)
+        fastprefix.attach(base, config)
+        with torch.no_grad():
+            for key, parameter in base.fastprefix.named_parameters():
+                if "gates" in key:
+                    parameter.add_(0.5)
+        base(**models.batch()).logits.square().sum().backward()
+        found |= {f"{name} {key}": gather(parameter.grad) for key, parameter in base.fastprefix.named_parameters()}
+        found[f"{name} logits"] = list_logits(base)
+        fastprefix.detach(base)
+    return found
+
+
 SCENARIOS: dict[str, Callable[[Any, Path], Found]] = {
-    function.__name__: function for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate)
+    function.__name__: function
+    for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate, one_key_head)
 }

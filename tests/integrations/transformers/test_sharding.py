@@ -13,7 +13,17 @@ CELLS = {
         *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "apt-cls", "llama-adapter", "prompt", "adept")],
         *[
             f"tp:{name}"
-            for name in ("start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate")
+            for name in (
+                "start",
+                "cache",
+                "merge",
+                "switch",
+                "compose",
+                "checkpoint",
+                "whole",
+                "accelerate",
+                "one_key_head",
+            )
         ],
         *[f"fsdp2-attach-before:{method}" for method in ("prompt", "cartridge")],
         *[f"fsdp2-attach-after:{method}" for method in ("apt", "llama-adapter", "prompt")],
