@@ -55,6 +55,19 @@ SHIFTED: dict[str, Callable[[], Any]] = {
     "adept": lambda: fastprefix.ADePTConfig(6, bottleneck_dim=3),
     "wide": lambda: fastprefix.ADePTConfig(2, bottleneck_dim=5),
 }
+COMPUTED: dict[str, Callable[[], Any]] = {
+    "ulpt": lambda: fastprefix.ULPTConfig(4, rank=2),
+    "encoder": lambda: fastprefix.PTuningConfig(3, encoder_hidden_dim=8),
+    "codebooks": lambda: fastprefix.ACCEPTConfig(
+        5, prompt_block=8, prompt_codewords=3, offset_block=4, offset_codewords=2, max_length=30
+    ),
+    "pair": lambda: fastprefix.ACCEPTConfig(2, prompt_block=4, codebook_offset=False, rank=2, max_length=40),
+    "task": lambda: fastprefix.MultitaskPromptConfig(4, num_tasks=1),
+}
+OWN: dict[str, Callable[[], Any]] = {
+    "own": lambda: fastprefix.PrefixTuningConfig(4, softmax="own"),
+    "gated": lambda: fastprefix.ResidualPrefixConfig(3, bottleneck_dim=4, hidden_dim=8, softmax="own"),
+}
 PLAIN: dict[str, Callable[[], Any]] = {
     "prefix": lambda: fastprefix.PrefixTuningConfig(4, train="values"),
     "mlp": lambda: fastprefix.PrefixTuningConfig(3, reparameterization="mlp", hidden_dim=8),
@@ -70,7 +83,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "all": lambda: fastprefix.LlamaAdapterConfig(4),
     "last": lambda: fastprefix.LlamaAdapterConfig(3, layers=1),
 }
-SETS = {"shifted": SHIFTED, "plain": PLAIN, "pooled": POOLED, "states": STATES}
+SETS = {"shifted": SHIFTED, "plain": PLAIN, "pooled": POOLED, "states": STATES, "computed": COMPUTED, "own": OWN}
 
 DECODERS: dict[str, Callable[[], PretrainedConfig]] = {
     **SHARING,

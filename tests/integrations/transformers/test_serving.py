@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "prompt": lambda: fastprefix.PromptTuningConfig(6),
     "dept": lambda: fastprefix.DePTConfig(3, rank=2, max_length=30),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+    "accept": lambda: fastprefix.ACCEPTConfig(4, prompt_block=8, prompt_codewords=2, offset_block=8, max_length=30),
 }
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 IDS = torch.tensor([[5, 17, 80, 41, 9]])
