@@ -420,10 +420,12 @@ class PrefixTuning(PrefixMethod):
         return self.config.num_frozen_tokens
 
     def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
-        """Free keys and values, and biases of keys."""
+        """Free keys and values, biases of keys, and output gates."""
         names = [name for name, _ in self.named_parameters()]
         free = isinstance(self.prefix, FreePrefix)
-        return {n: "keys" for n in names if n.startswith("key_biases.") or (free and n.startswith("prefix."))}
+        of_keys = [n for n in names if n.startswith("key_biases.") or (free and n.startswith("prefix."))]
+        of_queries = [n for n in names if n.startswith("output_gates.")]
+        return {**dict.fromkeys(of_keys, "keys"), **dict.fromkeys(of_queries, "queries")}
 
     def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values times what of their gate does not depend on the input."""

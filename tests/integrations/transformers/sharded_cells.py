@@ -35,6 +35,7 @@ METHODS: dict[str, Callable[[], Any]] = {
         5, num_frozen_tokens=2, key_bias=True, prefix_position="shift", train="both"
     ),
     "prefix-mlp": lambda: fastprefix.PrefixTuningConfig(5, reparameterization="mlp", hidden_dim=16),
+    "own-softmax": lambda: fastprefix.PrefixTuningConfig(5, softmax="own"),
     "apt": lambda: fastprefix.APTConfig(5),
     "apt-cls": lambda: fastprefix.APTConfig(5, pooling="cls"),
     "llama-adapter": lambda: fastprefix.LlamaAdapterConfig(5),
@@ -43,6 +44,11 @@ METHODS: dict[str, Callable[[], Any]] = {
     "prompt-in-every-row": lambda: fastprefix.PromptTuningConfig(5, shared_prompt=False),
     "dept": lambda: fastprefix.DePTConfig(5, rank=3, max_length=32),
     "adept": lambda: fastprefix.ADePTConfig(5, bottleneck_dim=3),
+    "accept": lambda: fastprefix.ACCEPTConfig(
+        5, prompt_block=8, prompt_codewords=3, offset_block=8, offset_codewords=2, max_length=32
+    ),
+    "ulpt": lambda: fastprefix.ULPTConfig(5, rank=2),
+    "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=8),
 }
 
 

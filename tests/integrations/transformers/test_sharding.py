@@ -10,12 +10,11 @@ import pytest
 CELLS = {
     2: [
         "ddp:prompt",
-        *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "apt-cls", "llama-adapter", "prompt", "adept")],
+        *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "own-softmax", "llama-adapter", "prompt")],
         *[
             f"tp:{name}"
             for name in (
                 "start",
-                "cache",
                 "merge",
                 "switch",
                 "compose",
@@ -27,10 +26,10 @@ CELLS = {
         ],
         *[f"fsdp2-attach-before:{method}" for method in ("prompt", "cartridge")],
         *[f"fsdp2-attach-after:{method}" for method in ("apt", "llama-adapter", "prompt")],
-        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "switch", "checkpoint")],
-        *[f"fsdp2-loaded:{name}" for name in ("prompt", "whole")],
+        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "checkpoint")],
+        "fsdp2-loaded:prompt",
     ],
-    4: ["tp:prefix", *[f"fsdp2-tp:{method}" for method in ("apt", "prompt", "cartridge")]],
+    4: ["tp:prefix", *[f"fsdp2-tp:{method}" for method in ("apt", "prompt")]],
 }
 """The cells that run together, by the number of processes."""
 BOUND = 1e-10
