@@ -328,7 +328,10 @@ def check_name_free(model: nn.Module, name: str) -> None:
     if attachment is None:
         return
     if name in attachment.adapters:
-        raise ValueError(f"model has a method attached already as {name!r}: detach it, or give this one another name")
+        raise ValueError(
+            f"`name` must not be that of another adapter, but one is attached already as {name!r}: detach it, or "
+            "choose another name."
+        )
     if name in attachment.routing.stored:
         raise ValueError(f"`name` must not be that of a stored adapter, but is {name!r}: drop it from the store first.")
 
