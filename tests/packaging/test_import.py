@@ -20,6 +20,7 @@ TESTS_OF_BENCHMARKS = (
     "test_benchmarks.py",
     "test_cartridge.py",
     "test_gpu_benchmark.py",
+    "test_plan.py",
     "test_results.py",
     "test_study.py",
 )

@@ -135,6 +135,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(hf_api.api, "endpoint", address)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the endpoint that it began with
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
