@@ -212,6 +212,7 @@ CASES: dict[str, Inputs] = {
             "M": 20,
             "B": 1,
             "Hq": 1,
+            "Hkv": 1,
             "D": 16,
             "Dv": 16,
             "segments": True,
