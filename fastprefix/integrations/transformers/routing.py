@@ -162,6 +162,8 @@ class Routing:
         """Run calls in this context with these adapters."""
         with self.lock:
             parts = self.find_parts(names)
+            if past == 0:
+                self._prepare(names)
             self.enter()
             assert self.hooks is not None
             if not torch.is_grad_enabled():
@@ -172,6 +174,14 @@ class Routing:
                 yield
             finally:
                 self.hooks.call = former
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Bring attached adapters, which waited beside the model, to its device and mode at the start of a sequence."""
+        refuse_sharded(self.model, "give its rows adapters by name")
+        device, training = find_device(self.model), self.model.training
+        for name in dict.fromkeys(names):
+            if name in self.attachment.adapters:
+                self.attachment.adapters[name].method.to(device).train(training)
 
     def enter(self) -> None:
         """Put the hooks for named adapters on the model, in place of those of the adapter in use."""
@@ -236,7 +246,6 @@ class Routing:
         Raises:
             ValueError: a name that no adapter has, or adapters that cannot be in one batch.
         """
-        refuse_sharded(self.model, "give its rows adapters by name")
         parts = [self._find_part(name) for name in dict.fromkeys(names) if name != BASE]
         check_together(parts)
         return parts
@@ -255,7 +264,6 @@ class Routing:
             part = self.parts[adapter] = make_part(name, adapter)
             if self.hooks is not None:
                 self.hooks.keys[part] = adapter
-        adapter.method.to(find_device(self.model)).train(self.model.training)
         return part
 
     def _list_usable(self) -> list[str]:
@@ -268,6 +276,8 @@ class Routing:
         fresh = [part for part in parts if part in of_adapter]
         if past > 0:
             fresh = [part for part in fresh if of_adapter[part] not in self.store.spans]
+        if not fresh:
+            return
         prompts = [part for part in fresh if part.is_prompt and self._is_changed(of_adapter[part])]
         with evaluating(self.model):
             computed = dict(zip(prompts, self.hooks.run_prompts([part.method for part in prompts]), strict=True))
