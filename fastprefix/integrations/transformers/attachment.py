@@ -42,7 +42,7 @@ from .partitioned import any_partitioned
 from .prefix import PrefixHooks
 from .prompt import EncoderPromptHooks, PromptHooks
 from .routing import Routing
-from .sharding import gather_full_tensor, make_alike
+from .sharding import gather_full_tensor, is_tensor_parallel, make_alike
 from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .switching import (
     Inputs,
@@ -468,7 +468,23 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
     if check:
         in_every_row = replace(config, shared_prompt=False)
         _refuse_wrong(conformance.check(model, in_every_row, _attach_unchecked), "Use a prefix method.")
+    _refuse_shared_key_heads(model)
     return f"textbook: {reason}"
+
+
+def _refuse_shared_key_heads(model: PreTrainedModel) -> None:
+    """Refuse a prompt in every row where the ranks of a tensor-parallel model have the same key heads.
+
+    The model's own attention then runs, which takes the gradients of a rank's keys and values for complete.
+    """
+    if not is_tensor_parallel(model):
+        return
+    splits = [layer.split for layer in find_layers(model) if layer.split is not None]
+    if any(split.queries and not split.keys for split in splits):
+        raise ValueError(
+            f"`model` must have a key head for each rank to train a prompt in every row, but the ranks of "
+            f"{type(model).__name__} share theirs. Use a shared prompt or a prefix, or fewer ranks."
+        )
 
 
 def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
