@@ -26,6 +26,18 @@ from .switching import find_eager_attention, is_plain_text, set_attention
 
 _NAME = "fastprefix_textbook"
 _BOOK = "_fastprefix_textbook"
+
+
+def switch_to_textbook(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> None:
+    """Have a model and all models inside it run on a textbook's attention, with masks written out in full."""
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_full_mask)
+    set_attention(model, name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._attn_implementation_internal = name
+
+
 _GATES = "fastprefix_textbook_gates"
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 
@@ -234,12 +246,7 @@ class PrefixTextbook:
         self.padding: dict[str, Tensor | None] = {}
         self.past = self.tokens = 0
         self.shift = method.position_shift()
-        AttentionInterface.register(_NAME, self._attend_anywhere)
-        AttentionMaskInterface.register(_NAME, make_full_mask)
-        set_attention(model, _NAME)
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                part.config._attn_implementation_internal = _NAME
+        switch_to_textbook(model, _NAME, self._attend_anywhere)
         for layer in layers:
             match = re.match(r"(.*\.\d+)(\.|$)", layer.name)
             if method.needs_hidden() and match is not None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import VisualMethod
-from .attention import make_additive, make_full_mask
-from .switching import find_eager_attention, set_attention
+from .attention import make_additive
+from .switching import find_eager_attention
+from .textbook import switch_to_textbook
 from .vision import VisionStack
 
 _NAME = "fastprefix_vision_textbook"
@@ -35,12 +36,7 @@ class VisionTextbook:
         self.image_rows = 0  # those of them that differ by image, the last ones
         self.attention: Tensor | None = None  # of the class token, to the tokens of the image
         self.layers = {module: index for index, module in enumerate(stack.attentions)}
-        AttentionInterface.register(_NAME, self._attend_anywhere)
-        AttentionMaskInterface.register(_NAME, make_full_mask)
-        set_attention(model, _NAME)
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                part.config._attn_implementation_internal = _NAME
+        switch_to_textbook(model, _NAME, self._attend_anywhere)
         for index, (block, attention) in enumerate(zip(stack.blocks, stack.attentions, strict=True)):
             setattr(attention, _BOOK, self)
             block.register_forward_pre_hook(self._make_entry(index), with_kwargs=True)
