@@ -182,6 +182,7 @@ class PromptLearning(CachedPrefix):
     def __init__(self, peft_model: Any, attentions: Iterable[nn.Module], backbone: nn.Module | None = None) -> None:
         super().__init__(peft_model.base_model, attentions, backbone)
         self.peft_model = peft_model
+        self.mixture: PeftMixture | None = None  # made at the first call that names adapters
         self.handles += [
             peft_model.register_forward_pre_hook(_refuse_replica),
             Interception(peft_model, self.call),
@@ -217,7 +218,9 @@ class PromptLearning(CachedPrefix):
     ) -> Any:
         """Run a function of the base model, each row with its own adapter. Its results are about the tokens alone."""
         arguments = name_arguments(("input_ids", "attention_mask", "inputs_embeds", "labels"), args, kwargs)
-        return self.make_mixture().run_with(names, function, arguments)
+        if self.mixture is None:
+            self.mixture = self.make_mixture()
+        return self.mixture.run_with(names, function, arguments)
 
     def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the PEFT model that asks for the prompt."""

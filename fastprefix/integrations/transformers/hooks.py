@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -138,6 +138,9 @@ class Interception:
     and pickled with its module.
     """
 
+    keyword: ClassVar[str | None] = None
+    """An argument that it takes off the calls. It is in the signature, for ``generate`` and for Trainer's columns."""
+
     def __init__(self, module: nn.Module, around: Around) -> None:
         self.module = module
         self.around: Around | None = around
@@ -178,8 +181,14 @@ class Interception:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Return the signature of the forward inside, for ``inspect.signature``."""
-        return inspect.signature(self.forward)
+        """Return the signature of the forward inside, with ``keyword`` if there is one, for ``inspect.signature``."""
+        inside = inspect.signature(self.forward)
+        if self.keyword is None:
+            return inside
+        own = inspect.Parameter(self.keyword, inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = [p for p in inside.parameters.values() if p.name != self.keyword]
+        last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+        return inside.replace(parameters=[*(p for p in parameters if p not in last), own, *last])
 
     def remove(self) -> None:
         """Remove the interception, or make it pass every call on where something else holds it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ PEFT_NAMES = {"shared": "prompt_embeddings", "columns": "prefix_task_cols", "row
 
 
 class TaskIds(Interception):
-    """Take ``task_ids`` off the calls of a module, and give them to the method for the time of the call.
+    """Take ``task_ids`` off the calls of a module, and give them to the method for the time of the call."""
 
-    The signature has the argument, so that ``generate`` hands it on, repeated for its beams, and Trainer keeps the
-    column of that name.
-    """
+    keyword = NAME
 
     def __init__(self, module: nn.Module, method: MultitaskPrompt) -> None:
         super().__init__(module, self.run)
@@ -36,15 +33,6 @@ class TaskIds(Interception):
             return forward(*args, **kwargs)
         finally:
             self.method.task_ids = former
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """Return the signature of the forward inside, with ``task_ids``."""
-        inside = inspect.signature(self.forward)
-        own = inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY, default=None)
-        parameters = [p for p in inside.parameters.values() if p.name != NAME]
-        last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-        return inside.replace(parameters=[*(p for p in parameters if p not in last), own, *last])
 
 
 def list_task_handles(method: PromptMethod, *modules: nn.Module) -> list[Interception]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,16 +29,9 @@ _ARGUMENT = "adapter_names"
 
 
 class NamesInterception(Interception):
-    """An interception whose signature has ``adapter_names``, so that Trainer keeps a column of that name."""
+    """An interception of the calls of a model, which may name adapters."""
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """Return the signature of the forward inside, with the names."""
-        signature = inspect.signature(self.forward)
-        parameters = list(signature.parameters.values())
-        place = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(place, inspect.Parameter(_ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None))
-        return signature.replace(parameters=parameters)
+    keyword = _ARGUMENT
 
 
 class Routing:
@@ -278,17 +270,26 @@ class Routing:
             fresh = [part for part in fresh if of_adapter[part] not in self.store.spans]
         if not fresh:
             return
-        prompts = [part for part in fresh if part.is_prompt and self._is_changed(of_adapter[part])]
-        with evaluating(self.model):
-            computed = dict(zip(prompts, self.hooks.run_prompts([part.method for part in prompts]), strict=True))
+        self._write_prompts({part: of_adapter[part] for part in fresh if part.is_prompt})
         for part in fresh:
-            if part.is_projected or (part.is_prompt and part not in computed):
-                continue
-            adapter = of_adapter[part]
-            self.write(adapter, computed[part] if part in computed else compute_prefixes(part))
-            if part in computed:
-                assert isinstance(adapter.method, PromptMethod)
-                self.written[adapter] = (self._read_state(adapter), adapter.method.prompt.detach().clone())
+            if not (part.is_prompt or part.is_projected):
+                self.write(of_adapter[part], compute_prefixes(part))
+
+    def _write_prompts(self, prompts: Mapping[Part, Adapter]) -> None:
+        """Run the prompts whose keys and values in the store are not those of their parameters, or may not be."""
+        if not prompts:
+            return
+        assert self.hooks is not None
+        shared = self._read_backbone()
+        states = {part: (shared, read_state(adapter.method)) for part, adapter in prompts.items()}
+        changed = [part for part, adapter in prompts.items() if self._is_changed(adapter, states[part])]
+        with evaluating(self.model):
+            computed = self.hooks.run_prompts([part.method for part in changed])
+        for part, prefixes in zip(changed, computed, strict=True):
+            adapter = prompts[part]
+            assert isinstance(adapter.method, PromptMethod)
+            self.write(adapter, prefixes)
+            self.written[adapter] = (states[part], adapter.method.prompt.detach().clone())
 
     def write(self, key: Any, prefixes: Mapping[nn.Module, KeyedPrefix]) -> None:
         """Write the keys and values of a prefix into the store, given by attention module."""
@@ -296,19 +297,19 @@ class Routing:
         index = {module: i for i, module in enumerate(self.hooks.layers)}
         self.store.write(key, {index[module]: prefix for module, prefix in prefixes.items()}, self.model.dtype)
 
-    def _is_changed(self, adapter: Adapter) -> bool:
-        """Return whether a prompt's keys and values in the store are not those of its parameters, or may not be."""
-        if adapter not in self.written or adapter not in self.store.spans:
+    def _is_changed(self, adapter: Adapter, state: tuple[object, object]) -> bool:
+        """Return whether a prompt in the store is of another state than this, or a state is unknown."""
+        if None in state or adapter not in self.written or adapter not in self.store.spans:
             return True
-        state, prompt = self.written[adapter]
+        former, prompt = self.written[adapter]
         assert isinstance(adapter.method, PromptMethod)
-        return state is None or state != self._read_state(adapter) or not torch.equal(prompt, adapter.method.prompt)
+        return former != state or not torch.equal(prompt, adapter.method.prompt)
 
-    def _read_state(self, adapter: Adapter) -> object:
-        """Return what a prompt's keys and values depend on, or None if that is unknown."""
+    def _read_backbone(self) -> object:
+        """Return what of the model prompts' keys and values depend on, or None if that is unknown."""
         assert self.hooks is not None
         backbone = self.hooks.backbone
-        states = read_state(backbone, adapter.method), read_tuner_state(backbone)
+        states = read_state(backbone), read_tuner_state(backbone)
         offloaded = any(parameter.is_meta for parameter in backbone.parameters())
         return None if offloaded or None in states else states
 
