@@ -60,11 +60,11 @@ class LearningRates(NamedTuple):
     """The rates at which a method is usually trained with Adam."""
 
     prompt: float = 0.3
-    """Of a soft prompt (Lester et al., EMNLP 2021)."""
+    """The rate of a soft prompt (Lester et al., EMNLP 2021)."""
     rest: float = 5e-3
-    """Of prefixes (Liu et al., P-tuning v2, ACL 2022), offsets, and modules of the model that stay trainable."""
+    """The rate of prefixes (Liu et al., P-tuning v2, ACL 2022), offsets, and modules that stay trainable."""
     gates: float | None = None
-    """Of gates. None: as the rest."""
+    """The rate of gates. None: that of the rest."""
 
 
 @dataclass(kw_only=True)

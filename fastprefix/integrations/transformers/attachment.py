@@ -25,13 +25,7 @@ from ...methods import (
     VisualMethod,
 )
 from . import conformance
-from .adapter import (
-    Adapter,
-    Attachment,
-    Hooks,
-    Method,
-    find_trainable_modules,
-)
+from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules
 from .agreement import agree, do_together
 from .conformance import adopt_small_trial, choose_stand_in
 from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections

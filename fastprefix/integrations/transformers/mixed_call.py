@@ -1,4 +1,4 @@
-"""What a call has whose rows have different adapters: its parts, their place in each row, their gates and offsets."""
+"""Describe a call whose rows have different adapters: its parts, their place in each row, their gates and offsets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASE = "__base__"
 
 @dataclass(eq=False)
 class Part:
-    """What a mixed batch needs to know of an adapter.
+    """Hold what a mixed batch needs to know of an adapter.
 
     Args:
         name: of the adapter.
@@ -348,7 +348,7 @@ class MixedOffsets(nn.Module):
 
     @property
     def changes_tokens(self) -> bool:
-        """Whether a part of the call in progress has an offset."""
+        """Return whether a part of the call in progress has an offset."""
         return self.rows is not None and self.rows.has_offsets
 
     def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:

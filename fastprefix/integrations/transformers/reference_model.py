@@ -14,7 +14,7 @@ from .tuners import disable_tuners, find_base_model
 class ReferenceModel(nn.Module):
     """Run another model without its adapters, those of this package and PEFT's layers.
 
-    It has no parameters of its own, and looks like a model to trainers that ask for a reference model, such as TRL's
+    It has no own parameters, and looks like a model to trainers that ask for a reference model, such as TRL's
     ``DPOTrainer(model, ref_model=...)``. The adapters are put aside for the time of a call.
 
     Args:

@@ -210,7 +210,7 @@ CARRIED = "fastprefix"
 
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{CARRIED}/*.safetensors", *CARTRIDGES)
-"""What is downloaded of an adapter on the hub."""
+"""The files of an adapter that are downloaded from the hub."""
 
 
 def _locate_carried(directory: Path, name: str) -> Path:

@@ -106,7 +106,7 @@ class AdapterStore:
     def __repr__(self) -> str:
         return f"AdapterStore({len(self)} adapters, {self.tokens:,} tokens, {self.nbytes / 2**20:,.1f} MiB)"
 
-    def load(self, name: str, source: Source, *, make_room: Callable[[int], None] | None = None) -> None:
+    def load(self, name: str, source: Source) -> None:
         """Load an adapter, or put another in the place of the one that has the name.
 
         Args:
@@ -114,21 +114,23 @@ class AdapterStore:
             source: a file or directory as for ``load_adapter``, or a prefix in memory (``read_prefix``,
                 ``PrefixState``) for all attention layers of the model, which is one with ``prefix_position="none"`` if
                 it does not say. A prompt is run once, and its keys and values are kept.
-            make_room: is called with the number of tokens before they are stored.
 
         Raises:
             FileNotFoundError: no adapter there.
             ValueError: a name that an attached adapter has, or an adapter that does not fit the model or cannot be in
                 a batch with others. The store is left as it was.
         """
+        self.load_after(name, source, lambda length: None)
+
+    def load_after(self, name: str, source: Source, make_room: Callable[[int], None]) -> None:
+        """Load an adapter after a call of ``make_room`` with the number of its tokens."""
         if not isinstance(name, str):
             raise TypeError(f"`name` must be a string, but is {type(name).__name__}.")
         with self._changing():
             if name not in self:
                 check_name_free(self.model, name)
             part, prefixes = self._read(name, source)
-            if make_room is not None:
-                make_room(part.length)
+            make_room(part.length)
             self._put(part, prefixes)
 
     def _put(self, part: Part, prefixes: Mapping[nn.Module, KeyedPrefix]) -> None:
@@ -296,7 +298,7 @@ class ResidentAdapters:
 
     def _load(self, name: str, wanted: Sequence[str]) -> None:
         source = self.read[name] if isinstance(self.read, Mapping) else self.read(name)
-        self.store.load(name, source, make_room=lambda length: self._make_room(length, wanted))
+        self.store.load_after(name, source, lambda length: self._make_room(length, wanted))
         self._used[name] = None
 
     def _make_room(self, length: int, wanted: Sequence[str]) -> None:

@@ -139,8 +139,9 @@ class SpanStore:
 
     def convert(self, dtype: torch.dtype) -> None:
         """Give all layers a dtype, that of a model which was converted."""
-        if any(layer.key.dtype is not dtype for layer in self.layers.values()):
-            self._map_layers(lambda tensor: tensor.to(dtype))
+        for index, layer in self.layers.items():
+            if layer.key.dtype is not dtype:
+                self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(dtype))
 
     def move_layer(self, index: int, device: torch.device) -> KeyedPrefix:
         """Return a layer on a device, to which it is moved for good if need be: that of a model which was moved."""
@@ -148,10 +149,6 @@ class SpanStore:
         if layer.key.device != device:
             layer = self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(device))
         return layer
-
-    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> None:
-        for index, layer in self.layers.items():
-            self.layers[index] = _map_tensors(layer, function)
 
     def read(self, key: Hashable) -> dict[int, KeyedPrefix]:
         """Return views of a prefix by layer. Layers that it is not for have whatever is there."""

@@ -52,7 +52,7 @@ class TunerParameter(NamedTuple):
     name: str
     parameter: nn.Parameter
     active: bool
-    """Whether it belongs to an adapter of PEFT's that is in use."""
+    """True if it belongs to an adapter of PEFT's that is in use."""
 
 
 def list_tuner_parameters(model: nn.Module) -> Iterator[TunerParameter]:

@@ -196,7 +196,7 @@ def crop_states(output: Any, place: int, rows: int, length: int) -> Any:
 
 
 class SharedRows(NamedTuple):
-    """What a call computed of the rows that are the same for every image."""
+    """The results of a call for the rows that are the same for every image."""
 
     prefixes: list[Prefix] | None
     """Their keys ``[1, Hkv, P, D]`` and values in every layer. None: rows stand in every image."""
