@@ -23,9 +23,9 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from fastprefix import PrefixTuningConfig, PromptTuningConfig
-from fastprefix.integrations.transformers.attention import NAME, CarriedBindings, GivenPrefix, carrying, register
-from fastprefix.integrations.transformers.fully_sharded import shard_like
-from fastprefix.integrations.transformers.sharding import HeadSplit, TensorParallelHeads
+from fastprefix.integrations.transformers.models.attention import NAME, CarriedBindings, GivenPrefix, carrying, register
+from fastprefix.integrations.transformers.sharding.fully_sharded import shard_like
+from fastprefix.integrations.transformers.sharding.tensor_parallel import HeadSplit, TensorParallelHeads
 from fastprefix.methods import AttentionShape, EmbeddingShape, PrefixTuning, PromptTuning
 
 from .measure import BenchmarkError

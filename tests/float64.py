@@ -1,5 +1,5 @@
 """Whole models in float64: transformers' norms, rotary positions and routers round to float32 of their own accord."""
 
-from fastprefix.integrations.transformers.conformance import Float64
+from fastprefix.integrations.transformers.checking.conformance import Float64
 
 __all__ = ["Float64"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from fastprefix.integrations.transformers.attention import BINDING
-from fastprefix.integrations.transformers.switching import Implementation
+from fastprefix.integrations.transformers.models.attention import BINDING
+from fastprefix.integrations.transformers.models.switching import Implementation
 
 
 def textbook_attention(

@@ -28,14 +28,14 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import (
+from fastprefix.integrations.transformers.checking.conformance import (
     ConformanceReport,
     Float64,
     check,
     format_error,
     list_reports,
 )
-from fastprefix.integrations.transformers.discovery import CopyError, list_configs, make_small_copy
+from fastprefix.integrations.transformers.models.discovery import CopyError, list_configs, make_small_copy
 from fastprefix.methods import METHODS, MethodConfig
 
 SECONDS, LONGEST = 180, 240  # of a family, and of a message in characters

@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..transformers import conformance
-from ..transformers.discovery import Layer, find_layers
-from ..transformers.sharding import is_tensor_parallel
-from ..transformers.shared_prompt import find_reason_against_layers
-from ..transformers.switching import evaluating, find_device, list_adapting_users
+from ..transformers.checking import conformance
+from ..transformers.models.discovery import Layer, find_layers
+from ..transformers.models.switching import evaluating, find_device, list_adapting_users
+from ..transformers.prompts.shared_prompt import find_reason_against_layers
+from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration

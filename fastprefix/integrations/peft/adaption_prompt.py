@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..transformers.attention import CarriedBindings, GivenPrefix, carrying
-from ..transformers.discovery import Layer
-from ..transformers.hooks import Forward, Interception
-from ..transformers.sharding import TensorParallelHeads
+from ..transformers.models.attention import CarriedBindings, GivenPrefix, carrying
+from ..transformers.models.discovery import Layer
+from ..transformers.models.hooks import Forward, Interception
+from ..transformers.sharding.tensor_parallel import TensorParallelHeads
 from .prefix import CachedPrefix
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..transformers.discovery import Layer
-from ..transformers.mixed_call import BASE, MixedCall, MixedRows, Part
-from ..transformers.mixing import MixtureHooks, check_rows
-from ..transformers.span_store import KeyedPrefix, SpanStore
-from ..transformers.switching import find_device
+from ..transformers.mixed_batches.mixed_call import BASE, MixedCall, MixedRows, Part
+from ..transformers.mixed_batches.mixing import MixtureHooks, check_rows
+from ..transformers.mixed_batches.span_store import KeyedPrefix, SpanStore
+from ..transformers.models.discovery import Layer
+from ..transformers.models.switching import find_device
 
 
 class PeftMixture(MixtureHooks):

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..transformers.attention import (
+from ..transformers.mixed_batches.mixing import check_names
+from ..transformers.mixed_batches.span_store import KeyedPrefix
+from ..transformers.models.attention import (
     BINDING,
     CHECKPOINT_WRAPPER,
     NAME,
@@ -34,8 +36,8 @@ from ..transformers.attention import (
     unwatch,
     watch,
 )
-from ..transformers.discovery import Layer, find_backbone
-from ..transformers.hooks import (
+from ..transformers.models.discovery import Layer, find_backbone
+from ..transformers.models.hooks import (
     Forward,
     Interception,
     asks_for,
@@ -49,11 +51,9 @@ from ..transformers.hooks import (
     refuse_one_row_masks,
     refuse_replicas,
 )
-from ..transformers.mixing import check_names
-from ..transformers.prefix import PrefixCache
-from ..transformers.sharding import TensorParallelHeads
-from ..transformers.span_store import KeyedPrefix
-from ..transformers.switching import Implementation, runs_with_adapter
+from ..transformers.models.switching import Implementation, runs_with_adapter
+from ..transformers.prefixes.prefix import PrefixCache
+from ..transformers.sharding.tensor_parallel import TensorParallelHeads
 from .mixing import PeftMixture
 
 

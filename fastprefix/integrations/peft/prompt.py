@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.attention import (
+from ..transformers.models.attention import (
     Binding,
     CarriedBindings,
     GivenPrefix,
@@ -18,9 +18,8 @@ from ..transformers.attention import (
     carry_through_checkpoints,
     carrying,
 )
-from ..transformers.discovery import Layer, ModuleCall, find_backbone, record_calls
-from ..transformers.fully_sharded import Gatherer
-from ..transformers.hooks import (
+from ..transformers.models.discovery import Layer, ModuleCall, find_backbone, record_calls
+from ..transformers.models.hooks import (
     Forward,
     Interception,
     checkpoints_reentrantly,
@@ -29,10 +28,11 @@ from ..transformers.hooks import (
     read_parameter_names,
     suspend_checkpointing,
 )
-from ..transformers.positions import Positions
-from ..transformers.prefix import PrefixCache
-from ..transformers.shared_prompt import add_reached_token, has_dropout
-from ..transformers.switching import find_device
+from ..transformers.models.positions import Positions
+from ..transformers.models.switching import find_device
+from ..transformers.prefixes.prefix import PrefixCache
+from ..transformers.prompts.shared_prompt import add_reached_token, has_dropout
+from ..transformers.sharding.fully_sharded import Gatherer
 from .mixing import PeftMixture
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 

@@ -1,16 +1,16 @@
 """The methods on ``transformers`` models: attach, detach, save, load, merge."""
 
 from .attachment import attach, detach, disable_adapter, set_adapter
-from .composition import compose, swap_prefix
 from .exporting import encode_prompt_embeds, export_merged_base, export_prompt_embeds
-from .initial import PrefixState
+from .files.publishing import push_to_hub
+from .files.saving import load_adapter, read_prefix, save_adapter
 from .merging import export_cache, merge
+from .mixed_batches.serving import AdapterStore, ResidentAdapters
 from .parameters import ParameterCount, count_parameters, parameter_groups
-from .publishing import push_to_hub
+from .prefixes.composition import compose, swap_prefix
+from .prefixes.initial import PrefixState
 from .reference_model import ReferenceModel
-from .saving import load_adapter, read_prefix, save_adapter
-from .serving import AdapterStore, ResidentAdapters
-from .vision_features import compute_bank, find_entered_layers
+from .vision.features import compute_bank, find_entered_layers
 
 __all__ = [
     "AdapterStore",

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import MethodConfig, PrefixMethod, PromptMethod, VisualMethod
-from .fully_sharded import is_fully_sharded, shard_like
-from .sharding import is_sharded, write_whole
-from .switching import OPTIONS, OwnConfigurations, User, find_device
-from .tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
+from .models.switching import OPTIONS, OwnConfigurations, User, find_device
+from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
+from .sharding.fully_sharded import is_fully_sharded, shard_like
+from .sharding.tensor_parallel import is_sharded, write_whole
 
 
 def refuse_fully_sharded(model: nn.Module, what: str) -> None:

@@ -24,21 +24,13 @@ from ...methods import (
     PrefixTuningConfig,
     VisualMethod,
 )
-from . import conformance
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules
-from .agreement import agree, do_together
-from .conformance import adopt_small_trial, choose_stand_in
-from .discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
-from .initial import check_cache_given, make_initial_prefix, tokenize_text
-from .mixed_call import BASE
-from .multitask import read_source
-from .partitioned import any_partitioned
-from .prefix import PrefixHooks
-from .prompt import EncoderPromptHooks, PromptHooks
-from .routing import Routing
-from .sharding import gather_full_tensor, is_tensor_parallel, make_alike
-from .shared_prompt import SharedPromptHooks, find_reason_not_shareable
-from .switching import (
+from .checking import conformance
+from .checking.conformance import adopt_small_trial, choose_stand_in
+from .mixed_batches.mixed_call import BASE
+from .mixed_batches.routing import Routing
+from .models.discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
+from .models.switching import (
     Inputs,
     find_device,
     is_of_text,
@@ -48,8 +40,16 @@ from .switching import (
     loads_all_inside,
     runs_on_text,
 )
-from .tuners import find_base_model, has_tuner_layers
-from .vision import VisionStack, VisualHooks, find_vision_stack
+from .models.tuners import find_base_model, has_tuner_layers
+from .prefixes.initial import check_cache_given, make_initial_prefix, tokenize_text
+from .prefixes.prefix import PrefixHooks
+from .prompts.multitask import read_source
+from .prompts.prompt import EncoderPromptHooks, PromptHooks
+from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable
+from .sharding.agreement import agree, do_together
+from .sharding.partitioned import any_partitioned
+from .sharding.tensor_parallel import gather_full_tensor, is_tensor_parallel, make_alike
+from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
@@ -157,7 +157,7 @@ def detach(model: Model, name: str | None = None) -> Model:
         adapter.drop_gradients(base)
         attachment.routing.forget(adapter)
     if not attachment.adapters and (name is None or not attachment.routing.serves):
-        from .checkpoints import leave_checkpoints
+        from .files.checkpoints import leave_checkpoints
 
         attachment.routing.remove()
         attachment.release(base)
@@ -540,7 +540,7 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model, if that is not done, and put an adapter on it."""
-    from .checkpoints import carry_in_checkpoints
+    from .files.checkpoints import carry_in_checkpoints
 
     base = find_base_model(model)
     prepare(base).adapters[name] = adapter

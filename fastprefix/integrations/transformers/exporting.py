@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from ...methods import ADePT, PromptMethod
 from .attachment import get_attachment, use_adapter
 from .merging import NewTable, rewrite_table
-from .prompt import PromptHooks, needs_ids
-from .sharding import refuse_sharded
-from .switching import evaluating
+from .models.switching import evaluating
+from .prompts.prompt import PromptHooks, needs_ids
+from .sharding.tensor_parallel import refuse_sharded
 
 
 @torch.no_grad()

@@ -39,19 +39,19 @@ from ...methods.base import check_choice
 from ...methods.prefix_tuning import FreePrefix
 from .adapter import MODULE, Adapter, Hooks
 from .attachment import Model, get_attachment
-from .attention import Prefix
-from .discovery import Layer, find_layers, find_method_layers
-from .fully_sharded import gathering_around, is_fully_sharded
-from .hooks import Forward, Interception, count_past, name_arguments
-from .initial import find_shared_sources
-from .mlx_format import FORMATS, write_prompt_cache
-from .prefix import PrefixHooks
-from .prompt import OffsetHooks, PromptHooks
-from .sharding import TensorParallelHeads
-from .shared_prompt import SharedPromptHooks
-from .switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
-from .tuners import find_base_model, has_tuner_layers, read_tuner_state
-from .vision import VisualHooks
+from .files.mlx_format import FORMATS, write_prompt_cache
+from .models.attention import Prefix
+from .models.discovery import Layer, find_layers, find_method_layers
+from .models.hooks import Forward, Interception, count_past, name_arguments
+from .models.switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
+from .models.tuners import find_base_model, has_tuner_layers, read_tuner_state
+from .prefixes.initial import find_shared_sources
+from .prefixes.prefix import PrefixHooks
+from .prompts.prompt import OffsetHooks, PromptHooks
+from .prompts.shared_prompt import SharedPromptHooks
+from .sharding.fully_sharded import gathering_around, is_fully_sharded
+from .sharding.tensor_parallel import TensorParallelHeads
+from .vision.visual_prompt import VisualHooks
 
 _ROWS = 4096  # of the table that are computed at once
 

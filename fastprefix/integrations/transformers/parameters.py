@@ -13,7 +13,7 @@ from ...methods import PromptMethod
 from ...methods.base import LearningRates
 from .adapter import MODULE, Adapter, Method
 from .attachment import get_attachment
-from .tuners import find_base_model, has_tuner_layers
+from .models.tuners import find_base_model, has_tuner_layers
 
 PEFT = "peft"
 """The name of the group of the parameters that PEFT trains."""

@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...methods import PromptTuningConfig
 from .attachment import attach, detach, get_method
-from .discovery import CopyError, find_layers, make_small_copy
-from .vision import find_vision_stack
+from .models.discovery import CopyError, find_layers, make_small_copy
+from .vision.visual_prompt import find_vision_stack
 
 
 def preview(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attachment import get_attachment, use_adapter
-from .tuners import disable_tuners, find_base_model
+from .models.tuners import disable_tuners, find_base_model
 
 
 class ReferenceModel(nn.Module):

@@ -37,9 +37,10 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.peft import acceleration
-from fastprefix.integrations.transformers import attention, conformance
-from fastprefix.integrations.transformers.attention import GivenPrefix
-from fastprefix.integrations.transformers.discovery import find_layers
+from fastprefix.integrations.transformers.checking import conformance
+from fastprefix.integrations.transformers.models import attention
+from fastprefix.integrations.transformers.models.attention import GivenPrefix
+from fastprefix.integrations.transformers.models.discovery import find_layers
 
 from ... import models, peft_support
 from ...float64 import Float64

@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.cache_utils import Cache
 
 import fastprefix
-from fastprefix.integrations.transformers.hooks import find_cache, find_cache_parameter, read_parameter_names
+from fastprefix.integrations.transformers.models.hooks import find_cache, find_cache_parameter, read_parameter_names
 
 from ... import models
 from .test_accelerate import LENGTH, family, tuned

@@ -470,7 +470,7 @@ def test_fresh_adaption_prompts_on_a_deep_model() -> None:
 
 def test_a_small_error_of_a_deep_model_is_still_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound on rounding stays far below what a wrong prefix does."""
-    from fastprefix.integrations.transformers.attention import GivenPrefix
+    from fastprefix.integrations.transformers.models.attention import GivenPrefix
 
     model = family("decoder", "prefix").float()
     wrong = lambda self, query, key, value: (self.key.to(query), self.value.to(query) * 1.01)  # noqa: E731

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers import attention
+from fastprefix.integrations.transformers.models import attention
 
 from ... import models, peft_support
 from .test_accelerate import LENGTH, PREFIXES, tuned

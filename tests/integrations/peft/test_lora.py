@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers.discovery import find_method_layers, list_ordinary_ids
-from fastprefix.integrations.transformers.textbook import PrefixTextbook, PromptTextbook
-from fastprefix.integrations.transformers.tuners import find_base_model, list_tuner_parameters
+from fastprefix.integrations.transformers.checking.textbook import PrefixTextbook, PromptTextbook
+from fastprefix.integrations.transformers.models.discovery import find_method_layers, list_ordinary_ids
+from fastprefix.integrations.transformers.models.tuners import find_base_model, list_tuner_parameters
 
 from ... import models
 from ...float64 import Float64

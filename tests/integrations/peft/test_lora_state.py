@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
-from fastprefix.integrations.transformers.tuners import find_base_model
+from fastprefix.integrations.transformers.models.tuners import find_base_model
 
 from ... import models, peft_support
 from ..transformers.fake_hub import serve

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastprefix
-from fastprefix.integrations.transformers.sharding import gather_full_tensor
+from fastprefix.integrations.transformers.sharding.tensor_parallel import gather_full_tensor
 
 from ... import models
 from .test_attach import METHODS, attached

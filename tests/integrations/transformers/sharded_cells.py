@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.conformance import Float64
+from fastprefix.integrations.transformers.checking.conformance import Float64
 
 from ... import models
 from .sharded_scenarios import SCENARIOS, gather

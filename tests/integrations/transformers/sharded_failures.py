@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastprefix
-from fastprefix.integrations.transformers import agreement, saving
+from fastprefix.integrations.transformers.files import saving
+from fastprefix.integrations.transformers.sharding import agreement
 
 from ... import models
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.sharding import is_tensor_parallel
+from fastprefix.integrations.transformers.sharding.tensor_parallel import is_tensor_parallel
 
 from ... import models
 

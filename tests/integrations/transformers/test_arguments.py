@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.deprecation import deprecate_kwarg
 
 import fastprefix
-from fastprefix.integrations.transformers import hooks
+from fastprefix.integrations.transformers.models import hooks
 
 from ... import models
 

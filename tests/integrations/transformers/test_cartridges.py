@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import fastprefix
-from fastprefix.integrations.transformers import attention, conformance, initial
 from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.checking import conformance
+from fastprefix.integrations.transformers.models import attention
+from fastprefix.integrations.transformers.prefixes import initial
 
 from ... import models
 from ...float64 import Float64

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastprefix
-from fastprefix.integrations.transformers import saving
+from fastprefix.integrations.transformers.files import saving
 
 from ... import models
 from .test_attach import FAMILIES, METHODS, attached

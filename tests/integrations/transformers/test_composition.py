@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import fastprefix
-from fastprefix.integrations.transformers import attention
 from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.models import attention
 
 from ... import models
 from .test_cartridges import assert_close, make_cache, prefixes, write_cartridge

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers import attachment, conformance, shared_prompt
+from fastprefix.integrations.transformers import attachment
 from fastprefix.integrations.transformers.attachment import attach
-from fastprefix.integrations.transformers.conformance import ConformanceReport, check
-from fastprefix.integrations.transformers.discovery import make_small_copy
-from fastprefix.integrations.transformers.hooks import find_cache, name_arguments, read_parameter_names
+from fastprefix.integrations.transformers.checking import conformance
+from fastprefix.integrations.transformers.checking.conformance import ConformanceReport, check
+from fastprefix.integrations.transformers.models.discovery import make_small_copy
+from fastprefix.integrations.transformers.models.hooks import find_cache, name_arguments, read_parameter_names
+from fastprefix.integrations.transformers.prompts import shared_prompt
 
 unchecked = functools.partial(attach, check=False)
 PROMPT, PREFIX = fastprefix.PromptTuningConfig(5), fastprefix.PrefixTuningConfig(5)

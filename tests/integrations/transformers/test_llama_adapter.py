@@ -17,7 +17,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
-from fastprefix.integrations.transformers.attention import BINDING
+from fastprefix.integrations.transformers.models.attention import BINDING
 
 from ... import models
 from .test_shared_prompt import GROUPED, NO_DROPOUT, SMALL

@@ -10,8 +10,8 @@ from transformers import AutoConfig, MistralForCausalLM
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import attach
-from fastprefix.integrations.transformers.conformance import check
-from fastprefix.integrations.transformers.discovery import make_small_copy
+from fastprefix.integrations.transformers.checking.conformance import check
+from fastprefix.integrations.transformers.models.discovery import make_small_copy
 
 from ... import models
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import fastprefix
-from fastprefix.integrations.transformers.hooks import find_cache
+from fastprefix.integrations.transformers.models.hooks import find_cache
 
 from ... import models
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 import fastprefix
-from fastprefix.integrations.transformers.prompt import PromptHooks
+from fastprefix.integrations.transformers.prompts.prompt import PromptHooks
 
 from ... import models
 from ...float64 import Float64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.integrations.transformers.span_store import SLACK, KeyedPrefix, SpanStore
+from fastprefix.integrations.transformers.mixed_batches.span_store import SLACK, KeyedPrefix, SpanStore
 
 from ... import models
 from .test_mixed_batches import BASE, SHIFT, attach_all, make_state

@@ -45,7 +45,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
-from fastprefix.integrations.transformers.hooks import find_cache, find_cache_parameter, read_parameter_names
+from fastprefix.integrations.transformers.models.hooks import find_cache, find_cache_parameter, read_parameter_names
 
 from ... import models
 from ...float64 import Float64

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.integrations.transformers import vision
 from fastprefix.integrations.transformers.attachment import attach, get_method
-from fastprefix.integrations.transformers.conformance import check
+from fastprefix.integrations.transformers.checking.conformance import check
+from fastprefix.integrations.transformers.vision import visual_prompt as vision
 
 from ... import models, vision_models
 from ...vision_models import FAMILIES, LAYERS

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from fastprefix.integrations.transformers.discovery import (
+from fastprefix.integrations.transformers.models.discovery import (
     CONTEXT,
     WINDOW,
     CopyError,

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.switching import list_configurations, preserve_state
+from fastprefix.integrations.transformers.models.switching import list_configurations, preserve_state
 
 from ... import models
 

@@ -10,11 +10,11 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastprefix
-from fastprefix.integrations.transformers import conformance
-from fastprefix.integrations.transformers.attention import FULL_MASKS, NAME
-from fastprefix.integrations.transformers.discovery import find_layers
-from fastprefix.integrations.transformers.switching import run_trial
-from fastprefix.integrations.transformers.textbook import PrefixTextbook
+from fastprefix.integrations.transformers.checking import conformance
+from fastprefix.integrations.transformers.checking.textbook import PrefixTextbook
+from fastprefix.integrations.transformers.models.attention import FULL_MASKS, NAME
+from fastprefix.integrations.transformers.models.discovery import find_layers
+from fastprefix.integrations.transformers.models.switching import run_trial
 
 from ... import models
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, SwinModel
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import attach, get_method
-from fastprefix.integrations.transformers.conformance import check
-from fastprefix.integrations.transformers.discovery import make_small_copy
+from fastprefix.integrations.transformers.checking.conformance import check
+from fastprefix.integrations.transformers.models.discovery import make_small_copy
 
 from ... import models, vision_models
 from ...vision_models import FAMILIES, LAYERS, PATCH, SIDE, WIDTH

@@ -1,0 +1,1 @@
+"""Read, write and publish adapters, in this package's format and in others'."""

@@ -1,0 +1,71 @@
+"""Find an adapter where it is said to be: in a local directory, or in a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers.utils import CONFIG_NAME
+
+from ...._version import __version__
+from ..models.switching import OPTIONS
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_WHOLE = ("model*.safetensors", "model*.safetensors.index.json")
+"""The weights of a checkpoint of a whole model."""
+
+
+def is_repository(directory: str | os.PathLike[str]) -> bool:
+    """Return whether something can only be the name of a repository, because there is no such path."""
+    return isinstance(directory, str) and _REPOSITORY.fullmatch(directory) is not None and not Path(directory).exists()
+
+
+def locate(
+    directory: str | os.PathLike[str],
+    files: Sequence[str],
+    revision: str | None = None,
+    token: bool | str | None = None,
+) -> Path:
+    """Return the local path of an adapter, which is downloaded to the hub's cache where it is on the hub.
+
+    Args:
+        directory: a path, or the name of a repository.
+        files: patterns of the files to download. Of a checkpoint of a whole model with an adapter, it is that model.
+        revision: of the repository.
+        token: for the hub.
+
+    Raises:
+        FileNotFoundError: there is no such path and no such repository, or the hub cannot be reached.
+        ValueError: a revision of a local path.
+    """
+    if not is_repository(directory):
+        if revision is not None:
+            raise ValueError(f"`revision` must be None for a local path, got {revision!r} for '{directory}'.")
+        return Path(directory)
+
+    def download(patterns: Sequence[str]) -> Path:
+        found = snapshot_download(
+            str(directory),
+            revision=revision,
+            token=token,
+            allow_patterns=list(patterns),
+            library_name="fastprefix",
+            library_version=__version__,
+        )
+        return Path(found)
+
+    try:
+        folder = download([*files, CONFIG_NAME])
+        if (folder / CONFIG_NAME).is_file() and OPTIONS in json.loads((folder / CONFIG_NAME).read_text("utf-8")):
+            folder = download([CONFIG_NAME, *_WHOLE])
+    except Exception as error:  # of the network, of the server, or of the name
+        raise FileNotFoundError(
+            f"`directory` '{directory}' does not exist, and cannot be read from the hub: {error}"
+        ) from error
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise FileNotFoundError(f"`directory` '{directory}' on the hub has no adapter: none of {', '.join(files)}.")
+    return folder

@@ -1,0 +1,314 @@
+"""Adapters as PEFT's files have them, read and written without PEFT.
+
+A PEFT prefix travels as a key/value cache, so it is a prefix with ``prefix_position="shift"``. What PEFT computes a
+prefix or a prompt from (a projection, the network of P-tuning) it does not save, so what is read is a plain one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ....methods import (
+    MethodConfig,
+    MultitaskPrompt,
+    MultitaskPromptConfig,
+    PrefixMethod,
+    PrefixTuningConfig,
+    PromptMethod,
+    PromptTuningConfig,
+    PTuning,
+    VisualMethod,
+)
+from ..merging import refuse_more_than_keys
+from ..models.discovery import Layer, find_layers
+from ..models.hooks import find_cache_parameter, read_parameter_names
+from ..models.switching import evaluating, find_device
+from ..prompts.multitask import PEFT_NAMES
+
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_EMBEDDINGS = "prompt_embeddings"
+_TASKS = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
+
+
+def convert_from_peft(
+    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
+) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """Convert a PEFT directory to a configuration and parameters under this package's names.
+
+    Args:
+        path: its ``adapter_config.json``.
+        tensors: of its ``adapter_model.safetensors``.
+        model: the base model.
+
+    Raises:
+        ValueError: not a directory of PEFT's, another method, or an adapter of another model.
+    """
+    description = _read_description(path)
+    if description["peft_type"] in PROMPTS:
+        _check_heads(model)
+    rows = tensors.get(_EMBEDDINGS, torch.empty(0))
+    if rows.ndim != 2 or rows.numel() == 0:
+        raise ValueError(f"{_EMBEDDINGS!r} in {path.parent} must have rows and columns, but is {tuple(rows.shape)}.")
+    if len(rows) != description.get("num_virtual_tokens"):
+        count = description.get("num_virtual_tokens")
+        raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} rows.")
+    modules = _find_modules(model, description["modules_to_save"])
+    parameters = {
+        f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
+        for name in modules
+        for key, _ in model.get_submodule(name).named_parameters()
+        if f"base_model.{name}.{key}" in tensors
+    }
+    factors = PEFT_NAMES if description["peft_type"] == "MULTITASK_PROMPT_TUNING" else {"rows": _EMBEDDINGS}
+    if left := sorted(tensors.keys() - set(factors.values()) - {_make_peft_name(name) for name in parameters}):
+        raise ValueError(f"the adapter does not fit this model: it has no place for {', '.join(left)}")
+    options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
+    if description["peft_type"] == "MULTITASK_PROMPT_TUNING":
+        return _make_multitask(path, tensors, options, parameters)
+    if description["peft_type"] in PROMPTS:
+        return PromptTuningConfig(**options), {"prompt": rows, **parameters}
+    frozen = description["num_frozen_tokens"]
+    config = PrefixTuningConfig(prefix_position="shift", num_frozen_tokens=frozen, **options)
+    return config, {**_split_rows(model, rows, frozen), **parameters}
+
+
+def convert_to_peft(
+    model: PreTrainedModel, method: PromptMethod | PrefixMethod | VisualMethod, modules: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
+
+    Raises:
+        ValueError: PEFT has nothing that computes the same.
+    """
+    modules = list(modules)
+    if isinstance(method, VisualMethod):
+        raise ValueError(f'format="peft" has no place for the rows of {type(method.config).__name__}')
+    if isinstance(method, PromptMethod):
+        if method.changes_tokens:
+            raise ValueError(
+                'format="peft" must be used with prompt tuning or a prefix, but the method is '
+                f"{type(method.config).__name__}."
+            )
+        _check_heads(model)
+        rows = (method.shared if isinstance(method, MultitaskPrompt) else method.prompt).detach()
+        kind: dict[str, Any] = {**_describe_prompt(method), "token_dim": rows.shape[1]}
+    else:
+        rows, frozen = _make_rows(model, method)
+        shape = method.shapes[0]
+        kind = {
+            **({"peft_type": "CARTRIDGE", "num_frozen_tokens": frozen} if frozen else {"peft_type": "PREFIX_TUNING"}),
+            "token_dim": shape.kv_heads * shape.key_size,
+            "num_attention_heads": shape.kv_heads,
+            "num_layers": len(method.shapes),
+        }
+        if not frozen:
+            kind["prefix_projection"] = False
+    description = {
+        **kind,
+        "task_type": _find_task(model),
+        "base_model_name_or_path": model.name_or_path or None,
+        "inference_mode": True,
+        "modules_to_save": modules or None,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(rows),
+    }
+    parameters = {
+        f"base_model.{name}.{key}": p.detach()
+        for name in modules
+        for key, p in model.get_submodule(name).named_parameters()
+    }
+    if isinstance(method, MultitaskPrompt):
+        parameters |= {PEFT_NAMES[name]: getattr(method, name).detach() for name in ("columns", "rows")}
+    return description, {_EMBEDDINGS: rows, **parameters}
+
+
+def _make_multitask(
+    path: Path, tensors: Mapping[str, Tensor], options: dict[str, Any], parameters: dict[str, Tensor]
+) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """Return the configuration and the parameters of a multitask prompt."""
+    shared, columns, rows = (tensors.get(key, torch.empty(0)) for key in PEFT_NAMES.values())
+    tasks, rank = len(columns), rows.shape[-2] if rows.ndim == 3 else 0
+    fits = columns.shape == (tasks, len(shared), rank) and rows.shape == (tasks, rank, shared.shape[1])
+    if not fits or columns.numel() == 0:
+        shapes = {key: tuple(tensors[key].shape) for key in PEFT_NAMES.values() if key in tensors}
+        raise ValueError(f"{', '.join(PEFT_NAMES.values())} in {path.parent} must fit one another, but are {shapes}.")
+    found = {"shared": shared, "columns": columns, "rows": rows}
+    config = MultitaskPromptConfig(num_tasks=tasks, rank=rank, **options)
+    return config, {**found, **parameters}
+
+
+def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
+    """Return PEFT's type of a prompt, and the encoder that it was computed by, if PEFT has one like it."""
+    if isinstance(method, MultitaskPrompt):
+        tasks, rank = method.config.num_tasks, method.config.rank
+        return {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": tasks, "num_ranks": rank}
+    if not isinstance(method, PTuning):
+        return {"peft_type": "PROMPT_TUNING"}
+    of = method.config
+    return {
+        "peft_type": "P_TUNING",
+        "encoder_reparameterization_type": of.encoder.upper(),
+        "encoder_hidden_size": of.encoder_hidden_dim or method.shape.width,
+        "encoder_num_layers": of.encoder_num_layers,
+    }
+
+
+def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return a model's hidden states of three tokens after a cache that holds a prefix, as PEFT passes one."""
+    cache = DynamicCache()
+    layers = sum(name.startswith("prefix.keys.") for name in parameters)
+    for i in range(layers):
+        key, value = (
+            join_frozen(parameters, which, i).to(find_device(model), model.dtype) for which in ("keys", "values")
+        )
+        cache.update(key[None], value[None], i)
+    return _run_three_tokens(model, cache.get_seq_length(), **{_require_cache(model): cache})
+
+
+def join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
+    """Return the keys or values of all tokens of a layer, those of frozen tokens first."""
+    names = (f"prefix.frozen_{which}.{layer}", f"prefix.{which}.{layer}")
+    return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
+
+
+def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
+    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did."""
+    actual = _run_three_tokens(model, 0)
+    error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4
+    if not error <= rounding * scale:
+        raise ValueError(
+            f"{type(model).__name__} does not move its positions by a prefix as PEFT's cache moves them (off by "
+            f"{error:.1e} in a trial): load the adapter with PEFT, and use fastprefix.accelerate"
+        )
+
+
+def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
+    """Return the hidden states of three tokens after one that is padding."""
+    ids = torch.arange(4, device=find_device(model))[None]
+    mask = torch.ones(1, past + 4, dtype=torch.long, device=find_device(model))
+    mask[0, past] = 0
+    with evaluating(model), torch.no_grad():
+        hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state
+    return hidden[:, 1:].double()
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Read PEFT's configuration of a method that this package has."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
+    kind = description.get("peft_type") if isinstance(description, dict) else None
+    if kind not in (*PREFIXES, *PROMPTS):
+        raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")
+    if description.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(
+            f"`num_transformer_submodules` in {path} must be 1: adapters of encoder-decoders cannot be loaded."
+        )
+    assert isinstance(description, dict)
+    frozen = description.setdefault("num_frozen_tokens", 0)
+    if not isinstance(frozen, int):
+        raise ValueError(f"`num_frozen_tokens` in {path} must be a whole number, but is {frozen!r}.")
+    modules = description["modules_to_save"] = description.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"`modules_to_save` in {path} must be a list of names, but is {modules!r}.")
+    return description
+
+
+def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
+    """Return the names of the modules that PEFT trains and saves: those whose own name ends with one of these."""
+    endings = set(endings)
+    return [
+        name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
+    ]
+
+
+def _make_peft_name(name: str) -> str:
+    return "base_model." + name.removeprefix("modules_to_save.")
+
+
+def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
+    """Return keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, with those of ``frozen`` tokens apart."""
+    layers = _check_layers(model, find_layers(model))
+    first = layers[0].shape
+    if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
+        raise ValueError(
+            f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
+            f"times {first.key_size} columns, but has {rows.shape[1]}."
+        )
+    blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
+    names = [f"{which}.{i}" for i in range(len(layers)) for which in ("keys", "values")]
+    parameters = {f"prefix.{name}": block[:, frozen:] for name, block in zip(names, blocks, strict=True)}
+    if frozen:
+        parameters |= {f"prefix.frozen_{name}": block[:, :frozen] for name, block in zip(names, blocks, strict=True)}
+    return parameters
+
+
+def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, int]:
+    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, and how many of the first are frozen.
+
+    Gates that do not depend on the input are multiplied in.
+    """
+    if method.config.prefix_position != "shift":
+        raise ValueError(
+            'format="peft" requires prefix_position="shift", since PEFT moves the tokens up by the prefix.'
+        )
+    if method.needs_hidden() or method.output_gate(0) is not None:
+        raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
+    refuse_more_than_keys(method, 'format="peft"')
+    _check_layers(model, find_layers(model))
+    baked = method.baked()
+    blocks = [block for pair in baked.prefixes() for block in pair]
+    return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1), baked.frozen_tokens()
+
+
+def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
+    """Return the layers if PEFT's rows fit them: all of one shape, and numbered as they are called."""
+    name = type(model).__name__
+    if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
+        raise ValueError(f"`model` must have numbered attention layers for a PEFT prefix, but {name} has not.")
+    shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
+    if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
+        raise ValueError(f"`model` must have heads of one size in every layer for a PEFT prefix, but {name} has not.")
+    _require_cache(model)
+    if any(layer.local for layer in layers):
+        raise ValueError(
+            "`model` must have layers that see all earlier tokens or a sliding window of them for a PEFT prefix, "
+            f"but {name} "
+            "has others."
+        )
+    return layers
+
+
+def _require_cache(model: PreTrainedModel) -> str:
+    name = find_cache_parameter(read_parameter_names(model.base_model))
+    if name is None:
+        raise ValueError(f"`model` must have a key/value cache for a PEFT prefix, but {type(model).__name__} has none.")
+    return name
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Refuse models whose heads pool: PEFT's prompt is text to them, while here they see the caller's tokens."""
+    if _find_task(model) != "CAUSAL_LM":
+        raise ValueError(f"`model` must be a causal language model for a PEFT prompt, but is {type(model).__name__}.")
+
+
+def _find_task(model: PreTrainedModel) -> str:
+    head = re.search(r"For(\w+)$", type(model).__name__)
+    task = _TASKS.get("" if head is None else head.group(1))
+    return task or ("CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION")

@@ -1,0 +1,1 @@
+"""Run batches whose rows have different adapters."""

@@ -1,0 +1,409 @@
+"""Describe a call whose rows have different adapters: its parts, their place in each row, their gates and offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....methods import AttentionShape, PrefixMethod, PrefixTuning, PromptMethod
+from ....ops.prompt_embedding import prompt_embedding
+from ..adapter import Method
+from ..models.attention import Binding, Prefix, make_span_bias
+from ..models.discovery import Layer, Projection
+from ..models.positions import RowShift
+from ..prefixes.gates import CallGates
+from ..prefixes.prefix import LayerBinding
+from .span_store import KeyedPrefix, Span, SpanStore
+
+BASE = "__base__"
+"""The name of no adapter: such a row runs on the base model alone. PEFT calls it the same."""
+
+
+@dataclass(eq=False)
+class Part:
+    """Hold what a mixed batch needs to know of an adapter.
+
+    Args:
+        name: of the adapter.
+        length: the number of its virtual tokens.
+        shift: the number of positions by which its rows are moved up.
+        indices: by attention module, the index of the layer among the method's own.
+        method: computes gates and offsets, and keys and values where the store has none.
+        projections: of a method whose layers project its states, by attention module.
+        has_own_softmax: whether its keys have a softmax of their own.
+        is_prompt: whether its keys and values are those of a prompt.
+    """
+
+    name: str
+    length: int
+    shift: int
+    indices: Mapping[nn.Module, int]
+    method: Method | None = None
+    projections: Mapping[nn.Module, Projection] = field(default_factory=dict)
+    has_own_softmax: bool = False
+    is_prompt: bool = False
+
+    @property
+    def has_offset(self) -> bool:
+        """Return whether it adds an offset to the embeddings of the tokens."""
+        return isinstance(self.method, PromptMethod) and self.method.changes_tokens
+
+    @property
+    def is_projected(self) -> bool:
+        """Return whether the layers project its keys and values."""
+        return bool(self.projections)
+
+    @property
+    def gates(self) -> PrefixMethod | None:
+        """Return the method if it has gates that are computed from hidden states."""
+        return self.method if isinstance(self.method, PrefixMethod) and self.method.needs_hidden() else None
+
+
+def compute_prefixes(part: Part) -> dict[nn.Module, KeyedPrefix]:
+    """Return the keys and values of a prefix method for each attention module, with constant gates multiplied in."""
+    method = part.method
+    assert isinstance(method, PrefixMethod)
+    if isinstance(method, PrefixTuning) and not method.needs_hidden():
+        pairs = method.gated_prefixes()
+    else:
+        pairs = method.prefixes()
+    return {module: KeyedPrefix(*pairs[i], method.key_bias(i)) for module, i in part.indices.items()} if pairs else {}
+
+
+class MixedRows:
+    """The parts of a call, and which of them each row has.
+
+    ``rows`` are indices into ``parts``, and -1 is the base. Modules may be called with a multiple of these rows, as
+    when ``generate`` searches with several beams: each row then stands for as many neighbors.
+    """
+
+    def __init__(self, names: tuple[str, ...], parts: Sequence[Part], device: torch.device) -> None:
+        known = {part.name: index for index, part in enumerate(parts)}
+        self.names = names
+        self.parts = tuple(parts)
+        self.rows = [known.get(name, -1) for name in names]
+        self.device = device
+        self.longest = max((part.length for part in parts), default=0)
+        self.gated = any(part.gates is not None for part in parts)
+        self.projected = any(part.is_projected for part in parts)
+        self.has_own_softmax = any(part.has_own_softmax for part in parts)
+        self.has_offsets = any(part.has_offset for part in parts)
+        self.has_prompts = any(part.is_prompt for part in parts)
+        self.index = self.make_tensor(self.rows)
+        """The rows' indices into ``parts``, int64 ``[B]``."""
+        self.lengths = self.make_tensor([self.parts[row].length if row >= 0 else 0 for row in self.rows])
+        """The lengths of the rows' prefixes, int64 ``[B]``."""
+        shifts = [self.parts[row].shift if row >= 0 else 0 for row in self.rows]
+        same = len(set(shifts)) == 1
+        self.shift = shifts[0] if same else RowShift(self.make_tensor(shifts)[:, None], max(shifts))
+        """The numbers of positions by which the rows are moved up, one for all if they are the same."""
+
+    def make_tensor(self, values: Sequence[Any]) -> Tensor:
+        """Return a number, or several, for each row as an integer tensor."""
+        return torch.tensor(values, device=self.device)
+
+    def repeat_names(self, count: int) -> tuple[str, ...]:
+        """Return the names of ``count`` rows."""
+        return tuple(name for name in self.names for _ in range(count // len(self.names)))
+
+    def repeat_shift(self, count: int) -> int | RowShift:
+        """Return the shift of ``count`` rows."""
+        return self.shift if isinstance(self.shift, int) else RowShift(repeat(self.shift[0], count), self.shift.largest)
+
+
+def repeat(tensor: Tensor, count: int) -> Tensor:
+    """Return what a tensor says of each row for ``count`` rows, each of its rows standing for as many neighbors."""
+    rows = tensor.shape[0]
+    if count == rows:
+        return tensor
+    if count % rows:
+        raise ValueError(
+            f"`adapter_names` must have a name for each row of the batch, but has {rows} for {count} rows."
+        )
+    return tensor.repeat_interleave(count // rows, 0)
+
+
+class LayerStore(NamedTuple):
+    """A layer's keys and values of all parts, and the span ``[B, 2]`` of each row in them."""
+
+    prefix: KeyedPrefix
+    spans: Tensor
+
+
+Place = tuple[int, int] | None
+"""Start and length of a part in a layer's store, or None where it has none there."""
+
+
+class MixedCall:
+    """A call whose rows have different adapters: what the bindings of its layers have in common."""
+
+    def __init__(self, layers: Mapping[nn.Module, Layer], rows: MixedRows) -> None:
+        self.rows = rows
+        self.gates = CallGates()
+        self.heads = None  # of a tensor-parallel model, which has no mixed batches
+        self.method = MixedGates([layer.shape for layer in layers.values()], rows, list(layers))
+        self.stores: list[LayerStore | None] = [None] * len(layers)
+        self.store: SpanStore | None = None  # that they are in
+        self.bindings: dict[nn.Module, Binding] = {
+            module: MixedBinding(self, index, layer) for index, (module, layer) in enumerate(layers.items())
+        }
+
+    def begin(self, arguments: dict[str, Any], backbone: nn.Module) -> None:
+        """Take up from the arguments of the backbone what the gates depend on."""
+        self.gates = CallGates(arguments)
+        if self.rows.gated:
+            poolings = [each for part in self.rows.parts for each in getattr(part.gates, "poolings", ())]
+            self.gates.take_up(arguments, backbone, poolings)
+
+    def set_prefixes(self, prefixes: Sequence[Mapping[nn.Module, KeyedPrefix]]) -> None:
+        """Put the keys and values of all parts one behind the other, differentiably."""
+        for index, module in enumerate(self.bindings):
+            self.stores[index] = self.make_store([each.get(module) for each in prefixes])
+
+    def set_spans(self, store: SpanStore, spans: Sequence[Span | None]) -> None:
+        """Take the keys and values of all parts from a store in which they have these spans."""
+        self.store = store
+        for index, module in enumerate(self.bindings):
+            places: list[Place] = [
+                None if span is None or module not in part.indices else (span.start, span.length)
+                for part, span in zip(self.rows.parts, spans, strict=True)
+            ]
+            if index in store.layers:
+                self.stores[index] = LayerStore(store.layers[index], self.make_spans(places))
+
+    def make_store(self, prefixes: Sequence[KeyedPrefix | None]) -> LayerStore | None:
+        """Return the keys and values of all parts in a layer one behind the other, if there are any."""
+        places: list[Place] = []
+        end = 0
+        for each in prefixes:
+            length = 0 if each is None else int(each.key.shape[1])
+            places.append(None if each is None else (end, length))
+            end += length
+        return LayerStore(join(prefixes), self.make_spans(places)) if end else None
+
+    def make_spans(self, places: Sequence[Place]) -> Tensor:
+        """Return the spans ``[B, 2]`` of the rows, given those of the parts."""
+        return self.rows.make_tensor([places[row] or (0, 0) if row >= 0 else (0, 0) for row in self.rows.rows])
+
+
+def join(prefixes: Sequence[KeyedPrefix | None]) -> KeyedPrefix:
+    """Return keys and values one behind the other, with biases if any of them has biases."""
+    present = [each for each in prefixes if each is not None]
+    if len(present) == 1:
+        return present[0]
+    key, value = (torch.cat([each[i] for each in present], dim=1) for i in (0, 1))  # type: ignore[misc]
+    if all(each.bias is None for each in present):
+        return KeyedPrefix(key, value)
+    biases = [each.key.new_zeros(each.key.shape[:2]) if each.bias is None else each.bias for each in present]
+    return KeyedPrefix(key, value, torch.cat(biases, dim=1))
+
+
+class MixedGates:
+    """The gates of the parts of a call, each in its own rows, as those of one method."""
+
+    def __init__(self, shapes: Sequence[AttentionShape], rows: MixedRows, modules: Sequence[nn.Module]) -> None:
+        self.shapes = shapes
+        self.rows = rows
+        self.modules = modules
+
+    def needs_hidden(self) -> bool:
+        """Return whether a part has gates that are computed from hidden states."""
+        return self.rows.gated
+
+    def prefix_gate(
+        self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
+    ) -> Tensor | None:
+        """``[B, 1, m]``, or for each query ``[B, 1, N, m]``; 1 in rows without such a gate."""
+        if hidden is None:
+            return None
+        batch, longest, module = hidden.shape[0], self.rows.longest, self.modules[layer]
+        gates: list[tuple[Tensor, Tensor]] = []
+        for which, part in enumerate(self.rows.parts):
+            if part.gates is None or module not in part.indices:
+                continue
+            rows = (repeat(self.rows.index, batch) == which).nonzero().squeeze(1).to(hidden.device)
+            own = [None if each is None else each.expand(batch, -1)[rows] for each in (attended, sequences)]
+            packed = {} if own[1] is None else {"sequences": own[1]}
+            gate = part.gates.prefix_gate(part.indices[module], hidden[rows], own[0], **packed)
+            assert gate is not None
+            gates.append((rows, F.pad(gate, (0, longest - part.length), value=1.0)))
+        by_query = any(gate.ndim == 4 for _, gate in gates)
+        shape = (batch, 1, hidden.shape[1], longest) if by_query else (batch, 1, longest)
+        mixed = hidden.new_ones(shape)
+        for rows, gate in gates:
+            whole = gate.unsqueeze(2) if by_query and gate.ndim == 3 else gate
+            mixed = mixed.index_copy(0, rows, whole.to(mixed.dtype).expand(len(rows), *shape[1:]))
+        return mixed
+
+    def output_gates(self, layer: int, query: Tensor) -> Tensor | None:
+        """``[B, Hq]``, 0 in rows without one; None for one joint softmax in all rows."""
+        if not self.rows.has_own_softmax:
+            return None
+        heads, module = query.shape[1], self.modules[layer]
+        gates = [query.new_zeros(heads)]
+        for part in self.rows.parts:
+            assert isinstance(part.method, PrefixMethod)
+            gate = part.method.output_gate(part.indices[module]) if module in part.indices else None
+            gates.append(gates[0] if gate is None else gate.to(query).expand(heads))
+        return torch.stack(gates)[repeat(self.rows.index, query.shape[0]).to(query.device) + 1]
+
+
+class MixedBinding(LayerBinding):
+    """The binding of an attention module to the prefixes and gates of a call's rows."""
+
+    attachment: Any
+
+    def __init__(self, call: MixedCall, index: int, layer: Layer) -> None:
+        self.attachment = self.call = call
+        self.index = index
+        self.module = layer.module
+        self.window = layer.window
+        self.hidden = None
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the keys and values of all parts, or None if the layer has none."""
+        if self.call.rows.projected:
+            running = next((p.projections[self.module] for p in self.call.rows.parts if self._is_running(p)), None)
+            if running is not None:
+                running.get_prefix(query, key, value)
+                return None
+            self.call.stores[self.index] = self._project(query)
+        store = self.call.stores[self.index]
+        if store is None:
+            return None
+        prefix = store.prefix
+        if self.call.store is not None and prefix.key.device != query.device:
+            prefix = self.call.store.move_layer(self.index, query.device)
+        return prefix.key.to(query), prefix.value.to(query)
+
+    def _is_running(self, part: Part) -> bool:
+        return self.module in part.projections and part.projections[self.module].running
+
+    def _project(self, query: Tensor) -> LayerStore | None:
+        """Have the layer project the states of all parts."""
+        prefixes: list[KeyedPrefix | None] = []
+        for part in self.call.rows.parts:
+            states = None
+            if self.module in part.indices:
+                assert isinstance(part.method, PrefixMethod)
+                states = part.method.projected_states(part.indices[self.module])
+            prefixes.append(None if states is None else KeyedPrefix(*part.projections[self.module](states.to(query))))
+        return self.call.make_store(prefixes)
+
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prefix gate and the output gate."""
+        gate = self._prefix_gate(query, mask) if self.call.rows.gated else None
+        return gate, self.call.method.output_gates(self.index, query)
+
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias with which a sliding window cuts prefixes that stand at positions before the tokens."""
+        rows, gates = self.call.rows, self.call.gates
+        if self.window is None or rows.shift == 0:
+            return None
+        lengths = repeat(rows.lengths, query.shape[0]).to(query.device)
+        return make_span_bias(query, self.window, lengths, rows.longest, gates.past, gates.tokens)
+
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases of the keys of all parts."""
+        store = self.call.stores[self.index]
+        return None if store is None or store.prefix.bias is None else store.prefix.bias.to(query)
+
+    def get_spans(self, query: Tensor) -> Tensor | None:
+        """Return the rows' spans."""
+        store = self.call.stores[self.index]
+        return None if store is None else repeat(store.spans, query.shape[0]).to(query.device)
+
+    def count_frozen(self) -> int:
+        """Return 0: parameters that are not trained get no gradient by themselves."""
+        return 0
+
+
+class CaptureBinding(Binding):
+    """The binding of an attention module whose keys and values are wanted, while prompts run."""
+
+    def __init__(self) -> None:
+        self.captured: Prefix | None = None
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep what the module's attention is called with."""
+        self.captured = (key, value)
+
+
+class MixedOffsets(nn.Module):
+    """The offsets of the parts of a call on the embeddings of its tokens, in place of one prompt method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_virtual_tokens=0)
+        self.rows: MixedRows | None = None  # of the call in progress
+        self.prompt_path: str | None = None
+
+    changes_positions = False  # a model that hands embeddings to its decoder has been refused for such a part alone
+
+    @property
+    def changes_tokens(self) -> bool:
+        """Return whether a part of the call in progress has an offset."""
+        return self.rows is not None and self.rows.has_offsets
+
+    def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
+        """``[B, N, d]``: the embeddings with each row's own offset."""
+        assert self.rows is not None
+        assert not with_prompt
+        embedded: Tensor | None = None
+        for bank, members in self._make_banks(input_ids.shape[1], first_position, table.dtype):
+            entries = torch.full((len(self.rows.parts) + 1,), -1)
+            entries[members] = torch.arange(len(members))  # the last entry is the base's
+            index = entries.to(input_ids.device)[repeat(self.rows.index, input_ids.shape[0]).to(input_ids.device)]
+            if embedded is not None:  # another kind of offset: the embeddings so far are its table
+                ids = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+                input_ids, table = ids, embedded.flatten(0, 1)
+            embedded = prompt_embedding(input_ids, table, index=index, **bank)
+        return prompt_embedding(input_ids, table) if embedded is None else embedded
+
+    def _make_banks(self, tokens: int, first: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Yield the offsets of all parts as arguments of ``prompt_embedding``, and the parts that are in each."""
+        assert self.rows is not None
+        groups: dict[tuple[str, float], list[tuple[int, dict[str, Any]]]] = {}
+        for which, part in enumerate(self.rows.parts):
+            if part.has_offset:
+                assert isinstance(part.method, PromptMethod)
+                offset = part.method.offset(tokens, first, dtype)
+                kind = next(name for name in _JOINED if offset.get(name) is not None)
+                groups.setdefault((kind, offset.get("dropout_p", 0.0)), []).append((which, offset))
+        for (kind, dropout), members in groups.items():
+            offsets = [(offset[kind], offset.get("offset_scale", 1.0)) for _, offset in members]
+            yield {kind: _JOINED[kind](offsets), "dropout_p": dropout}, [which for which, _ in members]
+
+
+def _join_networks(offsets: Sequence[tuple[tuple[Tensor, ...], float]]) -> tuple[Tensor, ...]:
+    """Return ADePT's networks as a bank, with hidden layers of one width: a hidden unit of zeros adds nothing."""
+    width = max(network[0].shape[1] for network, _ in offsets)
+    banks = []
+    for (w1, b1, w2, b2), scale in offsets:
+        more = width - w1.shape[1]
+        banks.append((F.pad(w1, (0, more)), F.pad(b1, (0, more)), F.pad(scale * w2, (0, 0, 0, more)), scale * b2))
+    return tuple(torch.stack(tensors) for tensors in zip(*banks, strict=True))
+
+
+def _join_pairs(offsets: Sequence[tuple[tuple[Tensor, ...], float]]) -> tuple[Tensor, ...]:
+    """Return DePT's pairs as a bank, of one rank."""
+    rank = max(pair[0].shape[1] for pair, _ in offsets)
+    banks = [
+        (F.pad(a, (0, rank - a.shape[1])), F.pad(scale * b, (0, 0, 0, rank - b.shape[0]))) for (a, b), scale in offsets
+    ]
+    return tuple(torch.stack(tensors) for tensors in zip(*banks, strict=True))
+
+
+def _join_rows(offsets: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return dense offsets as a bank."""
+    return torch.stack([scale * rows for rows, scale in offsets])
+
+
+_JOINED: dict[str, Any] = {"ffn": _join_networks, "low_rank": _join_pairs, "position_offset": _join_rows}
+"""The function that makes a bank of offsets of each kind, for which ``prompt_embedding`` has an argument."""

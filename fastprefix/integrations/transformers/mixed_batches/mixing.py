@@ -1,0 +1,352 @@
+"""Run the rows of one batch with different adapters.
+
+The keys and values of all adapters of a call stand one behind the other in one tensor a layer, and each row attends to
+its own span of it. Prompts become keys and values first: on a decoder they are the same in every row. Offsets on the
+tokens come from banks with an entry for each adapter.
+
+While gradients are computed, the tensors are concatenated from the adapters' parameters, and each adapter gets the
+gradient of its rows. Without gradients they are those of the model's ``SpanStore``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..models.attention import (
+    CarriedBindings,
+    Prefix,
+    carry_through_checkpoints,
+    carrying,
+    get_carried_bindings,
+    restore_checkpoints,
+    unwatch,
+    watch,
+)
+from ..models.discovery import Layer, find_backbone, find_first_tensor
+from ..models.hooks import (
+    Forward,
+    Interception,
+    asks_for,
+    check_mask_length,
+    check_parameter_names,
+    checkpoints_reentrantly,
+    count_past,
+    count_tokens,
+    expand_one_row_mask,
+    find_cache,
+    name_arguments,
+    refuse_one_row_masks,
+    refuse_replicas,
+    suspend_checkpointing,
+)
+from ..models.positions import Positions, PositionShift, RowShift, refuse_packed
+from ..models.switching import Implementation, runs_on_text
+from ..prefixes.gates import hold_by_row
+from ..prompts.prompt import OffsetHooks, needs_ids
+from ..prompts.shared_prompt import has_dropout
+from .mixed_call import CaptureBinding, MixedBinding, MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
+from .span_store import KeyedPrefix, SpanStore
+
+
+class MixtureHooks:
+    """A model whose rows have different adapters, from ``install`` to ``remove``."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[Layer], store: SpanStore) -> None:
+        self.model = model
+        self.store = store
+        self.layers = {layer.module: layer for layer in layers}
+        self.text = runs_on_text(model)
+        self.backbone: Any = find_backbone(model) if self.text else model
+        self.names = check_parameter_names(self.backbone)
+        self.windows = any(layer.window is not None for layer in layers)
+        self.encoder: Any = model.get_encoder() if model.config.is_encoder_decoder else None
+        self.call: MixedCall | None = None  # that begins
+        self.keys: dict[Part, Any] = {}  # in the store
+        self.shift: PositionShift | None = None
+        self.offsets: OffsetHooks | None = None
+        self.implementation: Implementation | None = None
+        self.handles: list[Any] = []
+        self.leave: Any = None  # what returns to the adapter in use, for a call without names
+        self.drops = has_dropout(self.backbone)
+
+    def find_key(self, part: Part) -> Any:
+        """Return the key of a part in the store."""
+        return self.keys.get(part, part.name)
+
+    def make_call(self, rows: MixedRows) -> MixedCall:
+        """Return a call, without gradients with the keys and values that are in the store."""
+        call = MixedCall(self.layers, rows)
+        if not torch.is_grad_enabled():
+            self.store.convert(self.model.dtype)
+            call.set_spans(self.store, [self.store.spans.get(self.find_key(part)) for part in rows.parts])
+        return call
+
+    def install(self, parts: Sequence[Part]) -> None:
+        """Switch the model's attention, and set the hooks that these parts need."""
+        if self.implementation is None:
+            self.implementation = Implementation(self.model, {})
+        else:
+            self.implementation.resume()
+        watch(self.layers)
+        if any(part.is_prompt for part in parts):
+            self.offsets = OffsetHooks(self.model, MixedOffsets())  # type: ignore[arg-type]
+            self.offsets.install(self.model)
+            self.handles.append(self.offsets)
+        self.handles.append(Interception(self.backbone, self.run))
+        if self.shift is None and any(part.shift for part in parts):
+            self.shift = PositionShift(self.backbone, Positions.find(self.backbone))
+        if self.shift is not None:
+            self.handles += self.shift.install()
+        if self.encoder is not None:
+            self.handles.append(Interception(self.encoder, self.run_encoder))
+        if any(part.gates is not None for part in parts):
+            for layer in self.layers.values():
+                if layer.entry is not None:
+                    self.handles.append(layer.entry.register_forward_pre_hook(Watch(layer.module), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove all hooks, and restore the model's attention."""
+        for handle in reversed(self.handles):
+            handle.remove()
+        self.handles, self.offsets = [], None
+        unwatch(self.layers)
+        restore_checkpoints(self.backbone)
+        assert self.implementation is not None
+        self.implementation.restore()
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone, each row with its own adapter."""
+        call = self.call
+        if call is None:  # called by itself, without names
+            self.leave()
+            return self.backbone.forward(*args, **kwargs)
+        assert self.implementation is not None
+        self.implementation.check()
+        refuse_replicas(self.backbone)
+        arguments = name_arguments(self.names, args, kwargs)
+        self._check(arguments, call.rows)
+        call.begin(arguments, self.backbone)
+        if torch.is_grad_enabled():
+            call.set_prefixes(self.compute_prefixes(call.rows.parts))
+        arguments = self._arrange(arguments, call)
+        if self.offsets is not None:
+            self.offsets.method.rows = call.rows  # type: ignore[assignment]
+        carry_through_checkpoints(self.backbone)
+        try:
+            with carrying(CarriedBindings(call.bindings)):
+                output = forward(**arguments)
+        finally:
+            if self.shift is not None:
+                self.shift.shift = 0
+            if self.offsets is not None:
+                self.offsets.method.rows = None  # type: ignore[assignment]
+        cache = find_cache(output)
+        call.gates.put_down(cache)
+        if cache is not None and not torch.compiler.is_compiling():
+            hold_names(cache, call.rows, arguments)
+        return output
+
+    def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an encoder, which ``generate`` calls by itself."""
+        call = self.call
+        if call is None or get_carried_bindings() is not None:
+            return forward(*args, **kwargs)
+        call.begin({}, self.backbone)
+        if torch.is_grad_enabled():
+            call.set_prefixes(self.compute_prefixes(call.rows.parts))
+        with carrying(CarriedBindings(call.bindings)):
+            return forward(*args, **kwargs)
+
+    def _check(self, arguments: dict[str, Any], rows: MixedRows) -> None:
+        if asks_for(arguments, self.backbone, "output_attentions"):
+            raise ValueError("`output_attentions` must be False with `adapter_names`: the kernels make no weights.")
+        if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
+            raise ValueError("`use_reentrant` must be False for gradient checkpointing with `adapter_names`.")
+        prompts = [part.name for part in rows.parts if part.is_prompt] if rows.has_prompts else []
+        if prompts and self.drops and self.backbone.training:
+            raise ValueError(
+                f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model draws anew in "
+                "every row: train it by itself, or set the model's dropout to 0."
+            )
+        if prompts and asks_for(arguments, self.backbone, "output_router_logits"):
+            raise ValueError(
+                f"`output_router_logits` must be False with the prompt {prompts[0]!r} in `adapter_names`: an auxiliary "
+                "loss counts the prompt's tokens in every row."
+            )
+
+    def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:
+        """Return the arguments with masks as the attention expects them, and with shifted positions."""
+        if not self.text:
+            refuse_one_row_masks(arguments)
+            return arguments
+        if not getattr(find_cache(arguments), "is_compileable", False):
+            tokens = count_past(arguments) + count_tokens(arguments)
+            check_mask_length(arguments.get("attention_mask"), tokens, call.rows.longest)
+        arguments = expand_one_row_mask(arguments)
+        if self.shift is not None:
+            given = arguments.get("input_ids")
+            given = arguments["inputs_embeds"] if given is None else given
+            shift = call.rows.repeat_shift(given.shape[0])
+            if shift != 0 and (self.windows or call.rows.has_offsets):
+                refuse_packed(arguments, self.backbone)
+            if call.rows.has_prompts:
+                self._check_frequencies(arguments, shift)
+            self.shift.begin(arguments, shift)
+        return arguments
+
+    def _check_frequencies(self, arguments: dict[str, Any], shift: int | RowShift) -> None:
+        """Refuse rows so long that rotary frequencies differ from those that a prompt was run with."""
+        assert self.shift is not None
+        positions = self.shift.positions
+        if positions.by_length is None:
+            return
+        ends = int(positions.move_ids(arguments, shift).max()) + 1
+        if ends > positions.by_length:
+            raise ValueError(
+                f"`input_ids` ends at position {ends} with the prompts in front, but the keys of prompts are rotated "
+                f"for rows of up to {positions.by_length} tokens: in longer ones this model rotates all keys "
+                "differently. Use the prompts one at a time, without `adapter_names`."
+            )
+
+    def compute_prefixes(self, parts: Sequence[Part]) -> list[dict[nn.Module, KeyedPrefix]]:
+        """Return the keys and values of each part by attention module; stored ones as they are."""
+        prompts = [part for part in parts if part.is_prompt and part not in self._list_stored(parts)]
+        of_prompts = dict(zip(prompts, self.run_prompts([part.method for part in prompts]), strict=True))
+        computed = []
+        for part in parts:
+            if part in of_prompts:
+                computed.append(of_prompts[part])
+            elif part in self._list_stored(parts):
+                computed.append(self._read_stored(part))
+            else:
+                computed.append(compute_prefixes(part))
+        return computed
+
+    def _list_stored(self, parts: Sequence[Part]) -> list[Part]:
+        """Return the parts that are in the store alone, not among the model's adapters."""
+        return [part for part in parts if part not in self.keys and part.name in self.store.spans]
+
+    def _read_stored(self, part: Part) -> dict[nn.Module, KeyedPrefix]:
+        prefixes = self.store.read(part.name)
+        return {m: prefixes[i] for i, m in enumerate(self.layers) if m in part.indices and i in prefixes}
+
+    def run_prompts(self, methods: Sequence[Any]) -> list[dict[nn.Module, KeyedPrefix]]:
+        """Compute the keys and values of prompts in every layer. Prompts of one length run in one batch."""
+        results: dict[int, dict[nn.Module, KeyedPrefix]] = {}
+        groups: dict[int, list[int]] = {}
+        for which, method in enumerate(methods):
+            alone = needs_ids(self.model.config)
+            groups.setdefault(-1 - which if alone else len(method.prompt), []).append(which)
+        for members in groups.values():
+            captured = self._run_batch([methods[which] for which in members])
+            for row, which in enumerate(members):
+                results[which] = {
+                    module: KeyedPrefix(key[row], value[row]) for module, (key, value) in captured.items()
+                }
+        return [results[which] for which in range(len(methods))]
+
+    def _run_batch(self, methods: Sequence[Any]) -> dict[nn.Module, Prefix]:
+        """Run prompts of one length as a batch, and return what each attention module was called with."""
+        assert self.offsets is not None
+        assert self.shift is not None
+        dtype, offsets = self.offsets.table.dtype, self.offsets
+        prompts = torch.stack([method.prompt.to(dtype) for method in methods])
+        positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
+        bindings = {module: CaptureBinding() for module in self.layers}
+        self.shift.shift = 0
+        with carrying(CarriedBindings({**bindings})), suspend_checkpointing(self.backbone):
+            if needs_ids(self.model.config):
+                former, offsets.method = offsets.method, methods[0]
+                try:
+                    offsets.run_alone(prompts[0], position_ids=positions[None], use_cache=False)
+                finally:
+                    offsets.method = former
+            else:
+                offsets.forward(inputs_embeds=prompts, position_ids=positions[None], use_cache=False)
+        return {module: binding.captured for module, binding in bindings.items() if binding.captured is not None}
+
+
+class Watch:
+    """A forward pre-hook that keeps what enters a layer for the gates of a call in progress."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        carried = get_carried_bindings()
+        binding = None if carried is None else carried.bindings.get(self.attention)
+        if isinstance(binding, MixedBinding):
+            binding.hidden = find_first_tensor(args, kwargs)
+
+
+_NAMES = "fastprefix_names"
+"""The attribute of a key/value cache that holds the names of its rows' adapters."""
+
+
+class HeldNames:
+    """The names of the adapters of a key/value cache's rows."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def select_rows(self, name: str, rows: Any) -> HeldNames:
+        """Return the names of other rows, chosen as a cache's method of that name chooses them."""
+        if name == "batch_repeat_interleave":
+            return HeldNames(tuple(each for each in self.names for _ in range(int(rows))))
+        chosen = rows.tolist() if isinstance(rows, Tensor) else rows
+        return HeldNames(tuple(self.names[row] for row in chosen))
+
+
+def hold_names(cache: Cache, rows: MixedRows, arguments: Mapping[str, Any]) -> None:
+    """Keep the names of a call's rows on its cache."""
+    count = count_rows(arguments) or len(rows.names)
+    hold_by_row(cache, _NAMES, HeldNames(rows.repeat_names(count)))
+
+
+def get_held_names(cache: Cache | None) -> tuple[str, ...] | None:
+    """Return the names of the adapters of a cache's rows, or None if it was filled without names."""
+    held = getattr(cache, _NAMES, None)
+    return held.names if isinstance(held, HeldNames) else None
+
+
+def count_rows(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many rows a call has, or None if its arguments do not tell."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "pixel_values"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            return math.prod(value.shape[:-1]) if name.endswith("ids") else int(value.shape[0])
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    return int(tensors[0].shape[0]) if tensors else None
+
+
+def check_names(names: Any) -> tuple[str, ...] | None:
+    """Return the names that a call was given, as a tuple.
+
+    Raises:
+        TypeError: it is no list of names.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"`adapter_names` must be a list with a name for each row, but is {names!r}.")
+    if not names:
+        raise ValueError("`adapter_names` must have a name for each row of the batch, but is empty.")
+    return tuple(names)
+
+
+def check_rows(names: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
+    """Check that there is a name for each row of a call. Several choices of an example are rows of one name."""
+    count, ids = count_rows(arguments), arguments.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim > 2:
+        count = int(ids.shape[0])
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"`adapter_names` must have a name for each row of the batch, but has {len(names)} for {count} rows."
+        )

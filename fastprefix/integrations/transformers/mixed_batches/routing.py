@@ -1,0 +1,387 @@
+"""Decide for each call of a model with adapters which of them its rows have: the one in use, or those that it names."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ....methods import LlamaAdapter, PrefixMethod, PromptMethod, VisualMethod
+from ..adapter import Adapter, Attachment
+from ..models.discovery import Layer, find_layers
+from ..models.hooks import (
+    Forward,
+    Interception,
+    count_past,
+    find_cache,
+    name_arguments,
+    read_parameter_names,
+    read_state,
+)
+from ..models.switching import evaluating, find_device
+from ..models.tuners import has_tuner_layers, read_tuner_state
+from ..prefixes.prefix import PrefixHooks
+from ..prompts.shared_prompt import SharedPromptHooks
+from ..sharding.tensor_parallel import refuse_sharded
+from .mixed_call import BASE, MixedRows, Part, compute_prefixes
+from .mixing import MixtureHooks, check_names, check_rows, get_held_names
+from .span_store import KeyedPrefix, SpanStore
+
+_ARGUMENT = "adapter_names"
+
+
+class NamesInterception(Interception):
+    """An interception of the calls of a model, which may name adapters."""
+
+    keyword = _ARGUMENT
+
+
+class Routing:
+    """The calls of a model with adapters.
+
+    A call without names runs with the adapter in use. A call with names runs without that one's hooks, on hooks that
+    give each row its own adapter. They stay until a call without names comes.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment) -> None:
+        self.model: Any = model
+        self.attachment = attachment
+        self.store = SpanStore()
+        self.stored: dict[str, Part] = {}
+        """The adapters that are in the store alone, by name."""
+        self.serves = False  # the model has an AdapterStore, and stays as it is without an attached adapter
+        self.lock = threading.RLock()
+        self.hooks: MixtureHooks | None = None
+        self.mixes = False  # the hooks for named adapters are installed, in place of those of the adapter in use
+        self.used = False  # a call has named adapters, and others may go on with its cache
+        self.generating: tuple[str, ...] | None = None  # the names of a generation in progress
+        self.parts: dict[Adapter, Part] = {}
+        self.written: dict[Adapter, tuple[object, torch.Tensor]] = {}  # prompts in the store, and what they came from
+        self.parameter_names = read_parameter_names(model)
+        self.interception: NamesInterception | None = None
+        self.former_generate: Any = None
+
+    def install(self) -> None:
+        """Intercept the model's ``forward``, outside of all hooks, and its ``generate``."""
+        if self.interception is not None:
+            self.interception.remove()
+        self.interception = NamesInterception(self.model, self.run)
+        attributes = vars(self.model)
+        if self.former_generate is None and hasattr(self.model, "generate"):
+            self.former_generate = attributes.get("generate", functools.partial(type(self.model).generate, self.model))
+            attributes["generate"] = self.generate
+
+    def remove(self) -> None:
+        """Remove the interceptions."""
+        self.leave()
+        if self.interception is not None:
+            self.interception.remove()
+            self.interception = None
+        attributes = vars(self.model)
+        if attributes.get("generate") == self.generate:
+            former = self.former_generate
+            if isinstance(former, functools.partial):
+                del attributes["generate"]
+            else:
+                attributes["generate"] = former
+        self.former_generate = None
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with the adapter in use, or each row with the one that it names."""
+        if not self.used and _ARGUMENT not in kwargs:
+            return forward(*args, **kwargs)
+        with self.lock:
+            kwargs = dict(kwargs)
+            names = check_names(kwargs.pop(_ARGUMENT, None))
+            arguments = name_arguments(self.parameter_names, args, kwargs)
+            names = self._choose_names(names, arguments)
+            if names is None:
+                self.leave()
+                return self._get_forward()(*args, **kwargs)
+            with self._select(names, count_past(arguments)):
+                return self._get_forward()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, each row with the adapter that it names, if names are given."""
+        names = check_names(kwargs.pop(_ARGUMENT, None))
+        cache = find_cache(kwargs)
+        if names is None and cache is not None:
+            names = get_held_names(cache)
+        if names is None:
+            return self.former_generate(*args, **kwargs)
+        check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
+        past = 0 if cache is None else int(cache.get_seq_length())
+        with torch.no_grad(), self._select(names, past):
+            former, self.generating = self.generating, names
+            try:
+                return self.former_generate(*args, **kwargs)
+            finally:
+                self.generating = former
+
+    def _get_forward(self) -> Forward:
+        """Return the model's forward inside this interception, with the hooks that are installed now."""
+        assert self.interception is not None
+        return self.interception.forward
+
+    def _choose_names(self, names: tuple[str, ...] | None, arguments: dict[str, Any]) -> tuple[str, ...] | None:
+        """Return the names of a call's rows: those given, those of a generation in progress, or those of its cache.
+
+        Raises:
+            ValueError: they are not as many as there are rows, or differ from those of the cache.
+        """
+        cache, generating = find_cache(arguments), names is None and self.generating is not None
+        names = self.generating if generating else names
+        past = count_past(arguments)
+        held = get_held_names(cache) if past > 0 else None
+        if held is None:
+            if past > 0 and names is not None:
+                raise ValueError(
+                    "`past_key_values` must be a cache that was filled with `adapter_names`, or empty: its tokens were "
+                    "computed with other adapters than these names."
+                )
+            if names is not None and not generating:
+                check_rows(names, arguments)
+            return names
+        if names is None:
+            return held
+        if len(held) % len(names) or tuple(name for name in names for _ in range(len(held) // len(names))) != held:
+            raise ValueError(
+                f"`adapter_names` must be those of `past_key_values`, {list(held)}, but are {list(names)}. The names "
+                "belong to the cache and may be left out."
+            )
+        return held
+
+    @contextmanager
+    def _select(self, names: tuple[str, ...], past: int) -> Iterator[None]:
+        """Run calls in this context with these adapters."""
+        with self.lock:
+            parts = self.find_parts(names)
+            if past == 0:
+                self._prepare(names)
+            self.enter()
+            assert self.hooks is not None
+            if not torch.is_grad_enabled():
+                self._write(parts, past)
+            call = self.hooks.make_call(MixedRows(names, parts, find_device(self.model)))
+            former, self.hooks.call = self.hooks.call, call
+            try:
+                yield
+            finally:
+                self.hooks.call = former
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Bring attached adapters, which waited beside the model, to its device and mode at the start of a sequence."""
+        refuse_sharded(self.model, "give its rows adapters by name")
+        device, training = find_device(self.model), self.model.training
+        for name in dict.fromkeys(names):
+            if name in self.attachment.adapters:
+                self.attachment.adapters[name].method.to(device).train(training)
+
+    def enter(self) -> None:
+        """Put the hooks for named adapters on the model, in place of those of the adapter in use."""
+        if self.mixes:
+            return
+        self.used = True
+        active = None if self.attachment.active is None else self.attachment.adapter
+        if active is not None and active.saved_modules:
+            raise ValueError(
+                f"`adapter_names` cannot be given while the adapter in use trains modules of the base model "
+                f"({', '.join(active.saved_modules)}), which all rows would share: use another adapter with "
+                "fastprefix.set_adapter, or attach it with modules_to_save=[]"
+            )
+        if active is not None:
+            active.hooks.remove()
+        try:
+            self.make_hooks()
+            assert self.hooks is not None
+            parts = [*self.stored.values(), *(self._find_part(name) for name in self._list_usable())]
+            self.hooks.keys = {part: adapter for adapter, part in self.parts.items()}
+            self.hooks.install(parts)
+        except BaseException:
+            if active is not None:
+                active.hooks.install(self.model)
+            raise
+        self.mixes = True
+        self.install()
+
+    def make_hooks(self) -> MixtureHooks:
+        """Return the hooks for named adapters, made once. No other adapter's hooks may be on the model."""
+        if self.hooks is None:
+            self.hooks = MixtureHooks(self.model, find_layers(self.model), self.store)
+            self.hooks.leave = self.leave
+        return self.hooks
+
+    def list_layers(self) -> list[Layer]:
+        """Return the attention layers of the model."""
+        assert self.hooks is not None
+        return list(self.hooks.layers.values())
+
+    def leave(self) -> None:
+        """Put the hooks of the adapter in use on the model again."""
+        if not self.mixes:
+            return
+        assert self.hooks is not None
+        self.hooks.remove()
+        self.mixes = False
+        if self.attachment.active is not None:
+            self.attachment.adapter.hooks.install(self.model)
+        self.install()
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what was stored of an adapter that is taken off."""
+        self.parts.pop(adapter, None)
+        self.written.pop(adapter, None)
+        if adapter in self.store.spans:
+            self.store.drop(adapter)
+
+    def find_parts(self, names: Sequence[str]) -> list[Part]:
+        """Return what is known of the adapters with these names, each once; of the base nothing.
+
+        Raises:
+            ValueError: a name that no adapter has, or adapters that cannot be in one batch.
+        """
+        parts = [self._find_part(name) for name in dict.fromkeys(names) if name != BASE]
+        check_together(parts)
+        return parts
+
+    def _find_part(self, name: str) -> Part:
+        if name in self.stored:
+            return self.stored[name]
+        adapter = self.attachment.adapters.get(name)
+        if adapter is None:
+            known = [*self.attachment.adapters, *self.stored, BASE]
+            raise ValueError(f"`adapter_names` must name adapters of the model, {known}, but has {name!r}.")
+        if (reason := find_reason_against(adapter)) is not None:
+            raise ValueError(f"`adapter_names` must not name {name!r}: {reason}.")
+        part = self.parts.get(adapter)
+        if part is None or part.method is not adapter.method or part.name != name:
+            part = self.parts[adapter] = make_part(name, adapter)
+            if self.hooks is not None:
+                self.hooks.keys[part] = adapter
+        return part
+
+    def _list_usable(self) -> list[str]:
+        return [name for name, each in self.attachment.adapters.items() if find_reason_against(each) is None]
+
+    def _write(self, parts: Sequence[Part], past: int) -> None:
+        """Write the keys and values of attached adapters into the store. Calls that go on have those of the first."""
+        assert self.hooks is not None
+        of_adapter = {part: adapter for adapter, part in self.parts.items()}
+        fresh = [part for part in parts if part in of_adapter]
+        if past > 0:
+            fresh = [part for part in fresh if of_adapter[part] not in self.store.spans]
+        if not fresh:
+            return
+        self._write_prompts({part: of_adapter[part] for part in fresh if part.is_prompt})
+        for part in fresh:
+            if not (part.is_prompt or part.is_projected):
+                self.write(of_adapter[part], compute_prefixes(part))
+
+    def _write_prompts(self, prompts: Mapping[Part, Adapter]) -> None:
+        """Run the prompts whose keys and values in the store are not those of their parameters, or may not be."""
+        if not prompts:
+            return
+        assert self.hooks is not None
+        shared = self._read_backbone()
+        states = {part: (shared, read_state(adapter.method)) for part, adapter in prompts.items()}
+        changed = [part for part, adapter in prompts.items() if self._is_changed(adapter, states[part])]
+        with evaluating(self.model):
+            computed = self.hooks.run_prompts([part.method for part in changed])
+        for part, prefixes in zip(changed, computed, strict=True):
+            adapter = prompts[part]
+            assert isinstance(adapter.method, PromptMethod)
+            self.write(adapter, prefixes)
+            self.written[adapter] = (states[part], adapter.method.prompt.detach().clone())
+
+    def write(self, key: Any, prefixes: Mapping[nn.Module, KeyedPrefix]) -> None:
+        """Write the keys and values of a prefix into the store, given by attention module."""
+        assert self.hooks is not None
+        index = {module: i for i, module in enumerate(self.hooks.layers)}
+        self.store.write(key, {index[module]: prefix for module, prefix in prefixes.items()}, self.model.dtype)
+
+    def _is_changed(self, adapter: Adapter, state: tuple[object, object]) -> bool:
+        """Return whether a prompt in the store is of another state than this, or a state is unknown."""
+        if None in state or adapter not in self.written or adapter not in self.store.spans:
+            return True
+        former, prompt = self.written[adapter]
+        assert isinstance(adapter.method, PromptMethod)
+        return former != state or not torch.equal(prompt, adapter.method.prompt)
+
+    def _read_backbone(self) -> object:
+        """Return what of the model prompts' keys and values depend on, or None if that is unknown."""
+        assert self.hooks is not None
+        backbone = self.hooks.backbone
+        states = read_state(backbone), read_tuner_state(backbone)
+        offloaded = any(parameter.is_meta for parameter in backbone.parameters())
+        return None if offloaded or None in states else states
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock out, which cannot be copied."""
+        return {**self.__dict__, "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a new lock."""
+        self.__dict__.update(state, lock=threading.RLock())
+
+
+def find_reason_against(adapter: Adapter) -> str | None:
+    """Return why an adapter cannot be in one batch with others, or None."""
+    if adapter.saved_modules:
+        return f"it trains modules of the base model ({', '.join(adapter.saved_modules)}), which all rows share"
+    if adapter.outside is not None:
+        return f"it was merged, and {adapter.outside}"
+    hooks = adapter.hooks
+    if isinstance(hooks, PrefixHooks) and type(hooks) is not PrefixHooks and has_tuner_layers(hooks.backbone):
+        return "it was merged, and PEFT's layers may change what it was merged from"
+    if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
+        return None
+    if isinstance(adapter.method, VisualMethod):
+        return "its rows stand among those of images"
+    path = getattr(adapter.method, "prompt_path", None)
+    return f"its prompt runs in every row ({str(path).removeprefix('textbook: ')})"
+
+
+def make_part(name: str, adapter: Adapter) -> Part:
+    """Return what a mixed batch needs to know of an attached adapter."""
+    method, hooks = adapter.method, adapter.hooks
+    assert isinstance(hooks, PrefixHooks | SharedPromptHooks)
+    length = method.config.num_virtual_tokens
+    indices = {module: index for index, module in enumerate(hooks.bindings)}
+    if isinstance(method, PromptMethod):
+        return Part(name, length, length, indices, method, is_prompt=True)
+    assert isinstance(hooks, PrefixHooks)
+    assert isinstance(method, PrefixMethod)
+    projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}
+    own = method.output_gate(0) is not None
+    return Part(name, length, method.position_shift(), indices, method, projections, own)
+
+
+def check_together(parts: Sequence[Part]) -> None:
+    """Refuse adapters that cannot be in one batch.
+
+    Raises:
+        ValueError: they cannot, and why.
+    """
+    groups: dict[str, dict[Any, str]] = {"softmax": {}, "positions": {}, "states": {}, "pooling": {}}
+    for part in parts:
+        groups["softmax"].setdefault(part.has_own_softmax, part.name)
+        groups["positions"].setdefault(part.shift > 0, part.name)
+        groups["states"].setdefault(isinstance(part.method, LlamaAdapter), part.name)
+        for pooling in getattr(part.gates, "poolings", ()):
+            groups["pooling"].setdefault(pooling == "query", part.name)
+    reasons = {
+        "states": "those of LLaMA-Adapter can only be in a batch with their like",
+        "softmax": "one has a softmax of its own and the other has not",
+        "positions": 'one moves the positions of the tokens ("shift") and the other does not ("none")',
+        "pooling": "one has a gate for each query, and the other one for each sequence",
+    }
+    for kind, reason in reasons.items():
+        if len(groups[kind]) > 1:
+            first, second = list(groups[kind].values())[:2]
+            raise ValueError(f"`adapter_names` must not name both {first!r} and {second!r}: {reason}.")

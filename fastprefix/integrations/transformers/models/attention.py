@@ -1,0 +1,522 @@
+"""Register this package's attention and masks with ``transformers``.
+
+The shape of a mask tells its case, so neither a keyword nor a module's ``is_causal`` has to be trusted:
+
+- one bool row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
+- None, or ``[B, 1, N, K]`` expanded from one row: all keys, without or with key padding (bidirectional, or one query
+  that comes last);
+- anything else ``[B, 1, N, K]``: the complete mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+from ....ops.prefix_attention import prefix_attention
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Make a mask for the attention mask interface. Padding is never lost, and plain cases stay small."""
+    padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
+    if mask_function is bidirectional_mask_function:
+        return None if padding is None else padding.expand(batch_size, 1, q_length, kv_length)
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and not isinstance(q_offset, Tensor)
+    if causal and q_length == 1 and q_offset + 1 == kv_offset + kv_length:  # a token that is generated sees all keys
+        return None if padding is None else padding.expand(batch_size, 1, 1, kv_length)
+    if causal and q_length == kv_length and q_offset == kv_offset:
+        if padding is None:
+            padding = torch.ones((), dtype=torch.bool, device=device)
+        return padding.expand(batch_size, 1, 1, kv_length)
+    return make_full_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
+    )
+
+
+def make_full_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Make a mask that is always written out in full, bool ``[B, 1, N, K]``."""
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skips})
+    assert mask is not None
+    return mask
+
+
+class Masking(NamedTuple):
+    """A mask as ``prefix_attention`` takes it."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+
+
+def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
+    """Return a mask for queries ``[B, H, N, D]`` in the form that ``prefix_attention`` expects."""
+    if mask is None:
+        return Masking(None, False)
+    if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
+        return Masking(mask.to(query.dtype), False)
+    if mask.shape[2] != 1 or query.shape[2] == 1:
+        return Masking(mask, False)
+    everything = mask.stride(3) == 0 and mask.shape[3] > 1
+    return Masking(None if everything else mask, True)
+
+
+def make_additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask to add to scores, as eager attention expects it. Hidden scores get the dtype's least number."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
+    """Return a mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it, written out in full.
+
+    Hidden scores get the dtype's least number, as in the eager masks of ``transformers``.
+    """
+    if position_bias is None:
+        return masking
+    bias, mask = position_bias.to(key.dtype), masking.attn_mask
+    least = torch.finfo(bias.dtype).min
+    if mask is not None:
+        bias = bias.masked_fill(~mask, least) if mask.dtype is torch.bool else (bias + mask).clamp(min=least)
+    if masking.is_causal:
+        later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(later, least)
+    return Masking(bias, False)
+
+
+def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Split a bias ``[..., m + K]`` on scores into the prefix's, which is None without columns for it, and that of K
+    tokens.
+    """
+    if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
+        return None, position_bias
+    return position_bias[..., : -key.shape[2]], position_bias[..., -key.shape[2] :]
+
+
+def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
+    """Return whether a mask of a local attention is a sliding window, rather than chunks that start anew."""
+    zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
+    keys = torch.tensor([query, query - window + 1], device=device)
+    try:
+        return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
+    except IndexError:  # it looks positions of the batch up: images, for one, are seen in both directions
+        return False
+
+
+def make_window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
+    """Return the bias ``[N, m]`` that hides a prefix from queries ``[B, H, N, D]`` as a sliding window does.
+
+    The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
+    A call has so many ``tokens`` (0: as many as queries); some layers get the last queries only. None: the window
+    reaches over everything.
+    """
+    end = length + past + max(tokens, query.shape[2])
+    if window is None or end <= window:
+        return None
+    positions = torch.arange(end - query.shape[2], end, device=query.device)[:, None]
+    hidden = torch.arange(length, device=query.device) <= positions - window
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
+
+
+def make_span_bias(
+    query: Tensor, window: int | None, lengths: Tensor, longest: int, past: int, tokens: int = 0
+) -> Tensor | None:
+    """Return the bias ``[B, 1, N, longest]`` of ``make_window_bias`` for prefixes ``lengths`` ``[B]``, one a row."""
+    if window is None or longest + past + max(tokens, query.shape[2]) <= window:
+        return None
+    end = past + max(tokens, query.shape[2])
+    positions = torch.arange(end - query.shape[2], end, device=query.device)[None, :, None] + lengths[:, None, None]
+    hidden = (torch.arange(longest, device=query.device) <= positions - window)[:, None]
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -torch.inf)
+
+
+def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
+    """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
+
+    ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
+    """
+    row = mask[:, 0]
+    visible = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
+    return visible, min(past, mask.shape[3] - tokens)
+
+
+def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
+    """Return which of a call's own tokens are no padding, bool ``[B, tokens]``; None: all of them.
+
+    A token sees itself unless it is padding, whatever a window or a causal mask hides from it.
+    """
+    if mask is None or (mask.shape[2] == 1 and mask.shape[3] > 1 and mask.stride(3) == 0):
+        return None
+    visible, start = find_own_keys(mask, tokens, past)
+    if visible.shape[1] == 1:  # the padding of all keys
+        return visible[:, 0, start : start + tokens]
+    return visible.diagonal(start, 1, 2)[:, :tokens]
+
+
+def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
+    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row."""
+    visible, start = find_own_keys(mask, tokens, past)
+    visible = visible.expand(-1, tokens, -1)
+    own = visible.diagonal(start, 1, 2)[:, :tokens]
+    seen = visible[:, :, start : start + tokens].any(dim=1)
+    first = own & (own.cumsum(dim=1) == 1)
+    alone = own & ~first & ~visible.tril(start - 1).any(dim=2)
+    if past == 0 and bool(alone.any()):
+        raise ValueError(
+            "`attention_mask` separates several sequences in a row, but a pooled gate belongs to one sequence: pass "
+            'position_ids that restart with each sequence and no mask and cache instead, or use pooling="query"'
+        )
+    if bool((seen & ~own).any()):
+        raise ValueError(
+            "`attention_mask` hides a token from itself but not from others, so that its padding is unknown to a "
+            'pooled gate: pass a mask [B, N], or use pooling="query"'
+        )
+
+
+NAME = "fastprefix"
+FULL_MASKS = "fastprefix_full_masks"
+"""The same attention, for models that make something else of the masks that they are given."""
+
+MASKS: dict[str, Any] = {NAME: make_mask, FULL_MASKS: make_full_mask}
+"""The mask function of each name."""
+
+BINDING = "_fastprefix_binding"
+"""The attribute of an attention module that holds its ``Binding``."""
+
+WATCHED = "_fastprefix_watched"
+"""The attribute of an attention module that counts the users, such as PEFT models, whose calls carry its prefix."""
+
+
+def watch(modules: Iterable[nn.Module]) -> None:
+    """Note that calls carry the prefixes of these attention modules."""
+    for module in modules:
+        setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
+
+
+def unwatch(modules: Iterable[nn.Module]) -> None:
+    """Undo ``watch``."""
+    for module in modules:
+        setattr(module, WATCHED, getattr(module, WATCHED) - 1)
+        if not getattr(module, WATCHED):
+            delattr(module, WATCHED)
+
+
+Prefix = tuple[Tensor, Tensor]
+"""Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
+
+
+class Binding:
+    """The source of an attention module's prefix, gates and bias. By default it has neither gates nor a bias."""
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix, or None."""
+        raise NotImplementedError
+
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prefix gate and the output gate, each of which may be None."""
+        return None, None
+
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return a bias ``[N, m]`` or ``[B, 1, N, m]`` for the prefix scores, or None. A bias of -inf hides a key."""
+        return None
+
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases ``[Hkv, m]`` of the prefix keys, or None."""
+        return None
+
+    def get_spans(self, query: Tensor) -> Tensor | None:
+        """Return each row's start and length in the prefix, int ``[B, 2]``, or None where all rows have all of it."""
+        return None
+
+    def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Return an output ``[B, N, H, Dv]`` in place of attention, or None."""
+        return None
+
+    def get_output_scale(self) -> float:
+        """Return a factor of the output."""
+        return 1.0
+
+    def count_frozen(self) -> int:
+        """Return how many of the first prefix keys and values need no gradient."""
+        return 0
+
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, whose gradients are added over ranks that have the same ones."""
+        return key, value
+
+
+@dataclass(frozen=True, eq=False)
+class GivenPrefix(Binding):
+    """A binding that holds its prefix.
+
+    ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
+    all tokens; ``past`` of them are in a cache, and ``tokens`` are in the call (0: as many as there are queries). Some
+    layers get the last queries only. The first ``frozen`` keys and values need no gradient.
+    """
+
+    key: Tensor
+    value: Tensor
+    output_gate: Tensor | None = None
+    window: int | None = None
+    past: int = 0
+    tokens: int = 0
+    frozen: int = 0
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix:
+        """Return the prefix on the query's device and in its dtype."""
+        return self.key.to(query), self.value.to(query)
+
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
+        """Return the output gate."""
+        return None, None if self.output_gate is None else self.output_gate.to(query)
+
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias that hides the prefix where the window does not reach it."""
+        return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
+
+    def count_frozen(self) -> int:
+        """Return the number of frozen tokens that a cut cache still holds."""
+        return min(self.frozen, self.key.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedBindings:
+    """The bindings of one call of a model, by attention module, in place of those on the modules.
+
+    ``own_attention`` names a registered attention to run in place of this package's: a call without an adapter gives
+    exactly the numbers of the model's own attention.
+    """
+
+    bindings: Mapping[nn.Module, Binding]
+    own_attention: str | None = None
+
+
+class _CallInProgress(threading.local):
+    """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
+
+    def __init__(self) -> None:
+        self.carried: CarriedBindings | None = None  # of the instance from the start, since Dynamo's guards look there
+
+
+_CALL = _CallInProgress()
+
+
+def get_carried_bindings() -> CarriedBindings | None:
+    """Return what the call in progress carries, or None outside of such a call."""
+    return _CALL.carried
+
+
+@contextmanager
+def carrying(carried: CarriedBindings | None) -> Iterator[None]:
+    """Carry bindings to every attention module that is called in this context, in this thread."""
+    former, _CALL.carried = _CALL.carried, carried
+    try:
+        yield
+    finally:
+        _CALL.carried = former
+
+
+class CarryingCheckpoint:
+    """A gradient checkpointing function that runs a layer again with the bindings that its first run carried."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """Return the options of the function, where it is a ``functools.partial``."""
+        keywords: Mapping[str, Any] = getattr(self.function, "keywords", {})
+        return keywords
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer now, and let it be run again in the backward pass."""
+        if torch.compiler.is_compiling():  # the backward pass is traced: no layer runs again
+            return self.function(run, *args, **kwargs)
+        return self.function(_CarryingRun(run, _CALL.carried), *args, **kwargs)
+
+
+class _CarryingRun(NamedTuple):
+    """The run of a layer with the bindings of the call that it belongs to."""
+
+    run: Callable[..., Any]
+    carried: CarriedBindings | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with carrying(self.carried):
+            return self.run(*args, **kwargs)
+
+
+CHECKPOINT_WRAPPER = "checkpoint_fn"
+"""The attribute of PyTorch's wrapper of a module that holds its gradient checkpointing function."""
+_CHECKPOINTS = ("_gradient_checkpointing_func", CHECKPOINT_WRAPPER)
+"""The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
+
+
+def carry_through_checkpoints(backbone: nn.Module) -> None:
+    """Have every gradient checkpointing function run a layer again with what its first run carried."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for module in backbone.modules():
+        for name in _CHECKPOINTS:
+            function = vars(module).get(name)
+            if function is not None and not isinstance(function, CarryingCheckpoint):
+                setattr(module, name, CarryingCheckpoint(function))
+
+
+def restore_checkpoints(backbone: nn.Module) -> None:
+    """Undo ``carry_through_checkpoints``, unless an accelerated PEFT model still needs it."""
+    if any(getattr(module, WATCHED, 0) for module in backbone.modules()):
+        return
+    for module in backbone.modules():
+        for name in _CHECKPOINTS:
+            function = vars(module).get(name)
+            if isinstance(function, CarryingCheckpoint):
+                setattr(module, name, function.function)
+
+
+def runs_again() -> bool:
+    """Return whether a backward pass is in progress in this thread, in which checkpointed layers run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def refuse_lost_bindings() -> None:
+    """Refuse to run a layer again in a backward pass without the bindings that its first run carried."""
+    if _CALL.carried is None and runs_again():
+        raise RuntimeError(
+            "a layer of an accelerated PEFT model, or of a call with `adapter_names`, runs again in a backward pass, "
+            "where the prefix of its call is not known: enable gradient checkpointing with "
+            "`gradient_checkpointing_enable()` instead of another wrapper"
+        )
+
+
+def make_two_adapters_error() -> ValueError:
+    """Make the error for a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
+    return ValueError(
+        "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
+        "as an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
+    )
+
+
+def run_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend from a module's queries to its tokens and, if it is bound to one, to its prefix.
+
+    A sliding window is in the mask already. Where ``position_bias`` is wider than the keys, its first columns are the
+    prefix's. Returns ``[B, N, H, Dv]`` and no attention weights.
+    """
+    if kwargs.get("indices") is not None:
+        raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
+    carried = _CALL.carried
+    if getattr(module, WATCHED, 0):
+        refuse_lost_bindings()
+    binding: Binding | None = getattr(module, BINDING, None)
+    if carried is not None:
+        if binding is not None and carried.bindings:
+            raise make_two_adapters_error()
+        binding = carried.bindings.get(module)
+    if binding is not None:
+        key, value = binding.share_tokens(key, value)
+    if carried is not None and attention_mask is not None:
+        attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
+    if binding is not None and (alone := binding.attend_alone(query, key, value)) is not None:
+        return alone, None
+    prefix_bias, position_bias = split_bias(position_bias, key)
+    masking = add_bias(read_mask(attention_mask, query), position_bias, key)
+    prefix = None if binding is None else binding.get_prefix(query, key, value)
+    pk, pv = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix
+    gates = (None, None) if binding is None or prefix is None else binding.get_gates(query, key, attention_mask)
+    key_bias, spans, frozen = None, None, 0
+    if binding is not None and prefix is not None:
+        if (hidden := binding.get_bias(query)) is not None:
+            prefix_bias = hidden if prefix_bias is None else hidden + prefix_bias
+        key_bias, spans, frozen = binding.get_key_bias(query), binding.get_spans(query), binding.count_frozen()
+    output = prefix_attention(
+        query,
+        key,
+        value,
+        pk,
+        pv,
+        prefix_gate=gates[0],
+        output_gate=gates[1],
+        prefix_bias=None if prefix_bias is None else prefix_bias.to(query.dtype),
+        prefix_key_bias=key_bias,
+        prefix_spans=spans,
+        frozen_prefix=frozen,
+        attn_mask=masking.attn_mask,
+        is_causal=masking.is_causal,
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.to(query.dtype),
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    scale = 1.0 if binding is None else binding.get_output_scale()
+    return (output if scale == 1.0 else output * scale).transpose(1, 2), None
+
+
+def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run this package's attention, or the one that the call in progress names in its place."""
+    own = _get_own_attention()
+    return run_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
+
+
+def _make_mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
+    own = _get_own_attention()
+    return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
+
+
+def _get_own_attention() -> str | None:
+    return None if _CALL.carried is None else _CALL.carried.own_attention
+
+
+def register() -> None:
+    """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
+    for name, mask in MASKS.items():
+        AttentionInterface.register(name, _run_attention_of_call)
+        AttentionMaskInterface.register(name, functools.partial(_make_mask_of_call, mask))

@@ -1,0 +1,1 @@
+"""Run prefix methods on a model."""

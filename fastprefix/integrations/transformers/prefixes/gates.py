@@ -1,0 +1,142 @@
+"""Keep the pooled gates of sequences on their key/value cache, where they move with its rows.
+
+A beam search, for one, reorders the rows of a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..models.attention import check_one_sequence
+from ..models.hooks import count_past, count_tokens, find_cache
+from ..models.positions import find_packed_sequences
+
+_HELD = "fastprefix_held"
+"""The attribute of a key/value cache with the names of the attributes that belong to its rows."""
+_SELECTIONS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+"""The methods of a key/value cache that move its rows."""
+
+
+class ByRow(Protocol):
+    """A state with an entry for each row of a cache."""
+
+    def select_rows(self, name: str, rows: Any) -> ByRow:
+        """Return the state of other rows, chosen as a cache's method of that name chooses them."""
+
+
+def hold_by_row(cache: Cache, attribute: str, state: ByRow) -> None:
+    """Set an attribute of a cache to a state that moves with the cache's rows."""
+    setattr(cache, attribute, state)
+    held: tuple[str, ...] = getattr(cache, _HELD, ())
+    if attribute in held:
+        return
+    setattr(cache, _HELD, (*held, attribute))
+    for name in _SELECTIONS:
+        if hasattr(cache, name):
+            setattr(cache, name, partial(_select_rows, cache, name))
+
+
+def _select_rows(cache: Cache, name: str, rows: Any) -> None:
+    """Move the rows of a cache and of everything that it holds by row."""
+    getattr(type(cache), name)(cache, rows)
+    for attribute in getattr(cache, _HELD):
+        setattr(cache, attribute, getattr(cache, attribute).select_rows(name, rows))
+
+
+_GATES = "fastprefix_gates"
+"""The attribute of a key/value cache that holds the gates of its sequences."""
+_SEQUENCES = "fastprefix_sequences"
+"""The attribute of a mask that holds the sequences of packed rows, for layers that checkpointing runs again."""
+
+
+class HeldGates:
+    """The gates of the sequences of a key/value cache, pooled from the first tokens of each.
+
+    ``gates`` are ``[B, 1, m]`` by layer. ``begun`` says which sequences have begun, bool ``[B]``: the others have had
+    nothing but padding so far. None: all of them.
+    """
+
+    def __init__(self, gates: dict[int, Tensor] | None = None, begun: Tensor | None = None) -> None:
+        self.gates = gates or {}
+        self.begun = begun
+
+    def choose_gate(self, index: int, pooled: Tensor) -> Tensor:
+        """Return a layer's gate: that of sequences that have begun is kept."""
+        if self.begun is None:
+            return self.gates[index]
+        begun = self.begun.to(pooled.device)  # layers may be on several devices
+        return torch.where(begun[:, None, None], self.gates[index], pooled)
+
+    def advance(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
+        """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
+        if begun is not None and self.begun is not None:
+            begun = begun | self.begun
+        if begun is not None and not torch.compiler.is_compiling() and bool(begun.all()):
+            begun = None
+        return HeldGates(gates, begun)
+
+    def select_rows(self, name: str, rows: Any) -> HeldGates:
+        """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
+
+        def select(tensor: Tensor) -> Tensor:
+            if name == "batch_repeat_interleave":
+                return tensor.repeat_interleave(rows, 0)
+            return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
+
+        gates = {index: select(gate) for index, gate in self.gates.items()}
+        return HeldGates(gates, None if self.begun is None else select(self.begun))
+
+
+class CallGates:
+    """The tokens of a call in progress, and the gates that are pooled from them or from those before them."""
+
+    def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
+        self.past = 0 if arguments is None else count_past(arguments)  # tokens in the cache
+        self.tokens = 0 if arguments is None else count_tokens(arguments)
+        self.held = HeldGates()  # gates of the sequences in the cache
+        self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
+        self.begun: Tensor | None = None  # which of them had a token in the call; None: all
+        self.sequences: Tensor | None = None  # of the call's tokens, where rows are packed
+
+    def take_up(self, arguments: Mapping[str, Any], backbone: nn.Module, poolings: Sequence[str]) -> None:
+        """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
+        if self.past > 0:
+            self.held = getattr(find_cache(arguments), _GATES, self.held)
+        self.sequences = find_packed_sequences(arguments, backbone)
+        # A gate may depend on several tokens. A trace cannot look at masks.
+        pools = any(pooling != "query" for pooling in poolings) and not torch.compiler.is_compiling()
+        for name in ("attention_mask", "decoder_attention_mask"):
+            mask = arguments.get(name)
+            if pools and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > 1:
+                check_one_sequence(mask, mask.shape[2], self.past)
+
+    def find_sequences(self, mask: Tensor | None) -> Tensor | None:
+        """Return the sequences of packed rows. A layer that is run again finds those of its own call on its mask."""
+        if self.sequences is None or mask is None or torch.compiler.is_compiling():
+            return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
+        setattr(mask, _SEQUENCES, self.sequences)
+        return self.sequences
+
+    def hold(self, index: int, gate: Tensor, attended: Tensor | None) -> Tensor:
+        """Keep a layer's gate for the calls that go on with this one's cache, and return the gate of this call."""
+        if self.past > 0:
+            if index not in self.held.gates:
+                raise ValueError(
+                    "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
+                    "from a sequence's first tokens."
+                )
+            gate = self.held.choose_gate(index, gate)
+        self.pooled[index] = gate
+        self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
+        return gate
+
+    def put_down(self, cache: Cache | None) -> None:
+        """Leave the pooled gates of a call on its cache."""
+        if self.pooled and cache is not None:
+            hold_by_row(cache, _GATES, self.held.advance(self.pooled, self.begun))

@@ -1,0 +1,484 @@
+"""Bind each attention layer of a model to its prefix and gates.
+
+``PrefixCache`` is a key/value cache that stands for a prefix: it counts the prefix's tokens and holds none of them. A
+model that gets one computes positions and masks as it would with a cache that holds the prefix, expanded to the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ....methods import Composition, PrefixMethod
+from ..models.attention import (
+    Binding,
+    GivenPrefix,
+    Prefix,
+    find_attended_tokens,
+    get_carried_bindings,
+    make_window_bias,
+    refuse_lost_bindings,
+    runs_again,
+)
+from ..models.discovery import Layer, find_backbone, find_first_tensor
+from ..models.hooks import (
+    Cut,
+    Forward,
+    Interception,
+    asks_for,
+    check_mask_length,
+    check_parameter_names,
+    checkpoints_reentrantly,
+    count_past,
+    count_tokens,
+    expand_one_row_mask,
+    find_cache,
+    find_cache_parameter,
+    name_arguments,
+    read_state,
+    refuse_names,
+    refuse_one_row_masks,
+    refuse_replicas,
+)
+from ..models.positions import Positions, PositionShift, refuse_packed
+from ..models.switching import Implementation, runs_on_text
+from ..sharding.fully_sharded import run_gathered
+from ..sharding.tensor_parallel import TensorParallelHeads
+from .gates import CallGates
+
+
+class PrefixCache(DynamicCache):
+    """The keys and values of the tokens after a prefix, and the prefix itself for calls that carry it.
+
+    Prefixes are kept by the names of their attention modules: a name survives ``copy.deepcopy`` and ``pickle``.
+    """
+
+    def __init__(self, layers: int, length: int, prefixes: Mapping[str, GivenPrefix] | None = None) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = None
+        self.layers = [PrefixCacheLayer(length) for _ in range(layers)]
+        self.prefixes = dict(prefixes or {})
+        self.length = length
+
+    def make_bindings(self, modules: Mapping[str, nn.Module], tokens: int) -> dict[nn.Module, Binding]:
+        """Return the prefix of each attention module in the next call, given the modules by name."""
+        past = int(self.get_seq_length()) - self.length
+        return {modules[name]: replace(prefix, past=past, tokens=tokens) for name, prefix in self.prefixes.items()}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a layer's tokens, unless gradient checkpointing runs the layer again.
+
+        Raises:
+            RuntimeError: the call does not carry the prefix, which would be lost.
+        """
+        if self.prefixes:
+            refuse_lost_bindings()
+            carried = get_carried_bindings()
+            if carried is None:
+                raise RuntimeError(
+                    "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with "
+                    "an accelerated model only: fill another one"
+                )
+            if runs_again():
+                past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
+                return self._prefix_layers()[layer_idx].rerun(key_states, value_states, past)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, and where there are fewer, the last ones of the prefix.
+
+        ``tokens_to_remove`` is negative; older ``transformers`` give a positive length to keep instead.
+        """
+        total = int(self.get_seq_length())
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(total - tokens_to_remove, 0)
+        tokens = total - self.length
+        for layer in self._prefix_layers():
+            layer.remove_tokens(min(removed, tokens))
+        if removed > tokens:
+            self._set_length(max(total - removed, 0))
+
+    def reset(self) -> None:
+        """Remove everything, the prefix too."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._set_length(0)
+
+    def _prefix_layers(self) -> list[PrefixCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PrefixCacheLayer)]
+
+    def _set_length(self, length: int) -> None:
+        """Keep only so many tokens of the prefix."""
+        self.length = length
+        for layer in self._prefix_layers():
+            layer.prefix_length = length
+        shorter = (
+            (name, replace(prefix, key=prefix.key[:, :length], value=prefix.value[:, :length]))
+            for name, prefix in self.prefixes.items()
+        )
+        self.prefixes = dict(shorter) if length else {}
+
+
+class PrefixCacheLayer(DynamicLayer):
+    """One layer's tokens, after a prefix of ``prefix_length``."""
+
+    def __init__(self, prefix_length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.prefix_length = prefix_length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all tokens. The first ones are kept as they are, not copied."""
+        if self.is_initialized:
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def rerun(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Return what ``update`` returned after so many tokens, without adding anything."""
+        if past == 0 or self.keys is None or self.values is None:
+            return key_states, value_states
+        keys = torch.cat([self.keys[..., :past, :], key_states], dim=-2)
+        return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens came before, including the prefix."""
+        return self.prefix_length + int(super().get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys there are and the position at which they begin, which is after the prefix."""
+        return int(super().get_seq_length()) + query_length, self.prefix_length
+
+    def remove_tokens(self, count: int) -> None:
+        """Remove the last tokens, of which there are at least so many."""
+        if count > 0 and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Reorder the rows. A layer that never ran, such as one beyond a model's last, has none."""
+        if self.is_initialized:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.is_initialized:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        if self.is_initialized:
+            super().batch_select_indices(indices)
+
+
+class LayerBinding(Binding):
+    """The binding of an attention module to its prefix and its gates."""
+
+    def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
+        self.attachment = attachment
+        self.index = index
+        self.window = layer.window if attachment.shift is not None else None  # that cuts the prefix
+        self.projection = layer.projection  # of a method that has the layer project its prefix
+        self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix in the dtype of the query, or None while the layer projects it."""
+        states = self.attachment.method.projected_states(self.index)
+        if states is None or self.projection is None:
+            pk, pv = self.attachment.get_prefix(self.index)
+        elif self.projection.running:
+            self.projection.get_prefix(query, key, value)
+            return None
+        else:
+            pk, pv = self.projection(states.to(query))
+        return self.attachment.cast_prefix(self.index, (pk, pv), query)
+
+    def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prefix gate and the output gate."""
+        prefix_gate, output_gate = self._prefix_gate(query, mask), self.attachment.method.output_gate(self.index)
+        heads = self.attachment.heads
+        if heads is not None:
+            prefix_gate = None if prefix_gate is None else heads.take_gate(prefix_gate, self.index)
+            if output_gate is not None:
+                output_gate = heads.take_heads(output_gate, heads.splits[self.index].queries)
+        return prefix_gate, None if output_gate is None else output_gate.to(query)
+
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
+        length = self.attachment.method.config.num_virtual_tokens
+        return make_window_bias(query, self.window, length, self.attachment.gates.past, self.attachment.gates.tokens)
+
+    def get_key_bias(self, query: Tensor) -> Tensor | None:
+        """Return the biases of the prefix keys in the dtype of the query."""
+        bias, heads = self.attachment.method.key_bias(self.index), self.attachment.heads
+        if bias is not None and heads is not None:
+            bias = heads.take_heads(bias, heads.splits[self.index].keys)
+        return None if bias is None else bias.to(query)
+
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
+        heads = self.attachment.heads
+        return (key, value) if heads is None else heads.share_tokens(key, value, self.index)
+
+    def count_frozen(self) -> int:
+        """Return how many of the first tokens need no gradient."""
+        return self.attachment.method.frozen_tokens()
+
+    def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
+        method, gates = self.attachment.method, self.attachment.gates
+        if not method.needs_hidden():
+            gate = method.prefix_gate(self.index, None, None)
+            return None if gate is None else gate.to(query)
+        causal, held = method.shapes[self.index].causal, gates.held
+        if causal and held.begun is None and self.index in held.gates:
+            return held.gates[self.index].to(query)
+        attended = find_attended_tokens(mask, query.shape[2], gates.past if causal else 0)
+        sequences = gates.find_sequences(mask) if causal else None
+        packed = {} if sequences is None else {"sequences": sequences}
+        gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
+        assert gate is not None
+        if causal and gate.ndim == 3:  # pooled from the first tokens of a sequence, for those to come too
+            gate = gates.hold(self.index, gate, attended)
+        return gate.to(query)
+
+    def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what enters the layer (a forward pre-hook of the module that gets it)."""
+        self.hidden = find_first_tensor(args, kwargs)
+
+    def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Drop what entered the layer once its attention is done (a forward hook of the attention)."""
+        self.hidden = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {**self.__dict__, "hidden": None}
+
+
+class KeptPrefixes(NamedTuple):
+    """The prefixes of all layers while the parameters are in a state, and what they were cast to."""
+
+    state: object
+    prefixes: list[Prefix]
+    casts: dict[tuple[int, torch.dtype, torch.device], Prefix]
+
+
+class PrefixHooks:
+    """A prefix method for a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
+
+    def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
+        self.method = method
+        text = runs_on_text(model)
+        self.backbone = find_backbone(model) if text else model
+        self.names = check_parameter_names(self.backbone)
+        shifts = method.config.prefix_position == "shift"
+        self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
+        self.longest: int | None = None  # row that a prefix computed from a prompt is for
+        self.prefixes: list[Prefix] | None = None
+        self.kept: KeptPrefixes | None = None  # for the tokens that are generated after a call
+        self.gates = CallGates()
+        self.windows = any(layer.window is not None for layer in layers)
+        self.cut = Cut()
+        halves = model.config.is_encoder_decoder
+        self.encoder: Any = model.get_encoder() if halves else None  # which generation calls by itself
+        self.running = False
+        self.embedding = model.get_input_embeddings() if text else None
+        self.heads = TensorParallelHeads.find(model, layers)
+        self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
+        self.entries = {layer.module: layer.entry for layer in layers}
+        self.handles: list[RemovableHandle | Interception] = []
+        self.implementation: Implementation | None = None
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention, and set the hooks."""
+        if isinstance(self.method, Composition):
+            self.method.freeze_parts()
+        if self.implementation is None:
+            self.implementation = Implementation(model, {**self.bindings})
+        else:
+            self.implementation.resume()
+        self.handles = [
+            Interception(self.backbone, self.run),
+        ]
+        if self.shift is not None:
+            self.handles += self.shift.install()
+        if self.embedding is not None:
+            self.handles.append(self.embedding.register_forward_hook(self.tie))
+        if self.encoder is not None:
+            self.handles.append(Interception(self.encoder, self.run_encoder))
+        if self.method.needs_hidden():
+            for attention, binding in self.bindings.items():
+                self._watch(attention, binding)
+
+    def _watch(self, attention: nn.Module, binding: LayerBinding) -> None:
+        entry = self.entries[attention]
+        assert entry is not None  # checked before anything was changed
+        self.handles.append(entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
+        self.handles.append(attention.register_forward_hook(binding.leave_attention, always_call=True))
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone with its prefixes."""
+        refuse_names(kwargs, self.backbone)
+        return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self.begin(name_arguments(self.names, args, kwargs))
+        try:
+            output = forward(**arguments)
+        finally:
+            self.running = False
+        self.end(output)
+        return output
+
+    def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Compute the prefixes, once for all layers, and return the arguments with shifted positions."""
+        assert self.implementation is not None
+        self.implementation.check()
+        refuse_replicas(self.backbone)
+        if asks_for(arguments, self.backbone, "output_attentions"):
+            raise ValueError(
+                "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
+            )
+        self.gates = CallGates(arguments)
+        if self.method.needs_hidden():
+            self.gates.take_up(arguments, self.backbone, getattr(self.method, "poolings", ()))
+        self.prefixes = self._find_prefixes()
+        self.running = True
+        if torch.is_grad_enabled():
+            if checkpoints_reentrantly(self.backbone):
+                self._check_embedding()
+                self.cut.cut(self.prefixes)
+            else:
+                self.cut.clear()
+        if self.embedding is None:
+            refuse_one_row_masks(arguments)
+        else:
+            self._check_mask(arguments)
+            arguments = expand_one_row_mask(arguments)
+        if self.embedding is not None and arguments.get("inputs_embeds") is not None:
+            arguments["inputs_embeds"] = self.tie(self.embedding, (), arguments["inputs_embeds"])
+        if self.shift is not None:
+            if self.windows:
+                refuse_packed(arguments, self.backbone)
+            self._shift(arguments, self.shift)
+        return arguments
+
+    def _find_prefixes(self) -> list[Prefix]:
+        """Return the prefixes of all layers. A call that goes on without gradients has those of the one before."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(self.method.parameters()):
+            self.kept = None
+            return self.compute_prefixes()
+        state = read_state(self.method)
+        if self.gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
+            self.kept = KeptPrefixes(state, self.compute_prefixes(), {})
+        return self.kept.prefixes
+
+    def compute_prefixes(self) -> list[Prefix]:
+        """Return the prefixes of all layers, of a tensor-parallel model those of this rank's heads."""
+        prefixes = self.method.prefixes()
+        return prefixes if self.heads is None else self.heads.take_prefixes(prefixes)
+
+    def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
+        """Return the prefix of a layer on the query's device and in its dtype, cast once while prefixes are kept."""
+        kept = self.kept
+        if kept is None or not kept.prefixes or kept.prefixes[index][0] is not prefix[0]:
+            return prefix[0].to(query), prefix[1].to(query)
+        place = index, query.dtype, query.device
+        if place not in kept.casts:
+            kept.casts[place] = prefix[0].to(query), prefix[1].to(query)
+        return kept.casts[place]
+
+    def _check_mask(self, arguments: dict[str, Any]) -> None:
+        if not getattr(find_cache(arguments), "is_compileable", False):
+            tokens = count_past(arguments) + count_tokens(arguments)
+            check_mask_length(arguments.get("attention_mask"), tokens, self.method.config.num_virtual_tokens)
+
+    def _check_embedding(self) -> None:
+        if self.embedding is None:
+            raise RuntimeError(
+                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, which "
+                "is no encoder or decoder of text: gradients would not reach the prefixes."
+            )
+
+    def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an encoder. Called by itself, it gets newly computed prefixes, not those of a former call."""
+        if self.running:
+            return forward(*args, **kwargs)
+
+        def run() -> Any:
+            self.prefixes = self.compute_prefixes()
+            return forward(*args, **kwargs)
+
+        return run_gathered(self.encoder, self.method, run)
+
+    def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
+        """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""
+        length, ids = self.method.position_shift(), arguments.get("input_ids")
+        encoder = not any(shape.causal for shape in self.method.shapes)
+        name = find_cache_parameter(self.names)
+        if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
+            # Encoders count ids in their own ways (RoBERTa leaves padding out), but all from their cache on.
+            rows = length + ids.shape[1]
+            if shift.positions.limit is not None and rows > shift.positions.limit and shift.positions.first > 0:
+                rows = length + int((ids >= shift.positions.first).sum(1).max())
+            shift.positions.check(None, rows, length)
+            shift.begin(arguments, 0)
+            arguments[name] = PrefixCache(len(self.method.shapes), length)
+            return
+        if self.longest is not None and self.gates.past == 0:
+            ends = int(shift.positions.move_ids(arguments, length).max()) + 1
+            if ends > self.longest:
+                raise ValueError(
+                    f"`input_ids` ends at position {ends} with the merged prompt in front, but its keys are rotated "
+                    f"for rows of up to {self.longest} tokens: in longer ones this model rotates all keys differently. "
+                    "Detach the adapter and attach it without merging."
+                )
+        shift.begin(arguments, length)
+
+    def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Tie what enters the first layer to prefixes that were cut off (a forward hook of the embedding)."""
+        return output if self.cut.tied else self.cut.tie(output)
+
+    def end(self, output: Any) -> None:
+        """Keep the gates with the cache, and check that gradients will reach the prefixes."""
+        self.gates.put_down(find_cache(output))
+        self.gates = CallGates()
+        if not self.cut.tied:
+            raise RuntimeError(
+                f"Gradient checkpointing of {type(self.backbone).__name__} requires use_reentrant=False: it does not "
+                "call its input embeddings, so gradients would not reach the prefixes."
+            )
+
+    def get_prefix(self, index: int) -> Prefix:
+        """Return the prefix of a layer. A layer that is called outside its model computes its own."""
+        if (leaves := self.cut.get_prefix(index)) is not None:
+            return leaves
+        prefixes = self.compute_prefixes() if self.prefixes is None else self.prefixes
+        return prefixes[index]
+
+    def remove(self) -> None:
+        """Remove all hooks, and restore the model's attention."""
+        for handle in self.handles:
+            handle.remove()
+        assert self.implementation is not None
+        self.implementation.restore()
+        if isinstance(self.method, Composition):
+            self.method.release_parts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {
+            **self.__dict__,
+            "prefixes": None,
+            "kept": None,
+            "gates": CallGates(),
+        }

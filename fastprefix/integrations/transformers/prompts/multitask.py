@@ -1,0 +1,68 @@
+"""Let the calls of a model have ``task_ids``, and read the adapters that a multitask prompt starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ....methods import MultitaskPrompt, PromptMethod
+from ..models.hooks import Forward, Interception
+
+NAME = "task_ids"
+PEFT_NAMES = {"shared": "prompt_embeddings", "columns": "prefix_task_cols", "rows": "prefix_task_rows"}
+"""The parameters of a multitask prompt, and the names that PEFT's files have for them."""
+
+
+class TaskIds(Interception):
+    """Take ``task_ids`` off the calls of a module, and give them to the method for the time of the call."""
+
+    keyword = NAME
+
+    def __init__(self, module: nn.Module, method: MultitaskPrompt) -> None:
+        super().__init__(module, self.run)
+        self.method = method
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call without its ``task_ids``. A call inside another one has those of the outer call."""
+        if NAME not in kwargs and self.method.task_ids is not None:
+            return forward(*args, **kwargs)
+        former, self.method.task_ids = self.method.task_ids, kwargs.pop(NAME, None)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.method.task_ids = former
+
+
+def list_task_handles(method: PromptMethod, *modules: nn.Module) -> list[Interception]:
+    """Return interceptions that take ``task_ids`` off the calls of modules, if the method has tasks."""
+    if not isinstance(method, MultitaskPrompt):
+        return []
+    return [TaskIds(module, method) for module in dict.fromkeys(modules)]
+
+
+def count_tasks(method: object) -> int:
+    """Return the number of tasks of a method whose calls get ``task_ids``, or 0."""
+    return method.config.num_tasks if isinstance(method, MultitaskPrompt) else 0
+
+
+def read_source(directory: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the shared prompt ``[m, d]`` and the factors ``[K, m, q]`` and ``[K, q, d]`` of a saved adapter.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: it is no multitask prompt, of this package or of PEFT, or damaged.
+    """
+    from ..files.saving import WEIGHTS_FILE, open_safetensors  # which imports what attaches
+
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"`source` '{directory}' has no {WEIGHTS_FILE}.")
+    with open_safetensors(path) as file:
+        found = set(file.keys())
+        for names in (dict(zip(PEFT_NAMES, PEFT_NAMES, strict=True)), PEFT_NAMES):
+            if found >= set(names.values()):
+                shared, columns, rows = (file.get_tensor(name) for name in names.values())
+                return shared, columns, rows
+    raise ValueError(f"`source` must be a directory with a multitask prompt, but {path} has none.")

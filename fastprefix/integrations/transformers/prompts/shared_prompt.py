@@ -1,0 +1,458 @@
+"""One prompt for the whole batch, exactly.
+
+In a decoder-only model the prompt stands before everything and attention is causal, so what its tokens compute is the
+same in every row. It is run once, as a batch of one; the rows then attend to its keys and values as to a shared
+prefix. Values and gradients are those of the textbook's way, which runs the prompt in every row.
+
+Where that is not exact the textbook's way is taken, and ``path`` says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ....methods import PromptMethod
+from ..models.attention import Binding, Prefix, make_window_bias
+from ..models.discovery import Layer, find_backbone, find_layers, list_ordinary_ids
+from ..models.hooks import (
+    Forward,
+    asks_for,
+    check_mask_length,
+    checkpoints_reentrantly,
+    count_past,
+    count_tokens,
+    find_cache,
+    name_arguments,
+    read_parameter_names,
+    read_state,
+    refuse_names,
+    refuse_replicas,
+    suspend_checkpointing,
+)
+from ..models.positions import Positions, PositionShift, is_packed
+from ..models.switching import Implementation, find_device, preserve_state, switch_attention
+from ..models.tuners import read_tuner_state, uses_adapter_names
+from ..sharding.fully_sharded import Gatherer, run_gathered
+from ..sharding.tensor_parallel import TensorParallelHeads
+from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
+
+_FILLED = "fastprefix_filled"
+"""The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
+_PROMPT = "fastprefix_prompt"
+"""The attribute of a key/value cache that holds the shared prompt's keys and values of its first call.
+
+What a prompt computes may depend on that call (its token types, the rotary frequencies for its length), and a prompt
+in every row would be in the cache too.
+"""
+
+
+class SharedPrompt:
+    """The prompt's keys and values in every attention layer: being captured, given as prefixes, or neither."""
+
+    def __init__(self) -> None:
+        self.prefixes: dict[int, Prefix] | None = None
+        self.capturing = False
+        self.past = 0  # tokens in the cache of the call in progress
+        self.tokens = 0  # of that call
+        self.gatherer: Gatherer | None = None
+
+    def make_bindings(self, layers: list[Layer], heads: TensorParallelHeads | None = None) -> dict[nn.Module, Binding]:
+        """Return a binding for each layer's attention module."""
+        return {layer.module: SharedBinding(self, index, layer, heads) for index, layer in enumerate(layers)}
+
+    @contextmanager
+    def capture(self, backbone: nn.Module) -> Iterator[None]:
+        """Make what attention layers of a backbone are called with in this context their prefix."""
+        self.prefixes, self.capturing = {}, True
+        self.gatherer = Gatherer(backbone)
+        try:
+            yield
+        finally:
+            self.capturing, self.gatherer = False, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "gatherer": None}
+
+
+class SharedBinding(Binding):
+    """The binding of an attention module to the prompt's keys and values in its layer."""
+
+    def __init__(
+        self, shared: SharedPrompt, index: int, layer: Layer, heads: TensorParallelHeads | None = None
+    ) -> None:
+        self.shared = shared
+        self.heads = heads
+        self.index = index
+        self.module = layer.module
+        self.window = layer.window
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
+        """Return the prefix, or None while the prompt itself runs and on the textbook's path."""
+        shared = self.shared
+        if shared.prefixes is None:
+            return None
+        if shared.capturing:
+            assert shared.gatherer is not None
+            shared.gatherer.watch(self.module, (key, value))
+            shared.prefixes[self.index] = (key[0], value[0])
+            return None
+        pk, pv = shared.prefixes[self.index]
+        return pk.to(query.dtype), pv.to(query.dtype)
+
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
+        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
+
+    def get_bias(self, query: Tensor) -> Tensor | None:
+        """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
+        assert self.shared.prefixes is not None
+        length = self.shared.prefixes[self.index][0].shape[1]
+        return make_window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
+
+
+class PromptCall(NamedTuple):
+    """The properties of a call on which the prompt's keys and values depend."""
+
+    types: dict[str, tuple[int, ...]]
+    """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""
+    reach: Tensor | None
+    """The last position of the call, where rotary frequencies depend on it."""
+
+
+class _Kept(NamedTuple):
+    """A prompt's keys and values in every layer, and what they were computed of."""
+
+    state: object
+    prompt: Tensor
+    prefixes: dict[int, Prefix]
+
+
+class SharedPromptHooks(PromptHooks):
+    """A prompt method on a decoder that runs its prompt once for the whole batch."""
+
+    def __init__(self, model: PreTrainedModel, method: PromptMethod, layers: list[Layer], required: bool) -> None:
+        super().__init__(model, method)
+        self.required = required  # shared_prompt=True: a call that cannot share is an error
+        self.shared = SharedPrompt()
+        self.shift = PositionShift(self.backbone, self.positions)
+        self.suspended = False  # the call in progress runs on the model's own attention, for its weights
+        self.drops = has_dropout(self.backbone)
+        self.kept: _Kept | None = None  # for inference
+        self.windows = any(layer.window is not None for layer in layers)
+        self.implementation: Implementation | None = None
+        self.bindings = self.shared.make_bindings(layers, TensorParallelHeads.find(model, layers))
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention, and set the hooks."""
+        super().install(model)
+        self.handles += self.shift.install()
+        if self.implementation is None:
+            self.implementation = Implementation(model, self.bindings)
+        else:
+            self.implementation.resume()
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the prompt once, then the backbone on the tokens, moved up by its length."""
+        return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.implementation is not None
+        self.implementation.check()
+        refuse_replicas(self.backbone)
+        refuse_names(kwargs, self.backbone)
+        arguments = name_arguments(self.names, args, kwargs)
+        past, reason = count_past(arguments), self.find_reason_against(arguments)
+        filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
+        if filled == "shared" and reason is not None:
+            raise ValueError(
+                f"`past_key_values` was filled with a shared prompt, which this call cannot use: {reason}."
+            )
+        if filled == "textbook":
+            reason = "the prompt is in the cache"
+        path = "shared" if reason is None else f"textbook: {reason}"
+        if self.method.prompt_path != path:
+            self.method.prompt_path = path
+        if reason is not None and self.required:
+            raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
+        try:
+            if reason is None:
+                output = self.run_shared(forward, arguments, past)
+            else:
+                self.shared.prefixes = None
+                if asks_for(arguments, self.backbone, "output_attentions"):
+                    self.suspend()
+                output = self.run_in_every_row(forward, arguments)
+        finally:
+            self.end_call()
+        cache = find_cache(output)
+        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
+            setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
+        self.remember(cache)
+        return output
+
+    def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
+        """Run the backbone on the tokens, with the prompt's keys and values as a prefix."""
+        leading, arguments = flatten_leading(arguments)
+        given = self.prepare_input(arguments)
+        length = self.method.config.num_virtual_tokens
+        check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
+        self.shared.past, self.shared.tokens = past, count_tokens(arguments)
+        self.shared.prefixes = self.compute_prefixes(arguments)
+        self.shift.begin(arguments, length)
+        output = self.run_with_offset(forward, arguments, past)
+        if leading is not None:
+            unflatten_leading(output, leading)
+        return output
+
+    def remember(self, cache: Any) -> None:
+        """Let a cache that this call began hold the prompt's keys and values, for the calls that continue it."""
+        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
+            return
+        if self.shared.past == 0 or not hasattr(cache, _PROMPT):
+            setattr(cache, _PROMPT, self.shared.prefixes)
+
+    def end_call(self) -> None:
+        """Forget what holds for one call."""
+        self.shift.shift = 0
+        if self.suspended:
+            assert self.implementation is not None
+            self.implementation.resume()
+            self.suspended = False
+
+    def suspend(self) -> None:
+        """Run the call that begins on the model's own attention.
+
+        Raises:
+            ValueError: that makes no weights either.
+        """
+        assert self.implementation is not None
+        self.implementation.restore()
+        self.suspended = True
+        readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
+        names = {str(module.config._attn_implementation) for module in readers}
+        if names != {"eager"}:
+            raise ValueError(
+                f'`output_attentions` requires a model with attn_implementation="eager", but it is {", ".join(names)}. '
+                "Detach the adapter, set the attention and attach it again."
+            )
+
+    def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
+        """Return why a call must run the prompt in every row, or None if it can share the prompt."""
+        if self.drops and self.backbone.training:
+            return "dropout in the model draws anew in every row"
+        if checkpoints_reentrantly(self.backbone):
+            return "reentrant gradient checkpointing differentiates a prefix once a layer"
+        if asks_for(arguments, self.backbone, "output_router_logits"):
+            return "an auxiliary loss counts the prompt's tokens in every row"
+        if asks_for(arguments, self.backbone, "output_attentions"):
+            return "attention weights are asked for, which the fused kernels do not make"
+        if self.positions.by_length is not None and self._computes_positions(arguments):
+            return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
+        if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
+            return "PEFT's adapters differ from row to row"
+        mask = arguments.get("attention_mask")
+        # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
+        if find_cache(arguments) is None and mask is not None:
+            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+                return "the attention mask is neither [B, K] nor [B, 1, N, K]"
+            if mask.ndim == 4 and mask.shape[2] == 1:
+                return "in an attention mask of one row, the prompt sees the tokens"
+            if mask.ndim == 4 and self.windows:
+                return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
+        if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
+            return "a sliding window and an offset of positions start anew with every packed sequence"
+        return None
+
+    def remove(self) -> None:
+        """Remove all hooks, and restore the model's attention."""
+        super().remove()
+        assert self.implementation is not None
+        self.implementation.restore()
+
+    def _computes_positions(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether the backbone gives its text model positions that are no plain count: those of images."""
+        text = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+        others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
+        return self.shift.inside and arguments.get("position_ids") is None and others
+
+    def compute_prefixes(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer: of a call that goes on, those that its cache began with.
+
+        For inference they are kept while no parameter changes.
+        """
+        self.shift.shift = 0
+        past, compiling = self.shared.past, torch.compiler.is_compiling()
+        given = self.prepare_input(arguments)
+        of_tokens = find_token_arguments(arguments, *given.shape[:2])
+        types = {name: tuple(value.shape[2:]) for name, value in of_tokens.items()}
+        by_length = self.positions.by_length
+        begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
+        if begun is not None and not (compiling and by_length is None and not types):
+            prefixes: dict[int, Prefix] = begun
+            return prefixes
+        reach = None
+        if by_length is not None:
+            reach = self.positions.move_ids(arguments, self.method.config.num_virtual_tokens).amax()
+        call = PromptCall(types, reach)
+        captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.is_grad_enabled() or compiling or captured:
+            return self.run_prompt(call)
+        if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
+            return self.run_prompt(call)  # its keys are for this length alone
+        return self._get_kept(call, past)
+
+    def _get_kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
+        """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
+        state, tuners = read_state(self.backbone, self.method), read_tuner_state(self.backbone)
+        kept, now = self.kept, (call.types, state, tuners)
+        unknown = state is None or (tuners is None and not past)
+        if kept is None or unknown or kept.state != now or not (past or self._is_good(kept)):
+            prefixes = self.run_prompt(call)
+            kept = self.kept = _Kept(now, self.method.prompt.clone(), prefixes)
+        return kept.prefixes
+
+    def _is_good(self, kept: _Kept) -> bool:
+        """Return whether a prompt is unchanged in ways that ``read_state`` cannot tell. This is asked once a sequence.
+
+        Optimizers change a prompt through ``.data``, and weights may be offloaded.
+        """
+        unknown = any(parameter.is_meta for parameter in self.backbone.parameters())
+        return not unknown and torch.equal(kept.prompt, self.method.prompt)
+
+    def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
+        """Compute the prompt's keys and values in every layer, for a call."""
+        prompt = self.method.prompt.to(self.table.dtype)
+        length = len(prompt)
+        # Said, since some models remember where a former call's rows were.
+        positions = self.positions.first + torch.arange(length, device=prompt.device)
+        if call is not None and call.reach is not None:
+            prompt, positions = add_reached_token(prompt, positions, call.reach)
+        sizes = {} if call is None else call.types
+        types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
+        with (
+            self.shared.capture(self.backbone),
+            suspend_checkpointing(self.backbone),
+        ):  # one row is not worth running twice
+            self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
+        assert self.shared.prefixes is not None
+        pairs = self.shared.prefixes.items()
+        self.shared.prefixes = {index: (key[:, :length], value[:, :length]) for index, (key, value) in pairs}
+        return self.shared.prefixes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {**self.__dict__, "kept": None}
+
+
+def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a prompt ``[..., S, d]`` and its positions ``[..., S]`` with one more token, at the position ``reach``.
+
+    LongRoPE and dynamic NTK take their frequencies for the largest position of a call. Attention is causal, so nothing
+    but the frequencies depends on the last token.
+    """
+    last = reach.expand(*positions.shape[:-1], 1)
+    return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
+
+
+def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
+    """Return why a prompt cannot be shared on this model, or None if it can.
+
+    The inputs of its attention layers decide, and then a trial: three tokens as a shared prompt must do to three others
+    what they do in front of them.
+
+    Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
+    three others what they do as tokens in front of them.
+    """
+    if "position_ids" not in read_parameter_names(find_backbone(model)):
+        return "its positions cannot be set"
+    try:
+        layers = find_layers(model)
+    except ValueError as error:
+        return str(error)
+    if (reason := find_reason_against_layers(model, layers)) is not None:
+        return reason
+    try:
+        return _try_sharing(model, layers)
+    except Exception as error:  # whatever a family makes of it
+        return f"trying to share the prompt failed: {type(error).__name__}: {error}"
+
+
+def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Return why a prompt's work in a model's layers differs by row or cannot be handed on, or None."""
+    if not all(layer.shape.causal for layer in layers):
+        return "its attention is not causal throughout, so a prompt sees what comes after it"
+    if any(getattr(layer.module, "is_causal", True) is False for layer in layers):
+        return "its layers are not causal by themselves, and SDPA, where it gets no mask, shows them what comes after"
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := sorted(types - {"full_attention", "sliding_attention"}):
+        return f"it has layers that see neither all that went before nor a sliding window of it ({', '.join(others)})"
+    if local := [layer.name for layer in layers if layer.local]:
+        return f"what these layers see of what went before is no sliding window: {', '.join(local)}"
+    return None
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Return whether anything in a module is random while training: dropout, or the noise of a router."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
+            return True
+        rates = (value for name, value in vars(submodule).items() if re.search("drop|jitter|noise", name))
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            return True
+    return False
+
+
+def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
+    """Run three tokens as a prompt for three others, in front of them and shared. The second row has padding."""
+    shared, backbone, device = SharedPrompt(), find_backbone(model), find_device(model)
+    prompt, tokens = torch.tensor(list_ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
+    counts = Positions.find(backbone)
+    positions = counts.first + torch.arange(3, device=device)[None]
+
+    def run(ids: Tensor, **kwargs: Any) -> Tensor:
+        hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        return hidden[:, -2:].double()
+
+    with switch_attention(model, shared.make_bindings(layers)), preserve_state(model), torch.no_grad():
+        alone = run(tokens, attention_mask=mask)
+        both = torch.cat([torch.ones_like(mask), mask], dim=1)
+        textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
+        with shared.capture(backbone):
+            run(prompt[:1], position_ids=positions)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))
+        exact = _compare_rows(actual, textbook, alone, model.dtype)
+        shared.prefixes = None
+        return None if all(exact) else _explain_failure(run, tokens, positions, unpadded=exact[0])
+
+
+def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
+    """Return which rows have the textbook's values.
+
+    Two orders of the same sums differ by rounding; a prompt that is carried past attention differs by all of its
+    effect.
+    """
+    effect, error = ((textbook - other).abs().amax(dim=(1, 2)) for other in (alone, actual))
+    agree: list[bool] = (error <= (0.1 if torch.finfo(dtype).bits == 16 else 1e-3) * effect).tolist()
+    return agree
+
+
+def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
+    """Return the reason, judged by a model's positions. ``unpadded``: sharing is exact without padding."""
+    default = run(tokens)
+    if torch.equal(default, run(tokens, position_ids=2 * positions + 1)):
+        return "it ignores position_ids"
+    if not torch.equal(default, run(tokens, position_ids=positions)):
+        return f"its positions do not count from {positions[0, 0]}"
+    if unpadded:
+        return "it counts positions by the attention mask"
+    return "sharing the prompt does not give what the textbook's way gives"

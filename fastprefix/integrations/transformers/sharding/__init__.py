@@ -1,0 +1,1 @@
+"""Run adapters on models that are spread over several devices."""

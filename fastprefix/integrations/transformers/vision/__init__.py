@@ -1,0 +1,1 @@
+"""Run methods that put rows beside the tokens of an image."""

@@ -1,0 +1,129 @@
+"""Choose options of SHIP from training images: the layers that get new rows, and the prototypes of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..attachment import use_adapter
+from ..models.switching import evaluating, find_device
+from .visual_prompt import PIXELS, VisionStack, find_vision_stack, get_state
+
+
+def find_entered_layers(model: PreTrainedModel, images: Iterable[Any], *, alpha: float = 0.95) -> list[int]:
+    """Find the layers of a vision transformer whose features differ from those of the entered layer before.
+
+    ``A[l, l']`` is the mean cosine between what layers l and l' return for the same token, over all tokens and images.
+    Layer 0 is entered. From an entered layer, later layers are visited in turn, and the first with ``A < alpha`` is
+    entered next (SHIP, arXiv 2412.16956; the order of the walk is our reading).
+
+    Args:
+        model: a vision transformer, or a model that has one. An adapter on it does not act.
+        images: batches, such as a data loader's: ``pixel_values`` ``[B, C, H, W]``, mappings with them, or sequences
+            that begin with them.
+        alpha: in the paper from 0.93 to 0.98. The larger, the more layers are entered.
+
+    Returns:
+        The numbers of entered layers, for ``SHIPConfig(layers=...)``.
+
+    Raises:
+        TypeError: a batch without pixels.
+        ValueError: no images, or a model that is no stack of layers over an image.
+    """
+    if not -1.0 <= alpha <= 1.0:
+        raise ValueError(f"`alpha` must be a cosine from -1 to 1, got {alpha!r}")
+    total, count = torch.zeros(()), 0
+    for states in _run_layers(model, images):
+        features = F.normalize(torch.stack(states).flatten(1, 2).double(), dim=-1)  # [L, B * N, d]
+        total = total + torch.einsum("lnd,knd->lk", features, features).cpu()
+        count += features.shape[1]
+    similarity = total / count
+    entered = [0]
+    for layer in range(1, len(similarity)):
+        if similarity[entered[-1], layer] < alpha:
+            entered.append(layer)
+    return entered
+
+
+def compute_bank(
+    model: PreTrainedModel,
+    images: Iterable[Any],
+    *,
+    count: int = 200,
+    steps: int = 20,
+    most: int = 20_000,
+    seed: int = 0,
+) -> Tensor:
+    """Compute prototypes of the features of images, for ``SHIPConfig(bank=...)``: the means of k-means clusters.
+
+    Features are what the last layer returns for the patches, without an adapter.
+
+    Args:
+        model: as for ``find_entered_layers``.
+        images: as for ``find_entered_layers``.
+        count: the number of prototypes, 200 in the paper.
+        steps: of k-means.
+        most: the number of features to cluster, drawn from all of them.
+        seed: of the draw and of the first prototypes.
+
+    Returns:
+        ``[count, d]`` in float32, on the CPU.
+
+    Raises:
+        TypeError: a batch without pixels.
+        ValueError: fewer features than prototypes, or a model that is no stack of layers over an image.
+    """
+    leading = find_vision_stack(model).leading
+    every = [states[-1][:, leading:].flatten(0, 1).float().cpu() for states in _run_layers(model, images)]
+    features = torch.cat(every)
+    if len(features) < count:
+        raise ValueError(f"`count` must be at most {len(features)}, the number of patches of all images, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    features = features[torch.randperm(len(features), generator=generator)[:most]]
+    bank = features[:count].clone()
+    for _ in range(steps):
+        nearest = torch.cdist(features, bank).argmin(1)
+        sums = torch.zeros_like(bank).index_add_(0, nearest, features)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        bank = torch.where(sizes > 0, sums / sizes.clamp(min=1), bank)
+    return bank
+
+
+def _run_layers(model: PreTrainedModel, images: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Yield what each layer ``[B, N, d]`` returns for each batch, without an adapter."""
+    with use_adapter(model, None):
+        stack = find_vision_stack(model)
+        found = False
+        for batch in images:
+            found = True
+            yield _run_batch(stack, _find_pixels(batch).to(find_device(stack.part), stack.part.dtype))
+    if not found:
+        raise ValueError("`images` must have at least one batch, but has none.")
+
+
+def _run_batch(stack: VisionStack, pixels: Tensor) -> list[Tensor]:
+    states: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda *call: states.append(get_state(call[2]))) for block in stack.blocks]
+    try:
+        with evaluating(stack.part), torch.no_grad():
+            stack.part(**{PIXELS: pixels})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+def _find_pixels(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        batch = batch.get(PIXELS)
+    elif isinstance(batch, list | tuple):
+        batch = batch[0] if batch else None
+    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.ndim != 4:
+        actual = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(f"`images` must be batches of floating {PIXELS} [B, C, H, W], but one is {actual}.")
+    return batch
