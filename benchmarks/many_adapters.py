@@ -3,9 +3,13 @@
 "prefix", "prompt": prefill and greedy generation of 16 rows. The floor is one adapter that all rows share; ``mixed``
 has another adapter for each row, ``in turn`` generates each row by itself with its adapter, ``base`` has no adapter.
 "swap": a prefix in host memory takes the place of another in the model's store. The floor copies as many bytes.
+
+AdapterHub's ``BatchSplit`` gives every row its own prefix, too. Its package needs an older transformers: with
+``--adapterhub`` it is measured in an environment of its own, where the floor is the model without adapters.
 """
 
 import argparse
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -29,11 +33,13 @@ QUICK: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2}
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     rows, tokens, new = (4, 8, 4) if options.quick else (ROWS, TOKENS, NEW)
     for name in options.dtype:
-        for kind in ("prefix", "prompt"):
+        for kind in ("prefix",) if options.adapterhub else ("prefix", "prompt"):
             model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
-            attach_all(model, kind, rows)
             case = {"kind": kind, "rows": rows, "P": LENGTH, "N": tokens, "new": new, "dtype": name}
-            yield case, generate(model, draw_ids(rows, tokens, device), new)
+            ids = draw_ids(rows, tokens, device)
+            yield case, split_with_adapters(model, ids, new) if options.adapterhub else generate(model, kind, ids, new)
+        if options.adapterhub:
+            continue
         model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
         yield {"kind": "swap", "dtype": name}, swap(model, SWAPPED // (64 if options.quick else 1))
 
@@ -61,7 +67,9 @@ def draw_ids(rows: int, tokens: int, device: torch.device) -> Tensor:
     return torch.randint(3, 4096, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def generate(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
+def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
+    """Generate with as many adapters as there are rows."""
+    attach_all(model, kind, len(ids))
     names = [f"adapter {index}" for index in range(len(ids))]
     run = partial(model.generate, max_new_tokens=new, do_sample=False, pad_token_id=0)
 
@@ -83,6 +91,31 @@ def generate(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
         "mixed": Work("ours", {"generate": lambda: run(input_ids=ids, adapter_names=names)}),
         "in turn": Work("theirs", {"generate": run_in_turn}),
         "base": Work("theirs", {"generate": run_base}),
+    }
+
+
+def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
+    """Generate with AdapterHub's free prefixes, which are padded and concatenated to the keys and values of their rows."""
+    import adapters
+    from adapters.composition import BatchSplit
+
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # a model without adapters is meant
+    names = [f"adapter {index}" for index in range(len(ids))]
+    adapters.init(model)
+    for name in names:
+        model.add_adapter(name, config=adapters.PrefixTuningConfig(flat=True, prefix_length=LENGTH))
+    model.to(device=model.device, dtype=model.dtype).eval()
+    run = partial(model.generate, input_ids=ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    def run_with(active: Any) -> None:
+        model.set_active_adapters(active)
+        run()
+
+    split = BatchSplit(*names, batch_sizes=[1] * len(names))
+    return {
+        "base": Work("floor", {"generate": partial(run_with, None)}),
+        "AdapterHub BatchSplit": Work("theirs", {"generate": partial(run_with, split)}),
+        "AdapterHub, one shared": Work("theirs", {"generate": partial(run_with, names[0])}),
     }
 
 
@@ -112,6 +145,7 @@ def swap(model: Any, size: int) -> dict[str, Work]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
+    parser.add_argument("--adapterhub", action="store_true", help="measure AdapterHub's package, in its environment")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from .measure import BenchmarkError
 from .results import FIGURES, Record, describe_fault
 from .suite import DEFAULT_OUT
 
-DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --readme, update the tables of a file."
+DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --update, fill in the tables of files."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
 MISSING, NOISY = "-", "~"
@@ -72,14 +72,22 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
         losses = at.samples["loss", "held out"]
         rows.append({
             "method": peer, "trainable": number(at.p50["parameters", "training"], 0),
-            "forward ms": describe_time(forward), "forward, x floor": number(forward["x floor"]),
-            "fwd + bwd ms": describe_time(both), "fwd + bwd, x floor": number(both["x floor"]),
+            "forward ms": describe_time(forward), "forward, x floor": describe_ratio(forward),
+            "fwd + bwd ms": describe_time(both), "fwd + bwd, x floor": describe_ratio(both),
             "tokens/s": number(tokens / both.p50, 0), "peak MB": number(at.p50["bytes", BOTH] / 1e6, 1),
             "loss first": number(losses[0], 3), "last": number(losses[-1], 3),
         })  # fmt: skip
     header = [name for name in rows[0] if in_detail or not name.endswith(" ms")]
+    least = frame.query("quantity == 'seconds'").rounds.min()
+    titles = [f"method ({least:.0f} rounds or more)", *header[1:]]
     failed = [[fault["peer"], "FAILED", fault["message"]] for fault in faults]
-    return Table(header, [[str(row[name]) for name in header] for row in rows] + failed)
+    return Table(titles, [[str(row[name]) for name in header] for row in rows] + failed)
+
+
+def describe_ratio(row: Any) -> str:
+    """Return the ratio to the floor's median, and those of the 20th and the 80th percentile."""
+    ratio = row["x floor"] / row.p50
+    return f"{row['x floor']:.2f} ({ratio * row.p20:.2f} to {ratio * row.p80:.2f})"
 
 
 def describe_time(row: Any) -> str:
@@ -213,17 +221,6 @@ def tabulate_model(record: Record, model: str) -> Table:
     return Table((*header, "rows/s trained"), [[*row, number(batch / seconds.get(row[0], np.nan), 1)] for row in rows])
 
 
-def tabulate_saved(record: Record) -> Table:
-    """Show what three epochs over as many rows as SST-2 has cost here and with PEFT."""
-    epochs, count, model = 3, 67_349, record.rows[-1]["model"]
-    frame = select_model(record, model).query("direction == 'step'")
-    at, steps, rows = frame.set_index(["peer", "quantity"]).p50, epochs * count / frame["rows"].iloc[0], []
-    for peers in (("PT", "PEFT PT"), ("prefix tuning", "PEFT prefix tuning")):
-        hours = [number(steps * at[peer, "seconds"] / 3600, 1) for peer in peers]
-        rows.append([peers[0], *hours, *(number(at[peer, "bytes"] / 1e6, 0) for peer in peers)])
-    return Table((f"{epochs} x {count:,} rows, {model}", "hours", "with PEFT", "MB", "with PEFT"), rows)
-
-
 def tabulate_cartridge(record: Record) -> Table:
     """Show how far a document in context is replaced by nothing, and by a prefix before and after its training."""
     names = {"no document": "no document", "untrained": "text, untrained", "trained": "trained"}
@@ -256,13 +253,22 @@ def tabulate_long_prefixes(record: Record) -> Table:
     return Table(header, rows)
 
 
-def tabulate_many_adapters(record: Record) -> Table:
-    """Show the times of all peers in units of the floor: one adapter for all rows, or a copy of the same size."""
-    header, rows = ("case", "peer", "ms", "x floor"), []
-    for (kind, dtype), of in load_frame(record, "quantity == 'seconds'").groupby(["kind", "dtype"], sort=False):
-        for peer, seconds, ratio in zip(of.peer, of.p50, of["x floor"], strict=True):
-            rows.append([f"{kind}, {dtype}", peer, number(1e3 * seconds, 1), number(ratio)])
-    return Table(header, rows)
+def tabulate_many_adapters(record: Record, *others: Record) -> Table:
+    """Show the times of all peers in units of the model without adapters, or of a copy of the same size.
+
+    Those of other records are in units of the model in their own environments.
+    """
+    header, rows = ("case", "peer", "ms", "x no adapter"), []
+    for number_of, each in enumerate((record, *others)):
+        frame = load_frame(each, "quantity == 'seconds'")
+        for (kind, dtype), of in frame.groupby(["kind", "dtype"], sort=False):
+            at = of.set_index("peer")
+            unit = at.p50.get("base", at.p50.get("copy"))
+            for peer, row in at.iterrows():
+                if number_of == 0 or peer != "base":
+                    spread = f" ({row.p20 / unit:.2f} to {row.p80 / unit:.2f})"
+                    rows.append([f"{kind}, {dtype}", peer, number(1e3 * row.p50, 1), number(row.p50 / unit) + spread])
+    return Table(header, sorted(rows, key=lambda row: row[0]))
 
 
 def tabulate_gpu(record: Record) -> Table:
@@ -346,7 +352,8 @@ def draw(record: Record, path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables, CSV and plots")
-    parser.add_argument("--readme", type=Path, help="update the tables of this file, and the plot beside the results")
+    text = "fill in the tables of these files, and draw the plot beside the results"
+    parser.add_argument("--update", type=Path, nargs="+", default=[], metavar="FILE", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -356,11 +363,11 @@ def run(options: argparse.Namespace) -> int:
         frames.append(load_frame(record).assign(folder=path.parent.name, file=path.stem, **about))
         sections.append(describe_record(f"{path.parent.name}/{path.stem}", record))
         if record.suite == "main-job":
-            draw(record, (path.parent if options.readme else options.out) / "headline.png")
+            draw(record, (path.parent if options.update else options.out) / "headline.png")
     results.write_text("\n\n".join(sections) + "\n", options.out / "report.md")
     pd.concat(frames, ignore_index=True).to_csv(options.out / "results.csv", index=False)
     print(f"tables and plots in {options.out}")
-    return update(options.readme) if options.readme else 0
+    return max(map(update, options.update), default=0)
 
 
 def update(path: Path, check: bool = False) -> int:

@@ -108,14 +108,18 @@ class TestRecords:
     def test_committed_results_have_roles_and_floors(self) -> None:
         for record in COMMITTED.values():
             frame = report.load_frame(record)
-            assert {"floor", "theirs" if record.suite == "adapterhub" else "ours"} <= set(frame.role)
+            assert {"floor", "theirs" if record.environment.get("adapters") else "ours"} <= set(frame.role)
             assert frame[frame.quantity.isin(["seconds", "bytes"])]["x floor"].notna().all()
 
 
 class TestReport:
-    def test_the_readme_is_up_to_date(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+    def test_tables_are_up_to_date(self, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
-        assert report.update(Path("README.md"), check=True) == 0, "run `python -m benchmarks report --readme README.md`"
+        command = "python -m benchmarks report --update README.md docs/benchmarks.md"
+        assert report.update(Path(page), check=True) == 0, f"run `{command}`"
+
+    def test_the_plot_is_up_to_date(self) -> None:
         from PIL import Image
 
         with Image.open(results.FOLDER / "amd-epyc-zen5-2cores" / "headline.png") as image:

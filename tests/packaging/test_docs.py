@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import fastprefix
 from fastprefix.methods import METHODS
@@ -49,8 +50,24 @@ def registries() -> Iterator[None]:
         table.update(entries)
 
 
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give examples a small model and a tokenizer without files in the place of those that they name."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 384}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+    def load_model(name: str) -> Qwen3ForCausalLM:
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, name_or_path=name))
+
+    def load_tokenizer(name: str, **_: Any) -> ByT5Tokenizer:
+        return ByT5Tokenizer()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_tokenizer)
+
+
 @pytest.mark.parametrize("script", scripts())
-@pytest.mark.usefixtures("registries")
+@pytest.mark.usefixtures("registries", "small_models")
 def test_examples_run(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = ModuleType("example")
