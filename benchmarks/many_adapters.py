@@ -95,7 +95,7 @@ def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
 
 
 def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
-    """Generate with AdapterHub's free prefixes, which are padded and concatenated to the keys and values of their rows."""
+    """Generate with AdapterHub's free prefixes, which it concatenates to the keys and values of their rows."""
     import adapters
     from adapters.composition import BatchSplit
 
