@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a case calls its operation with; gradients are compared for ``tensors``."""
+    """The arguments of a case. Gradients are compared for ``tensors``."""
 
     tensors: dict[str, Any]
     options: dict[str, Any]

@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, a row for each result."""
+    """The measurements, a row for each result."""
 
     rows: tuple[Row, ...]
 

@@ -32,6 +32,19 @@ TARGETS = [
 """Every device of this machine with each backend that is usable on it."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let slow tests run on request."""
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that are marked slow, unless they are asked for."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
 def pytest_collection_finish() -> None:
     """Leave what imports made out of garbage collections: ``Trainer`` runs a full one in each training."""
     gc.collect()

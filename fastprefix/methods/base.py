@@ -1,4 +1,4 @@
-"""What all methods share: a configuration that can be saved, and what an integration may call."""
+"""Base classes of methods: configurations that can be saved, and the modules that integrations call."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ class PromptMethod(nn.Module, ABC):
     """A soft prompt before the tokens and, by method, an offset on them. Changes what enters the first layer."""
 
     changes_tokens: ClassVar[bool] = False
-    """Whether the method adds an offset to the tokens' embeddings."""
+    """True if the method adds an offset to the tokens' embeddings."""
     changes_positions: ClassVar[bool] = False
-    """Whether that offset depends on the position of a token, rather than on the token."""
+    """True if that offset depends on the position of a token, rather than on the token."""
     prompt: Tensor
     """The prompt, ``[m, d]``: a parameter, or in a ``ComputedPrompt`` a property that computes it."""
 
@@ -230,7 +230,7 @@ class VisualMethod(nn.Module, ABC):
 
 
 class PrefixMethod(nn.Module, ABC):
-    """Keys and values of its own for every attention layer, and gates for them."""
+    """A prefix of keys and values for every attention layer, and its gates."""
 
     def __init__(self, config: Any, shapes: Sequence[AttentionShape]) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class PrefixMethod(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
 
     def needs_hidden(self) -> bool:
-        """Whether the gates are computed from hidden states."""
+        """Return whether the gates are computed from hidden states."""
         return False
 
     def prefix_gate(

@@ -1,10 +1,10 @@
-"""What a method has to know of the model it attaches to."""
+"""Shapes of the model that a method is attached to."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["encoder", "decoder", "cross"]
-"""What an attention layer is for: self-attention of an encoder or a decoder, or attention to other tokens' keys."""
+"""The purpose of an attention layer: self-attention of an encoder or a decoder, or attention to other tokens' keys."""
 
 
 @dataclass(frozen=True)

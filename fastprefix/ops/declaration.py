@@ -65,7 +65,7 @@ def list_letters(shape: str) -> tuple[str, ...]:
 
 
 class Declaration:
-    """What follows from the declared arguments of an operation."""
+    """The rules that follow from the declared arguments of an operation."""
 
     def __init__(self, arguments: type[Any]) -> None:
         """Read the annotations of a ``NamedTuple``: tensors first, and those with gradients one after another."""

@@ -1,1 +1,1 @@
-"""What a model of transformers is: its layers, attention, calls and positions, and how to run it."""
+"""Find the layers, attention, calls and positions of a model of transformers, and run it on another attention."""

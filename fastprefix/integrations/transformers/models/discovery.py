@@ -611,7 +611,7 @@ _WINDOWS = (
     *("sliding_window", "sliding_window_size", "local_attention", "attention_window_size", "window_size"),
     "attention_chunk_size",
 )
-"""What parts with a vocabulary call a window over text; elsewhere these are of pixels or frames."""
+"""Names of a window over text in parts with a vocabulary. Elsewhere they are windows of pixels or frames."""
 WINDOW = 4
 """The sliding windows and chunks of a small copy, in tokens."""
 CONTEXT = 16

@@ -124,7 +124,7 @@ def name_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mappin
 
 
 Forward = Callable[..., Any]
-"""What a module is run by."""
+"""The function that runs a module."""
 
 Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 """A function that runs a call: ``around(forward, args, kwargs)`` returns what the module returns."""

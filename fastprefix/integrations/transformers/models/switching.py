@@ -183,7 +183,7 @@ _IMAGES = 2  # in a row, where a model takes several
 _IMAGE_SIZES = ("image_size", "crop_size")
 _VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
 _SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size")
-"""What configurations call such a size."""
+"""Names of such a size in configurations."""
 
 
 def is_of_text(model: PreTrainedModel) -> bool:
@@ -650,7 +650,7 @@ class User:
         self.adapts = adapts
         """The class of the model that this user attached adapters to, if it did."""
         self.acts = False
-        """Whether every call of that model runs with an adapter now."""
+        """Return whether every call of that model runs with an adapter now."""
 
 
 class _Configuration:
