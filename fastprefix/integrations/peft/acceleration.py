@@ -37,7 +37,7 @@ class Acceleration:
     def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
         self.hooks = hooks
         self.prompt_path = prompt_path
-        """The path of a prompt: "shared", it runs once for the whole batch; or "textbook: " and why PEFT's own path stays.
+        """The path of a prompt: "shared", once for the whole batch; or "textbook: " and why PEFT's own path stays.
 
         Where sharing is not exact in a single call (dropout while training, for one), that call runs it in every row.
         """
