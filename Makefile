@@ -42,10 +42,10 @@ bench: $(BUILT) $(OVERLAID)
 	PYTHONPATH=$(abspath $(OVERLAY)) $(BIN)/python -m benchmarks $(BENCH)
 
 test: $(BUILT) $(OVERLAID)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not peft" $(TEST) $(OR_NONE)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto tests/ops/triton $(TEST) $(OR_NONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not peft" $(TEST) $(OR_NONE)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/ops/triton $(TEST) $(OR_NONE)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OVERLAY)) REQUIRE_PEFT=1 \
-		$(BIN)/python -m pytest --numprocesses auto -m peft $(TEST) $(OR_NONE)
+		$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m peft $(TEST) $(OR_NONE)
 
 matrix:
 	$(PYTHON) tools/matrix.py $(MATRIX)

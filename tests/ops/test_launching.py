@@ -37,9 +37,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(tmp_path_factory.mktemp("driver"))
 
 
-def test_kernels_get_what_they_are_called_with(driver: Path) -> None:
+@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_kernels_get_what_they_are_called_with(driver: Path, cases: str) -> None:
     environment = describe_environment(driver) | {"LAUNCHES": str(driver / "launches")}
-    command = [sys.executable, "-m", "tests.ops.launching.program", str(driver)]
+    command = [sys.executable, "-m", "tests.ops.launching.program", str(driver), cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     attention = tuple(name for name in KERNELS if name.startswith("prefix_attention"))

@@ -37,9 +37,10 @@ ONE = ("--dtype", "bfloat16", "--width", "128", "--features", "causal, gate of k
     ("arch", "instruction", "options"),
     [
         ("sm_80", " mma ", ONE),
-        ("sm_90", " wgmma ", ("--quick",)),
-        ("sm_100", " tcgen05 ", ONE),
-        ("sm_120", " mma ", ONE),
+        pytest.param("sm_90", " wgmma ", ("--quick",), marks=pytest.mark.slow),
+        ("sm_90", " wgmma ", ONE),
+        pytest.param("sm_100", " tcgen05 ", ONE, marks=pytest.mark.slow),
+        pytest.param("sm_120", " mma ", ONE, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_without_spills(arch: str, instruction: str, options: tuple[str, ...]) -> None:
@@ -59,6 +60,7 @@ def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
     assert " bwd_dkv " in done.stdout
 
 
+@pytest.mark.slow
 def test_narrow_and_padded_heads_and_rounded_products() -> None:
     widths, features = ("--width", "64", "80"), ("--features", "full")
     done = aot("--arch", "sm_80", "--dtype", "bfloat16", "tf32", *widths, *features, "--bottleneck", "9")

@@ -67,7 +67,7 @@ def test_trl_adapter(
         assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("own_text", [False, True])
+@pytest.mark.parametrize("own_text", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cartridge(own_text: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("the film was dull and the cast was awful " * 5, encoding="utf-8")
     printed = run("cartridge.py", monkeypatch, capsys, *(["--text", "text.txt"] if own_text else []))

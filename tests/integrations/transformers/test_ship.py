@@ -187,7 +187,13 @@ def test_nothing_of_an_image_is_kept_alive(case: str) -> None:
     assert all(b.image_rows is None and b.attention is None and b.captured is None for b in bindings)
 
 
-@pytest.mark.parametrize("config", [configure(bank=BANK), fastprefix.VisualPromptConfig(4)], ids=["ship", "vpt"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(configure(bank=BANK), id="ship", marks=pytest.mark.slow),
+        pytest.param(fastprefix.VisualPromptConfig(4), id="vpt"),
+    ],
+)
 def test_compiled_as_a_whole(config: Any) -> None:
     model = fastprefix.attach(vision_models.vit(), config, check=False)
     models.randomize(model)

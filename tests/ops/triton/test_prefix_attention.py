@@ -14,6 +14,7 @@ from fastprefix.ops.prefix_attention.layout import allocate_heads
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
 from fastprefix.testing import assert_parity
+from tests.selection import mark_slow
 
 Inputs = dict[str, Any]
 NAMES = [name for name in DIFFERENTIABLE if name not in EAGER_ALONE]
@@ -310,7 +311,7 @@ HALF_CASES = (
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mark_slow(list(CASES), 2))
 def test_parity_float32(device: str, name: str) -> None:
     assert_close(make_case(**CASES[name]), torch.float32, device)
 
