@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -36,6 +37,7 @@ from fastprefix.integrations.transformers.checking.conformance import (
     list_reports,
 )
 from fastprefix.integrations.transformers.models.discovery import CopyError, list_configs, make_small_copy
+from fastprefix.integrations.transformers.vision.visual_prompt import find_vision_stack
 from fastprefix.methods import METHODS, MethodConfig
 
 SECONDS, LONGEST = 180, 240  # of a family, and of a message in characters
@@ -157,7 +159,8 @@ def survey_method(family: str, class_name: str, config: MethodConfig, **options:
         return Outcome(family, class_name, "refused", format_error(error, LONGEST))
     path = getattr(model.fastprefix, "prompt_path", None)
     fastprefix.detach(model)
-    return outcome_of(family, class_name, path, list_reports(model, config.method_name())[-1])
+    checked = find_vision_stack(model).reader if config.kind == "visual" else model
+    return outcome_of(family, class_name, path, list_reports(checked, config.method_name())[-1])
 
 
 def outcome_of(family: str, class_name: str, path: str | None, report: ConformanceReport) -> Outcome:
@@ -332,9 +335,9 @@ def write_table(folder: Path, out: Path) -> None:
     out.write_text(page, encoding="utf-8")
 
 
-def make_config(method: str) -> MethodConfig:
-    """Return a configuration of three virtual tokens, with what the method requires."""
-    return METHODS[method][0](3, **REQUIRED.get(method, {}))
+def make_config(method: str, **options: str) -> MethodConfig:
+    """Return a configuration of three virtual tokens, with what the method requires and the options."""
+    return METHODS[method][0](3, **{**REQUIRED.get(method, {}), **options})
 
 
 def list_methods(kind: str) -> list[str]:
@@ -346,15 +349,15 @@ def list_methods(kind: str) -> list[str]:
     return [name for name, (config, _) in METHODS.items() if config.kind == kind and name != "composition"]
 
 
-def choose_method(kind: str, method: str | None) -> Survey:
-    """Return a survey of another method of its kind."""
+def choose_method(kind: str, method: str | None, options: Mapping[str, str] = MappingProxyType({})) -> Survey:
+    """Return a survey of another method of its kind, with options of its configuration."""
     survey = SURVEYS[kind]
     if method is None:
         return survey
     if kind.startswith("peft"):
         return survey._replace(survey=partial(survey_peft, config_name=method))
-    options = {"is_decoder": True} if kind == "prompt" else {}
-    return survey._replace(survey=partial(survey_method, config=make_config(method), **options))
+    of_model = {"is_decoder": True} if kind == "prompt" else {}
+    return survey._replace(survey=partial(survey_method, config=make_config(method, **options), **of_model))
 
 
 def print_report(family: str, method: str, situations: list[str] | None) -> bool:
@@ -378,6 +381,7 @@ def main() -> int:
         command.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
         command.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
         command.add_argument("--method", choices=list_methods(kind), help="default: the plainest of its kind")
+        command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the method named")
         command.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
     table = commands.add_parser("table")
     table.add_argument("folder", type=Path, help="has the CSVs, named after the surveys")
@@ -394,7 +398,7 @@ def main() -> int:
         return 0
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    survey = choose_method(options.command, options.method)
+    survey = choose_method(options.command, options.method, dict(option.split("=", 1) for option in options.option))
     part, of = map(int, options.part.split("/"))
     known = {outcome.family: outcome for outcome in read(options.csv)}
     for family in (options.family or list(survey.families))[part::of]:
