@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as kinds
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 VERSIONS = {
@@ -72,6 +81,16 @@ def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model
+
+
+def tokenizer(**options: object) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words "w0" to "w99", whose ids are their numbers."""
+    words = Tokenizer(kinds.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w2", model_input_names=names, **options
+    )
 
 
 def batch(padding: str = "none") -> dict[str, Tensor]:

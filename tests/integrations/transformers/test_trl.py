@@ -10,11 +10,8 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as kinds
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
 import fastprefix
 
@@ -27,12 +24,6 @@ pytestmark = [
 ]
 BETA = 0.1
 ROWS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24], [31, 32, 33, 34, 35, 36]]
-
-
-def tokenizer() -> Any:
-    words = Tokenizer(kinds.WordLevel({f"w{i}": i for i in range(models.VOCABULARY)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
 
 
 def model(method: str, lora: bool = False) -> Any:
@@ -74,7 +65,7 @@ def test_sft(method: str, packing: bool, tmp_path: Path) -> None:
     config = SFTConfig(
         **options(tmp_path), packing=packing, max_length=32, completion_only_loss=not packing, padding_free=packing
     )
-    trainer = SFTTrainer(of, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    trainer = SFTTrainer(of, args=config, train_dataset=Dataset.from_list(rows), processing_class=models.tokenizer())
     batch = next(iter(trainer.get_train_dataloader()))
     assert ("position_ids" in batch) == packing
     assert len(batch["input_ids"]) == (1 if packing else 4)
@@ -96,7 +87,7 @@ def test_dpo_against_the_model_without_its_adapters(method: str, lora: bool, tmp
     rows = [{"prompt": "w5", "chosen": " w6", "rejected": " w7"}, {"prompt": "w8", "chosen": " w9", "rejected": " w10"}]
     config = DPOConfig(**options(tmp_path), beta=BETA)
     trainer = DPOTrainer(
-        of, reference, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+        of, reference, args=config, train_dataset=Dataset.from_list(rows), processing_class=models.tokenizer()
     )
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(of, dict(batch))
@@ -127,7 +118,7 @@ def test_grpo_generates_while_it_trains(method: str, tmp_path: Path) -> None:
 
     config = GRPOConfig(**options(tmp_path), num_generations=4, max_completion_length=3, beta=0.0, learning_rate=0.1)
     rows = Dataset.from_list([{"prompt": f"w{i}"} for i in range(5, 13)])
-    trainer = GRPOTrainer(of, args=config, train_dataset=rows, processing_class=tokenizer(), reward_funcs=reward)
+    trainer = GRPOTrainer(of, args=config, train_dataset=rows, processing_class=models.tokenizer(), reward_funcs=reward)
     trainer.train()
     assert len(seen) == 8
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
