@@ -203,3 +203,28 @@ def test_the_api_page_names_everything_public() -> None:
     for name in named:
         module, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(module), attribute).__doc__
+
+
+# ---- features ------------------------------------------------------------------------------------------------------
+
+
+def features() -> list[list[str]]:
+    """The cells of each row of the page's tables, without the heads."""
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[1] != "fastprefix" and set(row[0]) != {"-"}]
+
+
+def test_every_feature_names_a_test_or_a_reason() -> None:
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    tests: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tests[path.name] = tests.get(path.name, "") + path.read_text(encoding="utf-8")
+    assert len(features()) > 70
+    for name, own, *_, test in features():
+        assert test or own.startswith("no (")
+        for reason in re.findall(r"\(([a-z])\)", own):
+            assert f"\n- ({reason}) " in page, name
+        if test:
+            file, _, function = test.strip("`").partition("::")
+            assert f"\ndef {function}(" in tests[file], test

@@ -291,6 +291,19 @@ def test_prefixes_are_swapped_in_place(lengths: tuple[int, ...]) -> None:
     assert places == [p.data_ptr() for p in model.fastprefix.parameters()]
 
 
+def test_an_average_is_swapped_in(tmp_path: Path) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(4, **SHIFT), check=False)
+    given = [state_of(seed, 4) for seed in range(2)]
+    for index, state in enumerate(given):
+        fastprefix.swap_prefix(model, state)
+        fastprefix.save_adapter(model, tmp_path / str(index))
+    first, second = (fastprefix.read_prefix(model, tmp_path / str(index)).pairs for index in range(2))
+    pairs = [((ka + kb) / 2, (va + vb) / 2) for (ka, va), (kb, vb) in zip(first, second, strict=True)]
+    fastprefix.swap_prefix(model, fastprefix.PrefixState(pairs))
+    layers = zip(given[0].pairs, given[1].pairs, strict=True)
+    assert_close(prefixes(model), [(0.5 * (a[0] + b[0]), 0.5 * (a[1] + b[1])) for a, b in layers])
+
+
 @pytest.mark.parametrize("kind", ["ours", "cartridge", "peft", "whole"])
 def test_prefixes_are_swapped_in_from_files(kind: str, tmp_path: Path) -> None:
     source = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(6, num_frozen_tokens=2, **SHIFT))
