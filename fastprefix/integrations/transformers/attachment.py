@@ -46,9 +46,10 @@ from .prefixes.prefix import PrefixHooks
 from .prompts.multitask import read_source
 from .prompts.prompt import EncoderPromptHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable
+from .prompts.task_prompts import TaskPromptHooks
 from .sharding.agreement import agree, do_together
 from .sharding.partitioned import any_partitioned
-from .sharding.tensor_parallel import gather_full_tensor, is_tensor_parallel, make_alike
+from .sharding.tensor_parallel import gather_full_tensor, is_sharded, is_tensor_parallel, make_alike
 from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
 
 _STATE = "_fastprefix_attachment"
@@ -484,8 +485,8 @@ def _refuse_shared_key_heads(model: PreTrainedModel) -> None:
 def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: bool) -> str | None:
     if config.shared_prompt is False:
         return "shared_prompt=False"
-    if isinstance(config, MultitaskPromptConfig) and config.num_tasks > 1:
-        return "each row has the prompt of its task"
+    if isinstance(config, MultitaskPromptConfig) and config.num_tasks > 1 and is_sharded(model):
+        return "each row of a sharded model has the prompt of its task"
     if model.config.is_encoder_decoder:
         return "its encoder's prompt sees what comes after it"
     reason = find_reason_not_shareable(choose_stand_in(model))
@@ -529,7 +530,9 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
     else:
         method.prompt_path = path
         required = method.config.shared_prompt is True
-        if path == "shared":
+        if path == "shared" and isinstance(method, MultitaskPrompt) and method.config.num_tasks > 1:
+            hooks = TaskPromptHooks(model, method, layers, required)
+        elif path == "shared":
             hooks = SharedPromptHooks(model, method, layers, required)
         elif model.config.is_encoder_decoder:
             hooks = EncoderPromptHooks(model, method)

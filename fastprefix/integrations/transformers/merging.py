@@ -49,6 +49,7 @@ from .prefixes.initial import find_shared_sources
 from .prefixes.prefix import PrefixHooks
 from .prompts.prompt import OffsetHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks
+from .prompts.task_prompts import TaskPromptHooks
 from .sharding.fully_sharded import gathering_around, is_fully_sharded
 from .sharding.tensor_parallel import TensorParallelHeads
 from .vision.visual_prompt import VisualHooks
@@ -83,6 +84,8 @@ def merge(model: Model) -> Model:
             _merge_prefix(base, adapter, method)
         elif isinstance(method, VisualMethod):
             _merge_rows(base, adapter, method)
+        elif isinstance(hooks, TaskPromptHooks):
+            raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}")
         elif isinstance(hooks, SharedPromptHooks):
             _merge_shared_prompt(base, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:

@@ -28,6 +28,7 @@ from ..models.switching import evaluating, find_device
 from ..models.tuners import has_tuner_layers, read_tuner_state
 from ..prefixes.prefix import PrefixHooks
 from ..prompts.shared_prompt import SharedPromptHooks
+from ..prompts.task_prompts import TaskPromptHooks
 from ..sharding.tensor_parallel import refuse_sharded
 from .mixed_call import BASE, MixedRows, Part, compute_prefixes
 from .mixing import MixtureHooks, check_names, check_rows, get_held_names
@@ -339,6 +340,8 @@ def find_reason_against(adapter: Adapter) -> str | None:
     hooks = adapter.hooks
     if isinstance(hooks, PrefixHooks) and type(hooks) is not PrefixHooks and has_tuner_layers(hooks.backbone):
         return "it was merged, and PEFT's layers may change what it was merged from"
+    if isinstance(adapter.hooks, TaskPromptHooks):
+        return "it has a prompt for each of several tasks"
     if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
         return None
     if isinstance(adapter.method, VisualMethod):

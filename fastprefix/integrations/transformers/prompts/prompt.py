@@ -171,11 +171,12 @@ class PromptHooks:
         return cropped.to_tuple() if as_tuple and isinstance(cropped, ModelOutput) else cropped
 
     def run_alone(self, prompt: Tensor, **arguments: Any) -> Any:
-        """Run the backbone on the prompt alone, in one row."""
+        """Run the backbone on a prompt ``[m, d]`` alone, in one row, or on prompts ``[K, m, d]``."""
+        rows = prompt if prompt.ndim == 3 else prompt[None]
         if not needs_ids(self.model.config):
-            return self.forward(inputs_embeds=prompt[None], **arguments)
-        ids = torch.full((1, len(prompt)), self.placeholder, device=prompt.device)
-        return self.run_embedding(Insertion(len(prompt), 0, 0), self.forward, {"input_ids": ids, **arguments})
+            return self.forward(inputs_embeds=rows, **arguments)
+        ids = torch.full(rows.shape[:2], self.placeholder, device=prompt.device)
+        return self.run_embedding(Insertion(rows.shape[1], 0, 0), self.forward, {"input_ids": ids, **arguments})
 
     def run_with_offset(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
         """Run the backbone on the tokens alone, with the method's offset; ``past`` of them are in the cache."""

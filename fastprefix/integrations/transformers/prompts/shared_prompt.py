@@ -61,6 +61,8 @@ class SharedPrompt:
         self.capturing = False
         self.past = 0  # tokens in the cache of the call in progress
         self.tokens = 0  # of that call
+        self.count = 1  # of prompts of one length, one behind the other in the prefixes
+        self.spans: Tensor | None = None  # of the rows of the call in the prefixes, where there are several prompts
         self.gatherer: Gatherer | None = None
 
     def make_bindings(self, layers: list[Layer], heads: TensorParallelHeads | None = None) -> dict[nn.Module, Binding]:
@@ -79,7 +81,13 @@ class SharedPrompt:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
-        return {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "gatherer": None}
+        fresh = {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "spans": None, "gatherer": None}
+        return {**fresh, "count": self.count}
+
+
+def _join_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of ``[K, H, S, D]`` one behind the other, ``[H, K S, D]``."""
+    return tensor[0] if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)
 
 
 class SharedBinding(Binding):
@@ -102,7 +110,7 @@ class SharedBinding(Binding):
         if shared.capturing:
             assert shared.gatherer is not None
             shared.gatherer.watch(self.module, (key, value))
-            shared.prefixes[self.index] = (key[0], value[0])
+            shared.prefixes[self.index] = (_join_rows(key), _join_rows(value))
             return None
         pk, pv = shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
@@ -113,9 +121,15 @@ class SharedBinding(Binding):
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
-        assert self.shared.prefixes is not None
-        length = self.shared.prefixes[self.index][0].shape[1]
-        return make_window_bias(query, self.window, length, self.shared.past, self.shared.tokens)
+        shared = self.shared
+        assert shared.prefixes is not None
+        length = shared.prefixes[self.index][0].shape[1] // shared.count
+        return make_window_bias(query, self.window, length, shared.past, shared.tokens)
+
+    def get_spans(self, query: Tensor) -> Tensor | None:
+        """Return the spans of the rows, where they have different prompts."""
+        spans = self.shared.spans
+        return None if spans is None else spans.to(query.device)
 
 
 class PromptCall(NamedTuple):
@@ -205,12 +219,21 @@ class SharedPromptHooks(PromptHooks):
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
         self.shared.past, self.shared.tokens = past, count_tokens(arguments)
+        self.shared.spans = self.find_spans(given.shape[0], arguments)
         self.shared.prefixes = self.compute_prefixes(arguments)
         self.shift.begin(arguments, length)
         output = self.run_with_offset(forward, arguments, past)
         if leading is not None:
             unflatten_leading(output, leading)
         return output
+
+    def compute_prompts(self) -> Tensor:
+        """Compute the prompt ``[m, d]``, or prompts ``[K, m, d]``."""
+        return self.method.prompt
+
+    def find_spans(self, batch: int, arguments: dict[str, Any]) -> Tensor | None:
+        """Return the span of each row's prompt among several, int ``[B, 2]``, or None for one prompt."""
+        return None
 
     def remember(self, cache: Any) -> None:
         """Let a cache that this call began hold the prompt's keys and values, for the calls that continue it."""
@@ -302,7 +325,7 @@ class SharedPromptHooks(PromptHooks):
         if by_length is not None:
             reach = self.positions.move_ids(arguments, self.method.config.num_virtual_tokens).amax()
         call = PromptCall(types, reach)
-        captured = self.method.prompt.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = next(self.method.parameters()).is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.is_grad_enabled() or compiling or captured:
             return self.run_prompt(call)
         if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
@@ -316,7 +339,7 @@ class SharedPromptHooks(PromptHooks):
         unknown = state is None or (tuners is None and not past)
         if kept is None or unknown or kept.state != now or not (past or self._is_good(kept)):
             prefixes = self.run_prompt(call)
-            kept = self.kept = _Kept(now, self.method.prompt.clone(), prefixes)
+            kept = self.kept = _Kept(now, self.compute_prompts().clone(), prefixes)
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
@@ -325,12 +348,12 @@ class SharedPromptHooks(PromptHooks):
         Optimizers change a prompt through ``.data``, and weights may be offloaded.
         """
         unknown = any(parameter.is_meta for parameter in self.backbone.parameters())
-        return not unknown and torch.equal(kept.prompt, self.method.prompt)
+        return not unknown and torch.equal(kept.prompt, self.compute_prompts())
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the prompt's keys and values in every layer, for a call."""
-        prompt = self.method.prompt.to(self.table.dtype)
-        length = len(prompt)
+        prompt = self.compute_prompts().to(self.table.dtype)
+        length = prompt.shape[-2]
         # Said, since some models remember where a former call's rows were.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
         if call is not None and call.reach is not None:
@@ -343,13 +366,24 @@ class SharedPromptHooks(PromptHooks):
         ):  # one row is not worth running twice
             self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
-        pairs = self.shared.prefixes.items()
-        self.shared.prefixes = {index: (key[:, :length], value[:, :length]) for index, (key, value) in pairs}
+        count = self.shared.count
+        self.shared.prefixes = {
+            index: (_cut_rows(key, count, length), _cut_rows(value, count, length))
+            for index, (key, value) in self.shared.prefixes.items()
+        }
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives only while a model runs."""
         return {**self.__dict__, "kept": None}
+
+
+def _cut_rows(tensor: Tensor, count: int, length: int) -> Tensor:
+    """Return the first ``length`` tokens of each of the rows that are one behind the other, ``[H, count S, D]``."""
+    if count == 1:
+        return tensor[:, :length]
+    rows: Tensor = tensor.unflatten(1, (count, -1))
+    return rows[:, :, :length].flatten(1, 2)
 
 
 def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:

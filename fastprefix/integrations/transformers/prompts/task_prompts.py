@@ -1,0 +1,132 @@
+"""Run the prompts of several tasks once for the whole batch.
+
+The keys and values of all tasks' prompts stand one behind the other in each layer, and each row attends to the span of
+its own task. Calls carry their bindings, so that a layer that gradient checkpointing runs again has the tasks of its
+own call. The tasks of a sequence belong to its key/value cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ....methods import MultitaskPrompt
+from ..models.attention import (
+    CarriedBindings,
+    Prefix,
+    carry_through_checkpoints,
+    carrying,
+    restore_checkpoints,
+    unwatch,
+    watch,
+)
+from ..models.discovery import Layer
+from ..models.hooks import Forward, count_past, find_cache
+from ..prefixes.gates import hold_by_row
+from .shared_prompt import PromptCall, SharedPrompt, SharedPromptHooks
+
+_TASKS = "fastprefix_tasks"
+"""The attribute of a key/value cache that holds the tasks of its rows."""
+
+
+class HeldTasks:
+    """The tasks of a cache's rows, int64 ``[B]``."""
+
+    def __init__(self, tasks: Tensor) -> None:
+        self.tasks = tasks
+
+    def select_rows(self, name: str, rows: Any) -> HeldTasks:
+        """Return the tasks of other rows, chosen as a cache's method of that name chooses them."""
+        if name == "batch_repeat_interleave":
+            return HeldTasks(self.tasks.repeat_interleave(rows, 0))
+        return HeldTasks(self.tasks[rows.to(self.tasks.device) if isinstance(rows, Tensor) else rows])
+
+
+class TaskPromptHooks(SharedPromptHooks):
+    """A multitask prompt on a decoder, whose prompts of all tasks run in one batch."""
+
+    method: MultitaskPrompt
+
+    def __init__(self, model: PreTrainedModel, method: MultitaskPrompt, layers: list[Layer], required: bool) -> None:
+        super().__init__(model, method, layers, required)
+        self.layers = layers
+        self.bindings = {}  # calls carry theirs
+        self.tasks: Tensor | None = None  # of the call in progress, by row
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention, and set the hooks."""
+        super().install(model)
+        watch(layer.module for layer in self.layers)
+
+    def remove(self) -> None:
+        """Remove all hooks, and restore the model's attention."""
+        super().remove()
+        unwatch(layer.module for layer in self.layers)
+        restore_checkpoints(self.backbone)
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the prompts once, then the backbone on the tokens, with bindings of this call."""
+        self.shared = SharedPrompt()
+        self.shared.count = self.method.config.num_tasks
+        carry_through_checkpoints(self.backbone)
+        with carrying(CarriedBindings(self.shared.make_bindings(self.layers))):
+            return super().run(forward, args, kwargs)
+
+    def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
+        """Return why a call must run the prompt in every row, or None."""
+        tokens = next(each for each in self.read_tokens(arguments) if each is not None)
+        trains = torch.is_grad_enabled() and count_past(arguments) == 0 and not self.required
+        if trains and len(tokens) < self.method.config.num_tasks:
+            return "a batch of fewer rows than tasks trains fewer prompts in every row"
+        return super().find_reason_against(arguments)
+
+    def compute_prompts(self) -> Tensor:
+        """Compute the prompts of all tasks, ``[K, m, d]``."""
+        return self.method.compute_prompts()
+
+    def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
+        """Compute the keys and values of all prompts in every layer, one behind the other."""
+        former = self.method.task_ids
+        self.method.task_ids = torch.arange(self.method.config.num_tasks, device=self.method.shared.device)
+        try:
+            return super().run_prompt(call)
+        finally:
+            self.method.task_ids = former
+
+    def find_spans(self, batch: int, arguments: dict[str, Any]) -> Tensor:
+        """Return the span of each row's task, int64 ``[B, 2]``: that of its cache, if the call continues one.
+
+        Raises:
+            ValueError: there are no ``task_ids`` for the rows, or others than those of the cache.
+        """
+        held = None
+        if self.shared.past > 0 and not torch.compiler.is_compiling():
+            held = getattr(find_cache(arguments), _TASKS, None)
+        if held is None:
+            self.tasks = self.method.find_tasks(batch)
+        else:
+            self.tasks = held.tasks
+            given = self.method.task_ids
+            if isinstance(given, Tensor) and given.device.type == "cpu" and given.tolist() != held.tasks.tolist():
+                raise ValueError(
+                    f"`task_ids` must be those of `past_key_values`, {held.tasks.tolist()}, but are {given.tolist()}. "
+                    "The tasks belong to the cache and may be left out."
+                )
+        length = self.method.config.num_virtual_tokens
+        return torch.stack([self.tasks * length, torch.full_like(self.tasks, length)], dim=1)
+
+    def remember(self, cache: Any) -> None:
+        """Let a cache that this call began hold the tasks of its rows, too."""
+        super().remember(cache)
+        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
+            return
+        if self.shared.past == 0 or not hasattr(cache, _TASKS):
+            assert self.tasks is not None
+            hold_by_row(cache, _TASKS, HeldTasks(self.tasks))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lives only while a model runs."""
+        return {**super().__getstate__(), "tasks": None}
