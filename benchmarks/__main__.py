@@ -12,6 +12,7 @@ SUITES = {
     "main": "main_job",
     "models": "whole_models",
     "shared-prompt": "shared_prompt",
+    "visual-prompts": "visual_prompts",
     "plain-attention": "plain_attention",
     "long-prefixes": "long_prefixes",
     "many-adapters": "many_adapters",

@@ -205,6 +205,12 @@ def tabulate_shared_prompt(record: Record, S: int) -> Table:
     return tabulate_ratios(frame, f"{S} prompt tokens", directions)
 
 
+def tabulate_visual_prompts(record: Record, P: int) -> Table:
+    """Show all peers at one number of rows."""
+    frame = load_frame(record).query("P == @P")
+    return tabulate_ratios(frame, f"{P} rows in a layer", {"step": "training step", "inference": "inference"})
+
+
 def select_model(record: Record, model: str) -> pd.DataFrame:
     """Return the rows of one whole model at the lengths that were measured first."""
     frame = load_frame(record).query("model == @model")
@@ -294,6 +300,7 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "stores": (tabulate_stores, "kind"),
     "embedding": (tabulate_embedding, None),
     "shared-prompt": (tabulate_shared_prompt, "S"),
+    "visual-prompts": (tabulate_visual_prompts, "P"),
     "models": (tabulate_model, "model"),
     "long-prefixes": (tabulate_long_prefixes, None),
     "many-adapters": (tabulate_many_adapters, None),

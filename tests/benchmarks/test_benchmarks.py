@@ -30,6 +30,7 @@ from benchmarks import (
     results,
     shared_prompt,
     suite,
+    visual_prompts,
     whole_models,
 )
 from benchmarks.__main__ import main
@@ -341,6 +342,36 @@ def test_shared_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert at["step", "bytes", "PT"] < at["step", "bytes", "PT textbook"]
     assert ("step", "bytes", "PT merged") not in at
     assert ("decode", "seconds", "PT merged") in at
+
+
+def test_visual_prompts(tmp_path: Path) -> None:
+    arguments = ["visual-prompts", "--quick", "--rounds", "1", "--prompt", "5", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    record = results.read(tmp_path / "visual_prompts.json")
+    assert not record.faults
+    table = report.tabulate_visual_prompts(record, 5)
+    assert {"VPT deep", "VPT deep, in every image", "SHIP", "SHIP, in every image"} < {row[0] for row in table.rows}
+    assert all("-" not in row[1:] for row in table.rows)
+
+
+@pytest.mark.parametrize("name", ["VPT shallow", "VPT deep", "SHIP"])
+def test_rows_in_every_image_give_the_same(name: str) -> None:
+    size = visual_prompts.QUICK
+    base = visual_prompts.build(size, torch.device("cpu"))
+    batch = visual_prompts.draw_batch(size, base.device, base.dtype)
+    ours, theirs = (
+        peer.copy_and_prepare(base)
+        for peer in visual_prompts.list_image_peers(5, size.layers)
+        if peer.name in (name, f"{name}, in every image")
+    )
+    theirs.method.load_state_dict(ours.fastprefix.state_dict())
+    found = [model(**batch) for model in (ours, theirs)]
+    torch.testing.assert_close(found[0].logits, found[1].logits, rtol=1e-4, atol=1e-5)
+    for output in found:
+        output.loss.backward()
+    expected = dict(theirs.method.named_parameters())
+    for parameter_name, parameter in ours.fastprefix.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[parameter_name].grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [pytest.param("attention", marks=needs_kernels), "embedding"])
