@@ -291,16 +291,26 @@ COLUMNS = {
     "prefix": "prefix methods",
     "prompt": "prompt methods",
     "visual": "visual methods",
+    "visual-ship": "SHIP",
     "peft-prefix": "PEFT prefixes, accelerated",
     "peft-prompt": "PEFT prompts, accelerated",
 }
+SAMPLES = {
+    "prefix-own-softmax": 'prefixes, `softmax="own"`',
+    "prompt-accept": "ACCEPT",
+    "prompt-multitask_prompt": "MPT",
+    "prompt-ulpt": "ULPT",
+    "prompt-p_tuning": "P-tuning",
+}
+"""Methods that share the paths of those above, and were tried on a sample of the families."""
 PAGE = """\
 # Which model families work
 
 transformers {transformers}, PyTorch {torch}. Every family is built small, in float64, and compared with the textbook
 (of PEFT's methods: with PEFT alone): values, and the gradients of everything that is trained, in up to 26 situations.
 
-- **works**: they agree to 1e-10, in as many situations as the number says. A prompt runs once for the whole batch.
+- **works**: they agree to 1e-10, in as many situations as the number says. A prompt, or rows beside an image, run once for the
+  whole batch.
 - **in every row**: the same, but a prompt runs in every row, because sharing it would give other numbers.
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
 - **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
@@ -309,19 +319,26 @@ The reasons are in [the CSV files]({folder}), one row for each family.
 
 {counts}
 
+Methods that run on the same paths were tried on fewer families, with these verdicts:
+
+{samples}
+
 {table}
 """
 
 
 def write_table(folder: Path, out: Path) -> None:
     """Write one page of the CSVs of all surveys."""
-    verdicts, counts = {}, {}
-    for kind, title in COLUMNS.items():
+    verdicts, counts, samples = {}, {}, {}
+    for kind, title in {**COLUMNS, **SAMPLES}.items():
         if not (folder / f"{kind}.csv").exists():
             continue
         rows = pd.read_csv(folder / f"{kind}.csv").set_index("family").sort_index()
         untried = rows.verdict.isin(["not built", "not run", "fails with PEFT alone"])
         shown = rows.verdict.mask(untried, "not tried")
+        if kind in SAMPLES:
+            samples[title] = shown.value_counts()
+            continue
         counts[title] = shown.value_counts()
         served = shown.isin(["works", "in every row"])
         verdicts[title] = shown.mask(served, shown + " (" + rows.situations.astype(str) + ")")
@@ -330,6 +347,7 @@ def write_table(folder: Path, out: Path) -> None:
         torch=torch.__version__,
         folder=folder.name,
         counts=pd.DataFrame(counts).fillna(0).astype(int).to_markdown(),
+        samples=pd.DataFrame(samples).fillna(0).astype(int).to_markdown(),
         table=pd.DataFrame(verdicts).fillna("").to_markdown(),
     )
     out.write_text(page, encoding="utf-8")

@@ -62,8 +62,10 @@ def test_the_page_has_a_column_for_every_survey(tmp_path: Path) -> None:
     for kind in SURVEYS:
         append(tmp_path / f"{kind}.csv", Outcome("llama", "LlamaModel", "works", "", 14, 1e-15))
         append(tmp_path / f"{kind}.csv", Outcome("mamba", "MambaModel", "not run", "no attention"))
+    append(tmp_path / "prompt-accept.csv", Outcome("llama", "LlamaForCausalLM", "works", "", 19, 1e-15))
     write_table(tmp_path, tmp_path / "families.md")
     page = (tmp_path / "families.md").read_text("utf-8")
     (row,) = (line for line in page.splitlines() if line.startswith("| llama"))
     assert row.count("works (14)") == len(SURVEYS)
+    assert "ACCEPT" in page
     assert page.count("not tried") > len(SURVEYS)
