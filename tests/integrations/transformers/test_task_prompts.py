@@ -174,3 +174,13 @@ def test_not_beside_others_in_a_batch_and_not_merged() -> None:
         model(**models.batch(), adapter_names=["default", "__base__", "default"])
     with pytest.raises(ValueError, match="`num_tasks` must be 1 to merge the prompt, but is 2"):
         fastprefix.merge(model)
+
+
+@torch.no_grad()
+def test_exported() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.MultitaskPromptConfig(5, num_tasks=2, rank=2), check=False)
+    models.randomize(model, 1.0)
+    inputs = {**models.batch("left"), "task_ids": TASKS, "use_cache": False}
+    program = torch.export.export(model, (), inputs, strict=False)
+    other = {**inputs, "task_ids": 1 - TASKS}
+    torch.testing.assert_close(program.module()(**other).logits, model(**other).logits)
