@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.survey import SURVEYS, Outcome, append, choose_method, list_methods, make_config, read, write_table
+from tools.survey import SURVEYS, Outcome, append, choose_method, list_methods, main, make_config, read, write_table
 
 from .. import models
 
@@ -49,6 +49,15 @@ def test_every_method_can_be_surveyed(kind: str) -> None:
     methods = list_methods(kind)
     assert len(methods) >= 2
     assert {make_config(method).num_virtual_tokens for method in methods} == {3}
+
+
+def test_methods_have_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert make_config("prefix_tuning", softmax="own").softmax == "own"
+    config = choose_method("prefix", "prefix_tuning", {"softmax": "own"}).survey.keywords["config"]
+    assert config == make_config("prefix_tuning", softmax="own")
+    monkeypatch.setattr("sys.argv", ["survey", "prefix", "--option", "softmax=own"])
+    with pytest.raises(SystemExit):
+        main()
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:
