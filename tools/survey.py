@@ -309,8 +309,8 @@ PAGE = """\
 transformers {transformers}, PyTorch {torch}. Every family is built small, in float64, and compared with the textbook
 (of PEFT's methods: with PEFT alone): values, and the gradients of everything that is trained, in up to 26 situations.
 
-- **works**: they agree to 1e-10, in as many situations as the number says. A prompt, or rows beside an image, run once for
-  the whole batch.
+- **works**: they agree to 1e-10, in as many situations as the number says. A prompt, or rows beside an image, run once
+  for the whole batch.
 - **in every row**: the same, but a prompt runs in every row, because sharing it would give other numbers.
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
 - **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
