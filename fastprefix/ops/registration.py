@@ -20,7 +20,10 @@ Kernel = Callable[..., Any]
 Refusal = Callable[[Any], str | None]
 """A function of the canonical arguments that explains why a backend cannot serve them; None: it can."""
 Preference = Callable[[Any], bool]
-"""A function of canonical arguments that a backend can serve: whether it is worth taking where none was named."""
+"""A function of the canonical arguments that says whether a backend is worth taking where none was named.
+
+It is asked before the backend's refusal.
+"""
 
 
 class Operation:

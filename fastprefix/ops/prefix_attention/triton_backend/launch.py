@@ -20,6 +20,7 @@ from .operands import (
     Strided,
     build_operands,
     describe_matrix,
+    describe_rows,
     keep_rows,
 )
 from .tiles import AttentionTile, find_tile
@@ -68,6 +69,26 @@ def extend(
     return output, normalizers
 
 
+def merge(
+    a: AttentionArguments,
+    output_of_tokens: Tensor,
+    logsumexp_of_tokens: Tensor,
+    output_of_prefix: Tensor,
+    logsumexp_of_prefix: Tensor,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``forward`` returns, where attention over the tokens and over the prefix are already known."""
+    parts = (output_of_tokens, logsumexp_of_tokens, output_of_prefix, logsumexp_of_prefix)
+    launcher = _Launcher(a, target or target_of(a.query.device), ("merge", _describe_layouts(parts)))
+    output = allocate_heads(a.query, launcher.DV)
+    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("merge").BM),)
+    given = tuple(describe_matrix(x) if x.ndim == 4 else describe_rows(x) for x in parts)
+    operands = keep_rows(launcher.operands)
+    launcher.launch("merge", grid, operands, *given, describe_matrix(output), normalizers, launcher.N)
+    return output, normalizers
+
+
 def backward(
     grad_output: Tensor,
     output: Tensor,
@@ -104,6 +125,7 @@ def _load_kernels() -> dict[str, Any]:
     return {
         "forward": forward.prefix_attention_fwd_kernel,
         "extend": forward.prefix_attention_extend_kernel,
+        "merge": forward.prefix_attention_merge_kernel,
         "decode": decode.prefix_attention_decode_kernel,
         "combine": decode.prefix_attention_combine_kernel,
         "delta": backward.prefix_attention_bwd_delta_kernel,
@@ -121,6 +143,7 @@ _TILE_OF = {
     "sum": "dprefix",
 }  # a row of the tile tables; the others have one of their own name
 _COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
+_UNTABLED = {"combine": _COMBINING, "merge": AttentionTile(32, 16, 16, 4, 1)}
 
 
 def _choose_precision(dtype: torch.dtype) -> str:
@@ -160,8 +183,8 @@ class _Problem:
     def _choose_tile(self, name: str) -> AttentionTile:
         if name == "combine" and self._has_spans:  # it divides them into the parts that decoding made
             return _COMBINING._replace(BP=self.find_tile("decode").BP)
-        if name == "combine":
-            return _COMBINING
+        if name in _UNTABLED:
+            return _UNTABLED[name]
         tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
         if name == "delta" and not self._separate:  # it looks at no keys
             return tile._replace(BN=16, BP=16)

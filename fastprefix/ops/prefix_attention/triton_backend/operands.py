@@ -274,6 +274,11 @@ def describe_matrix(tensor: Tensor) -> Strided:
     return _align(tensor, 0 if batch == 1 else b, 0 if heads == 1 else h, n, c)
 
 
+def describe_rows(numbers: Tensor) -> Strided:
+    """Return a number for each row, ``[B, H, N]``."""
+    return _describe_tokens(numbers, "bhn")
+
+
 def _describe_prefix(tensor: Tensor) -> Strided:
     """Return prefix keys or values, which rows of the batch may share."""
     described = describe_matrix(tensor)
