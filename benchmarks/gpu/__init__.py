@@ -24,7 +24,6 @@ from ..report import tabulate_gpu
 from ..results import Record, describe_fault
 from ..suite import DEFAULT_OUT
 from . import device
-from .methods import measure_methods
 from .parity import FIRST as FIRST_CASES
 from .parity import SMALL, Add, check_parity, run_tests
 from .problems import FIRST, LONGEST, build_problem
@@ -67,13 +66,20 @@ def run_first(add: Add, seconds: float) -> None:
         raise FirstStageError(f"{faults} of the first shapes failed")
 
 
+def run_methods(add: Add, seconds: float) -> None:
+    """Measure training steps of a model. This stage alone needs transformers and PEFT."""
+    from .methods import measure_methods
+
+    measure_methods(add, seconds)
+
+
 Stage = tuple[Callable[[Add, float], object], int]
 STAGES: dict[str, Stage] = {
     "first": (run_first, 130),
     "tests": (run_tests, 105),
     "tiles": (measure_tiles, 60),
     "speed": (measure_speed, 150),
-    "methods": (measure_methods, 80),
+    "methods": (run_methods, 80),
     "small": (partial(check_parity, cases=SMALL, dtypes=tuple(DTYPES)), 120),
     "grid": (partial(check_parity, cases=(*attention_cases(66), *embedding_cases()), dtypes=tuple(DTYPES)), 120),
 }
