@@ -1,6 +1,6 @@
 """Run the whole GPU benchmark on a driver without a device: every kernel is compiled and launched, nothing is computed.
 
-    python -m tests.ops.launching.dry_run
+    python -m tests.benchmarks.gpu_dry_run
 
 Sizes are small, tensors are the CPU's, and the results of kernels are whatever memory held, so that their differences
 are computed and not judged. Kernels are compiled in this process, for minutes.
