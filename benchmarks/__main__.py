@@ -18,7 +18,18 @@ SUITES = {
     "many-adapters": "many_adapters",
     **{
         name: name
-        for name in ("attention", "stores", "embedding", "gpu", "study", "cartridge", "plan", "compare", "report")
+        for name in (
+            "attention",
+            "stores",
+            "embedding",
+            "gpu",
+            "choices",
+            "study",
+            "cartridge",
+            "plan",
+            "compare",
+            "report",
+        )
     },
 }
 """The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""

@@ -7,6 +7,7 @@ token.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 class Inputs:
     """Hold the tensors of one shape, and compute the output of each peer.
 
-    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (two softmaxes) or "none".
+    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (two softmaxes), "none",
+    or "segments" (none, and each row consists of four sequences).
     """
 
     def __init__(
@@ -73,6 +75,13 @@ class Inputs:
         self.gates = {names[gate]: draw(*sizes[gate])} if gate in names else {}
         self.mask_tokens = build_mask(N, M, 0, device) if causal and N != M else None
         self.mask = build_mask(N, M, P, device) if causal else None
+        self.segments: tuple[Tensor, Tensor] | None = None
+        if gate == "segments":
+            of_queries, of_keys = ((torch.arange(length, device=device) * 4 // length).int() for length in (N, M))
+            self.segments = (of_queries[None], of_keys[None])
+            self.mask_tokens = of_queries[:, None] == of_keys
+            self.mask_tokens = self.mask_tokens.tril(M - N) if causal else self.mask_tokens
+            self.mask = F.pad(self.mask_tokens, (P, 0), value=True)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -83,7 +92,16 @@ class Inputs:
 
     def run_backend(self, backend: str) -> Tensor:
         options: dict[str, Any] = {"is_causal": self.causal, "dropout_p": self.dropout_p, **self.gates}
+        options["segment_ids"] = self.segments
         return fastprefix.prefix_attention(self.q, self.k, self.v, self.pk, self.pv, **options, backend=backend)
+
+    def take_row(self) -> "Inputs":
+        """Return the first row of the batch, with the same prefix."""
+        row = copy.copy(self)
+        row.q, row.k, row.v = (x[:1].detach().requires_grad_() for x in (self.q, self.k, self.v))
+        row.grad = self.grad[:1]
+        row.gates = {name: gate[:1].detach().requires_grad_() for name, gate in self.gates.items()}
+        return row
 
     def concatenate(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the gated prefix and the tokens."""

@@ -39,6 +39,7 @@ _SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 a
 _SAMPLED_FEATURES = ("full", "causal, gate of keys", "spans, gate of keys", "everything")
 _QUICK_BOTTLENECKS = (19, 512)
 _BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 64, 100, 200)
+_COMPOSED = ("full", "gate of queries", "key bias", "spans, gate of keys")  # the backend of that name has no masks
 _EVERYTHING: dict[str, Any] = {
     "is_causal": True,
     "window_size": 100,
@@ -166,9 +167,20 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
         output, normalizers = launch.forward(*a, target=compiler)
         launch.backward(output, output, normalizers, needs, *a, target=compiler)
         launch.forward(*_attention(dtype, width, 1, **_FEATURES[features]), target=compiler)
+        if dtype_name == "bfloat16" and features in _COMPOSED:
+            _compose(a, output, normalizers[0, 0], compiler)
     finally:
         matmul.fp32_precision = before
     yield from compiler.reports
+
+
+def _compose(a: attention.AttentionArguments, output: Tensor, logsumexp: Tensor, compiler: "_Compiler") -> None:
+    """Compile the kernels of the composed backend."""
+    from fastprefix.ops.prefix_attention.triton_backend import launch
+
+    prefix = a._replace(key=a.key[:, :, :0], value=a.value[:, :, :0], is_causal=False)
+    launch.extend(prefix, output, logsumexp, target=compiler)
+    launch.merge(prefix, output, logsumexp, output, logsumexp, target=compiler)
 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:

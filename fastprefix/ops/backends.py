@@ -100,9 +100,9 @@ def choose(
             refusal = refusals.get(backend.name)
             if refusal is None or (backend.interpretable and device.type == "cpu"):
                 continue
-            if backend.refusal(device) is not None or refusal(arguments) is not None:
+            if backend.name in preferences and not preferences[backend.name](arguments):
                 continue
-            if backend.name not in preferences or preferences[backend.name](arguments):
+            if backend.refusal(device) is None and refusal(arguments) is None:
                 return backend.name
     if not isinstance(name, str):
         raise checks.wrong_type("backend", name, _list_backends())

@@ -8,19 +8,40 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .declaration import Declaration
 
 NAMESPACE = "fastprefix"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_PLAIN = (Tensor, nn.Parameter)
 _AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 Kernel = Callable[..., Any]
 Refusal = Callable[[Any], str | None]
 """A function of the canonical arguments that explains why a backend cannot serve them; None: it can."""
 Preference = Callable[[Any], bool]
-"""A function of canonical arguments that a backend can serve: whether it is worth taking where none was named."""
+"""A function of the canonical arguments that says whether a backend is worth taking where none was named.
+
+It is asked before the backend's refusal.
+"""
+
+
+def is_observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether anything but autograd has to see a call of an operator with these tensors.
+
+    This may be a mode, autocast, a transform of functions, a trace, a profiler, or a tensor that is not a plain one.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
+        return True
+    for x in tensors:  # noqa: SIM110 (any() takes twice the time)
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return True
+    return False
 
 
 class Operation:
@@ -56,6 +77,7 @@ class Operation:
         self._allocate_gradient = allocate_gradient
         self._autocast = autocast
         self._operators: dict[str, Kernel] = {}
+        self._direct: dict[tuple[str, str], Kernel] = {}
         self._refusals: dict[str, Refusal] = {}
         self._preferences: dict[str, Preference] = {}
 
@@ -67,6 +89,17 @@ class Operation:
     def operator(self, backend: str) -> Kernel:
         """Return the forward operator of a backend."""
         return self._operators[backend]
+
+    def call(self, backend: str, arguments: tuple[Any, ...]) -> Any:
+        """Call the forward operator of a backend, without PyTorch's dispatcher where nothing else looks at the call.
+
+        The dispatcher converts all arguments four times, which takes as long as half of a short call.
+        """
+        if not torch.compiler.is_compiling():
+            direct = self._direct.get((backend, arguments[0].device.type))
+            if direct is not None and not is_observed(arguments[: self._declaration.tensors]):
+                return direct(*arguments)
+        return self._operators[backend](*arguments)
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
@@ -88,7 +121,7 @@ class Operation:
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
         forward, backward = self._overload(self.name, backend), self._overload(f"{self.name}_backward", backend)
-        _LIBRARY.impl(f"{self.name}.{backend}", self._autograd_kernel(backend, forward, backward), "Autograd")
+        _LIBRARY.impl(f"{self.name}.{backend}", self._autograd_kernel(backend, forward, backward, backward), "Autograd")
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY
         )
@@ -100,9 +133,15 @@ class Operation:
     def implement(
         self, backend: str, forward: Kernel, backward: Kernel, key: str = "CompositeExplicitAutograd"
     ) -> None:
-        """Give a declared backend its kernels, written in Python, for one dispatch key."""
+        """Give a declared backend its kernels, written in Python, for one dispatch key.
+
+        Those of the key of a device can be called without the dispatcher.
+        """
         _LIBRARY.impl(f"{self.name}.{backend}", forward, key)
         _LIBRARY.impl(f"{self.name}_backward.{backend}", backward, key)
+        if key in ("CPU", "CUDA"):
+            operator = self._overload(f"{self.name}_backward", backend)
+            self._direct[backend, key.lower()] = self._autograd_kernel(backend, forward, backward, operator)
 
     def _overload(self, name: str, backend: str) -> Kernel:
         operator: Kernel = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
@@ -114,10 +153,11 @@ class Operation:
         asked = zip(differentiable, needs_grad, strict=True)
         return [self._allocate_gradient(tensor) for tensor, needed in asked if needed]
 
-    def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel) -> Kernel:
+    def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel, operator: Kernel) -> Kernel:
         """Make what ``torch.library.register_autograd`` would make, without the time that it adds to each call.
 
-        For every argument it lists all of the schema's, to add defaults, and these schemas have none.
+        For every argument it lists all of the schema's, to add defaults, and these schemas have none. ``operator`` is
+        called in place of ``backward`` where something looks at the call.
         """
         tensors, gradients, arity = self._declaration.tensors, self._declaration.gradients, self._declaration.arity
         saved = self._saved
@@ -140,20 +180,23 @@ class Operation:
             needs = list(ctx.needs_input_grad[gradients])
             given = (grads[0], *kept[:saved], needs, *kept[saved:], *ctx.options)
             if torch.is_grad_enabled():  # a second derivative is asked for, and refused
-                found = iter(backward(*given))
+                found = iter(operator(*given))
             else:
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = iter(backward(*given))
+                    found = iter((operator if is_observed(grads[:1]) else backward)(*given))
             return (*before, *[next(found) if needed else None for needed in needs], *after)
 
         methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(differentiate)}
         function: Any = type(f"{self.name}_{name}", (torch.autograd.Function,), methods)
+        apply = function.apply
+        if operator is not backward:  # nothing looks at the call: skip what ``apply`` does for transforms of functions
+            apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # a class, whose type is Any
 
         def kernel(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
                 for x in arguments[gradients]:
                     if x is not None and x.requires_grad:
-                        return function.apply(*arguments)
+                        return apply(*arguments)
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(*arguments)
 

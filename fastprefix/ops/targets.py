@@ -51,16 +51,24 @@ class Device:
         index = self._device.index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
-                self._run(compiled, grid, arguments)
+                self._run(compiled, grid, arguments, index)
         else:
-            self._run(compiled, grid, arguments)
+            self._run(compiled, grid, arguments, index)
 
-    def _run(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    def _run(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], index: int | None) -> None:
         driver, hooks = _import_runtime()
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device() if index is None else index)
         x, y, z = (*grid, 1, 1)[:3]
-        metadata = None if hooks.launch_enter_hook is None else compiled.launch_metadata(grid, stream, *arguments)
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        enter, leave, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+        if getattr(
+            enter, "calls", enter
+        ):  # a chain, whose calls are looked at once, and not where a kernel is launched
+            metadata = compiled.launch_metadata(grid, stream, *arguments)
+        else:
+            enter = None
+        if not getattr(leave, "calls", leave):
+            leave = None
         known = (compiled.function, compiled.packed_metadata)
         compiled.run(x, y, z, stream, *known, metadata, enter, leave, *arguments)
 

@@ -129,7 +129,7 @@ def prefix_attention(
     )
     if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
         return attend(arguments)
-    output: Tensor = OPERATION.operator(name)(*arguments)[0]
+    output: Tensor = OPERATION.call(name, arguments)[0]
     return output
 
 

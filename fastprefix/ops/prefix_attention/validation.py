@@ -22,7 +22,9 @@ _FURTHEST = 2**30  # positions and their distances fit into 32 bits, in which Tr
 
 _STORE_BIAS = ("Hkv", "T")
 
-_CHECKED: set[Hashable] = set()
+Missing = tuple[tuple[int, int], ...]
+_CHECKED: dict[Hashable, Missing] = {}
+"""For what was checked, the tensors that lack leading dimensions, and how many."""
 _MOST_CHECKED = 4096
 
 _TENSORS = DECLARATION.tensors
@@ -85,9 +87,11 @@ def collect_arguments(
 def canonicalize(given: AttentionArguments) -> AttentionArguments:
     """Check every argument, then bring them to the declared form, by views alone."""
     signature = _read_signature(given)
-    if not _was_checked(signature):
+    missing = _recall(signature)
+    if missing is None:
         _check_arguments(given)
-        _remember(signature)
+        missing = _list_missing(given)
+        _remember(signature, missing)
     values: list[Any] = list(given)
     mask = given.attn_mask
     if mask is not None and _is_padding(mask):
@@ -95,10 +99,8 @@ def canonicalize(given: AttentionArguments) -> AttentionArguments:
     if values[_PREFIX_KEY] is None:
         for index, tokens in ((_PREFIX_KEY, given.key), (_PREFIX_VALUE, given.value)):
             values[index] = tokens.new_empty((1, tokens.shape[1], 0, tokens.shape[3]))
-    for index, ndim in _LEADING:
-        tensor = values[index]
-        if tensor is not None and tensor.ndim < ndim:
-            values[index] = tensor[(None,) * (ndim - tensor.ndim)]
+    for index, count in missing:
+        values[index] = values[index][(None,) * count]
     if given.dropout_p > 0.0:
         values[_SEED] = random.draw_seed(given.query.device)
     if given.window_size is not None:
@@ -131,22 +133,33 @@ def _read_signature(given: AttentionArguments) -> Hashable | None:
         return None
 
 
-def _was_checked(signature: Hashable | None) -> bool:
-    if signature is None:  # a trace that looked into the set would be compiled anew for each new signature
-        return False
+def _list_missing(given: AttentionArguments) -> Missing:
+    """Return the tensors that lack leading dimensions. A padding mask, and no prefix, get theirs by themselves."""
+    missing = []
+    for index, ndim in _LEADING:
+        tensor: Any = given[index]
+        if tensor is None or tensor.ndim >= ndim or (index == _MASK and _is_padding(tensor)):
+            continue
+        missing.append((index, ndim - tensor.ndim))
+    return tuple(missing)
+
+
+def _recall(signature: Hashable | None) -> Missing | None:
+    if signature is None:  # a trace that looked into the dictionary would be compiled anew for each new signature
+        return None
     try:
-        return signature in _CHECKED
+        return _CHECKED.get(signature)
     except TypeError:  # what cannot be hashed: sizes of a trace, and options that no call takes
-        return False
+        return None
 
 
-def _remember(signature: Hashable | None) -> None:
+def _remember(signature: Hashable | None, missing: Missing) -> None:
     if signature is None:
         return
     if len(_CHECKED) >= _MOST_CHECKED:
         _CHECKED.clear()
     with contextlib.suppress(TypeError):
-        _CHECKED.add(signature)
+        _CHECKED[signature] = missing
 
 
 def _check_arguments(given: AttentionArguments) -> None:

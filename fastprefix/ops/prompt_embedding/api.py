@@ -92,5 +92,5 @@ def prompt_embedding(
     name = choose(backend, weight.device, OPERATION.refusals, arguments)
     if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
         return embed(arguments)
-    output: Tensor = OPERATION.operator(name)(*arguments)
+    output: Tensor = OPERATION.call(name, arguments)
     return output

@@ -2,7 +2,8 @@
 
     python -m tests.ops.launching.times
 
-Prints medians and 5th percentiles of warm calls, and the processor's time. Tensors are the CPU's, and nothing is
+Prints medians and 5th percentiles of warm calls, the processor's time, and how many functions of Python are called,
+which does not depend on how busy the machine is. Tensors are the CPU's, and nothing is
 computed. On a GPU add the time of the driver and of the allocator, a few microseconds a launch.
 """
 
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -22,6 +24,10 @@ from tests.ops.launching.driver import build_driver, describe_environment
 from tests.ops.launching.program import H100, pretend
 
 WARMUP = 50
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Tell the C library to keep freed memory, as the allocator of a GPU does: mapping the pages of a result takes longer
+than a launch.
+"""
 
 
 def list_calls() -> dict[str, Callable[[], object]]:
@@ -72,6 +78,22 @@ def measure(call: Callable[[], object], calls: int) -> tuple[float, float, float
     return 1e6 * times[calls // 2], 1e6 * times[calls // 20], 1e6 * processor
 
 
+def count_functions(call: Callable[[], object]) -> int:
+    """Return how many functions written in Python a call runs."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event == "call"
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
 def main() -> None:
     """Build the driver, and measure in a process that finds it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -81,14 +103,15 @@ def main() -> None:
     if options.driver is None:
         with tempfile.TemporaryDirectory() as folder:
             environment = describe_environment(build_driver(Path(folder)))
-            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "OMP_NUM_THREADS": "1"}
+            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
             command = [sys.executable, "-m", __spec__.name, "--calls", str(options.calls), "--driver", folder]
             subprocess.run(command, env=environment, check=True)
         return
     pretend(options.driver)
-    print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8}  us")
+    print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8} us  {'functions':>9}")
     for name, call in list_calls().items():
-        print(f"{name:33} {' '.join(f'{value:8.1f}' for value in measure(call, options.calls))}", flush=True)
+        times = " ".join(f"{value:8.1f}" for value in measure(call, options.calls))
+        print(f"{name:33} {times}     {count_functions(call):9}", flush=True)
 
 
 if __name__ == "__main__":

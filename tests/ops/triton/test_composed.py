@@ -3,6 +3,8 @@
 On the CPU, PyTorch's flash attention for CPUs has the place of that for GPUs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ import fastprefix
 from fastprefix.ops import backends
 from fastprefix.ops.prefix_attention import composed_backend
 from fastprefix.ops.prefix_attention.arguments import AttentionArguments
-from fastprefix.ops.prefix_attention.composed_backend import flash
+from fastprefix.ops.prefix_attention.composed_backend import cudnn, flash, kernels, packed, plans
+from fastprefix.ops.prefix_attention.composed_backend.problem import Known, Packing, Problem
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import make_attention_case, measure
 
@@ -32,6 +35,23 @@ CASES: dict[str, dict[str, Any]] = {
     "no prefix keys": {"P": 0, "N": 20, "M": 20, "is_causal": True},
     "plain attention": {"P": None, "N": 20, "M": 20},
 }
+LONG: dict[str, dict[str, Any]] = {
+    "one prefix, causal, grouped heads": {"Hq": 4, "P": 33, "N": 19, "M": 19, "is_causal": True, "frozen": 2},
+    "gate of keys, [B, N, H, D]": {"Hq": 4, "gate": "hP", "P": 33, "N": 19, "M": 23, "layout": "BNHD", "frozen": 2},
+    "gate of rows": {"gate": "B1P", "P": 17, "N": 21, "M": 5},
+    "a prefix a row, one gate": {"prefix_a_row": True, "gate": "1", "P": 9, "N": 5, "M": 33, "layout": "strided"},
+    "one row": {"B": 1, "gate": "h1", "P": 9, "N": 3, "M": 3},
+}
+"""Prefixes that PyTorch's kernels can run too."""
+
+
+@pytest.fixture
+def force_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return partial(monkeypatch.setattr, plans, "_forced")
+
+
+def read_plan(a: AttentionArguments) -> tuple[plans.Plan, plans.Plan]:
+    return plans.choose_plan(a, "forward"), plans.choose_plan(a, "backward")
 
 
 def make(device: str, **named: Any) -> dict[str, Any]:
@@ -50,16 +70,111 @@ def test_parity(device: str, name: str) -> None:
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("prefix", ["prefix alike", "concatenated"])
+@pytest.mark.parametrize("name", LONG)
+def test_parity_of_prefixes_by_flash_attention(
+    device: str, name: str, prefix: str, force_plan: Callable[[str], None]
+) -> None:
+    force_plan(f"flash, {prefix}")
+    report = measure(make_attention_case(**{"D": 16} | LONG[name]), find_dtype(device), "composed", device, draws=1)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("plan", ["flash, prefix alike", "flash, concatenated"])
+@pytest.mark.parametrize("wanted", [("prefix_key",), ("prefix_gate",), ("query",), ("value",)])
+def test_only_the_gradients_asked_for_by_each_plan(
+    device: str, plan: str, wanted: tuple[str, ...], force_plan: Callable[[str], None]
+) -> None:
+    force_plan(plan)
+    case = make_attention_case(N=20, M=20, D=16, P=9, gate="P")
+    report = measure(case, find_dtype(device), "composed", device, draws=1, grad=wanted)
+    assert report.ok, f"\n{report}"
+
+
+def test_passes_may_have_different_plans(device: str, force_plan: Callable[[str], None]) -> None:
+    case = make_attention_case(N=20, M=20, D=16, P=9, gate="P").build(find_dtype(device), device)
+    leaves = [x.requires_grad_() for x in case.tensors.values()]
+    found = []
+    for backward in ("flash", "flash, prefix alike", "flash, concatenated"):
+        force_plan("flash, concatenated")
+        output = fastprefix.prefix_attention(**case.tensors, backend="composed")
+        force_plan(backward)
+        found.append(torch.autograd.grad(output.square().sum(), leaves))
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=1e-3, atol=1e-3)
+
+
+SEGMENTS: dict[str, tuple[list[list[int]], list[list[int]] | None]] = {
+    "packed": ([[0, 0, 0, 1, 1, 2, 2, 2, 2, 2], [7, 7, 7, 7, 7, 7, 7, 7, 3, -1]], None),
+    "one row for all": ([[5, 5, 5, 4, 4, 4, 4, 4, 4, 6]], None),
+    "cross": ([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("plan", [None, "flash, prefix alike", "cudnn, concatenated"])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_parity_of_segments(device: str, name: str, plan: str, force_plan: Callable[[str], None]) -> None:
+    force_plan(plan)
+    of_queries, of_keys = (None if x is None else torch.tensor(x, device=device) for x in SEGMENTS[name])
+    of_keys, causal = (of_queries, True) if of_keys is None else (of_keys, False)
+    lengths = {"N": of_queries.shape[1], "M": of_keys.shape[1], "Hq": 4, "P": 17, "D": 16, "gate": "hP"}
+    options = {"segment_ids": (of_queries, of_keys), "is_causal": causal}
+    report = measure(make_attention_case(**lengths, **options), find_dtype(device), "composed", device, draws=1)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    ("of_queries", "of_keys", "is_causal", "match"),
+    [
+        ([0, 0, 1, 1], [0, 1, 1, 2], False, "same order"),
+        ([0, 1, 1, 0], [0, 1, 1, 0], False, "one piece"),
+        ([0, 0, 1, 1], [0, 1, 1, 1], True, "as many queries as keys"),
+    ],
+)
+def test_segments_that_are_not_sequences(
+    device: str, of_queries: list[int], of_keys: list[int], is_causal: bool, match: str
+) -> None:
+    ids = tuple(torch.tensor([x, x], device=device) for x in (of_queries, of_keys))
+    with pytest.raises(ValueError, match=match):
+        fastprefix.prefix_attention(**make(device, N=4, M=4), segment_ids=ids, is_causal=is_causal, backend="composed")
+
+
+def test_segments_are_read_once_until_they_change(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    make_packing = packed._make_packing
+
+    def count(*arguments: Any) -> Any:
+        counted.append(1)
+        return make_packing(*arguments)
+
+    monkeypatch.setattr(packed, "_make_packing", count)
+    x, ids = make(device, N=4, M=4), torch.tensor([[0, 0, 1, 1]], device=device)
+    call = partial(fastprefix.prefix_attention, **x, segment_ids=(ids, ids), backend="composed")
+    first = call()
+    assert torch.equal(first, call())
+    assert len(counted) == 1
+    ids[0, 1] = 1
+    changed = call()
+    assert len(counted) == 2
+    assert not torch.equal(first, changed)
+    with torch.inference_mode():
+        ids = torch.tensor([[0, 0, 1, 1]], device=device)
+        call = partial(call, segment_ids=(ids, ids))
+        assert torch.equal(call(), first)
+        ids[0, 1] = 1
+        torch.testing.assert_close(call(), changed)
+
+
 @pytest.mark.parametrize("wanted", [("prefix_key",), ("query",), ("value", "prefix_gate"), ("prefix_key_bias",)])
 def test_only_the_gradients_asked_for(device: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    differentiate = flash.differentiate
+    differentiate = kernels.differentiate
 
     def record(*arguments: Any) -> tuple[Tensor, ...]:
         called.append("tokens")
         return differentiate(*arguments)
 
-    monkeypatch.setattr(flash, "differentiate", record)
+    monkeypatch.setattr(kernels, "differentiate", record)
     case = make_attention_case(N=20, M=20, D=16, gate="P", key_bias="P")
     report = measure(case, find_dtype(device), "composed", device, draws=1, grad=wanted)
     assert report.ok, f"\n{report}"
@@ -78,7 +193,6 @@ def test_operators_keep_pytorch_rules(device: str, layout: str) -> None:
     [
         ({"output_gate": "BH"}, "no output_gate"),
         ({"mask": "padding"}, "no attn_mask"),
-        ({"segments": True}, "no segment_ids"),
         ({"sinks": True}, "no sinks"),
         ({"dropout_p": 0.1}, "no dropout_p"),
         ({"window_size": 3}, "no window_size"),
@@ -102,35 +216,91 @@ def test_says_which_dtypes_it_takes(device: str) -> None:
         fastprefix.prefix_attention(**{name: value.to(other) for name, value in x.items()}, backend="composed")
 
 
+@pytest.mark.parametrize("kernel", [flash, cudnn])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_calls_of_flash_attention_on_cuda(is_causal: bool) -> None:
+def test_calls_of_kernels_on_cuda(is_causal: bool, kernel: Any) -> None:
     """Check the calls against PyTorch's own schemas and shapes, for tensors that a GPU would hold."""
     with FakeTensorMode():
         q, do = (torch.empty(2, 33, 8, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(2))
         k, v = (torch.empty(2, 2, 33, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        output, logsumexp = flash.attend(q, k, v, is_causal, 0.1)
+        problem = Problem(q, k, v, is_causal, 0.1)
+        output, logsumexp = kernel.attend(problem)
         assert output.shape == q.shape
         assert (logsumexp.shape, logsumexp.dtype) == ((2, 8, 33), torch.float32)
-        gradients = flash.differentiate(do, q, k, v, output, logsumexp, is_causal, 0.1)
+        gradients = kernel.differentiate(problem, Known(do, output, logsumexp))
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
-def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(N: int, **options: Any) -> AttentionArguments:
-        x, prefix = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (N, 3))
-        return canonical_arguments(x, x, x, prefix, prefix, **options)
+def test_calls_with_segments_on_cuda() -> None:
+    with FakeTensorMode():
+        q, do = (torch.empty(2, 8, 33, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        k, v = (torch.empty(2, 2, 40, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        begins = (torch.empty(4, dtype=torch.int32, device="cuda") for _ in range(2))
+        packing = Packing(*begins, ((0, 0), (10, 20), (33, 40), (66, 80)))
+        assert packed.list_lengths(packing)[2:] == (33, 40)
+        problem = Problem(q, k, v, False, 0.1, packing)
+        output, logsumexp = packed.attend(problem)
+        assert (output.shape, logsumexp.shape) == (q.shape, (2, 8, 33))
+        gradients = packed.differentiate(problem, Known(do, output, logsumexp))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
+
+def make_call(N: int, P: int = 3, D: int = 64, **options: Any) -> AttentionArguments:
+    x, prefix = (torch.empty(1, 2, length, D, device="cuda", dtype=torch.bfloat16) for length in (N, P))
+    return canonical_arguments(x, x, x, prefix, prefix, **options)
+
+
+def test_plans_without_measurements(force_plan: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        short, long = make_call(20, 511), make_call(20, 512)
+        biased = make_call(20, 512, prefix_bias=torch.empty(1, 1, 1, 512, device="cuda", dtype=torch.bfloat16))
+        causal = make_call(20, is_causal=True)
+    own, alike = plans.Plan("flash", "own"), plans.Plan("flash", "alike")
+    assert [read_plan(a) for a in (short, long, biased)] == [(own, own), (alike, alike), (own, own)]
+    force_plan("cudnn, concatenated")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    wanted = ["concatenated", "concatenated", "own", "own"]
+    assert [plans.choose_plan(a, "forward") for a in (short, long, biased, causal)] == [
+        plans.Plan("cudnn", prefix) for prefix in wanted
+    ]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert plans.choose_plan(short, "backward") == plans.Plan("flash", "concatenated")
+    with pytest.raises(ValueError, match="`name`"):
+        plans.force("fastest")
+
+
+def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"architecture": "sm_90", "kind": "plain", "is_causal": True, "D": 64, "P": 16, "N": 100}
+    row |= {"forward": "cudnn", "backward": "flash, prefix alike", "inference": False, "training": True}
+    longer = row | {"N": 1000, "forward": "flash", "inference": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     with FakeTensorMode():
-        causal, shorter, full = call(100, is_causal=True), call(99, is_causal=True), call(100)
+        causal, shorter, full = make_call(100, is_causal=True), make_call(99, is_causal=True), make_call(100)
+        narrow, wide = make_call(100, D=40, is_causal=True), make_call(100, D=72, is_causal=True)
+        far = make_call(2000, is_causal=True)
+        training = causal._replace(query=torch.empty_like(causal.query, requires_grad=True))
+        segments = torch.empty(1, 2000, dtype=torch.int64, device="cuda")
+        of_segments = far._replace(query_segments=segments, key_segments=segments)
     assert [composed_backend.refusal(a) for a in (causal, shorter, full)] == [None] * 3
     is_preferred = composed_backend.is_preferred
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    assert not is_preferred(causal)
-    monkeypatch.setitem(composed_backend.FEWEST_QUERIES, ("sm_90", True, 64), 100)
-    assert [is_preferred(a) for a in (causal, shorter, full)] == [True, False, False]
+    assert not plans.read_choices()
+    assert not is_preferred(training)
+    monkeypatch.setattr(plans, "read_choices", lambda: plans.parse_choices([row, longer]))
+    calls = (causal, training, shorter, full, narrow, wide, far, of_segments)
+    assert [is_preferred(a) for a in calls] == [False, True, False, False, False, False, True, False]
+    with torch.no_grad():
+        assert not is_preferred(training)
+    found = [read_plan(a) for a in (causal, narrow, far)]
+    first, second = (plans.Plan("cudnn", "own"), plans.Plan("flash", "alike")), plans.Plan("flash", "own")
+    assert found == [first, first, (second, first[1])]
+    monkeypatch.setattr(plans, "read_choices", lambda: plans.parse_choices([row | {"kind": "segments"}]))
+    assert not is_preferred(of_segments)  # a fake has no values
+    monkeypatch.setattr(packed, "can_read", lambda a: True)
+    assert not is_preferred(of_segments)
+    assert is_preferred(of_segments._replace(query=torch.empty_like(far.query, requires_grad=True)))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert not is_preferred(causal)
+    assert not is_preferred(training)
 
 
 @pytest.mark.parametrize(("preferred", "chosen"), [(True, "first"), (False, "second")])

@@ -20,7 +20,10 @@ from ...targets import Target
 from ..arguments import DECLARATION, DIFFERENTIABLE, AttentionArguments
 from ..layout import allocate_gradient
 from ..triton_backend import launch
-from . import flash
+from . import kernels, prefixes
+from .packed import find_packing
+from .plans import choose_plan
+from .problem import Known, Problem
 
 _TOKENS = ("query", "key", "value")
 
@@ -28,8 +31,15 @@ _TOKENS = ("query", "key", "value")
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers, as the Triton backend does."""
     a = AttentionArguments(*arguments)
-    output, logsumexp = flash.attend(a.query, a.key, a.value, a.is_causal, a.scale)
-    return launch.extend(_leave_out_tokens(a), output, logsumexp, target=target)
+    kernel, prefix = choose_plan(a, "forward")
+    if prefix == "concatenated":
+        output, logsumexp = kernels.attend(kernel, prefixes.concatenate(a))
+        return _lay_out(output, a.query), _split_logsumexp(logsumexp, a.query.dtype)
+    of_tokens = kernels.attend(kernel, _take_tokens(a))
+    rest = _leave_out_tokens(a)
+    if prefix == "own":
+        return launch.extend(rest, *of_tokens, target=target)
+    return launch.merge(rest, *of_tokens, *prefixes.attend(a, kernel), target=target)
 
 
 def backward(
@@ -43,32 +53,59 @@ def backward(
     """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
     a = AttentionArguments(*arguments)
     needs = DECLARATION.name_needs(needs_grad)
+    kernel, prefix = choose_plan(a, "backward")
+    known = Known(grad_output, output, _join_normalizers(normalizers, a.query.dtype))
     gradients: dict[str, Tensor] = {}
+    if prefix == "concatenated" and needs.intersection(_TOKENS):
+        found = kernels.differentiate(kernel, prefixes.concatenate(a), known)
+        gradients = prefixes.split_gradients(a, *found)
+        return _lay_out_all(gradients, a, needs)
     if needs.intersection(_TOKENS):
-        logsumexp = _join_normalizers(normalizers, a.query.dtype)
-        tensors = (a.query, a.key, a.value, output, logsumexp)
-        gradients = dict(zip(_TOKENS, flash.differentiate(grad_output, *tensors, a.is_causal, a.scale), strict=True))
+        gradients = dict(zip(_TOKENS, kernels.differentiate(kernel, _take_tokens(a), known), strict=True))
     names = [name for name in DIFFERENTIABLE if name in needs - {"key", "value"}]
-    of_prefix = [name in names for name in DIFFERENTIABLE]
-    halves = launch.backward(grad_output, output, normalizers, of_prefix, *_leave_out_tokens(a), target=target)
+    if prefix == "own":
+        of_prefix = [name in names for name in DIFFERENTIABLE]
+        halves = launch.backward(grad_output, output, normalizers, of_prefix, *_leave_out_tokens(a), target=target)
+    else:
+        parts = prefixes.differentiate(a, kernel, known) if names else {}
+        halves = [parts[name] for name in names]
     for name, half in zip(names, halves, strict=True):
         gradients[name] = half.add_(gradients[name]) if name in gradients else half
-    return [_lay_out(gradients[name], getattr(a, name)) for name in DIFFERENTIABLE if name in needs]
+    return _lay_out_all(gradients, a, needs)
+
+
+def _take_tokens(a: AttentionArguments) -> Problem:
+    return Problem(a.query, a.key, a.value, a.is_causal, a.scale, find_packing(a))
 
 
 def _leave_out_tokens(a: AttentionArguments) -> AttentionArguments:
-    return a._replace(key=a.key[:, :, :0], value=a.value[:, :, :0], is_causal=False)
+    none: dict[str, Any] = {"is_causal": False, "query_segments": None, "key_segments": None}
+    return a._replace(key=a.key[:, :, :0], value=a.value[:, :, :0], **none)
+
+
+def _find_unit(dtype: torch.dtype) -> float:
+    """Return the unit of stored maxima: in 16 bits that of log2."""
+    return 1.0 if dtype is torch.float32 else math.log(2.0)
 
 
 def _join_normalizers(normalizers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the natural log-sum-exp [B, Hq, N] of stored maxima and sums: in 16 bits their unit is that of log2."""
+    """Return the natural log-sum-exp [B, Hq, N] of stored maxima and sums."""
     m, l = normalizers[0]
-    unit = 1.0 if dtype is torch.float32 else math.log(2.0)
-    logsumexp: Tensor = l.log().add_(m, alpha=unit)
+    logsumexp: Tensor = l.log().add_(m, alpha=_find_unit(dtype))
     return logsumexp
 
 
+def _split_logsumexp(logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return maxima and sums of which ``_join_normalizers`` makes the log-sum-exp."""
+    m = logsumexp / _find_unit(dtype)
+    return torch.stack([m, torch.ones_like(m)])[None]
+
+
+def _lay_out_all(gradients: dict[str, Tensor], a: AttentionArguments, needs: set[str]) -> list[Tensor]:
+    return [_lay_out(gradients[name], getattr(a, name)) for name in DIFFERENTIABLE if name in needs]
+
+
 def _lay_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """Return a gradient in the memory layout of gradients of ``like``."""
+    """Return a gradient, or an output, in the memory layout of gradients of ``like``."""
     wanted = allocate_gradient(like)
     return gradient if gradient.stride() == wanted.stride() else wanted.copy_(gradient)

@@ -7,7 +7,7 @@ found, is then added to the same accumulator.
 import triton
 import triton.language as tl
 
-from .operands import Pairs, Queries, Sums
+from .operands import Lengths, Pairs, Queries, Sums
 from .primitives import (
     add_product,
     add_sink,
@@ -19,6 +19,7 @@ from .primitives import (
     find_keys,
     find_lengths,
     find_numbers,
+    find_row,
     finish_prefix_scores,
     finish_token_scores,
     invert,
@@ -75,6 +76,26 @@ def prefix_attention_extend_kernel(a, o_tokens, p_logsumexp, o, p_normalizers, N
     sums = attend_prefix(sums, queries, 0, sizes.P, a, sizes, T)
     store_normalizers(p_normalizers, 0, plane, i, i < N, sums.m, sums.l, a, sizes)
     store_block(o, b, h, i0, N, sums.acc * invert(sums.l)[:, None], T.DV)
+
+
+@triton.jit(do_not_specialize=["N"])
+def prefix_attention_merge_kernel(a, o_tokens, tokens, o_prefix, prefix, o, p_normalizers, N, T: tl.constexpr):
+    """Merge attention over the tokens and over the prefix, given by their outputs and natural log-sum-exps."""
+    blocks = tl.cdiv(N, T.BM)
+    plane = tl.program_id(0) // blocks
+    i0 = tl.program_id(0) % blocks * T.BM
+    b, h = plane // a.heads, plane % a.heads
+    i = i0 + tl.arange(0, T.BM)
+    b_tokens = tl.load(find_row(tokens, b, h, i), mask=i < N, other=0.0)
+    b_prefix = tl.load(find_row(prefix, b, h, i), mask=i < N, other=0.0)
+    b_m = tl.maximum(b_tokens, b_prefix)
+    b_tokens, b_prefix = tl.exp(b_tokens - b_m), tl.exp(b_prefix - b_m)
+    b_l = b_tokens + b_prefix
+    b_o = load_block(o_tokens, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32) * b_tokens[:, None]
+    b_o += load_block(o_prefix, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32) * b_prefix[:, None]
+    sizes = Lengths(N, N, N, 0)
+    store_normalizers(p_normalizers, 0, plane, i, i < N, convert_natural(b_m, a), b_l, a, sizes)
+    store_block(o, b, h, i0, N, b_o * invert(b_l)[:, None], T.DV)
 
 
 @triton.jit

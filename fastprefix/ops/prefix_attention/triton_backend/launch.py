@@ -20,6 +20,7 @@ from .operands import (
     Strided,
     build_operands,
     describe_matrix,
+    describe_rows,
     keep_rows,
 )
 from .tiles import AttentionTile, find_tile
@@ -68,6 +69,26 @@ def extend(
     return output, normalizers
 
 
+def merge(
+    a: AttentionArguments,
+    output_of_tokens: Tensor,
+    logsumexp_of_tokens: Tensor,
+    output_of_prefix: Tensor,
+    logsumexp_of_prefix: Tensor,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``forward`` returns, where attention over the tokens and over the prefix are already known."""
+    parts = (output_of_tokens, logsumexp_of_tokens, output_of_prefix, logsumexp_of_prefix)
+    launcher = _Launcher(a, target or target_of(a.query.device), ("merge", _describe_layouts(parts)))
+    output = allocate_heads(a.query, launcher.DV)
+    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("merge").BM),)
+    given = tuple(describe_matrix(x) if x.ndim == 4 else describe_rows(x) for x in parts)
+    operands = launcher.find_row_operands()
+    launcher.launch("merge", grid, operands, *given, describe_matrix(output), normalizers, launcher.N)
+    return output, normalizers
+
+
 def backward(
     grad_output: Tensor,
     output: Tensor,
@@ -104,6 +125,7 @@ def _load_kernels() -> dict[str, Any]:
     return {
         "forward": forward.prefix_attention_fwd_kernel,
         "extend": forward.prefix_attention_extend_kernel,
+        "merge": forward.prefix_attention_merge_kernel,
         "decode": decode.prefix_attention_decode_kernel,
         "combine": decode.prefix_attention_combine_kernel,
         "delta": backward.prefix_attention_bwd_delta_kernel,
@@ -121,6 +143,7 @@ _TILE_OF = {
     "sum": "dprefix",
 }  # a row of the tile tables; the others have one of their own name
 _COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
+_UNTABLED = {"combine": _COMBINING, "merge": AttentionTile(32, 16, 16, 4, 1)}
 
 
 def _choose_precision(dtype: torch.dtype) -> str:
@@ -133,7 +156,9 @@ class _Problem:
     """What calls with arguments of the same shapes, strides, dtypes and options have in common."""
 
     def __init__(self, a: AttentionArguments, architecture: str, precision: str) -> None:
-        self.template = OperandsTemplate(a)
+        operands = build_operands(a)
+        self.template = OperandsTemplate(operands)
+        self.rows_template = OperandsTemplate(keep_rows(operands))
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
@@ -146,7 +171,7 @@ class _Problem:
             a.output_gate is not None,
             a.prefix_spans is not None,
         )
-        self._variants = _find_variants(build_operands(a))
+        self._variants = _find_variants(operands)
         self._tiles: dict[str, AttentionTile] = {}
 
     def find_tile(self, name: str) -> AttentionTile:
@@ -160,8 +185,8 @@ class _Problem:
     def _choose_tile(self, name: str) -> AttentionTile:
         if name == "combine" and self._has_spans:  # it divides them into the parts that decoding made
             return _COMBINING._replace(BP=self.find_tile("decode").BP)
-        if name == "combine":
-            return _COMBINING
+        if name in _UNTABLED:
+            return _UNTABLED[name]
         tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
         if name == "delta" and not self._separate:  # it looks at no keys
             return tile._replace(BN=16, BP=16)
@@ -210,6 +235,10 @@ class _Launcher:
         self.find_tile = problem.find_tile
         self._kind, self._launched = kind, 0
 
+    def find_row_operands(self) -> Operands:
+        """Return the operands of a kernel that reads neither keys nor masks."""
+        return self.problem.rows_template.fill(self.a)
+
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launch a kernel in its tile of the table, unless the grid is empty.
 
@@ -254,7 +283,7 @@ class _Launcher:
         self.launch("decode", grid, self.operands, values, sums, *sizes)
         arguments = (describe_matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
         grid = (self.B * self.H * self.N,)
-        self.launch("combine", grid, keep_rows(self.operands), *arguments, BS=_PARTS_BLOCK)
+        self.launch("combine", grid, self.find_row_operands(), *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
         """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
@@ -317,7 +346,7 @@ class _BackwardLauncher(_Launcher):
             "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
         }
         grid = (self.B * self.H * blocks,)
-        operands = keep_rows(self.operands) if self.a.output_gate is None else self.operands
+        operands = self.find_row_operands() if self.a.output_gate is None else self.operands
         self.launch("delta", grid, operands, *arguments, *self.sizes, **needed)
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))

@@ -4,6 +4,7 @@
 stride of a dimension that broadcasts is ``None`` too: its index never enters an address.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -159,6 +160,9 @@ _OF_PAIRS = (
 )
 
 
+_new = tuple.__new__  # a named tuple of a tuple, without the function that the class has for it
+
+
 def describe(tensor: Tensor | None, dimensions: str) -> Strided:
     """Return a tensor with its strides, or ``ABSENT``. Dimensions, named by their letters, broadcast where their size
     is 1.
@@ -185,11 +189,16 @@ def _describe_tokens(tensor: Tensor | None, dimensions: str) -> Strided:
 
 
 def _align(tensor: Tensor, b: int | None, h: int | None, n: int | None, c: int | None) -> Strided:
+    return Strided(tensor, *_align_strides(b, h, n, c))
+
+
+def _align_strides(b: int | None, h: int | None, n: int | None, c: int | None) -> tuple[int | None, ...]:
+    """Return the strides, and whether they are as they are (``Strided``)."""
     for stride in (b, h, n):
         if stride is not None and stride % 16 != 0:
             b, h, n = (x if x is None else 16 * x for x in (b, h, n))
-            return Strided(tensor, b, h, n, c, None)
-    return Strided(tensor, b, h, n, c, 1)
+            return b, h, n, c, None
+    return b, h, n, c, 1
 
 
 def build_operands(a: AttentionArguments) -> Operands:
@@ -245,8 +254,7 @@ _ARGUMENT_OF = {
 class OperandsTemplate:
     """The operands of all calls with arguments of the same shapes, strides, dtypes and options, less the tensors."""
 
-    def __init__(self, a: AttentionArguments) -> None:
-        operands = build_operands(a)
+    def __init__(self, operands: Operands) -> None:
         self._rest: list[Any] = list(operands)
         self._tensors: list[tuple[int, int, bool, tuple[Any, ...]]] = []
         for slot, (name, operand) in enumerate(zip(operands._fields, operands, strict=True)):
@@ -255,6 +263,7 @@ class OperandsTemplate:
                 self._tensors.append((slot, argument, name == "visible", operand[1:]))
                 self._rest[slot] = None
         self._seed = operands._fields.index("seed")
+        self._has_seed = operands.seed is not None
         self._rest[self._seed] = None
 
     def fill(self, a: AttentionArguments) -> Operands:
@@ -262,16 +271,27 @@ class OperandsTemplate:
         values = self._rest.copy()
         for slot, argument, is_bool, strides in self._tensors:
             tensor: Any = a[argument]
-            values[slot] = Strided(tensor.view(torch.uint8) if is_bool else tensor, *strides)
-        values[self._seed] = a.dropout_seed
-        return Operands(*values)
+            values[slot] = _new(Strided, (tensor.view(torch.uint8) if is_bool else tensor, *strides))
+        if self._has_seed:
+            values[self._seed] = a.dropout_seed
+        return _new(Operands, values)
 
 
 def describe_matrix(tensor: Tensor) -> Strided:
     """Return queries, keys, values or a result: all dimensions are there, even where they have but one entry."""
-    batch, heads, _, _ = tensor.shape
-    b, h, n, c = tensor.stride()
-    return _align(tensor, 0 if batch == 1 else b, 0 if heads == 1 else h, n, c)
+    batch, heads = tensor.shape[:2]
+    return _new(Strided, (tensor, *_align_matrix(tensor.stride(), batch == 1, heads == 1)))
+
+
+@functools.lru_cache(4096)
+def _align_matrix(strides: tuple[int, ...], is_single_row: bool, is_single_head: bool) -> tuple[int | None, ...]:
+    b, h, n, c = strides
+    return _align_strides(0 if is_single_row else b, 0 if is_single_head else h, n, c)
+
+
+def describe_rows(numbers: Tensor) -> Strided:
+    """Return a number for each row, ``[B, H, N]``."""
+    return _describe_tokens(numbers, "bhn")
 
 
 def _describe_prefix(tensor: Tensor) -> Strided:

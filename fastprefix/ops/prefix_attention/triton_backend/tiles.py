@@ -228,7 +228,7 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     },
     "plain, keyed": {
         "decode": {(64, HALF): AttentionTile(16, 64, 32, 4, 2), (128, HALF): AttentionTile(16, 64, 64, 4, 2)},
-        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 4, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
+        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)},
     },
     "pairwise, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
     "separate, keyed": {"dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2)}},
@@ -268,7 +268,6 @@ _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "plain, keyed": {
         **_SM90_VARIANTS["plain, keyed"],
         "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
-        "dprefix": {**_SM90_VARIANTS["plain, keyed"]["dprefix"], (64, HALF): AttentionTile(64, 64, 64, 8, 2)},
     },
 }
 _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {

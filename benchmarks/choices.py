@@ -1,0 +1,114 @@
+"""Write which calls the default composes, and how, from measurements of ``python -m benchmarks gpu``.
+
+    python -m benchmarks choices gpu.json
+
+Each measured size becomes a row of ``composed_backend/choices.json``, which ``backend=None`` follows: the fastest plan
+of each pass, and whether it is faster than the Triton backend for inference and for training.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastprefix.ops.prefix_attention.composed_backend import plans
+from fastprefix.ops.targets import architecture
+
+from . import results
+from .measure import BenchmarkError, Row
+from .results import Record, write_text
+
+DESCRIPTION = "Write the table of calls that the default composes, from measurements on a GPU."
+KINDS = {"none": "plain", "row": "plain", "query": "own prefix", "segments": "segments"}
+"""The kind of a call in ``choices.json``, by the benchmark's gates."""
+COMPOSED = "composed, "
+TRITON = "fused"
+
+Seconds = dict[str, dict[str, float]]  # the passes of each peer
+Key = tuple[str, bool, int, int, int]  # kind, is_causal, D, P, N
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="GPU.json", help="a file of `python -m benchmarks gpu`")
+    parser.add_argument("--out", type=Path, default=plans.CHOICES, help="default: the table of the package")
+
+
+def collect_times(record: Record) -> dict[Key, list[Seconds]]:
+    """Return the seconds of the Triton backend and of every plan, for each measured call of a key.
+
+    The time of a backward pass is the difference of two times.
+    """
+    cases: dict[str, Seconds] = defaultdict(lambda: defaultdict(dict))
+    keys: dict[str, Key] = {}
+    for row in record.rows:
+        if row["quantity"] != "seconds" or row.get("gate") not in KINDS or row["N"] == 1:
+            continue
+        if row["peer"] != TRITON and not row["peer"].startswith(COMPOSED):
+            continue
+        case = json.dumps(results.case_of(row), sort_keys=True)
+        keys[case] = (KINDS[row["gate"]], row["causal"], row["D"], row["P"], row["N"])
+        cases[case][row["peer"].removeprefix(COMPOSED)][row["direction"]] = row["p50"]
+    collected: dict[Key, list[Seconds]] = defaultdict(list)
+    for case, peers in cases.items():
+        complete = {name: of for name, of in peers.items() if {"forward", "forward+backward"} <= of.keys()}
+        if TRITON in complete and len(complete) > 1:
+            collected[keys[case]].append({name: split_passes(of) for name, of in complete.items()})
+    return collected
+
+
+def split_passes(of: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each pass."""
+    return {"forward": of["forward"], "backward": max(of["forward+backward"] - of["forward"], 1e-9)}
+
+
+def choose(key: Key, calls: list[Seconds], device: str) -> Row | None:
+    """Return the row of a table, or None if no plan was measured in every call.
+
+    A plan is judged by its geometric mean over the calls, and composition has to be faster in each of them.
+    """
+    names = set.intersection(*(set(call) for call in calls)) - {TRITON}
+    if not names:
+        return None
+    kind, is_causal, D, P, N = key
+
+    def find_fastest(direction: str) -> str:
+        return min(sorted(names), key=lambda name: sum(math.log(call[name][direction]) for call in calls))
+
+    forward, backward = find_fastest("forward"), find_fastest("backward")
+    inference = all(call[forward]["forward"] < call[TRITON]["forward"] for call in calls)
+    training = all(call[forward]["forward"] + call[backward]["backward"] < sum(call[TRITON].values()) for call in calls)
+    about = {"architecture": device, "kind": kind, "is_causal": is_causal, "D": D, "P": P, "N": N}
+    return about | {"forward": forward, "backward": backward, "inference": inference, "training": training}
+
+
+def build_table(record: Record) -> list[Row]:
+    """Return the rows of a run's device."""
+    capability = record.settings.get("capability")
+    if capability is None:
+        raise BenchmarkError("the results do not name the compute capability of the device")
+    device = architecture(tuple(capability))
+    rows = (choose(key, calls, device) for key, calls in sorted(collect_times(record).items()))
+    return [row for row in rows if row is not None]
+
+
+def merge_tables(old: Iterable[Mapping[str, Any]], new: list[Row]) -> list[Row]:
+    """Return a table with the new rows in place of all rows of their architectures."""
+    measured = {row["architecture"] for row in new}
+    return [*(dict(row) for row in old if row["architecture"] not in measured), *new]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the table, and print how many of its calls are composed."""
+    new = build_table(results.read(options.results))
+    if not new:
+        raise BenchmarkError(f"{options.results}: no call was measured on the Triton backend and by a plan")
+    old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+    rows = merge_tables(old, new)
+    plans.parse_choices(rows)
+    write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n", options.out)
+    counts = ", ".join(f"{sum(row[name] for row in new)} for {name}" for name in ("inference", "training"))
+    print(f"of {len(new)} measured calls these are composed: {counts}; written to {options.out}")
+    return 0

@@ -1,0 +1,120 @@
+"""Prefix attention on a CUDA device in one run of under nine minutes: correctness, then speed.
+
+    python -m benchmarks gpu --out result.json
+
+The first stage checks twelve cases and times three. If anything in it fails, the run ends there. Otherwise the tests of
+the repository follow, then tiles, peers on many shapes, and PEFT's settings. Every stage has a deadline, a stage that
+fails leaves the results of the others, and the file is written after each case. Worker processes compile the kernels
+beforehand. Nothing is timed before its results were compared with those of a peer. Times are those of
+``triton.testing.do_bench``, which clears the cache before each call, and, apart, those of the host's clock.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastprefix.parity import DTYPES, attention_cases, embedding_cases
+
+from ..measure import BenchmarkError, fault, figure_row, freeze_heap
+from ..report import tabulate_gpu
+from ..results import Record, describe_fault
+from ..suite import DEFAULT_OUT
+from . import device
+from .parity import FIRST as FIRST_CASES
+from .parity import SMALL, Add, check_parity, run_tests
+from .problems import FIRST, LONGEST, build_problem
+from .speed import check_problem, measure_problems, measure_speed
+from .tiles import measure_tiles
+
+DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: correctness, then speed."
+SECONDS = 525.0
+"""Of all stages together."""
+OURS = ("stage", "triton", "fused", "composed", "tests", "accelerated", "fastprefix")
+"""Peers whose failure is one of the run: that a peer of others does not support a case is not."""
+
+
+class FirstStageError(Exception):
+    """Report that the first stage failed, so that there is no point in what follows."""
+
+
+def is_own(peer: str) -> bool:
+    """Return whether a peer is this package's."""
+    return peer.partition(",")[0] in OURS
+
+
+def run_first(add: Add, seconds: float) -> None:
+    """Check twelve cases in bfloat16, then in float16, measure the ceilings of the device, and time three shapes."""
+    end, faults = time.monotonic() + seconds, 0
+
+    def add_and_count(rows: list[dict[str, object]], found: list[dict[str, object]]) -> None:
+        nonlocal faults
+        faults += sum(is_own(str(of["peer"])) for of in found)
+        add(rows, found)
+
+    check_parity(add_and_count, seconds * 0.6, FIRST_CASES, ("bfloat16", "float16"))
+    check_problem(add_and_count, build_problem(*LONGEST))
+    if faults:
+        raise FirstStageError(f"{faults} of the first cases failed")
+    for name, value in device.measure_ceilings().items():
+        add([figure_row({"case": "ceiling"}, "PyTorch", "floor", "ceiling", name, value)], [])
+    measure_problems(add_and_count, max(10.0, end - time.monotonic()), FIRST)
+    if faults:
+        raise FirstStageError(f"{faults} of the first shapes failed")
+
+
+def run_methods(add: Add, seconds: float) -> None:
+    """Measure training steps of a model. This stage alone needs transformers and PEFT."""
+    from .methods import measure_methods
+
+    measure_methods(add, seconds)
+
+
+Stage = tuple[Callable[[Add, float], object], int]
+STAGES: dict[str, Stage] = {
+    "first": (run_first, 130),
+    "tests": (run_tests, 105),
+    "tiles": (measure_tiles, 60),
+    "speed": (measure_speed, 150),
+    "methods": (run_methods, 80),
+    "small": (partial(check_parity, cases=SMALL, dtypes=tuple(DTYPES)), 120),
+    "grid": (partial(check_parity, cases=(*attention_cases(66), *embedding_cases()), dtypes=tuple(DTYPES)), 120),
+}
+"""The stages and their seconds. The last two are not run by default."""
+DEFAULT = ("first", "tests", "tiles", "speed", "methods")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "gpu.json", help="the file of results")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(DEFAULT))
+    parser.add_argument("--commit", help="what is measured, where the files are no checkout")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the stages. Return 0: success; 1: a stage or a kernel of this package failed; 2: there is no device."""
+    if not torch.cuda.is_available():
+        raise BenchmarkError("benchmarks.gpu needs a CUDA device, and PyTorch finds none")
+    freeze_heap()
+    capability = list(torch.cuda.get_device_capability())
+    record = Record.start("gpu", device.CUDA, False, seconds=dict[str, float](), capability=capability)
+    record.environment["commit"] = record.environment["commit"] or options.commit
+    record.settings["clocks"] = {"start": device.read_clocks()}
+    add, end = partial(record.add, path=options.out), time.monotonic() + SECONDS
+    for name in options.stages:
+        (stage, seconds), start = STAGES[name], time.monotonic()
+        try:
+            stage(add, min(seconds, end - start))
+        except Exception as error:  # the stages that follow are useful in any case, unless it was the first
+            add([], [fault({}, "stage", name, error)])
+        record.settings["seconds"][name] = round(time.monotonic() - start, 1)
+        record.settings["clocks"][name] = device.read_clocks()
+        add([], [])
+        if name == "first" and any(of["peer"] == "stage" for of in record.faults):
+            print("the first stage failed: the run ends here", flush=True)
+            break
+    failed = [of for of in record.faults if is_own(of["peer"])]
+    print("\n".join([tabulate_gpu(record).markdown(), *map(describe_fault, failed), f"results in {options.out}"]))
+    return int(bool(failed))

@@ -1,0 +1,95 @@
+"""Jobs in worker processes, so that one that fails, hangs or loses the device leaves the others."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ..measure import first_line
+from . import device
+
+WORKERS = 16
+Job = tuple[Any, ...]
+"""A function and its arguments."""
+
+
+def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Run a job in a worker process, and return its answer or its error."""
+    if not device.is_usable():
+        return {"error": "left out, because an earlier job of this process lost the device"}
+    try:
+        return function(*arguments)
+    except Exception as error:  # the failure of one job must not lose the results of the others
+        return {"error": first_line(error)}
+
+
+def _work(pipe: Connection) -> None:
+    while (job := pipe.recv()) is not None:
+        pipe.send(run_job(*job))
+
+
+class _Workers:
+    """Processes, the pipe to each, and the number of the job that it has."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._busy: dict[Connection, tuple[BaseProcess, int]] = {}
+
+    def start(self, job: Job, number: int) -> None:
+        """Start a process with a job."""
+        pipe, other = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(other,), daemon=True)
+        process.start()
+        other.close()  # so that the pipe ends with the process
+        pipe.send(job)
+        self._busy[pipe] = (process, number)
+
+    def __bool__(self) -> bool:
+        return bool(self._busy)
+
+    def collect(self, seconds: float, jobs: list[tuple[int, Job]]) -> list[tuple[int, dict[str, Any]]]:
+        """Return the answers that come within some time, and give their processes the next of the jobs."""
+        answers = []
+        for pipe in wait(list(self._busy), seconds):
+            assert isinstance(pipe, Connection)
+            process, number = self._busy.pop(pipe)
+            try:
+                answers.append((number, pipe.recv()))
+            except EOFError:
+                answers.append((number, {"error": "the process died"}))
+                if jobs:
+                    of, job = jobs.pop()
+                    self.start(job, of)
+                continue
+            if jobs:
+                of, job = jobs.pop()
+                pipe.send(job)
+                self._busy[pipe] = (process, of)
+            else:
+                pipe.send(None)
+        return answers
+
+    def stop(self) -> None:
+        """End the processes that still have a job."""
+        for process, _ in self._busy.values():
+            process.terminate()
+
+
+def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = WORKERS) -> list[dict[str, Any]]:
+    """Run jobs in worker processes, and return their answers. Another process takes the place of one that dies."""
+    end = time.monotonic() + seconds
+    answers: list[dict[str, Any]] = [{"error": "no answer in time"} for _ in jobs]
+    left, pool = list(enumerate(jobs))[::-1], _Workers()
+    try:
+        for _ in range(min(workers, os.cpu_count() or 1, len(jobs))):
+            number, job = left.pop()
+            pool.start(job, number)
+        while pool and time.monotonic() < end:
+            for number, answer in pool.collect(max(0.0, end - time.monotonic()), left):
+                answers[number] = answer
+    finally:
+        pool.stop()
+    return answers

@@ -1,0 +1,153 @@
+"""A training step in the settings of PEFT's comparison of methods: a model in the shape of Llama 3.2 3B, four rows of
+768 tokens, bfloat16.
+
+Methods of this package begin with the parameters of PEFT's, so that their losses have to agree before they are timed.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastprefix
+
+from ..measure import Role, Row, fault, figure_row, time_call, timed_row
+from ..models import Size, build, configure, draw_batch
+from ..peers import FLOOR, freeze, share_weights, wrap_with_peft
+from . import device
+from .parity import Add
+
+SIZE = Size(layers=28, width=3072, heads=24, vocabulary=128_256, rows=4, length=768)
+RANK = 32
+LIMIT = 0.01
+"""The largest relative difference of two losses in bfloat16."""
+WARMUP, STEPS = 3, 10
+SETTINGS = (("PromptTuningConfig", 200), ("PrefixTuningConfig", 50), ("PrefixTuningConfig", 200))
+
+
+def configure_model(size: Size) -> transformers.PretrainedConfig:
+    """Return the configuration of a model like Llama 3.2 3B."""
+    config = configure("causal_lm", size)
+    config.num_key_value_heads = size.heads // 3
+    config.tie_word_embeddings = True
+    return config
+
+
+class Peer(NamedTuple):
+    """A way to train, and the peer whose loss it has to have."""
+
+    name: str
+    role: Role
+    prepare: Callable[[Any], nn.Module]
+    same_as: str | None = None
+
+
+def tune_low_rank(model: Any) -> nn.Module:
+    """Return the model with PEFT's LoRA on queries and values."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    return wrapped
+
+
+def wrap(model: Any, config: str, tokens: int) -> Any:
+    """Return the model with a method of PEFT, whose parameters depend on nothing but the method."""
+    torch.manual_seed(0)
+    return wrap_with_peft(model, "causal_lm", tokens, config, 1e-3).model
+
+
+def accelerate(model: Any, config: str, tokens: int) -> nn.Module:
+    """Return the same, accelerated."""
+    accelerated: nn.Module = fastprefix.accelerate(wrap(model, config, tokens))
+    return accelerated
+
+
+def attach(model: Any, config: str, tokens: int) -> nn.Module:
+    """Return the model with the method of this package, and PEFT's parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        wrap(share_weights(model), config, tokens).save_pretrained(folder)
+        attached: nn.Module = fastprefix.load_adapter(model, folder)
+    return attached
+
+
+def list_peers() -> list[Peer]:
+    """Return the floor, LoRA, and each method by PEFT, by PEFT accelerated, and by this package."""
+    peers = [Peer(FLOOR, "floor", lambda model: freeze(model).model), Peer(f"LoRA r{RANK}", "theirs", tune_low_rank)]
+    for config, tokens in SETTINGS:
+        name = f"{config.removesuffix('TuningConfig').lower()} {tokens}"
+        options: dict[str, Any] = {"config": config, "tokens": tokens}
+        peers.append(Peer(f"PEFT, {name}", "theirs", partial(wrap, **options)))
+        for prefix, prepare in (("accelerated", accelerate), ("fastprefix", attach)):
+            peers.append(Peer(f"{prefix}, {name}", "ours", partial(prepare, **options), f"PEFT, {name}"))
+    return peers
+
+
+def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a training step, which returns the loss before it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    model.train()
+
+    def step() -> Tensor:
+        loss: Tensor = model(**batch).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def measure_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[str, float]) -> list[Row]:
+    """Check the loss of a peer, then measure the seconds of a step and the most memory that PyTorch held.
+
+    ``losses`` are those of the peers before it, to which its own is added.
+    """
+    model = peer.prepare(share_weights(base))
+    step = build_step(model, batch)
+    losses[peer.name] = step().item()
+    case = {"model": "Llama 3.2 3B", "rows": SIZE.rows, "tokens": SIZE.length, "dtype": "bfloat16"}
+    about = (case, peer.name, peer.role, "step")
+    rows = [figure_row(*about, "loss", losses[peer.name])]
+    if peer.same_as is not None:
+        difference = abs(losses[peer.name] / losses[peer.same_as] - 1)
+        rows.append(figure_row(*about, "relative difference", difference))
+        if not difference <= LIMIT:
+            raise RuntimeError(f"its loss differs from that of {peer.same_as} by {difference:.1e}, more than {LIMIT}")
+    for _ in range(WARMUP):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [second for _ in range(STEPS) for second in time_call(step, device.CUDA)]
+    held = figure_row(*about, "bytes", torch.cuda.max_memory_allocated())
+    return [*rows, timed_row(*about, seconds), held, figure_row(*about, "clocks", 0.0, clocks=device.read_clocks())]
+
+
+def measure_methods(add: Add, seconds: float) -> None:
+    """Measure as many peers as there is time for."""
+    end = time.monotonic() + seconds
+    with torch.device(device.CUDA):
+        base = build("causal_lm", configure_model(SIZE), device.CUDA)
+    batch = draw_batch("causal_lm", SIZE, SIZE.length, device.CUDA)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, 0] = -100  # which PEFT would let the last token of a prompt predict
+    losses = dict[str, float]()
+    for peer in list_peers():
+        if time.monotonic() > end:
+            print(f"methods: {peer.name} and what follows are left out for lack of time", flush=True)
+            return
+        try:
+            rows = measure_peer(peer, base, batch, losses)
+        except Exception as error:  # the failure of one method must not lose the others
+            add([], [fault({"model": "Llama 3.2 3B"}, peer.name, "methods", error)])
+            continue
+        add(rows, [])
+        median = next(row["p50"] for row in rows if row["quantity"] == "seconds")
+        print(f"{peer.name}: {1e3 * median:.0f} ms a step", flush=True)

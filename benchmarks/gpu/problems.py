@@ -1,0 +1,154 @@
+"""What is timed: shapes, gates and masks, and the peers of each."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastprefix.ops.prefix_attention.composed_backend import plans
+
+from ..attention import Inputs, Shape, build_dense_mask
+from ..embedding import Setting, build_works
+from ..measure import Role, Row, Work
+from ..suite import build_kernel_work
+from . import device
+from .jobs import Job
+
+SHAPES = ((32, 12, 12, 128, 128, 64), (16, 16, 16, 512, 512, 64), (8, 32, 8, 1024, 1024, 128),
+          (4, 32, 8, 2048, 2048, 128), (2, 32, 8, 8192, 8192, 128))  # fmt: skip
+DECODING = tuple((B, 32, 8, 1, M, 128) for B in (1, 16, 128) for M in (1024, 8192))
+EMBEDDINGS = (Setting(32_128, 1024, 32, 256, 60, 19, "uniform"), Setting(128_256, 4096, 8, 1024, 60, 19, "uniform"))
+BACKEND = "composed"
+SDPA = ("flash", "cudnn", "efficient")
+Kind = tuple[Shape, str, bool]
+"""A shape, its gates (or "segments"), and whether it is causal."""
+LONGEST: Kind = (Shape(1, 8, 2, 8192, 8192, 128, 128), "row", True)
+FIRST: tuple[Kind, ...] = tuple((Shape(*shape, 128), "none", True) for shape in (SHAPES[1], SHAPES[2], SHAPES[4]))
+
+
+class Problem(NamedTuple):
+    """A case, the work of each peer, and what their results are compared with.
+
+    ``narrow`` takes from a peer's results the part that the reference computes.
+    """
+
+    case: Row
+    works: dict[str, Work]
+    references: dict[str, Work]
+    narrow: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def list_problems() -> Iterator[Kind]:
+    """Return the most informative cases first, in case time runs out."""
+    for P, gate in itertools.product((128, 16, 100, 2048), ("none", "row", "segments", "query", "separate")):
+        for shape, causal in itertools.product(SHAPES, (True, False)):
+            if gate == "segments" and (P != 128 or not causal or shape[3] < 512):
+                continue
+            if gate in ("none", "row") or P in (16, 128):
+                yield Shape(*shape, P), gate, causal
+        if gate == "none" and P in (128, 2048):
+            yield from ((Shape(*shape, P), gate, False) for shape in DECODING)
+
+
+def list_plans(shape: Shape, gate: str, causal: bool) -> list[str]:
+    """Return the plans of the composed backend that a case allows: one softmax, and not for decoding."""
+    if gate == "separate" or shape.N == 1:
+        return []
+    if gate == "segments":
+        return ["flash", "flash, prefix alike"]
+    kept = {"own"} if gate == "query" else {"own", "alike"} if causal else {"own", "alike", "concatenated"}
+    return [name for name, plan in plans.PLANS.items() if plan.prefix in kept]
+
+
+def run_plan(inputs: Inputs, name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """Return a function that lets a call of the composed backend run by a plan."""
+
+    def decorate(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            plans.force(name)
+            try:
+                return call()
+            finally:
+                plans.force(None)
+
+        return run
+
+    return decorate
+
+
+def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> Problem:
+    """Return the peers: concatenation and the tokens alone on each kernel of SDPA, and compiled FlexAttention.
+
+    Masks are built here, outside of what is timed.
+    """
+    inputs = Inputs(shape, torch.bfloat16, causal, device.CUDA, gate=gate)
+
+    def build(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor] = inputs.leaves) -> Work:
+        return build_kernel_work(role, call, () if shape.N == 1 else leaves, inputs.grad)  # decoding has no backward
+
+    def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+        return sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))(call)
+
+    works = {"fused": build("ours", inputs.run_fused)}
+    for name in list_plans(shape, gate, causal):
+        work = build("ours", partial(inputs.run_backend, BACKEND))
+        by_plan = run_plan(inputs, name)
+        works[f"composed, {name}"] = work._replace(calls={of: by_plan(call) for of, call in work.calls.items()})
+    for name in SDPA:
+        variant = copy.copy(inputs)
+        variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
+        if name == "cudnn" and causal and gate != "segments":  # it aligns masks to the upper left alone
+            variant.mask = build_dense_mask(shape.N, shape.M, shape.P, inputs.q.device)
+        works[f"tokens, {name}"] = build("floor", choose(variant.run_tokens, name), inputs.leaves[:3])
+        if gate != "query":  # a gate for each query cannot be folded into the keys
+            works[f"concat, {name}"] = build("theirs", choose(variant.run_concat, name))
+    if flex and gate == "none" and causal and shape.P == 128:
+        torch.compiler.reset()  # past its limit of recompilations it would refuse
+        works["concat, flex"] = build("theirs", inputs.compile_flex())
+    case = {**shape._asdict(), "gate": gate, "causal": causal}
+    if gate != "query":
+        return Problem(case, works, {name: work for name, work in works.items() if work.role == "theirs"}, list)
+    row = inputs.take_row()
+    eager = build_kernel_work("theirs", partial(row.run_backend, "eager"), row.leaves, row.grad)
+    return Problem(case, works, {"eager": eager}, take_first_row)
+
+
+def take_first_row(results: Sequence[Tensor]) -> list[Tensor]:
+    """Return the first row of what has rows: the output, or the gradients of tokens and gates."""
+    with_rows = results if len(results) == 1 else [*results[:3], *results[5:]]
+    return [x[:1] for x in with_rows]
+
+
+def build_embeddings() -> Iterator[Problem]:
+    """Yield prompt embeddings, their eager peers, and a lookup."""
+    for setting in EMBEDDINGS:
+        _, works = build_works(setting, torch.bfloat16, device.CUDA)
+        kept = {name: work for name, work in works.items() if not name.endswith("compiled")}
+        case = {**setting._asdict(), "dtype": "bfloat16"}
+        for method in ("pt", "dept", "adept"):
+            peers = {"lookup": kept["lookup"], method: kept[method], f"{method}_eager": kept[f"{method}_eager"]}
+            yield Problem({**case, "method": method}, peers, {f"{method}_eager": peers[f"{method}_eager"]}, list)
+
+
+def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
+    """Run the kernels of a case on short inputs."""
+    for name, work in build_problem(shape, gate, causal, flex=False).works.items():
+        if name == "fused" or name.startswith("composed"):
+            for call in work.calls.values():
+                call()
+    torch.cuda.synchronize()
+    return {}
+
+
+def list_compilations(kinds: Sequence[Kind]) -> list[Job]:
+    """Return one job per specialization of the kernels, on small shapes for which they are compiled alike."""
+    found: dict[Job, None] = {}
+    for shape, gate, causal in kinds:
+        small = shape._replace(B=min(shape.B, 2))
+        found[compile_problem, small if shape.N == 1 else small._replace(N=256, M=256), gate, causal] = None
+    return list(found)

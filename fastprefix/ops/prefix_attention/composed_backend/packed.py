@@ -1,0 +1,162 @@
+"""PyTorch's flash attention for rows that consist of several sequences, one behind the other.
+
+Its kernel goes through the sequences by their cumulative lengths, which follow from the values of ``segment_ids``. The
+values are read once for each pair of tensors, which waits for the device. The layers of a model share them.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..arguments import AttentionArguments
+from . import flash
+from .problem import Known, Packing, Problem
+
+Read = tuple[weakref.ref[Tensor], tuple[int, ...], "Packing | str"]
+_READ: Any = WeakTensorKeyDictionary()  # of the segments of queries: those of keys, versions, and what was read
+
+
+def can_read(a: AttentionArguments) -> bool:
+    """Return whether segments have values, which they do not in a trace."""
+    segments = a.query_segments
+    if segments is None or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(segments, FakeTensor) or segments.is_meta)
+
+
+def explain_segments(a: AttentionArguments) -> str | None:
+    """Explain why the segments of a call are not sequences one behind the other, or return None if they are."""
+    found = _read_packing(a)
+    if isinstance(found, str):
+        return found
+    if a.is_causal and any(q != k for q, k in found.starts):
+        return "with is_causal it takes segments of as many queries as keys"
+    return None
+
+
+def find_packing(a: AttentionArguments) -> Packing | None:
+    """Return the sequences of a call with segments, or None for a call without.
+
+    Raises ``ValueError`` where they are not one behind the other.
+    """
+    if a.query_segments is None:
+        return None
+    found = _read_packing(a)
+    reason = explain_segments(a)
+    if reason is not None or isinstance(found, str):
+        raise ValueError(f"backend 'composed' is not usable here: {reason}")
+    return found
+
+
+def _read_packing(a: AttentionArguments) -> "Packing | str":
+    queries, keys = a.query_segments, a.key_segments
+    assert queries is not None
+    assert keys is not None
+    if queries.is_inference() or keys.is_inference():  # they do not count their changes
+        return _make_packing(a, queries, keys)
+    versions = (queries._version, keys._version, *a.query.shape[:3], a.key.shape[2])
+    known: Read | None = _READ.get(queries)
+    if known is not None and known[0]() is keys and known[1] == versions:
+        return known[2]
+    made = _make_packing(a, queries, keys)
+    _READ[queries] = (weakref.ref(keys), versions, made)
+    return made
+
+
+def _make_packing(a: AttentionArguments, query_segments: Tensor, key_segments: Tensor) -> "Packing | str":
+    batch, _, queries, _ = a.query.shape
+    of_queries = _find_runs(query_segments.cpu().expand(batch, queries))
+    of_keys = _find_runs(key_segments.cpu().expand(batch, a.key.shape[2]))
+    names = of_queries[0]
+    if not torch.equal(names, of_keys[0]):
+        return "it takes segments that queries and keys have in the same order"
+    if len(names.unique(dim=0)) != len(names):
+        return "it takes segments each of which is in one piece"
+    starts = torch.stack([of_queries[1], of_keys[1]])
+    on_device = starts.to(a.query.device, torch.int32)
+    return Packing(on_device[0], on_device[1], tuple((int(q), int(k)) for q, k in zip(*starts.tolist(), strict=True)))
+
+
+def _find_runs(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and segment of each run of equal segments, and where the runs begin in the rows one behind the other,
+    and the end.
+    """
+    batch, length = segments.shape
+    begins = torch.ones(batch, length, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = begins.flatten().nonzero().flatten()
+    names = torch.stack([starts // length, segments.flatten()[starts]], 1)
+    return names, torch.cat([starts, torch.tensor([batch * length])])
+
+
+def attend(x: Problem) -> tuple[Tensor, Tensor]:
+    """Return the output, and the log-sum-exp of the scores ``[B, Hq, N]``, natural and float32."""
+    assert x.packing is not None
+    batch, heads, length, _ = x.query.shape
+    if x.query.device.type == "cpu":
+        output, logsumexp = torch.empty_like(x.query), torch.empty(batch, heads, length, dtype=torch.float32)
+        for row, q, k in list_sequences(x.packing, length, x.key.shape[2]):
+            found = flash.attend(_take_sequence(x, row, q, k))
+            output[row, :, q], logsumexp[row, :, q] = (of[0] for of in found)
+        return output, logsumexp
+    operator, rows = torch.ops.aten._flash_attention_forward, map(_join_rows, x[:3])
+    output, logsumexp = operator(*rows, *list_lengths(x.packing), 0.0, x.is_causal, False, scale=x.scale)[:2]
+    return _split_rows(output, batch), logsumexp.unflatten(1, (batch, length)).transpose(0, 1)
+
+
+def differentiate(x: Problem, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    assert x.packing is not None
+    batch, _, length, _ = x.query.shape
+    if x.query.device.type == "cpu":
+        dq, dk, dv = (torch.empty_like(of) for of in x[:3])
+        for row, q, k in list_sequences(x.packing, length, x.key.shape[2]):
+            of_row = Known(*(_take(of, row, q) for of in known))
+            found = flash.differentiate(_take_sequence(x, row, q, k), of_row)
+            dq[row, :, q], dk[row, :, k], dv[row, :, k] = (of[0] for of in found)
+        return dq, dk, dv
+    rows = [_join_rows(of) for of in (known.grad_output, *x[:3], known.output)]
+    logsumexp = known.logsumexp.transpose(0, 1).flatten(1).contiguous()
+    random = x.query.new_empty(0, dtype=torch.uint64)  # of dropout, of which there is none
+    rest = (*list_lengths(x.packing), 0.0, x.is_causal, random, random)
+    found = torch.ops.aten._flash_attention_backward(*rows, logsumexp, *rest, scale=x.scale)
+    dq, dk, dv = (_split_rows(of, batch) for of in found)
+    return dq, dk, dv
+
+
+def list_lengths(packing: Packing) -> tuple[Tensor, Tensor, int, int]:
+    """Return where sequences begin among queries and keys, and the most of either that a sequence has."""
+    longest = (max(end - begin for begin, end in itertools.pairwise(of)) for of in zip(*packing.starts, strict=True))
+    return (packing.queries, packing.keys, *longest)
+
+
+def list_sequences(packing: Packing, queries: int, keys: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the row, the queries and the keys of each sequence, of rows with so many queries and keys."""
+    for (q0, k0), (q1, k1) in itertools.pairwise(packing.starts):
+        row = q0 // queries
+        q, k = row * queries, row * keys
+        yield row, slice(q0 - q, q1 - q), slice(k0 - k, k1 - k)
+
+
+def _take_sequence(x: Problem, row: int, q: slice, k: slice) -> Problem:
+    return Problem(_take(x.query, row, q), _take(x.key, row, k), _take(x.value, row, k), x.is_causal, x.scale)
+
+
+def _take(x: Tensor, row: int, at: slice) -> Tensor:
+    return x[row : row + 1, :, at]
+
+
+def _join_rows(x: Tensor) -> Tensor:
+    """Return ``[B, H, N, D]`` as ``[B * N, H, D]``, which is a view where memory has that order."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _split_rows(x: Tensor, batch: int) -> Tensor:
+    rows: Tensor = x.unflatten(0, (batch, -1))
+    return rows.transpose(1, 2)
