@@ -48,6 +48,7 @@ from .prompts.prompt import EncoderPromptHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.agreement import agree, do_together
+from .sharding.fully_sharded import reshard
 from .sharding.partitioned import any_partitioned
 from .sharding.tensor_parallel import gather_full_tensor, is_sharded, is_tensor_parallel, make_alike
 from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
@@ -255,6 +256,7 @@ def get_method(model: nn.Module) -> Method:
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
     _refuse_partitioned(model)
     attachment.routing.leave()
+    reshard(model)  # what is changed of parameters that FSDP2 has gathered, it forgets
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name

@@ -67,12 +67,16 @@ def start(model: Any, folder: Path) -> Found:
 
 
 def cache(model: Any, folder: Path) -> Found:
-    """A prefix starts from a key/value cache of all heads, and is exported as one of this rank's."""
+    """A prefix starts from a key/value cache of all heads, is exported as one of this rank's, and saved as PEFT's."""
     generator = torch.Generator().manual_seed(3)
     pairs = [tuple(torch.randn(1, 4, 3, 4, generator=generator).double() for _ in "kv") for _ in range(2)]
     config = fastprefix.PrefixTuningConfig(3, init="cache", prefix_position="shift")
     fastprefix.attach(model, config, past_key_values=pairs)
     found = list_parameters(model) | {"logits": list_logits(model)}
+    fastprefix.save_adapter(model, folder / "peft", format="peft")
+    fastprefix.load_adapter(model, folder / "peft", name="saved")
+    found["saved"] = list_logits(model)
+    fastprefix.set_adapter(model, "default")
     exported = fastprefix.export_cache(model, batch_size=3)
     fastprefix.detach(model)
     batch = models.batch()
@@ -137,23 +141,63 @@ def switch(model: Any, folder: Path) -> Found:
 
 
 def compose(model: Any, folder: Path) -> Found:
-    """Prefixes stand one behind the other, and take the place of others."""
+    """Prefixes stand one behind the other, are trained, saved and merged, and take the place of others."""
     torch.manual_seed(2)
     fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name="a")
     fastprefix.save_adapter(model, folder / "part")
-    fastprefix.attach(model, fastprefix.CartridgeConfig(3, init="normal", init_text=None), name="b")
+    fastprefix.attach(model, fastprefix.CartridgeConfig(3, init="normal", init_text=None, key_bias=True), name="b")
+    fastprefix.save_adapter(model, folder / "biased")
     fastprefix.compose(model, ["a", "b"], name="ab")
-    found = {"composed": list_logits(model)}
-    model.train()(**models.batch()).logits.square().sum().backward()
-    found |= {f"gradient {n}": gather(p.grad) for n, p in model.fastprefix.named_parameters() if p.requires_grad}
+    found = train_composed(model, "both")
+    fastprefix.save_adapter(model, folder / "composed")
     fastprefix.set_adapter(model, "a")
-    with torch.no_grad():
-        for parameter in model.fastprefix.parameters():
-            parameter.mul_(2.0)
-    found["changed"] = list_logits(model)
-    fastprefix.swap_prefix(model, folder / "part")
+    found["part"] = list_logits(model)
+    fastprefix.compose(model, ["b", "a"], name="ba", trainable=["a"])
+    found |= train_composed(model, "one")
+    fastprefix.set_adapter(model, "ab")
+    fastprefix.swap_prefix(model, folder / "part", name="a")
     found["swapped"] = list_logits(model)
+    fastprefix.swap_prefix(model, folder / "biased", name="b")
+    found["swapped both"] = list_logits(model)
+    fastprefix.attach(model, fastprefix.CartridgeConfig(7, init="normal", init_text=None, key_bias=True), name="c")
+    fastprefix.swap_prefix(model, [folder / "biased", folder / "part"])
+    found["swapped one behind the other"] = list_logits(model)
+    fastprefix.load_adapter(model, folder / "composed", name="d")
+    found["loaded"] = list_logits(model)
+    fastprefix.merge(model)
+    found["merged"] = list_logits(model)
     return found
+
+
+def compose_attached(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model) -> Found:
+    """Prefixes that were attached before the model was sharded, one of them in use, are composed and exchanged."""
+    torch.manual_seed(2)
+    for name, length in (("a", 4), ("b", 3)):
+        fastprefix.attach(model, fastprefix.CartridgeConfig(length, init="normal", init_text=None), name=name)
+        fastprefix.save_adapter(model, folder / name)
+    fastprefix.set_adapter(model, "a")
+    wrap(model)
+    found = {"part": list_logits(model)}
+    fastprefix.compose(model, ["b", "a"], name="ba", trainable=["b"])
+    found |= train_composed(model, "one")
+    fastprefix.compose(model, ["a", "b"], name="ab")
+    found |= train_composed(model, "both")
+    for name in ("a", "b"):
+        fastprefix.swap_prefix(model, folder / name, name=name)
+        found[f"swapped {name}"] = list_logits(model)
+    return found
+
+
+def train_composed(model: Any, name: str) -> Found:
+    """Gradients of an adapter, and what it gives after a step."""
+    trained = [(key, parameter) for key, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD([parameter for _, parameter in trained], lr=0.01)
+    found = {f"composed of {name}": list_logits(model)}
+    model.train()(**models.batch()).logits.square().sum().backward()
+    found |= {f"gradient {name} {key}": gather(parameter.grad) for key, parameter in trained}
+    optimizer.step()
+    optimizer.zero_grad()
+    return found | {f"trained {name}": list_logits(model)}
 
 
 def checkpoint(model: Any, folder: Path) -> Found:
@@ -251,7 +295,16 @@ def one_key_head(model: Any, folder: Path) -> Found:
     return found
 
 
-SCENARIOS: dict[str, Callable[[Any, Path], Found]] = {
-    function.__name__: function
-    for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate, one_key_head)
-}
+FUNCTIONS: tuple[Callable[..., Found], ...] = (
+    start,
+    cache,
+    merge,
+    switch,
+    compose,
+    compose_attached,
+    checkpoint,
+    whole,
+    accelerate,
+    one_key_head,
+)
+SCENARIOS = {function.__name__: function for function in FUNCTIONS}

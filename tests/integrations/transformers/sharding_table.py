@@ -20,11 +20,11 @@ OUT = Path(__file__).parents[3] / "docs" / "devices.csv"
 TABLE: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, []),
     "tp": (2, ["start", "cache", "merge", "switch", "compose", "checkpoint", "whole", "accelerate", "one_key_head"]),
-    "fsdp2-attach-before": (2, []),
-    "fsdp2-attach-after": (2, ["start", "cache", "merge", "switch", "checkpoint"]),
-    "fsdp2-cpu-offload": (2, []),
-    "fsdp2-loaded": (2, ["whole"]),
-    "fsdp2-tp": (4, ["start", "merge", "switch"]),
+    "fsdp2-attach-before": (2, ["compose_attached"]),
+    "fsdp2-attach-after": (2, ["start", "cache", "merge", "switch", "compose", "checkpoint"]),
+    "fsdp2-cpu-offload": (2, ["compose"]),
+    "fsdp2-loaded": (2, ["compose", "whole"]),
+    "fsdp2-tp": (4, ["start", "merge", "switch", "compose"]),
     "offload": (1, ["start", "cache", "merge", "switch", "compose", "checkpoint"]),
 }
 """The number of processes and the scenarios of each layout, beside all methods."""

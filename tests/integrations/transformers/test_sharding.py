@@ -24,9 +24,9 @@ CELLS = {
                 "one_key_head",
             )
         ],
-        *[f"fsdp2-attach-before:{method}" for method in ("prompt", "cartridge")],
+        *[f"fsdp2-attach-before:{name}" for name in ("prompt", "compose_attached")],
         *[f"fsdp2-attach-after:{method}" for method in ("apt", "llama-adapter", "prompt")],
-        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "checkpoint")],
+        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "compose", "checkpoint")],
         "fsdp2-loaded:prompt",
     ],
     4: ["tp:prefix", *[f"fsdp2-tp:{method}" for method in ("apt", "prompt")]],

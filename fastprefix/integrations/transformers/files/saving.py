@@ -44,6 +44,7 @@ from ..models.switching import OPTIONS, Inputs
 from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..sharding.agreement import agree, do_together, leads
+from ..sharding.fully_sharded import gathering_around, reshard
 from ..sharding.tensor_parallel import gather_full_tensor, write_whole
 from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
@@ -145,7 +146,9 @@ def save_adapter(
     with use_adapter(base, attachment.active if name is None else attachment.check_known(name)):
         if format == "peft":
             adapter = _get_savable(base)
-            description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
+            with gathering_around(base, [adapter.method]):
+                description, found = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
+                tensors = {key: tensor.clone() for key, tensor in found.items()}
             metadata = {"format": "pt"}
         else:
             description, tensors = _describe(base), {**_collect_parameters(base)}
@@ -423,6 +426,7 @@ def _take_off(model: nn.Module, name: str, former: str | None) -> None:
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return what an adapter consists of: the method's parameters and those of the modules that stay trainable."""
+    reshard(model)  # what NumPy has looked at, as in writing a file, FSDP2 could not free
     parameters = dict(model.get_submodule(MODULE).named_parameters())
     for name in get_attachment(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():

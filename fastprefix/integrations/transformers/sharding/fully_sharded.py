@@ -7,6 +7,7 @@ gradients are reduced at the end of the backward pass.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -119,12 +120,16 @@ def find_mesh(model: nn.Module) -> DeviceMesh:
 
 
 def run_gathered(module: nn.Module, method: nn.Module, call: Callable[[], Any]) -> Any:
-    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced."""
+    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced.
+
+    A composed adapter consists of several that are sharded each by itself.
+    """
     gather_with(module, method)
-    if not isinstance(method, FSDPModule):
-        return call()
-    _register(method)
-    return getattr(method, _RUN)(call)
+    for each in method.modules():
+        if isinstance(each, FSDPModule):
+            _register(each)
+            call = functools.partial(getattr(each, _RUN), call)
+    return call()
 
 
 def _register(module: Any) -> None:
