@@ -97,6 +97,7 @@ def merge(model: Any, folder: Path) -> Found:
         "dept": fastprefix.DePTConfig(4, rank=3, max_length=32),
         "adept": fastprefix.ADePTConfig(4, bottleneck_dim=3),
         "adept in every row": fastprefix.ADePTConfig(4, bottleneck_dim=3, shared_prompt=False),
+        "ulpt in every row": fastprefix.ULPTConfig(4, rank=2, shared_prompt=False),
     }.items():
         torch.manual_seed(1)
         fastprefix.attach(model, config)

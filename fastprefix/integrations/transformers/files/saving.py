@@ -44,7 +44,7 @@ from ..models.switching import OPTIONS, Inputs
 from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..sharding.agreement import agree, do_together, leads
-from ..sharding.fully_sharded import gathering_around, reshard
+from ..sharding.fully_sharded import reshard
 from ..sharding.tensor_parallel import gather_full_tensor, write_whole
 from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
@@ -146,9 +146,7 @@ def save_adapter(
     with use_adapter(base, attachment.active if name is None else attachment.check_known(name)):
         if format == "peft":
             adapter = _get_savable(base)
-            with gathering_around(base, [adapter.method]):
-                description, found = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
-                tensors = {key: tensor.clone() for key, tensor in found.items()}
+            description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
             metadata = {"format": "pt"}
         else:
             description, tensors = _describe(base), {**_collect_parameters(base)}
