@@ -17,7 +17,9 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.sharding.tensor_parallel import is_tensor_parallel
+from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.sharding.fully_sharded import is_fully_sharded
+from fastprefix.integrations.transformers.sharding.tensor_parallel import is_tensor_parallel, write_whole
 
 from ... import models
 
@@ -201,6 +203,88 @@ def train_composed(model: Any, name: str) -> Found:
     return found | {f"trained {name}": list_logits(model)}
 
 
+MIXED = {
+    "a": lambda: fastprefix.PrefixTuningConfig(4),
+    "mlp": lambda: fastprefix.PrefixTuningConfig(3, reparameterization="mlp", hidden_dim=8),
+    "biased": lambda: fastprefix.PrefixTuningConfig(2, key_bias=True),
+    "apt": lambda: fastprefix.APTConfig(4),
+    "prompt": lambda: fastprefix.PromptTuningConfig(4),
+    "adept": lambda: fastprefix.ADePTConfig(3, bottleneck_dim=3),
+    "dept": lambda: fastprefix.DePTConfig(3, rank=3, max_length=32),
+    "own": lambda: fastprefix.PrefixTuningConfig(3, softmax="own"),
+    "lama": lambda: fastprefix.LlamaAdapterConfig(3),
+}
+BATCHES = {
+    "prefixes": ["a", "mlp", "__base__"],
+    "biases": ["biased", "a", "a"],
+    "gates": ["apt", "mlp", "apt"],
+    "prompts": ["prompt", "adept", "dept"],
+    "own softmax": ["own", "__base__", "own"],
+    "projected": ["lama", "lama", "__base__"],
+}
+
+
+def mixed(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model, trains: bool = False) -> Found:
+    """Rows of one batch have different adapters, attached or in a store."""
+    torch.manual_seed(2)
+    for name, config in MIXED.items():
+        fastprefix.attach(model, config(), name=name)
+        randomize(model)
+        fastprefix.save_adapter(model, folder / name)
+    wrap(model)
+    found = run_batches(model, "attached")
+    if trains:
+        found |= train_batches(model)
+    fastprefix.detach(model)
+    store = fastprefix.AdapterStore(model)
+    for name in MIXED:
+        store.load(name, folder / name)
+    found |= run_batches(model, "stored")
+    store.drop("a")
+    store.load("a", fastprefix.read_prefix(model, folder / "biased"))
+    return found | run_batches(model, "exchanged")
+
+
+def mixed_training(model: Any, folder: Path) -> Found:
+    """The same, with gradients of all adapters of a batch."""
+    return mixed(model, folder, trains=True)
+
+
+def randomize(model: Any) -> None:
+    """Random values for the adapter in use, so that nothing is hidden by an initial zero."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.fastprefix.parameters():
+            write_whole(parameter, 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def train_batches(model: Any) -> Found:
+    """Gradients of all adapters in batches that have several of them."""
+    found: Found = {}
+    model.train()
+    for batch, names in BATCHES.items():
+        model(**models.batch("left"), adapter_names=names).logits.square().sum().backward()
+        for name in set(names) - {"__base__"}:
+            for key, parameter in get_attachment(model).adapters[name].method.named_parameters():
+                found[f"gradient {batch} {name} {key}"] = gather(parameter.grad)
+                parameter.grad = None
+    return found
+
+
+def run_batches(model: Any, kind: str) -> Found:
+    """What rows with different adapters give, and generate. Ranks of FSDP2 name different ones."""
+    found: Found = {}
+    model.eval()
+    others = distributed.get_rank() if is_fully_sharded(model) and not is_tensor_parallel(model) else 0
+    for place, batch in enumerate(BATCHES):
+        names = list(BATCHES.values())[(place + others) % len(BATCHES)]
+        with torch.no_grad():
+            found[f"{kind} {batch}"] = model(**models.batch("left"), adapter_names=names).logits
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "adapter_names": names}
+        found[f"{kind} {batch} generated"] = model.generate(**models.batch("left"), **options)
+    return found
+
+
 def checkpoint(model: Any, folder: Path) -> Found:
     """Gradient checkpointing of both kinds."""
     found: Found = {}
@@ -303,6 +387,8 @@ FUNCTIONS: tuple[Callable[..., Found], ...] = (
     switch,
     compose,
     compose_attached,
+    mixed,
+    mixed_training,
     checkpoint,
     whole,
     accelerate,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
@@ -86,16 +87,43 @@ def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
 @contextmanager
 def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Gather what is around and inside modules of a model in this context, so that they can be called by themselves."""
-    gathered = {each: None for module in modules for each in _find_around(model, module)}
-    if gathered:
+    given = list(modules)
+    gathered = {each: None for module in given for each in (*_find_around(model, module), *_find_around(module, module))}
+    if given:
         open_root(model)
     for each in gathered:
         each.unshard()
     try:
         yield
     finally:
+        if given and isinstance(model, FSDPModule):
+            model.reshard()
         for each in gathered:
             each.reshard()
+
+
+@contextmanager
+def outside_forward(model: nn.Module) -> Iterator[None]:
+    """Let parts of a model run in this context within its own forward pass, as if that had not begun yet."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    state: Any = model._get_fsdp_state()
+    groups, training = state._fsdp_param_groups, state._training_state
+    if training is TrainingState.IDLE:
+        yield
+        return
+    of_groups, root = [group._training_state for group in groups], state._state_ctx.iter_forward_root
+    state._training_state, state._state_ctx.iter_forward_root = TrainingState.IDLE, None
+    for group in groups:
+        group._training_state = TrainingState.IDLE
+    try:
+        yield
+    finally:
+        model.unshard()
+        state._training_state, state._state_ctx.iter_forward_root = training, root
+        for group, of_group in zip(groups, of_groups, strict=True):
+            group._training_state = of_group
 
 
 def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:

@@ -57,6 +57,17 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         raise ValueError(f"`model` must not be sharded over processes to {what}.")
 
 
+def agree_on_any(model: nn.Module, flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set on any rank of a model."""
+    mesh = find_whole_mesh(model)
+    if mesh is None or not flags:
+        return list(flags)
+    common = torch.tensor(flags, dtype=torch.int32, device=device)
+    for dim in range(mesh.ndim):
+        distributed.all_reduce(common, op=distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return [bool(flag) for flag in common.tolist()]
+
+
 def find_tensor_parallel_mesh(model: Any) -> DeviceMesh | None:
     """Return the one-dimensional mesh of the ranks that share the heads of a model, or None for a model with all heads.
 
@@ -112,6 +123,11 @@ class TensorParallelHeads:
             (self.take_heads(key, split.keys), self.take_heads(value, split.keys))
             for split, (key, value) in zip(self.splits, prefixes, strict=False)
         ]
+
+    def take_biases(self, biases: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Return this rank's heads of the biases of the keys of all layers."""
+        pairs = zip(self.splits, biases, strict=False)
+        return [None if bias is None else self.take_heads(bias, split.keys) for split, bias in pairs]
 
     def take_heads(self, tensor: Tensor, split: bool, dim: int = 0) -> Tensor:
         """Return this rank's heads of a tensor with a row for each.
