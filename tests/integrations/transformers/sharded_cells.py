@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     ),
     "ulpt": lambda: fastprefix.ULPTConfig(5, rank=2),
     "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=8),
+    "mpt": lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=1),
 }
 
 
