@@ -23,7 +23,6 @@ from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tu
 from .sharding.fully_sharded import shard_like
 from .sharding.tensor_parallel import is_sharded, write_whole
 
-
 _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
 

@@ -212,7 +212,7 @@ MIXED = {
     "adept": lambda: fastprefix.ADePTConfig(3, bottleneck_dim=3),
     "dept": lambda: fastprefix.DePTConfig(3, rank=3, max_length=32),
     "own": lambda: fastprefix.PrefixTuningConfig(3, softmax="own"),
-    "lama": lambda: fastprefix.LlamaAdapterConfig(3),
+    "llama": lambda: fastprefix.LlamaAdapterConfig(3),
 }
 BATCHES = {
     "prefixes": ["a", "mlp", "__base__"],
@@ -220,7 +220,7 @@ BATCHES = {
     "gates": ["apt", "mlp", "apt"],
     "prompts": ["prompt", "adept", "dept"],
     "own softmax": ["own", "__base__", "own"],
-    "projected": ["lama", "lama", "__base__"],
+    "projected": ["llama", "llama", "__base__"],
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 CELLS = {
     2: [
         "ddp:prompt",
-        *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "own-softmax", "llama-adapter", "prompt")],
+        *[f"tp:{method}" for method in ("cartridge", "prefix-mlp", "prompt")],
         *[
             f"tp:{name}"
             for name in (
@@ -18,6 +18,7 @@ CELLS = {
                 "merge",
                 "switch",
                 "compose",
+                "mixed_training",
                 "checkpoint",
                 "whole",
                 "accelerate",
@@ -25,8 +26,8 @@ CELLS = {
             )
         ],
         *[f"fsdp2-attach-before:{name}" for name in ("prompt", "compose_attached")],
-        *[f"fsdp2-attach-after:{method}" for method in ("apt", "llama-adapter", "prompt")],
-        *[f"fsdp2-attach-after:{name}" for name in ("start", "merge", "compose", "checkpoint")],
+        *[f"fsdp2-attach-after:{method}" for method in ("llama-adapter", "prompt")],
+        *[f"fsdp2-attach-after:{name}" for name in ("cache", "merge", "compose", "mixed", "checkpoint")],
         "fsdp2-loaded:prompt",
     ],
     4: ["tp:prefix", *[f"fsdp2-tp:{method}" for method in ("apt", "prompt")]],

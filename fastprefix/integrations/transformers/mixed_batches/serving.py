@@ -27,6 +27,7 @@ from ..attachment import (
     use_adapter,
 )
 from ..files.saving import fill, load_adapter, locate_adapter, read_adapter
+from ..models.attention import Prefix
 from ..models.switching import evaluating, find_device
 from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
@@ -260,7 +261,8 @@ class AdapterStore:
         length = state.length
         shift = length if state.prefix_position == "shift" else 0
         indices = {layer.module: index for index, layer in enumerate(layers)}
-        pairs, biases = state.pairs, [None] * len(layers) if state.biases is None else state.biases
+        pairs: list[Prefix] = state.pairs
+        biases: list[Tensor | None] = [*(state.biases or [None] * len(layers))]
         heads = TensorParallelHeads.find(self.model, layers)
         if heads is not None:
             pairs, biases = heads.take_prefixes(pairs), heads.take_biases(biases)
@@ -272,7 +274,7 @@ class AdapterStore:
 
 def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
     """Return a copy of a method that FSDP2 has sharded and gathered, which does not belong to FSDP2."""
-    shape = method.shapes if isinstance(method, PrefixMethod) else method.shape
+    shape: Any = method.shapes if isinstance(method, PrefixMethod) else method.shape
     copied = METHODS[method.config.method_name()][1](method.config, shape)
     parameters = dict(method.named_parameters())
     copied.to(next(iter(parameters.values())))

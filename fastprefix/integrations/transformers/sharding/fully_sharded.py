@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Shard
 
 from .partitioned import gather_with
@@ -86,9 +86,12 @@ def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
 
 @contextmanager
 def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves."""
+    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves.
+
+    An adapter that waits beside the model counts as one of them.
+    """
     given = list(modules)
-    gathered = {each: None for module in given for each in (*_find_around(model, module), *_find_around(module, module))}
+    gathered = {each: None for module in given for each in _find_around(model, module)}
     if given:
         open_root(model)
     for each in gathered:
@@ -127,9 +130,10 @@ def outside_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
-    """Return the modules of FSDP2 that have parameters of a module or are inside it."""
+    """Return the modules of FSDP2 that have parameters of a module, of the model or not, or are inside it."""
     inside = set(module.modules())
-    return [each for each in model.modules() if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
+    known = dict.fromkeys((*model.modules(), *module.modules()))
+    return [each for each in known if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
 
 
 def _is_sharded(parameter: Tensor) -> bool:
