@@ -47,6 +47,9 @@ _LOADING = "__loading__"
 class AdapterStore:
     """Adapters of one model that are used by name, ``model(..., adapter_names=[...])``, and not trained.
 
+    On a sharded model all ranks load and drop the same adapters. Under tensor parallelism each rank has the keys and
+    values of its own heads, and under FSDP2 all of them.
+
     They take no more memory than their keys and values, and less than 5 % for growth: one tensor a layer holds the keys
     of all of them. They are loaded, renamed and dropped between calls, while nothing is compiled or attached anew.
     Room that is freed is used again; where no gap is large enough, all move together into new tensors.
@@ -262,7 +265,7 @@ class AdapterStore:
         shift = length if state.prefix_position == "shift" else 0
         indices = {layer.module: index for index, layer in enumerate(layers)}
         pairs: list[Prefix] = state.pairs
-        biases: list[Tensor | None] = [*(state.biases or [None] * len(layers))]
+        biases: list[Tensor | None] = [None] * len(layers) if state.biases is None else [*state.biases]
         heads = TensorParallelHeads.find(self.model, layers)
         if heads is not None:
             pairs, biases = heads.take_prefixes(pairs), heads.take_biases(biases)
