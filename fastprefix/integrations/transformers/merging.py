@@ -51,6 +51,7 @@ from .prompts.prompt import OffsetHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.fully_sharded import gathering_around, is_fully_sharded
+from .sharding.partitioned import gathering_modules
 from .sharding.tensor_parallel import TensorParallelHeads
 from .vision.visual_prompt import VisualHooks
 
@@ -79,7 +80,7 @@ def merge(model: Model) -> Model:
         return model
     routing.leave()
     method, hooks = adapter.method, adapter.hooks
-    with evaluating(base), torch.no_grad():
+    with evaluating(base), torch.no_grad(), gathering_modules(base):
         if isinstance(method, PrefixMethod):
             _merge_prefix(base, adapter, method)
         elif isinstance(method, VisualMethod):

@@ -7,6 +7,7 @@ the largest differences of each case to FILE.
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import deepspeed
 import torch
 from safetensors.torch import load_file
 from torch import distributed
+from transformers import LlamaForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 
 import fastprefix
 
@@ -23,24 +26,48 @@ from .sharded_cells import METHODS
 CASES = [
     *[(3, method, "") for method in ("prefix", "prefix-mlp", "apt", "llama-adapter", "prompt", "adept")],
     *[(3, method, "checkpointing") for method in ("prefix-mlp", "prompt")],
+    *[(3, method, "loaded") for method in ("prefix", "llama-adapter", "prompt", "adept")],
     *[(2, method, "") for method in ("prefix", "prompt")],
 ]
-"""The stage of ZeRO, the method, and the kind of gradient checkpointing."""
+"""The stage of ZeRO, the method, and "checkpointing", or "loaded" for a model that was partitioned at load."""
+ZERO = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 STEPS, ROWS, TOKENS, RATE, DECAY = 3, 4, 7, 1e-2, 0.01
 
 
-def make(method: str) -> Any:
-    """A model in float32 with an adapter, the same everywhere."""
-    model = fastprefix.attach(models.decoder().float(), METHODS[method]())
+def make(method: str, folder: Path | None = None) -> Any:
+    """A model in float32 with an adapter, the same everywhere. With a folder, it is loaded partitioned."""
+    if folder is None:
+        model = models.decoder().float()
+    else:
+        config = HfDeepSpeedConfig(ZERO)
+        assert config.is_zero3()
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None
+        del config  # which holds as long as it is there
+    torch.manual_seed(distributed.get_rank())
+    fastprefix.attach(model, METHODS[method]())
+    if folder is not None:
+        check_start(model)
     models.randomize(model)
     return model
+
+
+def check_start(model: Any) -> None:
+    """Check that an adapter starts from the same values on all ranks."""
+    for name, parameter in model.fastprefix.named_parameters():
+        first = parameter.detach().clone()
+        distributed.broadcast(first, 0)
+        assert torch.equal(first, parameter), name
 
 
 def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, float]:
     """Return how far losses, files and generated tokens are from those of one process."""
     size, rank = distributed.get_world_size(), distributed.get_rank()
-    plain, model = make(method), make(method)
-    if kind:
+    plain, model = make(method), make(method, folder.parent / "model" if kind == "loaded" else None)
+    if kind == "checkpointing":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = deepspeed.initialize(
         model=model,
@@ -82,12 +109,24 @@ def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, floa
     }
 
 
+def describe_refusal(change: Callable[[], Any]) -> str:
+    """What is said to whoever changes an adapter of a model that is partitioned."""
+    try:
+        change()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(file: str) -> None:
     """Run all cases."""
     deepspeed.init_distributed(dist_backend="gloo")
     names: list[Any] = [tempfile.mkdtemp() if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(names)
-    results = {}
+    if distributed.get_rank() == 0:
+        models.decoder().float().save_pretrained(Path(names[0]) / "model")
+    distributed.barrier()
+    results: dict[str, Any] = {}
     for number, case in enumerate(CASES):
         results[" ".join(map(str, case)).strip()] = run_case(*case, Path(names[0]) / str(number))
     refused = make("prefix")
@@ -100,10 +139,8 @@ def main(file: str) -> None:
             "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
         },
     )[0]
-    try:
-        fastprefix.detach(engine.module)
-    except ValueError as error:
-        results["refused"] = str(error)
+    changes = (fastprefix.detach, lambda model: fastprefix.swap_prefix(model, []))
+    results["refused"] = [describe_refusal(lambda change=change: change(engine.module)) for change in changes]
     if distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(results))
 

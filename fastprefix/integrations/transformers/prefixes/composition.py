@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 from ....methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ....methods.prefix_tuning import FreePrefix
 from ..adapter import Adapter
-from ..attachment import Model, check_name_free, get_attachment, install, use_adapter
+from ..attachment import Model, check_name_free, get_attachment, install, refuse_partitioned, use_adapter
 from ..files.saving import fill, read_prefix
 from ..models.discovery import find_method_layers
 from ..models.tuners import find_base_model
 from ..sharding.fully_sharded import is_fully_sharded, reshard
+from ..sharding.partitioned import gathering_modules
 from ..sharding.tensor_parallel import TensorParallelHeads, write_whole
 from .initial import PrefixState
 from .prefix import PrefixHooks
@@ -68,7 +69,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
         parts=[part.config.to_dict() for part, _ in parts],
         trainable=[trains for _, trains in parts],
     )
-    with use_adapter(base, None):
+    with use_adapter(base, None), gathering_modules(base):
         layers = find_method_layers(base, config)
     method = Composition(config, [layer.whole_shape for layer in layers], [part for part, _ in parts])
     return install(model, Adapter(base, config, method, PrefixHooks(base, method, layers)), name)
@@ -122,10 +123,11 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
     if method.config.softmax != "joint":
         raise ValueError('`name` must be an adapter with softmax="joint": trained gates are for the keys that it has.')
+    refuse_partitioned(base := find_base_model(model))
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
-    if is_fully_sharded(base := find_base_model(model)):
+    if is_fully_sharded(base):
         reshard(base)
         _write_sharded(method, prefix, states)
     else:

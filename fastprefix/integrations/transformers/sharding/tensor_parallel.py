@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ....methods import AttentionShape, PrefixMethod
 from ..models.attention import Prefix
-from .partitioned import copy_whole, is_partitioned
+from .partitioned import any_partitioned, copy_whole, is_partitioned
 
 if TYPE_CHECKING:
     from ..models.discovery import Layer
@@ -246,11 +246,11 @@ def _differ_by_rank(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> list[bool]:
 def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Give all ranks of a sharded model the values of its first rank: those of an adapter are drawn at random."""
     mesh: DeviceMesh | None = find_whole_mesh(model)
-    if mesh is None:
-        return
+    groups: list[Any] = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    if any_partitioned(model):
+        groups = [None]
     with torch.no_grad():
-        for dim in range(mesh.ndim):
-            group = mesh.get_group(dim)
+        for group in groups:
             if distributed.get_world_size(group) > 1:
                 for tensor in tensors:
                     distributed.broadcast(tensor, group=group, group_src=0)
