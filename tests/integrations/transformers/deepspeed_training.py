@@ -24,7 +24,7 @@ from ... import models
 from .sharded_cells import METHODS
 
 CASES = [
-    *[(3, method, "") for method in ("prefix", "prefix-mlp", "apt", "llama-adapter", "prompt", "adept")],
+    *[(3, method, "") for method in METHODS],
     *[(3, method, "checkpointing") for method in ("prefix-mlp", "prompt")],
     *[(3, method, "loaded") for method in ("prefix", "llama-adapter", "prompt", "adept")],
     *[(2, method, "") for method in ("prefix", "prompt")],
