@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors.torch import load_file
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -39,20 +39,37 @@ STEPS, ROWS, TOKENS, RATE, DECAY = 3, 4, 7, 1e-2, 0.01
 
 def make(method: str, folder: Path | None = None) -> Any:
     """A model in float32 with an adapter, the same everywhere. With a folder, it is loaded partitioned."""
-    if folder is None:
-        model = models.decoder().float()
-    else:
-        config = HfDeepSpeedConfig(ZERO)
-        assert config.is_zero3()
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        model.generation_config.eos_token_id = None
-        del config  # which holds as long as it is there
+    model = models.decoder().float() if folder is None else load_partitioned(folder)
     torch.manual_seed(distributed.get_rank())
     fastprefix.attach(model, METHODS[method]())
     if folder is not None:
         check_start(model)
     models.randomize(model)
     return model
+
+
+def load_partitioned(folder: Path) -> Any:
+    """A model that is partitioned at load, while the configuration is there."""
+    config = HfDeepSpeedConfig(ZERO)
+    assert config.is_zero3()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def change(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The parameters of adapters that are composed, merged and loaded before there is an engine."""
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name=name)
+    fastprefix.compose(model, ["a", "b"], name="ab")
+    found = {f"composed {name}": each.detach() for name, each in model.fastprefix.named_parameters()}
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(4), name="prompt")
+    fastprefix.save_adapter(model, folder)
+    fastprefix.merge(model)
+    found |= {f"merged {name}": each.detach() for name, each in model.fastprefix.named_parameters()}
+    fastprefix.load_adapter(model, folder, name="loaded")
+    return found | {f"loaded {name}": each.detach() for name, each in model.fastprefix.named_parameters()}
 
 
 def check_start(model: Any) -> None:
@@ -109,10 +126,10 @@ def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, floa
     }
 
 
-def describe_refusal(change: Callable[[], Any]) -> str:
-    """What is said to whoever changes an adapter of a model that is partitioned."""
+def describe_refusal(action: Callable[[], Any]) -> str:
+    """What is said to whoever changes an adapter of a model that an engine has."""
     try:
-        change()
+        action()
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -129,6 +146,9 @@ def main(file: str) -> None:
     results: dict[str, Any] = {}
     for number, case in enumerate(CASES):
         results[" ".join(map(str, case)).strip()] = run_case(*case, Path(names[0]) / str(number))
+    alone, partitioned = models.decoder().float(), load_partitioned(Path(names[0]) / "model")
+    expected, actual = change(alone, Path(names[0]) / "alone"), change(partitioned, Path(names[0]) / "partitioned")
+    results["changed"] = max(float((actual[name] - tensor).abs().max()) for name, tensor in expected.items())
     refused = make("prefix")
     engine = deepspeed.initialize(
         model=refused,
@@ -139,8 +159,10 @@ def main(file: str) -> None:
             "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
         },
     )[0]
-    changes = (fastprefix.detach, lambda model: fastprefix.swap_prefix(model, []))
-    results["refused"] = [describe_refusal(lambda change=change: change(engine.module)) for change in changes]
+    results["refused"] = [
+        describe_refusal(lambda: fastprefix.detach(engine.module)),
+        describe_refusal(lambda: fastprefix.swap_prefix(engine.module, [])),
+    ]
     if distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(results))
 
