@@ -245,6 +245,7 @@ def _differ_by_rank(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> list[bool]:
 
 def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Give all ranks of a sharded model the values of its first rank: those of an adapter are drawn at random."""
+    given = list(tensors)  # for each group anew
     mesh: DeviceMesh | None = find_whole_mesh(model)
     groups: list[Any] = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
     if any_partitioned(model):
@@ -252,7 +253,7 @@ def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for group in groups:
             if distributed.get_world_size(group) > 1:
-                for tensor in tensors:
+                for tensor in given:
                     distributed.broadcast(tensor, group=group, group_src=0)
 
 
