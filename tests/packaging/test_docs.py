@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 SURVEY = "families.md"
-NOT_OURS = ("pip", "torchrun")
+NOT_OURS = ("accelerate", "pip", "torchrun")
 """Commands in examples whose options are others' to keep."""
 OPTIONAL = ("sentence_transformers", "lm_eval")
 """Libraries in examples that need not be installed. Examples run up to the first one that is not."""

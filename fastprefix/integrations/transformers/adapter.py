@@ -17,18 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ...methods import MethodConfig, PrefixMethod, PromptMethod, VisualMethod
+from ...methods import Composition, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .models.switching import OPTIONS, OwnConfigurations, User, find_device
 from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
-from .sharding.fully_sharded import is_fully_sharded, shard_like
+from .sharding.fully_sharded import shard_like
 from .sharding.tensor_parallel import is_sharded, write_whole
-
-
-def refuse_fully_sharded(model: nn.Module, what: str) -> None:
-    """Refuse what changes parameters of an adapter that FSDP2 has sharded."""
-    if is_fully_sharded(model):
-        raise ValueError(f"`model` must not be sharded by FSDP2 to {what}: do that before fully_shard.")
-
 
 _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
 
@@ -191,7 +184,8 @@ class Adapter:
             model.get_submodule(name).requires_grad_(not self.merged)
         method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
         model.add_module(MODULE, method.train(model.training))
-        shard_like(model, method)
+        for part in method.parts if isinstance(method, Composition) else [method]:
+            shard_like(model, part)
         self.mark(model)
         self.hooks.install(model)
 

@@ -48,7 +48,8 @@ from .prompts.prompt import EncoderPromptHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.agreement import agree, do_together
-from .sharding.partitioned import any_partitioned
+from .sharding.fully_sharded import reshard
+from .sharding.partitioned import find_whole_shape, gathering_modules, runs_in_engine
 from .sharding.tensor_parallel import gather_full_tensor, is_sharded, is_tensor_parallel, make_alike
 from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
 
@@ -105,7 +106,7 @@ def attach(
     if isinstance(config, CompositionConfig):
         raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
     check_cache_given(config, past_key_values)
-    with use_adapter(base, None):
+    with use_adapter(base, None), gathering_modules(base):
         plan = _make_plan(base, config, example_inputs, check)
         if isinstance(plan.method, VisualMethod):
             plan.method.reset_parameters()
@@ -117,7 +118,7 @@ def attach(
         else:
             ids = tokenize_text(base, config, tokenizer)
             with load_offloaded(base, base.get_input_embeddings()):
-                plan.method.reset_parameters(gather_full_tensor(_find_table(base).detach()), ids)
+                plan.method.reset_parameters(gather_full_tensor(_find_table(base)).detach(), ids)
             if isinstance(config, MultitaskPromptConfig) and isinstance(plan.method, MultitaskPrompt) and config.source:
                 plan.method.start_from(*read_source(config.source))
         make_alike(base, plan.method.parameters())
@@ -131,7 +132,7 @@ def attach_empty(
     """Attach a method whose parameters are about to be loaded: they are not initialised."""
     base = find_base_model(model)
     _check_together(base, config, name)
-    with use_adapter(base, None):
+    with use_adapter(base, None), gathering_modules(base):
         adapter = _make_adapter(base, config, _make_plan(base, config, example_inputs, check=False), freeze_peft)
     install(model, adapter, name)
 
@@ -253,8 +254,9 @@ def get_method(model: nn.Module) -> Method:
 
 
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
-    _refuse_partitioned(model)
+    refuse_partitioned(model)
     attachment.routing.leave()
+    reshard(model)  # what is changed of parameters that FSDP2 has gathered, it forgets
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
@@ -284,17 +286,17 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
     agree(model, "attach an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
 
 
-def _refuse_partitioned(model: nn.Module) -> None:
+def refuse_partitioned(model: nn.Module) -> None:
     """Refuse to change which parameters a model has once DeepSpeed has partitioned them."""
-    if any_partitioned(model):
+    if runs_in_engine(model):
         raise ValueError(
             "`model` must not be partitioned by DeepSpeed's ZeRO-3, whose parameters are empty between calls: attach, "
-            "switch and detach before deepspeed.initialize, on a model that was loaded without ZeRO-3"
+            "switch and detach before deepspeed.initialize."
         )
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
-    _refuse_partitioned(model)
+    refuse_partitioned(model)
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
@@ -415,7 +417,7 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
                 f"`model` must have layers whose input a hook can watch, for the gate, but these have none: {lost}"
             )
     else:
-        method = method_class(config, EmbeddingShape(*_find_table(model).shape))
+        method = method_class(config, EmbeddingShape(*find_whole_shape(_find_table(model))))
         path = _choose_prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
     return _Plan(_move_method(model, method), layers, path)

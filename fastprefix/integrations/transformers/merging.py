@@ -51,6 +51,7 @@ from .prompts.prompt import OffsetHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.fully_sharded import gathering_around, is_fully_sharded
+from .sharding.partitioned import gathering_modules
 from .sharding.tensor_parallel import TensorParallelHeads
 from .vision.visual_prompt import VisualHooks
 
@@ -79,7 +80,7 @@ def merge(model: Model) -> Model:
         return model
     routing.leave()
     method, hooks = adapter.method, adapter.hooks
-    with evaluating(base), torch.no_grad():
+    with evaluating(base), torch.no_grad(), gathering_modules(base):
         if isinstance(method, PrefixMethod):
             _merge_prefix(base, adapter, method)
         elif isinstance(method, VisualMethod):
@@ -91,8 +92,10 @@ def merge(model: Model) -> Model:
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
             _merge_table(base, adapter, method, hooks)
         elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
+            with gathering_around(base, [method]):
+                baked = method.baked()
             hooks.remove()
-            hooks.method = method.baked()
+            hooks.method = baked
             _exchange(base, adapter, hooks.method, [hooks])
         else:
             raise ValueError(
@@ -160,7 +163,8 @@ def export_cache(
         raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
-        baked = method.baked().prefixes()
+        with gathering_around(base, [method]):
+            baked = method.baked().prefixes()
         if adapter.hooks.heads is not None:
             baked = adapter.hooks.heads.take_prefixes(baked)
         prefixes = dict(zip(map(_get_index, modules), baked, strict=True))

@@ -71,29 +71,13 @@ def train(family: str, method: str, kind: str, wrap: Callable[[Any], Any] | None
     return {"losses": torch.stack(losses), **parameters, **{f"saved {name}": tensor for name, tensor in saved.items()}}
 
 
-def refusals() -> list[str]:
-    """What is said to whoever changes a sharded model's adapters."""
-    model = shard(attached("encoder", "prefix"))
-    messages = []
-    for change in (
-        lambda: fastprefix.compose(model, ["default"], name="b"),
-        lambda: fastprefix.swap_prefix(model, []),
-    ):
-        try:
-            change()
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
 def main(file: str) -> None:
     """Train all cases."""
     distributed.init_process_group("gloo")
     results = {mode: {case: train(*case, wrap) for case in CASES} for mode, wrap in WRAPPERS.items()}
-    messages = refusals()
     if distributed.get_rank() == 0:
         alone = {case: train(*case, None) for case in CASES}
-        torch.save((results, alone, messages), file)
+        torch.save((results, alone), file)
     distributed.destroy_process_group()
 
 

@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     ),
     "ulpt": lambda: fastprefix.ULPTConfig(5, rank=2),
     "p-tuning": lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=8),
+    "mpt": lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=1),
 }
 
 
@@ -172,7 +173,8 @@ def run_scenario(layout: Layout, name: str, folder: Path) -> float | None:
     work = folder / f"{name}-{id(layout)}"
     names = [str(work)]
     distributed.broadcast_object_list(names)
-    actual = SCENARIOS[name](layout.make_bare(base), Path(names[0]))
+    options = {} if layout.attach_first is None else {"wrap": layout.attach_first}
+    actual = SCENARIOS[name](layout.make_bare(base), Path(names[0]), **options)
     distributed.barrier()
     return compare(actual, SCENARIOS[name](load(base), folder / f"{name}-alone")) if first else None
 

@@ -17,7 +17,9 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastprefix
-from fastprefix.integrations.transformers.sharding.tensor_parallel import is_tensor_parallel
+from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.sharding.fully_sharded import is_fully_sharded
+from fastprefix.integrations.transformers.sharding.tensor_parallel import is_tensor_parallel, write_whole
 
 from ... import models
 
@@ -67,12 +69,16 @@ def start(model: Any, folder: Path) -> Found:
 
 
 def cache(model: Any, folder: Path) -> Found:
-    """A prefix starts from a key/value cache of all heads, and is exported as one of this rank's."""
+    """A prefix starts from a key/value cache of all heads, is exported as one of this rank's, and saved as PEFT's."""
     generator = torch.Generator().manual_seed(3)
     pairs = [tuple(torch.randn(1, 4, 3, 4, generator=generator).double() for _ in "kv") for _ in range(2)]
     config = fastprefix.PrefixTuningConfig(3, init="cache", prefix_position="shift")
     fastprefix.attach(model, config, past_key_values=pairs)
     found = list_parameters(model) | {"logits": list_logits(model)}
+    fastprefix.save_adapter(model, folder / "peft", format="peft")
+    fastprefix.load_adapter(model, folder / "peft", name="saved")
+    found["saved"] = list_logits(model)
+    fastprefix.set_adapter(model, "default")
     exported = fastprefix.export_cache(model, batch_size=3)
     fastprefix.detach(model)
     batch = models.batch()
@@ -93,6 +99,7 @@ def merge(model: Any, folder: Path) -> Found:
         "dept": fastprefix.DePTConfig(4, rank=3, max_length=32),
         "adept": fastprefix.ADePTConfig(4, bottleneck_dim=3),
         "adept in every row": fastprefix.ADePTConfig(4, bottleneck_dim=3, shared_prompt=False),
+        "ulpt in every row": fastprefix.ULPTConfig(4, rank=2, shared_prompt=False),
     }.items():
         torch.manual_seed(1)
         fastprefix.attach(model, config)
@@ -137,22 +144,144 @@ def switch(model: Any, folder: Path) -> Found:
 
 
 def compose(model: Any, folder: Path) -> Found:
-    """Prefixes stand one behind the other, and take the place of others."""
+    """Prefixes stand one behind the other, are trained, saved and merged, and take the place of others."""
     torch.manual_seed(2)
     fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name="a")
     fastprefix.save_adapter(model, folder / "part")
-    fastprefix.attach(model, fastprefix.CartridgeConfig(3, init="normal", init_text=None), name="b")
+    fastprefix.attach(model, fastprefix.CartridgeConfig(3, init="normal", init_text=None, key_bias=True), name="b")
+    fastprefix.save_adapter(model, folder / "biased")
     fastprefix.compose(model, ["a", "b"], name="ab")
-    found = {"composed": list_logits(model)}
-    model.train()(**models.batch()).logits.square().sum().backward()
-    found |= {f"gradient {n}": gather(p.grad) for n, p in model.fastprefix.named_parameters() if p.requires_grad}
+    found = train_composed(model, "both")
+    fastprefix.save_adapter(model, folder / "composed")
     fastprefix.set_adapter(model, "a")
+    found["part"] = list_logits(model)
+    fastprefix.compose(model, ["b", "a"], name="ba", trainable=["a"])
+    found |= train_composed(model, "one")
+    fastprefix.set_adapter(model, "ab")
+    fastprefix.swap_prefix(model, folder / "part", name="a")
+    found["swapped"] = list_logits(model)
+    fastprefix.swap_prefix(model, folder / "biased", name="b")
+    found["swapped both"] = list_logits(model)
+    fastprefix.attach(model, fastprefix.CartridgeConfig(7, init="normal", init_text=None, key_bias=True), name="c")
+    fastprefix.swap_prefix(model, [folder / "biased", folder / "part"])
+    found["swapped one behind the other"] = list_logits(model)
+    fastprefix.load_adapter(model, folder / "composed", name="d")
+    found["loaded"] = list_logits(model)
+    fastprefix.merge(model)
+    found["merged"] = list_logits(model)
+    return found
+
+
+def compose_attached(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model) -> Found:
+    """Prefixes that were attached before the model was sharded, one of them in use, are composed and exchanged."""
+    torch.manual_seed(2)
+    for name, length in (("a", 4), ("b", 3)):
+        fastprefix.attach(model, fastprefix.CartridgeConfig(length, init="normal", init_text=None), name=name)
+        fastprefix.save_adapter(model, folder / name)
+    fastprefix.set_adapter(model, "a")
+    wrap(model)
+    found = {"part": list_logits(model)}
+    fastprefix.compose(model, ["b", "a"], name="ba", trainable=["b"])
+    found |= train_composed(model, "one")
+    fastprefix.compose(model, ["a", "b"], name="ab")
+    found |= train_composed(model, "both")
+    for name in ("a", "b"):
+        fastprefix.swap_prefix(model, folder / name, name=name)
+        found[f"swapped {name}"] = list_logits(model)
+    return found
+
+
+def train_composed(model: Any, name: str) -> Found:
+    """Gradients of an adapter, and what it gives after a step."""
+    trained = [(key, parameter) for key, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD([parameter for _, parameter in trained], lr=0.01)
+    found = {f"composed of {name}": list_logits(model)}
+    model.train()(**models.batch()).logits.square().sum().backward()
+    found |= {f"gradient {name} {key}": gather(parameter.grad) for key, parameter in trained}
+    optimizer.step()
+    optimizer.zero_grad()
+    return found | {f"trained {name}": list_logits(model)}
+
+
+MIXED = {
+    "a": lambda: fastprefix.PrefixTuningConfig(4),
+    "mlp": lambda: fastprefix.PrefixTuningConfig(3, reparameterization="mlp", hidden_dim=8),
+    "biased": lambda: fastprefix.PrefixTuningConfig(2, key_bias=True),
+    "apt": lambda: fastprefix.APTConfig(4),
+    "prompt": lambda: fastprefix.PromptTuningConfig(4),
+    "adept": lambda: fastprefix.ADePTConfig(3, bottleneck_dim=3),
+    "dept": lambda: fastprefix.DePTConfig(3, rank=3, max_length=32),
+    "own": lambda: fastprefix.PrefixTuningConfig(3, softmax="own"),
+    "llama": lambda: fastprefix.LlamaAdapterConfig(3),
+}
+BATCHES = {
+    "prefixes": ["a", "mlp", "__base__"],
+    "biases": ["biased", "a", "a"],
+    "gates": ["apt", "mlp", "apt"],
+    "prompts": ["prompt", "adept", "dept"],
+    "own softmax": ["own", "__base__", "own"],
+    "projected": ["llama", "llama", "__base__"],
+}
+
+
+def mixed(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model, trains: bool = False) -> Found:
+    """Rows of one batch have different adapters, attached or in a store."""
+    torch.manual_seed(2)
+    for name, config in MIXED.items():
+        fastprefix.attach(model, config(), name=name)
+        randomize(model)
+        fastprefix.save_adapter(model, folder / name)
+    wrap(model)
+    found = run_batches(model, "attached")
+    if trains:
+        found |= train_batches(model)
+    fastprefix.detach(model)
+    store = fastprefix.AdapterStore(model)
+    for name in MIXED:
+        store.load(name, folder / name)
+    found |= run_batches(model, "stored")
+    store.drop("a")
+    store.load("a", fastprefix.read_prefix(model, folder / "biased"))
+    return found | run_batches(model, "exchanged")
+
+
+def mixed_training(model: Any, folder: Path) -> Found:
+    """The same, with gradients of all adapters of a batch."""
+    return mixed(model, folder, trains=True)
+
+
+def randomize(model: Any) -> None:
+    """Random values for the adapter in use, so that nothing is hidden by an initial zero."""
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.fastprefix.parameters():
-            parameter.mul_(2.0)
-    found["changed"] = list_logits(model)
-    fastprefix.swap_prefix(model, folder / "part")
-    found["swapped"] = list_logits(model)
+            write_whole(parameter, 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def train_batches(model: Any) -> Found:
+    """Gradients of all adapters in batches that have several of them."""
+    found: Found = {}
+    model.train()
+    for batch, names in BATCHES.items():
+        model(**models.batch("left"), adapter_names=names).logits.square().sum().backward()
+        for name in set(names) - {"__base__"}:
+            for key, parameter in get_attachment(model).adapters[name].method.named_parameters():
+                found[f"gradient {batch} {name} {key}"] = gather(parameter.grad)
+                parameter.grad = None
+    return found
+
+
+def run_batches(model: Any, kind: str) -> Found:
+    """What rows with different adapters give, and generate. Ranks of FSDP2 name different ones."""
+    found: Found = {}
+    model.eval()
+    others = distributed.get_rank() if is_fully_sharded(model) and not is_tensor_parallel(model) else 0
+    for place, batch in enumerate(BATCHES):
+        names = list(BATCHES.values())[(place + others) % len(BATCHES)]
+        with torch.no_grad():
+            found[f"{kind} {batch}"] = model(**models.batch("left"), adapter_names=names).logits
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "adapter_names": names}
+        found[f"{kind} {batch} generated"] = model.generate(**models.batch("left"), **options)
     return found
 
 
@@ -251,7 +380,18 @@ def one_key_head(model: Any, folder: Path) -> Found:
     return found
 
 
-SCENARIOS: dict[str, Callable[[Any, Path], Found]] = {
-    function.__name__: function
-    for function in (start, cache, merge, switch, compose, checkpoint, whole, accelerate, one_key_head)
-}
+FUNCTIONS: tuple[Callable[..., Found], ...] = (
+    start,
+    cache,
+    merge,
+    switch,
+    compose,
+    compose_attached,
+    mixed,
+    mixed_training,
+    checkpoint,
+    whole,
+    accelerate,
+    one_key_head,
+)
+SCENARIOS = {function.__name__: function for function in FUNCTIONS}

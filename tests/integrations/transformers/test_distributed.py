@@ -16,7 +16,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     command = [*launch, "-m", "tests.integrations.transformers.distributed_training", str(file)]
     run = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
-    results, alone, messages = torch.load(file)
+    results, alone = torch.load(file)
     assert list(results) == list(WRAPPERS)
     for mode, of_cases in results.items():
         assert list(of_cases) == CASES
@@ -28,5 +28,3 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=where: f"{n}: {m}"
                 )
-    assert len(messages) == 2
-    assert all("`model` must not be sharded by FSDP2" in message for message in messages)

@@ -32,6 +32,8 @@ from ..models.discovery import Layer, find_layers
 from ..models.hooks import find_cache_parameter, read_parameter_names
 from ..models.switching import evaluating, find_device
 from ..prompts.multitask import PEFT_NAMES
+from ..sharding.fully_sharded import gathering_around, open_root, reshard
+from ..sharding.tensor_parallel import TensorParallelHeads, is_tensor_parallel
 
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _EMBEDDINGS = "prompt_embeddings"
@@ -102,7 +104,8 @@ def convert_to_peft(
                 f"{type(method.config).__name__}."
             )
         _check_heads(model)
-        rows = (method.shared if isinstance(method, MultitaskPrompt) else method.prompt).detach()
+        with gathering_around(model, [method]):
+            rows = (method.shared if isinstance(method, MultitaskPrompt) else method.prompt).detach().clone()
         kind: dict[str, Any] = {**_describe_prompt(method), "token_dim": rows.shape[1]}
     else:
         rows, frozen = _make_rows(model, method)
@@ -167,12 +170,11 @@ def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
 
 def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return a model's hidden states of three tokens after a cache that holds a prefix, as PEFT passes one."""
-    cache = DynamicCache()
-    layers = sum(name.startswith("prefix.keys.") for name in parameters)
-    for i in range(layers):
-        key, value = (
-            join_frozen(parameters, which, i).to(find_device(model), model.dtype) for which in ("keys", "values")
-        )
+    cache, layers = DynamicCache(), sum(name.startswith("prefix.keys.") for name in parameters)
+    pairs = [(join_frozen(parameters, "keys", i), join_frozen(parameters, "values", i)) for i in range(layers)]
+    heads = TensorParallelHeads.find(model, find_layers(model) if is_tensor_parallel(model) else [])
+    for i, pair in enumerate(pairs if heads is None else heads.take_prefixes(pairs)):
+        key, value = (tensor.to(find_device(model), model.dtype) for tensor in pair)
         cache.update(key[None], value[None], i)
     return _run_three_tokens(model, cache.get_seq_length(), **{_require_cache(model): cache})
 
@@ -200,8 +202,10 @@ def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tenso
     ids = torch.arange(4, device=find_device(model))[None]
     mask = torch.ones(1, past + 4, dtype=torch.long, device=find_device(model))
     mask[0, past] = 0
+    open_root(model)
     with evaluating(model), torch.no_grad():
         hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state
+    reshard(model)
     return hidden[:, 1:].double()
 
 
@@ -245,7 +249,7 @@ def _make_peft_name(name: str) -> str:
 def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
     """Return keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, with those of ``frozen`` tokens apart."""
     layers = _check_layers(model, find_layers(model))
-    first = layers[0].shape
+    first = layers[0].whole_shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
         raise ValueError(
             f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
@@ -272,7 +276,8 @@ def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, in
         raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
     refuse_more_than_keys(method, 'format="peft"')
     _check_layers(model, find_layers(model))
-    baked = method.baked()
+    with gathering_around(model, [method]):
+        baked = method.baked()
     blocks = [block for pair in baked.prefixes() for block in pair]
     return torch.stack(blocks).detach().permute(2, 0, 1, 3).flatten(1), baked.frozen_tokens()
 

@@ -44,6 +44,7 @@ from ..models.switching import OPTIONS, Inputs
 from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..sharding.agreement import agree, do_together, leads
+from ..sharding.fully_sharded import reshard
 from ..sharding.tensor_parallel import gather_full_tensor, write_whole
 from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
@@ -423,6 +424,7 @@ def _take_off(model: nn.Module, name: str, former: str | None) -> None:
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return what an adapter consists of: the method's parameters and those of the modules that stay trainable."""
+    reshard(model)  # what NumPy has looked at, as in writing a file, FSDP2 could not free
     parameters = dict(model.get_submodule(MODULE).named_parameters())
     for name in get_attachment(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():

@@ -19,6 +19,7 @@ from ..models.discovery import Layer, Projection
 from ..models.positions import RowShift
 from ..prefixes.gates import CallGates
 from ..prefixes.prefix import LayerBinding
+from ..sharding.tensor_parallel import TensorParallelHeads
 from .span_store import KeyedPrefix, Span, SpanStore
 
 BASE = "__base__"
@@ -38,6 +39,7 @@ class Part:
         projections: of a method whose layers project its states, by attention module.
         has_own_softmax: whether its keys have a softmax of their own.
         is_prompt: whether its keys and values are those of a prompt.
+        heads: of the method's layers, on a tensor-parallel model.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Part:
     projections: Mapping[nn.Module, Projection] = field(default_factory=dict)
     has_own_softmax: bool = False
     is_prompt: bool = False
+    heads: TensorParallelHeads | None = None
 
     @property
     def has_offset(self) -> bool:
@@ -66,14 +69,22 @@ class Part:
 
 
 def compute_prefixes(part: Part) -> dict[nn.Module, KeyedPrefix]:
-    """Return the keys and values of a prefix method for each attention module, with constant gates multiplied in."""
+    """Return the keys and values of a prefix method for each attention module, with constant gates multiplied in.
+
+    On a tensor-parallel model they are those of this rank's heads.
+    """
     method = part.method
     assert isinstance(method, PrefixMethod)
     if isinstance(method, PrefixTuning) and not method.needs_hidden():
         pairs = method.gated_prefixes()
     else:
         pairs = method.prefixes()
-    return {module: KeyedPrefix(*pairs[i], method.key_bias(i)) for module, i in part.indices.items()} if pairs else {}
+    if not pairs:
+        return {}
+    biases = [method.key_bias(i) for i in range(len(pairs))]
+    if part.heads is not None:
+        pairs, biases = part.heads.take_prefixes(pairs), part.heads.take_biases(biases)
+    return {module: KeyedPrefix(*pairs[i], biases[i]) for module, i in part.indices.items()}
 
 
 class MixedRows:
@@ -143,10 +154,12 @@ Place = tuple[int, int] | None
 class MixedCall:
     """A call whose rows have different adapters: what the bindings of its layers have in common."""
 
-    def __init__(self, layers: Mapping[nn.Module, Layer], rows: MixedRows) -> None:
+    def __init__(
+        self, layers: Mapping[nn.Module, Layer], rows: MixedRows, heads: TensorParallelHeads | None = None
+    ) -> None:
         self.rows = rows
         self.gates = CallGates()
-        self.heads = None  # of a tensor-parallel model, which has no mixed batches
+        self.heads = heads
         self.method = MixedGates([layer.shape for layer in layers.values()], rows, list(layers))
         self.stores: list[LayerStore | None] = [None] * len(layers)
         self.store: SpanStore | None = None  # that they are in
@@ -249,7 +262,10 @@ class MixedGates:
         gates = [query.new_zeros(heads)]
         for part in self.rows.parts:
             assert isinstance(part.method, PrefixMethod)
-            gate = part.method.output_gate(part.indices[module]) if module in part.indices else None
+            index = part.indices.get(module)
+            gate = None if index is None else part.method.output_gate(index)
+            if gate is not None and index is not None and part.heads is not None:
+                gate = part.heads.take_heads(gate, part.heads.splits[index].queries)
             gates.append(gates[0] if gate is None else gate.to(query).expand(heads))
         return torch.stack(gates)[repeat(self.rows.index, query.shape[0]).to(query.device) + 1]
 
@@ -298,7 +314,9 @@ class MixedBinding(LayerBinding):
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
-        gate = self._prefix_gate(query, mask) if self.call.rows.gated else None
+        gate, heads = self._prefix_gate(query, mask) if self.call.rows.gated else None, self.call.heads
+        if gate is not None and heads is not None:
+            gate = heads.take_gate(gate, self.index)
         return gate, self.call.method.output_gates(self.index, query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
@@ -327,12 +345,18 @@ class MixedBinding(LayerBinding):
 class CaptureBinding(Binding):
     """The binding of an attention module whose keys and values are wanted, while prompts run."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int, heads: TensorParallelHeads | None) -> None:
+        self.index = index
+        self.heads = heads
         self.captured: Prefix | None = None
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep what the module's attention is called with."""
         self.captured = (key, value)
+
+    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
+        """Return the keys and values of the prompt, with complete gradients where all ranks have the same heads."""
+        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
 
 
 class MixedOffsets(nn.Module):

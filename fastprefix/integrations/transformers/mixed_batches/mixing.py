@@ -11,7 +11,7 @@ gradient of its rows. Without gradients they are those of the model's ``SpanStor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ from ..models.switching import Implementation, runs_on_text
 from ..prefixes.gates import hold_by_row
 from ..prompts.prompt import OffsetHooks, needs_ids
 from ..prompts.shared_prompt import has_dropout
+from ..sharding.fully_sharded import is_fully_sharded, run_gathered
+from ..sharding.tensor_parallel import TensorParallelHeads
 from .mixed_call import CaptureBinding, MixedBinding, MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
 from .span_store import KeyedPrefix, SpanStore
 
@@ -75,6 +77,7 @@ class MixtureHooks:
         self.handles: list[Any] = []
         self.leave: Any = None  # what returns to the adapter in use, for a call without names
         self.drops = has_dropout(self.backbone)
+        self.heads = TensorParallelHeads.find(model, layers)
 
     def find_key(self, part: Part) -> Any:
         """Return the key of a part in the store."""
@@ -82,7 +85,7 @@ class MixtureHooks:
 
     def make_call(self, rows: MixedRows) -> MixedCall:
         """Return a call, without gradients with the keys and values that are in the store."""
-        call = MixedCall(self.layers, rows)
+        call = MixedCall(self.layers, rows, self.heads)
         if not torch.is_grad_enabled():
             self.store.convert(self.model.dtype)
             call.set_spans(self.store, [self.store.spans.get(self.find_key(part)) for part in rows.parts])
@@ -127,6 +130,16 @@ class MixtureHooks:
         if call is None:  # called by itself, without names
             self.leave()
             return self.backbone.forward(*args, **kwargs)
+        return self._run_gathered(self.backbone, lambda: self._run(call, forward, args, kwargs))
+
+    def _run_gathered(self, module: nn.Module, call: Callable[[], Any]) -> Any:
+        """Run a call while all attached adapters that FSDP2 has sharded are gathered, on all ranks the same ones."""
+        if not is_fully_sharded(self.model):
+            return call()
+        methods = [part.method for part in sorted(self.keys, key=lambda part: part.name) if part.method is not None]
+        return run_gathered(module, nn.ModuleList(methods), call)
+
+    def _run(self, call: MixedCall, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
@@ -159,10 +172,14 @@ class MixtureHooks:
         if call is None or get_carried_bindings() is not None:
             return forward(*args, **kwargs)
         call.begin({}, self.backbone)
-        if torch.is_grad_enabled():
-            call.set_prefixes(self.compute_prefixes(call.rows.parts))
-        with carrying(CarriedBindings(call.bindings)):
-            return forward(*args, **kwargs)
+
+        def run() -> Any:
+            if torch.is_grad_enabled():
+                call.set_prefixes(self.compute_prefixes(call.rows.parts))
+            with carrying(CarriedBindings(call.bindings)):
+                return forward(*args, **kwargs)
+
+        return self._run_gathered(self.encoder, run)
 
     def _check(self, arguments: dict[str, Any], rows: MixedRows) -> None:
         if asks_for(arguments, self.backbone, "output_attentions"):
@@ -259,7 +276,7 @@ class MixtureHooks:
         dtype, offsets = self.offsets.table.dtype, self.offsets
         prompts = torch.stack([method.prompt.to(dtype) for method in methods])
         positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
-        bindings = {module: CaptureBinding() for module in self.layers}
+        bindings = {module: CaptureBinding(index, self.heads) for index, module in enumerate(self.layers)}
         self.shift.shift = 0
         with carrying(CarriedBindings({**bindings})), suspend_checkpointing(self.backbone):
             if needs_ids(self.model.config):

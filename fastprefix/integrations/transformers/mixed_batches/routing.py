@@ -29,7 +29,8 @@ from ..models.tuners import has_tuner_layers, read_tuner_state
 from ..prefixes.prefix import PrefixHooks
 from ..prompts.shared_prompt import SharedPromptHooks
 from ..prompts.task_prompts import TaskPromptHooks
-from ..sharding.tensor_parallel import refuse_sharded
+from ..sharding.fully_sharded import gathering_around, is_fully_sharded, outside_forward
+from ..sharding.tensor_parallel import agree_on_any, is_sharded
 from .mixed_call import BASE, MixedRows, Part, compute_prefixes
 from .mixing import MixtureHooks, check_names, check_rows, get_held_names
 from .span_store import KeyedPrefix, SpanStore
@@ -163,12 +164,13 @@ class Routing:
         """Run calls in this context with these adapters."""
         with self.lock:
             parts = self.find_parts(names)
-            if past == 0:
-                self._prepare(names)
-            self.enter()
+            with outside_forward(self.model):
+                if past == 0:
+                    self._prepare(names)
+                self.enter()
+                if not torch.is_grad_enabled():
+                    self._write(self._list_gathered() if is_fully_sharded(self.model) else parts, past)
             assert self.hooks is not None
-            if not torch.is_grad_enabled():
-                self._write(parts, past)
             call = self.hooks.make_call(MixedRows(names, parts, find_device(self.model)))
             former, self.hooks.call = self.hooks.call, call
             try:
@@ -178,11 +180,21 @@ class Routing:
 
     def _prepare(self, names: Sequence[str]) -> None:
         """Bring attached adapters, which waited beside the model, to its device and mode at the start of a sequence."""
-        refuse_sharded(self.model, "give its rows adapters by name")
+        if torch.is_grad_enabled() and is_fully_sharded(self.model):
+            raise ValueError(
+                "`adapter_names` must be used without gradients on a model that FSDP2 has sharded, whose ranks may "
+                "name different adapters, and would reduce different gradients: train one adapter at a time."
+            )
         device, training = find_device(self.model), self.model.training
         for name in dict.fromkeys(names):
             if name in self.attachment.adapters:
-                self.attachment.adapters[name].method.to(device).train(training)
+                method = self.attachment.adapters[name].method
+                stays = is_sharded(method) or is_fully_sharded(method)  # FSDP2 would shard it anew, on this rank alone
+                (method if stays else method.to(device)).train(training)
+
+    def _list_gathered(self) -> list[Part]:
+        """Return all attached adapters that rows may name: ranks that name different ones gather all, in one order."""
+        return [self._find_part(name) for name in self._list_usable()]
 
     def enter(self) -> None:
         """Put the hooks for named adapters on the model, in place of those of the adapter in use."""
@@ -279,10 +291,11 @@ class Routing:
             fresh = [part for part in fresh if of_adapter[part] not in self.store.spans]
         if not fresh:
             return
-        self._write_prompts({part: of_adapter[part] for part in fresh if part.is_prompt})
-        for part in fresh:
-            if not (part.is_prompt or part.is_projected):
-                self.write(of_adapter[part], compute_prefixes(part))
+        with gathering_around(self.model, [of_adapter[part].method for part in fresh]):
+            self._write_prompts({part: of_adapter[part] for part in fresh if part.is_prompt})
+            for part in fresh:
+                if not (part.is_prompt or part.is_projected):
+                    self.write(of_adapter[part], compute_prefixes(part))
 
     def _write_prompts(self, prompts: Mapping[Part, Adapter]) -> None:
         """Run the prompts whose keys and values in the store are not those of their parameters, or may not be."""
@@ -291,7 +304,9 @@ class Routing:
         assert self.hooks is not None
         shared = self._read_backbone()
         states = {part: (shared, read_state(adapter.method)) for part, adapter in prompts.items()}
-        changed = [part for part, adapter in prompts.items() if self._is_changed(adapter, states[part])]
+        flags = [self._is_changed(adapter, states[part]) for part, adapter in prompts.items()]
+        flags = agree_on_any(self.model, flags, find_device(self.model))
+        changed = [part for part, flag in zip(prompts, flags, strict=True) if flag]
         with evaluating(self.model):
             computed = self.hooks.run_prompts([part.method for part in changed])
         for part, prefixes in zip(changed, computed, strict=True):
@@ -362,7 +377,7 @@ def make_part(name: str, adapter: Adapter) -> Part:
     assert isinstance(method, PrefixMethod)
     projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}
     own = method.output_gate(0) is not None
-    return Part(name, length, method.position_shift(), indices, method, projections, own)
+    return Part(name, length, method.position_shift(), indices, method, projections, own, heads=hooks.heads)
 
 
 def check_together(parts: Sequence[Part]) -> None:

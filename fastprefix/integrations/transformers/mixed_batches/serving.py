@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ from ..attachment import (
     use_adapter,
 )
 from ..files.saving import fill, load_adapter, locate_adapter, read_adapter
+from ..models.attention import Prefix
 from ..models.switching import evaluating, find_device
 from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..prompts.shared_prompt import SharedPromptHooks
-from ..sharding.tensor_parallel import refuse_sharded
+from ..sharding.fully_sharded import gathering_around, is_fully_sharded
+from ..sharding.tensor_parallel import TensorParallelHeads, gather_full_tensor
 from .mixed_call import BASE, Part, compute_prefixes
 from .routing import Routing, find_reason_against, make_part
 from .span_store import KeyedPrefix
@@ -43,6 +46,9 @@ _LOADING = "__loading__"
 
 class AdapterStore:
     """Adapters of one model that are used by name, ``model(..., adapter_names=[...])``, and not trained.
+
+    On a sharded model all ranks load and drop the same adapters. Under tensor parallelism each rank has the keys and
+    values of its own heads, and under FSDP2 all of them.
 
     They take no more memory than their keys and values, and less than 5 % for growth: one tensor a layer holds the keys
     of all of them. They are loaded, renamed and dropped between calls, while nothing is compiled or attached anew.
@@ -64,7 +70,6 @@ class AdapterStore:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}.")
         check_count("tokens", tokens)
-        refuse_sharded(model, "have a store of adapters")
         self.model = model
         attachment = prepare(model)
         self.routing: Routing = attachment.routing
@@ -204,15 +209,18 @@ class AdapterStore:
         method_class = METHODS[config.method_name()][1]
         assert issubclass(method_class, PrefixMethod)
         layers = self.routing.list_layers()
-        layers = [layers[i] for i in method_class.chosen_layers(config, [layer.shape for layer in layers])]
-        method = method_class(config, [layer.shape for layer in layers])
+        layers = [layers[i] for i in method_class.chosen_layers(config, [layer.whole_shape for layer in layers])]
+        method = method_class(config, [layer.whole_shape for layer in layers])
         method.to(device=find_device(self.model), dtype=torch.promote_types(self.model.dtype, torch.float32))
         if any(key.startswith("modules_to_save.") for key in tensors):
             raise ValueError("`source` must be an adapter that trains no modules of the model, which all rows share.")
         fill(dict(method.named_parameters()), tensors)
         indices = {layer.module: index for index, layer in enumerate(layers)}
         own = method.output_gate(0) is not None
-        part = Part(name, config.num_virtual_tokens, method.position_shift(), indices, method.eval(), {}, own)
+        heads = TensorParallelHeads.find(self.model, layers)
+        part = Part(
+            name, config.num_virtual_tokens, method.position_shift(), indices, method.eval(), {}, own, heads=heads
+        )
         return self._finish(part)
 
     def _attach_for_a_moment(self, name: str, source: Source) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
@@ -225,10 +233,13 @@ class AdapterStore:
             if (reason := find_reason_against(adapter)) is not None:
                 raise ValueError(f"`source` must be an adapter that can be in a batch with others, but {reason}.")
             part = make_part(name, adapter)
-            if not isinstance(adapter.hooks, SharedPromptHooks):
-                return self._finish(part)
-            with torch.no_grad(), evaluating(self.model):
-                pairs = adapter.hooks.run_prompt()
+            with gathering_around(self.model, [adapter.method]):
+                if is_fully_sharded(self.model):
+                    part.method = _copy_gathered(adapter.method, part.heads)
+                if not isinstance(adapter.hooks, SharedPromptHooks):
+                    return self._finish(part)
+                with torch.no_grad(), evaluating(self.model):
+                    pairs = adapter.hooks.run_prompt()
             prefixes = {module: KeyedPrefix(*pairs[index]) for module, index in part.indices.items()}
             return replace(part, method=part.method if part.has_offset else None), prefixes
         finally:
@@ -249,16 +260,31 @@ class AdapterStore:
     def _read_state(self, name: str, state: PrefixState) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
         """Return a prefix in memory."""
         layers = self.routing.list_layers()
-        state.check_shapes("source", [layer.shape for layer in layers])
+        state.check_shapes("source", [layer.whole_shape for layer in layers])
         length = state.length
         shift = length if state.prefix_position == "shift" else 0
         indices = {layer.module: index for index, layer in enumerate(layers)}
-        biases = [None] * len(layers) if state.biases is None else state.biases
+        pairs: list[Prefix] = state.pairs
+        biases: list[Tensor | None] = [None] * len(layers) if state.biases is None else [*state.biases]
+        heads = TensorParallelHeads.find(self.model, layers)
+        if heads is not None:
+            pairs, biases = heads.take_prefixes(pairs), heads.take_biases(biases)
         prefixes = {
-            layer.module: KeyedPrefix(*pair, bias)
-            for layer, pair, bias in zip(layers, state.pairs, biases, strict=True)
+            layer.module: KeyedPrefix(*pair, bias) for layer, pair, bias in zip(layers, pairs, biases, strict=True)
         }
         return Part(name, length, shift, indices), prefixes
+
+
+def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
+    """Return a copy of a method that FSDP2 has sharded and gathered, which does not belong to FSDP2."""
+    shape: Any = method.shapes if isinstance(method, PrefixMethod) else method.shape
+    copied = METHODS[method.config.method_name()][1](method.config, shape)
+    parameters = dict(method.named_parameters())
+    copied.to(next(iter(parameters.values())))
+    fill(dict(copied.named_parameters()), {key: gather_full_tensor(each.detach()) for key, each in parameters.items()})
+    if heads is not None and isinstance(copied, PrefixMethod):
+        heads.distribute(copied)
+    return copied.eval().requires_grad_(False)
 
 
 class ResidentAdapters:

@@ -6,17 +6,19 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ....methods import Composition, CompositionConfig, MethodConfig, PrefixTuning
 from ....methods.prefix_tuning import FreePrefix
-from ..adapter import Adapter, refuse_fully_sharded
-from ..attachment import Model, check_name_free, get_attachment, install, use_adapter
-from ..files.saving import read_prefix
+from ..adapter import Adapter
+from ..attachment import Model, check_name_free, get_attachment, install, refuse_partitioned, use_adapter
+from ..files.saving import fill, read_prefix
 from ..models.discovery import find_method_layers
 from ..models.tuners import find_base_model
-from ..sharding.tensor_parallel import TensorParallelHeads
+from ..sharding.fully_sharded import is_fully_sharded, reshard
+from ..sharding.partitioned import gathering_modules
+from ..sharding.tensor_parallel import TensorParallelHeads, write_whole
 from .initial import PrefixState
 from .prefix import PrefixHooks
 
@@ -48,7 +50,6 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
             is taken.
     """
     attachment, base = get_attachment(model), find_base_model(model)
-    refuse_fully_sharded(base, "compose its prefixes")
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
         raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
@@ -68,7 +69,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
         parts=[part.config.to_dict() for part, _ in parts],
         trainable=[trains for _, trains in parts],
     )
-    with use_adapter(base, None):
+    with use_adapter(base, None), gathering_modules(base):
         layers = find_method_layers(base, config)
     method = Composition(config, [layer.whole_shape for layer in layers], [part for part, _ in parts])
     return install(model, Adapter(base, config, method, PrefixHooks(base, method, layers)), name)
@@ -122,29 +123,59 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
     if method.config.softmax != "joint":
         raise ValueError('`name` must be an adapter with softmax="joint": trained gates are for the keys that it has.')
-    refuse_fully_sharded(find_base_model(model), "swap a prefix")
+    refuse_partitioned(base := find_base_model(model))
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
+    if is_fully_sharded(base):
+        reshard(base)
+        _write_sharded(method, prefix, states)
+    else:
+        heads = adapter.hooks.heads if isinstance(adapter.hooks, PrefixHooks) else None
+        _write(method, prefix, states, heads)
+    for each in attachment.adapters.values():
+        if isinstance(each.hooks, PrefixHooks):
+            each.hooks.kept = None  # FSDP2 does not count the changes of what it gathers
+
+
+@torch.no_grad()
+def _write(
+    method: PrefixTuning, prefix: FreePrefix, states: Sequence[PrefixState], heads: TensorParallelHeads | None
+) -> None:
+    """Write prefixes over one, each from where it lies."""
     start = 0
-    heads = adapter.hooks.heads if isinstance(adapter.hooks, PrefixHooks) else None
     for state in states:
-        with torch.no_grad():
-            prefix.write(state.pairs if heads is None else heads.take_prefixes(state.pairs), start)
-            if method.config.key_bias:
-                _write_biases(method, state, start, heads)
+        prefix.write(state.pairs if heads is None else heads.take_prefixes(state.pairs), start)
+        if method.config.key_bias:
+            _write_biases(method, state, start, heads)
         start += state.length
 
 
+@torch.no_grad()
+def _write_sharded(method: PrefixTuning, prefix: FreePrefix, states: Sequence[PrefixState]) -> None:
+    """Write prefixes over one that FSDP2 has cut, perhaps between its tokens."""
+    layers = zip(*(state.pairs for state in states), strict=True)
+    pairs = [tuple(torch.cat(tensors, dim=1) for tensors in zip(*layer, strict=True)) for layer in layers]
+    whole = FreePrefix(method.config.num_virtual_tokens, method.shapes, prefix.frozen)
+    whole.set([(key, value) for key, value in pairs])
+    fill(dict(prefix.named_parameters()), {name: each.detach() for name, each in whole.named_parameters()})
+    if method.config.key_bias:
+        for layer, parameter in enumerate(method.key_biases):
+            write_whole(parameter, torch.cat([_get_bias(state, layer) for state in states], dim=1))
+
+
 def _write_biases(method: PrefixTuning, state: PrefixState, start: int, heads: TensorParallelHeads | None) -> None:
-    for i, parameter in enumerate(method.key_biases):
+    for layer, parameter in enumerate(method.key_biases):
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        place = own[:, start : start + state.length]
-        if state.biases is None:
-            place.zero_()
-        else:
-            bias = state.biases[i]
-            place.copy_(bias if heads is None else heads.take_heads(bias, heads.splits[i].keys))
+        bias = _get_bias(state, layer)
+        bias = bias if heads is None else heads.take_heads(bias, heads.splits[layer].keys)
+        own[:, start : start + state.length].copy_(bias)
+
+
+def _get_bias(state: PrefixState, layer: int) -> Tensor:
+    """Return the biases ``[Hkv, m]`` of a layer's keys, 0 for a prefix without them."""
+    key = state.pairs[layer][0]
+    return key.new_zeros(key.shape[:2]) if state.biases is None else state.biases[layer]
 
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:

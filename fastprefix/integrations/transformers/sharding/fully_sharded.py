@@ -7,6 +7,7 @@ gradients are reduced at the end of the backward pass.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Shard
 
 from .partitioned import gather_with
@@ -84,23 +86,54 @@ def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
 
 @contextmanager
 def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves."""
-    gathered = {each: None for module in modules for each in _find_around(model, module)}
-    if gathered:
+    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves.
+
+    An adapter that waits beside the model counts as one of them.
+    """
+    given = list(modules)
+    gathered = {each: None for module in given for each in _find_around(model, module)}
+    if given:
         open_root(model)
     for each in gathered:
         each.unshard()
     try:
         yield
     finally:
+        if given and isinstance(model, FSDPModule):
+            model.reshard()
         for each in gathered:
             each.reshard()
 
 
+@contextmanager
+def outside_forward(model: nn.Module) -> Iterator[None]:
+    """Let parts of a model run in this context within its own forward pass, as if that had not begun yet."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    state: Any = model._get_fsdp_state()
+    groups, training = state._fsdp_param_groups, state._training_state
+    if training is TrainingState.IDLE:
+        yield
+        return
+    of_groups, root = [group._training_state for group in groups], state._state_ctx.iter_forward_root
+    state._training_state, state._state_ctx.iter_forward_root = TrainingState.IDLE, None
+    for group in groups:
+        group._training_state = TrainingState.IDLE
+    try:
+        yield
+    finally:
+        model.unshard()
+        state._training_state, state._state_ctx.iter_forward_root = training, root
+        for group, of_group in zip(groups, of_groups, strict=True):
+            group._training_state = of_group
+
+
 def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
-    """Return the modules of FSDP2 that have parameters of a module or are inside it."""
+    """Return the modules of FSDP2 that have parameters of a module, of the model or not, or are inside it."""
     inside = set(module.modules())
-    return [each for each in model.modules() if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
+    known = dict.fromkeys((*model.modules(), *module.modules()))
+    return [each for each in known if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
 
 
 def _is_sharded(parameter: Tensor) -> bool:
@@ -119,12 +152,16 @@ def find_mesh(model: nn.Module) -> DeviceMesh:
 
 
 def run_gathered(module: nn.Module, method: nn.Module, call: Callable[[], Any]) -> Any:
-    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced."""
+    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced.
+
+    A composed adapter consists of several that are sharded each by itself.
+    """
     gather_with(module, method)
-    if not isinstance(method, FSDPModule):
-        return call()
-    _register(method)
-    return getattr(method, _RUN)(call)
+    for each in method.modules():
+        if isinstance(each, FSDPModule):
+            _register(each)
+            call = functools.partial(getattr(each, _RUN), call)
+    return call()
 
 
 def _register(module: Any) -> None:

@@ -6,10 +6,12 @@ adapter, so its parameters are registered with the backbone, which uses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.integrations import deepspeed as integration
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -20,6 +22,54 @@ def is_partitioned(parameter: Tensor) -> bool:
 def any_partitioned(module: nn.Module) -> bool:
     """Return whether DeepSpeed has partitioned parameters of a module."""
     return any(map(is_partitioned, module.parameters()))
+
+
+def runs_in_engine(model: nn.Module) -> bool:
+    """Return whether DeepSpeed's engine with ZeRO-3 has a model already, and gathers the parameters that it found."""
+    return any_partitioned(model) and hasattr(model, "ds_id")
+
+
+def find_whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which DeepSpeed may keep a part alone."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+@contextmanager
+def gathering_modules(model: nn.Module) -> Iterator[None]:
+    """Gather each module for its own forward in this context, as the engine will do: the model was loaded partitioned.
+
+    Models that are made in this context are not partitioned.
+    """
+    if not any_partitioned(model) or runs_in_engine(model):
+        yield
+        return
+    former = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    handles = []
+    for module in model.modules():
+        if any(map(is_partitioned, module.parameters(recurse=False))):
+            handles.append(module.register_forward_pre_hook(_gather))
+            handles.append(module.register_forward_hook(_partition, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        integration._hf_deepspeed_config_weak_ref = former
+
+
+def _gather(module: nn.Module, args: Any) -> None:
+    """Gather the parameters of a module (a forward pre-hook)."""
+    parameters: list[Any] = [each for each in module.parameters(recurse=False) if is_partitioned(each)]
+    missing = [parameter for parameter in parameters if parameter.ds_status.name != "AVAILABLE"]
+    if missing:
+        missing[0].all_gather(param_list=missing)
+
+
+def _partition(module: nn.Module, args: Any, output: Any) -> None:
+    """Partition the parameters of a module again (a forward hook)."""
+    parameters: list[Any] = [each for each in module.parameters(recurse=False) if is_partitioned(each)]
+    parameters[0].partition(param_list=parameters)
 
 
 def gather_with(module: nn.Module, method: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ....methods import AttentionShape, PrefixMethod
 from ..models.attention import Prefix
-from .partitioned import copy_whole, is_partitioned
+from .partitioned import any_partitioned, copy_whole, is_partitioned
 
 if TYPE_CHECKING:
     from ..models.discovery import Layer
@@ -55,6 +55,17 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     """Refuse what needs all heads and parameters of a model in one process."""
     if is_tensor_parallel(model) or is_sharded(model):
         raise ValueError(f"`model` must not be sharded over processes to {what}.")
+
+
+def agree_on_any(model: nn.Module, flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set on any rank of a model."""
+    mesh = find_whole_mesh(model)
+    if mesh is None or not flags:
+        return list(flags)
+    common = torch.tensor(flags, dtype=torch.int32, device=device)
+    for dim in range(mesh.ndim):
+        distributed.all_reduce(common, op=distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return [bool(flag) for flag in common.tolist()]
 
 
 def find_tensor_parallel_mesh(model: Any) -> DeviceMesh | None:
@@ -112,6 +123,11 @@ class TensorParallelHeads:
             (self.take_heads(key, split.keys), self.take_heads(value, split.keys))
             for split, (key, value) in zip(self.splits, prefixes, strict=False)
         ]
+
+    def take_biases(self, biases: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Return this rank's heads of the biases of the keys of all layers."""
+        pairs = zip(self.splits, biases, strict=False)
+        return [None if bias is None else self.take_heads(bias, split.keys) for split, bias in pairs]
 
     def take_heads(self, tensor: Tensor, split: bool, dim: int = 0) -> Tensor:
         """Return this rank's heads of a tensor with a row for each.
@@ -229,14 +245,15 @@ def _differ_by_rank(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> list[bool]:
 
 def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Give all ranks of a sharded model the values of its first rank: those of an adapter are drawn at random."""
+    given = list(tensors)  # for each group anew
     mesh: DeviceMesh | None = find_whole_mesh(model)
-    if mesh is None:
-        return
+    groups: list[Any] = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    if any_partitioned(model):
+        groups = [None]
     with torch.no_grad():
-        for dim in range(mesh.ndim):
-            group = mesh.get_group(dim)
+        for group in groups:
             if distributed.get_world_size(group) > 1:
-                for tensor in tensors:
+                for tensor in given:
                     distributed.broadcast(tensor, group=group, group_src=0)
 
 
