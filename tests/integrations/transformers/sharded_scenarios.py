@@ -264,7 +264,7 @@ def train_batches(model: Any) -> Found:
     model.train()
     for batch, names in BATCHES.items():
         model(**models.batch("left"), adapter_names=names).logits.square().sum().backward()
-        for name in set(names) - {"__base__"}:
+        for name in sorted(set(names) - {"__base__"}):  # in one order on all ranks
             for key, parameter in get_attachment(model).adapters[name].method.named_parameters():
                 found[f"gradient {batch} {name} {key}"] = gather(parameter.grad)
                 parameter.grad = None

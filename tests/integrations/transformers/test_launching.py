@@ -78,7 +78,7 @@ def list_options(command: str, rows: int) -> list[str]:
 
 
 def test_the_page_has_commands() -> None:
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 5
     assert len(FILES) == 4
 
 
