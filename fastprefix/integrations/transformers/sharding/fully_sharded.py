@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -29,7 +29,12 @@ _TP = "tp"
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Return whether a model, or a part of it, is sharded by FSDP2."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return _can_be_sharded() and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _can_be_sharded() -> bool:
+    """Return whether a process group exists, without which FSDP2 shards nothing. Every call of a model asks this."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def reshard(model: nn.Module) -> None:
@@ -131,6 +136,8 @@ def outside_forward(model: nn.Module) -> Iterator[None]:
 
 def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
     """Return the modules of FSDP2 that have parameters of a module, of the model or not, or are inside it."""
+    if not _can_be_sharded():
+        return []
     inside = set(module.modules())
     known = dict.fromkeys((*model.modules(), *module.modules()))
     return [each for each in known if isinstance(each, FSDPModule) and not inside.isdisjoint(each.modules())]
