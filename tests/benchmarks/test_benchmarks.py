@@ -293,7 +293,12 @@ class TestMainJob:
         assert "tokenizer" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "arguments", [["--dataset", "nobody/nothing"], ["--model", "nobody/nothing"], ["--model", "../models/nothing"]]
+        "arguments",
+        [
+            ["--dataset", "nobody/nothing"],
+            pytest.param(["--model", "nobody/nothing"], marks=pytest.mark.slow),
+            ["--model", "../models/nothing"],
+        ],
     )
     def test_without_network(
         self, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

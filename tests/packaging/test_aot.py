@@ -53,6 +53,7 @@ def test_compiles_without_spills(arch: str, instruction: str, options: tuple[str
         assert instruction in next(line for line in lines if f" {kernel} " in line)
 
 
+@pytest.mark.slow
 def test_the_widest_heads_fit_into_the_least_shared_memory() -> None:
     options = ("--arch", "sm_86", "--dtype", "bfloat16", "--width", "256", "--features", "full", "--bottleneck", "19")
     done = aot(*options)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ... import models
+from ...selection import mark_slow
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
@@ -82,7 +83,7 @@ def test_the_page_has_commands() -> None:
     assert len(FILES) == 4
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", mark_slow(COMMANDS, 2))
 def test_commands_train_as_one_process(command: str, workplace: Path, alone: dict[str, dict[str, Tensor]]) -> None:
     """On the CPU, where only DDP is accelerate's own."""
     if "zero" in command and importlib.util.find_spec("deepspeed") is None:

@@ -111,9 +111,26 @@ SEGMENTS: dict[str, tuple[list[list[int]], list[list[int]] | None]] = {
 }
 
 
-@pytest.mark.parametrize("plan", [None, "flash, prefix alike", "cudnn, concatenated"])
-@pytest.mark.parametrize("name", SEGMENTS)
-def test_parity_of_segments(device: str, name: str, plan: str, force_plan: Callable[[str], None]) -> None:
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("packed", None),
+        ("one row for all", "flash, prefix alike"),
+        ("cross", "cudnn, concatenated"),
+        *(
+            pytest.param(name, plan, marks=pytest.mark.slow)
+            for name, plan in [
+                ("packed", "flash, prefix alike"),
+                ("packed", "cudnn, concatenated"),
+                ("one row for all", None),
+                ("one row for all", "cudnn, concatenated"),
+                ("cross", None),
+                ("cross", "flash, prefix alike"),
+            ]
+        ),
+    ],
+)
+def test_parity_of_segments(device: str, name: str, plan: str | None, force_plan: Callable[[str], None]) -> None:
     force_plan(plan)
     of_queries, of_keys = (None if x is None else torch.tensor(x, device=device) for x in SEGMENTS[name])
     of_keys, causal = (of_queries, True) if of_keys is None else (of_keys, False)

@@ -519,7 +519,7 @@ def test_what_other_rows_see_of_the_store_does_not_matter(device: str, N: int) -
     assert all(torch.equal(gradients[name][rows], changed_gradients[name][rows]) for name in wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", mark_slow([torch.int32, torch.int64], 2))
 def test_spans_in_any_layout(device: str, dtype: torch.dtype) -> None:
     x = make(device, B=3, Hq=2, N=20, M=20, P=30, spans="ragged", key_bias="hT")
     output, gradients = run(triton_backend, x)
