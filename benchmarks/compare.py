@@ -13,7 +13,7 @@ from .report import load_frame
 from .results import Record, case_of, describe_fault
 
 DESCRIPTION = "Compare a new result with the committed one of the same suite and device: the ratios that moved."
-SAME = ("device_name", "cpu_capability", "threads")
+SAME = ("device_name", "cpu_capability", "threads", "adapters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
