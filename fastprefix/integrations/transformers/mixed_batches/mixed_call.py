@@ -277,6 +277,7 @@ class MixedBinding(LayerBinding):
 
     def __init__(self, call: MixedCall, index: int, layer: Layer) -> None:
         self.attachment = self.call = call
+        self.heads = call.heads
         self.index = index
         self.module = layer.module
         self.window = layer.window
@@ -314,9 +315,9 @@ class MixedBinding(LayerBinding):
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
-        gate, heads = self._prefix_gate(query, mask) if self.call.rows.gated else None, self.call.heads
-        if gate is not None and heads is not None:
-            gate = heads.take_gate(gate, self.index)
+        gate = self._prefix_gate(query, mask) if self.call.rows.gated else None
+        if gate is not None and self.heads is not None:
+            gate = self.heads.take_gate(gate, self.index)
         return gate, self.call.method.output_gates(self.index, query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
@@ -353,10 +354,6 @@ class CaptureBinding(Binding):
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep what the module's attention is called with."""
         self.captured = (key, value)
-
-    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
-        """Return the keys and values of the prompt, with complete gradients where all ranks have the same heads."""
-        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
 
 
 class MixedOffsets(nn.Module):

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from transformers.masking_utils import (
 )
 
 from ....ops.prefix_attention import prefix_attention
+
+if TYPE_CHECKING:
+    from ..sharding.tensor_parallel import TensorParallelHeads
 
 
 def make_mask(
@@ -243,6 +246,11 @@ Prefix = tuple[Tensor, Tensor]
 class Binding:
     """The source of an attention module's prefix, gates and bias. By default it has neither gates nor a bias."""
 
+    index: int
+    """The layer among those of the method."""
+    heads: TensorParallelHeads | None = None
+    """This rank's heads, on a tensor-parallel model whose tokens' gradients have to be complete."""
+
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None."""
         raise NotImplementedError
@@ -277,7 +285,7 @@ class Binding:
 
     def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
         """Return the keys and values of the tokens, whose gradients are added over ranks that have the same ones."""
-        return key, value
+        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,14 +83,15 @@ class HeldGates:
 
     def select_rows(self, name: str, rows: Any) -> HeldGates:
         """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
+        gates = {index: select_rows(gate, name, rows) for index, gate in self.gates.items()}
+        return HeldGates(gates, None if self.begun is None else select_rows(self.begun, name, rows))
 
-        def select(tensor: Tensor) -> Tensor:
-            if name == "batch_repeat_interleave":
-                return tensor.repeat_interleave(rows, 0)
-            return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
 
-        gates = {index: select(gate) for index, gate in self.gates.items()}
-        return HeldGates(gates, None if self.begun is None else select(self.begun))
+def select_rows(tensor: Tensor, name: str, rows: Any) -> Tensor:
+    """Return other rows of a tensor, chosen as a cache's method of that name chooses them."""
+    if name == "batch_repeat_interleave":
+        return tensor.repeat_interleave(rows, 0)
+    return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
 
 
 class CallGates:

@@ -186,6 +186,7 @@ class LayerBinding(Binding):
 
     def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
         self.attachment = attachment
+        self.heads = attachment.heads
         self.index = index
         self.window = layer.window if attachment.shift is not None else None  # that cuts the prefix
         self.projection = layer.projection  # of a method that has the layer project its prefix
@@ -206,7 +207,7 @@ class LayerBinding(Binding):
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
         prefix_gate, output_gate = self._prefix_gate(query, mask), self.attachment.method.output_gate(self.index)
-        heads = self.attachment.heads
+        heads = self.heads
         if heads is not None:
             prefix_gate = None if prefix_gate is None else heads.take_gate(prefix_gate, self.index)
             if output_gate is not None:
@@ -220,15 +221,10 @@ class LayerBinding(Binding):
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
         """Return the biases of the prefix keys in the dtype of the query."""
-        bias, heads = self.attachment.method.key_bias(self.index), self.attachment.heads
+        bias, heads = self.attachment.method.key_bias(self.index), self.heads
         if bias is not None and heads is not None:
             bias = heads.take_heads(bias, heads.splits[self.index].keys)
         return None if bias is None else bias.to(query)
-
-    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
-        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
-        heads = self.attachment.heads
-        return (key, value) if heads is None else heads.share_tokens(key, value, self.index)
 
     def count_frozen(self) -> int:
         """Return how many of the first tokens need no gradient."""

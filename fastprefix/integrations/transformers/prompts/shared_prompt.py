@@ -115,10 +115,6 @@ class SharedBinding(Binding):
         pk, pv = shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
 
-    def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
-        """Return the keys and values of the tokens, with complete gradients where all ranks have the same heads."""
-        return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
-
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
         shared = self.shared

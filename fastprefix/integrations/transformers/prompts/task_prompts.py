@@ -25,7 +25,7 @@ from ..models.attention import (
 )
 from ..models.discovery import Layer
 from ..models.hooks import Forward, count_past, find_cache
-from ..prefixes.gates import hold_by_row
+from ..prefixes.gates import hold_by_row, select_rows
 from .shared_prompt import PromptCall, SharedPrompt, SharedPromptHooks
 
 _TASKS = "fastprefix_tasks"
@@ -40,9 +40,7 @@ class HeldTasks:
 
     def select_rows(self, name: str, rows: Any) -> HeldTasks:
         """Return the tasks of other rows, chosen as a cache's method of that name chooses them."""
-        if name == "batch_repeat_interleave":
-            return HeldTasks(self.tasks.repeat_interleave(rows, 0))
-        return HeldTasks(self.tasks[rows.to(self.tasks.device) if isinstance(rows, Tensor) else rows])
+        return HeldTasks(select_rows(self.tasks, name, rows))
 
 
 class TaskPromptHooks(SharedPromptHooks):

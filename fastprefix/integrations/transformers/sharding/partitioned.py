@@ -60,7 +60,11 @@ def gathering_modules(model: nn.Module) -> Iterator[None]:
 
 def _gather(module: nn.Module, args: Any) -> None:
     """Gather the parameters of a module (a forward pre-hook)."""
-    parameters: list[Any] = [each for each in module.parameters(recurse=False) if is_partitioned(each)]
+    _gather_missing(filter(is_partitioned, module.parameters(recurse=False)))
+
+
+def _gather_missing(parameters: Iterable[Any]) -> None:
+    """Gather those of partitioned parameters that are not gathered."""
     missing = [parameter for parameter in parameters if parameter.ds_status.name != "AVAILABLE"]
     if missing:
         missing[0].all_gather(param_list=missing)
@@ -81,9 +85,7 @@ def gather_with(module: nn.Module, method: nn.Module) -> None:
 
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
-    missing = [parameter for parameter in parameters if parameter.ds_status.name != "AVAILABLE"]
-    if missing:
-        missing[0].all_gather(param_list=missing)
+    _gather_missing(parameters)
 
 
 def copy_whole(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
