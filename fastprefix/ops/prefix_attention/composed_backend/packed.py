@@ -33,11 +33,7 @@ def can_read(a: AttentionArguments) -> bool:
 def explain_segments(a: AttentionArguments) -> str | None:
     """Explain why the segments of a call are not sequences one behind the other, or return None if they are."""
     found = _read_packing(a)
-    if isinstance(found, str):
-        return found
-    if a.is_causal and any(q != k for q, k in found.starts):
-        return "with is_causal it takes segments of as many queries as keys"
-    return None
+    return found if isinstance(found, str) else None
 
 
 def find_packing(a: AttentionArguments) -> Packing | None:
@@ -48,13 +44,20 @@ def find_packing(a: AttentionArguments) -> Packing | None:
     if a.query_segments is None:
         return None
     found = _read_packing(a)
-    reason = explain_segments(a)
-    if reason is not None or isinstance(found, str):
-        raise ValueError(f"backend 'composed' is not usable here: {reason}")
+    if isinstance(found, str):
+        raise ValueError(f"backend 'composed' is not usable here: {found}")
     return found
 
 
 def _read_packing(a: AttentionArguments) -> "Packing | str":
+    """Return the sequences of a call, or why it cannot run on them."""
+    found = _recall_packing(a)
+    if not isinstance(found, str) and a.is_causal and any(q != k for q, k in found.starts):
+        return "with is_causal it takes segments of as many queries as keys"
+    return found
+
+
+def _recall_packing(a: AttentionArguments) -> "Packing | str":
     queries, keys = a.query_segments, a.key_segments
     assert queries is not None
     assert keys is not None
