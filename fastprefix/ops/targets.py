@@ -60,15 +60,11 @@ class Device:
         active = driver.active
         stream = active.get_current_stream(active.get_current_device() if index is None else index)
         x, y, z = (*grid, 1, 1)[:3]
-        enter, leave, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
-        if getattr(
-            enter, "calls", enter
-        ):  # a chain, whose calls are looked at once, and not where a kernel is launched
-            metadata = compiled.launch_metadata(grid, stream, *arguments)
-        else:
-            enter = None
-        if not getattr(leave, "calls", leave):
-            leave = None
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        # A chain without calls is no hook. Asked here, it costs the launch nothing.
+        enter = enter if getattr(enter, "calls", enter) else None
+        leave = leave if getattr(leave, "calls", leave) else None
+        metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
         known = (compiled.function, compiled.packed_metadata)
         compiled.run(x, y, z, stream, *known, metadata, enter, leave, *arguments)
 
