@@ -88,11 +88,12 @@ def check_parity(add: Add, seconds: float, cases: Sequence[Case], dtypes: Sequen
 
 
 ON_DEVICE = ("tests/ops", "-m", "cuda")
+_PYTEST = (sys.executable, "-m", "pytest", "--slow")  # what is slow is so in the interpreter, and not on a device
 
 
 def collect_tests(selection: Sequence[str] = ON_DEVICE) -> list[str]:
     """Return the tests on a device, the most important first: bfloat16, float16, a third of those in float32."""
-    command = [sys.executable, "-m", "pytest", *selection, "--collect-only", "-q"]
+    command = [*_PYTEST, *selection, "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode != 0 or not names:
@@ -108,7 +109,7 @@ def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) ->
     with tempfile.TemporaryDirectory() as folder:
         wanted, log = Path(folder, "tests"), Path(folder, "log")
         wanted.write_text("\n".join(names), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", f"@{wanted}", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        command = [*_PYTEST, f"@{wanted}", "-v", "--tb=short", "-p", "no:cacheprovider"]
         with log.open("w", encoding="utf-8") as output:
             try:
                 subprocess.run([*command, *_divide()], cwd=ROOT, stdout=output, stderr=output, timeout=seconds)
