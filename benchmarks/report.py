@@ -70,10 +70,11 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
         at = of_peer.set_index(["quantity", "direction"])
         forward, both = (at.loc["seconds", direction] for direction in (FORWARD, BOTH))
         losses = at.samples["loss", "held out"]
+        of_forward, of_both = (describe_ratio(of, of.p50 / of["x floor"]) for of in (forward, both))
         rows.append({
             "method": peer, "trainable": number(at.p50["parameters", "training"], 0),
-            "forward ms": describe_time(forward), "forward, x floor": describe_ratio(forward),
-            "fwd + bwd ms": describe_time(both), "fwd + bwd, x floor": describe_ratio(both),
+            "forward ms": describe_time(forward), "forward, x floor": of_forward,
+            "fwd + bwd ms": describe_time(both), "fwd + bwd, x floor": of_both,
             "tokens/s": number(tokens / both.p50, 0), "peak MB": number(at.p50["bytes", BOTH] / 1e6, 1),
             "loss first": number(losses[0], 3), "last": number(losses[-1], 3),
         })  # fmt: skip
@@ -84,10 +85,9 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
     return Table(titles, [[str(row[name]) for name in header] for row in rows] + failed)
 
 
-def describe_ratio(row: Any) -> str:
-    """Return the ratio to the floor's median, and those of the 20th and the 80th percentile."""
-    ratio = row["x floor"] / row.p50
-    return f"{row['x floor']:.2f} ({ratio * row.p20:.2f} to {ratio * row.p80:.2f})"
+def describe_ratio(row: Any, unit: float) -> str:
+    """Return a median in a unit, and the 20th and the 80th percentile."""
+    return f"{row.p50 / unit:.2f} ({row.p20 / unit:.2f} to {row.p80 / unit:.2f})"
 
 
 def describe_time(row: Any) -> str:
@@ -265,15 +265,14 @@ def tabulate_many_adapters(record: Record, *others: Record) -> Table:
     Those of other records are in units of the model in their own environments.
     """
     header, rows = ("case", "peer", "ms", "x no adapter"), []
-    for number_of, each in enumerate((record, *others)):
+    for each in (record, *others):
         frame = load_frame(each, "quantity == 'seconds'")
         for (kind, dtype), of in frame.groupby(["kind", "dtype"], sort=False):
             at = of.set_index("peer")
             unit = at.p50.get("base", at.p50.get("copy"))
             for peer, row in at.iterrows():
-                if number_of == 0 or peer != "base":
-                    spread = f" ({row.p20 / unit:.2f} to {row.p80 / unit:.2f})"
-                    rows.append([f"{kind}, {dtype}", peer, number(1e3 * row.p50, 1), number(row.p50 / unit) + spread])
+                if each is record or peer != "base":
+                    rows.append([f"{kind}, {dtype}", peer, number(1e3 * row.p50, 1), describe_ratio(row, unit)])
     return Table(header, sorted(rows, key=lambda row: row[0]))
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 
-def mark_slow(cases: Sequence[Any], every: int, ids: Any = str) -> list[Any]:
+def mark_slow(cases: Sequence[Any], every: int) -> list[Any]:
     """Return all cases as parameters. Only each ``every``-th runs without ``--slow``."""
     return [
-        pytest.param(case, id=ids(case), marks=[pytest.mark.slow] if number % every else [])
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if number % every else [])
         for number, case in enumerate(cases)
     ]
