@@ -5,7 +5,7 @@ has another adapter for each row, ``in turn`` generates each row by itself with 
 "swap": a prefix in host memory takes the place of another in the model's store. The floor copies as many bytes.
 
 AdapterHub's ``BatchSplit`` gives every row its own prefix, too. Its package needs an older transformers: with
-``--adapterhub`` it is measured in an environment of its own, where the floor is the model without adapters.
+``--adapterhub`` it is measured in a separate environment, where the floor is the model without adapters.
 """
 
 import argparse

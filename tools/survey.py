@@ -315,8 +315,8 @@ transformers {transformers}, PyTorch {torch}. Every family is built small, in fl
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
 - **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
 
-The reasons are in the CSV files of the folder `{folder}`, such as [that of prefixes]({folder}/prefix.csv), with a row for each
-family.
+The reasons are in the CSV files of the folder `{folder}`, such as [that of prefixes]({folder}/prefix.csv),
+with a row for each family.
 
 {counts}
 

@@ -32,7 +32,7 @@ from .tiles import measure_tiles
 
 DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: correctness, then speed."
 SECONDS = 525.0
-"""Of all stages together."""
+"""The time of all stages together."""
 OURS = ("stage", "triton", "fused", "composed", "tests", "accelerated", "fastprefix")
 """Peers whose failure is one of the run: that a peer of others does not support a case is not."""
 

@@ -1,4 +1,4 @@
-"""What is timed: shapes, gates and masks, and the peers of each."""
+"""The problems that are timed: shapes, gates and masks, and the peers of each."""
 
 import copy
 import itertools

@@ -127,7 +127,7 @@ def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, floa
 
 
 def describe_refusal(action: Callable[[], Any]) -> str:
-    """What is said to whoever changes an adapter of a model that an engine has."""
+    """Return the error of an action that changes an adapter of a model in an engine, or "nothing"."""
     try:
         action()
     except ValueError as error:

@@ -272,7 +272,7 @@ def train_batches(model: Any) -> Found:
 
 
 def run_batches(model: Any, kind: str) -> Found:
-    """What rows with different adapters give, and generate. Ranks of FSDP2 name different ones."""
+    """Run and generate rows with different adapters. Ranks of FSDP2 name different ones."""
     found: Found = {}
     model.eval()
     others = distributed.get_rank() if is_fully_sharded(model) and not is_tensor_parallel(model) else 0

@@ -18,7 +18,7 @@ from .test_sharding import BOUND, launch
 
 OUT = Path(__file__).parents[3] / "docs" / "devices.csv"
 SCENARIOS = ["start", "cache", "merge", "switch", "compose"]
-"""What is done with every model that is spread already when an adapter is attached."""
+"""The scenarios of every model that is spread already when an adapter is attached."""
 TABLE: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, []),
     "tp": (2, [*SCENARIOS, "mixed_training", "checkpoint", "whole", "accelerate", "one_key_head"]),

@@ -54,7 +54,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def alone(workplace: Path) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """What one process trains with each script."""
+    """Train with each script in one process."""
     script = workplace / "tensor_parallel.py"
     (workplace / "alone.py").write_text(script.read_text().replace(", distributed_config=spread", ""))
     found = {}

@@ -30,7 +30,7 @@ def attached(method: str) -> tuple[Any, Any]:
 
 
 def log_likelihood(model: Any, context: str, target: str) -> float:
-    """That of a target behind a context, of the model alone."""
+    """Return the log-likelihood of a target behind a context, by the model alone."""
     tokenizer = models.tokenizer()
     ids = tokenizer(context + target, return_tensors="pt")["input_ids"]
     with torch.no_grad():

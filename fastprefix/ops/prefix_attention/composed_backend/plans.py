@@ -1,4 +1,4 @@
-"""How a composed call is run: which of PyTorch's kernels, and what becomes of the prefix.
+"""Choose how a composed call runs: by which of PyTorch's kernels, and with which kernel for the prefix.
 
 ``choices.json`` says for measured calls which plan is the fastest and if it is faster than the Triton backend. A run of
 ``python -m benchmarks gpu`` measures, and ``python -m benchmarks choices`` writes the file.

@@ -1,4 +1,4 @@
-"""What PyTorch's kernels are asked: attention over one set of keys."""
+"""The problem that PyTorch's kernels solve: attention over one set of keys."""
 
 from typing import NamedTuple
 
