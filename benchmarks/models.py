@@ -3,6 +3,7 @@
 Only PyTorch and transformers are needed.
 """
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -92,17 +93,27 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
+def locate(name: str) -> dict[str, str]:
+    """Return the arguments with which transformers finds a model: a folder, a GGUF file, or a model of the hub."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": name}
+
+
 def find_kind(name: str) -> TaskKind:
     """Return whether a named model is a causal language model or classifies."""
+    if "gguf_file" in locate(name):
+        return "causal_lm"
     with explain(f"--model {name}"):
-        architecture = (transformers.AutoConfig.from_pretrained(name).architectures or [""])[0]
+        architecture = (transformers.AutoConfig.from_pretrained(**locate(name)).architectures or [""])[0]
     return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token."""
     with explain(f"--model {name}, tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(**locate(name))
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # invented, because there are no files
         raise BenchmarkError(f"--model {name}: no tokenizer; tokenizer.save_pretrained writes one into the folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -115,7 +126,7 @@ def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: i
     head = {} if kind == "causal_lm" else {"num_labels": classes, "ignore_mismatched_sizes": True}
     with explain(f"--model {name}"):
         model: PreTrainedModel = AUTO[kind].from_pretrained(
-            name, attn_implementation=ATTENTION, dtype=torch.float32, **head
+            **locate(name), attn_implementation=ATTENTION, dtype=torch.float32, **head
         )
     model.config.pad_token_id = pad
     model.config.use_cache = False
