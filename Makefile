@@ -50,7 +50,7 @@ test: $(BUILT) $(OVERLAID)
 matrix:
 	$(PYTHON) tools/matrix.py $(MATRIX)
 
-lint: $(BUILT)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)

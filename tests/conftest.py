@@ -5,6 +5,7 @@ import gc
 import os
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 
 # Compiled graphs know an operator by its name: those of another version of this package must not be found again.
@@ -38,11 +39,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that are marked slow, unless they are asked for."""
-    if not config.getoption("--slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    """Leave out the tests that are marked slow, and most cases of those marked sampled, unless they are asked for."""
+    if config.getoption("--slow"):
+        return
+    counts = Counter[str]()
+    chosen: dict[bool, list[pytest.Item]] = {False: [], True: []}
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        sampled = item.get_closest_marker("sampled")
+        is_left_out = item.get_closest_marker("slow") or (sampled and counts[test] % sampled.kwargs["every"])
+        chosen[not is_left_out].append(item)
+        counts[test] += 1
+    config.hook.pytest_deselected(items=chosen[False])
+    items[:] = chosen[True]
 
 
 def pytest_collection_finish() -> None:

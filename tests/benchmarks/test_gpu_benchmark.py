@@ -166,6 +166,7 @@ def lose_device(number: int) -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.slow
 def test_workers_that_fail_die_or_lose_the_device() -> None:
     wanted = [(answer, 0), (answer, 2), (answer, 1), (answer, 3), (lose_device, 5), (answer, 6)]
     start = time.monotonic()

@@ -52,6 +52,7 @@ def test_gradcheck_and_double_backward(device, backend, case):
         gradient.sum().backward()
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(device, backend, case, dynamic):

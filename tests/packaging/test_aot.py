@@ -36,7 +36,7 @@ ONE = ("--dtype", "bfloat16", "--width", "128", "--features", "causal, gate of k
 @pytest.mark.parametrize(
     ("arch", "instruction", "options"),
     [
-        ("sm_80", " mma ", ONE),
+        pytest.param("sm_80", " mma ", ONE, marks=pytest.mark.slow),
         pytest.param("sm_90", " wgmma ", ("--quick",), marks=pytest.mark.slow),
         ("sm_90", " wgmma ", ONE),
         pytest.param("sm_100", " tcgen05 ", ONE, marks=pytest.mark.slow),
@@ -267,6 +267,7 @@ def test_numbers_of_rows_are_loaded_without_masks() -> None:
     assert all(int(loads) >= 2 and masked == "0" for _, loads, masked in lines), lines
 
 
+@pytest.mark.slow
 def test_no_chain_of_additions_in_float32_runs_through_all_blocks() -> None:
     """Triton makes a sum the beginning of the product that is added to it, in compiled code only."""
     counts = [line.split() for line in run_program(CHAINS)]

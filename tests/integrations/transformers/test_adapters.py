@@ -32,6 +32,7 @@ def trainable(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_at_a_time(family: str, pair: tuple[str, str]) -> None:

@@ -72,6 +72,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("method", PREFIXES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,6 +156,7 @@ def run_lstm(lstm: torch.nn.LSTM, states: Tensor) -> Tensor:
     return states
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("method", PROMPTS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -316,6 +318,7 @@ def test_models_that_share_a_configuration_do_not_disturb_one_another(method: st
     assert torch.equal(first(**inputs).logits, attached_logits)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("before", [True, False], ids=["before-attach", "after-attach"])

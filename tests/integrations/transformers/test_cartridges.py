@@ -352,6 +352,7 @@ def test_spoilt_cartridges_are_refused(tmp_path: Path, case: str) -> None:
 # What is trained
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("config", [fastprefix.PrefixTuningConfig, fastprefix.APTConfig])
 @pytest.mark.parametrize("train", ["values", "keys"])
 @pytest.mark.parametrize("reentrant", [None, False, True])

@@ -27,6 +27,7 @@ def prepared(method: str, merged: bool) -> tuple[Any, dict[str, Any]]:
     return model, {**models.batch("left"), "use_cache": False}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_torch_export(method: str, merged: bool) -> None:

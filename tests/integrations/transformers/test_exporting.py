@@ -38,6 +38,7 @@ def generate_from(model: Any, embeds: Tensor) -> Tensor:
     return generated[0]
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("shared", [None, False])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "qwen3", "mistral"])

@@ -167,6 +167,7 @@ def assert_matches_textbook(model: Any, inputs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(fused[name], expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("method", PREFIXES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_the_textbook(family: str, method: str) -> None:
@@ -180,6 +181,7 @@ def test_matches_the_textbook(family: str, method: str) -> None:
     assert_matches_textbook(model, inputs)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("attentions", [("encoder",), ("decoder",), ("cross",), ("encoder", "cross")])
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_attentions_are_chosen(family: str, attentions: Any, tmp_path: Path) -> None:
@@ -214,6 +216,7 @@ def test_cached_and_uncached_generation_agree(family: str, method: str) -> None:
         assert torch.equal(cached, model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=3))
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("family", ["vit", "bart"])
 def test_compiles_without_graph_breaks(family: str) -> None:
     model = attached(family, fastprefix.PrefixTuningConfig(5))

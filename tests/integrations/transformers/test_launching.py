@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ... import models
-from ...selection import mark_slow
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
@@ -83,7 +82,8 @@ def test_the_page_has_commands() -> None:
     assert len(FILES) == 4
 
 
-@pytest.mark.parametrize("command", mark_slow(COMMANDS, 2))
+@pytest.mark.sampled(every=3)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_train_as_one_process(command: str, workplace: Path, alone: dict[str, dict[str, Tensor]]) -> None:
     """On the CPU, where only DDP is accelerate's own."""
     if "zero" in command and importlib.util.find_spec("deepspeed") is None:

@@ -77,6 +77,7 @@ def test_saved_and_loaded(tmp_path: Path, whole: bool) -> None:
     assert torch.equal(other(**models.batch()).logits, model(**models.batch()).logits)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("names", [["model.norm"], ["model.embed_tokens"], ["lm_head"], ["model.layers"]])
 @pytest.mark.parametrize("tied", [False, True])
 def test_modules_anywhere_in_a_model(names: list[str], tied: bool) -> None:

@@ -37,6 +37,7 @@ def logits(model: Any, padding: str = "left") -> Tensor:
     return output[inputs["attention_mask"].bool()] if output.ndim == 3 else output
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_merging_changes_no_value(family: str, method: str, padding: str) -> None:
@@ -99,6 +100,7 @@ def test_a_tied_head_keeps_the_old_table() -> None:
     assert table.dtype is torch.float32
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     "make", [*SHARING.values(), *WINDOWED.values()], ids=[*SHARING, *(f"window-{n}" for n in WINDOWED)]
 )

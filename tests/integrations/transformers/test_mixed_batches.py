@@ -229,6 +229,7 @@ def test_rows_are_what_they_are_alone(which: str, padding: str) -> None:
         assert_generates_alone(model, names, inputs, num_beams=3, num_return_sequences=2)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("family", DECODERS)
 def test_families_of_decoders(family: str) -> None:
     with Float64():

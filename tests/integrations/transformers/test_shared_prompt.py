@@ -76,6 +76,7 @@ def on_path(config: PretrainedConfig, shared_prompt: bool | None, **options: str
     return model
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize(
     "make", [*SHARING.values(), *WINDOWED.values()], ids=[*SHARING, *(f"window-{n}" for n in WINDOWED)]

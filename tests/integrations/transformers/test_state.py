@@ -133,6 +133,7 @@ def test_accelerated_models_around_one_base_leave_in_any_order(order: tuple[int,
     check_state(base, former)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("part", ["whole", "inner"])
 @pytest.mark.parametrize("first", ["attached", "accelerated"])
 @pytest.mark.parametrize("method", METHODS)

@@ -101,6 +101,7 @@ def test_trainer_trains_saves_and_resumes(family: str, method: str, tmp_path: Pa
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.sampled(every=3)
 # Accumulation is tried on a decoder: classifiers ignore the number of items that Trainer gives to their loss.
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize(
@@ -153,6 +154,7 @@ def test_accelerate_loop(method: str) -> None:
     assert_same(results[1], results[0])
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)

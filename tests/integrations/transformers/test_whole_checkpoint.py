@@ -13,6 +13,7 @@ from ... import models
 from .test_attach import FAMILIES, METHODS, attached
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("shards", ["5GB", "10KB"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,6 @@ from fastprefix.ops.prefix_attention.layout import allocate_heads
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
 from fastprefix.testing import assert_parity
-from tests.selection import mark_slow
 
 Inputs = dict[str, Any]
 NAMES = [name for name in DIFFERENTIABLE if name not in EAGER_ALONE]
@@ -311,16 +310,19 @@ HALF_CASES = (
 )
 
 
-@pytest.mark.parametrize("name", mark_slow(list(CASES), 2))
+@pytest.mark.sampled(every=3)
+@pytest.mark.parametrize("name", CASES)
 def test_parity_float32(device: str, name: str) -> None:
     assert_close(make_case(**CASES[name]), torch.float32, device)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", HALF_CASES)
 def test_parity_float16(device: str, name: str) -> None:
     assert_close(make_case(**CASES[name]), torch.float16, device)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("query", "value"), ("key", "prefix_gate")])
 def test_only_the_gradients_asked_for(device: str, wanted: tuple[str, ...]) -> None:
     case = make_case(N=20, M=33, gate="BhP", output_gate="BH", sinks=True)
@@ -519,7 +521,8 @@ def test_what_other_rows_see_of_the_store_does_not_matter(device: str, N: int) -
     assert all(torch.equal(gradients[name][rows], changed_gradients[name][rows]) for name in wanted)
 
 
-@pytest.mark.parametrize("dtype", mark_slow([torch.int32, torch.int64], 2))
+@pytest.mark.sampled(every=2)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_spans_in_any_layout(device: str, dtype: torch.dtype) -> None:
     x = make(device, B=3, Hq=2, N=20, M=20, P=30, spans="ragged", key_bias="hT")
     output, gradients = run(triton_backend, x)

@@ -11,7 +11,6 @@ from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
 from fastprefix.ops.prompt_embedding.registration import OPERATION
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 from fastprefix.parity import EmbeddingCase, measure
-from tests.selection import mark_slow
 
 OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept": "ffn"}
 
@@ -70,8 +69,9 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", mark_slow(CASES, 2))
+@pytest.mark.parametrize("case", CASES)
 def test_parity(device: str, case: dict, dtype: torch.dtype) -> None:
     report = measure(make_case(**case), dtype, "triton", device, draws=2)
     assert report.ok, f"\n{report}"
