@@ -23,7 +23,8 @@ TEST ?=
 MATRIX ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# What is imported is compiled then: compiling all of PyTorch's modules takes half a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Stamps need nothing but pip, and allow any TORCH, which a lock file would not. Other versions are in constraints.txt.
 # The stamp names what was installed, so another TORCH installs again, and the same one does not.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
@@ -73,26 +74,26 @@ install: $(BUILT)
 $(INSTALLED): constraints.txt pyproject.toml
 	@echo "installing PyTorch, transformers and the tools of tests and benchmarks in $(VENV) (a few minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt setuptools ninja $(TORCH)
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install $(TRITON)
-	FASTPREFIX_BUILD_EXT=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
+	$(INSTALL) --constraint constraints.txt setuptools ninja $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) $(TRITON)
+	FASTPREFIX_BUILD_EXT=0 $(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
 	rm -f $(VENV)/.installed-* $(VENV)/.built-* && touch $@
 
 # No build isolation: it would install a second PyTorch to build with.
 $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f)
 	@echo "building the C++ kernels (a few minutes on two cores)"
-	FASTPREFIX_BUILD_EXT=1 $(PIP) install --no-build-isolation --no-deps --editable .
+	FASTPREFIX_BUILD_EXT=1 $(INSTALL) --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
 
 $(OVERLAID): constraints-peft.txt $(INSTALLED)
 	@echo "installing the transformers that PEFT works with in $(OVERLAY)"
 	rm -rf $(OVERLAY)
-	$(PIP) install --no-deps --target $(OVERLAY) --requirement constraints-peft.txt
+	$(INSTALL) --no-deps --target $(OVERLAY) --requirement constraints-peft.txt
 	touch $@
 
 $(DOCUMENTED): $(INSTALLED)
 	@echo "installing the documentation's tools (a minute)"
-	FASTPREFIX_BUILD_EXT=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	FASTPREFIX_BUILD_EXT=0 $(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 
 clean:

@@ -309,7 +309,9 @@ def test_opcheck(case: Case, layout: str) -> None:
     torch.library.opcheck(torch.ops.fastprefix.prefix_attention_backward.cpu, inputs)
 
 
-@pytest.mark.parametrize("name", LOWER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("avx512") else []) for name in LOWER]
+)
 def test_lower_instruction_sets(name: str) -> None:
     dtypes = "bfloat16" if name.startswith("avx512") else "float32 or bfloat16"
     run_tests(__file__, name, f"(test_parity and ({dtypes})) or gradcheck or drops")

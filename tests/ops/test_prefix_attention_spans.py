@@ -30,6 +30,7 @@ def make_case(**named):
     return make_attention_case(**({"B": 4, "Hq": 4, "N": 6, "M": 5, "P": 11, "D": 16} | named))
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_spans(device, backend, spans, name, poisoned):
@@ -79,6 +80,7 @@ def test_store_keys_that_no_row_sees_have_no_gradient(device, backend, poisoned)
         assert t[name].grad[:, seen].any(-1).all()
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("key_bias", ["", "P", "hP", "h1", "BhP", "B1P", "Bh1"])
 @pytest.mark.parametrize("prefix_a_row", [False, True])
 def test_key_bias(device, backend, key_bias, prefix_a_row, poisoned):

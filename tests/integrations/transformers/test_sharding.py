@@ -45,7 +45,7 @@ def launch(module: str, processes: int, *arguments: str) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
 
 
-@pytest.mark.parametrize("processes", CELLS)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_give_what_one_gives(processes: int, tmp_path: Path) -> None:
     """Losses, gradients, steps of the optimizer, files, generated tokens and their logits, in one run for all cells."""
     file = tmp_path / "results.json"
