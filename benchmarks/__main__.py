@@ -1,7 +1,9 @@
 """Command line: ``python -m benchmarks [SUITE] [options]``. Without the name of a suite, the main job runs."""
 
 import argparse
+import difflib
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +43,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
     if name not in SUITES:
-        parser.error(f"unknown suite {name!r}; the suites are {', '.join(SUITES)}")
+        close = difflib.get_close_matches(name, SUITES, n=1)
+        parser.error(
+            f"unknown suite {name!r}{f', meant {close[0]}?' * bool(close)} The suites are {', '.join(SUITES)}."
+        )
+    if arguments and arguments[0] == "--quick" and (later := next((a for a in arguments if a in SUITES), None)):
+        rest = [a for a in arguments if a != later]
+        parser.error(f"the suite comes before its options: python -m benchmarks {shlex.join([later, *rest])}")
     try:
         suite = importlib.import_module(f".{SUITES[name]}", __package__)
     except ModuleNotFoundError as error:

@@ -161,7 +161,9 @@ def cut_blocks(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -
     encoded = tokenizer(list(part["text"]), add_special_tokens=False, verbose=False)["input_ids"]
     ids = torch.tensor([token for text in encoded for token in [*text, *end]])
     blocks = ids[: len(ids) // length * length].view(-1, length)
-    return {"input_ids": blocks, "attention_mask": torch.ones_like(blocks), "labels": blocks}
+    labels = blocks.clone()
+    labels[:, 0] = -100  # a prompt predicts the first token in some packages, and what is in front of it in none
+    return {"input_ids": blocks, "attention_mask": torch.ones_like(blocks), "labels": labels}
 
 
 def pad_passages(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,15 +23,24 @@ from .results import Record
 from .suite import add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
-TOKENS, SHORT = 100, 60  # DePT and ADePT have the budget of 100 prompt tokens at a width of 768
-PEERS = (FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT", "PEFT PT", "PEFT prefix tuning")
+TOKENS, SHORT = (
+    100,
+    0.6,
+)  # with 0.6 of the tokens, DePT and ADePT have the budget of 100 prompt tokens at a width of 768
+PEERS = (
+    FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT",
+    "PEFT PT", "PEFT PT, accelerated", "PEFT prefix tuning", "PEFT prefix tuning, accelerated",
+)  # fmt: skip
 NOTES = f"""\
-{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts and
-prefixes have {TOKENS} tokens, {SHORT} with DePT and ADePT. Medians of interleaved rounds; tokens/s of the text (no
-padding, no prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out
-text, before and after training. The head of a classifier is trained with every method, and counted.
+{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts
+and prefixes have {TOKENS} tokens unless --tokens says otherwise, those of DePT and ADePT 0.6 of that. Accelerated: a
+model of PEFT's after fastprefix.accelerate. Medians of interleaved rounds; tokens/s of the text (no padding, no
+prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before
+and after training, with the same labels for all. The head of a classifier is trained with every method, and counted.
+The losses show that training works; `python -m benchmarks study` measures how well methods learn, on a pretrained
+encoder.
 {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
-STEPS = {"quick": 24, "cpu": 32, "cuda": 120}
+STEPS = {"quick": 24, "quick, pretrained": 4, "cpu": 32, "cuda": 120}
 """The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
 
 
@@ -49,15 +57,18 @@ class Subject(NamedTuple):
         """Return the sizes of the model and of the task in one line."""
         config, size = self.model.config, " x ".join(map(str, self.train[0]["input_ids"].shape))
         weights = "pretrained" if config.name_or_path else "RANDOM"
+        padding = 1 - torch.stack([batch["attention_mask"].float().mean() for batch in self.train]).mean()
         return (
             f"{self.model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of "
-            f"{config.hidden_size}, {self.model.dtype}, {weights} weights; {size} tokens, {len(self.train)} steps"
+            f"{config.hidden_size}, {self.model.dtype}, {weights} weights; {size} tokens, {padding:.0%} "
+            f"of them padding, {len(self.train)} steps"
         )
 
 
 def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int, device: torch.device) -> list[Subject]:
     """Build an encoder and a decoder with a tokenizer trained on the corpus, or load the model of ``--model``."""
     size, classes = models.SIZES["quick" if options.quick else device.type], len(data.list_classes(corpus))
+    size = size._replace(length=options.length or size.length, rows=options.rows or size.rows)
     if name := options.model:
         kind, words = models.find_kind(name), models.load_tokenizer(name)
         if kind == "classification" and not classes:
@@ -68,7 +79,8 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
     kinds: dict[str, TaskKind] = {"encoder, BERT shape": "classification"} if classes else {}
     subjects = []
     for title, kind in {**kinds, "decoder, Llama shape": "causal_lm"}.items():
-        config = models.configure(kind, size, words.pad_token_id, words.eos_token_id, classes)
+        prompt = max(options.tokens, models.LONGEST_PROMPT)
+        config = models.configure(kind, size, words.pad_token_id, words.eos_token_id, classes, prompt)
         batches = data.build_task(kind, corpus, words, size, steps, device, options.seed)
         subjects.append(Subject(title, kind, models.build(kind, config, device, options.seed), *batches))
     return subjects
@@ -131,7 +143,7 @@ def compare_peers(subject: Subject, peers: list[ModelPeer], seed: int) -> tuple[
             faults.append(fault(case, peer.name, "set-up", error))
         else:
             works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train})
-    rounds = partial(tqdm, range(steps), desc=subject.title, unit="round", leave=False, file=sys.stderr)
+    rounds = partial(tqdm, range(steps), desc=subject.title, unit="round", leave=False, disable=None)
     rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10)
     for name in works.keys() - {of["peer"] for of in more}:
         rows += trainees[name].list_rows(partial(figure_row, case, name, works[name].role))
@@ -143,13 +155,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="a model of the hub or a local folder, in place of the two")
     parser.add_argument("--steps", type=positive, help="training steps")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens of a row; longer texts are cut")
+    parser.add_argument("--rows", type=positive, metavar="B", help="in a batch")
+    parser.add_argument(
+        "--tokens", type=positive, default=TOKENS, metavar="P", help=f"of prompts and prefixes (default: {TOKENS})"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the main job. Return 0 if every peer succeeded, 1 otherwise."""
     start, device = time.perf_counter(), set_up(options)
-    steps = options.steps or STEPS["quick" if options.quick else device.type]
+    quick = "quick, pretrained" if options.model else "quick"
+    steps = options.steps or STEPS[quick if options.quick else device.type]
     name, corpus = data.read_corpus(options)
     counts = ", ".join(f"{part} {len(rows):,} passages" for part, rows in corpus.items())
     text = f"{name}: {counts}, {len(data.list_classes(corpus))} classes"
@@ -161,7 +179,8 @@ def run(options: argparse.Namespace) -> int:
     if busy := find_busyness(facts):
         print(f"warning {busy}: measure again before you believe this", flush=True)
     for subject in subjects:
-        peers = list_peers(PEERS, subject.kind, TOKENS, subject.train[0]["input_ids"].shape[1], SHORT)
+        N, P = subject.train[0]["input_ids"].shape[1], options.tokens
+        peers = list_peers(PEERS, subject.kind, P, N, max(1, round(SHORT * P)))
         tokens = sum(float(batch["attention_mask"].sum()) for batch in subject.train) / steps  # no padding, no prompts
         record.settings["models"][subject.title] = {"description": subject.describe(), "tokens_per_step": tokens}
         measured = compare_peers(subject, peers, options.seed)

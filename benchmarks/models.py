@@ -40,8 +40,13 @@ SIZES = {
 }
 
 
-def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2) -> PretrainedConfig:
-    """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model)."""
+def configure(
+    kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2, prompt: int = LONGEST_PROMPT
+) -> PretrainedConfig:
+    """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model).
+
+    It has positions for the text and for a ``prompt`` of so many tokens.
+    """
     shared: dict[str, Any] = {
         "vocab_size": size.vocabulary,
         "hidden_size": size.width,
@@ -56,7 +61,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
         return transformers.BertConfig(
             **shared | {"num_labels": classes},
             intermediate_size=4 * size.width,
-            max_position_embeddings=size.length + LONGEST_PROMPT,
+            max_position_embeddings=size.length + prompt,
             # Attention dropout would put the floor and other packages on PyTorch's slow path on a CPU.
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -65,7 +70,7 @@ def configure(kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: i
         **shared,
         num_key_value_heads=size.heads // 2,
         intermediate_size=8 * size.width // 3,
-        max_position_embeddings=2 * (size.length + LONGEST_PROMPT),
+        max_position_embeddings=2 * (size.length + prompt),
         bos_token_id=end,
         eos_token_id=end,
         use_cache=False,

@@ -24,6 +24,7 @@ ADEPT_WIDTH = 19
 PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
 OFFSET_RATE = 1e-3
 PREFIX_RATE = 1e-2
+PREFIX_SCALE = 0.02  # of this package's free prefixes at their start
 HEAD_RATE = 1e-3
 
 
@@ -110,15 +111,23 @@ def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
     return Prepared(fastprefix.merge(fastprefix.attach(model, config)))
 
 
-def wrap_with_peft(model: PreTrainedModel, kind: TaskKind, tokens: int, config: str, rate: float) -> Prepared:
-    """Wrap the model with a method of PEFT, given by the name of its configuration."""
+def wrap_with_peft(
+    model: PreTrainedModel, kind: TaskKind, tokens: int, config: str, rate: float, accelerated: bool = False
+) -> Prepared:
+    """Wrap the model with a method of PEFT, given by the name of its configuration, which starts as this package's."""
     import peft
 
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
-    wrapped: nn.Module = peft.get_peft_model(model, getattr(peft, config)(task_type=task, num_virtual_tokens=tokens))
+    table: Any = model.get_input_embeddings().weight
+    scale = float(table.std()) if config == "PromptTuningConfig" else PREFIX_SCALE
+    wrapped: Any = peft.get_peft_model(model, getattr(peft, config)(task_type=task, num_virtual_tokens=tokens))
     trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     prompt = [p for name, p in trainable.items() if name.startswith("prompt_encoder")]
     head = [p for name, p in trainable.items() if not name.startswith("prompt_encoder")]
+    for parameter in prompt:
+        nn.init.normal_(parameter, std=scale)
+    if accelerated:
+        fastprefix.accelerate(wrapped)
     return Prepared(wrapped, group(prompt, rate) + group(head, HEAD_RATE))
 
 
@@ -180,8 +189,10 @@ def list_peers(
         theirs[f"{name}, eager"] = partial(EagerPrompt.prepare, method=name, tokens=tokens, length=length)
     if find_version("peft"):
         wrap = partial(wrap_with_peft, kind=kind, tokens=tokens)
-        theirs["PEFT PT"] = partial(wrap, config="PromptTuningConfig", rate=PROMPT_RATE)
-        theirs["PEFT prefix tuning"] = partial(wrap, config="PrefixTuningConfig", rate=PREFIX_RATE)
+        rates = {"PT": ("PromptTuningConfig", PROMPT_RATE), "prefix tuning": ("PrefixTuningConfig", PREFIX_RATE)}
+        for name, (config, rate) in rates.items():
+            theirs[f"PEFT {name}"] = partial(wrap, config=config, rate=rate)
+            ours[f"PEFT {name}, accelerated"] = partial(wrap, config=config, rate=rate, accelerated=True)
     if find_version("adapters"):
         theirs["adapters prefix tuning"] = partial(tune_with_adapters, tokens=tokens)
     roles: dict[Role, dict[str, Prepare]] = {"floor": {FLOOR: freeze}, "ours": ours, "theirs": theirs}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertConfig, DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig
 
 pytest.importorskip("cogapp")
@@ -282,10 +283,14 @@ class TestMainJob:
         models.build("causal_lm", config, CPU).save_pretrained(tmp_path / "model")
         text = tmp_path / "text.jsonl"
         text.write_text("".join(json.dumps({"text": f"for x in range({i}): print(x)"}) + "\n" for i in range(60)))
-        arguments = ["--data", str(text), "--model", str(tmp_path / "model"), "--steps", "2"]
+        sizes = ["--steps", "2", "--length", "16", "--rows", "3", "--tokens", "6"]
+        arguments = ["--data", str(text), "--model", str(tmp_path / "model"), *sizes]
         assert main([*arguments, "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-        (subject,) = results.read(tmp_path / "main_job.json").settings["models"].values()
-        assert "pretrained weights" in subject["description"]
+        record = results.read(tmp_path / "main_job.json")
+        (subject,) = record.settings["models"].values()
+        assert "pretrained weights; 3 x 16 tokens, 0% of them padding, 2 steps" in subject["description"]
+        trained = {row["peer"]: row["p50"] for row in record.rows if row["quantity"] == "parameters"}
+        assert trained["PT"] == 6 * TINY.width
 
     @pytest.mark.parametrize("config", [LlamaConfig(), BertConfig()], ids=["llama", "bert"])
     def test_a_folder_without_tokenizer(self, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +319,26 @@ class TestMainJob:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         assert main(arguments) == 2
         assert f"error: {' '.join(arguments)}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["model"], "unknown suite 'model', meant models?"),
+            (["--quick", "models", "--rows", "2"], "python -m benchmarks models --quick --rows 2"),
+        ],
+    )
+    def test_suites_that_are_mistyped_or_come_late(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+    def test_the_first_token_has_no_label(self) -> None:
+        words = data.train_tokenizer(["for x in y"] * 9, TINY.vocabulary)
+        blocks = data.cut_blocks(Dataset.from_list([{"text": "for x in y"}] * 20), words, 8)
+        assert (blocks["labels"][:, 0] == -100).all()
+        assert torch.equal(blocks["labels"][:, 1:], blocks["input_ids"][:, 1:])
 
     def test_without_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
