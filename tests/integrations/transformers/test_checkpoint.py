@@ -115,6 +115,24 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> 
         fastprefix.detach(wider)
 
 
+def test_layers_labels_and_names_that_do_not_fit_are_counted_and_named(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path / "two")
+    with pytest.raises(ValueError, match="the adapter has 2 layers, the model 3"):
+        fastprefix.load_adapter(models.decoder(layers=3), tmp_path / "two")
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path / "classifier")
+    labels = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())["base_model_labels"]
+    assert labels == ["LABEL_0", "LABEL_1"]
+    other = models.encoder()
+    other.config.num_labels = 5
+    with pytest.raises(
+        ValueError, match=r"head for 2 labels \(LABEL_0, LABEL_1\), but `model` has one for 5: .*num_labels=2"
+    ):
+        fastprefix.load_adapter(other, tmp_path / "classifier")
+    parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in "abcde"}
+    with pytest.raises(ValueError, match="the model alone has a, b, c and 2 more, and the adapter alone has x"):
+        saving.fill(parameters, {"x": torch.ones(1)})
+
+
 def _edit(path: Path, **options: object) -> None:
     description = {**json.loads(path.read_text()), **options}
     path.write_text(json.dumps({name: value for name, value in description.items() if value is not ...}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +99,7 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
         f"| base model | {source if is_public else 'not on the hub'}, `{kind}` |",
         f"| parameters | {own:,} of {total:,} ({own / total:.4%}) |",
         f"| `method` | {config.method_name()} |",
-        *(f"| `{option}` | {_format(value)} |" for option, value in _list_choices(config)),
+        *(f"| `{option}` | {_format(value)} |" for option, value in config.list_choices()),
         "",
         "## How to load it",
         "",
@@ -117,12 +116,6 @@ def _describe(config: MethodConfig) -> str:
     """Return the first sentence about a method."""
     text = (type(config).__doc__ or "").strip().partition("\n\n")[0]
     return " ".join(text.replace("``", "`").split())
-
-
-def _list_choices(config: MethodConfig) -> list[tuple[str, Any]]:
-    """Return the options that are not at their defaults."""
-    options = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return [(field.name, value) for field, value in options if value is not None and value != field.default]
 
 
 def _format(value: Any) -> str:

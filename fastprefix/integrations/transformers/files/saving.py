@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +112,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
 _ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
 """What a header says beside the options."""
+_LABELS = "base_model_labels"
+"""The names of the labels that a saved head is for."""
 _SAVE_ID = "save_id"
 _SAMPLES = 1024  # numbers of a tensor that ranks compare
 _INFORMATIVE = ("base_model_name_or_path",)
@@ -191,12 +195,15 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:
     """Return the options of the adapter in use, and of which model it is."""
+    adapter = _get_savable(model)
+    labels = getattr(model.config, "id2label", None) if adapter.saved_modules else None
     return {
-        **_get_savable(model).config.to_dict(),
+        **adapter.config.to_dict(),
         "base_model_type": model.config.model_type,
         "base_model_class": type(model).__name__,
         "base_model_name_or_path": model.name_or_path,
         "fastprefix_version": __version__,
+        **({_LABELS: list(labels.values())} if labels else {}),
     }
 
 
@@ -447,8 +454,14 @@ def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConf
     _check_unedited(path.with_name(CONFIG_FILE), description)
     base, *_ = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
+    labels = description.pop(_LABELS, None)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter of a {base} model, but `model` is a {model.config.model_type} model.")
+    if labels is not None and hasattr(model.config, "num_labels") and len(labels) != model.config.num_labels:
+        raise ValueError(
+            f"{path} has a head for {len(labels)} labels ({', '.join(labels[:5])}{', ...' * (len(labels) > 5)}), but "
+            f"`model` has one for {model.config.num_labels}: load the model with num_labels={len(labels)}."
+        )
     return MethodConfig.from_dict(description)
 
 
@@ -502,9 +515,8 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
 
 def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Copy tensors into parameters, all or, where names or shapes differ, none."""
-    if names := sorted(parameters.keys() ^ tensors.keys()):
-        sides = [f"{name} ({'the model' if name in parameters else 'the adapter'} has it)" for name in names]
-        raise ValueError(f"the adapter does not fit this model: {', '.join(sides)} on one side only")
+    if parameters.keys() != tensors.keys():
+        raise ValueError(f"the adapter does not fit this model: {_compare_names(parameters, tensors)}.")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
@@ -512,6 +524,22 @@ def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> Non
     with torch.no_grad():
         for name, parameter in parameters.items():
             write_whole(parameter, tensors[name])
+
+
+def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> str:
+    """Say what one side alone has: layers, where the names differ in their numbers, or else the first few names."""
+    here, there = (
+        Counter(re.sub(r"\.\d+(?=\.|$)", "", name, count=1) for name in names) for names in (of_model, of_adapter)
+    )
+    if here.keys() == there.keys():
+        name = next(name for name in here if here[name] != there[name])
+        return f"the adapter has {there[name]} layers, the model {here[name]}"
+    sides = {"the model": set(of_model) - set(of_adapter), "the adapter": set(of_adapter) - set(of_model)}
+    parts = []
+    for side, names in sides.items():
+        shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts += [f"{side} alone has {shown}"] if names else []
+    return ", and ".join(parts)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
