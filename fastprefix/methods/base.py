@@ -67,6 +67,18 @@ class LearningRates(NamedTuple):
     """The rate of gates. None: that of the rest."""
 
 
+PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
+    "prefix_projection": ('reparameterization="mlp"',),
+    "encoder_hidden_size": ("hidden_dim", "encoder_hidden_dim"),
+    "r": ("rank", "bottleneck_dim"),
+    "prompt_tuning_init": ("init",),
+    "prompt_tuning_init_text": ("init_text",),
+    "encoder_reparameterization_type": ("encoder",),
+    "adapter_len": ("num_virtual_tokens",),
+}
+"""What options of PEFT are called here; the first that a method has."""
+
+
 @dataclass(kw_only=True)
 class MethodConfig:
     """A method's options.
@@ -101,6 +113,11 @@ class MethodConfig:
         """Return the options as plain data, with the method's name."""
         return {"method": self.method_name(), **dataclasses.asdict(self)}
 
+    def list_choices(self) -> list[tuple[str, Any]]:
+        """Return the names and values of the options that are not at their defaults."""
+        options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return [(field.name, value) for field, value in options if value is not None and value != field.default]
+
     @staticmethod
     def from_dict(options: dict[str, Any]) -> MethodConfig:
         """Return the configuration that ``to_dict`` described.
@@ -123,12 +140,28 @@ class MethodConfig:
         unknown = sorted(set(names) - set(known))
         if not unknown:
             return None
-        close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        close = [
+            match
+            for name in unknown
+            for match in [*(o for o in PEFT_OPTIONS.get(name, ()) if o.partition("=")[0] in known)][:1]
+            or difflib.get_close_matches(name, known, n=1)
+        ]
         hint = f" (meant: {', '.join(close)}?)" if close else ""
         return f"{cls.__name__} has no option {', '.join(unknown)}{hint}; it takes {', '.join(known)}"
 
 
-class PromptMethod(nn.Module, ABC):
+class MethodModule(nn.Module, ABC):
+    """What methods of all kinds have: a configuration, and a line about it where they are printed."""
+
+    config: Any
+
+    def extra_repr(self) -> str:
+        """Return the options that are not at their defaults, and the number of parameters."""
+        options = [f"{name}={value!r}" for name, value in self.config.list_choices()]
+        return ", ".join([*options, f"{sum(p.numel() for p in self.parameters()):,} parameters"])
+
+
+class PromptMethod(MethodModule):
     """A soft prompt before the tokens and, by method, an offset on them. Changes what enters the first layer."""
 
     changes_tokens: ClassVar[bool] = False
@@ -184,7 +217,7 @@ class PromptMethod(nn.Module, ABC):
         return prompt_embedding(input_ids, table, prompt, **offset)
 
 
-class VisualMethod(nn.Module, ABC):
+class VisualMethod(MethodModule):
     """Rows beside the tokens of an image, in every layer of a vision transformer."""
 
     def __init__(self, config: Any, shape: VisionShape) -> None:
@@ -229,7 +262,7 @@ class VisualMethod(nn.Module, ABC):
         return None
 
 
-class PrefixMethod(nn.Module, ABC):
+class PrefixMethod(MethodModule):
     """A prefix of keys and values for every attention layer, and its gates."""
 
     def __init__(self, config: Any, shapes: Sequence[AttentionShape]) -> None:

@@ -21,6 +21,7 @@ from fastprefix.methods import (
     ResidualPrefix,
 )
 from fastprefix.methods.shapes import AttentionShape, EmbeddingShape
+from tests import models
 
 TABLE = EmbeddingShape(vocabulary=500, width=96)
 LAYER = AttentionShape(heads=6, kv_heads=6, key_size=16, value_size=16, width=96, causal=False)
@@ -331,6 +332,13 @@ def test_configurations_survive_saving(name: str) -> None:
         (lambda: fastprefix.DePTConfig(5, alpha=float("nan")), ValueError, "alpha"),
         (lambda: fastprefix.DePTConfig(5, alpha="8"), TypeError, "alpha"),
         (lambda: fastprefix.APTConfig(5, poolng="cls"), TypeError, r"meant: pooling\?\); it takes .*token_gate"),
+        (lambda: fastprefix.ADePTConfig(5, r=2), TypeError, r"meant: bottleneck_dim\?\)"),
+        (lambda: fastprefix.DePTConfig(5, r=2), TypeError, r"meant: rank\?\)"),
+        (
+            lambda: fastprefix.PrefixTuningConfig(5, prefix_projection=True),
+            TypeError,
+            r'meant: reparameterization="mlp"\?\)',
+        ),
         (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=0), ValueError, "bottleneck_dim"),
         (lambda: fastprefix.ADePTConfig(5, bottleneck_dim=2, dropout=1.5), ValueError, "dropout"),
         (lambda: fastprefix.PrefixTuningConfig(5, reparameterization="lstm"), ValueError, "reparameterization"),
@@ -346,5 +354,11 @@ def test_configurations_survive_saving(name: str) -> None:
     ],
 )
 def test_bad_options_are_named(make: object, error: type[Exception], named: str) -> None:
-    with pytest.raises(error, match=rf"\b{named}\b"):
+    with pytest.raises(error, match=rf"\b{named}(?!\w)"):
         make()
+
+
+def test_what_is_printed_of_a_method() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.ADePTConfig(6, bottleneck_dim=3))
+    count = fastprefix.count_parameters(model).trainable
+    assert f"ADePT(num_virtual_tokens=6, bottleneck_dim=3, {count:,} parameters)" in str(model)
