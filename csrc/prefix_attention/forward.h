@@ -2,6 +2,10 @@
 //
 // Scores are computed transposed, S^T = K Q^T: keys are broadcast from where they lie, the queries (transposed once)
 // fill the vectors. So maxima and sums are vertical, and P^T is at once the operand of O^T += V^T P^T.
+//
+// In decoding, a row and head has too few queries to fill a vector, and each would read the whole prefix from memory.
+// So rows that see the same prefix keys go through them together first, in parts, with the queries of all heads that
+// share the keys (`gather`). Each row and head then starts from what was summed for it.
 #pragma once
 
 #include "../common/scratch.h"
@@ -76,7 +80,72 @@ class AttentionForward {
       : p_(p), band_(p), output_(output), normalizers_(normalizers.data<A>()) {}
 
   void run() {
-    Slots slots(p_.Hq * p_.query_blocks(), row_costs(p_));
+    find_crowds();
+    work(Slots(static_cast<int64_t>(parts_.size())), [&](ForwardWorker& worker, int64_t i) {
+      worker.gather(parts_[i]);
+    });
+    work(Slots(p_.Hq * p_.query_blocks(), row_costs(p_)), [&](ForwardWorker& worker, int64_t item) {
+      worker.attend(block(item));
+    });
+  }
+
+ private:
+  struct ForwardWorker;
+
+  // Rows that see the same prefix keys. Of each query there are sums (m, l, O [Dv]) for every part of the keys:
+  // [Hkv][rows, G, N][parts][2 + Dv], from `sums` on.
+  struct Crowd {
+    Span span;
+    std::vector<int64_t> rows;
+    int64_t sums = 0;
+
+    int64_t parts() const { return (span.length + kPartKeys - 1) / kPartKeys; }
+  };
+  static constexpr int64_t kPartKeys = 8 * kKeys;
+
+  // A block of a crowd's queries and a part of its keys.
+  struct Part {
+    int64_t crowd, hkv, first_query, index;
+  };
+
+  // Finds the rows to gather, where nothing that multiplies a score or is added to it depends on the row.
+  void find_crowds() {
+    crowd_of_.assign(p_.B, {-1, 0});
+    if (p_.N > kFew || !p_.shared_prefix || p_.gate || p_.prefix_bias || p_.drops || !p_.shared_key_bias()) return;
+    std::vector<Crowd> all;
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Span& span = p_.spans[b];
+      auto same = [&](const Crowd& crowd) {
+        return crowd.span.start == span.start && crowd.span.length == span.length;
+      };
+      auto found = std::find_if(all.begin(), all.end(), same);
+      if (found == all.end()) found = all.insert(found, Crowd{span, {}});
+      found->rows.push_back(b);
+    }
+    int64_t sums = 0;
+    for (Crowd& crowd : all) {
+      int64_t queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
+      if (queries < kLanes<A> / 2 || crowd.span.length < kKeys) continue;
+      crowd.sums = sums;
+      sums += p_.Hkv * queries * crowd.parts() * (2 + p_.Dv);
+      int64_t number = static_cast<int64_t>(crowds_.size());
+      for (int64_t i = 0; i < static_cast<int64_t>(crowd.rows.size()); ++i) crowd_of_[crowd.rows[i]] = {number, i};
+      for (int64_t hkv = 0; hkv < p_.Hkv; ++hkv)
+        for (int64_t first = 0; first < queries; first += kQueries)
+          for (int64_t part = 0; part < crowd.parts(); ++part) parts_.push_back({number, hkv, first, part});
+      crowds_.push_back(std::move(crowd));
+    }
+    if (sums > 0) sums_ = empty<A>({sums});
+  }
+
+  // Where the sums of a query of a crowd begin, those of its first part.
+  A* sums_of(const Crowd& crowd, int64_t hkv, int64_t query) const {
+    int64_t queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
+    return sums_->data<A>() + crowd.sums + (hkv * queries + query) * crowd.parts() * (2 + p_.Dv);
+  }
+
+  template <class Do>
+  void work(const Slots& slots, Do one) {
     if (slots.items == 0) return;
     Arena counting(nullptr);
     ForwardWorker(*this, counting);
@@ -84,11 +153,10 @@ class AttentionForward {
       [[maybe_unused]] typename Manner::Unit unit;
       Arena arena(memory);
       ForwardWorker worker(*this, arena);
-      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) worker.attend(block(item));
+      for (int64_t item = slots.first(slot); item < slots.first(slot + 1); ++item) one(worker, item);
     });
   }
 
- private:
   QueryBlock block(int64_t item) const {
     int64_t blocks = p_.query_blocks(), index = item % blocks, h = item / blocks % p_.Hq;
     return {item / blocks / p_.Hq, h, h / p_.G, index * kQueries, std::min(kQueries, p_.N - index * kQueries), index};
@@ -99,6 +167,7 @@ class AttentionForward {
     const AttentionProblem<T, A>& p;
     Operand* q;  // Q^T
     A* few_q;    // or, for a few queries, Q
+    T* rows;     // of gathered queries
     KeyBlocks<Manner, T> keys, values;
     A* gates;
     A* keeps;
@@ -110,6 +179,7 @@ class AttentionForward {
     ForwardWorker(const AttentionForward& forward, Arena& arena) : f(forward), p(forward.p_) {
       q = arena.take<Operand>(round_up(p.D, Manner::pair) * kQueries);
       few_q = arena.take<A>(kFew * round_up(p.D, kLanes<A>));
+      rows = f.parts_.empty() ? nullptr : arena.take<T>(kQueries * p.D);
       keys.take(arena, p, p.D, true, false);
       values.take(arena, p, p.Dv, false, true);
       gates = p.gate ? arena.take<A>(kKeys * (p.gate_per_query ? kQueries : 1)) : nullptr;
@@ -119,21 +189,69 @@ class AttentionForward {
       if (p.separate()) prefix.take(arena, p.Dv);
     }
 
-    void attend(const QueryBlock& queries) {
-      const T* rows = p.q.at(queries.b, queries.h, queries.first);
-      if (queries.count <= kFew) {
-        pack_few(rows, p.q.strides[2], queries.count, p.D, few_q);
+    void pack_queries(const T* from, int64_t stride, int64_t count) {
+      if (count <= kFew) {
+        pack_few(from, stride, count, p.D, few_q);
       } else {
-        pack_transposed<Manner>(rows, p.q.strides[2], queries.count, p.D, q, kQueries);
+        pack_transposed<Manner>(from, stride, count, p.D, q, kQueries);
       }
+    }
+
+    // Goes through a part of a crowd's keys with a block of its queries.
+    void gather(const Part& part) {
+      const Crowd& crowd = f.crowds_[part.crowd];
+      int64_t all = static_cast<int64_t>(crowd.rows.size()) * p.G * p.N;
+      int64_t count = std::min(kQueries, all - part.first_query), size = 2 + p.Dv;
+      for (int64_t i = 0; i < count; ++i) {
+        int64_t query = part.first_query + i, h = part.hkv * p.G + query / p.N % p.G;
+        std::copy_n(p.q.at(crowd.rows[query / p.N / p.G], h, query % p.N), p.D, rows + i * p.D);
+      }
+      pack_queries(rows, p.D, count);
+      tokens.start(p.Dv, round_up(count, kLanes<A>));
+      QueryBlock queries{crowd.rows[0], part.hkv * p.G, part.hkv, 0, count, 0};
+      int64_t begin = part.index * kPartKeys, end = std::min(crowd.span.length, begin + kPartKeys);
+      for_blocks(Half::prefix, begin, end, [&](const Columns& columns) { add_block(queries, columns, tokens); });
+      for (int64_t i = 0; i < count; ++i) {
+        A* to = f.sums_of(crowd, part.hkv, part.first_query + i) + part.index * size;
+        to[0] = tokens.m[i];
+        to[1] = tokens.l[i];
+        for (int64_t d = 0; d < p.Dv; ++d) to[2 + d] = tokens.o[d * kQueries + i];
+      }
+    }
+
+    // Adds what was gathered for a row's and head's queries to a softmax that has seen no values yet.
+    void add_gathered(const QueryBlock& queries, const Crowd& crowd, int64_t row, Softmax<A>& softmax) const {
+      int64_t size = 2 + p.Dv, parts = crowd.parts();
+      for (int64_t i = 0; i < queries.count; ++i) {
+        const A* sums = f.sums_of(crowd, queries.hkv, (row * p.G + queries.h % p.G) * p.N + queries.first + i);
+        A m = softmax.m[i];
+        for (int64_t part = 0; part < parts; ++part) m = std::max(m, sums[part * size]);
+        if (m == -std::numeric_limits<A>::infinity()) continue;
+        softmax.l[i] *= std::exp(softmax.m[i] - m);
+        softmax.m[i] = m;
+        for (int64_t part = 0; part < parts; ++part, sums += size) {
+          A factor = std::exp(sums[0] - m);
+          softmax.l[i] += factor * sums[1];
+          for (int64_t d = 0; d < p.Dv; ++d) softmax.o[d * kQueries + i] += factor * sums[2 + d];
+        }
+      }
+    }
+
+    void attend(const QueryBlock& queries) {
+      pack_queries(p.q.at(queries.b, queries.h, queries.first), p.q.strides[2], queries.count);
       int64_t columns = round_up(queries.count, kLanes<A>);
       tokens.start(
           p.Dv, columns, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : -std::numeric_limits<A>::infinity());
       if (p.separate()) prefix.start(p.Dv, columns);
       Softmax<A>& of_prefix = p.separate() ? prefix : tokens;
-      for_blocks(Half::prefix, 0, p.spans[queries.b].length, [&](const Columns& columns) {
-        add_block(queries, columns, of_prefix);
-      });
+      auto [crowd, row] = f.crowd_of_[queries.b];
+      if (crowd >= 0) {
+        add_gathered(queries, f.crowds_[crowd], row, of_prefix);
+      } else {
+        for_blocks(Half::prefix, 0, p.spans[queries.b].length, [&](const Columns& columns) {
+          add_block(queries, columns, of_prefix);
+        });
+      }
       for_token_blocks(p, f.band_, queries, [&](const Columns& columns) { add_block(queries, columns, tokens); });
       finish(queries);
     }
@@ -265,6 +383,10 @@ class AttentionForward {
   Band band_;
   Tensor output_;
   A* normalizers_;
+  std::vector<Crowd> crowds_;
+  std::vector<Part> parts_;
+  std::vector<std::pair<int64_t, int64_t>> crowd_of_;  // of each row its crowd, or -1, and its number there
+  OptionalTensor sums_;
 };
 
 }  // namespace fastprefix

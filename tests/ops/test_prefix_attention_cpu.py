@@ -103,6 +103,24 @@ SHAPES: list[Case] = [
     {"layout": "sliced"},
     {"layout": "strided"},
 ]
+# Queries of all rows and heads go through one prefix together: in parts, in blocks of which the last has few queries.
+SHAPES += [
+    {"B": 9, "N": 1, "M": 40, "P": 1000},
+    {"B": 33, "Hq": 2, "Hkv": 1, "N": 1, "M": 3, "P": 100},
+    {"B": 5, "Hq": 6, "Hkv": 2, "N": 2, "M": 30, "P": 130, "is_causal": True},
+    {"B": 8, "N": 1, "M": 0, "P": 200},
+    {"B": 8, "N": 1, "M": 20, "P": 200, "sinks": True, "softcap": 3.0, "key_bias": "hP"},
+    {"B": 8, "N": 1, "M": 20, "P": 200, "sinks": True, "output_gate": "BH"},
+    {"B": 8, "N": 1, "M": 20, "P": 200, "spans": "equal", "key_bias": "hT"},
+    {"B": 8, "N": 2, "M": 20, "P": 200, "D": 13, "Dv": 7, "layout": "BNHD"},
+    {
+        "B": 12,
+        "N": 1,
+        "M": 20,
+        "Hkv": 1,
+        "spans": tuple([(0, 100), (0, 150), (9, 100), (0, 20), (0, 0)][b % 5] for b in range(12)),
+    },
+]
 FEATURES: list[Case] = [
     {"gate": "P"},
     {"gate": "B1P"},
