@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     steps: int
 
 
-FULL = Settings(document=1024, prefixes=(64, 256, 512), passage=64, rows=1, length=512, steps=150)
+FULL = Settings(document=1024, prefixes=(64, 256, 512), passage=64, rows=1, length=512, steps=60)
 QUICK = Settings(document=64, prefixes=(8,), passage=16, rows=2, length=64, steps=6)
 QUICK_SIZE = Size(layers=2, width=64, heads=2, vocabulary=512, rows=QUICK.rows, length=QUICK.length)
 
