@@ -222,15 +222,16 @@ class AttentionForward {
     // Adds what was gathered for a row's and head's queries to a softmax that has seen no values yet.
     void add_gathered(const QueryBlock& queries, const Crowd& crowd, int64_t row, Softmax<A>& softmax) const {
       int64_t size = 2 + p.Dv, parts = crowd.parts();
+      auto power = [](A x) { return exp(splat(x))[0]; };
       for (int64_t i = 0; i < queries.count; ++i) {
         const A* sums = f.sums_of(crowd, queries.hkv, (row * p.G + queries.h % p.G) * p.N + queries.first + i);
         A m = softmax.m[i];
         for (int64_t part = 0; part < parts; ++part) m = std::max(m, sums[part * size]);
         if (m == -std::numeric_limits<A>::infinity()) continue;
-        softmax.l[i] *= std::exp(softmax.m[i] - m);
+        softmax.l[i] *= power(softmax.m[i] - m);
         softmax.m[i] = m;
         for (int64_t part = 0; part < parts; ++part, sums += size) {
-          A factor = std::exp(sums[0] - m);
+          A factor = power(sums[0] - m);
           softmax.l[i] += factor * sums[1];
           for (int64_t d = 0; d < p.Dv; ++d) softmax.o[d * kQueries + i] += factor * sums[2 + d];
         }
