@@ -196,7 +196,8 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
 def _describe(model: PreTrainedModel) -> dict[str, Any]:
     """Return the options of the adapter in use, and of which model it is."""
     adapter = _get_savable(model)
-    labels = getattr(model.config, "id2label", None) if adapter.saved_modules else None
+    has_head = not find_trainable_modules(model, None).keys().isdisjoint(adapter.saved_modules)
+    labels = getattr(model.config, "id2label", None) if has_head else None
     return {
         **adapter.config.to_dict(),
         "base_model_type": model.config.model_type,
