@@ -23,18 +23,16 @@ from .results import Record
 from .suite import add_common, positive, set_up
 
 DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
-TOKENS, SHORT = (
-    100,
-    0.6,
-)  # with 0.6 of the tokens, DePT and ADePT have the budget of 100 prompt tokens at a width of 768
+TOKENS = 100
+SHORT = 0.6  # of the tokens: DePT and ADePT then have the budget of 100 prompt tokens at a width of 768
 PEERS = (
     FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT",
     "PEFT PT", "PEFT PT, accelerated", "PEFT prefix tuning", "PEFT prefix tuning, accelerated",
 )  # fmt: skip
 NOTES = f"""\
 {FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts
-and prefixes have {TOKENS} tokens unless --tokens says otherwise, those of DePT and ADePT 0.6 of that. Accelerated: a
-model of PEFT's after fastprefix.accelerate. Medians of interleaved rounds; tokens/s of the text (no padding, no
+and prefixes have {TOKENS} tokens unless --tokens says otherwise, those of DePT and ADePT {SHORT} of that. Accelerated:
+a model of PEFT's after fastprefix.accelerate. Medians of interleaved rounds; tokens/s of the text (no padding, no
 prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before
 and after training, with the same labels for all. The head of a classifier is trained with every method, and counted.
 The losses show that training works; `python -m benchmarks study` measures how well methods learn, on a pretrained

@@ -111,7 +111,7 @@ def find_kind(name: str) -> TaskKind:
     if "gguf_file" in locate(name):
         return "causal_lm"
     with explain(f"--model {name}"):
-        architecture = (transformers.AutoConfig.from_pretrained(**locate(name)).architectures or [""])[0]
+        architecture = (transformers.AutoConfig.from_pretrained(name).architectures or [""])[0]
     return "causal_lm" if architecture.endswith(("CausalLM", "LMHeadModel")) else "classification"
 
 

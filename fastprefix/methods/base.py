@@ -76,7 +76,7 @@ PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
     "encoder_reparameterization_type": ("encoder",),
     "adapter_len": ("num_virtual_tokens",),
 }
-"""What options of PEFT are called here; the first that a method has."""
+"""Options of this package by PEFT's names. Where there are several, the first that a method has is meant."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +151,7 @@ class MethodConfig:
 
 
 class MethodModule(nn.Module, ABC):
-    """What methods of all kinds have: a configuration, and a line about it where they are printed."""
+    """Hold the configuration of a method, and describe it where the method is printed."""
 
     config: Any
 
