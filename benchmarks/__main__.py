@@ -28,7 +28,6 @@ SUITES = {
             "choices",
             "study",
             "cartridge",
-            "plan",
             "compare",
             "report",
         )

@@ -1,5 +1,7 @@
 """Plan the memory of each rank for training an adapter on a model that is spread over devices.
 
+    python -m tools.plan_memory --model llama-3-70b --devices 8 --method prefix --tokens 2048
+
 Nothing is allocated. The model is built on PyTorch's meta device and sharded by ``transformers`` and FSDP2 themselves,
 for a process group that does not communicate; then the bytes of the first rank are counted. Weights and the adapter are
 also computed by hand from the configuration, and the command fails where the two differ. What is kept for the backward
@@ -8,7 +10,7 @@ pass is counted by running layers on the meta device.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +30,14 @@ from fastprefix.integrations.transformers.sharding.fully_sharded import shard_li
 from fastprefix.integrations.transformers.sharding.tensor_parallel import HeadSplit, TensorParallelHeads
 from fastprefix.methods import AttentionShape, EmbeddingShape, PrefixTuning, PromptTuning
 
-from .measure import BenchmarkError
-
-DESCRIPTION = "The memory of each rank for training an adapter on a large model, without running it."
 SHAPES = Path(__file__).parent / "shapes"
 GIB = 2**30
 _TWO = 2  # layers of which activations are counted: the second one's input needs a gradient
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan for each layout of the devices."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     shapes = ", ".join(sorted(path.stem for path in SHAPES.glob("*.json")))
     parser.add_argument("--model", default="llama-3-70b", help=f"a folder or file with a Llama config, or {shapes}")
     parser.add_argument("--devices", type=int, default=8, help="number of devices")
@@ -46,6 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of a batch for each rank with batches of its own")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a device")
+    options = parser.parse_args(arguments)
+    try:
+        config = read_config(options.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model {options.model}: {error}")
+    plans = {}
+    with simulating(options.devices):
+        for tp in list_sizes(config, options.devices):
+            layout = Layout(tp, options.devices // tp)
+            plan = make_plan(config, layout, options.method, options.tokens, options.rows, options.length)
+            expected = count_weights(config, layout)
+            if plan.weights != expected:
+                raise RuntimeError(f"{layout}: {plan.weights} bytes of weights were simulated, not {expected}")
+            plans[layout] = plan
+    print(f"{options.model}: {options.method} of {options.tokens} tokens, {options.rows} x {options.length} tokens\n")
+    print(format_table(plans, options.memory))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -88,33 +105,17 @@ class Plan:
         return self.weights + self.gathered + self.adapter + self.gradients + self.optimizer
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the plan for each layout of the devices."""
-    config = read_config(options.model)
-    layouts = [Layout(tp, options.devices // tp) for tp in list_sizes(config, options.devices)]
-    plans = {}
-    with simulating(options.devices):
-        for layout in layouts:
-            plan = make_plan(config, layout, options.method, options.tokens, options.rows, options.length)
-            expected = count_weights(config, layout)
-            if plan.weights != expected:
-                raise BenchmarkError(f"{layout}: {plan.weights} bytes of weights were simulated, not {expected}")
-            plans[layout] = plan
-    print(f"{options.model}: {options.method} of {options.tokens} tokens, {options.rows} x {options.length} tokens\n")
-    print(format_table(plans, options.memory))
-    return 0
-
-
 def read_config(name: str) -> Any:
     """Return the configuration of a Llama-shaped model.
 
     Raises:
-        BenchmarkError: there is none, or it is of another kind.
+        OSError: the file does not exist.
+        ValueError: the model is of another kind.
     """
     path = SHAPES / f"{name}.json"
     config = AutoConfig.from_pretrained(path if path.is_file() else name)
     if config.model_type != "llama":
-        raise BenchmarkError(f"--model must be a Llama-shaped model, got a {config.model_type} model")
+        raise ValueError(f"must be a Llama-shaped model, got a {config.model_type} model")
     return config
 
 
@@ -264,3 +265,7 @@ def format_table(plans: dict[Layout, Plan], memory: float) -> str:
     fits = ["yes" if plan.checkpointed_total < memory * GIB else "no" for plan in plans.values()]
     lines.append(f"| fits {memory:.0f} GiB, checkpointed | " + " | ".join(fits) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
