@@ -120,7 +120,7 @@ def install(environment: Environment, folder: Path) -> Path:
 
 def pip(python: Path, *arguments: str) -> None:
     """Install something in an environment. The tests need no compiled kernels, so none are built."""
-    command = (python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *arguments)
+    command = (str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *arguments)
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "FASTPREFIX_BUILD_EXT": "0"})
 
 
@@ -129,16 +129,8 @@ def run_tests(python: Path, name: str, arguments: list[str], variables: dict[str
     report = python.parent.parent / "report.xml"
     report.unlink(missing_ok=True)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    command = (
-        python,
-        "-m",
-        "pytest",
-        "--quiet",
-        "--tb=short",
-        "--numprocesses=auto",
-        f"--junitxml={report}",
-        *arguments,
-    )
+    options = ("--quiet", "--tb=short", "--numprocesses=auto", f"--junitxml={report}")
+    command = (str(python), "-m", "pytest", *options, *arguments)
     code = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
     versions = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
     query = (python, "-c", versions, *PACKAGES)

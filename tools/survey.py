@@ -375,7 +375,7 @@ def choose_method(kind: str, method: str | None, options: Mapping[str, str] = Ma
         return survey
     if kind.startswith("peft"):
         return survey._replace(survey=partial(survey_peft, config_name=method))
-    of_model = {"is_decoder": True} if kind == "prompt" else {}
+    of_model: dict[str, Any] = {"is_decoder": True} if kind == "prompt" else {}
     return survey._replace(survey=partial(survey_method, config=make_config(method, **options), **of_model))
 
 
