@@ -24,6 +24,8 @@ def test_vpt_initialization_and_parameters(depth: str, layers: int) -> None:
 
 def test_rows_of_each_depth() -> None:
     shallow, deep = (VisualPrompt(fastprefix.VisualPromptConfig(5, depth=d), SHAPE) for d in ("shallow", "deep"))
+    shallow.reset_parameters()
+    deep.reset_parameters()
     former = torch.randn(2, 5, 96)
     assert torch.equal(shallow.make_rows(0, None, 2), shallow.prompts[0].expand(2, -1, -1))
     assert shallow.make_rows(1, former, 2) is former
