@@ -1,9 +1,9 @@
-"""Train a language model with ADePT, merge what was learned, and generate with it.
+"""Train a language model with ADePT, merge the adapter, and generate text.
 
     python examples/adept_decoder.py --model meta-llama/Llama-3.2-1B --text corpus.txt --out adapter
 
-TEXT has one example a line. Without ``--model`` a tiny random decoder is used, and without ``--text`` a few made-up
-sentences: that takes seconds.
+TEXT has one example per line. Without ``--model`` the script uses a tiny random decoder, and without ``--text`` a few
+made-up sentences. It then runs in seconds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def train(
     epochs: int,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Teach the model to continue each line to its end."""
+    """Train the model on complete lines."""
 
     def batch(texts: list[str]) -> BatchEncoding:
         inputs = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
@@ -51,11 +51,11 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or path of a decoder")
-    parser.add_argument("--text", help="one example a line")
-    parser.add_argument("--out", default="adept-adapter", help="where the adapter is saved")
-    parser.add_argument("--start", default="the film", help="what is continued in the end")
+    parser.add_argument("--text", help="text file with one example per line")
+    parser.add_argument("--out", default="adept-adapter", help="directory in which to save the adapter")
+    parser.add_argument("--start", default="the film", help="text that the trained model continues")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the network; that of the prompt is 0.3")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the network (prompt: 0.3)")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def main() -> None:
     if options.text is not None:
         lines = Path(options.text).read_text(encoding="utf-8").splitlines()
 
-    # As many parameters as a soft prompt of 20 tokens has: 8 prompt tokens, and the rest for the network.
+    # Use as many parameters as a prompt of 20 tokens: 8 prompt tokens, and a network with the remaining ones.
     budget = 20 * model.config.hidden_size
     config = fastprefix.ADePTConfig.for_budget(model, trainable=budget, num_virtual_tokens=8)
     fastprefix.attach(model, config)
@@ -75,7 +75,7 @@ def main() -> None:
     fastprefix.save_adapter(model, options.out)
     print(f"the adapter is in {options.out}")
 
-    # For inference: the network becomes part of the embedding table, and the prompt keys and values of every layer.
+    # For inference, merge the network into the embedding table, and the prompt into keys and values of every layer.
     fastprefix.merge(model)
     start = tokenizer(options.start, return_tensors="pt").to(model.device)
     output = model.generate(**start, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)

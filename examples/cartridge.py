@@ -1,10 +1,10 @@
-"""Train a cartridge: a short prefix that stands for a long document, by self-study (arXiv 2506.06266).
+"""Train a cartridge, a short prefix that replaces a long document, by self-study (arXiv 2506.06266).
 
     python examples/cartridge.py --model Qwen/Qwen3-0.6B --text manual.txt --tokens 512 --out cartridge
 
-The teacher is the frozen model with the document in context, and the student the same model with the cartridge alone.
-The student learns what the teacher expects after every token of passages that are sampled from the document. Without
-``--model`` a tiny random decoder is used, and without ``--text`` a few made-up sentences: that takes seconds.
+The teacher is the frozen model with the document in context. The student is the same model with only the cartridge. The
+student learns the teacher's predictions for every token of passages sampled from the document. Without ``--model`` the
+script uses a tiny random decoder, and without ``--text`` a few made-up sentences. It then runs in seconds.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from transformers import (
 
 import fastprefix
 
-TOP = 20  # the teacher's most likely tokens, which are compared
+TOP = 20  # number of the teacher's most likely tokens to compare
 
 
 def sample_passages(document: Tensor, length: int, count: int) -> dict[str, Tensor]:
-    """Return passages of a document in one packed row. Positions begin anew with each passage."""
+    """Return passages of a document in one packed row. Positions restart with each passage."""
     starts = torch.randint(max(len(document) - length, 0) + 1, (count,)).tolist()
     passages = [document[start : start + length] for start in starts]
     positions = [torch.arange(len(passage)) for passage in passages]
@@ -31,12 +31,12 @@ def sample_passages(document: Tensor, length: int, count: int) -> dict[str, Tens
 
 
 def add_rest(logs: Tensor) -> Tensor:
-    """Add the logarithm of the probability of all other tokens together."""
+    """Append the log-probability of all other tokens."""
     return torch.cat([logs, (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()], dim=-1)
 
 
 def measure_loss(model: PreTrainedModel, row: dict[str, Tensor]) -> Tensor:
-    """Return how far the cartridge is from the document in context: the KL divergence on the teacher's top tokens."""
+    """Return the KL divergence of the cartridge from the document in context, on the teacher's top tokens."""
     with torch.no_grad():
         fastprefix.set_adapter(model, "document")
         expected, ids = model(**row, use_cache=False).logits.float().log_softmax(-1).topk(TOP)
@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument("--model", help="name or path of a decoder")
     parser.add_argument("--text", type=Path, help="the document, a text file")
     parser.add_argument("--tokens", type=int, default=16, help="length of the cartridge")
-    parser.add_argument("--out", default="cartridge-adapter", help="where the cartridge is saved")
+    parser.add_argument("--out", default="cartridge-adapter", help="directory in which to save the cartridge")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--passage", type=int, default=64, help="tokens of a passage")
-    parser.add_argument("--passages", type=int, default=16, help="in a step")
+    parser.add_argument("--passage", type=int, default=64, help="tokens per passage")
+    parser.add_argument("--passages", type=int, default=16, help="passages per step")
     parser.add_argument("--lr", type=float, default=2e-2)
     options = parser.parse_args()
 
@@ -65,7 +65,7 @@ def main() -> None:
         text = options.text.read_text(encoding="utf-8")
     document = torch.tensor(tokenizer(text)["input_ids"])
 
-    # An untrained cartridge as long as the document is the document in context, exactly.
+    # An untrained cartridge as long as the document is exactly equivalent to the document in context.
     for name, length in (("document", len(document)), ("cartridge", min(options.tokens, len(document)))):
         config = fastprefix.CartridgeConfig(length, init_text=text)
         fastprefix.attach(model, config, name=name, tokenizer=tokenizer)

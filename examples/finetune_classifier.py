@@ -1,9 +1,9 @@
-"""Fine-tune a classifier with APT, adaptive prefix tuning, through ``Trainer``.
+"""Fine-tune a classifier with APT (adaptive prefix tuning) and ``Trainer``.
 
     python examples/finetune_classifier.py --model roberta-base --data train.tsv --out adapter
 
-DATA is a table with a header and two columns: a text, a tab, the label as a number. Without ``--model`` a tiny random
-encoder is used, and without ``--data`` a few made-up sentences: that takes seconds.
+DATA is a tab-separated file with a header and two columns: the text, and the label as a number. Without ``--model`` the
+script uses a tiny random encoder, and without ``--data`` a few made-up sentences. It then runs in seconds.
 """
 
 import argparse
@@ -32,19 +32,19 @@ import fastprefix
 
 
 def read(path: str) -> list[tuple[str, int]]:
-    """Texts and labels."""
+    """Read texts and labels from a tab-separated file."""
     with Path(path).open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     return [(text, int(label)) for text, label in rows]
 
 
 def load(name: str | None, labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the named encoder with a fresh head, and its tokenizer, or a tiny random one without a name."""
+    """Load an encoder with a new head, and its tokenizer. Without a name, return a tiny random encoder."""
     if name is not None:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
         return model, AutoTokenizer.from_pretrained(name)
     tokenizer = word_tokenizer()
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # it is too small for noise
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # dropout hurts so small a model
     config = BertConfig(**TINY, **still, vocab_size=len(tokenizer), num_labels=labels)
     return BertForSequenceClassification(config), tokenizer
 
@@ -56,9 +56,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or path of an encoder")
-    parser.add_argument("--data", help="tab-separated texts and labels")
-    parser.add_argument("--out", default="apt-adapter", help="where the adapter is saved")
-    parser.add_argument("--start", default="the film was wonderful", help="the text from which the prefix starts")
+    parser.add_argument("--data", help="file with tab-separated texts and labels")
+    parser.add_argument("--out", default="apt-adapter", help="directory in which to save the adapter")
+    parser.add_argument("--start", default="the film was wonderful", help="text from which the prefix is initialized")
     parser.add_argument("--tokens", type=int, default=20, help="length of the prefix")
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--lr", type=float, default=2e-2)
@@ -68,8 +68,8 @@ def main() -> None:
     pairs = SENTENCES if options.data is None else read(options.data)
     model, tokenizer = load(options.model, labels=1 + max(label for _, label in pairs))
 
-    # The model's own parameters are frozen; the prefix, its gates and the fresh head are trained. The prefix starts
-    # from the keys and values of a text, which is better than random numbers.
+    # The base model is frozen. The prefix, its gates and the new head are trained. The prefix starts from the keys and
+    # values of a text, which is better than random initialization.
     config = fastprefix.APTConfig(num_virtual_tokens=options.tokens, init="text", init_text=options.start)
     fastprefix.attach(model, config, tokenizer=tokenizer)
     print(fastprefix.count_parameters(model))

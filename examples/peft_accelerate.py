@@ -1,7 +1,7 @@
-"""A PEFT script with one line added: prefix tuning of a small decoder, with gradient checkpointing.
+"""Accelerate a PEFT script with one line: prefix tuning of a small decoder, with gradient checkpointing.
 
-Run it with ``python examples/peft_accelerate.py``. The model is tiny, random, and made here; with a pretrained one
-nothing else changes. It is to learn a fixed sentence, first by PEFT alone, then accelerated.
+Run it with ``python examples/peft_accelerate.py``. The script builds a tiny random model, and works the same with a
+pretrained model. The model learns a fixed sentence, first with PEFT alone, then accelerated.
 """
 
 import time
@@ -15,7 +15,7 @@ import fastprefix
 
 
 def tuned() -> Any:
-    """Return a frozen decoder with a trainable prefix, by PEFT."""
+    """Return a frozen decoder with a trainable prefix of PEFT."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, vocab_size=1000
@@ -24,7 +24,7 @@ def tuned() -> Any:
 
 
 def train(model: Any, ids: torch.Tensor, steps: int = 10) -> tuple[float, float]:
-    """Train, and return the loss at the end and the seconds that it took."""
+    """Train the model, and return the last loss and the time in seconds."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
     start = time.perf_counter()
     for _ in range(steps):
@@ -45,7 +45,7 @@ def main() -> None:
     print("accelerated:                 loss {:.4f} after {:.2f} s".format(*train(model, ids)))
 
     model = fastprefix.accelerate(tuned())
-    model.gradient_checkpointing_enable()  # by itself, PEFT fails here
+    model.gradient_checkpointing_enable()  # PEFT alone raises an error here
     print("accelerated, checkpointing:  loss {:.4f} after {:.2f} s".format(*train(model.train(), ids)))
 
 

@@ -1,9 +1,9 @@
-"""Answer requests that each bring their own adapter: in batches, against one adapter at a time.
+"""Answer requests that each use their own adapter, in batches and one request at a time.
 
     python examples/serve_many.py --model Qwen/Qwen3-0.6B --adapters adapters/*/ --requests 64
 
-``--adapters`` are directories that ``save_adapter`` wrote. Without them, a few random ones are made; without
-``--model`` a tiny random decoder is used. That takes seconds.
+``--adapters`` are directories that ``save_adapter`` wrote. Without them the script creates a few random adapters, and
+without ``--model`` it uses a tiny random decoder. It then runs in seconds.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def make_adapters(model: PreTrainedModel, folder: Path) -> list[Path]:
 
 
 def take_batches(queue: deque[Request], size: int) -> Iterator[list[Request]]:
-    """Yield the requests of a queue in batches, in the order in which they came."""
+    """Yield the requests of a queue in batches, in their order."""
     while queue:
         yield [queue.popleft() for _ in range(min(size, len(queue)))]
 
@@ -55,7 +55,7 @@ def take_batches(queue: deque[Request], size: int) -> Iterator[list[Request]]:
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[Request], tokens: int
 ) -> list[str]:
-    """Return what the model writes after each text with the adapter of its request."""
+    """Return the continuation of each text, generated with the adapter of its request."""
     texts, names = [each.text for each in requests], [each.adapter for each in requests]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     options = {
@@ -74,11 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or path of a decoder")
     parser.add_argument("--adapters", type=Path, nargs="+", help="directories of adapters")
-    parser.add_argument("--out", type=Path, default=Path("adapters"), help="where random adapters are saved")
+    parser.add_argument("--out", type=Path, default=Path("adapters"), help="directory in which to save random adapters")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=16, help="to write for each request")
-    parser.add_argument("--room", type=int, default=80, help="virtual tokens of adapters in the model's memory")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to generate per request")
+    parser.add_argument("--room", type=int, default=80, help="virtual tokens of all adapters in memory")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def main() -> None:
     pairs = zip(itertools.cycle([*library, "__base__"]), itertools.cycle(texts), strict=False)
     requests = [Request(*pair) for pair in itertools.islice(pairs, options.requests)]
 
-    for folder in library:  # load each once, so that both ways below find them in the file cache
+    for folder in library:  # load each one once, so that the file cache holds them for both measurements below
         resident.fetch([folder])
     answers: dict[int, list[str]] = {}
     for size in (1, options.batch):

@@ -1,4 +1,4 @@
-"""What the examples run on by default: a few made-up sentences, a tokenizer of their words, a tiny model."""
+"""Provide the default inputs of the examples: a few made-up sentences, a tokenizer of their words, a tiny model."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -30,7 +30,7 @@ TINY = {
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """Return a tokenizer with one token per word."""
     words = sorted({word for sentence, _ in SENTENCES for word in sentence.split()})
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -45,7 +45,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_decoder(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the named decoder and its tokenizer, or a tiny random one without a name."""
+    """Load a decoder and its tokenizer. Without a name, return a tiny random decoder."""
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

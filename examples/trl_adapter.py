@@ -1,8 +1,8 @@
-"""Train a prefix or a prompt with TRL: supervised (sft), on preferences (dpo), or on a reward (grpo).
+"""Train a prefix or a prompt with TRL, by supervised fine-tuning (sft), on preferences (dpo), or on a reward (grpo).
 
     python examples/trl_adapter.py --trainer dpo --method prompt --model meta-llama/Llama-3.2-1B --out adapter
 
-Without ``--model`` a tiny random decoder is used, and that takes seconds. It learns to praise.
+Without ``--model`` the script uses a tiny random decoder and runs in seconds. The model learns to write praise.
 """
 
 import argparse
@@ -24,7 +24,7 @@ METHODS = {
 
 
 def make_rows(trainer: str) -> Dataset:
-    """Return what a trainer learns from: sentences without their last word, and last words."""
+    """Return the training data of a trainer: sentences without their last word, and last words."""
     starts = [sentence.rpartition(" ")[0] for sentence, _ in SENTENCES]
     if trainer == "sft":
         praise = [sentence.rpartition(" ") for sentence, label in SENTENCES if label == 1]
@@ -35,14 +35,14 @@ def make_rows(trainer: str) -> Dataset:
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:
-    """Return how often each completion praises."""
+    """Return how many words of praise each completion contains."""
     return [
         float(sum(word in completion for word in ("wonderful", "moving", "brilliant"))) for completion in completions
     ]
 
 
 def make_trainer(name: str, model: PreTrainedModel, tokenizer: Any, lr: float | None, **options: Any) -> Any:
-    """Return a trainer of TRL's."""
+    """Return a TRL trainer."""
     optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     options = {
@@ -58,7 +58,7 @@ def make_trainer(name: str, model: PreTrainedModel, tokenizer: Any, lr: float | 
     if name == "sft":
         return SFTTrainer(model, args=SFTConfig(completion_only_loss=True, **options), **common)
     if name == "dpo":
-        # The reference is the same model without its adapter, so that there is no second copy of it.
+        # The reference is the same model without its adapter, so no second copy is needed.
         return DPOTrainer(model, fastprefix.ReferenceModel(model), args=DPOConfig(**options), **common)
     grpo = GRPOConfig(num_generations=8, max_completion_length=4, **options)
     return GRPOTrainer(model, args=grpo, reward_funcs=reward, **common)
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--trainer", choices=["sft", "dpo", "grpo"], default="sft")
     parser.add_argument("--method", choices=sorted(METHODS), default="prefix")
     parser.add_argument("--model", help="name or path of a decoder")
-    parser.add_argument("--out", default="trl-adapter", help="where the adapter is saved")
+    parser.add_argument("--out", default="trl-adapter", help="directory in which to save the adapter")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, help="learning rate; by default the method's usual one")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
