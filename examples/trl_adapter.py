@@ -9,9 +9,8 @@ import argparse
 from typing import Any
 
 import torch
-from adept_decoder import load
 from datasets import Dataset
-from toy import SENTENCES
+from toy import SENTENCES, load_decoder
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -76,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_decoder(options.model)
     fastprefix.attach(model, METHODS[options.method]())
     print(fastprefix.count_parameters(model))
     trainer = make_trainer(options.trainer, model, tokenizer, options.lr, max_steps=options.steps, use_cpu=options.cpu)

@@ -1,5 +1,6 @@
 """The examples run as they are, and leave an adapter."""
 
+import ast
 import importlib.util
 import re
 import runpy
@@ -25,6 +26,15 @@ def run(example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     assert Path("adapter", "adapter_model.safetensors").is_file()
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_what_an_example_imports_from_another_exists(example: Path) -> None:
+    """The libraries of some examples need not be installed, so that nothing else would notice."""
+    for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (source := EXAMPLES / f"{node.module}.py").exists():
+            defined = runpy.run_path(str(source))
+            assert {name.name for name in node.names} <= defined.keys()
 
 
 @pytest.mark.parametrize("table", [False, True])
