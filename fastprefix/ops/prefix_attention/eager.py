@@ -297,7 +297,7 @@ def _group_gate(a: AttentionArguments) -> Tensor | float:
 
 
 def _multiply_keys(q: Tensor, k: Tensor) -> Tensor:
-    """Compute <q, k> [B, Hkv, G, N, K]. Keys that the batch shares are multiplied with all its queries in one product."""
+    """Compute <q, k> [B, Hkv, G, N, K]. Keys that the batch shares need one product over all its queries."""
     if k.shape[0] == 1:
         return torch.einsum("bhgnd,hkd->bhgnk", q, k[0])
     return torch.einsum("bhgnd,bhkd->bhgnk", q, k)
