@@ -1,8 +1,8 @@
-"""Decoding: few queries against many keys. Keys are split over programs, and a second kernel joins the parts.
+"""Decoding: few queries and many keys. Keys are split over programs, and a second kernel combines the parts.
 
-The queries of all heads of a group (and, where the prefix is shared, of all rows of the batch, or of the rows with the
-same span of a store) are rows of one tile, so that keys are read once for all of them. Prefix and tokens are parts like
-any other; they are made in one launch.
+The queries of all heads of a group are rows of one tile, so that keys are read once for all of them. If rows of the
+batch share a prefix, or the same span of a store, their queries are also in one tile. One launch processes the parts of
+prefix and tokens.
 """
 
 import triton
@@ -43,7 +43,10 @@ def prefix_attention_decode_kernel(
     chunk,
     T: tl.constexpr,
 ):
-    """Attend from a tile of queries to one part of the keys: weighted sums [part, b, h, i, DV], maxima and sums."""
+    """Attend from a tile of BM queries to one part of the keys.
+
+    Store weighted sums of values [parts, B, Hq, N, DV], and maxima and sums of scores [parts, 2, B, Hq, N].
+    """
     sizes = Lengths(N, M, P, 0)
     kv_heads = a.heads // a.group
     pid = tl.program_id(0)
@@ -70,14 +73,15 @@ def prefix_attention_decode_kernel(
 
 @triton.jit
 def locate(pid, parts, tiles, kv_heads):
-    """Return the part of the keys, tile of queries, key/value head and row of the batch of a program."""
+    """Return the part of the keys, tile of queries, key/value head and row of the batch that a program processes."""
     return pid % parts, pid // parts % tiles, pid // parts // tiles % kv_heads, pid // parts // tiles // kv_heads
 
 
 @triton.jit
 def load_queries(tile, rows, b0, hk, a, sizes, T: tl.constexpr):
-    """Load a tile of the queries that share keys, all those of a group, from row ``b0`` of the batch on, and their
-    mask.
+    """Load a tile of the queries that share keys, and return their mask [BM, 1] with it.
+
+    These are all queries of a group of heads, beginning with row ``b0`` of the batch.
     """
     r = tile * T.BM + tl.arange(0, T.BM)[:, None]
     o_r = tl.minimum(r, rows - 1)
@@ -87,7 +91,7 @@ def load_queries(tile, rows, b0, hk, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def gather_queries(b, h, i, there, b0, hk, a, T: tl.constexpr):
-    """Load queries b, h, i [BM, 1] as a tile that sees the keys of row ``b0``, and return their mask with it."""
+    """Load queries b, h, i [BM, 1] as a tile that sees the keys of row ``b0``, and return it with the mask [BM, 1]."""
     o_d = tl.arange(0, T.DP)[None, :]
     p_q = find_row(a.q, b, h, i) + o_d.to(tl.int64) * a.q.c
     b_q = tl.load(p_q, mask=there & (o_d < T.D), other=0.0)
@@ -96,14 +100,14 @@ def gather_queries(b, h, i, there, b0, hk, a, T: tl.constexpr):
 
 @triton.jit
 def attend_span(p_parts, p_sums, part, parts, tile, b0, hk, sizes, a, T: tl.constexpr):
-    """Attend from the rows that share a tile with row ``b0`` to one part of their span, if row ``b0`` is their first
-    and the part is there.
+    """Attend from the rows that share a tile with row ``b0`` to one part of their span.
 
-    The rows with the same span are divided among tiles in their order. Neither spans nor who shares them is known to
-    the host, so there are programs for every row, and those of other rows than the first of a tile have nothing to do.
+    Rows with the same span are assigned to tiles in order. The host does not know the spans or which rows share them,
+    so the grid has programs for every row. A program does nothing if row ``b0`` is not the first row of its tile or if
+    the span does not have the part.
     """
-    queries = a.group * sizes.N  # of a row
-    members = tl.maximum(1, T.BM // queries)  # rows in a tile
+    queries = a.group * sizes.N  # per row
+    members = tl.maximum(1, T.BM // queries)  # rows per tile
     chunk = divide_span(sizes.P, parts, T)
     there = part * chunk < sizes.P
     number = 0
@@ -124,13 +128,13 @@ def attend_span(p_parts, p_sums, part, parts, tile, b0, hk, sizes, a, T: tl.cons
 
 @triton.jit
 def divide_span(length, parts, T: tl.constexpr):
-    """Return how many keys of a span each of at most ``parts`` parts has. Parts that are not there come first."""
+    """Return the number of keys per part of a span with at most ``parts`` parts. Unused parts come first."""
     return tl.cdiv(tl.maximum(tl.cdiv(length, T.BP), 1), parts) * T.BP
 
 
 @triton.jit
 def find_equal_spans(b, sizes, a):
-    """Find out which rows b of the batch see exactly what ``sizes`` says. Others than rows do not."""
+    """Return which rows b have the span in ``sizes``. Indices beyond the batch do not."""
     batch = a.planes16 // 16 // a.heads
     start, length = load_span(a, tl.minimum(b, batch - 1))
     return (start == sizes.start) & (length == sizes.P) & (b < batch)
@@ -138,7 +142,7 @@ def find_equal_spans(b, sizes, a):
 
 @triton.jit
 def count_equal_spans(b0, sizes, a):
-    """Count the rows before ``b0`` that have its span."""
+    """Count the rows before ``b0`` that have the same span."""
     count = 0
     for j0 in tl.range(0, b0, ROWS):
         j = j0 + tl.arange(0, ROWS)
@@ -148,8 +152,9 @@ def count_equal_spans(b0, sizes, a):
 
 @triton.jit
 def find_members(b0, number, sizes, a):
-    """Find the rows of the batch that have the span of row ``b0``, by their numbers [BM, 1] counted from it, and
-    whether they are there.
+    """Return the rows of the batch [BM, 1] with the span of row ``b0``, and a mask [BM, 1] of those that exist.
+
+    ``number`` [BM, 1] counts these rows from ``b0`` on.
     """
     b, count = tl.zeros_like(number), 0
     for j0 in tl.range(b0, a.planes16 // 16 // a.heads, ROWS):
@@ -175,8 +180,9 @@ def store_part(p_parts, p_sums, part, sums, queries, there, a, sizes, T: tl.cons
 def prefix_attention_combine_kernel(
     a, o, p_normalizers, p_parts, p_sums, N, prefix_parts, parts, T: tl.constexpr, BS: tl.constexpr
 ):
-    """Join the parts of one query, in a fixed order: one softmax over all, or one over the prefix's and one over the
-    tokens', and the sinks.
+    """Combine the parts of one query and the sinks in a fixed order.
+
+    The parts form one softmax, or with an output gate one for the prefix and one for the tokens.
     """
     sizes = Lengths(N, N, N, 0)
     plane = tl.program_id(0) // N
@@ -186,7 +192,7 @@ def prefix_attention_combine_kernel(
     i_one = i + tl.arange(0, 1)
     there = i_one < N
     first = 0
-    if a.spans.pointer is not None:  # those parts of a span that are there stand right before the tokens'
+    if a.spans.pointer is not None:  # a span's parts end right before the tokens' parts
         _, length = load_span(a, b)
         first = prefix_parts - tl.cdiv(length, divide_span(length, prefix_parts, T))
     if a.og.pointer is None:
@@ -203,7 +209,10 @@ def prefix_attention_combine_kernel(
 
 @triton.jit
 def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, sizes, T: tl.constexpr, BS: tl.constexpr):
-    """Join parts [start, end): output [DVP], maximum and sum [1]. The sink belongs to the tokens' softmax."""
+    """Combine parts [start, end), and return the output [DVP], maximum [1] and sum [1].
+
+    TOKENS: include the sink, which belongs to the tokens' softmax.
+    """
     o_d = tl.arange(0, T.DVP)[None, :]
     b_acc = tl.zeros([o_d.shape[1]], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
