@@ -96,8 +96,8 @@ def prefix_attention_bwd_delta_kernel(
 ):
     """Compute delta = <do, o> and the gradient of the sinks, and store the normalizers that the other kernels load.
 
-    The grid also has programs for the rows that pad the last block. TOKENS and PREFIX specify if the gradients of the
-    scores of tokens and prefix are needed. With two softmaxes, each has its own delta, which is computed from the
+    The grid also has programs for the queries that pad the last block. TOKENS and PREFIX specify whether the gradients
+    of the scores of tokens and prefix are needed. With two softmaxes, each has its own delta, which is computed from the
     probabilities. The output is the sum of both, and its rounding would hide the smaller one. The kernel then also
     computes the gradient of the output gate.
     """
@@ -107,27 +107,36 @@ def prefix_attention_bwd_delta_kernel(
     sizes = find_lengths(a, b, N, M, P)
     i0 = tl.program_id(0) % blocks * T.BM
     i = i0 + tl.arange(0, T.BM)
+    # [BM, DVP]
     b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
+    # [BM]
     b_reference, b_inverse = load_normalizers(p_normalizers, 0, plane, i, a, sizes)
     b_delta = tl.zeros([i.shape[0]], tl.float32)
     if a.og.pointer is None:
         if TOKENS or PREFIX:
+            # [BM, DVP]
             b_o = load_block(o, b, h, i0, N, T.BM, T.DV, T.DVP)
+            # [BM]
             b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     else:
+        # [BM, DP]
         b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
         queries = Queries(b_q, b, h, i[:, None], b, h // a.group)
         if TOKENS:
+            # [BM]
             b_delta = sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T)
+        # [BM]
         b_prefix_reference, b_prefix_inverse = load_normalizers(p_normalizers, 1, plane, i, a, sizes)
         b_prefix = tl.zeros([i.shape[0]], tl.float32)
         if PREFIX:
+            # [BM]
             b_prefix = sum_prefix_delta(queries, b_do, b_prefix_reference, b_prefix_inverse, a, sizes, T)
         store_rows(p_rows, 1, plane, i, b_prefix_reference, b_prefix_inverse, b_prefix, a, sizes)
         if p_dog is not None:
             tl.store(p_dog + tl.program_id(0), tl.sum(b_prefix))
     store_rows(p_rows, 0, plane, i, b_reference, b_inverse, b_delta, a, sizes)
     if p_dsinks is not None:
+        # [BM]
         b_p = compute_probability(load_sink(a, h), b_reference, b_inverse, a)
         tl.store(p_dsinks + tl.program_id(0), -tl.sum(b_p * b_delta))
 
@@ -136,15 +145,20 @@ def prefix_attention_bwd_delta_kernel(
 def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.constexpr):
     """Compute <do, output of the prefix's separate softmax> [BM], divided by the actual sum of the probabilities.
 
-    Without the division, rounding would give a row with a single key a gradient that is not 0.
+    Without the division, rounding would give a query with a single key a gradient that is not 0.
     """
+    # [BM]
     b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
     b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
     for p0 in tl.range(0, sizes.P, T.BP):
         at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
+        # [BM, BP] or a shape that broadcasts to it
         b_gate = load_prefix_gate(at, a, sizes)
+        # [BP, DP]
         b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
+        # [BP, DVP]
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
+        # [BM, BP]
         b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_p = compute_prefix_probabilities(b_qk, b_gate, at, b_reference[:, None], b_inverse[:, None], a, sizes)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
@@ -156,6 +170,7 @@ def sum_prefix_delta(queries, b_do, b_reference, b_inverse, a, sizes, T: tl.cons
 @triton.jit
 def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.constexpr):
     """Compute <do, output of the tokens' separate softmax> [BM], divided by the actual sum of the probabilities."""
+    # [BM]
     b_delta = tl.zeros([queries.q.shape[0]], tl.float32)
     b_mass = tl.zeros([queries.q.shape[0]], tl.float32)
     if a.sinks.pointer is not None:
@@ -163,8 +178,11 @@ def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.
     start, _, _, end = find_keys(a, i0, tl.minimum(i0 + T.BM, sizes.N), sizes, T.BN)
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
+        # [BN, DP]
         b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP)
+        # [BN, DVP]
         b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP)
+        # [BM, BN]
         b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
         b_p = compute_token_probabilities(b_qk, at, b_reference[:, None], b_inverse[:, None], a, sizes, False)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
@@ -182,19 +200,21 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T
     Otherwise it has one column, summed over the keys.
     """
     blocks = tl.cdiv(N, T.BM)
-    block = blocks - 1 - tl.program_id(0) % blocks
+    block = blocks - 1 - tl.program_id(0) % blocks  # start causal blocks with the most keys first
     plane = tl.program_id(0) // blocks
     b, h = plane // a.heads, plane % a.heads
     sizes = find_lengths(a, b, N, M, P)
     i0 = block * T.BM
     i = i0 + tl.arange(0, T.BM)
     queries = Queries(load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP), b, h, i[:, None], b, h // a.group)
+    # [BM, DVP]
     b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
     b_dq = make_zeros(T.BM, T.DP)
     own: tl.constexpr = a.og.pointer is not None  # the prefix has a separate softmax
     rows = load_rows(p_rows, own, plane, i[:, None], a, sizes)
     of_block: tl.constexpr = a.query_gate.n is None
     of_keys: tl.constexpr = a.gate.c is not None or a.query_gate.c is not None
+    # [BM]
     b_sum = tl.zeros([i.shape[0]], tl.float32)  # the gate's gradient, summed over keys
     if dgate.pointer is not None:
         row = block if of_block else queries.i
@@ -202,13 +222,18 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T
     for p0 in tl.range(0, sizes.P, T.BP):
         p = p0 + tl.arange(0, T.BP)
         at = Pairs(b, h, queries.i, p[None, :])
+        # [BM, BP] or a shape that broadcasts to it
         b_gate = load_prefix_gate(at, a, sizes)
+        # [BP, DP]
         b_pk = load_prefix(a.pk, b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
+        # [BP, DVP]
         b_pv = load_prefix(a.pv, b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
+        # [BM, BP]
         b_qk = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
         _, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
         if dgate.pointer is not None:
+            # [BM, BP]
             b_dgate = b_ds * (a.scale * b_qk) + b_p * b_dov
             if not of_keys:
                 b_sum += tl.sum(b_dgate, 1)
@@ -273,12 +298,18 @@ def prefix_attention_bwd_dgate_kernel(
         b, h = b0 + number // (a.heads // heads), h0 + number % (a.heads // heads)
         sizes = find_lengths(a, b, N, M, P)
         at = Pairs(b, h, i, p)
+        # [BM, DP]
         b_q = load_block(a.q, b, h, i0, N, T.BM, T.D, T.DP)
+        # [BM, DVP]
         b_do = load_block(do, b, h, i0, N, T.BM, T.DV, T.DVP)
         rows = load_rows(p_rows, own, b * a.heads + h, i, a, sizes)
+        # [BM, BP] or a shape that broadcasts to it
         b_gate = load_prefix_gate(at, a, sizes)
+        # [BP, DP]
         b_pk = load_prefix(a.pk, b, h // a.group, p0, sizes, T.BP, T.D, T.DP)
+        # [BP, DVP]
         b_pv = load_prefix(a.pv, b, h // a.group, p0, sizes, T.BP, T.DV, T.DVP)
+        # [BM, BP]
         b_qk = tl.dot(b_q, tl.trans(b_pk), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_pv), input_precision=T.PRECISION)
         _, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
@@ -295,8 +326,11 @@ def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr,
     """
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
+        # [BN, DP]
         b_k = load_block(a.k, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.D, T.DP, INSIDE)
+        # [BN, DVP]
         b_v = load_block(a.v, queries.key_b, queries.key_h, j0, sizes.M, T.BN, T.DV, T.DVP, INSIDE)
+        # [BM, BN]
         b_qk = tl.dot(queries.q, tl.trans(b_k), input_precision=T.PRECISION)
         b_dov = tl.dot(b_do, tl.trans(b_v), input_precision=T.PRECISION)
         b_ds, _ = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
@@ -312,7 +346,9 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
     kv_heads = a.heads // a.group
     j0 = tl.program_id(0) % blocks * T.BN
     b, hk = tl.program_id(0) // blocks // kv_heads, tl.program_id(0) // blocks % kv_heads
+    # [BN, DP]
     b_k = load_block(a.k, b, hk, j0, M, T.BN, T.D, T.DP)
+    # [BN, DVP]
     b_v = load_block(a.v, b, hk, j0, M, T.BN, T.DV, T.DVP)
     keys = Keys(b_k, b_v, b, hk, j0 + tl.arange(0, T.BN)[:, None])
     sums = KeySums(make_zeros(T.BN, T.DP), make_zeros(T.BN, T.DVP), tl.zeros([b_k.shape[0]], tl.float32))
@@ -380,19 +416,25 @@ def add_block(
     """
     own: tl.constexpr = PREFIX and a.og.pointer is not None  # the prefix has a separate softmax
     at = Pairs(b, h, i0 + tl.arange(0, T.BM)[None, :], keys.j - sizes.start)
+    # [BM, DP]
     b_q = load_block(a.q, b, h, i0, sizes.N, T.BM, T.D, T.DP)
+    # [BM, DVP]
     b_do = load_block(do, b, h, i0, sizes.N, T.BM, T.DV, T.DVP)
     rows = load_rows(p_rows, own, b * a.heads + h, at.i, a, sizes)
+    # [keys, BM]
     b_qk = tl.dot(keys.k, tl.trans(b_q), input_precision=T.PRECISION)
     b_dov = tl.dot(keys.v, tl.trans(b_do), input_precision=T.PRECISION)
     b_dk, b_dv, b_dbias = sums.dk, sums.dv, sums.dbias
     if PREFIX:
+        # [keys, BM] or a shape that broadcasts to it
         b_gate = load_prefix_gate(at, a, sizes)
+        # [keys, BM] each
         b_dcapped, b_ds, b_p = differentiate_prefix_scores(b_qk, b_dov, b_gate, at, rows, a, sizes)
         if p_dbias is not None:
             b_dbias += tl.sum(b_dcapped, 1)
         b_ds, b_p = b_ds * b_gate, b_p * b_gate
     else:
+        # [keys, BM]
         b_ds, b_p = differentiate_token_scores(b_qk, b_dov, at, rows, a, sizes, INSIDE)
     if dv.pointer is not None:
         b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv, T)
@@ -416,7 +458,9 @@ def prefix_attention_bwd_dprefix_kernel(
     kv_heads = a.heads // a.group
     p0 = first_key + tl.program_id(0) % prefix_blocks * T.BP
     hk, b0 = tl.program_id(0) // prefix_blocks % kv_heads, tl.program_id(0) // prefix_blocks // kv_heads
+    # [BP, DP]
     b_pk = load_block(a.pk, b0, hk, p0, P, T.BP, T.D, T.DP)
+    # [BP, DVP]
     b_pv = load_block(a.pv, b0, hk, p0, P, T.BP, T.DV, T.DVP)
     p = p0 + tl.arange(0, T.BP)
     keys = Keys(b_pk, b_pv, b0, hk, p[:, None])

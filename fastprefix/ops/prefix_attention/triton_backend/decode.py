@@ -94,6 +94,7 @@ def gather_queries(b, h, i, there, b0, hk, a, T: tl.constexpr):
     """Load queries b, h, i [BM, 1] as a tile that sees the keys of row ``b0``, and return it with the mask [BM, 1]."""
     o_d = tl.arange(0, T.DP)[None, :]
     p_q = find_row(a.q, b, h, i) + o_d.to(tl.int64) * a.q.c
+    # [BM, DP]
     b_q = tl.load(p_q, mask=there & (o_d < T.D), other=0.0)
     return Queries(b_q, b, h, i, b0, hk), there
 
@@ -159,9 +160,11 @@ def find_members(b0, number, sizes, a):
     b, count = tl.zeros_like(number), 0
     for j0 in tl.range(b0, a.planes16 // 16 // a.heads, ROWS):
         j = j0 + tl.arange(0, ROWS)
+        # [ROWS]; the cumulative sum numbers the rows with this span
         b_equal = find_equal_spans(j, sizes, a).to(tl.int32)
         b_number = count + tl.cumsum(b_equal, 0) - 1
-        b_found = (b_number[None, :] == number) & (b_equal[None, :] != 0)  # [BM, ROWS]
+        # [BM, ROWS]
+        b_found = (b_number[None, :] == number) & (b_equal[None, :] != 0)
         b += tl.sum(tl.where(b_found, j[None, :] + 1, 0), 1)[:, None]
         count += tl.sum(b_equal, 0)
     return b - 1, b > 0
@@ -169,6 +172,7 @@ def find_members(b0, number, sizes, a):
 
 @triton.jit
 def store_part(p_parts, p_sums, part, sums, queries, there, a, sizes, T: tl.constexpr):
+    """Store the weighted values [BM, DVP] and the maxima and sums [BM] of a part."""
     o_d = tl.arange(0, T.DVP)[None, :]
     plane = queries.b * a.heads + queries.h
     store_normalizers(p_sums, part, plane, queries.i, there, sums.m[:, None], sums.l[:, None], a, sizes)
@@ -196,11 +200,14 @@ def prefix_attention_combine_kernel(
         _, length = load_span(a, b)
         first = prefix_parts - tl.cdiv(length, divide_span(length, prefix_parts, T))
     if a.og.pointer is None:
+        # [DVP], [1], [1]
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, first, parts, True, a, h, sizes, T, BS)
     else:
+        # [DVP], [1], [1]
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, first, prefix_parts, False, a, h, sizes, T, BS)
         b_prefix = b_o * load_entry(a.og, b, h, i, i).to(tl.float32)
         store_normalizers(p_normalizers, 1, plane, i_one, there, b_m, b_l, a, sizes)
+        # [DVP], [1], [1]
         b_o, b_m, b_l = join(p_parts, p_sums, plane, i_one, prefix_parts, parts, True, a, h, sizes, T, BS)
         b_o += b_prefix
     store_normalizers(p_normalizers, 0, plane, i_one, there, b_m, b_l, a, sizes)
@@ -214,6 +221,7 @@ def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, size
     TOKENS: include the sink, which belongs to the tokens' softmax.
     """
     o_d = tl.arange(0, T.DVP)[None, :]
+    # [DVP]
     b_acc = tl.zeros([o_d.shape[1]], tl.float32)
     b_m = tl.full([1], float("-inf"), tl.float32)
     if TOKENS and a.sinks.pointer is not None:
@@ -221,13 +229,18 @@ def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, size
     b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for s0 in tl.range(start, end, BS):
         s = s0 + tl.arange(0, BS)
-        b_part_m = tl.load(find_numbers(p_sums, 2 * s, plane, a, sizes) + i, mask=s < end, other=float("-inf"))  # [BS]
+        # [BS]
+        b_part_m = tl.load(find_numbers(p_sums, 2 * s, plane, a, sizes) + i, mask=s < end, other=float("-inf"))
         b_part_l = tl.load(find_numbers(p_sums, 2 * s + 1, plane, a, sizes) + i, mask=s < end, other=0.0)
         row = (s * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N + i
         p_part = p_parts + row[:, None] * T.DV + o_d
-        b_o = tl.load(p_part, mask=(s < end)[:, None] & (o_d < T.DV), other=0.0)  # [BS, DVP]
+        # [BS, DVP]
+        b_o = tl.load(p_part, mask=(s < end)[:, None] & (o_d < T.DV), other=0.0)
+        # [1]
         b_max = tl.maximum(b_m, tl.max(b_part_m, 0))
+        # [BS]
         b_weight = exponentiate(b_part_m - bound_maximum(b_max), a)
+        # [1]
         b_decay = exponentiate(b_m - bound_maximum(b_max), a)
         b_acc = b_acc * b_decay + tl.sum(b_weight[:, None] * b_o, 0)
         b_l = b_l * b_decay + tl.sum(b_weight * b_part_l, 0)

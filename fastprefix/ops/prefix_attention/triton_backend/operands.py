@@ -69,7 +69,7 @@ class Operands(NamedTuple):
     drop_below: int | None  # an element is dropped if its random word is below this
     keep_scale: float | None  # the factor of kept elements
     linear: int | None  # 1: the inputs are 16-bit, and a visible score is the product <q, k> times a positive scale
-    exact: int | None  # 1: the backward pass uses the maximum and the sum of a row, not one log-sum-exp
+    exact: int | None  # 1: the backward pass uses the maximum and sum of a query, not their log-sum-exp
     nothing: None = None  # Triton 3.6 drops the Nones of inner tuples, unless the outer tuple also has a None
 
 

@@ -240,6 +240,7 @@ def differentiate_cap(b_ds, b_qk, b_gate, a):
 
 @triton.jit
 def make_no_gate():
+    """Return a gate of 1, [1, 1]."""
     return tl.full((1, 1), 1.0, tl.float32)
 
 
@@ -313,8 +314,8 @@ def load_key_bias(at, a, sizes):
 def convert_bias(b_x, a):
     """Convert a bias to the unit of the kernels.
 
-    Masks often contain the lowest finite number. It stays finite in this unit, because a row with no larger score must
-    still attend to these keys.
+    Masks often contain the lowest finite number. It stays finite in this unit, because a query with no larger score
+    must still attend to these keys.
     """
     b_bias = convert_natural(b_x, a)
     return tl.where((b_bias == float("-inf")) & (b_x != float("-inf")), b_x, b_bias)
@@ -393,18 +394,19 @@ def exponentiate(b_x, a):
 
 @triton.jit
 def bound_maximum(b_m):
-    """Return the largest score, or 0 in rows that have seen nothing."""
+    """Return the largest score, or 0 for queries that have seen nothing."""
     return tl.where(b_m == float("-inf"), 0.0, b_m)
 
 
 @triton.jit
 def invert(b_l):
-    """Compute 1 / l, or 0 in rows that have seen nothing."""
+    """Compute 1 / l, or 0 for queries that have seen nothing."""
     return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
 
 
 @triton.jit
 def start_sums(BM: tl.constexpr, DVP: tl.constexpr):
+    """Return the state of an online softmax that has seen nothing."""
     m = tl.full([BM], float("-inf"), tl.float32)
     return Sums(make_zeros(BM, DVP), m, tl.zeros([BM], tl.float32))
 
@@ -437,17 +439,17 @@ def add_sink(sums, a, h):
 
 @triton.jit
 def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, sizes):
-    """Store the maximum and sum of the scores of rows i in [softmaxes, 2, B, Hq, N]."""
+    """Store the maximum and sum of the scores of queries i in [softmaxes, 2, B, Hq, N]."""
     tl.store(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, b_m, mask=there)
     tl.store(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, b_l, mask=there)
 
 
 @triton.jit
 def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
-    """Load the reference and the inverse of rows i: the maximum and 1 / sum, or the log-sum-exp and 1.
+    """Load the reference and the inverse of queries i: the maximum and 1 / sum, or the log-sum-exp and 1.
 
     The log-sum-exp saves a product for every pair. For 16-bit inputs its rounding error is negligible, unless a bias
-    can make scores huge. Rows that see nothing or do not exist have an infinite reference, so that all their
+    can make scores huge. Queries that see nothing or do not exist have an infinite reference, so that all their
     probabilities are 0.
     """
     b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
@@ -470,7 +472,7 @@ def find_padded(p_rows, index, plane, a, sizes):
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
     """Store the numbers that ``load_rows`` loads in [softmaxes, 2, B, Hq, padded N], or 3 if inverses are stored.
 
-    Padding rows are stored too, with probabilities of 0, so that the other kernels need no mask for rows.
+    Padding queries are stored too, with probabilities of 0, so that the other kernels need no mask for queries.
     """
     if a.exact is None:
         tl.store(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference)
@@ -483,7 +485,7 @@ def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, si
 
 @triton.jit
 def load_rows(p_rows, softmax, plane, i, a, sizes):
-    """Load the numbers that the backward pass needs for rows i. Padding rows have probabilities of 0."""
+    """Load the numbers that the backward pass needs for queries i. Padding queries have probabilities of 0."""
     if a.exact is None:
         b_reference = tl.load(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i)
         return Rows(b_reference, 1.0, tl.load(find_padded(p_rows, 2 * softmax + 1, plane, a, sizes) + i))

@@ -23,10 +23,10 @@ class AttentionTile(NamedTuple):
 
 HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 
-_WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
-_NARROW = "8 bytes where heads have 16 columns, with some versions of Triton; not measured"
-_PADDED = "up to 16 bytes where every load masks columns, with some versions of Triton; not measured"
-_FLOAT = "float32 products run without matrix units; not measured"
+_WIDE = "with more than 128 columns, two accumulators are in registers (not measured)"
+_NARROW = "some versions of Triton spill 8 bytes for heads of 16 columns (not measured)"
+_PADDED = "some versions of Triton spill up to 16 bytes if every load masks columns (not measured)"
+_FLOAT = "float32 products run without matrix units (not measured)"
 
 # kernel -> (largest head dimension, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
 _SM80: dict[str, dict[tuple[int, str], AttentionTile]] = {
