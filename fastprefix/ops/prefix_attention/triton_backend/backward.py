@@ -97,9 +97,9 @@ def prefix_attention_bwd_delta_kernel(
     """Compute delta = <do, o> and the gradient of the sinks, and store the normalizers that the other kernels load.
 
     The grid also has programs for the queries that pad the last block. TOKENS and PREFIX specify whether the gradients
-    of the scores of tokens and prefix are needed. With two softmaxes, each has its own delta, which is computed from the
-    probabilities. The output is the sum of both, and its rounding would hide the smaller one. The kernel then also
-    computes the gradient of the output gate.
+    of the scores of tokens and prefix are needed. With two softmaxes, each has its own delta, computed from its
+    probabilities, because the output is the sum of both and its rounding would hide the smaller one. The kernel then
+    also computes the gradient of the output gate.
     """
     blocks = tl.cdiv(N, PADDING) * (PADDING // T.BM)
     plane = tl.program_id(0) // blocks
