@@ -1,1 +1,1 @@
-"""The operations: one folder each, with its meaning, its registration, its reference and one file a backend."""
+"""The operations. Each has a folder with its API, registration, reference and one module or folder per backend."""

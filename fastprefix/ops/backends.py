@@ -1,7 +1,7 @@
-"""The backends, in one table: which there are, where each runs, and, where one is not usable, why.
+"""The table of backends, with the devices each one runs on and the reasons that make it unusable.
 
-An operation registers its operators once for every backend that has an implementation of it (see ``registration``);
-``choose`` picks the one to call. A backend that was named is used or refused, never replaced.
+An operation registers its operators once for every backend that implements it (see ``registration``). ``choose`` picks
+the backend to call. A backend chosen by name is used or raises an error. It is never replaced.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ from . import checks
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run the operations: its name, the device types it runs on, and why not on a device (None: it does)."""
+    """A way to run the operations."""
 
     name: str
-    devices: tuple[str, ...] | None  # None: all
-    reason_unusable: Callable[[torch.device], str | None]
-    interpretable: bool = False  # with TRITON_INTERPRET=1 it runs on the CPU too, if it is named
-    partial: bool = False  # it is made for some kinds of calls, and refuses all others
+    devices: tuple[str, ...] | None  # the device types it runs on; None: all
+    reason_unusable: Callable[[torch.device], str | None]  # why it cannot run on a device, or None if it can
+    interpretable: bool = False  # with TRITON_INTERPRET=1 it also runs on the CPU, if it is chosen by name
+    partial: bool = False  # it supports only some kinds of calls and refuses the rest
 
     def refusal(self, device: torch.device) -> str | None:
         """Return why this backend cannot run on ``device``, or None if it can."""
@@ -54,7 +54,7 @@ def _no_triton(device: torch.device) -> str | None:
         return "its kernels are for CUDA, and this PyTorch is built for ROCm"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f"it needs a device of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+        return f"it requires a device of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
     return None
 
 
@@ -67,7 +67,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("eager", None, _always),
     )
 }
-"""In order of preference: ``backend=None`` takes the first that is usable."""
+"""The backends in order of preference: ``backend=None`` selects the first usable one."""
 
 
 _NONE: Mapping[str, Callable[[Any], bool]] = {}
@@ -87,11 +87,11 @@ def choose(
 ) -> str:
     """Return the name of the backend to call on ``device``.
 
-    ``refusals``: for each backend that has the operation, a function that explains why it cannot serve ``arguments``.
-    ``eager_only``: why this call is served by the eager backend alone, if it is. ``preferences``: for some backends, a
-    function that says whether they are worth taking for ``arguments`` if none was named.
+    ``refusals`` maps each backend that implements the operation to a function that explains why it does not support
+    ``arguments``. ``eager_only`` is the reason why only the eager backend supports this call, or None. ``preferences``
+    maps some backends to a function that returns whether to select them for ``arguments`` when ``name`` is None.
 
-    Raises ``TypeError`` for a name that is no string, ``ValueError`` for a backend that is unknown or not usable.
+    Raises ``TypeError`` if ``name`` is not a string, ``ValueError`` if the backend is unknown or not usable.
     """
     if name is None:
         if eager_only is not None:
@@ -110,7 +110,7 @@ def choose(
         raise checks.wrong_value("backend", name, _list_backends())
     reason = BACKENDS[name].refusal(device)
     if reason is None and name not in refusals:
-        reason = "it does not have this operation"
+        reason = "it does not implement this operation"
     if reason is None and name != "eager":
         reason = eager_only or refusals[name](arguments)
     if reason is not None:

@@ -1,6 +1,6 @@
-"""Checks of arguments, shared by the operations: every message names the argument, what it got and what it takes.
+"""Checks of arguments, shared by the operations. Every message names the argument, what it must be and what it got.
 
-Nothing here reads a tensor's values, so nothing synchronises with a device and everything traces under
+These checks never read a tensor's values, so they do not synchronize with a device and they trace under
 ``torch.compile``.
 """
 
@@ -16,8 +16,10 @@ Size = int | torch.SymInt
 
 
 def describe(value: object) -> str:
-    """Say what an argument got: dtype, shape and device of a tensor, type and shape of another array, the type of a
-    module, type and value, if need be shortened, of anything else.
+    """Describe the value of an argument for an error message.
+
+    A tensor is described by its dtype, shape and device, another array by its type and shape, and a module by its type.
+    Any other value is described by its type and its repr, which is shortened if it is long.
     """
     kind = type(value)
     if isinstance(value, Tensor):
@@ -59,23 +61,23 @@ def check_integer(name: str, value: Tensor, takes: str) -> None:
 
 
 def has_shape(value: Tensor, expected: Sequence[Size | None]) -> bool:
-    """Return whether the shape is ``expected``; ``None`` stands for any size."""
+    """Return whether the shape is ``expected``, where ``None`` matches any size."""
     if value.ndim != len(expected):
         return False
-    for size, wanted in zip(value.shape, expected, strict=True):  # noqa: SIM110 (all() takes twice the time)
+    for size, wanted in zip(value.shape, expected, strict=True):  # noqa: SIM110 (all() is twice as slow)
         if wanted is not None and size != wanted:
             return False
     return True
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[Size | None], takes: str) -> None:
-    """Raise unless the shape is ``expected``; ``None`` stands for any size."""
+    """Raise unless the shape is ``expected``, where ``None`` matches any size."""
     if not has_shape(value, expected):
         raise wrong_value(name, value, takes)
 
 
 def check_broadcastable(name: str, value: Tensor, full: Sequence[Size], takes: str) -> None:
-    """Raise unless ``value`` broadcasts to the shape ``full`` (and not beyond it)."""
+    """Raise unless ``value`` broadcasts to exactly the shape ``full``."""
     if value.ndim > len(full):
         raise wrong_value(name, value, takes)
     for size, wanted in zip(reversed(value.shape), reversed(full), strict=False):
@@ -89,8 +91,8 @@ def check_device(name: str, value: Tensor, device: torch.device, of: str) -> Non
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype that autocast casts to on this device, or None where autocast is off."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the time that the question for one device takes
+    """Return the dtype that autocast casts to on this device, or None if autocast is off."""
+    if not torch._C._is_any_autocast_enabled():  # ten times as fast as the check for one device
         return None
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
@@ -98,7 +100,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def after_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a floating tensor after autocast, which like PyTorch's own leaves float64 alone."""
+    """Return the dtype of a floating-point tensor after autocast. Float64 is not cast, as in PyTorch's autocast."""
     return dtype if cast is None or dtype is torch.float64 else cast
 
 
@@ -108,8 +110,10 @@ def check_dtype(name: str, value: Tensor, dtype: torch.dtype, of: str, cast: tor
 
 
 def can_read_values(device: torch.device) -> bool:
-    """Return whether the values of ids and spans are checked: on a CPU always; elsewhere, where looking would wait for
-    the device, only with ``FASTPREFIX_CHECK_IDS=1`` in the environment. A trace for ONNX cannot look at them.
+    """Return whether the values of ids and spans can be checked.
+
+    They are always checked on a CPU. On other devices reading them waits for the device, so they are checked only with
+    ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never checked during an ONNX export.
     """
     if device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
         return False

@@ -1,8 +1,8 @@
-"""Declare an operation's arguments once, and derive from it whatever has to know all of them.
+"""Declare an operation's arguments once and derive its schema, checks and gradients from the declaration.
 
-An operation declares its canonical arguments as a ``NamedTuple`` whose fields are annotated with a :class:`Rule`.
-The operators' schema, the order of gradients, the fakes, the checks and the canonical form follow when the operation
-is imported, so that a call reads plain tuples and nothing is looked up by reflection.
+An operation declares its canonical arguments as a ``NamedTuple`` whose tensor fields are annotated with a
+:class:`Rule`. The operators' schema, the order of gradients, the fakes, the checks and the canonical form are derived
+when the operation is imported. A call then reads plain tuples and uses no reflection.
 """
 
 import functools
@@ -30,27 +30,27 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """The shape of a tensor argument, its dtype, and who computes its gradient.
+    """The shape of a tensor argument, its dtype, and the backends that compute its gradient.
 
-    A shape is written like ``"[1|B, Hq, N]"``: ``1|B`` is a dimension that broadcasts. An argument with a second shape
-    takes that one where it has as many dimensions.
+    A shape is written like ``"[1|B, Hq, N]"``, where ``1|B`` is a dimension that broadcasts. A second shape applies to
+    tensors with that many dimensions.
     """
 
     shape: str
     second_shape: str | None = None
     gradient: Literal["every backend", "eager alone"] | None = None
     dtype: Literal["floating", "integer", "mask"] = "floating"  # a mask is bool or floating
-    label: str | None = None  # what errors call it; None: its name
-    takes: str | None = None  # what errors say it takes; None: its shape
+    label: str | None = None  # the name in error messages; None: the field's name
+    takes: str | None = None  # the requirement in error messages; None: the shape
 
     @property
     def ndim(self) -> int:
-        """The number of dimensions in canonical form, or the least where there is a second shape."""
+        """The number of dimensions in canonical form, or the smaller number if there is a second shape."""
         return len(list_letters(self.shape))
 
     @property
     def broadcasts(self) -> bool:
-        """Return whether dimensions may be 1 or, leading ones, missing."""
+        """Return whether dimensions may have size 1 and leading dimensions may be missing."""
         return "|" in self.shape
 
     def letters(self, ndim: int) -> tuple[str, ...]:
@@ -60,15 +60,18 @@ class Rule:
 
 
 def list_letters(shape: str) -> tuple[str, ...]:
-    """Return the letters of a shape, ``("B", "Hq")`` of ``"[1|B, Hq]"``."""
+    """Return the letters of a shape, for example ``("B", "Hq")`` for ``"[1|B, Hq]"``."""
     return tuple(letter.strip().removeprefix("1|") for letter in shape.strip("[]").split(","))
 
 
 class Declaration:
-    """The rules that follow from the declared arguments of an operation."""
+    """The schema, order of gradients and rules derived from the declared arguments of an operation."""
 
     def __init__(self, arguments: type[Any]) -> None:
-        """Read the annotations of a ``NamedTuple``: tensors first, and those with gradients one after another."""
+        """Read the annotations of a ``NamedTuple``.
+
+        Its tensors must come first, and the tensors that have a gradient must be consecutive.
+        """
         self.rules: dict[str, Rule] = {}
         kinds = []
         for name, hint in get_type_hints(arguments, include_extras=True).items():
@@ -88,14 +91,14 @@ class Declaration:
         self.arity = len(names)
 
     def name_needs(self, needs_grad: Sequence[bool]) -> set[str]:
-        """Return the arguments whose gradients are asked for."""
+        """Return the names of the arguments whose gradients are requested."""
         return {name for name, needed in zip(self.differentiable, needs_grad, strict=True) if needed}
 
 
 def accept(
     collect: Callable[P, CanonicalT],
 ) -> Callable[[Callable[[CanonicalT], ResultT]], Callable[P, ResultT]]:
-    """Let a function of an operation's arguments as a tuple accept those of ``collect``, which makes the tuple."""
+    """Decorate a function of an argument tuple to accept the arguments of ``collect``, which makes the tuple."""
 
     def decorate(function: Callable[[CanonicalT], ResultT]) -> Callable[P, ResultT]:
         @functools.wraps(function)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Products of tiles in Triton, with sums as exact as those of plain PyTorch."""
+"""Products of tiles in Triton whose sums are as accurate as PyTorch's."""
 
 import triton
 import triton.language as tl
@@ -7,11 +7,11 @@ import triton.language as tl
 
 @triton.jit
 def add_exact_product(b_x, b_y, b_sum):
-    """Add ``b_x @ b_y`` to a float32 sum.
+    """Add ``b_x @ b_y`` [rows, columns] to a float32 sum of the same shape.
 
-    Products of float32 are summed on their own first. In one chain of additions over all blocks, the error would
-    grow with the number of all their terms. The difference keeps Triton from making the sum the beginning of the
-    chain, as it does with ``b_sum + tl.dot(b_x, b_y)``.
+    For float32, each block's product is summed separately and then added. A single chain of additions over all blocks
+    would have an error that grows with the total number of terms. Triton turns ``b_sum + tl.dot(b_x, b_y)`` into such
+    a chain, so the code subtracts ``tl.dot(-b_x, b_y)`` instead.
     """
     if b_x.dtype == tl.float32:
         return b_sum - tl.dot(-b_x, b_y, input_precision="ieee")

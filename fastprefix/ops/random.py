@@ -1,8 +1,8 @@
-"""Dropout from counter-based random numbers: the forward pass stores a seed, and the backward pass draws again.
+"""Dropout from counter-based random numbers. The forward pass stores a seed, and the backward pass draws again.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed, the
-counter is made of the element's position. So a decision depends on the position alone, not on tiles, threads or
-devices, and every backend drops the same elements.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
+seed, and the counter is the element's position. A decision therefore depends only on the seed and the position, not on
+tiles, threads or devices, and every backend drops the same elements.
 """
 
 import math
@@ -17,18 +17,21 @@ _WORD = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draw a seed, int64 ``[1]``, from the device's own generator, without synchronising with it."""
+    """Draw a seed, int64 ``[1]``, from the device's generator, without synchronizing with the device."""
     return torch.randint(0, 2**62, (1,), device=device, dtype=torch.int64)
 
 
 def _multiply(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low words of a 32 x 32 bit product. int64 wraps around, so the low 64 bits are right."""
+    """Return the high and low words of a 32 x 32 bit product. int64 wraps around, so the low 64 bits are correct."""
     product = a * factor
     return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words, each in the low half of an int64, for a counter of four words that broadcast together."""
+    """Return the four random words for a counter of four words that broadcast together.
+
+    Each word is in the low half of an int64.
+    """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
@@ -39,16 +42,16 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
 
 
 def find_threshold(p: float) -> int:
-    """Return the number below which a random word drops its element."""
+    """Return the threshold below which a random word drops its element."""
     return round(p * 2**32)
 
 
 def draw_factor(seed: Tensor, p: float, shape: torch.Size, planes: Tensor | None = None) -> Tensor:
-    """Draw the factors of dropout in float64: ``1 / (1 - p)`` where an element is kept, 0 where it is dropped.
+    """Draw the dropout factors in float64: ``1 / (1 - p)`` for kept elements and 0 for dropped ones.
 
-    The counter is (column, row, plane, 0), and its first word decides: columns along the last dimension of ``shape``,
-    rows along the one before it, planes along all the others together. ``planes`` has the numbers of the planes where
-    they are not 0, 1, 2 and so on.
+    The first word for the counter (column, row, plane, 0) decides. Columns are along the last dimension of ``shape``,
+    rows are along the dimension before it, and planes number all leading dimensions together. ``planes`` gives the
+    numbers of the planes. By default they are 0, 1, 2 and so on.
     """
     *outer, rows, columns = shape
     row, column = (torch.arange(size, device=seed.device) for size in (rows, columns))
@@ -58,11 +61,11 @@ def draw_factor(seed: Tensor, p: float, shape: torch.Size, planes: Tensor | None
 
 
 def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool, first_plane: int = 0) -> Tensor:
-    """Draw :func:`draw_factor` for probabilities: rows are queries, columns the prefix's or (``tokens``) tokens' keys.
+    """Draw the dropout factors of attention probabilities in float64, as :func:`draw_factor` does.
 
-    The four words of a counter decide for two rows and two columns, 8 apart. The counter is (column, row, plane, 0 for
-    the prefix or 1 for tokens), where column and row lack their bit of value 8; those two bits are the word's number.
-    Planes are numbered from ``first_plane`` on.
+    Rows are queries. Columns are the keys of the tokens, or of the prefix if ``tokens`` is False. The four words of a
+    counter decide for two rows and two columns that are 8 apart. The counter is (column, row, plane, ``tokens``), with
+    bit 3 (value 8) of column and row cleared. Those two bits select the word. Planes are numbered from ``first_plane``.
     """
     *_, rows, columns = shape
     row, column = (_list_without_bit_3(size, seed.device) for size in (rows, columns))
@@ -74,7 +77,7 @@ def draw_pair_factor(seed: Tensor, p: float, shape: torch.Size, tokens: bool, fi
 
 
 def _list_without_bit_3(size: int, device: torch.device) -> Tensor:
-    """List the numbers below ``size``, and up to a multiple of 16, whose bit of value 8 is not set."""
+    """List the numbers below ``size``, rounded up to a multiple of 16, whose bit 3 (value 8) is not set."""
     return (torch.arange(0, size, 16, device=device)[:, None] + torch.arange(8, device=device)).flatten()
 
 

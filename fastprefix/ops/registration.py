@@ -1,7 +1,7 @@
-"""Register an operation's operators with PyTorch: schema, fake, autograd, autocast, once for every backend.
+"""Register an operation's operators with PyTorch for every backend: schema, fake, autograd and autocast.
 
-An operation is a forward and a backward operator. Each backend is an overload of both (``prefix_attention.eager``), so
-backends share every rule below, and one written in C++ registers its kernels under the same names.
+An operation has a forward and a backward operator. Each backend is an overload of both (``prefix_attention.eager``), so
+all backends share the rules below. A backend written in C++ registers its kernels under the same names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,19 @@ _AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 Kernel = Callable[..., Any]
 Refusal = Callable[[Any], str | None]
-"""A function of the canonical arguments that explains why a backend cannot serve them; None: it can."""
+"""A function of the canonical arguments that returns why a backend does not support them, or None if it does."""
 Preference = Callable[[Any], bool]
-"""A function of the canonical arguments that says whether a backend is worth taking where none was named.
+"""A function of the canonical arguments that returns whether to select a backend when none is chosen by name.
 
-It is asked before the backend's refusal.
+It is called before the backend's refusal.
 """
 
 
 def is_observed(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether anything but autograd has to see a call of an operator with these tensors.
+    """Return whether anything other than autograd must see a call of an operator with these tensors.
 
-    This may be a mode, autocast, a transform of functions, a trace, a profiler, or a tensor that is not a plain one.
+    This may be a mode, autocast, a functorch transform, a trace, a profiler, a tensor subclass or a lazily negated
+    tensor.
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
@@ -38,7 +39,7 @@ def is_observed(tensors: Sequence[Tensor | None]) -> bool:
         return True
     if torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
         return True
-    for x in tensors:  # noqa: SIM110 (any() takes twice the time)
+    for x in tensors:  # noqa: SIM110 (any() is twice as slow)
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return True
     return False
@@ -47,8 +48,9 @@ def is_observed(tensors: Sequence[Tensor | None]) -> bool:
 class Operation:
     """The operators of one operation: ``<name>.<backend>`` and ``<name>_backward.<backend>``.
 
-    All of them take the declared arguments, in their order. Before these the backward operator takes the gradient of
-    the output, the outputs that are saved for it, and which gradients are asked for; it returns those.
+    The forward operator accepts the declared arguments in order. The backward operator accepts the upstream gradient,
+    the saved outputs and one flag per gradient (True: requested), followed by the declared arguments. It returns the
+    requested gradients.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Operation:
         allocate_gradient: Callable[[Tensor], Tensor],
         autocast: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]],
     ) -> None:
-        """Derive the rules. ``saved`` names the forward operator's outputs where more than one is kept for the backward
-        pass; ``autocast(arguments, dtype)`` returns the arguments, cast.
+        """Derive the schemas and fakes.
+
+        ``saved`` names the forward operator's outputs, all of which are saved for the backward pass. If it is empty,
+        the operator has a single output, which is not saved. ``autocast(arguments, dtype)`` returns the cast arguments.
         """
         self.name = name
         self._declaration = declaration
@@ -83,7 +87,7 @@ class Operation:
 
     @property
     def implemented(self) -> tuple[str, ...]:
-        """The backends that have this operation."""
+        """The names of the backends that implement this operation."""
         return tuple(self._operators)
 
     def operator(self, backend: str) -> Kernel:
@@ -91,9 +95,9 @@ class Operation:
         return self._operators[backend]
 
     def call(self, backend: str, arguments: tuple[Any, ...]) -> Any:
-        """Call the forward operator of a backend, without PyTorch's dispatcher where nothing else looks at the call.
+        """Call the forward operator of a backend, and skip PyTorch's dispatcher if only autograd must see the call.
 
-        The dispatcher converts all arguments four times, which takes as long as half of a short call.
+        The dispatcher converts all arguments four times, which takes half the time of a short call.
         """
         if not torch.compiler.is_compiling():
             direct = self._direct.get((backend, arguments[0].device.type))
@@ -103,18 +107,18 @@ class Operation:
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
-        """For each backend that has this operation, the function that refuses what it cannot serve."""
+        """For each backend that implements this operation, the function that refuses unsupported calls."""
         return self._refusals
 
     @property
     def preferences(self) -> Mapping[str, Preference]:
-        """For backends that are not always worth taking, the function that says where they are."""
+        """For backends that are not always worth selecting, the function that returns when they are."""
         return self._preferences
 
     def define(
         self, backend: str, refusal: Refusal = lambda arguments: None, is_preferred: Preference | None = None
     ) -> None:
-        """Declare the operators of a backend, with every rule but the kernels."""
+        """Declare the operators of a backend with every rule except the kernels."""
         if is_preferred is not None:
             self._preferences[backend] = is_preferred
         for name, schema, fake in zip((self.name, f"{self.name}_backward"), self._schemas, self._fakes, strict=True):
@@ -133,9 +137,9 @@ class Operation:
     def implement(
         self, backend: str, forward: Kernel, backward: Kernel, key: str = "CompositeExplicitAutograd"
     ) -> None:
-        """Give a declared backend its kernels, written in Python, for one dispatch key.
+        """Register the Python kernels of a declared backend for one dispatch key.
 
-        Those of the key of a device can be called without the dispatcher.
+        Kernels with the dispatch key CPU or CUDA can be called without the dispatcher.
         """
         _LIBRARY.impl(f"{self.name}.{backend}", forward, key)
         _LIBRARY.impl(f"{self.name}_backward.{backend}", backward, key)
@@ -154,10 +158,10 @@ class Operation:
         return [self._allocate_gradient(tensor) for tensor, needed in asked if needed]
 
     def _autograd_kernel(self, name: str, forward: Kernel, backward: Kernel, operator: Kernel) -> Kernel:
-        """Make what ``torch.library.register_autograd`` would make, without the time that it adds to each call.
+        """Make the autograd kernel that ``torch.library.register_autograd`` would make, with less overhead per call.
 
-        For every argument it lists all of the schema's, to add defaults, and these schemas have none. ``operator`` is
-        called in place of ``backward`` where something looks at the call.
+        PyTorch's version lists all of the schema's arguments once per argument to fill in defaults, which these schemas
+        do not have. ``operator`` replaces ``backward`` if anything other than autograd must see the backward call.
         """
         tensors, gradients, arity = self._declaration.tensors, self._declaration.gradients, self._declaration.arity
         saved = self._saved
@@ -179,7 +183,7 @@ class Operation:
             kept = ctx.saved_tensors
             needs = list(ctx.needs_input_grad[gradients])
             given = (grads[0], *kept[:saved], needs, *kept[saved:], *ctx.options)
-            if torch.is_grad_enabled():  # a second derivative is asked for, and refused
+            if torch.is_grad_enabled():  # a second derivative is requested, which the operator refuses
                 found = iter(operator(*given))
             else:
                 with torch._C._AutoDispatchBelowAutograd():
@@ -189,8 +193,8 @@ class Operation:
         methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(differentiate)}
         function: Any = type(f"{self.name}_{name}", (torch.autograd.Function,), methods)
         apply = function.apply
-        if operator is not backward:  # nothing looks at the call: skip what ``apply`` does for transforms of functions
-            apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # a class, whose type is Any
+        if operator is not backward:  # a direct call: skip the work that ``apply`` does for functorch transforms
+            apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # the class has type Any
 
         def kernel(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
@@ -212,6 +216,6 @@ class Operation:
 
     def _double_backward(self, ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(
-            f"fastprefix.{self.name} has no second derivative: its backward pass cannot itself be differentiated "
-            f"(create_graph=True). fastprefix.reference.{self.name} can."
+            f"fastprefix.{self.name} has no second derivative: its backward pass cannot be differentiated "
+            f"(create_graph=True). Use fastprefix.reference.{self.name}, which supports it."
         )

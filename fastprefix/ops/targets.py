@@ -1,4 +1,4 @@
-"""Where Triton kernels are launched: on a CUDA device, or in Triton's interpreter."""
+"""The targets on which Triton kernels are launched: a CUDA device or Triton's interpreter."""
 
 import contextlib
 import functools
@@ -9,23 +9,23 @@ import torch
 
 
 class Target(Protocol):
-    """A row of the tile tables, a number of multiprocessors to fill, and a way to launch."""
+    """The architecture, the number of multiprocessors and the launch functions of a device."""
 
-    architecture: str
-    processors: int
-    split_from: int  # keys from which few queries are worth splitting over programs
+    architecture: str  # a key of the tile tables
+    processors: int  # multiprocessors to fill
+    split_from: int  # the number of keys from which decoding splits them over programs
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
     ) -> Any:
-        """Launch a kernel with the warps and stages of its tile, and return what can be launched again, or None."""
+        """Launch a kernel with the warps and stages of its tile, and return the compiled kernel, or None."""
 
     def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Launch a compiled kernel with arguments of the same kinds, constants included."""
+        """Launch a compiled kernel with arguments of the same kinds, followed by the constants."""
 
 
 class Device:
-    """A CUDA device, the inputs' own whatever the current one is, or (a CPU device) the interpreter."""
+    """The CUDA device of the inputs, even if another one is current, or for a CPU device the interpreter."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,10 +44,10 @@ class Device:
         with here:
             return kernel.run(
                 *arguments, grid=grid, warmup=False, **constants, num_warps=tile.warps, num_stages=tile.stages
-            )  # what ``kernel[grid]`` calls, less a frame
+            )  # ``kernel[grid]`` calls the same function through one more frame
 
     def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Launch on the device's current stream, as ``kernel.run`` does once it knows the compiled kernel."""
+        """Launch on the device's current stream, as ``kernel.run`` does after it has found the compiled kernel."""
         index = self._device.index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
@@ -61,7 +61,7 @@ class Device:
         stream = active.get_current_stream(active.get_current_device() if index is None else index)
         x, y, z = (*grid, 1, 1)[:3]
         enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        # A chain without calls is no hook. Asked here, it costs the launch nothing.
+        # A hook chain without calls is dropped here, so that it adds no time to the launch.
         enter = enter if getattr(enter, "calls", enter) else None
         leave = leave if getattr(leave, "calls", leave) else None
         metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
@@ -71,7 +71,7 @@ class Device:
 
 @functools.cache
 def _import_runtime() -> tuple[Any, Any]:
-    """Import Triton's driver and hooks, after the first launch."""
+    """Import Triton's driver and hooks. It is called only after a first launch."""
     from triton import knobs
     from triton.runtime import driver
 
@@ -79,19 +79,22 @@ def _import_runtime() -> tuple[Any, Any]:
 
 
 def divide_up(size: int, block: int) -> int:
-    """Return how many blocks cover a size."""
+    """Return the number of blocks that cover ``size``."""
     return -(-size // block)
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """Return the row for a device: the newest that is no newer and needs no more shared memory than the device has."""
-    if capability[0] == 12:  # 99 KB of shared memory a block, and products of sm_80
+    """Return the key of the tile tables for a compute capability.
+
+    It is the newest architecture that is no newer than the device and needs no more shared memory than the device has.
+    """
+    if capability[0] == 12:  # 99 KB of shared memory per block, and the matrix instructions of sm_80
         return "sm_120"
     if capability[0] in (10, 11):
         return "sm_100"
     if capability[0] == 9:
         return "sm_90"
-    if capability in ((8, 6), (8, 9)):  # 99 KB a block
+    if capability in ((8, 6), (8, 9)):  # 99 KB of shared memory per block
         return "sm_86"
     return "sm_80"
 

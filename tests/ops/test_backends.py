@@ -32,7 +32,7 @@ def test_unknown_and_unusable_backends_are_refused(case, monkeypatch):
     with pytest.raises(ValueError, match="it runs on cuda tensors, not on cpu"):
         case.operation(**tensors, backend="cuda_only")
     monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend("other", None, lambda device: None))
-    with pytest.raises(ValueError, match="does not have this operation"):
+    with pytest.raises(ValueError, match="does not implement this operation"):
         case.operation(**tensors, backend="other")
 
 

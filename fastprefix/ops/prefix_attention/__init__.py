@@ -1,4 +1,4 @@
-"""Gated prefix attention. ``api`` says what it means, ``reference`` how it is computed on paper."""
+"""Gated prefix attention. ``api`` documents it, and ``reference`` has the formula."""
 
 from .api import prefix_attention
 

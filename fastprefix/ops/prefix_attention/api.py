@@ -1,4 +1,4 @@
-"""``prefix_attention``: what it means and what it takes."""
+"""The public function ``prefix_attention`` and the documentation of its arguments."""
 
 import torch
 from torch import Tensor
@@ -33,74 +33,87 @@ def prefix_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Attend to tokens and a learned, gated prefix, as if both had been concatenated, without concatenating.
+    r"""Compute attention over tokens and a learned, gated prefix without concatenating them.
 
-    THE LAYOUT IS ``[B, H, N, D]``, heads before length, as PyTorch's: flash-attention's ``[B, N, H, D]`` has to be
-    transposed (``x.transpose(1, 2)``, a view), and where its sizes happen to fit it goes unnoticed.
+    The layout is ``[B, H, N, D]``, heads before sequence length, as in PyTorch's ``scaled_dot_product_attention``.
+    Transpose tensors in flash-attention's layout ``[B, N, H, D]`` first (``x.transpose(1, 2)``, a view). If their sizes
+    happen to fit, the mistake raises no error.
 
-    With one softmax over prefix and tokens (prefix tuning, Li & Liang 2021; APT, Zhang et al. 2023), ``c`` the scale
-    and ``g`` the prefix gate:
+    By default, prefix and tokens share one softmax (prefix tuning, Li & Liang 2021; APT, Zhang et al. 2023). With ``c``
+    the scale and ``g`` the prefix gate:
 
     ```math
     o_i = \operatorname{softmax}_{p, j}(c\, g_p \langle q_i, pk_p \rangle,\; c \langle q_i, k_j \rangle)
           \cdot (g_p\, pv_p,\; v_j)
     ```
 
-    With an ``output_gate`` ``og``, two softmaxes (LLaMA-Adapter, Zhang et al. 2024):
+    With an ``output_gate`` ``og``, prefix and tokens have separate softmaxes (LLaMA-Adapter, Zhang et al. 2024):
 
     ```math
     o_i = \operatorname{softmax}_j(c \langle q_i, k_j \rangle)\, v
           + og_h \operatorname{softmax}_p(c\, g_p \langle q_i, pk_p \rangle)\, (g\, pv)
     ```
 
-    Every query sees the whole prefix: masks, causality, windows and segments speak of the tokens only. A query that
-    sees nothing at all has output 0. ``B``, ``N``, ``M`` and ``P`` may be 0. Gradients exist for all floating tensors,
-    and only those asked for are computed; ``attn_mask`` and ``prefix_bias`` have theirs from the eager backend alone.
+    Every query attends to the whole prefix. Masks, causality, windows and segments apply to the tokens only. The output
+    of a query that attends to nothing is 0. ``B``, ``N``, ``M`` and ``P`` may be 0. All floating-point tensors have
+    gradients, and only the requested ones are computed. Only the eager backend computes the gradients of ``attn_mask``
+    and ``prefix_bias``.
 
-    Without ``prefix_key`` and ``prefix_value`` this is plain attention; the arguments of a prefix are then errors.
+    Without ``prefix_key`` and ``prefix_value``, this function is plain attention, and the other prefix arguments raise
+    ValueError.
 
-    With ``prefix_spans``, prefix keys and values are a store ``[Hkv, T, *]`` of many prefixes, one behind the other,
-    and every row of the batch sees its own span of it. Nothing is gathered: a row costs what its own span is long.
-    Gradients of the store are summed over the rows that see a key, in a fixed order. ``P`` is then the largest length,
-    counted from the start of each row's span.
+    With ``prefix_spans``, prefix keys and values are a store ``[Hkv, T, *]`` that holds many prefixes back to back, and
+    each row of the batch attends to its own span. Nothing is gathered, and the cost of a row depends on the length of
+    its own span. The store's gradients are summed over the rows that attend to a key, in a fixed order. ``P`` is then
+    the length of the longest span, and index ``p`` counts from the start of each row's span.
 
     Args:
-        query: ``[B, Hq, N, D]``. All floating tensors have its dtype and device (under autocast: end up with it).
-        key: ``[B, Hkv, M, D]``; ``Hq`` is a multiple of ``Hkv``.
+        query: ``[B, Hq, N, D]``. All other floating-point tensors must have its dtype and device. Under autocast they
+            must have its dtype after the cast.
+        key: ``[B, Hkv, M, D]``. ``Hq`` must be a multiple of ``Hkv``.
         value: ``[B, Hkv, M, Dv]``.
-        prefix_key: ``[Hkv, P, D]``, one prefix for the whole batch, or ``[B, Hkv, P, D]``, one a row; with
-            ``prefix_spans``, ``[Hkv, T, D]``.
-        prefix_value: ``[Hkv, P, Dv]`` or ``[B, Hkv, P, Dv]``, like ``prefix_key``; None with it.
-        prefix_gate: up to three dimensions, broadcastable to ``[B, Hkv, P]``, or four, broadcastable to
-            ``[B, Hq, N, P]`` (a gate for each query). Multiplies prefix keys and prefix values. A gate of 0 does not
-            remove a prefix token: its score is 0, and it still takes part in the softmax.
-        output_gate: broadcastable to ``[B, Hq]``; given, the prefix has a softmax of its own.
-        attn_mask: bool (True: may attend) or float (added to the scores), broadcastable to ``[B, Hq, N, M]``; a bool
-            mask of two dimensions is a key padding mask ``[B, M]``.
-        prefix_bias: broadcastable to ``[B, Hq, N, P]``, added to the prefix scores; ``-inf`` hides a prefix key.
-        prefix_key_bias: broadcastable to ``[B, Hkv, P]``, or with ``prefix_spans`` to ``[Hkv, T]``; added to the prefix
-            scores, so that a key has the weight ``e^bias``.
-        prefix_spans: int64 or int32 ``[B, 2]``: each row's start and length in the store. Spans may be equal or
-            overlap, and a length of 0 is no prefix. On a GPU a span beyond the store is undefined: looking at the
-            values would wait for the device, so that only ``FASTPREFIX_CHECK_IDS=1`` in the environment checks them.
-        frozen_prefix: so many of the first prefix keys and values (of the store, with ``prefix_spans``) get gradients
-            of 0, and no work is done for theirs. Gates and biases keep their gradients.
-        is_causal: query ``i`` sees key ``j`` where ``j <= i + (M - N)`` (aligned to the end).
-        window_size: ``w`` > 0: only keys with ``i + (M - N) - j < w`` where causal, else ``|i + (M - N) - j| < w``.
-        segment_ids: integer ``([B, N], [B, M])``: a query sees the keys of its own segment (packed sequences).
-        softcap: ``t`` > 0: each score ``s``, the prefix's too, becomes ``t tanh(s / t)`` before masks and biases.
+        prefix_key: ``[Hkv, P, D]``, one prefix for the whole batch, or ``[B, Hkv, P, D]``, one prefix per row. With
+            ``prefix_spans``, a store ``[Hkv, T, D]``.
+        prefix_value: ``[Hkv, P, Dv]``, ``[B, Hkv, P, Dv]`` or ``[Hkv, T, Dv]``, with as many dimensions as
+            ``prefix_key``. Pass both or neither.
+        prefix_gate: a factor of prefix keys and values. Up to three dimensions must broadcast to ``[B, Hkv, P]``. Four
+            dimensions must broadcast to ``[B, Hq, N, P]`` (a gate for each query). A gate of 0 does not remove a prefix
+            token. Its score is 0, and it still takes part in the softmax.
+        output_gate: a factor of the prefix's output, broadcastable to ``[B, Hq]``. If it is given, the prefix has a
+            separate softmax.
+        attn_mask: bool (True: may attend) or float (added to the scores), broadcastable to ``[B, Hq, N, M]``. A bool
+            mask with two dimensions is a key padding mask ``[B, M]``.
+        prefix_bias: broadcastable to ``[B, Hq, N, P]``, added to the prefix scores. ``-inf`` hides a prefix key.
+        prefix_key_bias: broadcastable to ``[B, Hkv, P]``, or with ``prefix_spans`` to ``[Hkv, T]``. Added to the prefix
+            scores, so that a key's softmax weight is multiplied by ``e^bias``.
+        prefix_spans: int64 or int32 ``[B, 2]``, the start and length of each row's span in the store. Spans may be
+            equal or overlap. A length of 0 means that the row has no prefix. On a GPU, a span outside the store is
+            undefined behavior. Checking the values waits for the device, so it is done only with
+            ``FASTPREFIX_CHECK_IDS=1`` in the environment.
+        frozen_prefix: the number of leading prefix keys and values (of the store, with ``prefix_spans``) whose
+            gradients are 0 and are not computed. Gates and biases keep their gradients. Default: 0.
+        is_causal: query ``i`` attends to key ``j`` only if ``j <= i + (M - N)`` (aligned to the end). Default: False.
+        window_size: ``w`` >= 1. A query attends only to keys with ``i + (M - N) - j < w`` if ``is_causal``, otherwise
+            to keys with ``|i + (M - N) - j| < w``. Default: no window.
+        segment_ids: int64 or int32 ``([B, N], [B, M])`` for packed sequences. A query attends only to the keys of its
+            own segment.
+        softcap: ``t`` > 0. Each score ``s``, of tokens and prefix, becomes ``t tanh(s / t)`` before masks and biases.
+            Default: no cap.
         sinks: ``[Hq]``, logits that join the tokens' softmax and add nothing to the output.
-        scale: default ``1 / sqrt(D)``.
-        dropout_p: probability of dropping an attention probability, from 0 to 1, whatever the module's mode. What is
-            dropped follows from a seed drawn from the device's generator, and is the same on every backend.
-        backend: None, the best for the device and shape, or "eager", "triton", "composed", "cpu": that one or an error.
+        scale: the factor of the scores, finite. Default: ``1 / sqrt(D)``.
+        dropout_p: the probability, from 0 to 1, of dropping an attention probability. Dropout is applied even if the
+            module is in evaluation mode. The dropped elements depend on a seed drawn from the device's generator. For
+            the same seed they are the same on every backend. Default: 0.
+        backend: None chooses the fastest backend that supports the call. The names "eager", "triton", "composed" and
+            "cpu" select that backend or raise an error.
 
     Returns:
-        ``[B, Hq, N, Dv]`` in the dtype of query, with heads and length in memory in query's order.
+        ``[B, Hq, N, Dv]`` in the dtype of ``query``, with heads and length in the same memory order as in ``query``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype; the message names it.
-        ValueError: an argument of the wrong shape, device or value, or a backend that is not usable; it says why.
+        TypeError: if an argument has the wrong type or dtype. The message names the argument.
+        ValueError: if an argument has the wrong shape, device or value, or if the backend is not usable. The message
+            explains why.
     """
     given = collect_arguments(
         query,
@@ -127,16 +140,16 @@ def prefix_attention(
     name = choose(
         backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
     )
-    if backend is None and torch.onnx.is_in_onnx_export():  # which has no translation of this package's operators
+    if backend is None and torch.onnx.is_in_onnx_export():  # ONNX has no translation of this package's operators
         return attend(arguments)
     output: Tensor = OPERATION.call(name, arguments)[0]
     return output
 
 
 def _explain_eager_only(given: AttentionArguments) -> str | None:
-    """Explain why only the eager backend supports a call, or return None."""
+    """Return why only the eager backend supports a call, or None if the other backends may support it."""
     for name in EAGER_ALONE:
         tensor = getattr(given, name)
         if tensor is not None and tensor.requires_grad:
-            return f"{name} requires a gradient, which the eager backend alone computes"
+            return f"{name} requires a gradient, which only the eager backend computes"
     return None

@@ -1,8 +1,8 @@
-"""The eager backend: forward and backward formulas in PyTorch operations, on any device and floating dtype.
+"""The eager backend: forward and backward formulas in PyTorch operations, for any device and floating-point dtype.
 
-The prefix is never concatenated with the tokens and never expanded to the batch; scores are materialised, so memory
-grows with N * (P + M). Sums are made in float32 (float64 for float64). The letters are those of the formulas:
-``s`` scores, ``p`` probabilities, ``do`` the gradient of the output, ``delta`` its product with the output.
+The prefix is never concatenated with the tokens and never expanded to the batch. Scores are materialized, so memory
+grows with N * (P + M). Sums are computed in float32, or float64 for float64 inputs. Variable names follow the formulas:
+``s`` scores, ``p`` probabilities, ``do`` the upstream gradient, ``delta`` its product with the output.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def backward(
     grad_output: Tensor, output: Tensor, normalizers: Tensor, needs_grad: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """Return the requested gradients in the order of ``DIFFERENTIABLE``. The tokens' half runs only if needed."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``. The tokens are processed only if needed."""
     a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     asked = [name for name in DIFFERENTIABLE if needs[name]]
@@ -61,9 +61,10 @@ def _read_spans(a: AttentionArguments) -> list[Span] | None:
 
 
 def _list_rows(a: AttentionArguments, spans: list[Span] | None) -> list[tuple[AttentionArguments, int, slice]]:
-    """List what is computed together: all rows of the batch, or with spans, each row with its own part of the store.
+    """List the calls to compute: one for the whole batch, or with spans one per row with its span of the store.
 
-    With the arguments comes the number of their first plane, by which dropout counts, and which rows they are.
+    Each item has the arguments, the number of their first plane (row times query heads, for dropout), and the slice of
+    their rows in the batch.
     """
     if spans is None:
         return [(a, 0, slice(None))]
@@ -74,7 +75,10 @@ def _list_rows(a: AttentionArguments, spans: list[Span] | None) -> list[tuple[At
 def _differentiate_all(
     gradients: dict[str, Tensor], grad_output: Tensor, a: AttentionArguments, plane: int, needs: dict[str, bool]
 ) -> None:
-    """Differentiate both halves. Their softmax is made again, since the stored sums are rounded and these are not."""
+    """Differentiate prefix and tokens.
+
+    The softmax is computed again from the scores, because the stored sums are rounded and the new ones are not.
+    """
     do = _group_heads(a, grad_output)
     prefix, tokens = _score_prefix(a, plane), _score_tokens(a, plane)
     dov_prefix, dov_tokens = _multiply_values(prefix, do), _multiply_values(tokens, do)
@@ -104,8 +108,9 @@ def _differentiate_prefix_alone(
     plane: int,
     needs: dict[str, bool],
 ) -> None:
-    """Differentiate the prefix's half without the tokens', in O(N P): output and normalizers hold what it needs of
-    them.
+    """Differentiate the prefix without the tokens, in O(N P).
+
+    The output and the normalizers contain everything that this needs about the tokens.
     """
     do, prefix = _group_heads(a, grad_output), _score_prefix(a, plane)
     dov = _multiply_values(prefix, do)
@@ -121,20 +126,20 @@ def _differentiate_prefix_alone(
 
 
 class _Half(NamedTuple):
-    """One half of the columns, prefix or tokens. Query heads stand in groups: [B, Hkv, G, N, *]."""
+    """Scores and operands of the prefix or of the tokens. Query heads are grouped: [B, Hkv, G, N, *]."""
 
     q: Tensor  # [B, Hkv, G, N, D]
     k: Tensor  # [1|B, Hkv, K, D]
     v: Tensor  # [1|B, Hkv, K, Dv]
     g: Tensor | float  # the gate, broadcastable to the scores
-    product: Tensor  # c <q, k>, before the gate
-    gated: Tensor  # after the gate, before soft cap, bias and mask
+    product: Tensor  # c <q, k>, before the gate [B, Hkv, G, N, K]
+    gated: Tensor  # after the gate, before soft cap, bias and mask [B, Hkv, G, N, K]
     s: Tensor  # scores [B, Hkv, G, N, K]
-    keep: Tensor | float  # dropout's factor
+    keep: Tensor | float  # dropout factors [B, Hkv, G, N, K], or 1
 
 
 class _Softmax(NamedTuple):
-    p: list[Tensor]  # probabilities, block by block
+    p: list[Tensor]  # probabilities of each block of columns [B, Hkv, G, N, K]
     p_sink: Tensor | None  # [B, Hkv, G, N, 1]
     m: Tensor  # [B, Hkv, G, N, 1]
     l: Tensor  # [B, Hkv, G, N, 1]
@@ -195,17 +200,20 @@ def _score_half(
 
 
 def _multiply_values(half: _Half, do: Tensor) -> Tensor:
-    """Compute <do, v>, times dropout's factor."""
+    """Compute <do, v> times the dropout factors, [B, Hkv, G, N, K]."""
     return half.keep * _multiply_keys(do, half.v)
 
 
 def _sum_delta(half: _Half, p: Tensor, dov: Tensor) -> Tensor:
-    """Return a half's part of <do, o>, from its probabilities. It is exact where the stored output is rounded."""
+    """Return the contribution of the prefix or the tokens to <do, o>, [B, Hkv, G, N, 1].
+
+    It is computed from the probabilities, because the stored output is rounded.
+    """
     return (half.g * p * dov).sum(-1, keepdim=True)
 
 
 def _differentiate_output_gate(gradients: dict[str, Tensor], a: AttentionArguments, p: Tensor, delta: Tensor) -> Tensor:
-    """Enter the output gate's gradient; returns og p, what the gate makes of the prefix's probabilities."""
+    """Add the output gate's gradient to ``gradients``, and return og p, the gated probabilities of the prefix."""
     assert a.output_gate is not None
     per_head = delta.sum(dim=(3, 4)).reshape(a.query.shape[:2])
     gradients["output_gate"] = per_head.sum_to_size(a.output_gate.shape)
@@ -222,7 +230,7 @@ def _differentiate_prefix(
     do: Tensor,
     needs: dict[str, bool],
 ) -> None:
-    """Enter the gradients of the prefix's arguments, and the prefix's part of dq."""
+    """Add the gradients of the prefix's arguments and the prefix's part of dq to ``gradients``."""
     trained = slice(a.frozen_prefix, None)
     if needs["prefix_value"]:
         weights = (half.g * p * half.keep)[..., trained]
@@ -233,7 +241,7 @@ def _differentiate_prefix(
         gradients["prefix_bias"] = _sum_to(ds, a.prefix_bias)
     if needs["prefix_key_bias"]:
         assert a.prefix_key_bias is not None
-        sums = ds.sum(dim=(2, 3), dtype=torch.float64)  # which cancel where one bias is many keys'
+        sums = ds.sum(dim=(2, 3), dtype=torch.float64)  # terms cancel if several keys share one bias
         gradients["prefix_key_bias"] = sums.sum_to_size(a.prefix_key_bias.shape)
     ds = _differentiate_softcap(a, ds, half)
     if needs["prefix_gate"]:
@@ -255,7 +263,7 @@ def _differentiate_tokens(
     do: Tensor,
     needs: dict[str, bool],
 ) -> None:
-    """Add the tokens' part of dq, and enter the gradients of key, value and attn_mask."""
+    """Add the tokens' part of dq and the gradients of key, value and attn_mask to ``gradients``."""
     ds = p * (dov - delta)
     if needs["attn_mask"]:
         assert a.attn_mask is not None
@@ -289,7 +297,7 @@ def _group_gate(a: AttentionArguments) -> Tensor | float:
 
 
 def _multiply_keys(q: Tensor, k: Tensor) -> Tensor:
-    """Compute <q, k> [B, Hkv, G, N, K]. Keys shared by the batch are one product over all its queries."""
+    """Compute <q, k> [B, Hkv, G, N, K]. Keys that the batch shares need one product over all its queries."""
     if k.shape[0] == 1:
         return torch.einsum("bhgnd,hkd->bhgnk", q, k[0])
     return torch.einsum("bhgnd,bhkd->bhgnk", q, k)
@@ -303,9 +311,10 @@ def _sum_values(p: Tensor, v: Tensor) -> Tensor:
 
 
 def _sum_over_queries(p: Tensor, q: Tensor, batch: int) -> Tensor:
-    """Compute p^T q, summed over a key/value head's queries, and over the batch where the keys are shared by it.
+    """Compute p^T q [1|B, Hkv, K, *], summed over a key/value head's queries, and over a batch that shares the keys.
 
-    Row by row and then over rows: one long sum would round more than PyTorch's own gradient of an expanded prefix.
+    The sum is computed per row and then over rows, because one long sum would have a larger rounding error than
+    PyTorch's gradient of an expanded prefix.
     """
     sums = torch.einsum("bhgnk,bhgnd->bhgkd", p, q).sum(2)
     return sums.sum(0, keepdim=True) if batch == 1 else sums
@@ -316,7 +325,7 @@ def _group_sinks(a: AttentionArguments) -> Tensor | None:
 
 
 def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax:
-    """Compute one softmax over blocks of columns, and over a sink that has a probability and no value."""
+    """Compute one softmax over blocks of columns and a sink, which has a probability but no value."""
     blocks = [*blocks] if sinks is None else [*blocks, sinks.expand(*blocks[0].shape[:-1], 1)]
     m = torch.stack([s.amax(-1) for s in blocks if s.shape[-1] > 0] or [blocks[0].new_full(blocks[0].shape[:-1], 0.0)])
     m = m.amax(0).unsqueeze(-1)
@@ -328,12 +337,12 @@ def _compute_softmax(blocks: Sequence[Tensor], sinks: Tensor | None) -> _Softmax
 
 
 def _differentiate_softcap(a: AttentionArguments, ds: Tensor, half: _Half) -> Tensor:
-    """Multiply by 1 - tanh^2, computed as 1 / cosh^2, since the difference loses its digits where tanh is almost 1."""
+    """Multiply by 1 - tanh^2, computed as 1 / cosh^2 because the difference cancels if tanh is almost 1."""
     return ds if a.softcap is None else ds / torch.cosh(half.gated / a.softcap).square()
 
 
 def _sum_to(ds: Tensor, like: Tensor) -> Tensor:
-    """Sum [B, Hkv, G, N, K] over whatever a bias broadcasts over."""
+    """Sum [B, Hkv, G, N, K] over the dimensions that ``like`` broadcasts over."""
     return ds.flatten(1, 2).sum_to_size(like.shape)
 
 
@@ -345,7 +354,7 @@ def _sum_gate(a: AttentionArguments, dg: Tensor) -> Tensor:
 
 
 def _draw_keep_factor(a: AttentionArguments, s: Tensor, plane: int, tokens: bool) -> Tensor | float:
-    """Draw dropout's factor for the prefix's or the tokens' probabilities [B, Hkv, G, N, K]."""
+    """Draw the dropout factors of the prefix's or the tokens' probabilities [B, Hkv, G, N, K], or return 1."""
     if a.dropout_seed is None:
         return 1.0
     return random.draw_pair_factor(a.dropout_seed, a.dropout_p, s.shape, tokens, plane).to(s.dtype)

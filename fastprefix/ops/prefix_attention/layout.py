@@ -1,5 +1,7 @@
-"""Memory layouts of results. Public shapes are [B, H, N, D]; transformers works on [B, N, H, D] and hands over its
-transpose. A result is laid out as the input it belongs to, so that transposing back costs nothing.
+"""Allocation of results in the memory layout of the inputs.
+
+Public shapes are [B, H, N, D]. transformers stores tensors as [B, N, H, D] and passes transposed views. A result has
+the memory layout of the input that it belongs to, so that transposing it back needs no copy.
 """
 
 import torch
@@ -15,7 +17,7 @@ def allocate_heads(like: Tensor, size: int) -> Tensor:
 
 
 def allocate_gradient(like: Tensor) -> Tensor:
-    """Return an uninitialized dense gradient of an input, with heads and length in the input's order."""
+    """Return an uninitialized dense gradient of an input, with heads and length in the input's memory order."""
     if like.ndim == 4:
         return allocate_heads(like, like.shape[3])
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)

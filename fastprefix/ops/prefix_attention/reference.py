@@ -1,6 +1,7 @@
-"""Gated prefix attention as the textbook writes it: concatenate, score, softmax, sum. Any floating dtype.
+"""The reference of gated prefix attention: concatenate, score, softmax, sum.
 
-This is the specification: every backend, forward and gradients (autograd's, here), is tested against it in float64.
+It supports any floating-point dtype, and autograd computes its gradients. The outputs and gradients of every backend
+are tested against it in float64.
 """
 
 import torch
@@ -16,7 +17,10 @@ from .visibility import find_visible_tokens
 
 @accept(collect_arguments)
 def prefix_attention(given: AttentionArguments) -> Tensor:
-    """Compute gated prefix attention in plain PyTorch, with arguments and errors of ``fastprefix.prefix_attention``."""
+    """Compute gated prefix attention in plain PyTorch.
+
+    The arguments and errors are the same as in ``fastprefix.prefix_attention``, without ``backend``.
+    """
     return attend(canonicalize(given))
 
 
@@ -53,7 +57,7 @@ def attend(a: AttentionArguments) -> Tensor:
 
 
 def _read_gate(a: AttentionArguments) -> Tensor:
-    """Return g, broadcastable to [B, Hq, N, P]."""
+    """Return the prefix gate g, broadcastable to [B, Hq, N, P], or 1 without a gate."""
     if a.prefix_gate is None:
         return torch.ones((), dtype=a.query.dtype, device=a.query.device)
     if a.prefix_gate.ndim == 4:
@@ -62,12 +66,12 @@ def _read_gate(a: AttentionArguments) -> Tensor:
 
 
 def _match_heads(a: AttentionArguments, tensor: Tensor) -> Tensor:
-    """Bring [b, Hkv|1, ...] to [b, Hq|1, ...]."""
+    """Repeat the heads of [b, Hkv|1, ...] to [b, Hq|1, ...]."""
     return tensor if tensor.shape[1] == 1 else tensor.repeat_interleave(a.groups, dim=1)
 
 
 def _freeze(a: AttentionArguments) -> AttentionArguments:
-    """Keep gradients from the first prefix keys and values."""
+    """Detach the first ``frozen_prefix`` prefix keys and values."""
     if a.frozen_prefix == 0:
         return a
 
@@ -78,7 +82,7 @@ def _freeze(a: AttentionArguments) -> AttentionArguments:
 
 
 def _repeat_heads(a: AttentionArguments, keys: Tensor) -> Tensor:
-    """Repeat each key/value head for the query heads that use it, with rows of the batch apart: [B, Hq, *, *]."""
+    """Expand keys or values to the batch and repeat each head for the query heads that use it: [B, Hq, *, *]."""
     return keys.expand(a.query.shape[0], -1, -1, -1).repeat_interleave(a.groups, dim=1)
 
 
@@ -100,7 +104,7 @@ def _expand_sinks(a: AttentionArguments, scores: Tensor) -> Tensor:
 
 
 def _compute_softmax(scores: Tensor) -> Tensor:
-    """Compute the softmax, which is 0 (not NaN) in a row where nothing is seen."""
+    """Compute the softmax, with probabilities of 0 instead of NaN for queries that attend to nothing."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 

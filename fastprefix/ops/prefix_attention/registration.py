@@ -1,4 +1,4 @@
-"""Register the operators of ``prefix_attention``: the rules that hold for every backend, and the backends' kernels."""
+"""Register the operators of ``prefix_attention``: the rules that all backends share, and the backends' kernels."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Cast every floating tensor, as PyTorch's own attention does."""
+    """Cast every floating-point tensor, as PyTorch's attention does under autocast."""
     return tuple(
         x.to(checks.after_autocast(x.dtype, dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in arguments
@@ -41,11 +41,11 @@ OPERATION = Operation(
 OPERATION.define("eager")
 OPERATION.implement("eager", eager.forward, eager.backward)
 
-if _native.load() is None:  # its kernels are registered in C++ (csrc/prefix_attention/register.cpp)
+if _native.load() is None:  # the kernels are registered in C++ (csrc/prefix_attention/register.cpp)
     OPERATION.define("cpu")
 
 OPERATION.define("triton", triton_backend.refusal)
-for _key in ("CUDA", "CPU"):  # on the CPU: in Triton's interpreter
+for _key in ("CUDA", "CPU"):  # on the CPU, the kernels run in Triton's interpreter
     OPERATION.implement("triton", launch.forward, launch.backward, _key)
 
 OPERATION.define("composed", composed_backend.refusal, composed_backend.is_preferred)

@@ -1,4 +1,4 @@
-"""Spans of a store of prefixes: what each row of the batch sees of it."""
+"""Spans of a store of prefixes. Each row of the batch attends to the prefix keys in its span."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,16 @@ _OF_ROWS = ("query", "key", "value", "output_gate", "attn_mask", "query_segments
 
 
 class Span(NamedTuple):
-    """The keys of the store that a row of the batch sees: ``length`` of them from ``start`` on."""
+    """The prefix keys of the store that a row attends to: ``length`` keys that begin at ``start``."""
 
     start: int
     length: int
 
 
 def list_columns(a: AttentionArguments) -> dict[str, checks.Size]:
-    """List how many columns rows' own gate and bias of the prefix have, where they do not broadcast over its keys.
+    """Return the numbers of columns of ``prefix_gate`` and ``prefix_bias``, without those that broadcast over the keys.
 
-    With spans that is as many as the longest one has keys, or more.
+    With spans, each must be at least the length of the longest span.
     """
     given = {"prefix_gate": a.prefix_gate, "prefix_bias": a.prefix_bias}
     return {
@@ -37,9 +37,9 @@ def find_longest(spans: list[Span]) -> int:
 
 
 def read_spans(a: AttentionArguments) -> list[Span]:
-    """Return the rows' spans as numbers, which waits for a device that is not the CPU.
+    """Return the rows' spans as numbers. On a device other than the CPU, this waits for the device.
 
-    Raises ``ValueError`` for a span that is not within the store, or longer than the rows' own gates and biases.
+    Raises ``ValueError`` if a span is outside the store, or longer than ``prefix_gate`` or ``prefix_bias`` allow.
     """
     assert a.prefix_spans is not None
     spans = [Span(*span) for span in a.prefix_spans.tolist()]
@@ -61,13 +61,13 @@ def read_spans(a: AttentionArguments) -> list[Span]:
 
 
 def check_spans(a: AttentionArguments) -> None:
-    """Check the values of ``prefix_spans``, where values can be read. They are never clamped."""
+    """Check the values of ``prefix_spans`` where values can be read. Clamp nothing."""
     if a.prefix_spans is not None and checks.can_read_values(a.prefix_spans.device):
         read_spans(a)
 
 
 def take_row(a: AttentionArguments, row: int, span: Span) -> AttentionArguments:
-    """Return the arguments of one row of the batch, whose prefix is its span of the store. All tensors are views."""
+    """Return the arguments of one row of the batch, with its span of the store as prefix. All tensors are views."""
 
     def take(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.shape[0] == 1 else tensor[row : row + 1]
@@ -86,8 +86,10 @@ def _take_columns(tensor: Tensor | None, start: int, end: int) -> Tensor | None:
 
 
 def gather_prefixes(a: AttentionArguments) -> tuple[AttentionArguments, Tensor]:
-    """Return the arguments with a prefix ``[B, Hkv, P, *]`` of each row's own in place of the store, and which of its
-    keys are there, ``[B, P]``. This is what spans mean; no backend makes these copies.
+    """Return the arguments with each row's prefix gathered from the store, and a mask ``[B, P]`` of existing keys.
+
+    The gathered prefix is ``[B, Hkv, P, *]``. This function defines the meaning of spans for the reference. Backends do
+    not make these copies.
     """
     assert a.prefix_spans is not None
     longest = find_longest(read_spans(a))

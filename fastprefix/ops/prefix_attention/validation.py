@@ -1,4 +1,4 @@
-"""Bring a caller's arguments to canonical form, or raise an error that names the argument."""
+"""Convert a caller's arguments to canonical form, or raise an error that names the argument."""
 
 import contextlib
 import math
@@ -13,18 +13,18 @@ from ..declaration import Rule, accept
 from .arguments import DECLARATION, SEGMENTS, AttentionArguments
 from .spans import list_columns
 
-_PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one a row)"
+_PREFIX = "[Hkv, P, {d}] (one prefix for the batch) or [B, Hkv, P, {d}] (one prefix per row)"
 _STORE = "[Hkv, T, {d}] (with prefix_spans: a store of prefixes)"
 _FROZEN = "a whole number from 0 to the number of prefix keys"
 _OF_PREFIX = ("prefix_gate", "output_gate", "prefix_bias", "prefix_key_bias", "prefix_spans")
 _WINDOW = "a whole number of at least 1 and less than 2**63, or None"
-_FURTHEST = 2**30  # positions and their distances fit into 32 bits, in which Triton kernels compute them
+_FURTHEST = 2**30  # Triton kernels compute positions and their distances in 32 bits
 
 _STORE_BIAS = ("Hkv", "T")
 
 Missing = tuple[tuple[int, int], ...]
 _CHECKED: dict[Hashable, Missing] = {}
-"""For what was checked, the tensors that lack leading dimensions, and how many."""
+"""The checked signatures, each with the indices of tensors that lack leading dimensions and the numbers of these."""
 _MOST_CHECKED = 4096
 
 _TENSORS = DECLARATION.tensors
@@ -57,14 +57,14 @@ def collect_arguments(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> AttentionArguments:
-    """Collect a caller's arguments, as they are, under their canonical names."""
+    """Collect a caller's arguments under their canonical names, without changing or checking them."""
     query_segments, key_segments = (None, None) if segment_ids is None else _split_segments(segment_ids)
     return AttentionArguments(
         query=query,
         key=key,
         value=value,
-        prefix_key=prefix_key,  # type: ignore[arg-type]  # None, for no prefix, until it is canonical
-        prefix_value=prefix_value,  # type: ignore[arg-type]  # the same
+        prefix_key=prefix_key,  # type: ignore[arg-type]  # may be None until it is canonical
+        prefix_value=prefix_value,  # type: ignore[arg-type]  # may be None until it is canonical
         prefix_gate=prefix_gate,
         output_gate=output_gate,
         attn_mask=attn_mask,
@@ -78,14 +78,14 @@ def collect_arguments(
         is_causal=is_causal,
         window_size=window_size,
         softcap=softcap,
-        scale=scale,  # type: ignore[arg-type]  # None until it is canonical
+        scale=scale,  # type: ignore[arg-type]  # may be None until it is canonical
         dropout_p=dropout_p,
         frozen_prefix=frozen_prefix,
     )
 
 
 def canonicalize(given: AttentionArguments) -> AttentionArguments:
-    """Check every argument, then bring them to the declared form, by views alone."""
+    """Check every argument and convert them to canonical form. Tensors are viewed, not copied."""
     signature = _read_signature(given)
     missing = _recall(signature)
     if missing is None:
@@ -113,14 +113,14 @@ def canonicalize(given: AttentionArguments) -> AttentionArguments:
 
 
 canonical_arguments = accept(collect_arguments)(canonicalize)
-"""The arguments of ``prefix_attention``, less the backend, in canonical form."""
+"""Return the canonical form of the arguments of ``prefix_attention`` without ``backend``."""
 
 
 def _read_signature(given: AttentionArguments) -> Hashable | None:
-    """Return all that the checks look at; None where that cannot be told, as in a trace and of what is no tensor.
+    """Return everything that the checks depend on, or None while tracing or if an argument is not a tensor.
 
-    A model calls with the same shapes in every layer, and what was checked once need not be again: in a decoding step
-    of a small model the checks would take as long as the rest of the call.
+    All layers of a model call with the same shapes, so each signature is checked only once. In a decoding step of a
+    small model, the checks would take as long as the rest of the call.
     """
     if torch.compiler.is_compiling():
         return None
@@ -134,7 +134,10 @@ def _read_signature(given: AttentionArguments) -> Hashable | None:
 
 
 def _list_missing(given: AttentionArguments) -> Missing:
-    """Return the tensors that lack leading dimensions. A padding mask, and no prefix, get theirs by themselves."""
+    """Return the indices of tensors that lack leading dimensions, and how many each one lacks.
+
+    ``canonicalize`` handles a padding mask and a missing prefix separately.
+    """
     missing = []
     for index, ndim in _LEADING:
         tensor: Any = given[index]
@@ -145,11 +148,11 @@ def _list_missing(given: AttentionArguments) -> Missing:
 
 
 def _recall(signature: Hashable | None) -> Missing | None:
-    if signature is None:  # a trace that looked into the dictionary would be compiled anew for each new signature
+    if signature is None:  # a trace that read the dictionary would be recompiled for each new signature
         return None
     try:
         return _CHECKED.get(signature)
-    except TypeError:  # what cannot be hashed: sizes of a trace, and options that no call takes
+    except TypeError:  # symbolic sizes and invalid options may not be hashable
         return None
 
 
@@ -169,7 +172,7 @@ def _check_arguments(given: AttentionArguments) -> None:
     sizes: dict[str, checks.Size] = dict(zip(("B", "Hq", "N", "D"), given.query.shape, strict=True))
     sizes |= {"Hkv": given.key.shape[1], "M": given.key.shape[2], "P": length, "T": length, "2": 2}
     if given.prefix_spans is not None:
-        sizes["P"] = next(iter(list_columns(given).values()), 1)  # of the longest span, which only the values tell
+        sizes["P"] = next(iter(list_columns(given).values()), 1)  # only the values show the longest span
     for name, rule in DECLARATION.optional.items():
         tensor = getattr(given, name)
         if tensor is not None:
@@ -185,7 +188,7 @@ def _check_optional(
     query: Tensor,
     letters: tuple[str, ...] | None = None,
 ) -> None:
-    """Check an optional tensor against its rule; ``letters`` stand in place of the rule's."""
+    """Check an optional tensor against its rule. ``letters``, if given, replace the rule's shape."""
     checks.check_tensor(name, tensor, rule.takes or rule.shape.replace("1|", ""))
     if letters is None:
         letters = ("B", "M") if rule.dtype == "mask" and _is_padding(tensor) else rule.letters(tensor.ndim)
@@ -202,7 +205,7 @@ def _check_optional(
     elif rule.dtype == "mask" and tensor.dtype is torch.bool:
         checks.check_device(name, tensor, query.device, "query")
     elif rule.dtype == "mask" and not tensor.is_floating_point():
-        raise checks.wrong_type(name, tensor, f"{rule.takes} ({name}.bool() of one of zeros and ones)")
+        raise checks.wrong_type(name, tensor, f"{rule.takes} (convert a mask of zeros and ones with {name}.bool())")
     else:
         _check_companion(name, tensor, query, takes)
     if rule.broadcasts:
@@ -221,7 +224,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
         checks.check_shape(name, tensor, (None, None, None, None), shape)
     batch, heads, _, size = query.shape
     if size == 0:
-        raise checks.wrong_value("query", query, "a head size D of at least 1")
+        raise checks.wrong_value("query", query, "a tensor with a head dimension D of at least 1")
     checks.check_shape(
         "key", key, (batch, None, None, size), f"[B, Hkv, M, D] with B = {batch} and D = {size} of query"
     )
@@ -233,22 +236,22 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
         f"[B, Hkv, M, Dv] with B, Hkv, M = {batch}, {kv_heads}, {length} of key",
     )
     if value.shape[3] == 0:
-        raise checks.wrong_value("value", value, "a head size Dv of at least 1")
+        raise checks.wrong_value("value", value, "a tensor with a head dimension Dv of at least 1")
     if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
-        raise checks.wrong_value("query", query, f"a number of heads Hq that is a multiple of key's Hkv = {kv_heads}")
+        raise checks.wrong_value("query", query, f"a tensor whose heads Hq are a multiple of key's Hkv = {kv_heads}")
     for name, tensor in (("key", key), ("value", value)):
         _check_companion(name, tensor, query, "a tensor")
 
 
 def _check_companion(name: str, tensor: Tensor, query: Tensor, takes: str) -> None:
-    """Check that an argument is floating, and on the device and of the dtype of query."""
+    """Check that an argument is floating point and has the device and dtype of ``query``."""
     checks.check_floating(name, tensor, takes)
     checks.check_device(name, tensor, query.device, "query")
     checks.check_dtype(name, tensor, query.dtype, "query", checks.autocast_dtype(query.device))
 
 
 def _check_prefix(given: AttentionArguments) -> checks.Size:
-    """Check the prefix's keys and values; returns how many there are, with spans in the whole store."""
+    """Check the prefix's keys and values, and return their number. With spans it is the length of the whole store."""
     if any(x is None for x in given[_PREFIX_KEY : _PREFIX_VALUE + 1]):
         return _check_no_prefix(given)
     prefix_key, prefix_value = given.prefix_key, given.prefix_value
@@ -264,10 +267,12 @@ def _check_prefix(given: AttentionArguments) -> checks.Size:
         own = tensor.ndim != 3 and given.prefix_spans is None
         checks.check_shape(name, tensor, (batch, heads, None, size) if own else (heads, None, size), takes)
     if prefix_value.ndim != prefix_key.ndim:
-        raise checks.wrong_value("prefix_value", prefix_value, f"as many dimensions as prefix_key ({prefix_key.ndim})")
+        raise checks.wrong_value(
+            "prefix_value", prefix_value, f"a tensor with as many dimensions as prefix_key ({prefix_key.ndim})"
+        )
     if prefix_value.shape[-2] != prefix_key.shape[-2]:
         raise checks.wrong_value(
-            "prefix_value", prefix_value, f"the prefix length of prefix_key (P = {prefix_key.shape[-2]})"
+            "prefix_value", prefix_value, f"a tensor with the prefix length of prefix_key (P = {prefix_key.shape[-2]})"
         )
     if given.frozen_prefix > prefix_key.shape[-2]:
         raise checks.wrong_value("frozen_prefix", given.frozen_prefix, f"{_FROZEN} ({prefix_key.shape[-2]})")
@@ -275,15 +280,15 @@ def _check_prefix(given: AttentionArguments) -> checks.Size:
 
 
 def _check_no_prefix(given: AttentionArguments) -> int:
-    """Check that a call without a prefix has none of the arguments that speak of one."""
+    """Check that a call without a prefix has no other argument of a prefix."""
     for name, other in (("prefix_key", "prefix_value"), ("prefix_value", "prefix_key")):
         if getattr(given, other) is not None:
-            raise checks.wrong_type(name, getattr(given, name), f"a tensor, since {other} was given")
+            raise checks.wrong_type(name, getattr(given, name), f"a tensor because `{other}` is given")
     for name in _OF_PREFIX:
         if getattr(given, name) is not None:
-            raise checks.wrong_value(name, getattr(given, name), "None where there is no prefix_key")
+            raise checks.wrong_value(name, getattr(given, name), "None without `prefix_key`")
     if given.frozen_prefix != 0:
-        raise checks.wrong_value("frozen_prefix", given.frozen_prefix, "0 where there is no prefix_key")
+        raise checks.wrong_value("frozen_prefix", given.frozen_prefix, "0 without `prefix_key`")
     return 0
 
 
@@ -324,9 +329,9 @@ def _is_padding(mask: Tensor) -> bool:
 
 
 def _limit_window(window_size: int, queries: int, keys: int) -> int:
-    """Limit a window to what no distance exceeds, so that no kernel's sum of a position and a window overflows.
+    """Limit a window to the largest possible distance, so that kernels can add it to a position without overflow.
 
-    Sizes are looked at only where the window is huge: a trace of dynamic shapes gets no guards from ordinary ones.
+    Sizes are compared only if the window is huge, so that other windows add no guards to a trace with dynamic shapes.
     """
     if window_size <= _FURTHEST:
         return window_size

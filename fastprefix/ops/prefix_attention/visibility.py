@@ -1,4 +1,4 @@
-"""Which token keys a query sees. Causality, windows and segments speak of tokens only; the prefix is always seen."""
+"""The token keys that each query may attend to, by causality, windows, segments and bool masks."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,9 @@ from .arguments import AttentionArguments
 
 
 def find_visible_tokens(a: AttentionArguments) -> Tensor | None:
-    """Return a bool mask, broadcastable to [B, Hq, N, M], of all rules and a bool ``attn_mask``, or None if all is
-    seen.
+    """Return a bool mask, broadcastable to [B, Hq, N, M], or None if every query attends to every token key.
+
+    It combines ``is_causal``, ``window_size``, ``segment_ids`` and a bool ``attn_mask``.
     """
     rules: list[Tensor] = []
     if a.is_causal or a.window_size is not None:

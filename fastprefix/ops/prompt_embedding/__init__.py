@@ -1,4 +1,4 @@
-"""The fused prompt embedding of PT, DePT and ADePT. ``api`` says what it means, ``reference`` shows the formula."""
+"""The fused prompt embedding of PT, DePT and ADePT. ``api`` documents it, and ``reference`` has the formula."""
 
 from .api import prompt_embedding
 

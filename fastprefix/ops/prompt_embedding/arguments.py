@@ -1,9 +1,10 @@
-"""Declare what every backend gets: the arguments of ``prompt_embedding`` in one canonical form.
+"""Declare the canonical form of the arguments of ``prompt_embedding``, which every backend receives.
 
-``B`` batch, ``N`` tokens, ``S`` rows in front of the tokens, ``V`` vocabulary, ``d`` model width, ``r`` bottleneck or
-rank, ``T`` positions that have an offset, ``P`` rows of a packed store of prompts, ``K`` entries of a bank of offsets.
-``ffn`` and ``low_rank`` are there whole or not at all, and one offset at most is there. The second shape of an offset
-is the one with ``entries``.
+``B`` is the batch size, ``N`` the number of tokens, ``S`` the prompt positions before the tokens, ``V`` the vocabulary
+size, ``d`` the model width, ``r`` the bottleneck or rank, ``T`` the positions that have an offset, ``P`` the vectors of
+the packed store of prompts, and ``K`` the entries of the bank of offsets. The tensors of ``ffn`` and of ``low_rank``
+are either all given or all None, and at most one offset is given. The second shape of an offset applies with
+``entries``.
 """
 
 from typing import Annotated, NamedTuple
@@ -15,7 +16,7 @@ from ..declaration import Declaration, Rule
 
 
 class EmbeddingArguments(NamedTuple):
-    """The declaration. C++ has the same list in ``csrc/prompt_embedding/arguments.h``."""
+    """The canonical arguments. ``csrc/prompt_embedding/arguments.h`` declares the same list in C++."""
 
     input_ids: Annotated[Tensor, Rule("[B, N]", dtype="integer")]
     weight: Annotated[Tensor, Rule("[V, d]", gradient="every backend")]
@@ -34,17 +35,17 @@ class EmbeddingArguments(NamedTuple):
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     offset_scale: float
     dropout_p: float
-    prompt_length: int  # S, with and without spans
+    prompt_length: int  # S, both with and without spans
 
     @property
     def bank_size(self) -> int:
-        """K, of a call with entries."""
+        """K, the number of entries of the bank. Defined only for calls with ``entries``."""
         banks = (self.w1, self.low_rank_a, self.position_offset)
         return next(bank.shape[0] for bank in banks if bank is not None)
 
     @property
     def accumulator(self) -> torch.dtype:
-        """The dtype of sums: float32, and float64 for float64."""
+        """The dtype of sums: float64 for float64 inputs, float32 for all other dtypes."""
         return torch.float64 if self.weight.dtype is torch.float64 else torch.float32
 
 
@@ -52,4 +53,4 @@ DECLARATION = Declaration(EmbeddingArguments)
 DIFFERENTIABLE = DECLARATION.differentiable
 """The arguments that can have a gradient, in order."""
 BANKS = ("w1", "b1", "w2", "b2", "low_rank_a", "low_rank_b", "position_offset")
-"""The arguments that have a dimension K with ``entries``."""
+"""The arguments that have a leading dimension K with ``entries``."""

@@ -1,8 +1,9 @@
-"""The eager backend: forward and backward formulas in PyTorch operations, on any device and floating dtype.
+"""The eager backend: forward and backward formulas in PyTorch operations, for any device and floating-point dtype.
 
-Nothing is kept for the backward pass but the ids and the dropout seed: rows are gathered again. Sums are made in
-float32 (float64 for float64). The letters are those of the formulas; ``dy`` is the gradient of the token rows. A bank's
-entries are read on the host, so that each is applied to its rows of the batch at once and none is copied for a row.
+The forward pass saves no intermediate results. The backward pass gathers the embeddings again. Sums are computed in
+float32, or float64 for float64 inputs. Variable names follow the formulas, and ``dy`` is the upstream gradient of the
+token embeddings. The entries of a bank are read on the host. Each entry is then applied to all of its rows together,
+and no entry is copied per row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,15 +61,15 @@ def backward(grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any) -
 
 
 class _Part(NamedTuple):
-    """The rows of the batch that use one entry of a bank, as a call without an index."""
+    """The rows of the batch that use one entry of a bank."""
 
     entry: int  # -1: no offset
-    members: Tensor  # which rows they are
-    arguments: EmbeddingArguments
+    members: Tensor  # the indices of the rows
+    arguments: EmbeddingArguments  # a call without an index for these rows
 
 
 def _split_by_entry(a: EmbeddingArguments) -> Iterator[_Part]:
-    """List the parts of a call with an index, in the order of the entries; none without an index."""
+    """Yield the parts of a call with an index in the order of the entries, and nothing without an index."""
     entries = [] if a.entries is None else a.entries.tolist()
     banks = {name: bank for name in BANKS if (bank := getattr(a, name)) is not None}
     for entry in sorted(set(entries)):
@@ -78,7 +79,7 @@ def _split_by_entry(a: EmbeddingArguments) -> Iterator[_Part]:
 
 
 def _locate_prompts(a: EmbeddingArguments) -> tuple[Tensor, Tensor]:
-    """Return for each row in front of the tokens [B, S] its row of the store, and True where it has one."""
+    """Return the store row of each prompt position [B, S], and a mask [B, S] that is False where there is none."""
     assert a.prompt_spans is not None
     start, length = a.prompt_spans[:, :1], a.prompt_spans[:, 1:]
     place = torch.arange(a.prompt_length, device=start.device) - (a.prompt_length - length)
@@ -86,7 +87,7 @@ def _locate_prompts(a: EmbeddingArguments) -> tuple[Tensor, Tensor]:
 
 
 def _gather_prompts(a: EmbeddingArguments) -> Tensor:
-    """Return the rows in front of the tokens, [B, S, d]."""
+    """Return the embeddings of the prompt positions, [B, S, d]."""
     assert a.prompt is not None
     row, there = _locate_prompts(a)
     if a.prompt.shape[0] == 0:
@@ -95,7 +96,7 @@ def _gather_prompts(a: EmbeddingArguments) -> Tensor:
 
 
 def _scatter_prompts(front: Tensor, a: EmbeddingArguments) -> Tensor:
-    """Sum the gradients of the rows in front of the tokens into those of the store, [P, d]."""
+    """Sum the gradients of the prompt positions into the gradient of the store, [P, d]."""
     assert a.prompt is not None
     row, there = _locate_prompts(a)
     nowhere = a.prompt.shape[0]
@@ -105,18 +106,18 @@ def _scatter_prompts(front: Tensor, a: EmbeddingArguments) -> Tensor:
 
 
 def _embed_tokens(a: EmbeddingArguments, members: Tensor | None = None) -> Tensor:
-    """Return the token rows [B, N, d]. ``members`` numbers the rows of the batch, where they are not all of them."""
+    """Return the token embeddings [B, N, d]. ``members`` lists the indices of the rows, or is None for all rows."""
     rows = torch.nn.functional.embedding(a.input_ids, a.weight)
     offset = _compute_offset(a, rows, members)
     return rows if offset is None else rows.to(a.accumulator) + offset
 
 
 class _Hidden(NamedTuple):
-    """The network on the gathered rows."""
+    """The hidden layer of the network for the gathered embeddings."""
 
-    e: Tensor  # [B, N, d]
-    h: Tensor  # before the ReLU, after dropout [B, N, r]
-    keep: Tensor | float  # dropout's factor
+    e: Tensor  # gathered embeddings [B, N, d]
+    h: Tensor  # hidden units before the ReLU and after dropout [B, N, r]
+    keep: Tensor | float  # dropout factors [B, N, r], or 1
 
 
 def _compute_hidden(a: EmbeddingArguments, rows: Tensor, members: Tensor | None) -> _Hidden:
@@ -131,7 +132,7 @@ def _compute_hidden(a: EmbeddingArguments, rows: Tensor, members: Tensor | None)
 
 
 def _compute_offset(a: EmbeddingArguments, rows: Tensor, members: Tensor | None) -> Tensor | None:
-    """Compute the offset of the rows, [B, N, d] or [N, d], in the accumulator's dtype."""
+    """Compute the offset of the tokens, [B, N, d] or [N, d], in the accumulator's dtype, or None without an offset."""
     if a.w1 is not None:
         assert a.w2 is not None
         assert a.b2 is not None
@@ -153,7 +154,7 @@ def _differentiate_offset(
     needs: dict[str, bool],
     members: Tensor | None = None,
 ) -> Tensor:
-    """Enter the offset's gradients; returns de, the gradient of the gathered rows."""
+    """Add the offset's gradients to ``gradients``, and return de, the gradient of the gathered embeddings."""
     if a.w1 is not None and any(needs[name] for name in ("weight", "w1", "b1", "w2", "b2")):
         return _differentiate_ffn(gradients, dy, a, members)
     if a.low_rank_a is not None and (needs["low_rank_a"] or needs["low_rank_b"]):
@@ -167,7 +168,7 @@ def _differentiate_offset(
 def _differentiate_ffn(
     gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments, members: Tensor | None
 ) -> Tensor:
-    """Enter the network's gradients; returns de, the gradient of the gathered rows."""
+    """Add the network's gradients to ``gradients``, and return de, the gradient of the gathered embeddings."""
     assert a.w1 is not None
     assert a.w2 is not None
     e, h, keep = _compute_hidden(a, torch.nn.functional.embedding(a.input_ids, a.weight), members)
@@ -191,5 +192,5 @@ def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: Embeddi
 
 
 def _sum_positions(dy: Tensor, a: EmbeddingArguments) -> Tensor:
-    """Sum the gradient of each position's offset, [N, d], which is the same in every row of the batch."""
+    """Return the gradient of each position's offset, [N, d], summed over the rows, which share the offset."""
     return a.offset_scale * dy.sum(0)

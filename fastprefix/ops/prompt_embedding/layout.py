@@ -1,4 +1,4 @@
-"""Memory of results."""
+"""Allocation of results."""
 
 import torch
 from torch import Tensor

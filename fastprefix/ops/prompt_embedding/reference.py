@@ -1,6 +1,7 @@
-"""The prompt embedding as the papers write it. Any floating dtype; the gradients are autograd's.
+"""The reference of the prompt embedding, written as in the papers.
 
-This is the specification: every backend is tested against it in float64.
+It supports any floating-point dtype, and autograd computes its gradients. Every backend is tested against it in
+float64.
 """
 
 import torch
@@ -14,7 +15,10 @@ from .validation import canonical_arguments, check_values
 
 @accept(canonical_arguments)
 def prompt_embedding(arguments: EmbeddingArguments) -> Tensor:
-    """Compute the prompt embedding in plain PyTorch, with arguments and errors of ``fastprefix.prompt_embedding``."""
+    """Compute the prompt embedding in plain PyTorch.
+
+    The arguments and errors are the same as in ``fastprefix.prompt_embedding``, without ``backend``.
+    """
     return embed(arguments)
 
 
@@ -39,18 +43,18 @@ def embed(a: EmbeddingArguments) -> Tensor:
 
 
 def _choose(a: EmbeddingArguments, bank: Tensor) -> Tensor:
-    """Return the entry of each row, ``[B, ...]``, with zeros for -1, or without ``entries`` the tensor itself."""
+    """Return the bank's entry for each row, ``[B, ...]``, with zeros for -1. Without ``entries``, return ``bank``."""
     if a.entries is None:
         return bank
     return torch.cat([bank, bank.new_zeros(1, *bank.shape[1:])])[a.entries]
 
 
 def _lay_out_prompt(a: EmbeddingArguments, prompt: Tensor) -> Tensor:
-    """Return the prompt of each row, ``[B, S, d]``, with rows of zeros on its left where it is shorter than S."""
+    """Return the prompt of each row, ``[B, S, d]``, padded with zeros on the left if it is shorter than S."""
     if a.prompt_spans is None:
         return prompt.expand(a.input_ids.shape[0], -1, -1)
     start, length = a.prompt_spans[:, :1], a.prompt_spans[:, 1:]
-    place = torch.arange(a.prompt_length, device=prompt.device) - (a.prompt_length - length)  # in the span: [B, S]
+    place = torch.arange(a.prompt_length, device=prompt.device) - (a.prompt_length - length)  # index in the span [B, S]
     row = torch.where(place < 0, -1, start + place)
     return torch.cat([prompt, prompt.new_zeros(1, prompt.shape[1])])[row]
 

@@ -1,4 +1,4 @@
-"""Register the operators of ``prompt_embedding``: the rules that hold for every backend, and the backends' kernels."""
+"""Register the operators of ``prompt_embedding``: the rules that all backends share, and the backends' kernels."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _fake(*arguments: Any) -> Tensor:
 
 
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Bring the parameters to the table's dtype; like PyTorch's own lookup, the table keeps its own."""
+    """Cast the parameters to the table's dtype. The table keeps its dtype, as in PyTorch's embedding lookup."""
     table = EmbeddingArguments(*arguments).weight.dtype
     return tuple(x.to(table) if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
 
@@ -32,9 +32,9 @@ OPERATION = Operation(
 OPERATION.define("eager")
 OPERATION.implement("eager", eager.forward, eager.backward)
 
-if _native.load() is None:  # its kernels are registered in C++ (csrc/prompt_embedding/register.cpp)
+if _native.load() is None:  # the kernels are registered in C++ (csrc/prompt_embedding/register.cpp)
     OPERATION.define("cpu")
 
 OPERATION.define("triton", triton_backend.refusal)
-for _key in ("CUDA", "CPU"):  # on the CPU: in Triton's interpreter
+for _key in ("CUDA", "CPU"):  # on the CPU, the kernels run in Triton's interpreter
     OPERATION.implement("triton", launch.forward, launch.backward, _key)

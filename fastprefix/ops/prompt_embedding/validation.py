@@ -1,4 +1,4 @@
-"""From a caller's arguments to the canonical ones, or to an error that names the argument."""
+"""Convert a caller's arguments to canonical form, or raise an error that names the argument."""
 
 import math
 
@@ -28,7 +28,7 @@ def canonical_arguments(
     offset_scale: float = 1.0,
     dropout_p: float = 0.0,
 ) -> EmbeddingArguments:
-    """Check every argument, then bring them to the declared form."""
+    """Check every argument and convert them to canonical form."""
     checks.check_floating("weight", weight, "an embedding table [V, d]")
     if weight.ndim != 2:
         raise checks.wrong_value("weight", weight, "an embedding table [V, d]")
@@ -47,7 +47,7 @@ def canonical_arguments(
     if offsets > 1:
         named = {"ffn": ffn, "low_rank": low_rank, "position_offset": position_offset}
         given = " and ".join(f"`{name}`" for name, offset in named.items() if offset is not None)
-        raise ValueError(f"{given} exclude one another: give one of them")
+        raise ValueError(f"{given} cannot be combined: pass only one of them")
     banked = index is not None
     if index is not None:
         _check_index(index, input_ids, offsets)
@@ -60,7 +60,7 @@ def canonical_arguments(
         raise checks.wrong_value("offset_scale", offset_scale, "a finite number")
     checks.check_probability("dropout_p", dropout_p)
     if dropout_p > 0.0 and ffn is None:
-        raise checks.wrong_value("dropout_p", dropout_p, "0 where there is no ffn, whose hidden layer it drops")
+        raise checks.wrong_value("dropout_p", dropout_p, "0 without `ffn`, since it drops hidden units of the network")
     return EmbeddingArguments(
         input_ids=input_ids,
         weight=weight,
@@ -82,7 +82,7 @@ def canonical_arguments(
 
 
 def check_values(a: EmbeddingArguments) -> None:
-    """Raise for token ids, spans and indices out of range, where values can be read. They are never clamped."""
+    """Raise ValueError if token ids, spans or indices are out of range, where values can be read. Clamp nothing."""
     if not checks.can_read_values(a.weight.device):
         return
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
@@ -112,16 +112,16 @@ def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
 
 
 def _check_spans(spans: Tensor | None, longest: int | None, prompt: Tensor | None, input_ids: Tensor) -> int:
-    """Check ``prompt_spans`` and ``prompt_length``; return S, which is read from the spans where it is not given."""
+    """Check ``prompt_spans`` and ``prompt_length``, and return S. If it is not given, it is read from the spans."""
     if spans is None:
-        raise checks.wrong_value("prompt_length", longest, "None where there are no prompt_spans")
+        raise checks.wrong_value("prompt_length", longest, "None without `prompt_spans`")
     takes = "(start, length) of each row's prompt, int [B, 2]"
     checks.check_integer("prompt_spans", spans, takes)
     batch = input_ids.shape[0]
     checks.check_shape("prompt_spans", spans, (batch, 2), f"{takes} with B = {batch} of input_ids")
     checks.check_device("prompt_spans", spans, input_ids.device, "input_ids")
     if prompt is None:
-        raise ValueError("`prompt_spans` was given without `prompt`, of which it takes rows: give both or neither")
+        raise ValueError("`prompt_spans` requires `prompt`, the store that it selects from: pass both or neither")
     if longest is None:
         return max(0, int(spans[:, 1].max())) if batch > 0 else 0
     takes = "a length S of at least 0"
@@ -139,13 +139,13 @@ def _check_index(index: Tensor, input_ids: Tensor, offsets: int) -> None:
     checks.check_shape("index", index, (batch,), f"{takes} with B = {batch} of input_ids")
     checks.check_device("index", index, input_ids.device, "input_ids")
     if offsets == 0:
-        raise ValueError("`index` chooses entries of ffn, low_rank or position_offset: give one of them, or no index")
+        raise ValueError("`index` requires `ffn`, `low_rank` or `position_offset`: pass one of them, or no `index`")
 
 
 def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, takes: str) -> None:
-    """Check that a parameter is floating, of the expected shape, and on the device and of the dtype of weight.
+    """Check that a parameter is floating point, has the expected shape, and has the device and dtype of ``weight``.
 
-    ``takes`` has the letters of the shape, of which None is any size.
+    ``takes`` has the letters of the shape. In ``shape``, None matches any size.
     """
     checks.check_floating(name, value, takes)
     if value.shape != shape and not checks.has_shape(value, shape):
@@ -155,13 +155,13 @@ def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, ta
         raise checks.wrong_value(name, value, f"{takes} with {', '.join(known)}")
     checks.check_device(name, value, weight.device, "weight")
     if value.dtype is not weight.dtype and checks.autocast_dtype(weight.device) is None:
-        raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast brings it to that
+        raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast would cast it
 
 
 def _check_offset(
     name: str, value: Tensor, weight: Tensor, shape: _Shape, letters: str, entries: checks.Size | None, banked: bool
 ) -> None:
-    """Check a parameter of an offset, which a bank has ``entries`` of (None: any number of them)."""
+    """Check a parameter of an offset. A bank has ``entries`` of them, or any number if ``entries`` is None."""
     if banked:
         _check_parameter(name, value, weight, (entries, *shape), f"[K, {letters}]")
     else:
@@ -208,8 +208,8 @@ def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
     positions = offsets.shape[-2]
     if positions < input_ids.shape[1]:
         raise ValueError(
-            f"`{name}` has offsets for T = {positions} positions, and input_ids has N = {input_ids.shape[1]} tokens: "
-            f"give it at least as many positions as there are tokens"
+            f"`{name}` has T = {positions} positions, but `input_ids` has N = {input_ids.shape[1]} tokens: "
+            f"T must be at least N"
         )
 
 

@@ -208,17 +208,17 @@ def test_operators_keep_pytorch_rules(device: str, layout: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"output_gate": "BH"}, "no output_gate"),
-        ({"mask": "padding"}, "no attn_mask"),
-        ({"sinks": True}, "no sinks"),
-        ({"dropout_p": 0.1}, "no dropout_p"),
-        ({"window_size": 3}, "no window_size"),
-        ({"softcap": 3.0}, "no softcap"),
+        ({"output_gate": "BH"}, "not support `output_gate`"),
+        ({"mask": "padding"}, "not support `attn_mask`"),
+        ({"sinks": True}, "not support `sinks`"),
+        ({"dropout_p": 0.1}, "not support `dropout_p`"),
+        ({"window_size": 3}, "not support `window_size`"),
+        ({"softcap": 3.0}, "not support `softcap`"),
         ({"D": 12}, "multiples of 8, not 12"),
         ({"Dv": 8}, "Dv = 8"),
-        ({"M": 0}, "rows, queries and keys"),
+        ({"M": 0}, "one row, one query and one key"),
         ({"M": 21, "is_causal": True}, "not 20 and 21"),
-        ({"D": 264}, "head sizes up to 256"),
+        ({"D": 264}, "head dimensions up to 256"),
     ],
 )
 def test_says_what_it_does_not_take(device: str, change: dict[str, Any], match: str) -> None:

@@ -593,7 +593,7 @@ def test_compiles_whole(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"dtype": torch.float64}, "not torch.float64"), ({"D": 264}, "head sizes up to 256")],
+    [({"dtype": torch.float64}, "not torch.float64"), ({"D": 264}, "head dimensions up to 256")],
 )
 def test_says_what_it_does_not_take(device: str, change: dict[str, Any], match: str) -> None:
     x = torch.zeros(1, 1, 1, change.get("D", 16), dtype=change.get("dtype", torch.float32), device=device)

@@ -1,8 +1,10 @@
-"""The composed backend: PyTorch's flash attention or cuDNN for the tokens, and a Triton kernel or these for the prefix.
+"""The composed backend: PyTorch's flash attention or cuDNN for the tokens, and the same or a Triton kernel for the
+prefix.
 
-Attention over two sets of keys is a weighted mean of the attention over each (``launch.py``). A vendor's kernel is
-faster for many tokens than one in Triton; the prefix then costs one more pass over queries and outputs. It runs where
-the Triton backend does, for what flash attention supports. ``plans.py`` says how a call is run.
+Attention over two sets of keys is a weighted mean of the attention over each set (``launch.py``). For many tokens, a
+vendor's kernel is faster than a Triton kernel, and the prefix adds one more pass over queries and outputs. This backend
+runs on the devices of the Triton backend and supports the calls that flash attention supports. ``plans.py`` chooses the
+kernels of a call.
 """
 
 import torch
@@ -11,28 +13,28 @@ from ..arguments import AttentionArguments
 from ..triton_backend import refusal as explain_triton_refusal
 from . import packed, plans
 
-_DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}  # on the CPU: in Triton's interpreter
+_DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}  # CPU: Triton's interpreter
 _ABSENT = ("output_gate", "attn_mask", "sinks", "window_size", "softcap", "dropout_seed")
 _LABELS = {"dropout_seed": "dropout_p"}
 
 
 def refusal(a: AttentionArguments) -> str | None:
-    """Explain why a call cannot be composed, or return None if it can. The values of segments are read."""
+    """Explain why a call cannot be composed, or return None if it can. Reads the values of segments."""
     for name in _ABSENT:
         if getattr(a, name) is not None:
-            return f"it takes no {_LABELS.get(name, name)}"
+            return f"it does not support `{_LABELS.get(name, name)}`"
     if a.query.dtype not in _DTYPES.get(a.query.device.type, ()):
-        return f"it takes float16 and bfloat16, not {a.query.dtype}"
+        return f"it supports float16 and bfloat16, not {a.query.dtype}"
     batch, _, queries, size = a.query.shape
     keys = a.key.shape[2]
     if a.value.shape[3] != size:
-        return f"it takes values of the keys' width, not D = {size}, Dv = {a.value.shape[3]}"
+        return f"it requires values with the head dimension of the keys, not D = {size} and Dv = {a.value.shape[3]}"
     if size % 8 != 0:
-        return f"it takes head sizes that are multiples of 8, not {size}"
+        return f"it supports head dimensions that are multiples of 8, not {size}"
     if batch == 0 or queries == 0 or keys == 0:
-        return "it takes batches with rows, queries and keys"
+        return "it requires at least one row, one query and one key"
     if a.is_causal and queries != keys:
-        return f"with is_causal it takes as many queries as keys, not {queries} and {keys}"
+        return f"with `is_causal` it requires as many queries as keys, not {queries} and {keys}"
     reason = explain_triton_refusal(a)
     if reason is None and packed.can_read(a):
         reason = packed.explain_segments(a)
@@ -40,10 +42,10 @@ def refusal(a: AttentionArguments) -> str | None:
 
 
 def is_preferred(a: AttentionArguments) -> bool:
-    """Return whether a measurement says that composition is faster than the Triton backend for a call.
+    """Return whether composition was measured to be faster than the Triton backend for a call.
 
-    Vendors' kernels add gradients of queries in any order. Where PyTorch is asked for deterministic algorithms,
-    composition is not the default. Nor is it in a trace with segments, whose values cannot be read.
+    Return False if PyTorch must use deterministic algorithms, because vendors' kernels sum the gradients of queries in
+    any order. Return False for segments in a trace, where their values cannot be read.
     """
     if not plans.read_choices() or torch.are_deterministic_algorithms_enabled() or not plans.is_faster(a):
         return False

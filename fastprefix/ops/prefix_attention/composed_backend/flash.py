@@ -1,4 +1,4 @@
-"""PyTorch's flash attention with its log-sum-exp, on CUDA devices and on the CPU."""
+"""PyTorch's flash attention, with its log-sum-exp, on CUDA devices and on the CPU."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .problem import Known, Problem
 
 
 def attend(x: Problem) -> tuple[Tensor, Tensor]:
-    """Return the output, and the log-sum-exp of the scores ``[B, Hq, N]``, natural and float32."""
+    """Return the output and the natural log-sum-exp of the scores, float32 ``[B, Hq, N]``."""
     operator: Any = torch.ops.aten._scaled_dot_product_flash_attention
     if x.query.device.type == "cpu":
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -26,6 +26,6 @@ def differentiate(x: Problem, known: Known) -> tuple[Tensor, Tensor, Tensor]:
         return dq, dk, dv
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     lengths = (None, None, x.query.shape[2], x.key.shape[2])  # no packed rows
-    random = x.query.new_empty(0, dtype=torch.uint64)  # of dropout, of which there is none
+    random = x.query.new_empty(0, dtype=torch.uint64)  # the random state of dropout, which is unused
     dq, dk, dv = backward(*tensors, *lengths, 0.0, x.is_causal, random, random, scale=x.scale)
     return dq, dk, dv

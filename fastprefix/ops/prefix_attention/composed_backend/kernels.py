@@ -1,4 +1,4 @@
-"""Attention by one of PyTorch's kernels, whose inputs have columns side by side in memory."""
+"""Attention with one of PyTorch's kernels, which require contiguous columns."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _KERNELS: dict[str, Any] = {"flash": flash, "cudnn": cudnn}
 
 
 def attend(kernel: str, x: Problem) -> tuple[Tensor, Tensor]:
-    """Return the output, and the log-sum-exp of the scores ``[B, Hq, N]``, natural and float32."""
+    """Return the output and the natural log-sum-exp of the scores, float32 ``[B, Hq, N]``."""
     output, logsumexp = _find_kernel(kernel, x).attend(_lay_out_inputs(x))
     return output, logsumexp
 
@@ -26,7 +26,7 @@ def differentiate(kernel: str, x: Problem, known: Known) -> tuple[Tensor, Tensor
 def _find_kernel(name: str, x: Problem) -> Any:
     if x.packing is not None:
         return packed
-    return flash if x.query.device.type == "cpu" else _KERNELS[name]  # PyTorch has one kernel for CPUs
+    return flash if x.query.device.type == "cpu" else _KERNELS[name]  # the only kernel for CPUs
 
 
 def _lay_out_inputs(x: Problem) -> Problem:

@@ -1,12 +1,12 @@
-"""Attention over prefix and tokens from attention over the tokens alone.
+"""Combine attention over the tokens with attention over the prefix.
 
-With the tokens' output ``o_t`` and log-sum-exp ``lse_t``, and those of the prefix,
+Let ``o_t`` and ``lse_t`` be the output and log-sum-exp of the tokens, and ``o_p`` and ``lse_p`` those of the prefix.
 
     lse = log(e^lse_t + e^lse_p),    o = e^(lse_t - lse) o_t + e^(lse_p - lse) o_p.
 
-The probabilities of both halves follow from the merged ``lse``, and what softmax subtracts in the backward pass from
-the merged ``o``. So given these, a backward pass of the tokens alone returns the gradients of the whole softmax, and so
-does one of the prefix alone. The gradient of the queries is the sum of both.
+The merged ``lse`` determines the probabilities of tokens and prefix. The merged ``o`` determines the term that the
+softmax subtracts in the backward pass. Given both, the backward pass over the tokens alone returns the tokens' exact
+gradients, and so does the backward pass over the prefix alone. The gradient of the queries is the sum of both parts.
 """
 
 import math
@@ -29,7 +29,7 @@ _TOKENS = ("query", "key", "value")
 
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
-    """Return the output [B, Hq, N, Dv] and the normalizers, as the Triton backend does."""
+    """Return the output [B, Hq, N, Dv] and the normalizers in the same form as the Triton backend."""
     a = AttentionArguments(*arguments)
     kernel, prefix = choose_plan(a, "forward")
     if prefix == "concatenated":
@@ -84,19 +84,19 @@ def _leave_out_tokens(a: AttentionArguments) -> AttentionArguments:
 
 
 def _find_unit(dtype: torch.dtype) -> float:
-    """Return the unit of stored maxima: in 16 bits that of log2."""
+    """Return the unit of stored maxima, which are natural for float32 and in units of log2 for 16-bit dtypes."""
     return 1.0 if dtype is torch.float32 else math.log(2.0)
 
 
 def _join_normalizers(normalizers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the natural log-sum-exp [B, Hq, N] of stored maxima and sums."""
+    """Return the natural log-sum-exp [B, Hq, N] from stored maxima and sums."""
     m, l = normalizers[0]
     logsumexp: Tensor = l.log().add_(m, alpha=_find_unit(dtype))
     return logsumexp
 
 
 def _split_logsumexp(logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return maxima and sums of which ``_join_normalizers`` makes the log-sum-exp."""
+    """Return maxima and sums from which ``_join_normalizers`` computes the same log-sum-exp."""
     m = logsumexp / _find_unit(dtype)
     return torch.stack([m, torch.ones_like(m)])[None]
 
@@ -106,6 +106,6 @@ def _lay_out_all(gradients: dict[str, Tensor], a: AttentionArguments, needs: set
 
 
 def _lay_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """Return a gradient, or an output, in the memory layout of gradients of ``like``."""
+    """Return a gradient or an output in the memory layout of the gradient of ``like``."""
     wanted = allocate_gradient(like)
     return gradient if gradient.stride() == wanted.stride() else wanted.copy_(gradient)

@@ -1,7 +1,7 @@
-"""PyTorch's flash attention for rows that consist of several sequences, one behind the other.
+"""PyTorch's flash attention for rows with several sequences packed back to back.
 
-Its kernel goes through the sequences by their cumulative lengths, which follow from the values of ``segment_ids``. The
-values are read once for each pair of tensors, which waits for the device. The layers of a model share them.
+The kernel requires the cumulative lengths of the sequences, which are computed from the values of ``segment_ids``. The
+values are read once for each pair of tensors, which waits for the device. The layers of a model share the result.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from . import flash
 from .problem import Known, Packing, Problem
 
 Read = tuple[weakref.ref[Tensor], tuple[int, ...], "Packing | str"]
-_READ: Any = WeakTensorKeyDictionary()  # of the segments of queries: those of keys, versions, and what was read
+_READ: Any = WeakTensorKeyDictionary()  # query segments -> key segments, versions with sizes, packing or refusal
 
 
 def can_read(a: AttentionArguments) -> bool:
-    """Return whether segments have values, which they do not in a trace."""
+    """Return whether a call has segments whose values can be read. In a trace they cannot."""
     segments = a.query_segments
     if segments is None or torch.compiler.is_compiling():
         return False
@@ -31,15 +31,15 @@ def can_read(a: AttentionArguments) -> bool:
 
 
 def explain_segments(a: AttentionArguments) -> str | None:
-    """Explain why the segments of a call are not sequences one behind the other, or return None if they are."""
+    """Explain why the segments of a call are not sequences packed back to back, or return None if they are."""
     found = _read_packing(a)
     return found if isinstance(found, str) else None
 
 
 def find_packing(a: AttentionArguments) -> Packing | None:
-    """Return the sequences of a call with segments, or None for a call without.
+    """Return the sequences of a call with segments, or None for a call without segments.
 
-    Raises ``ValueError`` where they are not one behind the other.
+    Raises ``ValueError`` if the segments are not sequences packed back to back.
     """
     if a.query_segments is None:
         return None
@@ -50,10 +50,10 @@ def find_packing(a: AttentionArguments) -> Packing | None:
 
 
 def _read_packing(a: AttentionArguments) -> "Packing | str":
-    """Return the sequences of a call, or why it cannot run on them."""
+    """Return the sequences of a call, or a string that explains why they are not supported."""
     found = _recall_packing(a)
     if not isinstance(found, str) and a.is_causal and any(q != k for q, k in found.starts):
-        return "with is_causal it takes segments of as many queries as keys"
+        return "with `is_causal` it requires segments with as many queries as keys"
     return found
 
 
@@ -61,7 +61,7 @@ def _recall_packing(a: AttentionArguments) -> "Packing | str":
     queries, keys = a.query_segments, a.key_segments
     assert queries is not None
     assert keys is not None
-    if queries.is_inference() or keys.is_inference():  # they do not count their changes
+    if queries.is_inference() or keys.is_inference():  # inference tensors have no version counter
         return _make_packing(a, queries, keys)
     versions = (queries._version, keys._version, *a.query.shape[:3], a.key.shape[2])
     known: Read | None = _READ.get(queries)
@@ -78,17 +78,18 @@ def _make_packing(a: AttentionArguments, query_segments: Tensor, key_segments: T
     of_keys = _find_runs(key_segments.cpu().expand(batch, a.key.shape[2]))
     names = of_queries[0]
     if not torch.equal(names, of_keys[0]):
-        return "it takes segments that queries and keys have in the same order"
+        return "it requires segments that queries and keys have in the same order"
     if len(names.unique(dim=0)) != len(names):
-        return "it takes segments each of which is in one piece"
+        return "it requires every segment to be in one piece"
     starts = torch.stack([of_queries[1], of_keys[1]])
     on_device = starts.to(a.query.device, torch.int32)
     return Packing(on_device[0], on_device[1], tuple((int(q), int(k)) for q, k in zip(*starts.tolist(), strict=True)))
 
 
 def _find_runs(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row and segment of each run of equal segments, and where the runs begin in the rows one behind the other,
-    and the end.
+    """Return the row and segment ``[runs, 2]`` of each run of equal segments, and the starts of the runs with the end.
+
+    The starts ``[runs + 1]`` are positions in the flattened rows.
     """
     batch, length = segments.shape
     begins = torch.ones(batch, length, dtype=torch.bool)
@@ -99,7 +100,7 @@ def _find_runs(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(x: Problem) -> tuple[Tensor, Tensor]:
-    """Return the output, and the log-sum-exp of the scores ``[B, Hq, N]``, natural and float32."""
+    """Return the output and the natural log-sum-exp of the scores, float32 ``[B, Hq, N]``."""
     assert x.packing is not None
     batch, heads, length, _ = x.query.shape
     if x.query.device.type == "cpu":
@@ -126,7 +127,7 @@ def differentiate(x: Problem, known: Known) -> tuple[Tensor, Tensor, Tensor]:
         return dq, dk, dv
     rows = [_join_rows(of) for of in (known.grad_output, *x[:3], known.output)]
     logsumexp = known.logsumexp.transpose(0, 1).flatten(1).contiguous()
-    random = x.query.new_empty(0, dtype=torch.uint64)  # of dropout, of which there is none
+    random = x.query.new_empty(0, dtype=torch.uint64)  # the random state of dropout, which is unused
     rest = (*list_lengths(x.packing), 0.0, x.is_causal, random, random)
     found = torch.ops.aten._flash_attention_backward(*rows, logsumexp, *rest, scale=x.scale)
     dq, dk, dv = (_split_rows(of, batch) for of in found)
@@ -134,13 +135,13 @@ def differentiate(x: Problem, known: Known) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def list_lengths(packing: Packing) -> tuple[Tensor, Tensor, int, int]:
-    """Return where sequences begin among queries and keys, and the most of either that a sequence has."""
+    """Return the cumulative lengths of queries and of keys, and the largest lengths of queries and of keys."""
     longest = (max(end - begin for begin, end in itertools.pairwise(of)) for of in zip(*packing.starts, strict=True))
     return (packing.queries, packing.keys, *longest)
 
 
 def list_sequences(packing: Packing, queries: int, keys: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield the row, the queries and the keys of each sequence, of rows with so many queries and keys."""
+    """Yield the row, queries and keys of each sequence. Each row has ``queries`` queries and ``keys`` keys."""
     for (q0, k0), (q1, k1) in itertools.pairwise(packing.starts):
         row = q0 // queries
         q, k = row * queries, row * keys
@@ -156,7 +157,7 @@ def _take(x: Tensor, row: int, at: slice) -> Tensor:
 
 
 def _join_rows(x: Tensor) -> Tensor:
-    """Return ``[B, H, N, D]`` as ``[B * N, H, D]``, which is a view where memory has that order."""
+    """Return ``[B, H, N, D]`` as ``[B * N, H, D]``, which is a view if the memory has that order."""
     return x.transpose(1, 2).flatten(0, 1)
 
 

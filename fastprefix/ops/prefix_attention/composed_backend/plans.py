@@ -1,7 +1,7 @@
-"""Choose how a composed call runs: by which of PyTorch's kernels, and with which kernel for the prefix.
+"""Choose the kernels that a composed call uses for the tokens and for the prefix.
 
-``choices.json`` says for measured calls which plan is the fastest and if it is faster than the Triton backend. A run of
-``python -m benchmarks gpu`` measures, and ``python -m benchmarks choices`` writes the file.
+For each measured call, ``choices.json`` lists the fastest plan and whether it is faster than the Triton backend.
+``python -m benchmarks gpu`` measures the plans, and ``python -m benchmarks choices`` writes the file.
 """
 
 import functools
@@ -17,14 +17,14 @@ from ..arguments import DIFFERENTIABLE, AttentionArguments
 Direction = Literal["forward", "backward"]
 CHOICES = Path(__file__).with_name("choices.json")
 LONG_PREFIX = 512
-"""Without a measurement, so many prefix keys are attended to by PyTorch's kernel too."""
+"""The number of prefix keys from which PyTorch's kernel also processes the prefix if there is no measurement."""
 
 
 class Plan(NamedTuple):
-    """The kernel for the tokens, and the way of the prefix.
+    """The kernel for the tokens, and the method for the prefix.
 
-    "own": the kernel of this package, which begins with the tokens' output. "alike": the kernel for the tokens runs
-    for the prefix too, and the results are merged. "concatenated": one call of that kernel for both.
+    "own" runs this package's kernel, which starts from the tokens' output. "alike" also runs the tokens' kernel for the
+    prefix and merges the results. "concatenated" runs that kernel once for prefix and tokens.
     """
 
     kernel: Literal["flash", "cudnn"]
@@ -42,25 +42,23 @@ PLANS: dict[str, Plan] = {
 
 
 class Cell(NamedTuple):
-    """One measured call: its prefix keys and queries, the fastest plan of each pass, and where they are faster than the
-    Triton backend.
-    """
+    """One measured call."""
 
-    P: int
-    N: int
-    forward: str
-    backward: str
-    inference: bool
-    training: bool
+    P: int  # prefix keys
+    N: int  # queries
+    forward: str  # the fastest plan of the forward pass
+    backward: str  # the fastest plan of the backward pass
+    inference: bool  # whether the plan is faster than the Triton backend in inference
+    training: bool  # whether the plans are faster than the Triton backend in training
 
 
 Key = tuple[str, str, bool, int]
-"""Architecture (a row of the tile tables), kind of call, ``is_causal``, and head size."""
+"""Architecture (a key of the tile tables), kind of call, ``is_causal``, and head dimension."""
 _forced: str | None = None
 
 
 def force(name: str | None) -> None:
-    """Run all composed calls by a plan, for measurements, until None is given."""
+    """Run all composed calls with the named plan, for measurements. None restores the default choice."""
     global _forced
     if name is not None and name not in PLANS:
         raise ValueError(f"`name` must be one of {', '.join(map(repr, PLANS))}, got {name!r}")
@@ -68,24 +66,27 @@ def force(name: str | None) -> None:
 
 
 def describe_kind(a: AttentionArguments) -> str:
-    """Return the kind of a call: "segments", "plain", or "own prefix" where only this package's kernel can run it."""
+    """Return the kind of a call.
+
+    It is "segments", "plain", or "own prefix" if only this package's kernel supports the prefix.
+    """
     if a.query_segments is not None:
         return "segments"
     return "plain" if is_prefix_plain(a) else "own prefix"
 
 
 def is_prefix_plain(a: AttentionArguments) -> bool:
-    """Return whether any attention can run the prefix, with gates multiplied into its keys and values."""
+    """Return whether plain attention can process the prefix, with the gate multiplied into its keys and values."""
     if a.prefix_bias is not None or a.prefix_key_bias is not None or a.prefix_spans is not None:
         return False
     return a.prefix_key.shape[2] > 0 and (a.prefix_gate is None or a.prefix_gate.ndim == 3)
 
 
 def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
-    """Return the plan of a pass: the measured one, or flash attention. Both passes of a call may have different ones.
+    """Return the plan of a pass: the measured one, or flash attention. The passes of a call may have different plans.
 
-    A plan that a call does not allow is replaced by the one with this package's kernel for the prefix. cuDNN has no
-    deterministic backward pass, so flash attention runs where PyTorch is asked for deterministic algorithms.
+    If a call does not support the plan's method for the prefix, this package's kernel replaces it. cuDNN has no
+    deterministic backward pass, so flash attention replaces it if PyTorch must use deterministic algorithms.
     """
     name = _forced
     if name is None:
@@ -104,7 +105,7 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
 
 
 def is_faster(a: AttentionArguments) -> bool:
-    """Return whether a measurement says that composition is faster than the Triton backend for a call."""
+    """Return whether composition was measured to be faster than the Triton backend for a call."""
     cell = find_cell(a)
     if cell is None:
         return False
@@ -114,10 +115,11 @@ def is_faster(a: AttentionArguments) -> bool:
 
 
 def find_cell(a: AttentionArguments) -> Cell | None:
-    """Return the measured call that stands for this one, or None.
+    """Return the measured call that represents this one, or None.
 
-    It has the same architecture, kind and causality and the next larger head size. Among these it has as many prefix
-    keys and queries as this call, or the next fewer. A shorter prefix than any measured one is like the shortest.
+    It has the same architecture, kind and causality, and the same or the next larger head dimension. Among these calls,
+    it has as many prefix keys and queries as this call, or the next smaller numbers. A prefix that is shorter than any
+    measured one is treated as the shortest one.
     """
     table = read_choices()
     if not table or a.query.device.type != "cuda":
@@ -137,12 +139,12 @@ def find_cell(a: AttentionArguments) -> Cell | None:
 
 @functools.cache
 def read_choices() -> dict[Key, tuple[Cell, ...]]:
-    """Read the measured calls. The file has none as long as nothing was measured."""
+    """Read the measured calls. The file is an empty list until a device has been measured."""
     return parse_choices(json.loads(CHOICES.read_text(encoding="utf-8")))
 
 
 def parse_choices(rows: list[dict[str, Any]]) -> dict[Key, tuple[Cell, ...]]:
-    """Return the cells of a file's rows by key."""
+    """Return the measured calls of the file's rows, by key."""
     table: dict[Key, tuple[Cell, ...]] = {}
     for row in rows:
         key = (row["architecture"], row["kind"], row["is_causal"], row["D"])

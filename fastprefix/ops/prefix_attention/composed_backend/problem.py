@@ -6,28 +6,28 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """The sequences of all rows, one behind the other: where each begins among queries and keys, and, last, the end."""
+    """The cumulative lengths of the sequences of all flattened rows. The last entry is the end."""
 
-    queries: Tensor  # int32, on the device
-    keys: Tensor
-    starts: tuple[tuple[int, int], ...]  # the same as numbers
+    queries: Tensor  # where each sequence begins among the queries, int32 on the device
+    keys: Tensor  # where each sequence begins among the keys, int32 on the device
+    starts: tuple[tuple[int, int], ...]  # the same pairs (query, key) as numbers
 
 
 class Problem(NamedTuple):
-    """Queries ``[B, Hq, N, D]``, and keys and values ``[B, Hkv, M, D]`` that they see."""
+    """Queries ``[B, Hq, N, D]`` and the keys and values ``[B, Hkv, M, D]`` that they attend to."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     is_causal: bool
     scale: float
-    packing: Packing | None = None  # of rows with several sequences
+    packing: Packing | None = None  # the sequences of packed rows
 
 
 class Known(NamedTuple):
     """The upstream gradient ``[B, Hq, N, D]``, the output, and the natural log-sum-exp of the scores ``[B, Hq, N]``.
 
-    Output and log-sum-exp may be those of more keys than the problem has.
+    Output and log-sum-exp may cover more keys than the problem has.
     """
 
     grad_output: Tensor

@@ -1,4 +1,4 @@
-"""From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles."""
+"""Choose the kernels, grids and tiles of a call and launch them."""
 
 import functools
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from .operands import (
 from .tiles import AttentionTile, find_tile
 
 _TENSORS = DECLARATION.tensors
-_SUM_BLOCK = 1024
-_DECODING = 16  # queries, at most, for which keys are split over programs
-_MOST_PARTS = 64
-_PARTS_BLOCK = 16
-_MOST_BYTES = 64 * 2**20  # of partial sums of the prefix's gradients
+_SUM_BLOCK = 1024  # elements per program of the sum kernel
+_DECODING = 16  # the most queries for which keys are split over programs
+_MOST_PARTS = 64  # the most parts into which keys are split
+_PARTS_BLOCK = 16  # parts that the combine kernel loads together
+_MOST_BYTES = 64 * 2**20  # the most memory for partial sums of a gradient
 _PREFIX = ("prefix_key", "prefix_value", "prefix_key_bias")
 
 
@@ -53,9 +53,9 @@ def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tens
 def extend(
     a: AttentionArguments, output_of_tokens: Tensor, logsumexp: Tensor, target: Target | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``forward`` returns, for the prefix of ``a`` and tokens over which attention is already known.
+    """Add the prefix of ``a`` to known attention over the tokens, and return the same results as ``forward``.
 
-    ``logsumexp`` [B, Hq, N] is that of the tokens' scores; ``a`` itself has no tokens.
+    ``logsumexp`` [B, Hq, N] is the log-sum-exp of the tokens' scores. ``a`` has no tokens.
     """
     check_spans(a)
     layouts = _describe_layouts((output_of_tokens, logsumexp))
@@ -77,7 +77,7 @@ def merge(
     logsumexp_of_prefix: Tensor,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``forward`` returns, where attention over the tokens and over the prefix are already known."""
+    """Merge known attention over the tokens and over the prefix, and return the same results as ``forward``."""
     parts = (output_of_tokens, logsumexp_of_tokens, output_of_prefix, logsumexp_of_prefix)
     launcher = _Launcher(a, target or target_of(a.query.device), ("merge", _describe_layouts(parts)))
     output = allocate_heads(a.query, launcher.DV)
@@ -103,8 +103,10 @@ def backward(
     if not needs:
         return []
     if refused := needs.intersection(EAGER_ALONE):
-        raise ValueError(f"the triton backend has no gradient for {' and '.join(sorted(refused))}; the eager one has")
-    if grad_output.stride(-1) != 1:  # an expanded one, as of a sum: its columns could not be loaded together
+        raise ValueError(
+            f"the triton backend has no gradient for {' and '.join(sorted(refused))}: use the eager backend"
+        )
+    if grad_output.stride(-1) != 1:  # e.g. an expanded gradient of a sum; kernels load contiguous columns
         grad_output = grad_output.contiguous()
     step = _BackwardLauncher(a, target or target_of(a.query.device), grad_output, output, normalizers, needs)
     step.find_delta()
@@ -119,7 +121,7 @@ def backward(
 
 @functools.cache
 def _load_kernels() -> dict[str, Any]:
-    """Import the kernels, and Triton with them."""
+    """Import Triton and the kernels."""
     from . import backward, decode, forward
 
     return {
@@ -141,19 +143,19 @@ _TILE_OF = {
     "extend": "forward",
     "dgate": "dq",
     "sum": "dprefix",
-}  # a row of the tile tables; the others have one of their own name
-_COMBINING = AttentionTile(16, 16, 16, 4, 1)  # one query, whose tile is its parts by the columns of the head
+}  # kernel -> entry of the tile tables; the remaining kernels have an entry under their own name
+_COMBINING = AttentionTile(16, 16, 16, 4, 1)  # a program combines one query; its tile is [parts, columns of the head]
 _UNTABLED = {"combine": _COMBINING, "merge": AttentionTile(32, 16, 16, 4, 1)}
 
 
 def _choose_precision(dtype: torch.dtype) -> str:
-    """Return the precision of products: float32 ones are the user's choice, by the switch of PyTorch's own products."""
-    matmul = torch.backends.cuda.matmul  # "allow_tf32", its older name, cannot be read once this one has been set
+    """Return the precision of products. For float32 it follows PyTorch's setting for matrix products."""
+    matmul = torch.backends.cuda.matmul  # PyTorch cannot read the older "allow_tf32" after fp32_precision is set
     return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
 
 
 class _Problem:
-    """What calls with arguments of the same shapes, strides, dtypes and options have in common."""
+    """The state that calls with equal shapes, strides, dtypes and options share."""
 
     def __init__(self, a: AttentionArguments, architecture: str, precision: str) -> None:
         operands = build_operands(a)
@@ -163,7 +165,7 @@ class _Problem:
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
         known = () if a.prefix_spans is None else list_columns(a).values()
-        self.longest = min([self.P, *map(int, known)])  # prefix keys of a row, or a limit where the device knows spans
+        self.longest = min([self.P, *map(int, known)])  # prefix keys per row, or with spans an upper bound
         self.launches: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their constants
         self._architecture, self._precision = architecture, precision
         self._dtype, self._separate, self._has_spans = (
@@ -175,27 +177,28 @@ class _Problem:
         self._tiles: dict[str, AttentionTile] = {}
 
     def find_tile(self, name: str) -> AttentionTile:
-        """Return the table's tile, with its block of prefix keys no larger than a short prefix, where it is only an
-        operand.
+        """Return the tile of a kernel from the tables.
+
+        If blocks of prefix keys are only an operand, they are no larger than needed for a short prefix.
         """
         if name not in self._tiles:
             self._tiles[name] = self._choose_tile(name)
         return self._tiles[name]
 
     def _choose_tile(self, name: str) -> AttentionTile:
-        if name == "combine" and self._has_spans:  # it divides them into the parts that decoding made
+        if name == "combine" and self._has_spans:  # it must divide spans into the same parts as the decode kernel
             return _COMBINING._replace(BP=self.find_tile("decode").BP)
         if name in _UNTABLED:
             return _UNTABLED[name]
         tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
-        if name == "delta" and not self._separate:  # it looks at no keys
+        if name == "delta" and not self._separate:  # it reads no keys
             return tile._replace(BN=16, BP=16)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
     def describe_shape(self, tile: AttentionTile) -> KernelShape:
-        """Return what a kernel is compiled for."""
+        """Return the shape that a kernel is compiled for."""
         DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
         return KernelShape(self.D, self.DV, DP, DVP, tile.BM, tile.BN, tile.BP, self._precision)
 
@@ -205,7 +208,7 @@ _MOST_PROBLEMS = 4096
 
 
 def _find_problem(a: AttentionArguments, target: Target) -> _Problem:
-    """Return the problem that a call is an instance of. All layers of a model share one, and so do both passes."""
+    """Return the shared state of a call. All layers of a model and both passes share one."""
     precision = _choose_precision(a.query.dtype)
     signature = (target, precision, _describe_layouts(a[:_TENSORS]), a[_TENSORS:])
     problem = _PROBLEMS.get(signature)
@@ -217,12 +220,12 @@ def _find_problem(a: AttentionArguments, target: Target) -> _Problem:
 
 
 def _describe_layouts(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Return all of tensors that a kernel is compiled for, and more: their shapes and strides."""
+    """Return the shapes, strides, dtypes and alignments of tensors, which include all that a kernel is compiled for."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
 
 
 class _Launcher:
-    """The launches of a call. ``kind`` tells which of the calls of a problem have the same launches."""
+    """The launches of one call. Calls of the same problem and the same ``kind`` have the same launches."""
 
     def __init__(self, a: AttentionArguments, target: Target, kind: Any = None) -> None:
         self.a = a
@@ -240,10 +243,10 @@ class _Launcher:
         return self.problem.rows_template.fill(self.a)
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel in its tile of the table, unless the grid is empty.
+        """Launch a kernel with its tile, unless the grid is empty.
 
-        What an earlier call of the same kind launched here is launched again: Triton would look at every argument to
-        find out which of its compiled kernels that is.
+        If an earlier call of the same kind made the same launch, its compiled kernel is launched directly. Triton would
+        inspect every argument to find the compiled kernel.
         """
         if 0 in grid:
             return
@@ -263,7 +266,7 @@ class _Launcher:
             self.problem.launches[key] = (compiled, values)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
-        """Attend from few queries to many keys, in parts of the keys side by side that are then joined."""
+        """Compute attention from few queries to many keys in parallel parts of the keys, and combine the parts."""
         tile = self.find_tile("decode")
         queries = self.H // self.kv_heads * self.N
         shared = self.a.prefix_key.shape[0] == 1
@@ -272,7 +275,9 @@ class _Launcher:
         token_tiles = divide_up(queries, tile.BM) * self.kv_heads * self.B
         prefix_parts, prefix_chunk = self._divide_keys(self.longest, tile.BP, prefix_tiles)
         token_parts, chunk = self._divide_keys(self.M, tile.BN, token_tiles)
-        if self.a.prefix_spans is not None:  # as many parts as if all rows shared a tile, and programs if none do
+        # The host does not know which rows share a span. The number of parts assumes that all rows share a tile, and
+        # the number of programs assumes that none do.
+        if self.a.prefix_spans is not None:
             prefix_parts, prefix_tiles = max(1, prefix_parts), token_tiles
         prefix_programs, parts = prefix_tiles * prefix_parts, prefix_parts + token_parts
         queries_shape = (self.B, self.H, self.N)
@@ -286,7 +291,7 @@ class _Launcher:
         self.launch("combine", grid, self.find_row_operands(), *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
-        """Return how many parts the keys have and how many keys are in each: enough programs, and no empty ones."""
+        """Return the number of parts and the keys per part, with enough programs for the device and no empty part."""
         blocks = divide_up(keys, block)
         wanted = min(_MOST_PARTS, 2 * divide_up(self.target.processors, max(1, tiles)))
         chunk = divide_up(max(1, blocks), max(1, min(wanted, blocks))) * block
@@ -297,7 +302,7 @@ class _Launcher:
 
 
 class _BackwardLauncher(_Launcher):
-    """The launches of a backward pass; each fills some of ``gradients``."""
+    """The launches of a backward pass. Each step fills some of ``gradients``."""
 
     def __init__(
         self,
@@ -319,29 +324,29 @@ class _BackwardLauncher(_Launcher):
         self.gradients: dict[str, Tensor] = {}
 
     def _allocate_result(self, name: str) -> Tensor | None:
-        """Allocate a gradient, uninitialized, if it is requested."""
+        """Allocate an uninitialized gradient if it is requested, or return None."""
         if name not in self._needs:
             return None
         self.gradients[name] = allocate_gradient(getattr(self.a, name))
         return self.gradients[name]
 
     def _allocate_part(self, name: str, *shape: int) -> Tensor | None:
-        """Allocate float32 sums of programs, where the gradient is asked for."""
+        """Allocate float32 sums, one per program, if the gradient is requested, or return None."""
         return self.allocate_floats(*shape) if name in self._needs else None
 
     def _store_sum(self, name: str, total: Tensor | None) -> None:
-        """Sum over whatever an argument broadcasts over, and round to its dtype."""
+        """Sum over the dimensions that an argument broadcasts over, and round to its dtype."""
         result = self._allocate_result(name)
         if result is not None and total is not None:
             result.copy_(total.sum_to_size(result.shape))
 
     def find_delta(self) -> None:
-        """Compute what every other step needs, and the gradients of the output gate and the sinks."""
+        """Compute delta and the normalizers for the other steps, and the gradients of the output gate and the sinks."""
         blocks = self._padded // self.find_tile("delta").BM
         output_gate = self._allocate_part("output_gate", self.B, self.H, blocks)
         sinks = self._allocate_part("sinks", self.B, self.H, blocks)
         arguments = (self._output, self._do, self._normalizers, self._rows, output_gate, sinks)
-        needed = {  # by gradients of scores, but not by those of values alone
+        needed = {  # delta is needed for gradients of scores, but not for gradients of values alone
             "TOKENS": bool(self._needs & {"query", "key", "sinks"}),
             "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
         }
@@ -352,7 +357,7 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
     def differentiate_queries(self) -> None:
-        """Compute gradients of query and prefix gate. Where query needs none, no token is touched."""
+        """Compute gradients of query and prefix gate. Token keys are read only for the gradient of query."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
         if self._is_gate_of_queries_shared():
@@ -375,8 +380,10 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("prefix_gate", dgate)
 
     def _lay_out_gate(self, blocks: int) -> Tensor | None:
-        """Return where the gradient of the prefix gate goes: itself where it does not broadcast, else float32 sums of
-        programs over the queries of a block, or over keys, where it broadcasts over them.
+        """Return the tensor that the dq kernel stores the gradient of the prefix gate in, or None if it is not needed.
+
+        It is the gradient itself if the gate does not broadcast. Otherwise it holds float32 partial sums over the
+        queries of a block, or over keys, if the gate broadcasts over them.
         """
         gate = self.a.prefix_gate
         if gate is None or "prefix_gate" not in self._needs:
@@ -388,15 +395,16 @@ class _BackwardLauncher(_Launcher):
         return self.allocate_floats(*shape)
 
     def _is_gate_of_queries_shared(self) -> bool:
-        """Return whether rows or heads share a gate that differs by query and key, and its gradient is wanted."""
+        """Return whether rows or heads share a gate that differs by query and key, and its gradient is requested."""
         gate = self.a.prefix_gate
         if gate is None or gate.ndim == 3 or "prefix_gate" not in self._needs:
             return False
         return gate.shape[2] != 1 and gate.shape[3] != 1 and gate.shape[:2] != (self.B, self.H)
 
     def _differentiate_shared_gate(self) -> None:
-        """Compute the gradient of a gate of queries and keys that rows or heads share, of which a sum for each row and
-        head would take far more memory than the gate.
+        """Compute the gradient of a gate that differs by query and key and that rows or heads share.
+
+        A separate sum for each row and head would need far more memory than the gate.
         """
         gate, dgate = self.a.prefix_gate, self._allocate_result("prefix_gate")
         assert gate is not None
@@ -422,8 +430,8 @@ class _BackwardLauncher(_Launcher):
     def differentiate_prefix(self) -> None:
         """Compute gradients of prefix_key and prefix_value, except for frozen keys, and of prefix_key_bias.
 
-        A second pass computes the gradient of the bias of frozen keys, and of a bias that differs by row while the
-        prefix is shared.
+        A second pass computes the gradient of the bias for frozen keys, or for all keys if the bias differs by row and
+        the prefix is shared.
         """
         batch, frozen, bias = self.a.prefix_key.shape[0], self.a.frozen_prefix, self.a.prefix_key_bias
         results = [self._allocate_result(name) for name in _PREFIX[:2]]
@@ -445,10 +453,10 @@ class _BackwardLauncher(_Launcher):
     def _sum_queries(
         self, begin: int, end: int, batch: int, results: Sequence[Tensor | None], dbias: Tensor | None
     ) -> None:
-        """Compute gradients of prefix keys [begin, end): a tall problem per key/value head, in parts if long.
+        """Compute gradients of prefix keys [begin, end), and split long sums over queries into parts.
 
-        Parts are float32 sums. All of them together have at most 64 MiB, and since there are at most twice as many
-        programs as processors, at most ``8 * processors * BP * (D + Dv + 1)`` bytes. One part needs no memory.
+        Parts are float32 sums. Together they need at most 64 MiB. Since there are at most twice as many programs as
+        processors, they also need at most ``8 * processors * BP * (D + Dv + 1)`` bytes. A single part needs no memory.
         """
         if begin == end:
             return
@@ -467,14 +475,15 @@ class _BackwardLauncher(_Launcher):
         self._add_parts(results, sums, parts)
 
     def _divide_sum(self, terms: int, programs: int, size: int) -> int:
-        """Return how many of the terms of a sum each part adds: enough parts to fill the device, of ``size`` bytes each
-        and not too many in all.
+        """Return the number of terms per part of a sum.
+
+        There are enough parts to fill the device, unless parts of ``size`` bytes would exceed ``_MOST_BYTES``.
         """
         parts = min(terms, 2 * self.target.processors // max(1, programs), _MOST_BYTES // max(1, size))
         return max(1, divide_up(terms, max(1, parts)))
 
     def _add_parts(self, results: Sequence[Tensor | None], sums: Sequence[Strided], parts: int) -> None:
-        """Add the parts of each result, if there are several."""
+        """Add the parts of each result if it has several."""
         if parts == 1:
             return
         handed: list[Any] = []
@@ -486,8 +495,9 @@ class _BackwardLauncher(_Launcher):
             self.launch("sum", grid, *(*handed, None, None, None)[:6], parts, BLOCK=_SUM_BLOCK)
 
     def _lay_out_parts(self, result: Tensor | None, parts: int) -> Strided:
-        """Return the result itself, or float32 parts of it: ``parts`` times its rows of the batch, in its memory
-        layout.
+        """Return the result itself for a single part, otherwise float32 parts of it in its memory layout.
+
+        The parts are stacked along the batch dimension: ``[parts * B, H, N, D]``.
         """
         if result is None or parts == 1:
             return ABSENT if result is None else describe_matrix(result)
@@ -499,7 +509,7 @@ class _BackwardLauncher(_Launcher):
 
 
 def _find_variants(operands: Operands) -> tuple[str, ...]:
-    """Return which of the tile tables' variants a call needs, the most special one first."""
+    """Return the variants of the tile tables that apply to a call, the most specific one first."""
     pairs = (operands.query_gate, operands.mask, operands.visible, operands.bias)
     pairwise = any(operand.pointer is not None and operand.n is not None for operand in pairs)
     if operands.seed is not None:

@@ -1,7 +1,7 @@
-"""What the kernels and their functions are handed, as named tuples: tensors with their strides, options, tiles, sizes.
+"""The named tuples that are passed to the kernels and their functions: tensors with strides, options, tiles and sizes.
 
-``None`` stands for what is not there. It is known when a kernel is compiled, so what is not there costs nothing. The
-stride of a dimension that broadcasts is ``None`` too: its index never enters an address.
+``None`` represents an absent operand. It is a constant at compile time, so an absent operand costs nothing at run time.
+The stride of a dimension that broadcasts is also ``None``, and addresses do not depend on its index.
 """
 
 import functools
@@ -14,15 +14,18 @@ from ... import random
 from ..arguments import AttentionArguments
 
 ROWS_PADDING = 128
-"""The rows of a head are padded to a multiple of this with rows that see nothing: every block of queries divides it."""
+"""The backward pass pads the queries of a head to a multiple of this. Padding queries attend to nothing.
+
+Every block size of queries divides it.
+"""
 
 
 class Strided(NamedTuple):
-    """A tensor indexed by batch row, head, position (query or key) and column (head dimension or key).
+    """A tensor indexed by row of the batch, head, position (query or key) and column (head dimension or key).
 
-    Triton compiles anew where an integer becomes, or stops being, a multiple of 16. So the strides of rows, heads and
-    positions are multiples of 16 for every length of a batch: either all of them are, which allows wide loads, or they
-    are handed over times 16.
+    Triton recompiles a kernel if an integer argument becomes, or stops being, a multiple of 16. The strides of rows,
+    heads and positions are therefore always passed as multiples of 16. If all three strides are multiples of 16, they
+    are passed unchanged, which allows wide loads. Otherwise they are passed multiplied by 16.
     """
 
     pointer: Tensor | None
@@ -30,7 +33,7 @@ class Strided(NamedTuple):
     h: int | None
     n: int | None
     c: int | None
-    aligned: int | None  # 1: strides as they are; None: b, h and n are 16 times as large
+    aligned: int | None  # 1: unchanged strides; None: b, h and n are multiplied by 16
 
 
 ABSENT = Strided(None, None, None, None, None, None)
@@ -59,46 +62,43 @@ class Operands(NamedTuple):
     far: int | None
     heads: int  # Hq
     group: int  # Hq // Hkv
-    planes16: int  # 16 * B * Hq: a multiple of 16 whatever B is, so that Triton compiles nothing anew for another one
+    planes16: int  # 16 * B * Hq, a multiple of 16 for every B, so that a new B does not require recompilation
     scale: float
     softcap: float | None
     seed: Tensor | None
-    drop_below: int | None  # dropped where the random word lies below
-    keep_scale: float | None
-    linear: int | None  # 1: a score that is not hidden is the product times a positive scale, in 16 bits
-    exact: int | None  # 1: maximum and sum of a row are kept apart in the backward pass too
-    nothing: None = None  # Triton 3.6 loses what inner tuples lack, unless the outer one lacks something itself
+    drop_below: int | None  # an element is dropped if its random word is below this
+    keep_scale: float | None  # the factor of kept elements
+    linear: int | None  # 1: the inputs are 16-bit, and a visible score is the product <q, k> times a positive scale
+    exact: int | None  # 1: the backward pass uses the maximum and sum of a query, not their log-sum-exp
+    nothing: None = None  # Triton 3.6 drops the Nones of inner tuples, unless the outer tuple also has a None
 
 
 class KernelShape(NamedTuple):
-    """What a kernel is compiled for: widths of the heads, as they are and as powers of two, and blocks; and the
-    precision of its products.
-    """
+    """The head dimensions, block sizes and precision of products that a kernel is compiled for."""
 
-    D: int
-    DV: int
-    DP: int
-    DVP: int
-    BM: int  # queries
-    BN: int  # token keys
-    BP: int  # prefix keys
-    PRECISION: str
+    D: int  # head dimension of queries and keys
+    DV: int  # head dimension of values
+    DP: int  # D, rounded up to a power of two, at least 16
+    DVP: int  # DV, rounded up to a power of two, at least 16
+    BM: int  # queries per block
+    BN: int  # token keys per block
+    BP: int  # prefix keys per block
+    PRECISION: str  # "ieee" or "tf32"
 
 
 class Lengths(NamedTuple):
-    """Queries, token keys and prefix keys that a row of the batch sees, and the place of the first of its prefix keys:
-    0, unless it sees a span of a store.
-    """
+    """The numbers of queries and keys of a row of the batch."""
 
-    N: Any
-    M: Any
-    P: Any
-    start: Any
+    N: Any  # queries
+    M: Any  # token keys
+    P: Any  # prefix keys that the row attends to
+    start: Any  # index of its first prefix key in the store; 0 without spans
 
 
 class Pairs(NamedTuple):
-    """Coordinates of pairs of queries ``b, h, i`` and keys ``j``, in any shapes that broadcast together: one function
-    serves tiles of queries x keys and of keys x queries.
+    """The coordinates of pairs of queries ``b, h, i`` and keys ``j``, in shapes that broadcast together.
+
+    The same functions therefore support tiles of queries x keys and of keys x queries.
     """
 
     b: Any
@@ -108,9 +108,9 @@ class Pairs(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """A tile of queries, their coordinates (columns [BM, 1], or numbers), and the row and head of the keys they see."""
+    """A tile of queries, their coordinates (numbers or columns [BM, 1]), and the row and head of their keys."""
 
-    q: Any
+    q: Any  # [BM, DP]
     b: Any
     h: Any
     i: Any
@@ -119,39 +119,41 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A tile of keys and values, their row and head, and their positions (a column)."""
+    """A tile of keys and values, their row and head, and their positions. ``keys`` is BN or BP."""
 
-    k: Any
-    v: Any
+    k: Any  # [keys, DP]
+    v: Any  # [keys, DVP]
     b: Any
     h: Any
-    j: Any
+    j: Any  # [keys, 1]
 
 
 class Sums(NamedTuple):
-    """An online softmax so far: weighted values [BM, DVP], the largest score [BM], the sum of exponentials [BM]."""
+    """The running state of an online softmax."""
 
-    acc: Any
-    m: Any
-    l: Any
+    acc: Any  # weighted values [BM, DVP]
+    m: Any  # largest score [BM]
+    l: Any  # sum of exponentials [BM]
 
 
 class KeySums(NamedTuple):
-    """Gradients of a tile of keys and values so far, and of the biases of its keys."""
+    """The running sums of the gradients of a tile of keys, their values and their biases. ``keys`` is BN or BP."""
 
-    dk: Any
-    dv: Any
-    dbias: Any
+    dk: Any  # [keys, DP]
+    dv: Any  # [keys, DVP]
+    dbias: Any  # [keys]
 
 
 class Rows(NamedTuple):
-    """What the backward pass knows of a row: probabilities are ``e^(s - reference) * inverse``, and ``delta`` is what
-    softmax subtracts.
+    """The numbers that the backward pass needs for each query.
+
+    A probability is ``e^(s - reference) * inverse``. The gradient of its score is the probability times (the gradient
+    of the probability - ``delta``).
     """
 
-    reference: Any
-    inverse: Any
-    delta: Any
+    reference: Any  # the largest score or the log-sum-exp
+    inverse: Any  # 1 / sum of exponentials, or 1
+    delta: Any  # <do, o>, where o is the output of the softmax
 
 
 _OF_PAIRS = (
@@ -160,12 +162,13 @@ _OF_PAIRS = (
 )
 
 
-_new = tuple.__new__  # a named tuple of a tuple, without the function that the class has for it
+_new = tuple.__new__  # makes a named tuple from a tuple without the overhead of the class's ``__new__``
 
 
 def describe(tensor: Tensor | None, dimensions: str) -> Strided:
-    """Return a tensor with its strides, or ``ABSENT``. Dimensions, named by their letters, broadcast where their size
-    is 1.
+    """Return a tensor with its strides, or ``ABSENT``.
+
+    ``dimensions`` has the letter of each dimension. A dimension of size 1 broadcasts.
     """
     if tensor is None:
         return ABSENT
@@ -177,9 +180,10 @@ def describe(tensor: Tensor | None, dimensions: str) -> Strided:
 
 
 def _describe_tokens(tensor: Tensor | None, dimensions: str) -> Strided:
-    """Return a tensor whose strides depend on how many tokens there are, like a mask, and thus are never aligned.
+    """Return a tensor whose strides depend on the number of tokens, like a mask, with its strides multiplied by 16.
 
-    A single row of the batch has a stride, of 0: a batch of one compiles nothing anew.
+    Such strides never count as aligned, so that a new length does not require recompilation. In a batch of one row, the
+    row's stride is 0 instead of None for the same reason.
     """
     described = describe(tensor, dimensions)
     if tensor is None:
@@ -193,7 +197,7 @@ def _align(tensor: Tensor, b: int | None, h: int | None, n: int | None, c: int |
 
 
 def _align_strides(b: int | None, h: int | None, n: int | None, c: int | None) -> tuple[int | None, ...]:
-    """Return the strides, and whether they are as they are (``Strided``)."""
+    """Return the four strides and ``aligned``, as in ``Strided``."""
     for stride in (b, h, n):
         if stride is not None and stride % 16 != 0:
             b, h, n = (x if x is None else 16 * x for x in (b, h, n))
@@ -202,7 +206,7 @@ def _align_strides(b: int | None, h: int | None, n: int | None, c: int | None) -
 
 
 def build_operands(a: AttentionArguments) -> Operands:
-    """Return the canonical arguments as the kernels read them; no tensor is copied."""
+    """Return the canonical arguments in the form that the kernels read. No tensor is copied."""
     visible, mask = _split_mask(a.attn_mask)
     near, far = _find_band(a)
     gate = a.prefix_gate
@@ -252,7 +256,7 @@ _ARGUMENT_OF = {
 
 
 class OperandsTemplate:
-    """The operands of all calls with arguments of the same shapes, strides, dtypes and options, less the tensors."""
+    """The operands of calls with equal shapes, strides, dtypes and options, without the tensors."""
 
     def __init__(self, operands: Operands) -> None:
         self._rest: list[Any] = list(operands)
@@ -278,7 +282,7 @@ class OperandsTemplate:
 
 
 def describe_matrix(tensor: Tensor) -> Strided:
-    """Return queries, keys, values or a result: all dimensions are there, even where they have but one entry."""
+    """Return queries, keys, values or a result with strides. Dimensions of size 1 also have a stride."""
     batch, heads = tensor.shape[:2]
     return _new(Strided, (tensor, *_align_matrix(tensor.stride(), batch == 1, heads == 1)))
 
@@ -290,12 +294,12 @@ def _align_matrix(strides: tuple[int, ...], is_single_row: bool, is_single_head:
 
 
 def describe_rows(numbers: Tensor) -> Strided:
-    """Return a number for each row, ``[B, H, N]``."""
+    """Return a tensor with one number per query, ``[B, H, N]``, with its strides."""
     return _describe_tokens(numbers, "bhn")
 
 
 def _describe_prefix(tensor: Tensor) -> Strided:
-    """Return prefix keys or values, which rows of the batch may share."""
+    """Return prefix keys or values with strides. The row's stride is None if the batch shares one prefix."""
     described = describe_matrix(tensor)
     return described._replace(b=None) if tensor.shape[0] == 1 else described
 
@@ -303,7 +307,7 @@ def _describe_prefix(tensor: Tensor) -> Strided:
 def keep_rows(operands: Operands) -> Operands:
     """Return the operands of a kernel that reads sinks, output gates and spans, but neither keys nor masks.
 
-    What it does not read would only make it another kernel for every kind of call.
+    Operands that the kernel does not read would only require recompilation for every kind of call.
     """
     left: dict[str, Any] = dict.fromkeys(_OF_PAIRS, ABSENT)
     left["q"] = ABSENT._replace(pointer=operands.q.pointer)  # for its dtype
@@ -312,14 +316,14 @@ def keep_rows(operands: Operands) -> Operands:
 
 
 def _split_mask(mask: Tensor | None) -> tuple[Strided, Strided]:
-    """Return a bool mask and a float mask, of which one at most is there."""
+    """Return the bool mask and the float mask, at most one of which is present."""
     if mask is not None and mask.dtype is torch.bool:
         return _describe_tokens(mask.view(torch.uint8), "bhnc"), ABSENT
     return ABSENT, _describe_tokens(mask, "bhnc")
 
 
 def _find_band(a: AttentionArguments) -> tuple[int | None, int | None]:
-    """Return causality and window as one band of distances between a query and a key."""
+    """Return causality and window as one band ``near, far`` of distances between a query and a key."""
     far = None if a.window_size is None else a.window_size - 1
     if a.is_causal:
         return 0, far

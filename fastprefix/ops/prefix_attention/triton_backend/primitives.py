@@ -1,9 +1,11 @@
 """Device functions of the kernels: blocks of a band, memory, scores, and the softmax.
 
-``a`` is the call's :class:`~.operands.Operands`, ``sizes`` its lengths, ``T`` the shape that a kernel is compiled for.
+``a`` is the call's :class:`~.operands.Operands`, ``sizes`` its :class:`~.operands.Lengths`, and ``T`` the
+:class:`~.operands.KernelShape`. Tiles of scores are [BM, BN] for tokens and [BM, BP] for the prefix. In the kernels for
+the gradients of keys, they are [BN, BM] and [BP, BM]. The functions support both.
 
-Scores of float16 and bfloat16 inputs are in units of log2: log2(e) is part of the scale, so that exp2 needs no further
-product. Those of float32 are natural: that product would be a rounding too many.
+Scores of float16 and bfloat16 inputs are in units of log2. The factor log2(e) is part of the scale, so that exp2 needs
+no further product. Scores of float32 inputs are natural, because that product would add a rounding error.
 """
 
 import triton
@@ -13,18 +15,22 @@ from ...products import add_exact_product
 from .operands import ROWS_PADDING, Lengths, Rows, Sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 of so few bits that its products with small whole numbers are exact
+LN2_HIGH = tl.constexpr(0.693359375)  # ln 2, rounded to so few bits that its products with small integers are exact
 LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
 PADDING = tl.constexpr(ROWS_PADDING)
-ROWS = tl.constexpr(32)  # rows of the batch whose spans are looked at together
+ROWS = tl.constexpr(32)  # rows of the batch whose spans are read together
 
 
-# ---- the band of a causal or windowed problem, in blocks: those to skip, to compare, and to take whole
+# ---- the band of a causal or windowed problem: blocks to skip, blocks to compare, and blocks that are entirely visible
 
 
 @triton.jit
 def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
-    """Find the keys that queries [i0, i1) see: first, first that all see, end of those that all see, end; in blocks."""
+    """Find the keys that queries [i0, i1) see.
+
+    Return the first key that any of them sees, the range of keys that all of them see (first and end), and the end of
+    the keys that any of them sees. All but the last are multiples of BN.
+    """
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.M, sizes.M
     if a.far is not None:
@@ -38,7 +44,11 @@ def find_keys(a, i0, i1, sizes, BN: tl.constexpr):
 
 @triton.jit
 def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
-    """Find the queries that see keys [j0, j1): first, first that sees all, end of those that do, end; in blocks."""
+    """Find the queries that see keys [j0, j1).
+
+    Return the first query that sees any of them, the range of queries that see all of them (first and end), and the end
+    of the queries that see any of them. The first two are multiples of BM, and so is the third one with a window.
+    """
     shift = sizes.M - sizes.N
     lo, inner_lo, inner_hi, hi = 0, 0, sizes.N, sizes.N
     if a.near is not None:
@@ -50,12 +60,12 @@ def find_queries(a, j0, j1, sizes, BM: tl.constexpr):
     return lo, inner_lo, inner_hi, hi
 
 
-# ---- memory: operands, whatever their strides
+# ---- memory: operands with any strides
 
 
 @triton.jit
 def find_stride(stride, aligned):
-    """Return a stride of rows, heads or positions (``operands.Strided``)."""
+    """Return the actual stride of rows, heads or positions (``operands.Strided``)."""
     if aligned is None:
         return stride // 16
     else:
@@ -64,7 +74,7 @@ def find_stride(stride, aligned):
 
 @triton.jit
 def find_row(operand, b, h, n):
-    """Find where rows begin, in 64 bits. Dimensions that broadcast do not enter."""
+    """Find the addresses where rows begin, in 64 bits. Dimensions that broadcast are ignored."""
     pointer = operand.pointer
     if operand.b is not None:
         pointer += tl.cast(b, tl.int64) * find_stride(operand.b, operand.aligned)
@@ -77,7 +87,10 @@ def find_row(operand, b, h, n):
 
 @triton.jit
 def find_block(operand, b, h, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Find addresses [ROWS, COLUMNS] of a block: where it begins, plus offsets that are the same for every block."""
+    """Find the addresses [ROWS, COLUMNS] of a block.
+
+    They are the block's start plus offsets that are the same for every block, which a loop computes only once.
+    """
     o_n = tl.arange(0, ROWS).to(tl.int64)[:, None]
     o_d = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     return find_row(operand, b, h, n0) + (o_n * find_stride(operand.n, operand.aligned) + o_d * operand.c)
@@ -89,7 +102,7 @@ def load_block(
 ):
     """Load rows ``n0, n0 + 1, ...`` of a matrix as a tile [ROWS, DP].
 
-    The tile is zero from row ``end`` on (with ALL, no row is), and beyond column D.
+    The tile is zero from row ``end`` on and from column D on. With ALL, the caller guarantees that all rows exist.
     """
     p_block = find_block(operand, b, h, n0, ROWS, DP)
     there = tl.arange(0, ROWS)[:, None] < end - n0
@@ -115,13 +128,13 @@ def store_block(operand, b, h, n0, end, b_x, D: tl.constexpr):
 
 @triton.jit
 def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Make sums to begin with."""
+    """Make a float32 tile [ROWS, COLUMNS] of zeros."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
 def add_product(b_x, b_y, b_sum, T: tl.constexpr):
-    """Add ``b_x @ b_y`` to a float32 sum, in the precision of products."""
+    """Add ``b_x @ b_y`` to a float32 sum with the precision ``T.PRECISION``."""
     if T.PRECISION == "ieee":
         return add_exact_product(b_x, b_y, b_sum)
     else:
@@ -130,7 +143,7 @@ def add_product(b_x, b_y, b_sum, T: tl.constexpr):
 
 @triton.jit
 def load_entry(operand, b, h, n, c):
-    """Load elements of a small operand (a gate, a bias, a mask) by their coordinates, which must be in range."""
+    """Load elements of a gate, bias or mask by their coordinates, which must be in range."""
     pointer = find_row(operand, b, h, n)
     if operand.c is not None:
         pointer += c.to(tl.int64) * operand.c
@@ -139,14 +152,14 @@ def load_entry(operand, b, h, n, c):
 
 @triton.jit
 def load_span(a, b):
-    """Load the start and the length of the spans of rows b."""
+    """Load the starts and lengths of the spans of rows b, in the shape of b."""
     p_span = find_row(a.spans, b, b, b)
     return tl.load(p_span).to(tl.int32), tl.load(p_span + a.spans.c).to(tl.int32)
 
 
 @triton.jit
 def find_lengths(a, b, N, M, P):
-    """Find what row b of the batch sees: all P prefix keys, or its own span of them."""
+    """Find the lengths of row b of the batch: with all P prefix keys, or with its own span of a store."""
     if a.spans.pointer is None:
         return Lengths(N, M, P, 0)
     else:
@@ -156,17 +169,17 @@ def find_lengths(a, b, N, M, P):
 
 @triton.jit
 def load_prefix(operand, b, h, p0, sizes, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Load prefix keys or values ``p0, p0 + 1, ...`` of what a row sees as a tile, zero beyond the last of them."""
+    """Load prefix keys or values ``p0, p0 + 1, ...`` of a row as a tile [ROWS, DP], with zeros beyond the last one."""
     return load_block(operand, b, h, sizes.start + p0, sizes.start + sizes.P, ROWS, D, DP)
 
 
 @triton.jit
 def find_numbers(p_numbers, index, plane, a, sizes):
-    """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N]."""
+    """Find where the numbers of a plane's queries begin in a tensor [indices, B, Hq, N]."""
     return p_numbers + (index * (a.planes16 // 16) + plane).to(tl.int64) * sizes.N
 
 
-# ---- scores: scale, soft cap, gates, biases, who sees whom, dropout; and back
+# ---- scores and their gradients: scale, soft cap, gates, biases, visibility, dropout
 
 
 @triton.jit
@@ -186,7 +199,10 @@ def compute_decay(x):
 
 @triton.jit
 def tanh(x, a):
-    """Compute tanh. In float32 it is a series near zero, where the quotient loses digits; 16 bits do not show them."""
+    """Compute tanh.
+
+    For float32 inputs it is a series near zero, where the quotient cancels. In 16 bits this error is invisible.
+    """
     if a.q.pointer.dtype.element_ty == tl.float32:
         e = compute_decay(x)
         quotient = (1.0 - e) / (1.0 + e)
@@ -199,7 +215,7 @@ def tanh(x, a):
 
 @triton.jit
 def cap_scores(b_qk, b_gate, a):
-    """Compute scores from <q, k>: gate, scale, soft cap."""
+    """Compute scores from <q, k> by applying gate, scale and soft cap."""
     if a.softcap is None:
         return b_qk * b_gate * convert_natural(a.scale, a)
     else:
@@ -208,9 +224,9 @@ def cap_scores(b_qk, b_gate, a):
 
 @triton.jit
 def differentiate_cap(b_ds, b_qk, b_gate, a):
-    """Compute the gradient of the scores before the soft cap from that after it.
+    """Compute the gradient of the scores before the soft cap from the gradient after it.
 
-    In float32 its slope, 1 - tanh^2, is not computed as a difference: that loses its digits where tanh is almost 1.
+    For float32 inputs, the slope 1 - tanh^2 is not computed as a difference, which cancels if tanh is almost 1.
     """
     if a.softcap is None:
         return b_ds
@@ -218,18 +234,19 @@ def differentiate_cap(b_ds, b_qk, b_gate, a):
         e = compute_decay(b_qk * b_gate * (a.scale / a.softcap))
         return b_ds * (4.0 * e / ((1.0 + e) * (1.0 + e)))
     else:
-        t = tanh(b_qk * b_gate * (a.scale / a.softcap), a)  # which the scores had, so that it costs nothing
+        t = tanh(b_qk * b_gate * (a.scale / a.softcap), a)  # the compiler reuses the tanh of the scores
         return b_ds * (1.0 - t * t)
 
 
 @triton.jit
 def make_no_gate():
+    """Return a gate of 1, [1, 1]."""
     return tl.full((1, 1), 1.0, tl.float32)
 
 
 @triton.jit
 def find_prefix_keys(at, a, sizes):
-    """Find out which prefix keys are there. A block of a store may begin before a row's span."""
+    """Return a mask of prefix keys that exist. A block of a store may begin before a row's span."""
     if a.spans.pointer is None:
         return at.j < sizes.P
     else:
@@ -238,7 +255,7 @@ def find_prefix_keys(at, a, sizes):
 
 @triton.jit
 def limit_prefix_keys(at, a, sizes):
-    """Limit prefix keys to those that are there, for loads of which nothing is used where they are not."""
+    """Clamp the indices of prefix keys to existing ones. Values loaded for other keys are not used."""
     if a.spans.pointer is None:
         return tl.minimum(at.j, sizes.P - 1)
     else:
@@ -247,11 +264,11 @@ def limit_prefix_keys(at, a, sizes):
 
 @triton.jit
 def load_prefix_gate(at, a, sizes):
-    """Load the gate of prefix keys, for each query where it differs, or 1 without a gate."""
+    """Load the gates of prefix keys in a shape that broadcasts to the tile of scores, or 1 without a gate."""
     i, p = tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
-    elif a.gate.pointer is not None:  # not by ``p``: keys that follow one another are loaded together
+    elif a.gate.pointer is not None:  # unclamped indices with a mask, so that consecutive keys are loaded together
         p_gate = find_row(a.gate, at.b, at.h // a.group, i) + tl.cast(at.j, tl.int64) * a.gate.c
         return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
     elif a.query_gate.pointer is not None:
@@ -262,7 +279,7 @@ def load_prefix_gate(at, a, sizes):
 
 @triton.jit
 def load_output_gate(a, b, h):
-    """Load the gate of the prefix's own softmax, or 1 with a joint softmax."""
+    """Load the output gate of the prefix's separate softmax, or 1 with a joint softmax."""
     if a.og.pointer is None:
         return make_no_gate()
     else:
@@ -283,11 +300,11 @@ def load_bias(bias, b, h, i, j, a):
 
 @triton.jit
 def load_key_bias(at, a, sizes):
-    """Load the bias of prefix keys, the same for every query."""
+    """Load the biases of prefix keys, which are the same for every query."""
     h = at.h // a.group
     if a.key_bias.c is None:
         b_x = load_entry(a.key_bias, at.b, h, h, h)
-    else:  # as the gate of keys
+    else:  # a masked load of consecutive keys, as for the gate
         p_bias = find_row(a.key_bias, at.b, h, h) + tl.cast(sizes.start + at.j, tl.int64) * a.key_bias.c
         b_x = tl.load(p_bias, mask=find_prefix_keys(at, a, sizes), other=0.0)
     return convert_bias(b_x.to(tl.float32), a)
@@ -297,8 +314,8 @@ def load_key_bias(at, a, sizes):
 def convert_bias(b_x, a):
     """Convert a bias to the unit of the kernels.
 
-    The least finite numbers, which masks are made of, stay finite in that unit: where a row has nothing else, they
-    hide nothing.
+    Masks often contain the lowest finite number. It stays finite in this unit, because a query with no larger score
+    must still attend to these keys.
     """
     b_bias = convert_natural(b_x, a)
     return tl.where((b_bias == float("-inf")) & (b_x != float("-inf")), b_x, b_bias)
@@ -306,7 +323,7 @@ def convert_bias(b_x, a):
 
 @triton.jit
 def finish_prefix_scores(b_s, at, a, sizes):
-    """Add the biases to capped scores, and hide what lies beyond the prefix."""
+    """Add the biases to capped scores, and hide the keys beyond the prefix."""
     if a.bias.pointer is not None:
         b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes), a)
     if a.key_bias.pointer is not None:
@@ -316,7 +333,10 @@ def finish_prefix_scores(b_s, at, a, sizes):
 
 @triton.jit
 def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
-    """Add the mask to capped scores, and hide what may not be seen. INSIDE: the whole tile lies within the band."""
+    """Add the mask to capped scores, and hide keys that a query may not attend to.
+
+    INSIDE: the whole tile is inside the band.
+    """
     if not INSIDE:
         o_distance = at.i + (sizes.M - sizes.N) - at.j
         b_seen = at.j < sizes.M
@@ -326,7 +346,7 @@ def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
             b_seen = b_seen & (o_distance <= a.far)
         b_s = tl.where(b_seen, b_s, float("-inf"))
     i, j = tl.minimum(at.i, sizes.N - 1), at.j
-    if not INSIDE or at.j.shape[1] == 1:  # where keys are rows, nothing hides those that are not there
+    if not INSIDE or at.j.shape[1] == 1:  # a tile with keys as rows may contain missing keys even INSIDE
         j = tl.minimum(j, sizes.M - 1)
     if a.mask.pointer is not None:
         b_s += load_bias(a.mask, at.b, at.h, i, j, a)
@@ -340,10 +360,10 @@ def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
 
 @triton.jit
 def draw_kept(at, a, TOKENS: tl.constexpr):
-    """Draw the factors of dropout.
+    """Draw the dropout factors of a tile of scores.
 
-    Four words of a counter decide for two queries and two keys, 8 apart: a thread has those four in its registers, so
-    the compiler can draw once for all of them.
+    The four words of a counter decide for two queries and two keys that are 8 apart. A thread has these four elements
+    in its registers, so the compiler can draw once for all of them.
     """
     if a.seed is None:
         return make_no_gate()
@@ -356,14 +376,14 @@ def draw_kept(at, a, TOKENS: tl.constexpr):
         return tl.where(word >= tl.cast(a.drop_below, tl.uint32), a.keep_scale, 0.0)
 
 
-# ---- the softmax: online in the forward pass, made again from what it left in the backward pass
+# ---- the softmax: online in the forward pass, recomputed from the normalizers in the backward pass
 
 
 @triton.jit
 def exponentiate(b_x, a):
     """Compute e to the power of a difference of scores."""
     if a.q.pointer.dtype.element_ty == tl.float32:
-        # x = n ln 2 + r: the product with log2(e) is rounded where it is small.
+        # x = n ln 2 + r with a small r, so that rounding r * log2(e) costs little accuracy.
         b_x = tl.where(b_x < -150.0, -150.0, b_x)
         b_n = tl.floor(b_x * LOG2E + 0.5)
         b_r = (b_x - b_n * LN2_HIGH) - b_n * LN2_LOW
@@ -374,27 +394,29 @@ def exponentiate(b_x, a):
 
 @triton.jit
 def bound_maximum(b_m):
-    """Return the largest score, or 0 in a row that has seen nothing."""
+    """Return the largest score, or 0 for queries that have seen nothing."""
     return tl.where(b_m == float("-inf"), 0.0, b_m)
 
 
 @triton.jit
 def invert(b_l):
-    """Compute 1 / l, and 0 where nothing was seen."""
+    """Compute 1 / l, or 0 for queries that have seen nothing."""
     return tl.where(b_l == 0.0, 0.0, 1.0 / tl.where(b_l == 0.0, 1.0, b_l))
 
 
 @triton.jit
 def start_sums(BM: tl.constexpr, DVP: tl.constexpr):
+    """Return the state of an online softmax that has seen nothing."""
     m = tl.full([BM], float("-inf"), tl.float32)
     return Sums(make_zeros(BM, DVP), m, tl.zeros([BM], tl.float32))
 
 
 @triton.jit
 def step_softmax(b_s, factor, b_m, b_l, a):
-    """Run one step of the online softmax over scores ``b_s * factor``, of which the factor is positive.
+    """Run one step of the online softmax over scores ``b_s * factor`` [BM, keys] with a positive factor.
 
-    It returns probabilities against the new maximum, the decay of older sums, the new maximum and sum.
+    Return the exponentials relative to the new maximum [BM, keys], and the decay of older sums, the new maximum and the
+    new sum, all [BM].
     """
     b_max = tl.maximum(b_m, tl.max(b_s, 1) * factor)
     b_p = exponentiate(b_s * factor - bound_maximum(b_max)[:, None], a)
@@ -404,7 +426,7 @@ def step_softmax(b_s, factor, b_m, b_l, a):
 
 @triton.jit
 def add_sink(sums, a, h):
-    """Add a sink to the sum. It adds nothing to the output."""
+    """Add a sink to the sum of exponentials. It adds nothing to the output."""
     if a.sinks.pointer is None:
         return sums
     else:
@@ -417,17 +439,18 @@ def add_sink(sums, a, h):
 
 @triton.jit
 def store_normalizers(p_normalizers, softmax, plane, i, there, b_m, b_l, a, sizes):
-    """Store the maximum and sum of the rows' scores: [softmaxes, 2, B, Hq, N]."""
+    """Store the maximum and sum of the scores of queries i in [softmaxes, 2, B, Hq, N]."""
     tl.store(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, b_m, mask=there)
     tl.store(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, b_l, mask=there)
 
 
 @triton.jit
 def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
-    """Load the reference and the inverse of rows i: maximum and 1 / sum, or the log-sum-exp and 1.
+    """Load the reference and the inverse of queries i: the maximum and 1 / sum, or the log-sum-exp and 1.
 
-    The latter saves a product for every pair. In 16 bits its rounding is nothing, unless a bias can make scores huge.
-    Rows that see nothing or are not there have a reference beyond every score, so that all their probabilities are 0.
+    The log-sum-exp saves a product for every pair. For 16-bit inputs its rounding error is negligible, unless a bias
+    can make scores huge. Queries that see nothing or do not exist have an infinite reference, so that all their
+    probabilities are 0.
     """
     b_m = tl.load(find_numbers(p_normalizers, 2 * softmax, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
     b_l = tl.load(find_numbers(p_normalizers, 2 * softmax + 1, plane, a, sizes) + i, mask=i < sizes.N, other=0.0)
@@ -440,16 +463,16 @@ def load_normalizers(p_normalizers, softmax, plane, i, a, sizes):
 
 @triton.jit
 def find_padded(p_rows, index, plane, a, sizes):
-    """Find where the numbers of a plane's rows begin, in [indices, B, Hq, N rounded up to PADDING]."""
+    """Find where the numbers of a plane's queries begin in a tensor [indices, B, Hq, N rounded up to PADDING]."""
     padded = tl.cdiv(sizes.N, PADDING) * PADDING
     return p_rows + (index * (a.planes16 // 16) + plane).to(tl.int64) * padded
 
 
 @triton.jit
 def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, sizes):
-    """Store what the kernels after the delta pass load: [softmaxes, 2, B, Hq, ...], or 3 where an inverse is stored.
+    """Store the numbers that ``load_rows`` loads in [softmaxes, 2, B, Hq, padded N], or 3 if inverses are stored.
 
-    Rows that are not there are stored too, with probabilities of 0, so that nobody has to ask which rows are there.
+    Padding queries are stored too, with probabilities of 0, so that the other kernels need no mask for queries.
     """
     if a.exact is None:
         tl.store(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i, b_reference)
@@ -462,7 +485,7 @@ def store_rows(p_rows, softmax, plane, i, b_reference, b_inverse, b_delta, a, si
 
 @triton.jit
 def load_rows(p_rows, softmax, plane, i, a, sizes):
-    """Load what the backward pass knows of rows i. Those that are not there have probabilities of 0."""
+    """Load the numbers that the backward pass needs for queries i. Padding queries have probabilities of 0."""
     if a.exact is None:
         b_reference = tl.load(find_padded(p_rows, 2 * softmax, plane, a, sizes) + i)
         return Rows(b_reference, 1.0, tl.load(find_padded(p_rows, 2 * softmax + 1, plane, a, sizes) + i))
@@ -474,7 +497,7 @@ def load_rows(p_rows, softmax, plane, i, a, sizes):
 
 @triton.jit
 def compute_probability(b_s, b_reference, b_inverse, a):
-    """Compute the probability of a score, by what ``load_normalizers`` or ``load_rows`` loaded."""
+    """Compute the probability of a score from the numbers of ``load_normalizers`` or ``load_rows``."""
     if a.exact is None:
         return exponentiate(b_s - b_reference, a)
     else:

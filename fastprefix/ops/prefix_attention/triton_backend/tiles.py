@@ -1,6 +1,7 @@
-"""The tile sizes, as data: by architecture, kernel, width of the head and dtype. No search happens at run time.
+"""The tile sizes by architecture, kernel, head dimension and dtype. There is no autotuning at run time.
 
-What is not said to spill does not, with Triton 3.6, 3.7 and 3.8: each brings a compiler that allots registers its way.
+Tiles without a ``spills`` reason do not spill with Triton 3.6, 3.7 and 3.8, whose compilers allocate registers
+differently.
 """
 
 from collections.abc import Sequence
@@ -10,24 +11,24 @@ import torch
 
 
 class AttentionTile(NamedTuple):
-    """Block of queries, of token keys, of prefix keys; warps and pipeline stages."""
+    """The block sizes of a kernel, and its warps and pipeline stages."""
 
-    BM: int
-    BN: int
-    BP: int
+    BM: int  # queries
+    BN: int  # token keys
+    BP: int  # prefix keys
     warps: int
     stages: int
-    spills: str | None = None  # why a spill is accepted, where one is
+    spills: str | None = None  # the reason why register spills are accepted, if they are
 
 
 HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 
-_WIDE = "heads of more than 128 columns hold two accumulators in registers; not measured"
-_NARROW = "8 bytes where heads have 16 columns, with some versions of Triton; not measured"
-_PADDED = "up to 16 bytes where every load masks columns, with some versions of Triton; not measured"
-_FLOAT = "float32 products run without matrix units; not measured"
+_WIDE = "with more than 128 columns, two accumulators are in registers (not measured)"
+_NARROW = "some versions of Triton spill 8 bytes for heads of 16 columns (not measured)"
+_PADDED = "some versions of Triton spill up to 16 bytes if every load masks columns (not measured)"
+_FLOAT = "float32 products run without matrix units (not measured)"
 
-# kernel -> (widest head, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
+# kernel -> (largest head dimension, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
 _SM80: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         (16, HALF): AttentionTile(128, 64, 64, 4, 2),
@@ -129,10 +130,11 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {
     },
 }
 
-# Rows in place of those above for calls that need registers of their own: "pairwise", which read something for each
-# pair of query and key (a gate, a bias, a mask); "capped", with a soft cap; "separate", with two softmaxes; "dropout";
-# and "dropout of pairs", with dropout and something for each pair. Each of these, and "plain", may have rows for calls
-# that are "keyed" too, with a bias of prefix keys or spans. Kernels that are not named have one tile for all.
+# Entries that replace the ones above for calls that need more registers. "pairwise" calls read an operand for each pair
+# of query and key (a gate, a bias or a mask). "capped" calls have a soft cap. "separate" calls have two softmaxes.
+# "dropout" calls have dropout, and "dropout of pairs" calls also read an operand for each pair. Each of these, and
+# "plain", may have entries for "keyed" calls, which have a bias of prefix keys or spans. A kernel without an entry uses
+# its tile above.
 _DECODE_DROPOUT = {
     (16, HALF): AttentionTile(16, 32, 32, 4, 2, _NARROW),
     (64, HALF): AttentionTile(16, 32, 32, 4, 3),
@@ -235,8 +237,8 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "dropout of pairs, keyed": _KEYED["dropout of pairs, keyed"],
 }
 
-# Compute capability 10 keeps sums of products in a memory of their own, and copies them to registers to use them: it
-# takes more warps than 9.0. Compute capability 12 has the shared memory of 8.6.
+# Compute capability 10 accumulates products in tensor memory and copies them to registers, so its tiles need more warps
+# than those of 9.0. Compute capability 12 has as much shared memory as 8.6.
 _SM100_DECODE_DROPOUT = {**_DECODE_DROPOUT, (64, HALF): AttentionTile(16, 32, 32, 4, 2)}
 _SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
     **_SM90,
@@ -301,13 +303,16 @@ VARIANTS = {
     "sm_120": _SM120_VARIANTS,
 }
 WIDEST = 256
-"""The widest head there is a tile for."""
+"""The largest head dimension that has a tile."""
 
 
 def find_tile(
     architecture: str, kernel: str, width: int, dtype: torch.dtype, variants: Sequence[str] = ()
 ) -> AttentionTile:
-    """Return the tile of a kernel for heads of ``width`` columns, of the first of ``variants`` that has one."""
+    """Return the tile of a kernel for the head dimension ``width``.
+
+    The tile is from the first of ``variants`` that has one, or from the table of the architecture.
+    """
     kind = SINGLE if dtype is torch.float32 else HALF
     special = VARIANTS.get(architecture, {})
     tables = (*(special.get(variant, {}).get(kernel, {}) for variant in variants), ARCHITECTURES[architecture][kernel])

@@ -1,7 +1,7 @@
-"""From canonical arguments to kernel launches: which kernels a call needs, on what grid, with which tiles.
+"""Choose the kernels, grids and tiles of a call and launch them.
 
-What is small, and a plain sum or product, is left to PyTorch: the gradient of a prompt and DePT's backward pass without
-spans and index, the sum of the parts, the scatter to the table's gradient. All sums are in a fixed order.
+PyTorch computes small plain sums and products: the gradient of a prompt without spans, DePT's backward pass without an
+index, the sum of the parts, and the scatter to the table's gradient. All sums have a fixed order.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ..layout import allocate_gradient
 from ..validation import check_values
 from . import tiles
 
-_PARTS = 32  # of the tokens, in the sums of the backward pass
+_PARTS = 32  # the most parts into which the backward pass splits its sums over tokens
 
 
 def forward(*arguments: Any, target: Target | None = None) -> Tensor:
@@ -82,7 +82,7 @@ def backward(
 
 
 def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
-    """Return the gradient of the prompt or, with spans, of the store."""
+    """Return the gradient of the prompt, or with spans the gradient of the store."""
     if a.prompt_spans is None:
         return grad_output[:, : a.prompt_length].sum(0, dtype=torch.float32)
     assert a.prompt is not None
@@ -92,7 +92,10 @@ def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Ta
 def _differentiate_network(
     gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
 ) -> Tensor:
-    """Enter the network's gradients; returns dh [B * N, r], which has no values in rows of the batch without offset."""
+    """Add the network's gradients to ``gradients``, and return dh [B * N, r].
+
+    dh is uninitialized in rows of the batch without an offset.
+    """
     assert a.w1 is not None
     assert a.b1 is not None
     B, N = a.input_ids.shape
@@ -115,7 +118,7 @@ def _differentiate_network(
 
 
 def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None, dh: Tensor, target: Target) -> None:
-    """Fill z and dh, [B * N, r]; dh alone for DePT's pair, in which ``low_rank_b`` has the place of w2."""
+    """Fill z and dh, [B * N, r]. For DePT's pair, ``low_rank_b`` replaces w2, and only dh is filled."""
     w2 = a.low_rank_b if a.w1 is None else a.w2
     assert w2 is not None
     r, d = w2.shape[-2:]
@@ -132,9 +135,10 @@ def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None,
 def _sum_weights(
     grad_output: Tensor, a: EmbeddingArguments, z: Tensor, dh: Tensor | None, needs: set[str], target: Target
 ) -> tuple[Tensor | None, ...]:
-    """Return dw1 [d, r], dw2 [d, r] and db2 [d], the last two less the scale; with an index they are [K, ...].
+    """Return dw1 [d, r], dw2 [d, r] and db2 [d], or None for each gradient that is not needed.
 
-    z is [B * N, r], or what has its place; None where a gradient is not needed.
+    With an index they have a leading dimension K. dw2 and db2 do not include the offset scale. z is the hidden layer
+    after the ReLU, [B * N, r], or for DePT's pair the rows of ``low_rank_a``.
     """
     if not needs:
         return None, None, None
@@ -161,7 +165,7 @@ def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: Embeddi
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
     N = dy.shape[1]
-    summed = a.offset_scale * dy.sum(0, dtype=torch.float32)  # [N, d]: all rows of the batch share a position's offset
+    summed = a.offset_scale * dy.sum(0, dtype=torch.float32)  # [N, d]: all rows share the offset of a position
     gradients["low_rank_a"] = summed.new_zeros(a.low_rank_a.shape)
     gradients["low_rank_a"][:N] = summed @ a.low_rank_b.float().T
     gradients["low_rank_b"] = a.low_rank_a[:N].float().T @ summed
@@ -170,7 +174,7 @@ def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: Embeddi
 def _differentiate_low_rank_bank(
     gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
 ) -> None:
-    """Enter the gradients of a bank of pairs, as those of a network whose hidden layer is ``low_rank_a``."""
+    """Add the gradients of a bank of DePT's pairs, computed as for a network whose hidden layer is ``low_rank_a``."""
     assert a.low_rank_a is not None
     assert a.low_rank_b is not None
     assert a.entries is not None
@@ -182,7 +186,7 @@ def _differentiate_low_rank_bank(
         _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
         gradients["low_rank_a"] = sums
     if "low_rank_b" in needs:
-        # Rows of r: small beside those of d. Without entries there is none to choose.
+        # The gathered rows have r columns, which is small compared to d. An empty bank has no entry to choose.
         choices = a.entries.clamp(min=0) if K > 0 else a.entries[:0]
         hidden = a.low_rank_a[:, :N].index_select(0, choices).view(-1, r)
         _, db, _ = _sum_weights(grad_output, a, hidden, None, {"w2"}, target)
@@ -191,7 +195,7 @@ def _differentiate_low_rank_bank(
 
 
 def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
-    """Return the gradient of the dense offset: of positions below N, and 0 from there on."""
+    """Return the gradient of the dense offset, which is 0 at positions from N on."""
     assert a.position_offset is not None
     N, S = a.input_ids.shape[1], a.prompt_length
     *_, T, d = a.position_offset.shape
@@ -205,16 +209,16 @@ def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target:
 
 
 def _list_spans(a: EmbeddingArguments, positions: int, used: int) -> Tensor:
-    """Return the spans that rows of the batch use of a bank [K * positions, ...]: the first ``used`` of their entry."""
+    """Return the span of each row in a bank [K * positions, ...]: the first ``used`` positions of the row's entry."""
     assert a.entries is not None
     entry = a.entries.long()
     return torch.stack([entry * positions, (entry >= 0) * used], 1)
 
 
 def _sum_spans(rows: Tensor, spans: Tensor, last: int, scale: float, sums: Tensor, target: Target) -> Tensor:
-    """Fill ``sums`` [P, ...] with the scaled sums of rows [B, ..., ...] that are copies of a store's rows.
+    """Fill ``sums`` [P, width] with scaled sums over all copies of a store's vectors in ``rows`` [B, length, width].
 
-    The copies of the span of a row of the batch end before its row ``last``. What nobody has a copy of gets 0.
+    The copies of a row's span end right before position ``last``. Vectors without a copy get 0.
     """
     B, length, width = rows.shape
     P = sums.shape[0]
@@ -235,12 +239,12 @@ def _apply_w1(dh: Tensor, a: EmbeddingArguments) -> Tensor:
     d, r = a.w1.shape[-2:]
     if a.w1.shape[0] == 0:
         return dh.new_zeros(B, N, d)
-    chosen = a.w1.index_select(0, a.entries.clamp(min=0)).float()  # [B, d, r]; one of B * N rows of d is made anyhow
+    chosen = a.w1.index_select(0, a.entries.clamp(min=0)).float()  # [B, d, r]; the result [B, N, d] is allocated anyway
     return torch.bmm(dh.view(B, N, r), chosen.mT).masked_fill_((a.entries < 0)[:, None, None], 0.0)
 
 
 def _count_token_blocks(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> int:
-    """Return how many blocks of tokens there are: with an index they are of one row of the batch each."""
+    """Return the number of blocks of tokens. With an index, no block spans two rows of the batch."""
     B, N = a.input_ids.shape
     return divide_up(B * N, tile.BT) if a.entries is None else B * divide_up(N, tile.BT)
 
@@ -271,7 +275,7 @@ def _describe_dropout(a: EmbeddingArguments) -> tuple[int, float]:
 
 @functools.cache
 def _load_kernels() -> dict[str, Any]:
-    """Import the kernels, and Triton with them."""
+    """Import Triton and the kernels."""
     from . import kernels
 
     return {

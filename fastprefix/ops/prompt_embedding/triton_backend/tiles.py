@@ -1,19 +1,21 @@
-"""The tiles of the kernels, as data. None has been measured on a device yet: they are chosen so that every kernel
-compiles without spills, on compute capability 8.0, 8.6 and 9.0.
+"""The tile sizes of the kernels.
+
+They have not been measured on a device yet. They are chosen so that every kernel compiles without spills for compute
+capability 8.0, 8.6 and 9.0.
 """
 
 from typing import NamedTuple
 
 
 class EmbeddingTile(NamedTuple):
-    """Tokens, columns of the model width, hidden units (0: none); warps and pipeline stages."""
+    """The sizes of a kernel's tiles, and its warps and pipeline stages."""
 
-    BT: int
-    BD: int
-    RP: int
+    BT: int  # tokens
+    BD: int  # columns of the model width
+    RP: int  # hidden units; 0: the kernel has none
     warps: int
     stages: int = 3
-    spills: str | None = None  # why a spill is accepted, where one is
+    spills: str | None = None  # the reason why register spills are accepted, if they are
 
 
 def _padded(r: int) -> int:
@@ -22,7 +24,7 @@ def _padded(r: int) -> int:
 
 
 def forward(r: int, element_size: int) -> EmbeddingTile:
-    """ADePT: a program needs all hidden units at once."""
+    """Return the tile of the forward pass of PT and ADePT, in which a program holds all hidden units."""
     RP = _padded(r)
     if element_size == 4:
         return (
@@ -42,7 +44,7 @@ def forward(r: int, element_size: int) -> EmbeddingTile:
 
 
 def low_rank(r: int, element_size: int) -> EmbeddingTile:
-    """DePT: the rank is summed over part by part."""
+    """Return the tile of the forward pass of DePT and ACCEPT, which sums over the rank in parts."""
     RP = min(64, _padded(r))
     if element_size == 4:
         return EmbeddingTile(16, 64, RP, 4, 2) if RP == 16 else EmbeddingTile(16, 32, RP, 4, 2 if RP == 32 else 3)
@@ -50,15 +52,15 @@ def low_rank(r: int, element_size: int) -> EmbeddingTile:
 
 
 def hidden(r: int, element_size: int) -> EmbeddingTile:
-    """Backward, z and dh: a program for each part of the hidden units."""
+    """Return the tile of the backward kernel for z and dh, which has a program per part of the hidden units."""
     RP = min(64, _padded(r))
     return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 4)
 
 
 def weights(r: int, element_size: int, bank: bool) -> EmbeddingTile:
-    """Backward, sums over tokens: in blocks of as many tokens as in ``hidden``.
+    """Return the tile of the backward kernel that sums over tokens, with as many tokens as in ``hidden``.
 
-    With a bank, a loop over the rows of the batch is around that over the tokens, and a third stage would spill.
+    With a bank, a loop over the rows encloses the loop over the tokens, and a third pipeline stage would spill.
     """
     RP, stages = min(64, _padded(r)), 2 if bank else 3
     if element_size == 4:
@@ -67,5 +69,5 @@ def weights(r: int, element_size: int, bank: bool) -> EmbeddingTile:
 
 
 def spans() -> EmbeddingTile:
-    """Backward, sums over the rows of the batch that have copies of a row."""
+    """Return the tile of the backward kernel that sums over the rows with copies of a vector."""
     return EmbeddingTile(32, 64, 0, 4)
