@@ -480,8 +480,8 @@ class AttentionBackward {
           Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
             Vec<A> dov = load(ds.values + r * kQueries + c);
             if (keeps) dov *= load(keeps + r * kQueries + c);
-            return load(s.values + r * kQueries + c) *
-                   (gate.at(r, c) * dov);  // rounded as in differentiate_scores, where delta is subtracted
+            // Multiply in the order of differentiate_scores, where delta is subtracted, for the same rounding.
+            return load(s.values + r * kQueries + c) * (gate.at(r, c) * dov);
           });
           store(sums + c, load(sums + c) + sum);
           store(mass + c, load(mass + c) + probabilities);
