@@ -96,8 +96,8 @@ struct Bfloat16Tiles : Bfloat16Pairs {
       int64_t steps,
       bool accumulate) {
     constexpr int64_t pairs = kSize * pair;
-    asm volatile("" ::
-                     : "memory");  // the compiler does not know that tile loads read memory, so finish all stores first
+    // The compiler does not know that tile loads read memory, so finish all stores first.
+    asm volatile("" ::: "memory");
     if (accumulate) {
       _tile_loadd(0, c, ldc * 4);
       if constexpr (V == 2) _tile_loadd(1, c + kSize, ldc * 4);

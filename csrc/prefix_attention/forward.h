@@ -38,13 +38,11 @@ struct Softmax {
     for (int64_t d = 0; d < Dv; ++d) std::fill_n(o + d * kQueries, columns, A(0));
   }
 
-  // Return the reference, with -inf (nothing seen yet) replaced by 0, so that -inf minus the reference is -inf, not
-  // NaN.
+  // Return the reference, with 0 in place of -inf (nothing seen yet), since -inf - (-inf) is NaN.
   static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
 
-  // Raise the reference to the largest of the strips' scores, and rescale the sums. This is skipped until a score
-  // exceeds the reference by more than kSlack, since e^kSlack cannot overflow the sums and rescaling costs a pass over
-  // o.
+  // Raise the reference to the largest of the strips' scores, and rescale the sums. This waits until a score exceeds the
+  // reference by more than kSlack, since e^kSlack overflows nothing and rescaling costs a pass over o.
   void raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
     constexpr A kSlack = 8;
     for (int64_t c = 0; c < columns; c += kLanes<A>) {

@@ -12,9 +12,9 @@ struct Tile {
   using Operand = typename Manner::Operand;
   using A = typename Manner::Accumulator;
 
-  A* values = nullptr;           // [kKeys][kQueries]
-  Operand* natural = nullptr;    // [kKeys][kQueries]
-  Operand* pairs = nullptr;      // [kKeys / 2][kQueries][2]
+  A* values = nullptr;  // [kKeys][kQueries]
+  Operand* natural = nullptr;  // [kKeys][kQueries]
+  Operand* pairs = nullptr;  // [kKeys / 2][kQueries][2]
 
   void take(Arena& arena, bool need_natural, bool need_pairs) {
     values = arena.take<A>(kKeys * kQueries);

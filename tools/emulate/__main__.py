@@ -301,9 +301,7 @@ def run_all(commands: Mapping[str, Sequence[str | Path]], cases: Sequence[Case])
         register(operation, emulator)
     BACKENDS[BACKEND] = Backend(BACKEND, ("cpu",), lambda device: None)
     missed, started = 0, time.monotonic()
-    print(
-        f"{'':<9} {' '.join(f'{_name(dtype):>8}' for dtype in DTYPES)}  largest ratio of error to bound"
-    )
+    print(f"{'':<9} {' '.join(f'{_name(dtype):>8}' for dtype in DTYPES)}  largest ratio of error to bound")
     for name, command in commands.items():
         emulator.start(command)
         missed += run_cases(name, cases)
