@@ -41,8 +41,8 @@ struct Softmax {
   // Return the reference, with 0 in place of -inf (nothing seen yet), since -inf - (-inf) is NaN.
   static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
 
-  // Raise the reference to the largest of the strips' scores, and rescale the sums. This waits until a score exceeds the
-  // reference by more than kSlack, since e^kSlack overflows nothing and rescaling costs a pass over o.
+  // Raise the reference to the largest of the strips' scores, and rescale the sums. This waits until a score exceeds
+  // the reference by more than kSlack, since e^kSlack overflows nothing and rescaling costs a pass over o.
   void raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
     constexpr A kSlack = 8;
     for (int64_t c = 0; c < columns; c += kLanes<A>) {
