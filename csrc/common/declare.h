@@ -1,12 +1,12 @@
-// What a list of arguments can be expanded to. A list is a macro of X(type, name) with separators between them, so that
-// structs, enums and parameter lists that name every argument are all made of one list.
+// Macros that expand a list of arguments into struct fields, enum members, parameter lists and so on. A list is a macro
+// of X(type, name) entries with separators between them, so each argument is declared only once.
 #pragma once
 
 #include "tensor.h"
 
 namespace fastprefix {
 
-// An argument as PyTorch hands it to an operator, who has to release it.
+// The form in which PyTorch passes an argument of type T to an operator. The operator must release it.
 template <class T>
 struct BoxedOf {
   using type = T;
@@ -30,7 +30,7 @@ struct BoxedOf<OptionalTensor> {
 template <class T>
 using Boxed = typename BoxedOf<T>::type;
 
-// Releases arguments when the operator has run, or failed.
+// Runs `release` at the end of a scope, also when an exception leaves it.
 template <class Release>
 struct Finally {
   Release release;
@@ -39,7 +39,7 @@ struct Finally {
 template <class Release>
 Finally(Release) -> Finally<Release>;
 
-// Several tensors as an operator returns them.
+// Convert a list of tensors to the type that an operator returns.
 inline std::vector<torch::stable::Tensor> boxed(const std::vector<Tensor>& tensors) {
   std::vector<torch::stable::Tensor> owners;
   for (const Tensor& tensor : tensors) owners.push_back(tensor.owner());

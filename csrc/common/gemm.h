@@ -1,4 +1,9 @@
-// The one matrix product that everything is made of: C (+)= A B, A read by broadcast, B and C by vectors.
+// The matrix product behind every kernel: C = A B or C += A B. Elements of A are broadcast to all lanes. B and C are
+// read by vectors along their rows.
+//
+// A register tile of C has up to kTileRows rows and kTileVectors vectors. Its sums stay in registers over the summed
+// index. In ordinary arithmetic the summed index is cut into pieces of kSteps, and each piece is added to C. With AMX,
+// whole 16 x 16 tiles are multiplied by AMX, and the remaining rows and steps as without it.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +12,16 @@
 
 namespace fastprefix {
 
-// Products without AMX, for which a thread has nothing to set up.
+// Base of the ways to multiply that do not use AMX. Their threads have nothing to set up.
 struct Untiled {
   struct Unit {};
   static constexpr bool tiled = false;
 };
 
-// How operands are multiplied. `pair` elements that are neighbors along the summed index lie together in memory: one
-// for ordinary arithmetic, two for bfloat16 dot products. `tiled`: with AMX. A `Unit` lives while a thread multiplies.
+// Ordinary arithmetic. This class and the two below define how operands are multiplied:
+// - `pair` is how many neighbors along the summed index are adjacent in memory: 1, or 2 for bfloat16 dot products.
+// - `tiled` is true if AMX is used.
+// - `Unit` is an object that each thread holds while it multiplies.
 template <class A>
 struct Plain : Untiled {
   using Operand = A;
@@ -26,6 +33,7 @@ struct Plain : Untiled {
 };
 
 #if defined(FASTPREFIX_BFLOAT16_PAIRS)
+// Instructions that multiply pairs of bfloat16 and add both products to a float32 sum.
 struct Bfloat16Pairs : Untiled {
   using Operand = BFloat16;
   using Accumulator = float;
@@ -55,7 +63,7 @@ struct Bfloat16Pairs : Untiled {
 #endif
 
 #if defined(__AMX_BF16__)
-// How AMX is told of its eight tiles: 16 rows of 64 bytes each.
+// The AMX tile configuration: eight tiles of 16 rows, 64 bytes per row.
 struct TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -63,19 +71,20 @@ struct TileShapes {
 };
 alignas(64) inline constexpr TileShapes kWholeTiles;
 
-// The same with AMX: 16 x 16 sums in a tile. What does not fill whole tiles is multiplied as above.
+// The same products with AMX, 16 x 16 sums per tile. Rows and steps that do not fill a tile use Bfloat16Pairs.
 struct Bfloat16Tiles : Bfloat16Pairs {
   static constexpr bool tiled = true;
-  static constexpr int64_t kSize = 16;  // rows of a tile, and words in each
+  static constexpr int64_t kSize = 16;  // rows of a tile, and 32-bit words per row
 
-  // Sets the tiles up, of which every thread has its own.
+  // Configures the tiles of the current thread.
   struct Unit {
     Unit() { _tile_loadconfig(&kWholeTiles); }
     ~Unit() { _tile_release(); }
     Unit(const Unit&) = delete;
   };
 
-  // R x V tiles of C (+)= A B over `steps` pairs, a multiple of kSize; strides are in elements.
+  // Compute R x V tiles of C (+)= A B over `steps` pairs, a multiple of kSize. Tiles 0 to 3 hold C, 4 and 5 hold A, and
+  // 6 and 7 hold B. Strides are in elements.
   template <int R, int V>
   static void multiply(
       const BFloat16* a,
@@ -87,7 +96,8 @@ struct Bfloat16Tiles : Bfloat16Pairs {
       int64_t steps,
       bool accumulate) {
     constexpr int64_t pairs = kSize * pair;
-    asm volatile("" ::: "memory");  // what was stored is in memory
+    // The compiler does not know that tile loads read memory, so finish all stores first.
+    asm volatile("" ::: "memory");
     if (accumulate) {
       _tile_loadd(0, c, ldc * 4);
       if constexpr (V == 2) _tile_loadd(1, c + kSize, ldc * 4);
@@ -123,8 +133,8 @@ constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
 #endif
 
-// C[r, v] (+)= sum_k A[r, k] B[k, v]. `rs` and `ks`: elements from one row of A, one step (of `pair` elements) of the
-// summed index, to the next; `ldb`: elements of B from one step to the next.
+// One product, C[r, v] (+)= sum_k A[r, k] B[k, v]. A step is `pair` elements of the summed index. All strides are in
+// elements: `rs` between rows of A, `ks` between steps of A, `ldb` between steps of B, and `ldc` between rows of C.
 template <class Manner>
 struct Product {
   using Operand = typename Manner::Operand;
@@ -139,7 +149,8 @@ struct Product {
   int64_t steps;
   bool accumulate;
 
-  // Sums start at 0 and are added to C at the end, not started from C: short sums lose less than long ones.
+  // Compute a register tile of R rows and V vectors. Sums start at 0 and are added to C at the end, since short sums
+  // have smaller rounding errors than one long sum that starts at C.
   template <int R, int V>
   void tile(int64_t row, int64_t vector) const {
     const Operand* ap = a + row * rs;
@@ -170,6 +181,7 @@ struct Product {
       }
   }
 
+  // Compute `rows` rows of a column of tiles that is V vectors wide.
   template <int V>
   void rows_of(int64_t row, int64_t rows, int64_t vector) const {
     for (; rows >= kTileRows; rows -= kTileRows, row += kTileRows) tile<kTileRows, V>(row, vector);
@@ -183,10 +195,10 @@ struct Product {
     }
   }
 
-  // Long sums in pieces of kSteps: without a wider type to add in, a sum of pieces loses less than one long sum.
+  // Steps per piece of a long sum. No wider accumulator is used, and a sum of pieces rounds less than one long sum.
   static constexpr int64_t kSteps = Manner::pair == 1 ? 32 : std::numeric_limits<int64_t>::max();
 
-  // `rows` of C, and `columns` (a multiple of the vector's length) of them.
+  // Compute `rows` rows and `columns` columns of C. `columns` is a multiple of kLanes.
   void run(int64_t rows, int64_t columns) const {
     if constexpr (Manner::tiled) {
       if (ks == Manner::pair) return run_tiles(rows, columns);
@@ -203,7 +215,7 @@ struct Product {
   }
 
  private:
-  // Whole tiles, then the rows and the steps that are left.
+  // Multiply whole AMX tiles, in blocks of up to 2 x 2, then the remaining steps and rows without AMX.
   void run_tiles(int64_t rows, int64_t columns) const {
     constexpr int64_t n = Manner::kSize;
     int64_t whole_rows = rows / n * n, whole_steps = steps / n * n;
@@ -232,10 +244,11 @@ struct Product {
     }
   }
 
+  // Compute the product in register tiles. The steps are not divided.
   void run_piece(int64_t rows, int64_t columns) const {
     int64_t vectors = columns / kLanes<A>;
     for (int64_t vector = 0, width; vector < vectors; vector += width) {
-      // Equal widths: five vectors are 3 + 2, not 4 + 1.
+      // Divide the vectors evenly: five vectors are 3 + 2, not 4 + 1, since a narrow tile reuses A less.
       int64_t left = vectors - vector, tiles = (left + kTileVectors - 1) / kTileVectors;
       width = (left + tiles - 1) / tiles;
       if (width == 1) rows_of<1>(0, rows, vector);

@@ -1,5 +1,5 @@
-// String streams, as newer compilers have them, are compiled into this library instead of taken from a newer libstdc++,
-// so that it loads wherever PyTorch does (see older_systems.cpp). setup.py includes this before all other headers.
+// Compiles the compiler's string streams into this library. Otherwise they would come from the system's libstdc++,
+// which may be too old (see older_systems.cpp). setup.py includes this file before all other headers.
 #pragma once
 
 #include <istream>

@@ -1,4 +1,5 @@
-// Scratch memory, one piece for each slot of parallel work, from PyTorch's allocator.
+// Scratch memory from PyTorch's allocator, and the division of work into slots. A slot is a consecutive range of work
+// items with its own scratch memory, run by one thread.
 #pragma once
 
 #include <vector>
@@ -7,7 +8,8 @@
 
 namespace fastprefix {
 
-// Hands out arrays, each on its own cache lines. Without memory (nullptr) it only counts what will be needed.
+// Divides a piece of memory into arrays, each on its own cache lines. Without memory (nullptr), it only counts the
+// bytes needed.
 class Arena {
  public:
   explicit Arena(char* memory) : memory_(memory) {}
@@ -22,7 +24,7 @@ class Arena {
 
   static constexpr int64_t kLine = 128;
 
-  // Memory for so many bytes, and where it begins on a cache line.
+  // Allocate memory for `bytes` bytes that start on a cache line. `align` returns that start.
   static Tensor allocate(int64_t bytes) { return empty<char>({bytes + kLine}); }
   static char* align(const Tensor& memory) {
     auto address = reinterpret_cast<uintptr_t>(memory.data<char>());
@@ -34,13 +36,13 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Work [0, items) in consecutive shares, one a slot, equal by what the items cost; the shares depend on that and on the
-// number of threads alone.
+// The work items [0, items) in consecutive shares of about equal cost, one per slot. The shares depend only on the
+// costs and the number of threads, so sums over slots have the same order in every run.
 class Slots {
  public:
   int64_t items, count;
 
-  // Groups of `size` items follow one another, each item of which costs what `costs` says of its group.
+  // Divide consecutive groups of `size` items. costs[group] is the cost of each item of the group.
   Slots(int64_t size, const std::vector<int64_t>& costs)
       : items(size * static_cast<int64_t>(costs.size())), count(std::min<int64_t>(items, get_num_threads())) {
     int64_t total = size * std::accumulate(costs.begin(), costs.end(), int64_t{0}), before = 0, group = 0;
@@ -56,11 +58,12 @@ class Slots {
   explicit Slots(int64_t items) : Slots(items, std::vector<int64_t>(1, 1)) {}
 
   int64_t first(int64_t slot) const { return firsts_[slot]; }
+  // Return the slot of an item.
   int64_t of(int64_t item) const {
     return std::upper_bound(firsts_.begin(), firsts_.end(), item) - firsts_.begin() - 1;
   }
 
-  // Runs body(slot, scratch) for every slot; `bytes` of scratch each.
+  // Run body(slot, scratch) for every slot in parallel. Each slot has `bytes` bytes of scratch memory.
   template <class Body>
   void run(int64_t bytes, Body body) const {
     Tensor memory = Arena::allocate(count * bytes);
@@ -71,7 +74,7 @@ class Slots {
   }
 
  private:
-  std::vector<int64_t> firsts_;  // [count + 1]; every slot has an item
+  std::vector<int64_t> firsts_;  // [count + 1]; every slot has at least one item
 };
 
 }  // namespace fastprefix

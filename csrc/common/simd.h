@@ -1,7 +1,7 @@
-// Vectors of the instruction set that this library is compiled for: loads, stores, exp, tanh, transposition.
+// Vectors of the instruction set that this library is compiled for: loads, stores, exp, tanh and transposition.
 //
-// GCC's vector extensions carry the arithmetic, so one source serves AVX-512, AVX2 and any other machine; intrinsics
-// are used only where the extensions have no word for an instruction.
+// Arithmetic uses GCC's vector extensions, so the same source compiles for AVX-512, AVX2 and any other machine.
+// Intrinsics are used only for instructions that the extensions cannot express.
 #pragma once
 
 #include <cmath>
@@ -39,7 +39,7 @@ template <class A>
 struct VectorOf {
   typedef A type __attribute__((vector_size(kVectorBytes)));
   typedef A unaligned
-      __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));  // pairs of 16 bits are read too
+      __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));  // may_alias: it also reads pairs of 16 bits
 };
 template <class A>
 using Vec = typename VectorOf<A>::type;
@@ -62,7 +62,7 @@ inline void store(A* p, std::type_identity_t<Vec<A>> x) {
   *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = x;
 }
 
-// x in the lanes whose bits are set, -inf in the others.
+// Keep the lanes of x whose bits are set, and set the other lanes to -inf.
 template <class A>
 inline Vec<A> keep_lanes(Vec<A> x, uint64_t bits) {
   using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
@@ -76,7 +76,7 @@ inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
-// Whether a comparison holds in any lane.
+// Return true if a comparison is true in any lane.
 template <class A, class Mask>
 inline bool any(Mask mask) {
 #if defined(__AVX512F__)
@@ -90,7 +90,7 @@ inline bool any(Mask mask) {
 #endif
 }
 
-// ---- conversions: tensors of type T, arithmetic in type A -------------------------------------------------------
+// ---- conversions: tensors have type T, arithmetic is in type A --------------------------------------------------
 
 // The type of sums over elements of type T.
 template <class T>
@@ -106,7 +106,7 @@ inline Bits widen(Halves x) {
   return __builtin_convertvector(x, Bits);
 }
 
-// bfloat16, rounded to nearest even, in the low half of each word.
+// Round to bfloat16, to nearest even, in the low half of each word.
 inline Bits to_bfloat16(Vec<float> x) {
 #if defined(__AVX512BF16__)
   return widen((Halves)_mm512_cvtneps_pbh((__m512)x));
@@ -117,7 +117,7 @@ inline Bits to_bfloat16(Vec<float> x) {
 #endif
 }
 
-// Two vectors rounded to bfloat16, element by element next to each other.
+// Round two vectors to bfloat16 and interleave their elements.
 inline Vec<float> pair_up(Vec<float> even, Vec<float> odd) {
 #if defined(__AVX512BF16__)
   const __m512i order = _mm512_set_epi16(
@@ -129,6 +129,7 @@ inline Vec<float> pair_up(Vec<float> even, Vec<float> odd) {
 #endif
 }
 
+// Load a vector of T and convert it to the accumulator type.
 template <class T>
 inline Vec<AccumulatorOf<T>> load_as(const T* p) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -148,6 +149,7 @@ inline Vec<AccumulatorOf<T>> load_as(const T* p) {
   }
 }
 
+// Round a vector to T and store it.
 template <class T>
 inline void store_as(T* p, Vec<AccumulatorOf<T>> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -168,7 +170,7 @@ inline void store_as(T* p, Vec<AccumulatorOf<T>> x) {
   }
 }
 
-// The first n (at most a vector's worth) elements; the others are 0.
+// Load the first n elements, at most one vector. The remaining lanes are 0.
 template <class T>
 inline Vec<AccumulatorOf<T>> load_first(const T* p, int64_t n) {
   constexpr int lanes = kLanes<AccumulatorOf<T>>;
@@ -178,6 +180,7 @@ inline Vec<AccumulatorOf<T>> load_first(const T* p, int64_t n) {
   return load_as(padded);
 }
 
+// Store the first n lanes of x, at most one vector.
 template <class T>
 inline void store_first(T* p, Vec<AccumulatorOf<T>> x, int64_t n) {
   constexpr int lanes = kLanes<AccumulatorOf<T>>;
@@ -189,9 +192,9 @@ inline void store_first(T* p, Vec<AccumulatorOf<T>> x, int64_t n) {
 
 // ---- functions ---------------------------------------------------------------------------------------------------
 
-// e^x to one unit in the last place; 0 from e^-87.6 downwards (so for -inf), NaN for NaN.
+// e^x, accurate to one unit in the last place. For x below -87.6, and so for -inf, the result is 0. For NaN it is NaN.
 inline Vec<float> exp(Vec<float> x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
   x = x < -88.1f ? splat(-88.1f) : x;
   Vec<float> shifted = x * float(M_LOG2E) + kRound, n = shifted - kRound;
@@ -207,7 +210,8 @@ inline Vec<float> exp(Vec<float> x) {
   return y * reinterpret_cast<Vec<float>>(power);
 }
 
-// e^x for what is then rounded to bfloat16: to 1e-6 of it from e^-8 on; 0 for -inf, NaN for NaN.
+// e^x for results that are then rounded to bfloat16. The relative error is at most 1e-6 for x from -8 up. The result is
+// 0 for -inf and NaN for NaN.
 inline Vec<float> exp_rounded(Vec<float> x) {
 #if defined(__AVX512F__)
   x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x) * float(M_LOG2E);
@@ -224,7 +228,7 @@ inline Vec<float> exp_rounded(Vec<float> x) {
 #endif
 }
 
-// The same as exp; 0 from e^-708.4 downwards.
+// e^x in float64, with the same accuracy. For x below -708.4 the result is 0.
 inline Vec<double> exp(Vec<double> x) {
   constexpr double kRound = 0x1.8p52;
   constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;  // n * kLn2High is exact
@@ -232,7 +236,7 @@ inline Vec<double> exp(Vec<double> x) {
   Vec<double> shifted = x * M_LOG2E + kRound, n = shifted - kRound;
   Vec<double> r = x - n * kLn2High;
   r = r - n * kLn2Low;
-  // Taylor's series: |r| is at most ln(2) / 2, so what follows its last term is below the rounding.
+  // Taylor series. |r| is at most ln(2) / 2, so the terms left out are below the rounding error.
   Vec<double> y = r * (1.0 / 6227020800) + 1.0 / 479001600;
   y = y * r + 1.0 / 39916800;
   y = y * r + 1.0 / 3628800;
@@ -250,7 +254,7 @@ inline Vec<double> exp(Vec<double> x) {
   return y * reinterpret_cast<Vec<double>>(power);
 }
 
-// Its slope is 1 - tanh^2, which loses its digits as a difference where tanh is almost 1.
+// tanh and its derivative. The derivative is computed separately, since 1 - tanh^2 cancels when tanh is near 1.
 template <class A>
 struct Tanh {
   Vec<A> value, slope;
@@ -288,6 +292,7 @@ inline A sum(Vec<A> x) {
 
 // ---- transposition -----------------------------------------------------------------------------------------------
 
+// Interleave the low halves of a and b.
 template <class A>
 inline Vec<A> zip_low(Vec<A> a, Vec<A> b) {
   std::conditional_t<sizeof(A) == 4, Vec<int32_t>, Vec<int64_t>> order;
@@ -295,6 +300,7 @@ inline Vec<A> zip_low(Vec<A> a, Vec<A> b) {
   return __builtin_shuffle(a, b, order);
 }
 
+// Interleave the high halves of a and b.
 template <class A>
 inline Vec<A> zip_high(Vec<A> a, Vec<A> b) {
   std::conditional_t<sizeof(A) == 4, Vec<int32_t>, Vec<int64_t>> order;
@@ -302,8 +308,8 @@ inline Vec<A> zip_high(Vec<A> a, Vec<A> b) {
   return __builtin_shuffle(a, b, order);
 }
 
-// A square of kLanes x kLanes, transposed: zipping the first half of the rows with the second turns the index of an
-// element by one bit, so log2(kLanes) rounds exchange row and column.
+// Transpose a kLanes x kLanes square in place. Interleaving the first half of the rows with the second half rotates the
+// bits of each element's index (row, column) by one, so log2(kLanes) rounds exchange row and column.
 template <class A>
 inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
   constexpr int n = kLanes<A>;

@@ -1,7 +1,7 @@
-// Tensors, over the part of PyTorch's C++ interface that stays as it is from one version to the next
-// (TORCH_TARGET_VERSION in setup.py), so that one library runs with every PyTorch from that version on.
+// A tensor class on PyTorch's stable C++ interface. A library compiled for TORCH_TARGET_VERSION (setup.py) runs with
+// that version of PyTorch and every later one.
 //
-// Sizes and strides are read once; what only rearranges them (select, transpose, ...) asks PyTorch nothing.
+// Sizes and strides are read once. Functions that only rearrange them (select, transpose, ...) do not call PyTorch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,7 +23,7 @@ namespace fastprefix {
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
-// Raises ValueError in Python.
+// Throw an exception that becomes a ValueError in Python.
 template <class... Parts>
 [[noreturn]] void refuse_value(const Parts&... parts) {
   std::ostringstream message;
@@ -31,7 +31,7 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// PyTorch's number of an element type.
+// Return PyTorch's number for an element type.
 template <class T>
 int32_t dtype_of() {
   if constexpr (std::is_same_v<T, float>) return aoti_torch_dtype_float32();
@@ -47,14 +47,15 @@ class Tensor {
  public:
   static constexpr int64_t kMaxDim = 5;
 
-  Tensor() = default;  // not there
+  Tensor() = default;  // undefined
 
-  // PyTorch's tensor, which lives as long as somebody else holds it.
+  // Refer to PyTorch's tensor without owning it. The caller keeps it alive.
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
     int64_t *sizes, *strides;
     const void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
-    STD_TORCH_CHECK(dim_ <= kMaxDim, "fastprefix got a tensor with ", dim_, " dimensions");
+    STD_TORCH_CHECK(
+        dim_ <= kMaxDim, "fastprefix supports tensors with up to ", kMaxDim, " dimensions, but got one with ", dim_);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
@@ -64,11 +65,11 @@ class Tensor {
     data_ = const_cast<void*>(data);
   }
 
-  // A tensor of our own.
+  // Own a tensor.
   explicit Tensor(torch::stable::Tensor owner) : Tensor(owner.get()) { owner_ = std::move(owner); }
 
   bool defined() const { return handle_ != nullptr; }
-  // As PyTorch's functions take it.
+  // Return the tensor in the form that PyTorch's functions accept.
   torch::stable::Tensor owner() const {
     if (owner_) return *owner_;
     AtenTensorHandle another;
@@ -81,7 +82,7 @@ class Tensor {
   int64_t numel() const {
     return std::accumulate(sizes_.begin(), sizes_.begin() + dim_, int64_t{1}, std::multiplies<>());
   }
-  // Whether its elements lie one after the other, the last dimension innermost.
+  // Return true if the tensor is contiguous.
   bool dense() const {
     for (int64_t d = dim_ - 1, stride = 1; d >= 0; stride *= sizes_[d--])
       if (sizes_[d] != 1 && strides_[d] != stride) return false;
@@ -96,11 +97,11 @@ class Tensor {
   }
   template <class T>
   T* data() const {
-    STD_TORCH_CHECK(holds<T>(), "fastprefix got a tensor of another dtype than that of its first tensor");
+    STD_TORCH_CHECK(holds<T>(), "fastprefix received a tensor whose dtype differs from the dtype of its first tensor");
     return static_cast<T*>(data_);
   }
 
-  // ---- other looks at the same elements ---------------------------------------------------------------------------
+  // ---- views ------------------------------------------------------------------------------------------------------
 
   Tensor select(int64_t d, int64_t i) const {
     Tensor part = *this;
@@ -122,7 +123,7 @@ class Tensor {
     std::swap(turned.strides_[d0], turned.strides_[d1]);
     return turned;
   }
-  // Dimension d as several. One of size 1, which broadcasts, becomes as many that do.
+  // Split dimension d into several. A dimension of size 1, which broadcasts, becomes several dimensions of size 1.
   Tensor unflatten(int64_t d, std::initializer_list<int64_t> sizes) const {
     int64_t more = static_cast<int64_t>(sizes.size()) - 1, stride = strides_[d];
     Tensor split = *this;
@@ -145,7 +146,7 @@ class Tensor {
     return wider;
   }
 
-  // Elements become 0. The last dimension is dense.
+  // Set all elements to 0. The last dimension must have stride 1.
   void zero() const {
     if (numel() == 0) return;
     int64_t last = dim_ - 1, width = dim_ == 0 ? 1 : sizes_[last], each = bytes_each();
@@ -177,11 +178,11 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   STD_TORCH_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) ==
           AOTI_TORCH_SUCCESS,
-      "fastprefix could not allocate a tensor on the CPU; is there enough memory?");
+      "fastprefix could not allocate a tensor on the CPU. Check that enough memory is free.");
   return Tensor(torch::stable::Tensor(handle));
 }
 
-// Dense, the last dimension innermost.
+// Allocate a contiguous tensor.
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[Tensor::kMaxDim], stride = 1, dim = static_cast<int64_t>(sizes.size());
   for (int64_t d = dim - 1; d >= 0; stride *= std::max<int64_t>(sizes.begin()[d--], 1)) strides[d] = stride;
@@ -193,6 +194,7 @@ Tensor empty(std::initializer_list<int64_t> sizes) {
   return empty(sizes, dtype_of<T>());
 }
 
+// Allocate a contiguous tensor with the sizes and dtype of x.
 inline Tensor empty_like(const Tensor& x) {
   int64_t sizes[Tensor::kMaxDim], strides[Tensor::kMaxDim], stride = 1;
   for (int64_t d = x.dim() - 1; d >= 0; stride *= std::max<int64_t>(sizes[d--], 1)) {
@@ -206,25 +208,26 @@ inline Tensor empty_like(const OptionalTensor& x) {
   return empty_like(*x);
 }
 
-// x is a whole tensor, not a part of one.
+// Return x, or a contiguous copy. x must not be a view made by this class, since the copy is made from PyTorch's
+// tensor.
 inline Tensor contiguous(const Tensor& x) {
   return x.dense() ? x : Tensor(torch::stable::contiguous(x.owner()));
 }
 
-// Whole numbers as 64-bit ones, dense.
+// Return x as a contiguous int64 tensor. The same restriction applies.
 inline Tensor as_int64(const Tensor& x) {
   if (x.holds<int64_t>()) return contiguous(x);
   return contiguous(Tensor(torch::stable::to(x.owner(), torch::headeronly::ScalarType::Long)));
 }
 
-// Calls call(T{}) for the element type of x.
+// Call call(T{}) with the element type T of x.
 template <class Call>
 void dispatch(const char* operation, const Tensor& x, Call call) {
   if (x.holds<float>()) return call(float{});
   if (x.holds<BFloat16>()) return call(BFloat16{});
   if (x.holds<Float16>()) return call(Float16{});
   if (x.holds<double>()) return call(double{});
-  STD_TORCH_CHECK(false, operation, " on the CPU takes float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(false, operation, " on the CPU supports float32, float64, bfloat16 and float16 only");
 }
 
 }  // namespace fastprefix

@@ -1,4 +1,5 @@
-// Matrices between the form in which they lie in tensors and the transposed one that products read and write.
+// Copies between the rows of tensors and the transposed matrices that products read and write. Squares of kLanes x
+// kLanes are transposed in registers.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +8,9 @@
 
 namespace fastprefix {
 
-// rows x width transposed: to[d][row], `ld` words from one d to the next; those past `rows` (up to a full vector) are
-// zero. Words are one element, or a pair of neighbours where the product takes pairs.
+// Transpose rows x width of T to to[d][row], where d counts words and consecutive d are `ld` words apart. A word is one
+// element, or two neighboring elements if the product multiplies pairs. Words from `rows` to the end of the last vector
+// are zero.
 template <class Manner, class T>
 void pack_transposed(
     const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to, int64_t ld) {
@@ -39,7 +41,7 @@ void pack_transposed(
     }
 }
 
-// from[d][row], `ld` words from one d to the next, back to rows x width of T.
+// Transpose from[d][row] back to rows x width of T. Consecutive d are `ld` words apart.
 template <class A, class T>
 void unpack_transposed(const A* from, int64_t ld, int64_t rows, int64_t width, T* to, int64_t stride) {
   constexpr int n = kLanes<A>;

@@ -1,4 +1,4 @@
-// The 16-bit types, as PyTorch has them.
+// PyTorch's 16-bit floating-point types.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

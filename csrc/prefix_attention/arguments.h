@@ -1,4 +1,4 @@
-// The operators' arguments, declared once, in the order of their schema (fastprefix/ops/prefix_attention/arguments.py).
+// The operators' arguments, in the order of the schema (fastprefix/ops/prefix_attention/arguments.py).
 #pragma once
 
 #include "../common/declare.h"
@@ -41,19 +41,19 @@ struct AttentionArguments {
 // Positions in the schema, and in the lists of gradients.
 enum class AttentionArgument : int64_t { FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_NAME, FASTPREFIX_COMMA) };
 
-// Which gradients are asked for.
+// Flags of the requested gradients.
 struct AttentionNeeds {
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_FLAG, FASTPREFIX_NOTHING)
 
   bool tokens() const { return query || key || value; }
   bool prefix() const { return whole_prefix() || prefix_key || prefix_value; }
-  // All prefix keys are gone through, not those alone that are trained.
+  // Return true if the backward pass must visit frozen prefix keys too.
   bool whole_prefix() const { return query || prefix_gate || prefix_key_bias; }
-  // Something but the values, which alone do without the gradients of scores.
+  // Return true if gradients of scores are needed. Only the gradients of values do not use them.
   bool scores() const { return whole_prefix() || prefix_key || key || output_gate || sinks; }
 };
 
-// The gradients; those that nobody asked for are undefined.
+// The gradients. Gradients that were not requested are undefined.
 struct AttentionResults {
   FASTPREFIX_ATTENTION_DIFFERENTIABLE(FASTPREFIX_RESULT, FASTPREFIX_NOTHING)
 };

@@ -1,8 +1,10 @@
-// Backward: for a block of queries, all blocks of keys; scores are made again, and normalised as the forward pass did.
+// The backward pass. For each block of queries it visits all blocks of keys, computes their scores again, and
+// normalizes them with the saved m and l of the forward pass.
 //
-// dq belongs to its block of queries. dK and dV are summed over blocks of queries and the heads of a group; work is
-// ordered so that these follow one another, and shared out in consecutive slots, so that most sums stay in one slot's
-// scratch memory and those cut by the end of a slot are added up afterwards, in order.
+// Each block of queries owns its dq. dK and dV are summed over the blocks of queries and the query heads of a group.
+// The work is ordered by key/value head, row, query head and block of queries, and divided into consecutive slots. So
+// most sums of dK and dV are completed in one slot's scratch memory. Groups that the end of a slot cuts have several
+// sums, which are added afterwards in the order of the slots.
 #pragma once
 
 #include <numeric>
@@ -13,18 +15,18 @@
 
 namespace fastprefix {
 
-// Where gradients go: those of a key, or the results themselves, and sums that the caller brings to the results'
-// shapes.
+// The outputs of the kernel: gradients that are written to their final tensors, and sums that the caller reduces to the
+// shapes of the results.
 struct AttentionGradients {
   const AttentionResults& results;
-  // [B, Hq, N, P] of a gate for each query; else float64 [Hkv, B, P], or [Hkv, B, G, P] of a gate for each query head
+  // [B, Hq, N, P] for a gate per query; else float64 [Hkv, B, P], or [Hkv, B, G, P] for a gate per query head
   Tensor prefix_gate;
-  Tensor prefix_key_bias;   // float64 [Hkv, 1|B, P or the store's length]
-  Tensor output_gate_sums;  // float64 [B, Hq, blocks]: long sums of numbers that cancel
+  Tensor prefix_key_bias;   // float64 [Hkv, 1 or B, P or the store's length]
+  Tensor output_gate_sums;  // float64 [B, Hq, blocks], since long sums cancel
   Tensor sinks_sums;        // float64 [B, Hq, blocks]
 };
 
-// What the scores of a block of queries are normalised by: their maxima, and 1 / l.
+// The normalizers of a block of queries: the saved reference m, and 1 / l.
 template <class A>
 struct Normalizers {
   A *m, *inverse;  // [kQueries]
@@ -34,26 +36,27 @@ struct Normalizers {
     inverse = arena.take<A>(kQueries);
   }
 
-  // A row that sees nothing (its l is 0), or is not there, has probabilities of 0.
+  // Queries that see nothing (l is 0), and queries past `count`, get probabilities of 0.
   void read(const A* saved_m, const A* saved_l, int64_t count) {
     for (int64_t i = 0; i < kQueries; ++i) {
       bool sees = i < count && saved_l[i] != 0;
-      m[i] = sees ? saved_m[i] : std::numeric_limits<A>::infinity();  // whatever the score is
+      m[i] = sees ? saved_m[i] : std::numeric_limits<A>::infinity();  // exp(score - inf) is 0 for every score
       inverse[i] = sees ? A(1) / saved_l[i] : A(0);
     }
   }
   Vec<A> probability(Vec<A> s, int64_t c) const { return exp(s - load(m + c)) * load(inverse + c); }
 };
 
-// What the sums of prefix gradients may take, in bytes. Where a long prefix or many threads would need more, the prefix
-// is gone through in ranges of keys, one after the other, and only the sums of one range are kept.
+// The most bytes of memory for the sums of prefix gradients. If a long prefix or many threads need more, the prefix is
+// processed in consecutive ranges of keys, and only the sums of one range are in memory.
 constexpr int64_t kPrefixSumsBytes = int64_t{64} << 20;
 
-// So many blocks of queries go through a tile of prefix keys one after the other, so that keys, values and their
-// gradients, which take about so many bytes, stay in the second-level cache meanwhile.
+// kBatch blocks of queries visit one tile of prefix keys before the next tile. The tile's keys, values and gradients
+// take about kTileBytes, so they stay in the second-level cache.
 constexpr int64_t kBatch = 16, kTileBytes = int64_t{1} << 20;
 
-// Prefix keys of the store that queries are to go through. The first range has all else to do, the last one ends dq.
+// The prefix keys [begin, end) of the store, or prefix, that queries visit. The first range also covers the tokens and
+// the frozen keys. The last range completes dq.
 struct PrefixRange {
   int64_t begin, end;
   bool first, last;
@@ -61,7 +64,8 @@ struct PrefixRange {
   bool whole() const { return first && last; }
 };
 
-// Up to so many keys, queries or columns, a second look at the scores costs little, and rounding averages out least.
+// Up to this many keys, queries or columns, deltas are computed from the probabilities (see find_deltas). An additional
+// pass over the scores is cheap there, and rounding errors average out least.
 constexpr int64_t kFewKeys = 16, kFewQueries = 4, kFewColumns = 8;
 
 template <class Manner, class T>
@@ -115,7 +119,8 @@ class AttentionBackward {
 
   // ---- ranges of prefix keys, in tiles --------------------------------------------------------------------------
 
-  // The trained keys of a range have their sums in memory at the same time.
+  // Choose the length of the ranges, so that the sums of one range fit in kPrefixSumsBytes. Only trained keys have
+  // sums.
   void divide_prefix() {
     int64_t row = (slots_.count + prefix_groups() - 1) * (prefix_shape_.D + prefix_shape_.Dv) * sizeof(A);
     int64_t most = row == 0 ? prefix_shape_.keys : std::max(kKeys, kPrefixSumsBytes / row / kKeys * kKeys);
@@ -132,7 +137,7 @@ class AttentionBackward {
   bool last_range() const { return end_ == p_.prefix_keys; }
   bool several_ranges() const { return !(first_range() && last_range()); }
 
-  // The tile of the range that begins with a key, and what there is to do in it.
+  // Return the tile of the current range that starts at `begin`.
   PrefixRange tile(int64_t begin) const {
     int64_t bytes = 2 * (p_.D + p_.Dv) * sizeof(A), keys = std::max(kKeys, kTileBytes / bytes / kKeys * kKeys);
     int64_t end = std::min(begin + keys, end_);
@@ -141,13 +146,13 @@ class AttentionBackward {
 
   bool several_tiles() const { return !several_ranges() && !tile(begin_).whole(); }
 
-  // Between tiles, delta, prefix_delta and dq of a block of queries are kept.
+  // The number of elements that a block of queries keeps between tiles: delta, prefix_delta and dq.
   int64_t kept_size() const { return (2 + (needs_.query ? p_.D : 0)) * kQueries; }
 
   void allocate_sums() {
     if (needs_.prefix_gate && p_.gate_differs_by_query()) {
       gradients_.prefix_gate = empty<A>({p_.B, p_.Hq, p_.N, p_.P});
-      if (p_.from_store) gradients_.prefix_gate.zero();  // for the columns beyond a row's own span
+      if (p_.from_store) gradients_.prefix_gate.zero();  // for columns past the end of a row's span
     } else if (needs_.prefix_gate) {
       gate_sums_ = ColumnSums(slots_, p_.gate_per_query ? p_.B * p_.Hq : groups(), p_.P);
     }
@@ -157,7 +162,7 @@ class AttentionBackward {
 
   // ---- order of work: groups (hkv, b) of G * blocks items -------------------------------------------------------
 
-  // What an item of each group costs.
+  // Return the cost of an item, for each group.
   static std::vector<int64_t> costs(const AttentionProblem<T, A>& p) {
     std::vector<int64_t> costs, of_rows = row_costs(p);
     for (int64_t hkv = 0; hkv < p.Hkv; ++hkv) costs.insert(costs.end(), of_rows.begin(), of_rows.end());
@@ -176,17 +181,20 @@ class AttentionBackward {
     return {group % p_.B, h, hkv, first, std::min(kQueries, p_.N - first), index};
   }
 
-  // A slot and a prefix group name one row: both only ever grow, and one of them with every row.
+  // The sums of a slot for a prefix group. From one pair to the next, neither number decreases and at least one
+  // increases, so `slot + group` numbers the pairs.
   A* prefix_row(int64_t slot, int64_t group) const {
     return prefix_sums_.data<A>() + (slot + group) * prefix_shape_.size();
   }
-  // A slot can cut two groups: one that an earlier slot began, and one that a later slot ends.
+  // The sums of a slot for an incomplete group. A slot has at most two: one begun by an earlier slot, and one that a
+  // later slot completes.
   A* cut_row(int64_t slot, bool begun_earlier) const {
     return cut_sums_.data<A>() + (2 * slot + (begun_earlier ? 0 : 1)) * token_shape_.size();
   }
 
   // ---- writing the sums -----------------------------------------------------------------------------------------
 
+  // Add `count` sums that are `step` apart, and write keys [begin, end) of the total to dk and dv, `offset` keys later.
   template <class Row>
   void write_key_sums(
       const KeySumsShape& shape,
@@ -210,6 +218,7 @@ class AttentionBackward {
     write(sums.dv, shape.Dv, dv);
   }
 
+  // Add the sums of groups that several slots share, and write them.
   void write_cut_groups() const {
     if (token_shape_.size() == 0) return;
     for (int64_t slot = 0; slot + 1 < slots_.count; ++slot) {
@@ -217,7 +226,7 @@ class AttentionBackward {
       bool begins_here = group * group_items() >= slots_.first(slot), cut = end > slots_.first(slot + 1);
       if (!begins_here || !cut) continue;
       int64_t pieces = slots_.of(end - 1) - slot + 1;
-      // Rows: (slot, kind 1), then (slot + 1, kind 0), (slot + 2, kind 0), ...
+      // The pieces are cut_row(slot, false), cut_row(slot + 1, true), cut_row(slot + 2, true), ...
       parallel_for(0, p_.M, 64, [&](int64_t from, int64_t to) {
         add_rows(cut_row(slot, false), pieces - 1, cut_row(slot + 1, true), from, to);
         write_key_sums(
@@ -227,6 +236,7 @@ class AttentionBackward {
     }
   }
 
+  // Add `count` pieces to `total`, for the keys [from, to).
   void add_rows(A* total, int64_t count, const A* pieces, int64_t from, int64_t to) const {
     auto add = [&](A* at, const A* piece, int64_t ld) {
       for (int64_t i = from * ld; i < to * ld; ++i) at[i] += piece[i];
@@ -254,22 +264,23 @@ class AttentionBackward {
 
   // ---- one slot's work ------------------------------------------------------------------------------------------
 
+  // The scratch memory of one slot, and the work on its blocks of queries.
   struct BackwardWorker {
     const AttentionBackward& f;
     const AttentionProblem<T, A>& p;
     const AttentionNeeds& needs;
-    Operand *q, *dout;            // Q^T, dO^T
-    Operand *q_rows, *do_rows;    // Q, dO, for dK and dV
-    A *few_q, *few_do;            // or, for a few queries, Q and dO alone
+    Operand *q, *dout;            // Q^T [D][kQueries], dO^T [Dv][kQueries]
+    Operand *q_rows, *do_rows;    // Q [kQueries][D], dO [kQueries][Dv], for dK and dV
+    A *few_q, *few_do;            // Q [count][D], dO [count][Dv], instead of the above for up to kFew queries
     KeyBlocks<Manner, T> keys, values;
-    Normalizers<A> tokens_by, prefix_by;
-    A *delta, *prefix_delta, *masses, *prefix_masses;
-    A* dq;  // dQ^T
-    A *gates, *keeps, *slopes;
-    A* products;  // <q, k>, then the gate's gradients
-    A* uncapped;  // the gradients of scores after the soft cap: the key bias's
-    Tile<Manner> s;   // scores, then what multiplies do in dV
-    Tile<Manner> ds;  // <do, v>, then what multiplies q in dK
+    Normalizers<A> tokens_by, prefix_by;  // prefix_by only if the prefix has its own softmax
+    A *delta, *prefix_delta, *masses, *prefix_masses;  // [kQueries]
+    A* dq;                      // dQ^T [D][kQueries]
+    A *gates, *keeps, *slopes;  // see Gate; dropout's factors and the soft cap's derivatives, [kKeys][kQueries]
+    A* products;  // [kKeys][kQueries]: <q, k>, then the gradients of the gate
+    A* uncapped;  // [kKeys][kQueries]: the gradients of scores after the soft cap, which are those of the key bias
+    Tile<Manner> s;   // scores, then weighted probabilities, which multiply do in dV
+    Tile<Manner> ds;  // <do, v>, then gradients of scores, which multiply q in dK and k in dq
     A *token_sums, *local_kept;
     double *gate_sums = nullptr, *bias_sums = nullptr;
     std::vector<Strip> strips;
@@ -303,6 +314,7 @@ class AttentionBackward {
       local_kept = arena.take<A>(f.several_tiles() ? kBatch * f.kept_size() : 0);
     }
 
+    // Differentiate the slot's items, group by group. Write dK and dV of the groups that the slot has as a whole.
     void work(int64_t slot) {
       int64_t begin = f.slots_.first(slot), end = f.slots_.first(slot + 1), of_group = f.group_items();
       int64_t last_prefix = -1;
@@ -332,6 +344,8 @@ class AttentionBackward {
       }
     }
 
+    // Differentiate one block of queries with respect to one range of prefix keys. The first range also does everything
+    // else: deltas, tokens, frozen prefix keys, sinks and output gate.
     void differentiate(
         int64_t slot,
         int64_t item,
@@ -362,6 +376,7 @@ class AttentionBackward {
       if (needs.query && !range.last) std::copy_n(dq, p.D * kQueries, kept + 2 * kQueries);
     }
 
+    // Return true if delta must be computed from the probabilities (see find_deltas).
     bool needs_deltas(const QueryBlock& queries) const {
       int64_t keys = p.spans[queries.b].length + p.M;
       return p.separate() || keys <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns;
@@ -376,7 +391,7 @@ class AttentionBackward {
       std::copy_n(kept + kQueries, kQueries, prefix_delta);
     }
 
-    // The prefix keys [from, to) of the store, or those of them that the queries see.
+    // Add the gradients of the prefix keys [from, to) of the store, limited to the span of the queries' row.
     void add_prefix(const QueryBlock& queries, int64_t from, int64_t to, const KeySums<A>& prefix) {
       bool trained = from >= p.frozen;
       int64_t start = p.spans[queries.b].start;
@@ -389,7 +404,7 @@ class AttentionBackward {
       return span.start < range.end && range.begin < span.start + span.length;
     }
 
-    // The blocks of keys that queries see something of; in the prefix those from the row's own `from` up to `to`.
+    // Call use(columns) for the blocks of prefix keys [from, to), which count from the start of the row's span.
     template <class F>
     void for_prefix(const QueryBlock& queries, int64_t from, int64_t to, F use) {
       for_blocks(Half::prefix, std::max<int64_t>(from, 0), std::min(to, p.spans[queries.b].length), use);
@@ -399,7 +414,7 @@ class AttentionBackward {
       for_token_blocks(p, f.band_, queries, use);
     }
 
-    // Operands of the block's queries, what normalises them and delta = <do, o>.
+    // Pack the operands of a block of queries, read its normalizers, and compute delta = <do, o>.
     void prepare(const QueryBlock& queries) {
       const T* q_at = p.q.at(queries.b, queries.h, queries.first);
       const T* do_at = f.do_.at(queries.b, queries.h, queries.first);
@@ -431,9 +446,10 @@ class AttentionBackward {
       return sum<A>(sums);
     }
 
-    // delta from the probabilities. The output will not do where it holds the sum of two softmaxes, since rounding it
-    // hides the smaller one; nor where there are so few keys that what is left of <do, v> - delta is rounding.
-    // They are divided by what the probabilities really add up to, or a row with one key would have gradients.
+    // Compute delta from the probabilities instead of the output. The output is not accurate enough if it is the sum of
+    // two softmaxes, since its rounding hides the smaller one. It is not accurate enough for few keys either, since
+    // <do, v> - delta cancels until mostly rounding errors are left. Deltas are divided by the actual sum of the
+    // probabilities. Otherwise a row with only one key would have nonzero gradients.
     void find_deltas(const QueryBlock& queries) {
       bool separate = p.separate();
       A *of_prefix = separate ? prefix_delta : delta, *prefix_mass = separate ? prefix_masses : masses;
@@ -450,6 +466,7 @@ class AttentionBackward {
       }
     }
 
+    // Add a block's probabilities to `mass`, and their products with g <do, v> to `sums`.
     void add_delta(const QueryBlock& queries, const Columns& columns, const Normalizers<A>& by, A* sums, A* mass) {
       Gate<A> gate = score_block(queries, columns, true);
       for (const Strip& strip : strips) {
@@ -463,7 +480,8 @@ class AttentionBackward {
           Vec<A> sum = sum_rows<A>(strip, [&](int64_t r) {
             Vec<A> dov = load(ds.values + r * kQueries + c);
             if (keeps) dov *= load(keeps + r * kQueries + c);
-            return load(s.values + r * kQueries + c) * (gate.at(r, c) * dov);  // as delta is subtracted from it
+            // Multiply in the order of differentiate_scores, where delta is subtracted, for the same rounding.
+            return load(s.values + r * kQueries + c) * (gate.at(r, c) * dov);
           });
           store(sums + c, load(sums + c) + sum);
           store(mass + c, load(mass + c) + probabilities);
@@ -489,7 +507,7 @@ class AttentionBackward {
       *block_sum(f.gradients_.sinks_sums, queries) = sum;
     }
 
-    // Scores and, where asked for, <do, v> of a block of keys, in s and ds; what is visible of it, in strips.
+    // Find the visible strips of a block of keys. Compute their scores in s and, if requested, <do, v> in ds.
     Gate<A> score_block(
         const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* found = nullptr) {
       bool of_prefix = columns.half == Half::prefix;
@@ -508,7 +526,7 @@ class AttentionBackward {
       return gate;
     }
 
-    // <q, k> in s and <do, v> in ds, for the strips.
+    // Compute <q, k> in s and, if requested, <do, v> in ds, for the strips. `found` receives the block of keys.
     void multiply(const QueryBlock& queries, const Columns& columns, bool need_dov, KeyBlock<Manner>* found) {
       bool of_prefix = columns.half == Half::prefix;
       if (queries.count <= kFew) {
@@ -534,13 +552,14 @@ class AttentionBackward {
       product.run(strip.rows, strip.columns);
     }
 
+    // Add the gradients of one block of keys to dK, dV, dQ, and the gradients of gate and key bias.
     void add_block(
         const QueryBlock& queries, const Columns& columns, const KeySums<A>& sums, bool need_dk, bool need_dv) {
       bool of_prefix = columns.half == Half::prefix;
       bool need_ds = need_dk || (of_prefix ? needs.whole_prefix() : needs.query);
       KeyBlock<Manner> kb;
       Gate<A> gate = score_block(queries, columns, need_ds, &kb);
-      int64_t row = place(p, queries, columns) - (of_prefix ? f.begin_ : 0);  // of the sums
+      int64_t row = place(p, queries, columns) - (of_prefix ? f.begin_ : 0);  // within the sums
       A* dk = need_dk ? sums.dk + row * f.width(true, p.D) : nullptr;
       A* dv = need_dv ? sums.dv + row * f.width(true, p.Dv) : nullptr;
       for (const Strip& strip : strips) {
@@ -579,7 +598,7 @@ class AttentionBackward {
       if (needs.query) add_values_few(k_at, k.strides[2], strip.rows, p.D, gradients, queries.count, dq);
     }
 
-    // What belongs to the softmax of a block of keys.
+    // The softmax that a block of keys belongs to.
     struct OfSoftmax {
       const Normalizers<A>& by;
       const A* delta;
@@ -591,7 +610,7 @@ class AttentionBackward {
       return {tokens_by, delta, A(1)};
     }
 
-    // P to P g keep in s.
+    // In s, turn scores into the weighted probabilities P g keep, where keep is dropout's factor.
     void weigh(const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       OfSoftmax softmax = of_softmax(queries, columns);
       A scale = scale_of(p, strip);
@@ -603,7 +622,11 @@ class AttentionBackward {
       });
     }
 
-    // P to P g keep in s, dP to dS c g in ds, dg in products, and dS before the soft cap's slope in uncapped.
+    // Differentiate the scores of a strip:
+    // - s: from scores to P g keep.
+    // - ds: from <do, v> to c g dS.
+    // - products: from c <q, k> to the gate's gradients per query.
+    // - uncapped: dS before it is multiplied by the derivative of the soft cap.
     void differentiate_scores(
         const QueryBlock& queries, const Columns& columns, const Strip& strip, const Gate<A>& gate) {
       OfSoftmax softmax = of_softmax(queries, columns);
@@ -624,7 +647,7 @@ class AttentionBackward {
       });
     }
 
-    // sums (rows of the strip) += tile rows (queries of the strip)
+    // sums [keys][width] += tile [keys][queries] * rows [queries][width], for the keys and queries of a strip.
     void add_to_rows(const Tile<Manner>& tile, const Operand* rows, int64_t width, A* sums, const Strip& strip) const {
       int64_t ld = round_up(width, kLanes<A>);
       Product<Manner> product{
@@ -640,7 +663,7 @@ class AttentionBackward {
       product.run(strip.rows, ld);
     }
 
-    // dg, added up over the block's queries, or for each of them.
+    // Add the gate's gradients, summed over the block's queries, or write them per query for a gate per query.
     void add_gate_gradient(const QueryBlock& queries, const Columns& columns) {
       if (gate_sums) return add_columns(products, queries, columns, gate_sums + columns.first);
       const Tensor& gradient = f.gradients_.prefix_gate;
@@ -650,7 +673,7 @@ class AttentionBackward {
         for (int64_t i = 0; i < queries.count; ++i) to[i * gradient.stride(2) + r] = products[r * kQueries + i];
     }
 
-    // Adds the sums over a block's queries.
+    // Add the sum over a block's queries, per key.
     void add_columns(const A* values, const QueryBlock& queries, const Columns& columns, double* to) const {
       for (int64_t r = 0; r < columns.rows; ++r, values += kQueries) {
         Vec<A> sums{};
@@ -676,9 +699,9 @@ class AttentionBackward {
   const A* normalizers_;
   Slots slots_;
   KeySumsShape token_shape_, prefix_shape_;
-  int64_t begin_ = 0, end_ = 0;  // the range of prefix keys that is gone through
+  int64_t begin_ = 0, end_ = 0;  // the current range of prefix keys
   Tensor prefix_sums_, cut_sums_;
-  Tensor kept_;  // between ranges, [items, kept_size()]
+  Tensor kept_;  // state between ranges, [items, kept_size()]
   ColumnSums gate_sums_, bias_sums_;
 };
 

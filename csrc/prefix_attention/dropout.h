@@ -1,6 +1,6 @@
-// Dropout: Philox's key is the seed, its counter (column, query, row and head, 0 for the prefix or 1 for tokens), where
-// column and query lack their bit of value 8. Those two bits choose the word: four words decide for two queries and two
-// columns, 8 apart.
+// Dropout of probabilities. Philox's key is the seed. Its counter is (column, query, row * Hq + head, 0 for the prefix
+// or 1 for tokens), with the bit of value 8 cleared in column and query. These two bits select one of the four words.
+// So the four words decide for two queries and two columns that are 8 apart.
 #pragma once
 
 #include "../common/philox.h"
@@ -11,7 +11,7 @@ namespace fastprefix {
 
 constexpr int64_t kApart = 8;
 
-#if defined(__AVX512F__)  // the compiler would multiply whole lanes, which takes several instructions
+#if defined(__AVX512F__)  // otherwise the compiler multiplies whole lanes, which needs several instructions
 template <>
 inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
   return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
@@ -23,13 +23,13 @@ inline Vec<uint64_t> multiply_low(Vec<uint64_t> x, uint32_t factor) {
 }
 #endif
 
-// As many numbers of type X as a vector has words.
+// A vector of type X with as many lanes as a vector of uint64_t.
 template <class X>
 struct AsManyOf {
   typedef X type __attribute__((vector_size(kLanes<uint64_t> * sizeof(X))));
 };
 
-// Words become factors.
+// Convert random words to factors: 0 for dropped elements, p.keep for all others.
 template <class T, class A>
 inline void store_kept(const AttentionProblem<T, A>& p, Vec<uint64_t> words, A* factors) {
   using Mask = typename AsManyOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>::type;
@@ -38,7 +38,7 @@ inline void store_kept(const AttentionProblem<T, A>& p, Vec<uint64_t> words, A* 
   std::memcpy(factors, &factor, sizeof(factor));
 }
 
-// Dropout's factors for a block of scores: factors[column][query]. Its first query is a multiple of 16.
+// Compute dropout's factors for a block of scores, factors [columns][kQueries]. The first query is a multiple of 16.
 template <class T, class A>
 void keep_factors(
     const AttentionProblem<T, A>& p,
@@ -51,7 +51,7 @@ void keep_factors(
   for (int64_t i = 0; i < kLanes<uint64_t>; ++i) lanes[i] = i;
   for (int64_t r = 0; r < columns; ++r, factors += kQueries) {
     uint64_t column = first_column + r, later = column / kApart % 2;
-    if (later && r >= kApart) continue;  // made with the column 8 before it
+    if (later && r >= kApart) continue;  // computed together with the column 8 before it
     bool both = !later && r + kApart < columns;
     for (int64_t first = 0; first < kQueries; first += 2 * kApart)
       for (int64_t i = first; i < first + kApart; i += kLanes<uint64_t>) {

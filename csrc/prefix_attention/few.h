@@ -1,20 +1,21 @@
-// The products for a few queries (decoding), where a block of 64 would be mostly empty: here the vectors lie along
-// the head size, keys and values are read as they come, once, and nothing is packed.
+// Products for one or two queries (decoding). A block of 64 queries would be mostly empty, so vectors run along the
+// head dimension instead. Keys and values are read once, directly from the tensors, and are not packed.
 #pragma once
 
 #include "pack.h"
 
 namespace fastprefix {
 
-constexpr int64_t kFew = 2;
+constexpr int64_t kFew = 2;  // the most queries for which these products are used
 
-// Rows of a few queries, [count][width padded with zeros to whole vectors].
+// Copy the rows of a few queries to [count][width padded with zeros to whole vectors].
 template <class A, class T>
 void pack_few(const T* from, int64_t stride, int64_t count, int64_t width, A* to) {
   pack_rows(from, stride, count, width, to, round_up(width, kLanes<A>));
 }
 
-// S^T [rows][kQueries] = K Q^T, and 0 in the rest of the first vector of each row.
+// S^T [rows][kQueries] = K Q^T. The rest of the first vector of each row is 0. A vector of products per key is
+// transposed and summed, so that kLanes keys are reduced together.
 template <class T>
 void score_few(
     const T* k,
@@ -41,7 +42,7 @@ void score_few(
     }
 }
 
-// O^T [Dv][kQueries] += V^T P^T
+// O^T [Dv][kQueries] += V^T P^T, for the first `count` columns
 template <class T>
 void add_values_few(
     const T* v,

@@ -1,11 +1,14 @@
-// Forward: one pass over prefix and tokens with an online softmax, a block of queries at a time.
+// The forward pass: one pass over prefix and tokens with an online softmax, for one block of kQueries queries at a
+// time. The keys are processed in blocks of kKeys, first the prefix, then the tokens.
 //
-// Scores are computed transposed, S^T = K Q^T: keys are broadcast from where they lie, the queries (transposed once)
-// fill the vectors. So maxima and sums are vertical, and P^T is at once the operand of O^T += V^T P^T.
+// Scores are computed transposed, S^T [keys][queries] = K Q^T. Keys are broadcast directly from the tensor, and the
+// queries, which are transposed once per block, run along the vectors. So maxima and sums over keys need no shuffles,
+// and P^T is an operand of O^T [Dv][queries] += V^T P^T without another transposition.
 //
-// In decoding, a row and head has too few queries to fill a vector, and each would read the whole prefix from memory.
-// So rows that see the same prefix keys go through them together first, in parts, with the queries of all heads that
-// share the keys (`gather`). Each row and head then starts from what was summed for it.
+// In decoding, one row and head has too few queries to fill a vector, and each row and head would read the whole prefix
+// from memory. So rows with the same prefix keys (a crowd) process them together first, in parts of kPartKeys keys,
+// with the queries of all heads that share the keys (`gather`). Each row and head then starts from its own gathered
+// sums.
 #pragma once
 
 #include "../common/scratch.h"
@@ -14,13 +17,13 @@
 
 namespace fastprefix {
 
-// Running reference, sum and weighted sum of values of a softmax, one a query. Probabilities are e to the score less
-// the reference, which is a score of about the largest so far.
+// The running state of a softmax, per query. Scores are exponentiated relative to the reference m, which is at most
+// kSlack below the largest score so far.
 template <class A>
 struct Softmax {
-  A* m;  // [kQueries]
-  A* l;
-  A* o;  // O^T [Dv][kQueries]
+  A* m;  // [kQueries]: the reference
+  A* l;  // [kQueries]: the sum of e^(s - m)
+  A* o;  // O^T [Dv][kQueries]: the sum of e^(s - m) v
 
   void take(Arena& arena, int64_t Dv) {
     m = arena.take<A>(kQueries);
@@ -28,18 +31,18 @@ struct Softmax {
     o = arena.take<A>(Dv * kQueries);
   }
 
-  // Nothing seen yet by the queries in so many columns, or (a sink) one score that has no value.
+  // Initialize `columns` columns to an empty softmax. A sink is one score without a value.
   void start(int64_t Dv, int64_t columns, A sink = -std::numeric_limits<A>::infinity()) {
     std::fill_n(m, columns, sink);
     std::fill_n(l, columns, sink == -std::numeric_limits<A>::infinity() ? A(0) : A(1));
     for (int64_t d = 0; d < Dv; ++d) std::fill_n(o + d * kQueries, columns, A(0));
   }
 
-  // The reference is finite or, in a row that has seen nothing, replaced by 0, so that -inf - m is -inf.
+  // Return the reference, with 0 in place of -inf (nothing seen yet), since -inf - (-inf) is NaN.
   static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
 
-  // Raises the reference to the largest of the strips' scores and rescales what was summed under the old one. That
-  // waits until they exceed it by more than kSlack: what counts is that nothing overflows.
+  // Raise the reference to the largest of the strips' scores, and rescale the sums. This waits until a score exceeds
+  // the reference by more than kSlack, since e^kSlack overflows nothing and rescaling costs a pass over o.
   void raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
     constexpr A kSlack = 8;
     for (int64_t c = 0; c < columns; c += kLanes<A>) {
@@ -92,8 +95,8 @@ class AttentionForward {
  private:
   struct ForwardWorker;
 
-  // Rows that see the same prefix keys. Of each query there are sums (m, l, O [Dv]) for every part of the keys:
-  // [Hkv][rows, G, N][parts][2 + Dv], from `sums` on.
+  // Rows that see the same prefix keys. Each query has sums (m, l, O [Dv]) for every part of the keys. They are stored
+  // as [Hkv][rows, G, N][parts][2 + Dv], from offset `sums` on.
   struct Crowd {
     Span span;
     std::vector<int64_t> rows;
@@ -108,7 +111,7 @@ class AttentionForward {
     int64_t crowd, hkv, first_query, index;
   };
 
-  // Finds the rows to gather, where nothing that multiplies a score or is added to it depends on the row.
+  // Find the crowds. Nothing that multiplies a prefix score or is added to it may depend on the row.
   void find_crowds() {
     crowd_of_.assign(p_.B, {-1, 0});
     if (p_.N > kFew || !p_.shared_prefix || p_.gate || p_.prefix_bias || p_.drops || !p_.shared_key_bias()) return;
@@ -138,12 +141,13 @@ class AttentionForward {
     if (sums > 0) sums_ = empty<A>({sums});
   }
 
-  // Where the sums of a query of a crowd begin, those of its first part.
+  // The sums of a crowd's query for the first part of the keys.
   A* sums_of(const Crowd& crowd, int64_t hkv, int64_t query) const {
     int64_t queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
     return sums_->data<A>() + crowd.sums + (hkv * queries + query) * crowd.parts() * (2 + p_.Dv);
   }
 
+  // Call one(worker, item) for all items, with one worker per slot.
   template <class Do>
   void work(const Slots& slots, Do one) {
     if (slots.items == 0) return;
@@ -162,16 +166,17 @@ class AttentionForward {
     return {item / blocks / p_.Hq, h, h / p_.G, index * kQueries, std::min(kQueries, p_.N - index * kQueries), index};
   }
 
+  // The scratch memory of one slot, and the work on one block of queries.
   struct ForwardWorker {
     const AttentionForward& f;
     const AttentionProblem<T, A>& p;
-    Operand* q;  // Q^T
-    A* few_q;    // or, for a few queries, Q
-    T* rows;     // of gathered queries
+    Operand* q;  // Q^T [D][kQueries]
+    A* few_q;  // Q [count][D], instead of Q^T for up to kFew queries
+    T* rows;  // gathered queries [kQueries][D]
     KeyBlocks<Manner, T> keys, values;
-    A* gates;
-    A* keeps;
-    Tile<Manner> s;
+    A* gates;  // see Gate
+    A* keeps;  // dropout's factors [kKeys][kQueries]
+    Tile<Manner> s;  // scores, then weighted probabilities
     Softmax<A> tokens, prefix;
     std::vector<Strip> strips;
     Seen seen[kKeys];
@@ -197,7 +202,7 @@ class AttentionForward {
       }
     }
 
-    // Goes through a part of a crowd's keys with a block of its queries.
+    // Attend to one part of a crowd's keys with one block of its queries, and store the sums.
     void gather(const Part& part) {
       const Crowd& crowd = f.crowds_[part.crowd];
       int64_t all = static_cast<int64_t>(crowd.rows.size()) * p.G * p.N;
@@ -219,7 +224,7 @@ class AttentionForward {
       }
     }
 
-    // Adds what was gathered for a row's and head's queries to a softmax that has seen no values yet.
+    // Add the gathered sums of a row and head to a softmax that has seen no values yet.
     void add_gathered(const QueryBlock& queries, const Crowd& crowd, int64_t row, Softmax<A>& softmax) const {
       int64_t size = 2 + p.Dv, parts = crowd.parts();
       auto power = [](A x) { return exp(splat(x))[0]; };
@@ -238,6 +243,7 @@ class AttentionForward {
       }
     }
 
+    // Compute the output of one block of queries.
     void attend(const QueryBlock& queries) {
       pack_queries(p.q.at(queries.b, queries.h, queries.first), p.q.strides[2], queries.count);
       int64_t columns = round_up(queries.count, kLanes<A>);
@@ -257,6 +263,7 @@ class AttentionForward {
       finish(queries);
     }
 
+    // Add one block of keys to a softmax.
     void add_block(const QueryBlock& queries, const Columns& columns, Softmax<A>& softmax) {
       bool of_prefix = columns.half == Half::prefix;
       find_strips(p, f.band_, queries, columns, seen, strips);
@@ -306,7 +313,7 @@ class AttentionForward {
             .run(p.Dv, strip.columns);
     }
 
-    // Scores to probabilities, in place, and their sums; then to what multiplies values.
+    // Turn the scores of a strip into weighted probabilities, in place, and add the probabilities to l.
     void exponentiate(const Strip& strip, const Gate<A>& gate, Softmax<A>& softmax) const {
       A scale = scale_of(p, strip);
       for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) {
@@ -321,7 +328,8 @@ class AttentionForward {
       }
     }
 
-    // The same, rounded to pairs of bfloat16. Strips begin at even rows; an odd last row is paired with zeros.
+    // Do the same, and round the weighted probabilities to pairs of bfloat16. Strips begin at even rows. An odd last
+    // row is paired with zeros.
     void exponentiate_pairs(const Strip& strip, const Gate<A>& gate, Softmax<A>& softmax) const {
       if constexpr (Manner::pair == 2) {
         float scale = scale_of(p, strip);
@@ -344,14 +352,14 @@ class AttentionForward {
       }
     }
 
-    // What a probability multiplies its value with: the gate, dropout.
+    // Multiply a probability by its gate and dropout factor. l sums the probabilities without them.
     Vec<A> weigh(Vec<A> probability, const Gate<A>& gate, int64_t r, int64_t c) const {
       if (gate) probability *= gate.at(r, c);
       if (keeps) probability *= load(keeps + r * kQueries + c);
       return probability;
     }
 
-    // o = O / l (+ og times the prefix's).
+    // Write o = O / l, plus output gate * O / l of the prefix if it has its own softmax, and the normalizers m and l.
     void finish(const QueryBlock& queries) {
       int64_t columns = round_up(queries.count, kLanes<A>);
       for (int64_t c = 0; c < columns; c += kLanes<A>) {
@@ -386,7 +394,7 @@ class AttentionForward {
   A* normalizers_;
   std::vector<Crowd> crowds_;
   std::vector<Part> parts_;
-  std::vector<std::pair<int64_t, int64_t>> crowd_of_;  // of each row its crowd, or -1, and its number there
+  std::vector<std::pair<int64_t, int64_t>> crowd_of_;  // [B]: the row's crowd, or -1, and its index within the crowd
   OptionalTensor sums_;
 };
 

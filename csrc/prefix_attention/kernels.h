@@ -1,4 +1,5 @@
-// What the operators call: one pair of functions for each type of tensor, compiled in its own file.
+// The functions that the operators call: one forward and one backward per dtype. Each dtype is compiled in its own
+// file.
 #pragma once
 
 #include "backward.h"
@@ -18,7 +19,7 @@ void backward_kernel(
     const Tensor& output,
     const Tensor& normalizers);
 
-// The body of both, for tensors of type T and products in the manner of Manner.
+// Define both functions for tensors of type T. Manner (gemm.h) multiplies.
 #define FASTPREFIX_DEFINE_KERNELS(T, Manner)                                                         \
   template <>                                                                                        \
   void forward_kernel<T>(const AttentionArguments& a, Tensor& output, Tensor& normalizers) {         \

@@ -1,4 +1,5 @@
-// Blocks of keys (or of values) as operands of products.
+// Blocks of up to kKeys keys (or values) as operands of products. They are read directly from the tensor if its layout
+// is one that the product can read, else from a packed copy.
 #pragma once
 
 #include "few.h"
@@ -6,23 +7,24 @@
 
 namespace fastprefix {
 
-// One block of keys (or values) as the broadcast side of a product, summed over its width (`along`) or over its rows
-// (`across`). Operands are read where they lie if their form allows it, else from a packed block.
+// One block of keys (or values) as the broadcast operand of a product that sums over the width (`along`) or over the
+// keys
+// (`across`).
 template <class Manner>
 struct KeyBlock {
   using Operand = typename Manner::Operand;
-  const Operand* rows = nullptr;
+  const Operand* rows = nullptr;  // [keys][width], rows `stride` apart
   int64_t stride = 0;
-  const Operand* pairs = nullptr;
+  const Operand* pairs = nullptr;  // bfloat16 pairs: [keys / 2][pair_stride][2], or with AMX [width][kKeys]
   int64_t pair_stride = 0;
 
-  // C (rows of the block x lanes) = block B, B [width][kQueries].
+  // C [keys][kQueries] = block * B, with B [width][kQueries].
   Product<Manner> along(int64_t width, const Operand* b, typename Manner::Accumulator* c) const {
     int64_t steps = (width + Manner::pair - 1) / Manner::pair;
     return {rows, stride, Manner::pair, b, kQueries * Manner::pair, c, kQueries, steps, false};
   }
 
-  // C (width x lanes) += block^T B, B [rows][kQueries], from `first` on.
+  // C [width][kQueries] += block^T * B, with B [keys][kQueries], over `count` keys from `first` on.
   Product<Manner> across(int64_t first, int64_t count, const Operand* b, typename Manner::Accumulator* c) const {
     int64_t steps = (count + Manner::pair - 1) / Manner::pair;
     b += first * kQueries;
@@ -32,8 +34,8 @@ struct KeyBlock {
   }
 };
 
-// Packs the blocks that do not lie as the product wants them. Those of a row and head are kept, if they take no more
-// than kKeptBytes, for the blocks of queries and the heads of the group that follow.
+// Packs blocks that the product cannot read directly. If all packed blocks of a row and key/value head fit in
+// kKeptBytes, they are kept for the next blocks of queries and the other query heads of the group.
 template <class Manner, class T>
 class KeyBlocks {
   using Operand = typename Manner::Operand;
@@ -42,7 +44,7 @@ class KeyBlocks {
   static constexpr int64_t kKeptBytes = int64_t{1} << 20;
 
  public:
-  // Of keys with `width` elements; what they are used for.
+  // Take the memory for keys (or values) of `width` elements that are used `along`, `across` or both.
   void take(Arena& arena, const AttentionProblem<T, A>& p, int64_t width, bool along, bool across) {
     width_ = width;
     packs_rows_ = (along || Manner::pair == 1) && (!kAsTheyLie || width % Manner::pair != 0);
@@ -53,9 +55,11 @@ class KeyBlocks {
     int64_t blocks = prefix_blocks_ + (p.M + kKeys - 1) / kKeys, bytes = blocks * size_ * sizeof(Operand);
     bool again = p.N > kFew && p.G * p.query_blocks() > 1;
     ready_.assign(again && size_ > 0 && bytes <= kKeptBytes ? blocks : 0, false);
-    memory_ = arena.take<Operand>((static_cast<int64_t>(ready_.size()) + 1) * size_);  // one for a block not kept
+    memory_ = arena.take<Operand>(
+        (static_cast<int64_t>(ready_.size()) + 1) * size_);  // one more for blocks that are not kept
   }
 
+  // Return a block of keys or values of the prefix or the tokens, packed if necessary.
   KeyBlock<Manner> find(
       const AttentionProblem<T, A>& p,
       const View<const T>& prefix,
@@ -73,7 +77,7 @@ class KeyBlocks {
       b_ = queries.b;
       hkv_ = queries.hkv;
       index = columns.first / kKeys + (of_prefix ? 0 : prefix_blocks_);
-      // All rows: later queries may see more of them.
+      // Pack all keys of the block, since later queries may see more of them.
       rows = std::min(kKeys, (of_prefix ? p.spans[queries.b].length : p.M) - columns.first);
       ready = ready_[index];
       ready_[index] = true;
@@ -109,7 +113,7 @@ class KeyBlocks {
   int64_t width_ = 0, rows_size_ = 0, size_ = 0, prefix_blocks_ = 0;
   bool packs_rows_ = false, packs_pairs_ = false;
   int64_t b_ = -1, hkv_ = -1;
-  std::vector<char> ready_;  // which blocks are packed, of row b_ and head hkv_; empty: none is kept
+  std::vector<char> ready_;  // flags of the packed blocks of row b_ and head hkv_; empty if blocks are not kept
 };
 
 }  // namespace fastprefix

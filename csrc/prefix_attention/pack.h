@@ -1,4 +1,4 @@
-// Moving operands into the forms that the product wants, a block at a time, in a thread's own scratch memory.
+// Copies of operands in the forms that the product reads, one block at a time, in a thread's own scratch memory.
 #pragma once
 
 #include "../common/gemm.h"
@@ -8,9 +8,9 @@
 
 namespace fastprefix {
 
-constexpr int64_t kKeys = 96;  // keys in a block
+constexpr int64_t kKeys = 96;  // keys per block
 
-// rows x width of T to operands, rows `ld` apart and padded with zeros up to there.
+// Convert rows x width of T to operands, in rows that are `ld` apart and padded with zeros to `ld`.
 template <class Op, class T>
 void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Op* to, int64_t ld) {
   using A = AccumulatorOf<Op>;
@@ -19,7 +19,7 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, Op* t
       store_first(to + r * ld + d, load_first(from + r * stride + d, width - d), ld - d);
 }
 
-// The same, two rows together: to[r / 2][d][r % 2]. An odd last row is paired with zeros. `ld` a multiple of lanes.
+// Interleave pairs of rows: to[r / 2][d][r % 2]. An odd last row is paired with zeros. `ld` is a multiple of kLanes.
 inline void pack_row_pairs(
     const BFloat16* from, int64_t stride, int64_t rows, int64_t width, BFloat16* to, int64_t ld) {
   for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
@@ -31,7 +31,8 @@ inline void pack_row_pairs(
     }
 }
 
-// A block of keys transposed: to[d][row], kKeys apart, of which those past `rows` are zero.
+// Transpose a block of keys to to[d][row], with rows of kKeys. Elements from `rows` to the end of the last vector are
+// zero.
 inline void pack_row_pairs_transposed(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, BFloat16* to) {
   constexpr int n = kLanes<float>;
   for (int64_t r0 = 0; r0 < round_up(rows, 2 * n); r0 += 2 * n)
@@ -51,7 +52,8 @@ inline void pack_row_pairs_transposed(const BFloat16* from, int64_t stride, int6
     }
 }
 
-// Rows as the vector side of a product that sums over the rows: [row][width padded with zeros to whole vectors].
+// Convert rows to the vector operand of a product that sums over the rows: [row][width padded with zeros to whole
+// vectors], or with pairs [row / 2][padded width][2]. The number of rows is rounded up to kLanes with zeros.
 template <class Manner, class T>
 void pack_vectors(const T* from, int64_t stride, int64_t rows, int64_t width, typename Manner::Operand* to) {
   using A = typename Manner::Accumulator;

@@ -1,6 +1,8 @@
-// The operators' arguments as the kernels read them: sizes, pointers and strides, nothing owned or copied.
+// The operators' arguments in the form that the kernels read: sizes, pointers and strides. No tensor is owned or
+// copied.
 //
-// B batch, N queries, M keys, P prefix keys, Hq/Hkv query and key-value heads, D/Dv head sizes, as in the formulas.
+// B: batch size. N: queries per row. M: token keys per row. P: prefix keys. Hq, Hkv: query and key/value heads.
+// D, Dv: head dimensions of keys and of values.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +13,7 @@
 
 namespace fastprefix {
 
-// Up to four dimensions of a tensor; those of size 1 broadcast (their stride is 0).
+// A pointer and up to four strides. Dimensions of size 1 broadcast, so their stride is 0.
 template <class T>
 struct View {
   T* data = nullptr;
@@ -29,21 +31,21 @@ struct View {
   }
 };
 
-constexpr int64_t kQueries = 64;  // queries in a block: the vector side of S^T
+constexpr int64_t kQueries = 64;  // queries per block; in S^T they run along the vectors
 
 inline int64_t query_blocks(int64_t queries) {
   return (queries + kQueries - 1) / kQueries;
 }
 
-enum class Half { prefix, tokens };
+enum class Half { prefix, tokens };  // the two sets of keys
 
-// The queries that are worked on together: `count` of them from `first` on, of row b and head h.
+// A block of queries: `count` of them from `first` on, in row b and head h.
 struct QueryBlock {
   int64_t b, h, hkv, first, count;
-  int64_t index;  // of the block within its row and head
+  int64_t index;  // the block's number within its row and head
 };
 
-// The keys of the store of prefixes that a row of the batch sees. Without a store this is the whole prefix.
+// The prefix keys that a row of the batch sees, in the store of prefixes. Without a store this is the whole prefix.
 struct Span {
   int64_t start, length;
 };
@@ -55,21 +57,21 @@ inline std::vector<Span> read_spans(const OptionalTensor& tensor, int64_t rows, 
     const int64_t* span = tensor->data<const int64_t>() + 2 * row;
     if (span[0] < 0 || span[1] < 0 || span[1] > keys || span[0] > keys - span[1])
       refuse_value(
-          "`prefix_spans` must lie within the store of ", keys, " prefix keys; row ", row, " starts at ", span[0],
-          " and has length ", span[1]);
+          "`prefix_spans` must hold spans within the store of ", keys, " prefix keys; row ", row, " starts at ",
+          span[0], " and has length ", span[1]);
     spans.push_back({span[0], span[1]});
   }
   return spans;
 }
 
-// T: the tensors' type; A: that of sums and scores.
+// T is the type of the tensors. A is the type of sums and scores.
 template <class T, class A>
 struct AttentionProblem {
-  int64_t B, Hq, Hkv, G, N, M, D, Dv;  // G: query heads for each key/value head
-  int64_t prefix_keys;                 // P, or with spans those of the store
+  int64_t B, Hq, Hkv, G, N, M, D, Dv;  // G: query heads per key/value head
+  int64_t prefix_keys;                 // P, or the length of the store if there are spans
   std::vector<Span> spans;             // [B]
   int64_t P;                           // the largest length of a span
-  int64_t frozen;                      // so many of the first prefix keys have no gradient
+  int64_t frozen;                      // the first `frozen` prefix keys have no gradient
   View<const T> q, k, v, pk, pv;
   View<const T> gate, output_gate, bias_mask, prefix_bias, key_bias, sinks;
   View<const bool> bool_mask;
@@ -77,11 +79,11 @@ struct AttentionProblem {
   bool gate_per_query, shared_prefix, from_store, causal;
   std::optional<int64_t> window;
   A scale;
-  A softcap = 0;  // 0: none
+  A softcap = 0;  // 0 is no soft cap
   bool drops = false;
   uint32_t seed_low = 0, seed_high = 0;
-  uint32_t drop_below = 0;  // an element is dropped where its random word lies below this
-  A keep = 1;               // what a kept one is multiplied by
+  uint32_t drop_below = 0;  // an element is dropped if its random word is below this
+  A keep = 1;               // the factor of elements that are not dropped
 
   explicit AttentionProblem(const AttentionArguments& a)
       : B(a.query.size(0)),
@@ -126,7 +128,7 @@ struct AttentionProblem {
       seed_low = static_cast<uint32_t>(seed);
       seed_high = static_cast<uint32_t>(seed >> 32);
       double below = std::nearbyint(a.dropout_p * 0x1p32);
-      bool none_kept = below == 0x1p32;  // which is no word
+      bool none_kept = below == 0x1p32;  // does not fit into a word, so a factor of 0 drops everything
       drop_below = none_kept ? 0 : static_cast<uint32_t>(below);
       keep = none_kept ? A(0) : static_cast<A>(1.0 / (1.0 - a.dropout_p));
     }
@@ -134,12 +136,13 @@ struct AttentionProblem {
 
   bool gate_differs_by_query() const { return gate_per_query && gate.strides[2] != 0; }
   bool masked() const { return bool_mask || query_segments; }
+  // Prefix and tokens have two softmaxes if there is an output gate.
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
   int64_t query_blocks() const { return fastprefix::query_blocks(N); }
   bool shared_key_bias() const { return key_bias.strides[0] == 0; }
   int64_t key_bias_columns() const { return from_store ? prefix_keys : P; }
-  // Where, in normalizers [softmaxes][m, l][B, Hq, N], those of a block begin.
+  // The offset of a block of queries in the normalizers [softmaxes][m, l][B, Hq, N].
   int64_t normalizer(const QueryBlock& queries, int64_t softmax, int64_t part) const {
     return (((softmax * 2 + part) * B + queries.b) * Hq + queries.h) * N + queries.first;
   }

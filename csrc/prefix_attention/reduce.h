@@ -1,4 +1,4 @@
-// Sums of a gradient, brought to the shape of what was broadcast.
+// Sums of gradients over broadcast dimensions.
 #pragma once
 
 #include <vector>
@@ -7,13 +7,13 @@
 
 namespace fastprefix {
 
-// Adds `sums` (of type S) up, in float64, over the dimensions in which `gradient` (of type T) has size 1.
+// Sum `sums` (of type S), in float64, over the dimensions in which `gradient` (of type T) has size 1.
 template <class T, class S>
 void sum_into_typed(const Tensor& gradient, const Tensor& sums) {
   int64_t last = sums.dim() - 1, columns = sums.size(last), outputs = 1, terms = 1;
   auto kept = [&](int64_t d) { return gradient.size(d) == sums.size(d); };
   for (int64_t d = 0; d < last; ++d) (kept(d) ? outputs : terms) *= sums.size(d);
-  // Where the index-th element of the kept dimensions, or of the others, lies in x.
+  // The offset in x of the index-th element of the kept dimensions, or of the summed dimensions.
   auto place = [&](int64_t index, bool of_kept, const Tensor& x) {
     int64_t at = 0;
     for (int64_t d = last - 1; d >= 0; --d) {
@@ -50,7 +50,8 @@ inline void sum_into(const Tensor& gradient, const Tensor& sums) {
   });
 }
 
-// The same for sums with a column for each prefix key; where the gradient has more columns, no row sees their keys.
+// Do the same for sums with one column per prefix key. If the gradient has more columns, no row sees the additional
+// keys, so their gradient is 0.
 inline void sum_columns_into(const Tensor& gradient, const Tensor& sums) {
   int64_t columns = sums.size(-1), all = gradient.size(-1);
   if (all <= std::max<int64_t>(columns, 1)) return sum_into(gradient, sums);

@@ -1,6 +1,8 @@
 // The operators `fastprefix::prefix_attention.cpu` and `fastprefix::prefix_attention_backward.cpu`.
 //
-// Schemas, fakes and autograd are the Python package's (fastprefix/ops/prefix_attention/registration.py).
+// They bring the arguments to the form that the kernels read, allocate the results, choose the kernels by dtype, and
+// sum gradients of broadcast arguments. Python defines the schemas, fakes and autograd
+// (fastprefix/ops/prefix_attention/registration.py).
 #include <torch/csrc/stable/library.h>
 
 #include "kernels.h"
@@ -9,13 +11,13 @@
 namespace fastprefix {
 namespace {
 
-// Kernels read rows whose elements are neighbours. A tensor that is laid out otherwise (a stride over the head size)
-// is copied; no layout that attention modules produce is.
+// Return x if its last dimension has stride 1, which the kernels require, or a contiguous copy. The layouts that
+// attention modules produce need no copy.
 Tensor with_dense_rows(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : contiguous(x);
 }
 
-// The arguments as the kernels read them: rows are dense, segments have 64 bits.
+// Return the arguments in the form that the kernels read: rows are dense, and segments and spans are int64.
 AttentionArguments with_dense_rows(AttentionArguments a) {
   for (Tensor* x : {&a.query, &a.key, &a.value, &a.prefix_key, &a.prefix_value}) *x = with_dense_rows(*x);
   for (OptionalTensor* x : {&a.query_segments, &a.key_segments})
@@ -24,7 +26,8 @@ AttentionArguments with_dense_rows(AttentionArguments a) {
   return a;
 }
 
-// The layouts of fastprefix/ops/prefix_attention/layout.py: heads and length as in `like`.
+// Allocate [B, H, N, size] with heads and length in the memory order of `like`, as in
+// fastprefix/ops/prefix_attention/layout.py.
 Tensor empty_heads(const Tensor& like, int64_t size) {
   int64_t B = like.size(0), H = like.size(1), N = like.size(2);
   if (like.stride(1) >= like.stride(2)) return empty({B, H, N, size}, like.dtype());
@@ -57,7 +60,7 @@ AttentionResults allocate_results(const AttentionNeeds& needs, const AttentionAr
   return results;
 }
 
-// Those that are there, in the order of the schema.
+// List the requested gradients in the order of the schema.
 std::vector<Tensor> list_results(const AttentionResults& results) {
   std::vector<Tensor> given;
 #define FASTPREFIX_LIST(type, name) \
@@ -83,7 +86,8 @@ std::vector<Tensor> run_backward(
     const Tensor& normalizers,
     const AttentionNeeds& needs) {
   STD_TORCH_CHECK(
-      !needs.attn_mask && !needs.prefix_bias, "attn_mask and prefix_bias have gradients from the eager backend alone");
+      !needs.attn_mask && !needs.prefix_bias,
+      "the cpu backend does not compute gradients of `attn_mask` and `prefix_bias`; use backend=\"eager\"");
   AttentionResults results = allocate_results(needs, original);
   std::vector<Tensor> given = list_results(results);
   AttentionArguments a = with_dense_rows(original);

@@ -1,4 +1,5 @@
-// From products <q, k> to scores: scale and gate, soft cap, bias, what is hidden. Blocks of S^T, [key][query].
+// Scores from products <q, k>, in blocks of S^T [kKeys][kQueries]. The steps are, in this order: scale and gate, soft
+// cap, bias, and -inf for hidden scores.
 #pragma once
 
 #include "dropout.h"
@@ -6,11 +7,11 @@
 
 namespace fastprefix {
 
-// What multiplies the rows of a prefix block: a gate for each row, or for each row and query. Without one, 1.
+// The gate of a block of prefix keys: one factor per key, or one per key and query. Without a gate, the factor is 1.
 template <class A>
 struct Gate {
-  const A* of_row = nullptr;
-  const A* of_query = nullptr;  // [row][kQueries]
+  const A* of_row = nullptr;    // [kKeys]
+  const A* of_query = nullptr;  // [kKeys][kQueries]
 
   explicit operator bool() const { return of_row || of_query; }
   Vec<A> at(int64_t row, int64_t column) const {
@@ -19,41 +20,41 @@ struct Gate {
   }
 };
 
-// A block of keys of one half, from `first` on; in the prefix that counts from the start of the row's span.
+// A block of `rows` keys from `first` on. In the prefix, `first` counts from the start of the row's span.
 struct Columns {
   Half half;
   int64_t first, rows;
 };
 
-// Where a block of keys begins, in the store of prefixes or among the tokens.
+// Return the index of a block's first key in the tensor of the prefix (or store) or of the tokens.
 template <class T, class A>
 int64_t place(const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns) {
   return columns.first + (columns.half == Half::prefix ? p.spans[queries.b].start : 0);
 }
 
-// Calls use(columns) for the blocks of the keys [begin, end) of one half.
+// Call use(columns) for each block of the keys [begin, end).
 template <class Use>
 void for_blocks(Half half, int64_t begin, int64_t end, Use use) {
   for (int64_t first = begin; first < end; first += kKeys) use(Columns{half, first, std::min(kKeys, end - first)});
 }
 
-// The same for the tokens of which queries see something in the band.
+// Call use(columns) for each block of token keys that is within the queries' band.
 template <class T, class A, class Use>
 void for_token_blocks(const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, Use use) {
   int64_t end = std::min(p.M, band.last_key(queries.first + queries.count - 1) + 1);
-  // Blocks begin where they do for other queries, so that they can share what is packed.
+  // Blocks begin at multiples of kKeys for all queries, so that they can share packed blocks.
   for_blocks(Half::tokens, std::max<int64_t>(0, band.first_key(queries.first)) / kKeys * kKeys, end, use);
 }
 
-// Calls visit(row, column) for every vector of a strip of a block.
+// Call visit(row, column) for every vector of a strip.
 template <class A, class Visit>
 inline void for_vectors(const Strip& strip, Visit visit) {
   for (int64_t r = strip.row; r < strip.row + strip.rows; ++r)
     for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>) visit(r, c);
 }
 
-// The sum over a strip's rows, made group by group: one long sum would round more. terms(row, both, sum) adds the term
-// of a row, and that of the next one if it is given both.
+// Sum terms over a strip's rows, in groups of kGroup rows, since one long sum has larger rounding errors.
+// terms(row, both, sum) adds the term of a row to `sum`, and the next row's term too if `both` is true.
 template <class A, class Terms>
 inline Vec<A> sum_row_pairs(const Strip& strip, Terms terms) {
   constexpr int64_t kGroup = 8;
@@ -69,7 +70,7 @@ inline Vec<A> sum_row_pairs(const Strip& strip, Terms terms) {
   return sum + rest;
 }
 
-// The same for term(row).
+// Sum term(row) over a strip's rows, in the same groups.
 template <class A, class Term>
 inline Vec<A> sum_rows(const Strip& strip, Term term) {
   return sum_row_pairs<A>(strip, [&](int64_t r, bool both, Vec<A>& sum) {
@@ -78,7 +79,7 @@ inline Vec<A> sum_rows(const Strip& strip, Term term) {
   });
 }
 
-// A gate's values for a block of prefix keys, into `values`.
+// Read the gate of a block of prefix keys into `values`. Blocks of tokens have no gate.
 template <class T, class A>
 Gate<A> read_gate(const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns, A* values) {
   if (!p.gate || columns.half == Half::tokens) return {};
@@ -95,7 +96,7 @@ Gate<A> read_gate(const AttentionProblem<T, A>& p, const QueryBlock& queries, co
   return {nullptr, values};
 }
 
-// Adds a bias [B, Hq, N, keys] that broadcasts.
+// Add a bias [B, Hq, N, keys], whose dimensions may broadcast.
 template <class T, class A>
 void add_bias(const View<const T>& bias, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
   constexpr int n = kLanes<A>;
@@ -107,7 +108,7 @@ void add_bias(const View<const T>& bias, const QueryBlock& queries, const Column
       store(at, load(at) + splat(static_cast<A>(from[r * to_key])));
     });
   for (int64_t c = strip.column; c < strip.column + strip.columns; c += n)
-    for (int64_t r0 = strip.row; r0 < end; r0 += n) {  // squares, read along the keys
+    for (int64_t r0 = strip.row; r0 < end; r0 += n) {  // read squares along the keys, then transpose them
       Vec<A> square[n];
       for (int64_t i = 0; i < n; ++i) {
         square[i] = Vec<A>{};
@@ -125,7 +126,7 @@ void add_bias(const View<const T>& bias, const QueryBlock& queries, const Column
     }
 }
 
-// Adds a bias for each prefix key, [B, Hkv, P] or of the store, [1, Hkv, T], that broadcasts.
+// Add a bias per prefix key: [B, Hkv, P], or [1, Hkv, T] for a store of T keys. Its dimensions may broadcast.
 template <class T, class A>
 void add_key_bias(
     const AttentionProblem<T, A>& p, const QueryBlock& queries, const Columns& columns, const Strip& strip, A* s) {
@@ -136,7 +137,7 @@ void add_key_bias(
   });
 }
 
-// Which queries see which keys of a block of tokens: causality and windows, segments, a mask.
+// Find the queries that see each key of a block of tokens, from causality, window, segments and mask.
 template <class T, class A>
 void find_seen(
     const AttentionProblem<T, A>& p, const Band& band, const QueryBlock& queries, const Columns& columns, Seen* seen) {
@@ -148,7 +149,7 @@ void find_seen(
     Seen same = 0;
     for (int64_t r = 0; r < columns.rows; ++r) {
       int64_t segment = of_key[r * to_key];
-      if (r == 0 || segment != of_key[(r - 1) * to_key]) {  // neighbors mostly are of one segment
+      if (r == 0 || segment != of_key[(r - 1) * to_key]) {  // neighbors usually are in the same segment
         same = 0;
         for (int64_t i = 0; i < queries.count; ++i) same |= Seen{of_query[i * to_query] == segment} << i;
       }
@@ -173,8 +174,7 @@ void find_seen(
   }
 }
 
-// What queries see of a block of keys, in strips; where there is a mask or there are segments, `seen` tells of each
-// key.
+// Find the visible strips of a block. With a mask or segments, also fill `seen` with one word per key.
 template <class T, class A>
 void find_strips(
     const AttentionProblem<T, A>& p,
@@ -189,14 +189,15 @@ void find_strips(
   seen_strips(seen, queries, columns.rows, kLanes<A>, strips);
 }
 
-// What the scores of a strip are still to be multiplied by.
+// Return the factor by which the scores of a strip must still be multiplied.
 template <class T, class A>
 A scale_of(const AttentionProblem<T, A>& p, const Strip& strip) {
   return strip.unscaled ? p.scale : A(1);
 }
 
-// Products in `s` to scores, in place; `seen` as find_strips left it. `slopes`, where given, gets the soft cap's
-// derivative. Where the scale is all that is to be done, it is left to whoever reads the scores.
+// Turn the products in `s` [kKeys][kQueries] into scores, in place. `seen` is find_strips' result. If `slopes` is
+// given, it receives the derivative of the soft cap. If the scale is the only change, the strip is marked as unscaled
+// and the code that reads the scores applies it, which saves a pass.
 template <class T, class A>
 void make_scores(
     const AttentionProblem<T, A>& p,

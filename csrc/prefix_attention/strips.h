@@ -1,5 +1,5 @@
-// Which part of a block of scores can be seen, in rectangles: of the band that causality and a window leave, and of
-// what masks and segments leave of it.
+// The visible part of a block of scores S^T [keys][queries], as a list of rectangles (strips). Causality and a window
+// leave a band of the scores, and masks and segments hide more of it. Products skip everything outside the strips.
 #pragma once
 
 #include <algorithm>
@@ -12,20 +12,22 @@
 
 namespace fastprefix {
 
-// Rows (keys) and columns (queries, whole vectors) of a block of S^T. `partial`: some of it is hidden.
+// A rectangle of a block of S^T: rows are keys, and columns are queries in whole vectors. `partial` is true if some of
+// its scores are hidden.
 struct Strip {
   int64_t row, rows, column, columns;
   bool partial;
-  bool unscaled = false;  // its scores are products, still without the scale
+  bool unscaled = false;  // its scores are products that are not yet multiplied by the scale
 };
 
 constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;
 
-// The queries that see a key, and the keys that a query sees: ranges whose ends never decrease.
+// The band of scores that causality and a window leave. The queries that see a key form a range, and so do the keys
+// that a query sees. The ends of these ranges never decrease.
 struct Band {
-  int64_t offset;        // M - N: positions are aligned to the end
-  int64_t behind = kFar; // how far a key may lie behind its query
-  int64_t ahead = kFar;  // and ahead of it
+  int64_t offset;        // M - N: the last query and the last key have the same position
+  int64_t behind = kFar; // how many positions a key may be behind its query
+  int64_t ahead = kFar;  // how many positions a key may be ahead of its query
 
   template <class T, class A>
   explicit Band(const AttentionProblem<T, A>& p) : offset(p.M - p.N) {
@@ -39,7 +41,8 @@ struct Band {
   int64_t last_key(int64_t query) const { return query + offset + ahead; }
 };
 
-// What the work of each row's queries costs: the keys that they may see, and a block for what does not depend on keys.
+// Return the cost of one block of queries, for each row of the batch. It is the number of keys that the row may see,
+// plus kKeys for work that does not depend on keys.
 template <class T, class A>
 std::vector<int64_t> row_costs(const AttentionProblem<T, A>& p) {
   std::vector<int64_t> costs;
@@ -47,24 +50,24 @@ std::vector<int64_t> row_costs(const AttentionProblem<T, A>& p) {
   return costs;
 }
 
-// Which queries of a block see a key, a bit each.
+// The queries of a block that see a key, one bit per query.
 using Seen = uint64_t;
 static_assert(kQueries == 64);
 
-// Bits from `from` up to `to`.
+// Set the bits from `from` up to, but not including, `to`.
 inline Seen bit_range(int64_t from, int64_t to) {
   if (from >= to) return 0;
   return (~Seen{0} >> (kQueries - (to - from))) << from;
 }
 
-// The queries that see a key of the band.
+// Return the queries that see a key of the band.
 inline Seen see_band(const Band& band, const QueryBlock& queries, int64_t key) {
   return bit_range(
       std::clamp<int64_t>(band.first_query(key) - queries.first, 0, queries.count),
       std::clamp<int64_t>(band.last_query(key) + 1 - queries.first, 0, queries.count));
 }
 
-// Appends a strip, or makes the last one longer by it.
+// Append a strip, or extend the last strip if both have the same columns and `partial`.
 inline void add_strip(std::vector<Strip>& strips, const Strip& strip) {
   Strip* last = strips.empty() ? nullptr : &strips.back();
   if (last && last->row + last->rows == strip.row && last->column == strip.column && last->columns == strip.columns &&
@@ -75,7 +78,8 @@ inline void add_strip(std::vector<Strip>& strips, const Strip& strip) {
   }
 }
 
-// The strips of a block of keys of which `seen` tells who sees them; `lanes`: a vector's length.
+// Find the strips of a block from `seen`, which has one word per key. `lanes` is the length of a vector. Each group of
+// `lanes` keys that some query sees becomes a strip, or extends the last one.
 inline void seen_strips(
     const Seen* seen, const QueryBlock& queries, int64_t rows, int64_t lanes, std::vector<Strip>& strips) {
   strips.clear();
@@ -91,7 +95,7 @@ inline void seen_strips(
   }
 }
 
-// The visible strips of keys [first, first + rows) for a block of queries; `lanes`: a vector's length.
+// Find the strips of the keys [first, first + rows) for a block of queries, from the band alone.
 inline void visible_strips(
     const Band& band,
     const QueryBlock& queries,
@@ -114,7 +118,7 @@ inline void visible_strips(
   }
 }
 
-// The prefix: everything is seen.
+// Make one strip of the whole block. Every query sees the whole prefix.
 inline void all_visible(const QueryBlock& queries, int64_t rows, int64_t lanes, std::vector<Strip>& strips) {
   strips.assign(1, {0, rows, 0, round_up(queries.count, lanes), false});
 }

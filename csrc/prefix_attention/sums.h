@@ -1,5 +1,5 @@
-// Sums of key and value gradients: float32 (float64), one row of memory a key, kept apart for every slot that adds to
-// them and then added up in the order of the slots. So they are the same from run to run for a number of threads.
+// Sums of gradients over blocks of queries, in float32 or float64. Each slot has its own sums. They are added in the
+// order of the slots, so results are the same in every run with the same number of threads.
 #pragma once
 
 #include "../common/scratch.h"
@@ -7,7 +7,7 @@
 
 namespace fastprefix {
 
-// dK and dV of one range of keys. Widths are padded to whole vectors.
+// Sums of dK and dV for a range of keys. Widths are padded to whole vectors.
 template <class A>
 struct KeySums {
   A* dk = nullptr;  // [keys][round_up(D)]
@@ -15,7 +15,7 @@ struct KeySums {
 };
 
 struct KeySumsShape {
-  int64_t keys, D, Dv;  // padded widths; 0 where the gradient is not asked for
+  int64_t keys, D, Dv;  // D and Dv are padded widths, or 0 if the gradient is not requested
 
   int64_t size() const { return keys * (D + Dv); }
   template <class A>
@@ -24,7 +24,7 @@ struct KeySumsShape {
   }
 };
 
-// Adds up `count` pieces, `step` apart, and writes them as rows of T.
+// Add `count` pieces [rows][ld] that are `step` apart, and write the sum as rows of T.
 template <class T, class A>
 void write_sum(
     const A* from, int64_t count, int64_t step, int64_t rows, int64_t ld, int64_t width, T* to, int64_t stride) {
@@ -36,11 +36,12 @@ void write_sum(
     }
 }
 
-// Sums of one number a column, for groups of items that follow one another: a row for each slot and group that meet.
-// A slot and a group name one row: both only ever grow, and one of them with every row.
+// Sums of one number per column, for consecutive groups of items. Each pair of a slot and a group with common items has
+// a row. From one pair to the next, neither number decreases and at least one increases, so `slot + group` numbers the
+// rows.
 struct ColumnSums {
-  int64_t items = 1, columns = 0;  // of a group
-  Tensor rows;                     // float64: long sums of numbers that cancel
+  int64_t items = 1, columns = 0;  // per group
+  Tensor rows;                     // [slots + groups - 1, columns] in float64, since long sums cancel
 
   ColumnSums() = default;
   ColumnSums(const Slots& slots, int64_t groups, int64_t columns)
@@ -50,7 +51,7 @@ struct ColumnSums {
 
   double* row(int64_t slot, int64_t item) const { return rows.data<double>() + (slot + item / items) * columns; }
 
-  // [groups, columns], each the sum of its rows in the order of the slots.
+  // Return [groups, columns], where each group is the sum of its rows in the order of the slots.
   Tensor total(const Slots& slots) const {
     int64_t groups = slots.items / items;
     Tensor totals = empty<double>({groups, columns});

@@ -1,5 +1,6 @@
-// Blocks of probabilities (or score gradients) as operands. Where the product takes pairs, they are rounded twice:
-// `natural` for sums over queries, `pairs` of keys for sums over keys. Where it does not, they are used as they are.
+// Blocks of probabilities (or score gradients) as operands of products. For bfloat16 pairs they are rounded to one or
+// two copies: `natural` for sums over queries, and `pairs` of keys for sums over keys. In ordinary arithmetic all three
+// are the same memory.
 #pragma once
 
 #include "key_blocks.h"
@@ -11,9 +12,9 @@ struct Tile {
   using Operand = typename Manner::Operand;
   using A = typename Manner::Accumulator;
 
-  A* values = nullptr;           // [kKeys][kQueries]
-  Operand* natural = nullptr;    // the same
-  Operand* pairs = nullptr;      // [kKeys / 2][kQueries][2]
+  A* values = nullptr;  // [kKeys][kQueries]
+  Operand* natural = nullptr;  // [kKeys][kQueries]
+  Operand* pairs = nullptr;  // [kKeys / 2][kQueries][2]
 
   void take(Arena& arena, bool need_natural, bool need_pairs) {
     values = arena.take<A>(kKeys * kQueries);
@@ -31,7 +32,7 @@ struct Tile {
           strip, [&](int64_t r, int64_t c) { store_as(natural + r * kQueries + c, load(values + r * kQueries + c)); });
   }
 
-  // Strips begin at even rows; an odd last row is paired with zeros.
+  // Round the strip to pairs of keys. Strips begin at even rows. An odd last row is paired with zeros.
   void round_pairs(const Strip& strip) const {
     if constexpr (Manner::pair == 2)
       for (int64_t r = strip.row; r < strip.row + strip.rows; r += 2)

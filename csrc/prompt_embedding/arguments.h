@@ -1,7 +1,8 @@
-// What the operators get, in the order of the schema (fastprefix/ops/prompt_embedding/arguments.py): B batch, N tokens,
-// S rows in front of the tokens, V vocabulary, d model width, r bottleneck or rank, P rows of a packed store of
-// prompts. With `entries` the tensors of an offset have a leading dimension K, and row b of the batch uses entry
-// entries[b].
+// The operators' arguments, in the order of the schema (fastprefix/ops/prompt_embedding/arguments.py).
+//
+// B: batch size. N: tokens per row. S: length of the prompt in front of the tokens. V: vocabulary size. d: model width.
+// r: bottleneck or rank. P: length of the prompt, or of the packed store of prompts. With `entries`, the tensors of an
+// offset have a leading dimension K, and row b of the batch uses entry entries[b].
 #pragma once
 
 #include "../common/declare.h"
@@ -48,7 +49,7 @@ struct EmbeddingArguments {
   const OptionalTensor& offset() const { return w1 ? w1 : low_rank_a ? low_rank_a : position_offset; }
 };
 
-// The gradients that are asked for, empty; the others are undefined.
+// The requested gradients, not yet computed. All other gradients are undefined.
 struct EmbeddingGradients {
   FASTPREFIX_EMBEDDING_DIFFERENTIABLE(FASTPREFIX_RESULT, FASTPREFIX_NOTHING)
 

@@ -1,4 +1,9 @@
-// The backward pass. Rows are gathered again; sums are made slot by slot and added up in the order of the slots.
+// The backward pass: gradients of the table, the prompt and the offsets.
+//
+// Only the ids were saved, so the table's rows are gathered again. Distinct tokens (ADePT) or positions (DePT, dense
+// offsets) are processed in tiles of p.tile() rows. Each slot sums the gradients of shared parameters in its own
+// memory. These sums are then added in the order of the slots, so the results are the same in every run with equally
+// many threads.
 #pragma once
 
 #include "network.h"
@@ -11,9 +16,9 @@ struct EmbeddingBackward {
 
   const EmbeddingProblem<T>& p;
   const EmbeddingGradients& gradients;
-  const T* grad;  // [B, S + N, d], its rows dense
+  const T* grad;  // [B, S + N, d], upstream gradient; the last dimension has stride 1
   int64_t batch_stride, row_stride;
-  bool need_dh;
+  bool need_dh;  // the gradient of the network's hidden units
 
   EmbeddingBackward(const EmbeddingProblem<T>& p, const EmbeddingGradients& gradients, const Tensor& grad_output)
       : p(p),
@@ -28,7 +33,7 @@ struct EmbeddingBackward {
       if (p.spans) store_gradient();
       else prompt_gradient();
     }
-    if (p.banked) gradients.zero_banks();  // for the entries that nobody uses
+    if (p.banked) gradients.zero_banks();  // for entries that no row uses
     if (p.tokens() == 0) return;
     if (p.kind == OffsetKind::ffn) {
       Groups groups = p.groups();
@@ -44,8 +49,10 @@ struct EmbeddingBackward {
   }
 
  private:
+  // The upstream gradient of a token.
   const T* dy(int64_t token) const { return grad + token / p.N * batch_stride + (p.S + token % p.N) * row_stride; }
 
+  // to [d] = the sum of dy over the occurrences of group u.
   void sum_occurrences(const Groups& groups, int64_t u, A* to) const {
     constexpr int64_t kAhead = 6;
     for (int64_t i = groups.start[u] + kAhead; i < std::min(groups.start[u + 1] + kAhead, p.tokens()); ++i)
@@ -54,6 +61,7 @@ struct EmbeddingBackward {
     sum_rows(groups.start[u + 1] - groups.start[u], [&](int64_t i) { return dy(place[i]); }, p.d, to);
   }
 
+  // The gradient of a prompt token is the sum over all rows of the batch.
   void prompt_gradient() const {
     T* to = gradients.prompt.template data<T>();
     parallel_for(0, p.S, 1, [&](int64_t begin, int64_t end) {
@@ -65,7 +73,7 @@ struct EmbeddingBackward {
     });
   }
 
-  // A row of the store is the sum over the rows of the batch that see it.
+  // The gradient of a token of the store is the sum over the rows of the batch whose span contains it.
   void store_gradient() const {
     T* to = gradients.prompt.template data<T>();
     parallel_for(0, p.P, 1, [&](int64_t begin, int64_t end) {
@@ -84,9 +92,9 @@ struct EmbeddingBackward {
     });
   }
 
-  // A slot's own sums, [r, d] and so on, and a tile of rows.
+  // The gradients that one slot sums for one offset. Matrices are [r, d], with rows `ld` apart.
   struct Sums {
-    A *w1, *w2, *b1, *b2;
+    A *w1, *w2, *b1, *b2;  // dw1^T, dw2 (or DePT's db), db1 [r], db2 [d]
     Sums(Arena& arena, const EmbeddingProblem<T>& p)
         : w1(arena.take<A>(p.r * p.ld)),
           w2(arena.take<A>(p.r * p.ld)),
@@ -98,8 +106,11 @@ struct EmbeddingBackward {
       return count.used();
     }
   };
+  // One tile. The matrices have 4 extra rows, since `dots` rounds the number of rows up.
   struct BackwardTile {
-    A *e, *g, *h, *dh, *factors, *sum;
+    A *e, *g;             // [rows][ld]: the table's rows; dy times the scale
+    A *h, *dh, *factors;  // [rows][rp]: hidden units, their gradients, dropout's factors
+    A* sum;               // one row
     BackwardTile(Arena& arena, const EmbeddingProblem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           g(arena.take<A>((p.tile() + 4) * p.ld)),
@@ -114,11 +125,12 @@ struct EmbeddingBackward {
     }
   };
 
-  // Runs body(slot, tile, sums), where sums(user) starts from zeros, then adds up those of a user over the slots.
+  // Run body(slot, tile, sums) for every slot, where sums(user) returns the slot's sums for a user, which start at
+  // zero. Then add the sums of each user in the order of the slots, and write them to the gradients.
   template <class Body>
   void summed(const Slots& slots, Body body) const {
-    // Work is in the order of users. So a step on to the next slot, user or both is a step up in their sum, and
-    // `slot + user` numbers the pairs that occur.
+    // Work is ordered by user. From one pair (slot, user) to the next, neither number decreases and at least one
+    // increases, so `slot + user` numbers the pairs.
     int64_t bytes = Sums::bytes(p), parts = slots.count + static_cast<int64_t>(p.offsets.size()) - 1;
     std::vector<int64_t> user_of(parts, -1);
     Tensor memory = Arena::allocate(parts * bytes);
@@ -147,6 +159,7 @@ struct EmbeddingBackward {
     }
   }
 
+  // Add one matrix of all slots to the first slot's.
   void add_up(const std::vector<Sums>& all, A* Sums::* part, int64_t rows, int64_t width) const {
     if (all.size() == 1) return;
     parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
@@ -156,7 +169,7 @@ struct EmbeddingBackward {
     });
   }
 
-  // From the sums, and their scale, to the tensors.
+  // Write the total sums to one entry of the gradients.
   void finish(const Sums& sums, int64_t entry) const {
     auto write = [&](const Tensor& to, A* from, int64_t rows, int64_t width, int64_t ld, int64_t entry) {
       if (!to.defined()) return;
@@ -171,6 +184,8 @@ struct EmbeddingBackward {
     write(gradients.b2, sums.b2, 1, p.d, p.width, entry);
   }
 
+  // ADePT: the gradients of the network. Keep the gradients of the hidden units in all_dh [groups, rp] if it is
+  // defined, for the gradient of the table.
   void ffn_gradients(const Groups& groups, const Tensor& all_dh) const {
     Slots slots(p.tokens());
     A* kept = all_dh.defined() ? all_dh.template data<A>() : nullptr;
@@ -178,7 +193,7 @@ struct EmbeddingBackward {
       int64_t last = groups.cut(slot + 1, slots.count, 3 * p.cost_of_group());
       for (int64_t u = groups.cut(slot, slots.count, 3 * p.cost_of_group()), rows; u < last; u += rows) {
         int64_t user = groups.user_of(u);
-        if (!p.has_offset(user)) break;  // the last of the users
+        if (!p.has_offset(user)) break;  // this user is always the last
         rows = std::min(p.tile(), groups.run(u, last) - u);
         ffn_tile(p.offsets[user], groups, u, rows, tile, sums(user));
         if (kept) std::memcpy(static_cast<void*>(kept + u * p.rp), tile.dh, rows * p.rp * sizeof(A));
@@ -186,7 +201,9 @@ struct EmbeddingBackward {
     });
   }
 
-  // g: dy summed over the occurrences, times the scale.
+  // Differentiate the network for `rows` groups: with g = scale * (dy summed over a group's occurrences), db2 += g,
+  // dh = (g w2^T) where h > 0, db1 += dh, dw1^T += dh^T e, dw2 += relu(h)^T g. The factors of dropout apply to h and
+  // dh.
   void ffn_tile(
       const Offset<T>& offset,
       const Groups& groups,
@@ -224,17 +241,17 @@ struct EmbeddingBackward {
     }
   }
 
-  // to += the sum of the rows
+  // to += the sum of the rows of x
   void add_tile(const A* x, int64_t rows, int64_t ld, int64_t width, A* sum, A* to) const {
     sum_rows(rows, [&](int64_t t) { return x + t * ld; }, width, sum);
     add_row(sum, width, to);
   }
 
-  // The table's gradient, a distinct token at a time: dy, and dh w1^T where there is a network (dh is summed over the
-  // occurrences that share an offset first).
+  // The gradient of the table. Each distinct token gets the sum of dy over its occurrences, plus dh w1^T if the offset
+  // is a network. dh is first summed over the occurrences that share an offset.
   void weight_gradient(const Groups& groups, const Tensor& all_dh) const {
     gradients.weight.zero();
-    // An id has several groups with dropout, where every occurrence is one, and with a bank of offsets.
+    // An id has several groups with dropout, because each occurrence is its own group, and with a bank of offsets.
     bool several = p.kind == OffsetKind::ffn && (p.banked || p.dropout.active);
     Groups of_ids = several ? Groups::distinct(groups.token.data(), groups.count())
                             : Groups::singles(groups.token.data(), groups.count());
@@ -249,7 +266,7 @@ struct EmbeddingBackward {
         sum_occurrences(occurrences, u, sum.data());
         for (int64_t i = of_ids.start[u]; dh && i < of_ids.start[u + 1];) {
           int64_t user = groups.user_of(of_ids.place[i]);
-          if (!p.has_offset(user)) break;  // the last of the users
+          if (!p.has_offset(user)) break;  // this user is always the last
           std::fill(dh_sum.begin(), dh_sum.end(), A(0));
           for (; i < of_ids.start[u + 1] && groups.user_of(of_ids.place[i]) == user; ++i)
             for (int64_t j = 0; j < p.r; ++j) dh_sum[j] += dh[of_ids.place[i] * p.rp + j];
@@ -262,20 +279,20 @@ struct EmbeddingBackward {
     });
   }
 
-  // The gradient of a position's scaled offset: dy summed over the rows of the batch that have it, times the scale.
+  // to [d] = scale * dy at a position, summed over the rows of the batch that use this user's offset.
   void sum_position(int64_t user, int64_t position, A* to) const {
     const int64_t* rows = p.users.place.data() + p.users.start[user];
     sum_rows(p.users.size(user), [&](int64_t i) { return dy(rows[i] * p.N + position); }, p.d, to);
     for (int64_t k = 0; k < p.width; k += kLanes<A>) store(to + k, load(to + k) * p.scale);
   }
 
-  // Where the gradient of a position's row is, in a tensor [T, ...] or [K, T, ...] with rows of `width`.
+  // The gradient of one position, in a tensor [T, width] or [K, T, width].
   T* position_row(const Tensor& to, int64_t user, int64_t position, int64_t width) const {
     return to.template data<T>() + (p.offsets[user].entry * to.size(-2) + position) * width;
   }
 
   void dense_gradient() const {
-    gradients.position_offset.zero();  // from position N on
+    gradients.position_offset.zero();  // for positions from N on
     int64_t items = static_cast<int64_t>(p.offsets.size()) * p.N;
     parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       std::vector<A> sum(p.width);
@@ -286,9 +303,9 @@ struct EmbeddingBackward {
     });
   }
 
-  // da = g b^T and db = a^T g, where g is what sum_position makes.
+  // DePT: da = g b^T and db = a^T g, where g is the result of sum_position.
   void low_rank_gradients() const {
-    if (gradients.low_rank_a.defined()) gradients.low_rank_a.zero();  // from position N on
+    if (gradients.low_rank_a.defined()) gradients.low_rank_a.zero();  // for positions from N on
     Slots slots(static_cast<int64_t>(p.offsets.size()) * p.N);
     summed(slots, [&](int64_t slot, const BackwardTile& tile, auto sums) {
       for (int64_t i = slots.first(slot), rows; i < slots.first(slot + 1); i += rows) {

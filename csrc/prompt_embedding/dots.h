@@ -1,17 +1,18 @@
-// Products that sum over the model width: both operands are read by vectors, along their rows.
+// Products of two matrices that sum over the model width. Both operands are read by vectors along their rows. Tiles of
+// kDotRows x kDotColumns sums are accumulated lane by lane, and the lanes are added at the end of each chunk.
 #pragma once
 
 #include "../common/simd.h"
 
 namespace fastprefix::prompt_embedding {
 
-// As many sums as a vector has lanes, so that their lanes can be added up all together.
+// A tile has as many sums as a vector has lanes, so that one sum_each reduces all of them.
 template <class A>
 constexpr int kDotRows = kLanes<A> < 4 ? kLanes<A> : 4;
 template <class A>
 constexpr int kDotColumns = kLanes<A> / kDotRows<A>;
 
-// Lane i: the sum of the lanes of v[i]. Each round adds the halves of two vectors and zips them.
+// Return a vector whose lane i is the sum of the lanes of v[i]. Each round interleaves two vectors and adds the halves.
 template <class A>
 inline Vec<A> sum_each(Vec<A> (&v)[kLanes<A>]) {
 #pragma GCC unroll 4
@@ -21,12 +22,13 @@ inline Vec<A> sum_each(Vec<A> (&v)[kLanes<A>]) {
   return v[0];
 }
 
-// h[t][j] = sum_k x[t][k] y[j][k], k < width: whole vectors. Rows of x and y are `ld` apart; there is memory for rows
-// up to multiples of kDotRows (x) and kDotColumns (y), and for what comes of them in h.
+// h[t][j] = sum_k x[t][k] y[j][k] for k < width, a multiple of kLanes. Rows of x and y are `ld` apart, and rows of h
+// are `ldh` apart. x must have memory for its rows rounded up to kDotRows, y for its rows rounded up to kDotColumns,
+// and h for the resulting rows and columns.
 template <class A>
 void dots(const A* x, int64_t rows, const A* y, int64_t columns, int64_t width, int64_t ld, A* h, int64_t ldh) {
   constexpr int R = kDotRows<A>, C = kDotColumns<A>;
-  constexpr int64_t kChunk = 4096 / sizeof(A);  // R + C chunks fit the first-level cache
+  constexpr int64_t kChunk = 4096 / sizeof(A);  // R + C chunks fit into the first-level cache
   for (int64_t k0 = 0; k0 < width; k0 += kChunk) {
     int64_t steps = std::min(kChunk, width - k0);
     for (int64_t j = 0; j < columns; j += C)

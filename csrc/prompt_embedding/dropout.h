@@ -1,4 +1,5 @@
-// Dropout: Philox's key is the seed, the counter (hidden unit, position, batch row, 0), the first word decides.
+// Dropout of hidden units. Philox's key is the seed, and its counter is (hidden unit, position, batch row, 0). The
+// first word decides: the unit is dropped if the word is below p * 2^32.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@ namespace fastprefix::prompt_embedding {
 struct Dropout {
   bool active = false;
   uint32_t key_low = 0, key_high = 0;
-  uint64_t drop_below = 0;  // 2^32: everything
+  uint64_t drop_below = 0;  // 2^32 drops everything
   double keep = 1.0;
 
   Dropout() = default;
@@ -21,7 +22,7 @@ struct Dropout {
         drop_below(static_cast<uint64_t>(std::nearbyint(p * 4294967296.0))),
         keep(p == 1.0 ? 0.0 : 1.0 / (1.0 - p)) {}
 
-  // h[j] *= factor, for the hidden units of one token, and remembers the factors.
+  // h[j] *= factors[j] for the hidden units of one token. The factors are an output.
   template <class A>
   void apply(int64_t position, int64_t row, int64_t r, A* h, A* factors) const {
     for (int64_t j = 0; j < r; ++j) {

@@ -1,11 +1,15 @@
-// The forward pass: one launch gathers rows, adds the offset and writes them behind the prompt.
+// The forward pass: output [B, S + N, d] = the prompt, then the table's rows of the tokens plus their scaled offsets.
+//
+// Without an offset, rows are copied. ADePT's network runs once per distinct token, in tiles of p.tile() tokens. The
+// offsets of DePT and dense offsets are computed once per position, in tiles of p.tile() positions. Each slot also
+// writes its share of the prompt.
 #pragma once
 
 #include "network.h"
 
 namespace fastprefix::prompt_embedding {
 
-// Outputs of more bytes are written past the caches, of which they would evict everything and still not fit.
+// Larger outputs, in bytes, bypass the caches. They would not fit and would evict everything else.
 constexpr int64_t kStreamFrom = int64_t{8} << 20;
 
 template <class T>
@@ -35,16 +39,16 @@ struct EmbeddingForward {
  private:
   T* row(int64_t i) const { return output + i * p.d; }
 
-  // Row s in front of the tokens of row b.
+  // Write prompt token s of row b.
   void write_prompt_row(int64_t b, int64_t s) const {
     T* to = row(b * (p.S + p.N) + s);
     if (!p.spans) return prompt.copy(s, to, streaming);
-    int64_t place = s - (p.S - p.spans[2 * b + 1]);  // a shorter prompt stands right before its tokens
+    int64_t place = s - (p.S - p.spans[2 * b + 1]);  // a shorter prompt is right before the tokens, after zeros
     if (place < 0) std::fill(to, to + p.d, T(0));
     else prompt.copy(p.spans[2 * b] + place, to, streaming);
   }
 
-  // Prompt tuning: rows are copied, the prompt's and the table's.
+  // Prompt tuning: copy the rows of the prompt and of the table.
   void lookup() const {
     parallel_for(0, p.B * (p.S + p.N), 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -61,16 +65,18 @@ struct EmbeddingForward {
     else std::memcpy(static_cast<void*>(to), from, p.d * sizeof(T));
   }
 
-  // This slot's share of the prompt rows.
+  // Write this slot's share of the prompts.
   void write_prompt(int64_t slot, int64_t slots) const {
     int64_t rows = p.B * p.S;
     for (int64_t i = slot * rows / slots; i < (slot + 1) * rows / slots; ++i) write_prompt_row(i / p.S, i % p.S);
   }
 
   static constexpr int64_t kPiece = 1024;  // elements
+  // One tile. `e` and `h` have 4 extra rows, since `dots` rounds the number of rows up.
   struct ForwardTile {
-    A *e, *h, *y, *factors;
-    T *out, *piece;
+    A *e, *h, *y;  // the table's rows [rows][ld], hidden units [rows][rp], offsets [rows][ld]
+    A* factors;    // [rp], dropout's factors of one token
+    T *out, *piece;  // one output row, a piece of one
     ForwardTile(Arena& arena, const EmbeddingProblem<T>& p)
         : e(arena.take<A>((p.tile() + 4) * p.ld)),
           h(arena.take<A>((p.tile() + 4) * p.rp)),
@@ -85,7 +91,7 @@ struct EmbeddingForward {
     }
   };
 
-  // ADePT: each distinct token once, its row copied to where else it occurs.
+  // ADePT: compute the row of each distinct token once, and copy it to all occurrences of the token.
   void ffn() const {
     Groups groups = p.groups();
     Slots slots(p.tokens());
@@ -103,12 +109,14 @@ struct EmbeddingForward {
     });
   }
 
+  // Copy the table's rows of groups without an offset.
   void copy_groups(const Groups& groups, int64_t first, int64_t rows) const {
     for (int64_t u = first; u < first + rows; ++u)
       for (int64_t i = groups.start[u]; i < groups.start[u + 1]; ++i)
         p.weight.copy(groups.token[u], row(p.place_in_output(groups.place[i])), streaming);
   }
 
+  // Compute e + scale * (relu(dropout(e w1 + b1)) w2 + b2) for `rows` groups that share an offset.
   void ffn_tile(const Groups& groups, int64_t first, int64_t rows, const ForwardTile& tile) const {
     const Offset<T>& offset = p.offsets[groups.user_of(first)];
     p.gather(groups, first, rows, tile.e);
@@ -127,11 +135,12 @@ struct EmbeddingForward {
     }
   }
 
-  // Rows of the batch with the same offset: `place[first]` to `place[last - 1]` of the users.
+  // Rows of the batch with the same offset: p.users.place[first] to p.users.place[last - 1].
   struct Share {
     int64_t user, first, last;
   };
 
+  // Divide the rows of the batch into about `parts` shares, each with one offset.
   std::vector<Share> share_rows(int64_t parts) const {
     int64_t most = (p.B + parts - 1) / parts;
     std::vector<Share> shares;
@@ -143,10 +152,10 @@ struct EmbeddingForward {
     return shares;
   }
 
-  // DePT and dense offsets: those of a block of positions once for all rows of the batch that have them.
+  // DePT and dense offsets: compute the offsets of a block of positions once for all rows of a share.
   void positional() const {
     int64_t blocks = (p.N + p.tile() - 1) / p.tile();
-    // Few blocks of positions: threads share one, each with rows of the batch of its own.
+    // With fewer blocks of positions than threads, several threads share a block, each with its own rows of the batch.
     std::vector<Share> shares =
         share_rows(std::clamp<int64_t>((int64_t{get_num_threads()} + blocks - 1) / blocks, 1, p.B));
     int64_t parts = static_cast<int64_t>(shares.size());
@@ -161,7 +170,7 @@ struct EmbeddingForward {
     });
   }
 
-  // to = the table's row + the offset, in pieces that stay in the first-level cache until they are streamed.
+  // to = the table's row + offset, in pieces that stay in the first-level cache until they are streamed.
   void add_offset(int64_t id, const A* offset, const ForwardTile& tile, T* to) const {
     if (p.weight.step != 1) p.weight.copy(id, tile.out, false);
     const T* from = p.weight.step == 1 ? p.weight.row(id) : tile.out;
@@ -172,6 +181,7 @@ struct EmbeddingForward {
     }
   }
 
+  // Write one block of positions for the rows of one share.
   void positional_tile(int64_t first, const Share& share, const ForwardTile& tile) const {
     int64_t rows = std::min(p.tile(), p.N - first);
     bool offset = p.has_offset(share.user);
@@ -185,7 +195,7 @@ struct EmbeddingForward {
       }
   }
 
-  // y = the scaled offsets of positions first, first + 1, ...
+  // tile.y = the scaled offsets of `rows` positions from `first` on.
   void compute_offsets(const Offset<T>& offset, int64_t first, int64_t rows, const ForwardTile& tile) const {
     if (p.kind == OffsetKind::dense) {
       for (int64_t t = 0; t < rows; ++t) offset.positions.widen(first + t, tile.y + t * p.ld);

@@ -1,4 +1,4 @@
-// The occurrences of each distinct token id, for a token's offset depends on its id alone.
+// Groups of equal token ids. ADePT's offset of a token depends only on its id, so it is computed once per group.
 #pragma once
 
 #include <algorithm>
@@ -8,21 +8,22 @@
 
 namespace fastprefix::prompt_embedding {
 
-// Group u: the token `token[u]`, at the places `place[start[u]]` to `place[start[u + 1] - 1]` of the flat ids.
+// Group u is the token token[u], which occurs at the places place[start[u]] to place[start[u + 1] - 1] of the flat ids.
 struct Groups {
   std::vector<int64_t> token, start, place;
-  std::vector<int64_t> user;  // with a bank of offsets: who uses a group's offset, in order; else empty
+  std::vector<int64_t>
+      user;  // with a bank of offsets, the user (see EmbeddingProblem) of each group, sorted; else empty
 
   int64_t count() const { return static_cast<int64_t>(token.size()); }
   int64_t size(int64_t u) const { return start[u + 1] - start[u]; }
   int64_t user_of(int64_t u) const { return user.empty() ? 0 : user[u]; }
 
-  // The end of the groups from u on, at most `last`, that have the same offset.
+  // Return the end, at most `last`, of the groups from u on that have the same offset.
   int64_t run(int64_t u, int64_t last) const {
     return user.empty() ? last : std::upper_bound(user.begin() + u, user.begin() + last, user[u]) - user.begin();
   }
 
-  // Every occurrence a group of its own.
+  // Make one group per occurrence.
   static Groups singles(const int64_t* ids, int64_t tokens) {
     Groups groups{std::vector<int64_t>(ids, ids + tokens), std::vector<int64_t>(tokens + 1), {}, {}};
     std::iota(groups.start.begin(), groups.start.end(), 0);
@@ -30,11 +31,11 @@ struct Groups {
     return groups;
   }
 
-  // One group for each id, in the order in which they first occur.
+  // Make one group per distinct id, in the order of their first occurrence.
   static Groups distinct(const int64_t* ids, int64_t tokens) {
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * tokens) ++bits;
-    std::vector<int32_t> table(size_t{1} << bits, -1);  // open addressing; holds groups
+    std::vector<int32_t> table(size_t{1} << bits, -1);  // hash table with open addressing; holds groups
     std::vector<int32_t> group(tokens);
     Groups groups;
     std::vector<int64_t> size;
@@ -57,7 +58,7 @@ struct Groups {
     return groups;
   }
 
-  // Adds the groups of one user, whose tokens were numbered from 0: token t of them is at `places(t)`.
+  // Append the groups of one user. Their places count only this user's tokens. places(t) maps place t to the flat ids.
   template <class Places>
   void append(const Groups& groups, int64_t of_user, Places places) {
     if (start.empty()) start.push_back(0);
@@ -67,7 +68,7 @@ struct Groups {
     user.insert(user.end(), groups.count(), of_user);
   }
 
-  // The places of each id, where these groups are of groups: their places number the groups of `inner`.
+  // Combine two levels of groups: the places of this object are groups of `inner`. Return each id's places in `inner`.
   Groups flatten(const Groups& inner) const {
     Groups flat{token, {0}, {}, {}};
     for (int64_t u = 0; u < count(); ++u) {
@@ -80,7 +81,8 @@ struct Groups {
     return flat;
   }
 
-  // The first group of share `slot` out of `slots`, where a group costs `fixed` and 1 more for each occurrence.
+  // Return the first group of share `slot` out of `slots` shares of equal cost. A group costs `fixed` plus 1 per
+  // occurrence.
   int64_t cut(int64_t slot, int64_t slots, int64_t fixed) const {
     int64_t total = start.back() + fixed * count(), target = slot * total / slots, low = 0, high = count();
     while (low < high) {

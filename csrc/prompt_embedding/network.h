@@ -1,4 +1,7 @@
-// The offset, ADePT's network, DePT's pair or a dense one, and who uses it, as the kernels want them.
+// The problem in the form that the kernels read: sizes, ids, and the packed parameters of the offsets.
+//
+// An offset is ADePT's network (ffn), DePT's pair of matrices (low_rank), or one vector per position (dense). With a
+// bank of offsets, the rows of the batch are sorted by their entry. The rows of one entry are called a user.
 #pragma once
 
 #include "../common/gemm.h"
@@ -13,14 +16,15 @@ namespace fastprefix::prompt_embedding {
 
 enum class OffsetKind { none, ffn, low_rank, dense };
 
-// One entry of a bank, or the only offset. Matrices are in the sums' type, rows of d, padded with zeros.
+// One entry of a bank, or the only offset. Matrices have the accumulator type and rows of d, padded with zeros.
 template <class T>
 struct Offset {
   using A = AccumulatorOf<T>;
 
   int64_t entry = 0;
-  A *w1 = nullptr, *w2 = nullptr, *b1 = nullptr, *b2 = nullptr;  // [r, d] (w1 transposed; w2, or DePT's b), [r], [d]
-  Rows<T> positions;                                             // DePT's a, or the dense offset
+  A *w1 = nullptr, *w2 = nullptr;  // [r, d]: w1 transposed; w2 or DePT's b
+  A *b1 = nullptr, *b2 = nullptr;  // [r], [d]
+  Rows<T> positions;               // DePT's a, or the dense offset
 };
 
 template <class T>
@@ -28,16 +32,18 @@ struct EmbeddingProblem {
   using A = AccumulatorOf<T>;
 
   int64_t B, N, S, P, V, d, r;
-  int64_t ld, width, rp;  // leading dimension and used part of a padded row of d; r padded
+  int64_t ld, width, rp;  // distance and padded width of rows of d; padded r
   A scale;
   Rows<T> weight;
   Tensor ids_tensor, spans_tensor;
   const int64_t* ids;              // [B * N]
-  const int64_t* spans = nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr: each row has all of it
+  const int64_t* spans =
+      nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr if each row has the whole prompt
   OffsetKind kind = OffsetKind::none;
   bool banked;
-  Groups users;  // the rows of the batch that have each offset; rows without one are the last
-  std::vector<Offset<T>> offsets;  // of the users that have one
+  Groups
+      users;  // group u: entry token[u], and in place the rows of the batch that use it; rows without offset are last
+  std::vector<Offset<T>> offsets;  // one per user, except the user without offset
   Tensor memory;
   Dropout dropout;
 
@@ -79,10 +85,10 @@ struct EmbeddingProblem {
   }
 
   int64_t tokens() const { return B * N; }
-  int64_t place_in_output(int64_t token) const { return token / N * (S + N) + S + token % N; }  // its row
+  int64_t place_in_output(int64_t token) const { return token / N * (S + N) + S + token % N; }  // in rows of d
   bool has_offset(int64_t user) const { return user < static_cast<int64_t>(offsets.size()); }
 
-  // Occurrences that share an offset; with a bank of them, those of one user after those of the other.
+  // Group the tokens that have the same offset, user by user. With dropout, each token is its own group.
   Groups groups() const {
     auto find = [&](const int64_t* of, int64_t count) {
       return dropout.active ? Groups::singles(of, count) : Groups::distinct(of, count);
@@ -99,16 +105,16 @@ struct EmbeddingProblem {
     return all;
   }
 
-  // Tokens in a tile: their rows stay in the second-level cache, and products are worth their while.
+  // Tokens per tile: few enough that their rows stay in the second-level cache, and enough for efficient products.
   int64_t tile() const {
     int64_t rows = int64_t{256} * 1024 / (ld * static_cast<int64_t>(sizeof(A)));
     return std::clamp<int64_t>(rows / 12 * 12, 24, 96);
   }
 
-  // What a group costs beyond its occurrences, in copies of a row.
+  // Cost of computing a group's row, in units of copying a row.
   int64_t cost_of_group() const { return 1 + r / 8; }
 
-  // The table's rows of groups first, first + 1, ... to a tile.
+  // Gather the table's rows of `rows` groups from `first` on into e [rows, ld].
   void gather(const Groups& groups, int64_t first, int64_t rows, A* e) const {
     constexpr int64_t kAhead = 4;
     for (int64_t t = 0; t < rows; ++t) {
@@ -117,7 +123,7 @@ struct EmbeddingProblem {
     }
   }
 
-  // h [rows, r] (`rp` apart) from the rows e: before dropout and ReLU.
+  // h = e w1 + b1, before dropout and ReLU. e is [rows, d] and h is [rows, r], with rows `ld` and `rp` apart.
   void hidden(const Offset<T>& offset, const A* e, int64_t rows, A* h) const {
     dots(e, rows, offset.w1, r, width, ld, h, rp);
     for (int64_t t = 0; t < rows; ++t)
@@ -125,6 +131,7 @@ struct EmbeddingProblem {
   }
 
  private:
+  // Sort the rows of the batch by their entry.
   void find_users(const EmbeddingArguments& a) {
     users.place.resize(B);
     std::iota(users.place.begin(), users.place.end(), 0);
@@ -135,7 +142,7 @@ struct EmbeddingProblem {
       Tensor index_tensor = as_int64(*a.entries);
       const int64_t* index = index_tensor.data<const int64_t>();
       check_index(index, a.offset()->size(0));
-      // Unsigned, -1 is the largest.
+      // As an unsigned number, -1 (no offset) is the largest, so rows without offset come last.
       auto entry = [&](int64_t row) { return static_cast<uint64_t>(index[row]); };
       std::stable_sort(
           users.place.begin(), users.place.end(), [&](int64_t x, int64_t y) { return entry(x) < entry(y); });
@@ -150,6 +157,7 @@ struct EmbeddingProblem {
       if (entry >= 0) offsets.emplace_back().entry = entry;
   }
 
+  // Assign memory to the packed parameters of an offset.
   void lay_out(Arena& arena, Offset<T>& offset) const {
     if (kind == OffsetKind::dense) return;
     bool ffn = kind == OffsetKind::ffn;
@@ -159,6 +167,7 @@ struct EmbeddingProblem {
     if (ffn) offset.b2 = arena.take<A>(width);
   }
 
+  // Pack the parameters of an offset.
   void fill(const EmbeddingArguments& a, Offset<T>& offset) const {
     auto of = [&](const OptionalTensor& x) { return banked ? x->select(0, offset.entry) : *x; };
     if (kind == OffsetKind::ffn) {
@@ -185,16 +194,16 @@ struct EmbeddingProblem {
   void check_index(const int64_t* index, int64_t entries) const {
     for (int64_t b = 0; b < B; ++b)
       if (index[b] < -1 || index[b] >= entries)
-        refuse_value("`index` must hold entries from -1 (no offset) to K - 1 = ", entries - 1, ", got ", index[b]);
+        refuse_value("`index` must hold values from -1 (no offset) to K - 1 = ", entries - 1, ", got ", index[b]);
   }
 
   void check_spans() const {
     for (int64_t b = 0; b < B; ++b) {
       int64_t start = spans[2 * b], length = spans[2 * b + 1];
-      // Without start + length, which may be beyond 64 bits.
+      // Do not compute start + length, which may overflow.
       if (start < 0 || length < 0 || start > P || length > P - start)
         refuse_value(
-            "`prompt_spans` must hold (start, length) of rows within the prompt's ", P, ", got (", start, ", ", length,
+            "`prompt_spans` must hold (start, length) within the prompt's ", P, " rows, got (", start, ", ", length,
             ") in row ", b);
       if (length > S)
         refuse_value(

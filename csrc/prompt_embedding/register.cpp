@@ -1,6 +1,7 @@
 // The operators `fastprefix::prompt_embedding.cpu` and `fastprefix::prompt_embedding_backward.cpu`.
 //
-// Schemas, fakes and autograd are the Python package's (fastprefix/ops/prompt_embedding/registration.py).
+// They allocate the results and choose the kernels by dtype. Python defines the schemas, fakes and autograd
+// (fastprefix/ops/prompt_embedding/registration.py).
 #include <torch/csrc/stable/library.h>
 
 #include "backward.h"
@@ -35,7 +36,7 @@ std::vector<Tensor> run_backward(
   dispatch("prompt_embedding", a.weight, [&](auto type) {
     EmbeddingProblem<decltype(type)> problem(a);
     if (a.N() == 0)
-      for (const Tensor& result : given) result.zero();  // all but the prompt's
+      for (const Tensor& result : given) result.zero();  // EmbeddingBackward then writes the prompt's gradient only
     EmbeddingBackward<decltype(type)>(problem, gradients, dy).run();
   });
   return given;

@@ -1,4 +1,5 @@
-// Rows of a tensor of type T, to and from rows of sums of type A padded with zeros to whole vectors.
+// Copies and sums of rows. Rows of tensors have type T and any stride. Rows of scratch memory have the accumulator type
+// A and are padded with zeros to whole vectors.
 #pragma once
 
 #include "../common/round_up.h"
@@ -7,7 +8,7 @@
 
 namespace fastprefix::prompt_embedding {
 
-// memcpy past the caches, for an output that they could not hold: memory is written without being read first.
+// Copy memory past the caches, for outputs that do not fit into them. Streaming stores do not read memory first.
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__AVX2__)
   char* target = static_cast<char*>(to);
@@ -29,24 +30,24 @@ inline void stream(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-// After the last stream() of a thread: other threads see what it wrote.
+// Make the streamed data visible to other threads. Each thread calls this after its last stream().
 inline void finish_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// Asks for a row that will be read soon; rows lie anywhere in memory, and no hardware guesses where.
+// Prefetch a row that will be read soon. The hardware cannot predict the rows' addresses.
 template <class T>
 inline void prefetch_row(const T* row, int64_t d) {
   for (int64_t k = 0; k < d; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + k);
 }
 
-// A matrix whose rows may lie anywhere.
+// A matrix [rows, d] with any strides.
 template <class T>
 struct Rows {
   const T* data = nullptr;
-  int64_t stride = 0, step = 1, d = 0;  // elements from row to row, from element to element; elements in a row
+  int64_t stride = 0, step = 1, d = 0;  // distance between rows, distance between elements, elements per row
 
   Rows() = default;
   explicit Rows(const Tensor& x)
@@ -54,7 +55,7 @@ struct Rows {
 
   const T* row(int64_t i) const { return data + i * stride; }
 
-  // Row i as it is.
+  // Copy row i.
   void copy(int64_t i, T* to, bool streaming) const {
     const T* from = row(i);
     if (step == 1 && streaming) stream(to, from, d * sizeof(T));
@@ -63,7 +64,7 @@ struct Rows {
       for (int64_t k = 0; k < d; ++k) to[k] = from[k * step];
   }
 
-  // Row i as sums' type, whole vectors.
+  // Copy row i, convert it to A, and pad it with zeros to whole vectors.
   template <class A>
   void widen(int64_t i, A* to) const {
     const T* from = row(i);
@@ -88,7 +89,7 @@ inline void add_row(const T* from, int64_t d, A* to) {
   if (k < d) store(to + k, load(to + k) + load_first(from + k, d - k));
 }
 
-// to += the sum of eight rows; a shorter chain of additions than one after the other, so more accurate, and faster.
+// to += the sum of eight rows, added as a tree. The chain of additions is shorter, so it is more accurate and faster.
 template <class A, class T>
 inline void add_eight_rows(const T* const (&from)[8], int64_t d, A* to) {
   constexpr int64_t n = kLanes<A>;
@@ -100,7 +101,7 @@ inline void add_eight_rows(const T* const (&from)[8], int64_t d, A* to) {
   if (k < d) store(to + k, load(to + k) + sum([&](int i) { return load_first(from[i] + k, d - k); }));
 }
 
-// to = the sum of `count` rows, row(i) the i-th.
+// to = the sum of `count` rows, where row(i) is the i-th row.
 template <class A, class Row>
 inline void sum_rows(int64_t count, Row row, int64_t d, A* to) {
   std::fill(to, to + round_up(d, kLanes<A>), A(0));
@@ -113,7 +114,7 @@ inline void sum_rows(int64_t count, Row row, int64_t d, A* to) {
   for (; i < count; ++i) add_row(row(i), d, to);
 }
 
-// to = from, narrowed
+// to = from, rounded to T
 template <class A, class T>
 inline void write_row(const A* from, int64_t d, T* to) {
   constexpr int64_t n = kLanes<A>;
@@ -122,7 +123,7 @@ inline void write_row(const A* from, int64_t d, T* to) {
   if (k < d) store_first(to + k, load(from + k), d - k);
 }
 
-// to = e + scale * (x + bias), narrowed
+// to = e + scale * (x + bias), rounded to T
 template <class A, class T>
 inline void write_offset_row(const A* e, const A* x, const A* bias, A scale, int64_t d, T* to) {
   constexpr int64_t n = kLanes<A>;
@@ -141,15 +142,15 @@ inline void write_sum_row(const T* from, const A* offset, int64_t d, T* to) {
   if (k < d) store_first(to + k, load_first(from + k, d - k) + load(offset + k), d - k);
 }
 
-// The leading dimension of scratch matrices with rows of d: whole vectors, and no power of two, which would put the
-// rows of a column into few sets of the cache.
+// Return the distance between rows of d in scratch matrices. It is a number of whole vectors, but not a multiple of 1
+// KiB, which would map a column to few sets of the cache.
 template <class A>
 int64_t leading(int64_t d) {
   int64_t ld = round_up(d, kLanes<A>);
   return ld % (1024 / static_cast<int64_t>(sizeof(A))) == 0 ? ld + kLanes<A> : ld;
 }
 
-// x, its rows `ld` apart, in the sums' type, with rows of zeros up to `rows`.
+// Copy the matrix x, converted to A, to rows that are `ld` apart. Rows from x.size(0) up to `rows` are zero.
 template <class T, class A>
 void pack_matrix(const Tensor& x, int64_t rows, int64_t ld, A* to) {
   Rows<T> from(x);
@@ -160,7 +161,7 @@ void pack_matrix(const Tensor& x, int64_t rows, int64_t ld, A* to) {
   }
 }
 
-// The columns of x in the same way.
+// Copy the columns of x to rows in the same way.
 template <class T, class A>
 void pack_columns(const Tensor& x, int64_t columns, int64_t ld, A* to) {
   Rows<T> from(x);

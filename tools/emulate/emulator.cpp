@@ -1,12 +1,12 @@
-// Runs the operators of a library of csrc/ without PyTorch: a program for whichever architecture it is compiled for,
-// which stands in for the part of PyTorch's C interface that the library uses.
+// A program that runs the operators of a library of csrc/ without PyTorch, on the architecture that it is compiled for.
+// It implements the part of PyTorch's C interface that the library uses.
 //
-// Usage: emulator LIBRARY. Requests come in on stdin and replies go out on stdout, in the form that __main__.py writes
-// and reads: all numbers have 64 bits, and texts, lists and elements follow their lengths.
+// Usage: emulator LIBRARY. It reads requests from stdin and writes replies to stdout, in the format that __main__.py
+// writes and reads. All numbers have 64 bits. Texts, lists and tensors are preceded by their lengths.
 //
-// It is stricter than PyTorch. Memory ends where no access is allowed, and what no operator has written is full of 0xFF
-// (NaN). Ranges of a parallel loop run one after the other, the last one first. Handles that an operator keeps are
-// errors.
+// It is stricter than PyTorch. An inaccessible page follows every tensor, and memory that no operator has written is
+// filled with 0xFF (NaN). The ranges of a parallel loop run one after another, starting with the last. A handle that an
+// operator does not release is an error.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -29,11 +29,11 @@ using Operator = void (*)(StableIValue*, uint64_t, uint64_t);
 namespace {
 
 std::map<std::string, Operator> operators;
-int64_t handles = 0;  // of tensors and lists, not yet deleted
-bool inside_a_loop = false;  // a parallel one
+int64_t handles = 0;  // tensors and lists that are not yet deleted
+bool inside_a_loop = false;  // inside a parallel loop
 constexpr int64_t kThreads = 3;
 
-// Element types: names, PyTorch's numbers of them, and bytes.
+// Element types: name, PyTorch's number, and bytes per element.
 #define DTYPES(X)  \
   X(uint8, 0, 1)   \
   X(int32, 3, 4)   \
@@ -53,10 +53,11 @@ int64_t round_up(int64_t x, int64_t unit) {
   return (x + unit - 1) / unit * unit;
 }
 
+// Allocate memory that ends at an inaccessible page, except for padding to the alignment.
 std::shared_ptr<char> allocate(int64_t bytes, int64_t alignment) {
   const int64_t page = sysconf(_SC_PAGESIZE), used = round_up(bytes, alignment), open = round_up(used, page);
   void* pages = mmap(nullptr, open + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) give_up("there is no memory left");
+  if (pages == MAP_FAILED) give_up("out of memory");
   char* begin = static_cast<char*>(pages);
   mprotect(begin + open, page, PROT_NONE);
   std::memset(begin, 0xFF, open);
@@ -71,7 +72,7 @@ struct AtenTensorOpaque {
   std::shared_ptr<char> data;
 
   int64_t bytes_each() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
-  // The elements from the first to the last one.
+  // The number of elements in memory from the first to the last, including gaps.
   int64_t span() const {
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) {
@@ -101,7 +102,7 @@ AtenTensorHandle copy_densely(const AtenTensorOpaque& x, int32_t dtype) {
   for (size_t d = x.sizes.size(); d-- > 0; count *= x.sizes[d]) strides[d] = count;
   AtenTensorHandle dense = make(dtype, x.sizes, strides, 64);
   const bool widen = x.dtype == aoti_torch_dtype_int32() && dtype == aoti_torch_dtype_int64();
-  if (dtype != x.dtype && !widen) give_up("only int32 is cast, and only to int64");
+  if (dtype != x.dtype && !widen) give_up("the only supported cast is from int32 to int64");
   for (int64_t i = 0; i < count; ++i) {
     int64_t at = 0, rest = i;
     for (size_t d = x.sizes.size(); d-- > 0; rest /= x.sizes[d]) at += rest % x.sizes[d] * x.strides[d];
@@ -221,7 +222,7 @@ AOTITorchError torch_get_num_threads(uint32_t* count) {
   *count = kThreads;
   return AOTI_TORCH_SUCCESS;
 }
-// As many ranges as PyTorch makes; loops within loops have one.
+// Divide a loop into as many ranges as PyTorch does. A nested loop has one range.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context) {
   if (begin >= end) return AOTI_TORCH_SUCCESS;
   const int64_t size = end - begin, most = inside_a_loop ? 1 : kThreads;
@@ -241,7 +242,7 @@ AOTITorchError torch_call_dispatcher(const char* name, const char*, StableIValue
     std::unique_ptr<StableIValue> wanted(as_handle<StableIValue*>(stack[1]));
     if (wanted) dtype = static_cast<int32_t>(*wanted);
   } else if (std::strcmp(name, "aten::contiguous") != 0) {
-    give_up(std::string("there is no ") + name);
+    give_up(std::string("unknown operator ") + name);
   }
   stack[0] = as_value(copy_densely(*self, dtype));
   return aoti_torch_delete_tensor_object(self);
@@ -268,7 +269,7 @@ AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle library) {
 namespace {
 
 void read_bytes(void* data, int64_t count) {
-  if (std::fread(data, 1, count, stdin) != static_cast<size_t>(count)) give_up("a request breaks off");
+  if (std::fread(data, 1, count, stdin) != static_cast<size_t>(count)) give_up("a request is incomplete");
 }
 
 int64_t read_number() {
@@ -290,7 +291,7 @@ std::string read_text() {
 }
 
 void write_bytes(const void* data, int64_t count) {
-  if (std::fwrite(data, 1, count, stdout) != static_cast<size_t>(count)) give_up("a reply cannot be written");
+  if (std::fwrite(data, 1, count, stdout) != static_cast<size_t>(count)) give_up("writing a reply failed");
 }
 
 void write_number(int64_t number) {
@@ -312,7 +313,7 @@ StableIValue read_argument() {
   const auto dtype = static_cast<int32_t>(read_number());
   const int64_t dim = read_number();
   Sizes sizes = read_numbers(dim), strides = read_numbers(dim);
-  // An argument may be a part of another tensor: it begins at any element.
+  // Align to one element only, since an argument may be a view that begins at any element of another tensor.
   AtenTensorHandle tensor = make(dtype, sizes, strides, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)));
   read_bytes(tensor->data.get(), tensor->span() * tensor->bytes_each());
   return as_value(tensor);
@@ -334,7 +335,8 @@ void write_error(const std::string& message) {
   write_bytes(message.data(), static_cast<int64_t>(message.size()));
 }
 
-// A request: the operator's name, the number of its outputs, whether its only one is a list, and the arguments.
+// Handle one request: the operator's name, the number of its outputs, a flag that is set if the only output is a list,
+// and the arguments.
 void serve() {
   handles = 0;
   inside_a_loop = false;
@@ -358,7 +360,7 @@ void serve() {
     torch_delete_list(returned);
   }
   if (handles != static_cast<int64_t>(tensors.size()))
-    give_up(name + " leaves " + std::to_string(handles - static_cast<int64_t>(tensors.size())) + " handles behind");
+    give_up(name + " did not release " + std::to_string(handles - static_cast<int64_t>(tensors.size())) + " handles");
   write_number(0);
   write_number(static_cast<int64_t>(tensors.size()));
   for (StableIValue tensor : tensors) write_tensor(tensor);
@@ -367,8 +369,8 @@ void serve() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2) give_up("takes the path of a library");
-  // Lazily: of PyTorch's functions there are those alone that are called.
+  if (count != 2) give_up("expected one argument, the path of a library");
+  // Bind lazily, since this program defines only those of PyTorch's functions that are called.
   if (dlopen(arguments[1], RTLD_LAZY) == nullptr) give_up(dlerror());
   for (int next = std::getchar(); next != EOF; next = std::getchar()) {
     std::ungetc(next, stdin);
