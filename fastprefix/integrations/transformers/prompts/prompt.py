@@ -371,7 +371,7 @@ class PromptHooks:
             first = self.positions.first
             prompt = torch.arange(first, first + inserted, device=positions.device).expand(*positions.shape[:-1], -1)
             arguments["position_ids"] = torch.cat([prompt, positions + length], dim=-1)
-            if mask is None and find_cache(arguments) is None:  # without a mask, a gap after the prompt would start a new sequence
+            if mask is None and find_cache(arguments) is None:  # else the gap after the prompt would begin a sequence
                 arguments["attention_mask"] = given.new_ones(batch, inserted + tokens, dtype=torch.long)
         if given.is_floating_point():
             arguments["inputs_embeds"] = self.embed_rows(given, insertion.first_position, inserted > 0)
