@@ -132,7 +132,7 @@ class PromptCall(NamedTuple):
     """The properties of a call that the prompt's keys and values depend on."""
 
     types: dict[str, tuple[int, ...]]
-    """The arguments with a value per token, such as token types, and the shape of a value. The prompt's values are 0."""
+    """The arguments with a value per token, such as token types, and the shape of a value. The prompt's are 0."""
     reach: Tensor | None
     """The last position of the call, if rotary frequencies depend on it, or None."""
 

@@ -33,7 +33,7 @@ def find_entered_layers(model: PreTrainedModel, images: Iterable[Any], *, alpha:
 
     Raises:
         TypeError: if a batch has no pixels.
-        ValueError: if ``images`` is empty, ``alpha`` is out of range, or the model has no stack of layers over an image.
+        ValueError: if ``images`` is empty, ``alpha`` is out of range, or the model has no stack of layers over images.
     """
     if not -1.0 <= alpha <= 1.0:
         raise ValueError(f"`alpha` must be between -1 and 1, got {alpha!r}.")
