@@ -191,7 +191,7 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
     adapter.check_untouched(model)
     if adapter.outside is not None:
         raise ValueError(
-            f"The merged adapter of `model` cannot be saved, since {adapter.outside}. Save the adapter before you merge it."
+            f"The merged adapter of `model` cannot be saved, since {adapter.outside}. Save it before you merge it."
         )
     return adapter
 
