@@ -195,7 +195,7 @@ def test_damaged_or_foreign(case: str, tmp_path: Path) -> None:
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     family("decoder", "prefix").save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin, a pickle, which is never opened"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle file, which is never loaded"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 

@@ -97,12 +97,12 @@ def convert_to_peft(
     """
     modules = list(modules)
     if isinstance(method, VisualMethod):
-        raise ValueError(f"`format` must not be \"peft\" for {type(method.config).__name__}, which PEFT does not have.")
+        raise ValueError(f'`format="peft"` does not support {type(method.config).__name__}, which PEFT does not have.')
     if isinstance(method, PromptMethod):
         if method.changes_tokens:
             raise ValueError(
-                '`format` must be "fastprefix" for methods that PEFT does not have. "peft" supports prompt tuning and '
-                f"shifted prefixes, but the method is {type(method.config).__name__}."
+                '`format="peft"` supports prompt tuning and shifted prefixes, but the method is '
+                f'{type(method.config).__name__}. Use format="fastprefix".'
             )
         _check_heads(model)
         with gathering_around(model, [method]):
@@ -274,7 +274,7 @@ def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, in
             '`prefix_position` must be "shift" for format="peft", since PEFT moves the tokens by the prefix length.'
         )
     if method.needs_hidden() or method.output_gate(0) is not None:
-        raise ValueError(f'`format` must not be "peft" for the gates of {type(method.config).__name__}.')
+        raise ValueError(f'`format="peft"` does not support the gates of {type(method.config).__name__}.')
     refuse_more_than_keys(method, 'format="peft"')
     _check_layers(model, find_layers(model))
     with gathering_around(model, [method]):

@@ -291,8 +291,8 @@ class SharedPromptHooks(PromptHooks):
         return None
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
         """Remove all hooks and restore the model's attention."""
+        super().remove()
         assert self.implementation is not None
         self.implementation.restore()
 
@@ -423,7 +423,7 @@ def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> s
     if others := sorted(types - {"full_attention", "sliding_attention"}):
         return f"it has layers with neither full attention nor a sliding window ({', '.join(others)})"
     if local := [layer.name for layer in layers if layer.local]:
-        return f"these layers attend to earlier tokens, but not through a sliding window: {', '.join(local)}"
+        return f"these layers attend to some earlier tokens only, but not through a sliding window: {', '.join(local)}"
     return None
 
 
