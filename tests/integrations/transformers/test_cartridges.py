@@ -337,7 +337,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"frozen_keys": torch.nn.ParameterList([torch.zeros(1, 4, 2, HEAD)] * 2)}, "must have \\[1, 2, tokens"),
     "length": (
         {"frozen_values": torch.nn.ParameterList([torch.zeros(1, 2, 3, HEAD)] * 2)},
-        "the same number of tokens",
+        "the same number",
     ),
 }
 

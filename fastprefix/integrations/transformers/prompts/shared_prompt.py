@@ -266,7 +266,7 @@ class SharedPromptHooks(PromptHooks):
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.drops and self.backbone.training:
-            return "dropout in the model is drawn separately in every row"
+            return "dropout in the model differs by row"
         if checkpoints_reentrantly(self.backbone):
             return "reentrant gradient checkpointing differentiates a prefix once per layer"
         if asks_for(arguments, self.backbone, "output_router_logits"):

@@ -78,7 +78,7 @@ class TaskPromptHooks(SharedPromptHooks):
         tokens = next(each for each in self.read_tokens(arguments) if each is not None)
         trains = torch.is_grad_enabled() and count_past(arguments) == 0 and not self.required
         if trains and len(tokens) < self.method.config.num_tasks:
-            return "with fewer rows than tasks, a prompt in every row trains fewer prompts"
+            return "the batch has fewer rows than tasks"
         return super().find_reason_against(arguments)
 
     def compute_prompts(self) -> Tensor:
