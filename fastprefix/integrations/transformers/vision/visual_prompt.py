@@ -1,9 +1,9 @@
 """Run methods that add rows to the tokens of an image in the layers of a vision transformer.
 
-Rows that are the same for every image run once for the whole batch. Each layer runs on the rows alone, its attention's
-keys and values are captured, and the tokens attend to them as to a shared prefix. Values and gradients equal those of
-rows in every image. Rows that depend on the image are inserted between its leading tokens (such as a class token) and
-its patches.
+A row is a virtual token here. Rows that are the same for every image run once for the whole batch. Each layer runs on
+the rows alone, its attention's keys and values are captured, and the tokens attend to them as to a shared prefix. Values
+and gradients equal those of rows in every image. Rows that depend on the image are inserted between its leading tokens
+(such as a class token) and its patches.
 
 The caller sees hidden states, pooled outputs and logits of the image's own tokens alone.
 """
@@ -83,7 +83,7 @@ def find_vision_stack(model: PreTrainedModel, example_inputs: Inputs | None = No
     first, second = (_run_blocks(part, blocks, image) for image in (pixels, 0.5 - pixels))
     states = [call.first_tensor for call in first]
     if not all(_is_state(s, states[0]) for s in states) or not _are_chained(first):
-        raise ValueError(f"`model` must have layers that each receive the previous output, but {name} has others.")
+        raise ValueError(f"`model` must have layers that each receive the previous output, but {name} does not.")
     assert states[0] is not None
     assert second[0].first_tensor is not None
     same = torch.eq(states[0], second[0].first_tensor).flatten(2).all(-1).all(0).long()
