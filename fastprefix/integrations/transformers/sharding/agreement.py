@@ -101,7 +101,7 @@ class Ranks:
         for rank in self.ranks:
             if not self._wait(f"{key}/{rank}", rank):
                 raise RuntimeError(
-                    f"rank {rank} of the model did not join to {action} within {TIMEOUT:.0f} s. All "
+                    f"rank {rank} of the model did not respond within {TIMEOUT:.0f} s, so the ranks cannot {action}. All "
                     "ranks must call the same functions of fastprefix in the same order. See the log of that rank."
                 )
             messages[rank] = self.store.get(f"{key}/{rank}").decode()

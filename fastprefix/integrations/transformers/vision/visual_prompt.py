@@ -1,9 +1,9 @@
 """Run methods that add rows to the tokens of an image in the layers of a vision transformer.
 
 A row is a virtual token here. Rows that are the same for every image run once for the whole batch. Each layer runs on
-the rows alone, its attention's keys and values are captured, and the tokens attend to them as to a shared prefix. Values
-and gradients equal those of rows in every image. Rows that depend on the image are inserted between its leading tokens
-(such as a class token) and its patches.
+the rows alone, its attention's keys and values are captured, and the tokens attend to them as to a shared prefix.
+Values and gradients equal those of rows in every image. Rows that depend on the image are inserted between its leading
+tokens (such as a class token) and its patches.
 
 The caller sees hidden states, pooled outputs and logits of the image's own tokens alone.
 """
