@@ -101,8 +101,8 @@ class Ranks:
         for rank in self.ranks:
             if not self._wait(f"{key}/{rank}", rank):
                 raise RuntimeError(
-                    f"rank {rank} of the model did not respond within {TIMEOUT:.0f} s, so the ranks cannot {action}. All "
-                    "ranks must call the same functions of fastprefix in the same order. See the log of that rank."
+                    f"rank {rank} of the model did not respond within {TIMEOUT:.0f} s, so the ranks cannot {action}. "
+                    "All ranks must call the same functions of fastprefix in the same order. See the log of that rank."
                 )
             messages[rank] = self.store.get(f"{key}/{rank}").decode()
         if failed := {rank: text for rank, text in messages.items() if text.startswith(_FAILED)}:
