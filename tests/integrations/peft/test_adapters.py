@@ -177,7 +177,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
             {**load_file(folder / "adapter_model.safetensors"), "base_model.lm_head.weight": torch.zeros(2)},
             folder / "adapter_model.safetensors",
         ),
-        "no place for base_model.lm_head.weight",
+        "no parameters for base_model.lm_head.weight",
     ),
 }
 
@@ -201,7 +201,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 
 def test_the_head_of_another_model(tmp_path: Path) -> None:
     family("encoder", "prefix").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no place for base_model\.classifier\.bias"):
+    with pytest.raises(ValueError, match=r"no parameters for base_model\.classifier\.bias"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 

@@ -231,12 +231,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"names": ["a", "z"]}, "`name` must be one of"),
     "a string": ({"names": "a"}, "`names` must be a list"),
     "none": ({"names": []}, "`names` must be a list"),
-    "twice": ({"names": ["a", "a"]}, "`names` must be a non-empty list of different"),
+    "twice": ({"names": ["a", "a"]}, "`names` must be a list of one or more different"),
     "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must not be"),
     "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must contain only names"),
     "gates": ({"names": ["a", "apt"]}, "gates of APT depend on the input"),
-    "a prompt": ({"names": ["a", "prompt"]}, "'prompt' it is a PromptTuning"),
-    "an own softmax": ({"names": ["a", "llama"]}, "'llama' it is a LlamaAdapter"),
+    "a prompt": ({"names": ["a", "prompt"]}, "'prompt' does not: it is a PromptTuning"),
+    "an own softmax": ({"names": ["a", "llama"]}, "'llama' does not: it is a LlamaAdapter"),
     "a head": ({"names": ["a", "head"]}, "it trains lm_head"),
     "positions": ({"names": ["a", "none"]}, "`prefix_position` must be the same"),
 }
@@ -341,7 +341,7 @@ def test_biases_are_swapped_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "sources", "message"),
     [
-        (PARTS["a"](), state_of(0, 5), "must have the 4 tokens of the prefix together, but have"),
+        (PARTS["a"](), state_of(0, 5), "must have 4 tokens in total, as the prefix does, but have"),
         (PARTS["mlp"](), state_of(0, 3), "must be an adapter with free keys and values"),
         (fastprefix.PromptTuningConfig(3), state_of(0, 3), "must be an adapter with free keys and values"),
         (

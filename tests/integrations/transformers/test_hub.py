@@ -113,10 +113,10 @@ def test_pefts_format(hub: Hub) -> None:
 
 
 def test_what_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="'org/nothing' does not exist, and cannot be read from the Hub"):
+    with pytest.raises(FileNotFoundError, match="'org/nothing' does not exist locally and cannot be read from the Hub"):
         fastprefix.load_adapter(models.decoder(), "org/nothing")
     hub.create("org/empty")
-    with pytest.raises(FileNotFoundError, match="'org/empty' on the hub has no adapter"):
+    with pytest.raises(FileNotFoundError, match="'org/empty' on the Hub must contain an adapter"):
         fastprefix.load_adapter(models.decoder(), "org/empty")
     fastprefix.push_to_hub(attached("decoder", "prefix"), "org/adapter")
     with pytest.raises(FileNotFoundError, match="cannot be read from the Hub"):

@@ -79,5 +79,5 @@ def test_what_has_no_place_for_a_second_softmax_refuses_it(tmp_path: Path) -> No
     with pytest.raises(ValueError, match='softmax="joint"'):
         fastprefix.swap_prefix(model, state)
     attached(fastprefix.PrefixTuningConfig(5, prefix_position="shift"), model, name="joint")
-    with pytest.raises(ValueError, match=r"`names` .* of 'own' it has softmax="):
+    with pytest.raises(ValueError, match=r"`names` .* 'own' does not: it has softmax="):
         fastprefix.compose(model, ["own", "joint"], name="both")

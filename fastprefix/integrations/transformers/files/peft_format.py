@@ -76,7 +76,7 @@ def convert_from_peft(
     }
     factors = PEFT_NAMES if description["peft_type"] == "MULTITASK_PROMPT_TUNING" else {"rows": _EMBEDDINGS}
     if left := sorted(tensors.keys() - set(factors.values()) - {_make_peft_name(name) for name in parameters}):
-        raise ValueError(f"The adapter does not fit this model, which has no modules for {', '.join(left)}.")
+        raise ValueError(f"The adapter does not fit this model, which has no parameters for {', '.join(left)}.")
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
     if description["peft_type"] == "MULTITASK_PROMPT_TUNING":
         return _make_multitask(path, tensors, options, parameters)

@@ -52,7 +52,7 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
     attachment, base = get_attachment(model), find_base_model(model)
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
-        raise ValueError(f"`names` must be a non-empty list of different adapter names, got {names!r}")
+        raise ValueError(f"`names` must be a list of one or more different adapter names, got {names!r}")
     check_name_free(model, name)
     if unknown := sorted(set(trainable or ()) - set(chosen)):
         raise ValueError(f"`trainable` must contain only names from {chosen}, got {unknown}.")

@@ -191,7 +191,7 @@ class SharedPromptHooks(PromptHooks):
         if self.method.prompt_path != path:
             self.method.prompt_path = path
         if reason is not None and self.required:
-            raise ValueError(f"`shared_prompt` must not be True for this call, which cannot be exact: {reason}.")
+            raise ValueError(f"`shared_prompt=True` cannot be exact in this call: {reason}.")
         try:
             if reason is None:
                 output = self.run_shared(forward, arguments, past)
