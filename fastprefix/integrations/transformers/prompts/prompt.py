@@ -204,7 +204,7 @@ class PromptHooks:
         if not (insertion.embedded or insertion.entered) and arguments.get("input_ids") is not None:
             raise RuntimeError(
                 f"{type(self.backbone).__name__} did not call its input embeddings with `input_ids`, so the adapter "
-                "would have no effect. Pass `inputs_embeds` instead."
+                "had no effect. Pass `inputs_embeds` instead."
             )
         return output
 
