@@ -108,7 +108,7 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
         "```",
     ]
     if has_tuner_layers(base):
-        lines += ["", f"It was trained together with PEFT's {_name_tuners(base)}. Load that adapter as well."]
+        lines += ["", f"It was trained together with {_name_tuners(base)} of PEFT. Load that adapter as well."]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
 
 
