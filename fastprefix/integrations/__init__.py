@@ -1,1 +1,1 @@
-"""The methods on models of other libraries: one folder each."""
+"""Integrations of the methods with other libraries, one folder each."""

@@ -1,4 +1,4 @@
-"""PEFT models on this package's kernels."""
+"""Run PEFT models on this package's kernels."""
 
 from .acceleration import accelerate, decelerate
 

@@ -1,4 +1,4 @@
-"""``accelerate``: a PEFT model keeps its API, its parameters and its numbers, and runs on these kernels."""
+"""Run PEFT models on this package's kernels with the same API, the same parameters and the same results."""
 
 from __future__ import annotations
 
@@ -22,48 +22,50 @@ from .prefix import CachedPrefix, PrefixAcceleration
 from .prompt import PromptAcceleration
 
 ATTRIBUTE = "fastprefix"
-"""The name under which an accelerated model has its ``Acceleration``."""
+"""The attribute of an accelerated model that holds its ``Acceleration``."""
 _PREFIXES, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), "ADAPTION_PROMPT"
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 KINDS = (*_PREFIXES, *_PROMPTS, _ADAPTION)
-"""The methods of PEFT that can be accelerated."""
+"""The PEFT methods that can be accelerated."""
 
 Model = TypeVar("Model", bound=PeftModel)
 
 
 class Acceleration:
-    """The changes of ``accelerate`` to a model, which ``decelerate`` undoes."""
+    """The changes that ``accelerate`` made to a model, which ``decelerate`` undoes."""
 
     def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
         self.hooks = hooks
         self.prompt_path = prompt_path
-        """The path of a prompt: "shared", once for the whole batch; or "textbook: " and why PEFT's own path stays.
+        """How prompts run: "shared", once for the whole batch, or "textbook: " and the reason for PEFT's own path.
 
-        Where sharing is not exact in a single call (dropout while training, for one), that call runs it in every row.
+        It is None for prefixes and adaption prompts.
+
+        A call for which sharing is not exact (for example with dropout in training) runs the prompt in every row.
         """
 
 
 def accelerate(peft_model: Model, check: bool = True) -> Model:
     """Run a PEFT model on this package's kernels.
 
-    Its API, its ``state_dict``, its files and its numbers stay what they were. A prefix is not expanded to the batch
-    and not concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt is run once for the
-    whole batch where that gives the same (see ``peft_model.fastprefix.prompt_path``). All of its adapters run so,
-    whichever is active.
+    The model's API, ``state_dict``, files and results stay the same. A prefix is not expanded to the batch or
+    concatenated, masks do not cover it, and gradient checkpointing works with it. A prompt runs once for the whole
+    batch if that is exact (see ``peft_model.fastprefix.prompt_path``). All adapters of the model are accelerated, not
+    only the active one.
 
     Args:
         peft_model: a PEFT model with PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING or
-            ADAPTION_PROMPT. Multitask prompts of rows with different tasks run in every row.
-        check: compare an accelerated model with PEFT's own on a small copy of the base first, once a class and
-            configuration. A prompt that differs stays on PEFT's path. Without the check, or where no small copy runs,
-            the model itself is compared on four tokens.
+            ADAPTION_PROMPT. Multitask prompts run in every row if the rows have different tasks.
+        check: whether to compare a small accelerated copy of the model with PEFT's own results first, once per class
+            and configuration. A prompt with different results stays on PEFT's path. Without the check, or if no small
+            copy runs, the model itself is compared on four tokens.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: not a PEFT model.
-        ValueError: it cannot be accelerated, and why; it is left as it was.
+        TypeError: if ``peft_model`` is not a PEFT model.
+        ValueError: if the model cannot be accelerated. The message gives the reason, and the model is unchanged.
     """
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"`peft_model` must be a peft.PeftModel, but is {type(peft_model).__name__}.")
@@ -93,16 +95,16 @@ def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
 
 
 def decelerate(peft_model: Model) -> Model:
-    """Undo ``accelerate``: the PEFT model runs as it did before.
+    """Undo ``accelerate``, so that the PEFT model runs on PEFT's own code again, and return the model.
 
     Raises:
-        ValueError: the model is not accelerated.
+        ValueError: if the model is not accelerated.
     """
     acceleration = vars(peft_model).get(ATTRIBUTE)
     if not isinstance(acceleration, Acceleration):
         raise ValueError(
-            f"`peft_model` must be an accelerated model, but {_get_class_name(peft_model)} is not: call "
-            "fastprefix.accelerate."
+            f"`peft_model` must be an accelerated model, but {_get_class_name(peft_model)} is not. Call "
+            "fastprefix.accelerate first."
         )
     if acceleration.hooks is not None:
         acceleration.hooks.remove()
@@ -111,28 +113,28 @@ def decelerate(peft_model: Model) -> Model:
 
 
 def _check(peft_model: Any) -> None:
-    """Refuse what cannot be accelerated, before anything is changed."""
+    """Refuse models that cannot be accelerated, before anything is changed."""
     kind, model = _get_kind(peft_model), peft_model.get_base_model()
     if ATTRIBUTE in vars(peft_model):
-        raise ValueError("`peft_model` is accelerated already.")
+        raise ValueError("`peft_model` is already accelerated.")
     if kind not in KINDS:
         raise ValueError(f"`peft_model` must have one of {', '.join(KINDS)}, but has {kind}.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`peft_model` must wrap a transformers model, but wraps {_get_class_name(model)}.")
     if list_adapting_users(model):
-        raise ValueError("`peft_model` must have a base model without a method of this package: detach it first.")
+        raise ValueError("`peft_model` must have a base model without an adapter of this package. Detach it first.")
     if peft_model._adapters_disabled:
-        raise ValueError("`peft_model` must have its adapter enabled: leave disable_adapter() first.")
+        raise ValueError("`peft_model` must have its adapter enabled. Leave disable_adapter() first.")
     if kind == _ADAPTION:
         for adapted in find_adapted_attentions(peft_model):
             if (reason := find_reason_not_fusable(adapted)) is not None:
                 raise ValueError(
-                    f"`peft_model` must have adaption prompts that one attention can compute, but {reason}."
+                    f"`peft_model` must have adaption prompts that fit into one attention call, but {reason}."
                 )
 
 
 def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
-    """Compare a small copy of a PEFT model, with its active adapter's options, before and after acceleration."""
+    """Compare a small copy of a PEFT model before and after acceleration, with the active adapter's options."""
     config = _shrink_config(peft_model.active_peft_config)
 
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
@@ -147,7 +149,7 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
 
 
 def _shrink_config(config: Any) -> Any:
-    """Return the options of a PEFT adapter with three virtual tokens, without what PEFT read from the base."""
+    """Return the options of a PEFT adapter with three virtual tokens, without those that PEFT reads from the base."""
     small = copy.deepcopy(config)
     limits = {"num_virtual_tokens": 3, "adapter_len": 3, "adapter_layers": 1, "encoder_hidden_size": 8}
     read = ("token_dim", "num_attention_heads", "num_layers", "base_model_name_or_path", "tokenizer_name_or_path")
@@ -167,36 +169,36 @@ def _shrink_config(config: Any) -> Any:
 
 
 def _find_layers(peft_model: Any) -> list[Layer]:
-    """Return the attention layers of the base model, which runs once for that if it has a small copy.
+    """Return the attention layers of the base model. If a small copy exists, the base model runs only once.
 
     Raises:
-        ValueError: the model does not run, or its attention does not go through the attention interface.
+        ValueError: if the model does not run, or its attention does not use the attention interface.
     """
     model = peft_model.get_base_model()
-    # PEFT's adapted attention does not run on a rank's own heads.
+    # PEFT's adapted attention does not support tensor parallelism.
     fails = _get_kind(peft_model) == _ADAPTION and is_tensor_parallel(model)
     try:
         conformance.adopt_small_trial(model)
         with peft_model.disable_adapter() if fails else nullcontext():
             return find_layers(model)
-    except Exception as error:  # whatever a family makes of it
+    except Exception as error:  # families raise different errors
         why = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"`peft_model` must be a model that runs on these kernels: {why}") from error
+        raise ValueError(f"`peft_model` must be a model that runs on the fastprefix kernels: {why}") from error
 
 
 def _install(peft_model: Any, layers: list[Layer], is_verified: bool) -> CachedPrefix:
-    """Set the hooks of a model on the kernels, after a trial of it unless a small copy was verified.
+    """Set the hooks for the kernels. Compare the results in a trial first, unless a small copy was verified.
 
     Raises:
-        ValueError: the trial fails or does not give PEFT's numbers. The model is left as it was.
+        ValueError: if the trial fails or its results differ from PEFT's. The model is unchanged.
     """
     if is_verified:
         return _make_hooks(peft_model, layers)
     with evaluating(peft_model), torch.no_grad():
         try:
             expected, base = _run_trial(peft_model), _run_trial_without(peft_model)
-        except Exception as error:  # whatever PEFT and a family make of it
-            raise ValueError(f"`peft_model` must run with PEFT alone, which fails in a trial: {error!r}") from error
+        except Exception as error:  # PEFT and families raise different errors
+            raise ValueError(f"`peft_model` must run with PEFT alone, but a trial of it failed: {error!r}") from error
         hooks = None
         try:
             rounding = _measure_rounding(peft_model, layers, base)
@@ -210,7 +212,9 @@ def _install(peft_model: Any, layers: list[Layer], is_verified: bool) -> CachedP
                 hooks.remove()
             if isinstance(error, ValueError) or not isinstance(error, Exception):
                 raise
-            raise ValueError(f"`peft_model` must be a model that runs on these kernels: {error!r}") from error
+            raise ValueError(
+                f"`peft_model` must be a model that runs on the fastprefix kernels, but a trial failed: {error!r}"
+            ) from error
     return hooks
 
 
@@ -224,23 +228,23 @@ def _make_hooks(peft_model: Any, layers: list[Layer]) -> CachedPrefix:
 
 
 def _number_layers(model: PreTrainedModel, layers: list[Layer]) -> dict[int, Layer]:
-    """Return the attention layers by their places in a key/value cache.
+    """Return the attention layers by their indices in a key/value cache.
 
     Raises:
-        ValueError: a prefix in a cache would reach the attention in another way than a prefix does here.
+        ValueError: if the layers are not numbered, or some of them would not attend to the whole prefix of a cache.
     """
     if model.config.is_encoder_decoder:
         layers = [layer for layer in layers if layer.shape.role == "decoder"]
     if local := [layer.name for layer in layers if layer.local]:
         raise ValueError(
-            "`peft_model` must be a model whose layers see all tokens before them, or a sliding window of those, but "
-            f"these layers do not: {local}"
+            "`peft_model` must be a model whose layers attend to all earlier tokens or a sliding window of them, but "
+            f"these layers do not: {local}."
         )
     numbered: dict[Any, Layer] = {getattr(layer.module, "layer_idx", None): layer for layer in layers}
     if numbered.keys() != set(range(len(layers))):
         raise ValueError(
             f"`peft_model` must be a model with numbered attention layers, but those of {_get_class_name(model)} have "
-            "no layer_idx"
+            "no layer_idx."
         )
     return numbered
 
@@ -266,16 +270,15 @@ def _run_trial_without(peft_model: Any) -> Tensor:
 
 
 def _select_tokens(expected: Tensor, base: Tensor) -> Tensor:
-    """Return the results for the tokens themselves: a prompt has logits too."""
+    """Return the results for the tokens alone, since the output also has logits of a prompt."""
     return expected[:, -base.shape[1] :] if expected.ndim == 3 else expected
 
 
 def _measure_rounding(peft_model: Any, layers: list[Layer], base: Tensor) -> float:
-    """Return how far rounding may move the results of a trial, as the model amplifies it.
+    """Return a bound for the effect of rounding on the results of a trial, as the model amplifies it.
 
-    It is measured on the model without its adapter and on its own attention: every attention's output is moved by
-    about one unit in the last place of its largest value at that token. Two orders of the same sums differ by a few of
-    these.
+    The model runs without its adapter and on its own attention. Each attention output is changed by about one unit in
+    the last place of its largest value at the same token. Two summation orders differ by a few such units.
     """
     signs = torch.Generator().manual_seed(0)
 
@@ -296,17 +299,20 @@ def _measure_rounding(peft_model: Any, layers: list[Layer], base: Tensor) -> flo
 
 
 def _compare(actual: Tensor, expected: Tensor, bound: float, where: str) -> None:
-    """Refuse where the kernels do not give PEFT's numbers.
+    """Check that the kernels give PEFT's results.
 
-    Two orders of the same sums differ by rounding; a prefix that is lost or misplaced, by about all of its effect.
+    Two summation orders differ by rounding. A lost or misplaced prefix makes a difference of about its whole effect.
+
+    Raises:
+        ValueError: if the results differ by more than ``bound``.
     """
     error = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
     if not error <= bound:
-        raise ValueError(f"`peft_model` would not get PEFT's numbers: they differ by {error:.1e} {where}")
+        raise ValueError(f"`peft_model` would not give PEFT's results, which differ by {error:.1e} {where}.")
 
 
 def _count_tasks(model: Any) -> int:
-    """Return the number of tasks of a PEFT model whose calls get ``task_ids``, or 0."""
+    """Return the number of tasks of a PEFT model whose calls accept ``task_ids``, or 0."""
     is_multitask = isinstance(model, PeftModel) and _get_kind(model) == "MULTITASK_PROMPT_TUNING"
     return int(model.active_peft_config.num_tasks) if is_multitask else 0
 

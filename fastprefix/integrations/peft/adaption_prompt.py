@@ -1,7 +1,7 @@
-"""PEFT's adaption prompts (LLaMA-Adapter): one call of ``prefix_attention`` with an output gate.
+"""Run PEFT's adaption prompts (LLaMA-Adapter) as one call of ``prefix_attention`` with an output gate.
 
-PEFT runs an attention module, and then computes its queries again for a second attention to the adaption prompt, whose
-output it projects and adds.
+PEFT runs an attention module and then computes its queries again for a second attention to the adaption prompt. It
+projects the second output and adds it to the first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .prefix import CachedPrefix
 
 
 class AdaptionPromptAcceleration(CachedPrefix):
-    """Every adapted attention of a PEFT model, of all of its adapters, passes its prompt to the attention inside it.
+    """The acceleration of adaption prompts: each adapted attention passes its prompt to the attention inside it.
 
-    Those of an adapter that is added later compute the same as they did.
+    It covers all adapters of the PEFT model. Adapters that are added later run on PEFT's own code, with equal results.
     """
 
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
@@ -34,7 +34,7 @@ class AdaptionPromptAcceleration(CachedPrefix):
         self.handles += [Interception(module, functools.partial(self.run_adapted, module)) for module in adapted]
 
     def carry_without_prefix(self) -> CarriedBindings | None:
-        """Return what a call carries whose adapted attentions bring their prompts themselves."""
+        """Return the bindings of a call whose adapted attentions provide their own prompts."""
         return CarriedBindings({}) if self.adapter_model._enabled else super().carry_without_prefix()
 
     def run_adapted(
@@ -54,17 +54,17 @@ class AdaptionPromptAcceleration(CachedPrefix):
 
 
 def find_adapted_attentions(peft_model: Any) -> set[Any]:
-    """Return PEFT's adapted attention modules, those of the active adapter and of all others."""
+    """Return PEFT's adapted attention modules of all adapters, active or not."""
     waiting = peft_model.base_model._cached_adapters.values()
     active = (module for module in peft_model.modules() if hasattr(module, "adaption_gate"))
     return {*active, *(module for modules in waiting for module in modules)}
 
 
 def find_reason_not_fusable(module: nn.Module) -> str | None:
-    """Return why an adapted attention cannot be computed in one call, or None if it can."""
+    """Return the reason why an adapted attention cannot be computed in one call, or None if it can."""
     attention: Any = module.model
     if not hasattr(attention, "o_proj"):
-        return "PEFT adds this model's adaption prompts behind the output projection"
+        return "PEFT adds this model's adaption prompts after the output projection"
     if attention.o_proj.bias is not None:
         return "its output projection has a bias, which PEFT adds twice"
     return None

@@ -29,10 +29,10 @@ class PeftMixture(MixtureHooks):
         super().__init__(peft_model.base_model, layers, SpanStore())
         self.peft_model = peft_model
         self.read = read
-        """Returns the keys and values of the active adapter, if these are its parameters; None: it has a prompt."""
+        """Returns the active adapter's keys and values with gradients to its parameters. None if it has a prompt."""
 
     def run_with(self, names: tuple[str, ...], function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Run the base model, or its ``generate``, with an adapter for each row."""
+        """Run the base model or its ``generate`` with one adapter per row."""
         check_rows(names, arguments)
         parts = [self._make_part(name) for name in dict.fromkeys(names) if name != BASE]
         rows = MixedRows(names, parts, find_device(self.model))
@@ -49,7 +49,7 @@ class PeftMixture(MixtureHooks):
     def _make_part(self, name: str) -> Part:
         configs = self.peft_model.peft_config
         if name not in configs:
-            raise ValueError(f"`adapter_names` must name adapters of the model, {[*configs, BASE]}, but has {name!r}.")
+            raise ValueError(f"`adapter_names` must contain names of adapters, {[*configs, BASE]}, but has {name!r}.")
         length = configs[name].num_virtual_tokens
         indices = {module: index for index, module in enumerate(self.layers)}
         return Part(name, length, length, indices, is_prompt=self.read is None)
@@ -69,14 +69,14 @@ class PeftMixture(MixtureHooks):
         return self.run_prompts([SimpleNamespace(prompt=prompt) for prompt in prompts])
 
     def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:
-        """Return the arguments with shifted positions. PEFT has prompts count them itself, padding included."""
+        """Return the arguments with shifted positions. With prompts, PEFT counts positions including padding."""
         if self.read is None:
             arguments.pop("position_ids", None)
         return super()._arrange(arguments, call)
 
     @contextmanager
     def _active(self, name: str) -> Iterator[None]:
-        """Have PEFT compute an adapter in this context."""
+        """Make an adapter the active one of the PEFT model in this context."""
         former, self.peft_model.active_adapter = self.peft_model.active_adapter, name
         try:
             yield

@@ -1,4 +1,4 @@
-"""Run PEFT's prefix tuning and cartridges on their keys and values, instead of a cache expanded to the batch."""
+"""Run PEFT's prefix tuning and cartridges on their keys and values, instead of on a cache expanded to the batch."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ from .mixing import PeftMixture
 
 
 class CachedPrefix:
-    """A model whose attention takes its prefix from the ``PrefixCache`` that the model is called with, if any.
+    """The hooks of a model whose attention gets its prefix from the ``PrefixCache`` that a call passes, if any.
 
-    ``attentions`` are the modules that a prefix reaches. A call carries their bindings to them. Gradient checkpointing
-    runs a layer again with those of its first run.
+    ``attentions`` are the modules that a prefix reaches. Each call carries their bindings. Gradient checkpointing
+    recomputes a layer with the bindings of its first run.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class CachedPrefix:
         watch(self.modules.values())
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the backbone; the call carries its prefix to the attention."""
+        """Run the backbone. The call carries its prefix to the attention."""
         self.implementation.check()
         arguments = name_arguments(self.names, args, kwargs)
         if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
-                "`output_attentions` must be False on an accelerated model, whose kernels make no attention weights: "
-                "call fastprefix.decelerate first"
+                "`output_attentions` must be False on an accelerated model, whose kernels do not return attention "
+                "weights. Call fastprefix.decelerate first."
             )
         carried = self.find_carried(arguments)
         if carried is None:
@@ -104,9 +104,9 @@ class CachedPrefix:
             return forward(**arguments)
 
     def find_carried(self, arguments: dict[str, Any]) -> CarriedBindings | None:
-        """Return what a call carries: the prefix in its cache, or the model's own attention in a call without one.
+        """Return the bindings of a call: the prefix in its cache, or the model's own attention without a prefix.
 
-        None: what is bound to the modules, by an adapter of this package beside PEFT's.
+        None keeps the bindings of the modules, which an adapter of this package beside PEFT's has set.
         """
         cache: Any = find_cache(arguments)
         if isinstance(cache, EncoderDecoderCache):
@@ -120,7 +120,7 @@ class CachedPrefix:
         return self.carry_without_prefix()
 
     def carry_without_prefix(self) -> CarriedBindings | None:
-        """Return what a call without a prefix carries."""
+        """Return the bindings of a call without a prefix."""
         former = get_carried_bindings()
         if former is not None or any(hasattr(module, BINDING) for module in self.modules.values()):
             return former
@@ -140,12 +140,12 @@ class PeftCall:
 
     def __init__(self, owner: PromptLearning) -> None:
         self.owner = owner
-        self.prompt: Tensor | None = None  # [1, m, d], waiting for the call of the backbone
-        self.states: SplitStates | None = None  # what the backbone returned
+        self.prompt: Tensor | None = None  # [1, m, d], until the backbone is called
+        self.states: SplitStates | None = None  # the output of the backbone
 
 
 class SplitStates:
-    """Hidden states ``[B, m + N, d]``, and the parts that they were made of: ``[1, m, d]`` and ``[B, N, d]``."""
+    """Hidden states ``[B, m + N, d]`` and their two parts: prompt ``[1, m, d]`` and tokens ``[B, N, d]``."""
 
     def __init__(self, prompt: Tensor, tokens: Tensor) -> None:
         self.prompt = prompt
@@ -153,14 +153,14 @@ class SplitStates:
         self.whole = repeat_before(prompt, tokens)
 
     def is_whole(self, states: Tensor) -> bool:
-        """Return whether a tensor is all of the states, such as a slice over all positions."""
+        """Return whether a tensor is a view of all the states, such as a slice over all positions."""
         whole = self.whole
         same = states.shape == whole.shape and states.stride() == whole.stride() and states.dtype == whole.dtype
         return same and states.data_ptr() == whole.data_ptr()
 
 
 def repeat_before(prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Return ``[1, m, d]`` before every row of ``[B, N, d]``."""
+    """Put a prompt ``[1, m, d]`` before every row of tokens ``[B, N, d]``."""
     return torch.cat([prompt.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
@@ -174,15 +174,15 @@ _CALLS = _PeftCalls()
 
 
 class PromptLearning(CachedPrefix):
-    """A model whose PEFT model asks for its prefix or prompt in ``get_prompt``, and then calls the model.
+    """The hooks of a model whose PEFT model calls ``get_prompt`` for its prefix or prompt, and then the model.
 
-    In PEFT's own calls ``get_prompt`` returns what ``prompt_of_call`` returns; anybody else gets what PEFT returns.
+    In PEFT's own calls ``get_prompt`` returns the result of ``make_prompt``. Other callers get PEFT's result.
     """
 
     def __init__(self, peft_model: Any, attentions: Iterable[nn.Module], backbone: nn.Module | None = None) -> None:
         super().__init__(peft_model.base_model, attentions, backbone)
         self.peft_model = peft_model
-        self.mixture: PeftMixture | None = None  # made at the first call that names adapters
+        self.mixture: PeftMixture | None = None  # created in the first call that names adapters
         self.handles += [
             peft_model.register_forward_pre_hook(_refuse_replica),
             Interception(peft_model, self.call),
@@ -192,14 +192,14 @@ class PromptLearning(CachedPrefix):
             peft_model.generate = self.generate
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """Return PEFT's prompt, or in PEFT's own calls what stands for it."""
+        """Return PEFT's prompt, or in PEFT's own calls the replacement that ``make_prompt`` returns."""
         call = self.call_in_progress()
         if call is None:
             return type(self.peft_model).get_prompt(self.peft_model, batch_size, task_ids, max_cache_len)
         return self.make_prompt(call, batch_size, task_ids)
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
-        """Return what stands for the prompt in one of PEFT's calls."""
+        """Return the replacement for the prompt in one of PEFT's calls."""
         raise NotImplementedError
 
     def make_mixture(self) -> PeftMixture:
@@ -207,7 +207,7 @@ class PromptLearning(CachedPrefix):
         raise NotImplementedError
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run PEFT's ``generate``, or that of the base model, each row with the adapter that it names."""
+        """Run PEFT's ``generate``, or with adapter names that of the base model with one adapter per row."""
         if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
             with torch.no_grad():
                 return self._run_mixed(names, self.peft_model.base_model.generate, args, kwargs)
@@ -216,20 +216,20 @@ class PromptLearning(CachedPrefix):
     def _run_mixed(
         self, names: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a function of the base model, each row with its own adapter. Its results are about the tokens alone."""
+        """Run a function of the base model with one adapter per row. Its results contain the tokens alone."""
         arguments = name_arguments(("input_ids", "attention_mask", "inputs_embeds", "labels"), args, kwargs)
         if self.mixture is None:
             self.mixture = self.make_mixture()
         return self.mixture.run_with(names, function, arguments)
 
     def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a method of the PEFT model that asks for the prompt."""
+        """Run a method of the PEFT model that calls ``get_prompt``."""
         if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
             return self._run_mixed(names, self.peft_model.base_model, args, kwargs)
         with self._track_call() as call:
             result = method(*args, **kwargs)
         if call.prompt is not None:
-            raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt")
+            raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt.")
         return result
 
     def remove(self) -> None:
@@ -254,10 +254,10 @@ class PromptLearning(CachedPrefix):
 
 
 class PrefixAcceleration(PromptLearning):
-    """``get_prompt`` of a PEFT model with prefixes returns a cache that does not hold them.
+    """The acceleration of prefixes: PEFT's ``get_prompt`` returns a cache that does not hold the prefixes.
 
-    ``layers`` are its attention layers by their ``layer_idx``, which is their place in PEFT's cache; in an
-    encoder-decoder, those in which the decoder attends to itself.
+    ``layers`` are the attention layers by ``layer_idx``, which is their index in PEFT's cache. In an encoder-decoder
+    they are the decoder's self-attention layers.
     """
 
     def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
@@ -276,7 +276,7 @@ class PrefixAcceleration(PromptLearning):
     def make_prompt(
         self, call: PeftCall, batch_size: int, task_ids: Tensor | None
     ) -> PrefixCache | EncoderDecoderCache:
-        """Return a cache with the active adapter's prefix, computed once a call, for whatever batch size."""
+        """Return a cache with the active adapter's prefix for any batch size. The prefix is computed once per call."""
         prefixes = {self.layer_names[module]: prefix for module, prefix in self.read_prefixes().items()}
         length = self.peft_model.active_peft_config.num_virtual_tokens
         cache = PrefixCache(len(self.layers), length, prefixes)
@@ -295,7 +295,7 @@ class PrefixAcceleration(PromptLearning):
         prefixes: dict[nn.Module, GivenPrefix] = {}
         for number, (index, layer) in enumerate(self.layers.items()):
             source = self.sources[index]
-            # PEFT repeats the rows and gives each layer four in turn, of which cross-attention ignores its two.
+            # PEFT repeats the rows and gives each layer four of them. Cross-attention ignores its two.
             first = (4 * source) % (2 * layers) if two_halves else 2 * source
             key, value = (_fit(tensor, layer) for tensor in keys_values[first : first + 2])
             if key is not None and value is not None:
@@ -306,14 +306,14 @@ class PrefixAcceleration(PromptLearning):
         return prefixes
 
     def read_keyed(self) -> dict[nn.Module, KeyedPrefix]:
-        """Return the same for a batch of different adapters, cut off from the parameters of frozen tokens."""
+        """Return the prefixes for a batch with different adapters. Frozen tokens are detached from the parameters."""
         return {
             module: KeyedPrefix(*(_freeze(tensor, prefix.frozen) for tensor in (prefix.key, prefix.value)))
             for module, prefix in self.read_prefixes().items()
         }
 
     def make_mixture(self) -> PeftMixture:
-        """Return the hooks of such a batch."""
+        """Return the hooks of a batch with different adapters."""
         if self.backbone.config.is_encoder_decoder:
             raise ValueError("`adapter_names` must not be given to an encoder-decoder of PEFT.")
         return PeftMixture(self.peft_model, list(self.layers.values()), self.read_keyed)
@@ -324,28 +324,28 @@ class PrefixAcceleration(PromptLearning):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
             return rows
-        # Reentrant checkpointing has every layer go back to the parameters: through views it can, else only once.
+        # Each reentrantly checkpointed layer runs backward to the parameters, which only views allow more than once.
         if getattr(encoder, "prefix_projection", False) and not config.inference_mode:
             raise ValueError(
-                "`use_reentrant` must be False for gradient checkpointing with prefix_projection, but is True."
+                "`use_reentrant` must be False for gradient checkpointing with prefix_projection=True, but is True."
             )
         weight: Tensor = encoder.embedding.weight
         return weight
 
 
 def _freeze(tensor: Tensor, count: int) -> Tensor:
-    """Return keys or values ``[H, m, D]`` whose first tokens have no gradient."""
+    """Return keys or values ``[H, m, D]`` without gradients for the first ``count`` tokens."""
     return torch.cat([tensor[:, :count].detach(), tensor[:, count:]], dim=1) if count else tensor
 
 
 def wraps_reentrantly(backbone: nn.Module) -> bool:
-    """Return whether PyTorch's wrapper checkpoints a layer of a backbone reentrantly."""
+    """Return whether PyTorch's checkpoint wrapper checkpoints a layer of a backbone reentrantly."""
     functions = (vars(module).get(CHECKPOINT_WRAPPER) for module in backbone.modules())
     return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:
-    """Cut keys or values ``[H, m, D]`` to a layer's heads and head size, as PEFT does; None: the layer's are larger."""
+    """Cut keys or values ``[H, m, D]`` to a layer's heads and head size as PEFT does, or return None if too small."""
     heads, size = layer.whole_shape.kv_heads, layer.shape.key_size
     if heads > prefix.shape[0] or size > prefix.shape[2]:
         return None
@@ -353,14 +353,14 @@ def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:
 
 
 def _find_sources(layers: dict[int, Layer]) -> dict[int, int]:
-    """Return for each layer the one whose keys it attends to: another one's, where layers share keys and values."""
+    """Map each layer to the layer whose keys it attends to, which is another one if layers share keys and values."""
     first: dict[tuple[Any, ...], int] = {}
     identities = {index: (layer.key.data_ptr(), layer.key.shape) for index, layer in sorted(layers.items())}
     return {index: first.setdefault(identity, index) for index, identity in identities.items()}
 
 
 def _find_registered(names: set[str | None]) -> str | None:
-    """Return the attention of a model's configurations, if there is one and ``transformers`` has it by name."""
+    """Return the attention implementation of a model's configurations if it is unique and registered, or None."""
     name = next(iter(names)) if len(names) == 1 else None
     known = name in AttentionInterface() and name in AttentionMaskInterface()
     return name if known and not str(name).startswith(NAME) else None
@@ -371,9 +371,9 @@ def _refuse_replica(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _bias_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give the prefix the first of T5's relative biases, since it stands before all tokens (a forward pre-hook).
+    """Give the prefix T5's first relative biases, since it comes before all tokens (a forward pre-hook).
 
-    T5 counts the keys, and the prefix is not among them.
+    T5 derives the number of positions from its keys, which do not include the prefix.
     """
     carried = get_carried_bindings()
     binding: Binding | None = None if carried is None else carried.bindings.get(module)

@@ -1,4 +1,4 @@
-"""Run PEFT's prompts on a decoder once for the whole batch; ``shared_prompt`` explains why that is exact."""
+"""Run PEFT's prompts on a decoder once for the whole batch. ``shared_prompt`` explains why this is exact."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from .mixing import PeftMixture
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
 
 _LOSS = "_loss_function"
-"""The attribute of a ``transformers`` model that holds a loss other than its default one."""
+"""The attribute of a ``transformers`` model that holds a custom loss function."""
 
 
 class PromptAcceleration(PromptLearning):
-    """PEFT goes on putting the prompt before every row; the backbone removes it and runs it once.
+    """The acceleration of prompts: PEFT puts a placeholder before every row, which the backbone replaces.
 
-    PEFT asks for its prompt in ``get_prompt`` and then calls the model. It gets a placeholder without a gradient, and
-    the prompt itself waits for the call of the backbone. The head, too, runs on the prompt's states once, and the loss
-    starts at the last of them, whose label is the first token.
+    PEFT calls ``get_prompt`` and then the model. ``get_prompt`` returns a placeholder without gradients, and the
+    backbone removes it and runs the actual prompt once. The head also runs once on the prompt's states. The loss starts
+    at the last prompt state, whose label is the first token.
     """
 
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model = peft_model.base_model
         backbone = find_innermost_backbone(model)
-        self.positions = Positions.find(backbone)  # found by running it, so before it has hooks
+        self.positions = Positions.find(backbone)  # runs the backbone, so it must come before the hooks
         super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
         self.layer_names = {module: name for name, module in self.modules.items()}
@@ -64,7 +64,7 @@ class PromptAcceleration(PromptLearning):
             setattr(model, _LOSS, self.compute_loss)
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
-        """Return a placeholder for the prompt in every row, or the prompts of rows that have different tasks."""
+        """Return a placeholder for the prompt in every row, or the prompts themselves if the rows' tasks differ."""
         get_prompt = functools.partial(type(self.peft_model).get_prompt, self.peft_model)
         if task_ids is not None and not bool((task_ids == task_ids[:1]).all()):
             prompts: Tensor = get_prompt(batch_size, task_ids)
@@ -74,7 +74,7 @@ class PromptAcceleration(PromptLearning):
         return prompt.detach().expand(batch_size, -1, -1)
 
     def make_mixture(self) -> PeftMixture:
-        """Return the hooks of a batch whose rows have different prompts."""
+        """Return the hooks of a batch with different prompts."""
         return PeftMixture(self.peft_model, self.layers, None)
 
     def remove(self) -> None:
@@ -87,7 +87,7 @@ class PromptAcceleration(PromptLearning):
                 attributes[_LOSS] = self.former_loss
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the prompt once, then the tokens after it. The result has both, as PEFT's heads and labels expect."""
+        """Run the prompt once, then the tokens after it. The output has both, as PEFT's heads and labels expect."""
         arguments = name_arguments(self.names, args, kwargs)
         call = self.call_in_progress()
         if call is None or call.prompt is None:
@@ -112,7 +112,7 @@ class PromptAcceleration(PromptLearning):
         return self._restore(call, ran, super().run(forward, (), arguments))
 
     def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the head on hidden states; on the prompt's, which are the same in every row, once."""
+        """Run the head on hidden states. The prompt's states, which are the same in every row, run once."""
         states = self._find_states()
         given = next(iter((*args, *kwargs.values())), None)
         if states is None or not isinstance(given, Tensor) or not states.is_whole(given):
@@ -120,9 +120,9 @@ class PromptAcceleration(PromptLearning):
         return repeat_before(forward(states.prompt), forward(states.tokens))
 
     def compute_loss(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss of a language model from the last position of the prompt on, whose label is the first token.
+        """Compute a language model's loss from the last prompt position on, whose label is the first token.
 
-        PEFT's labels of the prompt itself are all -100, so that its other rows add nothing.
+        PEFT's labels of the prompt are all -100, so its other positions do not contribute.
         """
         states = self._find_states()
         whole = () if states is None else states.whole.shape[:2]
@@ -134,12 +134,12 @@ class PromptAcceleration(PromptLearning):
         return loss
 
     def _find_states(self) -> SplitStates | None:
-        """Return what the backbone returned to the call in progress, where the prompt ran once."""
+        """Return the backbone's output in the call in progress if the prompt ran once, or None."""
         call = self.call_in_progress()
         return None if call is None or torch.compiler.is_compiling() else call.states
 
     def _restore(self, call: PeftCall, ran: Any, output: Any) -> Any:
-        """Put the prompt's hidden states before every row's."""
+        """Put the prompt's hidden states before those of every row."""
         first = output[0] if isinstance(output, tuple) else output.last_hidden_state
         call.states = SplitStates(ran.last_hidden_state, first)
         if isinstance(output, tuple):
@@ -150,9 +150,9 @@ class PromptAcceleration(PromptLearning):
         return output
 
     def _find_prompt_arguments(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
-        """Return what the prompt's own run needs besides its embeddings; None: the prompt has to run in every row."""
+        """Return the arguments for running the prompt alone, or None if the prompt must run in every row."""
         cache, mask = find_cache(arguments), arguments.get("attention_mask")
-        drops = self.drops and self.backbone.training  # anew in every row
+        drops = self.drops and self.backbone.training  # drawn separately in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         filled = cache is not None and cache.get_seq_length() > 0
@@ -178,11 +178,11 @@ class PromptAcceleration(PromptLearning):
     def _run_prompt(
         self, forward: Forward, prompt: Tensor, alone: dict[str, Any], reach: tuple[Tensor, Tensor] | None
     ) -> tuple[Any, PrefixCache]:
-        """Return what the model makes of the prompt ``[1, m, d]``, and its keys and values in every layer.
+        """Run the prompt ``[1, m, d]``, and return the model's output and a cache with all layers' keys and values.
 
-        ``reach`` holds the prompt's positions and the last one of the call, where rotary frequencies depend on it.
+        ``reach`` holds the prompt's positions and the last position of the call, if rotary frequencies depend on it.
         """
-        carry_through_checkpoints(self.backbone)  # PyTorch's wrapper stays on while the prompt runs
+        carry_through_checkpoints(self.backbone)  # PyTorch's checkpoint wrapper is active while the prompt runs
         length = prompt.shape[1]
         if reach is not None:
             longer = {name: _repeat_last(value) for name, value in alone.items()}
@@ -204,12 +204,12 @@ class PromptAcceleration(PromptLearning):
 
 
 def _repeat_last(value: Any) -> Any:
-    """Return an argument that holds a number for every token, with the last one twice."""
+    """Return a tensor with a value per token with its last value repeated, or another argument unchanged."""
     return torch.cat([value, value[..., -1:]], dim=-1) if isinstance(value, Tensor) else value
 
 
 def _find_token_arguments(arguments: dict[str, Any], embeds: Tensor) -> dict[str, Tensor]:
-    """Return the arguments that hold a number for every token ``[..., B, m + N]`` of the embeddings."""
+    """Return the arguments ``[..., B, m + N]`` with a number per token of the embeddings."""
     rows, tokens = embeds.shape[:2]
     return {
         name: value
@@ -222,7 +222,7 @@ def _find_token_arguments(arguments: dict[str, Any], embeds: Tensor) -> dict[str
 def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     """Return the innermost module that a model calls with embeddings and an attention mask ``[B, N]``.
 
-    Models of images and text compute positions of several dimensions before they call it.
+    Models of images and text compute multidimensional positions before they call it.
     """
     backbone = find_backbone(model)
     inside = [module for module in backbone.modules() if isinstance(module, PreTrainedModel) and module is not backbone]
@@ -253,7 +253,7 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
 
 
 class _Seen(Binding):
-    """A binding that gives no prefix, also when a layer runs again, and keeps what the attention is called with."""
+    """A binding without a prefix, also when a layer is recomputed. It keeps the keys and values of the attention."""
 
     pair: Prefix
 
@@ -262,6 +262,6 @@ class _Seen(Binding):
         self.gatherer = gatherer
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Return None, and keep the keys and values of the one row."""
+        """Keep the keys and values of the single row, and return None."""
         self.gatherer.watch(self.module, (key, value))
         self.pair = key[0], value[0]

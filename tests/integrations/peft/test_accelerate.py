@@ -487,16 +487,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "gpt2-adaption": (
         lambda: tuned(AutoModelForCausalLM.from_config(GPT2Config(**GPT2)), "adaption", "CAUSAL_LM"),
-        "behind the output projection",
+        "after the output projection",
     ),
     "biased-adaption": (
         lambda: tuned(models.decoder(attention_bias=True), "adaption", "CAUSAL_LM"),
         "bias, which PEFT adds twice",
     ),
-    "twice": (lambda: fastprefix.accelerate(family("decoder", "prefix")), "accelerated already"),
+    "twice": (lambda: fastprefix.accelerate(family("decoder", "prefix")), "already accelerated"),
     "attached": (
         lambda: tuned(fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(3)), "prompt", "CAUSAL_LM"),
-        "detach it first",
+        "Detach it first",
     ),
 }
 
@@ -536,7 +536,7 @@ def test_what_would_differ_in_a_trial_is_refused(monkeypatch: pytest.MonkeyPatch
     model, inputs = family("decoder", "prefix"), models.batch()
     expected = model(**inputs).logits
     monkeypatch.setattr(attention.GivenPrefix, "get_prefix", lambda self, query, key, value: (self.key * 2, self.value))
-    with pytest.raises(ValueError, match="would not get PEFT's numbers"):
+    with pytest.raises(ValueError, match="would not give PEFT's results"):
         fastprefix.accelerate(model, check=False)
     assert torch.equal(model(**inputs).logits, expected)
 

@@ -177,7 +177,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
             {**load_file(folder / "adapter_model.safetensors"), "base_model.lm_head.weight": torch.zeros(2)},
             folder / "adapter_model.safetensors",
         ),
-        "no place for base_model.lm_head.weight",
+        "no parameters for base_model.lm_head.weight",
     ),
 }
 
@@ -195,13 +195,13 @@ def test_damaged_or_foreign(case: str, tmp_path: Path) -> None:
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     family("decoder", "prefix").save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin, a pickle, which is never opened"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle file, which is never loaded"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 
 def test_the_head_of_another_model(tmp_path: Path) -> None:
     family("encoder", "prefix").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no place for base_model\.classifier\.bias"):
+    with pytest.raises(ValueError, match=r"no parameters for base_model\.classifier\.bias"):
         fastprefix.load_adapter(models.decoder(), tmp_path)
 
 

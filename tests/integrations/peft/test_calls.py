@@ -475,7 +475,7 @@ def test_a_small_error_of_a_deep_model_is_still_noticed(monkeypatch: pytest.Monk
     model = family("decoder", "prefix").float()
     wrong = lambda self, query, key, value: (self.key.to(query), self.value.to(query) * 1.01)  # noqa: E731
     monkeypatch.setattr(GivenPrefix, "get_prefix", wrong)
-    with pytest.raises(ValueError, match="would not get PEFT's numbers"):
+    with pytest.raises(ValueError, match="would not give PEFT's results"):
         fastprefix.accelerate(model, check=False)
 
 

@@ -146,6 +146,6 @@ def test_where_a_layer_makes_the_bias_of_its_keys_by_itself_pefts_numbers_stay()
     torch.manual_seed(0)
     model, inputs = tuned(UMT5ForConditionalGeneration(UMT5Config(**T5)), "prefix", "SEQ_2_SEQ_LM"), models.batch()
     expected = results(model, inputs)
-    with pytest.raises(ValueError, match="would not get PEFT's numbers"):
+    with pytest.raises(ValueError, match="would not give PEFT's results"):
         fastprefix.accelerate(model)
     assert_close(results(model, inputs), expected)

@@ -492,7 +492,7 @@ def test_adapters_of_pefts_by_row(method: str) -> None:
         torch.testing.assert_close(actual[row], expected[row], rtol=1e-9, atol=1e-9)
     if method != "prefix":
         model(**inputs, adapter_names=rows)
-        assert get_method(model).prompt_path == "textbook: PEFT's adapters differ from row to row"
+        assert get_method(model).prompt_path == "textbook: PEFT's adapters differ by row"
 
 
 def test_peft_models_are_accepted_everywhere(tmp_path: Path) -> None:

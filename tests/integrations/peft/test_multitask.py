@@ -71,5 +71,5 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "prefix_task_cols": tensors["prefix_task_cols"][:2].contiguous()}, path)
-    with pytest.raises(ValueError, match="must fit one another"):
+    with pytest.raises(ValueError, match="must have matching shapes"):
         fastprefix.load_adapter(models.decoder(), tmp_path)

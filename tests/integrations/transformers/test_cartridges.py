@@ -332,10 +332,13 @@ class Harm:
 
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"more": Harm()}, "cannot be read"),
-    "no lists": ({"trainable_keys": None}, "must hold the lists"),
+    "no lists": ({"trainable_keys": None}, "must contain the parameter lists"),
     "layers": ({"trainable_values": torch.nn.ParameterList([torch.zeros(1, 2, 4, HEAD)])}, "must have 2 layers"),
     "heads": ({"frozen_keys": torch.nn.ParameterList([torch.zeros(1, 4, 2, HEAD)] * 2)}, "must have \\[1, 2, tokens"),
-    "length": ({"frozen_values": torch.nn.ParameterList([torch.zeros(1, 2, 3, HEAD)] * 2)}, "as many tokens"),
+    "length": (
+        {"frozen_values": torch.nn.ParameterList([torch.zeros(1, 2, 3, HEAD)] * 2)},
+        "the same number",
+    ),
 }
 
 

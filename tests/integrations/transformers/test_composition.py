@@ -231,12 +231,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"names": ["a", "z"]}, "`name` must be one of"),
     "a string": ({"names": "a"}, "`names` must be a list"),
     "none": ({"names": []}, "`names` must be a list"),
-    "twice": ({"names": ["a", "a"]}, "`names` must be a list of different"),
+    "twice": ({"names": ["a", "a"]}, "`names` must be a list of one or more different"),
     "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must not be"),
-    "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must name some"),
+    "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must contain only names"),
     "gates": ({"names": ["a", "apt"]}, "gates of APT depend on the input"),
-    "a prompt": ({"names": ["a", "prompt"]}, "'prompt' it is a PromptTuning"),
-    "an own softmax": ({"names": ["a", "llama"]}, "'llama' it is a LlamaAdapter"),
+    "a prompt": ({"names": ["a", "prompt"]}, "'prompt' does not: it is a PromptTuning"),
+    "an own softmax": ({"names": ["a", "llama"]}, "'llama' does not: it is a LlamaAdapter"),
     "a head": ({"names": ["a", "head"]}, "it trains lm_head"),
     "positions": ({"names": ["a", "none"]}, "`prefix_position` must be the same"),
 }
@@ -334,20 +334,20 @@ def test_biases_are_swapped_too(tmp_path: Path) -> None:
         assert torch.equal(mine[:, :5], theirs)
         assert not mine[:, 5:].any()
     plain = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(5, **SHIFT))
-    with pytest.raises(ValueError, match="no biases of keys"):
+    with pytest.raises(ValueError, match="no key biases"):
         fastprefix.swap_prefix(plain, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("config", "sources", "message"),
     [
-        (PARTS["a"](), state_of(0, 5), "must have the 4 tokens of the prefix together, but have"),
+        (PARTS["a"](), state_of(0, 5), "must have 4 tokens in total, as the prefix does, but have"),
         (PARTS["mlp"](), state_of(0, 3), "must be an adapter with free keys and values"),
         (fastprefix.PromptTuningConfig(3), state_of(0, 3), "must be an adapter with free keys and values"),
         (
             PARTS["a"](),
             fastprefix.PrefixState([(torch.zeros(4, 4, 8), torch.zeros(4, 4, 8))] * 2),
-            "must have heads and head sizes",
+            "must have the heads and head sizes",
         ),
         (
             PARTS["a"](),
@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_not_swapped(config: Any, sources: Any, message: st
 def test_only_free_prefixes_are_read(tmp_path: Path) -> None:
     model = attached("mlp")
     fastprefix.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"must have a prefix of free keys and values.*prefix\.project_in"):
+    with pytest.raises(ValueError, match=r"must contain a prefix of free keys and values.*prefix\.project_in"):
         fastprefix.read_prefix(model, tmp_path)
 
 

@@ -113,13 +113,13 @@ def test_pefts_format(hub: Hub) -> None:
 
 
 def test_what_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="'org/nothing' does not exist, and cannot be read from the hub"):
+    with pytest.raises(FileNotFoundError, match="'org/nothing' does not exist locally and cannot be read from the Hub"):
         fastprefix.load_adapter(models.decoder(), "org/nothing")
     hub.create("org/empty")
-    with pytest.raises(FileNotFoundError, match="'org/empty' on the hub has no adapter"):
+    with pytest.raises(FileNotFoundError, match="'org/empty' on the Hub must contain an adapter"):
         fastprefix.load_adapter(models.decoder(), "org/empty")
     fastprefix.push_to_hub(attached("decoder", "prefix"), "org/adapter")
-    with pytest.raises(FileNotFoundError, match="cannot be read from the hub"):
+    with pytest.raises(FileNotFoundError, match="cannot be read from the Hub"):
         fastprefix.load_adapter(models.decoder(), "org/adapter", revision="nowhere")
     monkeypatch.chdir(tmp_path)
     fastprefix.save_adapter(attached("decoder", "prefix"), "org/adapter")
@@ -132,7 +132,7 @@ def test_what_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_what_cannot_be_saved_is_not_published(hub: Hub) -> None:
     model = fastprefix.merge(attached("decoder", "adept"))
-    with pytest.raises(ValueError, match="must have an adapter that is not merged"):
+    with pytest.raises(ValueError, match="The merged adapter of `model` cannot be saved"):
         fastprefix.push_to_hub(model, "org/adapter")
     assert not hub.requests
 

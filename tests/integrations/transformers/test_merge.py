@@ -172,7 +172,7 @@ def test_what_is_a_prefix_alone_is_saved_as_one(method: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("family", "method"), [("decoder", "adept"), ("decoder", "dept"), ("encoder", "adept")])
 def test_what_is_not_is_not_saved(family: str, method: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save it before merging"):
+    with pytest.raises(ValueError, match="Save it before you merge it"):
         fastprefix.save_adapter(fastprefix.merge(attached(family, method)), tmp_path)
 
 

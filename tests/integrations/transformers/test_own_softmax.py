@@ -73,11 +73,11 @@ def test_what_has_no_place_for_a_second_softmax_refuses_it(tmp_path: Path) -> No
     model = attached(fastprefix.PrefixTuningConfig(5, **OWN), name="own")
     with pytest.raises(ValueError, match='`softmax` must be "joint" for a cache'):
         fastprefix.export_cache(model)
-    with pytest.raises(ValueError, match="no place for the gates"):
+    with pytest.raises(ValueError, match="does not support the gates"):
         fastprefix.save_adapter(model, tmp_path, format="peft")
     state = fastprefix.PrefixState(model.fastprefix.prefixes())
     with pytest.raises(ValueError, match='softmax="joint"'):
         fastprefix.swap_prefix(model, state)
     attached(fastprefix.PrefixTuningConfig(5, prefix_position="shift"), model, name="joint")
-    with pytest.raises(ValueError, match=r"`names` .* of 'own' it has softmax="):
+    with pytest.raises(ValueError, match=r"`names` .* 'own' does not: it has softmax="):
         fastprefix.compose(model, ["own", "joint"], name="both")

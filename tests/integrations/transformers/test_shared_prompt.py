@@ -393,7 +393,10 @@ def test_what_is_kept_for_inference_follows_every_change() -> None:
 
 def test_the_path_is_that_of_the_last_call() -> None:
     model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
-    for training, path in ((False, "shared"), (True, "textbook: dropout in the model draws anew in every row")):
+    for training, path in (
+        (False, "shared"),
+        (True, "textbook: dropout in the model differs by row"),
+    ):
         model.train(training)(**models.batch())
         assert get_method(model).prompt_path == path
 

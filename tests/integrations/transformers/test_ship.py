@@ -237,9 +237,9 @@ def test_entered_layers_are_those_that_differ_from_the_one_before() -> None:
     assert fastprefix.find_entered_layers(model, [{"pixel_values": b} for b in batches], alpha=1.0) == [0, 1, 2]
     assert fastprefix.find_entered_layers(attached(), [(b, 0) for b in batches], alpha=-1.0) == [0]
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="`images` must have at least one batch"):
+    with pytest.raises(ValueError, match="`images` must contain at least one batch"):
         fastprefix.find_entered_layers(model, [])
-    with pytest.raises(TypeError, match="`images` must be batches"):
+    with pytest.raises(TypeError, match="`images` must contain batches"):
         fastprefix.find_entered_layers(model, [{"labels": torch.zeros(2)}])
     with pytest.raises(ValueError, match="`alpha`"):
         fastprefix.find_entered_layers(model, batches, alpha=2.0)

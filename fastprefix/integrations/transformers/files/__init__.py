@@ -1,1 +1,1 @@
-"""Read, write and publish adapters, in this package's format and in others'."""
+"""Read, write and publish adapters in this package's format and in other formats."""

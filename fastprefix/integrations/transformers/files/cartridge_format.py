@@ -1,8 +1,9 @@
-"""Cartridges as the authors' code saves them (arXiv 2506.06266), read without running code from the file.
+"""Read cartridges in the format of the authors' code (arXiv 2506.06266), without running code from the file.
 
-A file of ``torch.save`` holds ``trainable_keys`` and ``trainable_values``, those of frozen tokens as ``frozen_keys``
-and ``frozen_values`` (older files: ``fixed_keys``, ``fixed_values``). Each is an ``nn.ParameterList`` with a tensor
-``[1, Hkv, tokens, D]`` for each layer; without frozen tokens their lists are empty. Tokens stand behind the cartridge.
+A file of ``torch.save`` contains ``trainable_keys`` and ``trainable_values``. Frozen tokens are stored as
+``frozen_keys`` and ``frozen_values`` (``fixed_keys`` and ``fixed_values`` in older files). Each is an
+``nn.ParameterList`` with a tensor ``[1, Hkv, tokens, D]`` per layer. Without frozen tokens these lists are empty. The
+positions of the tokens follow those of the cartridge.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from ....methods import PrefixTuningConfig
 from ..models.discovery import find_layers
 
 NAMES = ("cache_last.pt", "kv_cache.torch")
-"""The files in which the authors' code leaves a cartridge at the end."""
+"""The names of the files with the final cartridge in the authors' code."""
 
 
 def find_cartridge(path: Path) -> Path | None:
-    """Return the cartridge that a path is of: the file itself, or the one of that name in a folder."""
+    """Return the path of a cartridge: the path itself if it is a file, or a known file in the folder, or None."""
     if path.is_file():
         return path
     return next((path / name for name in NAMES if (path / name).is_file()), None)
@@ -32,7 +33,7 @@ def read_cartridge(path: Path, model: PreTrainedModel) -> tuple[PrefixTuningConf
     """Read a cartridge as a configuration and parameters under this package's names.
 
     Raises:
-        ValueError: the file cannot be read as a cartridge without running code from it, or is of another model.
+        ValueError: if the file cannot be read as a cartridge without running its code, or belongs to another model.
     """
     lists = _read_lists(path)
     layers = find_layers(model)
@@ -56,14 +57,14 @@ def read_cartridge(path: Path, model: PreTrainedModel) -> tuple[PrefixTuningConf
             parameters[f"prefix.{'frozen_' * frozen}{which}.{i}"] = tensor[0]
     counts = dict(lengths)
     if len(counts) != len(lengths):
-        raise ValueError(f"The cartridge {path} must have as many tokens in every layer, but its layers differ.")
+        raise ValueError(f"The cartridge {path} must have the same number of tokens in every layer, but does not.")
     length = sum(counts.values())
     config = PrefixTuningConfig(length, prefix_position="shift", num_frozen_tokens=counts.get(True, 0))
     return config, parameters
 
 
 def _read_lists(path: Path) -> dict[str, list[Tensor]]:
-    """Read the lists of a file by their names."""
+    """Read the lists of tensors in a file by name."""
     try:
         with torch.serialization.safe_globals([nn.ParameterList]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,6 +72,6 @@ def _read_lists(path: Path) -> dict[str, list[Tensor]]:
         raise ValueError(f"The cartridge {path} cannot be read: {error}") from error
     required = ("trainable_keys", "trainable_values")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), nn.ParameterList) for name in required):
-        raise ValueError(f"The cartridge {path} must hold the lists {' and '.join(required)} of parameters.")
+        raise ValueError(f"The cartridge {path} must contain the parameter lists {' and '.join(required)}.")
     names = (*required, *(f"{kind}_{which}" for kind in ("frozen", "fixed") for which in ("keys", "values")))
     return {name: [tensor.detach() for tensor in content[name]] for name in names if content.get(name) is not None}

@@ -1,8 +1,8 @@
-"""Carry an adapter in the checkpoints of the PEFT model that it is on, which hold PEFT's own parameters alone.
+"""Save and load an adapter with the checkpoints of its PEFT model, which contain only PEFT's own parameters.
 
-``save_pretrained`` of the PEFT model, which ``Trainer`` calls, writes the adapter beside PEFT's files, into a folder
-that PEFT does not look at. ``load_adapter`` of the PEFT model, by which ``Trainer`` resumes and goes back to the best
-checkpoint, reads it again; of directories that are no checkpoints of ``Trainer`` it reads PEFT's files alone.
+``save_pretrained`` of the PEFT model, which ``Trainer`` calls, also writes the adapter into a subfolder that PEFT
+ignores. ``load_adapter`` of the PEFT model, with which ``Trainer`` resumes and returns to the best checkpoint, also
+reads it. In directories that are not checkpoints of ``Trainer`` it reads only PEFT's files.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..sharding.tensor_parallel import is_sharded
 from .saving import read_carried, write_carried
 
 _TRAINER = "trainer_state.json"
-"""The file by which a checkpoint of ``Trainer`` is told."""
+"""The file that identifies a checkpoint of ``Trainer``."""
 
 
 def carry_in_checkpoints(peft_model: nn.Module) -> None:
-    """Let a PEFT model save and load the adapter in use on its base model, too."""
+    """Make a PEFT model also save and load the adapter in use on its base model."""
     attributes: dict[str, Any] = vars(peft_model)
     attributes["save_pretrained"] = functools.partial(_save, peft_model)
     attributes["load_adapter"] = functools.partial(_load, peft_model)

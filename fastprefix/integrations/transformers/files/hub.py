@@ -1,4 +1,4 @@
-"""Find an adapter where it is said to be: in a local directory, or in a repository of the Hugging Face hub."""
+"""Locate an adapter in a local directory or in a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..models.switching import OPTIONS
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE = ("model*.safetensors", "model*.safetensors.index.json")
-"""The weights of a checkpoint of a whole model."""
+"""The weight files in a checkpoint of a whole model."""
 
 
 def is_repository(directory: str | os.PathLike[str]) -> bool:
-    """Return whether something can only be the name of a repository, because there is no such path."""
+    """Return whether a string has the form of a repository name and is not an existing path."""
     return isinstance(directory, str) and _REPOSITORY.fullmatch(directory) is not None and not Path(directory).exists()
 
 
@@ -30,17 +30,18 @@ def locate(
     revision: str | None = None,
     token: bool | str | None = None,
 ) -> Path:
-    """Return the local path of an adapter, which is downloaded to the hub's cache where it is on the hub.
+    """Return the local path of an adapter. If it is on the Hub, download it to the Hub's cache.
 
     Args:
         directory: a path, or the name of a repository.
-        files: patterns of the files to download. Of a checkpoint of a whole model with an adapter, it is that model.
-        revision: of the repository.
-        token: for the hub.
+        files: patterns of the files to download. For a checkpoint of a whole model with an adapter, the model's weights
+            are downloaded instead.
+        revision: a branch, a tag or a commit of the repository.
+        token: the access token for the Hub.
 
     Raises:
-        FileNotFoundError: there is no such path and no such repository, or the hub cannot be reached.
-        ValueError: a revision of a local path.
+        FileNotFoundError: if neither the path nor the repository exists, or the Hub cannot be reached.
+        ValueError: if a revision is given for a local path.
     """
     if not is_repository(directory):
         if revision is not None:
@@ -62,10 +63,12 @@ def locate(
         folder = download([*files, CONFIG_NAME])
         if (folder / CONFIG_NAME).is_file() and OPTIONS in json.loads((folder / CONFIG_NAME).read_text("utf-8")):
             folder = download([CONFIG_NAME, *_WHOLE])
-    except Exception as error:  # of the network, of the server, or of the name
+    except Exception as error:  # an error of the network, the server or the name
         raise FileNotFoundError(
-            f"`directory` '{directory}' does not exist, and cannot be read from the hub: {error}"
+            f"`directory` '{directory}' does not exist locally and cannot be read from the Hub: {error}"
         ) from error
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise FileNotFoundError(f"`directory` '{directory}' on the hub has no adapter: none of {', '.join(files)}.")
+        raise FileNotFoundError(
+            f"`directory` '{directory}' on the Hub must contain an adapter, but has none of {', '.join(files)}."
+        )
     return folder

@@ -1,7 +1,8 @@
-"""Adapters as PEFT's files have them, read and written without PEFT.
+"""Read and write adapters in PEFT's format, without PEFT.
 
-A PEFT prefix travels as a key/value cache, so it is a prefix with ``prefix_position="shift"``. What PEFT computes a
-prefix or a prompt from (a projection, the network of P-tuning) it does not save, so what is read is a plain one.
+PEFT passes a prefix as a key/value cache, which corresponds to ``prefix_position="shift"``. PEFT does not save the
+module that computes a prefix or a prompt (a projection, the network of P-tuning). An adapter is therefore read as plain
+prefix tuning or prompt tuning.
 """
 
 from __future__ import annotations
@@ -50,22 +51,22 @@ def convert_from_peft(
     """Convert a PEFT directory to a configuration and parameters under this package's names.
 
     Args:
-        path: its ``adapter_config.json``.
-        tensors: of its ``adapter_model.safetensors``.
+        path: the path of ``adapter_config.json``.
+        tensors: the tensors in ``adapter_model.safetensors``.
         model: the base model.
 
     Raises:
-        ValueError: not a directory of PEFT's, another method, or an adapter of another model.
+        ValueError: if the directory was not written by PEFT, or has an unsupported method or another model's adapter.
     """
     description = _read_description(path)
     if description["peft_type"] in PROMPTS:
         _check_heads(model)
     rows = tensors.get(_EMBEDDINGS, torch.empty(0))
     if rows.ndim != 2 or rows.numel() == 0:
-        raise ValueError(f"{_EMBEDDINGS!r} in {path.parent} must have rows and columns, but is {tuple(rows.shape)}.")
+        raise ValueError(f"{_EMBEDDINGS!r} in {path.parent} must be a non-empty matrix, but is {tuple(rows.shape)}.")
     if len(rows) != description.get("num_virtual_tokens"):
         count = description.get("num_virtual_tokens")
-        raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} rows.")
+        raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} virtual tokens.")
     modules = _find_modules(model, description["modules_to_save"])
     parameters = {
         f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
@@ -75,7 +76,7 @@ def convert_from_peft(
     }
     factors = PEFT_NAMES if description["peft_type"] == "MULTITASK_PROMPT_TUNING" else {"rows": _EMBEDDINGS}
     if left := sorted(tensors.keys() - set(factors.values()) - {_make_peft_name(name) for name in parameters}):
-        raise ValueError(f"the adapter does not fit this model: it has no place for {', '.join(left)}")
+        raise ValueError(f"The adapter does not fit this model, which has no parameters for {', '.join(left)}.")
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
     if description["peft_type"] == "MULTITASK_PROMPT_TUNING":
         return _make_multitask(path, tensors, options, parameters)
@@ -92,16 +93,16 @@ def convert_to_peft(
     """Convert an attached method and its trainable modules to PEFT's configuration and tensors.
 
     Raises:
-        ValueError: PEFT has nothing that computes the same.
+        ValueError: if no method of PEFT computes the same.
     """
     modules = list(modules)
     if isinstance(method, VisualMethod):
-        raise ValueError(f'format="peft" has no place for the rows of {type(method.config).__name__}')
+        raise ValueError(f'`format="peft"` does not support {type(method.config).__name__}, which PEFT does not have.')
     if isinstance(method, PromptMethod):
         if method.changes_tokens:
             raise ValueError(
-                'format="peft" must be used with prompt tuning or a prefix, but the method is '
-                f"{type(method.config).__name__}."
+                '`format="peft"` supports prompt tuning and shifted prefixes, but the method is '
+                f'{type(method.config).__name__}. Use format="fastprefix".'
             )
         _check_heads(model)
         with gathering_around(model, [method]):
@@ -146,14 +147,14 @@ def _make_multitask(
     fits = columns.shape == (tasks, len(shared), rank) and rows.shape == (tasks, rank, shared.shape[1])
     if not fits or columns.numel() == 0:
         shapes = {key: tuple(tensors[key].shape) for key in PEFT_NAMES.values() if key in tensors}
-        raise ValueError(f"{', '.join(PEFT_NAMES.values())} in {path.parent} must fit one another, but are {shapes}.")
+        raise ValueError(f"{', '.join(PEFT_NAMES.values())} in {path.parent} must have matching shapes, got {shapes}.")
     found = {"shared": shared, "columns": columns, "rows": rows}
     config = MultitaskPromptConfig(num_tasks=tasks, rank=rank, **options)
     return config, {**found, **parameters}
 
 
 def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
-    """Return PEFT's type of a prompt, and the encoder that it was computed by, if PEFT has one like it."""
+    """Return PEFT's type of a prompt, with the options of its encoder if PEFT has one."""
     if isinstance(method, MultitaskPrompt):
         tasks, rank = method.config.num_tasks, method.config.rank
         return {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": tasks, "num_ranks": rank}
@@ -169,7 +170,7 @@ def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
 
 
 def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return a model's hidden states of three tokens after a cache that holds a prefix, as PEFT passes one."""
+    """Return a model's hidden states of three tokens after a cache with a prefix, as PEFT passes one."""
     cache, layers = DynamicCache(), sum(name.startswith("prefix.keys.") for name in parameters)
     pairs = [(join_frozen(parameters, "keys", i), join_frozen(parameters, "values", i)) for i in range(layers)]
     heads = TensorParallelHeads.find(model, find_layers(model) if is_tensor_parallel(model) else [])
@@ -180,25 +181,25 @@ def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> 
 
 
 def join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Tensor:
-    """Return the keys or values of all tokens of a layer, those of frozen tokens first."""
+    """Return the keys or values of all tokens of a layer, with the frozen tokens first."""
     names = (f"prefix.frozen_{which}.{layer}", f"prefix.{which}.{layer}")
     return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
 
 
 def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuse a model whose positions an attached prefix does not move as PEFT's cache did."""
+    """Refuse a model whose outputs with an attached prefix differ from those with PEFT's cache."""
     actual = _run_three_tokens(model, 0)
     error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4
     if not error <= rounding * scale:
         raise ValueError(
-            f"{type(model).__name__} does not move its positions by a prefix as PEFT's cache moves them (off by "
-            f"{error:.1e} in a trial): load the adapter with PEFT, and use fastprefix.accelerate"
+            f"`model` must shift its positions by a prefix as PEFT's cache does, but {type(model).__name__} does not "
+            f"(its outputs differ by {error:.1e} in a trial). Load the adapter with PEFT and use fastprefix.accelerate."
         )
 
 
 def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tensor:
-    """Return the hidden states of three tokens after one that is padding."""
+    """Return the hidden states of three tokens after one padding token."""
     ids = torch.arange(4, device=find_device(model))[None]
     mask = torch.ones(1, past + 4, dtype=torch.long, device=find_device(model))
     mask[0, past] = 0
@@ -210,9 +211,9 @@ def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tenso
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Read PEFT's configuration of a method that this package has."""
+    """Read PEFT's configuration, and check that this package supports the method."""
     if not path.is_file():
-        raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}")
+        raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}.")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -222,7 +223,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")
     if description.get("num_transformer_submodules") not in (None, 1):
         raise ValueError(
-            f"`num_transformer_submodules` in {path} must be 1: adapters of encoder-decoders cannot be loaded."
+            f"`num_transformer_submodules` in {path} must be 1, since adapters of encoder-decoders cannot be loaded."
         )
     assert isinstance(description, dict)
     frozen = description.setdefault("num_frozen_tokens", 0)
@@ -235,7 +236,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
-    """Return the names of the modules that PEFT trains and saves: those whose own name ends with one of these."""
+    """Return the names of the modules that PEFT trains and saves: those whose last name is in ``endings``."""
     endings = set(endings)
     return [
         name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
@@ -247,12 +248,12 @@ def _make_peft_name(name: str) -> str:
 
 
 def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:
-    """Return keys and values by layer from PEFT's rows ``[m, 2 L Hkv D]``, with those of ``frozen`` tokens apart."""
+    """Split PEFT's rows ``[m, 2 L Hkv D]`` into keys and values by layer. The first ``frozen`` tokens are separate."""
     layers = _check_layers(model, find_layers(model))
     first = layers[0].whole_shape
     if rows.shape[1] != 2 * len(layers) * first.kv_heads * first.key_size:
         raise ValueError(
-            f"the adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
+            f"The adapter does not fit this model: {_EMBEDDINGS} must have {2 * len(layers)} times {first.kv_heads} "
             f"times {first.key_size} columns, but has {rows.shape[1]}."
         )
     blocks = rows.view(len(rows), 2 * len(layers), first.kv_heads, -1).permute(1, 2, 0, 3)
@@ -264,16 +265,16 @@ def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, 
 
 
 def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, int]:
-    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, and how many of the first are frozen.
+    """Return a prefix as PEFT's rows ``[m, 2 L Hkv D]``, and the number of frozen tokens at its start.
 
     Gates that do not depend on the input are multiplied in.
     """
     if method.config.prefix_position != "shift":
         raise ValueError(
-            'format="peft" requires prefix_position="shift", since PEFT moves the tokens up by the prefix.'
+            '`prefix_position` must be "shift" for format="peft", since PEFT moves the tokens by the prefix length.'
         )
     if method.needs_hidden() or method.output_gate(0) is not None:
-        raise ValueError(f'format="peft" has no place for the gates of {type(method.config).__name__}')
+        raise ValueError(f'`format="peft"` does not support the gates of {type(method.config).__name__}.')
     refuse_more_than_keys(method, 'format="peft"')
     _check_layers(model, find_layers(model))
     with gathering_around(model, [method]):
@@ -283,19 +284,19 @@ def _make_rows(model: PreTrainedModel, method: PrefixMethod) -> tuple[Tensor, in
 
 
 def _check_layers(model: PreTrainedModel, layers: list[Layer]) -> list[Layer]:
-    """Return the layers if PEFT's rows fit them: all of one shape, and numbered as they are called."""
+    """Return the layers if PEFT's rows fit them: all of equal shape, and numbered in the order of their calls."""
     name = type(model).__name__
     if [getattr(layer.module, "layer_idx", None) for layer in layers] != list(range(len(layers))):
-        raise ValueError(f"`model` must have numbered attention layers for a PEFT prefix, but {name} has not.")
+        raise ValueError(f"`model` must have numbered attention layers for a PEFT prefix, but {name} does not.")
     shapes = {(layer.shape.kv_heads, layer.shape.key_size, layer.shape.value_size) for layer in layers}
     if len(shapes) > 1 or layers[0].shape.key_size != layers[0].shape.value_size:
-        raise ValueError(f"`model` must have heads of one size in every layer for a PEFT prefix, but {name} has not.")
+        raise ValueError(f"`model` must have heads of one size in every layer for a PEFT prefix, but {name} does not.")
     _require_cache(model)
     if any(layer.local for layer in layers):
         raise ValueError(
-            "`model` must have layers that see all earlier tokens or a sliding window of them for a PEFT prefix, "
+            "`model` must have layers that attend to all earlier tokens or a sliding window of them for a PEFT prefix, "
             f"but {name} "
-            "has others."
+            "has other layers."
         )
     return layers
 
@@ -308,7 +309,7 @@ def _require_cache(model: PreTrainedModel) -> str:
 
 
 def _check_heads(model: PreTrainedModel) -> None:
-    """Refuse models whose heads pool: PEFT's prompt is text to them, while here they see the caller's tokens."""
+    """Refuse models with pooling heads. They pool PEFT's prompts too, but here they see only the caller's tokens."""
     if _find_task(model) != "CAUSAL_LM":
         raise ValueError(f"`model` must be a causal language model for a PEFT prompt, but is {type(model).__name__}.")
 

@@ -1,4 +1,4 @@
-"""Publish an adapter on the Hugging Face hub, with a model card."""
+"""Publish an adapter on the Hugging Face Hub with a model card."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def push_to_hub(
     create_pr: bool = False,
     token: bool | str | None = None,
 ) -> str:
-    """Publish an adapter of a model on the Hugging Face hub, in a repository that is made if need be.
+    """Publish an adapter of a model in a repository on the Hugging Face Hub, which is created if necessary.
 
-    A model card says what the adapter is and how to load it, unless the repository has a card already.
-    ``load_adapter(model, repo_id)`` reads the adapter.
+    If the repository has no model card, this writes one that describes the adapter and how to load it.
+    ``load_adapter(model, repo_id)`` loads the adapter.
 
     Args:
         model: a model with a method attached.
         repo_id: the name of the repository, such as "organization/name".
-        name: of the adapter; None: the one in use.
-        format: of the files, as for ``save_adapter``.
-        private: whether a repository that is made is private. None: as the organization has it.
-        revision: the branch, which is made if need be. None: the main branch.
-        commit_message: of the commit.
-        create_pr: whether to open a pull request instead.
-        token: for the hub; None: the one that is stored on this machine.
+        name: the name of the adapter. None selects the adapter in use.
+        format: the format of the files, as for ``save_adapter``.
+        private: whether a new repository is private. None uses the organization's default.
+        revision: the branch, which is created if necessary. None selects the main branch.
+        commit_message: the message of the commit.
+        create_pr: whether to open a pull request instead of committing to the branch.
+        token: the access token for the Hub. None uses the token stored on this machine.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: the adapter cannot be saved, as for ``save_adapter``. Nothing is published.
+        ValueError: if the adapter cannot be saved, as for ``save_adapter``. Nothing is published.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def push_to_hub(
 
 
 def make_card(model: nn.Module, repo_id: str, format: str) -> str:
-    """Return the model card of the adapter in use: its method and options, its base, and how to load it."""
+    """Return the model card of the adapter in use, with its method, its options, its base model and how to load it."""
     adapter, base = get_attachment(model).adapter, find_base_model(model)
     config, kind = adapter.config, type(base).__name__
     path = base.name_or_path or ""
@@ -92,11 +92,11 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
     lines = [
         f"# {type(config).__name__.removesuffix('Config')} for {source if is_public else kind}",
         "",
-        f"An adapter that was made with fastprefix {__version__}. {_describe(config)}",
+        f"An adapter made with fastprefix {__version__}. {_describe(config)}",
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {source if is_public else 'not on the hub'}, `{kind}` |",
+        f"| base model | {source if is_public else 'not on the Hub'}, `{kind}` |",
         f"| parameters | {own:,} of {total:,} ({own / total:.4%}) |",
         f"| `method` | {config.method_name()} |",
         *(f"| `{option}` | {_format(value)} |" for option, value in config.list_choices()),
@@ -108,12 +108,12 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
         "```",
     ]
     if has_tuner_layers(base):
-        lines += ["", f"It was trained together with {_name_tuners(base)} of PEFT, which has to be loaded beside it."]
+        lines += ["", f"It was trained together with {_name_tuners(base)} of PEFT. Load that adapter as well."]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
 
 
 def _describe(config: MethodConfig) -> str:
-    """Return the first sentence about a method."""
+    """Return the first paragraph of the docstring of a method's configuration."""
     text = (type(config).__doc__ or "").strip().partition("\n\n")[0]
     return " ".join(text.replace("``", "`").split())
 
@@ -135,7 +135,7 @@ def _list_code(base: PreTrainedModel, source: str, repo_id: str, format: str) ->
 
 
 def _name_tuners(base: PreTrainedModel) -> str:
-    """Return the kinds of PEFT's adapters in a model."""
+    """Return the types of PEFT's adapters in a model."""
     configs: dict[str, Any] = getattr(base, "peft_config", {})
     kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}
     return " and ".join(sorted(kinds)) or "an adapter"

@@ -1,11 +1,12 @@
 """Save and load adapters: ``adapter_model.safetensors`` holds the parameters, ``adapter_config.json`` the options.
 
-The header of the tensor file holds the options too, and that copy counts: one file is replaced in one step, two are
-not, so an interrupted save leaves either the old adapter or the new one, complete. Both files carry the id of the save
-that wrote them. Different ids tell an interrupted save from a file that was edited by hand.
+The header of the tensor file also holds the options, and loading uses that copy. A single file can be replaced
+atomically, but two files cannot. An interrupted save therefore leaves either the old adapter or the new one, complete.
+Both files carry the id of the save that wrote them, which distinguishes an interrupted save (different ids) from a file
+that was edited by hand.
 
 Adapters can also be read from a checkpoint of the whole model, as Trainer and ``save_pretrained`` write it for an
-attached model: the model's configuration holds the adapter's options, and its weights hold the adapter's parameters.
+attached model. Its configuration holds the adapter's options, and its weights include the adapter's parameters.
 """
 
 from __future__ import annotations
@@ -59,20 +60,20 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file in this context.
 
     Raises:
-        ValueError: it cannot be read, and why.
+        ValueError: if the file cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except Exception as error:  # a damaged file fails in its own way, when it is opened or when a tensor is read
+    except Exception as error:  # damaged files raise different errors, on opening or on reading a tensor
         raise ValueError(f"The safetensors file {path} cannot be read: {error}") from error
 
 
 def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
-    """Read the method and its parameters from a checkpoint of the whole model, or return None if the folder has none.
+    """Read a method and its parameters from a checkpoint of a whole model, or return None if the folder has none.
 
     Raises:
-        ValueError: it is of another model, or damaged.
+        ValueError: if the checkpoint is damaged or belongs to another type of model.
     """
     path = folder / CONFIG_NAME
     files = _list_files(folder)
@@ -83,7 +84,8 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodC
         return None
     if description.get("model_type") != model.config.model_type:
         raise ValueError(
-            f"{path} is of a {description.get('model_type')} model, but `model` is a {model.config.model_type} model."
+            f"{path} belongs to a {description.get('model_type')} model, but `model` is a {model.config.model_type} "
+            "model."
         )
     config = MethodConfig.from_dict(description[OPTIONS])
     renamed = {f"{MODULE}.": ""}
@@ -111,13 +113,13 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
 _ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
-"""What a header says beside the options."""
+"""The entries of a header other than the options."""
 _LABELS = "base_model_labels"
 """The names of the labels that a saved head is for."""
 _SAVE_ID = "save_id"
-_SAMPLES = 1024  # numbers of a tensor that ranks compare
+_SAMPLES = 1024  # values per tensor that the ranks compare
 _INFORMATIVE = ("base_model_name_or_path",)
-"""What may be changed by hand, since nothing is made of it."""
+"""Entries that may be edited by hand, since nothing reads them."""
 
 
 def save_adapter(
@@ -127,23 +129,24 @@ def save_adapter(
     name: str | None = None,
     format: Literal["fastprefix", "peft"] = "fastprefix",
 ) -> None:
-    """Write an adapter of a model into a directory, which is made if need be.
+    """Save an adapter of a model in a directory, which is created if necessary.
 
-    Of a sharded model, all ranks call this, and the first of them writes. The files do not depend on the number of
-    ranks. Where a rank is missing or dies, the others raise an error within 30 seconds, and a file that was there stays
-    as it was.
+    On a sharded model all ranks must call this, and the first rank writes. The files do not depend on the number of
+    ranks. If a rank is missing or dies, the other ranks raise an error within 30 seconds, and existing files are
+    unchanged.
 
     Args:
         model: a model with a method attached.
-        directory: where to; one for each adapter.
-        name: of the adapter; None: the one in use.
-        format: "fastprefix"; or "peft", as ``peft.PeftModel.from_pretrained`` reads it: a prompt on a language model,
-            or a shifted prefix, written as rows or as keys and values, whatever they were computed from.
+        directory: the directory to write to. Use a separate directory for each adapter.
+        name: the name of the adapter. None selects the adapter in use.
+        format: "fastprefix", or "peft" for files that ``peft.PeftModel.from_pretrained`` reads. "peft" supports prompts
+            on language models and shifted prefixes. It stores the computed embeddings, or keys and values, without the
+            network that computed them.
 
     Raises:
-        ValueError: the model has no method attached, or none of that name, one that was merged into the model's own
-            weights, or one that the format has no place for.
-        RuntimeError: another rank of a sharded model failed or did not come.
+        ValueError: if the model has no method attached, if no adapter has that name, if the adapter was merged into the
+            model's own weights, or if the format does not support the adapter.
+        RuntimeError: if another rank of a sharded model failed or did not arrive.
     """
     check_choice("format", format, ("fastprefix", "peft"))
     attachment, base = get_attachment(model), find_base_model(model)
@@ -169,7 +172,7 @@ def save_adapter(
 
 
 def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in full on the CPU, in the first rank of a sharded model alone."""
+    """Return full tensors on the CPU of the first rank. Other ranks of a sharded model get an empty dictionary."""
     keeps, whole = leads(model), {}
     for name, tensor in tensors.items():
         full = gather_full_tensor(tensor)
@@ -182,19 +185,19 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
     """Return the adapter in use.
 
     Raises:
-        ValueError: it cannot be saved, and why.
+        ValueError: if the adapter cannot be saved.
     """
     adapter = get_attachment(model).adapter
     adapter.check_untouched(model)
     if adapter.outside is not None:
         raise ValueError(
-            f"`model` must have an adapter that is not merged, since now {adapter.outside}: save it before merging."
+            f"The merged adapter of `model` cannot be saved, since {adapter.outside}. Save it before you merge it."
         )
     return adapter
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the options of the adapter in use, and of which model it is."""
+    """Return the options of the adapter in use and a description of its base model."""
     adapter = _get_savable(model)
     has_head = not find_trainable_modules(model, None).keys().isdisjoint(adapter.saved_modules)
     labels = getattr(model.config, "id2label", None) if has_head else None
@@ -209,17 +212,17 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sign(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Add the id of a save to the options, and return the header with them."""
+    """Add the id of the save to the options, and return the header with both."""
     description[_SAVE_ID] = _compute_save_id(description, tensors)
     return {_HEADER: _format_description(description)}
 
 
 CARRIED = "fastprefix"
-"""The folder in a directory of PEFT's that has the adapters of this package, one file each."""
+"""The subfolder of a PEFT directory for the adapters of this package, one file each."""
 
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{CARRIED}/*.safetensors", *CARTRIDGES)
-"""The files of an adapter that are downloaded from the hub."""
+"""The patterns of an adapter's files for downloads from the Hub."""
 
 
 def _locate_carried(directory: Path, name: str) -> Path:
@@ -227,7 +230,7 @@ def _locate_carried(directory: Path, name: str) -> Path:
 
 
 def write_carried(model: PreTrainedModel, directory: Path) -> None:
-    """Write the adapter in use into a directory of PEFT's, in one file."""
+    """Write the adapter in use into a PEFT directory as a single file."""
     name = get_active_name(model)
     if name is not None:
         tensors = _gather(model, _collect_parameters(model))
@@ -240,34 +243,34 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
 
 
 def read_carried(model: PreTrainedModel, directory: Path) -> None:
-    """Read the parameters of the adapter in use from what ``write_carried`` wrote.
+    """Load the parameters of the adapter in use from the file that ``write_carried`` wrote.
 
     Raises:
-        ValueError: it is not there, damaged, or another adapter.
+        ValueError: if the file is missing or damaged, or contains another adapter.
     """
     name = get_active_name(model)
     if name is not None:
         path = _locate_carried(directory, name)
         if not path.is_file():
-            raise ValueError(f"`model` has the adapter {name!r}, but {directory} has none of that name.")
+            raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
         header, tensors = _read(path)
         config = None if header is None else _parse_header(path, header, model)
         if config != get_attachment(model).adapter.config:
-            raise ValueError(f"`model` has the adapter {name!r}, but {path} has one with other options.")
+            raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
         fill(_collect_parameters(model), tensors)
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:
-    """Return the file of an adapter in a directory of PEFT's: that of a name, or the only one. None: it has none.
+    """Return the file of an adapter in a PEFT directory: the file of that name, the only file, or None without files.
 
     Raises:
-        ValueError: it has several, and none of that name.
+        ValueError: if the directory has several adapters and none of that name.
     """
     files = sorted((directory / CARRIED).glob("*.safetensors"))
     own = _locate_carried(directory, name)
     if len(files) > 1 and own not in files:
         names = [unquote(path.stem) for path in files]
-        raise ValueError(f"`name` must be that of one of the adapters in {directory}, which are {names}, got {name!r}.")
+        raise ValueError(f"`name` must be one of the adapters {names} in {directory}, got {name!r}.")
     return own if own in files else next(iter(files), None)
 
 
@@ -281,27 +284,38 @@ def load_adapter(
     token: bool | str | None = None,
     freeze_peft: bool = False,
 ) -> Model:
-    """Attach the method that was saved in a directory, with its parameters, and use it; returns the model.
+    """Attach a saved adapter with its parameters, and make it the adapter in use.
+
+    ``directory`` can be any of the following:
+
+    - a directory that ``save_adapter`` or ``push_to_hub`` wrote,
+    - a PEFT directory with PREFIX_TUNING or CARTRIDGE, or for a language model PROMPT_TUNING, P_TUNING or
+      MULTITASK_PROMPT_TUNING,
+    - a directory that a PEFT model (with LoRA, for example) saved while an adapter of this package was attached to it;
+      if it contains several adapters, ``name`` selects one,
+    - a checkpoint of a whole model with an adapter, as Trainer writes it, from which only the adapter is read,
+    - a file of the Cartridges authors' code, such as ``cache_last.pt``, or its directory.
+
+    Loading never runs code from a file. Frozen tokens stay frozen.
 
     Args:
-        model: the model that it was saved from, or one like it.
-        directory: of the adapter, or the name of a repository on the Hugging Face hub, such as "organization/name".
-        name: that it gets on this model.
+        model: the model that the adapter was saved from, or a similar one.
+        directory: the adapter's directory, or the name of a repository on the Hugging Face Hub, such as
+            "organization/name".
+        name: the name for the adapter on this model.
         example_inputs: as for ``attach``.
-        revision: of the repository: a branch, a tag or a commit.
-        token: for the hub; None: the one that is stored on this machine.
-        freeze_peft: whether what PEFT trains is frozen while this adapter is in use.
+        revision: a branch, a tag or a commit of the repository.
+        token: the access token for the Hub. None uses the token stored on this machine.
+        freeze_peft: whether PEFT's trainable parameters are frozen while this adapter is in use.
 
-    The directory may be one of PEFT's, with PROMPT_TUNING, P_TUNING or MULTITASK_PROMPT_TUNING of a language model,
-    PREFIX_TUNING or CARTRIDGE; one that a PEFT model with LoRA or the like has saved while an adapter of this package
-    was on it (of several, that of this ``name``); a checkpoint of the whole attached model, as Trainer writes it, of
-    which the adapter alone is read; or a file of the Cartridges authors' code, such as ``cache_last.pt``, or the
-    directory with it. No code from a file is run. Tokens that were frozen stay frozen.
+    Returns:
+        The same model.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: the adapter is damaged or of another model, or the model has one of that name; the model is left as
-            it was. Or a revision of a local directory.
+        FileNotFoundError: if there is no adapter in the directory.
+        ValueError: if the adapter is damaged or does not fit the model, if the model already has an adapter of that
+            name, or if ``revision`` is given for a local directory. The model is unchanged.
+        RuntimeError: if another rank of a sharded model failed or did not arrive.
     """
     base = find_base_model(model)
     folder = locate_adapter(directory, revision, token)
@@ -328,17 +342,20 @@ def read_prefix(
     revision: str | None = None,
     token: bool | str | None = None,
 ) -> PrefixState:
-    """Read a saved prefix into memory, for ``swap_prefix`` or ``attach(..., past_key_values=state.pairs)``.
+    """Load a saved prefix into memory, for ``swap_prefix`` or ``attach(..., past_key_values=state.pairs)``.
 
     Args:
-        model: the model that it was saved from, or one like it, which is not changed.
+        model: the model that the prefix was saved from, or a similar one. It is not changed.
         directory: as for ``load_adapter``.
-        revision: of a repository on the hub.
-        token: for the hub.
+        revision: a branch, a tag or a commit of a repository on the Hub.
+        token: the access token for the Hub.
+
+    Returns:
+        The keys, the values and the key biases of the prefix, and its ``prefix_position``.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: the adapter is damaged, of another model, or has more than free keys and values.
+        FileNotFoundError: if there is no adapter in the directory.
+        ValueError: if the adapter is damaged, does not fit the model, or consists of more than free keys and values.
     """
     folder, base = locate_adapter(directory, revision, token), find_base_model(model)
     assert isinstance(base, PreTrainedModel)
@@ -347,8 +364,8 @@ def read_prefix(
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
         raise ValueError(
-            f"`directory` must have a prefix of free keys and values, but '{directory}' has {type(config).__name__} "
-            f"with {', '.join(sorted(kinds - known)) or 'no prefix'}."
+            f"`directory` must contain a prefix of free keys and values, but '{directory}' contains "
+            f"{type(config).__name__} with {', '.join(sorted(kinds - known)) or 'no prefix'}."
         )
     layers = sum(name.startswith("prefix.keys.") for name in tensors)
     pairs = [
@@ -362,14 +379,14 @@ def read_prefix(
 def locate_adapter(
     directory: str | os.PathLike[str], revision: str | None = None, token: bool | str | None = None
 ) -> Path:
-    """Return the local path of an adapter in a directory or in a repository of the hub (see ``locate``)."""
+    """Return the local path of an adapter in a directory or in a repository of the Hub (see ``locate``)."""
     return locate(directory, _FILES, revision, token)
 
 
 def _read_adapter_together(
     model: PreTrainedModel, folder: Path, name: str
 ) -> tuple[MethodConfig, dict[str, Tensor], bool]:
-    """Read an adapter, which must be the same for all ranks of a sharded model."""
+    """Read an adapter, which must be the same on all ranks of a sharded model."""
     found = do_together(model, "read an adapter", lambda: read_adapter(model, folder, name))
     config, tensors, _ = found
     samples = hashlib.sha256()
@@ -383,7 +400,7 @@ def _read_adapter_together(
 
 
 def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> tuple[MethodConfig, dict[str, Tensor], bool]:
-    """Read the options and parameters of an adapter, and whether it is one of PEFT's."""
+    """Return the options and parameters of an adapter, and whether it is in PEFT's format."""
     path = folder / WEIGHTS_FILE
     if (carried := _find_carried(folder, name)) is not None:
         path = carried
@@ -401,8 +418,8 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> tuple[Metho
     pickled = folder / "adapter_model.bin"
     if not folder.is_dir():
         raise FileNotFoundError(f"`directory` '{folder}' does not exist.")
-    why = f". It has {pickled.name}, a pickle, which is never opened" if pickled.is_file() else ""
-    raise FileNotFoundError(f"`directory` '{folder}' has no {WEIGHTS_FILE}{why}.")
+    why = f". Its {pickled.name} is a pickle file, which is never loaded" if pickled.is_file() else ""
+    raise FileNotFoundError(f"`directory` '{folder}' does not contain {WEIGHTS_FILE}{why}.")
 
 
 def _attach(
@@ -413,7 +430,7 @@ def _attach(
     example_inputs: Inputs | None,
     freeze_peft: bool,
 ) -> None:
-    """Attach a method with its parameters, or leave the model as it was."""
+    """Attach a method with its parameters, or leave the model unchanged."""
     former = get_active_name(model)
     attach_empty(model, config, name, example_inputs, freeze_peft)
     try:
@@ -424,15 +441,15 @@ def _attach(
 
 
 def _take_off(model: nn.Module, name: str, former: str | None) -> None:
-    """Take an adapter off, and use the one that was in use before."""
+    """Detach an adapter, and restore the adapter that was in use before."""
     detach(model, name)
     if former is not None:
         set_adapter(model, former)
 
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return what an adapter consists of: the method's parameters and those of the modules that stay trainable."""
-    reshard(model)  # what NumPy has looked at, as in writing a file, FSDP2 could not free
+    """Return the parameters of an adapter: those of the method and of the modules that stay trainable."""
+    reshard(model)  # FSDP2 could not free gathered parameters that NumPy views, as when a file is written
     parameters = dict(model.get_submodule(MODULE).named_parameters())
     for name in get_attachment(model).adapter.saved_modules:
         for key, parameter in model.get_submodule(name).named_parameters():
@@ -441,38 +458,38 @@ def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """Read the options in an adapter's header (None if it is not of this package) and its tensors."""
+    """Return the options in an adapter's header (None if this package did not write it) and its tensors."""
     with open_safetensors(path) as file:
         header = (file.metadata() or {}).get(_HEADER)
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
 def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
-    """Return the options in a header, checked against the model's type."""
+    """Return the options in a header, after checking them against the model."""
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
-        raise ValueError(f"The header of {path} is damaged: it has no {', '.join(missing)}.")
+        raise ValueError(f"The header of {path} is damaged, since it lacks {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
     base, *_ = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     labels = description.pop(_LABELS, None)
     if base != model.config.model_type:
-        raise ValueError(f"{path} is an adapter of a {base} model, but `model` is a {model.config.model_type} model.")
+        raise ValueError(f"{path} is an adapter for a {base} model, but `model` is a {model.config.model_type} model.")
     if labels is not None and hasattr(model.config, "num_labels") and len(labels) != model.config.num_labels:
         raise ValueError(
             f"{path} has a head for {len(labels)} labels ({', '.join(labels[:5])}{', ...' * (len(labels) > 5)}), but "
-            f"`model` has one for {model.config.num_labels}: load the model with num_labels={len(labels)}."
+            f"`model` has one for {model.config.num_labels}. Load the model with num_labels={len(labels)}."
         )
     return MethodConfig.from_dict(description)
 
 
 def _check_unedited(path: Path, header: dict[str, Any]) -> None:
-    """Refuse options that were edited by hand, which would have no effect. A file of another save is not looked at."""
+    """Refuse options that were edited by hand, which would have no effect. Ignore a file of another save."""
     if _SAVE_ID not in header or not path.is_file():
         return
     way_out = (
         "The options belong to the parameters and are stored with them in "
-        f"{WEIGHTS_FILE}. Undo the change or delete {CONFIG_FILE}, and the adapter is loaded as it was saved"
+        f"{WEIGHTS_FILE}. Undo the change or delete {CONFIG_FILE} to load the adapter as it was saved"
     )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -495,7 +512,7 @@ def _format_option(options: dict[str, Any], name: str) -> str:
 
 
 def _compute_save_id(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return the id of a save, a digest of what is saved."""
+    """Return the id of a save, which is a digest of its content."""
     digest = hashlib.sha256(_format_description(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -515,20 +532,24 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into parameters, all or, where names or shapes differ, none."""
+    """Copy tensors into parameters. If any name or shape differs, copy none.
+
+    Raises:
+        ValueError: if a name or a shape differs.
+    """
     if parameters.keys() != tensors.keys():
-        raise ValueError(f"the adapter does not fit this model: {_compare_names(parameters, tensors)}.")
+        raise ValueError(f"The adapter does not fit this model: {_compare_names(parameters, tensors)}.")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise ValueError(f"the adapter does not fit this model: {name} must be {expected}, but is {actual}.")
+            raise ValueError(f"The adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             write_whole(parameter, tensors[name])
 
 
 def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> str:
-    """Say what one side alone has: layers, where the names differ in their numbers, or else the first few names."""
+    """Describe the difference between two sets of names: the number of layers, or else the first few names."""
     here, there = (
         Counter(re.sub(r"\.\d+(?=\.|$)", "", name, count=1) for name in names) for names in (of_model, of_adapter)
     )
@@ -539,12 +560,12 @@ def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> st
     parts = []
     for side, names in sides.items():
         shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        parts += [f"{side} alone has {shown}"] if names else []
+        parts += [f"only {side} has {shown}"] if names else []
     return ", and ".join(parts)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, then move it there in one step."""
+    """Write a temporary file in the same directory, then replace the file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

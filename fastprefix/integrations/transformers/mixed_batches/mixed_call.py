@@ -1,4 +1,4 @@
-"""Describe a call whose rows have different adapters: its parts, their place in each row, their gates and offsets."""
+"""Describe a call whose rows have different adapters: its parts, and each row's part, gates and offsets."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ..sharding.tensor_parallel import TensorParallelHeads
 from .span_store import KeyedPrefix, Span, SpanStore
 
 BASE = "__base__"
-"""The name of no adapter: such a row runs on the base model alone. PEFT calls it the same."""
+"""The reserved name for rows that run on the base model alone. PEFT uses the same name."""
 
 
 @dataclass(eq=False)
 class Part:
-    """Hold what a mixed batch needs to know of an adapter.
+    """The data of an adapter that a mixed batch needs.
 
     Args:
-        name: of the adapter.
+        name: the name of the adapter.
         length: the number of its virtual tokens.
-        shift: the number of positions by which its rows are moved up.
-        indices: by attention module, the index of the layer among the method's own.
-        method: computes gates and offsets, and keys and values where the store has none.
-        projections: of a method whose layers project its states, by attention module.
-        has_own_softmax: whether its keys have a softmax of their own.
-        is_prompt: whether its keys and values are those of a prompt.
-        heads: of the method's layers, on a tensor-parallel model.
+        shift: the number of positions by which the adapter moves the tokens of its rows.
+        indices: the index of the adapter's layer for each attention module.
+        method: computes gates and offsets, and the keys and values that are not in the store. None if not needed.
+        projections: the projection of each attention module, for a method whose layers project its states.
+        has_own_softmax: whether its keys have a separate softmax.
+        is_prompt: whether its keys and values are computed from a prompt.
+        heads: the heads of the method's layers on a tensor-parallel model, or None.
     """
 
     name: str
@@ -54,24 +54,24 @@ class Part:
 
     @property
     def has_offset(self) -> bool:
-        """Return whether it adds an offset to the embeddings of the tokens."""
+        """Return whether the adapter adds an offset to the embeddings of the tokens."""
         return isinstance(self.method, PromptMethod) and self.method.changes_tokens
 
     @property
     def is_projected(self) -> bool:
-        """Return whether the layers project its keys and values."""
+        """Return whether the model's layers project the adapter's keys and values."""
         return bool(self.projections)
 
     @property
     def gates(self) -> PrefixMethod | None:
-        """Return the method if it has gates that are computed from hidden states."""
+        """Return the method if its gates are computed from hidden states, or None."""
         return self.method if isinstance(self.method, PrefixMethod) and self.method.needs_hidden() else None
 
 
 def compute_prefixes(part: Part) -> dict[nn.Module, KeyedPrefix]:
     """Return the keys and values of a prefix method for each attention module, with constant gates multiplied in.
 
-    On a tensor-parallel model they are those of this rank's heads.
+    On a tensor-parallel model they have this rank's heads only.
     """
     method = part.method
     assert isinstance(method, PrefixMethod)
@@ -88,10 +88,10 @@ def compute_prefixes(part: Part) -> dict[nn.Module, KeyedPrefix]:
 
 
 class MixedRows:
-    """The parts of a call, and which of them each row has.
+    """The parts of a call, and the part of each row.
 
-    ``rows`` are indices into ``parts``, and -1 is the base. Modules may be called with a multiple of these rows, as
-    when ``generate`` searches with several beams: each row then stands for as many neighbors.
+    ``rows`` are indices into ``parts``, and -1 is the base model. Modules may be called with a multiple of these rows,
+    for example in beam search. Each row then represents that many consecutive rows.
     """
 
     def __init__(self, names: tuple[str, ...], parts: Sequence[Part], device: torch.device) -> None:
@@ -107,35 +107,35 @@ class MixedRows:
         self.has_offsets = any(part.has_offset for part in parts)
         self.has_prompts = any(part.is_prompt for part in parts)
         self.index = self.make_tensor(self.rows)
-        """The rows' indices into ``parts``, int64 ``[B]``."""
+        """The index of each row's part in ``parts``, or -1, int64 ``[B]``."""
         self.lengths = self.make_tensor([self.parts[row].length if row >= 0 else 0 for row in self.rows])
-        """The lengths of the rows' prefixes, int64 ``[B]``."""
+        """The length of each row's prefix, int64 ``[B]``."""
         shifts = [self.parts[row].shift if row >= 0 else 0 for row in self.rows]
         same = len(set(shifts)) == 1
         self.shift = shifts[0] if same else RowShift(self.make_tensor(shifts)[:, None], max(shifts))
-        """The numbers of positions by which the rows are moved up, one for all if they are the same."""
+        """The number of positions by which the tokens of each row are moved. It is an int if all rows agree."""
 
     def make_tensor(self, values: Sequence[Any]) -> Tensor:
-        """Return a number, or several, for each row as an integer tensor."""
+        """Return a list with one number, or several, per row as a tensor."""
         return torch.tensor(values, device=self.device)
 
     def repeat_names(self, count: int) -> tuple[str, ...]:
-        """Return the names of ``count`` rows."""
+        """Return the names of ``count`` rows, a multiple of the rows with names."""
         return tuple(name for name in self.names for _ in range(count // len(self.names)))
 
     def repeat_shift(self, count: int) -> int | RowShift:
-        """Return the shift of ``count`` rows."""
+        """Return the shift of ``count`` rows, a multiple of the rows with names."""
         return self.shift if isinstance(self.shift, int) else RowShift(repeat(self.shift[0], count), self.shift.largest)
 
 
 def repeat(tensor: Tensor, count: int) -> Tensor:
-    """Return what a tensor says of each row for ``count`` rows, each of its rows standing for as many neighbors."""
+    """Repeat each row of a tensor so that it has ``count`` rows, a multiple of its own number of rows."""
     rows = tensor.shape[0]
     if count == rows:
         return tensor
     if count % rows:
         raise ValueError(
-            f"`adapter_names` must have a name for each row of the batch, but has {rows} for {count} rows."
+            f"`adapter_names` must have a name for each row of the batch, but has {rows} names for {count} rows."
         )
     return tensor.repeat_interleave(count // rows, 0)
 
@@ -148,11 +148,11 @@ class LayerStore(NamedTuple):
 
 
 Place = tuple[int, int] | None
-"""Start and length of a part in a layer's store, or None where it has none there."""
+"""Start and length of a part in a layer's store, or None if the part is not in the layer."""
 
 
 class MixedCall:
-    """A call whose rows have different adapters: what the bindings of its layers have in common."""
+    """A call whose rows have different adapters: the state that the bindings of its layers share."""
 
     def __init__(
         self, layers: Mapping[nn.Module, Layer], rows: MixedRows, heads: TensorParallelHeads | None = None
@@ -162,25 +162,25 @@ class MixedCall:
         self.heads = heads
         self.method = MixedGates([layer.shape for layer in layers.values()], rows, list(layers))
         self.stores: list[LayerStore | None] = [None] * len(layers)
-        self.store: SpanStore | None = None  # that they are in
+        self.store: SpanStore | None = None  # holds the keys and values, if they are stored
         self.bindings: dict[nn.Module, Binding] = {
             module: MixedBinding(self, index, layer) for index, (module, layer) in enumerate(layers.items())
         }
 
     def begin(self, arguments: dict[str, Any], backbone: nn.Module) -> None:
-        """Take up from the arguments of the backbone what the gates depend on."""
+        """Read the inputs of the gates from the arguments of the backbone."""
         self.gates = CallGates(arguments)
         if self.rows.gated:
             poolings = [each for part in self.rows.parts for each in getattr(part.gates, "poolings", ())]
             self.gates.take_up(arguments, backbone, poolings)
 
     def set_prefixes(self, prefixes: Sequence[Mapping[nn.Module, KeyedPrefix]]) -> None:
-        """Put the keys and values of all parts one behind the other, differentiably."""
+        """Concatenate the keys and values of all parts in each layer, differentiably."""
         for index, module in enumerate(self.bindings):
             self.stores[index] = self.make_store([each.get(module) for each in prefixes])
 
     def set_spans(self, store: SpanStore, spans: Sequence[Span | None]) -> None:
-        """Take the keys and values of all parts from a store in which they have these spans."""
+        """Use the keys and values of a store, in which the parts have these spans."""
         self.store = store
         for index, module in enumerate(self.bindings):
             places: list[Place] = [
@@ -191,7 +191,7 @@ class MixedCall:
                 self.stores[index] = LayerStore(store.layers[index], self.make_spans(places))
 
     def make_store(self, prefixes: Sequence[KeyedPrefix | None]) -> LayerStore | None:
-        """Return the keys and values of all parts in a layer one behind the other, if there are any."""
+        """Return the concatenated keys and values of all parts in a layer, or None if no part has any."""
         places: list[Place] = []
         end = 0
         for each in prefixes:
@@ -201,12 +201,12 @@ class MixedCall:
         return LayerStore(join(prefixes), self.make_spans(places)) if end else None
 
     def make_spans(self, places: Sequence[Place]) -> Tensor:
-        """Return the spans ``[B, 2]`` of the rows, given those of the parts."""
+        """Return the spans ``[B, 2]`` of the rows, given the spans of the parts."""
         return self.rows.make_tensor([places[row] or (0, 0) if row >= 0 else (0, 0) for row in self.rows.rows])
 
 
 def join(prefixes: Sequence[KeyedPrefix | None]) -> KeyedPrefix:
-    """Return keys and values one behind the other, with biases if any of them has biases."""
+    """Concatenate keys and values along the tokens, with biases if any prefix has biases."""
     present = [each for each in prefixes if each is not None]
     if len(present) == 1:
         return present[0]
@@ -218,7 +218,7 @@ def join(prefixes: Sequence[KeyedPrefix | None]) -> KeyedPrefix:
 
 
 class MixedGates:
-    """The gates of the parts of a call, each in its own rows, as those of one method."""
+    """The gates of the parts of a call, each applied to its own rows, with the interface of one method."""
 
     def __init__(self, shapes: Sequence[AttentionShape], rows: MixedRows, modules: Sequence[nn.Module]) -> None:
         self.shapes = shapes
@@ -232,7 +232,7 @@ class MixedGates:
     def prefix_gate(
         self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
     ) -> Tensor | None:
-        """``[B, 1, m]``, or for each query ``[B, 1, N, m]``; 1 in rows without such a gate."""
+        """Return gates ``[B, 1, m]``, or ``[B, 1, N, m]`` if a part has a gate per query; 1 in rows without gates."""
         if hidden is None:
             return None
         batch, longest, module = hidden.shape[0], self.rows.longest, self.modules[layer]
@@ -255,7 +255,7 @@ class MixedGates:
         return mixed
 
     def output_gates(self, layer: int, query: Tensor) -> Tensor | None:
-        """``[B, Hq]``, 0 in rows without one; None for one joint softmax in all rows."""
+        """Return output gates ``[B, Hq]``, 0 in rows without one, or None if all rows have one joint softmax."""
         if not self.rows.has_own_softmax:
             return None
         heads, module = query.shape[1], self.modules[layer]
@@ -284,7 +284,7 @@ class MixedBinding(LayerBinding):
         self.hidden = None
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the keys and values of all parts, or None if the layer has none."""
+        """Return the keys and values of all parts, or None if the layer has none or projects a prefix now."""
         if self.call.rows.projected:
             running = next((p.projections[self.module] for p in self.call.rows.parts if self._is_running(p)), None)
             if running is not None:
@@ -303,7 +303,7 @@ class MixedBinding(LayerBinding):
         return self.module in part.projections and part.projections[self.module].running
 
     def _project(self, query: Tensor) -> LayerStore | None:
-        """Have the layer project the states of all parts."""
+        """Project the states of all parts with the layer's projection."""
         prefixes: list[KeyedPrefix | None] = []
         for part in self.call.rows.parts:
             states = None
@@ -321,7 +321,7 @@ class MixedBinding(LayerBinding):
         return gate, self.call.method.output_gates(self.index, query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """Return the bias with which a sliding window cuts prefixes that stand at positions before the tokens."""
+        """Return the bias that applies a sliding window to prefixes with positions before the tokens."""
         rows, gates = self.call.rows, self.call.gates
         if self.window is None or rows.shift == 0:
             return None
@@ -329,22 +329,22 @@ class MixedBinding(LayerBinding):
         return make_span_bias(query, self.window, lengths, rows.longest, gates.past, gates.tokens)
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
-        """Return the biases of the keys of all parts."""
+        """Return the biases of the keys of all parts, or None if no part has biases."""
         store = self.call.stores[self.index]
         return None if store is None or store.prefix.bias is None else store.prefix.bias.to(query)
 
     def get_spans(self, query: Tensor) -> Tensor | None:
-        """Return the rows' spans."""
+        """Return the rows' spans, or None if the layer has no prefix."""
         store = self.call.stores[self.index]
         return None if store is None else repeat(store.spans, query.shape[0]).to(query.device)
 
     def count_frozen(self) -> int:
-        """Return 0: parameters that are not trained get no gradient by themselves."""
+        """Return 0, since parameters that are not trained need no gradient anyway."""
         return 0
 
 
 class CaptureBinding(Binding):
-    """The binding of an attention module whose keys and values are wanted, while prompts run."""
+    """The binding of an attention module that captures its keys and values while prompts run."""
 
     def __init__(self, index: int, heads: TensorParallelHeads | None) -> None:
         self.index = index
@@ -352,20 +352,20 @@ class CaptureBinding(Binding):
         self.captured: Prefix | None = None
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep what the module's attention is called with."""
+        """Keep the keys and values that the attention is called with, and return no prefix."""
         self.captured = (key, value)
 
 
 class MixedOffsets(nn.Module):
-    """The offsets of the parts of a call on the embeddings of its tokens, in place of one prompt method."""
+    """The offsets of the parts of a call on its token embeddings, with the interface of one prompt method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_virtual_tokens=0)
-        self.rows: MixedRows | None = None  # of the call in progress
+        self.rows: MixedRows | None = None  # rows of the call in progress
         self.prompt_path: str | None = None
 
-    changes_positions = False  # a model that hands embeddings to its decoder has been refused for such a part alone
+    changes_positions = False  # PromptHooks refused models that pass embeddings to the decoder
 
     @property
     def changes_tokens(self) -> bool:
@@ -373,22 +373,22 @@ class MixedOffsets(nn.Module):
         return self.rows is not None and self.rows.has_offsets
 
     def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
-        """``[B, N, d]``: the embeddings with each row's own offset."""
+        """Return the embeddings ``[B, N, d]`` with the offset of each row."""
         assert self.rows is not None
         assert not with_prompt
         embedded: Tensor | None = None
         for bank, members in self._make_banks(input_ids.shape[1], first_position, table.dtype):
             entries = torch.full((len(self.rows.parts) + 1,), -1)
-            entries[members] = torch.arange(len(members))  # the last entry is the base's
+            entries[members] = torch.arange(len(members))  # the last entry is the base model's
             index = entries.to(input_ids.device)[repeat(self.rows.index, input_ids.shape[0]).to(input_ids.device)]
-            if embedded is not None:  # another kind of offset: the embeddings so far are its table
+            if embedded is not None:  # a second kind of offset uses the embeddings so far as its table
                 ids = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
                 input_ids, table = ids, embedded.flatten(0, 1)
             embedded = prompt_embedding(input_ids, table, index=index, **bank)
         return prompt_embedding(input_ids, table) if embedded is None else embedded
 
     def _make_banks(self, tokens: int, first: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Yield the offsets of all parts as arguments of ``prompt_embedding``, and the parts that are in each."""
+        """Yield banks of offsets as arguments of ``prompt_embedding``, each with the indices of its parts."""
         assert self.rows is not None
         groups: dict[tuple[str, float], list[tuple[int, dict[str, Any]]]] = {}
         for which, part in enumerate(self.rows.parts):
@@ -403,7 +403,7 @@ class MixedOffsets(nn.Module):
 
 
 def _join_networks(offsets: Sequence[tuple[tuple[Tensor, ...], float]]) -> tuple[Tensor, ...]:
-    """Return ADePT's networks as a bank, with hidden layers of one width: a hidden unit of zeros adds nothing."""
+    """Return ADePT's networks as a bank. Zeros pad the hidden layers to equal width, which adds nothing."""
     width = max(network[0].shape[1] for network, _ in offsets)
     banks = []
     for (w1, b1, w2, b2), scale in offsets:
@@ -413,7 +413,7 @@ def _join_networks(offsets: Sequence[tuple[tuple[Tensor, ...], float]]) -> tuple
 
 
 def _join_pairs(offsets: Sequence[tuple[tuple[Tensor, ...], float]]) -> tuple[Tensor, ...]:
-    """Return DePT's pairs as a bank, of one rank."""
+    """Return DePT's low-rank pairs as a bank, padded with zeros to equal rank."""
     rank = max(pair[0].shape[1] for pair, _ in offsets)
     banks = [
         (F.pad(a, (0, rank - a.shape[1])), F.pad(scale * b, (0, 0, 0, rank - b.shape[0]))) for (a, b), scale in offsets
@@ -427,4 +427,4 @@ def _join_rows(offsets: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 _JOINED: dict[str, Any] = {"ffn": _join_networks, "low_rank": _join_pairs, "position_offset": _join_rows}
-"""The function that makes a bank of offsets of each kind, for which ``prompt_embedding`` has an argument."""
+"""The function that builds a bank of each kind of offset. The keys are arguments of ``prompt_embedding``."""

@@ -1,11 +1,11 @@
 """Run the rows of one batch with different adapters.
 
-The keys and values of all adapters of a call stand one behind the other in one tensor a layer, and each row attends to
-its own span of it. Prompts become keys and values first: on a decoder they are the same in every row. Offsets on the
+In each layer, one tensor concatenates the keys and values of all adapters of a call, and each row attends to its own
+span of it. Prompts are converted to keys and values first, which are the same in every row of a decoder. Offsets on the
 tokens come from banks with an entry for each adapter.
 
-While gradients are computed, the tensors are concatenated from the adapters' parameters, and each adapter gets the
-gradient of its rows. Without gradients they are those of the model's ``SpanStore``.
+With gradients, the tensors are concatenated from the adapters' parameters, and each adapter gets the gradient of its
+rows. Without gradients, they are the tensors of the model's ``SpanStore``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from .span_store import KeyedPrefix, SpanStore
 
 
 class MixtureHooks:
-    """A model whose rows have different adapters, from ``install`` to ``remove``."""
+    """The hooks of a model whose rows have different adapters, from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[Layer], store: SpanStore) -> None:
         self.model = model
@@ -69,13 +69,13 @@ class MixtureHooks:
         self.names = check_parameter_names(self.backbone)
         self.windows = any(layer.window is not None for layer in layers)
         self.encoder: Any = model.get_encoder() if model.config.is_encoder_decoder else None
-        self.call: MixedCall | None = None  # that begins
-        self.keys: dict[Part, Any] = {}  # in the store
+        self.call: MixedCall | None = None  # the call that is about to run
+        self.keys: dict[Part, Any] = {}  # the key of each part in the store
         self.shift: PositionShift | None = None
         self.offsets: OffsetHooks | None = None
         self.implementation: Implementation | None = None
         self.handles: list[Any] = []
-        self.leave: Any = None  # what returns to the adapter in use, for a call without names
+        self.leave: Any = None  # restores the adapter in use, for a call without names
         self.drops = has_dropout(self.backbone)
         self.heads = TensorParallelHeads.find(model, layers)
 
@@ -84,7 +84,7 @@ class MixtureHooks:
         return self.keys.get(part, part.name)
 
     def make_call(self, rows: MixedRows) -> MixedCall:
-        """Return a call, without gradients with the keys and values that are in the store."""
+        """Return a call. Without gradients, its keys and values are those in the store."""
         call = MixedCall(self.layers, rows, self.heads)
         if not torch.is_grad_enabled():
             self.store.convert(self.model.dtype)
@@ -92,7 +92,7 @@ class MixtureHooks:
         return call
 
     def install(self, parts: Sequence[Part]) -> None:
-        """Switch the model's attention, and set the hooks that these parts need."""
+        """Switch the model's attention and set the hooks that these parts need."""
         if self.implementation is None:
             self.implementation = Implementation(self.model, {})
         else:
@@ -115,7 +115,7 @@ class MixtureHooks:
                     self.handles.append(layer.entry.register_forward_pre_hook(Watch(layer.module), with_kwargs=True))
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
+        """Remove all hooks and restore the model's attention."""
         for handle in reversed(self.handles):
             handle.remove()
         self.handles, self.offsets = [], None
@@ -125,15 +125,15 @@ class MixtureHooks:
         self.implementation.restore()
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the backbone, each row with its own adapter."""
+        """Run the backbone with the adapter of each row."""
         call = self.call
-        if call is None:  # called by itself, without names
+        if call is None:  # the backbone was called directly, without names
             self.leave()
             return self.backbone.forward(*args, **kwargs)
         return self._run_gathered(self.backbone, lambda: self._run(call, forward, args, kwargs))
 
     def _run_gathered(self, module: nn.Module, call: Callable[[], Any]) -> Any:
-        """Run a call while all attached adapters that FSDP2 has sharded are gathered, on all ranks the same ones."""
+        """Run a call while FSDP2 gathers all attached adapters. All ranks gather the same ones in the same order."""
         if not is_fully_sharded(self.model):
             return call()
         methods = [part.method for part in sorted(self.keys, key=lambda part: part.name) if part.method is not None]
@@ -167,7 +167,7 @@ class MixtureHooks:
         return output
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an encoder, which ``generate`` calls by itself."""
+        """Run an encoder, which ``generate`` calls directly."""
         call = self.call
         if call is None or get_carried_bindings() is not None:
             return forward(*args, **kwargs)
@@ -183,23 +183,23 @@ class MixtureHooks:
 
     def _check(self, arguments: dict[str, Any], rows: MixedRows) -> None:
         if asks_for(arguments, self.backbone, "output_attentions"):
-            raise ValueError("`output_attentions` must be False with `adapter_names`: the kernels make no weights.")
+            raise ValueError("`output_attentions` must be False with `adapter_names`, whose kernels return no weights.")
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
             raise ValueError("`use_reentrant` must be False for gradient checkpointing with `adapter_names`.")
         prompts = [part.name for part in rows.parts if part.is_prompt] if rows.has_prompts else []
         if prompts and self.drops and self.backbone.training:
             raise ValueError(
-                f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model draws anew in "
-                "every row: train it by itself, or set the model's dropout to 0."
+                f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model is drawn "
+                "separately in every row. Train the prompt alone, or set the model's dropout to 0."
             )
         if prompts and asks_for(arguments, self.backbone, "output_router_logits"):
             raise ValueError(
-                f"`output_router_logits` must be False with the prompt {prompts[0]!r} in `adapter_names`: an auxiliary "
-                "loss counts the prompt's tokens in every row."
+                f"`output_router_logits` must be False with the prompt {prompts[0]!r} in `adapter_names`, since the "
+                "auxiliary loss counts the prompt's tokens in every row."
             )
 
     def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:
-        """Return the arguments with masks as the attention expects them, and with shifted positions."""
+        """Return the arguments with the masks that the attention expects, and with shifted positions."""
         if not self.text:
             refuse_one_row_masks(arguments)
             return arguments
@@ -219,7 +219,7 @@ class MixtureHooks:
         return arguments
 
     def _check_frequencies(self, arguments: dict[str, Any], shift: int | RowShift) -> None:
-        """Refuse rows so long that rotary frequencies differ from those that a prompt was run with."""
+        """Refuse rows so long that their rotary frequencies differ from those that the prompts were run with."""
         assert self.shift is not None
         positions = self.shift.positions
         if positions.by_length is None:
@@ -228,12 +228,12 @@ class MixtureHooks:
         if ends > positions.by_length:
             raise ValueError(
                 f"`input_ids` ends at position {ends} with the prompts in front, but the keys of prompts are rotated "
-                f"for rows of up to {positions.by_length} tokens: in longer ones this model rotates all keys "
+                f"for rows of up to {positions.by_length} tokens. In longer rows this model rotates all keys "
                 "differently. Use the prompts one at a time, without `adapter_names`."
             )
 
     def compute_prefixes(self, parts: Sequence[Part]) -> list[dict[nn.Module, KeyedPrefix]]:
-        """Return the keys and values of each part by attention module; stored ones as they are."""
+        """Return the keys and values of each part by attention module. Stored ones are returned without a copy."""
         prompts = [part for part in parts if part.is_prompt and part not in self._list_stored(parts)]
         of_prompts = dict(zip(prompts, self.run_prompts([part.method for part in prompts]), strict=True))
         computed = []
@@ -247,7 +247,7 @@ class MixtureHooks:
         return computed
 
     def _list_stored(self, parts: Sequence[Part]) -> list[Part]:
-        """Return the parts that are in the store alone, not among the model's adapters."""
+        """Return the parts that are only in the store, not among the model's attached adapters."""
         return [part for part in parts if part not in self.keys and part.name in self.store.spans]
 
     def _read_stored(self, part: Part) -> dict[nn.Module, KeyedPrefix]:
@@ -255,7 +255,7 @@ class MixtureHooks:
         return {m: prefixes[i] for i, m in enumerate(self.layers) if m in part.indices and i in prefixes}
 
     def run_prompts(self, methods: Sequence[Any]) -> list[dict[nn.Module, KeyedPrefix]]:
-        """Compute the keys and values of prompts in every layer. Prompts of one length run in one batch."""
+        """Compute the keys and values of prompts in every layer. Prompts of equal length run in one batch."""
         results: dict[int, dict[nn.Module, KeyedPrefix]] = {}
         groups: dict[int, list[int]] = {}
         for which, method in enumerate(methods):
@@ -270,7 +270,7 @@ class MixtureHooks:
         return [results[which] for which in range(len(methods))]
 
     def _run_batch(self, methods: Sequence[Any]) -> dict[nn.Module, Prefix]:
-        """Run prompts of one length as a batch, and return what each attention module was called with."""
+        """Run prompts of equal length as a batch, and return the keys and values in each attention module."""
         assert self.offsets is not None
         assert self.shift is not None
         dtype, offsets = self.offsets.table.dtype, self.offsets
@@ -291,7 +291,7 @@ class MixtureHooks:
 
 
 class Watch:
-    """A forward pre-hook that keeps what enters a layer for the gates of a call in progress."""
+    """A forward pre-hook that keeps a layer's input for the gates of the call in progress."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
@@ -304,17 +304,17 @@ class Watch:
 
 
 _NAMES = "fastprefix_names"
-"""The attribute of a key/value cache that holds the names of its rows' adapters."""
+"""The attribute of a key/value cache that holds the adapter name of each row."""
 
 
 class HeldNames:
-    """The names of the adapters of a key/value cache's rows."""
+    """The adapter names of the rows of a key/value cache."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
     def select_rows(self, name: str, rows: Any) -> HeldNames:
-        """Return the names of other rows, chosen as a cache's method of that name chooses them."""
+        """Return the names of the rows that the cache method ``name`` selects when it is called with ``rows``."""
         if name == "batch_repeat_interleave":
             return HeldNames(tuple(each for each in self.names for _ in range(int(rows))))
         chosen = rows.tolist() if isinstance(rows, Tensor) else rows
@@ -322,19 +322,19 @@ class HeldNames:
 
 
 def hold_names(cache: Cache, rows: MixedRows, arguments: Mapping[str, Any]) -> None:
-    """Keep the names of a call's rows on its cache."""
+    """Store the adapter names of a call's rows on its cache."""
     count = count_rows(arguments) or len(rows.names)
     hold_by_row(cache, _NAMES, HeldNames(rows.repeat_names(count)))
 
 
 def get_held_names(cache: Cache | None) -> tuple[str, ...] | None:
-    """Return the names of the adapters of a cache's rows, or None if it was filled without names."""
+    """Return the adapter names of a cache's rows, or None if the cache was filled without names."""
     held = getattr(cache, _NAMES, None)
     return held.names if isinstance(held, HeldNames) else None
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int | None:
-    """Return how many rows a call has, or None if its arguments do not tell."""
+    """Return the number of rows of a call, or None if its arguments do not determine it."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "pixel_values"):
         value = arguments.get(name)
         if isinstance(value, Tensor):
@@ -344,26 +344,27 @@ def count_rows(arguments: Mapping[str, Any]) -> int | None:
 
 
 def check_names(names: Any) -> tuple[str, ...] | None:
-    """Return the names that a call was given, as a tuple.
+    """Return the names that were passed to a call as a tuple, or None without names.
 
     Raises:
-        TypeError: it is no list of names.
+        TypeError: if ``names`` is not a list of strings.
+        ValueError: if ``names`` is empty.
     """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
-        raise TypeError(f"`adapter_names` must be a list with a name for each row, but is {names!r}.")
+        raise TypeError(f"`adapter_names` must be a list with a string for each row, but is {names!r}.")
     if not names:
         raise ValueError("`adapter_names` must have a name for each row of the batch, but is empty.")
     return tuple(names)
 
 
 def check_rows(names: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
-    """Check that there is a name for each row of a call. Several choices of an example are rows of one name."""
+    """Check that each row of a call has a name. Several choices of an example share one name."""
     count, ids = count_rows(arguments), arguments.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim > 2:
         count = int(ids.shape[0])
     if count is not None and len(names) != count:
         raise ValueError(
-            f"`adapter_names` must have a name for each row of the batch, but has {len(names)} for {count} rows."
+            f"`adapter_names` must have a name for each row of the batch, but has {len(names)} names for {count} rows."
         )

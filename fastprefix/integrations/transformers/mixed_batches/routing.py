@@ -1,4 +1,4 @@
-"""Decide for each call of a model with adapters which of them its rows have: the one in use, or those that it names."""
+"""Choose the adapter of each row in a call: the adapter in use, or the adapters that the call names."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _ARGUMENT = "adapter_names"
 
 
 class NamesInterception(Interception):
-    """An interception of the calls of a model, which may name adapters."""
+    """An interception of the calls of a model that may name adapters."""
 
     keyword = _ARGUMENT
 
 
 class Routing:
-    """The calls of a model with adapters.
+    """Route the calls of a model to its adapters.
 
-    A call without names runs with the adapter in use. A call with names runs without that one's hooks, on hooks that
-    give each row its own adapter. They stay until a call without names comes.
+    A call without names runs with the adapter in use. A call with names replaces that adapter's hooks by hooks that
+    give each row its own adapter. These stay installed until the next call without names.
     """
 
     def __init__(self, model: PreTrainedModel, attachment: Attachment) -> None:
@@ -56,21 +56,21 @@ class Routing:
         self.attachment = attachment
         self.store = SpanStore()
         self.stored: dict[str, Part] = {}
-        """The adapters that are in the store alone, by name."""
-        self.serves = False  # the model has an AdapterStore, and stays as it is without an attached adapter
+        """The adapters that are only in the store, by name."""
+        self.serves = False  # the model has an AdapterStore, which needs no attached adapter
         self.lock = threading.RLock()
         self.hooks: MixtureHooks | None = None
-        self.mixes = False  # the hooks for named adapters are installed, in place of those of the adapter in use
-        self.used = False  # a call has named adapters, and others may go on with its cache
+        self.mixes = False  # hooks for named adapters replace those of the adapter in use
+        self.used = False  # a call has named adapters, and later calls may continue its cache
         self.generating: tuple[str, ...] | None = None  # the names of a generation in progress
         self.parts: dict[Adapter, Part] = {}
-        self.written: dict[Adapter, tuple[object, torch.Tensor]] = {}  # prompts in the store, and what they came from
+        self.written: dict[Adapter, tuple[object, torch.Tensor]] = {}  # sources of the prompts in the store
         self.parameter_names = read_parameter_names(model)
         self.interception: NamesInterception | None = None
         self.former_generate: Any = None
 
     def install(self) -> None:
-        """Intercept the model's ``forward``, outside of all hooks, and its ``generate``."""
+        """Intercept the model's ``forward`` outside of all other hooks, and its ``generate``."""
         if self.interception is not None:
             self.interception.remove()
         self.interception = NamesInterception(self.model, self.run)
@@ -95,7 +95,7 @@ class Routing:
         self.former_generate = None
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model with the adapter in use, or each row with the one that it names."""
+        """Run the model with the adapter in use, or with the adapters that the call names."""
         if not self.used and _ARGUMENT not in kwargs:
             return forward(*args, **kwargs)
         with self.lock:
@@ -110,7 +110,7 @@ class Routing:
                 return self._get_forward()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, each row with the adapter that it names, if names are given."""
+        """Generate, with the adapter of each row if names are given."""
         names = check_names(kwargs.pop(_ARGUMENT, None))
         cache = find_cache(kwargs)
         if names is None and cache is not None:
@@ -132,10 +132,10 @@ class Routing:
         return self.interception.forward
 
     def _choose_names(self, names: tuple[str, ...] | None, arguments: dict[str, Any]) -> tuple[str, ...] | None:
-        """Return the names of a call's rows: those given, those of a generation in progress, or those of its cache.
+        """Return the names of a call's rows: those given, those of the generation in progress, or those of the cache.
 
         Raises:
-            ValueError: they are not as many as there are rows, or differ from those of the cache.
+            ValueError: if the number of names differs from the number of rows, or the names from those of the cache.
         """
         cache, generating = find_cache(arguments), names is None and self.generating is not None
         names = self.generating if generating else names
@@ -144,8 +144,8 @@ class Routing:
         if held is None:
             if past > 0 and names is not None:
                 raise ValueError(
-                    "`past_key_values` must be a cache that was filled with `adapter_names`, or empty: its tokens were "
-                    "computed with other adapters than these names."
+                    "`past_key_values` must be a cache that was filled with `adapter_names`, or be empty. Its tokens "
+                    "were not computed with the adapters in `adapter_names`."
                 )
             if names is not None and not generating:
                 check_rows(names, arguments)
@@ -154,14 +154,14 @@ class Routing:
             return held
         if len(held) % len(names) or tuple(name for name in names for _ in range(len(held) // len(names))) != held:
             raise ValueError(
-                f"`adapter_names` must be those of `past_key_values`, {list(held)}, but are {list(names)}. The names "
-                "belong to the cache and may be left out."
+                f"`adapter_names` must be the names of `past_key_values`, {list(held)}, but are {list(names)}. Omit "
+                "`adapter_names` when you continue a cache."
             )
         return held
 
     @contextmanager
     def _select(self, names: tuple[str, ...], past: int) -> Iterator[None]:
-        """Run calls in this context with these adapters."""
+        """Run the calls in this context with these adapters."""
         with self.lock:
             parts = self.find_parts(names)
             with outside_forward(self.model):
@@ -179,34 +179,34 @@ class Routing:
                 self.hooks.call = former
 
     def _prepare(self, names: Sequence[str]) -> None:
-        """Bring attached adapters, which waited beside the model, to its device and mode at the start of a sequence."""
+        """Move the named adapters to the model's device and mode at the start of a sequence."""
         if torch.is_grad_enabled() and is_fully_sharded(self.model):
             raise ValueError(
-                "`adapter_names` must be used without gradients on a model that FSDP2 has sharded, whose ranks may "
-                "name different adapters, and would reduce different gradients: train one adapter at a time."
+                "`adapter_names` must be used without gradients on a model that FSDP2 has sharded, since ranks with "
+                "different adapters would reduce different gradients. Train one adapter at a time."
             )
         device, training = find_device(self.model), self.model.training
         for name in dict.fromkeys(names):
             if name in self.attachment.adapters:
                 method = self.attachment.adapters[name].method
-                stays = is_sharded(method) or is_fully_sharded(method)  # FSDP2 would shard it anew, on this rank alone
+                stays = is_sharded(method) or is_fully_sharded(method)  # FSDP2 would shard it again, on this rank only
                 (method if stays else method.to(device)).train(training)
 
     def _list_gathered(self) -> list[Part]:
-        """Return all attached adapters that rows may name: ranks that name different ones gather all, in one order."""
+        """Return all attached adapters that rows may name. All ranks gather all of them, in the same order."""
         return [self._find_part(name) for name in self._list_usable()]
 
     def enter(self) -> None:
-        """Put the hooks for named adapters on the model, in place of those of the adapter in use."""
+        """Replace the hooks of the adapter in use by the hooks for named adapters."""
         if self.mixes:
             return
         self.used = True
         active = None if self.attachment.active is None else self.attachment.adapter
         if active is not None and active.saved_modules:
             raise ValueError(
-                f"`adapter_names` cannot be given while the adapter in use trains modules of the base model "
-                f"({', '.join(active.saved_modules)}), which all rows would share: use another adapter with "
-                "fastprefix.set_adapter, or attach it with modules_to_save=[]"
+                f"`adapter_names` must not be given while the adapter in use trains modules of the base model "
+                f"({', '.join(active.saved_modules)}), which all rows would share. Select another adapter with "
+                "fastprefix.set_adapter, or attach it with modules_to_save=[]."
             )
         if active is not None:
             active.hooks.remove()
@@ -224,7 +224,7 @@ class Routing:
         self.install()
 
     def make_hooks(self) -> MixtureHooks:
-        """Return the hooks for named adapters, made once. No other adapter's hooks may be on the model."""
+        """Return the hooks for named adapters, created once. Other adapters' hooks must not be on the model."""
         if self.hooks is None:
             self.hooks = MixtureHooks(self.model, find_layers(self.model), self.store)
             self.hooks.leave = self.leave
@@ -236,7 +236,7 @@ class Routing:
         return list(self.hooks.layers.values())
 
     def leave(self) -> None:
-        """Put the hooks of the adapter in use on the model again."""
+        """Restore the hooks of the adapter in use."""
         if not self.mixes:
             return
         assert self.hooks is not None
@@ -247,17 +247,17 @@ class Routing:
         self.install()
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop what was stored of an adapter that is taken off."""
+        """Drop the stored state of an adapter that is being detached."""
         self.parts.pop(adapter, None)
         self.written.pop(adapter, None)
         if adapter in self.store.spans:
             self.store.drop(adapter)
 
     def find_parts(self, names: Sequence[str]) -> list[Part]:
-        """Return what is known of the adapters with these names, each once; of the base nothing.
+        """Return the part of each named adapter once, without the base model.
 
         Raises:
-            ValueError: a name that no adapter has, or adapters that cannot be in one batch.
+            ValueError: if no adapter has a name, or if the adapters cannot be in one batch.
         """
         parts = [self._find_part(name) for name in dict.fromkeys(names) if name != BASE]
         check_together(parts)
@@ -269,7 +269,7 @@ class Routing:
         adapter = self.attachment.adapters.get(name)
         if adapter is None:
             known = [*self.attachment.adapters, *self.stored, BASE]
-            raise ValueError(f"`adapter_names` must name adapters of the model, {known}, but has {name!r}.")
+            raise ValueError(f"`adapter_names` must only contain names of adapters, {known}, but has {name!r}.")
         if (reason := find_reason_against(adapter)) is not None:
             raise ValueError(f"`adapter_names` must not name {name!r}: {reason}.")
         part = self.parts.get(adapter)
@@ -283,7 +283,7 @@ class Routing:
         return [name for name, each in self.attachment.adapters.items() if find_reason_against(each) is None]
 
     def _write(self, parts: Sequence[Part], past: int) -> None:
-        """Write the keys and values of attached adapters into the store. Calls that go on have those of the first."""
+        """Write the keys and values of attached adapters into the store. Calls that continue a sequence keep them."""
         assert self.hooks is not None
         of_adapter = {part: adapter for adapter, part in self.parts.items()}
         fresh = [part for part in parts if part in of_adapter]
@@ -298,7 +298,7 @@ class Routing:
                     self.write(of_adapter[part], compute_prefixes(part))
 
     def _write_prompts(self, prompts: Mapping[Part, Adapter]) -> None:
-        """Run the prompts whose keys and values in the store are not those of their parameters, or may not be."""
+        """Run the prompts whose stored keys and values may not match their parameters, and store the results."""
         if not prompts:
             return
         assert self.hooks is not None
@@ -316,13 +316,13 @@ class Routing:
             self.written[adapter] = (states[part], adapter.method.prompt.detach().clone())
 
     def write(self, key: Any, prefixes: Mapping[nn.Module, KeyedPrefix]) -> None:
-        """Write the keys and values of a prefix into the store, given by attention module."""
+        """Write the keys and values of a prefix, given by attention module, into the store."""
         assert self.hooks is not None
         index = {module: i for i, module in enumerate(self.hooks.layers)}
         self.store.write(key, {index[module]: prefix for module, prefix in prefixes.items()}, self.model.dtype)
 
     def _is_changed(self, adapter: Adapter, state: tuple[object, object]) -> bool:
-        """Return whether a prompt in the store is of another state than this, or a state is unknown."""
+        """Return whether a stored prompt was computed from another state, or whether a state is unknown."""
         if None in state or adapter not in self.written or adapter not in self.store.spans:
             return True
         former, prompt = self.written[adapter]
@@ -330,7 +330,7 @@ class Routing:
         return former != state or not torch.equal(prompt, adapter.method.prompt)
 
     def _read_backbone(self) -> object:
-        """Return what of the model prompts' keys and values depend on, or None if that is unknown."""
+        """Return the state of the model that the prompts' keys and values depend on, or None if it is unknown."""
         assert self.hooks is not None
         backbone = self.hooks.backbone
         states = read_state(backbone), read_tuner_state(backbone)
@@ -338,35 +338,35 @@ class Routing:
         return None if offloaded or None in states else states
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the lock out, which cannot be copied."""
+        """Leave out the lock, which cannot be copied."""
         return {**self.__dict__, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a new lock."""
+        """Restore the state with a new lock."""
         self.__dict__.update(state, lock=threading.RLock())
 
 
 def find_reason_against(adapter: Adapter) -> str | None:
-    """Return why an adapter cannot be in one batch with others, or None."""
+    """Return the reason why an adapter cannot be in one batch with others, or None."""
     if adapter.saved_modules:
         return f"it trains modules of the base model ({', '.join(adapter.saved_modules)}), which all rows share"
     if adapter.outside is not None:
         return f"it was merged, and {adapter.outside}"
     hooks = adapter.hooks
     if isinstance(hooks, PrefixHooks) and type(hooks) is not PrefixHooks and has_tuner_layers(hooks.backbone):
-        return "it was merged, and PEFT's layers may change what it was merged from"
+        return "it was merged, and PEFT's layers may change the model that it was merged from"
     if isinstance(adapter.hooks, TaskPromptHooks):
         return "it has a prompt for each of several tasks"
     if isinstance(adapter.hooks, PrefixHooks | SharedPromptHooks):
         return None
     if isinstance(adapter.method, VisualMethod):
-        return "its rows stand among those of images"
+        return "its rows are inserted among those of images"
     path = getattr(adapter.method, "prompt_path", None)
     return f"its prompt runs in every row ({str(path).removeprefix('textbook: ')})"
 
 
 def make_part(name: str, adapter: Adapter) -> Part:
-    """Return what a mixed batch needs to know of an attached adapter."""
+    """Return the data of an attached adapter that a mixed batch needs."""
     method, hooks = adapter.method, adapter.hooks
     assert isinstance(hooks, PrefixHooks | SharedPromptHooks)
     length = method.config.num_virtual_tokens
@@ -384,7 +384,7 @@ def check_together(parts: Sequence[Part]) -> None:
     """Refuse adapters that cannot be in one batch.
 
     Raises:
-        ValueError: they cannot, and why.
+        ValueError: if two of the adapters cannot be combined.
     """
     groups: dict[str, dict[Any, str]] = {"softmax": {}, "positions": {}, "states": {}, "pooling": {}}
     for part in parts:
@@ -394,10 +394,10 @@ def check_together(parts: Sequence[Part]) -> None:
         for pooling in getattr(part.gates, "poolings", ()):
             groups["pooling"].setdefault(pooling == "query", part.name)
     reasons = {
-        "states": "those of LLaMA-Adapter can only be in a batch with their like",
-        "softmax": "one has a softmax of its own and the other has not",
+        "states": "LLaMA-Adapter can only be in a batch with other adapters of that method",
+        "softmax": "only one of them has a separate softmax",
         "positions": 'one moves the positions of the tokens ("shift") and the other does not ("none")',
-        "pooling": "one has a gate for each query, and the other one for each sequence",
+        "pooling": "one has a gate per query and the other has a gate per sequence",
     }
     for kind, reason in reasons.items():
         if len(groups[kind]) > 1:

@@ -1,4 +1,4 @@
-"""Keep the adapters of many users ready for one model, and choose which of them are in its memory."""
+"""Store the adapters of many users for one model, and load and drop them as batches need them."""
 
 from __future__ import annotations
 
@@ -45,24 +45,25 @@ _LOADING = "__loading__"
 
 
 class AdapterStore:
-    """Adapters of one model that are used by name, ``model(..., adapter_names=[...])``, and not trained.
+    """Adapters of one model that are used by name, ``model(..., adapter_names=[...])``, and are not trained.
 
-    On a sharded model all ranks load and drop the same adapters. Under tensor parallelism each rank has the keys and
-    values of its own heads, and under FSDP2 all of them.
+    The adapters need memory for their keys and values, plus less than 5 % for growth. One tensor per layer holds the
+    keys of all adapters, and another one the values. You can load, rename and drop adapters between calls without
+    compiling or attaching anything. Freed memory is reused. If no gap is large enough for an adapter, all adapters move
+    into new tensors.
 
-    They take no more memory than their keys and values, and less than 5 % for growth: one tensor a layer holds the keys
-    of all of them. They are loaded, renamed and dropped between calls, while nothing is compiled or attached anew.
-    Room that is freed is used again; where no gap is large enough, all move together into new tensors.
+    A model has one store. It can also have attached adapters, and a batch can use both.
 
-    The model has one store. It may have adapters attached too, and a batch may have both.
+    On a sharded model all ranks must load and drop the same adapters. Under tensor parallelism each rank stores the
+    keys and values of its own heads. Under FSDP2 each rank stores all heads.
 
     Args:
-        model: a ``transformers`` model. It is frozen, as by ``attach``; ``detach`` drops the store.
-        tokens: the number of tokens to make room for at once, so that the tensors need not grow up to it.
+        model: a ``transformers`` model. It is frozen, as by ``attach``. ``detach`` drops the store.
+        tokens: the number of virtual tokens to reserve memory for, so that the tensors do not have to grow up to it.
 
     Raises:
-        TypeError: not a ``transformers`` model.
-        ValueError: its layers cannot have prefixes.
+        TypeError: if ``model`` is not a ``transformers`` model.
+        ValueError: if the layers of the model do not support prefixes.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int = 0) -> None:
@@ -86,17 +87,17 @@ class AdapterStore:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the adapters, in the order in which they were loaded."""
+        """Return the names of the adapters in the order in which they were loaded."""
         return list(self.routing.stored)
 
     @property
     def tokens(self) -> int:
-        """Return how many virtual tokens all adapters have together."""
+        """Return the total number of virtual tokens of all adapters."""
         return self.routing.store.tokens
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of all keys and values, with gaps and slack, in bytes."""
+        """Return the memory of all keys and values in bytes, including gaps and slack."""
         return self.routing.store.nbytes
 
     def __contains__(self, name: object) -> bool:
@@ -112,23 +113,24 @@ class AdapterStore:
         return f"AdapterStore({len(self)} adapters, {self.tokens:,} tokens, {self.nbytes / 2**20:,.1f} MiB)"
 
     def load(self, name: str, source: Source) -> None:
-        """Load an adapter, or put another in the place of the one that has the name.
+        """Load an adapter, or replace the stored adapter of that name.
 
         Args:
-            name: of the adapter.
+            name: the name of the adapter.
             source: a file or directory as for ``load_adapter``, or a prefix in memory (``read_prefix``,
-                ``PrefixState``) for all attention layers of the model, which is one with ``prefix_position="none"`` if
-                it does not say. A prompt is run once, and its keys and values are kept.
+                ``PrefixState``) for all attention layers of the model. A prefix in memory without a position is loaded
+                with ``prefix_position="none"``. A prompt runs once, and its keys and values are stored.
 
         Raises:
-            FileNotFoundError: no adapter there.
-            ValueError: a name that an attached adapter has, or an adapter that does not fit the model or cannot be in
-                a batch with others. The store is left as it was.
+            FileNotFoundError: if ``source`` has no adapter.
+            TypeError: if ``name`` is not a string.
+            ValueError: if an attached adapter has that name, or if the adapter does not fit the model or cannot be in a
+                batch with others. The store is unchanged.
         """
         self.load_after(name, source, lambda length: None)
 
     def load_after(self, name: str, source: Source, make_room: Callable[[int], None]) -> None:
-        """Load an adapter after a call of ``make_room`` with the number of its tokens."""
+        """Load an adapter after calling ``make_room`` with its number of tokens."""
         if not isinstance(name, str):
             raise TypeError(f"`name` must be a string, but is {type(name).__name__}.")
         with self._changing():
@@ -148,15 +150,15 @@ class AdapterStore:
         self.routing.stored[part.name] = part
 
     def rename(self, name: str, new: str) -> None:
-        """Give an adapter another name. Caches that it was used with keep the former one.
+        """Rename an adapter. Caches that were filled with it keep the former name.
 
         Raises:
-            ValueError: there is no adapter of that name, or one has the other name.
+            ValueError: if no stored adapter is called ``name``, or if an adapter is already called ``new``.
         """
         with self._changing():
             self._check_known(name)
             if new in self:
-                raise ValueError(f"`new` must be a name that no adapter has, but is {new!r}.")
+                raise ValueError(f"`new` must be an unused name, but the store already has an adapter {new!r}.")
             check_name_free(self.model, new)
             part = self.routing.stored[name]
             part.name = new
@@ -165,10 +167,10 @@ class AdapterStore:
                 self.routing.store.rename(name, new)
 
     def drop(self, name: str) -> None:
-        """Drop an adapter. Its room is used for others.
+        """Drop an adapter. Its memory is reused for other adapters.
 
         Raises:
-            ValueError: there is no adapter of that name.
+            ValueError: if no stored adapter has that name.
         """
         with self._changing():
             self._check_known(name)
@@ -177,20 +179,20 @@ class AdapterStore:
                 self.routing.store.drop(name)
 
     def compact(self) -> None:
-        """Move all adapters together, and give the memory of gaps and slack back."""
+        """Move all adapters together, and free the memory of gaps and slack."""
         with self._changing():
             self.routing.store.compact()
 
     def _check_known(self, name: str) -> None:
         if name not in self:
-            raise ValueError(f"`name` must be one of the adapters in the store, {self.names}, but is {name!r}.")
+            raise ValueError(f"`name` must be the name of an adapter in the store, {self.names}, but is {name!r}.")
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Change the store in this context, while no call of the model is in progress."""
+        """Change the store in this context while no call of the model is in progress."""
         with self.routing.lock:
             if getattr(find_attachment(self.model), "routing", None) is not self.routing:
-                raise ValueError("`model` was detached, which dropped this store: make a new AdapterStore.")
+                raise ValueError("`model` was detached, which dropped this store. Create a new AdapterStore.")
             yield
 
     def _read(self, name: str, source: Source) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
@@ -205,7 +207,7 @@ class AdapterStore:
     def _make_prefix(
         self, name: str, config: PrefixTuningConfig, tensors: dict[str, Tensor]
     ) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
-        """Return a prefix of this package's files, which is not attached for that."""
+        """Return a prefix from this package's files, without attaching it."""
         method_class = METHODS[config.method_name()][1]
         assert issubclass(method_class, PrefixMethod)
         layers = self.routing.list_layers()
@@ -224,7 +226,7 @@ class AdapterStore:
         return self._finish(part)
 
     def _attach_for_a_moment(self, name: str, source: Source) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
-        """Return an adapter that has to be attached to be known: PEFT's are compared, and prompts run."""
+        """Return an adapter by attaching it temporarily, to compare PEFT's prefixes and to run prompts."""
         assert not isinstance(source, PrefixState)
         former = get_active_name(self.model)
         load_adapter(self.model, source, name=_LOADING)
@@ -248,17 +250,17 @@ class AdapterStore:
                 set_adapter(self.model, former)
 
     def _finish(self, part: Part) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
-        """Return the keys and values of a prefix, and the prefix without what is not needed beside them."""
+        """Return the keys and values of a prefix, and its part without the data that is no longer needed."""
         with torch.no_grad():
             prefixes = compute_prefixes(part)
         if part.gates is None and not part.has_own_softmax:
             return replace(part, method=None), prefixes
         if isinstance(part.method, PrefixTuning):
-            del part.method.prefix  # its gates are needed, its keys and values are in the store
+            del part.method.prefix  # only its gates are needed; keys and values are in the store
         return part, prefixes
 
     def _read_state(self, name: str, state: PrefixState) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
-        """Return a prefix in memory."""
+        """Return the part, and the keys and values, of a prefix in memory."""
         layers = self.routing.list_layers()
         state.check_shapes("source", [layer.whole_shape for layer in layers])
         length = state.length
@@ -276,7 +278,7 @@ class AdapterStore:
 
 
 def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
-    """Return a copy of a method that FSDP2 has sharded and gathered, which does not belong to FSDP2."""
+    """Return a copy of a method that FSDP2 has sharded and gathered. FSDP2 does not manage the copy."""
     shape: Any = method.shapes if isinstance(method, PrefixMethod) else method.shape
     copied = METHODS[method.config.method_name()][1](method.config, shape)
     parameters = dict(method.named_parameters())
@@ -288,13 +290,17 @@ def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
 
 
 class ResidentAdapters:
-    """Adapters that are loaded into a store when a batch needs them, and dropped when others need the room.
+    """Adapters that are loaded into a store when a batch needs them, and dropped when others need the memory.
 
     Args:
-        store: of the model.
-        read: returns the source of the adapter with a name, or a mapping from names to sources, as for
-            ``AdapterStore.load``. An adapter in memory (``read_prefix``) is loaded at the speed of a copy.
-        tokens: how many virtual tokens the adapters in the store may have together.
+        store: the store of the model.
+        read: a mapping from names to sources as for ``AdapterStore.load``, or a function that returns the source of a
+            name. A prefix in memory (``read_prefix``) loads at the speed of a copy.
+        tokens: the maximum number of virtual tokens in the store.
+
+    Raises:
+        TypeError: if ``tokens`` is not a whole number.
+        ValueError: if ``tokens`` is less than 1.
     """
 
     def __init__(self, store: AdapterStore, read: Callable[[str], Source] | Mapping[str, Source], tokens: int) -> None:
@@ -305,12 +311,14 @@ class ResidentAdapters:
         self._used: OrderedDict[str, None] = OrderedDict()  # the least recently used first
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Load the adapters with these names that are not there, and drop those that were not used for longest.
+        """Load the named adapters that are not in the store, and drop the least recently used ones to make room.
 
-        Call it with the names of a batch before the model. Those of attached adapters and of the base are left out.
+        Call it with the names of a batch before you run the model. Names of attached adapters and of the base model
+        are ignored.
 
         Raises:
-            ValueError: the adapters have more tokens together than may be in the store.
+            KeyError: if ``read`` is a mapping without one of the names.
+            ValueError: if the adapters of the batch have more tokens in total than the store may hold.
         """
         attached = get_attachment(self.store.model).adapters
         wanted = [name for name in dict.fromkeys(names) if name != BASE and name not in attached]
@@ -332,8 +340,8 @@ class ResidentAdapters:
             old = next((each for each in self._used if each not in wanted and each in self.store), None)
             if old is None:
                 raise ValueError(
-                    f"`names` must be of adapters with at most {self.tokens:,} tokens together, the limit of the "
-                    "store: make the batch smaller, or the limit larger."
+                    f"`names` must be of adapters with at most {self.tokens:,} tokens in total, the limit of the "
+                    "store. Use a smaller batch, or a larger `tokens`."
                 )
             del self._used[old]
             self.store.drop(old)

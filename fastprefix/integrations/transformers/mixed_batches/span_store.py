@@ -1,8 +1,8 @@
-"""Store the prefixes of many adapters one behind the other, in one tensor for each layer's keys and one for its values.
+"""Store the prefixes of many adapters in one tensor for each layer's keys and one for its values.
 
-A call whose rows have different adapters hands these tensors to ``prefix_attention`` with a span for each row, so that
-no prefix is copied or expanded. Prefixes come and go while the tensors stay: freed room is used again, and where no gap
-is large enough, all prefixes move into new tensors with some slack.
+A call whose rows have different adapters passes these tensors to ``prefix_attention`` with a span for each row, so that
+no prefix is copied or expanded. Prefixes can be added and dropped without new tensors, since freed gaps are reused. If
+no gap is large enough, all prefixes move into new tensors with some slack.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SLACK = 0.04
-"""The share of the stored tokens that new tensors have beyond them."""
+"""The slack of new tensors, as a fraction of the stored tokens."""
 
 
 class Span(NamedTuple):
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 class KeyedPrefix(NamedTuple):
-    """A layer's keys ``[Hkv, m, D]``, values ``[Hkv, m, Dv]`` and, if it has any, biases of the keys ``[Hkv, m]``."""
+    """A layer's keys ``[Hkv, m, D]``, values ``[Hkv, m, Dv]`` and optional biases of the keys ``[Hkv, m]``."""
 
     key: Tensor
     value: Tensor
@@ -34,17 +34,17 @@ class KeyedPrefix(NamedTuple):
 
 
 class SpanStore:
-    """Prefixes under keys such as names. A prefix has the same span in every layer that it is for."""
+    """Prefixes by key, such as a name. A prefix has the same span in each of its layers."""
 
     def __init__(self) -> None:
         self.capacity = 0
         self.spans: dict[Hashable, Span] = {}
         self.layers: dict[int, KeyedPrefix] = {}
-        """Keys ``[Hkv, capacity, D]``, values ``[Hkv, capacity, Dv]`` and biases of each layer that a prefix is for."""
+        """Keys ``[Hkv, capacity, D]``, values ``[Hkv, capacity, Dv]`` and biases of each layer with a prefix."""
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens are stored."""
+        """Return the number of stored tokens."""
         return sum(span.length for span in self.spans.values())
 
     @property
@@ -53,9 +53,9 @@ class SpanStore:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer if tensor is not None)
 
     def write(self, key: Hashable, prefixes: Mapping[int, KeyedPrefix], dtype: torch.dtype) -> Span:
-        """Store a prefix of some layers, or write it over the one under the same key, and return its span.
+        """Store a prefix of some layers, replace any prefix with the same key, and return its span.
 
-        A prefix of another length gets another place. Layers are stored in ``dtype``, where their first prefix is.
+        A prefix of another length gets a new span. Layers are stored in ``dtype`` on the device of their first prefix.
         """
         length = next(iter(prefixes.values())).key.shape[1]
         span = self.spans.get(key)
@@ -68,24 +68,24 @@ class SpanStore:
         return span
 
     def drop(self, key: Hashable) -> None:
-        """Free the room of a prefix."""
+        """Free the span of a prefix."""
         del self.spans[key]
 
     def rename(self, key: Hashable, new: Hashable) -> None:
-        """Keep a prefix under another key."""
+        """Change the key of a prefix."""
         self.spans = {new if each == key else each: span for each, span in self.spans.items()}
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens at once."""
+        """Grow the tensors to a capacity of at least ``tokens``."""
         if tokens > self.capacity:
             self._move(tokens)
 
     def compact(self) -> None:
-        """Move all prefixes together and give the memory of all gaps and of the slack back."""
+        """Move all prefixes together, and free the memory of all gaps and of the slack."""
         self._move(self.tokens)
 
     def list_gaps(self) -> Iterator[Span]:
-        """Yield the free room between the prefixes and behind the last one."""
+        """Yield the gaps between the prefixes and after the last one."""
         end = 0
         for span in sorted(self.spans.values()):
             if span.start > end:
@@ -95,7 +95,7 @@ class SpanStore:
             yield Span(end, self.capacity - end)
 
     def _find_room(self, length: int) -> int:
-        """Return where a prefix of so many tokens can begin: in the smallest gap that is large enough."""
+        """Return a start for a prefix of ``length`` tokens, in the smallest gap that is large enough."""
         fitting = [gap for gap in self.list_gaps() if gap.length >= length]
         if not fitting:
             needed = self.tokens + length
@@ -104,7 +104,7 @@ class SpanStore:
         return min(fitting, key=lambda gap: (gap.length, gap.start)).start
 
     def _move(self, capacity: int) -> None:
-        """Move all prefixes together into new tensors, a layer at a time."""
+        """Move all prefixes together into new tensors, one layer at a time."""
         former, self.spans, start = self.spans, {}, 0
         for key, span in sorted(former.items(), key=lambda item: item[1]):
             self.spans[key] = Span(start, span.length)
@@ -119,7 +119,7 @@ class SpanStore:
             self.layers[index] = moved
 
     def _make_room(self, like: Tensor) -> Tensor:
-        """Return zeros for all tokens, with the heads and sizes of a tensor. Gaps are never read."""
+        """Return zeros for all tokens with the heads and sizes of a tensor. Gaps are never read."""
         return like.new_zeros(like.shape[0], self.capacity, *like.shape[2:])
 
     def _write_layer(self, index: int, prefix: KeyedPrefix, span: Span, dtype: torch.dtype) -> None:
@@ -138,26 +138,26 @@ class SpanStore:
                 cut_span(bias, span).zero_()
 
     def convert(self, dtype: torch.dtype) -> None:
-        """Give all layers a dtype, that of a model which was converted."""
+        """Convert all layers to a dtype, after the model was converted."""
         for index, layer in self.layers.items():
             if layer.key.dtype is not dtype:
                 self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(dtype))
 
     def move_layer(self, index: int, device: torch.device) -> KeyedPrefix:
-        """Return a layer on a device, to which it is moved for good if need be: that of a model which was moved."""
+        """Return a layer on a device. If the model was moved, the stored layer moves too."""
         layer = self.layers[index]
         if layer.key.device != device:
             layer = self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(device))
         return layer
 
     def read(self, key: Hashable) -> dict[int, KeyedPrefix]:
-        """Return views of a prefix by layer. Layers that it is not for have whatever is there."""
+        """Return views of a prefix by layer. The content of layers that do not belong to the prefix is undefined."""
         span = self.spans[key]
         return {i: _map_tensors(layer, lambda tensor: cut_span(tensor, span)) for i, layer in self.layers.items()}
 
 
 def cut_span(tensor: Tensor, span: Span) -> Tensor:
-    """Return the part of a tensor ``[Hkv, T, ...]`` in a span."""
+    """Return a span of a tensor ``[Hkv, T, ...]``."""
     return tensor[:, span.start : span.start + span.length]
 
 

@@ -1,4 +1,4 @@
-"""Prefixes one behind the other as one adapter, and prefixes that take the place of others without recompiling."""
+"""Combine several prefixes into one adapter, and replace the contents of a prefix without recompilation."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ Source = str | os.PathLike[str] | PrefixState
 
 
 def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequence[str] | None = None) -> Model:
-    """Put prefixes one behind the other as one adapter, and use it.
+    """Attach an adapter that concatenates several prefixes, and make it the adapter in use.
 
-    The composed adapter has the parameters of its parts, not copies: what is trained in it is trained in them, and
-    ``swap_prefix`` of a part is seen in it. Each part keeps its frozen tokens. It computes what the parts would as
-    key/value caches that are concatenated in this order; with ``prefix_position="shift"`` the tokens stand behind all
-    of them.
+    The composed adapter shares the parameters of its parts. Training it trains the parts, and ``swap_prefix`` on a part
+    also changes the composed adapter. Each part keeps its frozen tokens. The result equals that of the parts' key/value
+    caches, concatenated in this order. With ``prefix_position="shift"`` the positions of the tokens follow those of all
+    parts.
 
     Args:
         model: a model with the adapters attached.
-        names: of the adapters, in order. Each must be prefix tuning, a cartridge or another prefix whose gates do not
-            depend on the input, or composed of such.
-        name: of the composed adapter.
-        trainable: the names of the parts that are trained. None: all. The others are frozen while the composed adapter
-            is in use, and no work is done for the gradients of those that stand first.
+        names: the names of the adapters, in order. Each adapter must be prefix tuning, a cartridge, another prefix
+            whose gates do not depend on the input, or a composition of these.
+        name: the name of the composed adapter.
+        trainable: the names of the parts to train. The other parts are frozen while the composed adapter is in use, and
+            gradients of frozen parts at the start are not computed. None trains all parts that are not merged.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an adapter that is not there, that cannot be a part, or that does not fit the others, or a name that
-            is taken.
+        ValueError: if an adapter does not exist, cannot be a part or does not fit the other parts, or if ``name`` is
+            already in use.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     chosen = list(dict.fromkeys(names))
     if isinstance(names, str) or not chosen or len(chosen) != len(names):
-        raise ValueError(f"`names` must be a list of different adapters, got {names!r}")
+        raise ValueError(f"`names` must be a list of one or more different adapter names, got {names!r}")
     check_name_free(model, name)
     if unknown := sorted(set(trainable or ()) - set(chosen)):
-        raise ValueError(f"`trainable` must name some of {chosen}, got {unknown}")
+        raise ValueError(f"`trainable` must contain only names from {chosen}, got {unknown}.")
     parts: list[tuple[PrefixTuning, bool]] = []
     for each in chosen:
         adapter = attachment.adapters[attachment.check_known(each)]
@@ -87,13 +87,13 @@ def _check_part(name: str, adapter: Adapter) -> None:
     elif method.needs_hidden():
         reason = f"the gates of {type(method).__name__} depend on the input"
     elif method.output_gate(0) is not None:
-        reason = 'it has softmax="own", which other prefixes have no part in'
+        reason = 'it has softmax="own", which other prefixes cannot share'
     if reason is not None:
-        raise ValueError(f"`names` must be adapters that are prefixes and nothing more, but of {name!r} {reason}")
+        raise ValueError(f"`names` must name adapters that consist of a prefix alone, but {name!r} does not: {reason}.")
 
 
 def _list_parts(adapter: Adapter) -> list[tuple[PrefixTuning, bool]]:
-    """Return the prefixes of an adapter, and whether each is trained."""
+    """Return the prefixes of an adapter, each with a flag that tells whether it is trained."""
     if isinstance(adapter.method, Composition):
         return list(zip(adapter.method.parts, adapter.method.config.trainable, strict=True))  # type: ignore[arg-type]
     assert isinstance(adapter.method, PrefixTuning)
@@ -101,19 +101,21 @@ def _list_parts(adapter: Adapter) -> list[tuple[PrefixTuning, bool]]:
 
 
 def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: str | None = None) -> None:
-    """Write other keys and values into a prefix, in place: nothing is attached, checked or compiled anew.
+    """Replace the keys and values of a prefix in place, without attaching, checking or compiling anything again.
 
-    That changes a prefix between calls, such as the document that is served, or the distractors in front of a prefix
-    that is trained (Cartridges at Scale, arXiv 2606.04557).
+    Use it to change a prefix between calls, such as the document that is served or the distractors in front of a prefix
+    in training (Cartridges at Scale, arXiv 2606.04557).
 
     Args:
         model: a model with the prefix attached.
-        sources: prefixes whose tokens fill it, one behind the other: files or directories as for ``load_adapter``, or
-            prefixes in memory (``read_prefix``, ``PrefixState``). One alone need not be in a list.
-        name: of the adapter, which must have free keys and values; None: the one in use.
+        sources: the new contents: a prefix, or a list of prefixes that are concatenated. Each is a file or directory as
+            for ``load_adapter``, or a prefix in memory (``read_prefix``, ``PrefixState``). Together they must have
+            the number of virtual tokens of the prefix.
+        name: the name of the adapter, which must have free keys and values. None selects the adapter in use.
 
     Raises:
-        ValueError: the adapter is none of that kind, or the sources do not fit it. It is left as it was.
+        ValueError: if the adapter does not have free keys and values with ``softmax="joint"``, or if the sources do not
+            fit it. The adapter is unchanged.
     """
     attachment = get_attachment(model)
     adapter = attachment.adapter if name is None else attachment.adapters[attachment.check_known(name)]
@@ -122,7 +124,7 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     if not isinstance(method, PrefixTuning) or not isinstance(prefix, FreePrefix):
         raise ValueError(f"`name` must be an adapter with free keys and values, but it has {type(method).__name__}.")
     if method.config.softmax != "joint":
-        raise ValueError('`name` must be an adapter with softmax="joint": trained gates are for the keys that it has.')
+        raise ValueError('`name` must be an adapter with softmax="joint", since its gates belong to its keys.')
     refuse_partitioned(base := find_base_model(model))
     given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
@@ -135,14 +137,14 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
         _write(method, prefix, states, heads)
     for each in attachment.adapters.values():
         if isinstance(each.hooks, PrefixHooks):
-            each.hooks.kept = None  # FSDP2 does not count the changes of what it gathers
+            each.hooks.kept = None  # FSDP2 does not update the version counter of gathered parameters
 
 
 @torch.no_grad()
 def _write(
     method: PrefixTuning, prefix: FreePrefix, states: Sequence[PrefixState], heads: TensorParallelHeads | None
 ) -> None:
-    """Write prefixes over one, each from where it lies."""
+    """Copy prefixes into another prefix, consecutively. Each state keeps its device."""
     start = 0
     for state in states:
         prefix.write(state.pairs if heads is None else heads.take_prefixes(state.pairs), start)
@@ -153,7 +155,7 @@ def _write(
 
 @torch.no_grad()
 def _write_sharded(method: PrefixTuning, prefix: FreePrefix, states: Sequence[PrefixState]) -> None:
-    """Write prefixes over one that FSDP2 has cut, perhaps between its tokens."""
+    """Copy prefixes into a prefix that FSDP2 has sharded, possibly along its tokens."""
     layers = zip(*(state.pairs for state in states), strict=True)
     pairs = [tuple(torch.cat(tensors, dim=1) for tensors in zip(*layer, strict=True)) for layer in layers]
     whole = FreePrefix(method.config.num_virtual_tokens, method.shapes, prefix.frozen)
@@ -173,25 +175,25 @@ def _write_biases(method: PrefixTuning, state: PrefixState, start: int, heads: T
 
 
 def _get_bias(state: PrefixState, layer: int) -> Tensor:
-    """Return the biases ``[Hkv, m]`` of a layer's keys, 0 for a prefix without them."""
+    """Return the biases ``[Hkv, m]`` of a layer's keys, zeros for a prefix without biases."""
     key = state.pairs[layer][0]
     return key.new_zeros(key.shape[:2]) if state.biases is None else state.biases[layer]
 
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
-    """Check that prefixes fill another one."""
+    """Check that the given prefixes have the length, the shapes and the options of the prefix they replace."""
     config: MethodConfig = method.config
     lengths = [state.length for state in states]
     if sum(lengths) != config.num_virtual_tokens:
         raise ValueError(
-            f"`sources` must have the {config.num_virtual_tokens} tokens of the prefix together, but have {lengths}."
+            f"`sources` must have {config.num_virtual_tokens} tokens in total, as the prefix does, but have {lengths}."
         )
     for state in states:
         state.check_shapes("sources", method.shapes)
         if state.prefix_position not in (None, method.config.prefix_position):
             raise ValueError(
-                f"`sources` must have prefix_position={method.config.prefix_position!r} as the prefix has, but have "
+                f"`sources` must have prefix_position={method.config.prefix_position!r}, as the prefix does, but have "
                 f"{state.prefix_position!r}."
             )
         if state.biases is not None and not method.config.key_bias:
-            raise ValueError("`sources` must have no biases of keys for a prefix with key_bias=False.")
+            raise ValueError("`sources` must have no key biases for a prefix with key_bias=False.")

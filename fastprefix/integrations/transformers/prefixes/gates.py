@@ -1,6 +1,6 @@
-"""Keep the pooled gates of sequences on their key/value cache, where they move with its rows.
+"""Store the pooled gates of sequences on their key/value cache, so that they move with the rows of the cache.
 
-A beam search, for one, reorders the rows of a cache.
+Beam search, for example, reorders the rows of a cache.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..models.hooks import count_past, count_tokens, find_cache
 from ..models.positions import find_packed_sequences
 
 _HELD = "fastprefix_held"
-"""The attribute of a key/value cache with the names of the attributes that belong to its rows."""
+"""The attribute of a key/value cache that lists its attributes with a state per row."""
 _SELECTIONS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-"""The methods of a key/value cache that move its rows."""
+"""The methods of a key/value cache that select, reorder or repeat its rows."""
 
 
 class ByRow(Protocol):
-    """A state with an entry for each row of a cache."""
+    """A state with one entry per row of a cache."""
 
     def select_rows(self, name: str, rows: Any) -> ByRow:
-        """Return the state of other rows, chosen as a cache's method of that name chooses them."""
+        """Return the state of the rows that the cache method ``name`` selects when it is called with ``rows``."""
 
 
 def hold_by_row(cache: Cache, attribute: str, state: ByRow) -> None:
-    """Set an attribute of a cache to a state that moves with the cache's rows."""
+    """Set an attribute of a cache to a state that follows the cache's rows."""
     setattr(cache, attribute, state)
     held: tuple[str, ...] = getattr(cache, _HELD, ())
     if attribute in held:
@@ -43,7 +43,7 @@ def hold_by_row(cache: Cache, attribute: str, state: ByRow) -> None:
 
 
 def _select_rows(cache: Cache, name: str, rows: Any) -> None:
-    """Move the rows of a cache and of everything that it holds by row."""
+    """Run a row-selecting method of a cache, and apply the same selection to every state per row."""
     getattr(type(cache), name)(cache, rows)
     for attribute in getattr(cache, _HELD):
         setattr(cache, attribute, getattr(cache, attribute).select_rows(name, rows))
@@ -58,8 +58,8 @@ _SEQUENCES = "fastprefix_sequences"
 class HeldGates:
     """The gates of the sequences of a key/value cache, pooled from the first tokens of each.
 
-    ``gates`` are ``[B, 1, m]`` by layer. ``begun`` says which sequences have begun, bool ``[B]``: the others have had
-    nothing but padding so far. None: all of them.
+    ``gates`` maps a layer index to gates ``[B, 1, m]``. ``begun``, bool ``[B]``, marks the sequences with at least one
+    token that is not padding. None marks all sequences.
     """
 
     def __init__(self, gates: dict[int, Tensor] | None = None, begun: Tensor | None = None) -> None:
@@ -67,14 +67,14 @@ class HeldGates:
         self.begun = begun
 
     def choose_gate(self, index: int, pooled: Tensor) -> Tensor:
-        """Return a layer's gate: that of sequences that have begun is kept."""
+        """Return a layer's gate. Sequences that have begun keep their stored gate, the others get ``pooled``."""
         if self.begun is None:
             return self.gates[index]
         begun = self.begun.to(pooled.device)  # layers may be on several devices
         return torch.where(begun[:, None, None], self.gates[index], pooled)
 
     def advance(self, gates: dict[int, Tensor], begun: Tensor | None) -> HeldGates:
-        """Return the gates after another call, in which the sequences ``begun`` have begun (None: all)."""
+        """Return the state after another call, in which the sequences in ``begun`` have begun (None: all)."""
         if begun is not None and self.begun is not None:
             begun = begun | self.begun
         if begun is not None and not torch.compiler.is_compiling() and bool(begun.all()):
@@ -82,35 +82,35 @@ class HeldGates:
         return HeldGates(gates, begun)
 
     def select_rows(self, name: str, rows: Any) -> HeldGates:
-        """Return the gates of other rows, chosen as a cache's method of that name chooses them."""
+        """Return the gates of the rows that the cache method ``name`` selects when it is called with ``rows``."""
         gates = {index: select_rows(gate, name, rows) for index, gate in self.gates.items()}
         return HeldGates(gates, None if self.begun is None else select_rows(self.begun, name, rows))
 
 
 def select_rows(tensor: Tensor, name: str, rows: Any) -> Tensor:
-    """Return other rows of a tensor, chosen as a cache's method of that name chooses them."""
+    """Return the rows of a tensor that the cache method ``name`` selects when it is called with ``rows``."""
     if name == "batch_repeat_interleave":
         return tensor.repeat_interleave(rows, 0)
     return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
 
 
 class CallGates:
-    """The tokens of a call in progress, and the gates that are pooled from them or from those before them."""
+    """The tokens of a call in progress, and the gates pooled from these tokens or from earlier ones."""
 
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
         self.past = 0 if arguments is None else count_past(arguments)  # tokens in the cache
         self.tokens = 0 if arguments is None else count_tokens(arguments)
         self.held = HeldGates()  # gates of the sequences in the cache
         self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
-        self.begun: Tensor | None = None  # which of them had a token in the call; None: all
-        self.sequences: Tensor | None = None  # of the call's tokens, where rows are packed
+        self.begun: Tensor | None = None  # sequences with a token in the call; None: all
+        self.sequences: Tensor | None = None  # the sequence of each token in the call, if rows are packed
 
     def take_up(self, arguments: Mapping[str, Any], backbone: nn.Module, poolings: Sequence[str]) -> None:
-        """Read from the arguments of a call what pooled gates depend on, and take up the gates of its cache."""
+        """Read the inputs of pooled gates from the arguments of a call, and load the gates stored on its cache."""
         if self.past > 0:
             self.held = getattr(find_cache(arguments), _GATES, self.held)
         self.sequences = find_packed_sequences(arguments, backbone)
-        # A gate may depend on several tokens. A trace cannot look at masks.
+        # A gate may depend on several tokens. A compiled graph cannot read the values of masks.
         pools = any(pooling != "query" for pooling in poolings) and not torch.compiler.is_compiling()
         for name in ("attention_mask", "decoder_attention_mask"):
             mask = arguments.get(name)
@@ -118,19 +118,19 @@ class CallGates:
                 check_one_sequence(mask, mask.shape[2], self.past)
 
     def find_sequences(self, mask: Tensor | None) -> Tensor | None:
-        """Return the sequences of packed rows. A layer that is run again finds those of its own call on its mask."""
+        """Return the sequence of each token in packed rows. A recomputed layer reads them from its mask."""
         if self.sequences is None or mask is None or torch.compiler.is_compiling():
             return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
         setattr(mask, _SEQUENCES, self.sequences)
         return self.sequences
 
     def hold(self, index: int, gate: Tensor, attended: Tensor | None) -> Tensor:
-        """Keep a layer's gate for the calls that go on with this one's cache, and return the gate of this call."""
+        """Store a layer's gate for later calls with the same cache, and return the gate for this call."""
         if self.past > 0:
             if index not in self.held.gates:
                 raise ValueError(
-                    "`past_key_values` must be a cache that was filled with this adapter, whose gates are pooled "
-                    "from a sequence's first tokens."
+                    "`past_key_values` must be a cache that was filled with this adapter, since its gates are pooled "
+                    "from the first tokens of a sequence."
                 )
             gate = self.held.choose_gate(index, gate)
         self.pooled[index] = gate
@@ -138,6 +138,6 @@ class CallGates:
         return gate
 
     def put_down(self, cache: Cache | None) -> None:
-        """Leave the pooled gates of a call on its cache."""
+        """Store the pooled gates of a call on its cache."""
         if self.pooled and cache is not None:
             hold_by_row(cache, _GATES, self.held.advance(self.pooled, self.begun))

@@ -1,7 +1,6 @@
-"""Compute the keys and values that a prefix starts from: those of a text, of chunks of it, or of a key/value cache.
+"""Compute the initial keys and values of a prefix from a text, from chunks of a text, or from a key/value cache.
 
-A long text runs through a decoder in pieces, with a key/value cache, so that it needs the memory of its cache and of
-one piece.
+A decoder processes a long text in pieces with a key/value cache. It needs memory for the cache and for one piece only.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..models.switching import borrow_attention, find_device, find_runnable, is_
 from ..sharding.tensor_parallel import TensorParallelHeads
 
 PIECE = 512
-"""The number of tokens of a long text that run at once."""
+"""The number of tokens of a long text that are processed per forward pass."""
 _NAME = "fastprefix_pieces"
 
 
@@ -35,8 +34,8 @@ class PrefixState:
 
     Args:
         pairs: the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of each layer.
-        biases: the biases ``[Hkv, m]`` of the keys of each layer, if it has any.
-        prefix_position: of the prefix, where that is known.
+        biases: the biases ``[Hkv, m]`` of the keys of each layer, or None.
+        prefix_position: the prefix's option of that name, or None if it is unknown.
     """
 
     pairs: list[Prefix]
@@ -49,18 +48,22 @@ class PrefixState:
         return int(self.pairs[0][0].shape[1])
 
     def check_shapes(self, name: str, shapes: Sequence[AttentionShape]) -> None:
-        """Check that the heads and their sizes are those of attention layers; ``name`` is the argument's.
+        """Check that the prefix has the heads and head sizes of these attention layers.
+
+        Args:
+            name: the argument that an error message names.
+            shapes: the shapes of the attention layers.
 
         Raises:
-            ValueError: they are not.
+            ValueError: if a number of heads, a head size or the number of layers differs.
         """
         expected = [((s.kv_heads, s.key_size), (s.kv_heads, s.value_size)) for s in shapes]
         found = [tuple((tensor.shape[0], tensor.shape[2]) for tensor in pair) for pair in self.pairs]
         if found != expected:
-            raise ValueError(f"`{name}` must have heads and head sizes {expected} in their layers, got {found}.")
+            raise ValueError(f"`{name}` must have the heads and head sizes {expected} in its layers, but has {found}.")
 
     def pin_memory(self) -> PrefixState:
-        """Return a copy in page-locked memory, from which a GPU copies fastest."""
+        """Return a copy in page-locked memory, which copies to a GPU fastest."""
         pairs = [(key.pin_memory(), value.pin_memory()) for key, value in self.pairs]
         biases = None if self.biases is None else [bias.pin_memory() for bias in self.biases]
         return replace(self, pairs=pairs, biases=biases)
@@ -69,10 +72,10 @@ class PrefixState:
 def make_initial_prefix(
     model: PreTrainedModel, config: Any, layers: list[Layer], tokenizer: Any, past_key_values: Any
 ) -> PrefixState | None:
-    """Return what a prefix starts from, or None if that comes from no text and no cache.
+    """Return the initial keys and values of a prefix, or None if it starts from neither a text nor a cache.
 
     Raises:
-        ValueError: the text or the cache does not fit the model or the options, and why.
+        ValueError: if the text or the cache does not fit the model or the options.
     """
     if getattr(config, "init", None) == "cache":
         return read_cache(model, config, layers, past_key_values)
@@ -86,13 +89,13 @@ def make_initial_prefix(
 
 
 def check_cache_given(config: Any, past_key_values: Any) -> None:
-    """Check that a cache is given where ``init`` is "cache", and only there."""
+    """Check that ``past_key_values`` is given if and only if ``init`` is "cache"."""
     wanted = getattr(config, "init", None) == "cache"
     if wanted and past_key_values is None:
         raise ValueError('`past_key_values` must be a key/value cache for init="cache", but is None.')
     if past_key_values is not None and not wanted:
         raise ValueError(
-            f'`past_key_values` must be None without init="cache", but {type(config).__name__} has '
+            f'`past_key_values` must be None unless init="cache", but {type(config).__name__} has '
             f"init={getattr(config, 'init', None)!r}."
         )
 
@@ -100,14 +103,14 @@ def check_cache_given(config: Any, past_key_values: Any) -> None:
 def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor | None:
     """Return the token ids ``[m]`` of the text that a method starts from, or None without a text.
 
-    They are the first m of the text, or of chunks of it. A text that is too short is repeated.
+    The ids are the first m tokens of the text, or of chunks of it. A text that is too short is repeated.
     """
     if config.init_text is None:
         return None
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError(
-                "`tokenizer` must be given for `init_text`, since the model has no name or path to load it from."
+                "`tokenizer` must be given with `init_text`, since the model has no name or path to load it from."
             )
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     special = bool(getattr(config, "add_special_tokens", False))
@@ -121,20 +124,20 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
 
 
 def _select_chunks(ids: list[int], length: int, size: int) -> list[int]:
-    """Return ``length`` ids in chunks whose beginnings are spaced evenly over a text; the first is the text's own.
+    """Return ``length`` ids in chunks of ``size``, whose starts are spaced evenly over a text from its first token.
 
-    A text that is no longer stays whole.
+    A text of at most ``length`` tokens is returned unchanged.
     """
     if len(ids) <= length:
         return ids
     sizes = [min(size, length - start) for start in range(0, length, size)]
-    last = len(ids) - sizes[-1]  # the beginning of the last chunk
+    last = len(ids) - sizes[-1]  # start of the last chunk
     starts = [round(last * i / max(len(sizes) - 1, 1)) for i in range(len(sizes))]
     return [each for start, count in zip(starts, sizes, strict=True) for each in ids[start : start + count]]
 
 
 def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[Layer]) -> list[Prefix]:
-    """Compute the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of ids ``[m]`` in layers of a model."""
+    """Compute the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of token ids ``[m]`` in layers of a model."""
     if len(input_ids) > PIECE and _runs_in_pieces(model, layers, len(input_ids)):
         pieces = _run_in_pieces(model, input_ids)
         if all(layer.module in pieces and pieces[layer.module][0].shape[1] == len(input_ids) for layer in layers):
@@ -144,7 +147,7 @@ def compute_keys_values(model: PreTrainedModel, input_ids: Tensor, layers: list[
 
 
 def _runs_in_pieces(model: PreTrainedModel, layers: list[Layer], length: int) -> bool:
-    """Return whether keys and values of a text do not depend on being computed in several calls."""
+    """Return whether the keys and values of a text are the same when several calls compute them piece by piece."""
     if not is_plain_text(model) or not all(layer.shape.causal for layer in layers):
         return False
     end = find_frequencies_end(model)
@@ -153,7 +156,7 @@ def _runs_in_pieces(model: PreTrainedModel, layers: list[Layer], length: int) ->
 
 
 def _run_in_pieces(model: PreTrainedModel, input_ids: Tensor) -> dict[nn.Module, Prefix]:
-    """Run ids ``[m]`` in pieces, and return the keys and values of each attention module, in the cache's memory."""
+    """Run ids ``[m]`` in pieces, and return each attention module's keys and values, which share the cache's memory."""
     seen: dict[nn.Module, Prefix] = {}
 
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
@@ -163,7 +166,7 @@ def _run_in_pieces(model: PreTrainedModel, input_ids: Tensor) -> dict[nn.Module,
     runnable = find_runnable(model)
     name = str(find_cache_parameter(read_parameter_names(runnable)))
     attention = run_trial(model).attention
-    cache = DynamicCache()  # without a configuration, since a layer with a window would keep the window alone
+    cache = DynamicCache()  # no configuration: with one, layers with a window would keep only the window
     with borrow_attention(model, _NAME, record, MASKS[attention]):
         for piece in input_ids.to(find_device(model)).split(PIECE):
             runnable(input_ids=piece[None], use_cache=True, **{name: cache})
@@ -175,22 +178,23 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
 
     Args:
         model: the model of the layers.
-        config: the method's options; ``num_virtual_tokens`` is the length of the cache.
+        config: the method's options. ``num_virtual_tokens`` must equal the length of the cache, or with
+            ``key_bias=True`` be at least as large.
         layers: the attention layers that get a prefix.
-        past_key_values: a ``transformers`` cache, or a sequence with an entry for each layer: (key, value), or with
-            biases (key, value, bias) or (key, bias, value), the order of Attention Matching. Keys and values are
-            ``[1, Hkv, t, D]`` or ``[Hkv, t, D]``, biases have no last dimension.
+        past_key_values: a ``transformers`` cache, or a sequence with one entry per layer. An entry is (key, value), or
+            with biases (key, value, bias) or (key, bias, value), the order of Attention Matching. Keys and values are
+            ``[1, Hkv, t, D]`` or ``[Hkv, t, D]``. Biases lack the last dimension.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it does not fit the layers or the options, and why.
+        TypeError: if ``past_key_values`` is neither.
+        ValueError: if it does not fit the layers or the options.
     """
     entries = _list_entries(past_key_values)
     modules = [layer.module for layer in layers]
     indices: list[Any] = [getattr(module, "layer_idx", None) for module in modules]
     if not all(isinstance(index, int) for index in indices):
         raise ValueError(
-            f"`model` must have numbered attention layers for a cache, but {type(model).__name__} has not."
+            f"`model` must have numbered attention layers to read a cache, but {type(model).__name__} does not."
         )
     sources = find_shared_sources(model, indices)
     heads = TensorParallelHeads.find(model, layers)
@@ -200,22 +204,22 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
         place = sources.get(index, index)
         if place >= len(entries):
             raise ValueError(
-                f"`past_key_values` must have an entry for each of {len(layers)} layers, but has {len(entries)}."
+                f"`past_key_values` must have an entry for each of the {len(layers)} layers, but has {len(entries)}."
             )
         entry = entries[place] if heads is None else heads.gather_entry(entries[place], len(pairs))
         key, value, bias = _check_entry(entry, layer, place, config.num_virtual_tokens)
         missing = config.num_virtual_tokens - key.shape[1]
         if missing and not config.key_bias:
             raise ValueError(
-                f"`num_virtual_tokens` must be the length of the cache, {key.shape[1]} in layer {place}, but is "
-                f"{config.num_virtual_tokens}. With key_bias=True shorter layers are padded with hidden keys."
+                f"`num_virtual_tokens` must be the length of the cache, which is {key.shape[1]} in layer {place}, but "
+                f"is {config.num_virtual_tokens}. With key_bias=True, shorter layers are padded with masked keys."
             )
         bias = key.new_zeros(key.shape[:2]) if bias is None else bias
         has_biases = has_biases or bool(bias.any()) or missing > 0
         pairs.append((F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))))
         biases.append(F.pad(bias, (0, missing), value=-torch.inf))
     if has_biases and not config.key_bias:
-        raise ValueError("`key_bias` must be True for a cache with biases of its keys, but is False.")
+        raise ValueError("`key_bias` must be True for a cache with key biases, but is False.")
     return PrefixState(pairs, biases if config.key_bias else None)
 
 
@@ -239,8 +243,8 @@ def _list_entries(cache: Any) -> list[Any]:
         pair = [tensor for tensor in entry if tensor.ndim == most]
         if len(pair) != 2:
             raise ValueError(
-                f"`past_key_values` must have keys and values of the same rank, and biases of one less, but has shapes "
-                f"{[tuple(tensor.shape) for tensor in entry]}."
+                f"`past_key_values` must have keys and values of the same rank and biases of one rank less, but has "
+                f"shapes {[tuple(tensor.shape) for tensor in entry]}."
             )
         entries.append((pair[0], pair[1], biases[0] if biases else None))
     return entries
@@ -249,10 +253,10 @@ def _list_entries(cache: Any) -> list[Any]:
 def _check_entry(
     entry: tuple[Tensor, Tensor, Tensor | None], layer: Layer, place: int, longest: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return an entry without its batch dimension, if it fits a layer."""
+    """Return an entry without its batch dimension after checking that it fits a layer."""
     key, value, bias = entry
     if not isinstance(key, Tensor) or not isinstance(value, Tensor):
-        raise ValueError(f"`past_key_values` must be a filled cache, but has nothing for layer {place}.")
+        raise ValueError(f"`past_key_values` must be a filled cache, but has no keys for layer {place}.")
     shape = layer.whole_shape
     length = key.shape[-2]
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
@@ -276,9 +280,9 @@ def _check_entry(
 
 
 def find_shared_sources(model: PreTrainedModel, indices: Iterable[int]) -> dict[int, int]:
-    """Return the layers that keep nothing in a cache, and for each the layer whose keys and values it reads.
+    """Map each layer that stores nothing in a cache to the layer whose keys and values it reads.
 
-    That is the last layer of the same type that does keep its own.
+    The source is the last layer of the same type that stores its own keys and values.
     """
     config: Any = model.config.get_text_config(decoder=True)
     kept = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)

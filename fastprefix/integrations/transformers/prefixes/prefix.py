@@ -1,7 +1,7 @@
 """Bind each attention layer of a model to its prefix and gates.
 
-``PrefixCache`` is a key/value cache that stands for a prefix: it counts the prefix's tokens and holds none of them. A
-model that gets one computes positions and masks as it would with a cache that holds the prefix, expanded to the batch.
+``PrefixCache`` is a key/value cache that represents a prefix. It counts the prefix's tokens but does not hold them. A
+model that gets one computes the same positions and masks as with a cache that holds the prefix, expanded to the batch.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from .gates import CallGates
 
 
 class PrefixCache(DynamicCache):
-    """The keys and values of the tokens after a prefix, and the prefix itself for calls that carry it.
+    """The keys and values of the tokens after a prefix, and the prefix itself for the calls that use this cache.
 
-    Prefixes are kept by the names of their attention modules: a name survives ``copy.deepcopy`` and ``pickle``.
+    Prefixes are stored by the names of their attention modules, since names survive ``copy.deepcopy`` and ``pickle``.
     """
 
     def __init__(self, layers: int, length: int, prefixes: Mapping[str, GivenPrefix] | None = None) -> None:
@@ -75,18 +75,18 @@ class PrefixCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of a layer's tokens, unless gradient checkpointing runs the layer again.
+        """Add the keys and values of a layer's tokens, unless gradient checkpointing recomputes the layer.
 
         Raises:
-            RuntimeError: the call does not carry the prefix, which would be lost.
+            RuntimeError: if the call does not pass the prefix to the attention, which would ignore it.
         """
         if self.prefixes:
             refuse_lost_bindings()
             carried = get_carried_bindings()
             if carried is None:
                 raise RuntimeError(
-                    "this cache was filled by an accelerated PEFT model (fastprefix.accelerate), and can be used with "
-                    "an accelerated model only: fill another one"
+                    "`past_key_values` was filled by an accelerated PEFT model (fastprefix.accelerate), and can only "
+                    "be used with an accelerated model. Pass a new cache."
                 )
             if runs_again():
                 past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
@@ -95,9 +95,9 @@ class PrefixCache(DynamicCache):
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens, and where there are fewer, the last ones of the prefix.
+        """Remove the last tokens. If too few are left, remove the last tokens of the prefix too.
 
-        ``tokens_to_remove`` is negative; older ``transformers`` give a positive length to keep instead.
+        ``tokens_to_remove`` is negative. Older ``transformers`` pass a positive length to keep instead.
         """
         total = int(self.get_seq_length())
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(total - tokens_to_remove, 0)
@@ -108,7 +108,7 @@ class PrefixCache(DynamicCache):
             self._set_length(max(total - removed, 0))
 
     def reset(self) -> None:
-        """Remove everything, the prefix too."""
+        """Remove all tokens and the prefix."""
         super().reset()  # type: ignore[no-untyped-call]
         self._set_length(0)
 
@@ -116,7 +116,7 @@ class PrefixCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, PrefixCacheLayer)]
 
     def _set_length(self, length: int) -> None:
-        """Keep only so many tokens of the prefix."""
+        """Keep only the first ``length`` tokens of the prefix."""
         self.length = length
         for layer in self._prefix_layers():
             layer.prefix_length = length
@@ -128,7 +128,7 @@ class PrefixCache(DynamicCache):
 
 
 class PrefixCacheLayer(DynamicLayer):
-    """One layer's tokens, after a prefix of ``prefix_length``."""
+    """The tokens of one layer after a prefix of ``prefix_length`` tokens."""
 
     def __init__(self, prefix_length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ class PrefixCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all tokens. The first ones are kept as they are, not copied."""
+        """Add keys and values, and return those of all tokens. The first ones are stored without a copy."""
         if self.is_initialized:
             keys, values = super().update(key_states, value_states)
             return keys, values
@@ -146,27 +146,27 @@ class PrefixCacheLayer(DynamicLayer):
         return key_states, value_states
 
     def rerun(self, key_states: Tensor, value_states: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Return what ``update`` returned after so many tokens, without adding anything."""
+        """Return what ``update`` returned after ``past`` tokens, without adding anything."""
         if past == 0 or self.keys is None or self.values is None:
             return key_states, value_states
         keys = torch.cat([self.keys[..., :past, :], key_states], dim=-2)
         return keys, torch.cat([self.values[..., :past, :], value_states], dim=-2)
 
     def get_seq_length(self) -> int:
-        """Return how many tokens came before, including the prefix."""
+        """Return the number of tokens so far, including the prefix."""
         return self.prefix_length + int(super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys there are and the position at which they begin, which is after the prefix."""
+        """Return the number of keys, and the position of the first one, which comes after the prefix."""
         return int(super().get_seq_length()) + query_length, self.prefix_length
 
     def remove_tokens(self, count: int) -> None:
-        """Remove the last tokens, of which there are at least so many."""
+        """Remove the last ``count`` tokens. The layer must have at least that many."""
         if count > 0 and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Reorder the rows. A layer that never ran, such as one beyond a model's last, has none."""
+        """Reorder the rows. A layer that never ran, such as one beyond the model's last layer, has no rows."""
         if self.is_initialized:
             super().reorder_cache(beam_idx)
 
@@ -176,7 +176,7 @@ class PrefixCacheLayer(DynamicLayer):
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows in ``indices``."""
         if self.is_initialized:
             super().batch_select_indices(indices)
 
@@ -188,12 +188,12 @@ class LayerBinding(Binding):
         self.attachment = attachment
         self.heads = attachment.heads
         self.index = index
-        self.window = layer.window if attachment.shift is not None else None  # that cuts the prefix
-        self.projection = layer.projection  # of a method that has the layer project its prefix
-        self.hidden: Tensor | None = None  # what entered the layer, until its attention is done
+        self.window = layer.window if attachment.shift is not None else None  # the sliding window that cuts the prefix
+        self.projection = layer.projection  # set if the layer projects the method's states
+        self.hidden: Tensor | None = None  # the layer's input, until its attention is done
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the prefix in the dtype of the query, or None while the layer projects it."""
+        """Return the prefix in the query's dtype, or None while the layer projects the states of the prefix."""
         states = self.attachment.method.projected_states(self.index)
         if states is None or self.projection is None:
             pk, pv = self.attachment.get_prefix(self.index)
@@ -215,7 +215,7 @@ class LayerBinding(Binding):
         return prefix_gate, None if output_gate is None else output_gate.to(query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """Return the bias with which a sliding window cuts a prefix that stands at positions before the tokens."""
+        """Return the bias that applies a sliding window to a prefix with positions before the tokens."""
         length = self.attachment.method.config.num_virtual_tokens
         return make_window_bias(query, self.window, length, self.attachment.gates.past, self.attachment.gates.tokens)
 
@@ -227,7 +227,7 @@ class LayerBinding(Binding):
         return None if bias is None else bias.to(query)
 
     def count_frozen(self) -> int:
-        """Return how many of the first tokens need no gradient."""
+        """Return the number of leading prefix tokens that need no gradient."""
         return self.attachment.method.frozen_tokens()
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -243,25 +243,25 @@ class LayerBinding(Binding):
         packed = {} if sequences is None else {"sequences": sequences}
         gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
         assert gate is not None
-        if causal and gate.ndim == 3:  # pooled from the first tokens of a sequence, for those to come too
+        if causal and gate.ndim == 3:  # pooled from a sequence's first tokens, and used for all later ones
             gate = gates.hold(self.index, gate, attended)
         return gate.to(query)
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what enters the layer (a forward pre-hook of the module that gets it)."""
+        """Keep the layer's input (a forward pre-hook of the module that receives it)."""
         self.hidden = find_first_tensor(args, kwargs)
 
     def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Drop what entered the layer once its attention is done (a forward hook of the attention)."""
+        """Drop the layer's input once its attention is done (a forward hook of the attention)."""
         self.hidden = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         return {**self.__dict__, "hidden": None}
 
 
 class KeptPrefixes(NamedTuple):
-    """The prefixes of all layers while the parameters are in a state, and what they were cast to."""
+    """The prefixes of all layers for one state of the parameters, and their casts to other dtypes and devices."""
 
     state: object
     prefixes: list[Prefix]
@@ -269,7 +269,7 @@ class KeptPrefixes(NamedTuple):
 
 
 class PrefixHooks:
-    """A prefix method for a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
+    """A prefix method on a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
         self.method = method
@@ -278,14 +278,14 @@ class PrefixHooks:
         self.names = check_parameter_names(self.backbone)
         shifts = method.config.prefix_position == "shift"
         self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
-        self.longest: int | None = None  # row that a prefix computed from a prompt is for
+        self.longest: int | None = None  # longest row for which a merged prompt's keys are rotated
         self.prefixes: list[Prefix] | None = None
-        self.kept: KeptPrefixes | None = None  # for the tokens that are generated after a call
+        self.kept: KeptPrefixes | None = None  # reused while a sequence is generated
         self.gates = CallGates()
         self.windows = any(layer.window is not None for layer in layers)
         self.cut = Cut()
         halves = model.config.is_encoder_decoder
-        self.encoder: Any = model.get_encoder() if halves else None  # which generation calls by itself
+        self.encoder: Any = model.get_encoder() if halves else None  # generation calls it directly
         self.running = False
         self.embedding = model.get_input_embeddings() if text else None
         self.heads = TensorParallelHeads.find(model, layers)
@@ -295,7 +295,7 @@ class PrefixHooks:
         self.implementation: Implementation | None = None
 
     def install(self, model: PreTrainedModel) -> None:
-        """Switch the model's attention, and set the hooks."""
+        """Switch the model's attention and set the hooks."""
         if isinstance(self.method, Composition):
             self.method.freeze_parts()
         if self.implementation is None:
@@ -336,13 +336,13 @@ class PrefixHooks:
         return output
 
     def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Compute the prefixes, once for all layers, and return the arguments with shifted positions."""
+        """Compute the prefixes once for all layers, and return the arguments with shifted positions."""
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
         if asks_for(arguments, self.backbone, "output_attentions"):
             raise ValueError(
-                "`output_attentions` must be False with a prefix method, whose kernels make no attention weights."
+                "`output_attentions` must be False with a prefix method, whose kernels do not return attention weights."
             )
         self.gates = CallGates(arguments)
         if self.method.needs_hidden():
@@ -369,7 +369,7 @@ class PrefixHooks:
         return arguments
 
     def _find_prefixes(self) -> list[Prefix]:
-        """Return the prefixes of all layers. A call that goes on without gradients has those of the one before."""
+        """Return the prefixes of all layers. Without gradients, a call that continues a sequence reuses them."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(self.method.parameters()):
             self.kept = None
             return self.compute_prefixes()
@@ -379,12 +379,12 @@ class PrefixHooks:
         return self.kept.prefixes
 
     def compute_prefixes(self) -> list[Prefix]:
-        """Return the prefixes of all layers, of a tensor-parallel model those of this rank's heads."""
+        """Return the prefixes of all layers. On a tensor-parallel model they have this rank's heads only."""
         prefixes = self.method.prefixes()
         return prefixes if self.heads is None else self.heads.take_prefixes(prefixes)
 
     def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
-        """Return the prefix of a layer on the query's device and in its dtype, cast once while prefixes are kept."""
+        """Return a layer's prefix on the query's device and in its dtype. Kept prefixes are cast only once."""
         kept = self.kept
         if kept is None or not kept.prefixes or kept.prefixes[index][0] is not prefix[0]:
             return prefix[0].to(query), prefix[1].to(query)
@@ -401,12 +401,12 @@ class PrefixHooks:
     def _check_embedding(self) -> None:
         if self.embedding is None:
             raise RuntimeError(
-                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, which "
-                "is no encoder or decoder of text: gradients would not reach the prefixes."
+                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, since it "
+                "is not an encoder or decoder of text and gradients would not reach the prefixes."
             )
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an encoder. Called by itself, it gets newly computed prefixes, not those of a former call."""
+        """Run an encoder. If it is called outside the model, compute new prefixes instead of reusing former ones."""
         if self.running:
             return forward(*args, **kwargs)
 
@@ -417,12 +417,12 @@ class PrefixHooks:
         return run_gathered(self.encoder, self.method, run)
 
     def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
-        """Move the tokens up as a key/value cache of the prefix's length would, or by the method's own number."""
+        """Shift positions as a key/value cache of the prefix's length would, or by the method's own number."""
         length, ids = self.method.position_shift(), arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
         name = find_cache_parameter(self.names)
         if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
-            # Encoders count ids in their own ways (RoBERTa leaves padding out), but all from their cache on.
+            # Encoders count ids in different ways (RoBERTa skips padding), but all start after their cache.
             rows = length + ids.shape[1]
             if shift.positions.limit is not None and rows > shift.positions.limit and shift.positions.first > 0:
                 rows = length + int((ids >= shift.positions.first).sum(1).max())
@@ -434,35 +434,35 @@ class PrefixHooks:
             ends = int(shift.positions.move_ids(arguments, length).max()) + 1
             if ends > self.longest:
                 raise ValueError(
-                    f"`input_ids` ends at position {ends} with the merged prompt in front, but its keys are rotated "
-                    f"for rows of up to {self.longest} tokens: in longer ones this model rotates all keys differently. "
-                    "Detach the adapter and attach it without merging."
+                    f"`input_ids` ends at position {ends} with the merged prompt in front, but the prompt's keys are "
+                    f"rotated for rows of up to {self.longest} tokens. In longer rows this model rotates all keys "
+                    "differently. Detach the adapter and attach it without merging."
                 )
         shift.begin(arguments, length)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Tie what enters the first layer to prefixes that were cut off (a forward hook of the embedding)."""
+        """Connect the first layer's input to the detached prefixes in autograd (a forward hook of the embedding)."""
         return output if self.cut.tied else self.cut.tie(output)
 
     def end(self, output: Any) -> None:
-        """Keep the gates with the cache, and check that gradients will reach the prefixes."""
+        """Store the gates on the cache, and check that gradients will reach the prefixes."""
         self.gates.put_down(find_cache(output))
         self.gates = CallGates()
         if not self.cut.tied:
             raise RuntimeError(
-                f"Gradient checkpointing of {type(self.backbone).__name__} requires use_reentrant=False: it does not "
-                "call its input embeddings, so gradients would not reach the prefixes."
+                f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, since it "
+                "does not call its input embeddings and gradients would not reach the prefixes."
             )
 
     def get_prefix(self, index: int) -> Prefix:
-        """Return the prefix of a layer. A layer that is called outside its model computes its own."""
+        """Return the prefix of a layer. A layer that is called outside its model computes the prefix."""
         if (leaves := self.cut.get_prefix(index)) is not None:
             return leaves
         prefixes = self.compute_prefixes() if self.prefixes is None else self.prefixes
         return prefixes[index]
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
+        """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
         assert self.implementation is not None
@@ -471,7 +471,7 @@ class PrefixHooks:
             self.method.release_parts()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         return {
             **self.__dict__,
             "prefixes": None,

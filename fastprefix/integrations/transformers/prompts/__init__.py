@@ -1,1 +1,1 @@
-"""Run prompt methods on a model: in every row, or once for the whole batch."""
+"""Run prompt methods on a model, either in every row or once for the whole batch."""

@@ -1,4 +1,4 @@
-"""Let the calls of a model have ``task_ids``, and read the adapters that a multitask prompt starts from."""
+"""Add ``task_ids`` to the calls of a model, and read the adapter that a multitask prompt starts from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..models.hooks import Forward, Interception
 
 NAME = "task_ids"
 PEFT_NAMES = {"shared": "prompt_embeddings", "columns": "prefix_task_cols", "rows": "prefix_task_rows"}
-"""The parameters of a multitask prompt, and the names that PEFT's files have for them."""
+"""The parameters of a multitask prompt, and their names in PEFT's files."""
 
 
 class TaskIds(Interception):
-    """Take ``task_ids`` off the calls of a module, and give them to the method for the time of the call."""
+    """Remove ``task_ids`` from the calls of a module, and pass them to the method while the call runs."""
 
     keyword = NAME
 
@@ -25,7 +25,7 @@ class TaskIds(Interception):
         self.method = method
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call without its ``task_ids``. A call inside another one has those of the outer call."""
+        """Run a call without its ``task_ids``. A call inside another call uses those of the outer call."""
         if NAME not in kwargs and self.method.task_ids is not None:
             return forward(*args, **kwargs)
         former, self.method.task_ids = self.method.task_ids, kwargs.pop(NAME, None)
@@ -36,14 +36,14 @@ class TaskIds(Interception):
 
 
 def list_task_handles(method: PromptMethod, *modules: nn.Module) -> list[Interception]:
-    """Return interceptions that take ``task_ids`` off the calls of modules, if the method has tasks."""
+    """Return interceptions that remove ``task_ids`` from the calls of modules, or no interceptions without tasks."""
     if not isinstance(method, MultitaskPrompt):
         return []
     return [TaskIds(module, method) for module in dict.fromkeys(modules)]
 
 
 def count_tasks(method: object) -> int:
-    """Return the number of tasks of a method whose calls get ``task_ids``, or 0."""
+    """Return the number of tasks of a method whose calls accept ``task_ids``, or 0."""
     return method.config.num_tasks if isinstance(method, MultitaskPrompt) else 0
 
 
@@ -51,18 +51,18 @@ def read_source(directory: str) -> tuple[Tensor, Tensor, Tensor]:
     """Read the shared prompt ``[m, d]`` and the factors ``[K, m, q]`` and ``[K, q, d]`` of a saved adapter.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: it is no multitask prompt, of this package or of PEFT, or damaged.
+        FileNotFoundError: if the directory has no adapter.
+        ValueError: if the adapter is damaged, or is not a multitask prompt of this package or of PEFT.
     """
-    from ..files.saving import WEIGHTS_FILE, open_safetensors  # which imports what attaches
+    from ..files.saving import WEIGHTS_FILE, open_safetensors  # imported here to avoid a cycle
 
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"`source` '{directory}' has no {WEIGHTS_FILE}.")
+        raise FileNotFoundError(f"`source` must be an adapter directory, but '{directory}' has no {WEIGHTS_FILE}.")
     with open_safetensors(path) as file:
         found = set(file.keys())
         for names in (dict(zip(PEFT_NAMES, PEFT_NAMES, strict=True)), PEFT_NAMES):
             if found >= set(names.values()):
                 shared, columns, rows = (file.get_tensor(name) for name in names.values())
                 return shared, columns, rows
-    raise ValueError(f"`source` must be a directory with a multitask prompt, but {path} has none.")
+    raise ValueError(f"`source` must be a directory with a multitask prompt, but {path} does not contain one.")

@@ -1,11 +1,11 @@
-"""Run prompt methods on a model: the backbone gets the prompt before the tokens, the caller gets his tokens alone.
+"""Run prompt methods on a model: put the prompt before the tokens of the backbone, and hide it from the caller.
 
-The model keeps getting token ids. In front of them stand placeholders, one for each row of the prompt, so that whatever
-a family makes of its ids (positions, masks, embeddings per layer, places of images) counts the prompt in. The embedding
-module is called with the caller's own ids; the prompt is put before what it returns, and an offset is added to that.
+The model still receives token ids. Placeholder ids, one for each virtual token, are put before them, so that everything
+that a family derives from ids (positions, masks, embeddings per layer, places of images) includes the prompt. The
+embedding module runs on the caller's own ids. Its output gets the method's offset and the prompt in front.
 
-Everything that a caller sees is about the tokens alone: hidden states, heads, labels, losses, and the length of the
-cache. In an encoder-decoder the prompt stands before the encoder's tokens, and the decoder sees it too.
+The caller sees hidden states, logits, labels, losses and cache lengths for the tokens alone. In an encoder-decoder the
+prompt comes before the encoder's tokens, and the decoder attends to it too.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from .multitask import list_task_handles
 
 @dataclass
 class Insertion:
-    """The embedding of one call: how many rows of the prompt come first, and where the tokens stand."""
+    """The embedding of one call: the number of virtual tokens in front, and the first position of the tokens."""
 
-    rows: int  # of the prompt, before the tokens: 0 where it is in the cache, or shared
+    rows: int  # virtual tokens before the tokens: 0 if the prompt is in the cache, or shared
     tokens: int
     first_position: int
-    embedded: bool = False  # the embedding module was called with the ids; GPT-2 calls it with token types after that
-    entered: bool = False  # a block around it was
+    embedded: bool = False  # the embedding module has embedded the ids (GPT-2 calls it again, with token types)
+    entered: bool = False  # the block around the embedding module has run
     state: Tensor | None = None  # the last hidden states, for a pooler that gets only the first of them
-    unfinished: bool = False  # other hooks come between the module's output and the method's changes to it
+    unfinished: bool = False  # other hooks must see the module's output before the method changes it
 
 
 class PromptHooks:
-    """A prompt method for a model, with the prompt in every row; its hooks are set from ``install`` to ``remove``."""
+    """A prompt method on a model, with the prompt in every row. Its hooks are set from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod, encoder: nn.Module | None = None) -> None:
         self.method = method
@@ -77,7 +77,7 @@ class PromptHooks:
         self.hooked: Any = None  # the embedding module that has the hooks
         self.receives_ids = path.receives_ids
         self.by_rows = not (path.receives_ids and path.embeds_ids)
-        self.offset_done = False  # the embedding module has added the offset already, outside of the backbone
+        self.offset_done = False  # the embedding module already added the offset, outside the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
         self.entry: Any = find_entry(self.backbone, self.embedding)
@@ -87,13 +87,13 @@ class PromptHooks:
         name = type(self.backbone).__name__
         if self.by_rows and "inputs_embeds" not in self.names:
             raise ValueError(
-                f"`model` must call its input embeddings with the ids that it gets, or accept inputs_embeds. {name} "
-                "does neither."
+                f"`model` must call its input embeddings with the ids that it gets, or accept inputs_embeds, but "
+                f"{name} does neither."
             )
         if not self.receives_ids and self.method.changes_positions:
             raise ValueError(
-                f"`model` must hand ids to its decoder for {type(self.method).__name__}, whose offset depends on the "
-                f"position, but {type(self.model).__name__} hands it embeddings. Use ADePT."
+                f"`model` must pass ids to its decoder for {type(self.method).__name__}, whose offset depends on the "
+                f"position, but {type(self.model).__name__} passes embeddings. Use ADePT."
             )
 
     def install(self, model: PreTrainedModel) -> None:
@@ -138,15 +138,15 @@ class PromptHooks:
         return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
-        """Run the backbone on placeholders and tokens, and return what it says of the tokens."""
+        """Run the backbone on placeholders and tokens, and return its output for the tokens."""
         self.router_mask.restore(arguments)
         refuse_packed(arguments, self.backbone)
         self.read_tokens(arguments)
         cache, length = find_cache(arguments), self.method.config.num_virtual_tokens
         if getattr(cache, "is_compileable", False):
             raise ValueError(
-                "`past_key_values` or `cache_implementation` must be a cache that grows, since it holds the prompt's "
-                "rows beside the tokens. Use a DynamicCache, or share the prompt."
+                "`past_key_values` or `cache_implementation` must be a cache that grows, since it also holds the "
+                "virtual tokens of the prompt. Use a DynamicCache, or share the prompt."
             )
         if isinstance(cache, PrefixCache):
             raise make_two_adapters_error()
@@ -171,7 +171,7 @@ class PromptHooks:
         return cropped.to_tuple() if as_tuple and isinstance(cropped, ModelOutput) else cropped
 
     def run_alone(self, prompt: Tensor, **arguments: Any) -> Any:
-        """Run the backbone on a prompt ``[m, d]`` alone, in one row, or on prompts ``[K, m, d]``."""
+        """Run the backbone on a prompt ``[m, d]`` alone, as a batch of one row, or on prompts ``[K, m, d]``."""
         rows = prompt if prompt.ndim == 3 else prompt[None]
         if not needs_ids(self.model.config):
             return self.forward(inputs_embeds=rows, **arguments)
@@ -179,7 +179,7 @@ class PromptHooks:
         return self.run_embedding(Insertion(rows.shape[1], 0, 0), self.forward, {"input_ids": ids, **arguments})
 
     def run_with_offset(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
-        """Run the backbone on the tokens alone, with the method's offset; ``past`` of them are in the cache."""
+        """Run the backbone on the tokens alone, with the method's offset. The cache holds ``past`` tokens."""
         if not self.method.changes_tokens:
             return forward(**arguments)
         given = self.prepare_input(arguments)
@@ -193,7 +193,7 @@ class PromptHooks:
         return crop_rows(output, insertion.rows, insertion.tokens)
 
     def run_embedding(self, insertion: Insertion, forward: Forward, arguments: dict[str, Any]) -> Any:
-        """Run the backbone while the embedding module does what an insertion says."""
+        """Run the backbone while the embedding module applies an insertion."""
         if self.embedding is not self.hooked:
             self._hook_embedding()
         former, self.insertion = self.insertion, insertion
@@ -224,7 +224,7 @@ class PromptHooks:
         """Return the caller's ids ``[B, N]`` or embeddings ``[B, N, d]``.
 
         Raises:
-            ValueError: none or both of them are given.
+            ValueError: if none or both of them are given.
         """
         ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (ids is None) == (rows is None):
@@ -232,11 +232,11 @@ class PromptHooks:
         return ids, rows
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        """Return the embeddings ``[B, N, d]`` of ids ``[B, N]`` from position 0 on, with the offset."""
+        """Return the embeddings ``[B, N, d]`` of ids ``[B, N]`` at positions from 0, with the offset."""
         return self.embed_rows(self.embedding(ids), 0, with_prompt=False)
 
     def embed_rows(self, rows: Tensor, first_position: int, with_prompt: bool) -> Tensor:
-        """Return embeddings ``[B, N, d]`` with the method's offset, and with the prompt ``[B, S + N, d]``."""
+        """Return embeddings ``[B, N, d]`` with the method's offset, and optionally the prompt, ``[B, S + N, d]``."""
         if not with_prompt and not self.method.changes_tokens:
             return rows
         if self.offset_done:
@@ -247,10 +247,10 @@ class PromptHooks:
         return self.method.embed(*_make_table(rows), first_position, with_prompt)
 
     def _before(self, rows: Tensor) -> Tensor:
-        """Return the prompt before rows that need nothing else."""
+        """Return rows with the prompt in front, without an offset."""
         return torch.cat([self.method.repeat_prompt(rows.shape[0]).to(rows.dtype), rows], dim=1)
 
-    # A pooler inside the backbone pools the caller's first token, not the prompt's.
+    # A pooler inside the backbone must pool the caller's first token, not the prompt's.
 
     def _hook_pooler(self) -> None:
         pooler = getattr(self.backbone, "pooler", None)
@@ -260,14 +260,14 @@ class PromptHooks:
             self.handles += [child.register_forward_hook(self.keep_state) for child in others]
 
     def keep_state(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Keep the last hidden states, which are pooled (a forward hook of the backbone's other children)."""
+        """Keep the last hidden states for the pooler (a forward hook of the backbone's other children)."""
         states = output.values() if isinstance(output, ModelOutput) else output
         state = states if isinstance(states, Tensor) else next(iter(states), None)
         if self.insertion is not None and isinstance(state, Tensor) and state.ndim == 3:
             self.insertion.state = state
 
     def crop_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Give the pooler the tokens' states, or the first token's as ALBERT's expects (a forward pre-hook)."""
+        """Pass the tokens' states to the pooler, or only the first token's for ALBERT (a forward pre-hook)."""
         insertion = self.insertion
         if insertion is None or insertion.rows == 0:
             return None
@@ -282,7 +282,7 @@ class PromptHooks:
         for handle in self.embedding_handles:
             handle.remove()
         if self.entry_is_embedding:
-            self.entry = self.embedding  # another one, perhaps
+            self.entry = self.embedding  # it may have been replaced
         self.hooked = self.embedding
         self.interception = Interception(self.hooked, self.embed)
         finish = self.hooked.register_forward_hook(self.finish_embedding)
@@ -292,7 +292,7 @@ class PromptHooks:
             self.embedding_handles.append(Interception(self.entry, self.enter))
 
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the embedding module on the caller's own ids, then change what it returns as the method says."""
+        """Run the embedding module on the caller's own ids, then add the method's offset and prompt to its output."""
         insertion, here = self.insertion, self.entry_is_embedding
         if not self.receives_ids and insertion is None and self.method.changes_tokens:
             self.offset_done = True
@@ -316,14 +316,14 @@ class PromptHooks:
         return self._finish(rows, insertion)
 
     def _finish(self, output: Any, insertion: Insertion) -> Any:
-        """Return what the embedding module returned, changed; I-BERT's returns a scale beside it."""
+        """Return the output of the embedding module with offset and prompt. I-BERT's output includes a scale."""
         with_prompt = self.entry_is_embedding and insertion.rows > 0
         if isinstance(output, tuple):
             return (self.embed_rows(output[0], insertion.first_position, with_prompt), *output[1:])
         return self.embed_rows(output, insertion.first_position, with_prompt)
 
     def finish_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Add what other hooks of the embedding module were not to see (a forward hook behind all others)."""
+        """Add the offset and the prompt after all other hooks of the embedding module (the last forward hook)."""
         insertion = self.insertion
         if insertion is None or not insertion.unfinished:
             return None
@@ -331,7 +331,7 @@ class PromptHooks:
         return self._finish(output, insertion)
 
     def enter(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a block around the embedding on the caller's own tokens, and put the prompt before what it returns."""
+        """Run a block around the embedding on the caller's own tokens, and put the prompt before its output."""
         insertion = self.insertion
         columns = 0 if insertion is None else insertion.rows
         if insertion is None or insertion.entered or not _is_of(args, kwargs, columns + insertion.tokens):
@@ -339,12 +339,12 @@ class PromptHooks:
         insertion.entered = True
         args, kwargs = _cut_columns(args, kwargs, columns)
         if isinstance(positions := kwargs.get("position_ids"), Tensor):
-            kwargs["position_ids"] = positions - columns  # the prompt has no place in the block
+            kwargs["position_ids"] = positions - columns  # the block does not see the prompt
         rows = forward(*args, **kwargs)
         return rows if columns == 0 else self._before(rows)
 
     def _is_plain(self) -> bool:
-        """Return whether the embedding module is a lookup and nothing else, which the fused kernel computes."""
+        """Return whether the embedding module is a plain lookup, which the fused kernel computes."""
         module = self.hooked
         return (
             type(module) is nn.Embedding
@@ -359,7 +359,7 @@ class PromptHooks:
     # The arguments of the backbone
 
     def _extend(self, arguments: dict[str, Any], given: Tensor, past: int, insertion: Insertion) -> None:
-        """Extend ids, masks, positions and everything else that is said of each token to the prompt's rows."""
+        """Extend ids, masks, positions and all other values per token to the virtual tokens of the prompt."""
         batch, tokens, inserted = given.shape[0], insertion.tokens, insertion.rows
         length = self.method.config.num_virtual_tokens
         mask = arguments.get("attention_mask")
@@ -371,7 +371,7 @@ class PromptHooks:
             first = self.positions.first
             prompt = torch.arange(first, first + inserted, device=positions.device).expand(*positions.shape[:-1], -1)
             arguments["position_ids"] = torch.cat([prompt, positions + length], dim=-1)
-            if mask is None and find_cache(arguments) is None:  # else a gap behind the prompt begins another sequence
+            if mask is None and find_cache(arguments) is None:  # else the gap after the prompt would begin a sequence
                 arguments["attention_mask"] = given.new_ones(batch, inserted + tokens, dtype=torch.long)
         if given.is_floating_point():
             arguments["inputs_embeds"] = self.embed_rows(given, insertion.first_position, inserted > 0)
@@ -382,10 +382,10 @@ class PromptHooks:
 
 
 class RouterMask:
-    """Extend the attention mask by which a model's head counts the tokens of each expert.
+    """Extend the attention mask with which a model's head counts the tokens of each expert.
 
-    The load-balancing loss is computed of every token that the backbone saw, a prompt in every row included, with the
-    mask that the model was called with.
+    The load-balancing loss is computed over every token of the backbone, including a prompt in every row, with the
+    attention mask that was passed to the model.
     """
 
     def __init__(self, model: nn.Module, length: int) -> None:
@@ -396,7 +396,7 @@ class RouterMask:
         self.extended: Tensor | None = None
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model with an extended mask, if an auxiliary loss will be computed."""
+        """Run the model with an extended mask if it will compute an auxiliary loss."""
         self.given = self.extended = None
         arguments = name_arguments(self.names, args, kwargs)
         mask = arguments.get("attention_mask")
@@ -408,17 +408,17 @@ class RouterMask:
         return forward(**{**arguments, "attention_mask": self.extended})
 
     def restore(self, arguments: dict[str, Any]) -> None:
-        """Give a call of the backbone the caller's own mask back."""
+        """Restore the caller's own mask in a call of the backbone."""
         if self.extended is not None and arguments.get("attention_mask") is self.extended:
             arguments["attention_mask"] = self.given
         self.given = self.extended = None
 
 
 def choose_placeholder_id(config: PretrainedConfig) -> int:
-    """Return a token id that stands where a prompt's rows will be.
+    """Return the token id of the placeholders for a prompt.
 
-    Families with embeddings per layer look the prompt's up by it: as for images, those are the padding's. Everywhere
-    else it is an ordinary token, since padding has no position in some families.
+    Families with embeddings per layer look up the prompt's embeddings with it. They get the padding's embeddings, as
+    for images. Other families get an ordinary token, since padding has no position in some of them.
     """
     text: Any = config.get_text_config()
     if needs_ids(config):
@@ -427,18 +427,18 @@ def choose_placeholder_id(config: PretrainedConfig) -> int:
 
 
 def needs_ids(config: PretrainedConfig) -> bool:
-    """Return whether a model makes more of its ids than it could of embeddings: Gemma's embeddings per layer."""
+    """Return whether a model uses ids beyond their input embeddings, as Gemma does for its embeddings per layer."""
     return bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", None))
 
 
 def _make_table(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return embeddings ``[B, N, d]`` as ids and a table in which every token has a row."""
+    """Return embeddings ``[B, N, d]`` as ids and a table with one entry per token."""
     ids = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).reshape(rows.shape[:2])
     return ids, rows.flatten(0, 1)
 
 
 def _is_of(args: tuple[Any, ...], kwargs: dict[str, Any], columns: int) -> bool:
-    """Return whether a call of the embedding is that of the call's tokens: ``[B, columns]``, or padded (Longformer)."""
+    """Return whether the embedding is called with the call's tokens: ids ``[B, columns]``, or padded (Longformer)."""
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     return first is not None and first.ndim == 2 and first.shape[1] >= columns and not first.is_floating_point()
 
@@ -455,13 +455,13 @@ def _cut_columns(args: tuple[Any, ...], kwargs: dict[str, Any], columns: int) ->
 
 
 def _has_hooks(module: nn.Module, own: int) -> bool:
-    """Return whether a module has hooks beside the forward hook ``own``."""
+    """Return whether a module has hooks other than the forward hook ``own``."""
     hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or any(key != own for key in module._forward_hooks)
 
 
 def find_token_arguments(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, Tensor]:
-    """Return the other arguments that say something of each token, ``[B, N]`` or ``[B, N, ...]``: types and boxes."""
+    """Return the other arguments with a value per token, ``[B, N]`` or ``[B, N, ...]``, such as types and boxes."""
     others = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     return {
         name: value
@@ -472,7 +472,7 @@ def find_token_arguments(arguments: dict[str, Any], batch: int, tokens: int) -> 
 
 
 def crop_rows(output: Any, inserted: int, tokens: int) -> Any:
-    """Return a backbone's output, whose hidden states have the prompt's rows first, for the caller's tokens."""
+    """Return a backbone's output for the caller's tokens, without the prompt at the start of its hidden states."""
     if inserted == 0:
         return output
 
@@ -489,7 +489,7 @@ def crop_rows(output: Any, inserted: int, tokens: int) -> Any:
 
 
 def flatten_leading(arguments: dict[str, Any]) -> tuple[torch.Size | None, dict[str, Any]]:
-    """Return arguments of ids ``[B, C, N]`` (several choices a row) as of ``[B C, N]``, and the leading sizes."""
+    """Reshape ids ``[B, C, N]`` (several choices per row) and other arguments to ``[B C, N]``; return the sizes too."""
     ids = arguments.get("input_ids")
     if ids is None or ids.ndim <= 2:
         return None, arguments
@@ -502,22 +502,22 @@ def flatten_leading(arguments: dict[str, Any]) -> tuple[torch.Size | None, dict[
 
 
 def unflatten_leading(output: Any, leading: torch.Size) -> None:
-    """Give the last hidden states the leading sizes of the caller's ids."""
+    """Restore the leading sizes of the caller's ids in the last hidden states."""
     output.last_hidden_state = output.last_hidden_state.unflatten(0, leading)
 
 
-# A cache that holds the prompt's rows counts them while the backbone runs, and only then: generation goes by the length
-# of the cache to find the tokens that are new.
+# A cache with the prompt's virtual tokens counts them only while the backbone runs, since generation uses the length of
+# the cache to find the tokens that are new.
 
 _ROWS = "fastprefix_rows"
-"""The attribute of a cache that says how many rows of a prompt it holds."""
+"""The attribute of a cache that holds the number of virtual tokens in it."""
 
 
 def count_tokens_only(cache: Cache, rows: int) -> None:
-    """Let a cache that holds so many rows of a prompt report the tokens alone."""
+    """Make a cache that holds ``rows`` virtual tokens report the other tokens only."""
     if getattr(cache, _ROWS, rows) != rows:
         raise ValueError(
-            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} rows, but the adapter has {rows}."
+            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} virtual tokens, but the adapter has {rows}."
         )
     setattr(cache, _ROWS, rows)
     attributes: dict[str, Any] = vars(cache)
@@ -526,7 +526,7 @@ def count_tokens_only(cache: Cache, rows: int) -> None:
 
 
 def count_all_rows(cache: Cache) -> None:
-    """Let a cache report everything that it holds."""
+    """Make a cache report everything that it holds."""
     for name in ("get_seq_length", "crop"):
         vars(cache).pop(name, None)
 
@@ -541,10 +541,10 @@ def _crop_tokens(cache: Cache, max_length: int) -> None:
 
 
 def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
-    """Return a mask for a prompt of so many tokens too, which all tokens see.
+    """Return a mask that also covers a prompt of ``length`` tokens, which all tokens see.
 
-    In a mask for each query the prompt's own rows are causal. That leaves open what a prompt sees of the tokens where
-    these see one another ahead.
+    In a mask with one row per query, the added rows of the prompt are causal. The mask itself must be causal, since
+    other masks do not define which tokens the prompt sees.
     """
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return torch.cat([mask.new_ones(batch, length), mask], dim=1)
@@ -563,7 +563,7 @@ def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:
 
 
 class OffsetHooks(PromptHooks):
-    """The offset of a prompt method, without its prompt."""
+    """The offset of a prompt method on a model, without the prompt."""
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone on embeddings with the offset."""
@@ -580,8 +580,8 @@ _MASK = "encoder_attention_mask"
 class EncoderPromptHooks(PromptHooks):
     """A prompt method for an encoder-decoder of text.
 
-    The encoder's output keeps the prompt's rows, ``[B, S + N, d]``; the mask ``[B, N]`` that the decoder is given
-    for it is extended.
+    The encoder's output keeps the virtual tokens, ``[B, S + N, d]``. The mask ``[B, N]`` of that output is extended
+    when it is passed to the decoder.
     """
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod) -> None:
@@ -592,7 +592,7 @@ class EncoderPromptHooks(PromptHooks):
         if missing or _MASK not in self.decoder_names:
             raise ValueError(
                 f"`model` must have an encoder that accepts inputs_embeds and attention_mask, and a decoder that "
-                f"accepts {_MASK}; {type(model).__name__} has no {missing[0] if missing else _MASK}."
+                f"accepts {_MASK}, but {type(model).__name__} has no {missing[0] if missing else _MASK}."
             )
 
     def install(self, model: PreTrainedModel) -> None:
@@ -601,16 +601,16 @@ class EncoderPromptHooks(PromptHooks):
         self.handles.append(Interception(self.decoder, self.run_decoder))
 
     def crop(self, output: Any, insertion: Insertion) -> Any:
-        """Return the encoder's output as it is: the decoder sees the prompt."""
+        """Return the encoder's output unchanged, since the decoder sees the prompt."""
         return output
 
     def run_decoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the decoder with a mask that lets all of its tokens see the prompt."""
+        """Run the decoder with a mask that lets all its tokens attend to the prompt."""
         arguments = name_arguments(self.decoder_names, args, kwargs)
         mask, states = arguments.get(_MASK), arguments.get("encoder_hidden_states")
         length = self.method.config.num_virtual_tokens
         if mask is None or states is None or mask.shape[-1] + length != states.shape[1]:
-            return forward(*args, **kwargs)  # nothing is hidden, or the caller's mask counts the prompt
+            return forward(*args, **kwargs)  # no mask is needed, or the caller's mask covers the prompt
         if mask.ndim != 2:
             raise ValueError(f"`attention_mask` must be [B, N] with a prompt in every row, but is {list(mask.shape)}.")
         return forward(**{**arguments, _MASK: nn.functional.pad(mask, (length, 0), value=1)})

@@ -1,10 +1,10 @@
-"""One prompt for the whole batch, exactly.
+"""Run a prompt once for the whole batch, with exact results.
 
-In a decoder-only model the prompt stands before everything and attention is causal, so what its tokens compute is the
-same in every row. It is run once, as a batch of one; the rows then attend to its keys and values as to a shared
-prefix. Values and gradients are those of the textbook's way, which runs the prompt in every row.
+In a decoder-only model the prompt comes before all tokens and attention is causal, so the prompt's computation is the
+same in every row. The prompt runs once, as a batch of one row. The rows then attend to its keys and values as to a
+shared prefix. Values and gradients equal those of the textbook, which runs the prompt in every row.
 
-Where that is not exact the textbook's way is taken, and ``path`` says why.
+Calls for which sharing is not exact run as in the textbook, and ``prompt_path`` of the method gives the reason.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from ..sharding.tensor_parallel import TensorParallelHeads
 from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
 
 _FILLED = "fastprefix_filled"
-"""The attribute of a key/value cache that says whether prompts are in it ("textbook") or not ("shared")."""
+"""The attribute of a key/value cache that is "textbook" if the prompt's tokens are in the cache, or "shared" if not."""
 _PROMPT = "fastprefix_prompt"
-"""The attribute of a key/value cache that holds the shared prompt's keys and values of its first call.
+"""The attribute of a key/value cache that holds the shared prompt's keys and values from its first call.
 
-What a prompt computes may depend on that call (its token types, the rotary frequencies for its length), and a prompt
-in every row would be in the cache too.
+These may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
+must use the same ones.
 """
 
 
 class SharedPrompt:
-    """The prompt's keys and values in every attention layer: being captured, given as prefixes, or neither."""
+    """The prompt's keys and values in every attention layer. They are being captured, in use as prefixes, or unset."""
 
     def __init__(self) -> None:
         self.prefixes: dict[int, Prefix] | None = None
         self.capturing = False
         self.past = 0  # tokens in the cache of the call in progress
-        self.tokens = 0  # of that call
-        self.count = 1  # of prompts of one length, one behind the other in the prefixes
-        self.spans: Tensor | None = None  # of the rows of the call in the prefixes, where there are several prompts
+        self.tokens = 0  # tokens of that call
+        self.count = 1  # prompts of equal length, which are concatenated in the prefixes
+        self.spans: Tensor | None = None  # the rows' spans in the prefixes, with several prompts
         self.gatherer: Gatherer | None = None
 
     def make_bindings(self, layers: list[Layer], heads: TensorParallelHeads | None = None) -> dict[nn.Module, Binding]:
@@ -71,7 +71,7 @@ class SharedPrompt:
 
     @contextmanager
     def capture(self, backbone: nn.Module) -> Iterator[None]:
-        """Make what attention layers of a backbone are called with in this context their prefix."""
+        """Capture the keys and values of a backbone's attention layers in this context, and make them the prefixes."""
         self.prefixes, self.capturing = {}, True
         self.gatherer = Gatherer(backbone)
         try:
@@ -80,18 +80,18 @@ class SharedPrompt:
             self.capturing, self.gatherer = False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         fresh = {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "spans": None, "gatherer": None}
         return {**fresh, "count": self.count}
 
 
 def _join_rows(tensor: Tensor) -> Tensor:
-    """Return the rows of ``[K, H, S, D]`` one behind the other, ``[H, K S, D]``."""
+    """Concatenate the rows of a tensor ``[K, H, S, D]`` along its tokens, ``[H, K S, D]``."""
     return tensor[0] if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)
 
 
 class SharedBinding(Binding):
-    """The binding of an attention module to the prompt's keys and values in its layer."""
+    """The binding of an attention module to the prompt's keys and values in this layer."""
 
     def __init__(
         self, shared: SharedPrompt, index: int, layer: Layer, heads: TensorParallelHeads | None = None
@@ -103,7 +103,7 @@ class SharedBinding(Binding):
         self.window = layer.window
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the prefix, or None while the prompt itself runs and on the textbook's path."""
+        """Return the prefix, or None while the prompt itself runs and in calls on the textbook path."""
         shared = self.shared
         if shared.prefixes is None:
             return None
@@ -116,29 +116,29 @@ class SharedBinding(Binding):
         return pk.to(query.dtype), pv.to(query.dtype)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """Return the bias with which a sliding window cuts the prompt as it does the tokens."""
+        """Return the bias that applies a sliding window to the prompt as to the tokens."""
         shared = self.shared
         assert shared.prefixes is not None
         length = shared.prefixes[self.index][0].shape[1] // shared.count
         return make_window_bias(query, self.window, length, shared.past, shared.tokens)
 
     def get_spans(self, query: Tensor) -> Tensor | None:
-        """Return the spans of the rows, where they have different prompts."""
+        """Return the spans of the rows if they have different prompts, or None."""
         spans = self.shared.spans
         return None if spans is None else spans.to(query.device)
 
 
 class PromptCall(NamedTuple):
-    """The properties of a call on which the prompt's keys and values depend."""
+    """The properties of a call that the prompt's keys and values depend on."""
 
     types: dict[str, tuple[int, ...]]
-    """The arguments that say something of each token, such as its type, and the sizes of that; a prompt's are 0."""
+    """The arguments with a value per token, such as token types, and the shape of a value. The prompt's are 0."""
     reach: Tensor | None
-    """The last position of the call, where rotary frequencies depend on it."""
+    """The last position of the call, if rotary frequencies depend on it, or None."""
 
 
 class _Kept(NamedTuple):
-    """A prompt's keys and values in every layer, and what they were computed of."""
+    """A prompt's keys and values in every layer, and the state and the prompt that they were computed from."""
 
     state: object
     prompt: Tensor
@@ -146,14 +146,14 @@ class _Kept(NamedTuple):
 
 
 class SharedPromptHooks(PromptHooks):
-    """A prompt method on a decoder that runs its prompt once for the whole batch."""
+    """A prompt method on a decoder that runs the prompt once for the whole batch."""
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod, layers: list[Layer], required: bool) -> None:
         super().__init__(model, method)
-        self.required = required  # shared_prompt=True: a call that cannot share is an error
+        self.required = required  # shared_prompt=True: calls that cannot share the prompt raise an error
         self.shared = SharedPrompt()
         self.shift = PositionShift(self.backbone, self.positions)
-        self.suspended = False  # the call in progress runs on the model's own attention, for its weights
+        self.suspended = False  # the call runs on the model's own attention, which returns weights
         self.drops = has_dropout(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
@@ -170,7 +170,7 @@ class SharedPromptHooks(PromptHooks):
             self.implementation.resume()
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the prompt once, then the backbone on the tokens, moved up by its length."""
+        """Run the prompt once, then the backbone on the tokens at positions after it."""
         return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
 
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,7 +183,7 @@ class SharedPromptHooks(PromptHooks):
         filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
         if filled == "shared" and reason is not None:
             raise ValueError(
-                f"`past_key_values` was filled with a shared prompt, which this call cannot use: {reason}."
+                f"`past_key_values` was filled with a shared prompt, which this call does not support: {reason}."
             )
         if filled == "textbook":
             reason = "the prompt is in the cache"
@@ -191,7 +191,7 @@ class SharedPromptHooks(PromptHooks):
         if self.method.prompt_path != path:
             self.method.prompt_path = path
         if reason is not None and self.required:
-            raise ValueError(f"shared_prompt=True cannot be exact in this call: {reason}")
+            raise ValueError(f"`shared_prompt=True` cannot be exact in this call: {reason}.")
         try:
             if reason is None:
                 output = self.run_shared(forward, arguments, past)
@@ -209,7 +209,7 @@ class SharedPromptHooks(PromptHooks):
         return output
 
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
-        """Run the backbone on the tokens, with the prompt's keys and values as a prefix."""
+        """Run the backbone on the tokens with the prompt's keys and values as a prefix."""
         leading, arguments = flatten_leading(arguments)
         given = self.prepare_input(arguments)
         length = self.method.config.num_virtual_tokens
@@ -232,14 +232,14 @@ class SharedPromptHooks(PromptHooks):
         return None
 
     def remember(self, cache: Any) -> None:
-        """Let a cache that this call began hold the prompt's keys and values, for the calls that continue it."""
+        """Store the prompt's keys and values on a cache that this call began, for the calls that continue it."""
         if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
             return
         if self.shared.past == 0 or not hasattr(cache, _PROMPT):
             setattr(cache, _PROMPT, self.shared.prefixes)
 
     def end_call(self) -> None:
-        """Forget what holds for one call."""
+        """Reset the state of one call."""
         self.shift.shift = 0
         if self.suspended:
             assert self.implementation is not None
@@ -247,10 +247,10 @@ class SharedPromptHooks(PromptHooks):
             self.suspended = False
 
     def suspend(self) -> None:
-        """Run the call that begins on the model's own attention.
+        """Run the next call on the model's own attention, which returns attention weights.
 
         Raises:
-            ValueError: that makes no weights either.
+            ValueError: if the model's own attention is not "eager", the only one that returns weights.
         """
         assert self.implementation is not None
         self.implementation.restore()
@@ -260,52 +260,53 @@ class SharedPromptHooks(PromptHooks):
         if names != {"eager"}:
             raise ValueError(
                 f'`output_attentions` requires a model with attn_implementation="eager", but it is {", ".join(names)}. '
-                "Detach the adapter, set the attention and attach it again."
+                "Detach the adapter, set the attention implementation and attach the adapter again."
             )
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
-        """Return why a call must run the prompt in every row, or None if it can share the prompt."""
+        """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.drops and self.backbone.training:
-            return "dropout in the model draws anew in every row"
+            return "dropout in the model differs by row"
         if checkpoints_reentrantly(self.backbone):
-            return "reentrant gradient checkpointing differentiates a prefix once a layer"
+            return "reentrant gradient checkpointing differentiates a prefix once per layer"
         if asks_for(arguments, self.backbone, "output_router_logits"):
             return "an auxiliary loss counts the prompt's tokens in every row"
         if asks_for(arguments, self.backbone, "output_attentions"):
-            return "attention weights are asked for, which the fused kernels do not make"
+            return "attention weights are requested, which the fused kernels do not return"
         if self.positions.by_length is not None and self._computes_positions(arguments):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
         if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
-            return "PEFT's adapters differ from row to row"
+            return "PEFT's adapters differ by row"
         mask = arguments.get("attention_mask")
-        # With a cache, `generate` makes the masks beforehand; without one they are the caller's own.
+        # With a cache, `generate` has prepared the masks. Without one they are the caller's own.
         if find_cache(arguments) is None and mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
                 return "the attention mask is neither [B, K] nor [B, 1, N, K]"
             if mask.ndim == 4 and mask.shape[2] == 1:
                 return "in an attention mask of one row, the prompt sees the tokens"
             if mask.ndim == 4 and self.windows:
-                return "an attention mask [B, 1, N, K] stands in the place of the sliding windows"
+                return "an attention mask [B, 1, N, K] replaces the sliding windows"
         if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
-            return "a sliding window and an offset of positions start anew with every packed sequence"
+            return "a sliding window or an offset of positions starts again with every packed sequence"
         return None
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
+        """Remove all hooks and restore the model's attention."""
         super().remove()
         assert self.implementation is not None
         self.implementation.restore()
 
     def _computes_positions(self, arguments: dict[str, Any]) -> bool:
-        """Tell whether the backbone gives its text model positions that are no plain count: those of images."""
+        """Return whether the backbone computes positions from more than a token count, such as those of images."""
         text = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
         others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
         return self.shift.inside and arguments.get("position_ids") is None and others
 
     def compute_prefixes(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
-        """Return the prompt's keys and values in every layer: of a call that goes on, those that its cache began with.
+        """Return the prompt's keys and values in every layer.
 
-        For inference they are kept while no parameter changes.
+        A call that continues a sequence reuses those stored on its cache. For inference they are kept while no
+        parameter changes.
         """
         self.shift.shift = 0
         past, compiling = self.shared.past, torch.compiler.is_compiling()
@@ -325,11 +326,11 @@ class SharedPromptHooks(PromptHooks):
         if torch.is_grad_enabled() or compiling or captured:
             return self.run_prompt(call)
         if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
-            return self.run_prompt(call)  # its keys are for this length alone
+            return self.run_prompt(call)  # its keys are valid for this length only
         return self._get_kept(call, past)
 
     def _get_kept(self, call: PromptCall, past: int) -> dict[int, Prefix]:
-        """Return the prompt's keys and values in every layer, computed once while no parameter is changed."""
+        """Return the prompt's keys and values in every layer. They are computed once while no parameter changes."""
         state, tuners = read_state(self.backbone, self.method), read_tuner_state(self.backbone)
         kept, now = self.kept, (call.types, state, tuners)
         unknown = state is None or (tuners is None and not past)
@@ -339,18 +340,18 @@ class SharedPromptHooks(PromptHooks):
         return kept.prefixes
 
     def _is_good(self, kept: _Kept) -> bool:
-        """Return whether a prompt is unchanged in ways that ``read_state`` cannot tell. This is asked once a sequence.
+        """Return whether a prompt is unchanged in ways that ``read_state`` cannot detect. It runs once per sequence.
 
-        Optimizers change a prompt through ``.data``, and weights may be offloaded.
+        Optimizers may change a prompt through ``.data``, and weights may be offloaded.
         """
         unknown = any(parameter.is_meta for parameter in self.backbone.parameters())
         return not unknown and torch.equal(kept.prompt, self.compute_prompts())
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
-        """Compute the prompt's keys and values in every layer, for a call."""
+        """Compute the prompt's keys and values in every layer for a call."""
         prompt = self.compute_prompts().to(self.table.dtype)
         length = prompt.shape[-2]
-        # Said, since some models remember where a former call's rows were.
+        # Positions are passed explicitly, since some models remember those of an earlier call.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
         if call is not None and call.reach is not None:
             prompt, positions = add_reached_token(prompt, positions, call.reach)
@@ -359,7 +360,7 @@ class SharedPromptHooks(PromptHooks):
         with (
             self.shared.capture(self.backbone),
             suspend_checkpointing(self.backbone),
-        ):  # one row is not worth running twice
+        ):  # recomputing one row saves too little memory
             self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
         assert self.shared.prefixes is not None
         count = self.shared.count
@@ -370,12 +371,12 @@ class SharedPromptHooks(PromptHooks):
         return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         return {**self.__dict__, "kept": None}
 
 
 def _cut_rows(tensor: Tensor, count: int, length: int) -> Tensor:
-    """Return the first ``length`` tokens of each of the rows that are one behind the other, ``[H, count S, D]``."""
+    """Return the first ``length`` tokens of each of the ``count`` prompts concatenated in ``[H, count S, D]``."""
     if count == 1:
         return tensor[:, :length]
     rows: Tensor = tensor.unflatten(1, (count, -1))
@@ -383,23 +384,20 @@ def _cut_rows(tensor: Tensor, count: int, length: int) -> Tensor:
 
 
 def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a prompt ``[..., S, d]`` and its positions ``[..., S]`` with one more token, at the position ``reach``.
+    """Append one token at the position ``reach`` to a prompt ``[..., S, d]`` and its positions ``[..., S]``.
 
-    LongRoPE and dynamic NTK take their frequencies for the largest position of a call. Attention is causal, so nothing
-    but the frequencies depends on the last token.
+    LongRoPE and dynamic NTK choose their frequencies from the largest position of a call. Attention is causal, so the
+    last token affects nothing but the frequencies.
     """
     last = reach.expand(*positions.shape[:-1], 1)
     return torch.cat([prompt, prompt[..., :1, :]], dim=-2), torch.cat([positions, last], dim=-1)
 
 
 def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
-    """Return why a prompt cannot be shared on this model, or None if it can.
+    """Return the reason why a prompt cannot be shared on this model, or None if it can.
 
-    The inputs of its attention layers decide, and then a trial: three tokens as a shared prompt must do to three others
-    what they do in front of them.
-
-    Told by what its attention layers are called with, and then by trying: three tokens as a shared prompt have to do to
-    three others what they do as tokens in front of them.
+    The properties of the attention layers are checked first. Then a trial compares three tokens as a shared prompt for
+    three others with the same tokens in front of them.
     """
     if "position_ids" not in read_parameter_names(find_backbone(model)):
         return "its positions cannot be set"
@@ -411,26 +409,26 @@ def find_reason_not_shareable(model: PreTrainedModel) -> str | None:
         return reason
     try:
         return _try_sharing(model, layers)
-    except Exception as error:  # whatever a family makes of it
-        return f"trying to share the prompt failed: {type(error).__name__}: {error}"
+    except Exception as error:  # families raise different errors
+        return f"a trial with a shared prompt failed: {type(error).__name__}: {error}"
 
 
 def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Return why a prompt's work in a model's layers differs by row or cannot be handed on, or None."""
+    """Return the reason why a prompt's keys and values differ by row or cannot be reused in these layers, or None."""
     if not all(layer.shape.causal for layer in layers):
-        return "its attention is not causal throughout, so a prompt sees what comes after it"
+        return "its attention is not causal in every layer, so a prompt sees the tokens after it"
     if any(getattr(layer.module, "is_causal", True) is False for layer in layers):
-        return "its layers are not causal by themselves, and SDPA, where it gets no mask, shows them what comes after"
+        return "its layers are not marked as causal, so SDPA without a mask shows them the tokens after them"
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if others := sorted(types - {"full_attention", "sliding_attention"}):
-        return f"it has layers that see neither all that went before nor a sliding window of it ({', '.join(others)})"
+        return f"it has layers with neither full attention nor a sliding window ({', '.join(others)})"
     if local := [layer.name for layer in layers if layer.local]:
-        return f"what these layers see of what went before is no sliding window: {', '.join(local)}"
+        return f"these layers attend to some earlier tokens only, but not through a sliding window: {', '.join(local)}"
     return None
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Return whether anything in a module is random while training: dropout, or the noise of a router."""
+    """Return whether anything in a module is random during training, such as dropout or the noise of a router."""
     for submodule in module.modules():
         if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
             return True
@@ -441,7 +439,7 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
-    """Run three tokens as a prompt for three others, in front of them and shared. The second row has padding."""
+    """Compare three tokens as a shared prompt for three others with a plain run. The second row has padding."""
     shared, backbone, device = SharedPrompt(), find_backbone(model), find_device(model)
     prompt, tokens = torch.tensor(list_ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
@@ -466,10 +464,10 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
 
 
 def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.dtype) -> list[bool]:
-    """Return which rows have the textbook's values.
+    """Return for each row whether its values agree with the textbook's.
 
-    Two orders of the same sums differ by rounding; a prompt that is carried past attention differs by all of its
-    effect.
+    Two summation orders differ by rounding. A prompt that the model also carries outside attention differs by its
+    whole effect.
     """
     effect, error = ((textbook - other).abs().amax(dim=(1, 2)) for other in (alone, actual))
     agree: list[bool] = (error <= (0.1 if torch.finfo(dtype).bits == 16 else 1e-3) * effect).tolist()
@@ -477,7 +475,7 @@ def _compare_rows(actual: Tensor, textbook: Tensor, alone: Tensor, dtype: torch.
 
 
 def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tensor, unpadded: bool) -> str:
-    """Return the reason, judged by a model's positions. ``unpadded``: sharing is exact without padding."""
+    """Return the reason for a failed trial, judged by the model's positions. ``unpadded``: the unpadded row agrees."""
     default = run(tokens)
     if torch.equal(default, run(tokens, position_ids=2 * positions + 1)):
         return "it ignores position_ids"
@@ -485,4 +483,4 @@ def _explain_failure(run: Callable[..., Tensor], tokens: Tensor, positions: Tens
         return f"its positions do not count from {positions[0, 0]}"
     if unpadded:
         return "it counts positions by the attention mask"
-    return "sharing the prompt does not give what the textbook's way gives"
+    return "a shared prompt does not give the results of the textbook"

@@ -1,8 +1,8 @@
 """Run the prompts of several tasks once for the whole batch.
 
-The keys and values of all tasks' prompts stand one behind the other in each layer, and each row attends to the span of
-its own task. Calls carry their bindings, so that a layer that gradient checkpointing runs again has the tasks of its
-own call. The tasks of a sequence belong to its key/value cache.
+The keys and values of all tasks' prompts are concatenated in each layer, and each row attends to the span of its own
+task. Each call carries its bindings, so that a layer that gradient checkpointing recomputes uses the tasks of its own
+call. The tasks of a sequence are stored on its key/value cache.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ class HeldTasks:
         self.tasks = tasks
 
     def select_rows(self, name: str, rows: Any) -> HeldTasks:
-        """Return the tasks of other rows, chosen as a cache's method of that name chooses them."""
+        """Return the tasks of the rows that the cache method ``name`` selects when it is called with ``rows``."""
         return HeldTasks(select_rows(self.tasks, name, rows))
 
 
 class TaskPromptHooks(SharedPromptHooks):
-    """A multitask prompt on a decoder, whose prompts of all tasks run in one batch."""
+    """A multitask prompt on a decoder. The prompts of all tasks run in one batch."""
 
     method: MultitaskPrompt
 
     def __init__(self, model: PreTrainedModel, method: MultitaskPrompt, layers: list[Layer], required: bool) -> None:
         super().__init__(model, method, layers, required)
         self.layers = layers
-        self.bindings = {}  # calls carry theirs
-        self.tasks: Tensor | None = None  # of the call in progress, by row
+        self.bindings = {}  # each call carries its own
+        self.tasks: Tensor | None = None  # the task of each row of the call in progress
 
     def install(self, model: PreTrainedModel) -> None:
-        """Switch the model's attention, and set the hooks."""
+        """Switch the model's attention and set the hooks."""
         super().install(model)
         watch(layer.module for layer in self.layers)
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
+        """Remove all hooks and restore the model's attention."""
         super().remove()
         unwatch(layer.module for layer in self.layers)
         restore_checkpoints(self.backbone)
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the prompts once, then the backbone on the tokens, with bindings of this call."""
+        """Run the prompts once, then the backbone on the tokens with this call's bindings."""
         self.shared = SharedPrompt()
         self.shared.count = self.method.config.num_tasks
         carry_through_checkpoints(self.backbone)
@@ -74,11 +74,11 @@ class TaskPromptHooks(SharedPromptHooks):
             return super().run(forward, args, kwargs)
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
-        """Return why a call must run the prompt in every row, or None."""
+        """Return the reason why a call must run the prompt in every row, or None."""
         tokens = next(each for each in self.read_tokens(arguments) if each is not None)
         trains = torch.is_grad_enabled() and count_past(arguments) == 0 and not self.required
         if trains and len(tokens) < self.method.config.num_tasks:
-            return "a batch of fewer rows than tasks trains fewer prompts in every row"
+            return "the batch has fewer rows than tasks"
         return super().find_reason_against(arguments)
 
     def compute_prompts(self) -> Tensor:
@@ -86,7 +86,7 @@ class TaskPromptHooks(SharedPromptHooks):
         return self.method.compute_prompts()
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
-        """Compute the keys and values of all prompts in every layer, one behind the other."""
+        """Compute the keys and values of all prompts in every layer, concatenated along the tokens."""
         former = self.method.task_ids
         self.method.task_ids = torch.arange(self.method.config.num_tasks, device=self.method.shared.device)
         try:
@@ -95,10 +95,10 @@ class TaskPromptHooks(SharedPromptHooks):
             self.method.task_ids = former
 
     def find_spans(self, batch: int, arguments: dict[str, Any]) -> Tensor:
-        """Return the span of each row's task, int64 ``[B, 2]``: that of its cache, if the call continues one.
+        """Return the span of each row's task, int64 ``[B, 2]``. Calls that continue a cache use its tasks.
 
         Raises:
-            ValueError: there are no ``task_ids`` for the rows, or others than those of the cache.
+            ValueError: if ``task_ids`` is missing, does not fit the rows, or differs from the tasks of the cache.
         """
         held = None
         if self.shared.past > 0 and not torch.compiler.is_compiling():
@@ -110,14 +110,14 @@ class TaskPromptHooks(SharedPromptHooks):
             given = self.method.task_ids
             if isinstance(given, Tensor) and given.device.type == "cpu" and given.tolist() != held.tasks.tolist():
                 raise ValueError(
-                    f"`task_ids` must be those of `past_key_values`, {held.tasks.tolist()}, but are {given.tolist()}. "
-                    "The tasks belong to the cache and may be left out."
+                    f"`task_ids` must be the tasks of `past_key_values`, {held.tasks.tolist()}, but are "
+                    f"{given.tolist()}. Omit `task_ids` when you continue a cache."
                 )
         length = self.method.config.num_virtual_tokens
         return torch.stack([self.tasks * length, torch.full_like(self.tasks, length)], dim=1)
 
     def remember(self, cache: Any) -> None:
-        """Let a cache that this call began hold the tasks of its rows, too."""
+        """Also store the tasks of the rows on a cache that this call began."""
         super().remember(cache)
         if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
             return
@@ -126,5 +126,5 @@ class TaskPromptHooks(SharedPromptHooks):
             hold_by_row(cache, _TASKS, HeldTasks(self.tasks))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         return {**super().__getstate__(), "tasks": None}

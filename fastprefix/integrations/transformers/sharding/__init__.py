@@ -1,1 +1,1 @@
-"""Run adapters on models that are spread over several devices."""
+"""Run adapters on models that are distributed over several devices."""

@@ -1,8 +1,8 @@
-"""Have the ranks of a sharded model agree before and after what they do together.
+"""Have the ranks of a sharded model agree before and after their joint operations.
 
-A rank that is missing, that fails, or that does something else must be an error on every rank, not a collective that
-never ends. So ranks exchange short messages through the store of the process group, which works without a collective
-and with every backend, and wait for each other for a limited time.
+If a rank is missing, fails or does something else, every rank must raise an error instead of waiting in a collective
+forever. The ranks exchange short messages through the store of the process group, which needs no collective and works
+with every backend. They wait for each other for a limited time.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .partitioned import any_partitioned
 from .tensor_parallel import find_whole_mesh
 
 TIMEOUT = 30.0
-"""The number of seconds that a rank waits for another one."""
+"""The number of seconds that a rank waits for another rank."""
 _BEAT = 5.0
-"""The number of seconds between two signs of life of a rank that works while others wait."""
-_LONGEST = 300  # characters of a message in an error
+"""The number of seconds between two heartbeats of a rank that works while other ranks wait."""
+_LONGEST = 300  # maximum length of a message in an error
 _FINE, _FAILED = "fine: ", "failed: "
 
 Result = TypeVar("Result")
 
 
 class Ranks:
-    """The ranks over which a model is spread, which all call the same functions in the same order."""
+    """The ranks of a distributed model. All of them call the same functions in the same order."""
 
     def __init__(self, ranks: list[int]) -> None:
         self.ranks = ranks
@@ -41,7 +41,7 @@ class Ranks:
 
     @staticmethod
     def find(model: object) -> Ranks | None:
-        """Return the ranks of a model, or None for a model that is not spread over several."""
+        """Return the ranks of a model, or None if it is on a single rank."""
         if not isinstance(model, nn.Module):
             return None
         if any_partitioned(model):
@@ -57,30 +57,30 @@ class Ranks:
         return self.own == self.ranks[0]
 
     def agree(self, action: str, message: str) -> None:
-        """Go on where all ranks have the same message.
+        """Wait for all ranks, and check that they have the same message.
 
         Args:
-            action: what they do next, for the errors.
-            message: what has to be the same on all ranks.
+            action: the operation that follows, such as "read an adapter". Error messages contain it.
+            message: the text that must be equal on all ranks.
 
         Raises:
-            RuntimeError: a rank did not come, or failed before.
-            ValueError: a rank has another message.
+            RuntimeError: if a rank did not arrive within ``TIMEOUT``, or failed before.
+            ValueError: if a rank has another message.
         """
         messages = self._exchange(action, _FINE + _digest(message))
         others = [rank for rank, text in messages.items() if text != messages[self.own]]
         if others:
             raise ValueError(
-                f"what ranks {action} with must be the same on all of them, but rank {self.own} differs from rank "
+                f"to {action}, all ranks must use the same values, but rank {self.own} differs from rank "
                 f"{', '.join(map(str, others))}: it has {textwrap.shorten(message, _LONGEST)}"
             )
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
-        """Do in this context what may fail on one rank, which then is an error on all of them.
+        """Run work in this context that may fail on one rank. A failure raises an error on all ranks.
 
         Raises:
-            RuntimeError: another rank failed, or did not come.
+            RuntimeError: if another rank failed or did not arrive within ``TIMEOUT``.
         """
         try:
             with self._beating():
@@ -91,7 +91,7 @@ class Ranks:
         self._exchange(action, _FINE)
 
     def _exchange(self, action: str, text: str, is_failing: bool = False) -> dict[int, str]:
-        """Return what each rank says."""
+        """Send a text to all ranks, and return the text of each rank."""
         round_ = _count_round(self.ranks)
         key = f"fastprefix/{'-'.join(map(str, self.ranks))}/{round_}"
         self.store.set(f"{key}/{self.own}", text)
@@ -101,17 +101,17 @@ class Ranks:
         for rank in self.ranks:
             if not self._wait(f"{key}/{rank}", rank):
                 raise RuntimeError(
-                    f"rank {rank} of the model did not come to {action} within {TIMEOUT:.0f} s. All ranks must call "
-                    "the same functions of fastprefix in the same order: see the log of that rank."
+                    f"rank {rank} of the model did not respond within {TIMEOUT:.0f} s, so the ranks cannot {action}. "
+                    "All ranks must call the same functions of fastprefix in the same order. See the log of that rank."
                 )
             messages[rank] = self.store.get(f"{key}/{rank}").decode()
         if failed := {rank: text for rank, text in messages.items() if text.startswith(_FAILED)}:
             rank, reason = next(iter(failed.items()))
-            raise RuntimeError(f"to {action} failed on rank {rank}: {reason.removeprefix(_FAILED)}")
+            raise RuntimeError(f"rank {rank} failed to {action}: {reason.removeprefix(_FAILED)}")
         return messages
 
     def _wait(self, key: str, rank: int) -> bool:
-        """Wait for a message as long as its rank gives signs of life; return whether it came."""
+        """Wait for a message while its rank sends heartbeats, and return whether the message arrived."""
         pulse, end = self.store.add(_name_pulse(rank), 0), monotonic() + TIMEOUT
         while (left := end - monotonic()) > 0:
             try:
@@ -126,7 +126,7 @@ class Ranks:
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
-        """Give signs of life in this context."""
+        """Send heartbeats in this context."""
         done = threading.Event()
 
         def beat() -> None:
@@ -143,10 +143,10 @@ class Ranks:
 
 
 def do_together(model: nn.Module, action: str, work: Callable[[], Result]) -> Result:
-    """Do work on all ranks of a model, of which each may fail, and return its result.
+    """Run work on all ranks of a model, and return this rank's result. A failure on one rank is an error on all ranks.
 
     Raises:
-        RuntimeError: it failed on another rank, or a rank did not come.
+        RuntimeError: if the work failed on another rank, or a rank did not arrive.
     """
     ranks = Ranks.find(model)
     if ranks is None:
@@ -156,11 +156,11 @@ def do_together(model: nn.Module, action: str, work: Callable[[], Result]) -> Re
 
 
 def agree(model: nn.Module, action: str, message: str) -> None:
-    """Go on where all ranks of a model have the same message.
+    """Wait for all ranks of a model, and check that they have the same message.
 
     Raises:
-        RuntimeError: a rank did not come.
-        ValueError: a rank has another message.
+        RuntimeError: if a rank did not arrive.
+        ValueError: if a rank has another message.
     """
     ranks = Ranks.find(model)
     if ranks is not None:
@@ -168,7 +168,7 @@ def agree(model: nn.Module, action: str, message: str) -> None:
 
 
 def leads(model: nn.Module) -> bool:
-    """Return whether this is the first rank of a model, or the only one."""
+    """Return whether this is the first or only rank of a model."""
     ranks = Ranks.find(model)
     return ranks is None or ranks.leads
 
@@ -177,7 +177,7 @@ _ROUNDS: dict[tuple[int, ...], int] = {}
 
 
 def _count_round(ranks: list[int]) -> int:
-    """Return the number of the exchange that begins."""
+    """Return the number of the next exchange between these ranks."""
     key = tuple(ranks)
     _ROUNDS[key] = _ROUNDS.get(key, 0) + 1
     return _ROUNDS[key]

@@ -1,8 +1,8 @@
-"""Run adapters on models of FSDP2, attached before or after ``fully_shard``.
+"""Run adapters on models that FSDP2 shards, attached before or after ``fully_shard``.
 
-Attached before, an adapter is sharded with the model's root. Attached after, it becomes an FSDP module of its own.
-Nothing calls its ``forward``, so it is gathered around the forward pass of the model instead, as a root is: its
-gradients are reduced at the end of the backward pass.
+An adapter that is attached before is sharded with the model's root. An adapter that is attached after becomes a
+separate FSDP module. Nothing calls its ``forward``, so it is gathered around the forward pass of the model instead,
+like a root. Its gradients are reduced at the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ _TP = "tp"
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Return whether a model, or a part of it, is sharded by FSDP2."""
+    """Return whether FSDP2 shards a model or a part of it."""
     return _can_be_sharded() and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _can_be_sharded() -> bool:
-    """Return whether a process group exists, without which FSDP2 shards nothing. Every call of a model asks this."""
+    """Return whether a process group exists, without which FSDP2 shards nothing. Every call of a model checks this."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered of a model, so that its modules have their shards."""
+    """Free the parameters that FSDP2 has gathered, so that the modules of a model have their shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def recover(model: nn.Module) -> None:
-    """Let FSDP2 forget a forward pass that ended with an error, where PyTorch (from 2.13 on) can do that."""
+    """Reset FSDP2 after a forward pass that raised an error, if PyTorch supports it (2.13 and later)."""
     if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
 
 
 def open_root(model: nn.Module) -> None:
-    """Gather what the root of a model has itself, so that a part of the model can be called; ``reshard`` undoes it."""
+    """Gather the parameters of a model's root, so that a part of the model can be called. ``reshard`` undoes it."""
     if not isinstance(model, FSDPModule):
         return
     _register(model)
-    getattr(model, _RUN)(lambda: None)  # the first module that runs is FSDP2's root, and must not be a part
+    getattr(model, _RUN)(lambda: None)  # the first module to run becomes FSDP2's root, and a part must not
     model.unshard()
 
 
 def shard_like(model: nn.Module, method: nn.Module) -> None:
-    """Shard an adapter that was attached to a model of FSDP2 over the same ranks."""
+    """Shard an adapter that was attached to a model of FSDP2, over the same ranks as the model."""
     if not isinstance(model, FSDPModule) or isinstance(method, FSDPModule) or not list(method.parameters()):
         return
     if any(map(_is_sharded, method.parameters())):
@@ -69,7 +69,7 @@ def shard_like(model: nn.Module, method: nn.Module) -> None:
     size = mesh.size(mesh.ndim - 1)
 
     def choose_dimension(parameter: nn.Parameter) -> Shard | None:
-        """Cut tokens rather than heads, of which there may be fewer than ranks."""
+        """Shard along tokens rather than heads, since there may be fewer heads than ranks."""
         even = parameter.ndim > 1 and parameter.shape[1] % size == 0
         return Shard(1) if even else None
 
@@ -83,7 +83,7 @@ def shard_like(model: nn.Module, method: nn.Module) -> None:
 
 
 def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
-    """Return where FSDP2 keeps the shards of a model."""
+    """Return the policy by which FSDP2 offloads the shards of a model."""
     states: list[Any] = [each._get_fsdp_state() for each in model.modules() if isinstance(each, FSDPModule)]
     policies = (group.offload_policy for state in states for group in state._fsdp_param_groups)
     return next(policies, OffloadPolicy())
@@ -91,9 +91,9 @@ def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
 
 @contextmanager
 def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Gather what is around and inside modules of a model in this context, so that they can be called by themselves.
+    """Gather the modules around and inside some modules of a model in this context, so that these can run directly.
 
-    An adapter that waits beside the model counts as one of them.
+    Adapters that are attached but not in use are allowed too.
     """
     given = list(modules)
     gathered = {each: None for module in given for each in _find_around(model, module)}
@@ -112,7 +112,7 @@ def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator
 
 @contextmanager
 def outside_forward(model: nn.Module) -> Iterator[None]:
-    """Let parts of a model run in this context within its own forward pass, as if that had not begun yet."""
+    """Let parts of a model run in this context inside its own forward pass, as if that had not begun."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -135,7 +135,7 @@ def outside_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
-    """Return the modules of FSDP2 that have parameters of a module, of the model or not, or are inside it."""
+    """Return the FSDP2 modules, in the model or not, that contain a module's parameters or are inside the module."""
     if not _can_be_sharded():
         return []
     inside = set(module.modules())
@@ -144,12 +144,12 @@ def _find_around(model: nn.Module, module: nn.Module) -> list[FSDPModule]:
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Return whether a parameter is sharded already, and not only by tensor parallelism."""
+    """Return whether a parameter is sharded by more than tensor parallelism."""
     return isinstance(parameter, DTensor) and (parameter.device_mesh.mesh_dim_names or ()) != (_TP,)
 
 
 def find_mesh(model: nn.Module) -> DeviceMesh:
-    """Return the mesh over which FSDP2 shards a model, without a dimension of tensor parallelism."""
+    """Return the mesh over which FSDP2 shards a model, without the dimension of tensor parallelism."""
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     plain = next((mesh for mesh in meshes if _TP not in (mesh.mesh_dim_names or ())), None)
     if plain is not None:
@@ -159,9 +159,9 @@ def find_mesh(model: nn.Module) -> DeviceMesh:
 
 
 def run_gathered(module: nn.Module, method: nn.Module, call: Callable[[], Any]) -> Any:
-    """Run the forward of a module while its sharded adapter is gathered, and have the adapter's gradients reduced.
+    """Run the forward of a module while its sharded adapter is gathered. The adapter's gradients are reduced.
 
-    A composed adapter consists of several that are sharded each by itself.
+    A composed adapter consists of several adapters that are sharded separately.
     """
     gather_with(module, method)
     for each in method.modules():
@@ -182,17 +182,17 @@ def _run(module: nn.Module, call: Callable[[], Any]) -> Any:
 
 
 class Gatherer:
-    """Have FSDP2 gather the modules around an attention for the backward of its keys and values.
+    """Have FSDP2 gather the modules around an attention module for the backward pass of its keys and values.
 
-    FSDP2 gathers a module for the backward of what it returns. The keys and values of a prompt leave a layer on another
-    way.
+    FSDP2 gathers a module for the backward pass of its outputs. The keys and values of a prompt are not among the
+    outputs of a layer.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone if torch.is_grad_enabled() and is_fully_sharded(backbone) else None
 
     def watch(self, attention: nn.Module, tensors: Iterable[Tensor]) -> None:
-        """Have the modules around and inside an attention gathered before the backward of tensors made in it."""
+        """Gather the modules around and inside an attention module before the backward pass of its tensors."""
         if self.backbone is None:
             return
         for module in _find_around(self.backbone, attention):

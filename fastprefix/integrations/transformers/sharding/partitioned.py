@@ -1,7 +1,7 @@
 """Run adapters on models that DeepSpeed's ZeRO-3 has partitioned, whose parameters are empty between calls.
 
-DeepSpeed gathers the parameters of a module for that module's own forward and backward. Nothing calls the forward of an
-adapter, so its parameters are registered with the backbone, which uses them.
+DeepSpeed gathers the parameters of a module for that module's own forward and backward pass. Nothing calls the forward
+of an adapter, so its parameters are registered with the backbone, which uses them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def any_partitioned(module: nn.Module) -> bool:
 
 
 def runs_in_engine(model: nn.Module) -> bool:
-    """Return whether DeepSpeed's engine with ZeRO-3 has a model already, and gathers the parameters that it found."""
+    """Return whether DeepSpeed's ZeRO-3 engine already wraps a model, and gathers the parameters it contained then."""
     return any_partitioned(model) and hasattr(model, "ds_id")
 
 
 def find_whole_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of a parameter, of which DeepSpeed may keep a part alone."""
+    """Return the full shape of a parameter, which DeepSpeed may have partitioned."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
 @contextmanager
 def gathering_modules(model: nn.Module) -> Iterator[None]:
-    """Gather each module for its own forward in this context, as the engine will do: the model was loaded partitioned.
+    """Gather each module of a partitioned model for its forward in this context, as the engine does later.
 
-    Models that are made in this context are not partitioned.
+    Models that are created in this context are not partitioned.
     """
     if not any_partitioned(model) or runs_in_engine(model):
         yield
@@ -64,7 +64,7 @@ def _gather(module: nn.Module, args: Any) -> None:
 
 
 def _gather_missing(parameters: Iterable[Any]) -> None:
-    """Gather those of partitioned parameters that are not gathered."""
+    """Gather the partitioned parameters that are not gathered yet."""
     missing = [parameter for parameter in parameters if parameter.ds_status.name != "AVAILABLE"]
     if missing:
         missing[0].all_gather(param_list=missing)
@@ -77,7 +77,7 @@ def _partition(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def gather_with(module: nn.Module, method: nn.Module) -> None:
-    """Have DeepSpeed gather an adapter with a module whose forward is running, now and in each forward and backward."""
+    """Have DeepSpeed gather an adapter with a running module, now and in each forward and backward pass."""
     parameters: list[Any] = [parameter for parameter in method.parameters() if is_partitioned(parameter)]
     if not parameters:
         return
@@ -89,7 +89,7 @@ def gather_with(module: nn.Module, method: nn.Module) -> None:
 
 
 def copy_whole(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return copies of partitioned parameters, in full on each rank."""
+    """Return full copies of partitioned parameters on each rank."""
     import deepspeed
 
     given = list(parameters)

@@ -1,12 +1,12 @@
-"""Spread the heads of an adapter over the ranks of a tensor-parallel model.
+"""Distribute the heads of an adapter over the ranks of a tensor-parallel model.
 
-Each rank of such a model has some heads of every attention layer. A parameter with a row for each head is a
-``DTensor`` that is sharded by head, so that its gradient, its optimizer state and its memory are a rank's own share.
-Everything else (networks, gates of tokens, prompts, offsets) is the same on all ranks, and so is its gradient: where
-such a tensor enters the work of a rank's own heads, the gradients of all ranks are added.
+Each rank of such a model has some heads of every attention layer. A parameter with one entry per head is a ``DTensor``
+that is sharded by head, so that each rank has its own share of the parameter, its gradient and its optimizer state.
+All other parameters (networks, gates of tokens, prompts, offsets) and their gradients are the same on all ranks. If
+such a tensor is used with a rank's own heads, the gradients of all ranks are summed.
 
-An adapter is made with the heads of the whole model, the same on all ranks, and then cut. What is saved is whole again,
-so files do not depend on the number of ranks.
+An adapter is created with the heads of the whole model, the same on all ranks, and then sharded. Saving gathers it, so
+that files do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from ..models.discovery import Layer
 
 _TP = "tp"
-"""The name that ``transformers`` gives the dimension of a mesh over which tensors are split."""
+"""The name of the tensor-parallel dimension of a mesh in ``transformers``."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model's parameters are spread over processes, as by FSDP2."""
+    """Return whether a model's parameters are distributed over processes, for example by FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered from all processes if it is sharded or partitioned."""
+    """Return a full tensor, gathered from all processes if it is sharded or partitioned."""
     if isinstance(tensor, nn.Parameter) and is_partitioned(tensor):
         return copy_whole([tensor])[0]
     if not isinstance(tensor, DTensor):
@@ -47,18 +47,18 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Return whether the heads of a model are spread over ranks."""
+    """Return whether the heads of a model are distributed over ranks."""
     return (getattr(model, "tp_size", None) or 1) > 1
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Refuse what needs all heads and parameters of a model in one process."""
+    """Refuse a sharded model for an operation that needs all heads and parameters in one process."""
     if is_tensor_parallel(model) or is_sharded(model):
         raise ValueError(f"`model` must not be sharded over processes to {what}.")
 
 
 def agree_on_any(model: nn.Module, flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Return for each flag whether it is set on any rank of a model."""
+    """Return for each flag whether it is set on at least one rank of a model."""
     mesh = find_whole_mesh(model)
     if mesh is None or not flags:
         return list(flags)
@@ -69,10 +69,10 @@ def agree_on_any(model: nn.Module, flags: Sequence[bool], device: torch.device) 
 
 
 def find_tensor_parallel_mesh(model: Any) -> DeviceMesh | None:
-    """Return the one-dimensional mesh of the ranks that share the heads of a model, or None for a model with all heads.
+    """Return the one-dimensional mesh of the ranks that share the heads of a model, or None if each rank has all heads.
 
     Raises:
-        ValueError: the model says that it is tensor-parallel, but has no mesh with a dimension for it.
+        ValueError: if the model is marked as tensor-parallel, but its device mesh has no tensor-parallel dimension.
     """
     if not is_tensor_parallel(model):
         return None
@@ -81,27 +81,27 @@ def find_tensor_parallel_mesh(model: Any) -> DeviceMesh | None:
         return mesh
     if mesh is None or _TP not in (mesh.mesh_dim_names or ()):
         raise ValueError(
-            f"`model` must have a device mesh with a dimension {_TP!r} for tp_size={model.tp_size}, as "
-            "from_pretrained(distributed_config=DistributedConfig(tp_size=...)) makes it."
+            f"`model` must have a device mesh with a dimension {_TP!r} for tp_size={model.tp_size}. Load it with "
+            "from_pretrained(distributed_config=DistributedConfig(tp_size=...))."
         )
     return mesh[_TP]
 
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """The heads of an attention layer of the whole model, and which of them are spread over the ranks."""
+    """The heads of an attention layer in the whole model, and which of them are distributed over the ranks."""
 
     shape: AttentionShape
     queries: bool
     keys: bool
 
     def splits(self, kind: str) -> bool:
-        """Return whether the heads of a kind, "queries" or "keys", are spread."""
+        """Return whether the heads of a kind, "queries" or "keys", are distributed."""
         return self.queries if kind == "queries" else self.keys
 
 
 class TensorParallelHeads:
-    """The heads of attention layers that the ranks of a mesh share."""
+    """The heads of attention layers that are distributed over the ranks of a mesh."""
 
     def __init__(self, mesh: DeviceMesh, splits: Sequence[HeadSplit]) -> None:
         self.mesh = mesh
@@ -109,7 +109,7 @@ class TensorParallelHeads:
 
     @staticmethod
     def find(model: nn.Module, layers: Sequence[Layer]) -> TensorParallelHeads | None:
-        """Return the heads of a model's layers, or None where each rank has all of them."""
+        """Return the heads of a model's layers, or None if each rank has all heads."""
         mesh = find_tensor_parallel_mesh(model)
         if mesh is None:
             return None
@@ -118,24 +118,24 @@ class TensorParallelHeads:
     # Tensors of a forward pass
 
     def take_prefixes(self, prefixes: Iterable[Prefix]) -> list[Prefix]:
-        """Return this rank's heads of the keys and values of all layers."""
+        """Return the keys and values of all layers for this rank's heads."""
         return [
             (self.take_heads(key, split.keys), self.take_heads(value, split.keys))
             for split, (key, value) in zip(self.splits, prefixes, strict=False)
         ]
 
     def take_biases(self, biases: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Return this rank's heads of the biases of the keys of all layers."""
+        """Return the key biases of all layers for this rank's heads."""
         pairs = zip(self.splits, biases, strict=False)
         return [None if bias is None else self.take_heads(bias, split.keys) for split, bias in pairs]
 
     def take_heads(self, tensor: Tensor, split: bool, dim: int = 0) -> Tensor:
-        """Return this rank's heads of a tensor with a row for each.
+        """Return the part of a tensor for this rank's heads.
 
         Args:
-            tensor: of all heads, the same on all ranks and with the same gradient, or a parameter that is spread.
-            split: whether each rank has its own heads. Otherwise all ranks have all heads.
-            dim: of the heads.
+            tensor: a tensor of all heads with equal values and gradients on all ranks, or a sharded parameter.
+            split: whether the heads are distributed. Otherwise each rank gets all heads.
+            dim: the dimension of the heads.
         """
         if isinstance(tensor, DTensor):
             return tensor.to_local()
@@ -147,22 +147,22 @@ class TensorParallelHeads:
         return whole.redistribute(placements=[Shard(dim)]).to_local()
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that is the same on all ranks, for work on each rank's heads: their gradients are added."""
+        """Return a tensor that is equal on all ranks for use with each rank's heads. Its gradients are summed."""
         if not (torch.is_grad_enabled() and tensor.requires_grad):
             return tensor
         whole = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         return whole.to_local(grad_placements=[Partial()])
 
     def share_tokens(self, key: Tensor, value: Tensor, index: int) -> Prefix:
-        """Return the keys and values of the tokens of a layer for work on each rank's query heads.
+        """Return a layer's keys and values of the tokens for use with each rank's query heads.
 
-        Where all ranks have the same keys, ``transformers`` takes each rank's gradient of them for the whole.
+        If all ranks have the same key heads, ``transformers`` treats each rank's gradient of them as complete.
         """
         split = self.splits[index]
         return (self.share(key), self.share(value)) if split.queries and not split.keys else (key, value)
 
     def take_gate(self, gate: Tensor, index: int) -> Tensor:
-        """Return this rank's part of a prefix gate, ``[B, Hq, N, m]`` or up to ``[B, Hkv, m]``, or what broadcasts."""
+        """Return this rank's part of a prefix gate, ``[B, Hq, N, m]``, ``[B, Hkv, m]``, or broadcastable to them."""
         split = self.splits[index]
         dim, heads, splits = (1, split.shape.heads, split.queries)
         if gate.ndim != 4:
@@ -174,7 +174,7 @@ class TensorParallelHeads:
     # Parameters
 
     def distribute(self, method: PrefixMethod) -> None:
-        """Keep of each parameter with a row for each head this rank's rows, in place of the parameter."""
+        """Replace each parameter with one entry per head by a sharded parameter with this rank's heads."""
         for name, kind in method.head_parameters().items():
             path, _, leaf = name.rpartition(".")
             module = method.get_submodule(path)
@@ -186,16 +186,16 @@ class TensorParallelHeads:
             module.register_parameter(leaf, nn.Parameter(own, requires_grad=parameter.requires_grad))
 
     def spread_prefix(self, prefix: Prefix, index: int) -> Prefix:
-        """Return the keys and values of all heads of a layer as tensors of which each rank has its own, given those."""
+        """Return the keys and values of this rank's heads as sharded tensors, if the key heads are distributed."""
         if not self.splits[index].keys:
             return prefix
         key, value = (DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False) for tensor in prefix)
         return key, value
 
     def gather_entry(self, entry: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-        """Return keys, values and biases of a cache for all heads of a layer, given these or each rank's own.
+        """Return a cache entry (keys, values, biases) with all heads of a layer, given all heads or this rank's heads.
 
-        They are ``[1, H, ...]`` or ``[H, ...]``.
+        The tensors are ``[1, H, ...]`` or ``[H, ...]``.
         """
         split = self.splits[index]
         own = split.shape.kv_heads // self.mesh.size()
@@ -207,11 +207,11 @@ class TensorParallelHeads:
         return tuple(tensor if tensor is None else self.gather_heads(tensor, index) for tensor in rows)
 
     def gather_prefix(self, prefix: Prefix, index: int) -> Prefix:
-        """Return the keys and values of all heads of a layer, given each rank's own."""
+        """Return a layer's keys and values of all heads, given those of this rank's heads."""
         return self.gather_heads(prefix[0], index), self.gather_heads(prefix[1], index)
 
     def gather_heads(self, tensor: Tensor, index: int) -> Tensor:
-        """Return a tensor with a row for each key head of a layer, given each rank's rows."""
+        """Return a tensor with one entry per key head of a layer, given this rank's entries."""
         if not self.splits[index].keys:
             return tensor
         whole: Tensor = DTensor.from_local(tensor.contiguous(), self.mesh, [Shard(0)], run_check=False).full_tensor()
@@ -219,7 +219,7 @@ class TensorParallelHeads:
 
 
 def find_splits(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Find which heads of a tensor-parallel model's layers are spread over the ranks, where they differ by rank."""
+    """Find which heads of a tensor-parallel model's layers are distributed: those whose values differ by rank."""
     mesh = find_tensor_parallel_mesh(model)
     if mesh is None:
         return
@@ -234,7 +234,7 @@ def find_splits(model: nn.Module, layers: Sequence[Layer]) -> None:
 
 
 def _differ_by_rank(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> list[bool]:
-    """Return for each tensor whether the ranks have different values in it."""
+    """Return for each tensor whether its values differ between the ranks."""
     sizes = [tensor.numel() for tensor in tensors]
     flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
     of_ranks = [torch.empty_like(flat) for _ in range(mesh.size())]
@@ -244,8 +244,8 @@ def _differ_by_rank(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Give all ranks of a sharded model the values of its first rank: those of an adapter are drawn at random."""
-    given = list(tensors)  # for each group anew
+    """Copy randomly initialized tensors from the first rank of a sharded model to all other ranks."""
+    given = list(tensors)  # iterated once per group
     mesh: DeviceMesh | None = find_whole_mesh(model)
     groups: list[Any] = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
     if any_partitioned(model):
@@ -258,7 +258,7 @@ def make_alike(model: nn.Module, tensors: Iterable[Tensor]) -> None:
 
 
 def find_whole_mesh(model: Any) -> DeviceMesh | None:
-    """Return the mesh of all ranks over which a model's parameters are spread, or None if they are not."""
+    """Return the mesh of all ranks over which a model's parameters are distributed, or None."""
     mesh: DeviceMesh | None = getattr(model, "_device_mesh", None)
     if mesh is not None:
         return mesh
@@ -267,7 +267,7 @@ def find_whole_mesh(model: Any) -> DeviceMesh | None:
 
 
 def write_whole(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a tensor into a parameter, of which this rank may have a part."""
+    """Copy a full or equally sharded tensor into a parameter, of which this rank may have only a part."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(tensor)
         return
@@ -276,10 +276,10 @@ def write_whole(parameter: Tensor, tensor: Tensor) -> None:
 
 
 def take_own_part(parameter: DTensor, tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank has of a parameter of the same shape."""
+    """Return this rank's part of a tensor, given a sharded parameter of the same shape."""
     own, mesh = tensor, parameter.device_mesh
     sharded = [(dim, each) for dim, each in enumerate(parameter.placements) if not each.is_replicate()]
-    # A dimension that two dimensions of the mesh cut was cut by the last one first, which is that of the heads.
+    # If two mesh dimensions shard one tensor dimension, the last one (the heads) was sharded first.
     for dim, placement in sorted(sharded, key=lambda pair: hasattr(pair[1], "split_factor")):
         place: Any = placement
         pieces = own.tensor_split(_find_bounds(own.shape[place.dim], mesh.size(dim)), place.dim)
@@ -288,6 +288,6 @@ def take_own_part(parameter: DTensor, tensor: Tensor) -> Tensor:
 
 
 def _find_bounds(size: int, count: int) -> list[int]:
-    """Return the ends of all pieces but the last of a dimension that is cut as ``DTensor`` cuts it."""
+    """Return the ends of all pieces but the last, for a dimension that is sharded as by ``DTensor``."""
     each = -(-size // count)
     return [min(each * place, size) for place in range(1, count)]

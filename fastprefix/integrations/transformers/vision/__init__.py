@@ -1,1 +1,1 @@
-"""Run methods that put rows beside the tokens of an image."""
+"""Run methods that add virtual tokens to the tokens of an image."""

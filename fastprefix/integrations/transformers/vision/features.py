@@ -1,4 +1,4 @@
-"""Choose options of SHIP from training images: the layers that get new rows, and the prototypes of features."""
+"""Compute options of SHIP from training images: the layers that get new rows, and the prototypes of features."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .visual_prompt import PIXELS, VisionStack, find_vision_stack, get_state
 
 
 def find_entered_layers(model: PreTrainedModel, images: Iterable[Any], *, alpha: float = 0.95) -> list[int]:
-    """Find the layers of a vision transformer whose features differ from those of the entered layer before.
+    """Choose the layers of a vision transformer that get new rows, by the similarity of their features.
 
-    ``A[l, l']`` is the mean cosine between what layers l and l' return for the same token, over all tokens and images.
-    Layer 0 is entered. From an entered layer, later layers are visited in turn, and the first with ``A < alpha`` is
-    entered next (SHIP, arXiv 2412.16956; the order of the walk is our reading).
+    ``A[l, l']`` is the mean cosine similarity between the outputs of layers l and l' for the same token, over all
+    tokens and images. Layer 0 is always chosen. After a chosen layer, the next later layer with ``A < alpha`` is chosen
+    (SHIP, arXiv 2412.16956; the order of this search is our reading of the paper).
 
     Args:
-        model: a vision transformer, or a model that has one. An adapter on it does not act.
-        images: batches, such as a data loader's: ``pixel_values`` ``[B, C, H, W]``, mappings with them, or sequences
-            that begin with them.
-        alpha: in the paper from 0.93 to 0.98. The larger, the more layers are entered.
+        model: a vision transformer, or a model that contains one. An adapter on it is disabled during the computation.
+        images: batches of images, for example from a data loader. Each batch is ``pixel_values`` ``[B, C, H, W]``, a
+            mapping with that key, or a sequence with ``pixel_values`` as its first element.
+        alpha: the threshold, from 0.93 to 0.98 in the paper. A larger value chooses more layers.
 
     Returns:
-        The numbers of entered layers, for ``SHIPConfig(layers=...)``.
+        The indices of the chosen layers, for ``SHIPConfig(layers=...)``.
 
     Raises:
-        TypeError: a batch without pixels.
-        ValueError: no images, or a model that is no stack of layers over an image.
+        TypeError: if a batch has no pixels.
+        ValueError: if ``images`` is empty, ``alpha`` is out of range, or the model has no stack of layers over images.
     """
     if not -1.0 <= alpha <= 1.0:
-        raise ValueError(f"`alpha` must be a cosine from -1 to 1, got {alpha!r}")
+        raise ValueError(f"`alpha` must be between -1 and 1, got {alpha!r}.")
     total, count = torch.zeros(()), 0
     for states in _run_layers(model, images):
         features = F.normalize(torch.stack(states).flatten(1, 2).double(), dim=-1)  # [L, B * N, d]
@@ -59,30 +59,30 @@ def compute_bank(
     most: int = 20_000,
     seed: int = 0,
 ) -> Tensor:
-    """Compute prototypes of the features of images, for ``SHIPConfig(bank=...)``: the means of k-means clusters.
+    """Compute prototypes of image features with k-means, for ``SHIPConfig(bank=...)``.
 
-    Features are what the last layer returns for the patches, without an adapter.
+    The features are the outputs of the last layer for the patches, without an adapter.
 
     Args:
         model: as for ``find_entered_layers``.
         images: as for ``find_entered_layers``.
         count: the number of prototypes, 200 in the paper.
-        steps: of k-means.
-        most: the number of features to cluster, drawn from all of them.
-        seed: of the draw and of the first prototypes.
+        steps: the number of k-means iterations.
+        most: the maximum number of features to cluster. They are drawn at random from all features.
+        seed: the seed for drawing the features and the initial prototypes.
 
     Returns:
-        ``[count, d]`` in float32, on the CPU.
+        The cluster means ``[count, d]`` in float32 on the CPU.
 
     Raises:
-        TypeError: a batch without pixels.
-        ValueError: fewer features than prototypes, or a model that is no stack of layers over an image.
+        TypeError: if a batch has no pixels.
+        ValueError: if there are fewer features than prototypes, or the model has no stack of layers over an image.
     """
     leading = find_vision_stack(model).leading
     every = [states[-1][:, leading:].flatten(0, 1).float().cpu() for states in _run_layers(model, images)]
     features = torch.cat(every)
     if len(features) < count:
-        raise ValueError(f"`count` must be at most {len(features)}, the number of patches of all images, got {count}")
+        raise ValueError(f"`count` must be at most {len(features)}, the number of patches of all images, got {count}.")
     generator = torch.Generator().manual_seed(seed)
     features = features[torch.randperm(len(features), generator=generator)[:most]]
     bank = features[:count].clone()
@@ -95,7 +95,7 @@ def compute_bank(
 
 
 def _run_layers(model: PreTrainedModel, images: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """Yield what each layer ``[B, N, d]`` returns for each batch, without an adapter."""
+    """Yield the output ``[B, N, d]`` of each layer for each batch, without an adapter."""
     with use_adapter(model, None):
         stack = find_vision_stack(model)
         found = False
@@ -103,7 +103,7 @@ def _run_layers(model: PreTrainedModel, images: Iterable[Any]) -> Iterator[list[
             found = True
             yield _run_batch(stack, _find_pixels(batch).to(find_device(stack.part), stack.part.dtype))
     if not found:
-        raise ValueError("`images` must have at least one batch, but has none.")
+        raise ValueError("`images` must contain at least one batch, but is empty.")
 
 
 def _run_batch(stack: VisionStack, pixels: Tensor) -> list[Tensor]:
@@ -125,5 +125,5 @@ def _find_pixels(batch: Any) -> Tensor:
         batch = batch[0] if batch else None
     if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.ndim != 4:
         actual = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise TypeError(f"`images` must be batches of floating {PIXELS} [B, C, H, W], but one is {actual}.")
+        raise TypeError(f"`images` must contain batches of floating-point {PIXELS} [B, C, H, W], but one is {actual}.")
     return batch

@@ -1,4 +1,4 @@
-"""Run rows beside the tokens of an image the textbook's way: in every image, with nothing of this package's kernels."""
+"""Run the textbook of visual prompts: rows in every image, without the kernels of this package."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BOOK = "_fastprefix_vision_textbook"
 
 
 class VisionTextbook:
-    """A plain model with a method's rows in every image, behind the leading tokens.
+    """A plain model with a method's rows in every image, after the leading tokens.
 
     Args:
-        model: a model without adapters, which is the textbook's from then on.
-        method: whose parameters are read in every call.
+        model: a model without adapters. The textbook modifies it.
+        method: the method, whose parameters are read in every call.
         stack: the layers of that model.
     """
 
@@ -32,9 +32,9 @@ class VisionTextbook:
         self.model = model
         self.method = method
         self.place = stack.leading
-        self.rows = 0  # in the layer in progress
-        self.image_rows = 0  # those of them that differ by image, the last ones
-        self.attention: Tensor | None = None  # of the class token, to the tokens of the image
+        self.rows = 0  # rows in the current layer
+        self.image_rows = 0  # how many of them, at the end, differ by image
+        self.attention: Tensor | None = None  # attention of the class token to the tokens of the image
         self.layers = {module: index for index, module in enumerate(stack.attentions)}
         switch_to_textbook(model, _NAME, self._attend_anywhere)
         for index, (block, attention) in enumerate(zip(stack.blocks, stack.attentions, strict=True)):
@@ -74,13 +74,13 @@ class VisionTextbook:
         return enter
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the rows out behind the last layer (a forward hook)."""
+        """Remove the rows after the last layer (a forward hook)."""
         states = output[0] if isinstance(output, tuple) else output
         states = self._remove_rows(states)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _crop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the rows out of the hidden states of the layers between (a forward hook of the model)."""
+        """Remove the rows from the hidden states of the inner layers (a forward hook of the model)."""
         states = output.get("hidden_states") if isinstance(output, ModelOutput) else None
         if states is None:
             return output
@@ -89,7 +89,7 @@ class VisionTextbook:
         return output
 
     def _keep_tokens(self, states: Tensor, length: int) -> Tensor:
-        """Return states ``[B, N + P, d]`` without their rows, however many there are."""
+        """Return states ``[B, N + P, d]`` without their P rows, for any P."""
         last = states.shape[1] - (length - self.place)
         return torch.cat([states[:, : self.place], states[:, last:]], dim=1)
 
@@ -110,7 +110,7 @@ class VisionTextbook:
         return book.attend_apart(query, key, value, kwargs["scaling"], share), None
 
     def attend_apart(self, query: Tensor, key: Tensor, value: Tensor, scale: float, share: float) -> Tensor:
-        """Attend from tokens to tokens and to rows in a softmax each; rows get their own values."""
+        """Attend from tokens to tokens and to rows in separate softmaxes. The output of a row is its own value."""
         own = torch.zeros(key.shape[2], dtype=torch.bool)
         own[self.place : self.place + self.rows] = True
         scores = query @ key.mT * scale

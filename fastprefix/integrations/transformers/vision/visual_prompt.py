@@ -1,11 +1,11 @@
-"""Run methods that put rows beside the tokens of an image, in the layers of a vision transformer.
+"""Run methods that add rows to the tokens of an image in the layers of a vision transformer.
 
-Where rows are the same for every image, they run once for the whole batch: each layer runs on the rows alone, what its
-attention is called with are keys and values, and the tokens attend to those as to a shared prefix. Values and gradients
-are those of rows that stand in every image. Where rows see the image, they stand between its leading tokens (a class
-token, for one) and its patches.
+A row is a virtual token here. Rows that are the same for every image run once for the whole batch. Each layer runs on
+the rows alone, its attention's keys and values are captured, and the tokens attend to them as to a shared prefix.
+Values and gradients equal those of rows in every image. Rows that depend on the image are inserted between its leading
+tokens (such as a class token) and its patches.
 
-What a caller sees is about the tokens of the image alone: hidden states, poolers and heads.
+The caller sees hidden states, pooled outputs and logits of the image's own tokens alone.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from ..models.hooks import (
 from ..models.switching import Implementation, Inputs, find_device, preserve_state, run_trial
 
 PIXELS = "pixel_values"
-_MATCHED = 10  # tokens that rows are matched with
+_MATCHED = 10  # number of tokens in the matching loss
 
 
 class VisionStack(NamedTuple):
-    """The layers of a vision transformer, each of which gets what the one before returned."""
+    """The layers of a vision transformer, each of which receives the output of the layer before."""
 
     reader: PreTrainedModel
     """The outermost model that reads pixels and no text."""
@@ -52,29 +52,29 @@ class VisionStack(NamedTuple):
     attentions: list[nn.Module]
     """The attention module of each layer."""
     calls: list[ModuleCall]
-    """A call of each layer, in which tensors other than the tokens are left out."""
+    """One call of each layer, without the tensors other than the tokens."""
     leading: int
-    """The number of tokens before the patches, which are the same for every image when they enter the first layer."""
+    """The number of tokens before the patches that are the same for every image at the first layer's input."""
     shape: VisionShape
     reason: str | None
-    """The reason for which a layer cannot run on rows alone, or None."""
+    """The reason why a layer cannot run on rows alone, or None."""
 
 
 def find_vision_stack(model: PreTrainedModel, example_inputs: Inputs | None = None) -> VisionStack:
     """Find the layers of a vision transformer by running it on small images.
 
     Raises:
-        ValueError: the model has no such layers, and why.
+        ValueError: if the model has no such layers.
     """
     readers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _reads_pixels(m)]
     name = type(model).__name__
     if not readers:
-        raise ValueError(f"`model` must be or have a model of images alone, but {name} has none.")
+        raise ValueError(f"`model` must be or contain a model of images alone, but {name} does not contain one.")
     layers = [layer for layer in find_layers(readers[0], example_inputs=example_inputs) if layer.shape.role != "cross"]
     names = [match.group(1) if (match := re.match(r"(.*\.\d+)(\.|$)", layer.name)) else "" for layer in layers]
     if len({each.rpartition(".")[0] for each in names}) != 1 or len(set(names)) != len(names) or not names[0]:
         raise ValueError(
-            f"`model` must have one stack of layers with an attention each, but the attention layers of {name} are "
+            f"`model` must have one stack of layers with one attention each, but the attention layers of {name} are "
             f"{', '.join(layer.name for layer in layers[:4])}."
         )
     blocks = [readers[0].get_submodule(each) for each in names]
@@ -83,7 +83,7 @@ def find_vision_stack(model: PreTrainedModel, example_inputs: Inputs | None = No
     first, second = (_run_blocks(part, blocks, image) for image in (pixels, 0.5 - pixels))
     states = [call.first_tensor for call in first]
     if not all(_is_state(s, states[0]) for s in states) or not _are_chained(first):
-        raise ValueError(f"`model` must have layers that get what the one before returned, but {name} has others.")
+        raise ValueError(f"`model` must have layers that each receive the previous output, but {name} does not.")
     assert states[0] is not None
     assert second[0].first_tensor is not None
     same = torch.eq(states[0], second[0].first_tensor).flatten(2).all(-1).all(0).long()
@@ -101,7 +101,7 @@ def _find_reason_against_rows(block: nn.Module, call: ModuleCall, rows: Tensor) 
     try:
         with preserve_state(block), torch.no_grad():
             block(*args, **kwargs)
-    except Exception as error:  # whatever a family makes of rows without a place in the image
+    except Exception as error:  # families raise different errors for rows without a position
         return f"a layer does not run on rows alone ({type(error).__name__}: {error})"
     return None
 
@@ -126,13 +126,13 @@ def _is_state(tensor: Tensor | None, first: Tensor | None) -> bool:
 
 
 def _are_chained(calls: list[ModuleCall]) -> bool:
-    """Return whether every layer gets what the one before returned."""
+    """Return whether every layer receives the output of the layer before."""
     pairs = itertools.pairwise(calls)
     return all(torch.equal(get_state(a.output), b.first_tensor) for a, b in pairs if b.first_tensor is not None)
 
 
 def _keep_options(call: ModuleCall) -> ModuleCall:
-    """Return a call without its tensors but the first, whose place the empty tensor marks."""
+    """Return a call without its tensors. An empty tensor marks the place of the first one, the tokens."""
     tokens = call.first_tensor
 
     def keep(each: Tensor) -> Tensor | None:
@@ -143,20 +143,20 @@ def _keep_options(call: ModuleCall) -> ModuleCall:
 
 
 def get_state(output: Any) -> Tensor:
-    """Return the tokens that a layer returned, alone or first among others."""
+    """Return the tokens in a layer's output, which may be a tuple that begins with them."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
 
 
 def replace_state(output: Any, state: Tensor) -> Any:
-    """Return what a layer returned with other tokens."""
+    """Return a layer's output with other tokens."""
     return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 def change_tokens(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a layer with its tokens, the first tensor, changed."""
+    """Return the arguments of a layer with a change of its tokens, which are the first tensor."""
     for i, value in enumerate(args):
         if isinstance(value, Tensor):
             return (*args[:i], change(value), *args[i + 1 :]), kwargs
@@ -165,7 +165,7 @@ def change_tokens(
 
 
 def extend_mask(mask: Any, place: int, rows: int, tokens: int) -> Any:
-    """Return a mask ``[..., N or 1, N]`` for rows at a place among the tokens, which all see and that see all."""
+    """Insert rows at ``place`` into a mask ``[..., N or 1, N]``. Rows and tokens all see each other."""
     if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
         return mask
     seen = mask.dtype is torch.bool
@@ -178,7 +178,7 @@ def extend_mask(mask: Any, place: int, rows: int, tokens: int) -> Any:
 
 
 def crop_states(output: Any, place: int, rows: int, length: int) -> Any:
-    """Return an output whose states ``[B, N + P, d]`` lack the rows."""
+    """Return an output with the rows removed from its states ``[B, N + P, d]``."""
 
     def crop(value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -199,7 +199,7 @@ class SharedRows(NamedTuple):
     """The results of a call for the rows that are the same for every image."""
 
     prefixes: list[Prefix] | None
-    """Their keys ``[1, Hkv, P, D]`` and values in every layer. None: rows stand in every image."""
+    """Their keys ``[1, Hkv, P, D]`` and values in every layer, or None if every image contains the rows."""
     last: Tensor | None
     """The rows ``[1, P, d]`` that enter the last layer."""
 
@@ -210,19 +210,19 @@ class RowsBinding(Binding):
     def __init__(self, hooks: VisualHooks, index: int) -> None:
         self.hooks = hooks
         self.index = index
-        self.captured: Prefix | None = None  # of the rows that run now
+        self.captured: Prefix | None = None  # keys and values of the rows that run now
         self.image_rows: Prefix | None = None  # keys and values ``[B, Hkv, A, D]`` of the rows that differ by image
-        self.attention: Tensor | None = None  # of the class token to the tokens ``[B, N]``, if it is asked for
+        self.attention: Tensor | None = None  # attention of the class token to the tokens ``[B, N]``, if needed
 
     def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """Keep the keys and values of rows that run alone, each of which gets its own value."""
+        """Store the keys and values of rows that run alone. The output of each row is its own value."""
         if not self.hooks.running_rows:
             return None
         self.captured = key, value
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the keys and values of the rows."""
+        """Return the keys and values of the rows, or None if every image contains the rows."""
         prefix = self.hooks.get_prefix(self.index)
         if prefix is None:
             return None
@@ -237,7 +237,7 @@ class RowsBinding(Binding):
         return pk, pv
 
     def _compute_attention(self, query: Tensor, key: Tensor, prefix_key: Tensor) -> Tensor:
-        """Compute the attention of the class token to the tokens, the mean over heads ``[B, N]``."""
+        """Compute the attention ``[B, N]`` of the class token to the tokens, averaged over heads."""
         groups, tokens = query.shape[1] // key.shape[1], key.shape[2]
         if self.hooks.method.strength(self.index) is None:
             key = torch.cat([key, prefix_key.expand(len(key), -1, -1, -1)], dim=2)
@@ -247,22 +247,25 @@ class RowsBinding(Binding):
         return attention
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[None, Tensor | None]:
-        """Return the gate of a separate softmax over the rows, with which its share is right after scaling."""
+        """Return the output gate ``share / (1 - share)`` of a separate softmax over the rows.
+
+        ``get_output_scale`` multiplies the output by ``1 - share``, which gives the rows their share.
+        """
         share = self.hooks.method.strength(self.index)
         return None, None if share is None else query.new_full((query.shape[1],), share / (1.0 - share))
 
     def get_output_scale(self) -> float:
-        """Return what the output is multiplied by: the share of the softmax over the tokens."""
+        """Return the factor of the output, which is the share of the softmax over the tokens."""
         share = self.hooks.method.strength(self.index)
         return 1.0 if share is None or self.hooks.get_prefix(self.index) is None else 1.0 - share
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         return {**self.__dict__, "captured": None, "image_rows": None, "attention": None}
 
 
 class VisualHooks:
-    """A method with rows beside the tokens of an image; its hooks are set from ``install`` to ``remove``."""
+    """A method with rows beside the tokens of an image. Its hooks are set from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: VisualMethod, stack: VisionStack) -> None:
         self.model = model
@@ -271,9 +274,9 @@ class VisualHooks:
         self.names = read_parameter_names(stack.part)
         self.bindings = {module: RowsBinding(self, i) for i, module in enumerate(stack.attentions)}
         self.of_call = SharedRows(None, None)
-        self.of_training = self.of_call  # of the last call with gradients, whose layers may run again
+        self.of_training = self.of_call  # rows of the last call with gradients, whose layers may be recomputed
         self.running_rows = False
-        self.rows = 0  # in every image, of the call in progress
+        self.rows = 0  # rows in every image of the call in progress
         self.tokens = 0
         self.handles: list[Interception] = []
         self.block_handles: list[Interception] = []
@@ -293,7 +296,7 @@ class VisualHooks:
         self.handles = [Interception(self.stack.part, self.run), *self.block_handles]
 
     def remove(self) -> None:
-        """Remove all hooks, and restore the model's attention."""
+        """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
         if self.implementation is not None and self.implementation.configurations is not None:
@@ -301,13 +304,13 @@ class VisualHooks:
         self.handles, self.block_handles = [], []
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model, with the rows once for the whole batch where they do not see the image."""
+        """Run the model. Rows that do not depend on the image run once for the whole batch."""
         refuse_replicas(self.stack.part)
         arguments = name_arguments(self.names, args, kwargs)
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.stack.part):
             raise ValueError(
-                "`use_reentrant` must be False for gradient checkpointing of a model with visual prompts, whose rows "
-                "would get no gradients."
+                "`use_reentrant` must be False for gradient checkpointing of a model with visual prompts, which would "
+                "get no gradients."
             )
         reason = self.find_reason(self.method.training)
         path = "shared" if reason is None else f"textbook: {reason}"
@@ -319,8 +322,8 @@ class VisualHooks:
             self.implementation.check()
             if asks_for(arguments, self.stack.part, "output_attentions"):
                 raise ValueError(
-                    "`output_attentions` must be False with rows that are shared, whose kernels make no attention "
-                    "weights."
+                    "`output_attentions` must be False with shared visual prompts, whose kernels do not return "
+                    "attention weights."
                 )
             self.of_call = self.run_rows()
         if torch.is_grad_enabled():
@@ -332,12 +335,12 @@ class VisualHooks:
         return crop_states(output, self.tokens, tail, self.tokens) if tail else output
 
     def find_reason(self, training: bool) -> str | None:
-        """Return the reason for which rows stand in every image, or None if they run once for the whole batch."""
+        """Return the reason why every image must contain the rows, or None if they run once for the whole batch."""
         return self.method.sees_tokens(training) or self.stack.reason
 
     @property
     def shared(self) -> SharedRows:
-        """Return the rows of the call in progress; of a checkpointed layer that runs again, those of its own call."""
+        """Return the rows of the call in progress, or for a recomputed layer those of the call it belongs to."""
         return self.of_training if runs_again() else self.of_call
 
     def run_rows(self) -> SharedRows:
@@ -345,7 +348,7 @@ class VisualHooks:
         rows: Tensor | None = None
         prefixes: list[Prefix] = []
         former: Tensor | None = None
-        with suspend_checkpointing(self.stack.part):  # a layer that runs again is taken to run on tokens
+        with suspend_checkpointing(self.stack.part):  # recomputed layers are assumed to run on tokens
             for index in range(len(self.stack.blocks)):
                 rows = self.method.make_rows(index, former, 1)
                 former, prefix = self.run_alone(index, rows)
@@ -353,7 +356,7 @@ class VisualHooks:
         return SharedRows(prefixes, rows)
 
     def run_alone(self, index: int, rows: Tensor) -> tuple[Tensor, Prefix]:
-        """Run a layer on rows ``[B, P, d]`` alone; return what it makes of them, and their keys and values."""
+        """Run a layer on rows ``[B, P, d]`` alone, and return its output for them, and their keys and values."""
         former, self.running_rows = self.running_rows, True
         binding = self.bindings[self.stack.attentions[index]]
         call = self.stack.calls[index]
@@ -365,11 +368,11 @@ class VisualHooks:
             self.running_rows = former
         captured, binding.captured = binding.captured, None
         if captured is None:
-            raise RuntimeError(f"{type(self.stack.blocks[index]).__name__} did not call the attention interface")
+            raise RuntimeError(f"{type(self.stack.blocks[index]).__name__} did not call the attention interface.")
         return get_state(output), captured
 
     def get_prefix(self, index: int) -> Prefix | None:
-        """Return the keys ``[Hkv, P, D]`` and values of a layer's rows, or None where rows stand in every image."""
+        """Return the keys ``[Hkv, P, D]`` and values of a layer's rows, or None if every image contains the rows."""
         prefixes = self.shared.prefixes
         if prefixes is None:
             return None
@@ -377,7 +380,7 @@ class VisualHooks:
         return key[0], value[0]
 
     def run_block(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer, on rows in every image too where they are not shared."""
+        """Run a layer. If the rows are not shared, insert them into every image."""
         if self.shared.prefixes is not None:
             return self.run_beside_rows(index, forward, args, kwargs)
         place, former = self.stack.leading, self.rows if index else 0
@@ -401,8 +404,8 @@ class VisualHooks:
         state = get_state(output)
         return replace_state(output, torch.cat([state[:, :place], state[:, place + self.rows :]], dim=1))
 
-    # Rows that differ by image. Between layers they are the last of the tokens, or in their place those tokens are that
-    # the next layer reads, so that a checkpointed layer that runs again has all that it needs.
+    # Rows that differ by image. Between layers they are appended to the tokens. Before the layer that creates them, the
+    # tokens that they are made of are appended instead. A recomputed layer thereby gets all of its inputs.
 
     def count_tail(self) -> int:
         """Return the number of rows that differ by image, or 0."""
@@ -410,7 +413,7 @@ class VisualHooks:
         return int(self.method.config.num_attribute) if reads else 0
 
     def has_tail(self, index: int) -> bool:
-        """Return whether rows that differ by image, or what they are made of, enter a layer."""
+        """Return whether rows that differ by image, or the tokens that they are made of, enter a layer."""
         return any(self.method.reads_tokens(i) for i in range(index + 1))
 
     def asks_for_attention(self, index: int) -> bool:
@@ -419,11 +422,11 @@ class VisualHooks:
         return self.keeps_loss() if last else self.method.reads_tokens(index + 1)
 
     def keeps_loss(self) -> bool:
-        """Return whether calls leave a loss on the method."""
+        """Return whether calls store a loss on the method."""
         return bool(getattr(self.method.config, "matching_loss", False))
 
     def run_beside_rows(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer whose tokens attend to rows."""
+        """Run a layer whose tokens attend to shared rows, and to rows that differ by image if there are any."""
         if not self.keeps_loss() and self.count_tail() == 0:
             return forward(*args, **kwargs)
         block: Any = self.stack.blocks[index]
@@ -438,11 +441,11 @@ class VisualHooks:
             finally:
                 block.gradient_checkpointing = True
 
-        # Inside the layer's own checkpoint, a layer that runs again would have the image rows of a later call.
+        # Inside the layer's own checkpoint, a recomputed layer would get the image rows of a later call.
         return block._gradient_checkpointing_func(run_plainly, *args)
 
     def run_beside_image_rows(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer, and the rows that differ by image beside it."""
+        """Run a layer on the tokens, and on the rows that differ by image."""
         count = self.count_tail() if self.has_tail(index) else 0
         tail: Tensor | None = None
         tokens: Tensor | None = None
@@ -484,7 +487,7 @@ class VisualHooks:
         return state.gather(1, place[..., None].expand(-1, -1, state.shape[-1]))
 
     def compute_loss(self, tokens: Tensor, rows: Tensor | None, attention: Tensor | None) -> Tensor:
-        """Compute the loss of the rows and the most attended tokens that enter the last layer."""
+        """Compute the matching loss between the rows and the most attended tokens at the last layer's input."""
         last = self.shared.last
         assert last is not None
         count = min(_MATCHED, tokens.shape[1] - self.stack.leading)
@@ -494,6 +497,6 @@ class VisualHooks:
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out state that exists only while a model runs."""
         nothing = SharedRows(None, None)
         return {**self.__dict__, "of_call": nothing, "of_training": nothing}
