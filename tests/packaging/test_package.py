@@ -122,7 +122,7 @@ def test_a_library_runs_with_its_pytorch_and_newer_ones(tmp_path: Path) -> None:
     for version in ("2.11.0", "2.13.0+cpu", "2.100.0a0+git1", "3.0.0"):
         assert _native.find_library(tmp_path, version) == library
     reason = str(_native.find_library(tmp_path, "2.10.1+cpu"))
-    assert reason == "its C++ extension needs PyTorch 2.11 or newer, and this is 2.10.1+cpu"
+    assert reason == "its C++ extension requires PyTorch 2.11 or newer, but this is 2.10.1+cpu"
 
 
 LIBRARIES = sorted(Path(_native.__file__).parent.glob("*.so"))
