@@ -175,7 +175,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
             continue  # generation has no dropout
         for dtype in options.dtype:
             for causal in (False, True):
-                torch.compiler.reset()  # remove what was compiled for another shape
+                torch.compiler.reset()  # remove the code compiled for another shape
                 inputs = Inputs(shape, DTYPES[dtype], causal, device, options.dropout)
                 case = {**shape._asdict(), "dtype": dtype, "causal": causal}
                 yield case, inputs.works(options.flex)
