@@ -173,9 +173,9 @@ def setup() -> ModuleType:
         ("Linux", "", "/usr/bin/c++", None),
         ("Linux", "1", "/usr/bin/c++", None),
         ("Linux", "0", "/usr/bin/c++", "FASTPREFIX_BUILD_EXT is 0"),
-        ("Linux", "", None, "there is no C++ compiler"),
-        ("Darwin", "", "/usr/bin/c++", "they are written for GCC on Linux, and this is Darwin"),
-        ("Windows", "", "cl.exe", "they are written for GCC on Linux, and this is Windows"),
+        ("Linux", "", None, "no C++ compiler was found"),
+        ("Darwin", "", "/usr/bin/c++", "they require GCC on Linux, but this is Darwin"),
+        ("Windows", "", "cl.exe", "they require GCC on Linux, but this is Windows"),
     ],
 )
 def test_when_the_kernels_are_built(

@@ -1,13 +1,13 @@
 """Compile the CPU kernels for aarch64, run them in QEMU, and compare them with the float64 reference.
 
-PyTorch itself is not emulated. A small program (``emulator.cpp``) loads a library and stands in for the few functions
-of PyTorch's C interface that the library uses; for the PyTorch of this machine it is one more backend, so that cases,
-gradients and bounds are those of ``fastprefix.parity``. Results are checked here, and speed is not.
+PyTorch itself is not emulated. A small program (``emulator.cpp``) loads a library, and implements the few functions of
+PyTorch's C interface that the library uses. In the PyTorch of this machine, it is registered as one more backend, so
+cases, gradients and bounds are those of ``fastprefix.parity``. This tool checks results and does not measure speed.
 
 Usage, from the root of a checkout: python -m tools.emulate [--sysroot DIR]
 
-DIR holds aarch64's dynamic linker and libraries of C and C++; the default is where Debian's cross compiler has them.
-``--native`` checks this tool itself, with the machine's own compiler and without QEMU.
+DIR contains the dynamic linker and the C and C++ libraries of aarch64. The default is the folder of Debian's cross
+compiler. ``--native`` checks this tool itself, with the compiler of this machine and without QEMU.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from fastprefix.testing import Report, _compare, _Run
 BACKEND = "emulated"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PROCESSORS = {"default": "cortex-a72", "neon_bf16": "max"}
-"""QEMU's processor for each instruction set: cortex-a72 has nothing that came after ARMv8.0."""
+"""QEMU's processor for each instruction set. cortex-a72 has no extensions newer than ARMv8.0."""
 
 _HERE = Path(__file__).parent
 _NUMBERS = {
@@ -53,19 +53,19 @@ _DTYPES = {number: dtype for dtype, number in _NUMBERS.items()}
 
 @functools.cache
 def read_setup() -> dict[str, Any]:
-    """Return what ``setup.py`` defines, without building anything."""
+    """Return the names that ``setup.py`` defines, without building anything."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path("setup.py")
 
 
 def build_emulator(compiler: str, folder: Path) -> Path:
-    """Compile the program that runs libraries."""
+    """Compile the program that runs the libraries."""
     source = _HERE / "emulator.cpp"
     return _compile(compiler, folder / "emulator", [source], source, "-rdynamic", "-ldl")
 
 
 def build_libraries(compiler: str, folder: Path, instruction_sets: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Compile the kernels for each instruction set, which is a name and flags."""
+    """Compile the kernels for each instruction set, given by name and flags."""
     read = [Path("setup.py"), *Path("csrc").rglob("*.*")]
     libraries = {}
     for name, flags in instruction_sets.items():
@@ -73,13 +73,13 @@ def build_libraries(compiler: str, folder: Path, instruction_sets: Mapping[str, 
             _compile(compiler, folder / name / f"{source.replace('/', '_')}.o", read, *flags, "-fPIC", "-c", source)
             for source in read_setup()["SOURCES"]
         ]
-        # Lazily: the emulator has those of PyTorch's functions alone that are called.
+        # Lazy binding, because the emulator only has those functions of PyTorch that are called.
         libraries[name] = _compile(compiler, folder / f"{name}.so", read, *objects, "-shared", "-Wl,-z,lazy")
     return libraries
 
 
 def _compile(compiler: str, target: Path, read: Sequence[Path], *arguments: object) -> Path:
-    """Call the compiler with the flags of ``setup.py``, unless ``target`` is newer than all that is read."""
+    """Call the compiler with the flags of ``setup.py``, unless ``target`` is newer than all files in ``read``."""
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in read):
         target.parent.mkdir(parents=True, exist_ok=True)
         setup = read_setup()
@@ -92,24 +92,24 @@ def _compile(compiler: str, target: Path, read: Sequence[Path], *arguments: obje
 
 
 class EmulationError(RuntimeError):
-    """An operator failed, or the emulator ended."""
+    """An operator failed, or the emulator exited."""
 
 
 class Emulator:
     """A process that runs the operators of one library at a time."""
 
     def __init__(self) -> None:
-        """Start nothing yet."""
+        """Create an emulator without a process."""
         self._command: Sequence[str | Path] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Sequence[str | Path]) -> None:
-        """Let ``command`` be what runs the operators from now on."""
+        """Set the command that runs the operators from now on."""
         self.close()
         self._command = command
 
     def call(self, name: str, schema: Any, arguments: Sequence[Any]) -> list[Tensor]:
-        """Run an operator of the backend "cpu" on arguments in the order of ``schema``; returns all its tensors."""
+        """Run an operator of the cpu backend on arguments in the order of ``schema``. Return all of its tensors."""
         returned = [type(output.type) for output in schema.returns]
         request = [_encode_text(f"{name}.cpu")]
         request.append(struct.pack("<qqq", len(returned), returned == [torch.ListType], len(arguments)))
@@ -130,7 +130,7 @@ class Emulator:
             raise EmulationError(f"{name}: the emulator ended with the exit status {code}") from None
 
     def close(self) -> int | None:
-        """End the process, which the next call starts again; returns its exit status."""
+        """End the process and return its exit status. The next call starts a new one."""
         if self._process is None:
             return None
         process, self._process = self._process, None
@@ -146,7 +146,7 @@ def _encode_text(text: str) -> bytes:
 
 
 def _encode(argument: Any, optional: bool) -> bytes:
-    """Write an argument as a letter and what belongs to it."""
+    """Encode an argument as a letter for its type, followed by its data."""
     if argument is None:
         return struct.pack("<q", ord("n"))
     wrapped = struct.pack("<q", ord("o")) if optional else b""
@@ -160,7 +160,7 @@ def _encode(argument: Any, optional: bool) -> bytes:
 
 
 def _line_up(x: Tensor) -> Tensor:
-    """Return what lies in memory from the first to the last element."""
+    """Return the memory from the first to the last element of a tensor, as a 1-D view."""
     return x.as_strided((_span(x.shape, x.stride()),), (1,))
 
 
@@ -194,7 +194,7 @@ def _read_tensor(stream: IO[bytes]) -> Tensor:
 
 
 def register(operation: Operation, emulator: Emulator) -> None:
-    """Make the emulator a backend of an operation."""
+    """Register the emulator as a backend of an operation."""
     operation.define(BACKEND)
     namespace = getattr(torch.ops, NAMESPACE)
     backward_name = f"{operation.name}_backward"
@@ -215,7 +215,7 @@ def register(operation: Operation, emulator: Emulator) -> None:
 
 
 def list_cases() -> list[Case]:
-    """Return smaller cases of the grid of ``fastprefix.parity``, after a few that use much of the code."""
+    """Return a few cases that use much of the code, then the smaller cases of the grid of ``fastprefix.parity``."""
     wide = make_attention_case(Hq=4, N=33, M=45, P=11, D=64, gate="BhP", is_causal=True)
     numbers = torch.arange(33, dtype=torch.int32) // 7
     shared: list[Case] = [
@@ -231,7 +231,7 @@ def list_cases() -> list[Case]:
 
 
 def check(case: Case, dtype: torch.dtype) -> Report:
-    """Measure as ``fastprefix parity`` does; in float64, allow 100 ulp of the largest value, or of 1."""
+    """Measure as ``fastprefix parity`` does. In float64, allow 100 ulp of the largest value, or of 1."""
     if dtype is not torch.float64:
         return measure(case, dtype, BACKEND)
     inputs = case.build(dtype)
@@ -241,14 +241,14 @@ def check(case: Case, dtype: torch.dtype) -> Report:
         results.append(run.results(seed=0))
     found, exact = results
     rows = (_compare(name, found[name], exact[name], exact[name]) for name in found)
-    least = 100 * torch.finfo(dtype).eps  # gradients that are 0 in the end are sums of numbers that are not
+    least = 100 * torch.finfo(dtype).eps  # gradients that should be 0 are sums of larger numbers
     return Report(
         tuple(replace(row, bound=max(50 * row.bound, least), rms_bound=max(50 * row.rms_bound, least)) for row in rows)
     )
 
 
 def describe(case: Case) -> str:
-    """Name what differs from a case's defaults."""
+    """Return the name of a case's operation and the fields that differ from their defaults."""
 
     def differing() -> Iterator[str]:
         for field in fields(case):
@@ -263,7 +263,7 @@ def describe(case: Case) -> str:
 
 
 def run_cases(instruction_set: str, cases: Sequence[Case]) -> int:
-    """Print a line for each case, its largest ratio of error and bound in each dtype; returns how many missed."""
+    """Print the largest ratio of error and bound in each dtype for each case. Return the number of misses."""
     missed = 0
     for case in cases:
         ratios, failures = [], []
@@ -292,14 +292,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def run_all(commands: Mapping[str, Sequence[str | Path]], cases: Sequence[Case]) -> int:
-    """Run the cases on each instruction set, whose emulator a command starts; returns how many missed."""
+    """Run the cases on each instruction set, whose emulator is started by a command. Return the number of misses."""
     emulator = Emulator()
     for operation in (ATTENTION, EMBEDDING):
         register(operation, emulator)
     BACKENDS[BACKEND] = Backend(BACKEND, ("cpu",), lambda device: None)
     missed, started = 0, time.monotonic()
     print(
-        f"{'':<9} {' '.join(f'{_name(dtype):>8}' for dtype in DTYPES)}  the largest error of all results, by its bound"
+        f"{'':<9} {' '.join(f'{_name(dtype):>8}' for dtype in DTYPES)}  largest ratio of error to bound in all results"
     )
     for name, command in commands.items():
         emulator.start(command)
@@ -319,23 +319,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sysroot", type=Path, default=Path("/usr/aarch64-linux-gnu"), metavar="DIR")
     parser.add_argument("--compiler", default="aarch64-linux-gnu-g++", help="default: %(default)s")
     parser.add_argument("--qemu", default="qemu-aarch64", help="default: %(default)s")
-    parser.add_argument("--native", action="store_true", help="this machine's own compiler, c++, and no QEMU")
-    parser.add_argument("--folder", type=Path, help="where what is compiled goes; default: in build/")
+    parser.add_argument("--native", action="store_true", help="use the compiler of this machine, c++, without QEMU")
+    parser.add_argument("--folder", type=Path, help="folder for compiled files (default: in build/)")
     return parser
 
 
 def explain_missing(compiler: str, qemu: str | None, sysroot: Path) -> str | None:
-    """Return what the machine lacks."""
+    """Return a message about a missing program or library, or None."""
     for program in filter(None, (compiler, qemu)):
         if shutil.which(program) is None:
-            return f"there is no {program} on this machine (Debian has it in g++-aarch64-linux-gnu or qemu-user)"
+            return f"{program} is not installed (on Debian, install g++-aarch64-linux-gnu or qemu-user)"
     if qemu is not None and not (sysroot / "lib/ld-linux-aarch64.so.1").exists():
-        return f"`--sysroot` must hold lib/ld-linux-aarch64.so.1, and {sysroot} does not"
+        return f"`--sysroot` must contain lib/ld-linux-aarch64.so.1, but {sysroot} does not"
     return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, run all cases, and return 1 where one missed its bound or could not run."""
+    """Build, run all cases, and return 1 if a case missed its bound or could not run."""
     options = make_parser().parse_args(arguments)
     compiler, qemu = ("c++", None) if options.native else (options.compiler, options.qemu)
     missing = explain_missing(compiler, qemu, options.sysroot)
