@@ -1,12 +1,12 @@
-// Runs the operators of a library of csrc/ without PyTorch: a program for whichever architecture it is compiled for,
-// which stands in for the part of PyTorch's C interface that the library uses.
+// Run the operators of a library of csrc/ without PyTorch. This program can be compiled for any architecture. It
+// implements the part of PyTorch's C interface that the library uses.
 //
-// Usage: emulator LIBRARY. Requests come in on stdin and replies go out on stdout, in the form that __main__.py writes
-// and reads: all numbers have 64 bits, and texts, lists and elements follow their lengths.
+// Usage: emulator LIBRARY. The program reads requests from stdin and writes replies to stdout, in the format of
+// __main__.py. All numbers have 64 bits. Texts, lists and elements follow their lengths.
 //
-// It is stricter than PyTorch. Memory ends where no access is allowed, and what no operator has written is full of 0xFF
-// (NaN). Ranges of a parallel loop run one after the other, the last one first. Handles that an operator keeps are
-// errors.
+// It is stricter than PyTorch. A page without access rights follows each allocation. Uninitialized memory is filled
+// with 0xFF (NaN). The ranges of a parallel loop run consecutively, the last one first. It is an error if an operator
+// does not delete all of its handles.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -56,7 +56,7 @@ int64_t round_up(int64_t x, int64_t unit) {
 std::shared_ptr<char> allocate(int64_t bytes, int64_t alignment) {
   const int64_t page = sysconf(_SC_PAGESIZE), used = round_up(bytes, alignment), open = round_up(used, page);
   void* pages = mmap(nullptr, open + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) give_up("there is no memory left");
+  if (pages == MAP_FAILED) give_up("out of memory");
   char* begin = static_cast<char*>(pages);
   mprotect(begin + open, page, PROT_NONE);
   std::memset(begin, 0xFF, open);
@@ -71,7 +71,7 @@ struct AtenTensorOpaque {
   std::shared_ptr<char> data;
 
   int64_t bytes_each() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
-  // The elements from the first to the last one.
+  // The elements from the first to the last one, in memory order.
   int64_t span() const {
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) {
@@ -221,7 +221,7 @@ AOTITorchError torch_get_num_threads(uint32_t* count) {
   *count = kThreads;
   return AOTI_TORCH_SUCCESS;
 }
-// As many ranges as PyTorch makes; loops within loops have one.
+// A loop has as many ranges as in PyTorch. A nested loop has one range.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context) {
   if (begin >= end) return AOTI_TORCH_SUCCESS;
   const int64_t size = end - begin, most = inside_a_loop ? 1 : kThreads;
@@ -241,7 +241,7 @@ AOTITorchError torch_call_dispatcher(const char* name, const char*, StableIValue
     std::unique_ptr<StableIValue> wanted(as_handle<StableIValue*>(stack[1]));
     if (wanted) dtype = static_cast<int32_t>(*wanted);
   } else if (std::strcmp(name, "aten::contiguous") != 0) {
-    give_up(std::string("there is no ") + name);
+    give_up(std::string("the emulator has no function ") + name);
   }
   stack[0] = as_value(copy_densely(*self, dtype));
   return aoti_torch_delete_tensor_object(self);
@@ -268,7 +268,7 @@ AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle library) {
 namespace {
 
 void read_bytes(void* data, int64_t count) {
-  if (std::fread(data, 1, count, stdin) != static_cast<size_t>(count)) give_up("a request breaks off");
+  if (std::fread(data, 1, count, stdin) != static_cast<size_t>(count)) give_up("a request is incomplete");
 }
 
 int64_t read_number() {
@@ -312,7 +312,7 @@ StableIValue read_argument() {
   const auto dtype = static_cast<int32_t>(read_number());
   const int64_t dim = read_number();
   Sizes sizes = read_numbers(dim), strides = read_numbers(dim);
-  // An argument may be a part of another tensor: it begins at any element.
+  // An argument can be a view of another tensor, so it can begin at any element.
   AtenTensorHandle tensor = make(dtype, sizes, strides, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)));
   read_bytes(tensor->data.get(), tensor->span() * tensor->bytes_each());
   return as_value(tensor);
@@ -334,7 +334,7 @@ void write_error(const std::string& message) {
   write_bytes(message.data(), static_cast<int64_t>(message.size()));
 }
 
-// A request: the operator's name, the number of its outputs, whether its only one is a list, and the arguments.
+// A request contains the operator's name, the number of its outputs, 1 if its only output is a list, and the arguments.
 void serve() {
   handles = 0;
   inside_a_loop = false;
@@ -367,8 +367,8 @@ void serve() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2) give_up("takes the path of a library");
-  // Lazily: of PyTorch's functions there are those alone that are called.
+  if (count != 2) give_up("usage: emulator LIBRARY");
+  // Lazy binding, because only those functions of PyTorch exist that are called.
   if (dlopen(arguments[1], RTLD_LAZY) == nullptr) give_up(dlerror());
   for (int next = std::getchar(); next != EOF; next = std::getchar()) {
     std::ungetc(next, stdin);
