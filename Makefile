@@ -1,15 +1,15 @@
-# Everything runs in a virtual environment that is made here, once.
+# Everything runs in a virtual environment that is created in this folder once.
 #
-#   make bench    the main job: the methods against their peers, on real text
-#   make test     build, then all tests: the Triton kernels' in the interpreter, PEFT's again with its transformers
-#   make matrix   the model tests on the oldest, the pinned and the newest libraries (an hour and 15 GB, not part of CI)
-#   make lint     ruff, clang-format, mypy and codespell
-#   make docs     the documentation's site, in site/
-#   make sanitize the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
+#   make bench    run the main benchmark, which compares the methods with their peers on real text
+#   make test     build, then run all tests (Triton kernels in the interpreter, PEFT tests with its own transformers)
+#   make matrix   run the model tests on the oldest, pinned and newest libraries (an hour and 15 GB, not part of CI)
+#   make lint     run ruff, clang-format, mypy and codespell
+#   make docs     build the documentation site in site/
+#   make sanitize run the tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
 #
-# Own choices, as make variables:
-#   PYTHON=python3.12        the interpreter that makes the environment
-#   TORCH=torch==2.11.0      another PyTorch; it brings its own Triton, where it is a CUDA build
+# Options, as make variables:
+#   PYTHON=python3.12        the interpreter that creates the environment
+#   TORCH=torch==2.11.0      another PyTorch. A CUDA build installs its own Triton
 #   BENCH="--quick"          arguments of `python -m benchmarks`
 #   TEST="-k parity"         arguments of pytest
 #   MATRIX="--only newest"   arguments of tools/matrix.py
@@ -23,17 +23,17 @@ TEST ?=
 MATRIX ?=
 
 BIN := $(VENV)/bin
-# What is imported is compiled then: compiling all of PyTorch's modules takes half a minute.
+# Modules are compiled when they are imported, because compiling all modules of PyTorch takes half a minute.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-# Stamps need nothing but pip, and allow any TORCH, which a lock file would not. Other versions are in constraints.txt.
-# The stamp names what was installed, so another TORCH installs again, and the same one does not.
+# Stamp files only require pip, and allow any TORCH, unlike a lock file. Other versions are in constraints.txt.
+# The name of a stamp contains TORCH, so that only a different TORCH triggers a new installation.
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
 SOURCES = $(shell find csrc tools -name '*.h' -o -name '*.cpp')
-# Pytest exits with 5 where TEST selects no test of a second run.
+# Pytest exits with 5 if TEST selects no test in one of the runs.
 OR_NONE := $(if $(TEST),|| test $$? -eq 5)
-# A folder that stands before the environment's packages on the path of PEFT's tests.
+# A folder that comes before the environment's packages on the import path of the PEFT tests.
 OVERLAY := $(VENV)/peft-overlay
 OVERLAID := $(OVERLAY)/.installed
 
@@ -72,27 +72,27 @@ format: $(BUILT)
 install: $(BUILT)
 
 $(INSTALLED): constraints.txt pyproject.toml
-	@echo "installing PyTorch, transformers and the tools of tests and benchmarks in $(VENV) (a few minutes, once)"
+	@echo "installing PyTorch, transformers and the packages for tests and benchmarks in $(VENV) (a few minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --constraint constraints.txt setuptools ninja $(TORCH)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) $(TRITON)
 	FASTPREFIX_BUILD_EXT=0 $(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
 	rm -f $(VENV)/.installed-* $(VENV)/.built-* && touch $@
 
-# No build isolation: it would install a second PyTorch to build with.
+# Build isolation is off, because it would install a second PyTorch for the build.
 $(BUILT): $(INSTALLED) setup.py fastprefix/_version.py $(shell find csrc -type f)
 	@echo "building the C++ kernels (a few minutes on two cores)"
 	FASTPREFIX_BUILD_EXT=1 $(INSTALL) --no-build-isolation --no-deps --editable .
 	rm -f $(VENV)/.built-* && touch $@
 
 $(OVERLAID): constraints-peft.txt $(INSTALLED)
-	@echo "installing the transformers that PEFT works with in $(OVERLAY)"
+	@echo "installing the transformers version that PEFT supports in $(OVERLAY)"
 	rm -rf $(OVERLAY)
 	$(INSTALL) --no-deps --target $(OVERLAY) --requirement constraints-peft.txt
 	touch $@
 
 $(DOCUMENTED): $(INSTALLED)
-	@echo "installing the documentation's tools (a minute)"
+	@echo "installing the packages for the documentation (a minute)"
 	FASTPREFIX_BUILD_EXT=0 $(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 

@@ -1,11 +1,11 @@
-"""Build of the package; everything static is in pyproject.toml. Here: the CPU kernels.
+"""Build the CPU kernels. All static settings of the package are in pyproject.toml.
 
-The same sources are compiled once for each instruction set, into libraries of which the package loads one (see
-``fastprefix/_native/__init__.py``). They use nothing but PyTorch's stable C++ interface, as it was in version ``ABI``,
-so they run with that version and every later one; their names end with it.
+The same sources are compiled once for each instruction set. The package loads one of the resulting libraries (see
+``fastprefix/_native/__init__.py``). They only use PyTorch's stable C++ interface of version ``ABI``, so they run with
+that version and all later ones. Their names end with the version.
 
-The environment variable ``FASTPREFIX_BUILD_EXT`` says whether they are built: ``1`` fails where that is not possible,
-``0`` leaves them out. Without it they are built where that is possible; the package works without them.
+The environment variable ``FASTPREFIX_BUILD_EXT`` controls the build. ``1`` raises an error if the kernels cannot be
+built, and ``0`` skips them. By default, they are built if possible. The package works without them.
 """
 
 import os
@@ -24,7 +24,7 @@ ABI = (2, 11)
 INCLUDE = Path(torch.__file__).parent / "include"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
-# The names of ``fastprefix._native.instruction_set()``; never the building machine's own set.
+# The names are those of ``fastprefix._native.instruction_set()``. Flags never depend on the building machine.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
@@ -34,30 +34,30 @@ _ARM = {"neon_bf16": ["-march=armv8.2-a+bf16"]}
 
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only
-FLAGS += ["-Wno-maybe-uninitialized"]  # the intrinsics of GCC 12 warn of themselves
+FLAGS += ["-Wno-maybe-uninitialized"]  # the headers of GCC 12's intrinsics cause this warning
 FLAGS += ["-include", str(Path("csrc/common/older_systems.h").resolve())]
-# Errors name files, and the libraries are the same wherever they are built.
+# Error messages contain file names. Without their prefixes, the libraries do not depend on the folder of the build.
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}=fastprefix", f"-ffile-prefix-map={INCLUDE}=torch"]
 FLAGS += [f"-DTORCH_TARGET_VERSION=0x{ABI[0]:02x}{ABI[1]:02x}000000000000"]
 
 
 def instruction_sets(machine: str) -> dict[str, list[str]]:
-    """Return the flags of each instruction set of an architecture, the least one first."""
+    """Return the compiler flags of each instruction set of an architecture, in ascending order."""
     of_machine = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
     return {"default": []} | of_machine.get(machine.lower(), {})
 
 
 def why_not_built(system: str, wanted: str, compiler: str | None) -> str | None:
-    """Return why the kernels are left out; None: they are built."""
+    """Return the reason why the kernels are not built, or None if they are built."""
     if wanted == "0":
         return "FASTPREFIX_BUILD_EXT is 0"
     if system != "Linux":
-        return f"they are written for GCC on Linux, and this is {system}"
-    return None if compiler else "there is no C++ compiler"
+        return f"they require GCC on Linux, but this is {system}"
+    return None if compiler else "no C++ compiler was found"
 
 
 class Build(BuildExtension):  # type: ignore[misc]
-    """Objects of each library in a folder of their own, for they come from the same sources."""
+    """A build command that compiles each library in a separate folder, because all have the same sources."""
 
     def run(self) -> None:
         try:
@@ -77,7 +77,7 @@ class Build(BuildExtension):  # type: ignore[misc]
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python: the libraries are PyTorch's and no Python modules."""
+    """A wheel for every Python version. The libraries are loaded by PyTorch and are not Python modules."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

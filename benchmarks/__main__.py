@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks [SUITE] [options]``. Without the name of a suite, the main job runs."""
+"""Run a benchmark suite: ``python -m benchmarks [SUITE] [options]``. The default suite is the main job."""
 
 import argparse
 import difflib
@@ -33,26 +33,26 @@ SUITES = {
         )
     },
 }
-"""The module of each command, with DESCRIPTION, add_arguments and run. Only the module in use is imported."""
+"""The module of each suite, with DESCRIPTION, add_arguments and run. It is imported only if its suite runs."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a suite. Exit status 0: success; 1: a part of it failed; 2: it could not start."""
+    """Run a suite and return the exit status: 0 for success, 1 if a part of it failed, 2 if it could not start."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "main"
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(metavar="SUITE", help=f"{', '.join(SUITES)} (default: main)")
     if name not in SUITES:
         close = difflib.get_close_matches(name, SUITES, n=1)
         parser.error(
-            f"unknown suite {name!r}{f', meant {close[0]}?' * bool(close)} The suites are {', '.join(SUITES)}."
+            f"unknown suite {name!r}.{f' Did you mean {close[0]}?' * bool(close)} The suites are {', '.join(SUITES)}."
         )
     if arguments and arguments[0] == "--quick" and (later := next((a for a in arguments if a in SUITES), None)):
         rest = [a for a in arguments if a != later]
-        parser.error(f"the suite comes before its options: python -m benchmarks {shlex.join([later, *rest])}")
+        parser.error(f"the suite must come before its options: python -m benchmarks {shlex.join([later, *rest])}")
     try:
         suite = importlib.import_module(f".{SUITES[name]}", __package__)
     except ModuleNotFoundError as error:
-        parser.error(f"{name} needs the package {error.name}, of the extras of pyproject.toml")
+        parser.error(f"{name} requires the package {error.name}. Install the extras of pyproject.toml")
     suite.add_arguments(suites.add_parser(name, description=suite.DESCRIPTION))
     if name not in arguments[:1] and not {"-h", "--help"} & set(arguments):
         arguments = [name, *arguments]

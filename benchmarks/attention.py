@@ -1,9 +1,9 @@
-"""Prefix attention and its peers in PyTorch, on grids of shapes, types and masks.
+"""Compare prefix attention with its peers in PyTorch, over shapes, dtypes and masks.
 
 ``fused`` is this package. ``concat`` concatenates the gated prefix and the tokens and runs SDPA. ``tokens``, the floor,
-is SDPA on the tokens without a prefix. With ``--flex``, ``flex`` is concatenation and compiled FlexAttention, which has
-no backward pass on a CPU. With ``--dropout P``, all of them drop probabilities. There is one gate per row and prefix
-token.
+is SDPA on the tokens without a prefix. ``--flex`` adds ``flex``, which is concatenation and compiled FlexAttention. It
+has no backward pass on a CPU. ``--dropout P`` enables dropout of the attention probabilities in all peers. There is one
+gate per row and prefix token.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DESCRIPTION = "prefix_attention against gated concatenation, and against attenti
 
 
 class Shape(NamedTuple):
-    """Batch, heads, tokens of query and key, head size, prefix tokens."""
+    """The batch size, query and key heads, query and key tokens, head dimension, and prefix tokens."""
 
     B: int
     Hq: int
@@ -51,10 +51,10 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Inputs:
-    """Hold the tensors of one shape, and compute the output of each peer.
+    """The tensors of one shape, with a method for each peer.
 
-    ``gate`` is "row" (one per row and prefix token), "query" (one per query too), "separate" (two softmaxes), "none",
-    or "segments" (none, and each row consists of four sequences).
+    ``gate`` is "row" (a gate per row and prefix token), "query" (a gate per query and prefix token), "separate" (two
+    softmaxes), "none", or "segments" (no gate, and four packed sequences per row).
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Inputs:
         return row
 
     def concatenate(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the gated prefix and the tokens."""
+        """Return the concatenated keys and values of the gated prefix and the tokens."""
         gate, batch = self.gates["prefix_gate"][..., None] if self.gates else 1, self.q.shape[0]
         k = torch.cat([(self.pk * gate).expand(batch, -1, -1, -1), self.k], dim=2)
         v = torch.cat([(self.pv * gate).expand(batch, -1, -1, -1), self.v], dim=2)
@@ -118,7 +118,7 @@ class Inputs:
         return F.scaled_dot_product_attention(self.q, k, v, attn_mask=mask, is_causal=causal, **options)
 
     def run_concat(self) -> Tensor:
-        """Run what a user without these kernels writes."""
+        """Run attention the way users write it without these kernels."""
         if "output_gate" in self.gates:
             pk, pv = (t.expand(self.q.shape[0], -1, -1, -1) for t in (self.pk, self.pv))
             return self.run_tokens() + self.gates["output_gate"][..., None, None] * self.run_sdpa(pk, pv)
@@ -129,7 +129,7 @@ class Inputs:
         return self.run_sdpa(self.k, self.v, self.mask_tokens, self.causal and self.mask_tokens is None)
 
     def compile_flex(self) -> Callable[[], Tensor]:
-        """Return concatenation with FlexAttention, compiled for this shape."""
+        """Return a call of concatenation and FlexAttention, compiled for this shape."""
         N, columns, mask = self.shape.N, self.shape.P + self.shape.M, None
         if self.causal:
 
@@ -140,7 +140,7 @@ class Inputs:
         compiled, groups = torch.compile(flex_attention, dynamic=False), self.shape.Hq != self.shape.Hkv
 
         def call() -> Tensor:
-            # On a CPU it refuses inputs that require gradients, even where none are computed.
+            # On a CPU, FlexAttention refuses inputs that require gradients, even if none are computed.
             query = self.q if torch.is_grad_enabled() else self.q.detach()
             return compiled(query, *self.concatenate(), block_mask=mask, enable_gqa=groups)
 
@@ -160,7 +160,7 @@ class Inputs:
 
 
 def build_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
-    """Return the mask of N causal queries over P prefix tokens and M tokens, in the form that SDPA is fastest with."""
+    """Return the mask of N causal queries over P prefix tokens and M tokens, in the form that is fastest in SDPA."""
     bias: Tensor = causal_lower_right(N, P + M)
     return bias if device.type == "cuda" else build_dense_mask(N, M, P, device)
 
@@ -172,10 +172,10 @@ def build_dense_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for shape in QUICK if options.quick else SHAPES:
         if options.dropout and shape.N == 1:
-            continue  # nothing is dropped where tokens are generated
+            continue  # generation has no dropout
         for dtype in options.dtype:
             for causal in (False, True):
-                torch.compiler.reset()  # remove what was compiled for another shape
+                torch.compiler.reset()  # remove the code compiled for another shape
                 inputs = Inputs(shape, DTYPES[dtype], causal, device, options.dropout)
                 case = {**shape._asdict(), "dtype": dtype, "causal": causal}
                 yield case, inputs.works(options.flex)
@@ -183,12 +183,14 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="drop probabilities; a separate file")
+    parser.add_argument("--flex", action="store_true", help="also measure FlexAttention, which compiles for each case")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, metavar="P", help="attention dropout. Results go to a separate file"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.dropout < 1 or (options.dropout and options.flex):
-        raise BenchmarkError("--dropout must be at least 0 and below 1, and FlexAttention has none")
+        raise BenchmarkError("--dropout must be at least 0 and below 1. It does not work with --flex")
     suite, settings = ("attention-dropout", {"dropout": options.dropout}) if options.dropout else ("attention", {})
     return run_suite(suite, list_problems, options, measure_peaks, **settings)

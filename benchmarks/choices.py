@@ -1,9 +1,10 @@
-"""Write which calls the default composes, and how, from measurements of ``python -m benchmarks gpu``.
+"""Write the table of calls for which ``backend=None`` chooses the composed backend.
 
     python -m benchmarks choices gpu.json
 
-Each measured size becomes a row of ``composed_backend/choices.json``, which ``backend=None`` follows: the fastest plan
-of each pass, and whether it is faster than the Triton backend for inference and for training.
+The input is a result of ``python -m benchmarks gpu``. Each measured size becomes a row of
+``composed_backend/choices.json``. The row contains the fastest plan of each pass, and whether it is faster than the
+Triton backend for inference and for training.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from . import results
 from .measure import BenchmarkError, Row
 from .results import Record, write_text
 
-DESCRIPTION = "Write the table of calls that the default composes, from measurements on a GPU."
+DESCRIPTION = "Write the table of calls for which backend=None chooses the composed backend, from results on a GPU."
 KINDS = {"none": "plain", "row": "plain", "query": "own prefix", "segments": "segments"}
-"""The kind of a call in ``choices.json``, by the benchmark's gates."""
+"""The kind of a call in ``choices.json``, by the benchmark's ``gate``."""
 COMPOSED = "composed, "
 TRITON = "fused"
 
@@ -32,15 +33,12 @@ Key = tuple[str, bool, int, int, int]  # kind, is_causal, D, P, N
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="GPU.json", help="a file of `python -m benchmarks gpu`")
+    parser.add_argument("results", type=Path, metavar="GPU.json", help="a result of `python -m benchmarks gpu`")
     parser.add_argument("--out", type=Path, default=plans.CHOICES, help="default: the table of the package")
 
 
 def collect_times(record: Record) -> dict[Key, list[Seconds]]:
-    """Return the seconds of the Triton backend and of every plan, for each measured call of a key.
-
-    The time of a backward pass is the difference of two times.
-    """
+    """Return the seconds of the Triton backend and of every plan, for each key and each of its measured calls."""
     cases: dict[str, Seconds] = defaultdict(lambda: defaultdict(dict))
     keys: dict[str, Key] = {}
     for row in record.rows:
@@ -60,14 +58,15 @@ def collect_times(record: Record) -> dict[Key, list[Seconds]]:
 
 
 def split_passes(of: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds of each pass."""
+    """Return the seconds of the forward and the backward pass. The backward pass is the difference of two times."""
     return {"forward": of["forward"], "backward": max(of["forward+backward"] - of["forward"], 1e-9)}
 
 
 def choose(key: Key, calls: list[Seconds], device: str) -> Row | None:
-    """Return the row of a table, or None if no plan was measured in every call.
+    """Return the row of a key in the table, or None if no plan was measured in all of its calls.
 
-    A plan is judged by its geometric mean over the calls, and composition has to be faster in each of them.
+    The fastest plan is the one with the lowest geometric mean over the calls. Composition is chosen only if it is
+    faster than the Triton backend in every call.
     """
     names = set.intersection(*(set(call) for call in calls)) - {TRITON}
     if not names:
@@ -85,30 +84,30 @@ def choose(key: Key, calls: list[Seconds], device: str) -> Row | None:
 
 
 def build_table(record: Record) -> list[Row]:
-    """Return the rows of a run's device."""
+    """Return the rows of the table for the device of a run."""
     capability = record.settings.get("capability")
     if capability is None:
-        raise BenchmarkError("the results do not name the compute capability of the device")
+        raise BenchmarkError("the results do not contain the compute capability of the device")
     device = architecture(tuple(capability))
     rows = (choose(key, calls, device) for key, calls in sorted(collect_times(record).items()))
     return [row for row in rows if row is not None]
 
 
 def merge_tables(old: Iterable[Mapping[str, Any]], new: list[Row]) -> list[Row]:
-    """Return a table with the new rows in place of all rows of their architectures."""
+    """Return a table in which the new rows replace all old rows of the same architectures."""
     measured = {row["architecture"] for row in new}
     return [*(dict(row) for row in old if row["architecture"] not in measured), *new]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the table, and print how many of its calls are composed."""
+    """Write the table, and print for how many of its calls the composed backend is chosen."""
     new = build_table(results.read(options.results))
     if not new:
-        raise BenchmarkError(f"{options.results}: no call was measured on the Triton backend and by a plan")
+        raise BenchmarkError(f"{options.results}: no call was measured both on the Triton backend and with a plan")
     old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
     rows = merge_tables(old, new)
     plans.parse_choices(rows)
     write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n", options.out)
     counts = ", ".join(f"{sum(row[name] for row in new)} for {name}" for name in ("inference", "training"))
-    print(f"of {len(new)} measured calls these are composed: {counts}; written to {options.out}")
+    print(f"the composed backend is chosen for {counts} of {len(new)} measured calls. The table is in {options.out}")
     return 0

@@ -1,7 +1,8 @@
-"""Find what became slower: a new result against the committed one of the same suite and device.
+"""Compare a new result with the committed result of the same suite and device, and report what became slower.
 
 Only ratios to the floor of the same run are compared, because a slow machine slows both down. A ratio has moved if its
-ranges, from p20 / (the floor's p80) to p80 / (the floor's p20), do not overlap, and the medians differ by a tolerance.
+old and new ranges do not overlap and the medians differ by more than a tolerance. A range is from
+p20 / (the floor's p80) to p80 / (the floor's p20).
 """
 
 import argparse
@@ -12,27 +13,27 @@ from .measure import BenchmarkError, find_busyness
 from .report import load_frame
 from .results import Record, case_of, describe_fault
 
-DESCRIPTION = "Compare a new result with the committed one of the same suite and device: the ratios that moved."
+DESCRIPTION = "Compare a new result with the committed one of the same suite and device, and print ratios that moved."
 SAME = ("device_name", "cpu_capability", "threads", "adapters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("new", type=Path, metavar="NEW.json", help="the file of a suite")
-    parser.add_argument("--against", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="default: 0.05")
+    parser.add_argument("new", type=Path, metavar="NEW.json", help="the result of a suite")
+    parser.add_argument("--against", type=Path, default=results.FOLDER, metavar="DIR", help="committed results")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="relative change to ignore (default: 0.05)")
 
 
 def find_same_device(new: Record, folder: Path) -> Record:
-    """Return the record of the same suite, device, instructions and threads."""
+    """Return the record with the same suite, device, instruction set and number of threads."""
     wanted = [new.suite, *(new.environment.get(name) for name in SAME)]
     found = [r for _, r in results.read_all(folder) if [r.suite, *(r.environment.get(name) for name in SAME)] == wanted]
     if len(found) != 1:
-        raise BenchmarkError(f"{len(found)} results to compare with of {wanted}; one is needed")
+        raise BenchmarkError(f"there must be one result of {wanted} to compare with, got {len(found)}")
     return found[0]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what moved. Return 1 if anything of this package became worse or failed."""
+    """Print the ratios that moved. Return 1 if anything of this package became worse or failed."""
     new = results.read(options.new)
     old = find_same_device(new, options.against)
     about = [*case_of(new.rows[0]), "peer", "role", "direction", "quantity"]
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     moved = both[apart & ((both.factor - 1).abs() > options.tolerance)].sort_values("factor", ascending=False)
     print(f"{new.suite}: {len(both)} ratios against those of {old.environment['date']}; {len(moved)} moved")
     if busy := find_busyness(new.environment):
-        print(f"{busy}: measure again before you believe this")
+        print(f"{busy}. Measure again before you rely on this")
     print(moved[[*about, "x floor before", "x floor", "factor"]].to_string(index=False, float_format="%.2f"))
     print("\n".join(map(describe_fault, new.faults)))
     failed = before[before.role == "ours"].peer.isin([fault["peer"] for fault in new.faults]).any()

@@ -1,4 +1,4 @@
-"""Text and its batches: Python's documentation, a local file, or a data set of the Hugging Face hub."""
+"""Read text and build batches from Python's documentation, a local file, or a data set on the Hugging Face hub."""
 
 import argparse
 import csv
@@ -24,22 +24,22 @@ COLUMNS = {
     "text": ("text", "sentence", "passage", "content", "document", "sentence1", "question", "premise"),
     "label": ("label", "labels", "class", "topic", "category"),
 }
-"""The usual names of columns."""
+"""Usual names of the columns, in order of preference."""
 HELD_OUT = 0.1  # of the passages
 HELD_OUT_BATCHES = 4
 MOST_ROWS = 20_000  # of a data set: more than any of these short runs reads
 MOST_CLASSES = 200  # more distinct values are not class labels
 LONGEST_PASSAGE = 500  # characters
-TOPICS = Path(__file__).parent / "python_topics.json"  # of Python's documentation, by the part of the manuals
+TOPICS = Path(__file__).parent / "python_topics.json"  # topics of Python's documentation, by part of the manuals
 
 
 def read_python_documentation() -> Dataset:
-    """Read the documentation that every interpreter contains. A paragraph of several topics counts once."""
+    """Read the documentation that every Python interpreter contains. Repeated paragraphs are used once."""
     rows, seen = list[dict[str, str]](), set[str]()
     for label, names in json.loads(TOPICS.read_text(encoding="utf-8")).items():
         for name in names:
             passage = ""
-            for paragraph in topics.get(name, "").split("\n\n"):  # interpreters differ in their topics
+            for paragraph in topics.get(name, "").split("\n\n"):  # Python versions differ in their topics
                 key = " ".join(paragraph.split())
                 if not key or key in seen:
                     continue
@@ -55,8 +55,8 @@ def read_python_documentation() -> Dataset:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the text."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv (with header) or .jsonl file")
-    source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="text from a data set of the Hugging Face hub")
+    source.add_argument("--data", type=Path, metavar="FILE", help="text from a .tsv file with header, or a .jsonl file")
+    source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="text from a data set on the Hugging Face hub")
     add_columns(parser)
 
 
@@ -67,7 +67,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def read_corpus(options: argparse.Namespace) -> tuple[str, DatasetDict]:
-    """Return the name and the two parts of the text."""
+    """Return the name of the text, and its two parts."""
     if source := options.data or options.dataset:
         option = "--data" if options.data else "--dataset"
         return str(source), split_rows(str(source), read_rows(option, source, options), options.seed)
@@ -76,9 +76,10 @@ def read_corpus(options: argparse.Namespace) -> tuple[str, DatasetDict]:
 
 
 def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> Dataset:
-    """Return texts and labels, if there are any, in the columns "text" and "label". ``option`` is named in errors.
+    """Return rows with the column "text" and, if the source has labels, the column "label".
 
-    A path is a tab-separated file with a header line or a JSON-lines file, a name a data set of the hub.
+    ``source`` is a path or a string. A path is a tab-separated file with a header line or a JSON-lines file. A string
+    is the name of a data set on the hub. Errors mention ``option``.
     """
     if isinstance(source, str):
         name, _, config = source.partition(":")
@@ -97,7 +98,9 @@ def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> D
         named = getattr(options, f"{kind}_column")
         found = [name for name in ((named,) if named else usual) if name in columns]
         if not found and (named or kind == "text"):
-            raise BenchmarkError(f"{option} {source}: name a column with --{kind}-column: {', '.join(columns)}")
+            raise BenchmarkError(
+                f"{option} {source}: select one of the columns {', '.join(columns)} with --{kind}-column"
+            )
         chosen |= {found[0]: kind} if found else {}
     frame = rows.to_pandas()[list(chosen)].rename(columns=chosen).dropna().astype(str)
     return Dataset.from_pandas(frame[frame.text.str.strip() != ""], preserve_index=False)
@@ -106,23 +109,23 @@ def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> D
 def split_rows(name: str, rows: Dataset, seed: int) -> DatasetDict:
     """Split rows into a part to train on and a held-out part, named "test", and number their labels."""
     if len(rows) < 2:
-        raise BenchmarkError(f"{name}: at least two passages of text are needed")
+        raise BenchmarkError(f"{name}: the text must have at least two passages")
     rows = rows.select(range(min(len(rows), MOST_ROWS)))
     if "label" in rows.column_names:
         rows = rows.class_encode_column("label")
         if rows.features["label"].num_classes > MOST_CLASSES:
-            raise BenchmarkError(f"{name}: more than {MOST_CLASSES} distinct labels: not a class label")
+            raise BenchmarkError(f"{name}: the label column has more than {MOST_CLASSES} distinct values")
     return rows.train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
 
 
 def list_classes(corpus: DatasetDict) -> list[str]:
-    """Return the classes of the labels. Text without labels has none."""
+    """Return the names of the classes, or an empty list for text without labels."""
     features = corpus["train"].features
     return list(features["label"].names) if "label" in features else []
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer (about a second), which can write and read any text."""
+    """Train a byte-level BPE tokenizer, which can encode any text. This takes about a second."""
     special, tokenizer = ["<pad>", "<end>"], tokenizers.ByteLevelBPETokenizer()
     options = {"vocab_size": vocabulary, "min_frequency": 0, "special_tokens": special, "show_progress": False}
     tokenizer.train_from_iterator(texts, **options)
@@ -138,16 +141,16 @@ def build_task(
     device: torch.device,
     seed: int,
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches of every training step, the same for all peers, and a few that no peer trains on."""
+    """Return the batches of all training steps, which all peers share, and a few held-out batches."""
     encode = cut_blocks if kind == "causal_lm" else pad_passages
     train, held_out = (encode(corpus[part], tokenizer, size.length) for part in ("train", "test"))
     if not (len(train["labels"]) and len(held_out["labels"])):
-        raise BenchmarkError(f"too little text for rows of {size.length} tokens")
+        raise BenchmarkError(f"the text is too short for rows of {size.length} tokens")
     generator, count = torch.Generator().manual_seed(seed), steps * size.rows
-    order = RandomSampler(train["labels"], num_samples=count, generator=generator)  # an epoch after another
+    order = RandomSampler(train["labels"], num_samples=count, generator=generator)  # several epochs, if needed
     chosen = torch.tensor(list(order)).split(size.rows)
     parts = torch.arange(len(held_out["labels"])).split(size.rows)[:HELD_OUT_BATCHES]
-    parts = tuple(part for part in parts if len(part) == len(parts[0]))  # their passes are timed: one size for all
+    parts = tuple(part for part in parts if len(part) == len(parts[0]))  # all of one size, because they are timed
 
     def take(rows: Batch, of_batch: tuple[Tensor, ...]) -> list[Batch]:
         return [{name: tensor[part].to(device) for name, tensor in rows.items()} for part in of_batch]
@@ -162,12 +165,12 @@ def cut_blocks(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -
     ids = torch.tensor([token for text in encoded for token in [*text, *end]])
     blocks = ids[: len(ids) // length * length].view(-1, length)
     labels = blocks.clone()
-    labels[:, 0] = -100  # a prompt predicts the first token in some packages, and what is in front of it in none
+    labels[:, 0] = -100  # only some packages have the prompt predict the first token
     return {"input_ids": blocks, "attention_mask": torch.ones_like(blocks), "labels": labels}
 
 
 def pad_passages(part: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Batch:
-    """Cut or pad every passage to one length."""
+    """Truncate or pad every passage to one length."""
     rows = tokenizer(list(part["text"]), truncation=True, padding="max_length", max_length=length, return_tensors="pt")
     ids = {name: rows[name] for name in ("input_ids", "attention_mask")}
     return {**ids, "labels": torch.tensor(part["label"])}

@@ -1,7 +1,7 @@
-"""``prompt_embedding`` against the authors' ways to write it, eager and compiled, and against a plain lookup.
+"""Compare ``prompt_embedding`` with eager and compiled PyTorch, as in the authors' code, and with a plain lookup.
 
-All peers write [B, S + N, d]. The floor is a lookup that writes the same output. On a CPU the C library is told to keep
-freed memory. Otherwise the pages of a new output, which it returns at random, would cost more than most peers.
+All peers write [B, S + N, d]. The floor is a lookup with an output of the same shape. On a CPU, the benchmark makes the
+C library keep freed memory. Otherwise, page faults of new outputs would randomly cost more than most peers.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import fastprefix
 from .measure import Role, Work
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
-DESCRIPTION = "prompt_embedding against eager and compiled PyTorch, and against a plain lookup."
+DESCRIPTION = "Compare prompt_embedding with eager and compiled PyTorch, and with a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
 BATCHES = ((32, 256), (8, 1024))
 RANKS = (19, 64)
@@ -31,7 +31,7 @@ S = 60
 
 
 class Setting(NamedTuple):
-    """Hold one case, in the letters of the formulas. ``ids`` is "text" or "uniform"."""
+    """The sizes of one case, named as in the formulas. ``ids`` is "text" or "uniform"."""
 
     V: int
     d: int
@@ -50,8 +50,8 @@ GRID += [Setting(*TABLES[1], BATCHES[0][0], N, S, RANKS[0], "text") for N in LEN
 def draw_text_ids(vocabulary: int, count: int) -> Tensor:
     """Draw ids with the frequencies of a real text.
 
-    Ids are ranks of its words and marks. A Zipf tail (1 / rank) to the end of the table gets the share of what occurred
-    once.
+    Ids are the frequency ranks of its words and punctuation. The total probability of those that occur once is
+    distributed over the rest of the table as 1 / rank (Zipf's law).
     """
     tokens = re.findall(r" ?\w+|[^\w\s]|\s+", " ".join(pydoc_data.topics.topics.values()))
     counts = torch.tensor([n for _, n in collections.Counter(tokens).most_common(vocabulary)], dtype=torch.float64)
@@ -69,17 +69,17 @@ def add_offset(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> 
 
 
 def embed_pt(ids: Tensor, weight: Tensor, prompt: Tensor) -> Tensor:
-    """Run prompt tuning as it is usually written."""
+    """Run prompt tuning in eager PyTorch."""
     return torch.cat([prompt.expand(len(ids), -1, -1), F.embedding(ids, weight)], 1)
 
 
 def embed_dept(ids: Tensor, weight: Tensor, prompt: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Run DePT like the authors' code."""
+    """Run DePT as in the authors' code."""
     return torch.cat([prompt.expand(len(ids), -1, -1), F.embedding(ids, weight) + (a @ b)[: ids.shape[1]]], 1)
 
 
 def embed_adept(ids: Tensor, weight: Tensor, prompt: Tensor, *network: Tensor) -> Tensor:
-    """Run ADePT like the authors' code."""
+    """Run ADePT as in the authors' code."""
     return torch.cat([prompt.expand(len(ids), -1, -1), add_offset(F.embedding(ids, weight), *network)], 1)
 
 
@@ -103,7 +103,7 @@ def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> t
     ffn, low_rank = (draw(d, r), draw(r), draw(r, d), draw(d)), (draw(N, r), draw(r, d))
     merged = torch.cat([add_offset(rows, *ffn).detach() for rows in weight.split(4096)])
     grad = draw(B, S + N, d).detach()
-    # The lookup writes as many rows as the others: the first token of each row takes the place of the prompt.
+    # The output of the lookup is as large as that of the other peers. The first token of each row replaces the prompt.
     longer = torch.cat([ids[:, :1].expand(-1, S), ids], 1).contiguous()
     ours, x = fastprefix.prompt_embedding, (ids, weight, prompt)
     pt, dept, adept = (prompt,), (prompt, *low_rank), (prompt, *ffn)
@@ -123,7 +123,7 @@ def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> t
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library not to use mmap and not to return memory. Return whether it could be told (glibc)."""
+    """Make glibc allocate without mmap and keep freed memory. Return False if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -1,7 +1,7 @@
-"""A decoder with a prefix of thousands of keys: a training step, and decoding one token for several rows.
+"""Measure a decoder with a prefix of thousands of keys: training steps, and decoding one token for several rows.
 
-The floor is the frozen model without a prefix; its backward pass reaches the output of the embeddings. The memory of a
-step is what it needs beside parameters and gradients, which exist before it.
+The floor is the frozen model without a prefix. Its backward pass reaches the output of the embeddings. The memory of a
+step does not include the parameters and gradients, which exist before it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .measure import Work, find_version
 from .peers import FLOOR, PREFIX_RATE, ModelPeer, attach, freeze, wrap_with_peft
 from .suite import DTYPES, Problem, add_common, positive, run_suite
 
-DESCRIPTION = "A decoder in the shape of Qwen3 with prefixes of 2,048 and 8,192 keys: training steps and decoding."
+DESCRIPTION = "Measure training and decoding of a Qwen3-shaped decoder with prefixes of 2,048 and 8,192 keys."
 SHAPE: dict[str, Any] = {
     "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     "intermediate_size": 1536, "vocab_size": 4096,
@@ -30,7 +30,7 @@ LENGTHS, TOKENS, ROWS, PAST = (2048, 8192), 1024, 8, 32  # of a row in training;
 
 
 def list_peers(P: int) -> list[ModelPeer]:
-    """Return the floor, this package's cartridge with all or its values alone trained, and PEFT's methods."""
+    """Return the floor, this package's cartridge with all of it or only its values trained, and PEFT's methods."""
     cartridge = partial(fastprefix.CartridgeConfig, P, init="normal")
     peers = [
         ModelPeer(FLOOR, "floor", freeze),
@@ -45,7 +45,7 @@ def list_peers(P: int) -> list[ModelPeer]:
 
 
 def build_work(peer: ModelPeer, model: Any, row: Tensor, rows: Tensor) -> Work:
-    """Return the work of a peer: a training step on ``row``, and a token after the cached ones of ``rows``."""
+    """Return the work of a peer: a training step on ``row``, and decoding a token after the cached part of ``rows``."""
 
     def step() -> None:
         model.train()
@@ -58,7 +58,7 @@ def build_work(peer: ModelPeer, model: Any, row: Tensor, rows: Tensor) -> Work:
     @torch.no_grad()
     def decode() -> None:
         nonlocal cache
-        if cache is None:  # in the round of the warm-up
+        if cache is None:  # in the warm-up round
             model.eval()
             cache = model(input_ids=rows[:, :-1], use_cache=True).past_key_values
         inner(input_ids=rows[:, -1:], past_key_values=cache, use_cache=True)
@@ -82,7 +82,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=10, dtypes=["float32", "bfloat16"])
-    parser.add_argument("--prefix", type=positive, nargs="+", default=LENGTHS, metavar="P", help="its lengths")
+    parser.add_argument("--prefix", type=positive, nargs="+", default=LENGTHS, metavar="P", help="prefix lengths")
 
 
 def run(options: argparse.Namespace) -> int:

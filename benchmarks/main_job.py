@@ -1,4 +1,4 @@
-"""The main job: train every method on real text, on an encoder and on a decoder, beside the frozen floor and PEFT."""
+"""The main job: train an encoder and a decoder on real text with every method, the frozen floor, and PEFT."""
 
 import argparse
 import itertools
@@ -22,28 +22,29 @@ from .report import BOTH, FORWARD
 from .results import Record
 from .suite import add_common, positive, set_up
 
-DESCRIPTION = "Train an encoder and a decoder on real text with every method: speed, memory and loss in one table each."
+DESCRIPTION = "Train an encoder and a decoder on real text with every method, and report speed, memory and loss."
 TOKENS = 100
-SHORT = 0.6  # of the tokens: DePT and ADePT then have the budget of 100 prompt tokens at a width of 768
+SHORT = 0.6  # share of TOKENS with which DePT and ADePT have as many parameters as 100 prompt tokens at width 768
 PEERS = (
     FLOOR, "PT", "DePT", "ADePT", "prefix tuning", "APT",
     "PEFT PT", "PEFT PT, accelerated", "PEFT prefix tuning", "PEFT prefix tuning, accelerated",
 )  # fmt: skip
 NOTES = f"""\
-{FLOOR}: the model itself; its fwd + bwd brings the gradient down to the embeddings, as every method must. Prompts
-and prefixes have {TOKENS} tokens unless --tokens says otherwise, those of DePT and ADePT {SHORT} of that. Accelerated:
-a model of PEFT's after fastprefix.accelerate. Medians of interleaved rounds; tokens/s of the text (no padding, no
-prompt) in fwd + bwd; peak MB: what fwd + bwd add to the model, by PyTorch's allocators; loss: on held-out text, before
-and after training, with the same labels for all. The head of a classifier is trained with every method, and counted.
-The losses show that training works; `python -m benchmarks study` measures how well methods learn, on a pretrained
-encoder.
-{report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median."""
+{FLOOR}: the model without a method. Its fwd + bwd computes the gradient of the embeddings, as every method must.
+Prompts and prefixes have {TOKENS} tokens by default (--tokens), those of DePT and ADePT {SHORT} times as many.
+accelerated: a PEFT model after fastprefix.accelerate.
+times: medians of interleaved rounds. {report.NOISY}: p20 or p80 is more than {report.NOISE:.0%} off the median.
+tokens/s: tokens of the text (without padding and prompts) per second of fwd + bwd.
+peak MB: memory of PyTorch's allocators that fwd + bwd need in addition to the model.
+loss: loss on held-out text before and after training, with the same labels for all methods. The losses only show that
+training works. `python -m benchmarks study` measures how well the methods learn, on a pretrained encoder.
+trainable: includes the head of a classifier, which every method trains."""
 STEPS = {"quick": 24, "quick, pretrained": 4, "cpu": 32, "cuda": 120}
-"""The number of rounds: of passes over a held-out batch, then of training steps. A tenth of them is not timed."""
+"""The number of forward passes over held-out batches, and of training steps. The first tenth of them is not timed."""
 
 
 class Subject(NamedTuple):
-    """Hold a frozen model on its device, the batches of every training step, and a few that no peer trains on."""
+    """A frozen model on its device, the batches of all training steps, and a few held-out batches."""
 
     title: str
     kind: TaskKind
@@ -70,7 +71,9 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
     if name := options.model:
         kind, words = models.find_kind(name), models.load_tokenizer(name)
         if kind == "classification" and not classes:
-            raise BenchmarkError(f"--model {name} classifies, and the text has no column of labels (--label-column)")
+            raise BenchmarkError(
+                f"--model {name} is a classifier, but the text has no column of labels. Select one with --label-column"
+            )
         model = models.place(models.load_model(name, kind, classes, words.pad_token_id, options.seed), device)
         return [Subject(name, kind, model, *data.build_task(kind, corpus, words, size, steps, device, options.seed))]
     words = data.train_tokenizer(list(corpus["train"]["text"]), size.vocabulary)
@@ -85,7 +88,7 @@ def build_subjects(options: argparse.Namespace, corpus: DatasetDict, steps: int,
 
 
 class Trainee:
-    """Train and evaluate one prepared model."""
+    """A prepared model with its optimizer and batches."""
 
     def __init__(self, prepared: Prepared, subject: Subject) -> None:
         self.prepared, self.model, self.subject = prepared, prepared.model, subject
@@ -101,7 +104,7 @@ class Trainee:
         self.model(**batch).loss.backward()
 
     def train(self) -> float:
-        """Do a training step. The seconds are those of forward + backward, for all peers use the same optimizer."""
+        """Run a training step. Return the seconds without the optimizer, which is the same for all peers."""
         (seconds,) = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
         if self.optimizer is not None:
             self.optimizer.step()
@@ -109,7 +112,7 @@ class Trainee:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Do a forward pass over one held-out batch."""
+        """Run a forward pass on one held-out batch."""
         self.model.eval()
         self.losses.append(self.model(**next(self.held_out)).loss)
 
@@ -127,9 +130,9 @@ class Trainee:
 
 
 def compare_peers(subject: Subject, peers: list[ModelPeer], seed: int) -> tuple[list[Row], list[Row]]:
-    """Train all peers side by side, each on a copy of one model, and evaluate them before and after.
+    """Train all peers alternately, each on a copy of one model, and evaluate them before and after.
 
-    Training and evaluation are what is timed: in each round every peer does the same batch.
+    Both training and evaluation are timed. In each round, every peer runs the same batch.
     """
     case, steps = {"model": subject.title}, len(subject.train)
     trainees, works, faults = dict[str, Trainee](), dict[str, Work](), list[Row]()
@@ -151,12 +154,12 @@ def compare_peers(subject: Subject, peers: list[ModelPeer], seed: int) -> tuple[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     data.add_arguments(parser)
-    parser.add_argument("--model", metavar="NAME", help="a model of the hub or a local folder, in place of the two")
+    parser.add_argument("--model", metavar="NAME", help="a name on the hub or a folder, instead of the two models")
     parser.add_argument("--steps", type=positive, help="training steps")
-    parser.add_argument("--length", type=positive, metavar="N", help="tokens of a row; longer texts are cut")
-    parser.add_argument("--rows", type=positive, metavar="B", help="in a batch")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens per row. Longer texts are truncated")
+    parser.add_argument("--rows", type=positive, metavar="B", help="rows per batch")
     parser.add_argument(
-        "--tokens", type=positive, default=TOKENS, metavar="P", help=f"of prompts and prefixes (default: {TOKENS})"
+        "--tokens", type=positive, default=TOKENS, metavar="P", help=f"prompt and prefix tokens (default: {TOKENS})"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -175,7 +178,7 @@ def run(options: argparse.Namespace) -> int:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("fastprefix", "torch", "transformers", "peft"))
     print(f"text    {text}\ndevice  {facts['device_name']}, {facts['threads']} threads\nwith    {versions}")
     if busy := find_busyness(facts):
-        print(f"warning {busy}: measure again before you believe this", flush=True)
+        print(f"warning {busy}. Measure again before you rely on this", flush=True)
     for subject in subjects:
         N, P = subject.train[0]["input_ids"].shape[1], options.tokens
         peers = list_peers(PEERS, subject.kind, P, N, max(1, round(SHORT * P)))

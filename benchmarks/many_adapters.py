@@ -1,11 +1,12 @@
-"""Rows of one batch with different adapters, and adapters that are swapped in.
+"""Measure batches whose rows have different adapters, and the replacement of adapters in a store.
 
-"prefix", "prompt": prefill and greedy generation of 16 rows. The floor is one adapter that all rows share; ``mixed``
-has another adapter for each row, ``in turn`` generates each row by itself with its adapter, ``base`` has no adapter.
-"swap": a prefix in host memory takes the place of another in the model's store. The floor copies as many bytes.
+"prefix" and "prompt" measure prefill and greedy generation of 16 rows. In the floor, all rows share one adapter.
+``mixed`` has a different adapter for each row. ``in turn`` generates each row separately with its adapter. ``base`` has
+no adapter. "swap" replaces a prefix in the model's store with another one from host memory. Its floor copies as many
+bytes.
 
-AdapterHub's ``BatchSplit`` gives every row its own prefix, too. Its package needs an older transformers: with
-``--adapterhub`` it is measured in a separate environment, where the floor is the model without adapters.
+AdapterHub's ``BatchSplit`` also supports a different prefix for each row. Its package requires an older transformers,
+so ``--adapterhub`` measures it in a separate environment, where the floor is the model without adapters.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import fastprefix
 from .measure import Work
 from .suite import DTYPES, Problem, add_common, run_suite
 
-DESCRIPTION = "A batch whose rows have different adapters, against one shared adapter and one adapter after another."
+DESCRIPTION = "Compare a batch whose rows have different adapters with one shared adapter, and with separate batches."
 ROWS, LENGTH, TOKENS, NEW = 16, 100, 128, 64
 SWAPPED = 20 * 2**20  # bytes
 SIZES: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -68,7 +69,7 @@ def draw_ids(rows: int, tokens: int, device: torch.device) -> Tensor:
 
 
 def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
-    """Generate with as many adapters as there are rows."""
+    """Return the work of each peer for generation, with one adapter for each row."""
     attach_all(model, kind, len(ids))
     names = [f"adapter {index}" for index in range(len(ids))]
     run = partial(model.generate, max_new_tokens=new, do_sample=False, pad_token_id=0)
@@ -95,11 +96,11 @@ def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
 
 
 def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
-    """Generate with AdapterHub's free prefixes, which it concatenates to the keys and values of their rows."""
+    """Return the work of AdapterHub's prefixes, which are concatenated to the keys and values of their rows."""
     import adapters
     from adapters.composition import BatchSplit
 
-    logging.getLogger("adapters").setLevel(logging.ERROR)  # a model without adapters is meant
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns about the intended model without adapters
     names = [f"adapter {index}" for index in range(len(ids))]
     adapters.init(model)
     for name in names:
@@ -120,7 +121,7 @@ def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
 
 
 def swap(model: Any, size: int) -> dict[str, Work]:
-    """Swap two prefixes of so many bytes in a store that holds others."""
+    """Return the work of replacing a prefix of ``size`` bytes in a store with other prefixes."""
     config, dtype = model.config, model.dtype
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     width = config.hidden_size // config.num_attention_heads

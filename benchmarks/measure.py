@@ -1,7 +1,7 @@
-"""Measure peers side by side: interleaved rounds in rotating order, added peak memory, and the environment.
+"""Measure peers in interleaved rounds with rotating order, their added peak memory, and the environment.
 
-Every figure is a row: a plain dictionary with the values of its case, the peer and its role, what was measured, the
-quantiles and the samples. Only PyTorch is needed, so that other environments can measure too.
+Every figure is a row, a dictionary with its case, the peer and its role, the measured quantity, the quantiles and the
+samples. This module only requires PyTorch, so that it also runs in other environments.
 """
 
 import gc
@@ -31,16 +31,16 @@ from fastprefix._native import instruction_set
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fastprefix", "torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
 LOWERING = ("ATEN_CPU_CAPABILITY", "FASTPREFIX_CPU", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-"""Environment variables that keep PyTorch, this package or PyTorch's libraries from instructions of the CPU."""
+"""Environment variables that restrict the CPU instructions of PyTorch, this package or PyTorch's libraries."""
 BUSY = 0.5
-"""Times are not trusted above this load per core, averaged over the minute before a run."""
+"""The highest average load per core, in the minute before a run, at which times are trusted."""
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
 
 
 class BenchmarkError(Exception):
-    """Report a mistake that the user can correct. It is shown without a traceback."""
+    """An error that the user can correct. It is shown without a traceback."""
 
 
 def first_line(error: BaseException) -> str:
@@ -51,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def explain(option: str) -> Iterator[None]:
-    """Report any error inside, in one line, as a mistake in an option."""
+    """Convert errors inside the context to a ``BenchmarkError`` about an option, with a message of one line."""
     try:
         yield
     except Exception as error:  # readers of files and the network raise errors of many types
@@ -65,9 +65,9 @@ def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
 
 
 def time_call(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the seconds that a call takes until the device has done all of its work.
+    """Return the seconds until a call is finished on the device.
 
-    A call that returns a number has timed itself: these are its seconds.
+    If the call returns a float, this number replaces the measured seconds.
     """
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
     synchronize()
@@ -78,7 +78,7 @@ def time_call(work: Callable[[], object], device: torch.device) -> list[float]:
 
 
 def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
-    """Yield the numbers of ``warmup`` rounds, of those that begin within ``seconds``, and of ``least`` in any case."""
+    """Yield the numbers of ``warmup`` rounds, then of at least ``least`` rounds until ``seconds`` have passed."""
     yield from range(warmup)
     end = time.perf_counter() + seconds
     for i in itertools.count():
@@ -90,10 +90,10 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
 def interleave(
     jobs: Mapping[str, Callable[[], list[float]]], rounds: Iterable[int], warmup: int = 0
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Run every job once per round. Each round begins with another job, so that drift affects all of them alike.
+    """Run every job once per round. Each round begins with a different job, so that drift affects all of them equally.
 
-    Rounds numbered below ``warmup`` are run and not kept. A job that raises an error is left out of later rounds.
-    Return the seconds of the jobs that succeeded and the errors of the others.
+    Times of rounds below ``warmup`` are discarded. A job that raises an error is left out of later rounds. Return the
+    seconds of the jobs that succeeded, and the errors of the jobs that failed.
     """
     samples: dict[str, list[float]] = {name: [] for name in jobs}
     errors: dict[str, Exception] = {}
@@ -113,7 +113,7 @@ def interleave(
 
 
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
-    """Summarize the seconds of all rounds."""
+    """Return the row of the measured seconds of all rounds."""
     seconds = torch.tensor(samples, dtype=torch.float64)
     p50, p20, p80 = (seconds.quantile(percent / 100).item() for percent in (50, 20, 80))
     counts = {"rounds": len(samples), "samples": [round(sample, 9) for sample in samples]}
@@ -126,7 +126,7 @@ def figure_row(case: Row, peer: str, role: Role, direction: str, quantity: str, 
 
 
 class Work(NamedTuple):
-    """Hold what a peer does in a case: the calls to be measured, by direction."""
+    """The calls of a peer that are measured in a case, by direction."""
 
     role: Role
     calls: Mapping[str, Callable[[], object]]
@@ -141,9 +141,9 @@ def measure(
     warmup: int = 1,
     timer: Callable[[Callable[[], object], torch.device], list[float]] = time_call,
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers of a case in turns, then measure the memory of each. Return rows and faults.
+    """Time all peers of a case alternately, then measure the memory of each. Return rows and faults.
 
-    A peer that failed in one direction is left out of the others.
+    A peer that fails in one direction is left out of the remaining directions.
     """
     rows, faults = list[Row](), list[Row]()
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
@@ -163,16 +163,16 @@ def measure(
 
 
 def freeze_heap() -> None:
-    """Keep what exists out of later garbage collections. Each measurement of memory begins with one."""
+    """Exclude existing objects from later garbage collections, which run before each measurement of memory."""
     gc.collect()
     gc.freeze()
 
 
 def added_peak(work: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that ``work()`` needs at its peak in addition to what is held before it.
+    """Return the peak memory of ``work()`` in bytes, in addition to the memory that is allocated before it.
 
-    The caching allocator of a GPU counts them. A CPU has no counter, but the profiler records when the storage of every
-    tensor is allocated and freed; the resident set of the process varies by 5 to 10 %.
+    On a GPU, the caching allocator counts the bytes. On a CPU, the profiler records when the storage of each tensor is
+    allocated and freed. The resident set size of the process is not used, because it varies by 5 to 10 %.
     """
     gc.collect()
     if device.type == "cuda":
@@ -193,7 +193,7 @@ def added_peak(work: Callable[[], object], device: torch.device) -> int:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return what a result depends on besides the code of its suite."""
+    """Return the facts about the machine and the software on which a result depends."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -229,7 +229,7 @@ def find_version(package: str) -> str | None:
 
 
 def run_git(*arguments: str) -> str | None:
-    """Return what git prints about this checkout, or None where there is no checkout or no git."""
+    """Return the output of a git command in this checkout, or None without a checkout or git."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
@@ -237,7 +237,7 @@ def run_git(*arguments: str) -> str | None:
 
 
 def find_device_name(device: torch.device) -> str:
-    """Return the name of the GPU or of the processor."""
+    """Return the name of the GPU or the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

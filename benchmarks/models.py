@@ -1,6 +1,6 @@
-"""The frozen models: built from a configuration with random weights, or loaded by name.
+"""Build frozen models with random weights from a configuration, or load them by name.
 
-Only PyTorch and transformers are needed.
+This module only requires PyTorch and transformers.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .measure import BenchmarkError, explain
 
-ATTENTION = "sdpa"  # of the floor and of other packages; fastprefix replaces it where a method needs that
+ATTENTION = "sdpa"  # for the floor and other packages; methods of fastprefix replace it if necessary
 TaskKind = Literal["causal_lm", "classification"]
 AUTO: dict[TaskKind, Any] = {
     "causal_lm": transformers.AutoModelForCausalLM,
@@ -23,7 +23,7 @@ LONGEST_PROMPT = 128  # positions in addition to those of the text
 
 
 class Size(NamedTuple):
-    """Hold the size of a model and of its batches."""
+    """The size of a model and of its batches. ``length`` is in tokens."""
 
     layers: int
     width: int
@@ -43,9 +43,9 @@ SIZES = {
 def configure(
     kind: TaskKind, size: Size, pad: int = 0, end: int = 1, classes: int = 2, prompt: int = LONGEST_PROMPT
 ) -> PretrainedConfig:
-    """Return a configuration in the shape of BERT (to classify) or of Llama with grouped heads (language model).
+    """Return the configuration of a BERT classifier, or of a Llama language model with grouped heads.
 
-    It has positions for the text and for a ``prompt`` of so many tokens.
+    It has positions for the text and for ``prompt`` more tokens.
     """
     shared: dict[str, Any] = {
         "vocab_size": size.vocabulary,
@@ -53,7 +53,7 @@ def configure(
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "pad_token_id": pad,
-        # 1 / sqrt(fan-in): the usual 0.02 is made for widths of 768 and more and leaves small models nearly silent.
+        # 1 / sqrt(fan-in). The usual 0.02 is meant for widths of 768 and more, and makes outputs of small models tiny.
         "initializer_range": size.width**-0.5,
         "attn_implementation": ATTENTION,
     }
@@ -62,7 +62,7 @@ def configure(
             **shared | {"num_labels": classes},
             intermediate_size=4 * size.width,
             max_position_embeddings=size.length + prompt,
-            # Attention dropout would put the floor and other packages on PyTorch's slow path on a CPU.
+            # With attention dropout, the floor and other packages would use PyTorch's slow path on a CPU.
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -93,13 +93,13 @@ def draw_batch(kind: TaskKind, size: Size, length: int, device: torch.device) ->
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a model to the device, in the type in which it is measured."""
+    """Move a model to the device and cast it to the dtype of the measurements."""
     nn.Module.to(model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
 
 
 def locate(name: str) -> dict[str, str]:
-    """Return the arguments with which transformers finds a model: a folder, a GGUF file, or a model of the hub."""
+    """Return the arguments of ``from_pretrained`` for a folder, a GGUF file, or a name on the hub."""
     path = Path(name)
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -107,7 +107,7 @@ def locate(name: str) -> dict[str, str]:
 
 
 def find_kind(name: str) -> TaskKind:
-    """Return whether a named model is a causal language model or classifies."""
+    """Return the kind of a named model: a causal language model or a classifier."""
     if "gguf_file" in locate(name):
         return "causal_lm"
     with explain(f"--model {name}"):
@@ -126,7 +126,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, kind: TaskKind, classes: int, pad: int | None, seed: int) -> PreTrainedModel:
-    """Load a model. A classifier gets a new head."""
+    """Load a model, with a new head for a classifier."""
     torch.manual_seed(seed)
     head = {} if kind == "causal_lm" else {"num_labels": classes, "ignore_mismatched_sizes": True}
     with explain(f"--model {name}"):

@@ -1,8 +1,8 @@
-"""The peak rates at which this machine's CPU multiplies and adds, as a measure of kernels.
+"""Measure the peak rate of multiply-adds of this machine's CPU, to compare kernels with it.
 
-A small C++ program keeps the units busy with nothing but independent products on the instruction set that the package
-uses, on as many threads as PyTorch has. It multiplies numbers of all digits, as kernels do: a processor that is short
-of power multiplies by 0 and 1 up to twice as fast.
+A small C++ program runs only independent multiply-adds, with the package's instruction set and PyTorch's number of
+threads. It multiplies numbers with random digits, as kernels do. A processor at its power limit multiplies by 0 and 1
+up to twice as fast.
 """
 
 import ctypes
@@ -107,10 +107,10 @@ extern "C" double bfloat16(long rounds) {
 
 
 def measure_peaks(seconds: float = 0.3) -> dict[str, float]:
-    """Return the operations in a second of all threads, for each type: the best of five tries."""
+    """Return the operations per second of all threads for each dtype, the best of five runs."""
     name = instruction_set()
     if name not in FLAGS:
-        raise BenchmarkError(f"no program measures the peak of {name}")
+        raise BenchmarkError(f"the peak rate of the instruction set {name} cannot be measured")
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
         source.write_text(SOURCE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ways to train a frozen model: the frozen floor, the methods of this package, the same in eager PyTorch, and PEFT."""
+"""Peers that train a frozen model: the frozen floor, this package, the same methods in eager PyTorch, and PEFT."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -21,22 +21,22 @@ from .models import TaskKind
 FLOOR = "frozen floor"
 DEPT_RANK = 30
 ADEPT_WIDTH = 19
-PROMPT_RATE = 0.3  # usual for prompts; other parameters need smaller rates
+PROMPT_RATE = 0.3  # the usual rate of prompts; other parameters need lower ones
 OFFSET_RATE = 1e-3
 PREFIX_RATE = 1e-2
-PREFIX_SCALE = 0.02  # of this package's free prefixes at their start
+PREFIX_SCALE = 0.02  # initial standard deviation of this package's prefixes
 HEAD_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold a model that is ready to train, and the parameter groups of its optimizer."""
+    """A model that is ready to train, and the parameter groups of its optimizer."""
 
     model: nn.Module
     groups: list[dict[str, Any]] = field(default_factory=list)
 
     def count_trainable(self) -> int:
-        """Count the trained numbers, the head of a classifier included."""
+        """Return the number of trainable parameters, including the head of a classifier."""
         return sum(p.numel() for group in self.groups for p in group["params"])
 
 
@@ -44,7 +44,7 @@ Prepare = Callable[[PreTrainedModel], Prepared]
 
 
 class ModelPeer(NamedTuple):
-    """Prepare a model, which may be changed, for training in one way."""
+    """A named way to prepare a model for training. ``prepare`` may change the model."""
 
     name: str
     role: Role
@@ -56,13 +56,13 @@ class ModelPeer(NamedTuple):
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model so that a method may change it. Frozen weights are shared with the original, the head is not."""
+    """Copy a model so that a method can change it. The copy shares all weights but the head of a classifier."""
     head = set(head_parameters(model))
     return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if p not in head})
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the parameters of the head of a classifier; those of a language model stay frozen."""
+    """Return the parameters of a classifier's head, or an empty list for a language model, whose head stays frozen."""
     if model.get_output_embeddings() is not None:
         return []
     heads = [of for name, of in model.named_children() if name != "fastprefix" and of is not model.base_model]
@@ -74,10 +74,10 @@ def group(parameters: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
 
 
 def freeze(model: PreTrainedModel) -> Prepared:
-    """Prepare the floor: no prompt and no prefix, but a gradient at the output of the embeddings.
+    """Prepare the floor, which has no prompt or prefix but computes the gradient of the embeddings.
 
-    Every method trains something in or below the first layer, so each has to bring the gradient down to there. No
-    method of this kind could reach a floor whose backward pass stopped at the head.
+    Every method trains parameters in or below the first layer, so its backward pass must reach them. A floor whose
+    backward pass stops at the head would be out of reach for all of them.
     """
     freeze_body(model)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
@@ -85,7 +85,7 @@ def freeze(model: PreTrainedModel) -> Prepared:
 
 
 def freeze_body(model: PreTrainedModel) -> None:
-    """Freeze all parameters but the head of a classifier."""
+    """Freeze all parameters except the head of a classifier."""
     model.requires_grad_(False)
     for parameter in head_parameters(model):
         parameter.requires_grad_(True)
@@ -99,7 +99,7 @@ def attach(
     head: float = HEAD_RATE,
     gate: float | None = None,
 ) -> Prepared:
-    """Attach a method of this package, with separate rates of the prompt, the head, the gates, and the rest."""
+    """Attach a method of this package, with separate rates for the prompt, the head, the gates, and the rest."""
     fastprefix.attach(model, config)
     of_head = head_parameters(model)
     groups = fastprefix.parameter_groups(model, prompt_lr=prompt, gate_lr=gate, lr=main)
@@ -114,7 +114,7 @@ def merge(model: PreTrainedModel, config: MethodConfig) -> Prepared:
 def wrap_with_peft(
     model: PreTrainedModel, kind: TaskKind, tokens: int, config: str, rate: float, accelerated: bool = False
 ) -> Prepared:
-    """Wrap the model with a method of PEFT, given by the name of its configuration, which starts as this package's."""
+    """Wrap the model with a method of PEFT, named by its configuration. It starts like the method of this package."""
     import peft
 
     task = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
@@ -132,7 +132,7 @@ def wrap_with_peft(
 
 
 def tune_with_adapters(model: Any, tokens: int) -> Prepared:
-    """Add AdapterHub's free prefix to every layer."""
+    """Add AdapterHub's prefix without a reparameterization to every layer."""
     import adapters
 
     adapters.init(model)
@@ -142,7 +142,7 @@ def tune_with_adapters(model: Any, tokens: int) -> Prepared:
 
 
 class EagerPrompt(nn.Module):
-    """Run a soft prompt in every row, as it is usually written: PT, DePT or ADePT."""
+    """A model with PT, DePT or ADePT in eager PyTorch, which runs the prompt in every row."""
 
     def __init__(self, model: Any, method: str, tokens: int, length: int) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class EagerPrompt(nn.Module):
         return Prepared(cls(model, **options))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
-        """Return the output of the model; its loss is that of the caller's tokens."""
+        """Return the output of the model. Its loss is computed on the caller's tokens only."""
         rows = self.embed(input_ids, self.model.get_input_embeddings().weight, self.prompt, *self.offset)
         front = (len(self.prompt), 0)
         labels = F.pad(labels, front, value=-100) if labels.ndim == 2 else labels

@@ -1,7 +1,7 @@
-"""Attention without a prefix: ``fused`` is this package, ``sdpa`` PyTorch's, with a mask of what the options say.
+"""Compare attention without a prefix in this package (``fused``) and in PyTorch (``sdpa``).
 
-``sdpa`` gets ``is_causal`` where that says it all. With ``--flex``, ``flex`` is compiled FlexAttention, which has no
-backward pass on a CPU, with a block mask of the same.
+``sdpa`` gets an equivalent mask, or only ``is_causal`` if that is sufficient. ``--flex`` adds ``flex``, which is
+compiled FlexAttention with an equivalent block mask. It has no backward pass on a CPU.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from .attention import BACKENDS
 from .measure import Role
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
-DESCRIPTION = "prefix_attention without a prefix against PyTorch's attention, with masks of each kind."
+DESCRIPTION = "Compare prefix_attention without a prefix with PyTorch's attention, with masks of each kind."
 SHAPES = ((8, 12, 12, 128, 64), (4, 8, 8, 512, 64), (1, 8, 2, 2048, 64))
 QUICK = ((2, 4, 2, 32, 16),)
 ROLES: dict[str, Role] = {"fused": "ours", "sdpa": "floor", "flex": "theirs"}
 
 
 class Mask(NamedTuple):
-    """The options of ``prefix_attention``, the mask of SDPA, and what FlexAttention asks of a row, query and key."""
+    """A mask as options of ``prefix_attention``, as a mask of SDPA, and as a mask function of FlexAttention."""
 
     options: dict[str, Any]
     mask: Tensor | None
@@ -35,7 +35,7 @@ class Mask(NamedTuple):
 
 
 def make_masks(B: int, H: int, N: int, dtype: torch.dtype, device: torch.device) -> dict[str, Mask]:
-    """Return a mask of each kind: a quarter of padding, windows of an eighth, four segments."""
+    """Return a mask of each kind: a quarter of the keys is padding, a window is an eighth, a row has four segments."""
     i = torch.arange(N, device=device)
     causal, window, segment = i[:, None] >= i, N // 8, i * 4 // N
     inside, same = i[:, None] - i < window, segment[:, None] == segment
@@ -92,7 +92,7 @@ def build_calls(
         "sdpa": partial(F.scaled_dot_product_attention, *leaves, **sdpa, enable_gqa=gqa),
     }
     if flex and kind != "float":
-        torch.compiler.reset()  # remove what was compiled for another case
+        torch.compiler.reset()  # remove the code compiled for another case
         compiled, (B, _, N, _) = torch.compile(flex_attention, dynamic=False), q.shape
         blocks = mask.sees and create_block_mask(mask.sees, B, None, N, N, str(q.device))
         q, k, v = leaves if q.is_cuda else (x.detach() for x in leaves)
@@ -102,7 +102,7 @@ def build_calls(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=10, seconds=1.0, dtypes=["float32", "bfloat16"])
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles anew for each case")
+    parser.add_argument("--flex", action="store_true", help="also measure FlexAttention, which compiles for each case")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Results as tables, plots and CSV. The tables of the README are filled in with cog."""
+"""Write results as tables, plots and CSV. Cog fills in the tables of the README and of the documentation."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from .measure import BenchmarkError
 from .results import FIGURES, Record, describe_fault
 from .suite import DEFAULT_OUT
 
-DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --update, fill in the tables of files."
+DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --update, fill in the tables in files."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
 MISSING, NOISY = "-", "~"
 NOISE = 0.15
-"""Mark times whose spread is a larger share of the median."""
+"""Times with a larger spread, as a share of the median, are marked."""
 TEXT_CASE = "B == 32 and r == 19 and ids == 'text' and N == 256"
-"""The cases of the embedding's table and plot. The CSV file has all cases."""
+"""The cases in the table of the embedding. The CSV file has all cases."""
 
 
 class Table(NamedTuple):
-    """Hold the texts of a table: the first column is aligned to the left, the others to the right."""
+    """The texts of a table. The first column is left-aligned, the other columns are right-aligned."""
 
     header: Sequence[str]
     rows: list[list[str]]
@@ -42,13 +42,14 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 
 def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
-    """Return the rows of a record with their ratios to the floor, and the range of these: low, x floor, high.
+    """Return the rows of a record with their ratios to the floor ("x floor") and the ranges of the ratios (low, high).
 
-    The floor is that of the same case, quantity and direction; where it trains nothing, that of the forward pass.
+    A row is compared with the floor of the same case, quantity and direction. If the floor trains nothing, its forward
+    pass is used.
     """
     frame = pd.DataFrame(record.rows)
     place = [name for name in frame if name not in (*FIGURES, "peer", "role", "direction")]
-    figures = frame.reindex(columns=["p50", "p20", "p80"]).ffill(axis=1)  # a figure without spread is p50 alone
+    figures = frame.reindex(columns=["p50", "p20", "p80"]).ffill(axis=1)  # a figure without a spread has only p50
     floors = frame[[*place, "direction"]].join(figures)[frame.role == "floor"]
     same = frame[[*place, "direction"]].merge(floors, how="left")[figures.columns]
     forward = frame[place].merge(floors[floors.direction == FORWARD], how="left", on=place)
@@ -61,7 +62,7 @@ def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
 
 
 def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
-    """Show every method of the main job on a model. In detail: with milliseconds, and with marks of noise."""
+    """Show every method of the main job on a model. ``in_detail`` adds milliseconds and marks noisy times."""
     frame, rows = load_frame(record), []
     faults = [fault for fault in record.faults if fault["model"].startswith(model)]
     frame = frame[frame.model.str.startswith(model) & ~frame.peer.isin([fault["peer"] for fault in faults])]
@@ -86,20 +87,20 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
 
 
 def describe_ratio(row: Any, unit: float) -> str:
-    """Return a median in a unit, and the 20th and the 80th percentile."""
+    """Return the median divided by a unit, and the 20th and 80th percentiles."""
     return f"{row.p50 / unit:.2f} ({row.p20 / unit:.2f} to {row.p80 / unit:.2f})"
 
 
 def describe_time(row: Any) -> str:
-    """Return milliseconds, with a mark if they spread further than ``NOISE``."""
+    """Return the median in milliseconds, with a mark if the spread is larger than ``NOISE``."""
     noisy = max(row.p80 - row.p50, row.p50 - row.p20) > NOISE * row.p50
     return NOISY * bool(noisy) + number(1e3 * row.p50, 1)
 
 
 def summarize_attention(record: Record, peer: str = "concat", decoding: bool | None = False) -> pd.DataFrame:
-    """Return how much faster ``fused`` is than a peer, and its time as a share of scaled plain SDPA.
+    """Return the speedup of ``fused`` over a peer, and its time relative to plain SDPA scaled by the number of keys.
 
-    There is a row for each type and direction, with means over the cases.
+    The result has a row for each dtype and direction, with the geometric mean, minimum and maximum over the cases.
     """
     frame = pd.DataFrame(record.rows).query("quantity == 'seconds'")
     if decoding is not None:
@@ -116,7 +117,7 @@ def summarize_attention(record: Record, peer: str = "concat", decoding: bool | N
 
 
 def tabulate_attention(record: Record) -> Table:
-    """Show means over the shapes, for each type and direction."""
+    """Show means over the shapes for each dtype and direction."""
     header = "prefix attention", "times faster than concatenation", "least", "share of plain SDPA, scaled", "most"
     figures = summarize_attention(record)[["over mean", "over min", "share mean", "share max"]]
     return Table(header, [[kind, *map(number, values)] for kind, *values in figures.itertuples()])
@@ -138,9 +139,9 @@ def tabulate_more_attention(main: Record, dropout: Record, avx2: Record) -> Tabl
 
 
 def tabulate_shares(record: Record) -> Table:
-    """Show the rate of ``fused`` as a share of the machine's peak, measured in the same run, for each case."""
+    """Show the rate of ``fused`` in each case as a share of the machine's peak, measured in the same run."""
     frame = pd.DataFrame(record.rows).query("quantity == 'seconds' and peer == 'fused' and N > 1")
-    hidden = frame.causal * (frame.N - 1) / 2  # keys that a query does not see, on average
+    hidden = frame.causal * (frame.N - 1) / 2  # average number of keys that the causal mask hides from a query
     operations = frame.direction.map({FORWARD: 4, BOTH: 14}) * frame.B * frame.Hq * frame.D * frame.N
     rates = operations * (frame.P + frame.M - hidden) / frame.p50
     frame = frame.assign(share=rates / frame.dtype.map(record.settings["peaks"]))
@@ -158,7 +159,7 @@ def tabulate_shares(record: Record) -> Table:
 
 
 def tabulate_plain_attention(record: Record) -> Table:
-    """Show how much faster ``fused`` is than SDPA with masks of each kind: geometric means over the shapes."""
+    """Show the speedup of ``fused`` over SDPA for each kind of mask, as a geometric mean over the shapes."""
     frame = load_frame(record, "quantity == 'seconds' and peer == 'fused'")
     frame = frame.assign(kind=frame.dtype + " " + frame.direction.str.replace("+", " + "), faster=1 / frame["x floor"])
     means = frame.pivot_table("faster", "mask", "kind", lambda ratios: np.exp(np.log(ratios).mean()), sort=False)
@@ -185,7 +186,7 @@ def tabulate_embedding(record: Record) -> Table:
 
 
 def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str]) -> Table:
-    """Show time and memory of every peer in units of the floor, and of the floor in its own units."""
+    """Show time and memory of every peer in units of the floor, and of the floor in milliseconds and megabytes."""
     columns = pd.MultiIndex.from_product([directions, ["seconds", "bytes"]]).drop(("decode", "bytes"), errors="ignore")
     rows = []
     for peer, of_peer in frame.groupby("peer", sort=False):
@@ -199,26 +200,26 @@ def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str])
 
 
 def tabulate_shared_prompt(record: Record, S: int) -> Table:
-    """Show all peers at one length of the prompt, in the order of the prefills, which every peer has."""
+    """Show all peers at one prompt length, in the order of the rows for the prefill, which every peer has."""
     frame = load_frame(record).query("S == @S").sort_values("direction", key=lambda of: of != "prefill", kind="stable")
     directions = {"step": "training step", "prefill": "prefill", "decode": "a token"}
     return tabulate_ratios(frame, f"{S} prompt tokens", directions)
 
 
 def tabulate_visual_prompts(record: Record, P: int) -> Table:
-    """Show all peers at one number of rows."""
+    """Show all peers at one number of prompt tokens."""
     frame = load_frame(record).query("P == @P")
     return tabulate_ratios(frame, f"{P} rows in a layer", {"step": "training step", "inference": "inference"})
 
 
 def select_model(record: Record, model: str) -> pd.DataFrame:
-    """Return the rows of one whole model at the lengths that were measured first."""
+    """Return the rows of one model at the lengths that were measured first."""
     frame = load_frame(record).query("model == @model")
     return frame[(frame.N.iloc[0] == frame.N) & (frame.P.iloc[0] == frame.P)]
 
 
 def tabulate_model(record: Record, model: str) -> Table:
-    """Show a whole model."""
+    """Show time, memory and training rate of all peers on one model."""
     frame = select_model(record, model)
     batch = frame["rows"].iloc[0]
     title = f"{model}, {batch} x {frame.N.iloc[0]} tokens, P = {frame.P.iloc[0]}"
@@ -228,7 +229,7 @@ def tabulate_model(record: Record, model: str) -> Table:
 
 
 def tabulate_cartridge(record: Record) -> Table:
-    """Show how far a document in context is replaced by nothing, and by a prefix before and after its training."""
+    """Show how well a document in context is replaced by nothing, by an untrained prefix, and by a trained one."""
     names = {"no document": "no document", "untrained": "text, untrained", "trained": "trained"}
     header = ("P", *(f"KL, {title}" for title in names.values()), "gap closed", "loss, no document", "in context",
               "trained", "MB", "MB of the document", "tokens/s")  # fmt: skip
@@ -245,7 +246,7 @@ def tabulate_cartridge(record: Record) -> Table:
 
 
 def tabulate_long_prefixes(record: Record) -> Table:
-    """Show times and memory of every peer with long prefixes, in units of PEFT's cartridge."""
+    """Show time and memory of every peer with long prefixes, and the ratios to PEFT's cartridge."""
     header, rows = ("direction, P, type", "peer", "ms", "x floor", "x PEFT", "peak MB", "x PEFT"), []
     for key, of in load_frame(record).groupby(["direction", "P", "dtype"], sort=False):
         at = of.set_index(["quantity", "peer"])
@@ -262,7 +263,7 @@ def tabulate_long_prefixes(record: Record) -> Table:
 def tabulate_many_adapters(record: Record, *others: Record) -> Table:
     """Show the times of all peers in units of the model without adapters, or of a copy of the same size.
 
-    Those of other records are in units of the model in their own environments.
+    Times in ``others`` are in units of the model in their own environments.
     """
     header, rows = ("case", "peer", "ms", "x no adapter"), []
     for each in (record, *others):
@@ -277,7 +278,7 @@ def tabulate_many_adapters(record: Record, *others: Record) -> Table:
 
 
 def tabulate_gpu(record: Record) -> Table:
-    """Show the times of prefix attention on a GPU, its rate, and the ratios to the best peer and the best floor."""
+    """Show the time and the rate of prefix attention on a GPU, and the ratios to the best peer and the best floor."""
     header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
     cases = [row for row in record.rows if row["quantity"] == "seconds" and "gate" in row]
     keys = ["direction", "B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
@@ -307,11 +308,11 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "adapterhub": (tabulate_model, "model"),
     "gpu": (tabulate_gpu, None),
 }
-"""The table of each suite, and the column that has a table for each of its values."""
+"""The table function of each suite, and the column for each of whose values it makes a table."""
 
 
 def describe_record(name: str, record: Record) -> str:
-    """Return the section of a record in the report: the environment, what speaks against it, its tables and faults."""
+    """Return the section of a record: the environment, reasons against publication, the tables and the faults."""
     (table, column), facts = TABLES[record.suite], ", ".join(f"{of} {record.environment.get(of)}" for of in FACTS)
     values = dict.fromkeys((row[column],) for row in record.rows) if column else [()]
     objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
@@ -321,27 +322,27 @@ def describe_record(name: str, record: Record) -> str:
 
 
 def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, folder: Path = results.FOLDER) -> str:
-    """Return a table for cog, from one or more files of results of a device and more arguments.
+    """Return a table for cog, from one or more files of results of a device. ``more`` are arguments of ``table``.
 
     Raises:
-        BenchmarkError: The results must not be published.
+        BenchmarkError: the results must not be published.
     """
     records = [results.read(folder / device / f"{stem}.json") for stem in stems.split()]
     for record in records:
         if objections := record.find_objections():
-            raise BenchmarkError(f"{device}, {record.suite}: not published, for {' and '.join(objections)}")
+            raise BenchmarkError(f"{device}, {record.suite}: must not be published, because {' and '.join(objections)}")
     return f"\n{table(*records, *more).markdown()}\n\n"
 
 
 def select_times(record: Record) -> pd.DataFrame:
-    """Return the times of the main job in units of the floor: a row for each peer."""
+    """Return the times of the main job in units of the floor, with a row for each peer."""
     frame = load_frame(record, "quantity == 'seconds'")
     times = frame.pivot(index="peer", columns=["model", "direction"], values="x floor").reindex(frame.peer.unique())
     return times.set_axis([", ".join(column) for column in times.columns], axis="columns")
 
 
 def draw(record: Record, path: Path) -> None:
-    """Draw the times of the main job as bars. The file contains them as text."""
+    """Draw the times of the main job as bars. The metadata of the image contains them as JSON."""
     times = select_times(record)
     axes = times.plot.barh(figsize=(9, 1 + 0.9 * len(times)), width=0.8, xlabel="time, times the floor", ylabel="")
     for container in axes.containers:
@@ -356,9 +357,9 @@ def draw(record: Record, path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folders of JSON files")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="folder of results")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "report", help="folder for tables, CSV and plots")
-    text = "fill in the tables of these files, and draw the plot beside the results"
+    text = "fill in the tables in these files, and draw the plot next to the results"
     parser.add_argument("--update", type=Path, nargs="+", default=[], metavar="FILE", help=text)
 
 
@@ -377,7 +378,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def update(path: Path, check: bool = False) -> int:
-    """Fill in the tables of a file with cog, or check that nothing would change. Return cog's exit status."""
+    """Fill in the tables in a file with cog, or check that nothing would change. Return cog's exit status."""
     from cogapp import Cog
 
     return int(Cog().main(["cog", "-e", "--check" if check else "-r", str(path)]))

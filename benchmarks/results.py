@@ -1,4 +1,4 @@
-"""Files of results: the environment of a run, its settings, and one measured figure per line."""
+"""Read and write files of results: the environment of a run, its settings, and one measured figure per line."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
 
 @dataclass
 class Record:
-    """Hold all that one run of a suite measured."""
+    """The results of one run of a suite."""
 
     suite: str
     environment: dict[str, Any]
@@ -28,7 +28,7 @@ class Record:
 
     @classmethod
     def start(cls, suite: str, device: torch.device, quick: bool, **settings: Any) -> "Record":
-        """Begin a record of this machine."""
+        """Start an empty record with the environment of this machine."""
         return cls(suite, describe_environment(device), {"quick": quick, **settings})
 
     def add(self, rows: Iterable[Row], faults: Iterable[Row], path: Path) -> None:
@@ -38,7 +38,7 @@ class Record:
         self.write(path)
 
     def write(self, path: Path) -> Path:
-        """Write a file, or the file of the suite in a folder, with one row per line."""
+        """Write the record to a file, or to the file of the suite in a folder, with one row per line."""
         path = path if path.suffix else path / f"{self.suite.replace('-', '_')}.json"
         head = {name: value for name, value in vars(self).items() if name != "rows"}
         text = json.dumps(head, indent=1, default=str).removesuffix("\n}")
@@ -54,7 +54,7 @@ class Record:
         return 1 if self.faults else 0
 
     def find_objections(self) -> list[str]:
-        """Return the reasons not to publish these results."""
+        """Return the reasons why these results must not be published."""
         objections = ["it was a quick run"] if self.settings.get("quick") else []
         if "accepted" not in self.settings:
             objections += ["files differed from the commit"] if self.environment.get("dirty") else []
@@ -79,12 +79,12 @@ def case_of(row: Row) -> Row:
 
 
 def describe_times(rows: list[Row]) -> str:
-    """Describe one case: for each direction, the time of the floor and the ratios of its peers."""
+    """Describe one case. For each direction, show the time of the floor and the ratios of its peers to the floor."""
     timed = [row for row in rows if row["quantity"] == "seconds"]
     lines = [describe_case(case_of(timed[0]))] if timed else []
     for direction in dict.fromkeys(row["direction"] for row in timed):
         chosen = [row for row in timed if row["direction"] == direction]
-        # An operation whose floor trains nothing is compared with the floor's forward pass.
+        # If the floor trains nothing, its forward pass is the unit.
         floor = next((row["p50"] for row in (*chosen, *timed) if row["role"] == "floor"), float("nan"))
         ratios = "  ".join(f"{row['peer']} {row['p50'] / floor:.2f}" for row in chosen)
         lines.append(f"  {direction:17} floor {1e3 * floor:.3f} ms; x floor: {ratios}")
@@ -93,22 +93,22 @@ def describe_times(rows: list[Row]) -> str:
 
 def read(path: Path) -> Record:
     """Read the record of a file."""
-    with explain(f"{path}, as results of `python -m benchmarks`"):
+    with explain(f"{path} must be a file of results of `python -m benchmarks`"):
         return Record(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_all(folder: Path) -> list[tuple[Path, Record]]:
-    """Read the files in a folder and below, apart from studies, whose rows are no figures of peers."""
+    """Read all files in a folder and its subfolders, except studies, whose rows are not figures of peers."""
     paths = [
         path for path in sorted(folder.resolve().rglob("*.json")) if "study" not in f"{path.parent.name}{path.name}"
     ]
     if not paths:
-        raise BenchmarkError(f"{folder}: no JSON files of results in this folder or below")
+        raise BenchmarkError(f"{folder}: this folder and its subfolders contain no JSON files of results")
     return [(path, read(path)) for path in paths]
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file under another name and rename it, so that an interrupted run leaves the old file intact."""
+    """Write a file under a temporary name and rename it, so that an interrupted run keeps the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""A soft prompt that runs once for the whole batch, against one that runs in every row, and against none.
+"""Compare soft prompts that run once for the whole batch, prompts that run in every row, and no prompt.
 
-All of them are measured in turns on one frozen Llama-shaped model: the floor, the prompt methods on the shared path,
-prompt tuning in every row (textbook), the methods merged for inference, and PEFT's prompt tuning. Measured: a training
-step, the prefill (a forward pass that fills a cache), and decoding one token after it.
+The peers are measured alternately on one frozen Llama-shaped model. They are the floor, the prompt methods on the
+shared path, prompt tuning in every row (textbook), the methods merged for inference, and PEFT's prompt tuning. The
+suite measures a training step, the prefill (a forward pass that fills a cache), and decoding one token after it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .models import Size
 from .peers import FLOOR, ModelPeer, list_peers
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "A soft prompt that runs once for the whole batch: training steps, prefill, decoding, memory."
+DESCRIPTION = "Measure training steps, prefill, decoding and memory of soft prompts that run once for the whole batch."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
 QUICK = Size(layers=2, width=64, heads=2, vocabulary=512, rows=2, length=16)
 LENGTHS = (20, 60, 100)
@@ -34,7 +34,7 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
 
     @torch.no_grad()
     def prefill() -> None:
-        """Run all tokens at once into a cache, and compute the logits of the last."""
+        """Fill a cache with all tokens in one forward pass, and compute the logits of the last token."""
         model.eval()
         model(**tokens, use_cache=True, logits_to_keep=1)
 
@@ -45,7 +45,7 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
         model.generate(**tokens, pad_token_id=0, **options)
 
     def decode() -> float:
-        """Return the seconds per token: the time of many tokens less that of one."""
+        """Return the seconds per token, from the difference of the times for many tokens and for one token."""
         many, one = (time_call(partial(generate, count), model.device) for count in (DECODED, 1))
         return (many[0] - one[0]) / (DECODED - 1)
 
@@ -54,7 +54,7 @@ def build_work(peer: ModelPeer, model: Any, batch: dict[str, Tensor]) -> Work:
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Build all peers for each length of the prompt."""
+    """Yield the problem of each prompt length, with all peers."""
     size = QUICK if options.quick else FULL
     base = models.build("causal_lm", models.configure("causal_lm", size), device)
     batch = models.draw_batch("causal_lm", size, size.length, device)
@@ -65,7 +65,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=15)
-    parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="its lengths")
+    parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="prompt lengths")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
-"""Prefixes of many keys, and stores of many prefixes with a span for each row.
+"""Measure prefixes of many keys, and stores of many prefixes with a span for each row.
 
-"long": causal tokens with one prefix of 512 to 8,192 keys. The floor is SDPA over as many keys, unmasked; ``masked`` is
-SDPA with the mask that causal tokens need. Their keys are concatenated before the clock starts.
-"spans": 16 rows. The floor is one prefix that all rows share; ``fused`` is a store of 16 prefixes with a span for each
-row, ``copied`` a prefix of its own for each row.
+"long" has causal tokens and one prefix of 512 to 8,192 keys. The floor is SDPA over as many keys without a mask.
+``masked`` is SDPA with the necessary causal mask. Both concatenate their keys before the timed part.
+"spans" has 16 rows. In the floor, all rows share one prefix. ``fused`` is a store of 16 prefixes with a span for each
+row. ``copied`` has a separate prefix tensor for each row.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from .attention import BACKENDS, build_dense_mask
 from .measure import Work
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
-DESCRIPTION = "prefix_attention with long prefixes, and with a prefix of its own for each row of a store."
+DESCRIPTION = "Measure prefix_attention with long prefixes, and with a store of prefixes and a span for each row."
 HEADS, KV_HEADS, D = 8, 4, 64
 TOKENS, LENGTHS = 1024, (512, 2048, 8192)
 ROWS, SPAN, ROW_TOKENS = 16, 100, ((128, 128), (512, 512), (1, 512))

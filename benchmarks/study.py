@@ -1,12 +1,13 @@
-"""The study: how well the methods learn a classification, over several seeds.
+"""The study: measure how well the methods learn a classification task, over several seeds.
 
-A plan, ``benchmarks/study_plan.json``, holds the settings, the cells and their comparisons. A cell is a method with
-options, and the bounds of its learning rates: of the prompt, of the gates, and of the rest but the head ("main").
+A plan, ``benchmarks/study_plan.json``, contains the settings, the cells and the comparisons of cells. A cell is a
+method with its options and the bounds of its learning rates: those of the prompt, of the gates, and of everything else
+except the head ("main").
 
-The rates of a cell are searched with optuna by accuracy on the dev split, where successive halving ends bad trials
-early. The best ones are used for all seeds, with ``transformers.Trainer`` and early stopping, and the best weights are
-tested once. Trials are kept in ``OUT/search.log`` and finished trainings in ``OUT/study.json``, with all that they
-depend on, so that an interrupted study continues.
+Optuna searches the rates of a cell by accuracy on the dev split. Successive halving stops bad trials early. The best
+rates are used for all seeds, with ``transformers.Trainer`` and early stopping. The best weights are tested once. Trials
+are stored in ``OUT/search.log`` and finished trainings in ``OUT/study.json``, with everything that they depend on, so
+that an interrupted study can continue.
 """
 
 import argparse
@@ -34,20 +35,23 @@ from .report import Table, number
 from .results import Record, read, write_text
 from .suite import DEFAULT_OUT, add_common, set_up
 
-DESCRIPTION = "Train a pretrained encoder on labeled text with full fine-tuning and every method: test accuracy."
+DESCRIPTION = "Measure the test accuracy of a pretrained encoder with full fine-tuning and with every method."
 PLAN = Path(__file__).parent / "study_plan.json"
 WARMUP = 0.06  # of the steps; then the rate falls to 0 linearly
-SPLIT_OFF = 0.1  # of the training file, for dev and for test, where no file is given
-FEW_SEEDS = 4  # do not give an interval
+SPLIT_OFF = 0.1  # share of the training file that is used for dev and for test if no files are given
+FEW_SEEDS = 4  # up to this number of seeds, no interval is shown
 NOTES = """\
-Mean and standard deviation over the seeds. In parentheses: prompt or prefix tokens. trainable: without the head of the
-classifier, which every method trains. rates: chosen on the dev split. best step: with the best dev accuracy, whose
-weights are tested. ms a step: all of the training but evaluations. peak MB: what forward and backward of the longest
-batch add to the model, by PyTorch's allocators. 95 %: bootstrap interval of the mean over the seeds."""
+Accuracies are the mean and standard deviation over the seeds. Prompt or prefix tokens are in parentheses.
+trainable: parameters without the head of the classifier, which every method trains.
+rates: learning rates, chosen on the dev split.
+best step: the step with the best dev accuracy, whose weights are tested.
+ms a step: training time per step without evaluations.
+peak MB: memory of PyTorch's allocators that forward and backward of the longest batch need in addition to the model.
+95 %: bootstrap interval of the mean over the seeds."""
 
 
 def prepare(cell: Row, rates: Row, model: PreTrainedModel, head_rate: float) -> Prepared:
-    """Return the model with what is trained, and its learning rates."""
+    """Return the model with the method of a cell, and the parameter groups with their learning rates."""
     if "config" in cell:
         return attach(model, MethodConfig.from_dict(cell["config"]), head=head_rate, **rates)
     head = head_parameters(model)
@@ -59,7 +63,7 @@ def prepare(cell: Row, rates: Row, model: PreTrainedModel, head_rate: float) -> 
 
 
 class Pruner(TrainerCallback):
-    """Report the scores of a trial to the search, which may end its training."""
+    """A callback that reports the scores of a trial to the search, which can stop its training."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self.trial = trial
@@ -75,7 +79,7 @@ def measure_accuracy(predicted: Any) -> dict[str, float]:
 
 
 class Study:
-    """Hold what all trainings share: the plan, the model, its tokenizer, and the texts as token ids."""
+    """The data that all trainings share: the plan, the model's name, its tokenizer, and the texts as token ids."""
 
     def __init__(self, options: argparse.Namespace, plan: Row, device: torch.device) -> None:
         self.plan, self.out, self.name, self.device = plan, options.out, options.model, device
@@ -101,7 +105,7 @@ class Study:
         return Dataset.from_dict({**columns, "labels": part["label"]})
 
     def run_cells(self, names: list[str]) -> None:
-        """Search the rates of each cell, and train. Seeds are the outer loop: an interrupted study has some of all."""
+        """Search the rates of each cell, then train. Seeds are the outer loop, so a partial study covers all cells."""
         rates: dict[str, Row] = {}
         for seed in (None, *range(self.settings["seeds"])):
             for name in names:
@@ -115,7 +119,7 @@ class Study:
                     self.record.faults.append(fault({"seed": seed}, name, "training", error))
 
     def find_rates(self, name: str) -> Row:
-        """Return the rates that are best on the dev split, with the first seed."""
+        """Return the rates with the best dev accuracy, searched with the first seed."""
         cell, file = self.plan["cells"][name], str(self.out / "search.log")
         search = optuna.create_study(
             study_name=Hasher.hash([cell, self.subject]),
@@ -136,7 +140,7 @@ class Study:
         return search.best_params
 
     def train_once(self, name: str, rates: Row, seed: int) -> None:
-        """Add the row of a training, unless it was finished before."""
+        """Train and add the resulting row, unless the record already contains it."""
         about = {"kind": "table", "method": name, "rates": rates, "seed": seed, "subject": self.subject}
         about = json.loads(json.dumps({**about, "config": self.plan["cells"][name].get("config")}))  # as in the file
         if not any(about.items() <= row.items() for row in self.record.rows):
@@ -144,7 +148,7 @@ class Study:
             self.record.write(self.out)
 
     def train(self, name: str, rates: Row, seed: int, trial: optuna.Trial | None = None) -> Row:
-        """Train, stop early, and test the best weights."""
+        """Train with early stopping, and test the best weights."""
         print(f"{name}, {rates}, seed {seed}", flush=True)
         torch.manual_seed(seed)
         transformers.utils.logging.disable_progress_bar()
@@ -180,14 +184,14 @@ class Study:
 
 
 def load_texts(options: argparse.Namespace, most: dict[str, int]) -> dict[str, Dataset]:
-    """Return the three parts. Parts without a file are split off from the training file."""
+    """Return the parts "train", "dev" and "test". Parts without a file are split off from the training file."""
     train = data.read_rows("--data", options.data, options)
     if "label" not in train.column_names or len(set(train["label"])) < 2:
-        raise BenchmarkError(f"--data {options.data}: two or more classes are needed, in the column of --label-column")
+        raise BenchmarkError(f"--data {options.data}: the column of --label-column must have two or more classes")
     parts = {"train": train.class_encode_column("label")}
     label = parts["train"].features["label"]
     for part in ("dev", "test"):
-        with explain(f"--{part}"):  # too few texts to split some off, or a label that the training texts do not have
+        with explain(f"--{part}"):  # too few texts to split, or labels that the training texts lack
             if path := getattr(options, part):
                 parts[part] = data.read_rows(f"--{part}", path, options).cast_column("label", label)
             else:
@@ -199,27 +203,27 @@ def load_texts(options: argparse.Namespace, most: dict[str, int]) -> dict[str, D
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.set_defaults(out=DEFAULT_OUT / "study")
-    parser.add_argument("--report", action="store_true", help="train nothing: the tables of OUT/study.json")
+    parser.add_argument("--report", action="store_true", help="only print the tables of OUT/study.json")
     for name in ("data", "dev", "test"):
-        meaning = "training texts: .tsv or .jsonl" if name == "data" else "default: a tenth of the training texts"
+        meaning = "training texts (.tsv or .jsonl)" if name == "data" else "default: a tenth of the training texts"
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=meaning)
     data.add_columns(parser)
-    parser.add_argument("--model", metavar="NAME", help="a pretrained encoder: a folder, or a model of the hub")
+    parser.add_argument("--model", metavar="NAME", help="a pretrained encoder: a folder or a name on the hub")
     parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE", help="default: benchmarks/study_plan.json")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="cells of the plan (default: all)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train what is missing, print and write the tables. Return 1 if a training failed."""
+    """Run the missing trainings, then print and write the tables. Return 1 if a training failed."""
     with explain(f"--plan {options.plan}"):
         plan = json.loads(options.plan.read_text(encoding="utf-8"))
     if options.report:
         record = read(options.out / "study.json")
     else:
         if options.data is None or options.model is None:
-            raise BenchmarkError("--data (a file of labeled texts) and --model (an encoder) are needed")
+            raise BenchmarkError("--data (a file of labeled texts) and --model (an encoder) must be given")
         if unknown := set(options.cells or ()) - plan["cells"].keys():
-            raise BenchmarkError(f"--cells {', '.join(unknown)}: the cells are {', '.join(plan['cells'])}")
+            raise BenchmarkError(f"--cells {', '.join(unknown)}: the cells of the plan are {', '.join(plan['cells'])}")
         options.out.mkdir(parents=True, exist_ok=True)
         study = Study(options, plan, set_up(options))
         record = study.record
@@ -232,7 +236,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
-    """Return the cells on the texts of the last command, and differences of cells seed by seed."""
+    """Return a table of the cells of the current subject, and a table of differences between cells for each seed."""
     subject = record.settings.get("subject")
     chosen = [row for row in record.rows if subject in (None, row["subject"]) and "search" not in row["kind"]]
     if not chosen:
@@ -248,7 +252,7 @@ def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
             number(runs.peak_bytes.max() / 1e6, 1),
         ])  # fmt: skip
     header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "ms a step", "peak MB")
-    # Seed by seed: the same batches in the same order, and the same head at the start.
+    # Differences are per seed, because a seed determines the batches, their order, and the initial head.
     scores, differences = frame[frame.kind == "table"].pivot_table("test", "seed", "method", "last"), []
     for above, below in compared:
         if above in scores and below in scores:
@@ -262,5 +266,5 @@ def summarize(record: Record, compared: list[list[str]]) -> list[Table]:
 
 
 def describe_spread(percentages: Any) -> str:
-    """Return mean and standard deviation."""
+    """Return the mean and standard deviation as text."""
     return f"{percentages.mean():.1f}" + (f" ± {percentages.std():.1f}" if len(percentages) > 1 else "")

@@ -1,6 +1,6 @@
-"""The parts that suites share: options, the kinds of work they measure, and the loop around a measurement.
+"""The common parts of all suites: options, the kinds of work, and the loop around the measurements.
 
-Only PyTorch is needed, so that a suite can run in the environment of another package.
+This module only requires PyTorch, so that suites can run in the environment of another package.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .results import Record, describe_times
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_OUT = Path(__file__).parent / "out"
-QUICK_NOTE = "This was a quick run: it shows that everything runs. Its times and ratios mean nothing."
+QUICK_NOTE = "This was a quick run, which only shows that everything works. Its times and ratios are meaningless."
 Problem = tuple[Row, Mapping[str, Work]]  # a case and the work of each peer
 WARMUP = {"cpu": 1, "cuda": 5}
 
@@ -27,14 +27,14 @@ WARMUP = {"cpu": 1, "cuda": 5}
 def add_common(
     parser: argparse.ArgumentParser, rounds: int = 0, seconds: float = 0, dtypes: Sequence[str] = ()
 ) -> None:
-    """Add the options of every suite, with ``rounds`` those of ``run_suite``, and with ``dtypes`` those of kernels."""
-    parser.add_argument("--quick", action="store_true", help="a small run that shows whether everything works")
-    parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="on a CPU (default: chosen by PyTorch)")
+    """Add the options of every suite. ``rounds`` adds those of ``run_suite``, and ``dtypes`` adds ``--dtype``."""
+    parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
+    parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:N (default: a GPU if available)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: chosen by PyTorch)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the results")
     if rounds:
-        parser.add_argument("--rounds", type=positive, default=rounds, help=f"at least (default: {rounds})")
-        parser.add_argument("--seconds", type=float, default=seconds, help="more rounds as long as there is time")
+        parser.add_argument("--rounds", type=positive, default=rounds, help=f"minimum rounds (default: {rounds})")
+        parser.add_argument("--seconds", type=float, default=seconds, help="minimum seconds, which can add rounds")
     if dtypes:
         parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(dtypes))
 
@@ -52,19 +52,19 @@ def set_up(options: argparse.Namespace) -> torch.device:
     freeze_heap()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    # Advice of the libraries about sequence lengths and padding would break the progress bar.
+    # Messages of the libraries about sequence lengths and padding would break the progress bar.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device: torch.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
-        raise BenchmarkError(f"--device {device}: cpu or cuda")
+        raise BenchmarkError(f"--device {device}: must be cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} sees no GPU")
+        raise BenchmarkError(f"--device {device}: PyTorch {torch.__version__} finds no GPU")
     return device
 
 
 def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Work:
-    """Return the work of a kernel, whose leaves get gradients. Without leaves, it is for inference only."""
+    """Return the work of a kernel. ``leaves`` get gradients. Without leaves, only the forward pass is measured."""
 
     def run_both() -> object:
         return torch.autograd.grad(call(), leaves, grad, allow_unused=True)
@@ -74,7 +74,7 @@ def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[T
 
 
 def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
-    """Return the work of a model, which returns its loss on the batch."""
+    """Return the work of a model that computes its loss on a batch: a training step and inference."""
 
     def step() -> None:
         model.train()
@@ -96,9 +96,9 @@ def run_suite(
     measure_peaks: Callable[[], dict[str, float]] | None = None,
     **settings: Any,
 ) -> int:
-    """Measure, write and print one problem after another. Return the exit status.
+    """Measure all problems, writing and printing the results after each one. Return the exit status.
 
-    ``measure_peaks`` returns the peak rates of a CPU, which are stored beside the times.
+    ``measure_peaks`` returns the peak rates of a CPU, which are stored with the times.
     """
     device = set_up(options)
     if measure_peaks is not None and device.type == "cpu" and not options.quick:

@@ -1,6 +1,6 @@
-"""A few cases for pytest-benchmark, to compare runs with its tools: ``pytest benchmarks --benchmark-only``.
+"""Run a few cases with pytest-benchmark, to compare runs with its tools: ``pytest benchmarks --benchmark-only``.
 
-Peers run one after another and not in turns, so published figures come from ``python -m benchmarks``.
+Peers run consecutively instead of in interleaved rounds, so published figures come from ``python -m benchmarks``.
 """
 
 from typing import Any

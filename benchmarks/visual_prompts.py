@@ -1,8 +1,8 @@
-"""Prompts on a vision transformer that run once for the whole batch, against the same prompts in every image.
+"""Compare visual prompts that run once for the whole batch with the same prompts in every image.
 
-All peers are measured in turns on one frozen ViT: the floor, VPT and SHIP of this package, and both as they are usually
-written, with their rows among the tokens of every image and PyTorch's attention. Measured: a training step and
-inference. Shallow VPT's rows see the image, so it runs them in every image too.
+The peers are measured alternately on one frozen ViT. They are the floor, this package's VPT and SHIP, and eager
+versions of both, with prompt tokens in every image and PyTorch's attention. The suite measures a training step and
+inference. The prompt tokens of shallow VPT depend on the image, so this package also runs them in every image.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from .models import ATTENTION, place
 from .peers import FLOOR, ModelPeer, Prepared, attach, freeze, freeze_body
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "Prompts on a vision transformer: VPT and SHIP, once for the batch and in every image."
-APART = "rows apart"  # the attention of SHIP as it is usually written
+DESCRIPTION = "Compare VPT and SHIP on a vision transformer, once for the whole batch and in every image."
+APART = "rows apart"  # name of the eager version of SHIP's attention
 RATE = 1e-2
 LENGTHS = (10, 50)
 
 
 class ImageSize(NamedTuple):
-    """Hold the size of a ViT and of its batches."""
+    """The size of a ViT and of its batches."""
 
     layers: int
     width: int
@@ -46,7 +46,7 @@ QUICK = ImageSize(layers=3, width=32, heads=2, side=16, patch=4, images=2)
 
 
 class EagerRows(nn.Module):
-    """Run a visual method with its rows behind the tokens of every image."""
+    """A model with a visual method in eager PyTorch. The prompt tokens follow the tokens of every image."""
 
     def __init__(self, model: Any, config: MethodConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class EagerRows(nn.Module):
         self.method: VisualMethod = method_class(config, stack.shape)
         self.method.reset_parameters()
         self.to(device=model.device, dtype=model.dtype)
-        self.tokens = 0  # before the rows
+        self.tokens = 0  # number of image tokens, which come before the prompt tokens
         for index, block in enumerate(stack.blocks):
             block.register_forward_pre_hook(partial(self.enter, index), with_kwargs=True)
         stack.blocks[-1].register_forward_hook(self.leave)
@@ -77,7 +77,7 @@ class EagerRows(nn.Module):
         return self.model(pixel_values=pixel_values, labels=labels)
 
     def enter(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Exchange the rows behind the tokens for those of a layer (a forward pre-hook)."""
+        """Replace the prompt tokens after the image tokens with those of a layer (a forward pre-hook)."""
         states, *others = args
         if index == 0:
             self.tokens = states.shape[1]
@@ -86,14 +86,17 @@ class EagerRows(nn.Module):
         return (torch.cat([states[:, : self.tokens], rows.to(states)], dim=1), *others), kwargs
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the rows out behind the last layer (a forward hook)."""
+        """Remove the prompt tokens after the last layer (a forward hook)."""
         if isinstance(output, tuple):
             return (output[0][:, : self.tokens], *output[1:])
         return output[:, : self.tokens]
 
 
 def attend_apart(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend from tokens to tokens and to rows in a softmax each; rows get their own values."""
+    """Attend from image tokens to image tokens and to prompt tokens in separate softmaxes.
+
+    The output of a prompt token is its own value.
+    """
     eager, share = module.rows_apart
     if share is None:
         return AttentionInterface()[ATTENTION](module, query, key, value, mask, **kwargs)
@@ -133,7 +136,7 @@ def draw_batch(size: ImageSize, device: torch.device, dtype: torch.dtype) -> dic
 
 
 def list_configs(rows: int, layers: int) -> dict[str, MethodConfig]:
-    """Return the methods, each with so many rows in an entered layer. SHIP enters every second one."""
+    """Return the methods, each with ``rows`` prompt tokens in an entered layer. SHIP enters every second layer."""
     return {
         "VPT shallow": fastprefix.VisualPromptConfig(rows),
         "VPT deep": fastprefix.VisualPromptConfig(rows, depth="deep"),
@@ -142,7 +145,7 @@ def list_configs(rows: int, layers: int) -> dict[str, MethodConfig]:
 
 
 def list_image_peers(rows: int, layers: int) -> list[ModelPeer]:
-    """Return the floor, and each method here and as it is usually written."""
+    """Return the floor, and each method in this package and in eager PyTorch."""
     peers = [ModelPeer(FLOOR, "floor", freeze)]
     for name, config in list_configs(rows, layers).items():
         peers.append(ModelPeer(name, "ours", partial(attach, config=config, main=RATE)))
@@ -151,7 +154,7 @@ def list_image_peers(rows: int, layers: int) -> list[ModelPeer]:
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Build all peers for each number of rows."""
+    """Yield the problem of each number of prompt tokens, with all peers."""
     size = QUICK if options.quick else FULL
     base = build(size, device)
     batch = draw_batch(size, device, base.dtype)
@@ -163,7 +166,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=15)
-    parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="P", help="its rows in a layer")
+    parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="P", help="tokens per layer")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Whole models at their published shapes: every method and its peers, over lengths of input and prefix.
+"""Measure every method and its peers on models of published shapes, over lengths of the input and the prefix.
 
-All of them are measured in turns on one frozen model with random weights. AdapterHub's package needs an older
-transformers. It is measured in a separate environment, and only its ratios to the floor can be compared.
+The peers are measured alternately on one frozen model with random weights. AdapterHub's package requires an older
+transformers. It is measured in a separate environment, so only its ratios to the floor can be compared.
 """
 
 import argparse
@@ -14,20 +14,20 @@ from .models import Size, TaskKind
 from .peers import FLOOR, list_peers
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "Whole models at published shapes: every method and its peers, over lengths of input and prefix."
-# The vocabulary, which only ADePT would change, is smaller than the published one.
+DESCRIPTION = "Measure every method and its peers on models of published shapes, over lengths of input and prefix."
+# The vocabulary is smaller than the published one. Its size only affects ADePT.
 SIZE = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
 QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
 KINDS: dict[str, TaskKind] = {"BERT-base": "classification", "Llama, 12 x 768": "causal_lm"}
 PLACES = [(128, 100), (64, 100), (256, 100), (128, 10), (128, 50), (128, 200)]
-"""Tokens of the input and of the prefix. Tables show the first pair."""
+"""Pairs of input tokens and prefix tokens. Tables show the first pair."""
 QUICK_PLACES = [(16, 4), (24, 4)]
 OURS = ("PT", "DePT", "ADePT", "prefix tuning", "APT")
 THEIRS = ("PT, eager", "DePT, eager", "ADePT, eager", "PEFT PT", "PEFT prefix tuning", "adapters prefix tuning")
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    """Build all peers on one model for each shape and each pair of lengths."""
+    """Yield the problem of each model and each pair of lengths, with all peers."""
     size = (QUICK if options.quick else SIZE)._replace(rows=options.rows)
     for name, kind in KINDS.items():
         base = models.build(kind, models.configure(kind, size), device)
@@ -41,7 +41,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=3)
-    parser.add_argument("--rows", type=positive, default=4, help="in a batch (default: 4)")
+    parser.add_argument("--rows", type=positive, default=4, help="rows per batch (default: 4)")
     parser.add_argument("--peers", nargs="+", default=[FLOOR, *OURS, *THEIRS], metavar="NAME")
 
 

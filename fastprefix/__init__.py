@@ -1,6 +1,6 @@
 """Fused kernels for prefix tuning and prompt tuning.
 
-Importing the package is cheap: ``transformers`` is imported at the first use of a name that needs it.
+Importing the package is cheap, because ``transformers`` is only imported at the first use of a name that needs it.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Run one of the package's tools: ``fastprefix`` or ``python -m fastprefix``."""
+"""Run one of the package's commands: ``fastprefix COMMAND`` or ``python -m fastprefix COMMAND``."""
 
 import argparse
 import importlib
@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "info": "print versions, devices, and which backends are usable; with --model, how prompts run on that model",
-    "parity": "compare every usable backend with the float64 reference; exit status 1 on a miss",
+    "info": "print versions, devices, usable backends and, with --model, how methods would run on a model",
+    "parity": "compare every usable backend with the float64 reference (exit status 1 if a bound is missed)",
 }
-"""Each command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``."""
+"""Commands and descriptions. Each command is a module with ``add_arguments(parser)`` and ``main(args) -> int``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name == chosen:  # so that the modules of the other commands are not imported
+        if name == chosen:  # the modules of other commands are not imported
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(subparser)
             subparser.set_defaults(main=module.main)

@@ -1,4 +1,4 @@
-"""Questions about the machine that are asked once, and that ``torch.compile`` takes as answered."""
+"""Cache the results of functions that query the machine. ``torch.compile`` treats them as constants."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def once(question: Callable[P, T]) -> Callable[P, T]:
-    """Run a function at its first call with an argument only. A trace takes its answer as a constant.
+    """Cache the results of a function by its arguments, and let ``torch.compile`` treat them as constants.
 
-    ``torch.compiler.assume_constant_result`` says the same by the same attribute, but imports the compiler to say it.
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but it imports the compiler.
     """
     answer = functools.cache(question)
 

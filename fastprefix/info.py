@@ -1,6 +1,6 @@
-"""Print versions, devices, and which backends are usable, with the reason where one is not (``fastprefix info``).
+"""Print versions, devices and usable backends, and the reasons why others are not usable (``fastprefix info``).
 
-With ``--model``, also print how prompts would run on that model, and which layers get prefixes.
+With ``--model``, also print how prompts would run on a model, and how many of its layers would get prefixes.
 """
 
 import argparse
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help="also: how prompts would run on this model and why so, and to how many attention layers prefixes go. "
-        "Only its configuration is read",
+        help="also print how prompts would run on this model and why, and how many attention layers would get a "
+        "prefix. This only reads the configuration of the model",
     )
 
 
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _describe(name: str) -> int:
-    """Print how methods would run on a model, and return exit status 1 if there is no such model."""
+    """Print how methods would run on a model, and return the exit status, which is 1 if the model does not exist."""
     from .integrations.transformers.preview import preview
 
     print()
@@ -46,14 +46,14 @@ def _describe(name: str) -> int:
         for line in preview(name):
             print(line)
     except (OSError, ValueError) as error:
-        print(f"`--model` must be a local folder or a name that the hub knows: {error}", file=sys.stderr)
+        print(f"`--model` must be a local folder or the name of a model on the hub: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def could_be_of_hub(name: str) -> bool:
-    """Return True if the Hugging Face hub could have a model of this name. Other names are paths."""
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # there, not exported
+    """Return True if a model on the Hugging Face hub can have this name. Other names are paths."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it exists, but is not exported
 
     try:
         validate_repo_id(name)

@@ -1,7 +1,7 @@
-"""``python -m fastprefix parity``: every usable backend against the float64 reference, on a grid of awkward cases.
+"""Compare every usable backend with the float64 reference on a grid of unusual cases (``fastprefix parity``).
 
-A case covers several features at once. Each axis of the grid (shapes, heads, prefixes, gates, masks, ...) is shuffled
-with a fixed seed and repeated to the number of cases, so every value occurs, in ever different company.
+Each case combines several features. The values of each axis of the grid (shapes, heads, prefixes, gates, masks, ...)
+are shuffled with a fixed seed and repeated up to the number of cases. Every value occurs, in different combinations.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a case. Gradients are compared for ``tensors``."""
+    """The arguments of a call. Gradients are compared for ``tensors`` only."""
 
     tensors: dict[str, Any]
     options: dict[str, Any]
@@ -36,11 +36,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A call of ``prefix_attention``. Gates, biases and masks are given by the letters of their shapes, as "B1P"; h
-    stands for Hkv, H for Hq, T for the length of a store of prefixes. ``P`` is None where there is no prefix.
+    """A call of ``prefix_attention``.
 
-    Spans: "own", rows see prefixes of length P one behind the other; "equal", the same one; "ragged", overlapping ones
-    of lengths P, 0, 1 and P / 2; or (start, length) for each row. The store has keys that no row sees.
+    Letters specify the shapes of gates, biases and masks, such as "B1P". H is Hq, h is Hkv, and T is the length of a
+    store of prefixes. ``P`` is None for a call without a prefix.
+
+    ``spans`` selects the prefix of each row in the store. "own" gives each row a separate prefix of length P. "equal"
+    gives all rows the same prefix. "ragged" gives them overlapping prefixes of lengths P, 0, 1 and P / 2. A tuple has
+    (start, length) for each row. The store also has two keys that no row attends to.
     """
 
     B: int = 2
@@ -56,20 +59,20 @@ class AttentionCase:
     frozen: int = 0
     gate: str | None = None
     output_gate: str | None = None
-    mask: str | None = None  # "padding", "bool" or "float"; also with a shape, as "bool BHNM"
+    mask: str | None = None  # "padding", "bool" or "float", optionally with a shape, such as "bool BHNM"
     bias: str | None = None
     key_bias: str | None = None
     segments: bool = False
     sinks: bool = False
-    level: float = 0.0  # added to every score once, by float masks, biases and sinks, which are about 0 otherwise
-    layout: Literal["BHND", "BNHD", "sliced", "strided"] = "BHND"  # in memory: BNHD, a part of one projection, no rows
-    options: dict[str, Any] = field(default_factory=dict)  # tensors among them are cast
+    level: float = 0.0  # added to all scores through float masks, biases and sinks, which are about 0 otherwise
+    layout: Literal["BHND", "BNHD", "sliced", "strided"] = "BHND"  # strides; "sliced": a slice of a joint projection
+    options: dict[str, Any] = field(default_factory=dict)  # tensors in it are cast to the dtype of the inputs
 
     operation: Callable[..., Tensor] = field(default=prefix_attention, repr=False)
     implemented: tuple[str, ...] = field(default=ATTENTION.implemented, repr=False)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Draw the tensors; the same seed gives the same numbers on every device. On "meta" they have no numbers."""
+        """Draw the tensors. A seed gives the same values on every device. Tensors on "meta" have no values."""
         generator = torch.Generator().manual_seed(seed)
         device = torch.device(device)
 
@@ -101,12 +104,12 @@ class AttentionCase:
 
     @property
     def scores(self) -> int:
-        """How many scores there are: what a case costs."""
+        """The number of attention scores, which measures the cost of a case."""
         return self.B * self.Hq * self.N * (self.M + (self.P or 0))
 
     @property
     def store(self) -> int:
-        """The length of the store of prefixes, T: two more than the rows see."""
+        """The length T of the store of prefixes, which has two keys that no row attends to."""
         return max((start + length for start, length in self._list_spans()), default=0) + 2
 
     def _list_spans(self) -> list[tuple[int, int]]:
@@ -166,7 +169,7 @@ class AttentionCase:
 
 
 def make_attention_case(**named: Any) -> AttentionCase:
-    """Return the case with these fields; whatever is no field is an option of the call."""
+    """Return a case with these fields. Names that are not fields become options of the call."""
     known = {f.name for f in fields(AttentionCase)}
     given = {name: value for name, value in named.items() if name in known}
     options = given.pop("options", {}) | {name: value for name, value in named.items() if name not in known}
@@ -185,16 +188,16 @@ class EmbeddingCase:
     r: int = 3
     offset: Literal["ffn", "low_rank", "position_offset"] | None = None
     spare: int = 0  # T - N
-    spans: Sequence[tuple[int, int]] | None = None  # (start, length) a row: the prompt is then a store of S rows
-    K: int | None = None  # the entries of a bank of offsets
-    index: Sequence[int] | None = None  # with K: the entry of each row
+    spans: Sequence[tuple[int, int]] | None = None  # (start, length) of each row's prompt in a store of length S
+    K: int | None = None  # number of entries in a bank of offsets
+    index: Sequence[int] | None = None  # with K: the bank entry of each row
     options: dict[str, Any] = field(default_factory=dict)
 
     operation: Callable[..., Tensor] = field(default=prompt_embedding, repr=False)
     implemented: tuple[str, ...] = field(default=EMBEDDING.implemented, repr=False)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Draw the tensors; the same seed gives the same numbers on every device."""
+        """Draw the tensors. A seed gives the same values on every device."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -276,7 +279,7 @@ _AXES = (
 
 
 def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = None) -> list[AttentionCase]:
-    """``count`` cases of the grid; ``fixed`` overrides what the axes say."""
+    """Return ``count`` cases of the grid. The values in ``fixed`` override those of the axes."""
     rng = random.Random(seed)
     columns = []
     for axis in _AXES:
@@ -295,7 +298,7 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
 
 
 def _reconcile(case: AttentionCase) -> AttentionCase:
-    """Let what excludes or limits something else do so, and give a level something that adds it."""
+    """Remove or reduce features that the other features of a case exclude, and add a mask and a bias for a level."""
     if case.level:
         case = replace(case, mask="float", bias=case.bias or "P")
     if case.P is None:
@@ -309,9 +312,10 @@ def _reconcile(case: AttentionCase) -> AttentionCase:
 
 
 def _conditioned(case: AttentionCase) -> AttentionCase:
-    """Keep a softmax over a single column out: its gradients are exactly 0, and so is the error of a plain softmax,
-    which makes a bound relative to it meaningless for a backward pass that stores its output rounded.
-    The largest cases are kept affordable.
+    """Change cases whose bounds are meaningless, and shorten the largest ones.
+
+    The gradients of a softmax over a single column are exactly 0, and plain PyTorch's error is 0 too. A bound relative
+    to that error is meaningless for a backward pass that stores its output rounded.
     """
     if case.P is None:
         return replace(_reconcile(case), sinks=True) if case.M <= 1 else _reconcile(case)
@@ -319,14 +323,17 @@ def _conditioned(case: AttentionCase) -> AttentionCase:
     if ragged or case.P + case.M <= 2 or (case.output_gate is not None and min(case.P, case.M) == 1):
         case = replace(case, sinks=True, output_gate=None, P=case.P or 1)
     if case.output_gate is not None and case.key_bias is not None and not case.key_bias.endswith("P"):
-        case = replace(case, key_bias="P")  # one bias for all keys of a softmax changes nothing either
-    if case.N * (case.P or 0) > 1_000_000:  # seconds in every dtype, and nothing that 128 keys do not show
+        case = replace(case, key_bias="P")  # one bias for all keys of a softmax has no effect: its gradient is 0 too
+    if case.N * (case.P or 0) > 1_000_000:  # takes seconds in each dtype and tests nothing that 128 keys do not test
         case = replace(case, P=128)
     return _reconcile(case)
 
 
 def embedding_cases() -> list[EmbeddingCase]:
-    """PT, DePT, ACCEPT and ADePT over odd widths and zero sizes, with what the batch shares and with a row's own."""
+    """Return cases of PT, DePT, ACCEPT and ADePT with odd widths and empty dimensions.
+
+    Each case occurs with a shared prompt and offset, and with a different prompt and offset for each row.
+    """
     shapes: list[dict[str, Any]] = [
         {"B": 2, "N": 7, "S": 3, "d": 8, "r": 3},
         {"B": 3, "N": 113, "S": 100, "d": 129, "r": 19, "V": 211},
@@ -350,7 +357,7 @@ def embedding_cases() -> list[EmbeddingCase]:
 
 
 def _give_rows_their_own(case: EmbeddingCase) -> EmbeddingCase:
-    """Return the case with a prompt and an offset for each row: spans that overlap, and rows without either."""
+    """Return a case with a prompt and an offset for each row. Spans overlap, and some rows have neither."""
     spans: list[tuple[int, int]] | None = None
     bank: dict[str, Any] = {}
     if case.S is not None:
@@ -377,15 +384,17 @@ def measure(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m fastprefix parity``."""
-    parser.add_argument("--shape", type=_shape, metavar="B,Hq,Hkv,N,M,P,D[,Dv]", help="prefix_attention at this shape")
+    parser.add_argument(
+        "--shape", type=_shape, metavar="B,Hq,Hkv,N,M,P,D[,Dv]", help="run prefix_attention with this shape only"
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all")
-    parser.add_argument("--backend", choices=list(BACKENDS), nargs="+", help="default: all that are usable")
-    parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.add_argument("--backend", choices=list(BACKENDS), nargs="+", help="default: all usable backends")
+    parser.add_argument("--device", type=torch.device, help="default: cuda if available, else cpu")
+    parser.add_argument("--quick", action="store_true", help="run fewer and smaller cases")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the grid and print the table; 1 where a bound is missed or a named backend is not usable."""
+    """Run the grid, print the table, and return 1 if a bound is missed or a named backend is not usable."""
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = [name for name in args.backend or BACKENDS if BACKENDS[name].refusal(device) is None]
     for name in set(args.backend or ()) - set(backends):
@@ -412,7 +421,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _is_refused(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> bool:
-    """Return whether a backend that is made for some kinds of calls refuses a case."""
+    """Return True if a backend that supports only some calls refuses a case."""
     if not BACKENDS[backend].partial or not isinstance(case, AttentionCase):
         return False
     inputs = case.build(dtype, device)
@@ -426,19 +435,19 @@ def _shape(text: str) -> dict[str, Any]:
     except ValueError:
         sizes = []
     if len(sizes) not in (7, 8):
-        raise argparse.ArgumentTypeError(f"takes B,Hq,Hkv,N,M,P,D[,Dv], got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be numbers B,Hq,Hkv,N,M,P,D[,Dv], got {text!r}")
     return dict(zip(letters, sizes, strict=False)) | ({"Dv": None} if len(sizes) == 7 else {})
 
 
 def _progress(done: int, total: int, started: float) -> None:
-    """One line on a terminal's stderr, rewritten in place."""
+    """Print the progress to stderr on one line that is overwritten, if stderr is a terminal."""
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\r{done}/{total} comparisons, {time.monotonic() - started:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
 def _print_results(results: Sequence[tuple[Case, str, str, Report]]) -> int:
-    """Print a line for each operation, backend and dtype, then every miss in full."""
+    """Print a line for each operation, backend and dtype, then a full report of each miss. Return the exit status."""
     groups: dict[tuple[str, str, str], list[Report]] = {}
     for case, dtype, backend, report in results:
         groups.setdefault((case.operation.__name__, backend, dtype), []).append(report)
@@ -456,6 +465,6 @@ def _print_results(results: Sequence[tuple[Case, str, str, Report]]) -> int:
     missed = [result for result in results if not result[3].ok]
     for case, dtype, backend, report in missed:
         print(f"\nMISS {backend} {dtype} {case}\n{report}")
-    print("\na ratio is an error by its bound: twice plain PyTorch's error at the same dtype plus two ulp")
+    print("\nratio: error divided by its bound, which is twice plain PyTorch's error in the same dtype plus two ulp")
     print(f"{len(results) - len(missed)} of {len(results)} comparisons are within their bounds")
     return 1 if missed else 0

@@ -1,4 +1,4 @@
-"""The formulas in plain PyTorch, any floating dtype: the specification that every backend is tested against."""
+"""The operations in plain PyTorch, for any floating-point dtype. Every backend is tested against them."""
 
 from .ops.prefix_attention.reference import prefix_attention
 from .ops.prompt_embedding.reference import prompt_embedding

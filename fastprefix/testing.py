@@ -1,8 +1,9 @@
-"""Check that a fast version of a function is as exact as plain PyTorch at the same precision.
+"""Check that a fast version of a function is as accurate as plain PyTorch in the same dtype.
 
-There are no tolerances to set. A function, its plain version at the same dtype, and the plain version in float64 run
-on the same inputs. The function's error against float64 may be twice the plain version's, plus two ulp; that holds for
-the largest error and for the root mean square, forward and for every gradient.
+You do not need to set a tolerance. Three versions run on the same inputs: the function, its plain version in the same
+dtype, and the plain version in float64. The error of the function against float64 must be at most twice the error of
+the plain version plus two ulp. This bound applies to the maximum error and to the root mean square error, for every
+output and every gradient.
 """
 
 import inspect
@@ -27,7 +28,7 @@ _REFERENCES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One result, an output or a gradient: its error against float64, plain PyTorch's, and the bound."""
+    """The errors of one output or gradient against float64, those of plain PyTorch, and the bounds."""
 
     name: str
     error: float
@@ -36,11 +37,11 @@ class Row:
     rms_error: float
     plain_rms_error: float
     rms_bound: float
-    problem: str | None = None  # what no error can say: another shape or dtype, a NaN or an infinity out of place
+    problem: str | None = None  # a wrong shape or dtype, or NaN or infinity where they do not belong
 
     @property
     def ratio(self) -> float:
-        """Error by bound, the worse of largest and root mean square: above 1 is a miss."""
+        """The error divided by its bound, the larger of maximum and root mean square. A ratio above 1 is a miss."""
         if self.problem is not None:
             return float("inf")
         return max(_ratio(self.error, self.bound), _ratio(self.rms_error, self.rms_bound))
@@ -52,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The measurements, a row for each result."""
+    """The measurements, with one row for each output and each gradient."""
 
     rows: tuple[Row, ...]
 
@@ -66,7 +67,7 @@ class Report:
         return max(self.rows, key=lambda row: row.ratio)
 
     def __str__(self) -> str:
-        """Format a table with one line for each result."""
+        """Return a table with one line for each result."""
         width = max(len("result"), *(len(row.name) for row in self.rows))
         lines = [
             f"{'result':<{width}}  {'error':>9}  {'plain':>9}  {'bound':>9}  {'rms':>9}  {'bound':>9}  {'ratio':>6}"
@@ -88,31 +89,34 @@ def assert_parity(
     draws: int = 1,
     seed: int = 0,
 ) -> Report:
-    """Assert that ``function`` is as exact as its plain version; returns what was measured.
+    """Assert that ``function`` is as accurate as its plain version, and return the measurements.
 
     >>> assert_parity(fastprefix.prefix_attention, (q, k, v, pk, pv), options={"is_causal": True})
     >>> assert_parity(MyFastModule(w), (x,), reference=MyPlainModule(w))
 
     Args:
-        function: a callable or an ``nn.Module``; returns a tensor, or tuples, lists or dicts of them.
-        inputs: its inputs, by position (a sequence) or by name (a mapping); tensors may stand in tuples.
-        reference: the plain version, called with the same arguments; it must run in float64 on float64 arguments.
-            fastprefix's own operations find theirs by themselves. Where both versions are modules, their parameters
-            must have the same names, take part in the comparison, and should hold the same values.
-        options: further keyword arguments. Tensors among them are cast like inputs but get no gradient; ``backend``
-            is for fastprefix's operations and not handed to their reference.
-        grad: compare the gradients of all floating inputs (True), of none (False), or of those named.
-        draws: how many variants are measured together: the inputs as they are, then each element changed by up to a
-            thousandth, each with a random upstream gradient of its own. Results of few elements need several: a single
-            number of plain PyTorch's can be right by luck. A miss is therefore measured again, on ten times as many.
-        seed: of the variants and, set before each version runs, of dropout.
+        function: a callable or an ``nn.Module``. It returns a tensor, or tuples, lists or dicts of tensors.
+        inputs: the inputs of the function, by position (a sequence) or by name (a mapping). Tuples of tensors are
+            allowed.
+        reference: the plain version, which is called with the same arguments. It must compute in float64 if its
+            arguments are float64. It is optional for the operations of fastprefix. If both versions are modules, the
+            gradients of their parameters are compared too. Their names must be the same, and their values should be.
+        options: more keyword arguments. Tensors in it are cast like inputs but get no gradient. ``backend`` is not
+            passed to the reference of an operation of fastprefix.
+        grad: True compares the gradients of all floating-point inputs, False of none, and names those of the named
+            inputs.
+        draws: number of variants that are measured together. The first has the inputs as given. In the others, each
+            element differs by up to a thousandth. Each variant has a different random upstream gradient. Results with
+            few elements need several variants, because plain PyTorch can be exact by chance. A miss is therefore
+            measured again with ten times as many variants.
+        seed: random seed of the variants, and of dropout, for which it is set before each version runs.
 
     Raises:
-        AssertionError: a result misses its bound; the message is a table of all of them.
+        AssertionError: a result misses its bound. The message is a table of all results.
     """
     report = measure_parity(function, inputs, reference=reference, options=options, grad=grad, draws=draws, seed=seed)
     if not report.ok:
-        raise AssertionError(f"the error is above twice plain PyTorch's plus two ulp\n{report}")
+        raise AssertionError(f"the error is above its bound, which is twice plain PyTorch's plus two ulp\n{report}")
     return report
 
 
@@ -126,23 +130,21 @@ def measure_parity(
     draws: int = 1,
     seed: int = 0,
 ) -> Report:
-    """``assert_parity`` that reports and does not judge."""
+    """Return the measurements of ``assert_parity`` without raising an error for a miss."""
     named = (
         dict(inputs) if isinstance(inputs, Mapping) else dict(zip(_name_inputs(function, inputs), inputs, strict=True))
     )
     by_name = isinstance(inputs, Mapping)
     options = dict(options or {})
     if any(tensor.dtype is torch.float64 for _, tensor in _collect_tensors(named)):
-        raise ValueError(
-            "`inputs` must be of dtypes below float64: nothing more exact is there to compare float64 with"
-        )
+        raise ValueError("`inputs` must have dtypes below float64, because float64 is the reference")
     plain_options = dict(options)
     if function in _REFERENCES and reference is None:
         reference = _REFERENCES[function]
         plain_options.pop("backend", None)
     if reference is None:
         raise ValueError(
-            "`reference` is missing: give the plain version of the function (only fastprefix's own operations have one)"
+            "`reference` must be the plain version of the function. Only the operations of fastprefix have a default"
         )
     _check_parameter_names(function, reference)
     parameters = isinstance(function, nn.Module) and isinstance(reference, nn.Module)
@@ -160,7 +162,9 @@ def measure_parity(
         fast, plain = results(count, function, options, None), results(count, reference, plain_options, None)
         exact = results(count, reference, plain_options, torch.float64)
         if fast.keys() != plain.keys():
-            raise AssertionError(f"the function's results are {', '.join(fast)}, its reference's {', '.join(plain)}")
+            raise AssertionError(
+                f"the function returns results {', '.join(fast)}, but its reference returns {', '.join(plain)}"
+            )
         return Report(tuple(_compare(name, fast[name], plain[name], exact[name]) for name in fast))
 
     report = measure(draws)
@@ -168,7 +172,7 @@ def measure_parity(
 
 
 class _Run:
-    """One version on its own copy of the inputs, cast to a dtype (None: left as they are)."""
+    """One version of the function, and its own copy of the inputs, cast to a dtype (None keeps their dtypes)."""
 
     def __init__(
         self,
@@ -218,7 +222,7 @@ class _Run:
     def _gradients(self, outputs: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         differentiable = [output for output in outputs.values() if output.requires_grad]
         generator = torch.Generator().manual_seed(seed + 1)
-        # bfloat16 draws are exact in every wider dtype (and nearly so in float16): all versions get the same.
+        # Rounded to bfloat16, draws are exact in wider dtypes (nearly so in float16), so all versions get the same.
         upstream = [
             torch.randn(o.shape, generator=generator).bfloat16().to(device=o.device, dtype=o.dtype)
             for o in differentiable
@@ -232,13 +236,13 @@ class _Run:
 
 
 def _vary(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
-    """Return the inputs, or for later draws a variant in the same dtype, so that errors do not depend on one draw."""
+    """Return the inputs for draw 0, and for later draws a variant of them in the same dtype."""
     generator = torch.Generator().manual_seed(seed + draw)
 
     def vary(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             factor = 1.0 + 1e-3 * (2.0 * torch.rand(value.shape, generator=generator) - 1.0)
-            varied = torch.empty_like(value)  # in value's own layout
+            varied = torch.empty_like(value)  # keeps the strides
             return varied.copy_(value.detach() * factor.to(value.device))
         if isinstance(value, Mapping):
             return {key: vary(item) for key, item in value.items()}
@@ -265,13 +269,16 @@ def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:
 
 
 def _misplaced(fast: Tensor, plain: Tensor, exact: Tensor) -> str | None:
-    """NaN and infinity must stand where float64 has them, and elsewhere only where plain PyTorch overflows too."""
+    """Return a message about NaN and infinity in wrong places, or None.
+
+    They must occur where the float64 result has them. Elsewhere, they may occur only where plain PyTorch overflows too.
+    """
     wrong = ~fast.isfinite() & exact.isfinite() & plain.isfinite()
     missing = ~exact.isfinite() & ~torch.isclose(fast, exact, equal_nan=True)
     if wrong.any():
         return f"{int(wrong.sum())} values are NaN or infinite"
     if missing.any():
-        return f"{int(missing.sum())} NaN or infinite values of the exact result are not there"
+        return f"{int(missing.sum())} NaN or infinite values of the exact result are missing"
     return None
 
 
@@ -290,7 +297,7 @@ def _ratio(error: float, bound: float) -> float:
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """``value`` with every tensor detached, and floating ones in ``dtype``."""
+    """Return ``value`` with every tensor detached, and floating-point ones cast to ``dtype``."""
     if isinstance(value, Tensor):
         return value.detach().to(dtype) if dtype is not None and value.is_floating_point() else value.detach()
     if isinstance(value, tuple | list):
@@ -299,7 +306,7 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _collect_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in ``value`` with a name that says where it stands."""
+    """Yield every tensor in ``value`` with a name that contains its path."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -311,7 +318,7 @@ def _collect_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def _name_inputs(function: Callable[..., Any], inputs: Sequence[Any]) -> list[str]:
-    """Return the names of positional inputs, which are the function's own where it has them."""
+    """Return names of positional inputs: those of the function's parameters, or numbered ones for the rest."""
     callee = function.forward if isinstance(function, nn.Module) else function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
@@ -327,5 +334,6 @@ def _check_parameter_names(function: Callable[..., Any], reference: Callable[...
     ours, theirs = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (function, reference))
     if ours != theirs:
         raise ValueError(
-            f"`reference` must be a module with the function's parameters; not in both: {sorted(ours ^ theirs)}"
+            "`reference` must be a module with the same parameters as the function. These are not in both: "
+            f"{sorted(ours ^ theirs)}"
         )

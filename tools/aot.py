@@ -1,7 +1,7 @@
-"""Compile every Triton kernel in the tiles of the tables, without a GPU, and report what the compiler made of it.
+"""Compile every Triton kernel with the tiles of the tables, without a GPU, and report the resources that it uses.
 
-The launches are those of real calls, on tensors without storage, so the compiled kernels are the ones that would run.
-Registers, spills and the lengths of loops come from the compiled machine code, matrix instructions from the PTX.
+The launches come from real calls on tensors without storage, so the compiled kernels are the ones that would run.
+Registers, spills and the lengths of loops come from the compiled machine code. Matrix instructions come from the PTX.
 
 Usage, from the root of a checkout: python -m tools.aot [--quick] [--arch sm_90] ...
 """
@@ -30,16 +30,16 @@ SHARED_MEMORY = {
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
 }
-"""Bytes of shared memory that a block can have."""
+"""Bytes of shared memory that a block can use."""
 
-# float16 shares the tiles of bfloat16; "tf32" is attention in float32 whose products are rounded
+# float16 shares the tiles of bfloat16. "tf32" is attention in float32 with TF32 products.
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 _WIDTHS = (16, 64, 80, 128, 256)
-_SAMPLED = (16, 80)  # widths between those of most rows: compiled in bfloat16 alone
+_SAMPLED = (16, 80)  # head dimensions that few rows of the tables have, compiled in bfloat16 only
 _SAMPLED_FEATURES = ("full", "causal, gate of keys", "spans, gate of keys", "everything")
 _QUICK_BOTTLENECKS = (19, 512)
 _BOTTLENECKS = (9, *_QUICK_BOTTLENECKS, 64, 100, 200)
-_COMPOSED = ("full", "gate of queries", "key bias", "spans, gate of keys")  # the backend of that name has no masks
+_COMPOSED = ("full", "gate of queries", "key bias", "spans, gate of keys")  # the composed backend has no masks
 _EVERYTHING: dict[str, Any] = {
     "is_causal": True,
     "window_size": 100,
@@ -73,7 +73,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of compiling one kernel. ``size`` is the width of the heads, or the bottleneck."""
+    """The outcome of compiling one kernel. ``size`` is the head dimension, or the bottleneck or rank r."""
 
     kernel: str
     arch: str
@@ -94,7 +94,7 @@ class Report:
         if self.failure is not None:
             return f"does not compile: {self.failure}"
         if self.shared > SHARED_MEMORY[self.arch]:
-            return f"needs {self.shared} bytes of shared memory, and there are {SHARED_MEMORY[self.arch]}"
+            return f"needs {self.shared} bytes of shared memory, but a block has {SHARED_MEMORY[self.arch]}"
         if self.spill and self.tile.spills is None:
             return f"spills {self.spill} bytes, which the tile table does not declare"
         return None
@@ -116,15 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tools.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
     parser.add_argument("--dtype", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
-    parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="of the heads")
+    parser.add_argument("--width", nargs="+", type=int, choices=_WIDTHS, default=list(_WIDTHS), help="head dimensions")
     parser.add_argument("--features", nargs="+", choices=list(_FEATURES), default=list(_FEATURES))
     parser.add_argument("--bottleneck", nargs="+", type=int, choices=_BOTTLENECKS, default=list(_BOTTLENECKS), help="r")
-    parser.add_argument("--quick", action="store_true", help="a representative set, for continuous integration")
+    parser.add_argument("--quick", action="store_true", help="compile a representative subset, for CI")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print, and return the exit status: 1 if an outcome is not acceptable."""
+    """Compile the kernels, print the reports, and return exit status 1 if an outcome is not acceptable."""
     options = build_parser().parse_args(argv)
     if options.quick:
         options.dtype, options.width, options.features = ["bfloat16"], [128], ["causal, gate of keys"]
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_wanted(arch: str, dtype_name: str, width: int, features: str) -> bool:
-    """Return True if a combination is compiled."""
+    """Return True if a combination of options is to be compiled."""
     if width in _SAMPLED:
         return dtype_name == "bfloat16" and features in _SAMPLED_FEATURES
     return dtype_name != "tf32" or features in _SAMPLED_FEATURES
@@ -197,7 +197,7 @@ def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:
 def embedding_calls(
     dtype: torch.dtype, r: int, B: int = 4, N: int = 512, S: int = 60, d: int = 1024
 ) -> dict[str, embedding.EmbeddingArguments]:
-    """Return arguments without storage that make every kind of each kernel of the embedding run."""
+    """Return arguments without storage that use every variant of each kernel of the embedding, by method."""
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -225,14 +225,14 @@ def embedding_calls(
 
 
 def _attention(dtype: torch.dtype, D: int, N: int, **features: Any) -> attention.AttentionArguments:
-    """Arguments of a call, without storage."""
+    """Return the arguments of a call, without storage."""
     case = make_attention_case(B=2, Hq=8, Hkv=4, N=N, M=512, P=128, D=D, **features)
     inputs = case.build(dtype, "meta")
     return attention_arguments(**inputs.tensors, **inputs.options)
 
 
 class _Compiler:
-    """A target that compiles each kernel that it is asked to launch, once."""
+    """A launch target that compiles each kernel once instead of launching it."""
 
     processors = 132
     split_from = 256
@@ -256,7 +256,7 @@ class _Compiler:
         known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
             compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
-        except Exception as failure:  # whatever the compiler raises is a line of the report
+        except Exception as failure:  # any error of the compiler becomes a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return
         registers, spill = machine_code.read_resources(compiled.asm["cubin"])
@@ -265,11 +265,11 @@ class _Compiler:
         self.reports.append(Report(*known, registers, spill, compiled.metadata.shared, matrix, loops))
 
     def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        raise AssertionError("nothing is launched here, and so nothing is launched again")
+        raise AssertionError("`launch_again` must not be called, because this target launches nothing")
 
 
 def _list_presence(arguments: Any) -> list[bool]:
-    """List which arguments are there: a kernel may be launched again without some results."""
+    """Return which arguments are present, since a kernel can be launched again without some of its results."""
     if isinstance(arguments, list | tuple):
         return [there for argument in arguments for there in _list_presence(argument)]
     return [arguments is not None]
@@ -282,7 +282,7 @@ def _innermost(failure: BaseException) -> str:
 
 
 def pretend_device(capability: int) -> None:
-    """Let Triton compile for a device that this machine does not have."""
+    """Make Triton compile for a device that this machine does not have."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -1,4 +1,4 @@
-"""Read the machine code of a compiled Triton kernel, with the tools that Triton brings along."""
+"""Read the machine code of a compiled Triton kernel, with the tools in Triton's package."""
 
 import re
 import subprocess
@@ -6,18 +6,18 @@ import tempfile
 from pathlib import Path
 
 _SHORTEST_LOOP = 8
-"""Instructions. Shorter loops are padding at the end of a kernel, or wait on barriers."""
+"""In instructions. Shorter loops are padding at the end of a kernel, or wait on barriers."""
 
 
 def read_resources(cubin: bytes) -> tuple[int, int]:
-    """Return the registers and the bytes of stack (which is where spills go) of a thread."""
+    """Return the number of registers of a thread, and the bytes of its stack, which contains spills."""
     usage = _run_tool(cubin, "cuobjdump", "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 def count_matrix_instructions(ptx: str) -> str:
-    """Return the number of matrix products by the kind of instruction, as text."""
+    """Return the number of matrix instructions of each kind, as text."""
     counts = {
         "tcgen05": len(re.findall(r"tcgen05\.mma\b", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
@@ -27,7 +27,7 @@ def count_matrix_instructions(ptx: str) -> str:
 
 
 def find_loops(cubin: bytes) -> tuple[int, ...]:
-    """Return how many instructions each innermost loop has, in order. A jump back marks the beginning of a loop."""
+    """Return the number of instructions in each innermost loop, in order. A backward jump marks the end of a loop."""
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     position = 0

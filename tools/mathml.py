@@ -1,4 +1,4 @@
-"""Formulas of the documentation, as MathML made while it is built: a page asks no server for a script or a font."""
+"""Convert formulas of the documentation to MathML during the build, so that pages load no scripts or fonts."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from latex2mathml.converter import convert
 
 
 def fence(source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **kwargs: Any) -> str:
-    """Return a ``math`` block of Markdown as MathML. The arguments are those of ``pymdownx.superfences``."""
+    """Convert a ``math`` block of Markdown to MathML. The signature is that of ``pymdownx.superfences`` formatters."""
     return f'<div class="{css_class}">{convert(source, display="block")}</div>'

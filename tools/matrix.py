@@ -1,8 +1,9 @@
 """Run the model tests on the oldest, the pinned and the newest versions of PyTorch, transformers and PEFT.
 
-Each set of versions gets a virtual environment, which is kept. The oldest versions are those that ``pyproject.toml``
-allows, the pinned ones those of the Makefile and ``constraints.txt``, and the newest ones those that pip finds. The
-tests of PEFT run a second time where ``constraints-peft.txt`` names another transformers.
+Each set of versions has its own virtual environment, which is kept. The oldest versions are the oldest ones that
+``pyproject.toml`` allows. The pinned versions are those in the Makefile and ``constraints.txt``. The newest versions
+are those that pip finds. With pinned and newest versions, the tests of PEFT run a second time with the transformers of
+``constraints-peft.txt``.
 
 Usage: python tools/matrix.py [--folder FOLDER] [--only NAME] [-- arguments of pytest]
 """
@@ -36,7 +37,7 @@ class Environment(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The outcome of one run of the tests."""
+    """The row of the table and the failed tests of one run."""
 
     row: tuple[str, ...]
     failed: tuple[str, ...]
@@ -49,8 +50,8 @@ def main() -> int:
         1 if a test failed, else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix", help="where the environments are kept")
-    parser.add_argument("--only", choices=("oldest", "pinned", "newest"), action="append", help="may be repeated")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix", help="folder of the environments")
+    parser.add_argument("--only", choices=("oldest", "pinned", "newest"), action="append", help="can be repeated")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
     options = parser.parse_args()
     chosen = [each for each in environments() if options.only is None or each.name in options.only]
@@ -86,12 +87,12 @@ def oldest_version(package: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers of a release."""
+    """Return the numbers in a version."""
     return tuple(int(number) for number in version.split("."))
 
 
 def run(environment: Environment, folder: Path, arguments: list[str]) -> Iterator[Result]:
-    """Make an environment, if it is not there, and run the tests in it."""
+    """Create an environment, if it does not exist, and run the tests in it."""
     python = install(environment, folder)
     yield run_tests(python, environment.name, [*MODEL_TESTS, *arguments], {})
     if environment.overlaid:
@@ -103,7 +104,7 @@ def run(environment: Environment, folder: Path, arguments: list[str]) -> Iterato
 
 
 def install(environment: Environment, folder: Path) -> Path:
-    """Make a virtual environment and return its Python."""
+    """Create or update a virtual environment, and return the path of its Python."""
     place = folder / environment.name
     python, stamp = place / "bin" / "python", place / "requirements.txt"
     wanted = "\n".join(environment.requirements)
@@ -119,7 +120,7 @@ def install(environment: Environment, folder: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Install something in an environment. The tests need no compiled kernels, so none are built."""
+    """Run ``pip install`` in an environment. The tests do not need compiled kernels, so none are built."""
     command = (str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *arguments)
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "FASTPREFIX_BUILD_EXT": "0"})
 
@@ -146,7 +147,7 @@ def run_tests(python: Path, name: str, arguments: list[str], variables: dict[str
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print rows in Markdown, the first as the head."""
+    """Print a table in Markdown. The first row is the header."""
     for index, row in enumerate(rows):
         print(f"| {' | '.join(row)} |")
         if index == 0:

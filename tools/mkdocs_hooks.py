@@ -1,6 +1,6 @@
-"""Add the committed figures of the benchmarks to the documentation's site, which otherwise holds docs/ alone.
+"""Add the committed figures of the benchmarks to the documentation site, which otherwise contains only docs/.
 
-Pages link to them as GitHub needs it, by a path out of docs/.
+Pages link to the figures by a path outside of docs/, which GitHub requires.
 """
 
 from pathlib import Path
@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add the figures under the path that they have in the repository."""
+    """Add the figures at their paths in the repository."""
     for figure in sorted((ROOT / "benchmarks" / "results").rglob("*.png")):
         files.append(File.generated(config, figure.relative_to(ROOT).as_posix(), abs_src_path=str(figure)))
     return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Let links to figures stay inside the site."""
+    """Change links to figures so that they stay inside the site."""
     return markdown.replace("](../benchmarks/results/", "](benchmarks/results/")

@@ -1,9 +1,11 @@
-"""Run PEFT's own tests of prompt learning plain and accelerated: ``python -m tools.peft_suite DIRECTORY --out FILE``.
+"""Run PEFT's own tests of prompt learning without and with acceleration.
 
-DIRECTORY is an unpacked source distribution of PEFT, of the version that is installed (``pip download peft==VERSION
---no-deps --no-binary :all:``). Its tests load small models by their hub names. Seeded random models are put under these
-names into a local cache, and the hub is not asked. In the accelerated run, every model that PEFT makes or loads with a
-prompt learning method is given to ``fastprefix.accelerate``; what cannot be accelerated stays plain and is counted.
+    python -m tools.peft_suite DIRECTORY --out FILE
+
+DIRECTORY is an unpacked source distribution of the installed version of PEFT (``pip download peft==VERSION --no-deps
+--no-binary :all:``). Its tests load small models by their names on the hub. This tool stores seeded random models under
+these names in a local cache, and the hub is not used. In the accelerated run, every model that PEFT creates or loads
+with a prompt learning method is passed to ``fastprefix.accelerate``. Models that it refuses stay plain and are counted.
 """
 
 import argparse
@@ -35,7 +37,7 @@ FILES = (
 )
 SELECTED = "Prefix or Prompt or prefix or prompt or Cartridge or cartridge or Adaption or adaption"
 LOG = "FASTPREFIX_PEFT_SUITE"
-"""The environment variable that names the file for a run's counts; set in the accelerated run alone."""
+"""The environment variable with the path of the file for a run's counts. It is only set in the accelerated run."""
 
 _SMALL = {
     "hidden_size": 32,
@@ -106,21 +108,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", _SMALL),
 }
-"""Hub names in PEFT's tests, and the class and sizes of the model that stands for each."""
+"""Hub names in PEFT's tests, and the class and sizes of the model that replaces each."""
 
 
 def main() -> int:
-    """Run the tests twice and compare; 1 if a test that passes plain does not pass accelerated."""
+    """Run the tests twice and compare. Return 1 if a test that passes plain does not pass accelerated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="an unpacked source distribution of PEFT")
     parser.add_argument("--out", type=Path, help="write the report here, as Markdown")
-    parser.add_argument("-k", dest="selected", default=SELECTED, help="which tests, as for pytest")
+    parser.add_argument("-k", dest="selected", default=SELECTED, help="expression that selects tests, as in pytest")
     parser.add_argument("--files", nargs="+", default=FILES)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build_cache(folder / "home" / "hub")
-        tests = shutil.copytree(options.directory / "tests", folder / "peft_tests")  # not named as this project's
+        tests = shutil.copytree(options.directory / "tests", folder / "peft_tests")  # this project has `tests` too
         (tests / "__init__.py").touch()
         plain, accelerated = (run(options, folder, name) for name in ("plain", "accelerated"))
         counts = Counter(json.loads(line)[0] for line in (folder / "counts").read_text("utf-8").splitlines())
@@ -132,7 +134,7 @@ def main() -> int:
 
 
 def build_cache(hub: Path) -> None:
-    """Write seeded models into a hub cache."""
+    """Write seeded random models into a hub cache."""
     for name, (class_name, sizes) in MODELS.items():
         torch.manual_seed(0)
         model_class = getattr(transformers, class_name)
@@ -144,7 +146,7 @@ def build_cache(hub: Path) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path, name: str) -> dict[str, str]:
-    """Run the tests; return the outcome of each."""
+    """Run the tests, and return the outcome of each test by name."""
     report = folder / f"{name}.xml"
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
@@ -177,13 +179,13 @@ def report(plain: dict[str, str], accelerated: dict[str, str], counts: Counter[s
     yield "Models in the accelerated run: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) + "."
     yield ""
     different = [test for test in plain if plain[test] != accelerated.get(test)]
-    yield f"{len(different)} tests with another outcome{':' if different else '.'}"
+    yield f"{len(different)} tests with a different outcome{':' if different else '.'}"
     yield from (f"- {test}: {plain[test]}, {accelerated.get(test)}" for test in different)
 
 
 def pytest_configure(config: Any) -> None:
-    """Accelerate every model of prompt learning that PEFT makes from here on, in the accelerated run (for pytest)."""
-    if importlib.util.find_spec("diffusers") is None:  # which PEFT's tests import, and those that run here do not use
+    """Accelerate every prompt learning model that PEFT creates, if this is the accelerated run (a hook of pytest)."""
+    if importlib.util.find_spec("diffusers") is None:  # PEFT's tests import it, but the selected ones do not use it
         pipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = unittest.mock.MagicMock(StableDiffusionPipeline=pipeline)
     if LOG not in os.environ:
@@ -215,14 +217,14 @@ def pytest_configure(config: Any) -> None:
 
 
 class _Everything(Counter[str]):
-    """Counts, in which every name is."""
+    """Counts that contain every name."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Tell PEFT's tests that every model was loaded from the hub before, so that they stay offline (for pytest)."""
+    """Tell PEFT's tests that every model was already loaded from the hub, so that they stay offline (a pytest hook)."""
     for name, module in list(sys.modules.items()):
         if name.endswith("testing_utils") and hasattr(module, "_HUB_MODEL_ACCESSES"):
             module._HUB_MODEL_ACCESSES = _Everything()

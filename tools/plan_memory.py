@@ -1,11 +1,11 @@
-"""Plan the memory of each rank for training an adapter on a model that is spread over devices.
+"""Compute the memory of each rank for training an adapter on a model that is sharded over devices.
 
     python -m tools.plan_memory --model llama-3-70b --devices 8 --method prefix --tokens 2048
 
-Nothing is allocated. The model is built on PyTorch's meta device and sharded by ``transformers`` and FSDP2 themselves,
-for a process group that does not communicate; then the bytes of the first rank are counted. Weights and the adapter are
-also computed by hand from the configuration, and the command fails where the two differ. What is kept for the backward
-pass is counted by running layers on the meta device.
+Nothing is allocated. The model is built on PyTorch's meta device. ``transformers`` and FSDP2 shard it for a fake
+process group, and the bytes of the first rank are counted. The bytes of the weights are also computed from the
+configuration, and the command fails if the two numbers differ. Activations that are saved for the backward pass are
+counted by running layers on the meta device.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fastprefix.methods import AttentionShape, EmbeddingShape, PrefixTuning, Pro
 
 SHAPES = Path(__file__).parent / "shapes"
 GIB = 2**30
-_TWO = 2  # layers of which activations are counted: the second one's input needs a gradient
+_TWO = 2  # layers whose activations are counted. The input of the second one needs a gradient.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=8, help="number of devices")
     parser.add_argument("--method", choices=("prefix", "prompt"), default="prefix")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the prefix or the prompt")
-    parser.add_argument("--rows", type=int, default=1, help="rows of a batch for each rank with batches of its own")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
-    parser.add_argument("--memory", type=float, default=80.0, help="GiB of a device")
+    parser.add_argument("--rows", type=int, default=1, help="rows per batch of each data-parallel rank")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--memory", type=float, default=80.0, help="memory of a device in GiB")
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.model)
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan = make_plan(config, layout, options.method, options.tokens, options.rows, options.length)
             expected = count_weights(config, layout)
             if plan.weights != expected:
-                raise RuntimeError(f"{layout}: {plan.weights} bytes of weights were simulated, not {expected}")
+                raise RuntimeError(
+                    f"{layout}: the simulated model has {plan.weights} bytes of weights, but expected {expected}"
+                )
             plans[layout] = plan
     print(f"{options.model}: {options.method} of {options.tokens} tokens, {options.rows} x {options.length} tokens\n")
     print(format_table(plans, options.memory))
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """The number of ranks that share heads, and of those that FSDP2 shards over."""
+    """The number of tensor-parallel ranks, and the number of ranks that FSDP2 shards over."""
 
     tp: int
     fsdp: int
@@ -78,10 +80,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """The bytes of a rank."""
+    """The memory of a rank in bytes."""
 
     weights: int
-    gathered: int  # what FSDP2 gathers of frozen weights at most, with one layer ahead
+    gathered: int  # peak of the frozen weights that FSDP2 gathers, including one prefetched layer
     adapter: int
     gradients: int
     optimizer: int
@@ -91,17 +93,17 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Return all bytes without gradient checkpointing."""
+        """Return the total without gradient checkpointing."""
         return self.fixed + self.activations + self.logits
 
     @property
     def checkpointed_total(self) -> int:
-        """Return all bytes with gradient checkpointing."""
+        """Return the total with gradient checkpointing."""
         return self.fixed + self.checkpointed + self.logits
 
     @property
     def fixed(self) -> int:
-        """Return what does not depend on the batch."""
+        """Return the bytes that do not depend on the batch."""
         return self.weights + self.gathered + self.adapter + self.gradients + self.optimizer
 
 
@@ -110,7 +112,7 @@ def read_config(name: str) -> Any:
 
     Raises:
         OSError: the file does not exist.
-        ValueError: the model is of another kind.
+        ValueError: the model is not a Llama model.
     """
     path = SHAPES / f"{name}.json"
     config = AutoConfig.from_pretrained(path if path.is_file() else name)
@@ -120,13 +122,13 @@ def read_config(name: str) -> Any:
 
 
 def list_sizes(config: Any, devices: int) -> list[int]:
-    """Return the numbers of ranks that can share the heads of a model."""
+    """Return the possible sizes of tensor parallelism, which divide the devices and the key/value heads."""
     return [tp for tp in range(1, devices + 1) if devices % tp == 0 and config.num_key_value_heads % tp == 0]
 
 
 @contextmanager
 def simulating(devices: int) -> Iterator[None]:
-    """Be the first of so many ranks that do not communicate."""
+    """Simulate the first rank of a process group that does not communicate."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
         yield
@@ -135,7 +137,7 @@ def simulating(devices: int) -> Iterator[None]:
 
 
 def make_plan(config: Any, layout: Layout, method: str, tokens: int, rows: int, length: int) -> Plan:
-    """Return the bytes of the first rank."""
+    """Compute the memory of the first rank."""
     with torch.device("meta"):
         model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     gathered = count_gathered(model, layout)
@@ -161,13 +163,13 @@ def make_plan(config: Any, layout: Layout, method: str, tokens: int, rows: int, 
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Return the bytes that this rank has of a module's parameters."""
+    """Return the bytes of this rank's part of a module's parameters."""
     own: Iterator[Tensor] = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return sum(int(tensor.nbytes) for tensor in own)
 
 
 def count_weights(config: Any, layout: Layout) -> int:
-    """Return the bytes of a rank's weights in bfloat16, by hand."""
+    """Compute the bytes of a rank's weights in bfloat16 from the configuration."""
     d, heads, kv, wide = (
         config.hidden_size,
         config.num_attention_heads,
@@ -181,7 +183,7 @@ def count_weights(config: Any, layout: Layout) -> int:
 
 
 def count_gathered(model: Any, layout: Layout) -> int:
-    """Return the bytes of what FSDP2 gathers at once: two layers, and the embeddings and the head."""
+    """Return the peak bytes that FSDP2 gathers: two layers, the embeddings and the head."""
     if layout.fsdp == 1:
         return 0
     layers = model.model.layers
@@ -215,7 +217,7 @@ def make_adapter(config: Any, model: Any, layout: Layout, method: str, tokens: i
 
 
 def count_saved(config: Any, layout: Layout, method: str, tokens: int, rows: int, length: int) -> tuple[int, int]:
-    """Return the bytes that a layer keeps for its backward pass, and that one layer keeps while it runs again."""
+    """Return the bytes that a layer saves for its backward pass, and those of one recomputed layer, which are equal."""
     register()
     options = config.to_dict() | {"num_hidden_layers": _TWO, "head_dim": config.head_dim}
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -224,11 +226,11 @@ def count_saved(config: Any, layout: Layout, method: str, tokens: int, rows: int
     small._attn_implementation_internal = NAME
     with torch.device("meta"):
         model: Any = LlamaForCausalLM._from_config(small, dtype=torch.bfloat16).model.requires_grad_(False)
-        # The gradient of a prompt enters the tokens' layers through its keys and values, as that of a prefix does.
+        # A prompt gets its gradient from the tokens' layers through its keys and values, like a prefix.
         shape = (small.num_key_value_heads, tokens, small.head_dim)
         key, value = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         embeds = torch.empty(rows, length, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        causal = torch.ones((), dtype=torch.bool).expand(rows, 1, 1, length)  # one row says that
+        causal = torch.ones((), dtype=torch.bool).expand(rows, 1, 1, length)  # means causal
     bindings = {} if not tokens else {layer.self_attn: GivenPrefix(key, value) for layer in model.layers}
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), key, value)}
     saved: dict[int, Tensor] = {}
@@ -245,7 +247,7 @@ def count_saved(config: Any, layout: Layout, method: str, tokens: int, rows: int
 
 
 def format_table(plans: dict[Layout, Plan], memory: float) -> str:
-    """Return a table in Markdown, in GiB for each rank."""
+    """Return a table in Markdown with the GiB of a rank for each layout."""
     rows: dict[str, Callable[[Plan], int]] = {
         "weights (bfloat16)": lambda plan: plan.weights,
         "gathered by FSDP2": lambda plan: plan.gathered,

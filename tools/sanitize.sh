@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary copy of the tree, and runs
-# their tests there. Usage: tools/sanitize.sh [pytest arguments]; PYTHON names the interpreter.
+# Build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary copy of the tree, and run
+# their tests there. Usage: tools/sanitize.sh [pytest arguments]. The variable PYTHON selects the interpreter.
 set -eu
 python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,11 +1,15 @@
-"""Survey which families of ``transformers`` each kind of method works on: ``python -m tools.survey prefix --csv FILE``.
+"""Survey the families of ``transformers`` on which each kind of method works.
 
-Every family is built small, with random weights, short sliding windows and one layer of every kind, and gets a method
-of three virtual tokens with the conformance check: the plainest of its kind, or another one by ``--method``. A survey
-appends a row for each family to a CSV, and can be resumed.
+    python -m tools.survey prefix --csv FILE
+    python -m tools.survey table DIRECTORY --out FILE
+    python -m tools.survey check llama --method apt
 
-``python -m tools.survey table DIRECTORY --out FILE`` makes one page of the CSVs of all surveys, and ``python -m
-tools.survey check llama --method apt`` prints what the check says of one method on one family.
+A survey builds a small model of every family, with random weights, short sliding windows and one layer of every kind.
+It attaches a method with three virtual tokens and runs the conformance check. The method is the simplest one of its
+kind, or another one chosen by ``--method``. A survey appends a row for each family to a CSV file, and can be resumed.
+
+``table`` writes one page with the CSV files of all surveys. ``check`` prints the report of the check of one method on
+one family.
 """
 
 import argparse
@@ -40,7 +44,7 @@ from fastprefix.integrations.transformers.models.discovery import CopyError, lis
 from fastprefix.integrations.transformers.vision.visual_prompt import find_vision_stack
 from fastprefix.methods import METHODS, MethodConfig
 
-SECONDS, LONGEST = 180, 240  # of a family, and of a message in characters
+SECONDS, LONGEST = 180, 240  # time limit of a family, and maximum length of a message
 UNSET: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "blip-2": {"image_token_index": 1},
@@ -92,7 +96,7 @@ UNSET: dict[str, dict[str, Any]] = {
     "videoprism": {"vision_config": {"image_size": 36, "num_frames": 2}},
     "videoprism_vision_model": {"image_size": 36, "num_frames": 2},
 }
-"""Options without which a family's own defaults make no model, or one that takes too long."""
+"""Options for families whose defaults do not give a model, or give one that is too slow."""
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "cartridge": {"init": "normal"},
@@ -100,15 +104,15 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "PromptEncoderConfig": {"encoder_hidden_size": 8},
     "MultitaskPromptTuningConfig": {"num_tasks": 2},
 }
-"""Options that methods, of this package and of PEFT, require."""
+"""Required options of the methods of this package and of PEFT."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One family: "works", "in every row", "refused", "not built" or "not run", and why.
+    """The verdict on one family ("works", "in every row", "refused", "not built" or "not run") and its reason.
 
-    ``situations`` counts those that agree with the textbook, ``error`` is the largest of them; ``notes`` are those that
-    are refused or fail with an error.
+    ``situations`` is the number of situations that agree with the textbook, and ``error`` is their largest error.
+    ``notes`` lists the situations that are refused or fail.
     """
 
     family: str
@@ -121,7 +125,7 @@ class Outcome:
 
 
 def read(path: Path | None) -> list[Outcome]:
-    """Return the rows of a CSV; none if there is no such file."""
+    """Return the rows of a CSV file, or an empty list if it does not exist."""
     if path is None or not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -131,7 +135,7 @@ def read(path: Path | None) -> list[Outcome]:
 
 
 def append(path: Path | None, outcome: Outcome) -> None:
-    """Append a row to a CSV, which begins with the names of its columns."""
+    """Append a row to a CSV file. A new file starts with the names of the columns."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,7 @@ def append(path: Path | None, outcome: Outcome) -> None:
 
 
 def survey_method(family: str, class_name: str, config: MethodConfig, **options: Any) -> Outcome:
-    """Attach a method to a small model of a family, with the check."""
+    """Attach a method to a small model of a family, and run the conformance check."""
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         return Outcome(family, class_name, "not built", "transformers does not export the class")
@@ -164,7 +168,7 @@ def survey_method(family: str, class_name: str, config: MethodConfig, **options:
 
 
 def outcome_of(family: str, class_name: str, path: str | None, report: ConformanceReport) -> Outcome:
-    """Return the row of a family that is served on a path of prompts ("shared", or why not), or with a prefix."""
+    """Return the row of a supported family. ``path`` is "shared", "textbook: " and a reason, or None for a prefix."""
     verdict, why = ("works", "") if path in (None, "shared") else ("in every row", path.partition(": ")[2])
     agree = [finding for finding in report.findings if finding.verdict == "ok" and finding.situation != "autocast"]
     notes = "; ".join(str(f) for f in report.findings if f.verdict in ("refused", "fails"))
@@ -173,7 +177,10 @@ def outcome_of(family: str, class_name: str, path: str | None, report: Conforman
 
 
 def small_model(family: str, class_name: str, **options: Any) -> Any:
-    """Build a small model of a family, in float64 and for evaluation. ``options`` set what its configuration has."""
+    """Build a small model of a family, in float64 and in evaluation mode.
+
+    ``options`` override values that its configuration has.
+    """
     config: Any = AutoConfig.for_model(family, **UNSET.get(family, {}))
     own = getattr(transformers, class_name).config_class
     config = next((part for part in list_configs(config) if isinstance(part, own)), config)
@@ -187,12 +194,12 @@ def small_model(family: str, class_name: str, **options: Any) -> Any:
 
 
 class _Stopped(BaseException):
-    """Not an ``Exception``, which whoever tries several sizes or inputs would take for one of their failures."""
+    """Not an ``Exception``, because code that tries several sizes or inputs catches those."""
 
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
+    """Raise TimeoutError if the code in the context takes longer than ``seconds``."""
 
     def stop(*_: object) -> None:
         raise _Stopped
@@ -209,7 +216,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
-    """Accelerate a method of PEFT on a small model of a family, with the check, whose yardstick is PEFT alone."""
+    """Accelerate a method of PEFT on a small model of a family, and run the check, which compares it with PEFT."""
     import peft
 
     try:
@@ -230,7 +237,7 @@ def survey_peft(family: str, class_name: str, config_name: str) -> Outcome:
 
 
 def run_peft(model: Any) -> None:
-    """Run a model of PEFT on a few tokens."""
+    """Run a PEFT model on a few tokens."""
     ids = torch.arange(10, 14)[None]
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     more |= {"task_ids": ids[:, 0] * 0} if hasattr(model.active_peft_config, "num_tasks") else {}
@@ -239,19 +246,19 @@ def run_peft(model: Any) -> None:
 
 
 def list_families(*mappings: Mapping[str, Any]) -> dict[str, str]:
-    """Return model types and the class of the model of each, the first one where there are several."""
+    """Return the model class of each model type. If a type has several classes, the first one is used."""
     names = {family: name for mapping in mappings for family, name in mapping.items()}
     return {family: name if isinstance(name, str) else name[0] for family, name in sorted(names.items())}
 
 
 class Survey(NamedTuple):
-    """Hold the families that a kind of method is tried on, and how."""
+    """The families on which a kind of method is tried, and the function that tries it."""
 
     families: dict[str, str]
     survey: Callable[[str, str], Outcome]
 
     def run(self, family: str) -> Outcome:
-        """Survey one family, whatever comes."""
+        """Survey one family, and return an outcome for every error."""
         name = self.families[family]
         try:
             with time_limit(SECONDS):
@@ -302,25 +309,26 @@ SAMPLES = {
     "prompt-ulpt": "ULPT",
     "prompt-p_tuning": "P-tuning",
 }
-"""Methods that share the paths of those above, and were tried on a sample of the families."""
+"""Methods that use the same code as those above, and were tried on a sample of the families."""
 PAGE = """\
 # Which model families work
 
-transformers {transformers}, PyTorch {torch}. Every family is built small, in float64, and compared with the textbook
-(of PEFT's methods: with PEFT alone): values, and the gradients of everything that is trained, in up to 26 situations.
+This page was generated with transformers {transformers} and PyTorch {torch}. A small model of every family is built in
+float64 and compared with the textbook, or with PEFT alone for PEFT's methods. The comparison covers the values and all
+gradients of trained parameters, in up to 26 situations.
 
-- **works**: they agree to 1e-10, in as many situations as the number says. A prompt, or rows beside an image, run once
-  for the whole batch.
-- **in every row**: the same, but a prompt runs in every row, because sharing it would give other numbers.
+- **works**: values and gradients agree to 1e-10. The number in parentheses is the number of situations. Prompts, also
+  visual ones, run once for the whole batch.
+- **in every row**: the same, but a prompt runs in every row, because sharing it would give different results.
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
-- **not tried**: no small model could be built or run here; `attach` checks it on the model itself.
+- **not tried**: no small model could be built or run here. `attach` checks the method on your model.
 
-The reasons are in the CSV files of the folder `{folder}`, such as [that of prefixes]({folder}/prefix.csv),
-with a row for each family.
+The CSV files in the folder `{folder}`, such as [prefix.csv]({folder}/prefix.csv), contain the reasons, with a row for
+each family.
 
 {counts}
 
-Methods that run on the same paths were tried on fewer families, with these verdicts:
+Methods that use the same code were tried on fewer families, with these verdicts:
 
 {samples}
 
@@ -329,7 +337,7 @@ Methods that run on the same paths were tried on fewer families, with these verd
 
 
 def write_table(folder: Path, out: Path) -> None:
-    """Write one page of the CSVs of all surveys."""
+    """Write one page with the results of all surveys."""
     verdicts, counts, samples = {}, {}, {}
     for kind, title in {**COLUMNS, **SAMPLES}.items():
         if not (folder / f"{kind}.csv").exists():
@@ -355,12 +363,12 @@ def write_table(folder: Path, out: Path) -> None:
 
 
 def make_config(method: str, **options: str) -> MethodConfig:
-    """Return a configuration of three virtual tokens, with what the method requires and the options."""
+    """Return a configuration with three virtual tokens, the required options of the method, and ``options``."""
     return METHODS[method][0](3, **{**REQUIRED.get(method, {}), **options})
 
 
 def list_methods(kind: str) -> list[str]:
-    """Return what a survey may be made of: methods of this package by name, and PEFT's by their configurations."""
+    """Return the methods of a kind: those of this package by name, and those of PEFT by configuration class."""
     if kind == "peft-prompt":
         return ["PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig"]
     if kind == "peft-prefix":
@@ -369,7 +377,7 @@ def list_methods(kind: str) -> list[str]:
 
 
 def choose_method(kind: str, method: str | None, options: Mapping[str, str] = MappingProxyType({})) -> Survey:
-    """Return a survey of another method of its kind, with options of its configuration."""
+    """Return the survey of a kind, or of another method of this kind with options of its configuration."""
     survey = SURVEYS[kind]
     if method is None:
         return survey
@@ -380,7 +388,7 @@ def choose_method(kind: str, method: str | None, options: Mapping[str, str] = Ma
 
 
 def print_report(family: str, method: str, situations: list[str] | None) -> bool:
-    """Print what the conformance check says of a method on a small model of a family; return whether it agrees."""
+    """Print the report of the conformance check of a method on a small model. Return True if it agrees."""
     config = make_config(method)
     survey = SURVEYS[config.kind]
     with Float64():
@@ -392,18 +400,18 @@ def print_report(family: str, method: str, situations: list[str] | None) -> bool
 
 
 def main() -> int:
-    """Survey, or write the table; return 1 if a family fails in a way that nothing expects."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition(":")[0])
+    """Run a survey or a check, or write the table. Return 1 if a family fails unexpectedly."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition(".\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for kind in SURVEYS:
         command = commands.add_parser(kind)
-        command.add_argument("--csv", type=Path, help="append a row for every family; those that have one are left out")
+        command.add_argument("--csv", type=Path, help="append a row for every family, except those that have one")
         command.add_argument("--family", nargs="+", metavar="TYPE", help="default: all")
-        command.add_argument("--method", choices=list_methods(kind), help="default: the plainest of its kind")
-        command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the method named")
+        command.add_argument("--method", choices=list_methods(kind), help="default: the simplest of its kind")
+        command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="options of --method")
         command.add_argument("--part", default="0/1", metavar="I/N", help="every Nth family from the Ith on")
     table = commands.add_parser("table")
-    table.add_argument("folder", type=Path, help="has the CSVs, named after the surveys")
+    table.add_argument("folder", type=Path, help="folder of the CSV files, which are named after the surveys")
     table.add_argument("--out", type=Path, required=True, help="write the page here, as Markdown")
     report = commands.add_parser("check")
     report.add_argument("family")
@@ -418,7 +426,7 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if options.option and (options.method is None or options.command.startswith("peft")):
-        parser.error("--option needs a --method of this package")
+        parser.error("--option requires a --method of this package")
     survey = choose_method(options.command, options.method, dict(option.split("=", 1) for option in options.option))
     part, of = map(int, options.part.split("/"))
     known = {outcome.family: outcome for outcome in read(options.csv)}
@@ -427,7 +435,7 @@ def main() -> int:
             known[family] = survey.run(family)
             print(*filter(None, astuple(known[family])), sep=" | ", flush=True)
             append(options.csv, known[family])
-            gc.collect()  # models are cycles, and large
+            gc.collect()  # models are large and contain reference cycles
     return int(any(outcome.verdict == "FAILED" for outcome in known.values()))
 
 

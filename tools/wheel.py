@@ -1,9 +1,9 @@
-"""Build the wheel, and check that it installs and computes right without a compiler.
+"""Build the wheel, and check that it can be installed and gives correct results without a compiler.
 
-``build`` makes one wheel for every Python and every PyTorch that the package allows, the same to the byte from the same
-commit and compiler, and asks auditwheel whether it keeps its promise (glibc 2.28 and nothing of PyTorch but
-``libtorch_cpu``). ``check`` installs a wheel in fresh environments, one for each Python and PyTorch given, with no
-compiler on the path, and compares every backend with the float64 reference there.
+``build`` builds one wheel for every supported Python and PyTorch. The same commit and compiler give the same bytes.
+auditwheel then checks that the wheel runs with glibc 2.28 and uses no library of PyTorch except ``libtorch_cpu``.
+``check`` installs a wheel in a fresh environment for each given Python and PyTorch, without a compiler on the path. It
+compares every backend with the float64 reference there.
 
 Usage: python tools/wheel.py build [--out dist]
        python tools/wheel.py check dist/*.whl --python python3.10 python3.13 --torch 2.11.0 2.13.0
@@ -33,15 +33,15 @@ assert BACKENDS["cpu"].refusal(torch.device("cpu")) is None
 
 
 def main() -> None:
-    """Run the sub-command."""
+    """Run the subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     of_build = commands.add_parser("build", help="build the wheel and audit it")
     of_build.add_argument("--out", type=Path, default=ROOT / "dist")
     of_check = commands.add_parser("check", help="install a wheel without a compiler and test it")
     of_check.add_argument("wheel", type=Path)
-    of_check.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
-    of_check.add_argument("--torch", nargs="+", default=["2.13.0"], help="versions of PyTorch")
+    of_check.add_argument("--python", nargs="+", default=[sys.executable], help="Python interpreters")
+    of_check.add_argument("--torch", nargs="+", default=["2.13.0"], help="PyTorch versions")
     options = parser.parse_args()
     if options.command == "build":
         build(options.out)
@@ -56,7 +56,7 @@ def build(out: Path) -> Path:
     commit_time = subprocess.check_output(["git", "log", "-1", "--format=%ct"], cwd=ROOT, text=True).strip()
     environment = {**os.environ, "FASTPREFIX_BUILD_EXT": "1", "SOURCE_DATE_EPOCH": commit_time}
     with tempfile.TemporaryDirectory() as folder:
-        # From a clone: what else lies in the checkout does not get into the wheel.
+        # A clone keeps other files of the checkout out of the wheel.
         subprocess.run(["git", "clone", "--quiet", ROOT, f"{folder}/fastprefix"], check=True)
         options = ("--no-deps", "--no-build-isolation", f"--config-settings=--build-option=--plat-name={PLATFORM}")
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", *options, "--wheel-dir", f"{folder}/out", "."]
@@ -70,9 +70,9 @@ def build(out: Path) -> Path:
 
 
 def audit(wheel: Path) -> None:
-    """Raise if auditwheel finds symbols in the wheel that are newer than the platform of its name.
+    """Raise SystemExit if auditwheel finds symbols in the wheel that are newer than the platform in its name.
 
-    For auditwheel itself the wheel fits no such platform, since PyTorch's library is not in it.
+    auditwheel cannot confirm the platform itself, because the wheel does not contain PyTorch's library.
     """
     shown = " ".join(subprocess.check_output([sys.executable, "-m", "auditwheel", "show", wheel], text=True).split())
     print(shown)
@@ -80,7 +80,7 @@ def audit(wheel: Path) -> None:
     promised = re.search(r"manylinux_(\d+)_(\d+)_", PLATFORM)
     assert promised is not None
     if least is None or tuple(map(int, least.groups())) > tuple(map(int, promised.groups())):
-        raise SystemExit(f"the wheel does not keep the promise of its name, {PLATFORM}")
+        raise SystemExit(f"the wheel requires a newer platform than the one in its name, {PLATFORM}")
 
 
 def check(wheel: Path, python: str, torch: str) -> None:
@@ -94,7 +94,7 @@ def check(wheel: Path, python: str, torch: str) -> None:
         run = [f"{folder}/bin/python", "-c", PROGRAM]
         subprocess.run(run, cwd=folder, env=environment, check=True)
         subprocess.run([f"{folder}/bin/fastprefix", "parity", "--quick"], cwd=folder, env=environment, check=True)
-    print(f"{python}, PyTorch {torch}: right", flush=True)
+    print(f"{python}, PyTorch {torch}: passed", flush=True)
 
 
 if __name__ == "__main__":

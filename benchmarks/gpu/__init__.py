@@ -1,12 +1,12 @@
-"""Prefix attention on a CUDA device in one run of under nine minutes: correctness, then speed.
+"""Check and measure prefix attention on a CUDA device in one run of less than nine minutes.
 
     python -m benchmarks gpu --out result.json
 
-The first stage checks twelve cases and times three. If anything in it fails, the run ends there. Otherwise the tests of
-the repository follow, then tiles, peers on many shapes, and PEFT's settings. Every stage has a deadline, a stage that
-fails leaves the results of the others, and the file is written after each case. Worker processes compile the kernels
-beforehand. Nothing is timed before its results were compared with those of a peer. Times are those of
-``triton.testing.do_bench``, which clears the cache before each call, and, apart, those of the host's clock.
+The first stage checks twelve cases and times three. If any of it fails, the run ends. Otherwise the tests of the
+repository follow, then tiles, peers on many shapes, and PEFT's settings. Every stage has a deadline. A stage that fails
+does not affect the results of other stages, and the file is written after each case. Worker processes compile the
+kernels first. Results are compared with those of a peer before anything is timed. Times come from
+``triton.testing.do_bench``, which clears the cache before each call. The clock of the host is measured separately.
 """
 
 import argparse
@@ -30,24 +30,24 @@ from .problems import FIRST, LONGEST, build_problem
 from .speed import check_problem, measure_problems, measure_speed
 from .tiles import measure_tiles
 
-DESCRIPTION = "Prefix attention on a CUDA device in one run of under nine minutes: correctness, then speed."
+DESCRIPTION = "Check and measure prefix attention on a CUDA device in one run of less than nine minutes."
 SECONDS = 525.0
-"""The time of all stages together."""
+"""The time limit of all stages together."""
 OURS = ("stage", "triton", "fused", "composed", "tests", "accelerated", "fastprefix")
-"""Peers whose failure is one of the run: that a peer of others does not support a case is not."""
+"""The peers of this package. If one of them fails, the run fails. Other peers may not support every case."""
 
 
 class FirstStageError(Exception):
-    """Report that the first stage failed, so that there is no point in what follows."""
+    """The first stage failed, so the following stages would be meaningless."""
 
 
 def is_own(peer: str) -> bool:
-    """Return whether a peer is this package's."""
+    """Return True if a peer belongs to this package."""
     return peer.partition(",")[0] in OURS
 
 
 def run_first(add: Add, seconds: float) -> None:
-    """Check twelve cases in bfloat16, then in float16, measure the ceilings of the device, and time three shapes."""
+    """Check twelve cases in bfloat16, then in float16, measure the peak rates of the device, and time three shapes."""
     end, faults = time.monotonic() + seconds, 0
 
     def add_and_count(rows: list[dict[str, object]], found: list[dict[str, object]]) -> None:
@@ -67,7 +67,7 @@ def run_first(add: Add, seconds: float) -> None:
 
 
 def run_methods(add: Add, seconds: float) -> None:
-    """Measure training steps of a model. This stage alone needs transformers and PEFT."""
+    """Measure training steps of a model. Only this stage requires transformers and PEFT."""
     from .methods import measure_methods
 
     measure_methods(add, seconds)
@@ -83,20 +83,20 @@ STAGES: dict[str, Stage] = {
     "small": (partial(check_parity, cases=SMALL, dtypes=tuple(DTYPES)), 120),
     "grid": (partial(check_parity, cases=(*attention_cases(66), *embedding_cases()), dtypes=tuple(DTYPES)), 120),
 }
-"""The stages and their seconds. The last two are not run by default."""
+"""The stages and their time limits in seconds. The last two are not run by default."""
 DEFAULT = ("first", "tests", "tiles", "speed", "methods")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "gpu.json", help="the file of results")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "gpu.json", help="file for the results")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(DEFAULT))
-    parser.add_argument("--commit", help="what is measured, where the files are no checkout")
+    parser.add_argument("--commit", help="the measured commit, if the files are not a git checkout")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the stages. Return 0: success; 1: a stage or a kernel of this package failed; 2: there is no device."""
+    """Run the stages. Return 0 for success, or 1 if a stage or a peer of this package failed."""
     if not torch.cuda.is_available():
-        raise BenchmarkError("benchmarks.gpu needs a CUDA device, and PyTorch finds none")
+        raise BenchmarkError("benchmarks.gpu requires a CUDA device, but PyTorch finds none")
     freeze_heap()
     capability = list(torch.cuda.get_device_capability())
     record = Record.start("gpu", device.CUDA, False, seconds=dict[str, float](), capability=capability)
@@ -107,13 +107,13 @@ def run(options: argparse.Namespace) -> int:
         (stage, seconds), start = STAGES[name], time.monotonic()
         try:
             stage(add, min(seconds, end - start))
-        except Exception as error:  # the stages that follow are useful in any case, unless it was the first
+        except Exception as error:  # only a failure of the first stage makes the following stages useless
             add([], [fault({}, "stage", name, error)])
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)
         record.settings["clocks"][name] = device.read_clocks()
         add([], [])
         if name == "first" and any(of["peer"] == "stage" for of in record.faults):
-            print("the first stage failed: the run ends here", flush=True)
+            print("the first stage failed, so the run ends here", flush=True)
             break
     failed = [of for of in record.faults if is_own(of["peer"])]
     print("\n".join([tabulate_gpu(record).markdown(), *map(describe_fault, failed), f"results in {options.out}"]))

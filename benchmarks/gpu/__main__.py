@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks.gpu``, the same as ``python -m benchmarks gpu``."""
+"""Run ``python -m benchmarks.gpu``, which is the same as ``python -m benchmarks gpu``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The device: its clocks, its ceilings, and how calls on it are timed."""
+"""Read the clocks of the device, measure its peak rates, and time calls on it."""
 
 import subprocess
 import time
@@ -8,12 +8,12 @@ import torch
 
 CUDA = torch.device("cuda")
 COPIED = 2**31  # bytes, several times the largest cache
-WIDTH = 8192  # of the matrices of a product
+WIDTH = 8192  # of the matrices in the measured product
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 def is_usable() -> bool:
-    """Return whether the device still works for this process. After an illegal access every later call fails."""
+    """Return True if the device still works in this process. After an illegal access, every later call fails."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -23,7 +23,7 @@ def is_usable() -> bool:
 
 
 def read_clocks() -> str | None:
-    """Return the clocks, temperature and power of the device, or None where they cannot be read."""
+    """Return the clocks, temperature and power of the device, or None if they cannot be read."""
     command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -32,26 +32,26 @@ def read_clocks() -> str | None:
 
 
 def time_with_triton(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the seconds of the device in each of many calls, as a timer of ``measure``."""
+    """Return the device time in seconds of each of several calls (a timer for ``measure``)."""
     from triton.testing import do_bench
 
     return [ms / 1e3 for ms in do_bench(call, warmup=10, rep=20, return_mode="all")]
 
 
 def time_by_the_wall(call: Callable[[], object], seconds: float) -> float:
-    """Return the seconds of a call by the clock of the host, the mean of as many calls as fit into ``seconds``."""
+    """Return the wall time of a call in seconds, the mean of the calls that fit into ``seconds``."""
     count, start = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - start < seconds:
         call()
         count += 1
-        if count % 8 == 0:  # the host may be far ahead
+        if count % 8 == 0:  # otherwise the host can be far ahead of the device
             torch.cuda.synchronize()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / count
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Return the bytes that a copy moves in a second, reading and writing, and the operations of a bfloat16 product."""
+    """Return the bytes per second that a copy reads and writes, and the operations per second of a bfloat16 product."""
     source = torch.empty(COPIED, dtype=torch.uint8, device=CUDA).random_(0, 255)
     target = torch.empty_like(source)
     x, y = (torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16, device=CUDA) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Jobs in worker processes, so that one that fails, hangs or loses the device leaves the others."""
+"""Run jobs in worker processes, so that a job that fails, hangs or loses the device does not affect the others."""
 
 import multiprocessing
 import os
@@ -13,13 +13,13 @@ from . import device
 
 WORKERS = 16
 Job = tuple[Any, ...]
-"""A function and its arguments."""
+"""A function, followed by its arguments."""
 
 
 def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Run a job in a worker process, and return its answer or its error."""
+    """Run a job in this worker process, and return its answer or its error."""
     if not device.is_usable():
-        return {"error": "left out, because an earlier job of this process lost the device"}
+        return {"error": "skipped, because an earlier job of this process lost the device"}
     try:
         return function(*arguments)
     except Exception as error:  # the failure of one job must not lose the results of the others
@@ -32,7 +32,7 @@ def _work(pipe: Connection) -> None:
 
 
 class _Workers:
-    """Processes, the pipe to each, and the number of the job that it has."""
+    """The busy processes, with the pipe to each and the number of its job."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -43,7 +43,7 @@ class _Workers:
         pipe, other = self._context.Pipe()
         process = self._context.Process(target=_work, args=(other,), daemon=True)
         process.start()
-        other.close()  # so that the pipe ends with the process
+        other.close()  # then the pipe closes when the process ends
         pipe.send(job)
         self._busy[pipe] = (process, number)
 
@@ -51,7 +51,7 @@ class _Workers:
         return bool(self._busy)
 
     def collect(self, seconds: float, jobs: list[tuple[int, Job]]) -> list[tuple[int, dict[str, Any]]]:
-        """Return the answers that come within some time, and give their processes the next of the jobs."""
+        """Return the answers that arrive within ``seconds``, and give their processes the next jobs."""
         answers = []
         for pipe in wait(list(self._busy), seconds):
             assert isinstance(pipe, Connection)
@@ -79,7 +79,7 @@ class _Workers:
 
 
 def run_jobs(jobs: Sequence[Job], seconds: float, workers: int = WORKERS) -> list[dict[str, Any]]:
-    """Run jobs in worker processes, and return their answers. Another process takes the place of one that dies."""
+    """Run jobs in worker processes, and return their answers. A process that dies is replaced by a new one."""
     end = time.monotonic() + seconds
     answers: list[dict[str, Any]] = [{"error": "no answer in time"} for _ in jobs]
     left, pool = list(enumerate(jobs))[::-1], _Workers()

@@ -1,7 +1,7 @@
-"""A training step in the settings of PEFT's comparison of methods: a model in the shape of Llama 3.2 3B, four rows of
-768 tokens, bfloat16.
+"""Measure training steps in the settings of PEFT's method comparison.
 
-Methods of this package begin with the parameters of PEFT's, so that their losses have to agree before they are timed.
+The model has the shape of Llama 3.2 3B, four rows of 768 tokens, and dtype bfloat16. Methods of this package start with
+the parameters of PEFT's methods. Their losses must agree before they are timed.
 """
 
 import tempfile
@@ -39,7 +39,7 @@ def configure_model(size: Size) -> transformers.PretrainedConfig:
 
 
 class Peer(NamedTuple):
-    """A way to train, and the peer whose loss it has to have."""
+    """A way to train, and the name of the peer that must have the same loss."""
 
     name: str
     role: Role
@@ -57,19 +57,19 @@ def tune_low_rank(model: Any) -> nn.Module:
 
 
 def wrap(model: Any, config: str, tokens: int) -> Any:
-    """Return the model with a method of PEFT, whose parameters depend on nothing but the method."""
+    """Return the model with a method of PEFT. Its initial parameters depend only on the method."""
     torch.manual_seed(0)
     return wrap_with_peft(model, "causal_lm", tokens, config, 1e-3).model
 
 
 def accelerate(model: Any, config: str, tokens: int) -> nn.Module:
-    """Return the same, accelerated."""
+    """Return the model with a method of PEFT after ``fastprefix.accelerate``."""
     accelerated: nn.Module = fastprefix.accelerate(wrap(model, config, tokens))
     return accelerated
 
 
 def attach(model: Any, config: str, tokens: int) -> nn.Module:
-    """Return the model with the method of this package, and PEFT's parameters."""
+    """Return the model with the same method of this package, and PEFT's initial parameters."""
     with tempfile.TemporaryDirectory() as folder:
         wrap(share_weights(model), config, tokens).save_pretrained(folder)
         attached: nn.Module = fastprefix.load_adapter(model, folder)
@@ -77,7 +77,7 @@ def attach(model: Any, config: str, tokens: int) -> nn.Module:
 
 
 def list_peers() -> list[Peer]:
-    """Return the floor, LoRA, and each method by PEFT, by PEFT accelerated, and by this package."""
+    """Return the floor, LoRA, and each method in PEFT, in accelerated PEFT, and in this package."""
     peers = [Peer(FLOOR, "floor", lambda model: freeze(model).model), Peer(f"LoRA r{RANK}", "theirs", tune_low_rank)]
     for config, tokens in SETTINGS:
         name = f"{config.removesuffix('TuningConfig').lower()} {tokens}"
@@ -89,7 +89,7 @@ def list_peers() -> list[Peer]:
 
 
 def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """Return a training step, which returns the loss before it."""
+    """Return a function that runs a training step and returns the loss before it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
     model.train()
@@ -106,9 +106,9 @@ def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tenso
 
 
 def measure_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[str, float]) -> list[Row]:
-    """Check the loss of a peer, then measure the seconds of a step and the most memory that PyTorch held.
+    """Check the loss of a peer, then measure the seconds of a step and PyTorch's peak memory.
 
-    ``losses`` are those of the peers before it, to which its own is added.
+    ``losses`` contains the losses of earlier peers by name. The loss of this peer is added to it.
     """
     model = peer.prepare(share_weights(base))
     step = build_step(model, batch)
@@ -131,17 +131,17 @@ def measure_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[s
 
 
 def measure_methods(add: Add, seconds: float) -> None:
-    """Measure as many peers as there is time for."""
+    """Measure as many peers as the time allows."""
     end = time.monotonic() + seconds
     with torch.device(device.CUDA):
         base = build("causal_lm", configure_model(SIZE), device.CUDA)
     batch = draw_batch("causal_lm", SIZE, SIZE.length, device.CUDA)
     batch["labels"] = batch["labels"].clone()
-    batch["labels"][:, 0] = -100  # which PEFT would let the last token of a prompt predict
+    batch["labels"][:, 0] = -100  # in PEFT, the last token of a prompt would predict it
     losses = dict[str, float]()
     for peer in list_peers():
         if time.monotonic() > end:
-            print(f"methods: {peer.name} and what follows are left out for lack of time", flush=True)
+            print(f"methods: {peer.name} and the following peers are skipped for lack of time", flush=True)
             return
         try:
             rows = measure_peer(peer, base, batch, losses)
@@ -150,4 +150,4 @@ def measure_methods(add: Add, seconds: float) -> None:
             continue
         add(rows, [])
         median = next(row["p50"] for row in rows if row["quantity"] == "seconds")
-        print(f"{peer.name}: {1e3 * median:.0f} ms a step", flush=True)
+        print(f"{peer.name}: {1e3 * median:.0f} ms per step", flush=True)

@@ -1,4 +1,4 @@
-"""Correctness: cases by the rule of the package, and the repository's own tests."""
+"""Check correctness on a device: parity cases, and the tests of the repository."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ FIRST: tuple[Case, ...] = (
     AttentionCase(B=4, N=70, M=75, P=40, D=64, spans="ragged", frozen=1, gate="BhP", key_bias="hT"),
     EmbeddingCase(B=3, N=113, S=100, d=129, r=19, V=211, offset="ffn"),
 )
-"""The first cases; the twelfth is a long one against SDPA (``problems.LONGEST``)."""
+"""The first cases. The twelfth case is a long one that is compared with SDPA (``problems.LONGEST``)."""
 SMALL: tuple[Case, ...] = (
     AttentionCase(Hq=4, N=150, M=170, P=77, D=64, gate="BhP", options={"is_causal": True}),
     AttentionCase(Hq=4, N=3, M=400, P=77, D=40, options={"is_causal": True}),
@@ -42,7 +42,7 @@ SMALL: tuple[Case, ...] = (
     EmbeddingCase(B=3, N=113, S=7, d=129, r=19, V=211, offset="low_rank"),
 )
 """The cases of the stage "small", which is meant for compute-sanitizer and is not run by default."""
-SINGLE_SHARE = 3  # so many of the tests in float32 is one run
+SINGLE_SHARE = 3  # one of every three tests in float32 is run
 
 
 def run_case(case: Case, dtype: torch.dtype, on: str = "cuda", backend: str = "triton") -> list[Tensor]:
@@ -56,8 +56,11 @@ def run_case(case: Case, dtype: torch.dtype, on: str = "cuda", backend: str = "t
 
 
 def check_case(case: Case, dtype: str, on: str = "cuda", backend: str = "triton") -> dict[str, Any]:
-    """Check parity by the rule of the package, and that a second run has the same bits. Uninitialized memory is NaN."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses; it is read when CUDA starts
+    """Check that errors are within the bounds of ``assert_parity``, and that a second run gives the same bits.
+
+    Deterministic mode fills uninitialized memory with NaN.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, and CUDA reads it at its start
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (run_case(case, DTYPES[dtype], on, backend) for _ in range(2))
@@ -66,12 +69,14 @@ def check_case(case: Case, dtype: str, on: str = "cuda", backend: str = "triton"
     same = all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
     report = measure_parity(case, DTYPES[dtype], backend, on)
     worst = max((row.ratio for row in report.rows), default=0.0)
-    problems = ([] if same else ["another run has other bits"]) + ([] if report.ok else [f"{worst:.2f} of the bound"])
+    problems = ([] if same else ["a second run has different bits"]) + (
+        [] if report.ok else [f"{worst:.2f} of the bound"]
+    )
     return {"of bound": worst, **({"error": " and ".join(problems)} if problems else {})}
 
 
 def check_parity(add: Add, seconds: float, cases: Sequence[Case], dtypes: Sequence[str]) -> bool:
-    """Check cases in one type after the other. Return whether all are right."""
+    """Check all cases in each dtype. Return True if all are within their bounds."""
     cells = [(check_case, case, dtype) for dtype in dtypes for case in cases]
     right = True
     for (_, case, dtype), answer in zip(cells, jobs.run_jobs(cells, seconds), strict=True):
@@ -88,23 +93,23 @@ def check_parity(add: Add, seconds: float, cases: Sequence[Case], dtypes: Sequen
 
 
 ON_DEVICE = ("tests/ops", "-m", "cuda")
-_PYTEST = (sys.executable, "-m", "pytest", "--slow")  # what is slow is so in the interpreter, and not on a device
+_PYTEST = (sys.executable, "-m", "pytest", "--slow")  # slow tests are slow in the interpreter only
 
 
 def collect_tests(selection: Sequence[str] = ON_DEVICE) -> list[str]:
-    """Return the tests on a device, the most important first: bfloat16, float16, a third of those in float32."""
+    """Return the tests on a device, the most important ones first: bfloat16, float16, then a third of the others."""
     command = [*_PYTEST, *selection, "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode != 0 or not names:
-        raise BenchmarkError(f"pytest collects nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise BenchmarkError(f"pytest collects no tests:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     brain_float = [name for name in names if "bfloat16" in name]
     half = [name for name in names if "float16" in name and "bfloat16" not in name]
     return brain_float + half + [name for name in names if "float16" not in name][::SINGLE_SHARE]
 
 
 def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) -> None:
-    """Run the tests on a device, as many as there is time for, and add a fault for each that fails."""
+    """Run as many tests on a device as the time allows, and add a fault for each one that fails."""
     names = collect_tests(selection)
     with tempfile.TemporaryDirectory() as folder:
         wanted, log = Path(folder, "tests"), Path(folder, "log")
@@ -114,7 +119,7 @@ def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) ->
             try:
                 subprocess.run([*command, *_divide()], cwd=ROOT, stdout=output, stderr=output, timeout=seconds)
             except subprocess.TimeoutExpired:
-                print("tests: the others left out for lack of time", flush=True)
+                print("tests: the remaining ones are skipped for lack of time", flush=True)
         text = log.read_text(encoding="utf-8")
     outcomes = dict(read_outcomes(text))
     counts = {word: sum(outcome == word for outcome in outcomes.values()) for word in ("PASSED", "SKIPPED")}
@@ -128,7 +133,7 @@ def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) ->
 
 
 def _divide() -> list[str]:
-    """Return the options that run tests in as many processes as a device has room for, if pytest-xdist is there."""
+    """Return the options that run tests in several processes, if pytest-xdist is installed."""
     if find_version("pytest-xdist") is None:
         return []
     return ["-n", str(min(jobs.WORKERS, os.cpu_count() or 1))]
@@ -144,6 +149,6 @@ def read_outcomes(text: str) -> Iterator[tuple[str, str]]:
 
 
 def find_message(text: str, name: str) -> str:
-    """Return the line about a test that failed in pytest's summary."""
+    """Return the message about a failed test in pytest's summary."""
     lines = [line for line in text.splitlines() if name in line and " - " in line]
-    return lines[-1].partition(" - ")[2] if lines else "it failed, and the run ended before pytest said why"
+    return lines[-1].partition(" - ")[2] if lines else "it failed, and the run ended before pytest's summary"

@@ -1,4 +1,4 @@
-"""The problems that are timed: shapes, gates and masks, and the peers of each."""
+"""Build the problems that are timed: shapes, gates and masks, and the peers of each problem."""
 
 import copy
 import itertools
@@ -26,15 +26,15 @@ EMBEDDINGS = (Setting(32_128, 1024, 32, 256, 60, 19, "uniform"), Setting(128_256
 BACKEND = "composed"
 SDPA = ("flash", "cudnn", "efficient")
 Kind = tuple[Shape, str, bool]
-"""A shape, its gates (or "segments"), and whether it is causal."""
+"""A shape, its kind of gate (or "segments"), and True if it is causal."""
 LONGEST: Kind = (Shape(1, 8, 2, 8192, 8192, 128, 128), "row", True)
 FIRST: tuple[Kind, ...] = tuple((Shape(*shape, 128), "none", True) for shape in (SHAPES[1], SHAPES[2], SHAPES[4]))
 
 
 class Problem(NamedTuple):
-    """A case, the work of each peer, and what their results are compared with.
+    """A case, the work of each peer, and the references for the results.
 
-    ``narrow`` takes from a peer's results the part that the reference computes.
+    ``narrow`` returns the part of a peer's results that a reference computes.
     """
 
     case: Row
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 
 def list_problems() -> Iterator[Kind]:
-    """Return the most informative cases first, in case time runs out."""
+    """Yield the cases, the most informative ones first, because time can run out."""
     for P, gate in itertools.product((128, 16, 100, 2048), ("none", "row", "segments", "query", "separate")):
         for shape, causal in itertools.product(SHAPES, (True, False)):
             if gate == "segments" and (P != 128 or not causal or shape[3] < 512):
@@ -56,7 +56,7 @@ def list_problems() -> Iterator[Kind]:
 
 
 def list_plans(shape: Shape, gate: str, causal: bool) -> list[str]:
-    """Return the plans of the composed backend that a case allows: one softmax, and not for decoding."""
+    """Return the plans of the composed backend that support a case. It must have one softmax and not be decoding."""
     if gate == "separate" or shape.N == 1:
         return []
     if gate == "segments":
@@ -66,7 +66,7 @@ def list_plans(shape: Shape, gate: str, causal: bool) -> list[str]:
 
 
 def run_plan(inputs: Inputs, name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Return a function that lets a call of the composed backend run by a plan."""
+    """Return a decorator that makes a call of the composed backend use a plan."""
 
     def decorate(call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -82,9 +82,10 @@ def run_plan(inputs: Inputs, name: str) -> Callable[[Callable[[], Any]], Callabl
 
 
 def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> Problem:
-    """Return the peers: concatenation and the tokens alone on each kernel of SDPA, and compiled FlexAttention.
+    """Return a problem with all peers.
 
-    Masks are built here, outside of what is timed.
+    The peers are the Triton backend, the plans of the composed backend, concatenation and the tokens alone on each
+    kernel of SDPA, and compiled FlexAttention. Masks are built here, outside the timed part.
     """
     inputs = Inputs(shape, torch.bfloat16, causal, device.CUDA, gate=gate)
 
@@ -102,13 +103,13 @@ def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> P
     for name in SDPA:
         variant = copy.copy(inputs)
         variant.repeats_heads = name == "efficient" and shape.Hq != shape.Hkv
-        if name == "cudnn" and causal and gate != "segments":  # it aligns masks to the upper left alone
+        if name == "cudnn" and causal and gate != "segments":  # it only supports causal masks aligned to the upper left
             variant.mask = build_dense_mask(shape.N, shape.M, shape.P, inputs.q.device)
         works[f"tokens, {name}"] = build("floor", choose(variant.run_tokens, name), inputs.leaves[:3])
         if gate != "query":  # a gate for each query cannot be folded into the keys
             works[f"concat, {name}"] = build("theirs", choose(variant.run_concat, name))
     if flex and gate == "none" and causal and shape.P == 128:
-        torch.compiler.reset()  # past its limit of recompilations it would refuse
+        torch.compiler.reset()  # avoids the limit of recompilations
         works["concat, flex"] = build("theirs", inputs.compile_flex())
     case = {**shape._asdict(), "gate": gate, "causal": causal}
     if gate != "query":
@@ -119,13 +120,13 @@ def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> P
 
 
 def take_first_row(results: Sequence[Tensor]) -> list[Tensor]:
-    """Return the first row of what has rows: the output, or the gradients of tokens and gates."""
+    """Return the first row of the output, or of the gradients that have rows: those of the tokens and gates."""
     with_rows = results if len(results) == 1 else [*results[:3], *results[5:]]
     return [x[:1] for x in with_rows]
 
 
 def build_embeddings() -> Iterator[Problem]:
-    """Yield prompt embeddings, their eager peers, and a lookup."""
+    """Yield problems of prompt embeddings, with their eager peers and a lookup."""
     for setting in EMBEDDINGS:
         _, works = build_works(setting, torch.bfloat16, device.CUDA)
         kept = {name: work for name, work in works.items() if not name.endswith("compiled")}
@@ -136,7 +137,7 @@ def build_embeddings() -> Iterator[Problem]:
 
 
 def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
-    """Run the kernels of a case on short inputs."""
+    """Compile the kernels of a case by running them."""
     for name, work in build_problem(shape, gate, causal, flex=False).works.items():
         if name == "fused" or name.startswith("composed"):
             for call in work.calls.values():
@@ -146,7 +147,7 @@ def compile_problem(shape: Shape, gate: str, causal: bool) -> dict[str, Any]:
 
 
 def list_compilations(kinds: Sequence[Kind]) -> list[Job]:
-    """Return one job per specialization of the kernels, on small shapes for which they are compiled alike."""
+    """Return one job per specialization of the kernels, on small shapes with the same specialization."""
     found: dict[Job, None] = {}
     for shape, gate, causal in kinds:
         small = shape._replace(B=min(shape.B, 2))

@@ -1,4 +1,4 @@
-"""Times of the device and of the host, of peers whose results agree."""
+"""Measure the device time and the wall time of peers whose results agree."""
 
 import math
 import time
@@ -40,8 +40,8 @@ def _list_results(results: object) -> list[Tensor]:
 def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
     """Compare every peer with a reference before anything is timed, and store the differences.
 
-    Return the peers whose results agree, and those without a prefix, which nothing is compared with. A reference that
-    cannot run is replaced by the next one.
+    Return the peers whose results agree, and the peers without a prefix, which are not compared. If a reference cannot
+    run, the next one is used.
     """
     case, works, references, narrow = problem
     for name, reference in references.items():
@@ -62,7 +62,7 @@ def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
             continue
         try:
             difference = find_difference(work, reference, narrow)
-        except Exception as error:  # the same
+        except Exception as error:  # not every peer supports every case
             add([], [fault(case, peer, "check", error)])
             continue
         add([figure_row(case, peer, work.role, "check", "relative difference", difference)], [])
@@ -75,7 +75,7 @@ def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
 
 
 def measure_problem(add: Add, problem: Problem) -> None:
-    """Check and time the peers of a problem, by the device and by the wall, and store the clocks."""
+    """Check the peers of a problem, measure their device time and wall time, and store the clocks."""
     works = check_problem(add, problem)
     rows, faults = measure(problem.case, works, device.CUDA, partial(range, 2), warmup=0, timer=device.time_with_triton)
     failed = {of["peer"] for of in faults}
@@ -92,7 +92,7 @@ def measure_problem(add: Add, problem: Problem) -> None:
 
 
 def measure_problems(add: Add, seconds: float, kinds: Sequence[Kind], compiling: float = 0.35) -> None:
-    """Compile the kernels of problems in worker processes, then measure as many problems as there is time for."""
+    """Compile the kernels of problems in worker processes, then measure as many problems as the time allows."""
     end = time.monotonic() + seconds
     compilations = list_compilations(kinds)
     for job, answer in zip(compilations, jobs.run_jobs(compilations, seconds * compiling), strict=True):
@@ -104,13 +104,13 @@ def measure_problems(add: Add, seconds: float, kinds: Sequence[Kind], compiling:
 def _measure_in_time(add: Add, end: float, problems: Iterable[Callable[[], Problem]]) -> None:
     for number, build in enumerate(problems):
         if time.monotonic() > end:
-            print(f"speed: {number} cases measured, the others left out for lack of time", flush=True)
+            print(f"speed: {number} cases measured, the remaining ones are skipped for lack of time", flush=True)
             return
         measure_problem(add, build())
 
 
 def measure_speed(add: Add, seconds: float) -> None:
-    """Measure embeddings, then as many cases of attention as there is time for."""
+    """Measure embeddings, then as many cases of attention as the time allows."""
     end = time.monotonic() + seconds
     for problem in build_embeddings():
         measure_problem(add, problem)

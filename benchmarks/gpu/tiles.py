@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels beside those of the tables, one kernel changed at a time."""
+"""Measure other tiles of the Triton kernels than those in the tables, changing one kernel at a time."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from .problems import SHAPES, Kind
 from .speed import LIMIT, find_difference
 
 KINDS: tuple[Kind, ...] = tuple((Shape(*shape, 128), "none", True) for shape in (SHAPES[1], SHAPES[3]))
-"""Heads of 64 and of 128 columns."""
+"""Cases with head dimensions 64 and 128."""
 CANDIDATES: dict[int, dict[str, tuple[tuple[int, int, int, int, int], ...]]] = {
     64: {
         "forward": ((128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 64, 4, 3)),
@@ -36,14 +36,14 @@ CANDIDATES: dict[int, dict[str, tuple[tuple[int, int, int, int, int], ...]]] = {
         "dprefix": ((64, 64, 64, 8, 3), (64, 64, 128, 8, 2), (32, 64, 128, 8, 2)),
     },
 }
-"""Tried by the width of the heads: blocks, warps and stages. 64 queries a block in dkv halve what its products read
-from shared memory.
+"""Candidates by head dimension: block sizes, warps and stages. With 64 queries per block, the products of dkv read half
+as much from shared memory.
 """
 
 
 @contextmanager
 def use_tile(kernel: str, tile: AttentionTile) -> Iterator[None]:
-    """Let one kernel run in a tile that is not the table's."""
+    """Make one kernel use a tile that differs from the table."""
 
     def find(architecture: str, name: str, *rest: Any) -> AttentionTile:
         return tile if name == kernel else tiles.find_tile(architecture, name, *rest)
@@ -53,7 +53,7 @@ def use_tile(kernel: str, tile: AttentionTile) -> Iterator[None]:
 
 
 def describe(kernel: str, tile: AttentionTile) -> str:
-    """Return the name of a peer."""
+    """Return the name of the peer that uses a tile."""
     return f"{kernel} {'x'.join(map(str, tile[:3]))} w{tile.warps} s{tile.stages}"
 
 
@@ -65,7 +65,7 @@ def build(kind: Kind) -> Work:
 
 
 def compile_tile(kind: Kind, kernel: str, tile: AttentionTile) -> dict[str, Any]:
-    """Compile a tile by a run on short inputs."""
+    """Compile a tile by running it on short inputs."""
     shape, gate, causal = kind
     with use_tile(kernel, tile):
         for call in build((shape._replace(B=1, N=256, M=256), gate, causal)).calls.values():
@@ -75,7 +75,7 @@ def compile_tile(kind: Kind, kernel: str, tile: AttentionTile) -> dict[str, Any]
 
 
 def measure_tiles(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> None:
-    """Compile all tiles in worker processes, then measure those that compile, and whose results are the table's."""
+    """Compile all tiles in worker processes, then measure those that compile and give the results of the table."""
     end = time.monotonic() + seconds
     trials = [
         (kind, kernel, AttentionTile(*sizes))

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: which of the libraries this machine runs, and, where none can be, why."""
+"""Choose and load the library of compiled CPU kernels for this machine, or explain why none can be used."""
 
 import ctypes
 import os
@@ -16,18 +16,18 @@ _NOT_BUILT = (
 
 
 INSTRUCTION_SETS = ("default", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx")
-"""The instruction sets of all architectures, those of one architecture in rising order."""
+"""The instruction sets of all architectures. Those of one architecture are in ascending order."""
 
 
 @once
 def instruction_set() -> str:
-    """Return PyTorch's own choice, or more of it where the CPU multiplies bfloat16.
+    """Return the instruction set of the kernels: PyTorch's choice, or its extension if the CPU multiplies bfloat16.
 
-    ``ATEN_CPU_CAPABILITY`` lowers PyTorch's choice, and ``FASTPREFIX_CPU`` this one.
+    ``ATEN_CPU_CAPABILITY`` lowers PyTorch's choice, and ``FASTPREFIX_CPU`` lowers this one.
     """
     found = torch.backends.cpu.get_cpu_capability().lower()
     if found == "avx512" and torch.cpu._is_avx512_bf16_supported():
-        # Linux gives the tiles to a process that asks for them.
+        # On Linux, a process must request permission to use the tiles.
         found = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
     if found not in INSTRUCTION_SETS:
         found = "neon_bf16" if _has_neon_bf16() else "default"
@@ -38,7 +38,7 @@ def instruction_set() -> str:
 
 
 def _has_neon_bf16() -> bool:
-    """Ask Linux whether an ARM processor multiplies bfloat16."""
+    """Return True if Linux reports an ARM processor that multiplies bfloat16."""
     if platform.machine() != "aarch64" or platform.system() != "Linux":
         return False
     at_hwcap2, hwcap2_bf16 = 26, 1 << 14
@@ -48,17 +48,17 @@ def _has_neon_bf16() -> bool:
 
 
 def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__) -> Path | str:
-    """Return the library in ``folder`` for this machine and a PyTorch version, or the reason why there is none.
+    """Return the library in ``folder`` for this machine and a PyTorch version, or the reason why none can be used.
 
-    The name of a library ends with the PyTorch version whose stable C++ interface it was compiled against
-    (``setup.py``). It runs with that version and with every later one.
+    The name of a library ends with the PyTorch version whose stable C++ interface it was compiled against (see
+    ``setup.py``). The library runs with this version and all later ones.
     """
     found = {path.stem.rpartition("_abi")[2]: path for path in folder.glob(f"{instruction_set()}_abi*.so")}
     if not found:
         return _NOT_BUILT
     abi, library = max(found.items(), key=lambda item: _numbers(item[0], "_"))
     if _numbers(torch_version, ".") < _numbers(abi, "_"):
-        return f"its C++ extension needs PyTorch {abi.replace('_', '.')} or newer, and this is {torch_version}"
+        return f"its C++ extension requires PyTorch {abi.replace('_', '.')} or newer, but this is {torch_version}"
     return library
 
 
@@ -68,7 +68,7 @@ def _numbers(version: str, separator: str) -> tuple[int, ...]:
 
 
 def describe() -> str:
-    """Return the instruction set of the library for this machine and the PyTorch versions it runs with."""
+    """Return the instruction set and the PyTorch versions of the library for this machine, or "none"."""
     library = find_library()
     if isinstance(library, str):
         return "none"
@@ -78,7 +78,7 @@ def describe() -> str:
 
 @once
 def load() -> str | None:
-    """Load the library, once, which registers its kernels with PyTorch; why not, if it cannot be."""
+    """Load the library once, which registers its kernels with PyTorch. Return None, or the reason why it failed."""
     library = find_library()
     if isinstance(library, str):
         return library

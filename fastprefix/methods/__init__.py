@@ -1,6 +1,6 @@
-"""The tuning methods, one file each: a configuration and the parameters and formulas that it stands for.
+"""The tuning methods. Each file defines one method: its configuration, its parameters and its formulas.
 
-Nothing here knows of any model library: a method is told the shapes of what it attaches to.
+Methods do not depend on a model library. They receive the shapes of the layers that they are attached to.
 """
 
 from .accept import ACCEPT, ACCEPTConfig

@@ -15,21 +15,23 @@ from .dept import DePT, DePTConfig
 
 @dataclass(kw_only=True)
 class ACCEPTConfig(DePTConfig):
-    """DePT with codebooks: parts of the prompt and of the offset are weighted sums of codewords.
+    """DePT with codebooks. The blocks of the prompt and of the offset are weighted sums of codewords.
 
-    The width ``d`` is split into ``K = d / t`` parts of ``t`` numbers, each with ``r`` codewords. Part k of a prompt
-    token i is ``sum_j w[i, k, j] C[k, j]``, and part k of the offset at position i is ``sum_j w'[i, k, j] C'[k, j]``,
-    without a scale. Rates are as for DePT. The paper trains prompt and offset separately first, then together.
+    The width ``d`` is split into ``K = d / t`` blocks of ``t`` numbers, each with ``r`` codewords. Block k of prompt
+    token i is ``sum_j w[i, k, j] C[k, j]``. Block k of the offset at position i is ``sum_j w'[i, k, j] C'[k, j]``,
+    without a scale. The learning rates are those of DePT. The paper first trains the prompt and the offset separately,
+    then both together.
 
     Args:
-        codebook_prompt: whether the prompt comes from a codebook; False: a free prompt, as in DePT.
-        prompt_block: ``t`` of the prompt, a divisor of ``d``.
-        prompt_codewords: ``r`` of the prompt.
-        codebook_offset: whether the offset comes from a codebook; False: DePT's pair, with its ``rank`` and ``alpha``.
-        offset_block: ``t'`` of the offset, a divisor of ``d``.
-        offset_codewords: ``r'`` of the offset.
-        offset_init: of the offset's codewords: "uniform", in +-sqrt(6 / (r' t')) as in the authors' code, so that
-            training does not start from the frozen model; "zero", so that it does.
+        codebook_prompt: True computes the prompt from a codebook. False uses a free prompt, as in DePT.
+        prompt_block: block size ``t`` of the prompt, a divisor of ``d``.
+        prompt_codewords: number of codewords ``r`` per block of the prompt.
+        codebook_offset: True computes the offset from a codebook. False uses DePT's low-rank offset, with its ``rank``
+            and ``alpha``.
+        offset_block: block size ``t'`` of the offset, a divisor of ``d``.
+        offset_codewords: number of codewords ``r'`` per block of the offset.
+        offset_init: initial values of the offset's codewords. "uniform" draws from +-sqrt(6 / (r' t')), as in the
+            authors' code, so training does not start from the frozen model. "zero" starts from the frozen model.
     """
 
     codebook_prompt: bool = True
@@ -49,7 +51,7 @@ class ACCEPTConfig(DePTConfig):
         check_choice("offset_init", self.offset_init, ("uniform", "zero"))
         if self.codebook_prompt and self.init != "random":
             raise ValueError(
-                f'`init` must be "random" with codebook_prompt=True, whose codewords are no rows of the embedding '
+                f'`init` must be "random" with codebook_prompt=True, because codewords are not rows of the embedding '
                 f'table, got "{self.init}"'
             )
 
@@ -57,10 +59,11 @@ class ACCEPTConfig(DePTConfig):
     def for_budget(
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, max_length: int = 256, **options: Any
     ) -> "ACCEPTConfig":
-        """Use the most codewords of the offset, or the largest rank of its pair, within ``trainable`` parameters.
+        """Return the configuration with the largest offset that fits within ``trainable`` parameters.
 
-        The prompt has ``r d + m K r`` of them, or ``m d`` if it is free. Each codeword of the offset has ``d + T K'``,
-        and each rank of the pair ``T + d``.
+        This sets ``offset_codewords``, or ``rank`` with ``codebook_offset=False``. The prompt has ``r d + m K r``
+        parameters, or ``m d`` if it is free. Each unit of ``offset_codewords`` adds ``d + T K'`` parameters, and each
+        unit of ``rank`` adds ``T + d``.
         """
         d = embedding_width(model)
         config = cls(num_virtual_tokens, max_length=max_length, **options)
@@ -76,10 +79,10 @@ class ACCEPTConfig(DePTConfig):
 
 
 def count_parts(name: str, block: int, width: int) -> int:
-    """Return how many parts of so many numbers a width has.
+    """Return the number of blocks of size ``block`` in a width.
 
     Raises:
-        ValueError: the width is no multiple of that.
+        ValueError: the width is not a multiple of ``block``.
     """
     if width % block:
         raise ValueError(f"`{name}` must be a divisor of the model's width, {width}, got {block}")
@@ -87,7 +90,7 @@ def count_parts(name: str, block: int, width: int) -> int:
 
 
 class Codebook(nn.Module):
-    """Rows ``[n, d]`` whose K parts are sums of ``r`` codewords ``C [K, r, t]``, weighted by ``w [n, K, r]``."""
+    """Vectors ``[n, d]`` whose K blocks are sums of ``r`` codewords ``C [K, r, t]``, weighted by ``w [n, K, r]``."""
 
     def __init__(self, rows: int, parts: int, codewords: int, block: int) -> None:
         super().__init__()
@@ -95,23 +98,23 @@ class Codebook(nn.Module):
         self.codewords = nn.Parameter(torch.empty(parts, codewords, block))
 
     def reset_parameters(self, bound: float) -> None:
-        """``w`` uniform in +-1/sqrt(K r), and ``C`` in +-``bound``."""
+        """Draw ``w`` uniformly from +-1/sqrt(K r) and ``C`` from +-``bound``."""
         _, parts, codewords = self.weights.shape
         nn.init.uniform_(self.weights, -1.0 / math.sqrt(parts * codewords), 1.0 / math.sqrt(parts * codewords))
         nn.init.uniform_(self.codewords, -bound, bound)
 
     def compute_rows(self, first: int, end: int) -> Tensor:
-        """Compute the rows from ``first`` up to ``end``."""
+        """Compute the vectors from ``first`` up to, but not including, ``end``."""
         return torch.einsum("nkj,kjt->nkt", self.weights[first:end], self.codewords).flatten(1)
 
 
 class ACCEPT(DePT, ComputedPrompt):
-    """The prompt and the offset, each from a codebook or as DePT has it."""
+    """A prompt and an offset. Each is computed from a codebook, or has the same parameters as in DePT."""
 
     config: ACCEPTConfig
 
     def _make_prompt(self) -> None:
-        """Make the codebook of the prompt, or a free one."""
+        """Create the codebook of the prompt, or a free prompt."""
         of, d = self.config, self.shape.width
         if of.codebook_prompt:
             parts = count_parts("prompt_block", of.prompt_block, d)
@@ -120,7 +123,7 @@ class ACCEPT(DePT, ComputedPrompt):
             self.free_prompt = nn.Parameter(torch.empty(of.num_virtual_tokens, d))
 
     def _make_offset(self) -> None:
-        """Make the codebook of the offset, or DePT's pair."""
+        """Create the codebook of the offset, or DePT's low-rank factors."""
         of = self.config
         if not of.codebook_offset:
             super()._make_offset()
@@ -129,7 +132,7 @@ class ACCEPT(DePT, ComputedPrompt):
         self.offset_codebook = Codebook(of.max_length, parts, of.offset_codewords, of.offset_block)
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """Initialize codebooks as the authors' code does, and everything else as DePT."""
+        """Initialize the codebooks as in the authors' code, and the other parameters as in DePT."""
         of = self.config
         if of.codebook_prompt:
             self.prompt_codebook.reset_parameters(1.0 / math.sqrt(of.prompt_codewords * of.prompt_block))
@@ -142,20 +145,20 @@ class ACCEPT(DePT, ComputedPrompt):
         self.offset_codebook.reset_parameters(0.0 if zero else math.sqrt(6.0 / (of.offset_codewords * of.offset_block)))
 
     def compute_prompt(self) -> Tensor:
-        """Compute the prompt from its codebook, or return the free one."""
+        """Compute the prompt from its codebook, or return the free prompt."""
         if not self.config.codebook_prompt:
             return self.free_prompt
         return self.prompt_codebook.compute_rows(0, self.config.num_virtual_tokens)
 
     def list_prompt_parameters(self) -> list[nn.Parameter]:
-        """Return the codebook of the prompt, or the free one."""
+        """Return the parameters of the prompt's codebook, or the free prompt."""
         return list(self.prompt_codebook.parameters()) if self.config.codebook_prompt else [self.free_prompt]
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Rows ``first_position`` on of the offset.
+        """Return the offset of ``tokens`` tokens from ``first_position`` on, as arguments of ``prompt_embedding``.
 
         Raises:
-            ValueError: an input longer than ``max_length``.
+            ValueError: the input is longer than ``max_length``.
         """
         if not self.config.codebook_offset:
             return super().offset(tokens, first_position, dtype)

@@ -14,15 +14,15 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 @dataclass(kw_only=True)
 class ADePTConfig(PromptTuningConfig):
-    """A short prompt and one small network on every token: ``e + relu(e w1 + b1) w2 + b2``.
+    """A short prompt, and a small network that is applied to every token: ``e + relu(e w1 + b1) w2 + b2``.
 
-    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 for the network. The published setting at d = 768 is
-    m = 60, r = 19.
+    The published learning rates are 0.3 to 0.4 for the prompt and 1e-4 for the network. The published setting at
+    d = 768 is m = 60, r = 19.
 
     Args:
-        bottleneck_dim: ``r``.
-        dropout: on the hidden layer, before the ReLU, while training; the paper's formula has none, the authors' code
-            0.1.
+        bottleneck_dim: width ``r`` of the network's hidden layer.
+        dropout: dropout probability of the hidden layer in training, applied before the ReLU. The paper's formula has
+            no dropout. The authors' code uses 0.1.
     """
 
     learning_rates: ClassVar[LearningRates] = LearningRates(rest=1e-4)
@@ -38,14 +38,14 @@ class ADePTConfig(PromptTuningConfig):
 
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":
-        """Use the largest bottleneck whose parameters, ``m d + 2 d r + r + d``, stay within ``trainable``."""
+        """Return the configuration with the largest ``r`` for which ``m d + 2 d r + r + d <= trainable``."""
         d = embedding_width(model)
         r = largest_within("trainable", trainable, fixed=(num_virtual_tokens + 1) * d, each=2 * d + 1)
         return cls(num_virtual_tokens, bottleneck_dim=r, **options)
 
 
 class ADePT(PromptTuning):
-    """The prompt and the network. ``w2`` and both biases start at 0, and so does the offset."""
+    """A prompt and a network. ``w2`` and both biases start at 0, so the offset starts at 0."""
 
     config: ADePTConfig
     changes_tokens = True
@@ -59,7 +59,7 @@ class ADePT(PromptTuning):
         self.b2 = nn.Parameter(torch.empty(d))
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """``w1 ~ U(-1/sqrt(r), 1/sqrt(r))``, as the authors' code has it, the rest 0."""
+        """Draw ``w1 ~ U(-1/sqrt(r), 1/sqrt(r))`` as in the authors' code, and set the rest of the network to 0."""
         super().reset_parameters(table, init_ids)
         bound = 1.0 / math.sqrt(self.config.bottleneck_dim)
         nn.init.uniform_(self.w1, -bound, bound)
@@ -67,7 +67,7 @@ class ADePT(PromptTuning):
             nn.init.zeros_(parameter)
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the network, which is the same for every token, generated ones too."""
+        """Return the network as arguments of ``prompt_embedding``. It does not depend on the position."""
         ffn = tuple(parameter.to(dtype) for parameter in (self.w1, self.b1, self.w2, self.b2))
         return {"ffn": ffn, "dropout_p": self.config.dropout if self.training else 0.0}
 

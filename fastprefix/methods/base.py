@@ -1,4 +1,4 @@
-"""Base classes of methods: configurations that can be saved, and the modules that integrations call."""
+"""Base classes of the methods: configurations that can be saved, and modules that the integrations call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METHODS: dict[str, tuple[type[MethodConfig], type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]]] = {}
-"""Configuration and method by name, the name that saved adapters carry."""
+"""The configuration class and the method class by name. Saved adapters contain this name."""
 
 
 def register(
     name: str, config: type[MethodConfig], method: type[PromptMethod] | type[PrefixMethod] | type[VisualMethod]
 ) -> None:
-    """Make a method known under a name."""
+    """Register a method under a name."""
     METHODS[name] = (config, method)
 
 
@@ -57,14 +57,14 @@ def check_count(name: str, value: object) -> None:
 
 
 class LearningRates(NamedTuple):
-    """The rates at which a method is usually trained with Adam."""
+    """The usual learning rates of a method with Adam."""
 
     prompt: float = 0.3
     """The rate of a soft prompt (Lester et al., EMNLP 2021)."""
     rest: float = 5e-3
     """The rate of prefixes (Liu et al., P-tuning v2, ACL 2022), offsets, and modules that stay trainable."""
     gates: float | None = None
-    """The rate of gates. None: that of the rest."""
+    """The rate of gates. None uses ``rest``."""
 
 
 PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -76,17 +76,17 @@ PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
     "encoder_reparameterization_type": ("encoder",),
     "adapter_len": ("num_virtual_tokens",),
 }
-"""Options of this package by PEFT's names. Where there are several, the first that a method has is meant."""
+"""Options of this package by PEFT's names. The first option that a method has is suggested in error messages."""
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
-    """A method's options.
+    """The options of a method.
 
     Args:
         num_virtual_tokens: length ``m`` of the prompt or prefix.
-        modules_to_save: names of modules of the base model that stay trainable and are saved with the adapter. None:
-            the head, where the model is one with a freshly initialised head (classification, question answering).
+        modules_to_save: names of modules of the base model that stay trainable and are saved with the adapter. None
+            selects the head if the model class has a newly initialized one (classification, question answering).
     """
 
     kind: ClassVar[str]  # "prompt", "prefix" or "visual"
@@ -96,7 +96,7 @@ class MethodConfig:
     modules_to_save: list[str] | None = None
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
-        """Refuse options that there are not before the dataclass does, and say which there are."""
+        """Refuse unknown options with a message that lists the known ones, before the dataclass refuses them."""
         if wrong := cls._wrong_names(options):
             raise TypeError(wrong)
         return super().__new__(cls)
@@ -106,7 +106,7 @@ class MethodConfig:
 
     @classmethod
     def method_name(cls) -> str:
-        """Return the name under which adapters of this method are saved."""
+        """Return the method's name, which saved adapters contain."""
         return next(name for name, (config, _) in METHODS.items() if config is cls)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,16 +114,16 @@ class MethodConfig:
         return {"method": self.method_name(), **dataclasses.asdict(self)}
 
     def list_choices(self) -> list[tuple[str, Any]]:
-        """Return the names and values of the options that are not at their defaults."""
+        """Return the names and values of the options that differ from their defaults."""
         options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return [(field.name, value) for field, value in options if value is not None and value != field.default]
 
     @staticmethod
     def from_dict(options: dict[str, Any]) -> MethodConfig:
-        """Return the configuration that ``to_dict`` described.
+        """Create a configuration from the result of ``to_dict``.
 
         Raises:
-            ValueError: an unknown method, or an option that the method does not have.
+            ValueError: the method is unknown, or does not have one of the options.
         """
         options = dict(options)
         name = options.pop("method", None)
@@ -135,7 +135,7 @@ class MethodConfig:
 
     @classmethod
     def _wrong_names(cls, names: Iterable[str]) -> str | None:
-        """Return a message about names that are no options, with the closest ones that are, or None."""
+        """Return an error message about unknown options that suggests similar ones, or None if all are known."""
         known = sorted(field.name for field in dataclasses.fields(cls))
         unknown = sorted(set(names) - set(known))
         if not unknown:
@@ -146,30 +146,30 @@ class MethodConfig:
             for match in [*(o for o in PEFT_OPTIONS.get(name, ()) if o.partition("=")[0] in known)][:1]
             or difflib.get_close_matches(name, known, n=1)
         ]
-        hint = f" (meant: {', '.join(close)}?)" if close else ""
-        return f"{cls.__name__} has no option {', '.join(unknown)}{hint}; it takes {', '.join(known)}"
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        return f"{cls.__name__} has no option {', '.join(unknown)}.{hint} Its options are {', '.join(known)}"
 
 
 class MethodModule(nn.Module, ABC):
-    """Hold the configuration of a method, and describe it where the method is printed."""
+    """A module with a method's configuration, which it shows when it is printed."""
 
     config: Any
 
     def extra_repr(self) -> str:
-        """Return the options that are not at their defaults, and the number of parameters."""
+        """Return the options that differ from their defaults, and the number of parameters."""
         options = [f"{name}={value!r}" for name, value in self.config.list_choices()]
         return ", ".join([*options, f"{sum(p.numel() for p in self.parameters()):,} parameters"])
 
 
 class PromptMethod(MethodModule):
-    """A soft prompt before the tokens and, by method, an offset on them. Changes what enters the first layer."""
+    """A soft prompt before the tokens. Some methods also add an offset to the embeddings of the tokens."""
 
     changes_tokens: ClassVar[bool] = False
     """True if the method adds an offset to the tokens' embeddings."""
     changes_positions: ClassVar[bool] = False
-    """True if that offset depends on the position of a token, rather than on the token."""
+    """True if the offset depends on the position of a token instead of its embedding."""
     prompt: Tensor
-    """The prompt, ``[m, d]``: a parameter, or in a ``ComputedPrompt`` a property that computes it."""
+    """The prompt, ``[m, d]``. It is a parameter, or in a ``ComputedPrompt`` a property that computes it."""
 
     def __init__(self, config: Any, shape: EmbeddingShape) -> None:
         super().__init__()
@@ -177,26 +177,26 @@ class PromptMethod(MethodModule):
         self.shape = shape
         self._make_prompt()
         self.prompt_path: str | None = None
-        """How a model runs the prompt: "shared", once for the whole batch, or "textbook: " and why not. Known from
-        ``attach`` on; dropout while training and the like decide anew in every call, and it is the last call's.
+        """How the model runs the prompt. "shared" means once for the whole batch. "textbook: " and a reason mean in
+        every row. ``attach`` sets it. Calls update it if, for example, dropout in training changes the path.
         """
 
     def _make_prompt(self) -> None:
-        """Make the parameters of the prompt."""
+        """Create the parameters of the prompt."""
         self.prompt = nn.Parameter(torch.empty(self.config.num_virtual_tokens, self.shape.width))
 
     def list_prompt_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the prompt is made of, which are trained at the rate of prompts."""
+        """Return the parameters of the prompt, which use the learning rate of prompts."""
         assert isinstance(self.prompt, nn.Parameter)
         return [self.prompt]
 
     def baked(self) -> PromptMethod:
-        """Return a method for inference that computes nothing again that does not depend on the input.
+        """Return an equivalent method for inference, in which all that does not depend on the input is precomputed.
 
         Raises:
-            ValueError: there is nothing of that kind, and why.
+            ValueError: nothing can be precomputed. The message explains why.
         """
-        raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
+        raise ValueError(f"{type(self).__name__} has nothing that can be computed before the input is known")
 
     def repeat_prompt(self, batch: int) -> Tensor:
         """Return the prompt of each row of a batch, ``[B, m, d]``."""
@@ -204,66 +204,75 @@ class PromptMethod(MethodModule):
 
     @abstractmethod
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """Initialise; ``table`` is the embedding table, ``init_ids`` ``[m]`` are a text's, for ``init="text"``."""
+        """Initialize the parameters.
+
+        Args:
+            table: the embedding table.
+            init_ids: the token ids ``[m]`` of the text for ``init="text"``, else None.
+        """
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the offset as arguments of ``prompt_embedding``, for tokens from ``first_position`` on."""
+        """Return the offset of ``tokens`` tokens from ``first_position`` on, as arguments of ``prompt_embedding``."""
         return {}
 
     def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
-        """``[B, m + N, d]``, or ``[B, N, d]`` without the prompt, as when it is in the cache already."""
+        """Return the input embeddings ``[B, m + N, d]``, or ``[B, N, d]`` without the prompt if the cache has it."""
         prompt = self.prompt.to(table.dtype) if with_prompt else None
         offset = self.offset(input_ids.shape[1], first_position, table.dtype)
         return prompt_embedding(input_ids, table, prompt, **offset)
 
 
 class VisualMethod(MethodModule):
-    """Rows beside the tokens of an image, in every layer of a vision transformer."""
+    """Prompt tokens in the layers of a vision transformer, in addition to the tokens of an image."""
 
     def __init__(self, config: Any, shape: VisionShape) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
         self.prompt_path: str | None = None
-        """How a model runs the rows: "shared", once for the whole batch, or "textbook: " and why not."""
+        """How the model runs the prompt. "shared" means once for the whole batch. "textbook: " and a reason mean in
+        every row.
+        """
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Initialize."""
+        """Initialize the parameters."""
 
     @abstractmethod
     def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
-        """Return the rows ``[B, P, d]`` of a layer.
+        """Return the prompt tokens ``[B, P, d]`` that enter a layer.
 
-        ``former`` ``[B, P', d]`` is what the layer before made of its rows, None before the first layer.
+        ``former [B, P', d]`` are the prompt tokens that the layer before returned, or None for the first layer.
         """
 
     def reads_tokens(self, layer: int) -> bool:
-        """Return whether a layer's ``make_image_rows`` is given the most attended tokens of the layer before."""
+        """Return True if ``make_image_rows`` of a layer needs the most attended tokens of the layer before."""
         return False
 
     def make_image_rows(self, layer: int, given: Tensor | None) -> Tensor | None:
-        """Return rows ``[B, A, d]`` of a layer that differ by image beside those of ``make_rows``, or None.
+        """Return additional prompt tokens ``[B, A, d]`` of a layer that depend on the image, or None.
 
-        ``given`` are the ``config.num_attribute`` tokens ``[B, A, d]`` with the largest attention of the class token in
-        the layer before, if ``reads_tokens``, and else what the layer before made of these rows (None: it had none).
+        If ``reads_tokens`` is True, ``given [B, A, d]`` are the ``config.num_attribute`` tokens with the largest
+        attention of the class token in the layer before. Otherwise, ``given`` are the image-dependent prompt tokens
+        that the layer before returned, or None if it had none.
         """
         return None
 
     def sees_tokens(self, training: bool) -> str | None:
-        """Return the reason for which rows differ by image, or None if they are the same for all of a batch."""
+        """Return the reason why prompt tokens differ between images, or None if they are the same in a batch."""
         return None
 
     def strength(self, layer: int) -> float | None:
-        """Return the share of a separate softmax over the rows in what a layer's tokens get; None: one joint softmax.
+        """Return the weight of a layer's separate softmax over the prompt tokens, or None for one joint softmax.
 
-        With a share, rows are not attended to one another: each gets its own value.
+        With a separate softmax, prompt tokens do not attend to other tokens. The attention output of each one is its
+        own value.
         """
         return None
 
 
 class PrefixMethod(MethodModule):
-    """A prefix of keys and values for every attention layer, and its gates."""
+    """A prefix of keys and values for each attention layer, and its gates."""
 
     def __init__(self, config: Any, shapes: Sequence[AttentionShape]) -> None:
         super().__init__()
@@ -272,31 +281,35 @@ class PrefixMethod(MethodModule):
 
     @abstractmethod
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Initialise; ``text_keys_values`` are the frozen model's own for the text, for ``init="text"``."""
+        """Initialize the parameters.
+
+        ``text_keys_values`` are the initial keys and values of each layer, such as those that the frozen model
+        computes for a text, or None.
+        """
 
     @classmethod
     def chosen_layers(cls, config: Any, shapes: Sequence[AttentionShape]) -> Sequence[int]:
-        """Which of a model's attention layers get a prefix."""
+        """Return the indices of the attention layers that get a prefix."""
         return range(len(shapes))
 
     @abstractmethod
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer, computed once a step."""
+        """Return the prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer. Called once per step."""
 
     def projected_states(self, layer: int) -> Tensor | None:
-        """States ``[m, d]`` that the layer itself projects to its prefix, in place of ``prefixes``; None: none."""
+        """Return states ``[m, d]`` that the layer projects to its prefix, or None to use ``prefixes`` instead."""
         return None
 
     def baked(self) -> PrefixMethod:
-        """Return a method for inference that computes nothing again that does not depend on the input.
+        """Return an equivalent method for inference, in which all that does not depend on the input is precomputed.
 
         Raises:
-            ValueError: there is nothing of that kind, and why.
+            ValueError: nothing can be precomputed. The message explains why.
         """
-        raise ValueError(f"{type(self).__name__} has nothing that could be computed before the input is known")
+        raise ValueError(f"{type(self).__name__} has nothing that can be computed before the input is known")
 
     def needs_hidden(self) -> bool:
-        """Return whether the gates are computed from hidden states."""
+        """Return True if the gates are computed from hidden states."""
         return False
 
     def prefix_gate(
@@ -304,9 +317,14 @@ class PrefixMethod(MethodModule):
     ) -> Tensor | None:
         """Return the prefix gate of a layer, or None.
 
-        ``hidden`` ``[B, N, d]`` is what enters the layer, ``attended`` bool ``[B, N]`` says which tokens are no
-        padding (None: all), and ``sequences`` int ``[B, N]`` which sequence of a packed row each belongs to, counted
-        up (None: one a row); they are there only where ``needs_hidden`` says so.
+        ``hidden``, ``attended`` and ``sequences`` are None unless ``needs_hidden`` returns True.
+
+        Args:
+            layer: index of the layer among those with a prefix.
+            hidden: the hidden states ``[B, N, d]`` that enter the layer.
+            attended: bool ``[B, N]``, False for padding. None means no padding.
+            sequences: int ``[B, N]``, the number of each token's sequence in a packed row, in ascending order. None
+                means one sequence per row.
         """
         return None
 
@@ -315,9 +333,9 @@ class PrefixMethod(MethodModule):
         return None
 
     def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
-        """Return the parameters whose first dimension is the heads of a layer, and if those are of keys or queries.
+        """Return the names of the parameters whose first dimension is a layer's key heads or query heads.
 
-        Their names end with the number of the layer. Tensor parallelism gives each rank its own rows of them.
+        The names end with the number of the layer. Tensor parallelism splits these parameters by head between ranks.
         """
         return {}
 
@@ -326,11 +344,11 @@ class PrefixMethod(MethodModule):
         return None
 
     def frozen_tokens(self) -> int:
-        """Return how many of the first tokens have keys and values that need no gradient."""
+        """Return the number of tokens at the start of the prefix whose keys and values need no gradient."""
         return 0
 
     def position_shift(self) -> int:
-        """Return by how many positions the tokens are moved up."""
+        """Return the number of positions by which the tokens are shifted."""
         if self.config.prefix_position != "shift":
             return 0
         shift: int | None = getattr(self.config, "position_shift", None)

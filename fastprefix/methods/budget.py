@@ -1,14 +1,14 @@
-"""How large a method can be within a number of trainable parameters."""
+"""Choose the size of a method for a given number of trainable parameters."""
 
 from torch import nn
 
 
 def embedding_width(model: nn.Module) -> int:
-    """Return ``d`` of a model with a table of input embeddings.
+    """Return the width ``d`` of a model's input embeddings.
 
     Raises:
-        TypeError: the model cannot have one.
-        ValueError: the model has none.
+        TypeError: the object has no ``get_input_embeddings``.
+        ValueError: the model has no table of input embeddings.
     """
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     if get_input_embeddings is None:

@@ -11,10 +11,11 @@ from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 @dataclass(kw_only=True)
 class CartridgeConfig(PrefixTuningConfig):
-    """Prefix tuning with the defaults of a cartridge: a long prefix that stands for a document.
+    """Prefix tuning with the defaults of a cartridge, a long prefix that represents a document.
 
-    It starts from the keys and values of a text, its first token is frozen, since models use that as an attention sink,
-    and tokens stand behind it as they would behind a key/value cache.
+    The prefix starts from the keys and values of a text. Its first token is frozen, because models use it as an
+    attention sink. The positions of the input tokens are shifted by the length of the prefix, as with a key/value
+    cache.
     """
 
     learning_rates: ClassVar[LearningRates] = LearningRates(rest=2e-2)

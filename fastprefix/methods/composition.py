@@ -1,4 +1,4 @@
-"""Prefixes one behind the other, as one prefix (composition of cartridges, arXiv 2506.06266 and 2606.04557)."""
+"""Several prefixes, concatenated into one (composition of cartridges, arXiv 2506.06266 and 2606.04557)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .shapes import AttentionShape
 
 @dataclass(kw_only=True)
 class CompositionConfig(MethodConfig):
-    """The configurations of prefixes that stand one behind the other. ``fastprefix.compose`` makes it.
+    """The configurations of several concatenated prefixes. ``fastprefix.compose`` creates it.
 
     Args:
-        parts: the configurations of the prefixes, each as ``to_dict`` describes it.
-        trainable: which of the parts are trained.
+        parts: the configurations of the prefixes, each as returned by ``to_dict``.
+        trainable: for each part, True if it is trained.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -40,9 +40,14 @@ class CompositionConfig(MethodConfig):
         if unknown := [type(each).__name__ for each in configs if not isinstance(each, PrefixTuningConfig)]:
             raise ValueError(f"`parts` must be prefixes of prefix tuning or a method built on it, got {unknown[0]}")
         if any(config.softmax != "joint" for config in configs):
-            raise ValueError('`parts` must be prefixes with softmax="joint": a softmax of its own has no other part')
+            raise ValueError(
+                '`parts` must be prefixes with softmax="joint", because one with softmax="own" shares its softmax with '
+                "no other prefix"
+            )
         if self.num_virtual_tokens != sum(config.num_virtual_tokens for config in configs):
-            raise ValueError(f"`num_virtual_tokens` must be the length of all parts, got {self.num_virtual_tokens}")
+            raise ValueError(
+                f"`num_virtual_tokens` must be the total length of all parts, got {self.num_virtual_tokens}"
+            )
         for name in ("prefix_position", "attentions"):
             values = [getattr(config, name) for config in configs]
             if any(value != values[0] for value in values):
@@ -54,14 +59,14 @@ class CompositionConfig(MethodConfig):
 
     @property
     def prefix_position(self) -> str:
-        """Return the position of all parts."""
+        """Return the ``prefix_position`` that all parts share."""
         return str(self.make_configs()[0].prefix_position)
 
 
 class Composition(PrefixMethod):
-    """Keys and values of several prefixes, concatenated. Parts that are not trained come without a gradient.
+    """The concatenated keys and values of several prefixes. Parts that are not trained get no gradient.
 
-    The parts may be those of other adapters, which then share their parameters with this one.
+    The parts may belong to other adapters, which then share their parameters with this one.
     """
 
     config: CompositionConfig
@@ -75,15 +80,15 @@ class Composition(PrefixMethod):
             classes: list[Any] = [METHODS[each["method"]][1] for each in config.parts]
             made = [each(of, shapes) for each, of in zip(classes, config.make_configs(), strict=True)]
         self.parts = nn.ModuleList(made)
-        self.former: list[tuple[nn.Parameter, bool]] = []  # what of frozen parts was trained before they were frozen
+        self.former: list[tuple[nn.Parameter, bool]] = []  # of frozen parts, and their former ``requires_grad``
 
     @classmethod
     def chosen_layers(cls, config: CompositionConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
-        """Return the layers of the first part. All parts have the same."""
+        """Return the layers of the first part. All parts have the same layers."""
         return PrefixTuning.chosen_layers(config.make_configs()[0], shapes)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Leave the parts as they are: they come from adapters or from files."""
+        """Do nothing. The parts come from adapters or files, which initialize them."""
 
     def freeze_parts(self) -> None:
         """Freeze the parts that are not trained, until ``release_parts``."""
@@ -93,13 +98,13 @@ class Composition(PrefixMethod):
             parameter.requires_grad_(False)
 
     def release_parts(self) -> None:
-        """Let the parts be trained as before ``freeze_parts``, for adapters of which they are parts too."""
+        """Restore ``requires_grad`` from before ``freeze_parts``, for other adapters with the same parts."""
         for parameter, trained in self.former:
             parameter.requires_grad_(trained)
         self.former = []
 
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, with constant gates multiplied in."""
+        """Return the keys and values of every layer, multiplied by gates that do not depend on the input."""
         parts = [_compute_pairs(part, trained) for part, trained in self._pair_parts()]
         return [
             (torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1))
@@ -107,7 +112,7 @@ class Composition(PrefixMethod):
         ]
 
     def key_bias(self, layer: int) -> Tensor | None:
-        """``[Hkv, m]``, with 0 for parts that have none, or None if no part has biases."""
+        """Return biases ``[Hkv, m]``, which are 0 for parts without biases, or None if no part has any."""
         biases = [part.key_bias(layer) for part, _ in self._pair_parts()]
         given = next((bias for bias in biases if bias is not None), None)
         if given is None:
@@ -120,14 +125,15 @@ class Composition(PrefixMethod):
         return torch.cat(pieces, dim=1)
 
     def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
-        """Those of the parts."""
+        """Return the parameters of all parts that have a dimension of heads."""
         parts = enumerate(part.head_parameters() for part, _ in self._pair_parts())
         return {f"parts.{number}.{name}": kind for number, names in parts for name, kind in names.items()}
 
     def frozen_tokens(self) -> int:
-        """Count the first tokens, of leading frozen parts and the first trained one.
+        """Return the number of frozen tokens in the leading frozen parts and at the start of the first trained part.
 
-        Constant gates that are trained get their gradient through the keys, and none of their tokens counts.
+        If the first trained part has a constant gate, none of its tokens is counted, because the gate gets its
+        gradient through the keys and values.
         """
         count = 0
         for part, trained in self._pair_parts():
@@ -137,11 +143,11 @@ class Composition(PrefixMethod):
         return count
 
     def position_shift(self) -> int:
-        """Return the sum over the parts, as caches one behind the other would move the tokens."""
+        """Return the sum over the parts, which is the shift of concatenated key/value caches."""
         return sum(part.position_shift() for part, _ in self._pair_parts())
 
     def baked(self) -> PrefixTuning:
-        """Return one free prefix."""
+        """Return one free prefix with the keys and values of all parts."""
         length, shift = self.config.num_virtual_tokens, self.position_shift()
         config = PrefixTuningConfig(
             length,

@@ -13,14 +13,14 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 @dataclass(kw_only=True)
 class ComputedPromptConfig(MethodConfig):
-    """The options that computed prompts have in common.
+    """The options that all computed prompts share.
 
     Args:
-        shared_prompt: as for prompt tuning.
+        shared_prompt: see ``PromptTuningConfig``.
     """
 
     kind: ClassVar[str] = "prompt"
-    init_text: ClassVar[None] = None  # its parameters are no rows of the table
+    init_text: ClassVar[None] = None  # the parameters are not embeddings of tokens
 
     shared_prompt: bool | None = None
 
@@ -30,10 +30,10 @@ class ComputedPromptConfig(MethodConfig):
 
 
 class ComputedPrompt(PromptMethod):
-    """A prompt that is computed each time it is read, once a step. For inference it becomes a plain prompt."""
+    """A prompt that is computed from parameters in each step. ``baked`` returns a plain prompt for inference."""
 
     def _make_prompt(self) -> None:
-        """Leave the parameters to the method."""
+        """Create nothing. The subclass creates its own parameters."""
 
     @property
     def prompt(self) -> Tensor:  # type: ignore[override]
@@ -49,18 +49,20 @@ class ComputedPrompt(PromptMethod):
         return list(self.parameters())
 
     def baked(self) -> PromptTuning:
-        """Return prompt tuning with the prompt that is computed now.
+        """Return prompt tuning with the current prompt.
 
         Raises:
-            ValueError: the method has an offset beside its prompt.
+            ValueError: the method also has an offset.
         """
         if self.changes_tokens:
-            raise ValueError(f"{type(self).__name__} has an offset beside its prompt, which depends on the input")
+            raise ValueError(
+                f"{type(self).__name__} has an offset that depends on the input, so its prompt alone cannot replace it"
+            )
         return make_plain_prompt(self)
 
 
 def make_plain_prompt(method: PromptMethod) -> PromptTuning:
-    """Return prompt tuning with the prompt of another method, which is computed now."""
+    """Return prompt tuning with a copy of the current prompt of another method."""
     of: Any = method.config
     config = PromptTuningConfig(
         of.num_virtual_tokens, modules_to_save=of.modules_to_save, shared_prompt=of.shared_prompt

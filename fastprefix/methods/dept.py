@@ -14,14 +14,14 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 @dataclass(kw_only=True)
 class DePTConfig(PromptTuningConfig):
-    """A short prompt and a low-rank offset ``scale (a b)_i`` on the token at position i.
+    """A short prompt, and a low-rank offset ``scale (a b)_i`` that is added to the token at position i.
 
-    Learning rates: 0.3 to 0.4 for the prompt, 1e-4 to 5e-3 for the pair. The published setting at d = 768 is m = 60,
-    r = 30, T = 256.
+    The published learning rates are 0.3 to 0.4 for the prompt and 1e-4 to 5e-3 for ``a`` and ``b``. The published
+    setting at d = 768 is m = 60, r = 30, T = 256.
 
     Args:
-        rank: ``r`` of ``a [T, r]`` and ``b [r, d]``.
-        max_length: ``T``, the longest input. The offset says nothing beyond it: a longer input is an error.
+        rank: rank ``r`` of ``a [T, r]`` and ``b [r, d]``.
+        max_length: maximum input length ``T``. Longer inputs raise an error, because they have no offset.
         alpha: the scale is ``alpha / sqrt(r)``, as in the authors' code.
     """
 
@@ -41,14 +41,14 @@ class DePTConfig(PromptTuningConfig):
     def for_budget(
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, max_length: int = 256, **options: Any
     ) -> "DePTConfig":
-        """Use the largest rank whose parameters, ``m d + r (T + d)``, stay within ``trainable``."""
+        """Return the configuration with the largest rank ``r`` for which ``m d + r (T + d) <= trainable``."""
         d = embedding_width(model)
         rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=max_length + d)
         return cls(num_virtual_tokens, rank=rank, max_length=max_length, **options)
 
 
 class DePT(PromptTuning):
-    """The prompt and the pair. ``b`` starts at 0, and so does the offset."""
+    """A prompt and the factors ``a`` and ``b`` of an offset. ``b`` starts at 0, so the offset starts at 0."""
 
     config: DePTConfig
     changes_tokens = True
@@ -59,12 +59,12 @@ class DePT(PromptTuning):
         self._make_offset()
 
     def _make_offset(self) -> None:
-        """Make the parameters of the offset."""
+        """Create the parameters of the offset."""
         self.a = nn.Parameter(torch.empty(self.config.max_length, self.config.rank))
         self.b = nn.Parameter(torch.empty(self.config.rank, self.shape.width))
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """Draw ``a ~ U(-1/sqrt(r), 1/sqrt(r))``, and set ``b = 0``."""
+        """Initialize the prompt, draw ``a ~ U(-1/sqrt(r), 1/sqrt(r))``, and set ``b = 0``."""
         super().reset_parameters(table, init_ids)
         self._reset_offset()
 
@@ -74,17 +74,17 @@ class DePT(PromptTuning):
         nn.init.zeros_(self.b)
 
     def offset(self, tokens: int, first_position: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Rows ``first_position`` on of the pair.
+        """Return the offset of ``tokens`` tokens from ``first_position`` on, as arguments of ``prompt_embedding``.
 
         Raises:
-            ValueError: an input longer than ``max_length``.
+            ValueError: the input is longer than ``max_length``.
         """
         end = self._check_end(tokens, first_position)
         pair = (self.a[first_position:end].to(dtype), self.b.to(dtype))
         return {"low_rank": pair, "offset_scale": self.config.alpha / math.sqrt(self.config.rank)}
 
     def _check_end(self, tokens: int, first_position: int) -> int:
-        """Return the position behind the last token, if there are offsets up to it."""
+        """Return the position after the last token, or raise ValueError if it is above ``max_length``."""
         end = first_position + tokens
         if end > self.config.max_length:
             raise ValueError(

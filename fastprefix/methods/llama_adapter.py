@@ -15,14 +15,14 @@ from .shapes import AttentionShape
 
 @dataclass(kw_only=True)
 class LlamaAdapterConfig(MethodConfig):
-    """Learned states ``[m, d]`` in the last layers, attended to with a softmax and a gate of their own.
+    """Learned states ``[m, d]`` in the last layers, which tokens attend to with a separate softmax and a gate.
 
-    In layer i the prefix keys and values are the layer's own frozen projections of its states, without positions; what
-    the queries get from them is multiplied by ``tanh(g_h)``, one ``g_h`` a query head, and added. ``g = 0`` at the
-    start, so training starts from the frozen model.
+    In each layer, the prefix keys and values are frozen projections of the states by the layer's own weights, without
+    position encoding. The attention output of the prefix is multiplied by ``tanh(g_h)``, with one ``g_h`` per query
+    head, and added to that of the tokens. ``g`` starts at 0, so training starts from the frozen model.
 
     Args:
-        layers: how many layers, counted from the last; None: all.
+        layers: number of layers with a prefix, counted from the last layer. None means all layers.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -38,7 +38,7 @@ class LlamaAdapterConfig(MethodConfig):
 
 
 class LlamaAdapter(PrefixMethod):
-    """States ``[m, d]`` and gates ``[Hq]`` of each layer."""
+    """The states ``[m, d]`` and the gates ``[Hq]`` of each layer."""
 
     config: LlamaAdapterConfig
 
@@ -49,7 +49,7 @@ class LlamaAdapter(PrefixMethod):
 
     @classmethod
     def chosen_layers(cls, config: LlamaAdapterConfig, shapes: Sequence[AttentionShape]) -> range:
-        """Return the last ``layers`` of them."""
+        """Return the indices of the last ``layers`` layers."""
         count = len(shapes)
         layers = count if config.layers is None else config.layers
         if layers > count:
@@ -59,18 +59,18 @@ class LlamaAdapter(PrefixMethod):
         return range(count - layers, count)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """States normal(0, 1), as in the authors' code; ``g = 0``."""
+        """Draw the states from normal(0, 1), as in the authors' code, and set ``g = 0``."""
         for states in self.states:
             nn.init.normal_(states)
         for gate in self.gates:
             nn.init.zeros_(gate)
 
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """None: the layers make them of their states."""
+        """Return an empty list, because the layers compute keys and values from ``projected_states``."""
         return []
 
     def projected_states(self, layer: int) -> Tensor:
-        """``[m, d]`` of a layer."""
+        """Return the states ``[m, d]`` of a layer."""
         states: Tensor = self.states[layer]
         return states
 
@@ -79,7 +79,7 @@ class LlamaAdapter(PrefixMethod):
         return {f"gates.{layer}": "queries" for layer in range(len(self.shapes))}
 
     def output_gate(self, layer: int) -> Tensor:
-        """``tanh(g)``, ``[Hq]``."""
+        """Return ``tanh(g) [Hq]``."""
         return torch.tanh(self.gates[layer])
 
 

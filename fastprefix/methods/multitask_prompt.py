@@ -17,18 +17,21 @@ from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 @dataclass(kw_only=True)
 class MultitaskPromptConfig(PromptTuningConfig):
-    """A prompt for each task, ``P_k = P* * (u_k v_k)``: a shared prompt times a low-rank matrix of the task.
+    """A prompt for each task k, ``P_k = P* * (u_k v_k)``: a shared prompt times a low-rank matrix (elementwise).
 
-    ``P* [m, d]`` starts as ``init`` says, ``u_k [m, q]`` and ``v_k [q, d]`` at normal(0, 0.02), as in the authors'
-    code. Calls get ``task_ids``, int64 ``[B]``, the task of each row; with a single task they can be left out.
+    ``init`` specifies the initial values of ``P* [m, d]``. ``u_k [m, q]`` and ``v_k [q, d]`` start at normal(0, 0.02),
+    as in the authors' code. Pass ``task_ids``, int64 ``[B]``, to the model to select the task of each row. With a
+    single task, ``task_ids`` is optional.
 
     Args:
         num_tasks: the number of tasks.
-        rank: ``q``.
-        source: a directory with an adapter of this method or of PEFT's MULTITASK_PROMPT_TUNING to start from.
-        source_init: what to take from the source: "average", the shared prompt and the average ``u`` and ``v`` of its
-            tasks; "task", those of one of its tasks; "shared", the shared prompt alone.
-        source_task: the task of the source, for ``source_init="task"``.
+        rank: rank ``q`` of the matrix of each task.
+        source: directory of an adapter to start from. It must have been trained with this method or with PEFT's
+            MULTITASK_PROMPT_TUNING.
+        source_init: the values to copy from ``source``. "average" copies the shared prompt and the average ``u`` and
+            ``v`` of its tasks. "task" copies the shared prompt and the ``u`` and ``v`` of one of its tasks. "shared"
+            copies only the shared prompt.
+        source_task: the task of the source for ``source_init="task"``.
     """
 
     num_tasks: int
@@ -44,13 +47,15 @@ class MultitaskPromptConfig(PromptTuningConfig):
         check_choice("source_init", self.source_init, ("average", "task", "shared"))
         check_count("source_task", self.source_task)
         if self.source is not None and self.init != "random":
-            raise ValueError(f'`init` must be "random" with `source`, which the prompt starts from, got "{self.init}"')
+            raise ValueError(
+                f'`init` must be "random" with `source`, because the prompt starts from the source, got "{self.init}"'
+            )
 
     @classmethod
     def for_budget(
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, num_tasks: int, **options: Any
     ) -> "MultitaskPromptConfig":
-        """Use the largest rank whose parameters, ``m d + K q (m + d)`` for K tasks, stay within ``trainable``."""
+        """Return the configuration with the largest ``q`` for which ``m d + K q (m + d) <= trainable`` (K tasks)."""
         d = embedding_width(model)
         each = num_tasks * (num_virtual_tokens + d)
         rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=each)
@@ -58,12 +63,12 @@ class MultitaskPromptConfig(PromptTuningConfig):
 
 
 class MultitaskPrompt(PromptTuning, ComputedPrompt):
-    """The shared prompt, and two factors for each task."""
+    """A shared prompt, and two factors for each task."""
 
     config: MultitaskPromptConfig
 
     def _make_prompt(self) -> None:
-        """Make the shared prompt and the factors of each task."""
+        """Create the shared prompt and the factors of each task."""
         of, d = self.config, self.shape.width
         self.shared = nn.Parameter(torch.empty(of.num_virtual_tokens, d))
         self.columns = nn.Parameter(torch.empty(of.num_tasks, of.num_virtual_tokens, of.rank))
@@ -72,7 +77,7 @@ class MultitaskPrompt(PromptTuning, ComputedPrompt):
         """The task of each row of the call in progress, ``[B]``."""
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """``P*`` as ``init`` says, ``u`` and ``v`` from normal(0, 0.02)."""
+        """Initialize ``P*`` as specified by ``init``, and draw ``u`` and ``v`` from normal(0, 0.02)."""
         self._reset_prompt(self.shared, table, init_ids)
         nn.init.normal_(self.columns, std=0.02)
         nn.init.normal_(self.rows, std=0.02)
@@ -81,13 +86,13 @@ class MultitaskPrompt(PromptTuning, ComputedPrompt):
         """Start from the shared prompt ``[m, d]`` and the factors ``[K, m, q]`` and ``[K, q, d]`` of source tasks.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: the shapes do not match, or the source does not have the task ``source_task``.
         """
         of = self.config
         expected = [tuple(own.shape[-2:]) for own in (self.shared, self.columns, self.rows)]
         found = [tuple(given.shape[-2:]) for given in (shared, columns, rows)]
         if found != expected:
-            raise ValueError(f"`source` must have a shared prompt and factors {expected}, but has {found}")
+            raise ValueError(f"`source` must have a shared prompt and factors of shapes {expected}, but has {found}")
         if of.source_init == "task" and of.source_task >= len(columns):
             raise ValueError(
                 f"`source_task` must be below the {len(columns)} tasks of the source, got {of.source_task}"
@@ -106,23 +111,25 @@ class MultitaskPrompt(PromptTuning, ComputedPrompt):
         """Compute the prompt of the only task.
 
         Raises:
-            ValueError: there are several.
+            ValueError: the configuration has several tasks.
         """
         if self.config.num_tasks > 1:
-            raise ValueError(f"`num_tasks` must be 1 for one prompt, but is {self.config.num_tasks}")
+            raise ValueError(f"`num_tasks` must be 1 to get a single prompt, but is {self.config.num_tasks}")
         return self.compute_prompts()[0]
 
     def find_tasks(self, batch: int) -> Tensor:
         """Return the task of each row of the call in progress, ``[B]``.
 
         Raises:
-            TypeError: ``task_ids`` are no integers.
-            ValueError: they are missing, or not one for each row.
+            TypeError: ``task_ids`` is not an integer tensor.
+            ValueError: ``task_ids`` is missing, has a wrong shape, or contains an id out of range.
         """
         ids = self.task_ids
         if ids is None:
             if self.config.num_tasks > 1:
-                raise ValueError(f"`task_ids` must be given, the task of each row from {self.config.num_tasks} tasks.")
+                raise ValueError(
+                    f"`task_ids` must be given. It selects one of {self.config.num_tasks} tasks for each row."
+                )
             return torch.zeros(batch, dtype=torch.long, device=self.shared.device)
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"`task_ids` must be an int64 or int32 tensor, got {getattr(ids, 'dtype', type(ids))}.")
@@ -141,7 +148,7 @@ class MultitaskPrompt(PromptTuning, ComputedPrompt):
         return self.compute_prompts()[self.find_tasks(batch)]
 
     def embed(self, input_ids: Tensor, table: Tensor, first_position: int, with_prompt: bool) -> Tensor:
-        """Embed tokens behind the prompt of each row's task, which is a span of a store of all prompts."""
+        """Return the embeddings of each row's prompt and tokens. Prompts are spans of a store with all prompts."""
         if not with_prompt:
             return super().embed(input_ids, table, first_position, with_prompt)
         length = self.config.num_virtual_tokens

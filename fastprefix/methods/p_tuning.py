@@ -13,16 +13,17 @@ from .computed_prompt import ComputedPrompt, ComputedPromptConfig
 
 @dataclass(kw_only=True)
 class PTuningConfig(ComputedPromptConfig):
-    """A prompt that an encoder computes from an embedding ``E [m, d]``, once a step.
+    """A prompt that an encoder computes from an embedding ``E [m, d]`` in each step.
 
-    ``E`` starts at normal(0, 1) and the encoder's layers as PyTorch initializes them. The encoder is dropped for
-    inference.
+    ``E`` starts at normal(0, 1). The layers of the encoder start with PyTorch's default initialization. Inference does
+    not need the encoder, only the prompt that it computes.
 
     Args:
-        encoder: "mlp", three linear layers ``d -> h -> h -> d`` with ReLU between them; "lstm", a bidirectional LSTM
-            with hidden states of size ``h``, and two linear layers ``2 h -> 2 h -> d`` with ReLU between them.
-        encoder_hidden_dim: ``h``. None: the width ``d`` of the model.
-        encoder_num_layers: of the LSTM. The MLP ignores it.
+        encoder: "mlp" or "lstm". "mlp" has three linear layers ``d -> h -> h -> d`` with ReLU between them. "lstm" has
+            a bidirectional LSTM with hidden states of size ``h``, followed by two linear layers ``2 h -> 2 h -> d``
+            with ReLU between them.
+        encoder_hidden_dim: hidden size ``h``. None uses the width ``d`` of the model.
+        encoder_num_layers: number of layers of the LSTM. The MLP ignores this option.
     """
 
     learning_rates: ClassVar[LearningRates] = LearningRates(prompt=1e-3)
@@ -40,7 +41,7 @@ class PTuningConfig(ComputedPromptConfig):
 
 
 class PTuning(ComputedPrompt):
-    """The embedding and its encoder."""
+    """An embedding and its encoder."""
 
     config: PTuningConfig
 
@@ -56,14 +57,14 @@ class PTuning(ComputedPrompt):
         self.mlp = nn.Sequential(*[each for layer in linear for each in (nn.ReLU(), layer)][1:])
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """``E ~ normal(0, 1)``, and the layers as PyTorch initializes them."""
+        """Draw ``E`` from normal(0, 1), and use PyTorch's default initialization for the layers."""
         nn.init.normal_(self.embedding)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LSTM):
                 module.reset_parameters()
 
     def compute_prompt(self) -> Tensor:
-        """Encode the embedding. An LSTM runs in its own precision under autocast: on a CPU it has no float16."""
+        """Encode the embedding. The LSTM ignores autocast, because PyTorch's LSTM has no float16 on the CPU."""
         if self.config.encoder == "mlp":
             states: Tensor = self.embedding
         else:

@@ -18,33 +18,34 @@ class PrefixTuningConfig(MethodConfig):
     """Learned keys and values ``[Hkv, m, D]`` before those of the tokens, in every attention layer.
 
     Args:
-        reparameterization: None, the keys and values are parameters; "mlp", they are computed, once a step, as
+        reparameterization: None uses the keys and values themselves as parameters. "mlp" computes them in each step as
             ``W2 tanh(W1 E + b1) + b2`` from an embedding ``E [m, d]``.
         hidden_dim: width of the MLP's hidden layer.
-        init: of free keys and values: "normal", normal(0, 0.02) as in P-tuning v2; "zero"; "text", what the frozen
-            model itself computes for the first m tokens of a text, which is repeated if it is shorter; "chunks", what
-            it computes for chunks sampled evenly over the text (arXiv 2508.17032); "cache", those of the
-            ``past_key_values`` that ``attach`` is given.
-        init_text: the text, for ``init="text"`` and ``init="chunks"``.
-        chunk_tokens: length of a chunk, for ``init="chunks"``.
-        add_special_tokens: whether the tokenizer puts special tokens around the text, such as one for its beginning.
-        prefix_position: "none", tokens keep their positions; "shift", they are moved up by m, as when a prefix is
-            passed as a key/value cache (PEFT, P-tuning v2).
-        position_shift: how far "shift" moves the tokens, where that is not m: a compacted cache stands for more tokens
-            than it has keys (Attention Matching, arXiv 2602.16284).
-        attentions: which attention layers get a prefix: "encoder" and "decoder", the self-attention of each, "cross",
-            the attention of a decoder to its encoder. None: all.
-        num_frozen_tokens: how many of the first tokens keep the keys and values that they start with, as in a
+        init: initial keys and values without a reparameterization. "normal" draws from normal(0, 0.02), as in P-tuning
+            v2. "zero" sets them to 0. "text" uses those that the frozen model computes for the first m tokens of a
+            text. A shorter text is repeated. "chunks" uses those of chunks sampled evenly over the text
+            (arXiv 2508.17032). "cache" uses those of the ``past_key_values`` passed to ``attach``.
+        init_text: the text for ``init="text"`` and ``init="chunks"``.
+        chunk_tokens: length of a chunk for ``init="chunks"``.
+        add_special_tokens: True lets the tokenizer add special tokens to the text, such as a beginning-of-sequence
+            token.
+        prefix_position: "none" keeps the positions of the tokens. "shift" increases them by m, as if the prefix were a
+            key/value cache (PEFT, P-tuning v2).
+        position_shift: number of positions by which "shift" moves the tokens. None means m. A compacted cache needs a
+            larger number, because it represents more tokens than it has keys (Attention Matching, arXiv 2602.16284).
+        attentions: attention layers that get a prefix. "encoder" and "decoder" select self-attention in each. "cross"
+            selects the attention of a decoder to its encoder. None selects all.
+        num_frozen_tokens: number of tokens at the start of the prefix that keep their initial keys and values, as in a
             cartridge. No gradient, optimizer step or weight decay changes them.
-        train: what of the other tokens is trained: "both", "values" or "keys". The gradient of the rest is not
-            computed. Keys stay near their initial values in training, so values alone can absorb a text
+        train: "both", "values" or "keys" selects what is trained of the tokens that are not frozen. Gradients of the
+            rest are not computed. Keys stay near their initial values in training, so values alone can absorb a text
             (arXiv 2508.17032).
-        key_bias: whether every prefix key has a trained bias on its scores, ``[Hkv, m]`` in each layer, 0 at the start.
-            A key with a bias b counts ``e^b`` times, as Attention Matching uses it.
-        softmax: "joint", prefix and tokens share one softmax; "own", the prefix has a softmax of its own, whose output
-            is multiplied by ``tanh(g_h)`` and added. One ``g_h`` a query head, 0 at the start, so training starts from
-            the frozen model. PrefixMemory-Tuning (arXiv 2506.13674) finds that prefix and input compete in one softmax;
-            the gate is ours.
+        key_bias: True adds a trained bias to the scores of each prefix key, ``[Hkv, m]`` in each layer. Biases start
+            at 0. A key with a bias b counts ``e^b`` times in the softmax, as in Attention Matching.
+        softmax: "joint" uses one softmax for the prefix and the tokens. "own" uses a separate softmax for the prefix,
+            whose output is multiplied by ``tanh(g_h)`` and added. There is one ``g_h`` per query head. It starts at 0,
+            so training starts from the frozen model. The motivation is that prefix and input compete in one softmax
+            (PrefixMemory-Tuning, arXiv 2506.13674). The gate is an addition of this package.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -79,13 +80,13 @@ class PrefixTuningConfig(MethodConfig):
         self._check_shift()
         if (self.init in ("text", "chunks")) != (self.init_text is not None):
             raise ValueError(
-                '`init_text` must be given with init="text" or init="chunks", and with no other, got '
+                '`init_text` must be given with init="text" or init="chunks" and only then, got '
                 f"init={self.init!r}, init_text={self.init_text!r}"
             )
         if self.reparameterization is not None and (self.init != "normal" or self.train != "both"):
             raise ValueError(
-                f"`reparameterization` must be None for init={self.init!r} and train={self.train!r}, which are about "
-                f"free keys and values, got {self.reparameterization!r}"
+                f"`reparameterization` must be None for init={self.init!r} and train={self.train!r}, which require "
+                f"keys and values that are parameters, got {self.reparameterization!r}"
             )
 
     def _check_shift(self) -> None:
@@ -98,7 +99,7 @@ class PrefixTuningConfig(MethodConfig):
             )
 
     def _check_frozen(self) -> None:
-        """Check that there are as many tokens to freeze, and that each has keys and values of its own."""
+        """Check that at most all tokens are frozen, and that their keys and values are parameters."""
         check_count("num_frozen_tokens", self.num_frozen_tokens)
         if self.num_frozen_tokens > self.num_virtual_tokens:
             raise ValueError(
@@ -108,25 +109,28 @@ class PrefixTuningConfig(MethodConfig):
         if self.num_frozen_tokens and self.reparameterization is not None:
             raise ValueError(
                 f"`num_frozen_tokens` must be 0 with a reparameterization, which computes all tokens from shared "
-                f"weights, got {self.num_frozen_tokens}: use reparameterization=None"
+                f"weights, got {self.num_frozen_tokens}. Use reparameterization=None"
             )
 
     def _check_attentions(self) -> None:
-        """One or more roles, as a tuple: files have lists."""
+        """Check that ``attentions`` has one or more roles, and convert the list of a file to a tuple."""
         if self.attentions is None:
             return
         if not isinstance(self.attentions, tuple | list) or not self.attentions:
-            raise ValueError(f'attentions takes None or some of "encoder", "decoder", "cross", got {self.attentions!r}')
+            raise ValueError(
+                '`attentions` must be None or a tuple of some of "encoder", "decoder", "cross", got '
+                f"{self.attentions!r}"
+            )
         for role in self.attentions:
             check_choice("attentions", role, ("encoder", "decoder", "cross"))
         self.attentions = tuple(self.attentions)
 
 
 class FreePrefix(nn.Module):
-    """Keys and values as parameters: those of the first ``frozen`` tokens apart from the others, without a gradient.
+    """Keys and values as parameters. The first ``frozen`` tokens have separate parameters without a gradient.
 
-    Of the others, keys have a gradient if ``trains_keys``, and values if ``trains_values``. The two parameters of a
-    tensor lie in one memory, frozen tokens first, so that all tokens together are a view.
+    Keys of the other tokens have a gradient if ``trains_keys``, and values if ``trains_values``. The two parameters of
+    a tensor share one storage, frozen tokens first, so that a view can return all tokens without a copy.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class FreePrefix(nn.Module):
         )
 
     def set(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Make the parameters copies of these keys and values of all tokens."""
+        """Set the parameters to copies of these keys and values of all tokens."""
         keys, values = zip(*prefixes, strict=True)
         trained = slice(self.frozen, None)
         self.keys = _copy_as_parameters(keys, trained, self.trains_keys)
@@ -160,15 +164,15 @@ class FreePrefix(nn.Module):
             self._share_memory()
 
     def _list_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Return the parameters of frozen and of other tokens, keys and values by turns."""
+        """Return pairs of the parameters of frozen and of other tokens, alternately for keys and for values."""
         frozen = zip(self.frozen_keys, self.frozen_values, strict=True)
         others = zip(self.keys, self.values, strict=True)
         return [pair for layers in zip(frozen, others, strict=True) for pair in zip(*layers, strict=True)]
 
     def _share_memory(self) -> None:
-        """Put the parameters of each tensor into one memory, unless there are other processes.
+        """Move the two parameters of each tensor into one storage, except in distributed training.
 
-        FSDP2 shards no parameter that is a part of another one's memory.
+        FSDP2 cannot shard parameters that share a storage.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return
@@ -178,23 +182,23 @@ class FreePrefix(nn.Module):
                 frozen.data, others.data = whole[:, : self.frozen], whole[:, self.frozen :]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreePrefix:
-        """Move or convert the parameters, which gives each a memory of its own, and put them together again."""
+        """Move or convert the parameters, which separates their storage, and then share it again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frozen:
             self._share_memory()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the parameters of a copy together, which come apart in copying."""
+        """Share the storage of a copy's parameters again, since copying separates it."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.frozen:
             self._share_memory()
 
     @torch.no_grad()
     def write(self, prefixes: Sequence[tuple[Tensor, Tensor]], start: int = 0) -> None:
-        """Copy keys and values over those of the tokens from ``start`` on, in the parameters' own memory.
+        """Overwrite the keys and values of the tokens from ``start`` on, in place.
 
-        Where a rank has some of the heads, these are theirs.
+        Under tensor parallelism, ``prefixes`` has only the heads of this rank.
         """
         for layer, pair in enumerate(prefixes):
             for which, tensor in zip(("keys", "values"), pair, strict=True):
@@ -215,20 +219,20 @@ class FreePrefix(nn.Module):
 
 
 def _get_own_heads(parameter: Tensor) -> Tensor:
-    """Return what this rank has of a parameter, which is a ``DTensor`` under tensor parallelism."""
+    """Return the local heads of a parameter, which is a ``DTensor`` under tensor parallelism."""
     to_local: Callable[[], Tensor] | None = getattr(parameter, "to_local", None)
     return parameter if to_local is None else to_local()
 
 
 def _copy_as_parameters(tensors: Sequence[Tensor], tokens: slice, trained: bool) -> nn.ParameterList:
-    """Return copies of tensors as parameters, each in the order of its dimensions, as FSDP2 expects them."""
+    """Return contiguous copies of tensors as parameters. FSDP2 requires contiguous parameters."""
     order = torch.contiguous_format
     parameters = nn.ParameterList(tensor[:, tokens].detach().clone(memory_format=order) for tensor in tensors)
     return parameters.requires_grad_(trained)
 
 
 def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Give each tensor of a state a memory of its own, as writers of files expect it (a hook of ``state_dict``)."""
+    """Give each tensor of a ``state_dict`` its own storage, since safetensors refuses shared ones (a hook)."""
     for name, _ in module.named_parameters():
         tensor = state.get(prefix + name)
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and _are_plain(tensor):
@@ -237,12 +241,12 @@ def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, meta
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Return whether tensors are in memory that a program can look at, not sharded, fake or offloaded."""
+    """Return True if all tensors are plain ones whose storage can be inspected, not sharded, fake or on "meta"."""
     return all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in tensors)
 
 
 def _share_memory(frozen: Tensor, others: Tensor) -> bool:
-    """Return whether two parts ``[Hkv, tokens, D]`` of a tensor lie in its memory, side by side in each head."""
+    """Return True if two parts ``[Hkv, tokens, D]`` of a tensor share its storage, next to each other in each head."""
     if frozen.dtype is not others.dtype or frozen.device != others.device:
         return False
     size = frozen.shape[1] + others.shape[1]
@@ -253,7 +257,7 @@ def _share_memory(frozen: Tensor, others: Tensor) -> bool:
 
 
 def _join(frozen: Tensor, others: Tensor) -> Tensor:
-    """Return all tokens of a tensor, as a view if its parts lie in one memory."""
+    """Return all tokens of a tensor, as a view if its parts share a storage."""
     if torch.compiler.is_compiling() or not _are_plain(frozen, others) or not _share_memory(frozen, others):
         return torch.cat([frozen, others], dim=1)
     if torch.is_grad_enabled() and others.requires_grad:
@@ -269,7 +273,7 @@ def _view_whole(frozen: Tensor, others: Tensor) -> Tensor:
 
 
 class _Join(torch.autograd.Function):
-    """The view of all tokens of a tensor whose first tokens are frozen."""
+    """Return a view of all tokens, and pass the gradient only to the tokens that are not frozen."""
 
     @staticmethod
     def forward(ctx: Any, frozen: Tensor, others: Tensor) -> Tensor:
@@ -282,8 +286,9 @@ class _Join(torch.autograd.Function):
 
 
 class ReparameterizedPrefix(nn.Module):
-    """``W2 tanh(W1 E' + b1) + b2``, cut into the keys and values of every layer; ``E' = E``, or with a residual network
-    ``E + MLP_res(E)``.
+    """Compute ``W2 tanh(W1 E' + b1) + b2`` and split it into the keys and values of every layer.
+
+    ``E'`` is the embedding ``E``, or ``E + MLP_res(E)`` with a residual network.
     """
 
     def __init__(
@@ -297,11 +302,11 @@ class ReparameterizedPrefix(nn.Module):
         self.project_out = nn.Linear(hidden_dim, sum(self._sizes()))
 
     def _sizes(self) -> list[int]:
-        """Columns of keys and values, layer by layer."""
+        """Return the number of columns of the keys and of the values of each layer, in this order."""
         return [s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
 
     def reset_parameters(self) -> None:
-        """Initialize the embedding like a table, and the layers as PyTorch does."""
+        """Draw the embedding from normal(0, 1), and use PyTorch's default initialization for the layers."""
         nn.init.normal_(self.embedding, std=1.0)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
@@ -318,7 +323,7 @@ class ReparameterizedPrefix(nn.Module):
 
 
 class PrefixTuning(PrefixMethod):
-    """The prefix, free or reparameterised."""
+    """A prefix whose keys and values are parameters, or are computed by a reparameterization."""
 
     config: PrefixTuningConfig
 
@@ -332,11 +337,18 @@ class PrefixTuning(PrefixMethod):
 
     @classmethod
     def chosen_layers(cls, config: PrefixTuningConfig, shapes: Sequence[AttentionShape]) -> Sequence[int]:
-        """Those of the roles in ``attentions``."""
+        """Return the indices of the layers whose role is in ``attentions``.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
         wanted, found = config.attentions, sorted({shape.role for shape in shapes})
         chosen = [index for index, shape in enumerate(shapes) if wanted is None or shape.role in wanted]
         if not chosen:
-            raise ValueError(f"`attentions` must name some of what the model has ({', '.join(found)}), got {wanted!r}")
+            raise ValueError(
+                f"`attentions` must name roles of attention layers that the model has ({', '.join(found)}), got "
+                f"{wanted!r}"
+            )
         return chosen
 
     def _make_prefix(self) -> FreePrefix | ReparameterizedPrefix:
@@ -346,7 +358,7 @@ class PrefixTuning(PrefixMethod):
         return ReparameterizedPrefix(length, self.shapes, self.config.hidden_dim)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """Initialize as ``init`` says, and biases of keys and gates of the output with 0."""
+        """Initialize keys and values as specified by ``init``, and set key biases and output gates to 0."""
         zeros = [*(self.key_biases if self.config.key_bias else ())]
         zeros += self.output_gates if self.config.softmax == "own" else ()
         for parameter in zeros:
@@ -355,7 +367,7 @@ class PrefixTuning(PrefixMethod):
             self.prefix.reset_parameters()
             return
         if self.config.init not in ("normal", "zero") and text_keys_values is None:
-            raise ValueError(f"init={self.config.init!r} requires keys and values")
+            raise ValueError(f"`text_keys_values` must be given for init={self.config.init!r}, got None")
         with torch.no_grad():
             former = self.prefixes()
             initial = text_keys_values or [(self._draw(key), self._draw(value)) for key, value in former]
@@ -363,21 +375,21 @@ class PrefixTuning(PrefixMethod):
             self.prefix.set([(new[0].to(old[0]), new[1].to(old[1])) for new, old in pairs])
 
     def _draw(self, tensor: Tensor) -> Tensor:
-        """Return initial values of a tensor's shape that come from no text."""
+        """Return initial values for ``init="zero"`` and ``init="normal"``, in the shape of a tensor."""
         return torch.zeros_like(tensor) if self.config.init == "zero" else nn.init.normal_(tensor.clone(), std=0.02)
 
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer."""
+        """Return the keys and values of every layer."""
         prefixes: list[tuple[Tensor, Tensor]] = self.prefix()
         return prefixes
 
     def set_prefixes(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Make the free keys and values copies of these."""
+        """Set the keys and values to copies of these. Requires a prefix without a reparameterization."""
         assert isinstance(self.prefix, FreePrefix)
         self.prefix.set(prefixes)
 
     def baked(self) -> PrefixTuning:
-        """Return a free prefix: compute a reparameterization, and multiply gates in."""
+        """Return a prefix without a reparameterization, multiplied by gates that do not depend on the input."""
         of = self.config
         config = PrefixTuningConfig(
             of.num_virtual_tokens,
@@ -393,7 +405,7 @@ class PrefixTuning(PrefixMethod):
         return self._fill_baked(PrefixTuning(config, self.shapes))
 
     def _fill_baked(self, baked: PrefixT) -> PrefixT:
-        """Give another prefix all but the gates of this one's keys, the constant ones of which are multiplied in."""
+        """Copy keys, values, key biases and output gates to another prefix. Constant gates are multiplied in."""
         baked.set_prefixes(self.gated_prefixes())
         if self.config.key_bias:
             baked.key_biases = nn.ParameterList(bias.detach().clone() for bias in self.key_biases)
@@ -402,17 +414,17 @@ class PrefixTuning(PrefixMethod):
         return baked
 
     def set_key_biases(self, biases: Sequence[Tensor]) -> None:
-        """Copy the biases ``[Hkv, m]`` of all layers."""
+        """Set the key biases of all layers to copies of ``biases``, each ``[Hkv, m]``."""
         with torch.no_grad():
             for own, bias in zip(self.key_biases, biases, strict=True):
                 own.copy_(bias)
 
     def key_bias(self, layer: int) -> Tensor | None:
-        """``[Hkv, m]``, or None."""
+        """Return the key biases ``[Hkv, m]`` of a layer, or None."""
         return self.key_biases[layer] if self.config.key_bias else None
 
     def output_gate(self, layer: int) -> Tensor | None:
-        """``tanh(g)``, ``[Hq]``, for a softmax of the prefix's own, or None."""
+        """Return ``tanh(g) [Hq]`` for ``softmax="own"``, or None."""
         return torch.tanh(self.output_gates[layer]) if self.config.softmax == "own" else None
 
     def frozen_tokens(self) -> int:
@@ -420,7 +432,7 @@ class PrefixTuning(PrefixMethod):
         return self.config.num_frozen_tokens
 
     def head_parameters(self) -> dict[str, Literal["keys", "queries"]]:
-        """Free keys and values, biases of keys, and output gates."""
+        """Return keys and values that are parameters, key biases, and output gates."""
         names = [name for name, _ in self.named_parameters()]
         free = isinstance(self.prefix, FreePrefix)
         of_keys = [n for n in names if n.startswith("key_biases.") or (free and n.startswith("prefix."))]
@@ -428,7 +440,7 @@ class PrefixTuning(PrefixMethod):
         return {**dict.fromkeys(of_keys, "keys"), **dict.fromkeys(of_queries, "queries")}
 
     def gated_prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values times what of their gate does not depend on the input."""
+        """Return the keys and values of every layer, multiplied by gates that do not depend on the input."""
         gates = [self.constant_gate(layer) for layer in range(len(self.shapes))]
         weights = [1.0 if gate is None else gate.unsqueeze(-1) for gate in gates]
         return [(w * key, w * value) for w, (key, value) in zip(weights, self.prefixes(), strict=True)]

@@ -11,15 +11,20 @@ from .base import MethodConfig, PromptMethod, check_choice, check_positive, regi
 
 @dataclass(kw_only=True)
 class PromptTuningConfig(MethodConfig):
-    """A soft prompt ``[m, d]`` before the embeddings. The usual length is 100, the usual learning rate 0.3.
+    """A soft prompt ``[m, d]`` in front of the input embeddings.
+
+    The usual length is 100 and the usual learning rate is 0.3.
 
     Args:
-        init: "random", normal with the table's own standard deviation; "vocab", rows of the table drawn without
-            replacement; "text", the rows of a text's tokens, repeated to m.
-        init_text: the text, for ``init="text"``.
-        init_vocab_size: "vocab" draws from that many first rows, 5,000 in the paper; None: from all.
-        shared_prompt: whether the prompt runs once for the whole batch, with the values and gradients of the textbook's
-            path, which runs it in every row. None: where that is exact; True: or else an error; False: no.
+        init: initial values of the prompt. "random" draws from a normal distribution with the standard deviation of the
+            embedding table. "vocab" draws entries of the embedding table without replacement. "text" uses the
+            embeddings of a text's tokens, repeated to length m.
+        init_text: the text for ``init="text"``.
+        init_vocab_size: "vocab" draws from the first ``init_vocab_size`` entries of the embedding table. The paper uses
+            5,000. None draws from all entries.
+        shared_prompt: controls whether the prompt runs once for the whole batch instead of in every row. None runs it
+            once if values and gradients are exactly those of running it in every row. True raises an error if they are
+            not. False always runs it in every row.
     """
 
     kind: ClassVar[str] = "prompt"
@@ -34,18 +39,21 @@ class PromptTuningConfig(MethodConfig):
         check_choice("init", self.init, ("random", "vocab", "text"))
         check_choice("shared_prompt", self.shared_prompt, (None, True, False))
         if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(f'init_text goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
+            raise ValueError(
+                '`init_text` must be given with init="text" and only then, got '
+                f"init={self.init!r}, init_text={self.init_text!r}"
+            )
         if self.init_vocab_size is not None:
             check_positive("init_vocab_size", self.init_vocab_size)
 
 
 class PromptTuning(PromptMethod):
-    """The prompt, and nothing else."""
+    """A prompt whose embeddings are parameters."""
 
     config: PromptTuningConfig
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """Initialise the prompt as ``init`` says."""
+        """Initialize the prompt as specified by ``init``."""
         self._reset_prompt(self.prompt, table, init_ids)
 
     def _reset_prompt(self, prompt: Tensor, table: Tensor, init_ids: Tensor | None) -> None:
@@ -56,15 +64,18 @@ class PromptTuning(PromptMethod):
                 prompt.copy_(table[self._rows(init_ids).to(table.device)])
 
     def _rows(self, init_ids: Tensor | None) -> Tensor:
-        """Which rows of the table the prompt starts from."""
+        """Return the ids ``[m]`` of the tokens whose embeddings the prompt starts from."""
         length = self.config.num_virtual_tokens
         if self.config.init == "vocab":
             choices = min(self.shape.vocabulary, self.config.init_vocab_size or self.shape.vocabulary)
             if choices < length:
-                raise ValueError(f'init="vocab" draws {length} different rows, and there are only {choices}')
+                raise ValueError(
+                    f'`num_virtual_tokens` must be at most {choices}, the number of embeddings that init="vocab" draws '
+                    f"from, got {length}"
+                )
             return torch.randperm(choices)[:length]
         if init_ids is None:
-            raise ValueError('init="text" takes the token ids of the text')
+            raise ValueError('`init_ids` must be the token ids of the text for init="text", got None')
         return init_ids
 
 

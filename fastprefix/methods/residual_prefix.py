@@ -1,7 +1,7 @@
-"""Prefix tuning with a residual reparameterisation and a gate (Jung, Hwang, Lee, IEEE Access 2025).
+"""Prefix tuning with a residual reparameterization and a gate (Jung, Hwang, Lee, IEEE Access 2025).
 
-The paper's equations are not public; the reading here is ours: ``E' = E + MLP_res(E)``, the prefix is
-``W2 tanh(W1 E' + b1) + b2``, and each prefix token is weighed by a gate ``sigmoid(w)``.
+The paper's equations are not public. This implementation is our interpretation: ``E' = E + MLP_res(E)``, the prefix is
+``W2 tanh(W1 E' + b1) + b2``, and each prefix token is weighted by a gate ``sigmoid(w)``.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,16 @@ from .shapes import AttentionShape
 
 @dataclass(kw_only=True)
 class ResidualPrefixConfig(PrefixTuningConfig):
-    """A reparameterised prefix with a residual network and a gate on the prefix tokens.
+    """A reparameterized prefix with a residual network and a gate on each prefix token.
+
+    The prefix is ``W2 tanh(W1 E' + b1) + b2`` with ``E' = E + MLP_res(E)``, times ``sigmoid(w)``. The paper's equations
+    are not public, so this is our interpretation. The options of ``PrefixTuningConfig`` apply too.
 
     Args:
-        bottleneck_dim: ``b`` of ``MLP_res``: Linear d -> b, ReLU, Linear b -> d, LayerNorm.
-        residual: whether there is ``MLP_res``.
-        gate: whether prefix tokens are weighed by ``sigmoid(w)``, ``w [m]``.
-        per_layer_gate: ``w [L, m]``, a gate a layer.
+        bottleneck_dim: hidden size ``b`` of ``MLP_res``, which is Linear d -> b, ReLU, Linear b -> d, LayerNorm.
+        residual: True enables ``MLP_res``. False uses ``E' = E``.
+        gate: True multiplies prefix tokens by ``sigmoid(w)`` with ``w [m]``.
+        per_layer_gate: True uses a separate gate for each layer, ``w [L, m]``.
     """
 
     reparameterization: Literal["mlp"] | None = "mlp"
@@ -37,11 +40,11 @@ class ResidualPrefixConfig(PrefixTuningConfig):
         super().__post_init__()
         check_positive("bottleneck_dim", self.bottleneck_dim)
         if self.reparameterization is None:
-            raise ValueError('reparameterization takes "mlp" for this method, got None')
+            raise ValueError('`reparameterization` must be "mlp" for this method, got None')
 
 
 class ResidualPrefix(PrefixTuning):
-    """The residual reparameterisation and the gate, which starts at 1/2."""
+    """A prefix with a residual reparameterization, and a gate that starts at 1/2."""
 
     config: ResidualPrefixConfig
 
@@ -59,7 +62,7 @@ class ResidualPrefix(PrefixTuning):
         return ReparameterizedPrefix(self.config.num_virtual_tokens, self.shapes, self.config.hidden_dim, residual)
 
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-        """``w = 0``: every gate starts at 1/2."""
+        """Initialize the prefix, and set ``w = 0``, so that every gate starts at 1/2."""
         super().reset_parameters(text_keys_values)
         if self.config.gate:
             nn.init.zeros_(self.gate_logits)
@@ -67,13 +70,13 @@ class ResidualPrefix(PrefixTuning):
     def prefix_gate(
         self, layer: int, hidden: Tensor | None, attended: Tensor | None, sequences: Tensor | None = None
     ) -> Tensor | None:
-        """``sigmoid(w)``, ``[m]``."""
+        """Return ``sigmoid(w) [m]``, or None without a gate."""
         if not self.config.gate:
             return None
         return torch.sigmoid(self.gate_logits[layer if self.config.per_layer_gate else 0])
 
     def gate_weights(self) -> Tensor | None:
-        """Return the values of the gate now, ``[m]`` or ``[L, m]``, or None without a gate."""
+        """Return the current values of the gate, ``[m]`` or ``[L, m]``, or None without a gate."""
         if not self.config.gate:
             return None
         weights = torch.sigmoid(self.gate_logits.detach())

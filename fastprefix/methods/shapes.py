@@ -1,15 +1,15 @@
-"""Shapes of the model that a method is attached to."""
+"""The shapes of a model that a method needs to create its parameters."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["encoder", "decoder", "cross"]
-"""The purpose of an attention layer: self-attention of an encoder or a decoder, or attention to other tokens' keys."""
+"""The purpose of an attention layer: self-attention in an encoder or a decoder, or cross-attention."""
 
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """An embedding table ``[V, d]``."""
+    """The vocabulary size V and the width d of an embedding table ``[V, d]``."""
 
     vocabulary: int
     width: int
@@ -17,7 +17,7 @@ class EmbeddingShape:
 
 @dataclass(frozen=True)
 class VisionShape:
-    """A stack of layers over the patches of an image: its width, and how many numbers a patch has."""
+    """The width and the number of layers of a vision transformer, and the number of values in a patch."""
 
     width: int
     layers: int
@@ -26,7 +26,7 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer: its heads and their sizes, the width of the hidden states that enter its layer."""
+    """The heads of an attention layer, their dimensions, and the width of the hidden states that enter the layer."""
 
     heads: int
     kv_heads: int

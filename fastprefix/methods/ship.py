@@ -15,27 +15,30 @@ from .shapes import VisionShape
 
 @dataclass(kw_only=True)
 class SHIPConfig(MethodConfig):
-    """New rows in some layers of a vision transformer, attended to apart from the image.
+    """Prompt tokens in selected layers of a vision transformer, with a separate softmax.
 
-    An entered layer gets K new rows, and the last two entered layers attribute rows too. Between entered layers the
-    rows go on through the layers. Shared rows, the same tensor for all layers, are put anew into each of them. In all
-    layers but the last, tokens attend to one another and to the rows in a softmax each, with the shares ``1 - s`` and
-    ``s``, and rows are not attended to one another. All rows start uniform in +-sqrt(6 / (c + d)), as in VPT.
+    Each entered layer gets K new prompt tokens (``num_virtual_tokens``). The last two entered layers also get attribute
+    tokens. Prompt tokens pass through the following layers until the next entered layer replaces them. Shared tokens
+    are one tensor that is inserted again into every layer.
 
-    ``num_virtual_tokens`` is K.
+    In all layers but the last, the attention output of the image tokens is ``1 - s`` times a softmax over the image
+    tokens plus ``s`` times a softmax over the prompt tokens. The prompt tokens do not attend to other tokens there.
+    All prompt tokens start uniformly distributed in +-sqrt(6 / (c + d)), where ``c`` is the number of values in a
+    patch, as in VPT.
 
     Args:
-        layers: which layers are entered, the first of which is 0. None: all. See ``find_entered_layers``.
-        num_shared: the number of shared rows.
-        num_attribute: the number of attribute rows.
-        strength: ``s``.
-        bank: prototypes ``[C, d]`` of the features of training images, which are frozen (see ``compute_bank``). An
-            attribute row is then ``0.1 pattern + 0.9 learned``. Its pattern is ``softmax(cos(x, bank)) bank`` for one
-            of the tokens x with the largest attention of the class token in the layer before. None: attribute rows are
-            learned alone. A number: so many random ones, for a bank that will be loaded.
-        matching_loss: whether each call leaves ``model.fastprefix.matching_loss``, a loss to add to that of the task:
-            ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` of the rows and of the 10 tokens with the largest attention of the
-            class token, as they enter the last layer.
+        layers: indices of the entered layers. The first one must be 0. None enters all layers. ``find_entered_layers``
+            chooses them from images.
+        num_shared: number of shared tokens.
+        num_attribute: number of attribute tokens.
+        strength: weight ``s`` of the softmax over the prompt tokens.
+        bank: frozen prototypes ``[C, d]`` of the features of training images (see ``compute_bank``). An attribute token
+            is then ``0.1 pattern + 0.9 learned``. Its pattern is ``softmax(cos(x, bank)) bank``, where x is one of the
+            patches with the largest attention of the class token in the layer before. With None, attribute tokens are
+            only learned. A number creates a random bank of that size, whose values are to be loaded.
+        matching_loss: True stores a loss in ``model.fastprefix.matching_loss`` in each call. Add it to the loss of the
+            task. It is ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` over the prompt tokens ``p_i`` and the 10 patches
+            ``v_j`` with the largest attention of the class token, at the input of the last layer.
     """
 
     kind: ClassVar[str] = "visual"
@@ -59,7 +62,9 @@ class SHIPConfig(MethodConfig):
         self.prototypes: Tensor | None = None
         if isinstance(self.bank, Tensor):
             if self.bank.ndim != 2 or not self.bank.is_floating_point():
-                raise ValueError(f"`bank` must be floating [C, d], got {self.bank.dtype} {list(self.bank.shape)}")
+                raise ValueError(
+                    f"`bank` must be a floating-point tensor [C, d], got {self.bank.dtype} {list(self.bank.shape)}"
+                )
             self.prototypes, self.bank = self.bank, len(self.bank)
         if self.bank is not None:
             check_positive("bank", self.bank)
@@ -72,12 +77,12 @@ class SHIPConfig(MethodConfig):
         if not isinstance(layers, Sequence) or not all(type(layer) is int for layer in layers):
             raise TypeError(f"`layers` must be None or a list of whole numbers, got {layers!r}")
         if not layers or layers[0] != 0 or sorted(set(layers)) != list(layers):
-            raise ValueError(f"`layers` must be different numbers in order, the first of which is 0, got {layers!r}")
+            raise ValueError(f"`layers` must be different numbers in ascending order from 0 on, got {layers!r}")
         self.layers = list(layers)
 
 
 class SHIP(VisualMethod):
-    """The rows of entered layers, attribute rows, and shared rows."""
+    """The prompt tokens of entered layers, attribute tokens, and shared tokens."""
 
     config: SHIPConfig
 
@@ -85,9 +90,13 @@ class SHIP(VisualMethod):
         super().__init__(config, shape)
         self.entered = list(range(shape.layers)) if config.layers is None else config.layers
         if self.entered[-1] >= shape.layers:
-            raise ValueError(f"`layers` must be below {shape.layers}, the number of layers, got {config.layers}")
+            raise ValueError(
+                f"`layers` must be below {shape.layers}, the number of layers of the model, got {config.layers}"
+            )
         if config.prototypes is not None and config.prototypes.shape[1] != shape.width:
-            raise ValueError(f"`bank` must have the width {shape.width} of the model, got {config.prototypes.shape[1]}")
+            raise ValueError(
+                f"`bank` must have {shape.width} columns, the width of the model, got {config.prototypes.shape[1]}"
+            )
         self.attributed = self.entered[-2:] if config.num_attribute else []
         d = shape.width
         self.prompts = nn.Parameter(torch.empty(len(self.entered), config.num_virtual_tokens, d))
@@ -98,7 +107,7 @@ class SHIP(VisualMethod):
         self.matching_loss: Tensor | None = None
 
     def reset_parameters(self) -> None:
-        """Uniform in +-sqrt(6 / (c + d)); the bank is the given one."""
+        """Draw parameters uniformly from +-sqrt(6 / (c + d)), and copy the bank or draw a random one."""
         bound = math.sqrt(6.0 / (self.shape.patch + self.shape.width))
         for parameter in (self.prompts, self.attributes, self.shared):
             nn.init.uniform_(parameter, -bound, bound)
@@ -109,11 +118,11 @@ class SHIP(VisualMethod):
             _ = nn.init.normal_(self.bank) if given is None else self.bank.copy_(given)
 
     def strength(self, layer: int) -> float | None:
-        """Return ``s``, and None for the last layer."""
+        """Return ``s``, or None for the last layer."""
         return self.config.strength if layer + 1 < self.shape.layers else None
 
     def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
-        """Return the rows of a layer that are the same for every image."""
+        """Return the prompt tokens of a layer that are the same for every image."""
         shared = self.shared.expand(batch, -1, -1)
         if layer not in self.entered:
             assert former is not None
@@ -124,14 +133,14 @@ class SHIP(VisualMethod):
         return torch.cat([*parts, shared], dim=1)
 
     def reads_tokens(self, layer: int) -> bool:
-        """Return whether a layer gets attribute rows that depend on the image. In the first layer none do."""
+        """Return True if a layer gets attribute tokens that depend on the image. The first layer never does."""
         return self.config.bank is not None and layer in self.attributed and layer > 0
 
     def make_image_rows(self, layer: int, given: Tensor | None) -> Tensor | None:
-        """Return the rows ``[B, A, d]`` of a layer that depend on the image, or None.
+        """Return the prompt tokens ``[B, A, d]`` of a layer that depend on the image, or None.
 
-        ``given`` ``[B, A, d]`` are the tokens with the largest attention of the class token in the layer before, if
-        ``reads_tokens``, and else what the layer before made of these rows.
+        If ``reads_tokens`` is True, ``given [B, A, d]`` are the patches with the largest attention of the class token
+        in the layer before. Otherwise, ``given`` are the image-dependent prompt tokens that the layer before returned.
         """
         if not self.reads_tokens(layer):
             return None if layer in self.entered else given
@@ -141,12 +150,15 @@ class SHIP(VisualMethod):
         return 0.1 * pattern + 0.9 * self.attributes[self.attributed.index(layer)].to(given)
 
     def compute_matching_loss(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Compute ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` for rows ``[B, P, d]`` and tokens ``[B, T, d]``."""
+        """Compute ``0.5 mean_i min_j (1 - cos(p_i, v_j))``.
+
+        ``p`` are the prompt tokens ``rows [B, P, d]`` and ``v`` are the patches ``tokens [B, T, d]``.
+        """
         similarity = F.normalize(rows, dim=-1) @ F.normalize(tokens, dim=-1).mT
         return 0.5 * (1.0 - similarity.amax(-1)).mean()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the loss of the last call."""
+        """Return the state without the loss of the last call, so that copies do not keep its graph."""
         return {**self.__dict__, "matching_loss": None}
 
 

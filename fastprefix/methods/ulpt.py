@@ -14,14 +14,14 @@ from .computed_prompt import ComputedPrompt, ComputedPromptConfig
 
 @dataclass(kw_only=True)
 class ULPTConfig(ComputedPromptConfig):
-    """A prompt of very few parameters, ``s * (Z R) + b`` with a frozen random ``R [r, d]``.
+    """A prompt with few parameters, ``s * (Z R) + b``, where ``R [r, d]`` is random and frozen.
 
-    Trained are ``Z [m, r]``, which starts at normal(0, 1), ``s [d]``, at 1, and ``b [d]``, at 0. ``R`` is uniform in
-    +-sqrt(6 / (r + d)) and is not saved: the seed is.
+    The trained parameters are ``Z [m, r]``, ``s [d]`` and ``b [d]``. They start at normal(0, 1), 1 and 0. ``R`` is
+    drawn uniformly from +-sqrt(6 / (r + d)). An adapter saves the seed instead of ``R``.
 
     Args:
-        rank: ``r``, in the paper from 2 to 64.
-        seed: that ``R`` is drawn from.
+        rank: rank ``r``. The paper uses 2 to 64.
+        seed: random seed of ``R``.
     """
 
     rank: int = 64
@@ -34,14 +34,14 @@ class ULPTConfig(ComputedPromptConfig):
 
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ULPTConfig":
-        """Use the largest rank whose parameters, ``m r + 2 d``, stay within ``trainable``."""
+        """Return the configuration with the largest rank ``r`` for which ``m r + 2 d <= trainable``."""
         d = embedding_width(model)
         rank = largest_within("trainable", trainable, fixed=2 * d, each=num_virtual_tokens)
         return cls(num_virtual_tokens, rank=rank, **options)
 
 
 class ULPT(ComputedPrompt):
-    """The low-dimensional prompt, the frozen projection and the scale and shift behind it."""
+    """A low-dimensional prompt, a frozen projection, and a scale and shift of its result."""
 
     config: ULPTConfig
     projection: Tensor
@@ -54,18 +54,21 @@ class ULPT(ComputedPrompt):
         self.register_buffer("projection", draw_projection(config.seed, config.rank, shape.width), persistent=False)
 
     def reset_parameters(self, table: Tensor, init_ids: Tensor | None) -> None:
-        """``Z ~ normal(0, 1)``, ``s = 1``, ``b = 0``."""
+        """Draw ``Z`` from normal(0, 1), and set ``s = 1`` and ``b = 0``."""
         nn.init.normal_(self.low_dimensional)
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
 
     def compute_prompt(self) -> Tensor:
-        """``s * (Z R) + b``."""
+        """Compute ``s * (Z R) + b``."""
         return self.scale * (self.low_dimensional @ self.projection) + self.shift
 
 
 def draw_projection(seed: int, rank: int, width: int) -> Tensor:
-    """Draw ``R [r, d]``, uniform in +-sqrt(6 / (r + d)), on the CPU: the same from the same seed everywhere."""
+    """Draw ``R [r, d]`` uniformly from +-sqrt(6 / (r + d)).
+
+    This runs on the CPU in float64, so that a seed gives the same numbers on every device.
+    """
     uniform = torch.rand(rank, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     return ((2.0 * uniform - 1.0) * math.sqrt(6.0 / (rank + width))).float()
 

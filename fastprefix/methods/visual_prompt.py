@@ -13,14 +13,15 @@ from .shapes import VisionShape
 
 @dataclass(kw_only=True)
 class VisualPromptConfig(MethodConfig):
-    """Learned rows ``[m, d]`` between the class token and the patches of a vision transformer.
+    """Learned prompt tokens ``[m, d]`` between the class token and the patches of a vision transformer.
 
-    Rows start uniform in +-sqrt(6 / (c + d)), where ``c`` is the count of numbers in a patch, as in the authors' code.
+    They start uniformly distributed in +-sqrt(6 / (c + d)), where ``c`` is the number of values in a patch, as in the
+    authors' code.
 
     Args:
-        depth: "shallow", rows in front of the first layer, which go through all layers with the image; "deep", each
-            layer has new rows in their place.
-        dropout: on the rows, while training. It draws anew for every image.
+        depth: "shallow" inserts prompt tokens before the first layer, and they pass through all layers with the image.
+            "deep" replaces them with new prompt tokens before each layer.
+        dropout: dropout probability of the prompt tokens in training. Each image gets a different dropout mask.
     """
 
     kind: ClassVar[str] = "visual"
@@ -37,7 +38,7 @@ class VisualPromptConfig(MethodConfig):
 
 
 class VisualPrompt(VisualMethod):
-    """The rows of the first layer, or of each layer."""
+    """The prompt tokens of the first layer, or of each layer."""
 
     config: VisualPromptConfig
 
@@ -47,20 +48,23 @@ class VisualPrompt(VisualMethod):
         self.prompts = nn.Parameter(torch.empty(count, config.num_virtual_tokens, shape.width))
 
     def reset_parameters(self) -> None:
-        """Uniform in +-sqrt(6 / (c + d))."""
+        """Draw the prompt tokens uniformly from +-sqrt(6 / (c + d))."""
         bound = math.sqrt(6.0 / (self.shape.patch + self.shape.width))
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def sees_tokens(self, training: bool) -> str | None:
-        """Return the reason for which rows differ by image. In the deep form no layer reads those of another."""
+        """Return the reason why prompt tokens differ between images, or None.
+
+        With ``depth="deep"``, each layer starts from its own parameters, so only dropout makes them differ.
+        """
         if self.config.depth == "shallow":
-            return "its rows see the image"
+            return "its prompt tokens depend on the image"
         if self.config.dropout > 0.0 and training:
-            return "dropout on its rows draws anew for every image"
+            return "dropout of its prompt tokens differs between images"
         return None
 
     def make_rows(self, layer: int, former: Tensor | None, batch: int) -> Tensor:
-        """Return the rows of a layer: new ones ``[B, m, d]``, or what the layer before made of its rows."""
+        """Return the prompt tokens ``[B, m, d]`` of a layer: new ones, or those that the layer before returned."""
         if former is not None and self.config.depth == "shallow":
             return former
         rows = self.prompts[layer].expand(batch, -1, -1)

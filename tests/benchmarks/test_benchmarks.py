@@ -323,7 +323,7 @@ class TestMainJob:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["model"], "unknown suite 'model', meant models?"),
+            (["model"], "unknown suite 'model'. Did you mean models?"),
             (["--quick", "models", "--rows", "2"], "python -m benchmarks models --quick --rows 2"),
         ],
     )

@@ -44,7 +44,7 @@ def test_parity_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     draws = itertools.count()
     monkeypatch.setattr(parity, "run_case", lambda *_: [torch.full((2,), float(next(draws)))])
-    assert "other bits" in parity.check_case(AttentionCase(), "float32", "cpu", "eager")["error"]
+    assert "different bits" in parity.check_case(AttentionCase(), "float32", "cpu", "eager")["error"]
     assert not torch.are_deterministic_algorithms_enabled()
 
 

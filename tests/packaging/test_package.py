@@ -122,7 +122,7 @@ def test_a_library_runs_with_its_pytorch_and_newer_ones(tmp_path: Path) -> None:
     for version in ("2.11.0", "2.13.0+cpu", "2.100.0a0+git1", "3.0.0"):
         assert _native.find_library(tmp_path, version) == library
     reason = str(_native.find_library(tmp_path, "2.10.1+cpu"))
-    assert reason == "its C++ extension needs PyTorch 2.11 or newer, and this is 2.10.1+cpu"
+    assert reason == "its C++ extension requires PyTorch 2.11 or newer, but this is 2.10.1+cpu"
 
 
 LIBRARIES = sorted(Path(_native.__file__).parent.glob("*.so"))
@@ -173,9 +173,9 @@ def setup() -> ModuleType:
         ("Linux", "", "/usr/bin/c++", None),
         ("Linux", "1", "/usr/bin/c++", None),
         ("Linux", "0", "/usr/bin/c++", "FASTPREFIX_BUILD_EXT is 0"),
-        ("Linux", "", None, "there is no C++ compiler"),
-        ("Darwin", "", "/usr/bin/c++", "they are written for GCC on Linux, and this is Darwin"),
-        ("Windows", "", "cl.exe", "they are written for GCC on Linux, and this is Windows"),
+        ("Linux", "", None, "no C++ compiler was found"),
+        ("Darwin", "", "/usr/bin/c++", "they require GCC on Linux, but this is Darwin"),
+        ("Windows", "", "cl.exe", "they require GCC on Linux, but this is Windows"),
     ],
 )
 def test_when_the_kernels_are_built(

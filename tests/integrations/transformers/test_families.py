@@ -258,8 +258,8 @@ def test_a_reparameterised_prefix_is_merged() -> None:
         ("whisper-encoder", fastprefix.PrefixTuningConfig(3, prefix_position="shift"), "prefix_position"),
         ("bart", fastprefix.PrefixTuningConfig(3, init="text", init_text="a"), '`init`.*is "text"'),
         ("vit", fastprefix.PrefixTuningConfig(3, attentions=("cross", "decoder")), "`attentions`.*encoder"),
-        ("bart", fastprefix.APTConfig(3, pooling="cls"), 'pooling="cls" takes self-attention'),
-        ("bart", fastprefix.APTConfig(3, pooling="mean"), 'pooling="mean"'),
+        ("bart", fastprefix.APTConfig(3, pooling="cls"), '`pooling` must not be "cls" for cross-attention'),
+        ("bart", fastprefix.APTConfig(3, pooling="mean"), '`pooling` must not be "mean"'),
     ],
 )
 def test_refused(family: str, config: Any, says: str) -> None:

@@ -69,7 +69,7 @@ def test_values_and_gradients_are_the_textbooks(depth: str) -> None:
     (actual * weights).sum().backward()
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(method.prompts.grad, gradient, rtol=1e-10, atol=1e-10)
-    assert method.prompt_path == ("shared" if depth == "deep" else "textbook: its rows see the image")
+    assert method.prompt_path == ("shared" if depth == "deep" else "textbook: its prompt tokens depend on the image")
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -107,7 +107,7 @@ def test_deep_rows_with_dropout_stand_in_every_image() -> None:
     model.train()
     torch.manual_seed(0)
     first, second = run(model).logits, run(model).logits
-    assert model.fastprefix.prompt_path == "textbook: dropout on its rows draws anew for every image"
+    assert model.fastprefix.prompt_path == "textbook: dropout of its prompt tokens differs between images"
     assert not torch.equal(first, second)
     model.fastprefix.config.dropout = 1e-30
     torch.testing.assert_close(run(model).logits, expected, rtol=1e-10, atol=1e-10)
@@ -163,7 +163,7 @@ def test_deep_rows_merge_into_a_prefix(family: str, tmp_path: Path) -> None:
         fastprefix.save_adapter(model, tmp_path)
         loaded = fastprefix.load_adapter(FAMILIES[family](), tmp_path)
         torch.testing.assert_close(find_result(run(loaded)), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="its rows see the image"):
+    with pytest.raises(ValueError, match="its prompt tokens depend on the image"):
         fastprefix.merge(attached(family, "shallow", check=False))
 
 
