@@ -208,7 +208,7 @@ def test_models_that_are_no_stack_over_an_image_are_refused(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="`model` must"):
             fastprefix.attach(model, fastprefix.VisualPromptConfig(ROWS))
         assert not hasattr(model, "fastprefix")
-    with pytest.raises(ValueError, match="must be a model of text for PromptTuningConfig"):
+    with pytest.raises(ValueError, match="must be a text model for PromptTuningConfig"):
         fastprefix.attach(vision_models.vit(), fastprefix.PromptTuningConfig(3))
     with pytest.raises(ValueError, match='format="peft"'):
         fastprefix.save_adapter(attached("vit", "deep", check=False), tmp_path, format="peft")
