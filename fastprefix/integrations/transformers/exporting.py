@@ -111,7 +111,7 @@ def _get_prompt_hooks(model: PreTrainedModel) -> PromptHooks:
         raise ValueError("`model` must have an adapter that is not merged. Detach it and load it again.")
     if model.config.is_encoder_decoder or not hooks.entry_is_embedding or needs_ids(model.config):
         raise ValueError(
-            f"`model` must be a decoder whose layers read only embeddings, but {type(model).__name__} also uses the "
-            "token ids."
+            f"`model` must be a decoder whose layers read only embeddings, but {type(model).__name__} is not "
+            "such a model."
         )
     return hooks

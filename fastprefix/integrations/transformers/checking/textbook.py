@@ -116,7 +116,7 @@ class PromptTextbook:
         return (), {**arguments, "encoder_attention_mask": extended}
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Replace the placeholders' embeddings by the prompt, and add the offset to the others (a forward hook)."""
+        """Replace the placeholders' embeddings by the prompt, and add the offset to the tokens (a forward hook)."""
         if self.embedded or self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
             return None
         self.embedded = True  # GPT-2 calls the embedding again with token types
@@ -324,7 +324,7 @@ class PrefixTextbook:
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> Any:
-        """Attend to the prefix and the tokens in one softmax, or in two where the method has an output gate."""
+        """Attend to the prefix and the tokens in one softmax, or in two if the method has an output gate."""
         index = self.layers[module]
         pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._find_prefix(module, index))
         gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)

@@ -96,7 +96,7 @@ def find_layers(
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"`model` must have attention that goes through the attention interface, but that of "
+            f"`model` must have attention that goes through the attention interface, but the attention of "
             f"{_get_class_name(model)} does not. Use a prompt method."
         )
     trial = run_trial(model, example_inputs)
@@ -133,7 +133,7 @@ def find_layers(
     if not layers:
         raise ValueError(
             f"`model` must have attention layers for a prefix, but {_get_class_name(model)} never called the attention "
-            "interface. Use a prompt method."
+            "interface."
         )
     found = list(layers.values())
     find_splits(model, found)
