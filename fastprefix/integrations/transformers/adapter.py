@@ -1,6 +1,7 @@
-"""Hold the adapters of a model: each is a method under a name, and one of them at a time is in use.
+"""Hold the adapters of a model. Each adapter is a method under a name, and one adapter at a time is in use.
 
-Also: which modules of the base model stay trainable, and which models are sharded over processes.
+This module also finds the modules of the base model that stay trainable, and casts between their precision and the
+model's.
 """
 
 from __future__ import annotations
@@ -27,17 +28,21 @@ _FRESH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoic
 
 
 def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> dict[str, nn.Module]:
-    """Return the modules that stay trainable, by name. A head that PEFT trains is left to PEFT.
+    """Return the modules that stay trainable, by name.
+
+    If ``names`` is None, these are the heads of a model for classification, question answering or multiple choice,
+    except for a head that PEFT trains.
 
     Raises:
-        ValueError: a name that the model does not have, or of a module that PEFT has put its layers into.
+        ValueError: if the model has no module with one of the names, or PEFT trains or has added layers to a named
+            module.
     """
     if names is not None:
         modules = dict(model.named_modules())
         if missing := [name for name in names if name not in modules or not name]:
             raise ValueError(f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.")
         if taken := find_taken_by_peft(model, names):
-            raise ValueError(f"`modules_to_save` must name modules that PEFT does not train and save, but has {taken}.")
+            raise ValueError(f"`modules_to_save` must name modules that PEFT does not train, but PEFT trains {taken}.")
         return {name: modules[name] for name in names}
     if not _FRESH_HEAD.search(type(model).__name__):
         return {}
@@ -48,25 +53,25 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
 
 
 MODULE = "fastprefix"
-"""The name under which the parameters of the adapter in use hang on the model."""
+"""The attribute of the model that holds the module of the adapter in use."""
 
 Method = PromptMethod | PrefixMethod | VisualMethod
 
 
 class Hooks(Protocol):
-    """The changes of a method to how a model runs."""
+    """The changes that a method makes to the forward pass of a model."""
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the changes, again after ``remove`` too."""
+        """Make the changes. This may be called again after ``remove``."""
 
     def remove(self) -> None:
         """Undo the changes."""
 
 
 def _copy_for_training(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter to train: float32 where the model is smaller, as optimizers and scalers need it.
+    """Return a trainable copy of a parameter, in float32 or higher, as optimizers and gradient scalers require.
 
-    A part of a parameter that is sharded keeps its precision, in which it is gathered with others.
+    A shard of a parameter keeps its precision, because it is gathered together with other parameters.
     """
     weight = parameter.detach().clone()
     if isinstance(parameter, DTensor):
@@ -78,10 +83,10 @@ _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Casts:
-    """The hooks of modules that are trained in float32 within a model of lower precision.
+    """The hooks that let some modules train in float32 within a model of lower precision.
 
-    Their inputs are cast to their own precision, and their outputs to that of the model, so that nothing around them
-    notices. Modules outside that have one of their parameters, as a tied embedding does, are treated alike.
+    The inputs of these modules are cast to their own precision, and their outputs to the precision of the model. Other
+    modules that share one of their parameters, such as a tied embedding, get the same hooks.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -94,23 +99,23 @@ class Casts:
         added = {each.parameter for each in list_tuner_parameters(model)}  # float32 in any model
         frozen = [p for p in model.parameters() if p not in own and p not in added and p.dtype in _PRECISIONS]
         alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
-        self.model_parameter = next(iter(alike or frozen), None)  # tells in which precision the model is now
+        self.model_parameter = next(iter(alike or frozen), None)  # shows the current precision of the model
         self.precision = self.read_model_precision()
         self.handles: list[RemovableHandle] = []
 
     def read_model_precision(self) -> torch.dtype | None:
-        """Return the precision that the model has now, or None where all of it is trained."""
+        """Return the current precision of the model, or None if all of its parameters are trained."""
         return None if self.model_parameter is None else self.model_parameter.dtype
 
     def fit_weight(self, weight: Tensor, trained: bool) -> Tensor:
-        """Return a weight that waited beside the model, which may have been moved and given another precision."""
+        """Return a stored weight in the current precision of the model, which may have changed since."""
         now = self.read_model_precision()
         if now is not None and now is not self.precision and weight.is_floating_point():
             weight = weight.to(torch.promote_types(now, torch.float32) if trained else now)
         return weight
 
     def install(self) -> None:
-        """Set the hooks, where the precisions differ."""
+        """Register the hooks if the precisions differ."""
         self.precision = self.read_model_precision()
         if all(p.dtype is self.precision for p in self.parameters):
             return
@@ -137,19 +142,19 @@ class Casts:
 
 
 def _list_called(module: nn.Module) -> list[nn.Module]:
-    """Return the module, or in place of a mere container the modules in it."""
+    """Return the module, or the modules inside it if it is a ``ModuleList`` or ``ModuleDict``."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [module] if list(module.parameters()) else []
     return [each for child in module.children() for each in _list_called(child)]
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Return nested values with all floating tensors in another precision."""
+    """Return nested values with all floating-point tensors cast to a dtype."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
 
 
 class Adapter:
-    """A method, its hooks and its weights of the base modules that it trains: on the model, or waiting beside it."""
+    """A method, its hooks, and its weights for the base modules that it trains. It is on the model or stored."""
 
     def __init__(
         self, model: PreTrainedModel, config: MethodConfig, method: Method, hooks: Hooks, freeze_peft: bool = False
@@ -159,22 +164,22 @@ class Adapter:
         self.hooks = hooks
         self.trained = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
         self.freeze_peft = freeze_peft
-        self.frozen = Frozen()  # what PEFT trains, while this adapter is on the model and does not let it
+        self.frozen = Frozen()  # the parameters of PEFT that this adapter freezes while it is on the model
         self.merged = False
-        self.guard: RemovableHandle | None = None  # against training, while it is merged and on the model
-        self.outside: str | None = None  # what of a merged method is not in its parameters, and cannot be saved
+        self.guard: RemovableHandle | None = None  # refuses training while the adapter is merged and on the model
+        self.outside: str | None = None  # why a merged method cannot be saved: a part is not in its parameters
         modules = find_trainable_modules(model, config.modules_to_save)
         if config.modules_to_save is None and has_tuner_layers(model):
-            config.modules_to_save = list(modules)  # without PEFT's layers it would be others
+            config.modules_to_save = list(modules)  # the default would differ without PEFT's layers
         self.saved_modules: dict[str, dict[str, Tensor]] = {
             name: {key: _copy_for_training(p) for key, p in module.named_parameters()}
             for name, module in modules.items()
         }
-        """Weights of those modules: the base model's while the adapter is on the model, otherwise the adapter's."""
+        """The weights of the trained modules that are not in use: the base model's or the adapter's."""
         self.casts = Casts(model, modules.values())
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Make the model run and train with this adapter."""
+        """Install the adapter on the model, which then runs and trains with it."""
         self.check_untouched(model)
         if self.freeze_peft or self.merged:
             self.frozen.freeze(model, own=self.method.parameters())
@@ -192,8 +197,8 @@ class Adapter:
     def mark(self, model: PreTrainedModel) -> None:
         """Write the adapter's options into the model's configuration, for checkpoints of the whole model.
 
-        With a merged adapter the model refuses to be saved: ``save_pretrained`` would write weights that are read as
-        another model's.
+        With a merged adapter, ``save_pretrained`` and training of the model raise an error. The saved weights would
+        be those of a different model.
         """
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
@@ -201,7 +206,7 @@ class Adapter:
             self.guard = model.register_forward_hook(_refuse_training)
 
     def take_off(self, model: PreTrainedModel) -> None:
-        """Restore the model without the adapter. It stays frozen."""
+        """Remove the adapter from the model. The model stays frozen."""
         self.hooks.remove()
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
@@ -215,36 +220,36 @@ class Adapter:
         self.frozen.release(model)
 
     def check_untouched(self, model: PreTrainedModel) -> None:
-        """Refuse to go on if PEFT has put its layers into what this adapter consists of.
+        """Check that PEFT has not added layers to the modules of this adapter.
 
         Raises:
-            ValueError: it has.
+            ValueError: if PEFT has added layers to the method or to a module that the adapter trains.
         """
         inside, taken = has_tuner_layers(self.method), find_taken_by_peft(model, self.saved_modules)
         if inside or taken:
             what = "the adapter's own network" if inside else f"{taken}, which the adapter trains"
             raise ValueError(
-                f"`model` has layers of PEFT in {what}. Name other modules in PEFT's options, or add PEFT's layers "
-                "before fastprefix.attach."
+                f"`model` has layers of PEFT in {what}. Name other modules in PEFT's configuration, or add PEFT's "
+                "layers before fastprefix.attach."
             )
 
     def train_again(self) -> None:
-        """Let be trained what PEFT has frozen in adding its layers."""
+        """Unfreeze the parameters that PEFT froze when it added its layers."""
         for name in self.trained:
             self.method.get_parameter(name).requires_grad_()
 
     def drop_gradients(self, model: PreTrainedModel) -> None:
-        """Drop the gradients of the modules that the adapter trained: they are not for the next one."""
+        """Drop the gradients of the modules that the adapter trained, so that the next adapter starts without them."""
         for name in self.saved_modules:
             model.get_submodule(name).zero_grad()
 
     def _exchange_weights(self, model: PreTrainedModel, trained: bool) -> None:
-        """Exchange ``data``: a graph that was made before the adapter was taken off is good once it is on again."""
+        """Exchange the ``data`` of parameters, so that an older graph is valid again once the adapter is back on."""
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:
                     weight = self.casts.fit_weight(weights[key], trained).to(parameter.device)
-                    if isinstance(parameter, DTensor):  # whoever sharded it keeps its memory
+                    if isinstance(parameter, DTensor):  # the memory belongs to FSDP2 or tensor parallelism
                         weights[key] = parameter.detach().clone()
                         write_whole(parameter, weight)
                     else:
@@ -252,7 +257,7 @@ class Adapter:
 
 
 def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor in the shape of another, which has since been resized, with what the other has beyond it."""
+    """Return a tensor in the shape of another one that was resized. Elements beyond it are those of the other one."""
     if tensor.shape == other.shape:
         return tensor
     grown = other.to(tensor.dtype, copy=True)
@@ -263,20 +268,20 @@ def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
-        "`save_pretrained` cannot save a model with a merged adapter, whose weights would be read as another model's: "
-        "keep the adapter (fastprefix.save_adapter, before merging) beside the base model, load it and merge again."
+        "`save_pretrained` cannot save a model with a merged adapter, since its weights would load as a different "
+        "model. Save the adapter with fastprefix.save_adapter before merging, then load it and merge again."
     )
 
 
 def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Have the outputs that a training loop would differentiate raise an error then (a forward hook).
+    """Make the outputs that a training loop would differentiate raise an error in the backward pass (a forward hook).
 
-    These are losses, and while the model is in training mode all floating tensors.
+    These outputs are losses. In training mode, they are all floating-point tensors.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return output
 
-    trains = any(each.parameter.requires_grad for each in list_tuner_parameters(module))  # PEFT unfreezes by itself
+    trains = any(each.parameter.requires_grad for each in list_tuner_parameters(module))  # PEFT may unfreeze them
 
     def guard_value(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or (value.requires_grad and not trains):
@@ -293,22 +298,22 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 
 
 class _Untrainable(torch.autograd.Function):
-    """The identity, which cannot be differentiated."""
+    """The identity, whose backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        return value.clone()  # no view, since Trainer scales losses in place
+        return value.clone()  # not a view, since Trainer scales losses in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> NoReturn:
         raise RuntimeError(
-            "the adapter on `model` is merged, so nothing of the model can be trained: call fastprefix.detach first, "
-            "then attach or load the adapter again"
+            "the adapter on `model` is merged, so the model cannot be trained. Call fastprefix.detach, then attach or "
+            "load the adapter again."
         )
 
 
 class Attachment:
-    """The adapters of a model that is frozen, and how it was before."""
+    """The adapters of a frozen model, and the state of the model before."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         added = {each.name for each in list_tuner_parameters(model)}
@@ -320,16 +325,16 @@ class Attachment:
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
-        self.routing: Any = None  # decides for each call which adapters its rows have
-        if not self.had_tuners:  # or PEFT has frozen the model, but for what it trains
+        self.routing: Any = None  # selects the adapters for the rows of each call
+        if not self.had_tuners:  # otherwise PEFT has already frozen the base model
             model.requires_grad_(False)
         if self.quantized:
             vars(model)["is_quantized"] = (
-                False  # Trainer refuses to train quantised weights, and these it does not train
+                False  # Trainer refuses quantized models, but the quantized weights are not trained here
             )
 
     def release(self, model: PreTrainedModel) -> None:
-        """Make the model, which has no adapters any more, what it was before; what it gained since stays as it is."""
+        """Restore the state of the model after its last adapter is removed. New parameters stay as they are."""
         if self.had_tuners or not has_tuner_layers(model):  # a model that PEFT has frozen since stays frozen
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
@@ -342,18 +347,20 @@ class Attachment:
         """Return the adapter in use.
 
         Raises:
-            ValueError: there is none in use.
+            ValueError: if no adapter is in use.
         """
         if self.active is None:
             names = ", ".join(map(repr, self.adapters))
-            raise ValueError(f"model has none of its adapters in use, which are {names}: see fastprefix.set_adapter")
+            raise ValueError(
+                f"`model` has none of its adapters in use, which are {names}. Call fastprefix.set_adapter."
+            )
         return self.adapters[self.active]
 
     def check_known(self, name: str) -> str:
-        """Return a name if one of the adapters has it.
+        """Return a name if an adapter has this name.
 
         Raises:
-            ValueError: none has it.
+            ValueError: if no adapter has this name.
         """
         if name not in self.adapters:
             raise ValueError(f"`name` must be one of {', '.join(map(repr, self.adapters))}, but is {name!r}.")

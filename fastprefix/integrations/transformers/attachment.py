@@ -1,4 +1,4 @@
-"""Attaching a method to a model, and taking it off again."""
+"""Attach a method to a model, switch between attached methods, and detach them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
 
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
-"""The name of an adapter that was given none."""
+"""The name that ``attach`` gives an adapter by default."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,40 +71,45 @@ def attach(
     check: bool = True,
     freeze_peft: bool = False,
 ) -> Model:
-    """Attach a method: the model's own parameters are frozen, the method's are added.
+    """Attach a method to a model: freeze the model's own parameters and add the method's trainable ones.
 
-    A model takes several under different names. The one attached last is in use, until ``set_adapter``.
+    You can attach several adapters under different names. The last one attached is in use until ``set_adapter`` selects
+    another. If ``attach`` fails, the model is unchanged.
 
-    A model with layers of PEFT's, such as LoRA's, has been frozen by PEFT, except for what PEFT trains. That is trained
-    on beside the method.
+    In a model with PEFT layers such as LoRA, PEFT has already frozen the base model. The parameters that PEFT trains
+    stay trainable beside the method, unless ``freeze_peft`` is True.
 
     Args:
-        model: a ``transformers`` model; for prefix methods one whose attention goes through the attention interface,
-            for prompt methods any with input embeddings. Or a PEFT model around one, with an adapter that consists of
-            layers (LoRA, DoRA and others): all functions of this package accept it in the place of the model inside.
-        config: the method and its options.
-        name: of the adapter.
-        tokenizer: for an initialisation from text; None: the one of the model's name or path.
-        example_inputs: for prefix methods, keyword arguments that the model's attention layers are found with; None:
-            small ones made up from its configuration, of text, images or sound.
-        past_key_values: for ``init="cache"``, the cache whose keys and values the prefix starts from: one of
-            ``transformers``, or a sequence with (key, value) for each layer, or (key, value, bias) or (key, bias,
-            value), of shapes ``[1, Hkv, m, D]`` and, biases, ``[1, Hkv, m]``.
-        check: whether the method is compared with the textbook on a small copy of the model first, once a class and
+        model: a ``transformers`` model. Prefix methods require attention that goes through the attention interface.
+            Prompt methods require input embeddings. All functions of this package also accept a PEFT model around the
+            ``transformers`` model if its adapter consists of layers (LoRA, DoRA and others).
+        config: the configuration of the method.
+        name: the name of the adapter.
+        tokenizer: the tokenizer for an initialization from text. None loads the tokenizer from the model's name or
+            path.
+        example_inputs: for prefix methods, keyword arguments for the run that finds the attention layers. None makes
+            small inputs of text, images or sound from the configuration.
+        past_key_values: for ``init="cache"``, the cache whose keys and values initialize the prefix. It is a
+            ``transformers`` cache, or a sequence with (key, value), (key, value, bias) or (key, bias, value) for each
+            layer. Keys and values have the shape ``[1, Hkv, m, D]``, biases ``[1, Hkv, m]``.
+        check: compare the method with the textbook on a small copy of the model first, once per model class and
             configuration. A prompt that cannot be shared exactly then runs in every row.
-        freeze_peft: whether what PEFT trains is frozen while this adapter is in use.
+        freeze_peft: freeze the parameters that PEFT trains while this adapter is in use.
 
     Returns:
         The same model. It stays an ordinary ``transformers`` model.
 
     Raises:
-        TypeError: not a ``transformers`` model, or not a method's configuration.
-        ValueError: the model has an adapter of that name, or the method cannot be attached to it, and why.
+        TypeError: if ``model`` is not a ``transformers`` model, or ``config`` is not a method's configuration.
+        ValueError: if the model already has an adapter with this name, or the method cannot be attached to it.
     """
     base = find_base_model(model)
     _check_together(base, config, name)
     if isinstance(config, CompositionConfig):
-        raise ValueError("`config` must be that of one prefix: attach each part, then call fastprefix.compose.")
+        raise ValueError(
+            "`config` must describe a single prefix, but is a composition. Attach each part, then call "
+            "fastprefix.compose."
+        )
     check_cache_given(config, past_key_values)
     with use_adapter(base, None), gathering_modules(base):
         plan = _make_plan(base, config, example_inputs, check)
@@ -129,7 +134,7 @@ def attach(
 def attach_empty(
     model: nn.Module, config: MethodConfig, name: str, example_inputs: Inputs | None, freeze_peft: bool
 ) -> None:
-    """Attach a method whose parameters are about to be loaded: they are not initialised."""
+    """Attach a method without initializing its parameters, which the caller loads afterwards."""
     base = find_base_model(model)
     _check_together(base, config, name)
     with use_adapter(base, None), gathering_modules(base):
@@ -138,17 +143,21 @@ def attach_empty(
 
 
 def detach(model: Model, name: str | None = None) -> Model:
-    """Take adapters off: the model, its weights and its behaviour are exactly as they were.
+    """Remove adapters from a model and restore its weights and behavior exactly.
 
-    What was changed in the meantime by others stays: its configuration, a vocabulary that was resized, and other
-    adapters, such as accelerated PEFT models around the same base.
+    Changes that other code has made since ``attach`` stay, such as edits of the configuration, a resized vocabulary,
+    and accelerated PEFT models around the same base model.
 
     Args:
         model: a model with a method attached.
-        name: of the one to take off; if it is in use, none is afterwards. None: all of them.
+        name: the name of the adapter to remove. If that adapter is in use, the model runs without an adapter
+            afterwards. None removes all adapters.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the model has no method attached, or none of that name.
+        ValueError: if the model has no method attached, or no adapter with this name.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     gone = list(attachment.adapters) if name is None else [attachment.check_known(name)]
@@ -170,14 +179,21 @@ def detach(model: Model, name: str | None = None) -> Model:
 
 
 def set_adapter(model: Model, name: str) -> Model:
-    """Use another adapter of a model, to run and to train; the others wait beside it, with their parameters.
+    """Select the adapter that a model runs and trains with. The other adapters keep their parameters.
 
-    PEFT freezes everything in a model when it adds its first layers, an adapter in use among it. Naming that adapter
-    here lets it be trained again.
+    When PEFT adds its first layers to a model, it freezes all parameters, including those of the adapter in use. Call
+    this function with the name of that adapter to make it trainable again.
+
+    Args:
+        model: a model with a method attached.
+        name: the name of the adapter.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the model has no method attached, or none of that name, or PEFT has put its layers into what that
-            adapter consists of.
+        ValueError: if the model has no method attached, or no adapter with this name, or if PEFT has added its layers
+            to modules of that adapter.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     former, adapter = attachment.active, attachment.adapters[attachment.check_known(name)]
@@ -193,10 +209,10 @@ def set_adapter(model: Model, name: str) -> Model:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapter in this context. It stays frozen. PEFT's layers go on acting.
+    """Run the model without its adapter in this context. The model stays frozen, and PEFT's layers stay active.
 
     Raises:
-        ValueError: the model has no method attached.
+        ValueError: if the model has no method attached.
     """
     get_attachment(model)
     with use_adapter(model, None):
@@ -205,7 +221,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Use another adapter of a model in this context, or none (None). A model without adapters is left alone."""
+    """Use an adapter by name in this context, or no adapter for None. Do nothing if the model has no adapters."""
     attachment, base = find_attachment(model), find_base_model(model)
     if attachment is None:
         yield
@@ -226,7 +242,7 @@ def get_attachment(model: nn.Module) -> Attachment:
     """Return the attachment of a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if the model has no method attached.
     """
     attachment = find_attachment(model)
     if attachment is None:
@@ -256,7 +272,7 @@ def get_method(model: nn.Module) -> Method:
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
     refuse_partitioned(model)
     attachment.routing.leave()
-    reshard(model)  # what is changed of parameters that FSDP2 has gathered, it forgets
+    reshard(model)  # FSDP2 discards changes to parameters that it has gathered
     if attachment.active is not None:
         attachment.adapter.take_off(model)
     attachment.active = name
@@ -267,16 +283,16 @@ def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
 
 
 class _Plan(NamedTuple):
-    """A method, its layers and its path. Making a plan changes nothing, and carrying it out cannot fail."""
+    """A method, its attention layers and its prompt path. Making a plan does not change the model."""
 
     method: Method
     layers: list[Layer]  # the attention layers that the method needs
-    prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and why
+    prompt_path: str | None  # of a prompt method: "shared", or "textbook: " and the reason
     stack: VisionStack | None = None  # of a visual method
 
 
 def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
-    """Check a model and options, which must be the same on all ranks of a sharded model."""
+    """Check the model and the options. They must be equal on all ranks of a sharded model."""
 
     def check() -> None:
         _check_types(model, config)
@@ -287,17 +303,17 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse to change which parameters a model has once DeepSpeed has partitioned them."""
+    """Refuse to add or remove parameters once DeepSpeed has partitioned them."""
     if runs_in_engine(model):
         raise ValueError(
-            "`model` must not be partitioned by DeepSpeed's ZeRO-3, whose parameters are empty between calls: attach, "
-            "switch and detach before deepspeed.initialize."
+            "`model` must not be partitioned by DeepSpeed ZeRO-3 yet, since its parameters are then empty between "
+            "calls. Attach, switch and detach adapters before deepspeed.initialize."
         )
 
 
 def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     refuse_partitioned(model)
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads weights before use
     if not offloaded and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("`model` must have its weights loaded, but has parameters on the meta device.")
     check_name_free(model, name)
@@ -307,55 +323,60 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
     if loads_all_inside(model):
         raise ValueError(
             "`model` is offloaded with its own class in preload_module_classes, so accelerate would look for the "
-            "adapter's parameters among the offloaded weights: offload it without that class"
+            "adapter's parameters among the offloaded weights. Offload the model without that class."
         )
     trainable = find_trainable_modules(model, config.modules_to_save)
     if lost := [name for name, module in trainable.items() if any(p.is_meta for p in module.parameters())]:
         raise ValueError(
-            f"`modules_to_save` names modules that stay trainable, and accelerate has offloaded the weights of {lost}: "
-            "leave these modules on the device in the device map, or pass modules_to_save=[]"
+            f"`modules_to_save` names modules that stay trainable, and accelerate has offloaded the weights of {lost}. "
+            "Keep these modules on the device in the device map, or pass modules_to_save=[]."
         )
 
 
 def check_name_free(model: nn.Module, name: str) -> None:
-    """Refuse a name that an adapter of the model has, attached or stored, or that stands for the base model."""
+    """Refuse a name that an attached or stored adapter already has, or that is reserved for the base model."""
     attachment = find_attachment(model)
     if name == BASE:
-        raise ValueError(f"`name` must not be {BASE!r}, which stands for the base model in `adapter_names`.")
+        raise ValueError(
+            f"`name` must not be {BASE!r}, which selects the base model in `adapter_names`. Choose another name."
+        )
     if attachment is None:
         return
     if name in attachment.adapters:
         raise ValueError(
-            f"`name` must not be that of another adapter, but one is attached already as {name!r}: detach it, or "
-            "choose another name."
+            f"`name` must be unique, but an adapter named {name!r} is attached already. Detach that adapter, or choose "
+            "another name."
         )
     if name in attachment.routing.stored:
-        raise ValueError(f"`name` must not be that of a stored adapter, but is {name!r}: drop it from the store first.")
+        raise ValueError(
+            f"`name` must be unique, but the store has an adapter named {name!r}. Drop it from the store first."
+        )
 
 
 def _check_alone(model: PreTrainedModel) -> None:
-    """Refuse a model whose adapters would be inside another adapter's model, or around it.
+    """Refuse a model if a model inside it, or one that shares modules with it, has adapters.
 
-    Neither could then be put aside while the other is tried, and each would freeze and hold the other's parameters.
+    Neither adapter could be disabled while the other one is checked, and each would freeze and store the parameters of
+    the other.
     """
     for name, module in model.named_modules():
         if module is not model and hasattr(module, _STATE):
             raise ValueError(
-                f"`model` has an adapter inside already, on its {name!r} ({type(module).__name__}): detach that one "
-                "first, or attach both to the same model under different names"
+                f"`model` has an adapter inside already, on its {name!r} ({type(module).__name__}). Detach that "
+                "adapter first, or attach both to the same model under different names."
             )
     own = getattr(model, _STATE, None)
     if around := [user.adapts for user in list_adapting_users(model) if own is None or user is not own.user]:
         raise ValueError(
-            f"`model` has an adapter outside already: it shares modules with a {around[0]} that has one. Detach that "
-            "one first, or attach both to the same model under different names"
+            f"`model` shares modules with a {around[0]} that has an adapter. Detach that adapter first, or attach both "
+            "to the same model under different names."
         )
 
 
 def _check_types(model: Any, config: Any) -> None:
     if not isinstance(model, PreTrainedModel):
-        peft = ": PEFT's prompts, prefixes and adaption prompts run faster with fastprefix.accelerate"
-        hints = {"OptimizedModule": ": attach first, then compile", "PeftModel": peft}
+        peft = ". To speed up PEFT's prompts, prefixes and adaption prompts, use fastprefix.accelerate"
+        hints = {"OptimizedModule": ". Attach first, then compile", "PeftModel": peft}
         hint = next((hints[each.__name__] for each in type(model).__mro__ if each.__name__ in hints), "")
         raise TypeError(f"`model` must be a transformers model, but is {type(model).__name__}{hint}.")
     if not isinstance(config, MethodConfig):
@@ -367,17 +388,17 @@ def _check_types(model: Any, config: Any) -> None:
 
 
 def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
-    """Refuse methods that need one sequence of tokens, on encoder-decoders and models of images or sound."""
+    """Refuse methods that require a single sequence of tokens on encoder-decoders and image or audio models."""
     what = f"the encoder-decoder {type(model).__name__}"
     if not model.config.is_encoder_decoder:
         what = f"{type(model).__name__}, whose input is {model.main_input_name}"
     if config.kind == "prompt" and is_of_text(model):
         return
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"`model` must be a model of text for {type(config).__name__}, but is {what}.")
+        raise ValueError(f"`model` must be a text model for {type(config).__name__}, but is {what}.")
     if config.init in ("text", "chunks", "cache"):
         raise ValueError(
-            f'`init` must be "normal" or "zero" for {what}, which is no model of text alone, but is "{config.init}".'
+            f'`init` must be "normal" or "zero" for {what}, which is not a plain text model, but is "{config.init}".'
         )
     if config.prefix_position == "shift":
         raise ValueError(
@@ -386,9 +407,7 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
 
 
 def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
-    """Build the method's module for a model on its device, not yet initialized, in float32 or the model's higher
-    precision.
-    """
+    """Build the uninitialized module of a method on the model's device, in float32 or the model's higher precision."""
     method_class = METHODS[config.method_name()][1]
     if issubclass(method_class, VisualMethod):
         return _make_visual_plan(model, method_class, config, example_inputs, check)
@@ -409,12 +428,12 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
                 layer.projection = projection
         if method.position_shift() not in (0, config.num_virtual_tokens) and any(layer.window for layer in layers):
             raise ValueError(
-                "`position_shift` must be None for a model with sliding windows, which cut the prefix by positions, "
-                f"but is {method.position_shift()}."
+                "`position_shift` must be None for a model with sliding windows, which hide prefix tokens by their "
+                f"positions, but is {method.position_shift()}."
             )
         if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
             raise ValueError(
-                f"`model` must have layers whose input a hook can watch, for the gate, but these have none: {lost}"
+                f"`model` must have layers whose input a hook can read for the gate, but it cannot be read in {lost}."
             )
     else:
         method = method_class(config, EmbeddingShape(*find_whole_shape(_find_table(model))))
@@ -430,17 +449,19 @@ def _make_visual_plan(
     example_inputs: Inputs | None,
     check: bool,
 ) -> _Plan:
-    """Build a visual method for a model of images."""
+    """Build a visual method for a vision model."""
     stack = find_vision_stack(model, example_inputs)
     method = method_class(config, stack.shape)
     reason = method.sees_tokens(training=False) or stack.reason
     if stack.leading == 0 and (getattr(config, "bank", None) or getattr(config, "matching_loss", False)):
         raise ValueError(
-            f"`model` must have a class token for `bank` and `matching_loss`, which read its attention, but "
-            f"{type(stack.part).__name__} has none."
+            f"`model` must have a class token for `bank` and `matching_loss`, which read the attention of that token, "
+            f"but {type(stack.part).__name__} has no class token."
         )
     if reason is not None and method.strength(0) is not None:
-        raise ValueError(f"`model` must have layers that run on rows alone for {type(method).__name__}, but {reason}.")
+        raise ValueError(
+            f"`model` must have layers that run on rows without an image for {type(method).__name__}, but {reason}."
+        )
     if check:
         _refuse_wrong(conformance.check(stack.reader, config, _attach_unchecked), "Use another method or model.")
     return _Plan(_move_method(model, method), [], "shared" if reason is None else f"textbook: {reason}", stack)
@@ -455,13 +476,13 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
     """Return how the prompt will run: "shared", or "textbook: " and the reason.
 
     Raises:
-        ValueError: neither is exact, or what ``shared_prompt`` asks for is not.
+        ValueError: if neither path is exact, or the path that ``shared_prompt`` requires is not exact.
     """
     reason = _find_reason_against_sharing(model, config, check)
     if reason is None:
         return "shared"
     if config.shared_prompt is True:
-        raise ValueError(f"shared_prompt=True cannot be exact on {type(model).__name__}: {reason}")
+        raise ValueError(f"`shared_prompt=True` cannot be exact on {type(model).__name__}: {reason}")
     if check:
         in_every_row = replace(config, shared_prompt=False)
         _refuse_wrong(conformance.check(model, in_every_row, _attach_unchecked), "Use a prefix method.")
@@ -470,17 +491,18 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
 
 
 def _refuse_shared_key_heads(model: PreTrainedModel) -> None:
-    """Refuse a prompt in every row where the ranks of a tensor-parallel model have the same key heads.
+    """Refuse a prompt in every row if ranks of a tensor-parallel model share key heads.
 
-    The model's own attention then runs, which takes the gradients of a rank's keys and values for complete.
+    A prompt in every row runs on the model's own attention, which assumes that the gradients of the keys and values are
+    complete on each rank.
     """
     if not is_tensor_parallel(model):
         return
     splits = [layer.split for layer in find_layers(model) if layer.split is not None]
     if any(split.queries and not split.keys for split in splits):
         raise ValueError(
-            f"`model` must have a key head for each rank to train a prompt in every row, but the ranks of "
-            f"{type(model).__name__} share theirs. Use a shared prompt or a prefix, or fewer ranks."
+            f"`model` must have at least one key head per rank to train a prompt in every row, but the ranks of "
+            f"{type(model).__name__} share key heads. Use a shared prompt, a prefix method or fewer ranks."
         )
 
 
@@ -499,7 +521,7 @@ def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: boo
 
 
 def _refuse_wrong(report: conformance.ConformanceReport, alternative: str) -> None:
-    """Refuse what the textbook contradicts."""
+    """Raise ValueError if the report shows a difference from the textbook."""
     if not report.agrees:
         raise ValueError(report.describe(alternative))
 
@@ -512,8 +534,8 @@ def _find_table(model: PreTrainedModel) -> Tensor:
     weight = getattr(find_embedding(model), "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"`model` must have a table of input embeddings for a prompt, but {type(model).__name__} has none. Prefix "
-            "methods may work on it."
+            f"`model` must have an input embedding table for a prompt, but {type(model).__name__} has none. Try a "
+            "prefix method."
         )
     return weight
 
@@ -544,7 +566,7 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
-    """Freeze the model, if that is not done, and put an adapter on it."""
+    """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter."""
     from .files.checkpoints import carry_in_checkpoints
 
     base = find_base_model(model)
@@ -555,7 +577,7 @@ def install(model: Model, adapter: Adapter, name: str) -> Model:
 
 
 def prepare(model: PreTrainedModel) -> Attachment:
-    """Freeze the model and let its calls name adapters, if that is not done."""
+    """Create the model's attachment if it has none: freeze the model and let its calls name adapters."""
     if not hasattr(model, _STATE):
         attachment = Attachment(model)
         attachment.routing = Routing(model, attachment)

@@ -1,4 +1,4 @@
-"""Hand trained prompts to serving engines that know nothing of them."""
+"""Export trained prompts to serving engines that do not support prompt tuning."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from .sharding.tensor_parallel import refuse_sharded
 def export_prompt_embeds(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Return what enters the model for each row, its prompt and its tokens, for an engine that embeds nothing itself.
+    """Return the input embeddings of each row, the prompt followed by the tokens, for a serving engine.
 
-    vLLM takes such a tensor as ``{"prompt_embeds": row}`` from an engine with ``enable_prompt_embeds=True``; SGLang's
-    ``/generate`` takes ``row.tolist()`` as ``input_embeds``. As ``inputs_embeds`` of the model without this package
-    they give the same logits and the same greedy generation, with two limits: an engine embeds the tokens that it
-    generates by its own table. ADePT's network must be in that (``export_merged_base``), and DePT's offset on generated
+    Pass a row to vLLM as ``{"prompt_embeds": row}``, to an engine with ``enable_prompt_embeds=True``. Pass
+    ``row.tolist()`` to SGLang's ``/generate`` as ``input_embeds``. The model without fastprefix gives the same logits
+    and the same greedy generation with these ``inputs_embeds``, with two exceptions, because an engine embeds generated
+    tokens with its own table. ADePT requires the checkpoint of ``export_merged_base``. DePT's offset on generated
     tokens is lost.
 
     Args:
-        model: a decoder with a prompt method in use, not merged.
+        model: a decoder with a prompt method in use that is not merged.
         input_ids: int64 ``[B, N]``.
-        attention_mask: ``[B, N]``, 0 for padding, which is left out; None: there is none.
+        attention_mask: ``[B, N]``, 0 for padding, which is left out. None if no token is padding.
 
     Returns:
-        For each row embeddings ``[S + n, d]`` of its n tokens, in the dtype of the model's embeddings.
+        Embeddings ``[S + n, d]`` for each row with n tokens and S virtual tokens, in the dtype of the model's
+        embeddings.
 
     Raises:
-        ValueError: the model has no prompt, or what enters its layers is more than embeddings.
+        ValueError: if the model has no prompt, or its layers need more than embeddings, or a shape is wrong.
     """
     hooks = _get_prompt_hooks(model)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError("`input_ids` must be an integer tensor [B, N].")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"`attention_mask` must be {list(input_ids.shape)} as `input_ids`, but is {list(attention_mask.shape)}."
+            f"`attention_mask` must be {list(input_ids.shape)} like `input_ids`, but is {list(attention_mask.shape)}."
         )
     rows = []
     with evaluating(model):
@@ -60,31 +61,32 @@ def export_prompt_embeds(
 
 
 def encode_prompt_embeds(embeds: Tensor) -> str:
-    """Return a tensor as text, as the key ``prompt_embeds`` of a request to vLLM's server has it."""
+    """Return a tensor as base64 text for the key ``prompt_embeds`` of a request to vLLM's server."""
     buffer = io.BytesIO()
     torch.save(embeds.detach().cpu(), buffer)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str], **options: Any) -> None:
-    """Write the base model with ADePT's network in its embedding table, as a checkpoint of ``transformers``.
+    """Write a ``transformers`` checkpoint of the base model with ADePT's network in its embedding table.
 
-    A serving engine needs it beside ``export_prompt_embeds``: it embeds the tokens that it generates by itself. An
-    output head that is tied to the table keeps the old one, and the checkpoint says that they are not tied.
+    A serving engine needs this checkpoint in addition to ``export_prompt_embeds``, because the engine embeds generated
+    tokens with its own table. An output head that is tied to the table keeps the old table, and the checkpoint marks
+    them as not tied.
 
     Args:
-        model: a decoder with ADePT in use, not merged. It is left as it is.
-        directory: where to.
-        options: of ``save_pretrained``.
+        model: a decoder with ADePT in use that is not merged. It is not changed.
+        directory: the folder to write to.
+        options: keyword arguments of ``save_pretrained``.
 
     Raises:
-        ValueError: another method is in use, which leaves the embedding table as it is.
+        ValueError: if another method is in use, or the model is not a decoder whose layers read only embeddings.
     """
     hooks = _get_prompt_hooks(model)
     if not isinstance(hooks.method, ADePT):
         raise ValueError(
             f"`model` must have ADePT in use, but has {type(hooks.method).__name__}, which does not change the "
-            "embedding table: serve the base model as it is."
+            "embedding table. Serve the base model without changes."
         )
     with evaluating(model), torch.no_grad():
         table = NewTable(hooks, rewrite_table(hooks))
@@ -97,19 +99,19 @@ def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str]
 
 
 def _get_prompt_hooks(model: PreTrainedModel) -> PromptHooks:
-    """Return the hooks of a prompt on a decoder that gets nothing but embeddings."""
+    """Return the hooks of a prompt on a decoder whose layers read only embeddings."""
     refuse_sharded(model, "export its prompt")
     adapter = get_attachment(model).adapter
     hooks, method = adapter.hooks, adapter.method
     if not isinstance(method, PromptMethod):
         raise ValueError(
-            f"`model` must have a prompt, but has {type(method).__name__}: see fastprefix.export_cache for prefixes."
+            f"`model` must have a prompt, but has {type(method).__name__}. Use fastprefix.export_cache for prefixes."
         )
     if adapter.merged or not isinstance(hooks, PromptHooks):
-        raise ValueError("`model` must have an adapter that is not merged: detach it, and load it again.")
+        raise ValueError("`model` must have an adapter that is not merged. Detach it and load it again.")
     if model.config.is_encoder_decoder or not hooks.entry_is_embedding or needs_ids(model.config):
         raise ValueError(
-            f"`model` must be a decoder whose layers get its embeddings and nothing else, but {type(model).__name__} "
-            "makes more of its ids."
+            f"`model` must be a decoder whose layers read only embeddings, but {type(model).__name__} is not "
+            "such a model."
         )
     return hooks

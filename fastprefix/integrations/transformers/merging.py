@@ -1,16 +1,15 @@
-"""Merging a method into its model for inference, and handing a prefix to a model without this package.
+"""Merge a method into its model for inference, and export a prefix as a key/value cache.
 
-What does not depend on the input is computed once:
+Merging computes everything that does not depend on the input once:
 
-- ADePT's network becomes part of the embedding table. An output head that is tied to the table keeps the old one.
-- On a decoder that shares its prompt, the prompt becomes keys and values. DePT's offset depends on the position and
-  stays where it is.
-- Rows that deep visual prompts put into each layer become a prefix.
-- A prompt that is computed from other parameters becomes a plain one, where it stands in every row.
-- A reparameterised prefix becomes a plain one, and gates that do not depend on the input are multiplied in.
+- ADePT's network becomes part of the embedding table. An output head that is tied to the table keeps the old table.
+- A shared prompt of a decoder becomes keys and values. DePT's offset depends on the position and is not merged.
+- The rows that deep visual prompts insert into each layer become a prefix.
+- A prompt that runs in every row and is computed from other parameters becomes a plain prompt.
+- A reparameterized prefix becomes a plain prefix, and gates that do not depend on the input are multiplied in.
 
-The embedding that was there is kept until the method is detached, on its device, or there would be no way back. Where
-an output head shares its weights, that costs nothing.
+The former embedding table is kept on its device until the method is detached, so that ``detach`` can restore it. This
+requires no extra memory if an output head shares its weights.
 """
 
 from __future__ import annotations
@@ -55,24 +54,27 @@ from .sharding.partitioned import gathering_modules
 from .sharding.tensor_parallel import TensorParallelHeads
 from .vision.visual_prompt import VisualHooks
 
-_ROWS = 4096  # of the table that are computed at once
+_ROWS = 4096  # the rows of the table that one step computes
 
 
 def merge(model: Model) -> Model:
-    """Merge a method into its model as far as possible, for inference. Nothing can be trained afterwards.
+    """Merge the adapter in use into its model for faster inference. The model cannot be trained afterwards.
 
-    Merging again changes nothing. ``detach`` restores the model bit for bit. What was merged into a prefix alone, can
-    be saved, as a plain prefix. After merging ADePT, ``inputs_embeds`` takes what the model's own input embeddings
-    give, the offset included.
+    Merging again changes nothing. ``detach`` restores the model bit for bit. If the merged adapter consists only of a
+    prefix or a prompt, it can be saved as plain prefix tuning or prompt tuning. After merging ADePT, compute
+    ``inputs_embeds`` with the model's own input embeddings, which include the offset.
 
-    PEFT's layers stay as they are, and are frozen while the merged adapter is in use. They may be merged, switched and
-    disabled by PEFT as before: a prompt's keys and values are then computed anew at the beginning of the next sequence.
+    PEFT's layers are not merged. They are frozen while the merged adapter is in use. PEFT can still merge, switch and
+    disable them: the keys and values of a merged prompt are then recomputed at the beginning of the next sequence.
+
+    Args:
+        model: a model with a method attached. It is changed in place.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the model has no method attached, or nothing of it can be baked in, and why.
+        ValueError: if the model has no method attached or none in use, or no part of the method can be merged.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapter, routing = attachment.adapter, attachment.routing
@@ -86,7 +88,7 @@ def merge(model: Model) -> Model:
         elif isinstance(method, VisualMethod):
             _merge_rows(base, adapter, method)
         elif isinstance(hooks, TaskPromptHooks):
-            raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}")
+            raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}.")
         elif isinstance(hooks, SharedPromptHooks):
             _merge_shared_prompt(base, adapter, method, hooks)
         elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
@@ -100,7 +102,7 @@ def merge(model: Model) -> Model:
         else:
             raise ValueError(
                 f"`model` must have something to merge, but {type(method).__name__} on the path "
-                f'"{method.prompt_path}" computes the prompt anew for every input. Use the model as it is.'
+                f'"{method.prompt_path}" recomputes the prompt for every input. Use the model without merging.'
             )
     routing.install()
     adapter.merged = True
@@ -118,49 +120,50 @@ def export_cache(
     format: Literal["transformers", "mlx", "mlx-0.31"] = "transformers",
     path: str | os.PathLike[str] | None = None,
 ) -> DynamicCache:
-    """Return a prefix as ``past_key_values`` for the model without this package, or any model with the same weights.
+    """Return the prefix in use as a key/value cache, which any model with the same weights accepts without fastprefix.
 
-    It takes the prefix's columns in ``attention_mask``, as every cache does. Calls and ``generate`` extend a cache:
-    export one for each.
+    Pass the cache as ``past_key_values``. An ``attention_mask`` passed with it must include the columns of the prefix,
+    as with every cache. A call or ``generate`` extends the cache in place, so export a new one for each.
 
     Args:
-        model: a model with a shifted prefix.
-        batch_size: of the cache.
-        format: "mlx" also writes a file that ``load_prompt_cache`` of MLX-LM 0.32 and later reads, and "mlx-0.31" one
-            for versions before that; the model there must have the same weights.
-        path: of that file, which is ``[1, Hkv, m, D]`` for each layer's keys and values.
+        model: a model with a prefix whose ``prefix_position`` is "shift".
+        batch_size: the number of rows of the cache.
+        format: "transformers" only returns the cache. "mlx" also writes a file for ``load_prompt_cache`` of MLX-LM 0.32
+            and later, and "mlx-0.31" a file for older versions. The MLX model must have the same weights.
+        path: the path of that file. It holds keys and values ``[1, Hkv, m, D]`` for each layer.
+
+    Returns:
+        A ``DynamicCache`` with the prefix in every row, in the dtype of the model.
 
     Raises:
-        ValueError: the method is more than keys and values that stand before all tokens, and what it is, or the format
-            has no place for it.
+        ValueError: if the method is not only keys and values before all tokens, if ``format`` cannot represent it, or
+            if ``path`` does not go with ``format``.
     """
     check_choice("format", format, ("transformers", *FORMATS))
     if (path is None) != (format == "transformers"):
-        raise ValueError(f"`path` must be given for the formats {', '.join(FORMATS)}, and for no other.")
+        raise ValueError(f"`path` must be given for the formats {', '.join(FORMATS)}, and only for them.")
     adapter, base = get_attachment(model).adapter, find_base_model(model)
     method = adapter.method
     if not isinstance(method, PrefixMethod):
-        raise ValueError(
-            f"`model` must have a prefix, but has the prompt of {type(method).__name__}. Call fastprefix.merge first."
-        )
+        raise ValueError(f"`model` must have a prefix, but has {type(method).__name__}. Call fastprefix.merge first.")
     if adapter.outside is not None:
         raise ValueError(
-            f"`model` must have an adapter that is all in its prefix, but {adapter.outside}. Use the adapter itself."
+            f"`model` must have an adapter that is entirely a prefix, but {adapter.outside}. Use the adapter itself."
         )
     if method.config.prefix_position != "shift":
-        raise ValueError('`prefix_position` must be "shift" for a cache, whose tokens come after it, but is "none".')
+        raise ValueError('`prefix_position` must be "shift" for a cache, since tokens follow the cache, but is "none".')
     if method.needs_hidden():
         raise ValueError(f"`model` must have gates that do not depend on the input, but has {type(method).__name__}.")
     refuse_more_than_keys(method, "a cache")
     assert isinstance(adapter.hooks, PrefixHooks)
     if format != "transformers" and adapter.hooks.windows:
         raise ValueError(
-            "`model` must have no sliding windows for a prompt cache of MLX-LM, which has another class for them, but "
-            f"{type(model).__name__} has."
+            "`model` must have no sliding windows for a prompt cache of MLX-LM, which uses a different class for them, "
+            f"but {type(model).__name__} has sliding windows."
         )
     modules = list(adapter.hooks.bindings)
     if nameless := [type(module).__name__ for module in modules if not isinstance(_get_index(module), int)]:
-        raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has none.")
+        raise ValueError(f"`model` must have attention layers with a layer_idx, but {nameless[0]} has no layer_idx.")
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
         with gathering_around(base, [method]):
@@ -177,9 +180,9 @@ def export_cache(
                 pairs.append((key[:1], value[:1]))
             elif not all(map(torch.equal, pair, prefixes[sources[index]])):
                 raise ValueError(
-                    f"`model` must be one with the same prefix in layers that share their keys and values, but layer "
-                    f"{index} of {type(base).__name__} reads those of layer {sources[index]} from a cache, and its "
-                    "prefix is another: use the adapter on the model instead"
+                    f"`model` must have equal prefixes in layers that share keys and values, but layer {index} of "
+                    f"{type(base).__name__} reads those of layer {sources[index]} from a cache and has a different "
+                    "prefix. Use the adapter on the model instead of a cache."
                 )
     if path is not None:
         about = {"model": base.name_or_path or type(base).__name__, "fastprefix": __version__}
@@ -188,15 +191,17 @@ def export_cache(
 
 
 def refuse_more_than_keys(method: PrefixMethod, what: str) -> None:
-    """Refuse a prefix that is more than keys and values at the positions before all tokens."""
+    """Raise ValueError if a prefix is not only keys and values at the positions before all tokens."""
     if method.key_bias(0) is not None:
-        raise ValueError(f"`key_bias` must be False for {what}, which has no place for biases of keys, but is True.")
+        raise ValueError(f"`key_bias` must be False for {what}, which cannot hold biases of keys, but is True.")
     if method.output_gate(0) is not None:
-        raise ValueError(f'`softmax` must be "joint" for {what}, whose keys share one softmax, but is "own".')
+        raise ValueError(
+            f'`softmax` must be "joint" for {what}, since all of its keys share one softmax, but is "own".'
+        )
     shift, length = method.position_shift(), method.config.num_virtual_tokens
     if shift != length:
         raise ValueError(
-            f"`position_shift` must be None for {what}, whose tokens stand right behind {length} keys, but is {shift}."
+            f"`position_shift` must be None for {what}, since tokens follow its {length} keys directly, but is {shift}."
         )
 
 
@@ -215,14 +220,16 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
 
 
 def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
-    """Turn rows that no image changes into a prefix of the vision layers."""
+    """Turn prompt rows that do not depend on the image into a prefix of the vision layers."""
     hooks = adapter.hooks
     assert isinstance(hooks, VisualHooks)
     reason = hooks.find_reason(training=False)
     if reason is None and method.strength(0) is not None:
-        reason = "its softmax over the rows is weighed by a fixed share"
+        reason = "its softmax over the rows has a fixed weight"
     if reason is not None:
-        raise ValueError(f"`model` must have something to merge, but of {type(method).__name__} {reason}.")
+        raise ValueError(
+            f"`model` must have something to merge, but {type(method).__name__} cannot be merged: {reason}."
+        )
     pairs = [(key[0], value[0]) for key, value in hooks.run_rows().prefixes or ()]
     hooks.remove()
     found = {layer.module: layer for layer in find_layers(model)}
@@ -232,11 +239,11 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
     prefix.set_prefixes(pairs)
     _exchange(model, adapter, prefix, [PrefixHooks(model, prefix, layers)])
     if len(found) > len(layers):
-        adapter.outside = "its prefix is in the layers of images alone"
+        adapter.outside = "its prefix is only in the layers for images"
 
 
 def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hooks: SharedPromptHooks) -> None:
-    """Turn a prompt into a prefix that stands before all tokens."""
+    """Turn a prompt into a prefix at the positions before all tokens."""
     tuners = read_tuner_state(hooks.backbone)
     with load_offloaded(model, hooks.backbone), gathering_around(model, [method]):
         prefixes = hooks.run_prompt()
@@ -259,11 +266,11 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     _exchange(model, adapter, prefix, merged.parts)
     adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
-        adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens alone"
+        adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens only"
 
 
 def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks) -> None:
-    """Merge ADePT's network alone, which leaves prompt tuning."""
+    """Merge ADePT's network into the embedding table. The rest of the method is prompt tuning."""
     prompt = make_plain_prompt(method)
     prompt.config.shared_prompt = False
     if is_fully_sharded(model):  # the gathered parameter is freed again
@@ -279,11 +286,11 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
 def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
-    return f"{type(method).__name__}'s offset stands beside its prefix" if method.changes_positions else None
+    return f"{type(method).__name__}'s offset is not part of its prefix" if method.changes_positions else None
 
 
 def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
-    """Exchange what the adapter is."""
+    """Replace the method, the configuration and the hooks of an adapter, and install the new hooks."""
     setattr(model, MODULE, method.eval())
     adapter.config, adapter.method = method.config, method
     adapter.hooks = parts[0] if len(parts) == 1 else Several(parts)
@@ -300,22 +307,28 @@ def _make_plain_prefix(method: PromptMethod, prefixes: list[Prefix], layers: Seq
 
 
 def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
-    """Compute the embedding table with ADePT's offset, in blocks, and with all else that the former module does to a
-    row.
+    """Compute the embedding table with ADePT's offset in blocks.
+
+    The result also includes everything else that the former embedding module does to a row.
+
+    Raises:
+        ValueError: if the embedding has PEFT layers or ``max_norm``, or accelerate would overwrite the new table.
     """
     former = hooks.embedding
     if has_tuner_layers(former):
         raise ValueError(
-            "`model` must have input embeddings without layers of PEFT, whose changes a merged table would not notice: "
-            "call merge_and_unload of the PEFT model first, or use the adapter as it is."
+            "`model` must have input embeddings without layers of PEFT, since a merged table would not follow their "
+            "changes. Call merge_and_unload of the PEFT model first, or use the adapter without merging."
         )
     if getattr(former, "max_norm", None) is not None:
-        raise ValueError("`model` must have an embedding that does not change its own weights, but it has max_norm.")
+        raise ValueError(
+            "`model` must have an embedding that does not change its own weights, but its embedding has max_norm."
+        )
     around = (m for m in hooks.model.modules() if loads_all_inside(m))
     if any(inside is former for module in around for inside in module.modules()):
         raise ValueError(
-            "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table in "
-            "the place of the merged one: offload it without that option, or do not merge"
+            "`model` is offloaded with preload_module_classes, so accelerate would load the former embedding table "
+            "instead of the merged one. Offload the model without that option, or do not merge."
         )
     former_table = hooks.table
     table = torch.empty(former_table.shape, dtype=former_table.dtype, device=find_device(hooks.model))
@@ -328,16 +341,16 @@ def rewrite_table(hooks: PromptHooks) -> nn.Embedding:
 
 
 class NewTable:
-    """A backbone with another embedding in the places of its own.
+    """A replacement of a backbone's embedding module by another one.
 
-    Weights that are tied to the former table stay as they are. The configurations say so in the meantime, or
-    ``tie_weights``, which resizing a vocabulary calls too, would tie them to the new table.
+    Weights that are tied to the former table stay as they are. ``tie_word_embeddings`` is set to False until the table
+    is removed. Otherwise ``tie_weights``, which resizing a vocabulary also calls, would tie them to the new table.
     """
 
     def __init__(self, hooks: PromptHooks, embedding: nn.Embedding) -> None:
         self.model = hooks.model
         self.former, self.embedding = hooks.embedding, embedding
-        self.tying: list[Any] = []  # the configurations that said that weights are tied
+        self.tying: list[Any] = []  # the configurations with ``tie_word_embeddings``
         self.tied: list[str] = []  # the names of the parameters that were tied to the former table
         self.places = [
             (parent, name)
@@ -347,7 +360,7 @@ class NewTable:
         ]
 
     def install(self, model: PreTrainedModel) -> None:
-        """Put the new embedding there. The model may have been moved or resized since the table was computed."""
+        """Install the new embedding. The model may have been moved or resized since the table was computed."""
         weight: Any = self.former.weight
         _resize_like(self.embedding.to(device=find_device(model), dtype=weight.dtype), self.former)
         for parent, name in self.places:
@@ -358,11 +371,11 @@ class NewTable:
             config.tie_word_embeddings = False
 
     def remove(self) -> None:
-        """Put the former embedding back. The model may have been moved or resized since."""
+        """Restore the former embedding. The model may have been moved or resized since ``install``."""
         for config in self.tying:
             config.tie_word_embeddings = True
         weight = self.embedding.weight
-        if not self.former.weight.is_meta:  # where accelerate has offloaded it, it has not been moved
+        if not self.former.weight.is_meta:  # an offloaded table has not been moved
             _resize_like(self.former.to(device=weight.device, dtype=weight.dtype), self.embedding)
         for parent, name in self.places:
             if getattr(parent, name) is self.embedding:
@@ -373,7 +386,7 @@ class NewTable:
 
 
 def _resize_like(embedding: nn.Embedding, other: nn.Embedding) -> None:
-    """Give an embedding as many rows as another has; those that it lacks are the other's."""
+    """Resize an embedding to as many rows as another one has. New rows are copied from the other one."""
     rows, former = other.weight.shape[0], embedding.weight.shape[0]
     if rows != former:
         embedding.weight.data = torch.cat(
@@ -383,14 +396,14 @@ def _resize_like(embedding: nn.Embedding, other: nn.Embedding) -> None:
 
 
 class MergedPromptHooks(PrefixHooks):
-    """A prefix that was computed from a prompt, and is computed anew where PEFT's layers have changed since.
+    """The hooks of a prefix that was computed from a prompt. It is recomputed after PEFT's layers have changed.
 
     Args:
         model: the model.
         method: the prefix.
-        layers: its attention layers.
-        source: the hooks of the prompt, which are not on the model.
-        tuners: the state of PEFT's layers in which the prefix was computed.
+        layers: the attention layers of the prefix.
+        source: the hooks of the prompt, which are not installed.
+        tuners: the state of PEFT's layers for which the prefix was computed.
     """
 
     def __init__(
@@ -404,12 +417,12 @@ class MergedPromptHooks(PrefixHooks):
         super().__init__(model, method, layers)
         self.source = source
         self.tuners = tuners
-        self.is_up_to_date = False  # in a call that has computed the prefix anew
+        self.is_up_to_date = False  # True during a call that has recomputed the prefix
         self.parts: list[Hooks] = [self]
-        """Everything that merging has put on the model."""
+        """All hooks that merging has installed on the model."""
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the backbone with the prefix, which is brought up to date at the beginning of a sequence."""
+        """Run the backbone with the prefix. Recompute an outdated prefix at the beginning of a sequence."""
         begins = count_past(name_arguments(self.names, args, kwargs)) == 0
         if self.is_up_to_date or not begins or torch.compiler.is_compiling():
             return super().run(forward, args, kwargs)
@@ -421,7 +434,7 @@ class MergedPromptHooks(PrefixHooks):
         interception = self.handles[0]
         assert isinstance(interception, Interception)
         try:
-            return interception(*args, **kwargs)  # the one of this call has been removed
+            return interception(*args, **kwargs)  # the interception of this call has been removed
         finally:
             self.is_up_to_date = False
 
@@ -443,17 +456,17 @@ class MergedPromptHooks(PrefixHooks):
 
 
 class Several:
-    """Changes that are taken back together, the last first."""
+    """Several hooks that are installed in order and removed in reverse order."""
 
     def __init__(self, parts: list[Hooks]) -> None:
         self.parts = parts
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make them, the first first."""
+        """Install all hooks in order."""
         for part in self.parts:
             part.install(model)
 
     def remove(self) -> None:
-        """Undo all changes."""
+        """Remove all hooks, the last one first."""
         for part in reversed(self.parts):
             part.remove()

@@ -1,4 +1,4 @@
-"""The trainable parameters of a model with a method: counted, and as an optimiser takes them."""
+"""Count the trainable parameters of a model with a method, and arrange them in groups for an optimizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PEFT = "peft"
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """The numbers of a model's parameters, in all and trained. ``print`` shows them in a line.
+    """The numbers of all parameters and of the trained parameters of a model. ``print`` shows them in one line.
 
-    ``groups`` has the trained ones by what they belong to: the method (under "fastprefix"), the modules that stay
-    trainable, each under its name, and what PEFT trains, such as LoRA (under "peft").
+    ``groups`` has the number of trained parameters of the method (key "fastprefix"), of each module that stays
+    trainable (key: its name), and of PEFT's layers, such as LoRA (key "peft").
     """
 
     total: int
@@ -32,12 +32,12 @@ class ParameterCount:
 
     @property
     def trainable(self) -> int:
-        """Return how many parameters are trained."""
+        """Return the number of trained parameters."""
         return sum(self.groups.values())
 
     @property
     def share(self) -> float:
-        """Return the share of the parameters that is trained."""
+        """Return the fraction of the parameters that is trained."""
         return self.trainable / self.total
 
     def __str__(self) -> str:
@@ -46,10 +46,16 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the parameters of a model with a method, those of the adapter in use among them; merged, none is trained.
+    """Count the parameters of a model with a method, including the adapter in use.
+
+    Args:
+        model: a model with a method attached.
+
+    Returns:
+        The total number of parameters and the numbers of trained ones. A merged adapter has no trained parameters.
 
     Raises:
-        ValueError: the model has no method attached, or none in use.
+        ValueError: if the model has no method attached, or no adapter in use.
     """
     adapter, base = get_attachment(model).adapter, find_base_model(model)
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
@@ -62,7 +68,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _list_trained_beside(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
-    """Return what is trained beside an adapter in a model with layers of PEFT's: all of that is PEFT's choice."""
+    """Return the parameters that PEFT trains beside an adapter, if the model has PEFT layers."""
     base = find_base_model(model)
     if not has_tuner_layers(base):
         return []
@@ -81,25 +87,29 @@ def parameter_groups(
     weight_decay: float = 0.0,
     adapter_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups with the learning rates that methods are trained with.
+    """Return parameter groups with suitable learning rates, for any PyTorch optimizer.
+
+    The default rates are the ``learning_rates`` of the method's configuration. They are meant for Adam.
 
     Args:
         model: a model with a method attached.
-        lr: for everything else: prefixes, offsets, and the modules that stay trainable. None: the method's usual rate.
-        prompt_lr: for the soft prompt, or what it is computed from. None: ``lr``, and if that is None too, the method's
-            usual rate, 0.3 for most.
-        gate_lr: for gates. None: ``lr``, and if that is None too, the method's usual rate. APT's gates are projections
-            of a whole hidden state: at a rate that is right for the prefix, they are all at 1 within some tens of steps
-            of Adam.
-        peft_lr: for what PEFT trains, such as LoRA; 2e-4 is the rate of LoRA's paper.
-        weight_decay: for all groups.
-        adapter_names: of the adapters that are trained together, in batches whose rows name them. None: the one in use.
+        lr: the rate of prefixes, offsets and the modules that stay trainable. None uses the method's default.
+        prompt_lr: the rate of the soft prompt, or of the parameters that it is computed from. None uses ``lr``. If
+            ``lr`` is also None, the method's default is used, which is 0.3 for most methods.
+        gate_lr: the rate of gates. None uses ``lr``, or the method's default if ``lr`` is also None. APT's gates are
+            projections of a whole hidden state. At the rate of the prefix, they would all saturate at 1 within some
+            tens of steps of Adam.
+        peft_lr: the rate of the parameters that PEFT trains. The default 2e-4 is the rate of the LoRA paper.
+        weight_decay: the weight decay of all groups.
+        adapter_names: the adapters that are trained together, in batches whose rows name their adapters. None selects
+            the adapter in use.
 
-    The usual rates are the ``learning_rates`` of a method's configuration. They are meant for Adam.
+    Returns:
+        Dictionaries with the keys "params", "lr" and "weight_decay", one for each nonempty group.
 
     Raises:
-        ValueError: the model has no method attached, none in use, or one that cannot be trained: it was merged, or PEFT
-            has frozen it or put its layers into it.
+        ValueError: if the model has no method attached or none in use, or if an adapter cannot be trained. That is the
+            case if the adapter is merged, or PEFT has frozen it or has added layers to it.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapters = [attachment.adapter]
@@ -129,11 +139,13 @@ def parameter_groups(
 
 def _check_trained(base: PreTrainedModel, adapter: Adapter) -> None:
     if adapter.merged:
-        raise ValueError("`model` must have an adapter that is not merged, which cannot be trained: detach it first.")
+        raise ValueError(
+            "`model` has a merged adapter, which cannot be trained. Detach it, then attach or load it again."
+        )
     adapter.check_untouched(base)
     frozen = not any(p.requires_grad for p in adapter.method.parameters())
     if has_tuner_layers(base) and adapter.trained and frozen:
         raise ValueError(
-            "`model` must have an adapter that is trained, but all of its parameters are frozen. PEFT freezes them "
-            "when it adds its layers: call fastprefix.set_adapter afterwards."
+            "`model` must have an adapter with trainable parameters, but all of them are frozen. PEFT freezes them "
+            "when it adds its layers. Call fastprefix.set_adapter afterwards."
         )

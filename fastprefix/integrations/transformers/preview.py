@@ -1,6 +1,6 @@
-"""Describe what methods would do on a model, from its configuration alone.
+"""Describe how methods would run on a model, given only its configuration.
 
-A small copy of the model with random weights is tried in its place.
+The methods are tried on a small copy of the model with random weights.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from .vision.visual_prompt import find_vision_stack
 
 
 def preview(name: str) -> Iterator[str]:
-    """Yield the lines that describe a model, given a local folder or a name that the hub or its local cache knows.
+    """Yield lines that describe how methods would run on a model.
 
-    Only the configuration is read, and no code but this library's is run.
+    Only the configuration is read. No remote code is run.
+
+    Args:
+        name: a local folder, or a model name on the hub or in its local cache.
 
     Raises:
-        OSError: no configuration there.
-        ValueError: the configuration is of a model that ``transformers`` itself does not have.
+        OSError: if no configuration is found.
+        ValueError: if ``transformers`` itself has no model for the configuration.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     try:
         model = make_small_copy(config, whole=True)
     except CopyError:
-        yield "model         cannot be built small; attach a method to the model itself: model.fastprefix.prompt_path"
+        yield "model         has no small copy that runs. Attach a method to it and read model.fastprefix.prompt_path"
         return
     yield f"model         {type(model).__name__} ({config.model_type}), tried with random weights"
     yield f"prompts       {_describe_prompts(model)}"

@@ -1,4 +1,4 @@
-"""A model without its adapters, as the reference of preference optimization, which costs no second copy of it."""
+"""Use a model without its adapters as the reference model of preference optimization, without a second copy."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .models.tuners import disable_tuners, find_base_model
 
 
 class ReferenceModel(nn.Module):
-    """Run another model without its adapters, those of this package and PEFT's layers.
+    """A view of a model that runs it without fastprefix adapters and without PEFT's layers.
 
-    It has no own parameters, and looks like a model to trainers that ask for a reference model, such as TRL's
-    ``DPOTrainer(model, ref_model=...)``. The adapters are put aside for the time of a call.
+    Pass it to trainers that require a reference model, such as ``DPOTrainer(model, ref_model=ReferenceModel(model))``
+    of TRL. It has no parameters. Each call disables the adapters and enables them again afterwards.
 
     Args:
         model: a model with a method attached, or a PEFT model around one.
 
     Raises:
-        ValueError: the model has no method attached.
+        ValueError: if the model has no method attached.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         get_attachment(model)
-        self._held = (find_base_model(model),)  # in a tuple, which hides it from PyTorch
+        self._held = (find_base_model(model),)  # in a tuple, so that PyTorch does not register the model as a submodule
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -49,15 +49,15 @@ class ReferenceModel(nn.Module):
         return self._model.dtype
 
     def get_output_embeddings(self) -> Any:
-        """Return the head of the model."""
+        """Return the output embeddings (the head) of the model."""
         return self._model.get_output_embeddings()
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model without its head."""
+        """Run the model without its adapters and without its head."""
         return self._run(self._model.base_model, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the model without its adapters."""
         return self._run(self._model, args, kwargs)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

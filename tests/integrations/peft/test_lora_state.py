@@ -520,7 +520,9 @@ def test_peft_models_are_accepted_everywhere(tmp_path: Path) -> None:
 
 def test_peft_models_of_prompts_are_refused() -> None:
     made = peft.get_peft_model(models.decoder(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(TypeError, match=r"PeftModelForCausalLM: PEFT's prompts, .* with fastprefix\.accelerate"):
+    with pytest.raises(
+        TypeError, match=r"PeftModelForCausalLM. To speed up PEFT's prompts, .* use fastprefix\.accelerate"
+    ):
         fastprefix.attach(made, PREFIX)
 
 

@@ -197,7 +197,10 @@ def test_copies_have_their_own() -> None:
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (lambda model: fastprefix.attach(model, METHODS["apt"](), name="a"), "attached already as 'a'"),
+        (
+            lambda model: fastprefix.attach(model, METHODS["apt"](), name="a"),
+            "an adapter named 'a' is attached already",
+        ),
         (lambda model: fastprefix.attach(model, fastprefix.APTConfig(3, pooling="mean"), name="c"), "pooling"),
         (lambda model: fastprefix.set_adapter(model, "c"), "`name` must be one of 'a', 'b', but is 'c'"),
         (lambda model: fastprefix.detach(model, "c"), "`name` must be one of 'a', 'b', but is 'c'"),

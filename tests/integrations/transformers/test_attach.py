@@ -470,7 +470,7 @@ def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
     inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
     model(**inputs)
     inputs = {"input_ids": torch.ones(1, 60, dtype=torch.long), "position_ids": torch.arange(60)[None]}
-    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 moves an input of 60 tokens .* 64 positions"):
+    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 extends an input of 60 tokens .* 64 positions"):
         model(**inputs)
 
 

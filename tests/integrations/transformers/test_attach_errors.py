@@ -36,7 +36,7 @@ def tensor_parallel() -> Any:
     [
         (tensor_parallel, PREFIX, ValueError, "device mesh with a dimension 'tp' for tp_size=2"),
         (lambda: nn.Linear(2, 2), PREFIX, TypeError, "`model` must be a transformers model"),
-        (lambda: torch.compile(models.decoder()), PREFIX, TypeError, "OptimizedModule: attach first, then compile"),
+        (lambda: torch.compile(models.decoder()), PREFIX, TypeError, "OptimizedModule. Attach first, then compile"),
         (lambda: models.decoder().to("meta"), PREFIX, ValueError, "weights loaded"),
         (models.decoder, {"num_virtual_tokens": 3}, TypeError, r"`config` must.*is builtins\.dict"),
         (models.decoder, fastprefix.PrefixTuningConfig, TypeError, "is the class fastprefix.PrefixTuningConfig"),

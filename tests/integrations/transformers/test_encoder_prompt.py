@@ -98,9 +98,9 @@ def test_saved_and_taken_off(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
-    with pytest.raises(ValueError, match=r"shared_prompt=True cannot be exact.*its encoder's prompt sees"):
+    with pytest.raises(ValueError, match=r"shared_prompt=True` cannot be exact.*its encoder's prompt sees"):
         fastprefix.attach(build("t5"), fastprefix.PromptTuningConfig(3, shared_prompt=True))
     with pytest.raises(ValueError, match=r"`model` must have something to merge.*encoder"):
         fastprefix.merge(attached("t5", "adept"))
-    with pytest.raises(ValueError, match=r"`model` must be a model of text for PromptTuningConfig, but is .*Whisper"):
+    with pytest.raises(ValueError, match=r"`model` must be a text model for PromptTuningConfig, but is .*Whisper"):
         fastprefix.attach(build("whisper"), fastprefix.PromptTuningConfig(3))

@@ -250,7 +250,7 @@ def test_a_reparameterised_prefix_is_merged() -> None:
         (
             "t5",
             fastprefix.LlamaAdapterConfig(3),
-            "`model` must be a model of text for LlamaAdapterConfig.*encoder-decoder T5",
+            "`model` must be a text model for LlamaAdapterConfig.*encoder-decoder T5",
         ),
         ("vit", fastprefix.PromptTuningConfig(3), "ViTForImageClassification, whose input is pixel_values"),
         ("vit", fastprefix.LlamaAdapterConfig(3), "LlamaAdapterConfig"),

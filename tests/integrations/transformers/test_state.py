@@ -198,7 +198,7 @@ def test_adapters_inside_and_around_one_another_are_refused(family: Any, method:
     attached(model, method)
     trained = head.requires_grad
     own = logits(model)
-    with pytest.raises(ValueError, match=f"shares modules with a {type(model).__name__} that has one"):
+    with pytest.raises(ValueError, match=f"shares modules with a {type(model).__name__} that has an adapter"):
         fastprefix.attach(inner, METHODS[method]())
     assert head.requires_grad is trained
     assert same(logits(model), own)
@@ -212,7 +212,7 @@ def test_two_models_with_one_backbone() -> None:
     first, second = models.decoder(), models.decoder()
     second.model = first.model
     attached(first, "prefix")
-    with pytest.raises(ValueError, match="shares modules with a LlamaForCausalLM that has one"):
+    with pytest.raises(ValueError, match="shares modules with a LlamaForCausalLM that has an adapter"):
         fastprefix.attach(second, METHODS["prefix"]())
     fastprefix.detach(first)
     attached(second, "prefix")

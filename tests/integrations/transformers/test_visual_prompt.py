@@ -157,7 +157,7 @@ def test_deep_rows_merge_into_a_prefix(family: str, tmp_path: Path) -> None:
     assert type(get_method(model).config) is fastprefix.PrefixTuningConfig
     torch.testing.assert_close(find_result(run(model)), expected, rtol=1e-10, atol=1e-10)
     if family == "clip":
-        with pytest.raises(ValueError, match="layers of images alone"):
+        with pytest.raises(ValueError, match="only in the layers for images"):
             fastprefix.save_adapter(model, tmp_path)
     else:
         fastprefix.save_adapter(model, tmp_path)
@@ -208,7 +208,7 @@ def test_models_that_are_no_stack_over_an_image_are_refused(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="`model` must"):
             fastprefix.attach(model, fastprefix.VisualPromptConfig(ROWS))
         assert not hasattr(model, "fastprefix")
-    with pytest.raises(ValueError, match="must be a model of text for PromptTuningConfig"):
+    with pytest.raises(ValueError, match="must be a text model for PromptTuningConfig"):
         fastprefix.attach(vision_models.vit(), fastprefix.PromptTuningConfig(3))
     with pytest.raises(ValueError, match='format="peft"'):
         fastprefix.save_adapter(attached("vit", "deep", check=False), tmp_path, format="peft")

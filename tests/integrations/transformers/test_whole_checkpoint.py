@@ -58,7 +58,7 @@ def test_a_merged_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     assert fastprefix.count_parameters(model).trainable == 0
-    with pytest.raises(ValueError, match="not merged, which cannot be trained"):
+    with pytest.raises(ValueError, match="has a merged adapter, which cannot be trained"):
         fastprefix.parameter_groups(model, lr=1.0)
     fastprefix.attach(model, METHODS["prefix"](), name="b")
     model.save_pretrained(tmp_path / "b")

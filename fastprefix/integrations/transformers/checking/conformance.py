@@ -1,9 +1,9 @@
-"""Check what a method does to a model against the textbook, on a small copy of the model.
+"""Check a method on a small copy of a model against the textbook.
 
-The copy has the class and the configuration of the model, narrow heads, one layer of every kind and random weights. The
-method is attached to it, and values and the gradients of everything that is trained are compared in float64 with
-``textbook``, in the situations in which models are used. So a model of 70 billion parameters costs no more than a tiny
-one. A report is remembered in the process; nothing is written.
+The copy has the class and the configuration of the model, but narrow heads, one layer of every kind and random weights.
+The method is attached to the copy. Values and the gradients of all trained parameters are compared in float64 with
+``textbook``, in the situations in which models are used. The cost does not depend on the size of the model. Reports are
+cached in the process, and nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -55,31 +55,31 @@ from ..vision.visual_prompt import PIXELS, find_vision_stack
 from .textbook import PrefixTextbook, PromptTextbook
 
 BOUND = 1e-10
-"""The largest error, relative to the largest value, of what agrees in float64."""
+"""The largest error in float64 that counts as agreement, relative to the largest value."""
 _VIRTUAL_TOKENS, _ROWS, _TOKENS, _LONG = 3, 2, 7, CONTEXT + 2
 _PADDING = 3
 _WORDS = 48
-_NEW = 3  # tokens that are generated: the second beam search step is the first to choose among beams
+_NEW = 3  # generated tokens, since beam search first chooses among beams in its second step
 _DRAWS = 8
 _TINY = 2_000_000
-"""A model of so many parameters is as cheap to run as its small copy."""
+"""The number of parameters up to which a model is as cheap to run as its small copy."""
 _LARGEST = 100_000_000
-"""A model of which there is no small copy is checked itself up to this size."""
+"""The number of parameters up to which a model without a small copy is checked directly."""
 _PACKAGE = str(Path(__file__).parents[2])
 
 _PAIRED = (
     *("ids", "left padding", "right padding", "a row alone", "long inputs", "beam search"),
     *("forward called directly", "gradient checkpointing", "tuples", "autocast"),
 )
-"""The situations of models whose calls take what the base's take, but whose caches are their own."""
+"""The situations for pairs of models that accept the arguments of the base model, but have their own caches."""
 
 Verdict = Literal["ok", "differs", "fails", "refused", "not applicable"]
 
 
 class Float64(TorchFunctionMode):
-    """In this context nothing in float64 is rounded to float32, and nothing starts in float32.
+    """A context in which operations use float64 where code requests float32.
 
-    The norms, rotary embeddings and routers of ``transformers`` compute in float32 otherwise.
+    Without it, the norms, rotary embeddings and routers of ``transformers`` compute in float32.
     """
 
     def __torch_function__(
@@ -98,8 +98,9 @@ class Float64(TorchFunctionMode):
 class Finding:
     """The result of one situation.
 
-    "differs": by ``error``, relative to the largest value. "fails": with an error that is not this package's own.
-    "refused": with one that is. "not applicable": the model without a method does not run in this situation.
+    The verdict "differs" means a difference of ``error``, relative to the largest value. "refused" means that
+    fastprefix raised an error, "fails" any other error. "not applicable" means that the model or its textbook does not
+    support the situation.
     """
 
     situation: str
@@ -115,7 +116,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The results of all situations of a method on a family of models."""
+    """The results of all situations of a method on a model family."""
 
     family: str
     method: str
@@ -123,7 +124,7 @@ class ConformanceReport:
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
-        """Return what gives other numbers than the textbook, or what no use of the method can do without."""
+        """Return the findings that differ from the textbook, or that fail in the most basic situation."""
         basic = {"ids"}
         return tuple(
             f
@@ -133,11 +134,11 @@ class ConformanceReport:
 
     @property
     def agrees(self) -> bool:
-        """Return whether nothing is wrong."""
+        """Return whether no finding is wrong."""
         return not self.wrong
 
     def describe(self, alternative: str) -> str:
-        """Return what to tell a user: the family, the situation and the alternative."""
+        """Return an error message with the family, the situation and the ``alternative``."""
         first = self.wrong[0]
         what = f"differ from the textbook by {first.error:.1e}" if first.verdict == "differs" else "cannot be computed"
         why = f" ({first.reason})" if first.reason else ""
@@ -162,13 +163,13 @@ _LOCK = threading.RLock()
 
 
 def forget_reports() -> None:
-    """Forget all reports, for whoever changes the code of a model in the process."""
+    """Forget all reports, for example after changing the code of a model in the process."""
     _REPORTS.clear()
     _COPIES.clear()
 
 
 def list_reports(model: PreTrainedModel, method: str) -> list[ConformanceReport]:
-    """Return what is remembered of a method on a model's class and configuration, whatever the method's options."""
+    """Return the cached reports of a method on a model's class and configuration, for any options of the method."""
     contents = describe_structure(model)
     return [report for key, report in _REPORTS.items() if key[:3] == (type(model), contents, method)]
 
@@ -179,13 +180,16 @@ def check(
     attach: Callable[[PreTrainedModel, MethodConfig], Any],
     names: Sequence[str] | None = None,
 ) -> ConformanceReport:
-    """Compare a method with the textbook in every situation that a model's class and configuration have.
+    """Compare a method with the textbook in every situation that a model's class and configuration support.
 
     Args:
-        model: not changed. Only where no small copy of it can be built is a copy of the model itself used.
-        config: the method and its options, as they would be attached.
-        attach: attaches a method to a model that it is given, without checking.
-        names: of the situations to check. None: all of them.
+        model: the model, which is not changed. If no small copy of it can be built, a full copy is used.
+        config: the configuration of the method.
+        attach: a function that attaches a method to a model without checking.
+        names: the names of the situations to check. None checks all situations.
+
+    Returns:
+        The report, which is cached if ``names`` is None.
     """
     small = shrink_method_config(model, config)
     options = json.dumps(small.to_dict(), sort_keys=True, default=str)
@@ -204,14 +208,15 @@ def check_pair(
     make: Callable[[PreTrainedModel], tuple[Any, Any]],
     choose_tasks: Callable[[int], Tensor] | None = None,
 ) -> ConformanceReport:
-    """Compare two models that are to be the same, such as an accelerated one with what it was before.
+    """Compare two models that must give the same results, such as an accelerated model and the original.
 
     Args:
-        model: the base of both, which is not changed.
-        method: what a report calls it.
-        options: everything that says what ``make`` makes, but for the base.
-        make: of a small copy of the base, the model that says what is right, and the other one.
-        choose_tasks: returns the argument ``task_ids`` for so many rows. None: there is no such argument.
+        model: the base model of both, which is not changed.
+        method: the name of the method in the report.
+        options: a description of everything except the base model that determines the result of ``make``.
+        make: a function that returns the expected model and the other model, given a small copy of the base model.
+        choose_tasks: a function that returns the argument ``task_ids`` for a number of rows. None if the models have no
+            such argument.
     """
     key = _Key(type(model), describe_structure(model), method, options)
     return _report(model, key, method, lambda plain: _compare_pair(plain, make, choose_tasks))
@@ -224,7 +229,7 @@ def _report(
     compare: Callable[[PreTrainedModel], tuple[Finding, ...]],
     is_remembered: bool = True,
 ) -> ConformanceReport:
-    """Return the report that is remembered, or compare on a copy of the model."""
+    """Return the cached report, or compare on a copy of the model."""
     with _LOCK:
         if is_remembered and key in _REPORTS:
             return _REPORTS[key]
@@ -262,7 +267,7 @@ def _compare_pair(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what the families say of a small copy's sizes from the user."""
+    """Silence warnings of model families about the sizes of a small copy."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -274,10 +279,10 @@ def _silence() -> Iterator[None]:
 
 
 def describe_structure(model: PreTrainedModel) -> str:
-    """Return what of a model's configuration says how it computes, with its sizes made small."""
+    """Return the parts of a model's configuration that determine its computation, with small sizes, as JSON."""
     try:
         config = shrink_config(model.config)
-    except Exception:  # a family's own checks of sizes that it was not made for
+    except Exception:  # families check for sizes that they do not support
         config = model.config
     contents = config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -286,8 +291,9 @@ def describe_structure(model: PreTrainedModel) -> str:
 
 
 def make_copy(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a small copy of a model in float64, or a copy of the model itself where none can be built; None: the model
-    is too large for that, or its weights are not floating point numbers in memory.
+    """Return a small copy of a model in float64, or a full copy if no small copy can be built.
+
+    Return None if the model is too large for a full copy, or its weights are not floating-point numbers in memory.
     """
     copied: Any = copy.deepcopy(_get_small_copy(model))
     if copied is None:
@@ -296,7 +302,7 @@ def make_copy(model: PreTrainedModel) -> PreTrainedModel | None:
             return None
         copied = copy.deepcopy(model).double().eval()
     if getattr(copied, "generation_config", None) is not None:
-        copied.generation_config.eos_token_id = None  # as many tokens as are asked for are generated
+        copied.generation_config.eos_token_id = None  # always generate the requested number of tokens
     plain: PreTrainedModel = copied
     return plain
 
@@ -319,9 +325,9 @@ def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def choose_stand_in(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the small copy of a model that its trials are held on, or the model itself where there is none.
+    """Return the small copy of a model to run trials on, or the model itself if it is small or has no copy.
 
-    Running a model that is spread over processes is never cheap.
+    A model that is sharded over processes is never cheap to run.
     """
     cheap = model.num_parameters() <= _TINY and not is_sharded(model)
     small = None if cheap else _get_small_copy(model)
@@ -329,14 +335,14 @@ def choose_stand_in(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def adopt_small_trial(model: PreTrainedModel) -> None:
-    """Let the trial of a model's small copy, if there is one, stand for a trial of the model."""
+    """Use the trial of a model's small copy, if it has one, as the trial of the model."""
     small = choose_stand_in(model)
     if small is not model:
         adopt_trial(model, small)
 
 
 def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
-    """Return a method's options with short prompts and narrow networks, not initialized from a text."""
+    """Return a method's options with short prompts, narrow networks and a random initialization."""
     limits = {"num_virtual_tokens": _VIRTUAL_TOKENS, "hidden_dim": 8, "bottleneck_dim": 4, "rank": 4, "layers": 2}
     limits |= {"num_frozen_tokens": 1, "position_shift": _VIRTUAL_TOKENS + 1, "encoder_hidden_dim": 8}
     limits |= {"prompt_codewords": 3, "offset_codewords": 3, "num_tasks": 2}
@@ -346,9 +352,9 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
         value = getattr(config, field.name)
         if field.name in limits and type(value) is int:
             changed[field.name] = min(value, limits[field.name])
-        elif field.name == "layers" and isinstance(value, list):  # a small copy has two layers at least
+        elif field.name == "layers" and isinstance(value, list):  # a small copy has at least two layers
             changed[field.name] = [0, 1][: len(value)]
-        elif field.name.endswith("_block"):  # a divisor of the small width too
+        elif field.name.endswith("_block"):  # also a divisor of the small width
             changed[field.name] = math.gcd(value, 8)
         elif field.name == "max_length" and type(value) is int:
             changed[field.name] = 64
@@ -366,19 +372,19 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
 
 
 class _Subject(NamedTuple):
-    """Something that runs like a model: a function of its keyword arguments, and what is trained."""
+    """A function of a model's keyword arguments, with its model and its trained parameters."""
 
     run: Callable[..., Any]
     model: Any
     trained: list[Tensor]
-    choose_tasks: Callable[[int], Tensor] | None = None  # of so many rows, for the argument ``task_ids``
+    choose_tasks: Callable[[int], Tensor] | None = None  # returns ``task_ids`` for a number of rows
 
     def call(self, **inputs: Any) -> Any:
-        """Run it, with rows of different tasks if it has tasks."""
+        """Run the function, with rows of different tasks if the method has tasks."""
         return self.run(**inputs, **self.make_tasks(inputs))
 
     def make_tasks(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Return the argument that says the task of each row, if there are tasks."""
+        """Return the argument ``task_ids``, or no argument if the method has no tasks."""
         rows = next((inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs), None)
         return {} if self.choose_tasks is None or rows is None else {"task_ids": self.choose_tasks(len(rows))}
 
@@ -386,7 +392,7 @@ class _Subject(NamedTuple):
 def _compare_method(
     plain: PreTrainedModel, config: MethodConfig, attach: Callable[..., Any], names: Sequence[str] | None
 ) -> tuple[Finding, ...]:
-    """Attach a method to a copy, give it random parameters, and go through all situations."""
+    """Attach a method to a copy, randomize its parameters, and compare it in all situations."""
     attached = copy.deepcopy(plain)
     try:
         with Float64(), torch.random.fork_rng(devices=[]):
@@ -427,7 +433,7 @@ def _make_textbook(model: PreTrainedModel, config: MethodConfig, method: Any) ->
         return VisionTextbook(model, method, find_vision_stack(model))
     if issubclass(METHODS[config.method_name()][1], PrefixMethod):
         return PrefixTextbook(model, method, find_method_layers(model, config))
-    # Another id than the method's own, since none of what a family makes of it may matter.
+    # An id that differs from the method's own placeholder, since the result must not depend on it.
     needs_own = needs_ids(model.config)
     placeholder = choose_placeholder_id(model.config) if needs_own else list_ordinary_ids(model.config, _WORDS)[-1]
     return PromptTextbook(model, method, placeholder)
@@ -442,26 +448,26 @@ def _randomize(parameters: Any, seed: int = 2) -> None:
 
 
 def _find_fault(situation: str, error: BaseException) -> Finding:
-    """Return the finding of an error: "refused" for this package's own, and "fails" for all others."""
+    """Return the finding for an error: "refused" if this package raised it, otherwise "fails"."""
     frames = traceback.extract_tb(error.__traceback__)
     is_own = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and str(frames[-1].line).startswith("raise ")
     return Finding(situation, "refused" if is_own else "fails", reason=format_error(error))
 
 
 def format_error(error: BaseException, most: int = 200) -> str:
-    """Return the type and the message of an error in one line of at most so many characters."""
+    """Return the type and the message of an error in one line of at most ``most`` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
 
-class _Absent(Exception):  # noqa: N818 (nothing is wrong)
-    """A model has no such situation."""
+class _Absent(Exception):  # noqa: N818 (not an error)
+    """Raised if a situation does not apply to a model."""
 
 
 Run = Callable[..., Any]
 """A model or its textbook, as a function of the model's keyword arguments."""
 
 Make = Callable[[Run], list[Tensor]]
-"""What a situation makes of either of them: tensors to compare."""
+"""A function that runs a situation on either of them and returns the tensors to compare."""
 
 
 class Situations:
@@ -478,7 +484,7 @@ class Situations:
         self.is_plain = is_plain_text(plain)
         self.cache_name = find_cache_parameter(self.names)
         self.caches = self.is_plain and self.cache_name is not None and plain.can_generate()
-        self.results: dict[str, Any] = {}  # of the textbook, by what was run
+        self.results: dict[str, Any] = {}  # of the textbook, by the key of the run
         generator = torch.Generator().manual_seed(1)
         ordinary = torch.tensor(list_ordinary_ids(self.config, _WORDS))
         self.long_ids = ordinary[torch.randint(len(ordinary), (_ROWS, _LONG), generator=generator)]
@@ -490,12 +496,12 @@ class Situations:
         try:
             with preserve_state(self.plain), torch.no_grad():
                 self.plain(**self._make_inputs(self.ids))
-        except Exception:  # a model that requires something beside text
+        except Exception:  # a model that requires other inputs besides text
             return False
         return True
 
     def find_all(self, names: Sequence[str] | None = None) -> Iterator[Finding]:
-        """Yield what became of each situation but autocast."""
+        """Yield the finding of each situation except autocast."""
         for name, situation in self._list_situations().items():
             if names is None or name in names:
                 yield _judge(name, situation)
@@ -545,34 +551,34 @@ class Situations:
             "selected hidden states": compare("selected", self._run_states([0, -1]), gradients=False),
             "tuples": compare("tuples", self._run_tuples, gradients=False),
         }
-        if self.is_plain:  # last: some models remember where a former call's images were
+        if self.is_plain:  # last, since some models remember the image positions of an earlier call
             chosen["images"] = compare("images", self._run_images)
         return chosen
 
     # Comparisons
 
     def _compare_alike(self, key: str, run: Make, gradients: bool = True) -> Compared:
-        """Compare the same run of both."""
+        """Compare the same run of the method and the textbook."""
         expected = self._expect(key, self.book, run, gradients)
         return _compare(_evaluate(self.subject, run, gradients), expected)
 
     def _compare_cached(self, key: str, run: Make, gradients: bool) -> Compared:
-        """Compare the same run of both in several calls, unless the model itself differs from a single call."""
+        """Compare a run of several calls with a cache, unless the plain model itself differs with a cache."""
         compared = self._compare_alike(key, run, gradients)
         if compared.error > BOUND and not self._continues():
-            raise _Absent("the model itself says other things with a cache than without")
+            raise _Absent("the model itself gives other results with a cache than without")
         return compared
 
     def _compare_positions(self) -> Compared:
-        """Compare rows whose tokens have positions further on than the textbook's prompt."""
+        """Compare rows with explicit positions that leave a gap after the prompt."""
         compared = self._compare_alike("positions", self._run_positions)
         gradients = self._expect("positions", self.book, self._run_positions).gradients
         if compared.error > BOUND and gradients and not any(bool(each.any()) for each in gradients):
-            raise _Absent("the model takes a jump of positions for the start of another sequence")
+            raise _Absent("the model treats a gap in the positions as the start of another sequence")
         return compared
 
     def _continues(self) -> bool:
-        """Return whether the model without a method says the same in two calls as in one."""
+        """Return whether the model without a method gives the same results in two calls as in one."""
         ids = torch.cat([self.ids[:, :_VIRTUAL_TOKENS], self.ids], dim=1)  # as long as with the virtual tokens
         plain = _Subject(self.plain.__call__, self.plain, [])
         pieces = _evaluate(plain, self._run_in_pieces("none", ids=ids), gradients=False)
@@ -580,13 +586,13 @@ class Situations:
         return _compare(_Numbers([torch.cat(pieces.values, dim=1)], []), whole).error <= BOUND
 
     def _expect(self, key: str, book: _Subject, run: Make, gradients: bool = True) -> _Numbers:
-        """Return the textbook's numbers; what the textbook cannot run is no situation of the model."""
+        """Return the textbook's values and gradients. The situation is not applicable if the textbook fails."""
         if key not in self.results:
             try:
                 self.results[key] = _evaluate(book, run, gradients)
             except _Absent as absent:
                 self.results[key] = absent
-            except Exception as error:  # whatever the family makes of it
+            except Exception as error:  # any error of the model family
                 self.results[key] = _Absent(format_error(error))
         result: _Numbers | _Absent = self.results[key]
         if isinstance(result, _Absent):
@@ -596,7 +602,7 @@ class Situations:
     # Runs, of the method or of the textbook
 
     def _make_inputs(self, ids: Tensor, padding: str = "none") -> dict[str, Any]:
-        """Return arguments for ids ``[B, N]``; all rows but the first have padding."""
+        """Return arguments for ids ``[B, N]``. All rows except the first have padding."""
         mask = torch.ones_like(ids)
         mask[1:, {"none": slice(0), "left": slice(_PADDING), "right": slice(-_PADDING, None)}[padding]] = 0
         pad = getattr(self.config.get_text_config(), "pad_token_id", None)
@@ -666,7 +672,7 @@ class Situations:
         return _extract_values(run(**make_image_inputs(self.plain, self.ids[:1])))
 
     def _compare_packed(self) -> Compared:
-        """Compare two sequences in a row with each of them alone."""
+        """Compare two packed sequences in one row with each sequence alone."""
         self._require("position_ids")
         if not self.caches:
             raise _Absent("sequences cannot be packed")
@@ -716,7 +722,7 @@ class Situations:
         return [_extract_values(second)[0], _extract_values(other)[0]]
 
     def _generate(self, subject: _Subject, **options: Any) -> tuple[_Numbers, Any]:
-        """Generate some tokens; return what was said of them, and everything."""
+        """Generate some tokens. Return the logits and beam scores, and the whole output."""
         model: Any = subject.model
         with torch.no_grad():
             output = model.generate(
@@ -727,7 +733,7 @@ class Situations:
         return _Numbers([torch.stack(output.logits), *([] if scores is None else [scores])], []), output
 
     def _expect_generated(self, key: str, **options: Any) -> _Numbers:
-        """Return what the textbook says when it generates without a cache; a pair has its own caches."""
+        """Return the results of the textbook's generation without a cache. In a pair, both models use their caches."""
         caching = {} if self.paired else {"use_cache": False}
 
         def run(_: Run) -> list[Tensor]:
@@ -743,20 +749,20 @@ class Situations:
         return self._excuse_plain_model(compared, inputs, options)
 
     def _excuse_plain_model(self, compared: Compared, inputs: Inputs, options: Inputs) -> Compared:
-        """Return an error of cached generation, unless the model without a method says other things with a cache."""
+        """Return an error of cached generation, unless the model without a method also differs with a cache."""
         if compared.error > BOUND and find_frequencies_end(self.plain) is not None:
-            raise _Absent("rotary frequencies depend on the length of a row, and a cache keeps those of a shorter one")
+            raise _Absent("rotary frequencies depend on the length of a row, and a cache keeps those of a shorter row")
         if compared.error > BOUND:
             plain = _Subject(self.plain.__call__, self.plain, [])
             # As long as with the virtual tokens: rotary frequencies may change with the length of a row.
             longer = {name: torch.cat([value[:, :_VIRTUAL_TOKENS], value], dim=1) for name, value in inputs.items()}
             kept, anew = (self._generate(plain, **longer, **options, use_cache=cached)[0] for cached in (True, False))
             if _compare(kept, anew).error > BOUND:
-                raise _Absent("the model itself says other things with a cache than without")
+                raise _Absent("the model itself gives other results with a cache than without")
         return compared
 
     def _compare_second_turn(self) -> Compared:
-        """Generate twice with one cache."""
+        """Compare two turns of generation with one cache."""
         mask = torch.ones_like(self.ids)
         self._expect_generated("first turn", input_ids=self.ids, attention_mask=mask)
         first = self._generate(self.subject, input_ids=self.ids, attention_mask=mask)[1]
@@ -795,7 +801,7 @@ class Situations:
             self.book.model.eval()
 
     def _checkpoints_reentrantly(self) -> bool:
-        """Return whether reentrant checkpointing leaves the gradients of the model without a method as they are."""
+        """Return whether the model without a method has the same gradients with reentrant checkpointing."""
         model: Any = copy.deepcopy(self.plain).train()
         weight = getattr(find_embedding(model), "weight", None)
         weight = next(model.parameters()) if weight is None else weight
@@ -813,11 +819,11 @@ class Situations:
         return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
 
     def compare_autocast(self) -> Finding:
-        """Compare under bfloat16 autocast, outside ``Float64``: at most four times as wrong as the textbook is. The
-        weights of both are rounded to float32.
+        """Compare under bfloat16 autocast, outside ``Float64``, after rounding the weights of both to float32.
 
-        Where a router chooses another expert, either is as wrong as can be. So what is wrong in one draw of the
-        parameters is judged by the median of several.
+        The error of the method must be at most four times the error of the textbook. If a router chooses a different
+        expert, either error can be arbitrarily large. So if one draw of the parameters fails, the median of several
+        draws decides.
         """
         name = "autocast"
         try:
@@ -835,7 +841,7 @@ class Situations:
         return Finding(name, "ok" if _is_close(draws) else "differs", draws[0][1].error, draws[0][1].where)
 
     def _compare_rounded(self) -> tuple[Compared, Compared]:
-        """Return how wrong the textbook is under autocast, and how wrong the method is."""
+        """Return the errors of the textbook and of the method under autocast."""
         self.results = {}
         exact = self._expect("float32", self.book, self._run_plainest)
         with torch.autocast("cpu", torch.bfloat16):
@@ -849,14 +855,14 @@ class Situations:
 
 
 def _is_close(draws: list[tuple[Compared, Compared]]) -> bool:
-    """Return whether the median error of a method under autocast is like the textbook's own."""
+    """Return whether the median error of a method under autocast is comparable to the textbook's own error."""
     own, ours = (statistics.median(each.error for each in errors) for errors in zip(*draws, strict=True))
     return bool(ours <= max(4 * own, 0.05))
 
 
 @contextmanager
 def _preserve_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Put back what a model counts while it trains, such as a batch norm's means."""
+    """Restore the buffers that training changes, such as the running means of a batch norm."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         yield
@@ -875,7 +881,7 @@ def _enable_checkpointing(model: Any, reentrant: bool) -> None:
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
-    """Checkpoint a function that runs in ``Float64``, which the backward pass leaves."""
+    """Checkpoint a function in ``Float64``, including its recomputation in the backward pass."""
 
     def run_wide(*inputs: Any) -> Any:
         with Float64():
@@ -888,7 +894,7 @@ def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Return arguments with an image between two halves of ids ``[1, N]``.
 
     Raises:
-        _Absent: the model has no images, or their size is not known.
+        _Absent: if the model has no images, or their size is unknown.
     """
     base: Any = model.base_model
     token = next(
@@ -902,7 +908,7 @@ def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
             with preserve_state(model), torch.no_grad():
                 features = base.get_image_features(**images)
                 features = getattr(features, "pooler_output", features)
-        except Exception:  # whatever the family makes of such images
+        except Exception:  # any error that the family raises on such images
             continue
         features = features if isinstance(features, list | tuple) else [features]
         count = sum(each.shape[:-1].numel() for each in features)
@@ -916,7 +922,7 @@ def make_image_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 
 
 def _extract_values(output: Any, mask: Tensor | None = None) -> list[Tensor]:
-    """Return what an output says, without its padding; what is pooled from padded rows may say something of that."""
+    """Return the values of an output without padding tokens. With padding, pooled values are only used if alone."""
     if not isinstance(output, ModelOutput):
         return [value for value in output if isinstance(value, Tensor) and value.is_floating_point()]
     skipped = ("attentions", "encoder_", "past", "loss", "cross_", "router")
@@ -945,14 +951,14 @@ def _judge(name: str, situation: Callable[[], Compared]) -> Finding:
 
 
 class Compared(NamedTuple):
-    """The largest error, relative to the largest value, and of what."""
+    """The largest error, relative to the largest value, and whether it is in the values or the gradients."""
 
     error: float
     where: str
 
 
 def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
-    """Return values, and the gradients of a fixed combination of them. What a model draws is the same each time."""
+    """Return values and the gradients of a fixed linear combination of them, with a fixed random seed."""
     torch.manual_seed(0)
     with torch.set_grad_enabled(gradients):
         values = run(subject.call)
@@ -961,7 +967,7 @@ def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
     output = torch.cat([value.flatten() for value in values])
     weights = torch.arange(len(output)).to(output.dtype).cos()
     if output.requires_grad:
-        torch.autograd.backward([output], [weights])  # what is checkpointed runs again, under ``Float64`` too
+        torch.autograd.backward([output], [weights])  # checkpointed layers are recomputed here, also under ``Float64``
     found = [parameter.grad for parameter in subject.trained]
     for parameter in subject.trained:
         parameter.grad = None

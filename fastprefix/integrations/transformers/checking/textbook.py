@@ -1,8 +1,8 @@
-"""Run methods on a plain model the textbook's way: slowly, with nothing of this package's kernels and hooks.
+"""Run methods on a plain model in the slow textbook way, without the kernels and hooks of this package.
 
-A prompt stands in every row: placeholder ids before the caller's, whose embeddings are the prompt's rows, and a mask
-that counts them. A prefix is concatenated to the keys and values of each attention call, under the eager attention of
-the model's own file. ``conformance`` compares what is attached with this.
+A prompt runs in every row: placeholder ids precede the caller's ids, their embeddings are replaced by the prompt, and
+the mask includes them. A prefix is concatenated to the keys and values of each attention call, with the eager attention
+of the model's own file. ``conformance`` compares attached methods with this implementation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BOOK = "_fastprefix_textbook"
 
 
 def switch_to_textbook(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> None:
-    """Have a model and all models inside it run on a textbook's attention, with masks written out in full."""
+    """Make a model and all models inside it run on a textbook's attention, with full masks."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, make_full_mask)
     set_attention(model, name)
@@ -46,9 +46,9 @@ class PromptTextbook:
     """A plain model with a prompt method in every row.
 
     Args:
-        model: a model without adapters, which is the textbook's from then on.
-        method: whose parameters are read in every call.
-        placeholder: the id that stands where a row of the prompt will be.
+        model: a model without adapters. The textbook changes it permanently.
+        method: the method, whose parameters are read in every call.
+        placeholder: the id at the places of the prompt.
     """
 
     def __init__(self, model: PreTrainedModel, method: PromptMethod, placeholder: int) -> None:
@@ -62,8 +62,8 @@ class PromptTextbook:
         self.names = read_parameter_names(self.backbone)
         self.inserted = 0
         self.tokens = 0
-        self.embedded = False  # the ids of the call in progress
-        self.past = 0  # tokens in the cache of the call in progress
+        self.embedded = False  # True once the ids of the call in progress are embedded
+        self.past = 0  # the tokens in the cache of the call in progress
         embedding: Any = (model.get_encoder() if halves else model).get_input_embeddings()
         entry = find_entry(self.backbone, embedding) if is_plain_text(model) else embedding
         self.block = None if entry is embedding else entry
@@ -107,7 +107,7 @@ class PromptTextbook:
         return (), {name: value for name, value in arguments.items() if value is not None or name in kwargs}
 
     def _show_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let all tokens of a decoder see the prompt before the encoder's tokens (a forward pre-hook)."""
+        """Let all tokens of the decoder attend to the prompt before the encoder's tokens (a forward pre-hook)."""
         arguments = name_arguments(read_parameter_names(module), args, kwargs)
         mask, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
         if mask is None or states is None:
@@ -116,14 +116,14 @@ class PromptTextbook:
         return (), {**arguments, "encoder_attention_mask": extended}
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Put the prompt in the placeholders' rows, and add the offset to the others (the embedding's forward hook)."""
+        """Replace the placeholders' embeddings by the prompt, and add the offset to the tokens (a forward hook)."""
         if self.embedded or self.tokens == 0 or output.ndim != 3 or output.shape[1] != self.inserted + self.tokens:
             return None
-        self.embedded = True  # GPT-2 calls it with token types after that
+        self.embedded = True  # GPT-2 calls the embedding again with token types
         return self._change(output[:, self.inserted :])
 
     def _change(self, rows: Tensor) -> Tensor:
-        """Return embeddings with the offset, and with the prompt before them."""
+        """Return embeddings with the offset, preceded by the prompt."""
         at = torch.arange(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
         offset = self.method.offset(rows.shape[1], self.past, rows.dtype)
         return self._put_prompt(reference.prompt_embedding(at, rows.flatten(0, 1), **offset))
@@ -144,7 +144,7 @@ class PromptTextbook:
         return output
 
     def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """Keep the tokens' rows, and pool the first of them (a forward hook of the backbone)."""
+        """Remove the prompt from the output, and pool the first token instead (a forward hook of the backbone)."""
         if self.inserted == 0 or self.model.config.is_encoder_decoder:
             return None
         cropped = _crop(output, self.inserted, self.inserted + self.tokens)
@@ -158,7 +158,7 @@ class PromptTextbook:
 
 
 def _pool(module: Any, states: Tensor) -> Tensor:
-    """Return what a backbone pools from states; ALBERT's pooler gets the first token alone."""
+    """Return the pooled output of a backbone for states. ALBERT's pooler only gets the first token."""
     pooled: Tensor
     if isinstance(module.pooler, nn.Linear):
         pooled = module.pooler_activation(module.pooler(states[:, 0]))
@@ -173,7 +173,7 @@ def _is_of_tokens(value: Any, given: Tensor) -> bool:
 
 
 def _crop(output: Any, first: int, rows: int, states: bool = False) -> Any:
-    """Return an output whose states have so many rows without the first ones."""
+    """Return an output without the ``first`` tokens of all states that have ``rows`` tokens."""
     if isinstance(output, ModelOutput):
         for name, value in list(output.items()):
             output[name] = _crop(value, first, rows, "hidden_state" in name)
@@ -185,7 +185,7 @@ def _crop(output: Any, first: int, rows: int, states: bool = False) -> Any:
 
 
 def _find_text_part(model: PreTrainedModel) -> nn.Module:
-    """Return the innermost model around the input embeddings, which has the positions of tokens and no others."""
+    """Return the innermost model around the input embeddings, whose positions are only those of tokens."""
     embedding = find_embedding(model)
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
     return parts[-1] if parts else model
@@ -202,7 +202,7 @@ def _find_rotary_embeddings(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _find_first_position(model: PreTrainedModel) -> int:
-    """Return the position of the first token of a row, as the model counts by itself."""
+    """Return the position that the model gives the first token of a row."""
     if not is_plain_text(model):
         return 0
     seen: list[Tensor] = []
@@ -215,7 +215,7 @@ def _find_first_position(model: PreTrainedModel) -> int:
         if handles:
             with torch.no_grad():
                 model(input_ids=torch.tensor([[5, 6, 7]]))
-    except Exception:  # a model that needs more than ids counts from 0
+    except Exception:  # assume 0 for a model that needs more than ids
         seen.clear()
     finally:
         for handle in handles:
@@ -227,12 +227,12 @@ def _find_first_position(model: PreTrainedModel) -> int:
 
 
 class PrefixTextbook:
-    """A plain model with a prefix method, under the eager attention of its own file.
+    """A plain model with a prefix method, on the eager attention of its own file.
 
     Args:
-        model: a model without adapters, which is the textbook's from then on.
-        method: whose parameters are read in every call.
-        layers: of that model, in the method's order.
+        model: a model without adapters. The textbook changes it permanently.
+        method: the method, whose parameters are read in every call.
+        layers: the attention layers of that model, in the method's order.
     """
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
@@ -242,7 +242,7 @@ class PrefixTextbook:
         self.found = layers
         self.prefixes: list[tuple[Tensor, Tensor]] = []
         self.hidden: dict[int, Tensor] = {}
-        self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # pooled from first tokens, and which rows have begun
+        self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # the pooled gates, and a mask of the rows that have begun
         self.padding: dict[str, Tensor | None] = {}
         self.past = self.tokens = 0
         self.shift = method.position_shift()
@@ -277,20 +277,20 @@ class PrefixTextbook:
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin anew with an encoder, which generation calls by itself (a forward pre-hook)."""
+        """Reset the state for an encoder, which ``generate`` calls directly (a forward pre-hook)."""
         mask = name_arguments(read_parameter_names(module), args, kwargs).get("attention_mask")
         self.gates = {}
         self.padding = {"encoder": mask, "decoder": None}
         self.prefixes = [] if self.method.projected_states(0) is not None else self.method.prefixes()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Put the gates of the sequences on the cache (a forward hook of the backbone)."""
+        """Store the gates of the sequences on the cache (a forward hook of the backbone)."""
         cache = find_cache(output)
         if self.gates and cache is not None:
             setattr(cache, _GATES, self.gates)
 
     def _move_positions(self) -> None:
-        """Move everything that turns positions into embeddings up by the length of the prefix."""
+        """Shift all position tables and rotary embeddings by the length of the prefix."""
         with torch.no_grad():
             for table in _find_position_tables(self.model):
                 table.weight[: -self.shift] = table.weight[self.shift :].clone()
@@ -324,7 +324,7 @@ class PrefixTextbook:
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> Any:
-        """Attend to the prefix and the tokens in one softmax, or in two where the method has an output gate."""
+        """Attend to the prefix and the tokens in one softmax, or in two if the method has an output gate."""
         index = self.layers[module]
         pk, pv = (tensor.to(query).expand(len(query), -1, -1, -1) for tensor in self._find_prefix(module, index))
         gate, output_gate = self._compute_gate(index, query), self.method.output_gate(index)
@@ -337,7 +337,7 @@ class PrefixTextbook:
                 pk, pv = (tensor * gate.unsqueeze(-1) for tensor in (pk, pv))
             return self._attend_jointly(module, query, key, value, mask, kwargs, pk, pv, slice(None))
         rows = []
-        for i in range(query.shape[2]):  # every query has gates of its own
+        for i in range(query.shape[2]):  # every query has its own gates
             own = gate[:, :, i].unsqueeze(-1)
             row = slice(i, i + 1)
             rows.append(self._attend_jointly(module, query, key, value, mask, kwargs, pk * own, pv * own, row)[0])
@@ -355,7 +355,7 @@ class PrefixTextbook:
         pv: Tensor,
         rows: slice,
     ) -> Any:
-        """Attend from some rows of the queries to keys and values behind the prefix's."""
+        """Attend from the queries in ``rows`` to the prefix and the tokens in one softmax."""
         columns = (pk.shape[2], 0)
         window = self.found[self.layers[module]].window if self.shift else None
         if mask is None and window is not None:
@@ -378,18 +378,18 @@ class PrefixTextbook:
         return (find_eager_attention(module) or _attend_plainly)(module, query[:, :, rows], key, value, mask, **kwargs)
 
     def _find_hidden(self, index: int, query: Tensor) -> Tensor | None:
-        """Return which prefix keys a sliding window hides from each query, bool ``[N, m]``, or None."""
+        """Return a bool mask ``[N, m]`` of the prefix keys that a sliding window hides from each query, or None."""
         window = self.found[index].window if self.shift else None
         if window is None:
             return None
-        first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get the last queries only
+        first = self.past + max(self.tokens - query.shape[2], 0)  # some layers get only the last queries
         ahead = torch.arange(query.shape[2])[:, None] + first + self.shift - torch.arange(self.shift)
         return ahead >= window
 
     def _attend_to_prefix(
         self, index: int, query: Tensor, pk: Tensor, pv: Tensor, gate: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        """Attend to the prefix alone, ``[B, H, N, Dv]``; a query from which a window hides all of it gets 0."""
+        """Attend to the prefix alone, ``[B, H, N, Dv]``. A query gets 0 if a window hides the whole prefix from it."""
         groups = query.shape[1] // pk.shape[1]
         pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
         weights = query.new_ones(1) if gate is None else gate.to(query)
@@ -415,7 +415,9 @@ class PrefixTextbook:
         names = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"))
         known = [pair for pair in names if all(isinstance(getattr(module, n, None), nn.Module) for n in pair)]
         if not known:
-            raise NotImplementedError(f"the projections of {type(module).__name__} are not known by name")
+            raise NotImplementedError(
+                f"The textbook does not know the names of the projections in {type(module).__name__}."
+            )
         key, value = (getattr(module, name)(states.to(next(module.parameters()))) for name in known[0])
         key = key.unflatten(-1, (size.kv_heads, size.key_size))
         norm = getattr(module, "k_norm", None)
@@ -433,7 +435,7 @@ class PrefixTextbook:
             return None
         if gate.ndim == 3 and self.method.needs_hidden():
             begun = torch.ones(len(gate), dtype=torch.bool) if attended is None else attended.any(dim=1)
-            if index in self.gates:  # of the rows that had begun in a former call
+            if index in self.gates:  # the gates of rows that had begun in an earlier call
                 held, former = self.gates[index]
                 gate, begun = torch.where(former[:, None, None], held, gate), begun | former
             self.gates[index] = gate, begun
@@ -444,7 +446,7 @@ class PrefixTextbook:
 def _attend_plainly(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attend as a module without an eager attention in its file does."""
+    """Attend in the standard way, for a module without an eager attention in its file."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)

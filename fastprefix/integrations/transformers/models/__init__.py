@@ -1,1 +1,1 @@
-"""Find the layers, attention, calls and positions of a model of transformers, and run it on another attention."""
+"""Find the attention layers and positions of a transformers model, and run the model on another attention."""

@@ -1,11 +1,11 @@
 """Register this package's attention and masks with ``transformers``.
 
-The shape of a mask tells its case, so neither a keyword nor a module's ``is_causal`` has to be trusted:
+The shape of a mask identifies its kind, so this module relies neither on a keyword nor on a module's ``is_causal``:
 
-- one bool row ``[B, 1, 1, K]`` for more than one query: causal, and the row is the key padding;
-- None, or ``[B, 1, N, K]`` expanded from one row: all keys, without or with key padding (bidirectional, or one query
-  that comes last);
-- anything else ``[B, 1, N, K]``: the complete mask.
+- One bool row ``[B, 1, 1, K]`` for more than one query means causal attention. The row is the key padding.
+- None means that every query attends to all keys (bidirectional attention, or a single last query). A mask
+  ``[B, 1, N, K]`` expanded from one row means the same with key padding.
+- Any other ``[B, 1, N, K]`` is the complete mask.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def make_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Make a mask for the attention mask interface. Padding is never lost, and plain cases stay small."""
+    """Make a mask for the attention mask interface. It always keeps padding, and is written out only if needed."""
     padding: Tensor | None = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, None, None, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
         return None if padding is None else padding.expand(batch_size, 1, q_length, kv_length)
     causal = mask_function is causal_mask_function and allow_is_causal_skip and not isinstance(q_offset, Tensor)
-    if causal and q_length == 1 and q_offset + 1 == kv_offset + kv_length:  # a token that is generated sees all keys
+    if causal and q_length == 1 and q_offset + 1 == kv_offset + kv_length:  # a generated token attends to all keys
         return None if padding is None else padding.expand(batch_size, 1, 1, kv_length)
     if causal and q_length == kv_length and q_offset == kv_offset:
         if padding is None:
@@ -80,17 +80,17 @@ def make_full_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 
 class Masking(NamedTuple):
-    """A mask as ``prefix_attention`` takes it."""
+    """The mask arguments of ``prefix_attention``."""
 
     attn_mask: Tensor | None
     is_causal: bool
 
 
 def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
-    """Return a mask for queries ``[B, H, N, D]`` in the form that ``prefix_attention`` expects."""
+    """Convert a mask for queries ``[B, H, N, D]`` to the mask arguments of ``prefix_attention``."""
     if mask is None:
         return Masking(None, False)
-    if mask.is_floating_point():  # a model's own, or a caller's: it says everything itself
+    if mask.is_floating_point():  # the model's own or the caller's mask, which is complete
         return Masking(mask.to(query.dtype), False)
     if mask.shape[2] != 1 or query.shape[2] == 1:
         return Masking(mask, False)
@@ -99,16 +99,16 @@ def read_mask(mask: Tensor | None, query: Tensor) -> Masking:
 
 
 def make_additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask to add to scores, as eager attention expects it. Hidden scores get the dtype's least number."""
+    """Return an additive mask for eager attention. Hidden scores get the smallest value of the dtype."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Masking:
-    """Return a mask with a bias ``[1 | B, H, N, K]`` on the scores of the tokens, as T5 has it, written out in full.
+    """Add a position bias ``[1 | B, H, N, K]``, such as T5's, to a mask, and write the result out in full.
 
-    Hidden scores get the dtype's least number, as in the eager masks of ``transformers``.
+    Hidden scores get the smallest value of the dtype, like in the eager masks of ``transformers``.
     """
     if position_bias is None:
         return masking
@@ -123,8 +123,9 @@ def add_bias(masking: Masking, position_bias: Tensor | None, key: Tensor) -> Mas
 
 
 def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Split a bias ``[..., m + K]`` on scores into the prefix's, which is None without columns for it, and that of K
-    tokens.
+    """Split a bias ``[..., m + K]`` on scores into the prefix's and the K tokens' columns.
+
+    The first result is None if the bias has no columns for the prefix.
     """
     if position_bias is None or position_bias.shape[-1] <= key.shape[2]:
         return None, position_bias
@@ -132,21 +133,21 @@ def split_bias(position_bias: Tensor | None, key: Tensor) -> tuple[Tensor | None
 
 
 def sees_all_of_window(mask_function: Callable[..., Any], window: int, device: torch.device | str) -> bool:
-    """Return whether a mask of a local attention is a sliding window, rather than chunks that start anew."""
+    """Return whether the mask of a local attention is a sliding window, rather than separate chunks."""
     zero, query = torch.zeros(2, dtype=torch.long, device=device), 2 * window
     keys = torch.tensor([query, query - window + 1], device=device)
     try:
         return bool(mask_function(zero, zero, torch.full_like(keys, query), keys).all())
-    except IndexError:  # it looks positions of the batch up: images, for one, are seen in both directions
+    except IndexError:  # it indexes the batch, for example to let images attend in both directions
         return False
 
 
 def make_window_bias(query: Tensor, window: int | None, length: int, past: int, tokens: int = 0) -> Tensor | None:
-    """Return the bias ``[N, m]`` that hides a prefix from queries ``[B, H, N, D]`` as a sliding window does.
+    """Return the bias ``[N, m]`` that hides the prefix from queries ``[B, H, N, D]`` outside a sliding window.
 
-    The prefix stands at the positions before all tokens, ``past`` of which are in a cache; windows count padding too.
-    A call has so many ``tokens`` (0: as many as queries); some layers get the last queries only. None: the window
-    reaches over everything.
+    The prefix is at the positions before all tokens. ``past`` tokens are in a cache. Windows count padding too. The
+    call has ``tokens`` tokens, or as many as queries if 0, since some layers get only the last queries. Return None if
+    the window covers the whole prefix for all queries.
     """
     end = length + past + max(tokens, query.shape[2])
     if window is None or end <= window:
@@ -159,7 +160,7 @@ def make_window_bias(query: Tensor, window: int | None, length: int, past: int, 
 def make_span_bias(
     query: Tensor, window: int | None, lengths: Tensor, longest: int, past: int, tokens: int = 0
 ) -> Tensor | None:
-    """Return the bias ``[B, 1, N, longest]`` of ``make_window_bias`` for prefixes ``lengths`` ``[B]``, one a row."""
+    """Return the bias ``[B, 1, N, longest]`` of ``make_window_bias`` for one prefix per row, of ``lengths`` ``[B]``."""
     if window is None or longest + past + max(tokens, query.shape[2]) <= window:
         return None
     end = past + max(tokens, query.shape[2])
@@ -169,9 +170,10 @@ def make_span_bias(
 
 
 def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
-    """Return a mask as bool ``[B, N, K]`` and the column at which the keys of a call's own ``tokens`` begin.
+    """Return a mask as bool ``[B, N, K]``, and the first column of the keys of the call's own ``tokens``.
 
-    ``past`` tokens are in the cache. Static caches have columns behind those of the call; sliding ones lost some.
+    ``past`` tokens are in the cache. Static caches have more columns after those of the call. Sliding caches have
+    dropped some columns.
     """
     row = mask[:, 0]
     visible = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
@@ -179,9 +181,9 @@ def find_own_keys(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, int]:
 
 
 def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
-    """Return which of a call's own tokens are no padding, bool ``[B, tokens]``; None: all of them.
+    """Return a bool mask ``[B, tokens]`` of the call's own tokens that are not padding, or None if no token is padding.
 
-    A token sees itself unless it is padding, whatever a window or a causal mask hides from it.
+    Every token that is not padding attends to itself, even with a window or a causal mask.
     """
     if mask is None or (mask.shape[2] == 1 and mask.shape[3] > 1 and mask.stride(3) == 0):
         return None
@@ -192,7 +194,7 @@ def find_attended_tokens(mask: Tensor | None, tokens: int, past: int) -> Tensor 
 
 
 def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
-    """Refuse a caller's 4-D mask that does not say what the padding is, or that separates sequences within a row."""
+    """Refuse a caller's 4-D mask that leaves the padding unknown, or that separates sequences within a row."""
     visible, start = find_own_keys(mask, tokens, past)
     visible = visible.expand(-1, tokens, -1)
     own = visible.diagonal(start, 1, 2)[:, :tokens]
@@ -201,32 +203,32 @@ def check_one_sequence(mask: Tensor, tokens: int, past: int) -> None:
     alone = own & ~first & ~visible.tril(start - 1).any(dim=2)
     if past == 0 and bool(alone.any()):
         raise ValueError(
-            "`attention_mask` separates several sequences in a row, but a pooled gate belongs to one sequence: pass "
-            'position_ids that restart with each sequence and no mask and cache instead, or use pooling="query"'
+            "`attention_mask` separates several sequences in a row, but a pooled gate belongs to one sequence. Pass "
+            'position_ids that restart with each sequence, without mask and cache, or use pooling="query".'
         )
     if bool((seen & ~own).any()):
         raise ValueError(
-            "`attention_mask` hides a token from itself but not from others, so that its padding is unknown to a "
-            'pooled gate: pass a mask [B, N], or use pooling="query"'
+            "`attention_mask` hides a token from itself but not from other tokens, so a pooled gate cannot know "
+            'whether it is padding. Pass a mask [B, N], or use pooling="query".'
         )
 
 
 NAME = "fastprefix"
 FULL_MASKS = "fastprefix_full_masks"
-"""The same attention, for models that make something else of the masks that they are given."""
+"""The name of the same attention with full masks, for models that change the masks that they receive."""
 
 MASKS: dict[str, Any] = {NAME: make_mask, FULL_MASKS: make_full_mask}
-"""The mask function of each name."""
+"""The mask function of each attention name."""
 
 BINDING = "_fastprefix_binding"
 """The attribute of an attention module that holds its ``Binding``."""
 
 WATCHED = "_fastprefix_watched"
-"""The attribute of an attention module that counts the users, such as PEFT models, whose calls carry its prefix."""
+"""The attribute of an attention module that counts the users (such as PEFT models) whose calls carry its prefix."""
 
 
 def watch(modules: Iterable[nn.Module]) -> None:
-    """Note that calls carry the prefixes of these attention modules."""
+    """Record that calls carry the prefixes of these attention modules."""
     for module in modules:
         setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
 
@@ -244,12 +246,12 @@ Prefix = tuple[Tensor, Tensor]
 
 
 class Binding:
-    """The source of an attention module's prefix, gates and bias. By default it has neither gates nor a bias."""
+    """The source of an attention module's prefix, gates and biases. By default, it provides no gates and no biases."""
 
     index: int
-    """The layer among those of the method."""
+    """The index of the layer among the layers of the method."""
     heads: TensorParallelHeads | None = None
-    """This rank's heads, on a tensor-parallel model whose tokens' gradients have to be complete."""
+    """This rank's heads, on a tensor-parallel model that needs complete gradients of the tokens."""
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None."""
@@ -268,23 +270,23 @@ class Binding:
         return None
 
     def get_spans(self, query: Tensor) -> Tensor | None:
-        """Return each row's start and length in the prefix, int ``[B, 2]``, or None where all rows have all of it."""
+        """Return each row's start and length in the prefix, int ``[B, 2]``, or None if all rows use all of it."""
         return None
 
     def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """Return an output ``[B, N, H, Dv]`` in place of attention, or None."""
+        """Return an output ``[B, N, H, Dv]`` that replaces the attention, or None to run the attention."""
         return None
 
     def get_output_scale(self) -> float:
-        """Return a factor of the output."""
+        """Return the factor that the output is multiplied with."""
         return 1.0
 
     def count_frozen(self) -> int:
-        """Return how many of the first prefix keys and values need no gradient."""
+        """Return the number of leading prefix keys and values that need no gradient."""
         return 0
 
     def share_tokens(self, key: Tensor, value: Tensor) -> Prefix:
-        """Return the keys and values of the tokens, whose gradients are added over ranks that have the same ones."""
+        """Return the tokens' keys and values. Their gradients are summed over the ranks that share them."""
         return (key, value) if self.heads is None else self.heads.share_tokens(key, value, self.index)
 
 
@@ -292,9 +294,9 @@ class Binding:
 class GivenPrefix(Binding):
     """A binding that holds its prefix.
 
-    ``output_gate`` is that of a softmax of the prefix's own. A sliding ``window`` cuts the prefix, which stands before
-    all tokens; ``past`` of them are in a cache, and ``tokens`` are in the call (0: as many as there are queries). Some
-    layers get the last queries only. The first ``frozen`` keys and values need no gradient.
+    With an ``output_gate``, the prefix has its own softmax. A sliding ``window`` hides parts of the prefix, which is
+    before all tokens. ``past`` tokens are in a cache and ``tokens`` are in the call, or as many as queries if 0, since
+    some layers get only the last queries. The first ``frozen`` keys and values need no gradient.
     """
 
     key: Tensor
@@ -314,20 +316,20 @@ class GivenPrefix(Binding):
         return None, None if self.output_gate is None else self.output_gate.to(query)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
-        """Return the bias that hides the prefix where the window does not reach it."""
+        """Return the bias that hides the prefix from queries whose window does not reach it."""
         return make_window_bias(query, self.window, self.key.shape[1], self.past, self.tokens)
 
     def count_frozen(self) -> int:
-        """Return the number of frozen tokens that a cut cache still holds."""
+        """Return the number of frozen keys in the prefix. A cropped cache may hold fewer than ``frozen``."""
         return min(self.frozen, self.key.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
 class CarriedBindings:
-    """The bindings of one call of a model, by attention module, in place of those on the modules.
+    """The bindings of one call of a model, by attention module. They replace the bindings on the modules.
 
-    ``own_attention`` names a registered attention to run in place of this package's: a call without an adapter gives
-    exactly the numbers of the model's own attention.
+    ``own_attention`` names a registered attention that runs instead of this package's. With it, a call without an
+    adapter returns exactly the results of the model's own attention.
     """
 
     bindings: Mapping[nn.Module, Binding]
@@ -335,17 +337,17 @@ class CarriedBindings:
 
 
 class _CallInProgress(threading.local):
-    """The call in progress in each thread. Unlike context variables, Dynamo can trace it."""
+    """The bindings of the call in progress, per thread. Dynamo can trace this, unlike context variables."""
 
     def __init__(self) -> None:
-        self.carried: CarriedBindings | None = None  # of the instance from the start, since Dynamo's guards look there
+        self.carried: CarriedBindings | None = None  # an instance attribute, since Dynamo's guards read it there
 
 
 _CALL = _CallInProgress()
 
 
 def get_carried_bindings() -> CarriedBindings | None:
-    """Return what the call in progress carries, or None outside of such a call."""
+    """Return the bindings that the call in progress carries, or None outside of such a call."""
     return _CALL.carried
 
 
@@ -360,26 +362,26 @@ def carrying(carried: CarriedBindings | None) -> Iterator[None]:
 
 
 class CarryingCheckpoint:
-    """A gradient checkpointing function that runs a layer again with the bindings that its first run carried."""
+    """A gradient checkpointing function that recomputes a layer with the bindings of its first run."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     @property
     def keywords(self) -> Mapping[str, Any]:
-        """Return the options of the function, where it is a ``functools.partial``."""
+        """Return the keyword arguments of the function if it is a ``functools.partial``, otherwise no arguments."""
         keywords: Mapping[str, Any] = getattr(self.function, "keywords", {})
         return keywords
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a layer now, and let it be run again in the backward pass."""
-        if torch.compiler.is_compiling():  # the backward pass is traced: no layer runs again
+        """Run a layer now, and recompute it in the backward pass with the same bindings."""
+        if torch.compiler.is_compiling():  # the backward pass is traced, so no layer runs again
             return self.function(run, *args, **kwargs)
         return self.function(_CarryingRun(run, _CALL.carried), *args, **kwargs)
 
 
 class _CarryingRun(NamedTuple):
-    """The run of a layer with the bindings of the call that it belongs to."""
+    """A function that runs a layer with the bindings of the call that it belongs to."""
 
     run: Callable[..., Any]
     carried: CarriedBindings | None
@@ -390,13 +392,13 @@ class _CarryingRun(NamedTuple):
 
 
 CHECKPOINT_WRAPPER = "checkpoint_fn"
-"""The attribute of PyTorch's wrapper of a module that holds its gradient checkpointing function."""
+"""The attribute of PyTorch's checkpoint wrapper that holds the gradient checkpointing function."""
 _CHECKPOINTS = ("_gradient_checkpointing_func", CHECKPOINT_WRAPPER)
-"""The attributes that hold a gradient checkpointing function: in ``transformers``, and in PyTorch's wrapper."""
+"""The attributes that hold a gradient checkpointing function in ``transformers`` and in PyTorch's wrapper."""
 
 
 def carry_through_checkpoints(backbone: nn.Module) -> None:
-    """Have every gradient checkpointing function run a layer again with what its first run carried."""
+    """Make every gradient checkpointing function recompute layers with the bindings of their first run."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for module in backbone.modules():
@@ -418,25 +420,25 @@ def restore_checkpoints(backbone: nn.Module) -> None:
 
 
 def runs_again() -> bool:
-    """Return whether a backward pass is in progress in this thread, in which checkpointed layers run again."""
+    """Return whether a backward pass is in progress in this thread, so that checkpointed layers are recomputed."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def refuse_lost_bindings() -> None:
-    """Refuse to run a layer again in a backward pass without the bindings that its first run carried."""
+    """Refuse to recompute a layer in a backward pass without the bindings of its first run."""
     if _CALL.carried is None and runs_again():
         raise RuntimeError(
-            "a layer of an accelerated PEFT model, or of a call with `adapter_names`, runs again in a backward pass, "
-            "where the prefix of its call is not known: enable gradient checkpointing with "
-            "`gradient_checkpointing_enable()` instead of another wrapper"
+            "a layer of an accelerated PEFT model, or of a call with `adapter_names`, is recomputed in a backward pass "
+            "where the prefix of its call is unknown. Enable gradient checkpointing with "
+            "`gradient_checkpointing_enable()` instead of another wrapper."
         )
 
 
 def make_two_adapters_error() -> ValueError:
-    """Make the error for a call with an accelerated PEFT adapter on a model that has an adapter of this package."""
+    """Return the error for a call with an accelerated PEFT adapter on a model with a fastprefix adapter in use."""
     return ValueError(
         "`peft_model` has a base model with an adapter of fastprefix.attach in use, which cannot act in the same call "
-        "as an accelerated PEFT adapter. Call the base model itself, or detach its adapter."
+        "as an accelerated PEFT adapter. Call the base model directly, or detach its adapter."
     )
 
 
@@ -453,13 +455,19 @@ def run_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from a module's queries to its tokens and, if it is bound to one, to its prefix.
+    """Attend from a module's queries to its tokens and, if the module has a binding, to its prefix.
 
-    A sliding window is in the mask already. Where ``position_bias`` is wider than the keys, its first columns are the
-    prefix's. Returns ``[B, N, H, Dv]`` and no attention weights.
+    The mask already includes a sliding window. If ``position_bias`` has more columns than the keys, its first columns
+    are for the prefix. Return ``[B, N, H, Dv]``, and None instead of attention weights.
+
+    Raises:
+        ValueError: if the module passes ``indices``, or both a call and the module provide a prefix.
+        RuntimeError: if a layer is recomputed in a backward pass without the bindings of its call.
     """
     if kwargs.get("indices") is not None:
-        raise ValueError(f"{type(module).__name__} passes indices to its attention, which fastprefix does not serve")
+        raise ValueError(
+            f"{type(module).__name__} passes `indices` to its attention, which fastprefix does not support."
+        )
     carried = _CALL.carried
     if getattr(module, WATCHED, 0):
         refuse_lost_bindings()
@@ -471,7 +479,7 @@ def run_attention(
     if binding is not None:
         key, value = binding.share_tokens(key, value)
     if carried is not None and attention_mask is not None:
-        attention_mask = attention_mask[..., -key.shape[2] :]  # some encoders' masks count the prefix
+        attention_mask = attention_mask[..., -key.shape[2] :]  # the masks of some encoders include the prefix
     if binding is not None and (alone := binding.attend_alone(query, key, value)) is not None:
         return alone, None
     prefix_bias, position_bias = split_bias(position_bias, key)
@@ -508,13 +516,13 @@ def run_attention(
 
 
 def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run this package's attention, or the one that the call in progress names in its place."""
+    """Run this package's attention, or the attention that the call in progress selects instead."""
     own = _get_own_attention()
     return run_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
 
 
 def _make_mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make a mask for this package's attention, or for the one that the call in progress names in its place."""
+    """Make a mask for this package's attention, or for the attention that the call in progress selects instead."""
     own = _get_own_attention()
     return mask(*args, **kwargs) if own is None else AttentionMaskInterface()[own](*args, **kwargs)
 
@@ -524,7 +532,7 @@ def _get_own_attention() -> str | None:
 
 
 def register() -> None:
-    """Make the attention and its masks known to ``transformers``; without its own masks, padding would be lost."""
+    """Register the attention and its masks with ``transformers``. Without these masks, padding would be lost."""
     for name, mask in MASKS.items():
         AttentionInterface.register(name, _run_attention_of_call)
         AttentionMaskInterface.register(name, functools.partial(_make_mask_of_call, mask))

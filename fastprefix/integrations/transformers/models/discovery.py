@@ -1,10 +1,10 @@
 """Find the attention layers of a model, and build small copies of it.
 
-Layers are found by running the model on a small input and recording which modules call the attention interface, so no
-model family has to be known. The same run yields the keys and values of a text in every layer, and the keys and values
-that a layer's own projections compute for states that are not tokens (LLaMA-Adapter).
+Layers are found by running the model on a small input and recording which modules call the attention interface. This
+needs no knowledge of the model family. The same run yields the keys and values of a text in every layer, and the keys
+and values that a layer's own projections compute for states that are not tokens (LLaMA-Adapter).
 
-A small copy has the class and configuration of a model, narrow heads and random weights.
+A small copy has the class and configuration of a model, but narrow heads and random weights.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _NAME = "fastprefix_probe"
 
 @dataclass
 class Layer:
-    """An attention module, and what it was called with.
+    """An attention module and the tensors of its call.
 
-    ``entry`` is the module, inside the layer that the attention belongs to, that is the first to be given the residual
-    stream as it enters the layer (None: there is none). The layer's own hooks will not do to watch that stream:
-    gradient checkpointing may run the layer again without them.
+    ``entry`` is the first module inside the surrounding layer that gets the residual stream exactly as it enters the
+    layer, or None. A hook on the layer itself could not read that stream reliably, since gradient checkpointing may
+    recompute the layer without its hooks.
 
-    ``window`` is its sliding window (None: it sees all that went before), ``local`` says that it sees some other part
-    of what went before, such as a chunk.
+    ``window`` is the sliding window, or None if the attention reaches all earlier tokens. ``local`` is True if it
+    reaches another subset of the earlier tokens, such as a chunk.
     """
 
     name: str
@@ -70,9 +70,9 @@ class Layer:
     entry: nn.Module | None
     window: int | None
     local: bool
-    projection: Projection | None = None  # for a method that has the layer project its prefix
+    projection: Projection | None = None  # for a method whose prefix the layer projects
     query: Tensor | None = None
-    split: HeadSplit | None = None  # of a tensor-parallel model, where ``shape`` has the heads of this rank
+    split: HeadSplit | None = None  # on a tensor-parallel model, where ``shape`` has the heads of this rank
 
     @property
     def whole_shape(self) -> AttentionShape:
@@ -83,20 +83,21 @@ class Layer:
 def find_layers(
     model: PreTrainedModel, input_ids: Tensor | None = None, example_inputs: Inputs | None = None
 ) -> list[Layer]:
-    """Return the attention layers of a model, in the order in which they are called.
+    """Return the attention layers of a model in the order of their calls.
 
     Args:
-        model: any.
-        input_ids: ``[1, N]``, for a model of text to run on; None: what the trial of its attention ran on.
-        example_inputs: a caller's, for that trial.
+        model: a model of any kind.
+        input_ids: ids ``[1, N]`` to run a text model on. None uses the inputs of the trial of the model's attention.
+        example_inputs: the caller's inputs for that trial.
 
     Raises:
-        ValueError: the model's attention does not go through the attention interface, or is not as it says.
+        ValueError: if the model's attention does not go through the attention interface, or depends on more than its
+            arguments.
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"`model` must have attention that goes through the attention interface, but {_get_class_name(model)} "
-            "has not. Use a prompt method."
+            f"`model` must have attention that goes through the attention interface, but the attention of "
+            f"{_get_class_name(model)} does not. Use a prompt method."
         )
     trial = run_trial(model, example_inputs)
     inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
@@ -125,13 +126,14 @@ def find_layers(
     try:
         with borrow_attention(model, _NAME, probe, windows.make_mask), trace:
             find_runnable(model)(**inputs)
-    except Exception:  # a small copy may run on what the model itself does not
+    except Exception:  # the model itself may fail on inputs that its small copy accepts
         if not drop_adopted_trial(model):
             raise
         return find_layers(model, input_ids, example_inputs)
     if not layers:
         raise ValueError(
-            f"{_get_class_name(model)} never called the attention interface: it has no attention to give a prefix to"
+            f"`model` must have attention layers for a prefix, but {_get_class_name(model)} never called the attention "
+            "interface."
         )
     found = list(layers.values())
     find_splits(model, found)
@@ -139,7 +141,7 @@ def find_layers(
 
 
 def _find_width(model: PreTrainedModel, query: Tensor) -> int:
-    """Return the width of a model's tokens, or of all heads of a layer where the model embeds no tokens."""
+    """Return the width of a model's embeddings, or of all heads of a layer if the model embeds no tokens."""
     try:
         return embedding_width(model)
     except ValueError:
@@ -149,7 +151,7 @@ def _find_width(model: PreTrainedModel, query: Tensor) -> int:
 def find_method_layers(
     model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None = None
 ) -> list[Layer]:
-    """Return the attention layers of a model that a prefix method is for."""
+    """Return the attention layers of a model that a prefix method applies to."""
     method_class = METHODS[config.method_name()][1]
     assert issubclass(method_class, PrefixMethod)
     layers = find_layers(model, example_inputs=example_inputs)
@@ -157,20 +159,20 @@ def find_method_layers(
 
 
 class InputPath(NamedTuple):
-    """The way of token ids through a model to its embedding."""
+    """The modules through which token ids reach the embedding of a model."""
 
     backbone: nn.Module
     """The outermost module that a model calls with embeddings or ids to get hidden states.
 
-    That need not be its ``base_model``: some call a part of it. It is the model itself if that has two halves, has
-    another input than text, or makes the masks before it calls such a part.
+    It may be a part of ``base_model``. It is the model itself for encoder-decoders, for models with other inputs than
+    text, and for models that make the masks before they call such a module.
     """
     receives_ids: bool
-    """True if the model hands its ids on to the backbone, rather than what it made of them."""
+    """True if the model passes its ids to the backbone, rather than embeddings."""
     embeds_ids: bool
-    """True if the backbone calls its embedding module with the ids that it gets, or more behind them.
+    """True if the backbone calls its embedding module with the ids that it gets, possibly followed by more ids.
 
-    Some transpose them (XLNet), or put ids of their own before them (CPM-Ant).
+    Some backbones transpose the ids (XLNet) or insert their own ids in front (CPM-Ant).
     """
 
 
@@ -180,14 +182,14 @@ def find_backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) -> InputPath:
-    """Run a model on a few tokens up to its embedding, and return which modules get the ids.
+    """Run a model on a few tokens up to its embedding, and return the modules that get the ids.
 
     Args:
-        model: a model of text.
-        encoder: the backbone, if it is known. None: find it.
+        model: a text model.
+        encoder: the backbone, if it is known. None finds it.
 
     Raises:
-        ValueError: the model does not run.
+        ValueError: if the model does not run on ids alone.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
     inside = (
@@ -198,7 +200,7 @@ def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) ->
     embeddings = {module: find_embedding(module) for module in (model, *inside)}
 
     def read_path(calls: dict[nn.Module, ModuleCall]) -> InputPath | None:
-        """Return the path, or None while it is not known."""
+        """Return the path, or None as long as it is not known."""
         backbone: nn.Module = model
         if inside:
             reached = next((module for module in calls if module in inside), None)
@@ -229,7 +231,7 @@ def find_input_path(model: PreTrainedModel, encoder: nn.Module | None = None) ->
 
 
 def find_embedding(module: Any) -> nn.Module | None:
-    """Return the input embeddings of a model, or None if it has none, such as one of pixels."""
+    """Return the input embeddings of a model, or None if it has none, such as a vision model."""
     try:
         embedding: nn.Module | None = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -237,16 +239,16 @@ def find_embedding(module: Any) -> nn.Module | None:
     return embedding
 
 
-_FEW = 8  # tokens, for models that pool them
+_FEW = 8  # tokens, enough for models that pool them
 
 
 def make_few_ids(model: Any, padded: bool = False, first: int | None = None) -> dict[str, Any]:
     """Return a row of a few ordinary ids as arguments of a model.
 
     Args:
-        model: any that reads ids.
-        padded: let the mask hide the first token.
-        first: the first id, in place of an ordinary one.
+        model: a model that reads ids.
+        padded: hide the first token in the mask.
+        first: the first id. None uses an ordinary id.
     """
     ids = torch.tensor([list_ordinary_ids(model.config, _FEW)], device=find_device(model))
     if first is not None:
@@ -259,7 +261,7 @@ def make_few_ids(model: Any, padded: bool = False, first: int | None = None) -> 
 
 
 class ModuleCall(NamedTuple):
-    """A call of a module, and what it returned, once it did."""
+    """A call of a module, and its output if it has returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -271,12 +273,12 @@ class ModuleCall(NamedTuple):
         return find_first_tensor(self.args, self.kwargs)
 
     def name_arguments(self, module: nn.Module) -> dict[str, Any]:
-        """Return the arguments by the names that the module gives them."""
+        """Return the arguments by the names in the signature of the module."""
         return name_arguments(read_parameter_names(module), self.args, self.kwargs)
 
 
-class _Stop(Exception):  # noqa: N818 (nothing is wrong)
-    """End a run that has shown enough."""
+class _Stop(Exception):  # noqa: N818 (not an error)
+    """Raised to stop a run as soon as enough is known."""
 
 
 def record_calls(
@@ -285,19 +287,20 @@ def record_calls(
     is_enough: Callable[[dict[nn.Module, ModuleCall]], bool],
     **inputs: Any,
 ) -> tuple[dict[nn.Module, ModuleCall], Exception | None]:
-    """Run a model until enough is known, and return the first call of each of some modules, in order.
+    """Run a model until enough is known, and record the first call of each of the given modules.
 
     Args:
-        model: its state stays as it was.
-        modules: whose calls are recorded.
-        is_enough: asked after every call and return of one of the modules; the run ends once it is true.
-        inputs: of the model.
+        model: the model to run. Its state is restored afterwards.
+        modules: the modules whose calls are recorded.
+        is_enough: a function of the recorded calls. It is called when one of the modules is called or returns, and the
+            run stops once it returns True.
+        inputs: keyword arguments of the model.
 
     Returns:
-        The calls, and the error that ended the run, if one did.
+        The calls in order, and the error that ended the run, or None.
     """
     calls: dict[nn.Module, ModuleCall] = {}
-    runs_on = is_fully_sharded(model)  # FSDP2 does not stop halfway
+    runs_on = is_fully_sharded(model)  # FSDP2 cannot be stopped in the middle of a run
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in calls:
@@ -333,11 +336,11 @@ def record_calls(
 
 
 def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
-    """Return the module whose output is what a model calls ``inputs_embeds``.
+    """Return the module whose output the model accepts as ``inputs_embeds``.
 
-    That is the embedding module, or a block around it where a family's ``inputs_embeds`` skip the whole block (ESM).
-    Which it is, is found by giving the model the output of each in turn: the first module behind all of them must get
-    what it gets from the ids.
+    That is the embedding module, or a block around it if the model's ``inputs_embeds`` skip the whole block (ESM). The
+    output of each candidate is passed to the model as ``inputs_embeds``. With the correct one, the first module after
+    all candidates gets the same input as with the ids.
     """
     path = next((name for name, module in backbone.named_modules() if module is embedding), "").split(".")
     around = [backbone.get_submodule(".".join(path[:count])) for count in range(len(path) - 1, 0, -1)]
@@ -348,7 +351,7 @@ def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
     behind = set(backbone.modules()) - {backbone, *around, *blocks[-1].modules()}
 
     def find_state(calls: dict[nn.Module, ModuleCall]) -> Tensor | None:
-        """Return the first ``[B, N, d]`` that a module behind the blocks is called with."""
+        """Return the first ``[B, N, d]`` that a module after the blocks is called with."""
         states = (call.first_tensor for module, call in calls.items() if module in behind)
         return next((each for each in states if each is not None and each.is_floating_point() and each.ndim == 3), None)
 
@@ -367,10 +370,10 @@ def find_entry(backbone: Any, embedding: nn.Module) -> nn.Module:
 
 
 def list_ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
-    """Return token ids that mean nothing special to a model: neither padding nor the place of an image.
+    """Return token ids without a special meaning, such as padding or an image placeholder.
 
-    The first three are used last, since families without a name for their padding have it there. Ids repeat in a small
-    vocabulary.
+    The ids 0 to 2 come last, since families that do not name their padding id have it there. Ids repeat if the
+    vocabulary is small.
     """
     named = [value for part in list_configs(config) for name, value in vars(part).items() if "token" in name]
     flat = (each for value in named for each in (value if isinstance(value, list | tuple) else [value]))
@@ -381,32 +384,34 @@ def list_ordinary_ids(config: PretrainedConfig, count: int) -> list[int]:
 
 
 def find_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the first tensor that a module was called with. A layer's is the residual stream."""
+    """Return the first tensor among the arguments of a call. For a layer, this is the residual stream."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 class _Halves:
-    """The halves of an encoder-decoder, which tell the role of an attention; in other models its causality does."""
+    """The modules of an encoder-decoder's encoder, which identify the role of an attention module."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else None
 
     def find_role(self, module: nn.Module, causal: bool) -> Role:
-        """Return the role of a self-attention."""
+        """Return the role of a self-attention. In models with one stack, causal attention is a decoder's."""
         in_decoder = causal if self.encoder is None else module not in self.encoder
         return "decoder" if in_decoder else "encoder"
 
 
 class _Windows:
-    """The sliding windows in the masks that are made. A view of a mask, such as a slice, has the mask's."""
+    """The sliding windows of the masks that are made. A view of a mask, such as a slice, has the window of the mask."""
 
     def __init__(self, mask_function: Any) -> None:
         self.mask_function = mask_function
-        self.made = False  # a mask with a window
-        self.masks: dict[int, tuple[Tensor, tuple[int | None, bool]]] = {}  # by their storage, and what each says
+        self.made = False  # True once a mask with a window was made
+        self.masks: dict[
+            int, tuple[Tensor, tuple[int | None, bool]]
+        ] = {}  # by storage pointer, with ``window`` and ``local``
 
     def make_mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-        """Make a mask and keep its window."""
+        """Make a mask and record its window."""
         mask: Tensor | None = self.mask_function(*args, local_size=local_size, **kwargs)
         if local_size is not None:
             self.made = True
@@ -417,10 +422,10 @@ class _Windows:
         return mask
 
     def find(self, mask: Tensor | None, said: int | None) -> tuple[int | None, bool]:
-        """Return the window and ``local`` of a layer.
+        """Return ``window`` and ``local`` of a layer, given its mask.
 
-        The mask decides. If a model changed the mask, the window is unknown; what the layer ``said`` is for other
-        kernels.
+        If the model has changed the mask, the window is unknown. ``said`` is the ``sliding_window`` that the layer
+        passed. It only shows that a window exists, since it is meant for other kernels.
         """
         unknown = (None, self.made or said is not None)
         found = None if mask is None else self.masks.get(mask.untyped_storage().data_ptr())
@@ -428,7 +433,7 @@ class _Windows:
 
 
 class _Trace:
-    """The modules that are called in this context, in order, each with its first tensor."""
+    """A context that records the modules that are called, in order, each with its first tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
@@ -447,9 +452,9 @@ class _Trace:
         self.calls.append((module, find_first_tensor(args, kwargs)))
 
     def find_entry(self, attention: nn.Module) -> tuple[nn.Module | None, Tensor | None]:
-        """Return the first module inside the layer in progress that got what entered the layer, and that tensor.
+        """Return the first module inside the current layer that got the input tensor of the layer, and that tensor.
 
-        The layer is named by the attention's qualified name up to its last number.
+        The name of the layer is the attention's qualified name up to its last number.
         """
         match = re.match(r"(.*\.\d+)(\.|$)", self.names[attention])
         if match is None:
@@ -466,7 +471,7 @@ class _Trace:
 
 
 def _is_causal(mask: Tensor | None, query: Tensor) -> bool:
-    """Return whether the first token of the first row is kept from seeing the second, which any window would reach."""
+    """Return whether the mask hides the second token from the first one in the first row. A window never does so."""
     masking = read_mask(mask, query)
     if masking.is_causal or masking.attn_mask is None:
         return masking.is_causal
@@ -479,11 +484,11 @@ def _get_class_name(model: nn.Module) -> str:
 
 
 class Projection(Binding):
-    """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``, as an attention module computes them.
+    """A function that returns keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``.
 
-    The module is called as its model calls it for one token at position 0, where a rotary embedding does not rotate;
-    each state is such a token, in a row of its own. So nothing has to be known of the module, neither the names of its
-    projections nor what else it does to keys and values.
+    An attention module computes them. It is called like its model calls it for one token at position 0, where a rotary
+    embedding does not rotate. Each state is such a token in its own row. So this needs no knowledge of the module, such
+    as the names of its projections or other operations on keys and values.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -496,8 +501,9 @@ class Projection(Binding):
         hidden = find_first_tensor(*self.call)
 
         def adapt(tensor: Tensor) -> Tensor:
-            """Put the states in the token's place, and move the rest to their device and dtype, since the model may
-            have moved.
+            """Replace the token by the states, and move other tensors to the states' device and dtype.
+
+            The model may have been moved since the call was recorded.
             """
             if tensor is hidden:
                 return states[:, None]
@@ -510,12 +516,12 @@ class Projection(Binding):
         finally:
             self.running, projected, self.projected = False, self.projected, None
         if projected is None:
-            raise RuntimeError(f"{type(self.module).__name__} did not call the attention interface")
+            raise RuntimeError(f"{type(self.module).__name__} did not call the attention interface.")
         key, value = projected  # [m, Hkv, 1, D]
         return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep the keys and values that the module calls its attention with, for which there is no prefix."""
+        """Record the keys and values that the module passes to its attention, and return no prefix."""
         self.projected = (key, value)
 
 
@@ -523,7 +529,7 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
     """Find the projections of attention layers by running the model on one token.
 
     Raises:
-        ValueError: a layer whose keys and values are not its own projections of what enters it.
+        ValueError: if the keys and values of a layer are not its own projections of its input.
     """
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -541,8 +547,8 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
     with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad(), around:
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
-                "`model` must have layers that compute keys and values of what enters their attention, but these "
-                f"do not: {lost}"
+                "`model` must have layers that compute keys and values from the input of their attention, but these "
+                f"do not: {lost}."
             )
     return projections
 
@@ -589,7 +595,7 @@ _WIDTH_NAME = re.compile(
     r"(^|_)(hidden_size|hidden_size_global|hidden_dim|embed_dim|embedding_dim|embedding_size|d_model|projection_dim|"
     r"projection_size|upsample_groups|in_channels|output_dim|input_dim)$|^(adapter|projector)_\w*(dim|size)$"
 )
-"""The names of widths that follow from another option."""
+"""The names of widths that depend on another option."""
 _SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(
@@ -611,27 +617,27 @@ _WINDOWS = (
     *("sliding_window", "sliding_window_size", "local_attention", "attention_window_size", "window_size"),
     "attention_chunk_size",
 )
-"""Names of a window over text in parts with a vocabulary. Elsewhere they are windows of pixels or frames."""
+"""The names of text windows in configurations with a vocabulary. In others, they are windows of pixels or frames."""
 WINDOW = 4
 """The sliding windows and chunks of a small copy, in tokens."""
 CONTEXT = 16
 """The original context of a small copy whose rotary embedding changes beyond it, in tokens."""
 _POSITIONS = 512
 _SOUND = 16
-"""The positions of a small copy's sound."""
+"""The number of audio positions of a small copy."""
 _FRAMES = 4
-"""The length of a small copy's videos."""
+"""The number of video frames of a small copy."""
 _GRID, _PIXELS = 4, 64
-"""The side of a small copy's images, in patches or, where there are none, in pixels."""
+"""The side length of a small copy's images, in patches, or in pixels if the model has no patches."""
 _LAYER_KINDS = {"layer_types", "layers_block_type"}
 _FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-"""How many of a model's first layers are of another kind."""
+"""The names of the number of leading layers that are of another kind."""
 _PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
 _LAYER_INDICES_NAME = re.compile(r"(?<!out_)(idxs|indexes|indices|layer_ids|_layers|_blocks)$")
 _LAYER_SOURCES_NAME = re.compile(r"source_layers$")
 _MOST_KINDS = 8
 _MOST_PARAMETERS = 100_000_000
-"""A model whose small copies do not run is copied in full up to this size."""
+"""The largest number of parameters of a small copy."""
 
 
 @dataclass(frozen=True)
@@ -642,9 +648,9 @@ class _Scale:
     heads: int | None
     fewer_layers: bool
     small_signals: bool = False
-    """Make images and sounds small."""
+    """Make images and audio small."""
     of_each: int = 1
-    """The number of layers of each kind, if there are fewer."""
+    """The number of layers of each kind, if ``fewer_layers`` is True."""
 
 
 _SCALES = (
@@ -654,7 +660,7 @@ _SCALES = (
 
 
 class CopyError(ValueError):
-    """No small copy of a model can be built, or none runs (``built``)."""
+    """Raised if no small copy of a model can be built, or if it can be built (``built``) but does not run."""
 
     def __init__(self, built: bool, error: BaseException | None) -> None:
         why = "" if error is None else f": {type(error).__name__}: {error}"
@@ -672,12 +678,12 @@ def make_small_copy(
 
     Args:
         config: the configuration of the model. It is not changed.
-        model_class: the class of the model. None: the class that the configuration names.
-        dtype: of the copy.
-        whole: keep all layers, and windows and contexts of any length.
+        model_class: the class of the model. None uses the class that the configuration names.
+        dtype: the dtype of the copy.
+        whole: keep all layers, and the lengths of windows and contexts.
 
     Raises:
-        CopyError: the model is too large in every size, or does not run on inputs that its configuration suggests.
+        CopyError: if every copy is too large, or none runs on the inputs that its configuration suggests.
     """
     failures: list[CopyError] = []
     for scale in _SCALES:
@@ -689,13 +695,13 @@ def make_small_copy(
             with torch.device("meta"):
                 size = build_model(candidate, model_class).num_parameters()
             if size > _MOST_PARAMETERS:
-                raise ValueError(f"{size:,} parameters are left")
+                raise ValueError(f"the copy still has {size:,} parameters")
             model: PreTrainedModel = randomize(build_model(candidate, model_class)).eval()
             nn.Module.to(model, dtype)
             built = True
             find_running_inputs(model)
             return model
-        except Exception as error:  # the families' own checks of sizes that they were not made for
+        except Exception as error:  # families check for sizes that they do not support
             failures.append(CopyError(built, error))
     raise next((failure for failure in failures if failure.built), failures[0])
 
@@ -704,22 +710,22 @@ def find_running_inputs(model: PreTrainedModel) -> Inputs:
     """Return the first small inputs on which a model runs.
 
     Raises:
-        Exception: the error of the first ones, if the model runs on none.
+        Exception: the error for the first inputs, if the model runs on none.
     """
     failures: list[Exception] = []
     for inputs in propose_inputs(model):
         try:
             with preserve_state(model), torch.no_grad():
                 find_runnable(model)(**inputs)
-        except Exception as error:  # whatever the family makes of such inputs
+        except Exception as error:  # any error that the family raises on such inputs
             failures.append(error)
         else:
             return inputs
-    raise failures[0] if failures else ValueError("nothing is known of its inputs")
+    raise failures[0] if failures else ValueError("no suitable inputs are known for the model")
 
 
 def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Build a model with random weights, of the given class or the one that the configuration names or belongs to."""
+    """Build a model with random weights, of the given class or the class for the configuration."""
     named = getattr(transformers, (config.architectures or [""])[0], None) if model_class is None else model_class
     torch.manual_seed(0)
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
@@ -733,7 +739,7 @@ def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -
 
 
 def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Move biases, scales and gates of a model off their initial values, so that nothing is hidden by a 0 or 1."""
+    """Add noise to biases, scales and gates of a model, so that an initial 0 or 1 does not hide errors."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -746,8 +752,9 @@ def randomize(model: PreTrainedModel) -> PreTrainedModel:
 def shrink_config(config: PretrainedConfig, scale: _Scale = _SCALES[0], whole: bool = False) -> PretrainedConfig:
     """Return a small copy of a configuration and of those inside it.
 
-    It keeps what the model does: the rotary embedding's type, every kind of layer, shared keys and values, the tokens
-    with a meaning. Widths, vocabularies, windows and contexts are scaled down; of a ``whole`` one the former alone.
+    The copy keeps the structure of the model: the type of rotary embedding, every kind of layer, shared keys and
+    values, and special tokens. Widths, vocabularies, windows and contexts are scaled down. If ``whole`` is True,
+    windows, contexts and the number of layers are kept.
     """
     small = copy.deepcopy(config)
     every = list(list_configs(small))
@@ -788,12 +795,12 @@ def _read_sizes(config: Any) -> dict[str, int]:
 
 
 def _is_headless(config: Any) -> bool:
-    """Return whether a configuration says no number of heads, so that its width is that of another part."""
+    """Return whether a configuration has no number of heads, so that its width depends on another part."""
     return not _read_sizes(config).keys() & set(_HEADS)
 
 
 def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int]) -> dict[int, int]:
-    """Make heads narrow and few; return the new width of each old one. Those of other parts are ``known``."""
+    """Reduce the size and number of heads. Return a new width for each old one, given ``known`` ones of other parts."""
     sizes = _read_sizes(config)
     known = known if _is_headless(config) else {}
     before = next((sizes[name] for name in _HEADS if name in sizes), 1)
@@ -827,7 +834,7 @@ def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int
 
 
 def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
-    """Fit the heads of a latent attention: one part of their columns is rotated, the other one is not."""
+    """Set the head sizes of a latent attention, which rotates only one part of the columns."""
     if "qk_rope_head_dim" in sizes:
         config.qk_rope_head_dim = head_size
     whole = min(_SMALL["qk_nope_head_dim"], sizes.get("qk_nope_head_dim", 0)) + head_size
@@ -841,14 +848,14 @@ def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
 
 
 def _narrow_width(width: int, widths: dict[int, int]) -> int:
-    """Return the new width of an old one, or of two or four old ones side by side; other widths stay."""
+    """Return the new width for an old width, or for two or four concatenated old widths. Keep other widths."""
     counts = (count for count in (1, 2, 4) if width % count == 0 and width // count in widths)
     count = next(counts, None)
     return width if count is None else count * widths[width // count]
 
 
 def _narrow_states(config: Any, head_size: int) -> None:
-    """Fit the heads of a state space to the width: all of them are ``expand`` times as wide."""
+    """Set the heads of a state-space layer, which together are ``expand`` times as wide as the hidden size."""
     for heads, size, expand in _STATES:
         sizes = _read_sizes(config)
         factor = vars(config).get(expand)
@@ -866,10 +873,10 @@ def _is_list_of_sizes(value: Any) -> bool:
 
 
 def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str, Any]:
-    """Cut the lists of a rotary embedding, or of one for every type of layer, to the size of the heads.
+    """Shorten the lists of the rotary embedding, or of one per layer type, to the size of the heads.
 
-    A list of factors has one for each pair of columns, and its first and last ones are kept. Sections of a position in
-    time and space add up to the number of pairs.
+    A list of factors has one factor for each pair of columns. Its first and last factors are kept. The sections of
+    positions in time and space add up to the number of pairs.
     """
     if any(isinstance(value, dict) for value in rope.values()):
         return {k: _narrow_rope(v, head_size, former) if isinstance(v, dict) else v for k, v in rope.items()}
@@ -886,7 +893,7 @@ def _narrow_rope(rope: dict[str, Any], head_size: int, former: int) -> dict[str,
 
 
 def _split_sections(sections: list[int], pairs: int) -> list[int]:
-    """Return sections of about the same proportions that add up to so many pairs."""
+    """Return sections of about the same proportions that add up to the number of pairs."""
     total = sum(sections)
     small = [max(pairs * section // total, 1 if section else 0) for section in sections]
     single = next((i for i, section in enumerate(sections) if sections.count(section) == 1), 0)  # equal ones stay equal
@@ -895,7 +902,7 @@ def _split_sections(sections: list[int], pairs: int) -> list[int]:
 
 
 def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_size: int) -> None:
-    """Say the sections of positions in time and space, where a family has default ones for heads of its usual size."""
+    """Set the sections of positions in time and space if the family's code has defaults for one head size only."""
     modules = {each.__module__ for each in (model_class, *map(type, list_configs(config))) if each is not None}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
     sources = [source for name in sorted(names) if "mrope_section" in (source := _read_source(name))]
@@ -911,7 +918,7 @@ def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_s
 
 
 def _read_source(module: str) -> str:
-    """Return the source code of a module of models, or "" where it cannot be read."""
+    """Return the source code of a module, or "" if it cannot be read."""
     try:
         return inspect.getsource(importlib.import_module(module))
     except (ImportError, OSError):
@@ -919,7 +926,7 @@ def _read_source(module: str) -> str:
 
 
 def _scale_positions(config: Any) -> None:
-    """Scale windows, chunks and contexts down, so that short inputs reach beyond them."""
+    """Scale windows, chunks and contexts down, so that short inputs exceed them."""
     sizes = _read_sizes(config)
     for name in _WINDOWS:
         if "vocab_size" in sizes and sizes.get(name, 0) > WINDOW:
@@ -945,7 +952,7 @@ def _scale_positions(config: Any) -> None:
 
 
 def _shrink_signals(config: Any) -> None:
-    """Make images and sounds small, whose positions would outnumber those of the text by far."""
+    """Make images and audio small, since they would otherwise have far more positions than the text."""
     sizes = _read_sizes(config)
     if sizes.get("max_source_positions", 0) > _SOUND:
         config.max_source_positions = _SOUND
@@ -961,23 +968,23 @@ def _shrink_signals(config: Any) -> None:
 
 
 def _list_ropes(rope: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rotary embeddings in an option, which has one or one for every type of layer."""
+    """Yield the rotary embeddings in an option, which holds one embedding or one per layer type."""
     if isinstance(rope, dict):
         inside = [value for value in rope.values() if isinstance(value, dict)]
         yield from inside or [rope]
 
 
 def _calm(config: Any) -> None:
-    """Take out what would make two runs differ, and start from weights that are large enough to tell."""
+    """Remove randomness between runs, and choose initial weights large enough to reveal errors."""
     for name, value in list(vars(config).items()):
         if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     if isinstance(vars(config).get("initializer_range"), float):
         config.initializer_range = 0.2
-    for name in ("mask_time_prob", "mask_feature_prob"):  # of sound, while training
+    for name in ("mask_time_prob", "mask_feature_prob"):  # masking of audio during training
         if vars(config).get(name):
             setattr(config, name, 0.0)
-    config._experts_implementation = "eager"  # the other ones take no float64
+    config._experts_implementation = "eager"  # the other implementations do not support float64
     if vars(config).get("quantization_config") is not None:
         del config.quantization_config
     if isinstance(positions := vars(config).get("max_position_embeddings"), int):
@@ -985,7 +992,7 @@ def _calm(config: Any) -> None:
 
 
 def _shorten(config: Any, of_each: int) -> None:
-    """Keep so many layers of every kind, and at least two in all."""
+    """Keep ``of_each`` layers of every kind, and at least two layers in total."""
     sizes = _read_sizes(config)
     names = [name for name in _LAYERS if sizes.get(name, 0) > 1]
     if not names and _LAYER_KINDS & vars(config).keys():
@@ -997,7 +1004,7 @@ def _shorten(config: Any, of_each: int) -> None:
 
 
 def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -> None:
-    """Shorten what a configuration says of so many layers."""
+    """Shorten the options of a configuration that describe ``count`` layers."""
     values = vars(config)
     lists = {n: v for n, v in values.items() if isinstance(v, list | tuple) and len(v) == count and count > 2}
     sources = {n: v for n, v in lists.items() if _LAYER_SOURCES_NAME.search(n)}
@@ -1047,7 +1054,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
 
 
 def _limit_vocabulary(configs: list[Any]) -> None:
-    """Give a model few words, and its tokens with a meaning places among them, the same in every part."""
+    """Reduce the vocabulary, and give each special token an id within it, the same in every part."""
     limits = [value for part in configs for name in _VOCABULARIES if type(value := vars(part).get(name)) is int]
     least = min([_VOCABULARY, *(limit for limit in limits if limit > 1)])
     named = [(part, name, value) for part in configs for name, value in vars(part).items() if _TOKEN_NAME.search(name)]
@@ -1070,7 +1077,7 @@ def _limit_vocabulary(configs: list[Any]) -> None:
 
 
 def _choose_words(words: dict[str, int], places: dict[int, int], count: int) -> dict[str, int]:
-    """Return evenly spaced ones of the words of a vocabulary, and those with a meaning, at places below ``count``."""
+    """Return evenly spaced words of a vocabulary and all special ones, with ids below ``count``."""
     step = max(max(words.values()) // count + 1, 1)
     taken = set(places.values())
     few = {word: each // step for word, each in words.items() if each % step == 0 and each // step not in taken}

@@ -1,9 +1,9 @@
 """Read and change the arguments of a forward call, and carry prefixes through reentrant gradient checkpointing.
 
-Reentrant checkpointing runs the backward pass of each checkpointed layer by itself. A prefix that several layers get
-from one network would then be differentiated once per layer, and the network's graph is gone after the first. So the
-layers get leaves in place of such a prefix. A node below the first layer, whose backward pass comes after those of all
-layers, hands the gradients of the leaves to the network, once.
+Reentrant checkpointing runs a separate backward pass for each checkpointed layer. A prefix that one network computes
+for several layers would then be differentiated once per layer, but the network's graph is freed after the first time.
+So the layers get leaf tensors instead of such a prefix. An autograd node below the first layer runs its backward after
+all layers, and passes the accumulated gradients of the leaves to the network once.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ READ_ARGUMENTS = frozenset(
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
     }
 )
-"""The arguments of models that are read or written by name. Caches are found by type instead."""
+"""The arguments of models that this package reads or writes by name. Caches are found by type instead."""
 
 READ_SETTINGS = frozenset({"use_cache", "output_attentions", "output_router_logits"})
-"""The attributes of configurations that stand for arguments that a call leaves out."""
+"""The attributes of configurations that provide defaults for arguments that a call leaves out."""
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
@@ -48,33 +48,36 @@ def read_parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def check_parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's positional forward arguments, provided that none has a name unknown here.
+    """Return the names of a module's positional forward arguments, after checking that none has been renamed.
 
-    Most models lack some of ``READ_ARGUMENTS``, so a missing argument proves nothing. A renamed one shows in one of
-    three ways: the module itself translates the former name, the library's main models do not know the name any more,
-    or the module takes a cache and none of its arguments has a cache's name.
+    Most models lack some of ``READ_ARGUMENTS``, so a missing argument is not an error. A renamed argument is detected
+    in one of three ways. The module itself translates the former name. Or the main models of ``transformers`` no longer
+    have the name. Or the module accepts a cache, but none of its arguments has a known name for a cache.
 
     Raises:
-        ValueError: an argument has been renamed.
+        ValueError: if an argument has been renamed.
     """
     names, model = read_parameter_names(module), type(module).__name__
     for old, new in _find_renamed(module.forward).items():
         if old in READ_ARGUMENTS:
-            raise ValueError(f"`{old}` is called `{new}` in {model}, which this fastprefix does not know: {_ADVICE}")
+            raise ValueError(
+                f"`{old}` is called `{new}` in {model}, which this version of fastprefix does not support. {_ADVICE}"
+            )
     arguments, settings = _collect_vocabulary()
     if unknown := sorted(READ_ARGUMENTS - arguments - set(names)):
-        raise ValueError(f"{_name_library()} has no argument `{unknown[0]}`, which {model} may need: {_ADVICE}")
+        raise ValueError(f"{_name_library()} has no argument `{unknown[0]}`, which {model} may need. {_ADVICE}")
     if unknown := sorted(READ_SETTINGS - settings):
-        raise ValueError(f"{_name_library()} has no setting `{unknown[0]}`, which {model} may need: {_ADVICE}")
+        raise ValueError(f"{_name_library()} has no setting `{unknown[0]}`, which {model} may need. {_ADVICE}")
     caches = _find_cache_parameters(module.forward)
-    if len(caches) == 1 and find_cache_parameter(names) is None:  # codecs have two, one for each half
+    if len(caches) == 1 and find_cache_parameter(names) is None:  # codecs have two caches, one for each half
         raise ValueError(
-            f"`{caches[0]}` of {model} is a key/value cache under a name that this fastprefix does not know: {_ADVICE}"
+            f"`{caches[0]}` of {model} is a key/value cache with a name that this version of fastprefix does not "
+            f"support. {_ADVICE}"
         )
     return names
 
 
-_ADVICE = "use a newer fastprefix, or a transformers version that this one supports"
+_ADVICE = "Use a newer version of fastprefix, or a version of transformers that this one supports."
 
 
 def _name_library() -> str:
@@ -82,9 +85,9 @@ def _name_library() -> str:
 
 
 def _find_renamed(forward: Callable[..., Any]) -> dict[str, str]:
-    """Return the deprecated argument names of a function with their new names.
+    """Return the deprecated argument names of a function, mapped to their new names.
 
-    ``deprecate_kwarg`` of ``transformers`` keeps both in the closures of its wrappers.
+    ``deprecate_kwarg`` of ``transformers`` stores both names in the closures of its wrappers.
     """
     renamed: dict[str, str] = {}
     function: Any = forward
@@ -100,19 +103,19 @@ def _find_renamed(forward: Callable[..., Any]) -> dict[str, str]:
 
 @functools.cache
 def _collect_vocabulary() -> tuple[frozenset[str], frozenset[str]]:
-    """Return the arguments and the settings that the main models of ``transformers``, one of each kind, know."""
+    """Return the arguments and settings of one decoder, one encoder and one encoder-decoder of ``transformers``."""
     kinds = (transformers.LlamaModel, transformers.BertModel, transformers.BartModel)
     arguments = {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
     settings = vars(transformers.MixtralConfig()).keys() | set(dir(transformers.MixtralConfig))
-    decorated = {"return_dict"}  # a decorator's, which no signature shows
+    decorated = {"return_dict"}  # read by a decorator, so it is in no signature
     return frozenset(arguments | TransformersKwargs.__annotations__.keys() | decorated), frozenset(settings)
 
 
 def _find_cache_parameters(forward: Callable[..., Any]) -> list[str]:
-    """Return the arguments of a function that are annotated as a cache."""
+    """Return the names of the arguments of a function that are annotated as a cache."""
     try:
         hints = typing.get_type_hints(inspect.unwrap(forward))
-    except (NameError, TypeError):  # a type that is imported for type checkers only, or no function
+    except (NameError, TypeError):  # a type that is imported only for type checkers, or not a function
         return []
     kinds = {name: typing.get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
     return [n for n, types in kinds.items() if any(isinstance(t, type) and issubclass(t, Cache) for t in types)]
@@ -131,15 +134,15 @@ Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Interception:
-    """Run a module's ``forward`` inside another function, whether the module or its ``forward`` is called.
+    """A callable that runs a module's ``forward`` inside another function.
 
-    It stands on the module as the instance attribute ``forward``, as accelerate's replacement does. Where accelerate
-    has replaced ``forward`` already, it stands inside that replacement, so either can be removed first. It is copied
-    and pickled with its module.
+    It works for calls of the module and for direct calls of its ``forward``. It is stored in the instance attribute
+    ``forward`` of the module, like accelerate's replacement. If accelerate has already replaced ``forward``, it is
+    stored inside that replacement, so either can be removed first. It is copied and pickled with its module.
     """
 
     keyword: ClassVar[str | None] = None
-    """An argument that it takes off the calls. It is in the signature, for ``generate`` and for Trainer's columns."""
+    """An argument that it removes from calls. It is added to the signature for ``generate`` and Trainer's columns."""
 
     def __init__(self, module: nn.Module, around: Around) -> None:
         self.module = module
@@ -150,7 +153,7 @@ class Interception:
         attributes[slot] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
+        if args and args[0] is self.module:  # accelerate binds an unwrapped forward to the module again
             args = args[1:]
         if self.around is None:
             return self.forward(*args, **kwargs)
@@ -158,30 +161,30 @@ class Interception:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """Return the forward that would run without the interception."""
+        """Return the forward that runs without the interception."""
         if self.inner is None:
             return functools.partial(type(self.module).forward, self.module)
         return self.inner
 
     @property
     def is_innermost(self) -> bool:
-        """Return whether the forward inside is that of the module's class."""
+        """Return whether the inner forward is the one of the module's class."""
         return self.inner is None or getattr(self.inner, "__func__", None) is type(self.module).forward
 
     @property
     def __code__(self) -> types.CodeType:
-        """Return the code of the module's own forward, whose file ``torch.export`` names."""
+        """Return the code of the module's own forward, which ``torch.export`` reads the file name from."""
         code: types.CodeType = type(self.module).forward.__code__
         return code
 
     @property
     def __wrapped__(self) -> Forward:
-        """Return the forward inside, for whoever looks through wrappers."""
+        """Return the inner forward, for functions that unwrap wrappers."""
         return self.forward
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Return the signature of the forward inside, with ``keyword`` if there is one, for ``inspect.signature``."""
+        """Return the signature of the inner forward, plus ``keyword`` if it is set, for ``inspect.signature``."""
         inside = inspect.signature(self.forward)
         if self.keyword is None:
             return inside
@@ -191,7 +194,7 @@ class Interception:
         return inside.replace(parameters=[*(p for p in parameters if p not in last), own, *last])
 
     def remove(self) -> None:
-        """Remove the interception, or make it pass every call on where something else holds it."""
+        """Remove the interception. If another object still holds it, it passes every call to the inner forward."""
         self.around = None
         attributes: dict[str, Any] = vars(self.module)
         for slot in _FORWARD_SLOTS:
@@ -200,7 +203,7 @@ class Interception:
                     attributes[slot] = self.inner
                 elif slot == "forward":
                     del attributes[slot]
-                else:  # accelerate calls it
+                else:  # accelerate calls this attribute
                     attributes[slot] = types.MethodType(type(self.module).forward, self.module)
                 return
             holder = attributes.get(slot)
@@ -212,28 +215,29 @@ class Interception:
 
 
 _FORWARD_SLOTS = ("_old_forward", "forward")
-"""The attributes of a module that may hold a replaced forward: accelerate's name for what it calls comes first."""
+"""The attributes of a module that may hold a replaced forward. The one that accelerate calls comes first."""
 
 
 def refuse_replicas(module: nn.Module) -> None:
-    """Refuse replicas of ``nn.DataParallel``, which share the state of an adapter."""
+    """Raise RuntimeError for replicas of ``nn.DataParallel``, which share the state of an adapter."""
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
-            "nn.DataParallel cannot run a model with an adapter, whose state its replicas share: use DDP."
+            "nn.DataParallel cannot run a model with an adapter, since its replicas would share the adapter's state. "
+            "Use DistributedDataParallel."
         )
 
 
 def refuse_names(kwargs: Mapping[str, Any], module: nn.Module) -> None:
-    """Refuse ``adapter_names`` in a call of a part of a model, which would be lost in its ``**kwargs``."""
+    """Refuse ``adapter_names`` in a call of a part of a model, where its ``**kwargs`` would ignore them."""
     if "adapter_names" in kwargs:
         raise ValueError(
-            "`adapter_names` must be given to the model that the adapters are attached to, not to "
+            "`adapter_names` must be passed to the model that the adapters are attached to, not to "
             f"{type(module).__name__} inside it."
         )
 
 
 def find_cache_parameter(names: Container[str]) -> str | None:
-    """Return the name of the cache among the parameters of a module, or None if the module takes no cache.
+    """Return the name of the cache among the arguments of a module, or None if the module accepts no cache.
 
     ``transformers`` 5.24 renamed ``past_key_values`` to ``cache``.
     """
@@ -244,7 +248,7 @@ def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None
     """Return the key/value cache among the arguments or the outputs of a call, found by its type.
 
     Raises:
-        TypeError: an argument that has a cache's name is something else.
+        TypeError: if an argument with a cache's name is not a ``transformers`` cache.
     """
     if isinstance(values, Mapping):
         for name in _CACHE_NAMES:
@@ -255,13 +259,13 @@ def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None
 
 
 def count_past(arguments: Mapping[str, Any]) -> int:
-    """Return how many tokens are in the key/value cache of a call."""
+    """Return the number of tokens in the key/value cache of a call."""
     cache = find_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def count_tokens(arguments: Mapping[str, Any]) -> int:
-    """Return how many tokens a row of a call has, be they given as ids or as embeddings."""
+    """Return the number of tokens per row of a call, which may be ids or embeddings."""
     ids, rows = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if isinstance(ids, Tensor):
         return int(ids.shape[-1])
@@ -269,23 +273,23 @@ def count_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 def asks_for(arguments: Mapping[str, Any], module: nn.Module, name: str) -> bool:
-    """Tell whether a call asks for an output by an argument, or by default its module's configuration does."""
+    """Return whether a call requests an output by an argument, or else by its module's configuration."""
     asked = arguments.get(name)
     return bool(getattr(getattr(module, "config", None), name, False) if asked is None else asked)
 
 
 def check_mask_length(mask: Any, tokens: int, length: int) -> None:
-    """Refuse a padding mask that is not about the caller's tokens."""
+    """Refuse a padding mask whose length is not the number of the caller's tokens."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != tokens:
         hint = f" Leave out the {length} columns of the adapter." if mask.shape[1] == tokens + length else ""
         raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")
 
 
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a mask is a caller's own 4-D mask of one row.
+    """Return whether a mask is the caller's own 4-D mask with one query row.
 
-    For a static cache, ``generate`` has the mask made beforehand, and where the prompt fills the cache, it has one row
-    too, which means "causal".
+    For a static cache, ``generate`` makes the mask before the call. If the prompt fills the cache, that mask also has
+    one query row, which means "causal".
     """
     if mask.ndim != 4 or mask.shape[2] > 1:
         return False
@@ -294,20 +298,22 @@ def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
 
 
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
-    """Refuse 4-D masks of one row in a model with two halves, which would not know whether "causal" is meant.
+    """Refuse 4-D masks with one query row in an encoder-decoder, where it is unclear whether they mean "causal".
 
     Raises:
-        ValueError: a 4-D mask of one row.
+        ValueError: if a mask is 4-D and has one query row.
     """
     for name, tokens in (("attention_mask", None), ("decoder_attention_mask", arguments.get("decoder_input_ids"))):
         mask = arguments.get(name)
         several = tokens is None or tokens.shape[1] > 1
         if isinstance(mask, Tensor) and _is_own_row(mask, arguments) and several:
-            raise ValueError(f"`{name}` must be [B, N], or [B, 1, N, K] with all its rows, but is {list(mask.shape)}.")
+            raise ValueError(
+                f"`{name}` must be [B, N], or [B, 1, N, K] with all N query rows, but is {list(mask.shape)}."
+            )
 
 
 def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Expand a caller's own one-row 4-D mask, since one row says "causal" here (see ``masks``)."""
+    """Expand a caller's own one-row 4-D mask, since one row means "causal" here (see ``attention``)."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and _is_own_row(mask, arguments):
         arguments["attention_mask"] = mask.expand(-1, -1, count_tokens(arguments), -1)
@@ -315,9 +321,10 @@ def expand_one_row_mask(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_state(*modules: nn.Module) -> object:
-    """Return an object that is equal while no parameter is changed or moved, nor autocast, or None if that is unknown.
+    """Return an object that compares equal as long as no parameter is changed or moved and autocast stays the same.
 
-    PyTorch counts a tensor's in-place changes; only those through ``.data`` it does not see.
+    Return None if that cannot be known. PyTorch counts the in-place changes of a tensor, except for those through
+    ``.data``.
     """
     parameters = [p for module in modules for p in module.parameters()]
     if any(p.is_inference() for p in parameters):
@@ -329,7 +336,7 @@ def read_state(*modules: nn.Module) -> object:
 
 
 class Cut:
-    """The prefixes of the last call that was differentiable, cut off from the graph that they come from."""
+    """The prefixes of the last differentiable call, detached from the graph that computed them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -337,37 +344,37 @@ class Cut:
         self.tied = True
 
     def cut(self, prefixes: list[Prefix]) -> None:
-        """Make leaves with the values of the prefixes; ``tie`` has to follow in the same call."""
+        """Make leaf tensors with the values of the prefixes. ``tie`` must be called in the same forward call."""
         self.tensors = [tensor for prefix in prefixes for tensor in prefix]
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.tensors]
         self.tied = False
 
     def clear(self) -> None:
-        """Drop the leaves: the call that begins needs none."""
+        """Drop the leaves before a call that needs none."""
         self.tensors, self.leaves, self.tied = [], [], True
 
     def get_prefix(self, index: int) -> Prefix | None:
-        """Return a layer's leaves if they are to be differentiated, otherwise None."""
+        """Return the leaves of a layer, or None if gradients are disabled or no leaves exist."""
         if not (self.leaves and torch.is_grad_enabled()):
             return None
         return self.leaves[2 * index], self.leaves[2 * index + 1]
 
     def tie(self, hidden: Tensor) -> Tensor:
-        """Tie what enters the first layer to the prefixes that were cut off."""
+        """Connect the input of the first layer to the detached prefixes in the autograd graph."""
         self.tied = True
-        # It needs a gradient in any case: reentrant checkpointing gives none to a layer none of whose inputs needs one.
+        # Reentrant checkpointing computes no gradients for a layer unless one of its inputs requires a gradient.
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         tied: Tensor = _Gather.apply(self, self.leaves, hidden, *self.tensors)  # type: ignore[no-untyped-call]
         return tied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out the state that exists only while a model runs."""
         return vars(Cut())
 
 
 class _Gather(torch.autograd.Function):
-    """The identity; its backward also gives the prefixes the gradients that their leaves have gathered."""
+    """The identity. Its backward also passes the gradients that the leaves have accumulated to the prefixes."""
 
     @staticmethod
     def forward(ctx: Any, cut: Cut, leaves: list[Tensor], hidden: Tensor, *tensors: Tensor) -> Tensor:
@@ -376,7 +383,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # A layer that is run again takes the leaves of the last call, be it differentiated for that call or another.
+        # A recomputed layer always uses the leaves of the last call, even in the backward pass of an earlier call.
         gathered = [
             _add_gradients(_take_gradient(leaf), _take_gradient(last))
             for leaf, last in zip(ctx.leaves, ctx.cut.leaves, strict=True)

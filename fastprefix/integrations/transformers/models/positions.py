@@ -1,4 +1,4 @@
-"""Find out how a model counts the positions of its tokens, and move them up by the length of a prompt or prefix."""
+"""Find out how a model counts the positions of its tokens, and shift them by the length of a prompt or prefix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .hooks import count_past, count_tokens, find_cache, name_arguments, read_pa
 
 
 class RowShift(NamedTuple):
-    """Numbers of positions by which the rows of a call are moved up."""
+    """The number of positions by which each row of a call is shifted."""
 
     by_row: Tensor
-    """``[B, 1]``."""
+    """The shift per row, int ``[B, 1]``."""
     largest: int
 
 
@@ -29,21 +29,22 @@ class Positions(NamedTuple):
     first: int
     """The position of the first token."""
     limit: int | None
-    """The number of positions in a table of learned ones; None without such a table."""
+    """The number of learned positions for tokens, or None if the model has no position table."""
     by_ids: int | None
-    """The id of padding if positions follow from the ids, which do not count it (RoBERTa); None otherwise."""
+    """The padding id if positions are computed from the ids without counting padding (RoBERTa), otherwise None."""
     by_mask: bool
-    """True if padding is not counted: positions follow from the attention mask (OPT)."""
+    """True if positions are computed from the attention mask without counting padding (OPT)."""
     by_length: int | None
-    """The longest row up to which rotary frequencies are the same; None if they never depend on the row's length."""
+    """The longest row up to which rotary frequencies are constant, or None if they do not depend on the row length."""
     reader: nn.Module
     """The module that reads ``position_ids``: the backbone, or the text model inside it."""
 
     @classmethod
     def find(cls, backbone: nn.Module) -> Positions:
-        """Find out how a model counts, without running any of its layers.
+        """Find out how a model counts positions, without running any of its layers.
 
-        A text model inside a backbone gets positions from it, which may be more than a count (M-RoPE), or begin at 1.
+        A text model inside a backbone gets positions from the backbone. They may have several dimensions (M-RoPE) or
+        begin at 1.
         """
         reader = _find_text_model(backbone)
         table = _find_position_table(reader)
@@ -58,7 +59,7 @@ class Positions(NamedTuple):
 
         plain, padded = (run(), run(padded=True)) if asked else ({}, {})
         first, limit, by_ids, by_mask = 0, None, None, False
-        if table is not None:  # its rows up to the padding's are not for tokens, nor those before its offset
+        if table is not None:  # rows up to the padding row, and rows before the table's offset, are not for tokens
             padding = table.padding_idx
             first = 0 if padding is None else padding + 1
             limit = table.num_embeddings - first - int(getattr(table, "offset", 0))
@@ -73,10 +74,10 @@ class Positions(NamedTuple):
         return cls(first, limit, by_ids, by_mask, find_frequencies_end(reader), reader)
 
     def move_ids(self, arguments: Mapping[str, Any], by: int | RowShift) -> Tensor:
-        """Return the position ids of a call, or the model's own, moved up ``by`` a number for all rows or one for each.
+        """Return the position ids of a call, or else the model's own, shifted ``by`` one number or a number per row.
 
         Raises:
-            ValueError: they exceed the model's table of positions.
+            ValueError: if the positions exceed the model's position table.
         """
         shift, largest = by if isinstance(by, RowShift) else (by, by)
         tokens = arguments.get("input_ids")
@@ -99,12 +100,12 @@ class Positions(NamedTuple):
         return positions
 
     def check(self, positions: Tensor | None, rows: int, shift: int) -> None:
-        """Refuse a call whose positions exceed the model's table.
+        """Raise ValueError if the positions of a call exceed the model's position table.
 
         Args:
-            positions: of all tokens, with the ``shift``; None: they are counted, and there are so many ``rows``. On a
-                GPU they are only looked at where the rows themselves do not fit, and in a trace never.
-            rows: the length of the row, with the ``shift``.
+            positions: the shifted positions of all tokens. None if they simply count up to ``rows``. They are not read
+                while tracing. On a GPU, they are only read if ``rows`` exceeds the table.
+            rows: the length of a row, including the ``shift``.
             shift: the number of virtual tokens.
         """
         if self.limit is None:
@@ -115,13 +116,13 @@ class Positions(NamedTuple):
             rows = int(positions.max()) + 1 - self.first
         if rows > self.limit:
             raise ValueError(
-                f"`num_virtual_tokens` = {shift} moves an input of {rows - shift} tokens up to {rows} positions, but "
+                f"`num_virtual_tokens` = {shift} extends an input of {rows - shift} tokens to {rows} positions, but "
                 f"the model has {self.limit} positions. Shorten the input or use fewer virtual tokens."
             )
 
 
 class PositionShift:
-    """Move up the positions that a model reads, be they given or the model's own."""
+    """Shift the positions that a model reads, whether the caller passes them or the model counts them."""
 
     def __init__(self, backbone: nn.Module, positions: Positions) -> None:
         self.positions = positions
@@ -130,26 +131,26 @@ class PositionShift:
         self.shift: int | RowShift = 0  # of the call in progress
 
     def install(self) -> list[RemovableHandle]:
-        """Set the hook on a text model inside the backbone."""
+        """Register the hook on a text model inside the backbone, if there is one."""
         if not self.inside:
             return []
         return [self.positions.reader.register_forward_pre_hook(self.move, with_kwargs=True)]
 
     def begin(self, arguments: dict[str, Any], shift: int | RowShift) -> None:
-        """Move a call of the backbone, given its arguments; a ``shift`` of 0 leaves it as it is."""
+        """Shift the positions in the arguments of a backbone call. A ``shift`` of 0 changes nothing."""
         self.shift = shift
         if shift != 0 and not self.inside:
             arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Move the positions of the text model, which are final here (a forward pre-hook)."""
+        """Shift the positions of the text model, which are final here (a forward pre-hook)."""
         if self.shift == 0:
             return None
         arguments = name_arguments(self.names, args, kwargs)
         return (), {**arguments, "position_ids": self.positions.move_ids(arguments, self.shift)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives only while a model runs."""
+        """Leave out the state that exists only while a model runs."""
         return {**self.__dict__, "shift": 0}
 
 
@@ -162,7 +163,7 @@ def _find_text_model(backbone: nn.Module) -> nn.Module:
 
 
 def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
-    """Return the table of learned positions of a text model, if it has one."""
+    """Return the table of learned positions of a text model, or None."""
     for name, module in reader.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and leaf in ("position_embeddings", "embed_positions", "wpe"):
@@ -171,7 +172,7 @@ def _find_position_table(reader: nn.Module) -> nn.Embedding | None:
 
 
 def _read_handed_ids(calls: dict[nn.Module, ModuleCall], reader: nn.Module) -> Tensor | None:
-    """Return the positions that a backbone hands to the text model inside it, if it does."""
+    """Return the positions that a backbone passes to the text model inside it, or None."""
     ids: Tensor | None = calls[reader].name_arguments(reader).get("position_ids") if reader in calls else None
     return ids
 
@@ -179,7 +180,7 @@ def _read_handed_ids(calls: dict[nn.Module, ModuleCall], reader: nn.Module) -> T
 def _is_last_row_different(
     plain: dict[nn.Module, ModuleCall], padded: dict[nn.Module, ModuleCall], table: nn.Embedding
 ) -> bool:
-    """Return whether padding before a token changes which row of the table the token gets."""
+    """Return whether padding before a token changes the row of the table that the token gets."""
     rows = [calls[table].output for calls in (plain, padded) if table in calls]
     return (
         len(rows) == 2
@@ -209,14 +210,14 @@ def find_frequencies_end(reader: nn.Module) -> int | None:
 def find_packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor | None:
     """Return the index of the sequence that each token ``[B, N]`` of packed rows belongs to, or None for plain rows.
 
-    The rule is that of ``transformers``: without a mask and a cache, a position that does not continue the one before
-    it begins another sequence. Positions of several dimensions are ``[4, B, N]`` where the first is that of the text. A
-    trace cannot look at positions and always gets indices.
+    The rule is the same as in ``transformers``. Without a mask and a cache, a position that does not continue the
+    previous one begins another sequence. Positions with several dimensions are ``[4, B, N]``, the text positions first.
+    A trace cannot read positions and always gets indices.
     """
     positions, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
     cached = getattr(backbone.config, "use_cache", False) if use_cache is None else use_cache
     if backbone.training and getattr(backbone, "gradient_checkpointing", False):
-        cached = False  # as transformers decides inside the call
+        cached = False  # like transformers itself decides inside the call
     if positions is None or cached:
         return None
     if positions.ndim == 3 and len(positions) == 4:
@@ -227,14 +228,14 @@ def find_packed_sequences(arguments: Mapping[str, Any], backbone: Any) -> Tensor
 
 
 def is_packed(arguments: Mapping[str, Any], backbone: Any) -> bool:
-    """Return whether the rows of a call are packed sequences. In a trace, rows are taken for plain."""
+    """Return whether the rows of a call are packed sequences. Always return False while tracing."""
     return not torch.compiler.is_compiling() and find_packed_sequences(arguments, backbone) is not None
 
 
 def refuse_packed(arguments: Mapping[str, Any], backbone: Any) -> None:
-    """Refuse packed sequences: only the first would see a prompt in front of the row, or be counted right."""
+    """Refuse packed sequences. Only the first sequence of a row would see the prompt or have correct positions."""
     if is_packed(arguments, backbone):
         raise ValueError(
-            "`position_ids` must be of one sequence a row, but the rows are packed. A prompt in every row, an "
+            "`position_ids` must describe one sequence per row, but the rows are packed. A prompt in every row, an "
             "offset and a sliding window count from the beginning of a row."
         )

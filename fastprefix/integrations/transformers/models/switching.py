@@ -1,10 +1,11 @@
 """Run a model on another attention function, and restore it afterwards.
 
-A conformance run decides whether this package's attention can replace a model's own. A model may join masks, cut them,
-or pass arguments that only its own attention knows. So it is run on a few tokens, some of them padding: first with its
-own eager attention over the masks that SDPA would get, then with this package's attention. In the second run, the
-result of every call is replaced by the result of the first run. Each call is therefore compared on the same inputs, and
-rounding does not add up. Calls are made in float64, which keeps rounding far below the effect of anything that is lost.
+A trial decides whether this package's attention can replace a model's own. A model may merge masks, crop them, or pass
+arguments that only its own attention knows. So the trial runs the model twice on a few tokens, including padding: first
+with its own eager attention over the masks that SDPA would get, then with this package's attention. In the second run,
+the result of every attention call is replaced by the result of the first run. So both attentions get the same inputs in
+every call, and rounding errors do not accumulate. Attention calls run in float64, so that rounding errors are far
+smaller than the effect of a lost mask or argument.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _LOCK = threading.Lock()
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Set a model's attention, and that of parts with a copy of its configuration (T5's halves), which older
-    ``transformers`` pass over.
+    """Set the attention of a model and of parts with a copy of its configuration (T5's encoder and decoder).
+
+    Older ``transformers`` versions skip those parts.
     """
     model.set_attn_implementation(name)
     for part in model.modules():
@@ -45,14 +47,14 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def borrow_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """Run a model on another attention and mask function in this context, one model at a time and without gradients."""
+    """Run a model on another attention and mask function in this context, without gradients and one model at a time."""
     with _LOCK, preserve_state(model), replace_attention(model, name, function, mask), torch.no_grad():
         yield
 
 
 @contextmanager
 def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """Run a model on another attention and mask function in this context, in which they are registered under a name."""
+    """Register an attention and a mask function under a name, and run a model on them in this context."""
     before = [(config, config._attn_implementation) for config in list_configurations(model)]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
@@ -67,10 +69,11 @@ def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: An
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Run in ``evaluating``, and undo what the calls leave on modules, such as Qwen-VL's positions of a batch.
+    """Run in ``evaluating``, and undo the attribute changes that calls make on modules, such as Qwen-VL's positions.
 
-    Containers get their contents back in place, since handles of hooks refer to them. ``transformers`` installs its
-    output-capturing hooks in the first call, for one, and notes that in an attribute: both have to go, or both to stay.
+    The contents of containers are restored in place, since handles of hooks refer to the containers. For example, the
+    first call makes ``transformers`` install its output-capturing hooks and set an attribute. Both must be restored
+    together.
     """
     reshard(model)
     before = [(module, dict(vars(module)), _copy_contents(vars(module), [])) for module in model.modules()]
@@ -93,9 +96,9 @@ _Copies = list[tuple[_Container, _Container]]
 
 
 def _copy_contents(container: _Container, copies: _Copies) -> _Copies:
-    """Append the containers inside a container, each with a copy of what is in it."""
+    """Append all containers inside a container to ``copies``, each with a copy of its contents."""
     for value in container.values() if isinstance(container, dict) else container:
-        if isinstance(value, (dict, list, set)):  # not a union of types, which takes twice as long
+        if isinstance(value, (dict, list, set)):  # a tuple, since a union of types is twice as slow
             copies.append((value, value.copy()))
             if value:
                 _copy_contents(value, copies)
@@ -103,7 +106,7 @@ def _copy_contents(container: _Container, copies: _Copies) -> _Copies:
 
 
 def _refill(container: _Container, content: _Container) -> None:
-    """Give a container its former content, and leave it alone where it has that."""
+    """Restore the former content of a container if it has changed."""
     if isinstance(container, list):
         container[:] = content
     elif container != content if isinstance(container, set) else not _is_same(container, content):
@@ -136,7 +139,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def find_device(model: PreTrainedModel) -> torch.device:
     """Return the device that a model runs on.
 
-    It is that of its weights; where accelerate loads offloaded weights in time, the one to which it loads them.
+    That is the device of its weights, or the device that accelerate loads offloaded weights to.
     """
     device: torch.device = model.device
     if device.type == "meta":
@@ -155,7 +158,7 @@ def _list_accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def loads_all_inside(module: nn.Module) -> bool:
-    """Return whether accelerate loads the weights of all modules inside a module by their names, as it found them."""
+    """Return whether accelerate loads the weights of all modules inside a module by their names at offloading."""
     return any(
         getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
         for hook in _list_accelerate_hooks(module)
@@ -166,7 +169,7 @@ def loads_all_inside(module: nn.Module) -> bool:
 def load_offloaded(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Make the weights of a module of a model readable in this context, if accelerate has offloaded them.
 
-    The hooks of the modules around it are asked too, since one of them may load the weights of all that is inside it.
+    The hooks of the modules around it run too, since one of them may load the weights of all modules inside it.
     """
     with ExitStack() as stack:
         for around in model.modules():
@@ -181,16 +184,16 @@ Inputs = Mapping[str, Any]
 """The keyword arguments of a model."""
 
 _ROWS, _TOKENS, _PADDING = 2, 6, 2
-_FRAMES = 64  # of sound, where a model takes any number
-_IMAGE = 64  # pixels on a side, where a model takes any
+_FRAMES = 64  # of audio, if a model accepts any number
+_IMAGE = 64  # pixels on a side, if a model accepts any
 _SPECTRUM = 80
-_SIDE = 4  # patches on a side, where a model takes them
-_IMAGES = 2  # in a row, where a model takes several
+_SIDE = 4  # patches on a side, if a model accepts patches
+_IMAGES = 2  # per row, if a model accepts several
 
 _IMAGE_SIZES = ("image_size", "crop_size")
 _VIDEO_LENGTHS = ("num_frames", "frames_per_clip")
 _SPECTRUM_SIZES = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size")
-"""Names of such a size in configurations."""
+"""The names of the number of mel bins in configurations."""
 
 
 def is_of_text(model: PreTrainedModel) -> bool:
@@ -204,9 +207,9 @@ def is_plain_text(model: PreTrainedModel) -> bool:
 
 
 def find_runnable(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that runs on its input, without a head where that can be left out.
+    """Return the part of a model that runs on its input, without a head if possible.
 
-    A model of FSDP2 runs as a whole, since its root gathers what is not in its layers.
+    An FSDP2 model runs as a whole, since its root gathers the parameters outside of its layers.
     """
     if isinstance(model, FSDPModule):
         return model
@@ -215,9 +218,9 @@ def find_runnable(model: PreTrainedModel) -> nn.Module:
 
 
 def make_text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
-    """Return inputs with ids ``[B, N]`` for a model of text.
+    """Return inputs with ids ``[B, N]`` for a text model.
 
-    In an encoder-decoder the decoder gets fewer ids than the encoder, which tells cross-attention from self-attention.
+    The decoder of an encoder-decoder gets fewer ids than the encoder, so that cross-attention can be recognized.
     """
     ids = input_ids.to(find_device(model))
     if model.config.is_encoder_decoder:
@@ -226,9 +229,9 @@ def make_text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any
 
 
 def propose_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Yield small inputs on which a model may run, the most telling first.
+    """Yield small inputs on which a model may run, the most informative first.
 
-    The main input comes alone, and text with padding before text without; then all inputs of a known size.
+    The first inputs contain only the main input, with padding first for text. Inputs of all known sizes follow.
     """
     ids = _make_tokens(model)
     if is_of_text(model):
@@ -256,8 +259,9 @@ def propose_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _propose_required(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Everything that a model requires and whose meaning its name tells, then everything that it may require; images
-    come as patches, then as pixels.
+    """Yield all required inputs whose meaning is known by name, then also those that may be required.
+
+    Each appears in several forms, such as images as patches and as pixels.
     """
     parameters = inspect.signature(find_runnable(model).forward).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -281,12 +285,13 @@ _MODALITIES = {
     "image_embeds_position_mask",
     *("states", "actions", "rewards", "returns_to_go", "timesteps"),
 }
-"""Inputs that a model may need although its signature has a default for them."""
+"""Inputs that a model may need, although its signature has a default for them."""
 
 
 class _Form(NamedTuple):
-    """Say the shape of a row of sound, how many frames it has, and whether inputs have their second form: boxes as
-    fractions of a page, several images in a row, sounds with a channel.
+    """The form of inputs: the shape of a row of audio, its number of frames, and whether inputs have a second form.
+
+    In the second form, boxes are fractions of a page, a row has several images, and audio has a channel dimension.
     """
 
     sound: tuple[int, ...]
@@ -295,9 +300,11 @@ class _Form(NamedTuple):
 
 
 def _propose_forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
-    """Yield the forms in which inputs may be."""
+    """Yield the possible forms of inputs."""
     frames = _count_frames(model.config)
-    spectra = list(dict.fromkeys((*_list_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128)))  # also of four frames
+    spectra = list(
+        dict.fromkeys((*_list_spectra(model.config), _SPECTRUM, 4 * _SPECTRUM, 128))
+    )  # also of four stacked frames
     sounds = [*_propose_shapes(model, "input_features")]
     sounds += [shape for spectrum in spectra for shape in ((frames, spectrum), (spectrum, frames))]
     for sound in dict.fromkeys(sounds):
@@ -308,7 +315,7 @@ def _propose_forms(model: PreTrainedModel, second: bool) -> Iterator[_Form]:
 
 
 def propose_images(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Yield small images, alone or as patches, for a model that has them beside text."""
+    """Yield small images, as patches or pixels, for a model that reads images and text."""
     base: Any = model.base_model
     names = inspect.signature(base.get_image_features).parameters
     size = functools.partial(_find_size, model.config)
@@ -324,7 +331,7 @@ def propose_images(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def _make_input(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None:
-    """Return a small input of a name that says what it is; None: it does not."""
+    """Return a small input for an argument name, or None if the name is unknown."""
     size = functools.partial(_find_size, model.config)
     names = read_parameter_names(find_runnable(model))
     patch = size("patch_size") or 1
@@ -393,7 +400,7 @@ def _make_input(model: PreTrainedModel, name: str, form: _Form) -> Tensor | None
 
 
 def _make_tokens(model: PreTrainedModel) -> Tensor:
-    """Return different tokens, as far as the vocabulary has so many."""
+    """Return tokens ``[B, N]`` that are distinct if the vocabulary is large enough."""
     text: Any = model.config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or _TOKENS
     return (torch.arange(_ROWS * _TOKENS, device=find_device(model)) % vocabulary).view(_ROWS, _TOKENS)
@@ -404,7 +411,7 @@ def _make_decoder_inputs(model: PreTrainedModel, rows: int) -> dict[str, Any]:
 
 
 def _end_rows(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """End rows with the token that ends a sequence, whose hidden state BART's classifiers read."""
+    """End rows with the end-of-sequence token, whose hidden state BART's classifiers read."""
     end = getattr(model.config, "eos_token_id", None)
     if isinstance(end, int):
         tokens = tokens.clone()
@@ -418,7 +425,7 @@ def _make_noise(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
 
 
 def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ...]]:
-    """Yield shapes that a row of an input other than text may have, by the configuration."""
+    """Yield the possible shapes of a row of an image or audio input, according to the configuration."""
     config = model.config
     if name.startswith("pixel_values"):
         size = _find_size(config, *_IMAGE_SIZES) or _IMAGE
@@ -441,19 +448,19 @@ def _propose_shapes(model: PreTrainedModel, name: str) -> Iterator[tuple[int, ..
 
 
 def _count_frames(config: Any) -> int:
-    """Return a number of frames of sound: as many as go with the tokens, or fill a window, where a model wants that."""
+    """Return the number of audio frames: one that fits the tokens or windows of the model, or else a default."""
     each, window = _find_size(config, "audio_length_per_tok"), _find_size(config, "n_window")
     return each * _TOKENS if each else 2 * window if window else _FRAMES
 
 
 def _list_spectra(config: Any) -> list[int]:
-    """Return what a frame of sound may have, by the configuration: also that of stacked ones."""
+    """Return the possible sizes of an audio frame, or of stacked frames, according to the configuration."""
     sizes = [_find_size(config, name) for name in (*_SPECTRUM_SIZES, "input_size", "input_dim")]
     return [size for size in sizes if type(size) is int]
 
 
 def _find_size(config: Any, *names: str) -> Any:
-    """Return the first of these sizes in a configuration, or in one inside it; None: it has none."""
+    """Return the first of these sizes in a configuration or a configuration inside it, or None."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
@@ -463,14 +470,15 @@ def _find_size(config: Any, *names: str) -> Any:
 
 
 _NAME = "fastprefix_trial"
-_BOUND = 1e-4  # of the largest value: eager attention takes its softmax in float32
+_BOUND = 1e-4  # relative to the largest value, since eager attention computes its softmax in float32
 _DONE: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 class Trial(NamedTuple):
-    """The name under which this package's attention does what a model's own does, and what that was tried on.
+    """The result of a trial: the name of the attention that matches a model's own, and the inputs of the trial.
 
-    ``choice`` counts the candidates before those inputs. ``adopted``: from the trial of a small copy.
+    ``choice`` is the index of these inputs among the proposed ones. ``adopted`` is True if the result is from the trial
+    of a small copy.
     """
 
     attention: str
@@ -482,8 +490,8 @@ class Trial(NamedTuple):
 class _RecordedCall(NamedTuple):
     """A call of a model's own attention, with its output ``[B, N, H, Dv]``.
 
-    Queries that see nothing have zeros, since their output may be NaN and spread. ``sees`` ``[B, N]`` tells which
-    queries see anything.
+    The output of queries without visible keys is set to zero, since it may be NaN. ``sees`` ``[B, N]`` is True for
+    queries with visible keys.
     """
 
     module: nn.Module
@@ -492,16 +500,15 @@ class _RecordedCall(NamedTuple):
     sees: Tensor | None
 
 
-class _Differs(Exception):  # noqa: N818 (it is an answer)
-    """A call's result is not the model's own."""
+class _Differs(Exception):  # noqa: N818 (a result, not an error)
+    """The result of an attention call differs from the model's own."""
 
 
 def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
-    """Return a model's trial, which runs once, or anew with a caller's ``example_inputs``.
+    """Run a model's trial and return its result. The result is cached unless ``example_inputs`` are given.
 
     Raises:
-        ValueError: this package's attention does something else, or the model does not run on the inputs that its
-            configuration suggests.
+        ValueError: if this package's attention differs from the model's own, or the model does not run on the inputs.
     """
     if example_inputs is not None or model not in _DONE:
         choice, inputs, calls = _run_own(model, propose_inputs(model) if example_inputs is None else [example_inputs])
@@ -510,10 +517,10 @@ def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> T
 
 
 def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
-    """Take the trial of a small copy for a model's own, which costs three passes over the model.
+    """Use the trial of a small copy as the trial of a model, which saves three passes over the model.
 
     Raises:
-        ValueError: the copy's attention is not all in its arguments.
+        ValueError: if the trial of the copy fails.
     """
     trial = run_trial(small)
     inputs = next(itertools.islice(propose_inputs(model), trial.choice, None), None)
@@ -522,7 +529,7 @@ def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
 
 
 def drop_adopted_trial(model: PreTrainedModel) -> bool:
-    """Drop a trial that was adopted; return whether it was."""
+    """Drop the trial of a model if it was adopted, and return whether it was."""
     adopted = model in _DONE and _DONE[model].adopted
     if adopted:
         del _DONE[model]
@@ -530,25 +537,25 @@ def drop_adopted_trial(model: PreTrainedModel) -> bool:
 
 
 def runs_on_text(model: PreTrainedModel) -> bool:
-    """Return whether a model runs on token ids in one sequence, and on nothing else."""
+    """Return whether a model runs on a single sequence of token ids, without any other input."""
     return is_plain_text(model) and set(run_trial(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
 def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_RecordedCall]]:
-    """Return the first inputs on which the model runs, their number, and the results of its own attention."""
+    """Return the index of the first inputs on which the model runs, these inputs, and its own attention calls."""
     failures: list[Exception] = []
     for inputs in choices:
         calls: list[_RecordedCall] = []
         try:
             with borrow_attention(model, _NAME, _record_calls(calls), make_full_mask):
                 find_runnable(model)(**inputs)
-        except Exception as error:  # whatever a family makes of such inputs
+        except Exception as error:  # any error that a family raises on such inputs
             failures.append(error)
         else:
             return len(failures), inputs, calls
-    why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
+    why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else "."
     raise ValueError(
-        f"`example_inputs` must be keyword arguments on which {type(model).__name__} runs, since it does not run on "
+        f"`example_inputs` must be keyword arguments on which {type(model).__name__} runs. It does not run on "
         f"{model.main_input_name} of a size that its configuration suggests{why}"
     ) from (failures[-1] if failures else None)
 
@@ -559,12 +566,12 @@ def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_Recor
         try:
             with borrow_attention(model, _NAME, _compare_calls(calls), MASKS[name]):
                 find_runnable(model)(**inputs)
-        except Exception as error:  # it differs, or cannot be done: a family that joins masks has no use for none
+        except Exception as error:  # the result differs, or a family that merges masks fails without a mask
             differs = error
         else:
             return name
     raise ValueError(
-        f"`model` must have attention that depends on its arguments alone, but {type(model).__name__} has not: "
+        f"`model` must have attention that depends on its arguments alone, but {type(model).__name__} does not: "
         f"{differs}"
     ) from differs
 
@@ -587,7 +594,7 @@ def _record_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
 
 
 def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
-    """Return an attention function that compares this package's with the calls in order and returns their results."""
+    """Return an attention function that compares this package's results with recorded calls and returns the latter."""
     expected = iter(calls)
 
     def run_ours(
@@ -596,29 +603,31 @@ def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
         call = next(expected, None)
         what = type(module).__name__
         if call is None or call.module is not module:
-            raise _Differs(f"{what} is called only where attention is not eager")
+            raise _Differs(f"{what} is only called with an attention that is not eager")
         output, _ = run_attention(module, *_widen(query, key, value, attention_mask), **_widen_values(kwargs))
         if output.shape != call.output.shape:
-            raise _Differs(f"{what} gives {list(output.shape)} instead of {list(call.output.shape)}")
+            raise _Differs(f"the output of {what} is {list(output.shape)} instead of {list(call.output.shape)}")
         difference = (output - call.output).abs()
         if call.sees is not None:
             difference = difference.masked_fill(~call.sees[..., None, None], 0.0)
         if not difference.max() <= _BOUND * call.scale:
-            raise _Differs(f"{what} differs by {float(difference.max()) / call.scale:.1e} of its largest value")
+            raise _Differs(
+                f"the output of {what} differs by {float(difference.max()) / call.scale:.1e} of its largest value"
+            )
         return call.output.to(query.dtype), None
 
     return run_ours
 
 
 def find_eager_attention(module: nn.Module) -> Any:
-    """Return the eager attention in the file of a module's class, or None if the file has none."""
+    """Return the eager attention function in the file of a module's class, or None if the file has none."""
     homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
     found = (getattr(home, "eager_attention_forward", None) for home in homes)
     return next((function for function in found if function is not None), None)
 
 
 def _find_seeing(mask: Tensor | None) -> Tensor | None:
-    """Return which queries ``[B, N]`` see any key in all heads, or None for all of them."""
+    """Return a bool mask ``[B, N]`` of the queries with a visible key in every head, or None without a 4-D mask."""
     if mask is None or mask.ndim != 4:
         return None
     visible = mask > torch.finfo(mask.dtype).min / 2
@@ -638,7 +647,7 @@ def _is_real(value: Any) -> bool:
 
 
 OPTIONS = "fastprefix_adapter"
-"""The attribute of an attached model's configuration that says the options of the adapter in use: for checkpoints."""
+"""The attribute of a model's configuration that holds the options of the adapter in use, for checkpoints."""
 
 _ATTENTION = "_attn_implementation_internal"
 """The attribute of a configuration that holds the name of the attention."""
@@ -650,41 +659,41 @@ _CLAIM = "_fastprefix_claim"
 class User:
     """A user of a model's configurations: an adapter, an accelerated PEFT model, or a trial.
 
-    It refers to nothing, so that whoever copies a part of a model copies no more than that part.
+    It holds no references to other objects, so that a copy of a part of a model includes only that part.
     """
 
     def __init__(self, adapts: str | None = None) -> None:
         self.adapts = adapts
-        """The class of the model that this user attached adapters to, if it did."""
+        """The class of the model that this user attached adapters to, or None."""
         self.acts = False
-        """Return whether every call of that model runs with an adapter now."""
+        """True if every call of that model currently runs with an adapter."""
 
 
 class _Configuration:
-    """A copy in the place of a configuration, since that may be shared with other models."""
+    """A copy that replaces a configuration, since other models may share the configuration."""
 
     def __init__(self, former: Any, own: Any) -> None:
         self.former = former
         self.own = own
         self.parts: list[_Configuration] = []
-        self.known = _copy_values(own)  # when it was made or last handed back
-        self.attentions: dict[User, str] = {}  # that users need
-        self.attention: str | None = None  # before the first of them
+        self.known = _copy_values(own)  # at the time of the copy or the last ``hand_back``
+        self.attentions: dict[User, str] = {}  # the attention that each user needs
+        self.attention: str | None = None  # before the first user
 
     def list_nested(self) -> Iterator[_Configuration]:
-        """Yield it and those inside it."""
+        """Yield this configuration and those inside it."""
         yield self
         for part in self.parts:
             yield from part.list_nested()
 
     def need(self, user: User, attention: str) -> None:
-        """Note that a user needs an attention; set nothing."""
+        """Record that a user needs an attention, without setting it."""
         if not self.attentions:
             self.attention = self.own._attn_implementation
         self.attentions[user] = attention
 
     def forgo(self, user: User) -> None:
-        """Set the attention for the users that are left, unless it was switched to another one from outside."""
+        """Set the attention for the remaining users, unless other code has switched it to another one."""
         if self.attentions.pop(user, None) is None or not str(self.own._attn_implementation).startswith(NAME):
             return
         setattr(
@@ -692,7 +701,7 @@ class _Configuration:
         )
 
     def hand_back(self) -> None:
-        """Make in the former configuration what changes were made in this one, but for this package's own."""
+        """Copy the changes made to this configuration to the former one, except for this package's own changes."""
         values = _copy_values(self.own)
         if self.attentions:
             values[_ATTENTION] = self.known[_ATTENTION]
@@ -705,7 +714,7 @@ class _Configuration:
 
 
 def _copy_values(config: Any) -> dict[str, Any]:
-    """Return copies of the values in a configuration, and the configurations inside it as they are."""
+    """Return copies of the values in a configuration. Configurations inside it are not copied."""
     return {
         name: value if isinstance(value, PretrainedConfig) else copy.deepcopy(value)
         for name, value in vars(config).items()
@@ -718,17 +727,17 @@ def _are_equal(first: Any, second: Any) -> bool:
         return first is second
     try:
         return type(first) is type(second) and bool(first == second)
-    except (RuntimeError, ValueError):  # arrays, of which the present one will do
+    except (RuntimeError, ValueError):  # arrays, for which the current value is kept
         return False
 
 
 def _choose_strongest(attentions: Iterable[str]) -> str:
-    """Return the attention that is right for all who need one of these: full masks are for every model."""
+    """Return the attention that is correct for all users. Full masks are correct for every model."""
     return FULL_MASKS if FULL_MASKS in attentions else NAME
 
 
 class _Claim:
-    """The users of a module, and the configuration that it has until the last of them leaves."""
+    """The users of a module, and the configuration that the module has until its last user leaves."""
 
     def __init__(self, configuration: _Configuration) -> None:
         self.configuration = configuration
@@ -736,10 +745,10 @@ class _Claim:
 
 
 class OwnConfigurations:
-    """Give a model configurations of its own until all of their users have released them, in whatever order.
+    """Give a model its own configurations until all of their users have released them, in any order.
 
-    The name of the attention stands in the configuration, and another model may share it. Each module remembers its
-    former configuration and its users, so users may have different parts of a model in common.
+    The name of the attention is stored in the configuration, which another model may share. Each module stores its
+    former configuration and its users, so users may share different parts of a model.
     """
 
     def __init__(self, model: nn.Module, user: User) -> None:
@@ -760,14 +769,14 @@ class OwnConfigurations:
             claim.users.append(user)
 
     def list_all(self) -> list[_Configuration]:
-        """Return those of all of the modules."""
+        """Return the configurations of all modules, without duplicates."""
         claims = filter(None, map(_get_claim, self.modules))
         return list({id(each): each for claim in claims for each in claim.configuration.list_nested()}.values())
 
     def release(self) -> None:
-        """Give former configurations back where nobody else uses the present ones.
+        """Restore the former configurations of modules that have no other users.
 
-        They have what was changed since, but for this package's own changes.
+        Changes made since are kept, except for this package's own changes.
         """
         left: dict[Any, _Configuration] = {}
         for module in self.modules:
@@ -785,13 +794,13 @@ class OwnConfigurations:
 
 
 def _get_claim(module: nn.Module) -> _Claim | None:
-    """Return the claim on a module, unless somebody gave the module another configuration since."""
+    """Return the claim on a module, or None if the module has been given another configuration since."""
     claim: _Claim | None = vars(module).get(_CLAIM)
     return claim if claim is not None and claim.configuration.own is vars(module).get("config") else None
 
 
 def _record_configuration(config: Any, known: dict[int, _Configuration], copies: dict[int, Any]) -> _Configuration:
-    """Return the record of a configuration, made if there is none, with those of the configurations inside it."""
+    """Return the record of a configuration, and create it and those of the configurations inside it if needed."""
     if id(config) not in known:
         made = known[id(config)] = _Configuration(config, copy.deepcopy(config, copies))
         made.parts = [_record_configuration(part, known, copies) for part in _list_inside(config)]
@@ -799,20 +808,20 @@ def _record_configuration(config: Any, known: dict[int, _Configuration], copies:
 
 
 def list_adapting_users(model: nn.Module) -> list[User]:
-    """Return the users that have adapters on a model, on a part of it, or on what it is a part of."""
+    """Return the users that have adapters on a model, on a part of it, or on a model around it."""
     claims = (vars(module).get(_CLAIM) for module in model.modules())
     users = {user: None for claim in claims if claim is not None for user in claim.users}
     return [user for user in users if user.adapts is not None]
 
 
 def runs_with_adapter(module: nn.Module) -> bool:
-    """Return whether a call of a module with a configuration runs with an adapter that ``attach`` put there."""
+    """Return whether a call of a module with a configuration runs with an adapter of ``attach``."""
     claim: _Claim | None = getattr(module, _CLAIM, None)
     return claim is not None and any(user.acts for user in claim.users)
 
 
 class Implementation:
-    """A model on this package's attention, each of its attention modules bound, until it is restored."""
+    """A model that runs on this package's attention, with bindings on its attention modules, until ``restore``."""
 
     def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
         register()
@@ -825,15 +834,15 @@ class Implementation:
         self.resume()
 
     def resume(self) -> None:
-        """Switch, again after ``restore`` too.
+        """Switch the model to this package's attention. This may be called again after ``restore``.
 
         Raises:
-            ValueError: another adapter has one of the attention modules.
+            ValueError: if another adapter uses one of the attention modules.
         """
         if taken := [type(module).__name__ for module in self.bindings if BINDING in vars(module)]:
             raise ValueError(
-                f"`model` has another adapter on its attention layers ({taken[0]}), and a layer has one prefix at a "
-                "time: detach that adapter first"
+                f"`model` has another adapter on its attention layers ({taken[0]}), but a layer can have only one "
+                "prefix at a time. Detach that adapter first."
             )
         self.configurations = OwnConfigurations(self.model, self.user)
         configurations = self.configurations.list_all()
@@ -848,7 +857,7 @@ class Implementation:
             setattr(module, BINDING, binding)
 
     def check(self) -> None:
-        """Refuse to run if the attention was switched to another since. This package's own trials may switch it."""
+        """Raise RuntimeError if other code has switched the attention. This package's own trials may switch it."""
         for config in self.watched:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
@@ -862,7 +871,7 @@ class Implementation:
         return {each.attention for each in self.configurations.list_all() if each.attentions}
 
     def restore(self) -> None:
-        """Remove this user's bindings. The attention is the former one once nobody needs this package's."""
+        """Remove this user's bindings. Restore the former attention if no other user needs this package's."""
         assert self.configurations is not None
         for module, binding in self.bindings.items():
             if vars(module).get(BINDING) is binding:
@@ -875,7 +884,7 @@ class Implementation:
 
 @contextmanager
 def switch_attention(model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> Iterator[None]:
-    """Run a model on this package's attention in this context."""
+    """Run a model on this package's attention with bindings in this context."""
     implementation = Implementation(model, bindings)
     try:
         yield

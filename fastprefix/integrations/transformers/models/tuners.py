@@ -1,6 +1,6 @@
-"""Find what PEFT has put into a model: tuner layers, such as those of LoRA and DoRA, and their parameters.
+"""Find the tuner layers that PEFT has added to a model, such as those of LoRA and DoRA, and their parameters.
 
-PEFT is not imported: its classes are told by their names, so that nothing here needs it to be installed.
+PEFT is not imported. Its classes are recognized by their names, so this module works without an installed PEFT.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 _MODELS = frozenset({"PeftModel", "PeftMixedModel"})
 _LAYERS = frozenset({"BaseTunerLayer", "AuxiliaryTrainingWrapper"})
-"""The classes of layers that stand for a module of the base model, and of wrappers that train a copy of one."""
+"""The classes of layers that replace a module of the base model, and of wrappers that train a copy of a module."""
 _BASES = ("base_layer", "original_module")
-"""The names under which these hold the module of the base model."""
+"""The attributes of these layers and wrappers that hold the module of the base model."""
 
 
 def _is_of(value: object, names: frozenset[str]) -> bool:
@@ -27,7 +27,7 @@ def _is_of(value: object, names: frozenset[str]) -> bool:
 def find_base_model(model: nn.Module) -> PreTrainedModel:
     """Return the model inside a PEFT model whose adapters are layers, or the model itself.
 
-    PEFT's prompts, prefixes and adaption prompts are no layers: a model with one of these is returned as it is.
+    A PEFT model with prompts, prefixes or adaption prompts is returned unchanged, since these are not layers.
     """
     if _is_of(model, _MODELS) and not getattr(model, "_is_prompt_learning", False):
         base = getattr(model._modules.get("base_model"), "model", None)
@@ -37,12 +37,12 @@ def find_base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def list_tuner_layers(model: nn.Module) -> Iterator[Any]:
-    """Yield the layers and wrappers of PEFT's in a model."""
+    """Yield PEFT's layers and wrappers in a model."""
     return (module for module in model.modules() if _is_of(module, _LAYERS))
 
 
 def has_tuner_layers(model: nn.Module) -> bool:
-    """Return whether PEFT has put layers into a model."""
+    """Return whether PEFT has added layers to a model."""
     return next(list_tuner_layers(model), None) is not None
 
 
@@ -52,11 +52,11 @@ class TunerParameter(NamedTuple):
     name: str
     parameter: nn.Parameter
     active: bool
-    """True if it belongs to an adapter of PEFT's that is in use."""
+    """True if the parameter belongs to a PEFT adapter in use."""
 
 
 def list_tuner_parameters(model: nn.Module) -> Iterator[TunerParameter]:
-    """Yield the parameters that PEFT has added to a model: those of its layers, but for the modules in them."""
+    """Yield the parameters that PEFT has added to a model, without those of the base modules inside PEFT's layers."""
     for name, module in model.named_modules():
         if _is_of(module, _LAYERS):
             layer: Any = module
@@ -79,7 +79,7 @@ class Frozen:
         self.parameters: list[nn.Parameter] = []
 
     def freeze(self, model: nn.Module, own: Iterable[nn.Parameter] = ()) -> None:
-        """Freeze everything that is trained in a model, except for an adapter's ``own`` parameters."""
+        """Freeze all trainable parameters of a model, except for an adapter's ``own`` parameters."""
         kept = set(map(id, own))
         for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in kept:
@@ -87,7 +87,7 @@ class Frozen:
                 self.parameters.append(parameter)
 
     def release(self, model: nn.Module) -> None:
-        """Let it be trained again, unless PEFT has put it out of use since."""
+        """Make the parameters trainable again, except for those of PEFT adapters that are no longer in use."""
         unused = {id(each.parameter) for each in list_tuner_parameters(model) if not each.active}
         for parameter in self.parameters:
             parameter.requires_grad_(parameter.requires_grad or id(parameter) not in unused)
@@ -96,7 +96,7 @@ class Frozen:
 
 @contextmanager
 def disable_tuners(model: nn.Module) -> Iterator[None]:
-    """Run a model without PEFT's layers in this context. What is trained stays so."""
+    """Run a model without PEFT's layers in this context. The same parameters stay trainable."""
     layers = [layer for layer in list_tuner_layers(model) if not layer.disable_adapters]
     trained = [(each.parameter, each.parameter.requires_grad) for each in list_tuner_parameters(model)]
     try:
@@ -111,10 +111,10 @@ def disable_tuners(model: nn.Module) -> Iterator[None]:
 
 
 def read_tuner_state(model: nn.Module) -> object:
-    """Return an object that is equal while PEFT's layers compute the same.
+    """Return an object that compares equal as long as PEFT's layers compute the same function.
 
-    None: that is unknown, because parameters of theirs are trained. Some optimizers change these in ways that PyTorch
-    does not count.
+    Return None if that cannot be known, because PEFT's parameters are trainable or are inference tensors. Some
+    optimizers change parameters in ways that PyTorch's version counters do not record.
     """
     parameters = [each.parameter for each in list_tuner_parameters(model)]
     if any(p.requires_grad or p.is_inference() for p in parameters):
@@ -135,13 +135,13 @@ def _read_scale(item: tuple[str, Any]) -> tuple[object, ...]:
 
 
 def uses_adapter_names(model: nn.Module) -> bool:
-    """Return whether PEFT's layers use an adapter for each row in the call in progress (its ``adapter_names``)."""
+    """Return whether the call in progress selects a PEFT adapter per row (``adapter_names``)."""
     hooks = (hook for layer in list_tuner_layers(model) for hook in layer._forward_pre_hooks.values())
     return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
 def find_taken_by_peft(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Return which of these modules PEFT has put layers into, or trains a copy of, or a part of such a copy."""
+    """Return the named modules that PEFT has added layers to, or that it trains as a copy or a part of a copy."""
     if not names:
         return []
     layers = {name: module for name, module in model.named_modules() if _is_of(module, _LAYERS)}
