@@ -100,6 +100,7 @@ class AttentionForward {
   struct Crowd {
     Span span;
     std::vector<int64_t> rows;
+    int64_t queries = 0;  // of one key/value head: rows x G x N
     int64_t sums = 0;
 
     int64_t parts() const { return (span.length + kPartKeys - 1) / kPartKeys; }
@@ -114,7 +115,8 @@ class AttentionForward {
   // Find the crowds. Nothing that multiplies a prefix score or is added to it may depend on the row.
   void find_crowds() {
     crowd_of_.assign(p_.B, {-1, 0});
-    if (p_.N > kFew || !p_.shared_prefix || p_.gate || p_.prefix_bias || p_.drops || !p_.shared_key_bias()) return;
+    if (p_.N > kFew || !p_.shared_prefix || p_.prefix_bias || p_.drops) return;
+    if (!p_.shared_gate() || !p_.shared_key_bias()) return;
     std::vector<Crowd> all;
     for (int64_t b = 0; b < p_.B; ++b) {
       const Span& span = p_.spans[b];
@@ -127,14 +129,14 @@ class AttentionForward {
     }
     int64_t sums = 0;
     for (Crowd& crowd : all) {
-      int64_t queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
-      if (queries < kLanes<A> / 2 || crowd.span.length < kKeys) continue;
+      crowd.queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
+      if (crowd.queries < kLanes<A> / 2 || crowd.span.length < kKeys) continue;
       crowd.sums = sums;
-      sums += p_.Hkv * queries * crowd.parts() * (2 + p_.Dv);
+      sums += p_.Hkv * crowd.queries * crowd.parts() * (2 + p_.Dv);
       int64_t number = static_cast<int64_t>(crowds_.size());
       for (int64_t i = 0; i < static_cast<int64_t>(crowd.rows.size()); ++i) crowd_of_[crowd.rows[i]] = {number, i};
       for (int64_t hkv = 0; hkv < p_.Hkv; ++hkv)
-        for (int64_t first = 0; first < queries; first += kQueries)
+        for (int64_t first = 0; first < crowd.queries; first += kQueries)
           for (int64_t part = 0; part < crowd.parts(); ++part) parts_.push_back({number, hkv, first, part});
       crowds_.push_back(std::move(crowd));
     }
@@ -143,8 +145,7 @@ class AttentionForward {
 
   // The sums of a crowd's query for the first part of the keys.
   A* sums_of(const Crowd& crowd, int64_t hkv, int64_t query) const {
-    int64_t queries = static_cast<int64_t>(crowd.rows.size()) * p_.G * p_.N;
-    return sums_->data<A>() + crowd.sums + (hkv * queries + query) * crowd.parts() * (2 + p_.Dv);
+    return sums_->data<A>() + crowd.sums + (hkv * crowd.queries + query) * crowd.parts() * (2 + p_.Dv);
   }
 
   // Call one(worker, item) for all items, with one worker per slot.
@@ -205,8 +206,7 @@ class AttentionForward {
     // Attend to one part of a crowd's keys with one block of its queries, and store the sums.
     void gather(const Part& part) {
       const Crowd& crowd = f.crowds_[part.crowd];
-      int64_t all = static_cast<int64_t>(crowd.rows.size()) * p.G * p.N;
-      int64_t count = std::min(kQueries, all - part.first_query), size = 2 + p.Dv;
+      int64_t count = std::min(kQueries, crowd.queries - part.first_query), size = 2 + p.Dv;
       for (int64_t i = 0; i < count; ++i) {
         int64_t query = part.first_query + i, h = part.hkv * p.G + query / p.N % p.G;
         std::copy_n(p.q.at(crowd.rows[query / p.N / p.G], h, query % p.N), p.D, rows + i * p.D);

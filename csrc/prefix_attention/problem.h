@@ -141,6 +141,7 @@ struct AttentionProblem {
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
   int64_t query_blocks() const { return fastprefix::query_blocks(N); }
   bool shared_key_bias() const { return key_bias.strides[0] == 0; }
+  bool shared_gate() const { return !gate || (!gate_per_query && gate.strides[0] == 0); }
   int64_t key_bias_columns() const { return from_store ? prefix_keys : P; }
   // The offset of a block of queries in the normalizers [softmaxes][m, l][B, Hq, N].
   int64_t normalizer(const QueryBlock& queries, int64_t softmax, int64_t part) const {

@@ -47,8 +47,8 @@ def read_spans(a: AttentionArguments) -> list[Span]:
     for row, (start, length) in enumerate(spans):
         if start < 0 or length < 0 or start + length > store:
             raise ValueError(
-                f"`prefix_spans` must hold spans within the store of {store} prefix keys; row {row} starts at {start} and has "
-                f"length {length}"
+                f"`prefix_spans` must hold spans within the store of {store} prefix keys; row {row} starts at {start} "
+                f"and has length {length}"
             )
     longest = find_longest(spans)
     for name, columns in list_columns(a).items():
