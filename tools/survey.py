@@ -47,6 +47,7 @@ from fastprefix.methods import METHODS, MethodConfig
 SECONDS, LONGEST = 180, 240  # time limit of a family, and maximum length of a message
 UNSET: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 4},
     "blip-2": {"image_token_index": 1},
     "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGBZ": 5, "IMGIMGAZ": 4}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_theta": 10000.0}}}},
@@ -67,6 +68,7 @@ UNSET: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[384, 384]],
         "spatial_target_layers": [1],
     },
+    "granitemoehybrid": {"layer_types": 2 * ["linear_attention", "full_attention"], "num_hidden_layers": 4},
     "informer": {"prediction_length": 4},
     "instructblip": {"image_token_index": 1},
     "instructblipvideo": {"video_token_index": 1},
@@ -153,6 +155,7 @@ def survey_method(family: str, class_name: str, config: MethodConfig, **options:
     if model_class is None:
         return Outcome(family, class_name, "not built", "transformers does not export the class")
     is_model = issubclass(model_class, transformers.PreTrainedModel)
+    # ``attach`` refuses it too, but some of these models cannot be built.
     if is_model and config.kind == "prefix" and not model_class._can_set_attn_implementation():
         return Outcome(family, class_name, "refused", "its attention does not go through the attention interface")
     with Float64():

@@ -630,6 +630,8 @@ _FRAMES = 4
 _GRID, _PIXELS = 4, 64
 """The side length of a small copy's images, in patches, or in pixels if the model has no patches."""
 _LAYER_KINDS = {"layer_types", "layers_block_type"}
+_PATTERN = "block_types"
+"""The name of a list of kinds that repeats over the layers."""
 _FLAGGED_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """The names of the number of leading layers that are of another kind."""
 _PERIOD_NAME = re.compile(r"(period|interval|every_n\w*|_step|_pattern|layer_group_size|inner_group_num)$")
@@ -1018,6 +1020,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
         and min(value) >= 0
     }
     counts = {n: values[n] for n in _FLAGGED_COUNTS if type(values.get(n)) is int}
+    pattern = values.get(_PATTERN)
     shared = values.get("num_kv_shared_layers") or 0
 
     def describe_kind(layer: int) -> str:
@@ -1025,6 +1028,7 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
         told += [value[layer] == layer for value in sources.values()]
         told += [layer in value for value in indices.values()]
         told += [layer < value for value in counts.values()]
+        told += [pattern[layer % len(pattern)]] if pattern else []
         return repr([*told, layer >= count - shared])
 
     kinds: dict[str, list[int]] = {}
@@ -1047,6 +1051,8 @@ def _shorten_to_kinds(config: Any, count: int, names: list[str], of_each: int) -
         setattr(config, name, [place[layer] for layer in value if layer in place])
     for name, value in counts.items():
         setattr(config, name, sum(layer < value for layer in kept))
+    if pattern:
+        setattr(config, _PATTERN, [pattern[layer % len(pattern)] for layer in kept])
     if shared:
         config.num_kv_shared_layers = sum(layer >= count - shared for layer in kept)
     for name in names:
