@@ -1,33 +1,55 @@
 """Train a cartridge, a short prefix that replaces a long document, by self-study (arXiv 2506.06266).
 
-    python examples/cartridge.py --model Qwen/Qwen3-0.6B --text manual.txt --tokens 512 --out cartridge
+    python examples/cartridge.py --model Qwen/Qwen3-0.6B --text manual.txt --tokens 512 --questions 64 --out cartridge
 
 The teacher is the frozen model with the document in context. The student is the same model with only the cartridge. The
-student learns the teacher's predictions for every token of passages sampled from the document. Without ``--model`` the
-script uses a tiny random decoder, and without ``--text`` a few made-up sentences. It then runs in seconds.
+student learns the teacher's predictions for every token of passages sampled from the document, and of questions and
+answers that the teacher writes. Without ``--model`` the script uses a tiny random decoder, and without ``--text`` a few
+made-up sentences. It then runs in seconds.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from toy import SENTENCES, load_decoder
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fastprefix
 
 TOP = 20  # number of the teacher's most likely tokens to compare
+Row = dict[str, Tensor]
+Target = tuple[Tensor, Tensor]  # log-probabilities and ids of the teacher's top tokens
 
 
-def sample_passages(document: Tensor, length: int, count: int) -> dict[str, Tensor]:
-    """Return passages of a document in one packed row. Positions restart with each passage."""
+def pack(pieces: list[Tensor], device: torch.device) -> Row:
+    """Return pieces of text in one packed row. Positions restart with each piece, and no piece sees another."""
+    positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
+    return {"input_ids": torch.cat(pieces)[None].to(device), "position_ids": positions[None].to(device)}
+
+
+def sample_passages(document: Tensor, length: int, count: int) -> list[Tensor]:
+    """Return passages of a document."""
     starts = torch.randint(max(len(document) - length, 0) + 1, (count,)).tolist()
-    passages = [document[start : start + length] for start in starts]
-    positions = [torch.arange(len(passage)) for passage in passages]
-    return {"input_ids": torch.cat(passages)[None], "position_ids": torch.cat(positions)[None]}
+    return [document[start : start + length] for start in starts]
+
+
+def write_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Tensor]:
+    """Let the model write questions and answers. It has to have the document in context."""
+    start = tokenizer("\n\nQuestion:", return_tensors="pt", add_special_tokens=False).to(model.device)
+    output = model.generate(
+        **start, max_new_tokens=64, do_sample=True, num_return_sequences=count, pad_token_id=tokenizer.pad_token_id
+    )
+    return [row[row != tokenizer.pad_token_id] for row in output.cpu()]
+
+
+@torch.no_grad()
+def teach(model: PreTrainedModel, row: Row) -> Target:
+    """Return the teacher's predictions for a row. They are kept, so that the teacher reads each row once."""
+    values, ids = model(**row, use_cache=False).logits.float().log_softmax(-1).topk(TOP)
+    return values, ids
 
 
 def add_rest(logs: Tensor) -> Tensor:
@@ -35,14 +57,11 @@ def add_rest(logs: Tensor) -> Tensor:
     return torch.cat([logs, (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()], dim=-1)
 
 
-def measure_loss(model: PreTrainedModel, row: dict[str, Tensor]) -> Tensor:
-    """Return the KL divergence of the cartridge from the document in context, on the teacher's top tokens."""
-    with torch.no_grad():
-        fastprefix.set_adapter(model, "document")
-        expected, ids = model(**row, use_cache=False).logits.float().log_softmax(-1).topk(TOP)
-    fastprefix.set_adapter(model, "cartridge")
-    found = model(**row, use_cache=False).logits.float().log_softmax(-1).gather(-1, ids)
-    expected, found = add_rest(expected), add_rest(found)
+def measure_divergence(model: PreTrainedModel, row: Row, target: Target) -> Tensor:
+    """Return the KL divergence of the model from the teacher, on the teacher's top tokens."""
+    expected, ids = target
+    found = add_rest(model(**row, use_cache=False).logits.float().log_softmax(-1).gather(-1, ids))
+    expected = add_rest(expected)
     return (expected.exp() * (expected - found)).sum(-1).mean()
 
 
@@ -55,6 +74,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--passage", type=int, default=64, help="tokens per passage")
     parser.add_argument("--passages", type=int, default=16, help="passages per step")
+    parser.add_argument("--rows", type=int, default=32, help="number of different rows")
+    parser.add_argument("--questions", type=int, default=0, help="questions that the model writes, with their answers")
     parser.add_argument("--lr", type=float, default=2e-2)
     options = parser.parse_args()
 
@@ -71,21 +92,38 @@ def main() -> None:
         fastprefix.attach(model, config, name=name, tokenizer=tokenizer)
     print(fastprefix.count_parameters(model))
 
-    optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=options.lr))
-    for step in range(options.steps):
-        row = sample_passages(document, options.passage, options.passages)
-        loss = measure_loss(model, {name: tensor.to(model.device) for name, tensor in row.items()})
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0 or step == options.steps - 1:
-            print(f"step {step}: KL to the document in context {loss.item():.4f}")
-
+    fastprefix.set_adapter(model, "document")
+    pieces = [sample_passages(document, options.passage, options.passages) for _ in range(options.rows + 1)]
+    if options.questions:
+        questions = write_questions(model.eval(), tokenizer, options.questions)
+        pieces += [questions[first : first + options.passages] for first in range(0, len(questions), options.passages)]
+    rows = [(row, teach(model, row)) for row in (pack(of, model.device) for of in pieces)]
+    held_out, rows = rows[0], rows[1:]
     fastprefix.detach(model, "document")
+
+    fastprefix.set_adapter(model, "cartridge")
+    with torch.no_grad(), fastprefix.disable_adapter(model):
+        print(f"KL to the document in context: frozen model {measure_divergence(model, *held_out):.4f}")
+    optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=options.lr))
+    start, tokens = time.perf_counter(), 0
+    for step in range(options.steps + 1):
+        if step % 10 == 0 or step == options.steps:
+            with torch.no_grad():
+                divergence = measure_divergence(model, *held_out).item()
+            speed = tokens / (time.perf_counter() - start)
+            print(f"step {step}: KL to the document in context {divergence:.4f}, {speed:.0f} tokens/s", flush=True)
+        if step == options.steps:
+            break
+        row, target = rows[step % len(rows)]
+        optimizer.zero_grad()
+        measure_divergence(model, row, target).backward()
+        optimizer.step()
+        tokens += row["input_ids"].shape[1]
+
     fastprefix.save_adapter(model.eval(), options.out)
     print(f"the cartridge is in {options.out}: {len(document)} tokens of text in {config.num_virtual_tokens}")
-    start = document[:4][None].to(model.device)
-    output = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=8, pad_token_id=0)
+    start_ids = document[:4][None].to(model.device)
+    output = model.generate(start_ids, attention_mask=torch.ones_like(start_ids), max_new_tokens=8, pad_token_id=0)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

@@ -80,9 +80,12 @@ def test_trl_adapter(
 @pytest.mark.parametrize("own_text", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cartridge(own_text: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("the film was dull and the cast was awful " * 5, encoding="utf-8")
-    printed = run("cartridge.py", monkeypatch, capsys, *(["--text", "text.txt"] if own_text else []))
-    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
-    assert losses[-1] < 0.5 * losses[0]
+    options = ["--text", "text.txt", "--questions", "3"] if own_text else []
+    printed = run("cartridge.py", monkeypatch, capsys, *options)
+    divergences = [float(value) for value in re.findall(r"KL to the document in context \D*([\d.]+)", printed)]
+    frozen, untrained, *_, trained = divergences
+    assert trained < 0.5 * untrained
+    assert trained < frozen
 
 
 def test_serve_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 from transformers import BartModel, BertModel, GPT2Model, LlamaModel, MambaModel, T5Model
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.deprecation import deprecate_kwarg
 
 import fastprefix
@@ -87,3 +87,16 @@ def names_read(tree: ast.AST) -> set[str]:
             case ast.Subscript(ast.Name("arguments"), ast.Constant(str(name))):
                 names.add(name)
     return names
+
+
+def test_caches_are_found_without_asking_for_former_names() -> None:
+    """``transformers`` prints a warning when an output is asked for a name from before 5.24."""
+
+    class Output(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            raise AssertionError(key)
+
+    cache = DynamicCache()
+    assert hooks.find_cache(Output(logits=None, cache=cache)) is cache
+    with pytest.raises(TypeError, match="`past_key_values` must be a transformers Cache"):
+        hooks.find_cache({"past_key_values": ()})

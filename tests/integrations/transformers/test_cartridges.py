@@ -76,6 +76,26 @@ def test_a_cartridge_starts_from_the_beginning_of_a_text_with_its_first_token_fr
     assert all(key.shape[1] == LENGTH - FROZEN for key in model.fastprefix.prefix.keys)
 
 
+def test_the_text_of_a_cartridge_is_not_saved(tmp_path: Path) -> None:
+    text, _ = text_of(10)
+    model = fastprefix.attach(models.decoder(), fastprefix.CartridgeConfig(LENGTH, init_text=text), tokenizer=Words())
+    fastprefix.save_adapter(model, tmp_path)
+    assert not any(text.encode() in path.read_bytes() for path in tmp_path.iterdir())
+    inputs = models.batch()
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_text_must_be_long_enough_for_a_cartridge_and_no_path(tmp_path: Path) -> None:
+    text, _ = text_of(LENGTH - 2)  # and a special token
+    with pytest.raises(ValueError, match=f"`num_virtual_tokens` .* which is {LENGTH - 1}, but is {LENGTH}"):
+        fastprefix.attach(models.decoder(), fastprefix.CartridgeConfig(LENGTH, init_text=text), tokenizer=Words())
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    for config in (fastprefix.PrefixTuningConfig, fastprefix.PromptTuningConfig):
+        with pytest.raises(ValueError, match="`init_text` must be the text itself, but is the path of a file"):
+            fastprefix.attach(models.decoder(), config(3, init="text", init_text=str(path)), tokenizer=Words())
+
+
 def test_an_untrained_cartridge_is_its_text() -> None:
     text, ids = text_of(LENGTH)
     config = fastprefix.CartridgeConfig(LENGTH, init_text=text, add_special_tokens=False)

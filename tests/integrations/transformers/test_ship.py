@@ -266,4 +266,6 @@ def test_a_bank_has_the_means_of_its_clusters() -> None:
     torch.testing.assert_close(every.sum(0), features.sum(0), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="`count` must be at most 36"):
         fastprefix.compute_bank(model, batches, count=37)
+    with pytest.raises(ValueError, match="`count` must be at most `most`, which is 5"):
+        fastprefix.compute_bank(model, batches, count=6, most=5)
     assert find_result(run(fastprefix.attach(model, configure(bank=bank), check=False))).isfinite().all()

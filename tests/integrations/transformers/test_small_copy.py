@@ -225,3 +225,10 @@ def test_required_inputs_are_known(family: str) -> None:
     config, names = config_of(family), transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
     model = make_small_copy(config, getattr(transformers, str(names[family])))
     assert set(find_running_inputs(model)) == REQUIRED[family]
+
+
+def test_kinds_of_layers_that_repeat_are_kept() -> None:
+    config = config_of("recurrent_gemma")
+    assert config.block_types == ["recurrent", "recurrent", "attention"]
+    small = shrink_config(config)
+    assert (small.num_hidden_layers, small.block_types) == (2, ["recurrent", "attention"])

@@ -37,18 +37,21 @@ def test_trainer_writes_one(tmp_path: Path) -> None:
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     models.decoder().save_pretrained(tmp_path / "plain")
-    with pytest.raises(FileNotFoundError, match=r"plain. has no adapter_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"plain. does not contain adapter_model\.safetensors"):
         fastprefix.load_adapter(models.decoder(), tmp_path / "plain")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         fastprefix.load_adapter(models.decoder(), tmp_path / "nowhere")
     attached("decoder", "prefix").save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="is of a llama model, but `model` is a bert model"):
+    with pytest.raises(ValueError, match="belongs to a llama model, but `model` is a bert model"):
         fastprefix.load_adapter(models.encoder(), tmp_path / "whole")
     path = tmp_path / "whole" / "config.json"
     description = json.loads(path.read_text())
     description["fastprefix_adapter"]["num_virtual_tokens"] += 1
     path.write_text(json.dumps(description))
     with pytest.raises(ValueError, match="does not fit this model"):
+        fastprefix.load_adapter(models.decoder(), tmp_path / "whole")
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"The JSON file .*config.json cannot be read"):
         fastprefix.load_adapter(models.decoder(), tmp_path / "whole")
 
 

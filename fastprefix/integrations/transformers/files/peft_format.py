@@ -210,14 +210,23 @@ def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tenso
     return hidden[:, 1:].double()
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     """Read PEFT's configuration, and check that this package supports the method."""
     if not path.is_file():
         raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}.")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
+    description = read_json(path)
     kind = description.get("peft_type") if isinstance(description, dict) else None
     if kind not in (*PREFIXES, *PROMPTS):
         raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")

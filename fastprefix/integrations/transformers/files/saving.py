@@ -79,7 +79,7 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodC
     files = _list_files(folder)
     if not path.is_file() or not files:
         return None
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    description: dict[str, Any] = peft_format.read_json(path)
     if OPTIONS not in description:
         return None
     if description.get("model_type") != model.config.model_type:
@@ -105,7 +105,7 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodC
 def _list_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        return sorted({folder / name for name in peft_format.read_json(index)["weight_map"].values()})
     return [folder / SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else []
 
 

@@ -251,8 +251,8 @@ def find_cache(values: Mapping[str, Any] | Sequence[Any] | None) -> Cache | None
         TypeError: if an argument with a cache's name is not a ``transformers`` cache.
     """
     if isinstance(values, Mapping):
-        for name in _CACHE_NAMES:
-            if not isinstance(given := values.get(name), Cache | None):
+        for name, given in values.items():  # ``get`` of an output warns of names from before 5.24
+            if name in _CACHE_NAMES and not isinstance(given, Cache | None):
                 raise TypeError(f"`{name}` must be a transformers Cache, but is {type(given).__name__}.")
         values = list(values.values())
     return next((value for value in values or () if isinstance(value, Cache)), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ....methods import AttentionShape
+from ....methods import AttentionShape, CartridgeConfig
 from ..models.attention import MASKS, Prefix, run_attention
 from ..models.discovery import Layer, find_layers
 from ..models.hooks import find_cache_parameter, read_parameter_names
@@ -26,6 +27,7 @@ from ..sharding.tensor_parallel import TensorParallelHeads
 PIECE = 512
 """The number of tokens of a long text that are processed per forward pass."""
 _NAME = "fastprefix_pieces"
+_LONGEST_PATH = 256
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,18 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
     """Return the token ids ``[m]`` of the text that a method starts from, or None without a text.
 
     The ids are the first m tokens of the text, or of chunks of it. A text that is too short is repeated.
+
+    Raises:
+        ValueError: if the text is empty, is the path of a file, or is too short for a cartridge, or if no tokenizer is
+            known.
     """
     if config.init_text is None:
         return None
+    if len(config.init_text) < _LONGEST_PATH and Path(config.init_text).is_file():
+        raise ValueError(
+            f"`init_text` must be the text itself, but is the path of a file. Pass "
+            f"Path({config.init_text!r}).read_text()."
+        )
     if tokenizer is None:
         if not model.name_or_path:
             raise ValueError(
@@ -118,6 +129,11 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
     if not ids:
         raise ValueError(f"`init_text` must have at least one token, but is {config.init_text!r}.")
     length = config.num_virtual_tokens
+    if len(ids) < length and isinstance(config, CartridgeConfig):
+        raise ValueError(
+            f"`num_virtual_tokens` of a cartridge must be at most the number of tokens of `init_text`, which is "
+            f"{len(ids)}, but is {length}."
+        )
     if config.init == "chunks":
         ids = _select_chunks(ids, length, config.chunk_tokens)
     return torch.tensor((ids * -(-length // len(ids)))[:length])

@@ -79,6 +79,8 @@ def compute_bank(
         ValueError: if there are fewer features than prototypes, or the model has no stack of layers over an image.
     """
     leading = find_vision_stack(model).leading
+    if count > most:
+        raise ValueError(f"`count` must be at most `most`, which is {most}, got {count}.")
     every = [states[-1][:, leading:].flatten(0, 1).float().cpu() for states in _run_layers(model, images)]
     features = torch.cat(every)
     if len(features) < count:
