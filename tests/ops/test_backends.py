@@ -70,7 +70,7 @@ def test_eager_asks_nothing_of_a_device(case):
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "prefix_bias"])
-def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
+def test_a_bias_with_a_gradient_is_served_by_eager_alone(name, monkeypatch):
     case = AttentionCase()
     tensors = case.build(torch.float32).tensors
     bias = torch.zeros(case.N, case.M if name == "attn_mask" else case.P, requires_grad=True)
@@ -79,7 +79,9 @@ def test_a_bias_with_a_gradient_is_served_by_eager_alone(name):
     reason = f"{name} requires a gradient"
     assert backends.choose(None, torch.device("cpu"), {"eager": lambda a: None}, eager_only=reason) == "eager"
     for other in set(backends.BACKENDS) - {"eager"}:
-        with pytest.raises(ValueError, match="not usable"):
+        usable = backends.Backend(other, None, lambda device: None)  # on any device, so that the argument is the reason
+        monkeypatch.setitem(backends.BACKENDS, other, usable)
+        with pytest.raises(ValueError, match=f"not usable here: {reason}"):
             fastprefix.prefix_attention(**tensors, **{name: bias}, backend=other)
 
 

@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 import fastprefix
 from fastprefix.integrations.transformers.checking import conformance
 from fastprefix.integrations.transformers.checking.textbook import PrefixTextbook
+from fastprefix.integrations.transformers.models import switching
 from fastprefix.integrations.transformers.models.attention import FULL_MASKS, NAME
 from fastprefix.integrations.transformers.models.discovery import find_layers
 from fastprefix.integrations.transformers.models.switching import run_trial
@@ -61,6 +62,27 @@ def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: p
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (RuntimeError("broken"), ValueError, "must run on this package's attention, but .* RuntimeError: broken"),
+        (MemoryError("no memory"), MemoryError, "no memory"),
+    ],
+)
+def test_a_failure_is_not_taken_for_a_difference(
+    error: Exception, raised: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(switching, "_compare_calls", fail)
+    with pytest.raises(raised, match=message):
+        fastprefix.attach(llama(), fastprefix.PrefixTuningConfig(2))
 
 
 def test_a_model_that_joins_masks_gets_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -566,10 +566,17 @@ def _choose_attention(model: PreTrainedModel, inputs: Inputs, calls: list[_Recor
         try:
             with borrow_attention(model, _NAME, _compare_calls(calls), MASKS[name]):
                 find_runnable(model)(**inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # the result differs, or a family that merges masks fails without a mask
             differs = error
         else:
             return name
+    if not isinstance(differs, (_Differs, ValueError)):
+        raise ValueError(
+            f"`model` must run on this package's attention, but {type(model).__name__} fails on it with "
+            f"{type(differs).__name__}: {differs}"
+        ) from differs
     raise ValueError(
         f"`model` must have attention that depends on its arguments alone, but {type(model).__name__} does not: "
         f"{differs}"
