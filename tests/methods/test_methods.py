@@ -146,7 +146,7 @@ def test_budget_too_small_is_refused() -> None:
         fastprefix.ADePTConfig.for_budget(WithEmbeddings(768), trainable=768 * 20, num_virtual_tokens=20)
 
 
-def test_prefix_initialisation() -> None:
+def test_prefix_initialization() -> None:
     torch.manual_seed(0)
     method = PrefixTuning(fastprefix.PrefixTuningConfig(50), SHAPES)
     method.reset_parameters(None)
@@ -167,7 +167,7 @@ def test_prefix_shapes_are_of_the_key_value_heads() -> None:
         assert [(k.shape, v.shape) for k, v in prefixes] == [((2, 7, 12), (2, 7, 20))] * 2
 
 
-def test_mlp_reparameterisation_is_its_formula() -> None:
+def test_mlp_reparameterization_is_its_formula() -> None:
     method = PrefixTuning(fastprefix.PrefixTuningConfig(7, reparameterization="mlp", hidden_dim=24), SHAPES)
     method.reset_parameters(None)
     p = method.prefix

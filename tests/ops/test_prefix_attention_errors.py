@@ -16,7 +16,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("query no tensor", {"query": 1.0}, TypeError, "query"),
     ("query integer", {"query": Z(B, HQ, N, D, dtype=torch.int64)}, TypeError, "query"),
     ("query rank", {"query": Z(B, N, D)}, ValueError, "query"),
-    ("query without head size", {"query": Z(B, HQ, N, 0)}, ValueError, "query"),
+    ("query without head dimension", {"query": Z(B, HQ, N, 0)}, ValueError, "query"),
     ("query heads", {"query": Z(B, 3, N, D)}, ValueError, "query"),
     ("query sparse", {"query": Z(B, HQ, N, D).to_sparse()}, TypeError, "query"),
     ("key rank", {"key": Z(B, M, D)}, ValueError, "key"),

@@ -485,7 +485,7 @@ def _choose_prompt_path(model: PreTrainedModel, config: Any, check: bool) -> str
         raise ValueError(f"`shared_prompt=True` cannot be exact on {type(model).__name__}: {reason}")
     if check:
         in_every_row = replace(config, shared_prompt=False)
-        _refuse_wrong(conformance.check(model, in_every_row, _attach_unchecked), "Use a prefix method.")
+        _refuse_wrong(conformance.check(model, in_every_row, _attach_unchecked), "A prefix method may work.")
     _refuse_shared_key_heads(model)
     return f"textbook: {reason}"
 

@@ -399,7 +399,7 @@ def test_a_disabled_model_trains_with_checkpointing_as_before(kind: str) -> None
 
 GEMMA4: dict[str, dict[str, Any]] = {
     "plain": {},
-    "two head sizes": {"global_head_dim": 16},
+    "two head dimensions": {"global_head_dim": 16},
     "more heads": {"num_global_key_value_heads": 1},
     "per-layer embeddings": {"hidden_size_per_layer_input": 8},
     "shared keys": {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8},
@@ -409,7 +409,7 @@ GEMMA4: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", GEMMA4)
 def test_gemma4_prefixes(name: str) -> None:
-    """Layers with other head sizes get a part of the prefix or none, and layers that share keys that of the other."""
+    """Layers with other head dimensions get part of the prefix or none. Layers that share keys get the other's."""
     if "size" in name:
         models.require("peft", 0, 21)
     options = {"hidden_size_per_layer_input": 0, "global_head_dim": 8, **GEMMA4[name]}

@@ -347,7 +347,7 @@ def test_biases_are_swapped_too(tmp_path: Path) -> None:
         (
             PARTS["a"](),
             fastprefix.PrefixState([(torch.zeros(4, 4, 8), torch.zeros(4, 4, 8))] * 2),
-            "must have the heads and head sizes",
+            "must have the heads and head dimensions",
         ),
         (
             PARTS["a"](),

@@ -97,7 +97,7 @@ def find_layers(
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"`model` must have attention that goes through the attention interface, but the attention of "
-            f"{_get_class_name(model)} does not. Use a prompt method."
+            f"{_get_class_name(model)} does not. Prompt methods for text models do not require it."
         )
     trial = run_trial(model, example_inputs)
     inputs = trial.inputs if input_ids is None else make_text_inputs(model, input_ids)
@@ -836,7 +836,7 @@ def _narrow(config: Any, head_size: int, heads: int | None, known: dict[int, int
 
 
 def _narrow_latent(config: Any, sizes: dict[str, int], head_size: int) -> None:
-    """Set the head sizes of a latent attention, which rotates only one part of the columns."""
+    """Set the head dimensions of a latent attention, which rotates only one part of the columns."""
     if "qk_rope_head_dim" in sizes:
         config.qk_rope_head_dim = head_size
     whole = min(_SMALL["qk_nope_head_dim"], sizes.get("qk_nope_head_dim", 0)) + head_size
@@ -904,7 +904,7 @@ def _split_sections(sections: list[int], pairs: int) -> list[int]:
 
 
 def _add_sections(config: Any, model_class: type[PreTrainedModel] | None, head_size: int) -> None:
-    """Set the sections of positions in time and space if the family's code has defaults for one head size only."""
+    """Set the sections of positions in time and space if the family's code has defaults for one head dimension only."""
     modules = {each.__module__ for each in (model_class, *map(type, list_configs(config))) if each is not None}
     names = {module.replace(".configuration_", ".modeling_") for module in modules}
     sources = [source for name in sorted(names) if "mrope_section" in (source := _read_source(name))]

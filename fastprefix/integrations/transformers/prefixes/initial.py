@@ -50,19 +50,21 @@ class PrefixState:
         return int(self.pairs[0][0].shape[1])
 
     def check_shapes(self, name: str, shapes: Sequence[AttentionShape]) -> None:
-        """Check that the prefix has the heads and head sizes of these attention layers.
+        """Check that the prefix has the heads and head dimensions of these attention layers.
 
         Args:
             name: the argument that an error message names.
             shapes: the shapes of the attention layers.
 
         Raises:
-            ValueError: if a number of heads, a head size or the number of layers differs.
+            ValueError: if a number of heads, a head dimension or the number of layers differs.
         """
         expected = [((s.kv_heads, s.key_size), (s.kv_heads, s.value_size)) for s in shapes]
         found = [tuple((tensor.shape[0], tensor.shape[2]) for tensor in pair) for pair in self.pairs]
         if found != expected:
-            raise ValueError(f"`{name}` must have the heads and head sizes {expected} in its layers, but has {found}.")
+            raise ValueError(
+                f"`{name}` must have the heads and head dimensions {expected} in its layers, but has {found}."
+            )
 
     def pin_memory(self) -> PrefixState:
         """Return a copy in page-locked memory, which copies to a GPU fastest."""
