@@ -345,7 +345,7 @@ def wraps_reentrantly(backbone: nn.Module) -> bool:
 
 
 def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:
-    """Cut keys or values ``[H, m, D]`` to a layer's heads and head dimension, as PEFT does. None if they are too small."""
+    """Cut keys or values ``[H, m, D]`` to a layer's heads and head dimension, as PEFT does, or return None."""
     heads, size = layer.whole_shape.kv_heads, layer.shape.key_size
     if heads > prefix.shape[0] or size > prefix.shape[2]:
         return None
