@@ -19,7 +19,7 @@ DESCRIPTION = "Measure every method and its peers on models of published shapes,
 SIZE = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
 QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
 KINDS: dict[str, TaskKind] = {"BERT-base": "classification", "Llama, 12 x 768": "causal_lm"}
-PLACES = [(128, 100), (64, 100), (256, 100), (128, 10), (128, 50), (128, 200)]
+PLACES = [(128, 100), (256, 200)]
 """Pairs of input tokens and prefix tokens. Tables show the first pair."""
 QUICK_PLACES = [(16, 4), (24, 4)]
 OURS = ("PT", "DePT", "ADePT", "prefix tuning", "APT")
@@ -40,7 +40,7 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser, rounds=3)
+    add_common(parser, rounds=10)
     parser.add_argument("--rows", type=positive, default=4, help="rows per batch (default: 4)")
     parser.add_argument("--peers", nargs="+", default=[FLOOR, *OURS, *THEIRS], metavar="NAME")
 
