@@ -305,14 +305,15 @@ COLUMNS = {
     "peft-prefix": "PEFT prefixes, accelerated",
     "peft-prompt": "PEFT prompts, accelerated",
 }
-SAMPLES = {
+VERDICTS = ["works", "in every row", "refused", "not tried"]
+COUNTED = {
     "prefix-own-softmax": 'prefixes, `softmax="own"`',
     "prompt-accept": "ACCEPT",
     "prompt-multitask_prompt": "MPT",
     "prompt-ulpt": "ULPT",
     "prompt-p_tuning": "P-tuning",
 }
-"""Methods that use the same code as those above, and were tried on a sample of the families."""
+"""Surveys of methods that use the same code as those above. The page shows only how many families have each verdict."""
 PAGE = """\
 # Which model families work
 
@@ -331,9 +332,7 @@ each family.
 
 {counts}
 
-Methods that use the same code were tried on fewer families, with these verdicts:
-
-{samples}
+The table below has the verdict of each family for the first methods. The CSV files have those of the others:
 
 {table}
 """
@@ -341,25 +340,24 @@ Methods that use the same code were tried on fewer families, with these verdicts
 
 def write_table(folder: Path, out: Path) -> None:
     """Write one page with the results of all surveys."""
-    verdicts, counts, samples = {}, {}, {}
-    for kind, title in {**COLUMNS, **SAMPLES}.items():
+    verdicts, counts = {}, {}
+    for kind, title in {**COLUMNS, **COUNTED}.items():
         if not (folder / f"{kind}.csv").exists():
             continue
         rows = pd.read_csv(folder / f"{kind}.csv").set_index("family").sort_index()
         untried = rows.verdict.isin(["not built", "not run", "fails with PEFT alone"])
         shown = rows.verdict.mask(untried, "not tried")
-        if kind in SAMPLES:
-            samples[title] = shown.value_counts()
-            continue
         counts[title] = shown.value_counts()
-        served = shown.isin(["works", "in every row"])
-        verdicts[title] = shown.mask(served, shown + " (" + rows.situations.astype(str) + ")")
+        if kind in COLUMNS:
+            served = shown.isin(["works", "in every row"])
+            verdicts[title] = shown.mask(served, shown + " (" + rows.situations.astype(str) + ")")
+    verdict_counts = pd.DataFrame(counts).T
+    columns = dict.fromkeys([*VERDICTS, *verdict_counts])  # a failure that nothing expects comes last
     page = PAGE.format(
         transformers=transformers.__version__,
         torch=torch.__version__,
         folder=folder.name,
-        counts=pd.DataFrame(counts).fillna(0).astype(int).to_markdown(),
-        samples=pd.DataFrame(samples).fillna(0).astype(int).to_markdown(),
+        counts=verdict_counts.reindex(columns=list(columns)).fillna(0).astype(int).to_markdown(),
         table=pd.DataFrame(verdicts).fillna("").to_markdown(),
     )
     out.write_text(page, encoding="utf-8")
