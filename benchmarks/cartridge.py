@@ -200,7 +200,7 @@ def build_subject(options: argparse.Namespace, of: Settings, device: torch.devic
 
 def attach(subject: Subject, name: str, length: int, **options: Any) -> None:
     """Attach a cartridge that starts from the document."""
-    config = fastprefix.CartridgeConfig(length, init_text=subject.title, **options)
+    config = fastprefix.CartridgeConfig(length, init_text="the document", **options)  # the ids are known
     ids = subject.document.tolist()
     fastprefix.attach(subject.model, config, name=name, tokenizer=lambda *_, **__: {"input_ids": ids})
 

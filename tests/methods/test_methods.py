@@ -313,7 +313,8 @@ def test_configurations_survive_saving(name: str) -> None:
     required = {"multitask_prompt": {"num_tasks": 2}, "cartridge": {"init_text": "a"}}
     required |= {"composition": {"parts": parts, "trainable": [True, False]}}
     config = METHODS[name][0](5, modules_to_save=["head"], **required.get(name, {}))
-    assert MethodConfig.from_dict(config.to_dict()) == config
+    restored = dataclasses.replace(config, init_text="") if name == "cartridge" else config  # texts can be private
+    assert MethodConfig.from_dict(config.to_dict()) == restored
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 

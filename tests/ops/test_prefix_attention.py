@@ -47,6 +47,7 @@ def test_opcheck(device, backend, case, layout):
     torch.library.opcheck(getattr(torch.ops.fastprefix.prefix_attention, backend), tuple(arguments))
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("case", [JOINT, FULL, replace(STORE, frozen=0)], ids=["joint", "separate", "store"])
 def test_gradcheck(case):
     t, options = leaves(case, dtype=torch.float64), case.build(torch.float64).options

@@ -236,6 +236,7 @@ def test_gradients_of_masks_are_refused() -> None:
         fastprefix.prefix_attention(**tensors, prefix_bias=torch.zeros(11, requires_grad=True), backend="cpu")
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("heads", [{"Hq": 1, "Hkv": 1}, {}])
 def test_same_bits_twice(threads: int, heads: Case) -> None:

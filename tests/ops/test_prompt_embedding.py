@@ -199,11 +199,11 @@ def test_empty_stores_and_banks(device, backend, offset, sizes, poisoned):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"index": [0, 3]}, r"^`index` must hold entries from -1 \(no offset\) to K - 1 = 2, got 3"),
+        ({"index": [0, 3]}, r"^`index` must hold values from -1 \(no offset\) to K - 1 = 2, got 3"),
         ({"index": [-2, 0]}, r"^`index` must hold .*, got -2"),
         (
             {"prompt_spans": [[0, 3], [4, 3]]},
-            r"^`prompt_spans` must hold .* within the prompt's 6, got \(4, 3\) in row 1",
+            r"^`prompt_spans` must hold .* within the prompt's 6 rows, got \(4, 3\) in row 1",
         ),
         ({"prompt_spans": [[-1, 3], [0, 3]]}, r"^`prompt_spans` must hold .*, got \(-1, 3\) in row 0"),
         ({"prompt_spans": [[2, -2], [0, 3]]}, r"^`prompt_spans` must hold .*, got \(2, -2\) in row 0"),

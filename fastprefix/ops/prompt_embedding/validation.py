@@ -87,7 +87,7 @@ def check_values(a: EmbeddingArguments) -> None:
         return
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
     if a.entries is not None:
-        _check_range("index", "entries from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
+        _check_range("index", "values from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
     if a.prompt_spans is not None and a.prompt is not None:
         _check_span_values(a.prompt_spans, a.prompt.shape[0], a.prompt_length)
 
@@ -103,7 +103,7 @@ def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: in
 def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
     for row, (start, length) in enumerate(spans.tolist()):
         if start < 0 or length < 0 or start + length > rows:
-            takes = f"(start, length) of rows within the prompt's {rows}"
+            takes = f"(start, length) within the prompt's {rows} rows"
         elif length > longest:
             takes = f"lengths up to prompt_length = {longest}"
         else:

@@ -232,7 +232,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a string": ({"names": "a"}, "`names` must be a list"),
     "none": ({"names": []}, "`names` must be a list"),
     "twice": ({"names": ["a", "a"]}, "`names` must be a list of one or more different"),
-    "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must not be"),
+    "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must be unique"),
     "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must contain only names"),
     "gates": ({"names": ["a", "apt"]}, "gates of APT depend on the input"),
     "a prompt": ({"names": ["a", "prompt"]}, "'prompt' does not: it is a PromptTuning"),

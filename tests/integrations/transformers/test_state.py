@@ -216,7 +216,7 @@ def test_two_models_with_one_backbone() -> None:
         fastprefix.attach(second, METHODS["prefix"]())
     fastprefix.detach(first)
     attached(second, "prefix")
-    with pytest.raises(ValueError, match="detach it first"):
+    with pytest.raises(ValueError, match="Detach it first"):
         fastprefix.accelerate(peft_model(first))
 
 

@@ -82,6 +82,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_trains_saves_and_resumes(family: str, method: str, tmp_path: Path) -> None:
@@ -173,6 +174,7 @@ def test_autocast(family: str, method: str, dtype: torch.dtype) -> None:
     assert (logits - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(
     ("family", "method"),
     [

@@ -310,19 +310,19 @@ HALF_CASES = (
 )
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", CASES)
 def test_parity_float32(device: str, name: str) -> None:
     assert_close(make_case(**CASES[name]), torch.float32, device)
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", HALF_CASES)
 def test_parity_float16(device: str, name: str) -> None:
     assert_close(make_case(**CASES[name]), torch.float16, device)
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("query", "value"), ("key", "prefix_gate")])
 def test_only_the_gradients_asked_for(device: str, wanted: tuple[str, ...]) -> None:
     case = make_case(N=20, M=33, gate="BhP", output_gate="BH", sinks=True)
