@@ -101,12 +101,12 @@ def run_suite(
     ``measure_peaks`` returns the peak rates of a CPU, which are stored with the times.
     """
     device = set_up(options)
-    if measure_peaks is not None and device.type == "cpu" and not options.quick:
-        settings["peaks"] = measure_peaks()
     rounds, seconds, warmup = options.rounds, options.seconds, WARMUP[device.type]
     if options.quick:
         rounds, seconds, warmup = 1, 0.0, 1
     record = Record.start(suite, device, options.quick, rounds=rounds, seconds=seconds, **settings)
+    if measure_peaks is not None and device.type == "cpu" and not options.quick:
+        record.settings["peaks"] = measure_peaks()  # after the load of the machine was read
     for case, works in list_problems(options, device):
         numbers = partial(count_until, seconds, least=rounds, warmup=warmup)
         measured = measure(case, works, device, numbers, warmup=warmup)

@@ -126,7 +126,7 @@ class TestReport:
     def test_the_plot_is_up_to_date(self) -> None:
         from PIL import Image
 
-        with Image.open(results.FOLDER / "amd-epyc-zen5-2cores" / "headline.png") as image:
+        with Image.open(results.FOLDER / "intel-xeon-emerald-rapids-2cores" / "headline.png") as image:
             times = report.select_times(COMMITTED["main_job"])
             assert image.info["Description"] == times.to_json(double_precision=6)
 
