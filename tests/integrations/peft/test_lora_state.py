@@ -182,7 +182,7 @@ def test_each_part_is_saved_and_the_pair_restored_in_either_order(method: str, f
         fastprefix.load_adapter(other, tmp_path / "own")
     other = peft.PeftModel.from_pretrained(other, tmp_path / "peft", is_trainable=True).double().eval()
     if first == "prefix":
-        with pytest.raises(ValueError, match=r"PEFT freezes them .* call fastprefix\.set_adapter"):
+        with pytest.raises(ValueError, match=r"PEFT freezes them .* Call fastprefix\.set_adapter"):
             fastprefix.parameter_groups(other)
         fastprefix.set_adapter(other, "default")
     else:
@@ -203,7 +203,7 @@ def test_the_directory_of_a_peft_model_has_both(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     expected = logits(model)
     other = peft.PeftModel.from_pretrained(models.decoder(), tmp_path).double().eval()
-    with pytest.raises(ValueError, match=r"`name` must be .* which are \['a', 'b/c'\], got 'default'"):
+    with pytest.raises(ValueError, match=r"`name` must be one of the adapters \['a', 'b/c'\] in .*, got 'default'"):
         fastprefix.load_adapter(other, tmp_path)
     fastprefix.load_adapter(other, tmp_path, name="b/c")
     torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
@@ -549,7 +549,7 @@ def test_trainer_resumes_both(method: str, tmp_path: Path) -> None:
     for name, value in trained(resumed.model).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
     other = fresh("prefix")
-    with pytest.raises(ValueError, match=r"has the adapter 'b', but .*checkpoint-3 has none of that name"):
+    with pytest.raises(ValueError, match=r"has an adapter 'b', but .*checkpoint-3 contains no adapter of that name"):
         trainer(fastprefix.attach(other, PREFIX, name="b"), "decoder", tmp_path / "parts").train(
             resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3")
         )
