@@ -9,6 +9,7 @@ made-up sentences. It then runs in seconds.
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -30,10 +31,23 @@ def pack(pieces: list[Tensor], device: torch.device) -> Row:
     return {"input_ids": torch.cat(pieces)[None].to(device), "position_ids": positions[None].to(device)}
 
 
-def sample_passages(document: Tensor, length: int, count: int) -> list[Tensor]:
-    """Return passages of a document."""
-    starts = torch.randint(max(len(document) - length, 0) + 1, (count,)).tolist()
-    return [document[start : start + length] for start in starts]
+class Passages:
+    """The passages of a document. Every eighth one is held out: training never sees any of its tokens."""
+
+    def __init__(self, document: Tensor, length: int) -> None:
+        self.document, self.length = document, min(length, len(document) // 4)
+        blocks = document.split(self.length)
+        chosen = range(3, len(blocks), 8) or range(len(blocks) - 1, len(blocks))
+        self.held_out = [blocks[index] for index in chosen]
+        is_free = torch.ones(len(document), dtype=torch.bool)
+        for index in chosen:
+            is_free[index * self.length : (index + 1) * self.length] = False
+        self.starts = is_free.unfold(0, self.length, 1).all(1).nonzero().flatten()
+
+    def sample(self, count: int) -> list[Tensor]:
+        """Return passages to train on."""
+        starts = self.starts[torch.randint(len(self.starts), (count,))].tolist()
+        return [self.document[start : start + self.length] for start in starts]
 
 
 def write_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Tensor]:
@@ -65,18 +79,23 @@ def measure_divergence(model: PreTrainedModel, row: Row, target: Target) -> Tens
     return (expected.exp() * (expected - found)).sum(-1).mean()
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and the description as it is."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--model", help="name or path of a decoder")
     parser.add_argument("--text", type=Path, help="the document, a text file")
-    parser.add_argument("--tokens", type=int, default=16, help="length of the cartridge")
+    parser.add_argument("--tokens", type=int, default=16, help="length of the cartridge, at most that of the document")
     parser.add_argument("--out", default="cartridge-adapter", help="directory in which to save the cartridge")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--passage", type=int, default=64, help="tokens per passage")
-    parser.add_argument("--passages", type=int, default=16, help="passages per step")
-    parser.add_argument("--rows", type=int, default=32, help="number of different rows")
+    parser.add_argument("--steps", type=int, default=100, help="training steps, each on one row")
+    parser.add_argument("--passage", type=int, default=64, help="tokens per passage, at most a quarter of the document")
+    parser.add_argument("--passages", type=int, default=16, help="passages per row")
+    parser.add_argument("--rows", type=int, default=32, help="number of different rows, each read once by the teacher")
     parser.add_argument("--questions", type=int, default=0, help="questions that the model writes, with their answers")
-    parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--lr", type=float, default=2e-2, help="learning rate")
+    parser.add_argument("--prompt", help="text to continue at the end, without and with the cartridge")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -85,6 +104,7 @@ def main() -> None:
     if options.text is not None:
         text = options.text.read_text(encoding="utf-8")
     document = torch.tensor(tokenizer(text)["input_ids"])
+    passages = Passages(document, options.passage)
 
     # An untrained cartridge as long as the document is exactly equivalent to the document in context.
     for name, length in (("document", len(document)), ("cartridge", min(options.tokens, len(document)))):
@@ -93,12 +113,14 @@ def main() -> None:
     print(fastprefix.count_parameters(model))
 
     fastprefix.set_adapter(model, "document")
-    pieces = [sample_passages(document, options.passage, options.passages) for _ in range(options.rows + 1)]
+    pieces = [passages.sample(options.passages) for _ in range(options.rows)]
     if options.questions:
         questions = write_questions(model.eval(), tokenizer, options.questions)
+        print(f"a question that the model wrote: {tokenizer.decode(questions[0])!r}", flush=True)
         pieces += [questions[first : first + options.passages] for first in range(0, len(questions), options.passages)]
-    rows = [(row, teach(model, row)) for row in (pack(of, model.device) for of in pieces)]
-    held_out, rows = rows[0], rows[1:]
+    print(f"the teacher reads {len(pieces) + 1} rows", flush=True)
+    packed = [pack(of, model.device) for of in [passages.held_out, *pieces]]
+    held_out, *rows = [(row, teach(model, row)) for row in packed]
     fastprefix.detach(model, "document")
 
     fastprefix.set_adapter(model, "cartridge")
@@ -110,8 +132,8 @@ def main() -> None:
         if step % 10 == 0 or step == options.steps:
             with torch.no_grad():
                 divergence = measure_divergence(model, *held_out).item()
-            speed = tokens / (time.perf_counter() - start)
-            print(f"step {step}: KL to the document in context {divergence:.4f}, {speed:.0f} tokens/s", flush=True)
+            speed = f", {tokens / (time.perf_counter() - start):.0f} tokens/s" if step else ""
+            print(f"step {step}: KL to the document in context {divergence:.4f}{speed}", flush=True)
         if step == options.steps:
             break
         row, target = rows[step % len(rows)]
@@ -122,9 +144,11 @@ def main() -> None:
 
     fastprefix.save_adapter(model.eval(), options.out)
     print(f"the cartridge is in {options.out}: {len(document)} tokens of text in {config.num_virtual_tokens}")
-    start_ids = document[:4][None].to(model.device)
-    output = model.generate(start_ids, attention_mask=torch.ones_like(start_ids), max_new_tokens=8, pad_token_id=0)
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    prompt = tokenizer(options.prompt or text[:40], return_tensors="pt").to(model.device)
+    generate = functools.partial(model.generate, **prompt, max_new_tokens=24, pad_token_id=tokenizer.pad_token_id)
+    with fastprefix.disable_adapter(model):
+        print(f"without it: {tokenizer.decode(generate()[0], skip_special_tokens=True)!r}")
+    print(f"with it: {tokenizer.decode(generate()[0], skip_special_tokens=True)!r}")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lora": (lambda folder: rewritten(folder, peft_type="LORA"), "peft_type.*PREFIX_TUNING.*is 'LORA'"),
     "encoder-decoder": (lambda folder: rewritten(folder, num_transformer_submodules=2), "encoder-decoder"),
     "modules": (lambda folder: rewritten(folder, modules_to_save="all-linear"), "list of names, but is 'all-linear'"),
-    "tokens": (lambda folder: rewritten(folder, num_virtual_tokens=6), "`num_virtual_tokens` in .* is 6, .* 5 virtual tokens"),
+    "tokens": (
+        lambda folder: rewritten(folder, num_virtual_tokens=6),
+        "`num_virtual_tokens` .* is 6, .* 5 virtual tokens",
+    ),
     "no-description": (
         lambda folder: (folder / "adapter_config.json").unlink(),
         "was not written by fastprefix.save_adapter or PEFT",
