@@ -209,7 +209,7 @@ def tabulate_shared_prompt(record: Record, S: int) -> Table:
 def tabulate_visual_prompts(record: Record, P: int) -> Table:
     """Show all peers at one number of prompt tokens."""
     frame = load_frame(record).query("P == @P")
-    return tabulate_ratios(frame, f"{P} rows in a layer", {"step": "training step", "inference": "inference"})
+    return tabulate_ratios(frame, f"{P} prompt tokens per layer", {"step": "training step", "inference": "inference"})
 
 
 def select_model(record: Record, model: str) -> pd.DataFrame:
