@@ -135,7 +135,7 @@ class TestReport:
         assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
         lines = (tmp_path / "out" / "results.csv").read_text().splitlines()
         assert len(lines) == 1 + len(COMMITTED["main_job"].rows)
-        assert "PEFT prompt tuning" in (tmp_path / "out" / "report.md").read_text()
+        assert "PEFT PT, accelerated" in (tmp_path / "out" / "report.md").read_text()
         assert (tmp_path / "out" / "headline.png").read_bytes().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("name", list(COMMITTED))
