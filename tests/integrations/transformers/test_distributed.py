@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from .distributed_training import CASES, WRAPPERS
 
 
+@pytest.mark.slow  # test_sharding and test_launching train in two processes on every change
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Losses, parameters, and the adapter that is saved. Language models compute their loss in float32."""
     file = tmp_path / "results.pt"
