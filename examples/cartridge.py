@@ -35,7 +35,7 @@ class Passages:
     """The passages of a document. Every eighth one is held out: training never sees any of its tokens."""
 
     def __init__(self, document: Tensor, length: int) -> None:
-        self.document, self.length = document, min(length, len(document) // 4)
+        self.document, self.length = document, max(1, min(length, len(document) // 4))
         blocks = document.split(self.length)
         chosen = range(3, len(blocks), 8) or range(len(blocks) - 1, len(blocks))
         self.held_out = [blocks[index] for index in chosen]
@@ -119,7 +119,7 @@ def main() -> None:
         print(f"a question that the model wrote: {tokenizer.decode(questions[0])!r}", flush=True)
         pieces += [questions[first : first + options.passages] for first in range(0, len(questions), options.passages)]
     print(f"the teacher reads {len(pieces) + 1} rows", flush=True)
-    packed = [pack(of, model.device) for of in [passages.held_out, *pieces]]
+    packed = [pack(of, model.device) for of in [passages.held_out[: options.passages], *pieces]]
     held_out, *rows = [(row, teach(model, row)) for row in packed]
     fastprefix.detach(model, "document")
 
@@ -127,20 +127,21 @@ def main() -> None:
     with torch.no_grad(), fastprefix.disable_adapter(model):
         print(f"KL to the document in context: frozen model {measure_divergence(model, *held_out):.4f}")
     optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=options.lr))
-    start, tokens = time.perf_counter(), 0
+    seconds, tokens = 0.0, 0
     for step in range(options.steps + 1):
         if step % 10 == 0 or step == options.steps:
             with torch.no_grad():
                 divergence = measure_divergence(model, *held_out).item()
-            speed = f", {tokens / (time.perf_counter() - start):.0f} tokens/s" if step else ""
+            speed = f", {tokens / seconds:.0f} tokens/s" if step else ""
             print(f"step {step}: KL to the document in context {divergence:.4f}{speed}", flush=True)
         if step == options.steps:
             break
-        row, target = rows[step % len(rows)]
+        start, (row, target) = time.perf_counter(), rows[step % len(rows)]
         optimizer.zero_grad()
         measure_divergence(model, row, target).backward()
         optimizer.step()
         tokens += row["input_ids"].shape[1]
+        seconds += time.perf_counter() - start
 
     fastprefix.save_adapter(model.eval(), options.out)
     print(f"the cartridge is in {options.out}: {len(document)} tokens of text in {config.num_virtual_tokens}")

@@ -177,8 +177,9 @@ class PromptMethod(MethodModule):
         self.shape = shape
         self._make_prompt()
         self.prompt_path: str | None = None
-        """How the model runs the prompt. "shared" means once for the whole batch. "textbook: " and a reason mean in
-        every row. ``attach`` sets it. Calls update it if, for example, dropout in training changes the path.
+        """Hold "shared" if the prompt runs once for the whole batch, or "textbook: " and why it runs in every row.
+
+        ``attach`` sets it. Calls update it if, for example, dropout in training changes the path.
         """
 
     def _make_prompt(self) -> None:
@@ -230,9 +231,7 @@ class VisualMethod(MethodModule):
         self.config = config
         self.shape = shape
         self.prompt_path: str | None = None
-        """How the model runs the prompt. "shared" means once for the whole batch. "textbook: " and a reason mean in
-        every row.
-        """
+        """Hold "shared" if the prompt runs once for the whole batch, or "textbook: " and why it runs in every row."""
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -37,7 +37,7 @@ class Acceleration:
     def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
         self.hooks = hooks
         self.prompt_path = prompt_path
-        """How prompts run: "shared", once for the whole batch, or "textbook: " and the reason for PEFT's own path.
+        """Hold "shared" if the prompt runs once for the whole batch, or "textbook: " and why it runs on PEFT's path.
 
         It is None for prefixes and adaption prompts.
 

@@ -299,7 +299,7 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
         _check(model, config, name)
 
     do_together(model, "attach an adapter", check)
-    agree(model, "attach an adapter", f"{name!r}, {config.to_dict()}, {type(model).__name__}")
+    agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}")  # with private texts
 
 
 def refuse_partitioned(model: nn.Module) -> None:

@@ -28,6 +28,10 @@ def attach_different_lengths(model: Any, rank: int, folder: Path) -> None:
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(4 + rank))
 
 
+def attach_different_texts(model: Any, rank: int, folder: Path) -> None:
+    fastprefix.attach(model, fastprefix.CartridgeConfig(4, init_text=f"the document of rank {rank}"))
+
+
 def attach_on_one_rank(model: Any, rank: int, folder: Path) -> None:
     if rank == 0:
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(4))
@@ -65,6 +69,7 @@ def save_while_the_first_rank_dies(model: Any, rank: int, folder: Path) -> None:
 
 FAILURES: list[Callable[[Any, int, Path], None]] = [
     attach_different_lengths,
+    attach_different_texts,
     attach_on_one_rank,
     attach_what_one_rank_cannot,
     load_from_different_folders,

@@ -69,6 +69,7 @@ def test_failures_are_errors_on_all_ranks(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"errors-{rank}.json").read_text()) for rank in (0, 1))
     said = {
         "attach_different_lengths": ("ValueError: to attach an adapter, all ranks must use the same",) * 2,
+        "attach_different_texts": ("ValueError: to attach an adapter, all ranks must use the same",) * 2,
         "attach_on_one_rank": ("RuntimeError: rank 1 of the model did not respond within", "nothing"),
         "attach_what_one_rank_cannot": (
             "RuntimeError: rank 1 failed to attach an adapter",
