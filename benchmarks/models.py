@@ -14,10 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .measure import BenchmarkError, explain
 
 ATTENTION = "sdpa"  # for the floor and other packages; methods of fastprefix replace it if necessary
-TaskKind = Literal["causal_lm", "classification"]
+TaskKind = Literal["causal_lm", "classification", "tagging"]
 AUTO: dict[TaskKind, Any] = {
     "causal_lm": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
+    "tagging": transformers.AutoModelForTokenClassification,
 }
 LONGEST_PROMPT = 128  # positions in addition to those of the text
 
