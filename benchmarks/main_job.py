@@ -187,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
         measured = compare_peers(subject, peers, options.seed)
         record.settings["seconds"] = time.perf_counter() - start
         record.add(*measured, options.out)
-        table = report.tabulate_methods(record, subject.title, in_detail=True).markdown()
+        table = report.tabulate_methods(record, subject.title, report.FULL).markdown()
         print(f"\n**{subject.title}**: {subject.describe()}\n\n{table}", flush=True)
     report.draw(record, options.out / "main_job.png")
     print(f"\n{NOTES}\n\n{record.settings['seconds']:.0f} s; JSON and plot in {options.out}")

@@ -17,6 +17,10 @@ from .suite import DEFAULT_OUT
 DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --update, fill in the tables in files."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
+BRIEF = ("forward, x floor", "fwd + bwd, x floor", "peak MB")
+USUAL = ("trainable", *BRIEF[:2], "tokens/s", "peak MB", "loss first", "last")
+FULL = ("trainable", "forward ms", BRIEF[0], "fwd + bwd ms", *USUAL[2:])
+"""Columns of the table of methods."""
 MISSING, NOISY = "-", "~"
 NOISE = 0.15
 """Times with a larger spread, as a share of the median, are marked."""
@@ -61,8 +65,8 @@ def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Table:
-    """Show every method of the main job on a model. ``in_detail`` adds milliseconds and marks noisy times."""
+def tabulate_methods(record: Record, model: str, columns: Sequence[str] = USUAL) -> Table:
+    """Show every method of the main job on a model. Times in milliseconds are marked if they are noisy."""
     frame, rows = load_frame(record), []
     faults = [fault for fault in record.faults if fault["model"].startswith(model)]
     frame = frame[frame.model.str.startswith(model) & ~frame.peer.isin([fault["peer"] for fault in faults])]
@@ -79,11 +83,10 @@ def tabulate_methods(record: Record, model: str, in_detail: bool = False) -> Tab
             "tokens/s": number(tokens / both.p50, 0), "peak MB": number(at.p50["bytes", BOTH] / 1e6, 1),
             "loss first": number(losses[0], 3), "last": number(losses[-1], 3),
         })  # fmt: skip
-    header = [name for name in rows[0] if in_detail or not name.endswith(" ms")]
     least = frame.query("quantity == 'seconds'").rounds.min()
-    titles = [f"method ({least:.0f} rounds or more)", *header[1:]]
+    titles = [f"method ({least:.0f} rounds or more)", *columns]
     failed = [[fault["peer"], "FAILED", fault["message"]] for fault in faults]
-    return Table(titles, [[str(row[name]) for name in header] for row in rows] + failed)
+    return Table(titles, [[str(row[name]) for name in ("method", *columns)] for row in rows] + failed)
 
 
 def describe_ratio(row: Any, unit: float) -> str:

@@ -155,7 +155,7 @@ class TestReport:
 
     def test_noise_is_marked(self) -> None:
         rows = [{**row, "p80": 2 * row["p50"]} if "p80" in row else row for row in COMMITTED["main_job"].rows]
-        table = report.tabulate_methods(replace(COMMITTED["main_job"], rows=rows), "decoder", in_detail=True)
+        table = report.tabulate_methods(replace(COMMITTED["main_job"], rows=rows), "decoder", report.FULL)
         assert all(row[i].startswith("~") for row in table.rows for i in (2, 4))
 
 

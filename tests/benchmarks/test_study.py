@@ -1,9 +1,10 @@
-"""The study in the small: equal budgets, resumption, early stopping, and the committed tables."""
+"""The study in the small: resumption, rates, entities, LoRA, gates, and the answers to questions."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ pytest.importorskip("optuna")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 pytest.importorskip("tokenizers")
+
+import numpy as np
+import pandas as pd
 
 from benchmarks import data, models, results, study
 from benchmarks.__main__ import main
@@ -43,25 +47,92 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run_study(folder: Path) -> Record:
     """Run a small study, in which prompt tuning fails, for its prompt is longer than the positions of the model."""
     plan = json.loads(study.PLAN.read_text())
-    plan["cells"]["PT"]["config"]["num_virtual_tokens"] = 200
+    plan["cells"]["PT"]["lengths"] = [200]
     (folder / "plan.json").write_text(json.dumps(plan))
     arguments = ["study", "--quick", "--data", str(folder / "reviews.tsv"), "--model", str(folder / "model")]
     arguments += ["--device", "cpu", "--out", str(folder / "out"), "--plan", str(folder / "plan.json")]
-    assert main([*arguments, "--cells", "head alone", "PT", "DePT", "APT, slow gates"]) == 1
+    assert main([*arguments, "--cells", "head alone", "PT (200)", "DePT (12)", "APT (13)"]) == 1
     return results.read(folder / "out" / "study.json")
 
 
 def test_all_of_it_and_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = run_study(folder)
-    assert Counter(row["method"] for row in record.rows) == {"head alone": 2, "DePT": 2, "APT, slow gates": 2}
-    assert {fault["peer"] for fault in record.faults} == {"PT"}
-    assert all(0.0 <= row["test_accuracy"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
+    assert Counter(row["method"] for row in record.rows) == {"head alone": 2, "DePT (12)": 2, "APT (13)": 2}
+    assert {fault["peer"] for fault in record.faults} == {"PT (200)"}
+    assert all(0.0 <= row["test_score"] <= 1.0 and row["peak_bytes"] > 0 for row in record.rows)
     assert set(record.rows[-1]["rates"]) == {"main", "gate"}
-    assert "APT, slow gates (" in (folder / "out" / "study.md").read_text()
+    assert [len(gates) for gates in record.rows[-1]["gates"]] == [TINY.layers] * len(record.rows[-1]["gates"]) != []
+    assert record.rows[0]["gates"] == []
+    assert "| APT (13)" in (folder / "out" / "study.md").read_text()
     trained_again = set()
     monkeypatch.setattr(study.Study, "train", lambda _, name, *more: trained_again.add(name) or 1 / 0)
     assert run_study(folder).rows == record.rows
-    assert trained_again == {"PT"}
+    assert trained_again == {"PT (200)"}
+
+
+def test_processes_share_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that another process added since the start are kept."""
+    arguments = ["study", "--quick", "--data", str(folder / "reviews.tsv"), "--model", str(folder / "model")]
+    arguments += ["--device", "cpu", "--out", str(tmp_path), "--cells"]
+    train, started = study.Study.train, []
+
+    def train_beside(self: study.Study, *inputs: Any) -> Any:
+        if not started:
+            started.append(True)
+            assert main([*arguments, "head alone"]) == 0
+        return train(self, *inputs)
+
+    monkeypatch.setattr(study.Study, "train", train_beside)
+    assert main([*arguments, "prefix tuning (20)"]) == 0
+    rows = results.read(tmp_path / "study.json").rows
+    assert Counter(row["method"] for row in rows) == {"head alone": 2, "prefix tuning (20)": 2}
+
+
+def test_entities_with_lora(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sentences = [[("so", "O"), ("good", "B-thing"), (f"film{i}", "I-thing"), ("bad", "O")][i % 2 :] for i in range(60)]
+    text = "\n\n".join("\n".join("\t".join(pair) for pair in sentence) for sentence in sentences)
+    (tmp_path / "words.conll").write_text(text + "\n")
+    plan = Path(study.__file__).parent / "study_entities.json"
+    arguments = ["study", "--quick", "--plan", str(plan), "--data", str(tmp_path / "words.conll"), "--device", "cpu"]
+    cells = ["head alone", "APT (13)", "LoRA", "LoRA + prefix (20)"]
+    assert main([*arguments, "--model", str(folder / "model"), "--out", str(tmp_path), "--cells", *cells]) == 0
+    record = results.read(tmp_path / "study.json")
+    assert Counter(row["method"] for row in record.rows) == dict.fromkeys(cells, 2)
+    trained = {row["method"]: row["trainable"] for row in record.rows}
+    prefix = 2 * 20 * TINY.width * TINY.layers
+    assert trained["head alone"] == 0 < trained["LoRA"] == trained["LoRA + prefix (20)"] - prefix
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        ("O O", []),
+        ("B-a I-a O B-b", [("a", 0, 2), ("b", 3, 4)]),
+        ("B-a B-a I-b", [("a", 0, 1), ("a", 1, 2), ("b", 2, 3)]),
+        ("I-a I-a B-a", [("a", 0, 2), ("a", 2, 3)]),
+    ],
+)
+def test_entities_of_tags(tags: str, entities: list[Any]) -> None:
+    assert study.list_entities(tags.split()) == entities
+
+
+def test_score_of_entities() -> None:
+    """One of two entities is found, one is invented. Tokens with the ignored label do not count."""
+    names = ["O", "B-a", "I-a"]
+    labels = np.array([[-100, 1, -100, 2, 0, 1], [0, 0, 0, -100, -100, -100]])
+    guesses = np.array([[1, 1, 0, 2, 0, 0], [0, 1, 0, 1, 1, 1]])
+    predicted = SimpleNamespace(predictions=np.eye(3)[guesses], label_ids=labels)
+    assert study.measure_entities(predicted, names) == {"score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [([1.0, 2.0, 1.5, 1.0, 3.0], "yes"), ([-1.0, -2.0, -1.5, -1.0, -3.0], "no"), ([1.0, -1.0, 1.0, -1.0, 0.5], "open")],
+)
+def test_answers(differences: list[float], expected: str) -> None:
+    assert study.answer(pd.Series(differences))[-1] == expected
+    assert study.answer(pd.Series(differences[:4]))[-1] == "open"  # too few seeds
 
 
 @pytest.mark.parametrize(
@@ -84,10 +155,10 @@ def test_errors(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["head alone", "DePT", "APT, slow gates", "residual prefix + gate"])
+@pytest.mark.parametrize("name", ["head alone", "DePT (12)", "APT (20)", "residual prefix + gate (10)"])
 def test_rates_of_a_cell(name: str) -> None:
     model: Any = models.build("classification", models.configure("classification", TINY), CPU)
-    cell = json.loads(study.PLAN.read_text())["cells"][name]
+    cell = study.expand(json.loads(study.PLAN.read_text())["cells"])[name]
     rates = dict(zip(cell["rates"], (0.25, 0.5), strict=False))
     prepared = study.prepare(cell, rates, model, 0.01)
     rate_of = {p: group["lr"] for group in prepared.groups for p in group["params"]}
@@ -102,6 +173,5 @@ def test_the_committed_tables_follow_from_the_committed_results() -> None:
     folder = results.FOLDER / "study-sst2-minilm"
     text = (folder / "study.md").read_text()
     committed = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    compared = json.loads(study.PLAN.read_text())["compared"]
-    for table in study.summarize(results.read(folder / "study.json"), compared):
+    for table in study.summarize(results.read(folder / "study.json")):
         assert all(["", *row, ""] in committed for row in [list(table.header), *table.rows])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import peft
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +31,9 @@ _PREFIXES, _ADAPTION = ("PREFIX_TUNING", "CARTRIDGE"), "ADAPTION_PROMPT"
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 KINDS = (*_PREFIXES, *_PROMPTS, _ADAPTION)
 """The PEFT methods that can be accelerated."""
+
+_PEFT_WITHOUT_CACHE, _TRANSFORMERS_WITH_CACHE = Version("0.22"), Version("5.24.0.dev0")
+"""Older versions of PEFT pass ``past_key_values`` on, which this version of ``transformers`` renamed to ``cache``."""
 
 Model = TypeVar("Model", bound=PeftModel)
 
@@ -63,15 +70,43 @@ def accelerate(peft_model: Model, check: bool = True) -> Model:
     Returns:
         The same model.
 
+    Warns:
+        UserWarning: if the installed PEFT generates wrong tokens with the installed ``transformers``.
+
     Raises:
         TypeError: if ``peft_model`` is not a PEFT model.
         ValueError: if the model cannot be accelerated. The message gives the reason, and the model is unchanged.
     """
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"`peft_model` must be a peft.PeftModel, but is {type(peft_model).__name__}.")
+    _accelerate(peft_model, check)
+    if _generates_wrong_tokens(peft_model):
+        warnings.warn(
+            f"`generate` of this model returns wrong tokens, accelerated or not, because PEFT {peft.__version__} loses "
+            f'the cache of transformers {transformers.__version__}. Install "transformers<5.24" or a newer PEFT. '
+            "Training is not affected.",
+            stacklevel=2,
+        )
+    return peft_model
+
+
+def _accelerate(peft_model: Model, check: bool) -> Model:
+    """Accelerate without the warning."""
     _check(peft_model)
     setattr(peft_model, ATTRIBUTE, _make_acceleration(peft_model, check))
     return peft_model
+
+
+def _generates_wrong_tokens(peft_model: PeftModel) -> bool:
+    """Return whether PEFT loses the key/value cache of this model, so that every token starts anew."""
+    if Version(peft.__version__) >= _PEFT_WITHOUT_CACHE:
+        return False
+    if Version(transformers.__version__) < _TRANSFORMERS_WITH_CACHE:
+        return False
+    model: Any = peft_model.get_base_model()
+    kind = _get_kind(peft_model)
+    in_decoder = kind in _PREFIXES or (kind in _PROMPTS and not model.config.is_encoder_decoder)
+    return in_decoder and model.can_generate()
 
 
 def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
@@ -140,7 +175,7 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
         torch.manual_seed(0)
         right: Any = get_peft_model(base, config).double()  # PEFT's parameters are float32
-        return right, accelerate(copy.deepcopy(right), check=False)
+        return right, _accelerate(copy.deepcopy(right), check=False)
 
     options = {name: str(value) for name, value in sorted(vars(config).items())}
     base, kind, tasks = peft_model.get_base_model(), _get_kind(peft_model), _count_tasks(peft_model)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import runpy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.adaption_prompt import layer as adaption_layer
 from torch import Tensor
 from transformers import (
@@ -555,6 +557,30 @@ def test_a_cache_that_the_caller_continues() -> None:
     assert start.past_key_values.get_seq_length() == LENGTH + 6
     last = model.base_model(input_ids=ids[:, -1:], past_key_values=start.past_key_values).logits[:, -1]
     torch.testing.assert_close(last, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "versions", "warned"),
+    [
+        ("decoder", "prefix", ("0.21.2", "5.24.0"), True),
+        ("decoder", "prompt", ("0.21.2", "5.25.0"), True),
+        ("decoder", "adaption", ("0.21.2", "5.24.0"), False),
+        ("decoder", "prefix", ("0.21.2", "5.23.0"), False),
+        ("decoder", "prefix", ("0.22.0", "5.24.0"), False),
+        ("encoder", "prompt", ("0.21.2", "5.24.0"), False),
+    ],
+)
+def test_wrong_tokens_of_peft_are_announced(
+    name: str, kind: str, versions: tuple[str, str], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tuned(getattr(models, name)(), kind, "CAUSAL_LM" if name == "decoder" else "SEQ_CLS")
+    for package, version in zip((peft, transformers), versions, strict=True):
+        monkeypatch.setattr(package, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fastprefix.accelerate(model)
+    assert any("returns wrong tokens" in str(warning.message) for warning in caught) is warned
+    assert all(warning.filename == __file__ for warning in caught if "wrong tokens" in str(warning.message))
 
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
