@@ -32,7 +32,7 @@ import fastprefix
 from fastprefix.methods import MethodConfig
 
 from . import data, models
-from .measure import BenchmarkError, Row, added_peak, explain, fault, find_version
+from .measure import BenchmarkError, Row, explain, fault, find_version
 from .peers import Prepared, attach, freeze_body, group, head_parameters
 from .report import MISSING, Table, number
 from .results import Record, read, write_text
@@ -51,8 +51,6 @@ trainable: parameters without the head of the classifier, which every method tra
 rates: learning rates, chosen on the dev split.
 best step: the step with the best dev score, whose weights are tested.
 gates: smallest and largest mean gate of a layer with the best weights of the first seed.
-ms a step: training time per step without evaluations.
-peak MB: memory of PyTorch's allocators that forward and backward of the longest batch need in addition to the model.
 95 %: bootstrap interval of the mean difference over the seeds. If it contains 0, the answer is open."""
 
 
@@ -263,16 +261,11 @@ class Study:
             trainer.remove_callback(transformers.PrinterCallback)
             trained = trainer.train()
             tested: Any = trainer.predict(self.texts["test"])
-        longest = sorted(self.texts["train"], key=lambda row: len(row["input_ids"]))[-of["rows"] :]
-        batch = collate(longest).to(self.device)
-        evaluations = sum(entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history)
         last = (trainer.state.best_global_step or 0) // of["evaluate_every"]
         return {
             "dev_score": trainer.state.best_metric, "best_step": trainer.state.best_global_step,
             "test_score": tested.metrics["test_score"], "steps": trained.global_step,
             "trainable": prepared.count_trainable() - sum(p.numel() for p in head_parameters(base) if p.requires_grad),
-            "seconds_a_step": (trained.metrics["train_runtime"] - evaluations) / trained.global_step,
-            "peak_bytes": added_peak(lambda: model.train()(**batch).loss.backward(), self.device),
             "gates": recorder.trend[:last],
         }  # fmt: skip
 
@@ -393,9 +386,8 @@ def summarize(record: Record) -> list[Table]:
             str(name), number(runs.trainable.iloc[0], 0), rates, str(len(runs)), describe_spread(runs.test),
             describe_spread(runs.dev), number(runs.best_step.mean(), 0),
             f"{min(gates[0]):.2f} to {max(gates[0]):.2f}" if gates else MISSING,
-            number(1e3 * runs.seconds_a_step.median(), 0), number(runs.peak_bytes.max() / 1e6, 1),
         ])  # fmt: skip
-    header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "gates", "ms a step", "peak MB")
+    header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "gates")
     # Differences are per seed, because a seed determines the batches, their order, and the initial head.
     scores, answers = frame.pivot_table("test", "seed", "method", "last"), []
     for question, pairs in record.settings["questions"].items():
