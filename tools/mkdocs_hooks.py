@@ -1,6 +1,6 @@
-"""Add the committed figures of the benchmarks to the documentation site, which otherwise contains only docs/.
+"""Add the committed figures of the benchmarks to the documentation site, and hide tables of contents without entries.
 
-Pages link to the figures by a path outside of docs/, which GitHub requires.
+The site otherwise contains only docs/. Pages link to the figures by a path outside of docs/, which GitHub requires.
 """
 
 from pathlib import Path
@@ -21,3 +21,10 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Change links to figures so that they stay inside the site."""
     return markdown.replace("](../benchmarks/results/", "](benchmarks/results/")
+
+
+def on_page_context(context: Any, *, page: Any, **kwargs: Any) -> Any:
+    """Give a page without sections the space of its table of contents."""
+    if not any(heading.children for heading in page.toc):
+        page.meta["hide"] = ["toc"]
+    return context
