@@ -30,8 +30,14 @@ def prompt_embedding(
     is ``e_t`` (prompt tuning, Lester et al. 2021), or
 
     ```math
-    e_t + s\,(a b)_i \quad\text{(DePT, Shi and Lipani 2024)} \qquad
-    e_t + s\,o_i \quad\text{(ACCEPT, Lin et al. 2024)} \qquad
+    e_t + s\,(a b)_i \quad\text{(DePT, Shi and Lipani 2024)}
+    ```
+
+    ```math
+    e_t + s\,o_i \quad\text{(ACCEPT, Lin et al. 2024)}
+    ```
+
+    ```math
     e_t + s\,(\operatorname{relu}(e_t w_1 + b_1)\, w_2 + b_2) \quad\text{(ADePT, Tang et al. 2025)}
     ```
 
