@@ -67,7 +67,7 @@ class LearningRates(NamedTuple):
     """The rate of gates. None uses ``rest``."""
 
 
-PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prefix_projection": ('reparameterization="mlp"',),
     "encoder_hidden_size": ("hidden_dim", "encoder_hidden_dim"),
     "r": ("rank", "bottleneck_dim"),
@@ -75,8 +75,11 @@ PEFT_OPTIONS: dict[str, tuple[str, ...]] = {
     "prompt_tuning_init_text": ("init_text",),
     "encoder_reparameterization_type": ("encoder",),
     "adapter_len": ("num_virtual_tokens",),
+    "num_tokens": ("num_virtual_tokens",),
+    "prefix_length": ("num_virtual_tokens",),
+    "prompt_length": ("num_virtual_tokens",),
 }
-"""Options of this package by PEFT's names. The first option that a method has is suggested in error messages."""
+"""Options of this package by the names that others use. The first that a method has is suggested in error messages."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +106,8 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check_positive("num_virtual_tokens", self.num_virtual_tokens)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}")
 
     @classmethod
     def method_name(cls) -> str:
@@ -143,7 +148,7 @@ class MethodConfig:
         close = [
             match
             for name in unknown
-            for match in [*(o for o in PEFT_OPTIONS.get(name, ()) if o.partition("=")[0] in known)][:1]
+            for match in [*(o for o in OTHER_NAMES.get(name, ()) if o.partition("=")[0] in known)][:1]
             or difflib.get_close_matches(name, known, n=1)
         ]
         hint = f" Did you mean {', '.join(close)}?" if close else ""

@@ -339,6 +339,8 @@ def test_configurations_survive_saving(name: str) -> None:
         ),
         (lambda: fastprefix.ADePTConfig(5, r=2), TypeError, r"Did you mean bottleneck_dim\?"),
         (lambda: fastprefix.DePTConfig(5, r=2), TypeError, r"Did you mean rank\?"),
+        (lambda: fastprefix.PrefixTuningConfig(num_tokens=5), TypeError, r"Did you mean num_virtual_tokens\?"),
+        (lambda: fastprefix.APTConfig(5, modules_to_save="norm"), TypeError, "modules_to_save` must be a list"),
         (
             lambda: fastprefix.PrefixTuningConfig(5, prefix_projection=True),
             TypeError,

@@ -40,7 +40,12 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
     if names is not None:
         modules = dict(model.named_modules())
         if missing := [name for name in names if name not in modules or not name]:
-            raise ValueError(f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.")
+            ends = tuple(f".{name}" for name in missing)
+            close = [name for name in modules if name.endswith(ends)][:3]
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(
+                f"`modules_to_save` must name modules of {type(model).__name__}, which has no {missing}.{hint}"
+            )
         if taken := find_taken_by_peft(model, names):
             raise ValueError(f"`modules_to_save` must name modules that PEFT does not train, but PEFT trains {taken}.")
         return {name: modules[name] for name in names}
@@ -50,6 +55,11 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
     heads = {name: child for name, child in children.items() if child is not model.base_model}
     taken = find_taken_by_peft(model, heads)
     return {name: head for name, head in heads.items() if name not in taken and list(head.parameters())}
+
+
+def list_labels(model: PreTrainedModel) -> list[str]:
+    """Return the names of the labels of a classifier, or an empty list."""
+    return list((getattr(model.config, "id2label", None) or {}).values())
 
 
 MODULE = "fastprefix"
@@ -177,6 +187,8 @@ class Adapter:
         }
         """The weights of the trained modules that are not in use: the base model's or the adapter's."""
         self.casts = Casts(model, modules.values())
+        self.labels: list[str] | None = None
+        """The names of the labels that are not in use: the base model's or those of the adapter's head."""
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Install the adapter on the model, which then runs and trains with it."""
@@ -184,6 +196,7 @@ class Adapter:
         if self.freeze_peft or self.merged:
             self.frozen.freeze(model, own=self.method.parameters())
         self._exchange_weights(model, trained=True)
+        self._exchange_labels(model)
         self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
@@ -216,6 +229,7 @@ class Adapter:
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
         self._exchange_weights(model, trained=False)
+        self._exchange_labels(model)
         self.casts.remove()
         self.frozen.release(model)
 
@@ -242,6 +256,18 @@ class Adapter:
         """Drop the gradients of the modules that the adapter trained, so that the next adapter starts without them."""
         for name in self.saved_modules:
             model.get_submodule(name).zero_grad()
+
+    def name_labels(self, model: PreTrainedModel, labels: list[str] | None) -> None:
+        """Give the model the names of the labels of the adapter's head, unless it has names of its own."""
+        if labels is not None and all(re.fullmatch(r"LABEL_\d+", name) for name in list_labels(model)):
+            self.labels = labels
+            self._exchange_labels(model)
+
+    def _exchange_labels(self, model: PreTrainedModel) -> None:
+        if self.labels is not None:
+            names, self.labels = self.labels, list_labels(model)
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def _exchange_weights(self, model: PreTrainedModel, trained: bool) -> None:
         """Exchange the ``data`` of parameters, so that an older graph is valid again once the adapter is back on."""

@@ -246,9 +246,10 @@ def get_attachment(model: nn.Module) -> Attachment:
     """
     attachment = find_attachment(model)
     if attachment is None:
-        raise ValueError(
-            f"`model` must have a method attached, but {type(model).__name__} has none: call fastprefix.attach."
-        )
+        cure = "call fastprefix.attach"
+        if hasattr(model, "peft_config"):
+            cure += ". PEFT's own adapter has PEFT's methods, such as save_pretrained, accelerated or not"
+        raise ValueError(f"`model` must have a method attached, but {type(model).__name__} has none: {cure}.")
     return attachment
 
 

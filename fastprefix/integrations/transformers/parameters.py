@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -108,9 +110,16 @@ def parameter_groups(
         Dictionaries with the keys "params", "lr" and "weight_decay", one for each nonempty group.
 
     Raises:
-        ValueError: if the model has no method attached or none in use, or if an adapter cannot be trained. That is the
-            case if the adapter is merged, or PEFT has frozen it or has added layers to it.
+        TypeError: if a rate is not a number.
+        ValueError: if a rate is negative, if the model has no method attached or none in use, or if an adapter cannot
+            be trained. That is the case if the adapter is merged, or PEFT has frozen it or has added layers to it.
     """
+    rates: dict[str, Any] = {"lr": lr, "prompt_lr": prompt_lr, "gate_lr": gate_lr, "peft_lr": peft_lr}
+    for name, rate in rates.items():
+        if rate is not None and not isinstance(rate, Real | torch.Tensor):
+            raise TypeError(f"`{name}` must be a number, got {rate!r}.")
+        if rate is not None and rate < 0:
+            raise ValueError(f"`{name}` must not be negative, got {rate}.")
     attachment, base = get_attachment(model), find_base_model(model)
     adapters = [attachment.adapter]
     if adapter_names is not None:

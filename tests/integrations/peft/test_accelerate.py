@@ -559,6 +559,13 @@ def test_a_cache_that_the_caller_continues() -> None:
     torch.testing.assert_close(last, whole, rtol=1e-10, atol=1e-10)
 
 
+def test_functions_for_attached_models_name_pefts_own() -> None:
+    model = fastprefix.accelerate(tuned(models.decoder(), "prefix", "CAUSAL_LM"))
+    for call in (fastprefix.parameter_groups, fastprefix.merge, lambda each: fastprefix.save_adapter(each, "folder")):
+        with pytest.raises(ValueError, match="PEFT's own adapter has PEFT's methods, such as save_pretrained"):
+            call(model)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "versions", "warned"),
     [

@@ -123,3 +123,23 @@ def test_ids_out_of_range() -> None:
     model = fastprefix.attach(models.decoder(), PROMPT)
     with pytest.raises(IndexError):
         model(input_ids=torch.full((1, 4), 100))
+
+
+@pytest.mark.parametrize(
+    ("rates", "error", "says"),
+    [
+        ({"lr": -1.0}, ValueError, "`lr` must not be negative"),
+        ({"prompt_lr": "0.3"}, TypeError, "`prompt_lr` must be a number, got '0.3'"),
+        ({"gate_lr": -1e-3}, ValueError, "`gate_lr` must not be negative"),
+        ({"peft_lr": [0.1]}, TypeError, "`peft_lr` must be a number"),
+    ],
+)
+def test_rates_that_no_optimizer_can_use(rates: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        fastprefix.parameter_groups(fastprefix.attach(models.decoder(), PREFIX), **rates)
+
+
+def test_modules_are_suggested_by_their_last_name() -> None:
+    config = fastprefix.PrefixTuningConfig(3, modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"has no \['norm'\]\. Did you mean model\.norm\?"):
+        fastprefix.attach(models.decoder(), config)

@@ -96,6 +96,21 @@ def test_a_text_must_be_long_enough_for_a_cartridge_and_no_path(tmp_path: Path) 
             fastprefix.attach(models.decoder(), config(3, init="text", init_text=str(path)), tokenizer=Words())
 
 
+def test_a_text_and_a_tokenizer_of_another_kind_are_named() -> None:
+    config = fastprefix.PromptTuningConfig(3, init="text", init_text="1 2 3")
+    with pytest.raises(TypeError, match="`tokenizer` must be a tokenizer, got 'name'"):
+        fastprefix.attach(models.decoder(), config, tokenizer="name")
+    with pytest.raises(ValueError, match=r"which has 100 tokens, but it returns the id 100\."):
+        fastprefix.attach(models.decoder(), config, tokenizer=lambda *_, **__: {"input_ids": [1, 100]})
+    path: Any = Path("text.txt")
+    with pytest.raises(TypeError, match="`init_text` must be the text as a string"):
+        fastprefix.attach(models.decoder(), fastprefix.CartridgeConfig(3, init_text=path), tokenizer=Words())
+    model = models.decoder()
+    model.name_or_path = "a/folder/without/a/tokenizer"
+    with pytest.raises(ValueError, match="`tokenizer` must be given with `init_text`, since none can be loaded"):
+        fastprefix.attach(model, config)
+
+
 def test_an_untrained_cartridge_is_its_text() -> None:
     text, ids = text_of(LENGTH)
     config = fastprefix.CartridgeConfig(LENGTH, init_text=text, add_special_tokens=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, BertModel
 
 import fastprefix
 from fastprefix.integrations.transformers.files import saving
@@ -136,6 +137,49 @@ def test_layers_labels_and_names_that_do_not_fit_are_counted_and_named(tmp_path:
     parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in "abcde"}
     with pytest.raises(ValueError, match="only the model has a, b, c and 2 more, and only the adapter has x"):
         saving.fill(parameters, {"x": torch.ones(1)})
+
+
+def with_labels(*labels: str) -> BertForSequenceClassification:
+    model = models.encoder()
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+    return model
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_names_of_labels_come_with_the_head(whole: bool, tmp_path: Path) -> None:
+    model = fastprefix.attach(with_labels("blame", "praise"), fastprefix.PrefixTuningConfig(3))
+    model.save_pretrained(tmp_path) if whole else fastprefix.save_adapter(model, tmp_path)
+    other = fastprefix.load_adapter(with_labels(), tmp_path)
+    assert other.config.id2label == {0: "blame", 1: "praise"}
+    assert other.config.label2id == {"blame": 0, "praise": 1}
+    with fastprefix.disable_adapter(other):
+        assert other.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert fastprefix.detach(other).config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    named = fastprefix.load_adapter(with_labels("bad", "good"), tmp_path)
+    assert named.config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match=r"another order \(praise, blame\).*id2label=\{0: 'blame', 1: 'praise'\}"):
+        fastprefix.load_adapter(with_labels("praise", "blame"), tmp_path)
+
+
+def test_a_head_for_a_model_without_one(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path)
+    headless = BertModel(models.encoder().config)
+    with pytest.raises(ValueError, match=r"but BertModel has none\. .*BertForSequenceClassification with num_labels=2"):
+        fastprefix.load_adapter(headless, tmp_path)
+
+
+def test_paths_beside_the_adapter(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"not a file in it\. Pass '.*adapter'"):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "out" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"Pass one of them, such as '.*checkpoint-20'"
+    ):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "out")
 
 
 def _edit(path: Path, **options: object) -> None:

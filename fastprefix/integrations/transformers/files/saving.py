@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 import torch
@@ -27,12 +27,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...._version import __version__
 from ....methods import MethodConfig, PrefixTuningConfig
 from ....methods.base import check_choice
-from ..adapter import MODULE, Adapter, find_trainable_modules
+from ..adapter import MODULE, Adapter, find_trainable_modules, list_labels
 from ..attachment import (
     DEFAULT,
     Model,
@@ -69,8 +70,18 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ValueError(f"The safetensors file {path} cannot be read: {error}") from error
 
 
-def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]] | None:
-    """Read a method and its parameters from a checkpoint of a whole model, or return None if the folder has none.
+class SavedAdapter(NamedTuple):
+    """The options and the parameters of an adapter in a file."""
+
+    config: MethodConfig
+    tensors: dict[str, Tensor]
+    is_of_peft: bool = False
+    labels: list[str] | None = None
+    """The names of the labels that its head is for."""
+
+
+def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter | None:
+    """Read an adapter from a checkpoint of a whole model, or return None if the folder has none.
 
     Raises:
         ValueError: if the checkpoint is damaged or belongs to another type of model.
@@ -99,7 +110,12 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> tuple[MethodC
                 for begin, instead in renamed.items():
                     if key.startswith(begin):
                         tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
-    return config, tensors
+    has_head = (
+        not find_trainable_modules(model, None).keys().isdisjoint(find_trainable_modules(model, config.modules_to_save))
+    )
+    labels = list(description["id2label"].values()) if has_head and "id2label" in description else None
+    _check_labels(folder, labels, (description.get("architectures") or [""])[0], model)
+    return SavedAdapter(config, tensors, labels=labels)
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -200,14 +216,14 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     """Return the options of the adapter in use and a description of its base model."""
     adapter = _get_savable(model)
     has_head = not find_trainable_modules(model, None).keys().isdisjoint(adapter.saved_modules)
-    labels = getattr(model.config, "id2label", None) if has_head else None
+    labels = list_labels(model) if has_head else []
     return {
         **adapter.config.to_dict(),
         "base_model_type": model.config.model_type,
         "base_model_class": type(model).__name__,
         "base_model_name_or_path": model.name_or_path,
         "fastprefix_version": __version__,
-        **({_LABELS: list(labels.values())} if labels else {}),
+        **({_LABELS: labels} if labels else {}),
     }
 
 
@@ -254,7 +270,7 @@ def read_carried(model: PreTrainedModel, directory: Path) -> None:
         if not path.is_file():
             raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
         header, tensors = _read(path)
-        config = None if header is None else _parse_header(path, header, model)
+        config = None if header is None else _parse_header(path, header, model)[0]
         if config != get_attachment(model).adapter.config:
             raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
         fill(_collect_parameters(model), tensors)
@@ -319,9 +335,10 @@ def load_adapter(
     """
     base = find_base_model(model)
     folder = locate_adapter(directory, revision, token)
-    config, tensors, is_of_peft = _read_adapter_together(base, folder, name)
+    config, tensors, is_of_peft, labels = _read_adapter_together(base, folder, name)
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         _attach(model, config, tensors, name, example_inputs, freeze_peft)
+        get_attachment(model).adapter.name_labels(base, labels)
         return model
     former = get_active_name(base)
     with use_adapter(base, None):
@@ -359,7 +376,7 @@ def read_prefix(
     """
     folder, base = locate_adapter(directory, revision, token), find_base_model(model)
     assert isinstance(base, PreTrainedModel)
-    config, tensors, _ = _read_adapter_together(base, folder, DEFAULT)
+    config, tensors, *_ = _read_adapter_together(base, folder, DEFAULT)
     kinds = {name.rpartition(".")[0] for name in tensors}
     known = {"prefix.keys", "prefix.values", "prefix.frozen_keys", "prefix.frozen_values", "key_biases"}
     if not isinstance(config, PrefixTuningConfig) or not kinds <= known:
@@ -383,12 +400,10 @@ def locate_adapter(
     return locate(directory, _FILES, revision, token)
 
 
-def _read_adapter_together(
-    model: PreTrainedModel, folder: Path, name: str
-) -> tuple[MethodConfig, dict[str, Tensor], bool]:
+def _read_adapter_together(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapter:
     """Read an adapter, which must be the same on all ranks of a sharded model."""
     found = do_together(model, "read an adapter", lambda: read_adapter(model, folder, name))
-    config, tensors, _ = found
+    config, tensors, *_ = found
     samples = hashlib.sha256()
     for key, tensor in sorted(tensors.items()):
         step = max(tensor.numel() // _SAMPLES, 1)
@@ -399,26 +414,36 @@ def _read_adapter_together(
     return found
 
 
-def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> tuple[MethodConfig, dict[str, Tensor], bool]:
-    """Return the options and parameters of an adapter, and whether it is in PEFT's format."""
+def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapter:
+    """Read an adapter in any of the formats.
+
+    Raises:
+        FileNotFoundError: if there is no adapter in the folder.
+        ValueError: if the adapter is damaged or belongs to another model, or ``folder`` is one of an adapter's files.
+    """
+    if folder.is_file() and folder.suffix in (".safetensors", ".json", ".bin"):
+        raise ValueError(f"`directory` must be the directory of an adapter, not a file in it. Pass '{folder.parent}'.")
     path = folder / WEIGHTS_FILE
     if (carried := _find_carried(folder, name)) is not None:
         path = carried
     if path.is_file():
         header, tensors = _read(path)
         if header is not None:
-            return _parse_header(path, header, model), tensors, False
+            config, labels = _parse_header(path, header, model)
+            return SavedAdapter(config, tensors, labels=labels)
         with use_adapter(model, None):
-            return *peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model), True
+            return SavedAdapter(*peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model), is_of_peft=True)
     if (found := read_whole_checkpoint(folder, model)) is not None:
-        return *found, False
+        return found
     if (cartridge := find_cartridge(folder)) is not None:
         with use_adapter(model, None):
-            return *read_cartridge(cartridge, model), False
+            return SavedAdapter(*read_cartridge(cartridge, model))
     pickled = folder / "adapter_model.bin"
     if not folder.is_dir():
         raise FileNotFoundError(f"`directory` '{folder}' does not exist.")
     why = f". Its {pickled.name} is a pickle file, which is never loaded" if pickled.is_file() else ""
+    if checkpoint := get_last_checkpoint(folder):
+        why = f", but has checkpoints of Trainer. Pass one of them, such as '{checkpoint}'"
     raise FileNotFoundError(f"`directory` '{folder}' does not contain {WEIGHTS_FILE}{why}.")
 
 
@@ -464,23 +489,46 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
-def _parse_header(path: Path, header: str, model: PreTrainedModel) -> MethodConfig:
-    """Return the options in a header, after checking them against the model."""
+def _parse_header(path: Path, header: str, model: PreTrainedModel) -> tuple[MethodConfig, list[str] | None]:
+    """Return the options and the labels in a header, after checking them against the model."""
     description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"The header of {path} is damaged, since it lacks {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
-    base, *_ = (description.pop(name) for name in _ABOUT)
+    base, base_class, *_ = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     labels = description.pop(_LABELS, None)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter for a {base} model, but `model` is a {model.config.model_type} model.")
-    if labels is not None and hasattr(model.config, "num_labels") and len(labels) != model.config.num_labels:
+    _check_labels(path, labels, base_class, model)
+    return MethodConfig.from_dict(description), labels
+
+
+def _check_labels(path: Path, labels: list[str] | None, base_class: str, model: PreTrainedModel) -> None:
+    """Check that the model has a head for the labels of a saved head, in the same order.
+
+    Raises:
+        ValueError: if the model has no head, or one for other labels.
+    """
+    if labels is None:
+        return
+    shown = f"{len(labels)} labels ({', '.join(labels[:5])}{', ...' * (len(labels) > 5)})"
+    if not find_trainable_modules(model, None):
         raise ValueError(
-            f"{path} has a head for {len(labels)} labels ({', '.join(labels[:5])}{', ...' * (len(labels) > 5)}), but "
-            f"`model` has one for {model.config.num_labels}. Load the model with num_labels={len(labels)}."
+            f"{path} has a head for {shown}, but {type(model).__name__} has none. Load the model as {base_class} with "
+            f"num_labels={len(labels)}."
         )
-    return MethodConfig.from_dict(description)
+    names = list_labels(model)
+    if len(labels) != len(names):
+        raise ValueError(
+            f"{path} has a head for {shown}, but `model` has one for {len(names)}. Load the model with "
+            f"num_labels={len(labels)}."
+        )
+    if names != labels and sorted(names) == sorted(labels):
+        raise ValueError(
+            f"{path} has a head for {shown}, but `model` has the same labels in another order "
+            f"({', '.join(names[:5])}). Load the model with id2label={dict(enumerate(labels))}."
+        )
 
 
 def _check_unedited(path: Path, header: dict[str, Any]) -> None:

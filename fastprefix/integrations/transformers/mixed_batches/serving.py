@@ -199,7 +199,7 @@ class AdapterStore:
         """Return an adapter, and its keys and values by attention module."""
         if isinstance(source, PrefixState):
             return self._read_state(name, source)
-        config, tensors, is_of_peft = read_adapter(self.model, locate_adapter(source), DEFAULT)
+        config, tensors, is_of_peft, _ = read_adapter(self.model, locate_adapter(source), DEFAULT)
         if isinstance(config, PrefixTuningConfig) and not is_of_peft:
             return self._make_prefix(name, config, tensors)
         return self._attach_for_a_moment(name, source)

@@ -110,11 +110,16 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
     The ids are the first m tokens of the text, or of chunks of it. A text that is too short is repeated.
 
     Raises:
-        ValueError: if the text is empty, is the path of a file, or is too short for a cartridge, or if no tokenizer is
-            known.
+        TypeError: if the text is not a string, or the tokenizer is not a tokenizer.
+        ValueError: if the text is empty, is the path of a file, or is too short for a cartridge, if no tokenizer is
+            known, or if its ids are too large for the model.
     """
     if config.init_text is None:
         return None
+    if not isinstance(config.init_text, str):
+        raise TypeError(f"`init_text` must be the text as a string, got {config.init_text!r}.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"`tokenizer` must be a tokenizer, got {tokenizer!r}. Load it with AutoTokenizer.")
     if len(config.init_text) < _LONGEST_PATH and Path(config.init_text).is_file():
         raise ValueError(
             f"`init_text` must be the text itself, but is the path of a file. Pass "
@@ -125,12 +130,22 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
             raise ValueError(
                 "`tokenizer` must be given with `init_text`, since the model has no name or path to load it from."
             )
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        except Exception as error:  # files and the Hub raise different errors
+            raise ValueError(
+                f"`tokenizer` must be given with `init_text`, since none can be loaded from '{model.name_or_path}': "
+                f"{error}"
+            ) from error
     special = bool(getattr(config, "add_special_tokens", False))
     ids = tokenizer(config.init_text, add_special_tokens=special)["input_ids"]
     if not ids:
         raise ValueError(f"`init_text` must have at least one token, but is {config.init_text!r}.")
-    length = config.num_virtual_tokens
+    length, known = config.num_virtual_tokens, getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and max(ids) >= known:
+        raise ValueError(
+            f"`tokenizer` must be the tokenizer of `model`, which has {known} tokens, but it returns the id {max(ids)}."
+        )
     if len(ids) < length and isinstance(config, CartridgeConfig):
         raise ValueError(
             f"`num_virtual_tokens` of a cartridge must be at most the number of tokens of `init_text`, which is "
