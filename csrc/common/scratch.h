@@ -42,20 +42,37 @@ class Slots {
  public:
   int64_t items, count;
 
-  // Divide consecutive groups of `size` items. costs[group] is the cost of each item of the group.
-  Slots(int64_t size, const std::vector<int64_t>& costs)
-      : items(size * static_cast<int64_t>(costs.size())), count(std::min<int64_t>(items, get_num_threads())) {
-    int64_t total = size * std::accumulate(costs.begin(), costs.end(), int64_t{0}), before = 0, group = 0;
+  // Divide consecutive groups of items, which consist of `repeats` runs of items. Item i of a run costs
+  // of_item[i] + of_group[group].
+  Slots(int64_t repeats, const std::vector<int64_t>& of_item, const std::vector<int64_t>& of_group)
+      : items(repeats * std::ssize(of_item) * std::ssize(of_group)),
+        count(std::min<int64_t>(items, get_num_threads())) {
+    int64_t run = std::ssize(of_item), size = repeats * run, group = 0, before = 0, total = 0;
+    std::vector<int64_t> sums(run + 1, 0);  // of the first items of a run, without the costs of the group
+    std::partial_sum(of_item.begin(), of_item.end(), sums.begin() + 1);
+    // The cost of the first i items of the group.
+    auto cost = [&](int64_t i) { return i / run * sums[run] + sums[i % run] + i * of_group[group]; };
+    if (items > 0)
+      for (group = 0; group < std::ssize(of_group); ++group) total += cost(size);
+    group = 0;
     for (int64_t slot = 0; slot < count; ++slot) {
-      int64_t target = slot * total / count;
-      while (before + size * costs[group] <= target) before += size * costs[group++];
-      firsts_.push_back(std::max(group * size + (target - before) / costs[group], slot));
+      // A slot begins where the cost of all earlier items is closest to its share.
+      int64_t target = slot * total / count, low = 0, high = size;
+      while (before + cost(size) <= target) before += cost(size), ++group;
+      while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (before + cost(middle) <= target) low = middle;
+        else high = middle - 1;
+      }
+      if (before + cost(low + 1) - target < target - before - cost(low)) ++low;
+      firsts_.push_back(std::max(group * size + low, slot));
     }
     firsts_.push_back(items);
     for (int64_t slot = count - 1; slot > 0; --slot) firsts_[slot] = std::min(firsts_[slot], firsts_[slot + 1] - 1);
   }
 
-  explicit Slots(int64_t items) : Slots(items, std::vector<int64_t>(1, 1)) {}
+  // Divide items of equal cost.
+  explicit Slots(int64_t items) : Slots(items, {1}, {0}) {}
 
   int64_t first(int64_t slot) const { return firsts_[slot]; }
   // Return the slot of an item.

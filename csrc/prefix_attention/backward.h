@@ -88,7 +88,7 @@ class AttentionBackward {
         do_(grad_output),
         o_(output),
         normalizers_(normalizers.data<const A>()),
-        slots_(p.G * p.query_blocks(), costs(p)),
+        slots_(p.G, token_costs(p), group_costs(p)),
         token_shape_{p.M, width(needs.key, p.D), width(needs.value, p.Dv)},
         prefix_shape_{p.prefix_keys - p.frozen, width(needs.prefix_key, p.D), width(needs.prefix_value, p.Dv)} {}
 
@@ -150,21 +150,21 @@ class AttentionBackward {
   int64_t kept_size() const { return (2 + (needs_.query ? p_.D : 0)) * kQueries; }
 
   void allocate_sums() {
-    if (needs_.prefix_gate && p_.gate_differs_by_query()) {
+    if (needs_.prefix_gate && p_.gate_differs_by_query) {
       gradients_.prefix_gate = empty<A>({p_.B, p_.Hq, p_.N, p_.P});
       if (p_.from_store) gradients_.prefix_gate.zero();  // for columns past the end of a row's span
     } else if (needs_.prefix_gate) {
       gate_sums_ = ColumnSums(slots_, p_.gate_per_query ? p_.B * p_.Hq : groups(), p_.P);
     }
     if (needs_.prefix_key_bias)
-      bias_sums_ = ColumnSums(slots_, p_.shared_key_bias() ? p_.Hkv : groups(), p_.key_bias_columns());
+      bias_sums_ = ColumnSums(slots_, p_.shared_key_bias ? p_.Hkv : groups(), p_.key_bias_columns());
   }
 
   // ---- order of work: groups (hkv, b) of G * blocks items -------------------------------------------------------
 
-  // Return the cost of an item, for each group.
-  static std::vector<int64_t> costs(const AttentionProblem<T, A>& p) {
-    std::vector<int64_t> costs, of_rows = row_costs(p);
+  // Return the cost of the prefix, for each group.
+  static std::vector<int64_t> group_costs(const AttentionProblem<T, A>& p) {
+    std::vector<int64_t> costs, of_rows = prefix_costs(p);
     for (int64_t hkv = 0; hkv < p.Hkv; ++hkv) costs.insert(costs.end(), of_rows.begin(), of_rows.end());
     return costs;
   }
@@ -250,14 +250,15 @@ class AttentionBackward {
 
   void write_prefix_sums() const {
     if (prefix_shape_.size() == 0) return;
-    int64_t items = slots_.items / prefix_groups();
-    parallel_for(0, prefix_groups(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
+    int64_t items = slots_.items / prefix_groups(), keys = end_ - begin_;
+    parallel_for(0, prefix_groups() * keys, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin / keys; group * keys < end; ++group) {
+        int64_t from = std::max<int64_t>(begin - group * keys, 0), to = std::min(end - group * keys, keys);
         int64_t first = slots_.of(group * items), last = slots_.of((group + 1) * items - 1);
         int64_t b = p_.shared_prefix ? 0 : group % p_.B, hkv = p_.shared_prefix ? group : group / p_.B;
         write_key_sums(
             prefix_shape_, prefix_row(first, group), last - first + 1, prefix_shape_.size(),
-            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, 0, end_ - begin_, begin_);
+            gradients_.results.prefix_key, gradients_.results.prefix_value, b, hkv, from, to, begin_);
       }
     });
   }

@@ -87,7 +87,7 @@ class AttentionForward {
     work(Slots(static_cast<int64_t>(parts_.size())), [&](ForwardWorker& worker, int64_t i) {
       worker.gather(parts_[i]);
     });
-    work(Slots(p_.Hq * p_.query_blocks(), row_costs(p_)), [&](ForwardWorker& worker, int64_t item) {
+    work(Slots(p_.Hq, token_costs(p_), prefix_costs(p_)), [&](ForwardWorker& worker, int64_t item) {
       worker.attend(block(item));
     });
   }
@@ -116,7 +116,7 @@ class AttentionForward {
   void find_crowds() {
     crowd_of_.assign(p_.B, {-1, 0});
     if (p_.N > kFew || !p_.shared_prefix || p_.prefix_bias || p_.drops) return;
-    if (!p_.shared_gate() || !p_.shared_key_bias()) return;
+    if (!p_.shared_gate() || !p_.shared_key_bias) return;
     std::vector<Crowd> all;
     for (int64_t b = 0; b < p_.B; ++b) {
       const Span& span = p_.spans[b];

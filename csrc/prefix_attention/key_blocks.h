@@ -8,8 +8,7 @@
 namespace fastprefix {
 
 // One block of keys (or values) as the broadcast operand of a product that sums over the width (`along`) or over the
-// keys
-// (`across`).
+// keys (`across`).
 template <class Manner>
 struct KeyBlock {
   using Operand = typename Manner::Operand;

@@ -76,7 +76,10 @@ struct AttentionProblem {
   View<const T> gate, output_gate, bias_mask, prefix_bias, key_bias, sinks;
   View<const bool> bool_mask;
   View<const int64_t> query_segments, key_segments;
-  bool gate_per_query, shared_prefix, from_store, causal;
+  // These follow from sizes. A stride of 0 does not tell a broadcast tensor from an expanded one, whose gradient is
+  // full.
+  bool gate_per_query, gate_differs_by_query, shared_key_bias, shared_prefix;
+  bool from_store, causal;
   std::optional<int64_t> window;
   A scale;
   A softcap = 0;  // 0 is no soft cap
@@ -111,6 +114,8 @@ struct AttentionProblem {
         query_segments(a.query_segments),
         key_segments(a.key_segments),
         gate_per_query(a.prefix_gate && a.prefix_gate->dim() == 4),
+        gate_differs_by_query(gate_per_query && a.prefix_gate->size(2) != 1),
+        shared_key_bias(!a.prefix_key_bias || a.prefix_key_bias->size(0) == 1),
         shared_prefix(a.prefix_key.size(0) == 1),
         from_store(a.prefix_spans.has_value()),
         causal(a.is_causal),
@@ -134,13 +139,11 @@ struct AttentionProblem {
     }
   }
 
-  bool gate_differs_by_query() const { return gate_per_query && gate.strides[2] != 0; }
   bool masked() const { return bool_mask || query_segments; }
   // Prefix and tokens have two softmaxes if there is an output gate.
   bool separate() const { return bool(output_gate); }
   A output_gate_of(int64_t b, int64_t h) const { return separate() ? static_cast<A>(*output_gate.at(b, h)) : A(1); }
   int64_t query_blocks() const { return fastprefix::query_blocks(N); }
-  bool shared_key_bias() const { return key_bias.strides[0] == 0; }
   bool shared_gate() const { return !gate || (!gate_per_query && gate.strides[0] == 0); }
   int64_t key_bias_columns() const { return from_store ? prefix_keys : P; }
   // The offset of a block of queries in the normalizers [softmaxes][m, l][B, Hq, N].

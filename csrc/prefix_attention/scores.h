@@ -157,7 +157,9 @@ void find_seen(
     }
   }
   if (p.bool_mask) {
-    const bool* mask = p.bool_mask.at(queries.b, queries.h, queries.first, columns.first);
+    // A byte of a mask may be any number, since tensors of bytes can be viewed as bool.
+    const bool* bytes = p.bool_mask.at(queries.b, queries.h, queries.first, columns.first);
+    const auto* mask = reinterpret_cast<const uint8_t*>(bytes);
     int64_t to_query = p.bool_mask.strides[2], to_key = p.bool_mask.strides[3];
     if (to_query == 0) {
       for (int64_t r = 0; r < columns.rows; ++r) seen[r] &= mask[r * to_key] ? ~Seen{0} : Seen{0};
@@ -166,9 +168,9 @@ void find_seen(
     Seen let[kKeys] = {};
     for (int64_t i = 0; i < queries.count; ++i, mask += to_query) {
       if (to_key == 1)
-        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r]} << i;
+        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r] != 0} << i;
       else
-        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r * to_key]} << i;
+        for (int64_t r = 0; r < columns.rows; ++r) let[r] |= Seen{mask[r * to_key] != 0} << i;
     }
     for (int64_t r = 0; r < columns.rows; ++r) seen[r] &= let[r];
   }

@@ -41,12 +41,25 @@ struct Band {
   int64_t last_key(int64_t query) const { return query + offset + ahead; }
 };
 
-// Return the cost of one block of queries, for each row of the batch. It is the number of keys that the row may see,
-// plus kKeys for work that does not depend on keys.
+// The cost of a block of queries is the number of keys that it may see. Masks and segments are ignored. This is the
+// part of the tokens, for each block of a head.
 template <class T, class A>
-std::vector<int64_t> row_costs(const AttentionProblem<T, A>& p) {
+std::vector<int64_t> token_costs(const AttentionProblem<T, A>& p) {
+  Band band(p);
   std::vector<int64_t> costs;
-  for (const Span& span : p.spans) costs.push_back(p.M + span.length + kKeys);
+  for (int64_t first = 0; first < p.N; first += kQueries) {
+    int64_t begin = std::clamp<int64_t>(band.first_key(first), 0, p.M);
+    int64_t end = std::clamp<int64_t>(band.last_key(std::min(first + kQueries, p.N) - 1) + 1, 0, p.M);
+    costs.push_back(std::max<int64_t>(end - begin, 0));
+  }
+  return costs;
+}
+
+// This is the part of the prefix, for each row of the batch, plus kKeys for work that does not depend on keys.
+template <class T, class A>
+std::vector<int64_t> prefix_costs(const AttentionProblem<T, A>& p) {
+  std::vector<int64_t> costs;
+  for (const Span& span : p.spans) costs.push_back(span.length + kKeys);
   return costs;
 }
 

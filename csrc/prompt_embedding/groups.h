@@ -11,8 +11,8 @@ namespace fastprefix::prompt_embedding {
 // Group u is the token token[u], which occurs at the places place[start[u]] to place[start[u + 1] - 1] of the flat ids.
 struct Groups {
   std::vector<int64_t> token, start, place;
-  std::vector<int64_t>
-      user;  // with a bank of offsets, the user (see EmbeddingProblem) of each group, sorted; else empty
+  // With a bank of offsets, the user (see EmbeddingProblem) of each group, sorted. Otherwise empty.
+  std::vector<int64_t> user;
 
   int64_t count() const { return static_cast<int64_t>(token.size()); }
   int64_t size(int64_t u) const { return start[u + 1] - start[u]; }

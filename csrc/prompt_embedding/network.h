@@ -37,12 +37,12 @@ struct EmbeddingProblem {
   Rows<T> weight;
   Tensor ids_tensor, spans_tensor;
   const int64_t* ids;              // [B * N]
-  const int64_t* spans =
-      nullptr;  // [B, 2], (start, length) in the store of prompts; nullptr if each row has the whole prompt
+  // [B, 2], (start, length) in the store of prompts, or nullptr if each row has the whole prompt.
+  const int64_t* spans = nullptr;
   OffsetKind kind = OffsetKind::none;
   bool banked;
-  Groups
-      users;  // group u: entry token[u], and in place the rows of the batch that use it; rows without offset are last
+  // Group u is the entry token[u]. Its places are the rows of the batch that use it. Rows without offset are last.
+  Groups users;
   std::vector<Offset<T>> offsets;  // one per user, except the user without offset
   Tensor memory;
   Dropout dropout;

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .declaration import Declaration
 
@@ -197,6 +198,8 @@ class Operation:
             apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # the class has type Any
 
         def kernel(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(arguments[gradients])
             if torch.is_grad_enabled():
                 for x in arguments[gradients]:
                     if x is not None and x.requires_grad:
@@ -213,6 +216,14 @@ class Operation:
                 return operator(*cast)
 
         return kernel
+
+    def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
+        """Refuse forward-mode differentiation. PyTorch would silently return tangents of 0."""
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(
+                f"fastprefix.{self.name} has no forward-mode derivative (jvp). Use fastprefix.reference.{self.name}, "
+                "which supports it."
+            )
 
     def _double_backward(self, ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(

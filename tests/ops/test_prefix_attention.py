@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
@@ -138,6 +139,70 @@ def test_double_backward_is_refused(device, backend):
     grad = torch.autograd.grad(prefix_attention(**t, backend=backend).sum(), t["query"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused(device, backend):
+    t = JOINT.build(torch.float32, device).tensors
+    query = t.pop("query")
+
+    def call(query):
+        return prefix_attention(query, **t, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (query,), (torch.ones_like(query),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call(dual)
+        assert call(query).shape == query.shape  # without tangents
+
+
+EXPANDED = [
+    ("prefix_gate", (1, 4, 1, 9), (3, 4, 5, 9)),
+    ("prefix_gate", (3, 4, 1, 9), (3, 4, 5, 9)),
+    ("prefix_gate", (3, 4, 5, 1), (3, 4, 5, 9)),
+    ("prefix_gate", (1, 2, 9), (3, 2, 9)),
+    ("prefix_gate", (1, 1, 1), (3, 2, 9)),
+    ("prefix_bias", (1, 1, 1, 9), (3, 4, 5, 9)),
+    ("prefix_bias", (3, 1, 5, 1), (3, 4, 5, 9)),
+    ("prefix_key_bias", (1, 2, 9), (3, 2, 9)),
+    ("prefix_key_bias", (1, 1, 1), (3, 1, 1)),
+    ("prefix_key_bias", (3, 1, 9), (3, 2, 9)),
+    ("attn_mask", (1, 1, 1, 7), (3, 4, 5, 7)),
+    ("attn_mask", (3, 1, 5, 1), (3, 4, 5, 7)),
+    ("output_gate", (1, 1), (3, 4)),
+    ("sinks", (1,), (4,)),
+    ("query", (1, 1, 1, 8), (3, 4, 5, 8)),
+    ("key", (1, 1, 7, 8), (3, 2, 7, 8)),
+    ("value", (3, 2, 1, 8), (3, 2, 7, 8)),
+    ("prefix_key", (1, 9, 8), (2, 9, 8)),
+    ("prefix_value", (2, 1, 8), (2, 9, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "full"), EXPANDED, ids=str)
+def test_expanded_arguments_are_like_dense_ones(device, backend, name, shape, full, poisoned):
+    """An expanded tensor has the sizes of a dense one and strides of 0. Its gradient has every element."""
+    t = AttentionCase(B=3, Hq=4, Hkv=2, N=5, M=7, P=9, D=8, prefix_a_row=False).build(torch.float32, device).tensors
+    base = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for argument in (base.expand(full), base.expand(full).contiguous()):
+        inputs = {**t, name: argument.detach()}
+        leaves = [x.requires_grad_() for each, x in inputs.items() if each not in ("attn_mask", "prefix_bias")]
+        output = prefix_attention(**inputs, backend=backend)
+        weights = torch.arange(output.numel(), device=device).view_as(output).cos()
+        found.append((output, *torch.autograd.grad((output * weights).sum(), leaves)))
+    for expanded, dense in zip(*found, strict=True):
+        torch.testing.assert_close(expanded, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 7), (3, 1, 5, 7), (3, 7)])
+def test_a_mask_may_be_bytes_viewed_as_bool(device, backend, shape):
+    t = AttentionCase(B=3, Hq=4, N=5, M=7).build(torch.float32, device).tensors
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
+    bytes_as_bool = (mask.to(torch.uint8) * 6).view(torch.bool)
+    expected = prefix_attention(**t, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(prefix_attention(**t, attn_mask=bytes_as_bool, backend=backend), expected)
 
 
 def test_only_gradients_asked_for(device, backend):

@@ -176,9 +176,7 @@ def test_paths_beside_the_adapter(tmp_path: Path) -> None:
         fastprefix.load_adapter(models.encoder(), tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "out" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint-3").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"Pass one of them, such as '.*checkpoint-20'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"Pass one of them, such as '.*checkpoint-20'"):
         fastprefix.load_adapter(models.encoder(), tmp_path / "out")
 
 

@@ -468,7 +468,7 @@ def prefix_attention_bwd_dprefix_kernel(
     if a.spans.pointer is None:
         sizes = Lengths(N, M, P, 0)
         first = tl.program_id(1) * chunk
-        blocks = tl.cdiv(N, T.BM)
+        blocks = tl.maximum(tl.cdiv(N, T.BM), 1)  # there are no tiles if N is 0, but dividing by 0 is undefined
         head, block = first // blocks, first % blocks  # head counts the heads of all rows
         b, h = b0 + head // a.group, hk * a.group + head % a.group
         for _ in tl.range(first, tl.minimum(first + chunk, tiles)):
