@@ -35,7 +35,7 @@ from . import data, models
 from .measure import BenchmarkError, Row, explain, fault, find_version
 from .peers import Prepared, attach, freeze_body, group, head_parameters
 from .report import MISSING, Table, number
-from .results import Record, read, write_text
+from .results import FOLDER, Record, read, write_text
 from .suite import DEFAULT_OUT, add_common, set_up
 
 DESCRIPTION = "Measure how well the methods learn a classification task, or named entities, with a pretrained encoder."
@@ -390,14 +390,28 @@ def summarize(record: Record) -> list[Table]:
     header = ("method", "trainable", "rates", "seeds", "test %", "dev %", "best step", "gates")
     # Differences are per seed, because a seed determines the batches, their order, and the initial head.
     scores, answers = frame.pivot_table("test", "seed", "method", "last"), []
-    for question, pairs in record.settings["questions"].items():
-        for above, below in pairs:
-            if above in scores and below in scores:
-                answers.append([question, f"{above} - {below}", *answer((scores[above] - scores[below]).dropna())])
+    for question, above, below in list_pairs(record):
+        if above in scores and below in scores:
+            answers.append([question, f"{above} - {below}", *answer((scores[above] - scores[below]).dropna())])
     return [
         Table(header, rows),
         Table(("question", "difference of test %", "mean", "95 %", "each seed", "answer"), answers),
     ]
+
+
+def list_pairs(record: Record) -> list[tuple[str, str, str]]:
+    """Return the questions of a study, with a pair of cells for each."""
+    return [(question, *pair) for question, pairs in record.settings["questions"].items() for pair in pairs]
+
+
+def publish(study: str, title: str) -> str:
+    """Return the table of a committed study that has a column with this title, for cog."""
+    record = read(FOLDER / study / "study.json")
+    table = next(table for table in summarize(record) if title in table.header)
+    known = {row["method"] for row in record.rows}
+    missing = dict.fromkeys(question for question, *pair in list_pairs(record) if not known.issuperset(pair))
+    rest = f"\nNot measured for all pairs of cells yet: {' '.join(missing)}\n" if missing and title == "answer" else ""
+    return f"\n{table.markdown()}\n{rest}\n"
 
 
 def answer(differences: pd.Series) -> list[str]:

@@ -117,10 +117,10 @@ class TestRecords:
 
 
 class TestReport:
-    @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+    @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/study.md"])
     def test_tables_are_up_to_date(self, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
-        command = "python -m benchmarks report --update README.md docs/benchmarks.md"
+        command = "python -m benchmarks report --update README.md docs/benchmarks.md docs/study.md"
         assert report.update(Path(page), check=True) == 0, f"run `{command}`"
 
     def test_the_plot_is_up_to_date(self) -> None:

@@ -167,11 +167,3 @@ def test_rates_of_a_cell(name: str) -> None:
             of_head = parameter_name.startswith("classifier") and name != "head alone"
             kind = next((kind for kind in ("prompt", "gate") if kind in rates and kind in parameter_name), "main")
             assert rate_of[parameter] == (0.01 if of_head else rates[kind])
-
-
-def test_the_committed_tables_follow_from_the_committed_results() -> None:
-    folder = results.FOLDER / "study-sst2-minilm"
-    text = (folder / "study.md").read_text()
-    committed = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    for table in study.summarize(results.read(folder / "study.json")):
-        assert all(["", *row, ""] in committed for row in [list(table.header), *table.rows])

@@ -143,7 +143,10 @@ def add_product(b_x, b_y, b_sum, T: tl.constexpr):
 
 @triton.jit
 def load_entry(operand, b, h, n, c):
-    """Load elements of a gate, bias or mask by their coordinates, which must be in range."""
+    """Load elements of a gate, bias or mask by their coordinates, which must be in range.
+
+    The stride of a dimension that the operand lacks is None. Any value serves as the coordinate there.
+    """
     pointer = find_row(operand, b, h, n)
     if operand.c is not None:
         pointer += c.to(tl.int64) * operand.c

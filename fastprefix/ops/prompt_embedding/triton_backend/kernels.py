@@ -32,17 +32,10 @@ def load_tile(p, o_row, stride_row, stride_column, o_c, there, d):
 
 
 @triton.jit
-def load_w1(p_w1, o_c, o_j, d, r):
-    """Load a tile [BD, RP] of w1, with 0 outside the matrix."""
-    there = (o_c < d)[:, None] & (o_j < r)[None, :]
-    return tl.load(p_w1 + o_c.to(tl.int64)[:, None] * r + o_j[None, :], mask=there, other=0.0)
-
-
-@triton.jit
-def load_w2(p_w2, o_j, o_c, d, r):
-    """Load a tile [RP, BD] of w2, with 0 outside the matrix."""
-    there = (o_j < r)[:, None] & (o_c < d)[None, :]
-    return tl.load(p_w2 + o_j.to(tl.int64)[:, None] * d + o_c[None, :], mask=there, other=0.0)
+def load_matrix(p_x, o_i, o_j, rows, columns):
+    """Load a tile [o_i, o_j] of a contiguous matrix [rows, columns], with 0 outside the matrix."""
+    there = (o_i < rows)[:, None] & (o_j < columns)[None, :]
+    return tl.load(p_x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], mask=there, other=0.0)
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def embed_tokens(
         o_c = c + tl.arange(0, BD)
         # [BT, BD]
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        b_h = add_exact_product(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h)
+        b_h = add_exact_product(b_e, load_matrix(p_w1, o_c, o_j, d, r), b_h)
     b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
     if p_seed is not None:
         b_h *= draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
@@ -132,7 +125,7 @@ def embed_tokens(
         o_c = c + tl.arange(0, BD)
         # [BT, BD]
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        b_y = tl.dot(b_z, load_w2(p_w2, o_j, o_c, d, r), input_precision="ieee")
+        b_y = tl.dot(b_z, load_matrix(p_w2, o_j, o_c, r, d), input_precision="ieee")
         b_y += tl.load(p_b2 + o_c, mask=o_c < d, other=0.0).to(tl.float32)[None, :]
         b_e = (b_e.to(tl.float32) + scale * b_y).to(b_e.dtype)
         tl.store(p_row[:, None] + o_c[None, :], b_e, mask=there[:, None] & (o_c < d)[None, :])
@@ -215,8 +208,8 @@ def prompt_embedding_low_rank_fwd_kernel(
                 for j in range(0, steps, RP):
                     o_j = j + tl.arange(0, RP)
                     # [BT, RP]
-                    b_a = load_w1(p_a, o_i, o_j, positions, r)
-                    b_y = add_exact_product(b_a, load_w2(p_b, o_j, o_c, d, r), b_y)
+                    b_a = load_matrix(p_a, o_i, o_j, positions, r)
+                    b_y = add_exact_product(b_a, load_matrix(p_b, o_j, o_c, r, d), b_y)
             b_y *= scale
             for b in range(first, tl.minimum(first + rows, B)):
                 o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
@@ -246,10 +239,10 @@ def differentiate_hidden(
         if p_w1 is not None:
             # [BT, BD]
             b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-            b_h = add_exact_product(b_e, load_w1(p_w1, o_c, o_j, d, r), b_h)
+            b_h = add_exact_product(b_e, load_matrix(p_w1, o_c, o_j, d, r), b_h)
         # [BT, BD]
         b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
-        b_dz = add_exact_product(b_dy, tl.trans(load_w2(p_w2, o_j, o_c, d, r)), b_dz)
+        b_dz = add_exact_product(b_dy, tl.trans(load_matrix(p_w2, o_j, o_c, r, d)), b_dz)
     # [BT, RP]
     b_dh = scale * b_dz
     o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
