@@ -115,34 +115,50 @@ def prefix_attention_merge_kernel(a, o_tokens, tokens, o_prefix, prefix, o, p_no
 
 
 @triton.jit
-def score_prefix(queries, p0, a, sizes, T: tl.constexpr):
+def score_prefix(queries, p0, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr = False):
     """Compute the scores [BM, BP] of prefix keys p0, p0 + 1, ..., and the factors of their probabilities.
 
-    The factors (gate times dropout factor) broadcast to [BM, BP].
+    Return the scores divided by a positive number, this number, and the factors (gate times dropout factor), which
+    broadcast to [BM, BP]. INSIDE: all of the keys exist.
     """
     at = Pairs(queries.b, queries.h, queries.i, p0 + tl.arange(0, T.BP)[None, :])
     # [BP, DP]
-    b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP)
+    b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP, INSIDE)
     # [BM, BP] or a shape that broadcasts to it
-    b_gate = load_prefix_gate(at, a, sizes)
+    b_gate = load_prefix_gate(at, a, sizes, INSIDE)
     # [BM, BP]
-    b_s = cap_scores(tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION), b_gate, a)
-    return finish_prefix_scores(b_s, at, a, sizes), b_gate * draw_kept(at, a, False)
+    b_s = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
+    factor = 1.0
+    gated = a.gate.pointer is not None or a.query_gate.pointer is not None
+    biased = a.bias.pointer is not None or a.key_bias.pointer is not None
+    if a.linear is None or gated or biased:
+        b_s = cap_scores(b_s, b_gate, a)
+    else:  # ``step_softmax`` multiplies by the scale when it computes the exponent
+        factor = convert_natural(a.scale, a)
+    return finish_prefix_scores(b_s, at, a, sizes, INSIDE), factor, b_gate * draw_kept(at, a, False)
 
 
 @triton.jit
 def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
-    """Add prefix keys [start, end) to the softmax."""
+    """Add prefix keys [start, end) to the softmax. Whole blocks need no masks."""
+    whole = start + tl.maximum(end - start, 0) // T.BP * T.BP
+    sums = attend_prefix_blocks(sums, queries, start, whole, a, sizes, T, True)
+    return attend_prefix_blocks(sums, queries, whole, end, a, sizes, T, False)
+
+
+@triton.jit
+def attend_prefix_blocks(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
+    """Add prefix keys [start, end) to the softmax. INSIDE: they are whole blocks."""
     for p0 in tl.range(start, end, T.BP):
         # [BM, BP]
-        b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
+        b_s, factor, b_weight = score_prefix(queries, p0, a, sizes, T, INSIDE)
         # [BM, BP], [BM], [BM], [BM]
-        b_p, b_decay, b_m, b_l = step_softmax(b_s, 1.0, sums.m, sums.l, a)
+        b_p, b_decay, b_m, b_l = step_softmax(b_s, factor, sums.m, sums.l, a)
         # [BP, DVP]
-        b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
+        b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP, INSIDE)
         # [BM, DVP]
         b_acc = sums.acc * b_decay[:, None]
-        b_acc = add_product((b_p * b_factor).to(b_pv.dtype), b_pv, b_acc, T)
+        b_acc = add_product((b_p * b_weight).to(b_pv.dtype), b_pv, b_acc, T)
         sums = Sums(b_acc, b_m, b_l)
     return sums
 
@@ -154,8 +170,8 @@ def sum_prefix(queries, a, sizes, T: tl.constexpr):
     b_l = tl.zeros([queries.q.shape[0]], tl.float32)
     for p0 in tl.range(0, sizes.P, T.BP):
         # [BM, BP]
-        b_s, _ = score_prefix(queries, p0, a, sizes, T)
-        _, _, b_m, b_l = step_softmax(b_s, 1.0, b_m, b_l, a)
+        b_s, factor, _ = score_prefix(queries, p0, a, sizes, T)
+        _, _, b_m, b_l = step_softmax(b_s, factor, b_m, b_l, a)
     return b_m, b_l
 
 
@@ -166,8 +182,8 @@ def add_prefix(b_o, queries, b_m, b_l, a, sizes, T: tl.constexpr):
     b_weight = load_output_gate(a, queries.b, queries.h) * invert(b_l)[:, None]
     for p0 in tl.range(0, sizes.P, T.BP):
         # [BM, BP]
-        b_s, b_factor = score_prefix(queries, p0, a, sizes, T)
-        b_p = b_weight * exponentiate(b_s - bound_maximum(b_m)[:, None], a) * b_factor
+        b_s, factor, b_factor = score_prefix(queries, p0, a, sizes, T)
+        b_p = b_weight * exponentiate(b_s * factor - bound_maximum(b_m)[:, None], a) * b_factor
         # [BP, DVP]
         b_pv = load_prefix(a.pv, queries.key_b, queries.key_h, p0, sizes, T.BP, T.DV, T.DVP)
         b_o = add_product(b_p.to(b_pv.dtype), b_pv, b_o, T)

@@ -171,9 +171,14 @@ def find_lengths(a, b, N, M, P):
 
 
 @triton.jit
-def load_prefix(operand, b, h, p0, sizes, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Load prefix keys or values ``p0, p0 + 1, ...`` of a row as a tile [ROWS, DP], with zeros beyond the last one."""
-    return load_block(operand, b, h, sizes.start + p0, sizes.start + sizes.P, ROWS, D, DP)
+def load_prefix(
+    operand, b, h, p0, sizes, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ALL: tl.constexpr = False
+):
+    """Load prefix keys or values ``p0, p0 + 1, ...`` of a row as a tile [ROWS, DP], with zeros beyond the last one.
+
+    With ALL, the caller guarantees that all of them exist.
+    """
+    return load_block(operand, b, h, sizes.start + p0, sizes.start + sizes.P, ROWS, D, DP, ALL)
 
 
 @triton.jit
@@ -266,14 +271,20 @@ def limit_prefix_keys(at, a, sizes):
 
 
 @triton.jit
-def load_prefix_gate(at, a, sizes):
-    """Load the gates of prefix keys in a shape that broadcasts to the tile of scores, or 1 without a gate."""
+def load_prefix_gate(at, a, sizes, INSIDE: tl.constexpr = False):
+    """Load the gates of prefix keys in a shape that broadcasts to the tile of scores, or 1 without a gate.
+
+    INSIDE: all of the keys exist.
+    """
     i, p = tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
     elif a.gate.pointer is not None:  # unclamped indices with a mask, so that consecutive keys are loaded together
         p_gate = find_row(a.gate, at.b, at.h // a.group, i) + tl.cast(at.j, tl.int64) * a.gate.c
-        return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
+        if INSIDE:
+            return tl.load(p_gate).to(tl.float32)
+        else:
+            return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
     elif a.query_gate.pointer is not None:
         return load_entry(a.query_gate, at.b, at.h, i, p).to(tl.float32)
     else:
@@ -325,13 +336,16 @@ def convert_bias(b_x, a):
 
 
 @triton.jit
-def finish_prefix_scores(b_s, at, a, sizes):
-    """Add the biases to capped scores, and hide the keys beyond the prefix."""
+def finish_prefix_scores(b_s, at, a, sizes, INSIDE: tl.constexpr = False):
+    """Add the biases to capped scores, and hide the keys beyond the prefix. INSIDE: there are none."""
     if a.bias.pointer is not None:
         b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes), a)
     if a.key_bias.pointer is not None:
         b_s += load_key_bias(at, a, sizes)
-    return tl.where(find_prefix_keys(at, a, sizes), b_s, float("-inf"))
+    if INSIDE:
+        return b_s
+    else:
+        return tl.where(find_prefix_keys(at, a, sizes), b_s, float("-inf"))
 
 
 @triton.jit
