@@ -8,7 +8,7 @@ prefix and tokens.
 import triton
 import triton.language as tl
 
-from .forward import attend_band, attend_prefix
+from .forward import attend_band, attend_prefix_blocks
 from .operands import Lengths, Queries
 from .primitives import (
     ROWS,
@@ -61,7 +61,8 @@ def prefix_attention_decode_kernel(
             part, tile, hk, b0 = locate(pid, prefix_parts, tl.cdiv(rows, T.BM), kv_heads)
             queries, there = load_queries(tile, rows, b0, hk, a, sizes, T)
             start, sums = part * prefix_chunk, start_sums(T.BM, T.DVP)
-            sums = attend_prefix(sums, queries, start, tl.minimum(start + prefix_chunk, P), a, sizes, T)
+            end = tl.minimum(start + prefix_chunk, P)
+            sums = attend_prefix_blocks(sums, queries, start, end, a, sizes, T, False)
             store_part(p_parts, p_sums, part, sums, queries, there, a, sizes, T)
     else:
         part, tile, hk, b0 = locate(pid - prefix_programs, token_parts, tl.cdiv(rows, T.BM), kv_heads)
@@ -122,7 +123,8 @@ def attend_span(p_parts, p_sums, part, parts, tile, b0, hk, sizes, a, T: tl.cons
         h, i = hk * a.group + r // sizes.N % a.group, r % sizes.N
         q, found = gather_queries(b, h, i, found, b0, hk, a, T)
         start = part * chunk
-        sums = attend_prefix(start_sums(T.BM, T.DVP), q, start, tl.minimum(start + chunk, sizes.P), a, sizes, T)
+        end = tl.minimum(start + chunk, sizes.P)
+        sums = attend_prefix_blocks(start_sums(T.BM, T.DVP), q, start, end, a, sizes, T, False)
         first = parts - tl.cdiv(sizes.P, chunk)
         store_part(p_parts, p_sums, first + part, sums, q, found, a, sizes, T)
 

@@ -125,13 +125,11 @@ def score_prefix(queries, p0, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr = 
     # [BP, DP]
     b_pk = load_prefix(a.pk, queries.key_b, queries.key_h, p0, sizes, T.BP, T.D, T.DP, INSIDE)
     # [BM, BP] or a shape that broadcasts to it
-    b_gate = load_prefix_gate(at, a, sizes, INSIDE)
+    b_gate = load_prefix_gate(at, a, sizes)
     # [BM, BP]
     b_s = tl.dot(queries.q, tl.trans(b_pk), input_precision=T.PRECISION)
     factor = 1.0
-    gated = a.gate.pointer is not None or a.query_gate.pointer is not None
-    biased = a.bias.pointer is not None or a.key_bias.pointer is not None
-    if a.linear is None or gated or biased:
+    if a.linear_prefix is None:
         b_s = cap_scores(b_s, b_gate, a)
     else:  # ``step_softmax`` multiplies by the scale when it computes the exponent
         factor = convert_natural(a.scale, a)
@@ -140,10 +138,16 @@ def score_prefix(queries, p0, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr = 
 
 @triton.jit
 def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
-    """Add prefix keys [start, end) to the softmax. Whole blocks need no masks."""
-    whole = start + tl.maximum(end - start, 0) // T.BP * T.BP
-    sums = attend_prefix_blocks(sums, queries, start, whole, a, sizes, T, True)
-    return attend_prefix_blocks(sums, queries, whole, end, a, sizes, T, False)
+    """Add prefix keys [start, end) to the softmax.
+
+    Whole blocks need no masks, and have a loop of their own. With gates, biases or float32, it would spill registers.
+    """
+    if a.linear_prefix is not None:
+        whole = start + tl.maximum(end - start, 0) // T.BP * T.BP
+        sums = attend_prefix_blocks(sums, queries, start, whole, a, sizes, T, True)
+        return attend_prefix_blocks(sums, queries, whole, end, a, sizes, T, False)
+    else:
+        return attend_prefix_blocks(sums, queries, start, end, a, sizes, T, False)
 
 
 @triton.jit

@@ -69,6 +69,7 @@ class Operands(NamedTuple):
     drop_below: int | None  # an element is dropped if its random word is below this
     keep_scale: float | None  # the factor of kept elements
     linear: int | None  # 1: the inputs are 16-bit, and a visible score is the product <q, k> times a positive scale
+    linear_prefix: int | None  # 1: this is true of the prefix too, and it has no gates
     exact: int | None  # 1: the backward pass uses the maximum and sum of a query, not their log-sum-exp
     nothing: None = None  # Triton 3.6 drops the Nones of inner tuples, unless the outer tuple also has a None
 
@@ -243,6 +244,7 @@ def build_operands(a: AttentionArguments) -> Operands:
         drop_below=below % 2**32 if dropped else None,
         keep_scale=(0.0 if below == 2**32 else 1.0 / (1.0 - a.dropout_p)) if dropped else None,
         linear=1 if linear else None,
+        linear_prefix=1 if linear and gate is None and a.prefix_bias is None and a.prefix_key_bias is None else None,
         exact=1 if single or biased else None,
     )
 
@@ -311,7 +313,7 @@ def keep_rows(operands: Operands) -> Operands:
     """
     left: dict[str, Any] = dict.fromkeys(_OF_PAIRS, ABSENT)
     left["q"] = ABSENT._replace(pointer=operands.q.pointer)  # for its dtype
-    left |= dict.fromkeys(("near", "far", "softcap", "seed", "drop_below", "keep_scale", "linear"))
+    left |= dict.fromkeys(("near", "far", "softcap", "seed", "drop_below", "keep_scale", "linear", "linear_prefix"))
     return operands._replace(**left, group=1, scale=1.0)
 
 

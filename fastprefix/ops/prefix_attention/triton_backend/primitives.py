@@ -271,20 +271,14 @@ def limit_prefix_keys(at, a, sizes):
 
 
 @triton.jit
-def load_prefix_gate(at, a, sizes, INSIDE: tl.constexpr = False):
-    """Load the gates of prefix keys in a shape that broadcasts to the tile of scores, or 1 without a gate.
-
-    INSIDE: all of the keys exist.
-    """
+def load_prefix_gate(at, a, sizes):
+    """Load the gates of prefix keys in a shape that broadcasts to the tile of scores, or 1 without a gate."""
     i, p = tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes)
     if a.gate.pointer is not None and a.gate.c is None:
         return load_entry(a.gate, at.b, at.h // a.group, i, p).to(tl.float32)
     elif a.gate.pointer is not None:  # unclamped indices with a mask, so that consecutive keys are loaded together
         p_gate = find_row(a.gate, at.b, at.h // a.group, i) + tl.cast(at.j, tl.int64) * a.gate.c
-        if INSIDE:
-            return tl.load(p_gate).to(tl.float32)
-        else:
-            return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
+        return tl.load(p_gate, mask=find_prefix_keys(at, a, sizes), other=0.0).to(tl.float32)
     elif a.query_gate.pointer is not None:
         return load_entry(a.query_gate, at.b, at.h, i, p).to(tl.float32)
     else:
