@@ -269,11 +269,13 @@ _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "dropout of pairs": {**_SM90_VARIANTS["dropout of pairs"], "decode": _SM100_DECODE_DROPOUT},
     "plain, keyed": {
         **_SM90_VARIANTS["plain, keyed"],
+        "decode": {(128, HALF): AttentionTile(16, 32, 32, 4, 2)},
         "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
     },
 }
 _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
     **_SM86,
+    "forward": {**_SM86["forward"], (128, HALF): AttentionTile(128, 64, 32, 8, 2)},
     "decode": {
         **_SM86["decode"],
         (64, HALF): AttentionTile(16, 64, 64, 4, 2),
