@@ -26,6 +26,7 @@ HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 _WIDE = "with more than 128 columns, two accumulators are in registers (not measured)"
 _NARROW = "some versions of Triton spill 8 bytes for heads of 16 columns (not measured)"
 _PADDED = "some versions of Triton spill up to 16 bytes if every load masks columns (not measured)"
+_WINDOW = "a window with gates spills 8 bytes (not measured)"
 _FLOAT = "float32 products run without matrix units (not measured)"
 
 # kernel -> (largest head dimension, dtype) -> tile. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
@@ -275,7 +276,7 @@ _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
 }
 _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
     **_SM86,
-    "forward": {**_SM86["forward"], (128, HALF): AttentionTile(128, 64, 32, 8, 2)},
+    "forward": {**_SM86["forward"], (128, HALF): AttentionTile(128, 64, 32, 8, 2, _WINDOW)},
     "decode": {
         **_SM86["decode"],
         (64, HALF): AttentionTile(16, 64, 64, 4, 2),
