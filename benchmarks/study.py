@@ -410,8 +410,8 @@ def publish(study: str, title: str) -> str:
     table = next(table for table in summarize(record) if title in table.header)
     known = {row["method"] for row in record.rows}
     missing = dict.fromkeys(question for question, *pair in list_pairs(record) if not known.issuperset(pair))
-    rest = f"\nNot measured for all pairs of cells yet: {' '.join(missing)}\n" if missing and title == "answer" else ""
-    return f"\n{table.markdown()}\n{rest}\n"
+    rest = ["", "Not measured yet, or only for some pairs of cells:", "", *(f"- {each}" for each in missing)]
+    return "\n".join(["", table.markdown(), *(rest if missing and title == "answer" else []), "", ""])
 
 
 def answer(differences: pd.Series) -> list[str]:
