@@ -12,6 +12,8 @@ that an interrupted study can continue, and so that processes with different cel
 """
 
 import argparse
+import functools
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -143,7 +145,7 @@ class Study:
     """The data that all trainings share: the plan, the model's name, its tokenizer, and the texts as token ids."""
 
     def __init__(self, options: argparse.Namespace, plan: Row, device: torch.device) -> None:
-        self.plan, self.out, self.name, self.device = plan, options.out, options.model, device
+        self.out, self.name, self.device = options.out, options.model, device
         self.settings = plan["settings"] | (plan["quick"] if options.quick else {})
         self.cells = expand(plan["cells"])
         self.task: Literal["classification", "entities"] = self.settings["task"]
@@ -175,9 +177,8 @@ class Study:
         labels = list(part["label"])
         if self.task == "entities":
             for row, tags in enumerate(labels):
-                words = rows.word_ids(row)
-                first = [word is not None and word not in words[:at] for at, word in enumerate(words)]
-                labels[row] = [tags[word] if new else IGNORED for new, word in zip(first, words, strict=True)]
+                pairs = itertools.pairwise([None, *rows.word_ids(row)])
+                labels[row] = [IGNORED if word in (None, before) else tags[word] for before, word in pairs]
         encoded = Dataset.from_dict({**columns, "labels": labels})
         lengths = np.array([len(ids) for ids in columns["input_ids"]])
         return encoded.select(np.argsort(lengths, kind="stable"))  # so that evaluations need little padding
@@ -234,9 +235,10 @@ class Study:
         print(f"{name}, {rates}, seed {seed}", flush=True)
         torch.manual_seed(seed)
         transformers.utils.logging.disable_progress_bar()
+        score_entities = functools.partial(measure_entities, tags=self.classes)
         choices: dict[str, tuple[models.TaskKind, Any, Any]] = {
             "classification": ("classification", transformers.DataCollatorWithPadding, measure_accuracy),
-            "entities": ("tagging", transformers.DataCollatorForTokenClassification, self.measure_entities),
+            "entities": ("tagging", transformers.DataCollatorForTokenClassification, score_entities),
         }
         kind, collator, score = choices[self.task]
         of, collate = self.settings, collator(self.tokenizer)
@@ -268,9 +270,6 @@ class Study:
             "trainable": prepared.count_trainable() - sum(p.numel() for p in head_parameters(base) if p.requires_grad),
             "gates": recorder.trend[:last],
         }  # fmt: skip
-
-    def measure_entities(self, predicted: Any) -> dict[str, float]:
-        return measure_entities(predicted, self.classes)
 
 
 def expand(cells: dict[str, Row]) -> dict[str, Row]:
@@ -405,7 +404,10 @@ def list_pairs(record: Record) -> list[tuple[str, str, str]]:
 
 
 def publish(study: str, title: str) -> str:
-    """Return the table of a committed study that has a column with this title, for cog."""
+    """Return the table of a committed study that has a column with this title, for cog.
+
+    Unlike results with times (``report.publish``), a study may run on a busy machine.
+    """
     record = read(FOLDER / study / "study.json")
     table = next(table for table in summarize(record) if title in table.header)
     known = {row["method"] for row in record.rows}

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -99,10 +99,8 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter 
             "model."
         )
     config = MethodConfig.from_dict(description[OPTIONS])
-    renamed = {f"{MODULE}.": ""}
-    renamed |= {
-        f"{name}.": f"modules_to_save.{name}." for name in find_trainable_modules(model, config.modules_to_save)
-    }
+    saved = find_trainable_modules(model, config.modules_to_save)
+    renamed = {f"{MODULE}.": ""} | {f"{name}.": f"modules_to_save.{name}." for name in saved}
     tensors: dict[str, Tensor] = {}
     for path in files:
         with open_safetensors(path) as file:
@@ -110,10 +108,8 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter 
                 for begin, instead in renamed.items():
                     if key.startswith(begin):
                         tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
-    has_head = (
-        not find_trainable_modules(model, None).keys().isdisjoint(find_trainable_modules(model, config.modules_to_save))
-    )
-    labels = list(description["id2label"].values()) if has_head and "id2label" in description else None
+    has_labels = _has_head(model, saved) and "id2label" in description
+    labels = list(description["id2label"].values()) if has_labels else None
     _check_labels(folder, labels, (description.get("architectures") or [""])[0], model)
     return SavedAdapter(config, tensors, labels=labels)
 
@@ -215,8 +211,7 @@ def _get_savable(model: PreTrainedModel) -> Adapter:
 def _describe(model: PreTrainedModel) -> dict[str, Any]:
     """Return the options of the adapter in use and a description of its base model."""
     adapter = _get_savable(model)
-    has_head = not find_trainable_modules(model, None).keys().isdisjoint(adapter.saved_modules)
-    labels = list_labels(model) if has_head else []
+    labels = list_labels(model) if _has_head(model, adapter.saved_modules) else []
     return {
         **adapter.config.to_dict(),
         "base_model_type": model.config.model_type,
@@ -225,6 +220,11 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
         "fastprefix_version": __version__,
         **({_LABELS: labels} if labels else {}),
     }
+
+
+def _has_head(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Return whether a head of the model is among the named modules."""
+    return not find_trainable_modules(model, None).keys().isdisjoint(names)
 
 
 def _sign(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
