@@ -24,6 +24,7 @@ from ..report import tabulate_gpu
 from ..results import Record, describe_fault
 from ..suite import DEFAULT_OUT
 from . import device
+from .kernels import measure_kernels
 from .parity import FIRST as FIRST_CASES
 from .parity import SMALL, Add, check_parity, run_tests
 from .problems import FIRST, LONGEST, build_problem
@@ -55,7 +56,7 @@ def run_first(add: Add, seconds: float) -> None:
         faults += sum(is_own(str(of["peer"])) for of in found)
         add(rows, found)
 
-    check_parity(add_and_count, seconds * 0.6, FIRST_CASES, ("bfloat16", "float16"))
+    check_parity(add_and_count, seconds * 0.7, FIRST_CASES, ("bfloat16", "float16"))
     check_problem(add_and_count, build_problem(*LONGEST))
     if faults:
         raise FirstStageError(f"{faults} of the first cases failed")
@@ -76,15 +77,16 @@ def run_methods(add: Add, seconds: float) -> None:
 Stage = tuple[Callable[[Add, float], object], int]
 STAGES: dict[str, Stage] = {
     "first": (run_first, 130),
-    "tests": (run_tests, 105),
+    "kernels": (measure_kernels, 25),
+    "tests": (run_tests, 90),
     "tiles": (measure_tiles, 60),
-    "speed": (measure_speed, 150),
+    "speed": (measure_speed, 140),
     "methods": (run_methods, 80),
     "small": (partial(check_parity, cases=SMALL, dtypes=tuple(DTYPES)), 120),
     "grid": (partial(check_parity, cases=(*attention_cases(66), *embedding_cases()), dtypes=tuple(DTYPES)), 120),
 }
 """The stages and their time limits in seconds. The last two are not run by default."""
-DEFAULT = ("first", "tests", "tiles", "speed", "methods")
+DEFAULT = ("first", "kernels", "tests", "tiles", "speed", "methods")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

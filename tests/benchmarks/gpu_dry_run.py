@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import attention, embedding, gpu, models
 from benchmarks.__main__ import main as run_benchmarks
-from benchmarks.gpu import device, jobs, methods, parity, problems, speed, tiles
+from benchmarks.gpu import device, jobs, kernels, methods, parity, problems, speed, tiles
 from fastprefix.ops import backends, prefix_attention, prompt_embedding
 from fastprefix.ops.prefix_attention import composed_backend
 from tests.ops.launching.driver import build_driver, describe_environment
@@ -72,6 +72,7 @@ def prepare(folder: str) -> None:
     methods.SIZE = models.Size(layers=2, width=96, heads=3, vocabulary=64, rows=2, length=8)
     methods.SETTINGS = (("PromptTuningConfig", 4), ("PrefixTuningConfig", 3))
     gpu.STAGES["tests"] = (partial(parity.run_tests, selection=("tests/ops/test_random.py",)), 0)
+    gpu.STAGES["kernels"] = (partial(kernels.measure_kernels, kinds=kinds[:1]), 0)
     gpu.STAGES["tiles"] = (partial(tiles.measure_tiles, kinds=kinds[:1]), 0)
     gpu.SECONDS = LONG
     gpu.STAGES |= {name: (stage, int(LONG)) for name, (stage, _) in gpu.STAGES.items()}

@@ -20,7 +20,7 @@ pytest.importorskip("tabulate")
 
 from benchmarks import attention, choices, embedding, gpu, models, report, results
 from benchmarks.__main__ import main
-from benchmarks.gpu import device, jobs, methods, parity, problems, speed, tiles
+from benchmarks.gpu import device, jobs, kernels, methods, parity, problems, speed, tiles
 from benchmarks.measure import BenchmarkError, Work, figure_row, timed_row
 from fastprefix.ops.prefix_attention.triton_backend.operands import build_operands
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
@@ -259,6 +259,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "SETTINGS", (("PromptTuningConfig", 4), ("PrefixTuningConfig", 3)))
     selected = functools.partial(parity.run_tests, selection=("tests/ops/test_random.py",))
     monkeypatch.setitem(gpu.STAGES, "tests", (selected, 100))
+    monkeypatch.setitem(gpu.STAGES, "kernels", (functools.partial(kernels.measure_kernels, kinds=kinds[:1]), 60))
     monkeypatch.setitem(gpu.STAGES, "tiles", (functools.partial(tiles.measure_tiles, kinds=kinds[:1]), 60))
     status = main(["gpu", "--out", str(tmp_path / "gpu.json"), "--commit", "abc"])
     record = results.read(tmp_path / "gpu.json")
