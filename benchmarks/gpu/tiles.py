@@ -11,6 +11,7 @@ import torch
 
 from fastprefix.ops.prefix_attention.triton_backend import launch, tiles
 from fastprefix.ops.prefix_attention.triton_backend.tiles import AttentionTile
+from fastprefix.ops.replay import Replays
 
 from ..attention import Inputs, Shape
 from ..measure import Work, fault, figure_row, measure
@@ -48,7 +49,7 @@ def use_tile(kernel: str, tile: AttentionTile) -> Iterator[None]:
     def find(architecture: str, name: str, *rest: Any) -> AttentionTile:
         return tile if name == kernel else tiles.find_tile(architecture, name, *rest)
 
-    with mock.patch.object(launch, "find_tile", find), mock.patch.object(launch, "_PROBLEMS", {}):
+    with mock.patch.object(launch, "find_tile", find), mock.patch.object(launch, "_REPLAYS", Replays()):
         yield
 
 

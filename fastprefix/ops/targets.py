@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Target(Protocol):
@@ -19,9 +20,6 @@ class Target(Protocol):
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
     ) -> Any:
         """Launch a kernel with the warps and stages of its tile, and return the compiled kernel, or None."""
-
-    def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Launch a compiled kernel with arguments of the same kinds, followed by the constants."""
 
 
 class Device:
@@ -46,32 +44,27 @@ class Device:
                 *arguments, grid=grid, warmup=False, **constants, num_warps=tile.warps, num_stages=tile.stages
             )  # ``kernel[grid]`` calls the same function through one more frame
 
-    def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        """Launch on the device's current stream, as ``kernel.run`` does after it has found the compiled kernel."""
-        index = self._device.index
-        if index is not None and index != torch.cuda.current_device():
-            with torch.cuda.device(self._device):
-                self._run(compiled, grid, arguments, index)
-        else:
-            self._run(compiled, grid, arguments, index)
+    def can_replay(self) -> bool:
+        """Return whether kernels are compiled and Triton's hooks, e.g. those of a profiler, need not see launches."""
+        if self.architecture == "interpreter":
+            return False
+        hooks = _import_runtime()[1]
+        return not any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook))
 
-    def _run(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], index: int | None) -> None:
-        driver, hooks = _import_runtime()
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device() if index is None else index)
-        x, y, z = (*grid, 1, 1)[:3]
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        # A hook chain without calls is dropped here, so that it adds no time to the launch.
-        enter = enter if getattr(enter, "calls", enter) else None
-        leave = leave if getattr(leave, "calls", leave) else None
-        metadata = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
-        known = (compiled.function, compiled.packed_metadata)
-        compiled.run(x, y, z, stream, *known, metadata, enter, leave, *arguments)
+    def replay(self, recorded: Callable[..., Any], tensors: Sequence[Tensor | None]) -> Any:
+        """Launch on the device's current stream."""
+        driver = _import_runtime()[0].active
+        current = driver.get_current_device()
+        index = self._device.index
+        if index is None or index == current:
+            return recorded(*tensors, driver.get_current_stream(current))
+        with torch.cuda.device(self._device):
+            return recorded(*tensors, driver.get_current_stream(index))
 
 
 @functools.cache
 def _import_runtime() -> tuple[Any, Any]:
-    """Import Triton's driver and hooks. It is called only after a first launch."""
+    """Import Triton's driver and hooks."""
     from triton import knobs
     from triton.runtime import driver
 

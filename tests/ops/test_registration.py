@@ -117,15 +117,13 @@ def test_no_second_derivative(called: list[str]) -> None:
 
 @pytest.mark.parametrize("hooks", [[], ["a hook"]])
 def test_hooks_of_launches(hooks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty chain of hooks is not handed to the launcher."""
+    """A recording does not call hooks, so it is not repeated while there are any."""
     chain = SimpleNamespace(calls=hooks)
     active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: 10 * device)
-    runtime = SimpleNamespace(launch_enter_hook=chain, launch_exit_hook=chain)
+    runtime = SimpleNamespace(launch_enter_hook=chain, launch_exit_hook=None)
     monkeypatch.setattr(targets, "_import_runtime", lambda: (SimpleNamespace(active=active), runtime))
-    got: list[Any] = []
-    compiled = SimpleNamespace(
-        function="f", packed_metadata="m", launch_metadata=lambda *_: "of the launch", run=lambda *a: got.extend(a)
-    )
-    targets.Device(torch.device("cpu")).launch_again(compiled, (7, 2), ("x",))
-    known = ("of the launch", chain, chain) if hooks else (None, None, None)
-    assert got == [7, 2, 1, 30, "f", "m", *known, "x"]
+    device = targets.Device(torch.device("cpu"))
+    assert not device.can_replay()  # the interpreter
+    device.architecture = "sm_90"
+    assert device.can_replay() is not bool(hooks)
+    assert device.replay(lambda *given: given, ("x", "y")) == ("x", "y", 30)

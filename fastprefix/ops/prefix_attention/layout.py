@@ -11,9 +11,10 @@ from torch import Tensor
 def allocate_heads(like: Tensor, size: int) -> Tensor:
     """Return an uninitialized ``[B, H, N, size]`` tensor with the sizes, dtype, device and stride order of ``like``."""
     batch, heads, length, _ = like.shape
+    strides = (heads * length * size, length * size, size, 1)
     if like.stride(1) < like.stride(2):  # [B, N, H, D] in memory
-        return torch.empty((batch, length, heads, size), dtype=like.dtype, device=like.device).transpose(1, 2)
-    return torch.empty((batch, heads, length, size), dtype=like.dtype, device=like.device)
+        strides = (heads * length * size, size, heads * size, 1)
+    return torch.empty_strided((batch, heads, length, size), strides, dtype=like.dtype, device=like.device)
 
 
 def allocate_gradient(like: Tensor) -> Tensor:

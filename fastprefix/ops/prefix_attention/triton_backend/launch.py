@@ -1,12 +1,13 @@
 """Choose the kernels, grids and tiles of a call and launch them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...replay import Replays, describe_layouts
 from ...targets import Target, divide_up, target_of
 from ..arguments import DECLARATION, DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
@@ -16,7 +17,6 @@ from .operands import (
     ROWS_PADDING,
     KernelShape,
     Operands,
-    OperandsTemplate,
     Strided,
     build_operands,
     describe_matrix,
@@ -36,17 +36,18 @@ _PREFIX = ("prefix_key", "prefix_value", "prefix_key_bias")
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
-    a = AttentionArguments(*arguments)
-    check_spans(a)
-    launcher = _Launcher(a, target or target_of(a.query.device))
-    output = allocate_heads(a.query, launcher.DV)
-    normalizers = launcher.allocate_floats(*a.normalizers_shape)
+    results: tuple[Tensor, Tensor] = _run(_forward, AttentionArguments(*arguments), target)
+    return results
+
+
+def _forward(a: AttentionArguments, target: Target) -> tuple[Tensor, Tensor]:
+    launcher = _Launcher(a, target)
+    output, normalizers = launcher.allocate_results()
     keys = launcher.M + launcher.longest
-    if launcher.N <= _DECODING and keys >= launcher.target.split_from:
+    if launcher.N <= _DECODING and keys >= target.split_from:
         launcher.split_keys(output, normalizers)
     else:
-        grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
-        launcher.launch("forward", grid, launcher.operands, describe_matrix(output), normalizers, *launcher.sizes)
+        launcher.launch_rows("forward", launcher.operands, describe_matrix(output), normalizers, *launcher.sizes)
     return output, normalizers
 
 
@@ -57,15 +58,17 @@ def extend(
 
     ``logsumexp`` [B, Hq, N] is the log-sum-exp of the tokens' scores. ``a`` has no tokens.
     """
-    check_spans(a)
-    layouts = _describe_layouts((output_of_tokens, logsumexp))
-    launcher = _Launcher(a, target or target_of(a.query.device), ("extend", layouts))
-    output = allocate_heads(a.query, launcher.DV)
-    normalizers = launcher.allocate_floats(*a.normalizers_shape)
-    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("forward").BM),)
-    results = (describe_matrix(output), normalizers)
+    results: tuple[Tensor, Tensor] = _run(_extend, a, target, (output_of_tokens, logsumexp))
+    return results
+
+
+def _extend(
+    a: AttentionArguments, target: Target, output_of_tokens: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor]:
+    launcher = _Launcher(a, target)
+    output, normalizers = launcher.allocate_results()
     given = (describe_matrix(output_of_tokens), logsumexp.contiguous())
-    launcher.launch("extend", grid, launcher.operands, *given, *results, *launcher.sizes)
+    launcher.launch_rows("extend", launcher.operands, *given, describe_matrix(output), normalizers, *launcher.sizes)
     return output, normalizers
 
 
@@ -79,13 +82,16 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Merge known attention over the tokens and over the prefix, and return the same results as ``forward``."""
     parts = (output_of_tokens, logsumexp_of_tokens, output_of_prefix, logsumexp_of_prefix)
-    launcher = _Launcher(a, target or target_of(a.query.device), ("merge", _describe_layouts(parts)))
-    output = allocate_heads(a.query, launcher.DV)
-    normalizers = launcher.allocate_floats(*a.normalizers_shape)
-    grid = (launcher.B * launcher.H * divide_up(launcher.N, launcher.find_tile("merge").BM),)
+    results: tuple[Tensor, Tensor] = _run(_merge, a, target, parts)
+    return results
+
+
+def _merge(a: AttentionArguments, target: Target, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    launcher = _Launcher(a, target)
+    output, normalizers = launcher.allocate_results()
     given = tuple(describe_matrix(x) if x.ndim == 4 else describe_rows(x) for x in parts)
-    operands = launcher.find_row_operands()
-    launcher.launch("merge", grid, operands, *given, describe_matrix(output), normalizers, launcher.N)
+    operands = keep_rows(launcher.operands)
+    launcher.launch_rows("merge", operands, *given, describe_matrix(output), normalizers, launcher.N)
     return output, normalizers
 
 
@@ -98,17 +104,30 @@ def backward(
     target: Target | None = None,
 ) -> list[Tensor]:
     """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
-    a = AttentionArguments(*arguments)
-    needs = DECLARATION.name_needs(needs_grad)
-    if not needs:
+    needs = tuple(needs_grad)
+    if not any(needs):
         return []
+    if grad_output.stride(-1) != 1:  # e.g. an expanded gradient of a sum; kernels load contiguous columns
+        grad_output = grad_output.contiguous()
+    tensors = (grad_output, output, normalizers)
+    results: list[Tensor] = _run(_backward, AttentionArguments(*arguments), target, tensors, needs)
+    return results
+
+
+def _backward(
+    a: AttentionArguments,
+    target: Target,
+    grad_output: Tensor,
+    output: Tensor,
+    normalizers: Tensor,
+    needs_grad: tuple[bool, ...],
+) -> list[Tensor]:
+    needs = DECLARATION.name_needs(needs_grad)
     if refused := needs.intersection(EAGER_ALONE):
         raise ValueError(
             f"the triton backend has no gradient for {' and '.join(sorted(refused))}: use the eager backend"
         )
-    if grad_output.stride(-1) != 1:  # e.g. an expanded gradient of a sum; kernels load contiguous columns
-        grad_output = grad_output.contiguous()
-    step = _BackwardLauncher(a, target or target_of(a.query.device), grad_output, output, normalizers, needs)
+    step = _BackwardLauncher(a, target, grad_output, output, normalizers, needs)
     step.find_delta()
     if needs & {"query", "prefix_gate"}:
         step.differentiate_queries()
@@ -117,6 +136,29 @@ def backward(
     if needs.intersection(_PREFIX):
         step.differentiate_prefix()
     return [step.gradients[name] for name in DIFFERENTIABLE if name in needs]
+
+
+_REPLAYS = Replays()
+
+
+def _run(
+    function: Callable[..., Any],
+    a: AttentionArguments,
+    target: Target | None,
+    tensors: tuple[Tensor, ...] = (),
+    *options: Hashable,
+) -> Any:
+    """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
+    check_spans(a)
+    target = target or target_of(a.query.device)
+    given: tuple[Any, ...] = (*a[:_TENSORS], *tensors)
+    rest: tuple[Any, ...] = a[_TENSORS:]
+    signature = (function, target, _choose_precision(a.query.dtype), describe_layouts(given), rest, options)
+
+    def call(target: Target, *given: Any) -> Any:
+        return function(AttentionArguments(*given[:_TENSORS], *rest), target, *given[_TENSORS:], *options)
+
+    return _REPLAYS.run(signature, target, given, call)
 
 
 @functools.cache
@@ -154,116 +196,60 @@ def _choose_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
 
 
-class _Problem:
-    """The state that calls with equal shapes, strides, dtypes and options share."""
+class _Launcher:
+    """The shapes, operands and tiles of a call, and its launches."""
 
-    def __init__(self, a: AttentionArguments, architecture: str, precision: str) -> None:
-        operands = build_operands(a)
-        self.template = OperandsTemplate(operands)
-        self.rows_template = OperandsTemplate(keep_rows(operands))
+    def __init__(self, a: AttentionArguments, target: Target) -> None:
+        self.a = a
+        self.target = target
+        self.operands = build_operands(a)
         self.B, self.H, self.N, self.D = a.query.shape
         _, self.kv_heads, self.M, self.DV = a.value.shape
         self.P = a.prefix_key.shape[2]
+        self.sizes = (self.N, self.M, self.P)
         known = () if a.prefix_spans is None else list_columns(a).values()
         self.longest = min([self.P, *map(int, known)])  # prefix keys per row, or with spans an upper bound
-        self.launches: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their constants
-        self._architecture, self._precision = architecture, precision
-        self._dtype, self._separate, self._has_spans = (
-            a.query.dtype,
-            a.output_gate is not None,
-            a.prefix_spans is not None,
-        )
-        self._variants = _find_variants(operands)
-        self._tiles: dict[str, AttentionTile] = {}
 
     def find_tile(self, name: str) -> AttentionTile:
         """Return the tile of a kernel from the tables.
 
         If blocks of prefix keys are only an operand, they are no larger than needed for a short prefix.
         """
-        if name not in self._tiles:
-            self._tiles[name] = self._choose_tile(name)
-        return self._tiles[name]
-
-    def _choose_tile(self, name: str) -> AttentionTile:
-        if name == "combine" and self._has_spans:  # it must divide spans into the same parts as the decode kernel
+        if name == "combine" and self.a.prefix_spans is not None:  # it must divide spans like the decode kernel
             return _COMBINING._replace(BP=self.find_tile("decode").BP)
         if name in _UNTABLED:
             return _UNTABLED[name]
-        tile = find_tile(self._architecture, name, max(self.D, self.DV), self._dtype, self._variants)
-        if name == "delta" and not self._separate:  # it reads no keys
+        variants = _find_variants(self.operands)
+        tile = find_tile(self.target.architecture, name, max(self.D, self.DV), self.a.query.dtype, variants)
+        if name == "delta" and self.a.output_gate is None:  # it reads no keys
             return tile._replace(BN=16, BP=16)
         if name in ("forward", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
-    def describe_shape(self, tile: AttentionTile) -> KernelShape:
-        """Return the shape that a kernel is compiled for."""
-        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
-        return KernelShape(self.D, self.DV, DP, DVP, tile.BM, tile.BN, tile.BP, self._precision)
-
-
-_PROBLEMS: dict[Any, _Problem] = {}
-_MOST_PROBLEMS = 4096
-
-
-def _find_problem(a: AttentionArguments, target: Target) -> _Problem:
-    """Return the shared state of a call. All layers of a model and both passes share one."""
-    precision = _choose_precision(a.query.dtype)
-    signature = (target, precision, _describe_layouts(a[:_TENSORS]), a[_TENSORS:])
-    problem = _PROBLEMS.get(signature)
-    if problem is None:
-        if len(_PROBLEMS) >= _MOST_PROBLEMS:
-            _PROBLEMS.clear()
-        problem = _PROBLEMS[signature] = _Problem(a, target.architecture, precision)
-    return problem
-
-
-def _describe_layouts(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the shapes, strides, dtypes and alignments of tensors, which include all that a kernel is compiled for."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
-
-
-class _Launcher:
-    """The launches of one call. Calls of the same problem and the same ``kind`` have the same launches."""
-
-    def __init__(self, a: AttentionArguments, target: Target, kind: Any = None) -> None:
-        self.a = a
-        self.target = target
-        self.problem = problem = _find_problem(a, target)
-        self.operands = problem.template.fill(a)
-        self.B, self.H, self.N, self.M, self.P = problem.B, problem.H, problem.N, problem.M, problem.P
-        self.kv_heads, self.DV, self.longest = problem.kv_heads, problem.DV, problem.longest
-        self.sizes = (self.N, self.M, self.P)
-        self.find_tile = problem.find_tile
-        self._kind, self._launched = kind, 0
-
-    def find_row_operands(self) -> Operands:
-        """Return the operands of a kernel that reads neither keys nor masks."""
-        return self.problem.rows_template.fill(self.a)
-
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel with its tile, unless the grid is empty.
-
-        If an earlier call of the same kind made the same launch, its compiled kernel is launched directly. Triton would
-        inspect every argument to find the compiled kernel.
-        """
+        """Launch a kernel with its tile, unless the grid is empty."""
         if 0 in grid:
-            return
-        key = (self._kind, self._launched)
-        self._launched += 1
-        known = self.problem.launches.get(key)
-        if known is not None:
-            compiled, values = known
-            self.target.launch_again(compiled, grid, (*arguments, *values))
             return
         kernel, tile = _load_kernels()[name], self.find_tile(_TILE_OF.get(name, name))
         if "T" in kernel.arg_names:
-            constants["T"] = self.problem.describe_shape(tile)
-        compiled = self.target.launch(kernel, grid, arguments, constants, tile)
-        if compiled is not None:
-            values = tuple(constants[parameter] for parameter in kernel.arg_names if parameter in constants)
-            self.problem.launches[key] = (compiled, values)
+            constants["T"] = self._describe_shape(tile)
+        self.target.launch(kernel, grid, arguments, constants, tile)
+
+    def launch_rows(self, name: str, *arguments: Any) -> None:
+        """Launch a kernel with one program per block of queries."""
+        blocks = divide_up(self.N, self.find_tile(_TILE_OF.get(name, name)).BM)
+        self.launch(name, (self.B * self.H * blocks,), *arguments)
+
+    def _describe_shape(self, tile: AttentionTile) -> KernelShape:
+        """Return the shape that a kernel is compiled for."""
+        DP, DVP = (max(16, _next_power_of_two(size)) for size in (self.D, self.DV))
+        precision = _choose_precision(self.a.query.dtype)
+        return KernelShape(self.D, self.DV, DP, DVP, tile.BM, tile.BN, tile.BP, precision)
+
+    def allocate_results(self) -> tuple[Tensor, Tensor]:
+        """Allocate the output and the normalizers."""
+        return allocate_heads(self.a.query, self.DV), self.allocate_floats(*self.a.normalizers_shape)
 
     def split_keys(self, output: Tensor, normalizers: Tensor) -> None:
         """Compute attention from few queries to many keys in parallel parts of the keys, and combine the parts."""
@@ -288,7 +274,7 @@ class _Launcher:
         self.launch("decode", grid, self.operands, values, sums, *sizes)
         arguments = (describe_matrix(output), normalizers, values, sums, self.N, prefix_parts, parts)
         grid = (self.B * self.H * self.N,)
-        self.launch("combine", grid, self.find_row_operands(), *arguments, BS=_PARTS_BLOCK)
+        self.launch("combine", grid, keep_rows(self.operands), *arguments, BS=_PARTS_BLOCK)
 
     def _divide_keys(self, keys: int, block: int, tiles: int) -> tuple[int, int]:
         """Return the number of parts and the keys per part, with enough programs for the device and no empty part."""
@@ -313,8 +299,7 @@ class _BackwardLauncher(_Launcher):
         normalizers: Tensor,
         needs: set[str],
     ) -> None:
-        layouts = _describe_layouts((grad_output, output, normalizers))
-        super().__init__(a, target, (frozenset(needs), layouts))
+        super().__init__(a, target)
         self._needs = needs
         self._output, self._do = describe_matrix(output), describe_matrix(grad_output)
         self._normalizers = normalizers
@@ -351,7 +336,7 @@ class _BackwardLauncher(_Launcher):
             "PREFIX": bool(self._needs & {"query", "prefix_key", "prefix_gate", "output_gate", "prefix_key_bias"}),
         }
         grid = (self.B * self.H * blocks,)
-        operands = self.find_row_operands() if self.a.output_gate is None else self.operands
+        operands = keep_rows(self.operands) if self.a.output_gate is None else self.operands
         self.launch("delta", grid, operands, *arguments, *self.sizes, **needed)
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))

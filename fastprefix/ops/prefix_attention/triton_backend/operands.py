@@ -249,40 +249,6 @@ def build_operands(a: AttentionArguments) -> Operands:
     )
 
 
-_ARGUMENT_OF = {
-    **{"q": "query", "k": "key", "v": "value", "pk": "prefix_key", "pv": "prefix_value", "gate": "prefix_gate"},
-    **{"query_gate": "prefix_gate", "og": "output_gate", "visible": "attn_mask", "mask": "attn_mask"},
-    **{"bias": "prefix_bias", "key_bias": "prefix_key_bias", "sinks": "sinks", "spans": "prefix_spans"},
-    **{"query_segments": "query_segments", "key_segments": "key_segments"},
-}
-
-
-class OperandsTemplate:
-    """The operands of calls with equal shapes, strides, dtypes and options, without the tensors."""
-
-    def __init__(self, operands: Operands) -> None:
-        self._rest: list[Any] = list(operands)
-        self._tensors: list[tuple[int, int, bool, tuple[Any, ...]]] = []
-        for slot, (name, operand) in enumerate(zip(operands._fields, operands, strict=True)):
-            if isinstance(operand, Strided) and operand.pointer is not None:
-                argument = AttentionArguments._fields.index(_ARGUMENT_OF[name])
-                self._tensors.append((slot, argument, name == "visible", operand[1:]))
-                self._rest[slot] = None
-        self._seed = operands._fields.index("seed")
-        self._has_seed = operands.seed is not None
-        self._rest[self._seed] = None
-
-    def fill(self, a: AttentionArguments) -> Operands:
-        """Return the operands of a call."""
-        values = self._rest.copy()
-        for slot, argument, is_bool, strides in self._tensors:
-            tensor: Any = a[argument]
-            values[slot] = _new(Strided, (tensor.view(torch.uint8) if is_bool else tensor, *strides))
-        if self._has_seed:
-            values[self._seed] = a.dropout_seed
-        return _new(Operands, values)
-
-
 def describe_matrix(tensor: Tensor) -> Strided:
     """Return queries, keys, values or a result with strides. Dimensions of size 1 also have a stride."""
     batch, heads = tensor.shape[:2]
