@@ -27,7 +27,7 @@ from . import device
 from .kernels import measure_kernels
 from .parity import FIRST as FIRST_CASES
 from .parity import SMALL, Add, check_parity, run_tests
-from .problems import FIRST, LONGEST, build_problem
+from .problems import FIRST, LONGEST, build_problem, keep_choice
 from .speed import check_problem, measure_problems, measure_speed
 from .tiles import measure_tiles
 
@@ -92,7 +92,7 @@ DEFAULT = ("first", "kernels", "tests", "tiles", "speed", "methods")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT / "gpu.json", help="file for the results")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(DEFAULT))
-    parser.add_argument("--commit", help="the measured commit, if the files are not a git checkout")
+    parser.add_argument("--commit", help="the measured commit, if the files are a copy of a clean checkout of it")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -102,13 +102,15 @@ def run(options: argparse.Namespace) -> int:
     freeze_heap()
     capability = list(torch.cuda.get_device_capability())
     record = Record.start("gpu", device.CUDA, False, seconds=dict[str, float](), capability=capability)
-    record.environment["commit"] = record.environment["commit"] or options.commit
+    if options.commit is not None:
+        record.environment |= {"commit": options.commit, "dirty": False}
     record.settings["clocks"] = {"start": device.read_clocks()}
     add, end = partial(record.add, path=options.out), time.monotonic() + SECONDS
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()
         try:
-            stage(add, min(seconds, end - start))
+            with keep_choice():
+                stage(add, min(seconds, end - start))
         except Exception as error:  # only a failure of the first stage makes the following stages useless
             add([], [fault({}, "stage", name, error)])
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)

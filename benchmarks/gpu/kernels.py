@@ -1,7 +1,8 @@
 """Measure the time of each kernel on the device, with PyTorch's profiler."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.profiler import profile
@@ -23,22 +24,26 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
+def profile_call(call: Callable[[], object]) -> list[Any]:
+    """Return the profiler's averages of each kernel of ``CALLS`` calls."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with profile() as profiler:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    return [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+
+
 def profile_work(case: Row, peer: str, work: Work) -> list[Row]:
     """Return the seconds per call that each kernel takes on the device, and how often a call launches it."""
     rows = []
     for direction, call in work.calls.items():
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-        with profile() as profiler:
-            for _ in range(CALLS):
-                call()
-            torch.cuda.synchronize()
-        for event in profiler.key_averages():
-            if event.device_type.name == "CUDA":
-                seconds, launches = event.self_device_time_total / CALLS / 1e6, event.count / CALLS
-                about = (case | {"kernel": event.key[:100]}, peer, work.role, direction)
-                rows.append(figure_row(*about, "kernel seconds", seconds, launches=launches))
+        for event in profile_call(call):
+            seconds, launches = event.self_device_time_total / CALLS / 1e6, event.count / CALLS
+            about = (case | {"kernel": event.key[:100]}, peer, work.role, direction)
+            rows.append(figure_row(*about, "kernel seconds", seconds, launches=launches))
     return rows
 
 

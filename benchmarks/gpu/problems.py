@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def list_plans(shape: Shape, gate: str, causal: bool) -> list[str]:
     return [name for name, plan in plans.PLANS.items() if plan.prefix in kept]
 
 
-def run_plan(inputs: Inputs, name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+def run_plan(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Return a decorator that makes a call of the composed backend use a plan."""
 
     def decorate(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -92,13 +93,10 @@ def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> P
     def build(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor] = inputs.leaves) -> Work:
         return build_kernel_work(role, call, () if shape.N == 1 else leaves, inputs.grad)  # decoding has no backward
 
-    def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
-        return sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))(call)
-
     works = {"fused": build("ours", inputs.run_fused)}
     for name in list_plans(shape, gate, causal):
         work = build("ours", partial(inputs.run_backend, BACKEND))
-        by_plan = run_plan(inputs, name)
+        by_plan = run_plan(name)
         works[f"composed, {name}"] = work._replace(calls={of: by_plan(call) for of, call in work.calls.items()})
     for name in SDPA:
         variant = copy.copy(inputs)
@@ -122,6 +120,34 @@ def build_problem(shape: Shape, gate: str, causal: bool, flex: bool = True) -> P
 def has_flex(shape: Shape, gate: str, causal: bool) -> bool:
     """Return whether FlexAttention, which compiles for each shape, is a peer in a case."""
     return gate == "none" and causal and shape.P == 128
+
+
+def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+    """Return a call that lets SDPA use only one kernel.
+
+    The context ``torch.nn.attention.sdpa_kernel`` would do the same, but entering it takes longer than a short call.
+    """
+    cuda = torch.backends.cuda
+    switches = {
+        "flash": cuda.enable_flash_sdp,
+        "cudnn": cuda.enable_cudnn_sdp,
+        "efficient": cuda.enable_mem_efficient_sdp,
+        "math": cuda.enable_math_sdp,
+    }
+
+    def run() -> Tensor:
+        for of, enable in switches.items():
+            enable(of == name)
+        return call()
+
+    return run
+
+
+@contextmanager
+def keep_choice() -> Iterator[None]:
+    """Restore the kernels that SDPA may use at the end."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        yield
 
 
 def take_first_row(results: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""Measure other tiles of the Triton kernels than those in the tables, changing one kernel at a time."""
+"""Measure tiles of the Triton kernels, changing one kernel at a time, with PyTorch's profiler."""
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,37 +10,46 @@ from unittest import mock
 
 import torch
 
+from fastprefix.ops import targets
 from fastprefix.ops.prefix_attention.triton_backend import launch, tiles
 from fastprefix.ops.prefix_attention.triton_backend.tiles import AttentionTile
 from fastprefix.ops.replay import Replays
 
 from ..attention import Inputs, Shape
-from ..measure import Work, fault, figure_row, measure
+from ..measure import Row, Work, fault, figure_row
 from ..suite import build_kernel_work
 from . import device, jobs
+from .kernels import profile_call
 from .parity import Add
-from .problems import SHAPES, Kind
+from .problems import BACKEND, Kind, run_plan
 from .speed import LIMIT, find_difference
 
-KINDS: tuple[Kind, ...] = tuple((Shape(*shape, 128), "none", True) for shape in (SHAPES[1], SHAPES[3]))
-"""Cases with head dimensions 64 and 128."""
-CANDIDATES: dict[int, dict[str, tuple[tuple[int, int, int, int, int], ...]]] = {
-    64: {
-        "forward": ((128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (128, 128, 64, 4, 3)),
-        "dq": ((128, 64, 64, 8, 3), (64, 128, 64, 4, 2), (128, 64, 64, 4, 2)),
-        "dkv": ((64, 64, 64, 4, 2), (64, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
-        "dprefix": ((64, 64, 64, 4, 2), (64, 64, 128, 8, 2), (64, 64, 64, 4, 3)),
-    },
-    128: {
-        "forward": ((128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
-        "dq": ((128, 64, 64, 8, 3), (64, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
-        "dkv": ((64, 64, 64, 8, 3), (64, 128, 64, 8, 2), (32, 128, 64, 8, 2)),
-        "dprefix": ((64, 64, 64, 8, 3), (64, 64, 128, 8, 2), (32, 64, 128, 8, 2)),
-    },
+KINDS: tuple[Kind, ...] = (
+    (Shape(64, 4, 4, 512, 512, 64, 128), "none", True),
+    (Shape(16, 8, 2, 2048, 2048, 128, 128), "none", True),
+)
+_WARPS, _STAGES = (8, 4), (2, 3, 1)
+CANDIDATES: dict[str, tuple[AttentionTile, ...]] = {
+    "forward": tuple(
+        AttentionTile(*of)
+        for of in (
+            *itertools.product((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3)),
+            *((128, 128, 128, 8, stages) for stages in (2, 3, 4)),
+            *((128, 64, 128, warps, 3) for warps in _WARPS),
+        )
+    ),
+    "extend": tuple(AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES)),
+    "dq": tuple(
+        AttentionTile(*of)
+        for of in (
+            *itertools.product((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3)),
+            *((128, BN, 128, 8, 2) for BN in (64, 128)),
+        )
+    ),
+    "dkv": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (32, 64, 128), (64,), _WARPS, _STAGES)),
+    "dprefix": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (64,), (64, 128), _WARPS, _STAGES)),
 }
-"""Candidates by head dimension: block sizes, warps and stages. With 64 queries per block, the products of dkv read half
-as much from shared memory.
-"""
+"""Candidates by kernel. Those that spill registers are compiled and left out."""
 
 
 @contextmanager
@@ -58,60 +68,78 @@ def describe(kernel: str, tile: AttentionTile) -> str:
     return f"{kernel} {'x'.join(map(str, tile[:3]))} w{tile.warps} s{tile.stages}"
 
 
-def build(kind: Kind) -> Work:
-    """Return the work of the Triton backend."""
+def build(kind: Kind, kernel: str) -> Work:
+    """Return work that launches a kernel."""
     shape, gate, causal = kind
     inputs = Inputs(shape, torch.bfloat16, causal, device.CUDA, gate=gate)
-    return build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad)
+    if kernel != "extend":
+        return build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad)
+    call = run_plan("flash")(partial(inputs.run_backend, BACKEND))
+    return build_kernel_work("ours", call, inputs.leaves, inputs.grad)
+
+
+def find_call(work: Work, kernel: str) -> Callable[[], object]:
+    """Return the call that launches a kernel."""
+    return work.calls["forward" if kernel in ("forward", "extend") else "forward+backward"]
 
 
 def compile_tile(kind: Kind, kernel: str, tile: AttentionTile) -> dict[str, Any]:
-    """Compile a tile by running it on short inputs."""
+    """Compile a tile by running it on short inputs, and return how many registers it spills."""
     shape, gate, causal = kind
-    with use_tile(kernel, tile):
-        for call in build((shape._replace(B=1, N=256, M=256), gate, causal)).calls.values():
-            call()
+    compiled: dict[str, Any] = {}
+    run = targets.Device.launch
+
+    def launch_and_keep(self: Any, function: Any, *rest: Any) -> Any:
+        compiled[function.__name__] = run(self, function, *rest)
+        return compiled[function.__name__]
+
+    with use_tile(kernel, tile), mock.patch.object(targets.Device, "launch", launch_and_keep):
+        find_call(build((shape._replace(B=1, N=256, M=256), gate, causal), kernel), kernel)()
     torch.cuda.synchronize()
-    return {}
+    return {"spills": getattr(compiled.get(launch.load_kernels()[kernel].__name__), "n_spills", 0)}
 
 
 def measure_tiles(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> None:
-    """Compile all tiles in worker processes, then measure those that compile and give the results of the table."""
+    """Compile all tiles in worker processes, then measure those without spills that give the results of the table."""
     end = time.monotonic() + seconds
-    trials = [
-        (kind, kernel, AttentionTile(*sizes))
-        for kind in kinds
-        for kernel, candidates in CANDIDATES[kind[0].D].items()
-        for sizes in candidates
-    ]
-    answers = jobs.run_jobs([(compile_tile, *trial) for trial in trials], seconds * 0.6)
+    trials = [(kind, name, tile) for kind in kinds for name, candidates in CANDIDATES.items() for tile in candidates]
+    answers = jobs.run_jobs([(compile_tile, *trial) for trial in trials], seconds * 0.5)
     for kind in kinds:
         shape, gate, causal = kind
         case = {**shape._asdict(), "gate": gate, "causal": causal, "stage": "tiles"}
-        work = build(kind)
-        rows, faults = measure(case, {"table": work}, device.CUDA, partial(range, 2), timer=device.time_with_triton)
-        add(rows, faults)
-        for (of, kernel, tile), answer in zip(trials, answers, strict=True):
-            if of != kind or time.monotonic() > end:
-                continue
-            name = describe(kernel, tile)
-            try:
-                if "error" in answer:
-                    raise RuntimeError(answer["error"])
-                with use_tile(kernel, tile):
-                    results = {direction: call() for direction, call in work.calls.items()}
-                known = Work("ours", {direction: partial(_return, of) for direction, of in results.items()})
-                difference = find_difference(known, work)
-                add([figure_row(case, name, "ours", "check", "relative difference", difference)], [])
-                if difference > LIMIT:
-                    raise RuntimeError(f"its results differ from the table's by {difference:.1e}, more than {LIMIT}")
-                with use_tile(kernel, tile):
-                    rows, faults = measure(
-                        case, {name: work}, device.CUDA, partial(range, 2), timer=device.time_with_triton
-                    )
-                add(rows, faults)
-            except Exception as error:  # a tile that does not fit must not lose the others
-                add([], [fault(case, name, "tiles", error)])
+        for kernel in CANDIDATES:
+            work, name = build(kind, kernel), launch.load_kernels()[kernel].__name__
+            call = find_call(work, kernel)
+            add(time_kernel(case, f"{kernel} table", call, name), [])
+            for (of, named, tile), answer in zip(trials, answers, strict=True):
+                if (of, named) != (kind, kernel) or answer.get("spills") or time.monotonic() > end:
+                    continue
+                try:
+                    if "error" in answer:
+                        raise RuntimeError(answer["error"])
+                    with use_tile(kernel, tile):
+                        check_tile(work)
+                        add(time_kernel(case, describe(kernel, tile), call, name), [])
+                except Exception as error:  # a tile that does not fit must not lose the others
+                    add([], [fault(case, describe(kernel, tile), "tiles", error)])
+
+
+def time_kernel(case: Row, peer: str, call: Callable[[], object], name: str) -> list[Row]:
+    """Return the seconds that a launch of the named kernel takes on the device."""
+    return [
+        figure_row(case, peer, "ours", name, "kernel seconds", event.self_device_time_total / event.count / 1e6)
+        for event in profile_call(call)
+        if event.key == name
+    ]
+
+
+def check_tile(work: Work) -> None:
+    """Raise an error if the results of a tile differ from those of the table."""
+    known = Work("ours", {direction: partial(_return, call()) for direction, call in work.calls.items()})
+    with mock.patch.object(launch, "find_tile", tiles.find_tile), mock.patch.object(launch, "_REPLAYS", Replays()):
+        difference = find_difference(known, work)
+    if not difference <= LIMIT:
+        raise RuntimeError(f"its results differ from the table's by {difference:.1e}, more than {LIMIT}")
 
 
 def _return(results: object) -> object:

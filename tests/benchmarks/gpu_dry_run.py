@@ -65,7 +65,7 @@ def prepare(folder: str) -> None:
     kinds = [(shape, gate, shape.N > 1) for shape in SHAPES for gate in GATES if shape.N > 1 or gate == "none"]
     speed.LIMIT, speed.WALL_SECONDS, speed.list_problems = math.inf, 0.0, lambda: iter(kinds)
     tiles.LIMIT = math.inf
-    tiles.CANDIDATES = {64: dict.fromkeys(tiles.CANDIDATES[64], ((64, 64, 64, 4, 2),))}
+    tiles.CANDIDATES = dict.fromkeys(tiles.CANDIDATES, (tiles.AttentionTile(64, 64, 64, 4, 2),))
     problems.EMBEDDINGS = (embedding.QUICK,)
     gpu.FIRST_CASES = (parity.FIRST[1], *parity.FIRST[-2:])
     gpu.FIRST, gpu.LONGEST = kinds[:1], kinds[1]

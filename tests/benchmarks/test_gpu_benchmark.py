@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,7 +255,9 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FIRST_CASES", [AttentionCase(P=2), embedding_cases()[0]])
     monkeypatch.setattr(gpu, "FIRST", kinds[:1])
     monkeypatch.setattr(gpu, "LONGEST", kinds[1])
-    monkeypatch.setattr(tiles, "CANDIDATES", {16: {"forward": ((16, 16, 16, 4, 1),)}})
+    events = [SimpleNamespace(key="prefix_attention_fwd_kernel", self_device_time_total=3.0, count=1)]
+    monkeypatch.setattr(tiles, "profile_call", lambda call: events if call() is not None else [])
+    monkeypatch.setattr(tiles, "CANDIDATES", {"forward": (tiles.AttentionTile(16, 16, 16, 4, 1),)})
     monkeypatch.setattr(methods, "SIZE", models.Size(layers=2, width=96, heads=3, vocabulary=64, rows=2, length=8))
     monkeypatch.setattr(methods, "SETTINGS", (("PromptTuningConfig", 4), ("PrefixTuningConfig", 3)))
     selected = functools.partial(parity.run_tests, selection=("tests/ops/test_random.py",))
@@ -268,7 +271,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = {(row["direction"], row["peer"]) for row in record.rows}
     assert {("parity", "triton"), ("forward", "fused"), ("forward+backward", "tokens, flash")} <= of
     assert {("forward", "composed, flash"), ("forward+backward", "composed, cudnn, prefix alike")} <= of
-    assert {("forward", "forward 16x16x16 w4 s1"), ("tests", "tests"), ("forward", "adept")} <= of
+    assert {("prefix_attention_fwd_kernel", "forward 16x16x16 w4 s1"), ("tests", "tests"), ("forward", "adept")} <= of
     assert {("step", "PEFT, prefix 3"), ("step", "accelerated, prompt 4"), ("step", "fastprefix, prefix 3")} <= of
     checked = {(row["peer"], row.get("gate")) for row in record.rows if row["quantity"] == "relative difference"}
     assert {("fused", gate) for gate in GATES} <= checked

@@ -162,7 +162,7 @@ def _run(
 
 
 @functools.cache
-def _load_kernels() -> dict[str, Any]:
+def load_kernels() -> dict[str, Any]:
     """Import Triton and the kernels."""
     from . import backward, decode, forward
 
@@ -181,11 +181,6 @@ def _load_kernels() -> dict[str, Any]:
     }
 
 
-_TILE_OF = {
-    "extend": "forward",
-    "dgate": "dq",
-    "sum": "dprefix",
-}  # kernel -> entry of the tile tables; the remaining kernels have an entry under their own name
 _COMBINING = AttentionTile(16, 16, 16, 4, 1)  # a program combines one query; its tile is [parts, columns of the head]
 _UNTABLED = {"combine": _COMBINING, "merge": AttentionTile(32, 16, 16, 4, 1)}
 
@@ -223,7 +218,7 @@ class _Launcher:
         tile = find_tile(self.target.architecture, name, max(self.D, self.DV), self.a.query.dtype, variants)
         if name == "delta" and self.a.output_gate is None:  # it reads no keys
             return tile._replace(BN=16, BP=16)
-        if name in ("forward", "delta", "dq"):
+        if name in ("forward", "extend", "delta", "dq"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
@@ -231,14 +226,14 @@ class _Launcher:
         """Launch a kernel with its tile, unless the grid is empty."""
         if 0 in grid:
             return
-        kernel, tile = _load_kernels()[name], self.find_tile(_TILE_OF.get(name, name))
+        kernel, tile = load_kernels()[name], self.find_tile(name)
         if "T" in kernel.arg_names:
             constants["T"] = self._describe_shape(tile)
         self.target.launch(kernel, grid, arguments, constants, tile)
 
     def launch_rows(self, name: str, *arguments: Any) -> None:
         """Launch a kernel with one program per block of queries."""
-        blocks = divide_up(self.N, self.find_tile(_TILE_OF.get(name, name)).BM)
+        blocks = divide_up(self.N, self.find_tile(name).BM)
         self.launch(name, (self.B * self.H * blocks,), *arguments)
 
     def _describe_shape(self, tile: AttentionTile) -> KernelShape:

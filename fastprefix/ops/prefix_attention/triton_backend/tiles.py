@@ -305,6 +305,8 @@ VARIANTS = {
     "sm_100": _SM100_VARIANTS,
     "sm_120": _SM120_VARIANTS,
 }
+_STAND_INS = {"extend": "forward", "dgate": "dq", "sum": "dprefix"}
+"""Kernels that use the tile of another kernel if they have no entry."""
 WIDEST = 256
 """The largest head dimension that has a tile."""
 
@@ -317,6 +319,7 @@ def find_tile(
     The tile is from the first of ``variants`` that has one, or from the table of the architecture.
     """
     kind = SINGLE if dtype is torch.float32 else HALF
-    special = VARIANTS.get(architecture, {})
-    tables = (*(special.get(variant, {}).get(kernel, {}) for variant in variants), ARCHITECTURES[architecture][kernel])
+    special, table = VARIANTS.get(architecture, {}), ARCHITECTURES[architecture]
+    names = (kernel, _STAND_INS.get(kernel, kernel))
+    tables = (source.get(name, {}) for source in (*(special.get(of, {}) for of in variants), table) for name in names)
     return next(rows[key] for rows in tables for key in sorted(rows) if key[1] == kind and width <= key[0])
