@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = (
     (Shape(16, 8, 2, 2048, 2048, 128, 128), "none", True),
 )
 _WARPS, _STAGES = (8, 4), (2, 3, 1)
+_OF_PREFIX = tuple(AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES))
 CANDIDATES: dict[str, tuple[AttentionTile, ...]] = {
     "forward": tuple(
         AttentionTile(*of)
@@ -38,13 +39,16 @@ CANDIDATES: dict[str, tuple[AttentionTile, ...]] = {
             *((128, 64, 128, warps, 3) for warps in _WARPS),
         )
     ),
-    "extend": tuple(AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES)),
+    "extend": _OF_PREFIX,
     "dq": tuple(
         AttentionTile(*of)
         for of in (
             *itertools.product((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3)),
             *((128, BN, 128, 8, 2) for BN in (64, 128)),
         )
+    ),
+    "dq of prefix": tuple(
+        AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES)
     ),
     "dkv": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (32, 64, 128), (64,), _WARPS, _STAGES)),
     "dprefix": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (64,), (64, 128), _WARPS, _STAGES)),
@@ -72,7 +76,7 @@ def build(kind: Kind, kernel: str) -> Work:
     """Return work that launches a kernel."""
     shape, gate, causal = kind
     inputs = Inputs(shape, torch.bfloat16, causal, device.CUDA, gate=gate)
-    if kernel != "extend":
+    if kernel not in ("extend", "dq of prefix"):
         return build_kernel_work("ours", inputs.run_fused, inputs.leaves, inputs.grad)
     call = run_plan("flash")(partial(inputs.run_backend, BACKEND))
     return build_kernel_work("ours", call, inputs.leaves, inputs.grad)
@@ -81,6 +85,12 @@ def build(kind: Kind, kernel: str) -> Work:
 def find_call(work: Work, kernel: str) -> Callable[[], object]:
     """Return the call that launches a kernel."""
     return work.calls["forward" if kernel in ("forward", "extend") else "forward+backward"]
+
+
+def find_name(kernel: str) -> str:
+    """Return the name of a kernel's function."""
+    name: str = launch.load_kernels()[kernel.partition(" ")[0]].__name__
+    return name
 
 
 def compile_tile(kind: Kind, kernel: str, tile: AttentionTile) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def compile_tile(kind: Kind, kernel: str, tile: AttentionTile) -> dict[str, Any]
     with use_tile(kernel, tile), mock.patch.object(targets.Device, "launch", launch_and_keep):
         find_call(build((shape._replace(B=1, N=256, M=256), gate, causal), kernel), kernel)()
     torch.cuda.synchronize()
-    return {"spills": getattr(compiled.get(launch.load_kernels()[kernel].__name__), "n_spills", 0)}
+    return {"spills": getattr(compiled.get(find_name(kernel)), "n_spills", 0)}
 
 
 def measure_tiles(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> None:
@@ -108,7 +118,7 @@ def measure_tiles(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> No
         shape, gate, causal = kind
         case = {**shape._asdict(), "gate": gate, "causal": causal, "stage": "tiles"}
         for kernel in CANDIDATES:
-            work, name = build(kind, kernel), launch.load_kernels()[kernel].__name__
+            work, name = build(kind, kernel), find_name(kernel)
             call = find_call(work, kernel)
             add(time_kernel(case, f"{kernel} table", call, name), [])
             for (of, named, tile), answer in zip(trials, answers, strict=True):

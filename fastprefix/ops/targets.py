@@ -49,7 +49,8 @@ class Device:
         if self.architecture == "interpreter":
             return False
         hooks = _import_runtime()[1]
-        return not any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook))
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
     def replay(self, recorded: Callable[..., Any], tensors: Sequence[Tensor | None]) -> Any:
         """Launch on the device's current stream."""

@@ -64,13 +64,14 @@ def backward(
         gradients = dict(zip(_TOKENS, kernels.differentiate(kernel, _take_tokens(a), known), strict=True))
     names = [name for name in DIFFERENTIABLE if name in needs - {"key", "value"}]
     if prefix == "own":
-        of_prefix = [name in names for name in DIFFERENTIABLE]
-        halves = launch.backward(grad_output, output, normalizers, of_prefix, *_leave_out_tokens(a), target=target)
-    else:
-        parts = prefixes.differentiate(a, kernel, known) if names else {}
-        halves = [parts[name] for name in names]
-    for name, half in zip(names, halves, strict=True):
-        gradients[name] = half.add_(gradients[name]) if name in gradients else half
+        given = gradients.pop("query", None) if "query" in needs else None
+        rest, wanted = _leave_out_tokens(a), [name in names for name in DIFFERENTIABLE]
+        of_prefix = launch.backward(grad_output, output, normalizers, wanted, *rest, given=given, target=target)
+        gradients |= dict(zip(names, of_prefix, strict=True))
+    elif names:
+        parts = prefixes.differentiate(a, kernel, known)
+        for name in names:
+            gradients[name] = parts[name].add_(gradients[name]) if name in gradients else parts[name]
     return _lay_out_all(gradients, a, needs)
 
 

@@ -192,12 +192,13 @@ def sum_tokens_delta(queries, b_do, i0, b_reference, b_inverse, a, sizes, T: tl.
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "columns"])
-def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T: tl.constexpr):
+def prefix_attention_bwd_dq_kernel(a, do, dq, given, dgate, p_rows, N, M, P, columns, T: tl.constexpr):
     """Compute gradients of queries and of the prefix gate.
 
     The gradient of the gate is [B, Hq, rows, columns]. If the gate differs by query, it has a row per query. Otherwise
     it has a row per block of queries, summed over the block. If the gate differs by key, it has a column per key.
-    Otherwise it has one column, summed over the keys.
+    Otherwise it has one column, summed over the keys. ``given`` is a part of the gradient of queries that is already
+    known. Without token keys in ``a``, the rest is due to the prefix alone.
     """
     blocks = tl.cdiv(N, T.BM)
     block = blocks - 1 - tl.program_id(0) % blocks  # start causal blocks with the most keys first
@@ -257,16 +258,20 @@ def prefix_attention_bwd_dq_kernel(a, do, dq, dgate, p_rows, N, M, P, columns, T
         elif not of_keys:
             store_gate(p_dgate, 0, b_sum[:, None], queries.i < N)
     if dq.pointer is not None:
-        rows = load_rows(p_rows, 0, plane, i[:, None], a, sizes)
-        lo, inner_lo, inner_hi, hi = find_keys(a, i0, tl.minimum(i0 + T.BM, N), sizes, T.BN)
-        if a.seed is None:
-            if a.far is not None:
-                b_dq = add_tokens(b_dq, queries, b_do, rows, lo, tl.minimum(inner_lo, hi), a, sizes, T, False)
-            b_dq = add_tokens(b_dq, queries, b_do, rows, inner_lo, inner_hi, a, sizes, T, True)
-            lo = tl.maximum(inner_lo, inner_hi)
-        # With dropout, one loop processes all keys, for the same reason as in the dkv kernel.
-        b_dq = add_tokens(b_dq, queries, b_do, rows, lo, hi, a, sizes, T, False)
-        store_block(dq, b, h, i0, N, b_dq * a.scale, T.D)
+        if a.k.pointer is not None:
+            rows = load_rows(p_rows, 0, plane, i[:, None], a, sizes)
+            lo, inner_lo, inner_hi, hi = find_keys(a, i0, tl.minimum(i0 + T.BM, N), sizes, T.BN)
+            if a.seed is None:
+                if a.far is not None:
+                    b_dq = add_tokens(b_dq, queries, b_do, rows, lo, tl.minimum(inner_lo, hi), a, sizes, T, False)
+                b_dq = add_tokens(b_dq, queries, b_do, rows, inner_lo, inner_hi, a, sizes, T, True)
+                lo = tl.maximum(inner_lo, inner_hi)
+            # With dropout, one loop processes all keys, for the same reason as in the dkv kernel.
+            b_dq = add_tokens(b_dq, queries, b_do, rows, lo, hi, a, sizes, T, False)
+        b_dq = b_dq * a.scale
+        if given.pointer is not None:
+            b_dq += load_block(given, b, h, i0, N, T.BM, T.D, T.DP)
+        store_block(dq, b, h, i0, N, b_dq, T.D)
 
 
 @triton.jit

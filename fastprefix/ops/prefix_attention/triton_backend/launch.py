@@ -101,15 +101,19 @@ def backward(
     normalizers: Tensor,
     needs_grad: Sequence[bool],
     *arguments: Any,
+    given: Tensor | None = None,
     target: Target | None = None,
 ) -> list[Tensor]:
-    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``.
+
+    ``given`` [B, Hq, N, D] is a known part of the gradient of the queries, which is added to the rest.
+    """
     needs = tuple(needs_grad)
     if not any(needs):
         return []
     if grad_output.stride(-1) != 1:  # e.g. an expanded gradient of a sum; kernels load contiguous columns
         grad_output = grad_output.contiguous()
-    tensors = (grad_output, output, normalizers)
+    tensors = (grad_output, output, normalizers, given)
     results: list[Tensor] = _run(_backward, AttentionArguments(*arguments), target, tensors, needs)
     return results
 
@@ -120,6 +124,7 @@ def _backward(
     grad_output: Tensor,
     output: Tensor,
     normalizers: Tensor,
+    given: Tensor | None,
     needs_grad: tuple[bool, ...],
 ) -> list[Tensor]:
     needs = DECLARATION.name_needs(needs_grad)
@@ -130,7 +135,7 @@ def _backward(
     step = _BackwardLauncher(a, target, grad_output, output, normalizers, needs)
     step.find_delta()
     if needs & {"query", "prefix_gate"}:
-        step.differentiate_queries()
+        step.differentiate_queries(given)
     if needs & {"key", "value"}:
         step.differentiate_keys()
     if needs.intersection(_PREFIX):
@@ -145,7 +150,7 @@ def _run(
     function: Callable[..., Any],
     a: AttentionArguments,
     target: Target | None,
-    tensors: tuple[Tensor, ...] = (),
+    tensors: tuple[Tensor | None, ...] = (),
     *options: Hashable,
 ) -> Any:
     """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
@@ -214,11 +219,13 @@ class _Launcher:
             return _COMBINING._replace(BP=self.find_tile("decode").BP)
         if name in _UNTABLED:
             return _UNTABLED[name]
+        if name == "dq" and self.M == 0:
+            name = "dq of prefix"
         variants = _find_variants(self.operands)
         tile = find_tile(self.target.architecture, name, max(self.D, self.DV), self.a.query.dtype, variants)
         if name == "delta" and self.a.output_gate is None:  # it reads no keys
             return tile._replace(BN=16, BP=16)
-        if name in ("forward", "extend", "delta", "dq"):
+        if name in ("forward", "extend", "delta", "dq", "dq of prefix"):
             tile = tile._replace(BP=min(tile.BP, max(16, _next_power_of_two(self.longest))))
         return tile
 
@@ -336,7 +343,7 @@ class _BackwardLauncher(_Launcher):
         self._store_sum("output_gate", None if output_gate is None else output_gate.sum(2))
         self._store_sum("sinks", None if sinks is None else sinks.sum((0, 2)))
 
-    def differentiate_queries(self) -> None:
+    def differentiate_queries(self, given: Tensor | None) -> None:
         """Compute gradients of query and prefix gate. Token keys are read only for the gradient of query."""
         blocks = divide_up(self.N, self.find_tile("dq").BM)
         dq, gate = self._allocate_result("query"), self.a.prefix_gate
@@ -347,10 +354,11 @@ class _BackwardLauncher(_Launcher):
             dgate = self._lay_out_gate(blocks)
         if dq is None and dgate is None:
             return
-        results = (ABSENT if x is None else describe_matrix(x) for x in (dq, dgate))
+        results = (ABSENT if x is None else describe_matrix(x) for x in (dq, given, dgate))
         columns = None if dgate is None else dgate.shape[3]
         grid = (self.B * self.H * blocks,)
-        self.launch("dq", grid, self.operands, self._do, *results, self._rows, *self.sizes, columns)
+        operands = self.operands._replace(k=ABSENT, v=ABSENT) if self.M == 0 else self.operands
+        self.launch("dq", grid, operands, self._do, *results, self._rows, *self.sizes, columns)
         if gate is None or dgate is None or "prefix_gate" in self.gradients:
             return
         if gate.ndim == 3:

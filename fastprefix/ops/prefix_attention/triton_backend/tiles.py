@@ -305,7 +305,7 @@ VARIANTS = {
     "sm_100": _SM100_VARIANTS,
     "sm_120": _SM120_VARIANTS,
 }
-_STAND_INS = {"extend": "forward", "dgate": "dq", "sum": "dprefix"}
+_STAND_INS = {"extend": "forward", "dq of prefix": "dq", "dgate": "dq", "sum": "dprefix"}
 """Kernels that use the tile of another kernel if they have no entry."""
 WIDEST = 256
 """The largest head dimension that has a tile."""
