@@ -5,6 +5,7 @@ On the CPU, PyTorch's flash attention for CPUs has the place of that for GPUs.
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -290,7 +291,12 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     row = {"architecture": "sm_90", "kind": "plain", "is_causal": True, "D": 64, "P": 16, "N": 100}
     row |= {"forward": "cudnn", "backward": "flash, prefix alike", "inference": False, "training": True}
     longer = row | {"N": 1000, "forward": "flash", "inference": True}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(plans, "target_of", lambda device: SimpleNamespace(architecture="sm_90"))
+
+    def set_choices(*rows: dict[str, Any]) -> None:
+        plans._find_cell.cache_clear()
+        monkeypatch.setattr(plans, "read_choices", lambda: plans.parse_choices([*rows]))
+
     with FakeTensorMode():
         causal, shorter, full = make_call(100, is_causal=True), make_call(99, is_causal=True), make_call(100)
         narrow, wide = make_call(100, D=40, is_causal=True), make_call(100, D=72, is_causal=True)
@@ -301,9 +307,9 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     assert [composed_backend.refusal(a) for a in (causal, shorter, full)] == [None] * 3
     is_preferred = composed_backend.is_preferred
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    assert not plans.read_choices()
+    set_choices()
     assert not is_preferred(training)
-    monkeypatch.setattr(plans, "read_choices", lambda: plans.parse_choices([row, longer]))
+    set_choices(row, longer)
     calls = (causal, training, shorter, full, narrow, wide, far, of_segments)
     assert [is_preferred(a) for a in calls] == [False, True, False, False, False, False, True, False]
     with torch.no_grad():
@@ -311,13 +317,14 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     found = [read_plan(a) for a in (causal, narrow, far)]
     first, second = (plans.Plan("cudnn", "own"), plans.Plan("flash", "alike")), plans.Plan("flash", "own")
     assert found == [first, first, (second, first[1])]
-    monkeypatch.setattr(plans, "read_choices", lambda: plans.parse_choices([row | {"kind": "segments"}]))
+    set_choices(row | {"kind": "segments"})
     assert not is_preferred(of_segments)  # a fake has no values
     monkeypatch.setattr(packed, "can_read", lambda a: True)
     assert not is_preferred(of_segments)
     assert is_preferred(of_segments._replace(query=torch.empty_like(far.query, requires_grad=True)))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not is_preferred(training)
+    plans._find_cell.cache_clear()
 
 
 @pytest.mark.parametrize(("preferred", "chosen"), [(True, "first"), (False, "second")])

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...targets import architecture
+from ...targets import target_of
 from ..arguments import DIFFERENTIABLE, AttentionArguments
 
 Direction = Literal["forward", "backward"]
@@ -109,30 +109,36 @@ def is_faster(a: AttentionArguments) -> bool:
     cell = find_cell(a)
     if cell is None:
         return False
+    if cell.training == cell.inference or not torch.is_grad_enabled():
+        return cell.inference
     given = [getattr(a, name) for name in DIFFERENTIABLE]
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    return cell.training if trains else cell.inference
+    return cell.training if any(x is not None and x.requires_grad for x in given) else cell.inference
 
 
 def find_cell(a: AttentionArguments) -> Cell | None:
-    """Return the measured call that represents this one, or None.
-
-    It has the same architecture, kind and causality, and the same or the next larger head dimension. Among these calls,
-    it has as many prefix keys and queries as this call, or the next smaller numbers. A prefix that is shorter than any
-    measured one is treated as the shortest one.
-    """
-    table = read_choices()
-    if not table or a.query.device.type != "cuda":
+    """Return the measured call that represents this one, or None."""
+    if a.query.device.type != "cuda" or not read_choices():
         return None
     _, _, queries, size = a.query.shape
-    device = architecture(torch.cuda.get_device_capability(a.query.device))
-    kind = (device, describe_kind(a), a.is_causal)
-    wider = [key for key in table if key[:3] == kind and key[3] >= size]
+    architecture = target_of(a.query.device).architecture
+    return _find_cell(architecture, describe_kind(a), a.is_causal, size, a.prefix_key.shape[2], queries)
+
+
+@functools.lru_cache(4096)
+def _find_cell(architecture: str, kind: str, is_causal: bool, size: int, prefix: int, queries: int) -> Cell | None:
+    """Return the measured call that represents one with head dimension ``size``, or None.
+
+    It has the same architecture, kind and causality, and the same or the next larger head dimension. Among these calls,
+    it has as many prefix keys and queries as the given one, or the next smaller numbers. A prefix that is shorter than
+    any measured one is treated as the shortest one.
+    """
+    table = read_choices()
+    wider = [key for key in table if key[:3] == (architecture, kind, is_causal) and key[3] >= size]
     if not wider:
         return None
     cells = table[min(wider)]
-    lengths, wanted = [cell.P for cell in cells], a.prefix_key.shape[2]
-    length = max([P for P in lengths if wanted >= P], default=min(lengths))
+    lengths = [cell.P for cell in cells]
+    length = max([P for P in lengths if prefix >= P], default=min(lengths))
     fewer = [cell for cell in cells if length == cell.P and queries >= cell.N]
     return max(fewer, key=lambda cell: cell.N, default=None)
 
