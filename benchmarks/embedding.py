@@ -90,8 +90,19 @@ compile_once = functools.cache(lambda function: torch.compile(function, dynamic=
 """Compile a function once for all settings."""
 
 
-def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[int, dict[str, Work]]:
-    """Return the number of distinct tokens of a setting, and the work of each peer."""
+class EmbeddingInputs(NamedTuple):
+    """The tensors of one case. All but the ids, the table and the gradient require a gradient."""
+
+    ids: Tensor  # [B, N]
+    weight: Tensor  # [V, d]
+    prompt: Tensor  # [S, d]
+    ffn: tuple[Tensor, Tensor, Tensor, Tensor]
+    low_rank: tuple[Tensor, Tensor]
+    grad: Tensor  # of the output, [B, S + N, d]
+
+
+def draw_inputs(setting: Setting, dtype: torch.dtype, device: torch.device) -> EmbeddingInputs:
+    """Draw the tensors of a case from a fixed seed."""
     V, d, B, N, S, r, kind = setting
     torch.manual_seed(0)
 
@@ -101,8 +112,16 @@ def build_works(setting: Setting, dtype: torch.dtype, device: torch.device) -> t
     flat = draw_text_ids(V, B * N) if kind == "text" else torch.randint(0, V, (B * N,))
     ids, weight, prompt = flat.view(B, N).to(device), torch.randn(V, d).to(device, dtype), draw(S, d)
     ffn, low_rank = (draw(d, r), draw(r), draw(r, d), draw(d)), (draw(N, r), draw(r, d))
+    return EmbeddingInputs(ids, weight, prompt, ffn, low_rank, draw(B, S + N, d).detach())
+
+
+def build_works(
+    setting: Setting, dtype: torch.dtype, device: torch.device, inputs: EmbeddingInputs | None = None
+) -> tuple[int, dict[str, Work]]:
+    """Return the number of distinct tokens of a setting, and the work of each peer. By default, draw the inputs."""
+    ids, weight, prompt, ffn, low_rank, grad = inputs or draw_inputs(setting, dtype, device)
+    S = setting.S
     merged = torch.cat([add_offset(rows, *ffn).detach() for rows in weight.split(4096)])
-    grad = draw(B, S + N, d).detach()
     # The output of the lookup is as large as that of the other peers. The first token of each row replaces the prompt.
     longer = torch.cat([ids[:, :1].expand(-1, S), ids], 1).contiguous()
     ours, x = fastprefix.prompt_embedding, (ids, weight, prompt)

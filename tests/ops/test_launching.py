@@ -23,6 +23,7 @@ KERNELS = (
     "prefix_attention_sum_kernel",
     "prompt_embedding_bwd_hidden_kernel",
     "prompt_embedding_bwd_spans_kernel",
+    "prompt_embedding_bwd_sum_kernel",
     "prompt_embedding_bwd_weights_kernel",
     "prompt_embedding_fwd_kernel",
     "prompt_embedding_low_rank_fwd_kernel",

@@ -3,7 +3,8 @@
 
 A tile has ``BT`` tokens, ``BD`` columns or ``RP`` hidden units. RP covers all hidden units in the forward pass of ADePT
 and a part of them in the other kernels. Small parameters and the output are contiguous. The table and the ids may have
-any strides. A new batch size or length does not require recompilation (``VARYING``).
+any strides. A new batch size or length does not require recompilation (``VARYING``). The number ``R`` of hidden units
+is a constant, so that the addresses of the rows of w1 are constant offsets.
 
 With ``p_entries``, parameters have a leading dimension K. A program then processes tokens of a single row of the batch,
 or the tokens that use one entry. The code for entries and spans is compiled only for calls that use them.
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from ...products import add_exact_product
 
-VARYING = ["stride_ids_b", "B", "N", "S", "P", "T", "length", "last", "rows", "blocks"]
+VARYING = ["stride_ids_b", "B", "N", "S", "P", "T", "length", "last", "rows", "blocks", "parts", "token_parts"]
 
 
 @triton.jit
@@ -36,6 +37,24 @@ def load_matrix(p_x, o_i, o_j, rows, columns):
     """Load a tile [o_i, o_j] of a contiguous matrix [rows, columns], with 0 outside the matrix."""
     there = (o_i < rows)[:, None] & (o_j < columns)[None, :]
     return tl.load(p_x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def load_rows(p_x, first, o_j, rows, columns: tl.constexpr, BD: tl.constexpr):
+    """Load BD rows from ``first`` on of a contiguous matrix [rows, columns], with 0 outside the matrix.
+
+    The addresses of the rows are constant offsets from that of the first row.
+    """
+    o_i = tl.arange(0, BD)
+    there = (o_i < rows - first)[:, None] & (o_j < columns)[None, :]
+    return tl.load(p_x + tl.cast(first, tl.int64) * columns + (o_i[:, None] * columns + o_j[None, :]), there, other=0.0)
+
+
+@triton.jit
+def store_tile(p, o_row, stride_row, o_c, there, d, b_x):
+    """Store a tile [BT, BD] to rows ``o_row`` (64 bits) and columns ``o_c`` of a matrix with contiguous rows."""
+    p_tile = p + (o_row * stride_row)[:, None] + o_c[None, :]
+    tl.store(p_tile, b_x, mask=there[:, None] & (o_c < d)[None, :])
 
 
 @triton.jit
@@ -69,9 +88,14 @@ def find_tokens(p_entries, block, B, N, BT: tl.constexpr):
 
 
 @triton.jit
-def copy_prompt(p_prompt, p_spans, p_out, block, B, N, S, d, BT: tl.constexpr, BD: tl.constexpr):
-    """Copy prompt vectors to the front of every row of the batch. ``block`` counts blocks of the B * S positions."""
-    o_row = block * BT + tl.arange(0, BT)
+def copy_prompt(p_prompt, p_spans, p_out, program, B, N, S, d, BT: tl.constexpr, BD: tl.constexpr):
+    """Copy a tile [BT, BD] of prompt vectors to the front of every row of the batch.
+
+    ``program`` counts the tiles of the matrix [B * S, d], row by row.
+    """
+    column_blocks = tl.cdiv(d, BD)
+    o_row = program // column_blocks * BT + tl.arange(0, BT)
+    o_c = program % column_blocks * BD + tl.arange(0, BD)
     there = o_row < B * S
     o_from = (o_row % S).to(tl.int64)
     o_to = (o_row // S).to(tl.int64) * (S + N) + o_from
@@ -81,239 +105,282 @@ def copy_prompt(p_prompt, p_spans, p_out, block, B, N, S, d, BT: tl.constexpr, B
         o_from -= S - tl.load(p_span + 1, mask=there, other=0).to(tl.int64)  # index in the row's prompt
         seen = there & (o_from >= 0)
         o_from += tl.load(p_span, mask=there, other=0).to(tl.int64)
-    for c in range(0, d, BD):
-        o_c = c + tl.arange(0, BD)
-        # [BT, BD]
-        b_x = load_tile(p_prompt, o_from, d, 1, o_c, seen, d)
-        tl.store(p_out + (o_to * d)[:, None] + o_c[None, :], b_x, mask=there[:, None] & (o_c < d)[None, :])
-
-
-@triton.jit
-def copy_tokens(p_weight, stride_v, stride_d, p_row, o_id, there, d, BD: tl.constexpr):
-    """Copy the table's entries of BT tokens to the addresses ``p_row`` [BT]."""
-    for c in range(0, d, BD):
-        o_c = c + tl.arange(0, BD)
-        # [BT, BD]
-        b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        tl.store(p_row[:, None] + o_c[None, :], b_e, mask=there[:, None] & (o_c < d)[None, :])
+    store_tile(p_out, o_to, d, o_c, there, d, load_tile(p_prompt, o_from, d, 1, o_c, seen, d))
 
 
 @triton.jit
 def embed_tokens(
-    p_weight, stride_v, stride_d, p_w1, p_b1, p_w2, p_b2, p_seed, p_row,
-    o_t, o_id, there, N, d, r, scale, drop_below, keep,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    p_weight, stride_v, stride_d, p_w1, p_b1, p_w2, p_b2, p_seed, p_out,
+    o_t, o_id, there, o_row, N, d, scale, drop_below, keep,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the embeddings of BT tokens, with the network's offset, to the addresses ``p_row`` [BT].
+    """Write the embeddings of BT tokens, with the network's offset, to the rows ``o_row`` [BT] of the output.
 
     The first loop over columns computes all hidden units. The second loop loads the embeddings again, so that a program
-    never holds all d columns, and adds the offset.
+    never holds all d columns, and adds the offset. It begins with the last columns, which are still in the cache, and
+    loads one step ahead.
     """
     o_j = tl.arange(0, RP)
+    blocks = tl.cdiv(d, BD)
     b_h = tl.zeros((BT, RP), tl.float32)
-    for c in range(0, d, BD):
-        o_c = c + tl.arange(0, BD)
+    b_next = load_rows(p_w1, 0, o_j, d, R, BD) if AHEAD else 0
+    for block in range(0, blocks):
+        o_c = block * BD + tl.arange(0, BD)
         # [BT, BD]
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        b_h = add_exact_product(b_e, load_matrix(p_w1, o_c, o_j, d, r), b_h)
-    b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
+        if AHEAD:
+            b_w1 = b_next
+            b_next = load_rows(p_w1, (block + 1) * BD, o_j, d, R, BD)
+        else:
+            b_w1 = load_rows(p_w1, block * BD, o_j, d, R, BD)
+        b_h = add_exact_product(b_e, b_w1, b_h)
+    b_h += tl.load(p_b1 + o_j, mask=o_j < R, other=0.0).to(tl.float32)[None, :]
     if p_seed is not None:
         b_h *= draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
     # [BT, RP]
     b_z = tl.where(b_h < 0.0, 0.0, b_h).to(p_w2.dtype.element_ty)
+    o_c = (blocks - 1) * BD + tl.arange(0, BD)
+    # [BT, BD]
+    b_later = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
+    for step in range(0, blocks):
+        first = (blocks - 1 - step) * BD
+        o_c = first + tl.arange(0, BD)
+        b_e = b_later
+        b_later = load_tile(p_weight, o_id, stride_v, stride_d, o_c - BD, there & (first > 0), d)
+        b_y = tl.dot(b_z, load_matrix(p_w2, o_j, o_c, R, d), input_precision="ieee")
+        b_y += tl.load(p_b2 + o_c, mask=o_c < d, other=0.0).to(tl.float32)[None, :]
+        store_tile(p_out, o_row, d, o_c, there, d, (b_e.to(tl.float32) + scale * b_y).to(b_e.dtype))
+
+
+@triton.jit
+def copy_tokens(p_weight, stride_v, stride_d, p_out, o_id, there, o_row, d, BD: tl.constexpr):
+    """Copy the table's entries of BT tokens to the rows ``o_row`` [BT] of the output."""
     for c in range(0, d, BD):
         o_c = c + tl.arange(0, BD)
-        # [BT, BD]
-        b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-        b_y = tl.dot(b_z, load_matrix(p_w2, o_j, o_c, r, d), input_precision="ieee")
-        b_y += tl.load(p_b2 + o_c, mask=o_c < d, other=0.0).to(tl.float32)[None, :]
-        b_e = (b_e.to(tl.float32) + scale * b_y).to(b_e.dtype)
-        tl.store(p_row[:, None] + o_c[None, :], b_e, mask=there[:, None] & (o_c < d)[None, :])
+        store_tile(p_out, o_row, d, o_c, there, d, load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_fwd_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_entries,
     p_w1, p_b1, p_w2, p_b2, p_seed, p_out,
-    B, N, S, d, r, scale, drop_below, keep,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    B, N, S, d, scale, drop_below, keep,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Embed tokens for PT (no w1) and ADePT.
 
-    Each of the first programs processes BT tokens. Each of the remaining programs copies BT prompt vectors.
+    Each of the first programs processes BT tokens, for PT only BD of their columns. Each of the remaining programs
+    copies a tile of prompt vectors.
     """
-    block = tl.program_id(0)
+    program = tl.program_id(0)
     token_blocks = tl.cdiv(B * N, BT) if p_entries is None else B * tl.cdiv(N, BT)
-    if block >= token_blocks:
+    splits = tl.cdiv(d, BD) if p_w1 is None else 1
+    if program >= token_blocks * splits:
         if p_prompt is not None:
-            copy_prompt(p_prompt, p_spans, p_out, block - token_blocks, B, N, S, d, BT, BD)
+            copy_prompt(p_prompt, p_spans, p_out, program - token_blocks * splits, B, N, S, d, BT, BD)
     else:
-        o_t, there, entry = find_tokens(p_entries, block, B, N, BT)
+        o_t, there, entry = find_tokens(p_entries, program // splits, B, N, BT)
         o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
-        p_row = p_out + ((o_t // N).to(tl.int64) * (S + N) + S + o_t % N) * d
+        o_row = (o_t // N).to(tl.int64) * (S + N) + S + o_t % N
         if p_w1 is None:
-            copy_tokens(p_weight, stride_v, stride_d, p_row, o_id, there, d, BD)
+            o_c = program % splits * BD + tl.arange(0, BD)
+            store_tile(p_out, o_row, d, o_c, there, d, load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d))
         elif p_entries is None:
             embed_tokens(
-                p_weight, stride_v, stride_d, p_w1, p_b1, p_w2, p_b2, p_seed, p_row,
-                o_t, o_id, there, N, d, r, scale, drop_below, keep, BT, BD, RP,
+                p_weight, stride_v, stride_d, p_w1, p_b1, p_w2, p_b2, p_seed, p_out,
+                o_t, o_id, there, o_row, N, d, scale, drop_below, keep, BT, BD, RP, R, AHEAD,
             )  # fmt: skip
         elif entry < 0:
-            copy_tokens(p_weight, stride_v, stride_d, p_row, o_id, there, d, BD)
+            copy_tokens(p_weight, stride_v, stride_d, p_out, o_id, there, o_row, d, BD)
         else:
             embed_tokens(
                 p_weight, stride_v, stride_d,
-                p_w1 + entry * d * r, p_b1 + entry * r, p_w2 + entry * r * d, p_b2 + entry * d, p_seed, p_row,
-                o_t, o_id, there, N, d, r, scale, drop_below, keep, BT, BD, RP,
+                p_w1 + entry * d * R, p_b1 + entry * R, p_w2 + entry * R * d, p_b2 + entry * d, p_seed, p_out,
+                o_t, o_id, there, o_row, N, d, scale, drop_below, keep, BT, BD, RP, R, AHEAD,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_low_rank_fwd_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_prompt, p_spans, p_entries, p_a, p_b, p_out,
-    B, N, S, T, d, r, scale, rows,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    B, N, S, T, d, scale, rows,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Embed tokens for DePT and ACCEPT.
 
-    Each of the first programs processes BT positions of ``rows`` rows of the batch, and computes their common offset
-    once. Each of the remaining programs copies BT prompt vectors. Without ``p_b``, the offset is dense (ACCEPT), and
-    ``p_a`` is [T, d].
+    Each of the first programs processes BT positions and BD columns of ``rows`` rows of the batch. It computes their
+    common offset once, and loads the embeddings one row ahead. Each of the remaining programs copies a tile of prompt
+    vectors. Without ``p_b``, the offset is dense (ACCEPT), and ``p_a`` is [T, d].
     """
-    block = tl.program_id(0)
+    program = tl.program_id(0)
+    column_blocks = tl.cdiv(d, BD)
     position_blocks = tl.cdiv(N, BT)
-    token_blocks = position_blocks * tl.cdiv(B, rows)
-    if block >= token_blocks:
+    token_programs = position_blocks * tl.cdiv(B, rows) * column_blocks
+    if program >= token_programs:
         if p_prompt is not None:
-            copy_prompt(p_prompt, p_spans, p_out, block - token_blocks, B, N, S, d, BT, BD)
+            copy_prompt(p_prompt, p_spans, p_out, program - token_programs, B, N, S, d, BT, BD)
     else:
+        block = program // column_blocks
+        o_c = program % column_blocks * BD + tl.arange(0, BD)
         o_i = block % position_blocks * BT + tl.arange(0, BT)
+        there = o_i < N
         first = block // position_blocks * rows
-        positions, steps = N, r
+        stop = tl.minimum(first + rows, B)
+        p_id = p_ids + o_i.to(tl.int64) * stride_ids_n
+        o_id = tl.load(p_id + tl.cast(first, tl.int64) * stride_ids_b, mask=there, other=0).to(tl.int64)
+        # [BT, BD]
+        b_next = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
+        seen = there & (first + 1 < stop)
+        o_id = tl.load(p_id + tl.cast(first + 1, tl.int64) * stride_ids_b, mask=seen, other=0).to(tl.int64)
+        positions, ranks = N, R
         if p_entries is not None:
             entry = tl.load(p_entries + first).to(tl.int64)
-            positions, steps = tl.where(entry < 0, 0, N), tl.where(entry < 0, 0, r)  # entry -1 reads nothing
+            positions, ranks = tl.where(entry < 0, 0, N), tl.where(entry < 0, 0, R)  # entry -1 reads nothing
             if p_b is None:
                 p_a += entry * T * d
             else:
-                p_a += entry * T * r
-                p_b += entry * r * d
-        for c in range(0, d, BD):
-            o_c = c + tl.arange(0, BD)
-            if p_b is None:
-                # [BT, BD]
-                b_y = load_tile(p_a, o_i.to(tl.int64), d, 1, o_c, o_i < positions, d).to(tl.float32)
-            else:
-                b_y = tl.zeros((BT, BD), tl.float32)
-                for j in range(0, steps, RP):
-                    o_j = j + tl.arange(0, RP)
-                    # [BT, RP]
-                    b_a = load_matrix(p_a, o_i, o_j, positions, r)
-                    b_y = add_exact_product(b_a, load_matrix(p_b, o_j, o_c, r, d), b_y)
-            b_y *= scale
-            for b in range(first, tl.minimum(first + rows, B)):
-                o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, b * N + o_i, o_i < N, N)
-                # [BT, BD]
-                b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, o_i < N, d)
-                p_row = p_out + (b * (S + N) + S + o_i).to(tl.int64) * d
-                b_e = (b_e.to(tl.float32) + b_y).to(b_e.dtype)
-                tl.store(p_row[:, None] + o_c[None, :], b_e, mask=(o_i < N)[:, None] & (o_c < d)[None, :])
+                p_a += entry * T * R
+                p_b += entry * R * d
+        if p_b is None:
+            # [BT, BD]
+            b_y = load_tile(p_a, o_i.to(tl.int64), d, 1, o_c, o_i < positions, d).to(tl.float32)
+        else:
+            b_y = tl.zeros((BT, BD), tl.float32)
+            for j in range(0, R, RP):
+                o_j = j + tl.arange(0, RP)
+                # [BT, RP]
+                b_a = load_matrix(p_a, o_i, o_j, positions, R)
+                b_y = add_exact_product(b_a, load_matrix(p_b, o_j, o_c, ranks, d), b_y)
+        b_y *= scale
+        for b in range(first, stop):
+            b_e = b_next
+            b_next = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there & (b + 1 < stop), d)
+            seen = there & (b + 2 < stop)
+            o_id = tl.load(p_id + tl.cast(b + 2, tl.int64) * stride_ids_b, mask=seen, other=0).to(tl.int64)
+            o_row = (b * (S + N) + S + o_i).to(tl.int64)
+            store_tile(p_out, o_row, d, o_c, there, d, (b_e.to(tl.float32) + b_y).to(b_e.dtype))
 
 
 @triton.jit
 def differentiate_hidden(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-    p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
-    o_t, there, N, S, d, r, scale, drop_below, keep,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    p_w1, p_b1, p_w2, p_seed, p_z, p_dh, p_exact, p_db1,
+    o_t, there, N, S, d, scale, drop_below, keep,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, RS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store z and dh [BT, RP] of BT tokens and RP hidden units."""
+    """Compute and store z and dh [BT, RP] of BT tokens and RP hidden units, and the sum of dh over the tokens."""
     o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
     o_j = tl.program_id(1) * RP + tl.arange(0, RP)
     b_dz = tl.zeros((BT, RP), tl.float32)
     if p_w1 is not None:
         o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         b_h = tl.zeros((BT, RP), tl.float32)
+        b_next = load_rows(p_w1, 0, o_j, d, R, BD) if AHEAD else 0
     for c in range(0, d, BD):
         o_c = c + tl.arange(0, BD)
         if p_w1 is not None:
             # [BT, BD]
             b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
-            b_h = add_exact_product(b_e, load_matrix(p_w1, o_c, o_j, d, r), b_h)
+            if AHEAD:
+                b_w1 = b_next
+                b_next = load_rows(p_w1, c + BD, o_j, d, R, BD)
+            else:
+                b_w1 = load_rows(p_w1, c, o_j, d, R, BD)
+            b_h = add_exact_product(b_e, b_w1, b_h)
         # [BT, BD]
         b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
-        b_dz = add_exact_product(b_dy, tl.trans(load_matrix(p_w2, o_j, o_c, r, d)), b_dz)
+        b_dz = add_exact_product(b_dy, tl.trans(load_matrix(p_w2, o_j, o_c, R, d)), b_dz)
     # [BT, RP]
     b_dh = scale * b_dz
-    o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
-    b_there = there[:, None] & (o_j < r)[None, :]
+    o_z = o_t.to(tl.int64)[:, None] * RS + o_j[None, :]
+    b_stored = there[:, None] & (o_j < RS)[None, :]
     if p_w1 is not None:
-        b_h += tl.load(p_b1 + o_j, mask=o_j < r, other=0.0).to(tl.float32)[None, :]
+        b_h += tl.load(p_b1 + o_j, mask=o_j < R, other=0.0).to(tl.float32)[None, :]
         if p_seed is not None:
             # [BT, RP]
             b_keep = draw_factors(p_seed, o_t, o_j, N, drop_below, keep)
             b_h *= b_keep
             b_dh *= b_keep
         b_dh = tl.where(b_h > 0.0, b_dh, 0.0)
-        tl.store(p_z + o_z, tl.where(b_h < 0.0, 0.0, b_h), mask=b_there)
-    tl.store(p_dh + o_z, b_dh, mask=b_there)
+    if p_z is not None:
+        b_z = tl.where((o_j == R)[None, :], 1.0, tl.where(b_h < 0.0, 0.0, b_h))
+        tl.store(p_z + o_z, b_z.to(p_z.dtype.element_ty), mask=b_stored)
+    if p_dh is not None:
+        tl.store(p_dh + o_z, b_dh.to(p_dh.dtype.element_ty), mask=b_stored)
+    if p_exact is not None:
+        o_exact = o_t.to(tl.int64)[:, None] * R + o_j[None, :]
+        tl.store(p_exact + o_exact, b_dh, mask=there[:, None] & (o_j < R)[None, :])
+    if p_db1 is not None:
+        tl.store(p_db1 + tl.program_id(0).to(tl.int64) * R + o_j, tl.sum(b_dh, 0), mask=o_j < R)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def prompt_embedding_bwd_hidden_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-    p_entries, p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
-    B, N, S, d, r, scale, drop_below, keep,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    p_entries, p_w1, p_b1, p_w2, p_seed, p_z, p_dh, p_exact, p_db1,
+    B, N, S, d, scale, drop_below, keep,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, RS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Compute z = relu(h) and dh, [B * N, r] float32, for BT tokens and RP hidden units.
+    """Compute z = relu(h) and dh, for BT tokens and RP hidden units.
 
-    Without ``p_w1``, ``p_w2`` is DePT's b, dh is the gradient of the rows of a, and z is not computed. Rows of the
-    batch without an offset are skipped.
+    z and dh have the dtype of the table and RS >= R columns, so that their rows can be read by wide loads. Column R has
+    1 in z, and all other padding is 0. ``p_exact`` is dh in float32, [B * N, R], and ``p_db1`` the sum of dh over each
+    block of tokens. Without ``p_w1``, ``p_w2`` is DePT's b, dh is the gradient of the rows of a, and z is not computed.
+    Rows of the batch without an offset are skipped.
     """
     o_t, there, entry = find_tokens(p_entries, tl.program_id(0), B, N, BT)
     if p_entries is None:
         differentiate_hidden(
             p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
-            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2, p_seed, p_z, p_dh,
-            o_t, there, N, S, d, r, scale, drop_below, keep, BT, BD, RP,
+            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2, p_seed, p_z, p_dh, p_exact, p_db1,
+            o_t, there, N, S, d, scale, drop_below, keep, BT, BD, RP, R, RS, AHEAD,
         )  # fmt: skip
     elif entry >= 0:
         if p_w1 is not None:
-            p_w1 += entry * d * r
-            p_b1 += entry * r
+            p_w1 += entry * d * R
+            p_b1 += entry * R
         differentiate_hidden(
             p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
-            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2 + entry * r * d, p_seed, p_z, p_dh,
-            o_t, there, N, S, d, r, scale, drop_below, keep, BT, BD, RP,
+            p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_w1, p_b1, p_w2 + entry * R * d, p_seed,
+            p_z, p_dh, p_exact, p_db1,
+            o_t, there, N, S, d, scale, drop_below, keep, BT, BD, RP, R, RS, AHEAD,
         )  # fmt: skip
 
 
 @triton.jit
+def find_rows(p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t, there, N, S):
+    """Return the ids [BT] of tokens, and the offsets [BT] of their rows in the gradient of the output."""
+    o_b = o_t // N
+    o_i = o_t - o_b * N
+    p = p_ids + o_b.to(tl.int64) * stride_ids_b + o_i.to(tl.int64) * stride_ids_n
+    o_dy = o_b.to(tl.int64) * stride_dy_b + (S + o_i).to(tl.int64) * stride_dy_n
+    return tl.load(p, mask=there, other=0).to(tl.int64), o_dy
+
+
+@triton.jit
 def add_weights(
-    b_dw1, b_dw2, b_db2,
-    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-    p_z, p_dh, p_dw1, p_dw2, p_db2, o_t, there, o_c, o_j, N, S, d, r,
+    b_dw1, b_dw2, b_db2, p_weight, stride_v, stride_d, p_dy, stride_dy_d,
+    p_z, p_dh, p_dw1, p_db2, o_id, o_dy, o_t, there, o_c, o_j, d, RS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a block of tokens to dw1 and dw2 [BD, RP] and db2 [BD]."""
-    o_z = o_t.to(tl.int64)[:, None] * r + o_j[None, :]
-    b_there = there[:, None] & (o_j < r)[None, :]
-    o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
+    """Add the contribution of a block of tokens to dw1 and dw2 [BD, RP] and db2 [BT, BD].
+
+    If z has padding, column R of dw2 is db2, because column R of z is 1.
+    """
+    o_z = o_t.to(tl.int64)
     if p_dw1 is not None:
-        o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         # [BT, BD]
         b_e = load_tile(p_weight, o_id, stride_v, stride_d, o_c, there, d)
         # [BT, RP]
-        b_dh = tl.load(p_dh + o_z, mask=b_there, other=0.0).to(b_e.dtype)
+        b_dh = load_tile(p_dh, o_z, RS, 1, o_j, there, RS)
         b_dw1 = add_exact_product(tl.trans(b_e), b_dh, b_dw1)
     # [BT, BD]
     b_dy = load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, there, d)
-    if p_dw2 is not None:
+    if p_z is not None:
         # [BT, RP]
-        b_z = tl.load(p_z + o_z, mask=b_there, other=0.0).to(b_dy.dtype)
+        b_z = load_tile(p_z, o_z, RS, 1, o_j, there, RS)
         b_dw2 = add_exact_product(tl.trans(b_dy), b_z, b_dw2)
-    if p_db2 is not None:
-        b_db2 += tl.sum(b_dy.to(tl.float32), 0)
+    if p_db2 is not None and RS == R:
+        b_db2 += b_dy.to(tl.float32)
     return b_dw1, b_dw2, b_db2
 
 
@@ -321,54 +388,121 @@ def add_weights(
 def prompt_embedding_bwd_weights_kernel(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
     p_entries, p_z, p_dh, p_dw1, p_dw2, p_db2,
-    B, N, S, d, r, blocks,
-    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+    B, N, S, d, blocks,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dw1 [d, r], dw2 [d, r] (transposed) and db2 [d] over ``blocks`` blocks of BT tokens.
+    """Compute dw1 [d, R], dw2 [R, d] and db2 [d] over ``blocks`` blocks of BT tokens.
 
     dw2 and db2 do not yet include the offset scale. Each second index of the grid stores a separate float32 part of the
     sums. The third index selects a part of the hidden units. With ``p_entries``, the first index also selects the entry
-    of the bank. Every entry has its own parts, and they cover the blocks of all rows that use the entry.
+    of the bank. Every entry has its own parts, and they cover the blocks of all rows that use the entry. The ids are
+    loaded one block ahead, so that Triton can pipeline the loads of the embeddings.
     """
     column_blocks = tl.cdiv(d, BD)
     o_c = tl.program_id(0) % column_blocks * BD + tl.arange(0, BD)
     o_j = tl.program_id(2) * RP + tl.arange(0, RP)
+    o_first = tl.program_id(1) * blocks * BT + tl.arange(0, BT)
     b_dw1 = tl.zeros((BD, RP), tl.float32)
     b_dw2 = tl.zeros((BD, RP), tl.float32)
-    b_db2 = tl.zeros((BD,), tl.float32)
+    b_db2 = tl.zeros((BT, BD), tl.float32)
     if p_entries is None:
+        o_next_id, o_next_dy = find_rows(
+            p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_first, o_first < B * N, N, S
+        )
         for block in range(0, blocks):
-            o_t = (tl.program_id(1) * blocks + block) * BT + tl.arange(0, BT)
+            o_t = o_first + block * BT
+            o_id, o_dy = o_next_id, o_next_dy
+            o_next_id, o_next_dy = find_rows(
+                p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t + BT, o_t + BT < B * N, N, S
+            )
             b_dw1, b_dw2, b_db2 = add_weights(
-                b_dw1, b_dw2, b_db2,
-                p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
-                p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-                p_z, p_dh, p_dw1, p_dw2, p_db2, o_t, o_t < B * N, o_c, o_j, N, S, d, r,
+                b_dw1, b_dw2, b_db2, p_weight, stride_v, stride_d, p_dy, stride_dy_d,
+                p_z, p_dh, p_dw1, p_db2, o_id, o_dy, o_t, o_t < B * N, o_c, o_j, d, RS, R,
             )  # fmt: skip
     else:
         entry = tl.program_id(0) // column_blocks
         for b in range(0, B):
             used = tl.where(tl.load(p_entries + b) == entry, blocks, 0)
             for block in range(0, used):
-                o_i = (tl.program_id(1) * blocks + block) * BT + tl.arange(0, BT)
+                o_i = o_first + block * BT
+                o_t = b * N + o_i
+                o_id, o_dy = find_rows(p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t, o_i < N, N, S)
                 b_dw1, b_dw2, b_db2 = add_weights(
-                    b_dw1, b_dw2, b_db2,
-                    p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d,
-                    p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
-                    p_z, p_dh, p_dw1, p_dw2, p_db2, b * N + o_i, o_i < N, o_c, o_j, N, S, d, r,
+                    b_dw1, b_dw2, b_db2, p_weight, stride_v, stride_d, p_dy, stride_dy_d,
+                    p_z, p_dh, p_dw1, p_db2, o_id, o_dy, o_t, o_i < N, o_c, o_j, d, RS, R,
                 )  # fmt: skip
     part = tl.program_id(1).to(tl.int64)
     if p_entries is not None:
         part += (tl.program_id(0) // column_blocks).to(tl.int64) * tl.num_programs(1)
-    o_w = (part * d + o_c.to(tl.int64))[:, None] * r + o_j[None, :]
-    b_inside = (o_c < d)[:, None] & (o_j < r)[None, :]
+    b_inside = (o_c < d)[:, None] & (o_j < R)[None, :]
     if p_dw1 is not None:
-        tl.store(p_dw1 + o_w, b_dw1, mask=b_inside)
+        tl.store(p_dw1 + (part * d + o_c.to(tl.int64))[:, None] * R + o_j[None, :], b_dw1, mask=b_inside)
     if p_dw2 is not None:
-        tl.store(p_dw2 + o_w, b_dw2, mask=b_inside)
+        tl.store(p_dw2 + (part * R + o_j.to(tl.int64))[None, :] * d + o_c[:, None], b_dw2, mask=b_inside)
     if p_db2 is not None:
-        first = tl.program_id(2) == 0  # db2 is the same for all parts of the hidden units, so only one stores it
-        tl.store(p_db2 + part * d + o_c, b_db2, mask=(o_c < d) & first)
+        # Only one part of the hidden units has column R, and without padding, only the first one stores db2.
+        b_x = tl.sum(tl.where((o_j == R)[None, :], b_dw2, 0.0), 1) if RS > R else tl.sum(b_db2, 0)
+        only = tl.program_id(2) == (R // RP if RS > R else 0)
+        tl.store(p_db2 + part * d + o_c, b_x, mask=(o_c < d) & only)
+
+
+@triton.jit
+def sum_parts(p_parts, p_sum, block, entry, parts, size, scale, BP: tl.constexpr, BD: tl.constexpr):
+    """Sum a block of BD elements over the parts [K, parts, size] of an entry, in steps of BP parts."""
+    o_e = block * BD + tl.arange(0, BD)
+    o_part = entry.to(tl.int64) * parts
+    b_sum = tl.zeros((BP, BD), tl.float32)
+    for p in range(0, parts, BP):
+        o_p = p + tl.arange(0, BP)
+        b_sum += load_tile(p_parts, o_part + o_p.to(tl.int64), size, 1, o_e, o_p < parts, size)
+    b_x = scale * tl.sum(b_sum, 0)
+    tl.store(p_sum + entry.to(tl.int64) * size + o_e, b_x.to(p_sum.dtype.element_ty), mask=o_e < size)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prompt_embedding_bwd_sum_kernel(
+    p_dy, stride_dy_b, stride_dy_n, stride_dy_d, p_prompt, p_dw1, p_w1, p_dw2, p_w2, p_db2, p_b2, p_db1, p_b1,
+    B, S, d, parts, token_parts, scale,
+    BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradient of the prompt over the rows of the batch, and the parts of the network's gradients.
+
+    The first index of the grid counts blocks of the gradients of the prompt, w1, w2, b2 and b1, in this order. The
+    second index selects the entry of the bank. The sum of a block has BT partial sums.
+    """
+    program = tl.program_id(0)
+    entry = tl.program_id(1)
+    column_blocks = tl.cdiv(d, BD)
+    matrix_blocks = tl.cdiv(d * R, BD)
+    if p_prompt is not None:
+        if (program < S * column_blocks) & (entry == 0):
+            o_s = (program // column_blocks).to(tl.int64)
+            o_c = program % column_blocks * BD + tl.arange(0, BD)
+            b_sum = tl.zeros((BT, BD), tl.float32)
+            for b in range(0, B, BT):
+                o_b = b + tl.arange(0, BT)
+                o_dy = o_b.to(tl.int64) * stride_dy_b + o_s * stride_dy_n
+                b_sum += load_tile(p_dy, o_dy, 1, stride_dy_d, o_c, o_b < B, d).to(tl.float32)
+            b_x = tl.sum(b_sum, 0).to(p_prompt.dtype.element_ty)
+            tl.store(p_prompt + o_s * d + o_c, b_x, mask=o_c < d)
+        program -= S * column_blocks
+    if p_w1 is not None:
+        if (program >= 0) & (program < matrix_blocks):
+            sum_parts(p_dw1, p_w1, program, entry, parts, d * R, 1.0, BT, BD)
+        program -= matrix_blocks
+    if p_w2 is not None:
+        if (program >= 0) & (program < matrix_blocks):
+            sum_parts(p_dw2, p_w2, program, entry, parts, d * R, scale, BT, BD)
+        program -= matrix_blocks
+    if p_b2 is not None:
+        if (program >= 0) & (program < column_blocks):
+            sum_parts(p_db2, p_b2, program, entry, parts, d, scale, BT, BD)
+        program -= column_blocks
+    if p_b1 is not None:
+        programs = tl.where(entry == 0, tl.cdiv(R, RP), 0)
+        if (program >= 0) & (program < programs):
+            sum_parts(p_db1, p_b1, program, entry, token_parts, R, 1.0, BT * BD // RP, RP)
+        program -= programs
 
 
 @triton.jit(do_not_specialize=VARYING)

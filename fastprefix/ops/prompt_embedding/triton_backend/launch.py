@@ -1,12 +1,12 @@
 """Choose the kernels, grids and tiles of a call and launch them.
 
-PyTorch computes small plain sums and products: the gradient of a prompt without spans, DePT's backward pass without an
-index, the sum of the parts, and the scatter to the table's gradient. All sums have a fixed order.
+PyTorch computes DePT's backward pass without an index and the scatter to the table's gradient. All sums have a fixed
+order.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,26 @@ from ..layout import allocate_gradient
 from ..validation import check_values
 from . import tiles
 
-_PARTS = 32  # the most parts into which the backward pass splits its sums over tokens
+_ROWS = 8  # the most rows of the batch for which a program of the low-rank forward pass uses an offset
+_WAVES = 4  # its programs per multiprocessor, below which fewer rows share an offset
+
+
+class _Parts(NamedTuple):
+    """The float32 parts of the network's gradients, ``[K, parts, ...]`` with an index and ``[parts, ...]`` without."""
+
+    w1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    number: int  # of parts
+
+
+class _HiddenResults(NamedTuple):
+    """The results of the backward kernel of the hidden layer, for all tokens."""
+
+    z: Tensor | None  # the hidden layer after the ReLU and a column of ones, in the table's dtype, [B * N, RS]
+    dh: Tensor | None  # the gradient of h, in the same form
+    exact: Tensor | None  # the gradient of h, float32 [B * N, r]
+    db1: Tensor | None  # its sums over blocks of tokens, float32 [blocks, r]
 
 
 def forward(*arguments: Any, target: Target | None = None) -> Tensor:
@@ -37,18 +56,24 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     if positions is not None:
         r = 1 if a.low_rank_a is None else positions.shape[-1]
         tile = tiles.low_rank(r, a.weight.element_size())
-        rows = min(B, 8) if a.entries is None else 1
-        programs = divide_up(N, tile.BT) * divide_up(B, rows) + divide_up(B * S, tile.BT)
+        columns = divide_up(d, tile.BD)
+        rows = _choose_rows(B, divide_up(N, tile.BT) * columns, target) if a.entries is None else 1
+        programs = (divide_up(N, tile.BT) * divide_up(B, rows) + divide_up(B * S, tile.BT)) * columns
         factors = (_make_dense(positions), _make_dense(a.low_rank_b))
-        sizes = (B, N, S, positions.shape[-2], d, r, a.offset_scale, rows)
-        _launch(target, "low rank", (programs,), (*table, *factors, output, *sizes), tile)
+        sizes = (B, N, S, positions.shape[-2], d, a.offset_scale, rows)
+        _launch(target, "low rank", (programs,), (*table, *factors, output, *sizes), tile, R=r)
         return output
     r = 1 if a.w1 is None else a.w1.shape[-1]
-    tile = tiles.forward(r, a.weight.element_size())
-    programs = _count_token_blocks(a, tile) + divide_up(B * S, tile.BT)
+    tile = (
+        tiles.copy(d, a.weight.element_size())
+        if a.w1 is None
+        else tiles.forward(r, a.weight.element_size(), target.architecture)
+    )
+    columns = divide_up(d, tile.BD)
+    programs = _count_token_blocks(a, tile) * (columns if a.w1 is None else 1) + divide_up(B * S, tile.BT) * columns
     network = tuple(_make_dense(x) for x in (a.w1, a.b1, a.w2, a.b2))
-    handed = (*table, *network, a.dropout_seed, output, B, N, S, d, r, a.offset_scale, *_describe_dropout(a))
-    _launch(target, "forward", (programs,), handed, tile)
+    handed = (*table, *network, a.dropout_seed, output, B, N, S, d, a.offset_scale, *_describe_dropout(a))
+    _launch(target, "forward", (programs,), handed, tile, R=r, AHEAD=_loads_ahead(a, tile))
     return output
 
 
@@ -61,11 +86,16 @@ def backward(
     needs = DECLARATION.name_needs(needs_grad)
     S = a.prompt_length
     gradients: dict[str, Tensor] = {}
-    if "prompt" in needs:
-        gradients["prompt"] = _differentiate_prompt(grad_output, a, target)
-    dh = None
+    if "prompt" in needs and a.prompt_spans is not None:
+        gradients["prompt"] = _sum_spans(
+            grad_output, a.prompt_spans, S, 1.0, allocate_gradient(_require(a.prompt)), target
+        )
+    parts = _Parts(None, None, None, 0)
+    hidden = _HiddenResults(None, None, None, None)
     if a.w1 is not None and needs & {"weight", "w1", "b1", "w2", "b2"}:
-        dh = _differentiate_network(gradients, grad_output, a, needs, target)
+        hidden = _differentiate_hidden(grad_output, a, needs, target)
+        parts = _sum_weights(grad_output, a, hidden.z, hidden.dh, needs & {"w1", "w2", "b2"}, target)
+    _finish_sums(gradients, grad_output, a, needs, hidden.db1, parts, target)
     if needs & {"low_rank_a", "low_rank_b"}:
         if a.entries is None:
             _differentiate_low_rank(gradients, grad_output[:, S:], a)
@@ -75,90 +105,123 @@ def backward(
         gradients["position_offset"] = _differentiate_positions(grad_output, a, target)
     if "weight" in needs:
         de = grad_output[:, S:].float()
-        if dh is not None and a.w1 is not None:
-            de = de + _apply_w1(dh, a).view(de.shape)
+        if hidden.exact is not None:
+            de = de + _apply_w1(hidden.exact, a).view(de.shape)
         gradients["weight"] = torch.ops.aten.embedding_dense_backward(de, a.input_ids, a.weight.shape[0], -1, False)
-    return [allocate_gradient(getattr(a, name)).copy_(gradients[name]) for name in DIFFERENTIABLE if name in needs]
+    return [gradients[name].to(a.weight.dtype).contiguous() for name in DIFFERENTIABLE if name in needs]
 
 
-def _differentiate_prompt(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
-    """Return the gradient of the prompt, or with spans the gradient of the store."""
-    if a.prompt_spans is None:
-        return grad_output[:, : a.prompt_length].sum(0, dtype=torch.float32)
-    assert a.prompt is not None
-    return _sum_spans(grad_output, a.prompt_spans, a.prompt_length, 1.0, allocate_gradient(a.prompt), target)
+def _differentiate_hidden(
+    grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
+) -> _HiddenResults:
+    """Compute what the gradients of the network need. Rows of the batch without an offset are uninitialized."""
+    r = _require(a.w1).shape[-1]
+    tile = tiles.hidden(r, a.weight.element_size(), target.architecture)
+    tokens, padded = a.input_ids.numel(), _pad(r)
+    hidden = _HiddenResults(
+        z=a.weight.new_empty(tokens, padded) if "w2" in needs or ("b2" in needs and padded > r) else None,
+        dh=a.weight.new_empty(tokens, padded) if "w1" in needs else None,
+        exact=_allocate_floats(a, tokens, r) if "weight" in needs else None,
+        db1=_allocate_floats(a, _count_token_blocks(a, tile), r) if "b1" in needs else None,
+    )
+    if any(x is not None for x in hidden):
+        _launch_hidden(grad_output, a, hidden, target)
+    return hidden
 
 
-def _differentiate_network(
-    gradients: dict[str, Tensor], grad_output: Tensor, a: EmbeddingArguments, needs: set[str], target: Target
-) -> Tensor:
-    """Add the network's gradients to ``gradients``, and return dh [B * N, r].
-
-    dh is uninitialized in rows of the batch without an offset.
-    """
-    assert a.w1 is not None
-    assert a.b1 is not None
-    B, N = a.input_ids.shape
-    r = a.w1.shape[-1]
-    z, dh = (_allocate_floats(a, B * N, r) for _ in range(2))
-    _launch_hidden(grad_output, a, z, dh, target)
-    if "b1" in needs and a.entries is None:
-        gradients["b1"] = dh.sum(0)
-    elif "b1" in needs:
-        of_rows = dh.view(B, N, r).sum(1, keepdim=True)
-        gradients["b1"] = _sum_spans(of_rows, _list_spans(a, 1, 1), 1, 1.0, allocate_gradient(a.b1), target)
-    dw1, dw2, db2 = _sum_weights(grad_output, a, z, dh, needs & {"w1", "w2", "b2"}, target)
-    if dw1 is not None:
-        gradients["w1"] = dw1
-    if dw2 is not None:
-        gradients["w2"] = a.offset_scale * dw2.mT
-    if db2 is not None:
-        gradients["b2"] = a.offset_scale * db2
-    return dh
-
-
-def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None, dh: Tensor, target: Target) -> None:
-    """Fill z and dh, [B * N, r]. For DePT's pair, ``low_rank_b`` replaces w2, and only dh is filled."""
-    w2 = a.low_rank_b if a.w1 is None else a.w2
-    assert w2 is not None
+def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, hidden: _HiddenResults, target: Target) -> None:
+    """Fill the results of the hidden layer. For DePT's pair, ``low_rank_b`` replaces w2, and there are no z and db1."""
+    w2 = _require(a.low_rank_b if a.w1 is None else a.w2)
     r, d = w2.shape[-2:]
-    tile = tiles.hidden(r, a.weight.element_size())
+    tile = tiles.hidden(r, a.weight.element_size(), target.architecture)
     grid = (_count_token_blocks(a, tile), divide_up(r, tile.RP))
-    if 0 in grid or d == 0:
+    if 0 in grid:
         return
     network = tuple(_make_dense(x) for x in (a.entries, a.w1, a.b1, w2))
-    sizes = (*a.input_ids.shape, a.prompt_length, d, r, a.offset_scale, *_describe_dropout(a))
-    arguments = (*_describe_rows(a, grad_output), *network, a.dropout_seed, z, dh, *sizes)
-    _launch(target, "hidden", grid, arguments, tile)
+    sizes = (*a.input_ids.shape, a.prompt_length, d, a.offset_scale, *_describe_dropout(a))
+    arguments = (*_describe_rows(a, grad_output), *network, a.dropout_seed, *hidden, *sizes)
+    _launch(target, "hidden", grid, arguments, tile, R=r, RS=_pad(r), AHEAD=_loads_ahead(a, tile))
 
 
 def _sum_weights(
-    grad_output: Tensor, a: EmbeddingArguments, z: Tensor, dh: Tensor | None, needs: set[str], target: Target
-) -> tuple[Tensor | None, ...]:
-    """Return dw1 [d, r], dw2 [d, r] and db2 [d], or None for each gradient that is not needed.
+    grad_output: Tensor, a: EmbeddingArguments, z: Tensor | None, dh: Tensor | None, needs: set[str], target: Target
+) -> _Parts:
+    """Return parts of dw1 [d, r], dw2 [r, d] and db2 [d], or None for each gradient that is not needed.
 
-    With an index they have a leading dimension K. dw2 and db2 do not include the offset scale. z is the hidden layer
-    after the ReLU, [B * N, r], or for DePT's pair the rows of ``low_rank_a``.
+    dw2 and db2 do not include the offset scale. ``z`` and ``dh`` are as in ``_HiddenResults``, or for DePT's pair ``z``
+    has the rows of ``low_rank_a``.
     """
     if not needs:
-        return None, None, None
+        return _Parts(None, None, None, 0)
     B, N = a.input_ids.shape
-    d, r = a.weight.shape[1], z.shape[1]
-    tile = tiles.weights(r, a.weight.element_size(), bank=a.entries is not None)
+    r, d = _require(a.low_rank_b if a.w1 is None else a.w2).shape[-2:]
+    tile = tiles.weights(r, a.weight.element_size(), target.architecture, bank=a.entries is not None)
     bank = () if a.entries is None else (a.bank_size,)
-    entries = bank[0] if bank else 1
+    columns, ranks = divide_up(d, tile.BD) * (bank[0] if bank else 1), divide_up(r, tile.RP)
     blocks = divide_up(B * N if a.entries is None else N, tile.BT)
-    each = max(1, divide_up(blocks, max(1, _PARTS // max(1, entries))))
+    each = max(1, divide_up(blocks, max(1, tile.resident * target.processors // max(1, columns * ranks))))
     parts = divide_up(blocks, each)
-    dw1 = _allocate_floats(a, *bank, parts, d, r) if "w1" in needs else None
-    dw2 = _allocate_floats(a, *bank, parts, d, r) if "w2" in needs else None
-    db2 = _allocate_floats(a, *bank, parts, d) if "b2" in needs else None
-    grid = (divide_up(d, tile.BD) * entries, parts, divide_up(r, tile.RP))
+    sums = _Parts(
+        w1=_allocate_floats(a, *bank, parts, d, r) if "w1" in needs else None,
+        w2=_allocate_floats(a, *bank, parts, r, d) if "w2" in needs else None,
+        b2=_allocate_floats(a, *bank, parts, d) if "b2" in needs else None,
+        number=parts,
+    )
+    grid = (columns, parts, ranks)
     if 0 not in grid:
-        sizes = (B, N, a.prompt_length, d, r, each)
-        arguments = (*_describe_rows(a, grad_output), _make_dense(a.entries), z, dh, dw1, dw2, db2, *sizes)
-        _launch(target, "weights", grid, arguments, tile)
-    return tuple(None if x is None else x.sum(len(bank)) for x in (dw1, dw2, db2))
+        sizes = (B, N, a.prompt_length, d, each)
+        arguments = (*_describe_rows(a, grad_output), _make_dense(a.entries), z, dh, *sums[:3], *sizes)
+        _launch(target, "weights", grid, arguments, tile, R=r, RS=_pad(r))
+    return sums
+
+
+def _finish_sums(
+    gradients: dict[str, Tensor],
+    grad_output: Tensor,
+    a: EmbeddingArguments,
+    needs: set[str],
+    db1: Tensor | None,
+    parts: _Parts,
+    target: Target,
+) -> None:
+    """Add the gradients of a prompt without spans and of the network to ``gradients``."""
+    if a.entries is not None and db1 is not None:
+        B = a.input_ids.shape[0]
+        of_rows = db1.view(B, db1.shape[0] // max(1, B), db1.shape[1]).sum(1, keepdim=True)
+        gradients["b1"] = _sum_spans(of_rows, _list_spans(a, 1, 1), 1, 1.0, allocate_gradient(_require(a.b1)), target)
+        db1 = None
+    prompt = allocate_gradient(_require(a.prompt)) if "prompt" in needs and a.prompt_spans is None else None
+    sums = {"prompt": prompt}
+    for name, of in (("w1", parts.w1), ("w2", parts.w2), ("b2", parts.b2), ("b1", db1)):
+        sums[name] = None if of is None else allocate_gradient(getattr(a, name))
+    _launch_sums(grad_output, a, db1, parts, sums, target)
+    gradients |= {name: x for name, x in sums.items() if x is not None}
+
+
+def _launch_sums(
+    grad_output: Tensor,
+    a: EmbeddingArguments,
+    db1: Tensor | None,
+    parts: _Parts,
+    sums: dict[str, Tensor | None],
+    target: Target,
+) -> None:
+    """Fill the gradients in ``sums``, which has the keys prompt, w1, w2, b2 and b1."""
+    B, S, d = grad_output.shape[0], a.prompt_length, a.weight.shape[1]
+    r = 1 if a.w1 is None else a.w1.shape[-1]
+    tile = tiles.sums(r)
+    columns, matrix = divide_up(d, tile.BD), divide_up(d * r, tile.BD)
+    blocks = {"prompt": S * columns, "w1": matrix, "w2": matrix, "b2": columns, "b1": divide_up(r, tile.RP)}
+    programs = sum(blocks[name] for name, x in sums.items() if x is not None)
+    has_bank = a.entries is not None and any(x is not None for x in parts[:3])
+    grid = (programs, a.bank_size if has_bank else 1)
+    if 0 in grid:
+        return
+    pairs = (parts.w1, sums["w1"], parts.w2, sums["w2"], parts.b2, sums["b2"], db1, sums["b1"])
+    token_parts = 0 if db1 is None else db1.shape[0]
+    sizes = (B, S, d, parts.number, token_parts, a.offset_scale)
+    arguments = (grad_output, *grad_output.stride(), sums["prompt"], *pairs, *sizes)
+    _launch(target, "sums", grid, arguments, tile, R=r)
 
 
 def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
@@ -182,16 +245,16 @@ def _differentiate_low_rank_bank(
     K, T, r = a.low_rank_a.shape
     if "low_rank_a" in needs:
         da, sums = _allocate_floats(a, B * N, r), allocate_gradient(a.low_rank_a)
-        _launch_hidden(grad_output, a, None, da, target)
+        _launch_hidden(grad_output, a, _HiddenResults(None, None, da, None), target)
         _sum_spans(da.view(B, N, r), _list_spans(a, T, N), N, 1.0, sums.view(K * T, r), target)
         gradients["low_rank_a"] = sums
     if "low_rank_b" in needs:
         # The gathered rows have r columns, which is small compared to d. An empty bank has no entry to choose.
         choices = a.entries.clamp(min=0) if K > 0 else a.entries[:0]
         hidden = a.low_rank_a[:, :N].index_select(0, choices).view(-1, r)
-        _, db, _ = _sum_weights(grad_output, a, hidden, None, {"w2"}, target)
-        assert db is not None
-        gradients["low_rank_b"] = a.offset_scale * db.mT
+        z = torch.nn.functional.pad(hidden, (0, _pad(r) - r))
+        parts = _sum_weights(grad_output, a, z, None, {"w2"}, target)
+        gradients["low_rank_b"] = a.offset_scale * _require(parts.w2).sum(1)
 
 
 def _differentiate_positions(grad_output: Tensor, a: EmbeddingArguments, target: Target) -> Tensor:
@@ -249,6 +312,29 @@ def _count_token_blocks(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> int
     return divide_up(B * N, tile.BT) if a.entries is None else B * divide_up(N, tile.BT)
 
 
+def _choose_rows(B: int, blocks: int, target: Target) -> int:
+    """Return how many rows of the batch share an offset, so that the programs still fill the device."""
+    groups = max(divide_up(B, _ROWS), divide_up(_WAVES * target.processors, max(1, blocks)))
+    return divide_up(B, min(groups, B))
+
+
+def _loads_ahead(a: EmbeddingArguments, tile: tiles.EmbeddingTile) -> bool:
+    """Return True if a kernel loads w1 one step ahead. Triton pipelines wide loads itself, and large tiles spill."""
+    if a.w1 is None:
+        return False
+    return a.w1.shape[-1] * a.w1.element_size() % 16 != 0 and a.w1.element_size() == 2 and tile.RP <= 64
+
+
+def _pad(r: int) -> int:
+    """Return the columns of z and dh in memory, so that their rows begin at multiples of 32 bytes."""
+    return divide_up(r, 16) * 16
+
+
+def _require(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
 def _allocate_floats(a: EmbeddingArguments, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=a.weight.device)
 
@@ -284,11 +370,17 @@ def _load_kernels() -> dict[str, Any]:
         "hidden": kernels.prompt_embedding_bwd_hidden_kernel,
         "weights": kernels.prompt_embedding_bwd_weights_kernel,
         "spans": kernels.prompt_embedding_bwd_spans_kernel,
+        "sums": kernels.prompt_embedding_bwd_sum_kernel,
     }
 
 
 def _launch(
-    target: Target, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: tiles.EmbeddingTile
+    target: Target,
+    name: str,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    tile: tiles.EmbeddingTile,
+    **constants: int,
 ) -> None:
-    constants = {"BT": tile.BT, "BD": tile.BD} | ({"RP": tile.RP} if tile.RP else {})
+    constants |= {"BT": tile.BT, "BD": tile.BD} | ({"RP": tile.RP} if tile.RP else {})
     target.launch(_load_kernels()[name], grid, arguments, constants, tile)

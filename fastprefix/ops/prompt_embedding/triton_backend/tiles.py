@@ -1,7 +1,7 @@
 """The tile sizes of the kernels.
 
-They have not been measured on a device yet. They are chosen so that every kernel compiles without spills for compute
-capability 8.0, 8.6 and 9.0.
+They are chosen so that every kernel compiles without spills for each compute capability. Compute capability 9.0 has
+larger tiles, because its matrix instructions read shared memory and leave registers to the accumulators.
 """
 
 from typing import NamedTuple
@@ -16,6 +16,7 @@ class EmbeddingTile(NamedTuple):
     warps: int
     stages: int = 3
     spills: str | None = None  # the reason why register spills are accepted, if they are
+    resident: int = 2  # programs per multiprocessor into which sums over tokens are split
 
 
 def _padded(r: int) -> int:
@@ -23,8 +24,14 @@ def _padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def forward(r: int, element_size: int) -> EmbeddingTile:
-    """Return the tile of the forward pass of PT and ADePT, in which a program holds all hidden units."""
+def copy(d: int, element_size: int) -> EmbeddingTile:
+    """Return the tile of the forward pass of PT, with four loads of 16 bytes per thread."""
+    BD = min(1024 // element_size, max(64, 1 << (d - 1).bit_length()))
+    return EmbeddingTile(8192 // element_size // BD, BD, 16, 4)
+
+
+def forward(r: int, element_size: int, architecture: str) -> EmbeddingTile:
+    """Return the tile of the forward pass of ADePT, in which a program holds all hidden units."""
     RP = _padded(r)
     if element_size == 4:
         return (
@@ -34,6 +41,8 @@ def forward(r: int, element_size: int) -> EmbeddingTile:
             if RP <= 128
             else EmbeddingTile(16, 16, RP, 8)
         )
+    if RP <= 32:
+        return EmbeddingTile(64, 256, RP, 8) if architecture == "sm_90" else EmbeddingTile(32, 128, RP, 8, 4)
     return (
         EmbeddingTile(32, 64, RP, 4)
         if RP <= 64
@@ -48,16 +57,20 @@ def low_rank(r: int, element_size: int) -> EmbeddingTile:
     RP = min(64, _padded(r))
     if element_size == 4:
         return EmbeddingTile(16, 64, RP, 4, 2) if RP == 16 else EmbeddingTile(16, 32, RP, 4, 2 if RP == 32 else 3)
-    return EmbeddingTile(32, 64, RP, 4)
+    return EmbeddingTile(16, 256, RP, 4)
 
 
-def hidden(r: int, element_size: int) -> EmbeddingTile:
+def hidden(r: int, element_size: int, architecture: str) -> EmbeddingTile:
     """Return the tile of the backward kernel for z and dh, which has a program per part of the hidden units."""
     RP = min(64, _padded(r))
-    return EmbeddingTile(16, 32, RP, 4) if element_size == 4 else EmbeddingTile(32, 64, RP, 4)
+    if element_size == 4:
+        return EmbeddingTile(16, 32, RP, 4)
+    if RP <= 32:
+        return EmbeddingTile(64, 128, RP, 4) if architecture == "sm_90" else EmbeddingTile(64, 64, RP, 4)
+    return EmbeddingTile(64, 64, RP, 4) if architecture == "sm_90" else EmbeddingTile(32, 64, RP, 4)
 
 
-def weights(r: int, element_size: int, bank: bool) -> EmbeddingTile:
+def weights(r: int, element_size: int, architecture: str, bank: bool) -> EmbeddingTile:
     """Return the tile of the backward kernel that sums over tokens, with as many tokens as in ``hidden``.
 
     With a bank, a loop over the rows encloses the loop over the tokens, and a third pipeline stage would spill.
@@ -65,7 +78,14 @@ def weights(r: int, element_size: int, bank: bool) -> EmbeddingTile:
     RP, stages = min(64, _padded(r)), 2 if bank else 3
     if element_size == 4:
         return EmbeddingTile(16, 32, RP, 4, stages)
-    return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4, stages)
+    if architecture == "sm_90" and RP <= 32:
+        return EmbeddingTile(32, 128, RP, 4, stages, resident=3)
+    return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4, stages, resident=3)
+
+
+def sums(r: int) -> EmbeddingTile:
+    """Return the tile of the backward kernel that sums parts. BT is the number of partial sums of an element."""
+    return EmbeddingTile(16, 128, min(128, _padded(r)), 4)
 
 
 def spans() -> EmbeddingTile:
