@@ -5,13 +5,14 @@ order.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import random
+from ...replay import Replays, describe_layouts
 from ...targets import Target, divide_up, target_of
 from ..arguments import DECLARATION, DIFFERENTIABLE, EmbeddingArguments
 from ..layout import allocate_gradient
@@ -40,11 +41,45 @@ class _HiddenResults(NamedTuple):
     db1: Tensor | None  # its sums over blocks of tokens, float32 [blocks, r]
 
 
+_TENSORS = DECLARATION.tensors
+_REPLAYS = Replays()
+
+
 def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     """Return the embeddings [B, S + N, d]."""
     a = EmbeddingArguments(*arguments)
-    target = target or target_of(a.weight.device)
     check_values(a)
+    output: Tensor = _run(_forward, a, target)
+    return output
+
+
+def backward(
+    grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any, target: Target | None = None
+) -> list[Tensor]:
+    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
+    gradients: list[Tensor] = _run(_backward, EmbeddingArguments(*arguments), target, (grad_output,), tuple(needs_grad))
+    return gradients
+
+
+def _run(
+    function: Callable[..., Any],
+    a: EmbeddingArguments,
+    target: Target | None,
+    tensors: tuple[Tensor, ...] = (),
+    *options: Hashable,
+) -> Any:
+    """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
+    target = target or target_of(a.weight.device)
+    given: tuple[Any, ...] = (*a[:_TENSORS], *tensors)
+    rest: tuple[Any, ...] = a[_TENSORS:]
+
+    def call(target: Target, *given: Any) -> Any:
+        return function(EmbeddingArguments(*given[:_TENSORS], *rest), target, *given[_TENSORS:], *options)
+
+    return _REPLAYS.run((function, target, describe_layouts(given), rest, options), target, given, call)
+
+
+def _forward(a: EmbeddingArguments, target: Target) -> Tensor:
     B, N = a.input_ids.shape
     S, d = a.prompt_length, a.weight.shape[1]
     output = torch.empty((B, S + N, d), dtype=a.weight.dtype, device=a.weight.device)
@@ -77,12 +112,7 @@ def forward(*arguments: Any, target: Target | None = None) -> Tensor:
     return output
 
 
-def backward(
-    grad_output: Tensor, needs_grad: Sequence[bool], *arguments: Any, target: Target | None = None
-) -> list[Tensor]:
-    """Return the requested gradients in the order of ``DIFFERENTIABLE``."""
-    a = EmbeddingArguments(*arguments)
-    target = target or target_of(a.weight.device)
+def _backward(a: EmbeddingArguments, target: Target, grad_output: Tensor, needs_grad: tuple[bool, ...]) -> list[Tensor]:
     needs = DECLARATION.name_needs(needs_grad)
     S = a.prompt_length
     gradients: dict[str, Tensor] = {}
