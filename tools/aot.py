@@ -168,19 +168,26 @@ def attention_reports(arch: str, dtype_name: str, width: int, features: str) -> 
         launch.backward(output, output, normalizers, needs, *a, target=compiler)
         launch.forward(*_attention(dtype, width, 1, **_FEATURES[features]), target=compiler)
         if dtype_name == "bfloat16" and features in _COMPOSED:
-            _compose(a, output, normalizers[0, 0], compiler)
+            _compose(a, output, normalizers, needs, compiler)
     finally:
         matmul.fp32_precision = before
     yield from compiler.reports
 
 
-def _compose(a: attention.AttentionArguments, output: Tensor, logsumexp: Tensor, compiler: "_Compiler") -> None:
+def _compose(
+    a: attention.AttentionArguments, output: Tensor, normalizers: Tensor, needs: list[bool], compiler: "_Compiler"
+) -> None:
     """Compile the kernels of the composed backend."""
     from fastprefix.ops.prefix_attention.triton_backend import launch
 
     prefix = a._replace(key=a.key[:, :, :0], value=a.value[:, :, :0], is_causal=False)
+    logsumexp = normalizers[0, 0]
     launch.extend(prefix, output, logsumexp, target=compiler)
     launch.merge(prefix, output, logsumexp, output, logsumexp, target=compiler)
+    of_prefix = [
+        needed and name not in ("key", "value") for name, needed in zip(attention.DIFFERENTIABLE, needs, strict=True)
+    ]
+    launch.backward(output, output, normalizers, of_prefix, *prefix, given=output, target=compiler)
 
 
 def embedding_reports(arch: str, dtype_name: str, r: int) -> Iterator[Report]:

@@ -99,13 +99,19 @@ _SM86: dict[str, dict[tuple[int, str], AttentionTile]] = {
         (256, HALF): AttentionTile(32, 32, 32, 8, 1, _WIDE),
     },
 }
-_SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {
+_SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # measured on an H200, for heads of 64 and 128 columns
     "forward": {
         **_SM80["forward"],
-        (64, HALF): AttentionTile(128, 64, 64, 4, 3),
+        (64, HALF): AttentionTile(64, 64, 64, 4, 3),
         (127, HALF): AttentionTile(128, 64, 64, 8, 2),
-        (128, HALF): AttentionTile(128, 128, 64, 8, 2),
+        (128, HALF): AttentionTile(64, 64, 64, 4, 3),
         (256, HALF): AttentionTile(64, 64, 32, 8, 2, _WIDE),
+    },
+    "extend": {
+        **_SM80["forward"],
+        (64, HALF): AttentionTile(64, 64, 32, 4, 3),
+        (127, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (128, HALF): AttentionTile(128, 64, 32, 8, 3),
     },
     "decode": {
         **_SM80["decode"],
@@ -116,18 +122,23 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "delta": _SM80["delta"],
     "dq": {
         **_SM80["dq"],
-        (64, HALF): AttentionTile(128, 128, 64, 8, 2),
-        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (128, HALF): AttentionTile(64, 64, 64, 4, 2),
+    },
+    "dq of prefix": {
+        **_SM80["dq"],
+        (64, HALF): AttentionTile(64, 64, 32, 4, 3),
+        (128, HALF): AttentionTile(64, 64, 32, 4, 2),
     },
     "dkv": {
         **_SM80["dkv"],
-        (64, HALF): AttentionTile(64, 128, 64, 8, 2),
-        (128, HALF): AttentionTile(32, 128, 64, 8, 2),
+        (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (128, HALF): AttentionTile(32, 128, 64, 8, 3),
     },
     "dprefix": {
         **_SM80["dprefix"],
-        (64, HALF): AttentionTile(64, 64, 64, 4, 2),
-        (128, HALF): AttentionTile(32, 64, 64, 4, 2),
+        (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (128, HALF): AttentionTile(32, 64, 64, 4, 3),
     },
 }
 
@@ -242,15 +253,24 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
 # than those of 9.0. Compute capability 12 has as much shared memory as 8.6.
 _SM100_DECODE_DROPOUT = {**_DECODE_DROPOUT, (64, HALF): AttentionTile(16, 32, 32, 4, 2)}
 _SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
-    **_SM90,
     "forward": {
-        **_SM90["forward"],
-        (64, HALF): AttentionTile(128, 64, 64, 8, 2),
-        (128, HALF): AttentionTile(128, 64, 64, 8, 2),
+        **_SM80["forward"],
+        (127, HALF): AttentionTile(128, 64, 64, 8, 2),
+        (256, HALF): AttentionTile(64, 64, 32, 8, 2, _WIDE),
     },
     "decode": {**_SM90["decode"], (128, HALF): AttentionTile(16, 32, 32, 4, 2)},
-    "delta": {**_SM90["delta"], (128, HALF): AttentionTile(64, 32, 32, 8, 2)},
-    "dq": {**_SM90["dq"], (64, HALF): AttentionTile(128, 64, 64, 8, 2)},
+    "delta": {**_SM80["delta"], (128, HALF): AttentionTile(64, 32, 32, 8, 2)},
+    "dq": {**_SM80["dq"], (128, HALF): AttentionTile(128, 64, 64, 8, 2)},
+    "dkv": {
+        **_SM80["dkv"],
+        (64, HALF): AttentionTile(64, 128, 64, 8, 2),
+        (128, HALF): AttentionTile(32, 128, 64, 8, 2),
+    },
+    "dprefix": {
+        **_SM80["dprefix"],
+        (64, HALF): AttentionTile(64, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(32, 64, 64, 4, 2),
+    },
 }
 _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     **_SM90_VARIANTS,
