@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..transformers.checking import conformance
 from ..transformers.models.discovery import Layer, find_layers
 from ..transformers.models.switching import evaluating, find_device, list_adapting_users
-from ..transformers.prompts.shared_prompt import find_reason_against_layers
+from ..transformers.prompts.shared_prompt import find_reason_against_layers, share_always
 from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
 from .prefix import CachedPrefix, PrefixAcceleration
@@ -180,7 +180,8 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
     options = {name: str(value) for name, value in sorted(vars(config).items())}
     base, kind, tasks = peft_model.get_base_model(), _get_kind(peft_model), _count_tasks(peft_model)
     last = functools.partial(torch.full, fill_value=tasks - 1) if tasks else None  # of rows with the same task
-    return conformance.check_pair(base, kind, str(options), make, last)
+    with share_always():
+        return conformance.check_pair(base, kind, str(options), make, last)
 
 
 def _shrink_config(config: Any) -> Any:

@@ -31,7 +31,7 @@ from ..transformers.models.hooks import (
 from ..transformers.models.positions import Positions
 from ..transformers.models.switching import find_device
 from ..transformers.prefixes.prefix import PrefixCache
-from ..transformers.prompts.shared_prompt import add_reached_token, has_dropout
+from ..transformers.prompts.shared_prompt import add_reached_token, has_dropout, saves_time
 from ..transformers.sharding.fully_sharded import Gatherer
 from .mixing import PeftMixture
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
@@ -155,9 +155,13 @@ class PromptAcceleration(PromptLearning):
         drops = self.drops and self.backbone.training  # drawn separately in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        slower = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        saved = (arguments["inputs_embeds"].shape[0] - 1) * length
+        slower = slower and not saves_time(self.backbone, len(self.layers), saved)
         filled = cache is not None and cache.get_seq_length() > 0
         if (
             not plain
+            or slower
             or drops
             or counted
             or filled

@@ -45,7 +45,7 @@ from .prefixes.initial import check_cache_given, make_initial_prefix, tokenize_t
 from .prefixes.prefix import PrefixHooks
 from .prompts.multitask import read_source
 from .prompts.prompt import EncoderPromptHooks, PromptHooks
-from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable
+from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable, share_always
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.agreement import agree, do_together
 from .sharding.fully_sharded import reshard
@@ -516,7 +516,8 @@ def _find_reason_against_sharing(model: PreTrainedModel, config: Any, check: boo
         return "its encoder's prompt sees what comes after it"
     reason = find_reason_not_shareable(choose_stand_in(model))
     if reason is None and check:
-        report = conformance.check(model, replace(config, shared_prompt=None), _attach_unchecked)
+        with share_always():
+            report = conformance.check(model, replace(config, shared_prompt=None), _attach_unchecked)
         reason = None if report.agrees else str(report.wrong[0])
     return reason
 

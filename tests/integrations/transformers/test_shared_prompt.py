@@ -1,12 +1,14 @@
 """One prompt for the whole batch: where it is taken, that it is exact there, and what invalidates what is kept."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -30,6 +32,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
+from fastprefix.integrations.transformers.prompts import shared_prompt as sharing
 
 from ... import models, peft_support
 from ...float64 import Float64
@@ -151,6 +154,39 @@ def test_dropout_in_training_takes_the_textbooks_path() -> None:
     )
     with pytest.raises(ValueError, match="dropout"):
         required.train()(**models.batch())
+
+
+def test_a_prompt_runs_in_every_row_where_sharing_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def saves_time(backbone: Any, layers: int, tokens: int) -> bool:
+        asked.append((layers, tokens))
+        return False
+
+    shared, plain = (
+        fastprefix.attach(models.decoder().double(), fastprefix.PromptTuningConfig(5, shared_prompt=path), check=False)
+        for path in (None, False)
+    )
+    get_method(shared).load_state_dict(get_method(plain).state_dict())
+    monkeypatch.setattr(sharing, "saves_time", saves_time)
+    inputs, rows = models.batch(), models.batch()["attention_mask"].bool()
+    assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, plain)))
+    assert asked == [(shared.config.num_hidden_layers, 5 * (len(rows) - 1))]
+    assert "on a GPU" in get_method(shared).prompt_path
+    with torch.no_grad():
+        shared(**models.batch())
+    assert get_method(shared).prompt_path == "shared"
+    assert len(asked) == 1
+
+
+def test_when_sharing_saves_time() -> None:
+    assert sharing.saves_time(nn.Linear(1, 1), 24, 0)  # on a CPU
+    with FakeTensorMode():
+        layer = nn.ParameterList([torch.empty(10**5, 10**4, device="cuda")])  # 10^9 parameters
+        ask = partial(sharing.saves_time, layer, 10)
+        assert [ask(tokens) for tokens in (-5, 0, 1999, 2000)] == [False, False, False, True]
+        with sharing.share_always():
+            assert ask(0)
 
 
 def prompt_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:

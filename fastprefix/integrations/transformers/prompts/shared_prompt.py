@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ from ..models.positions import Positions, PositionShift, is_packed
 from ..models.switching import Implementation, find_device, preserve_state, switch_attention
 from ..models.tuners import read_tuner_state, uses_adapter_names
 from ..sharding.fully_sharded import Gatherer, run_gathered
-from ..sharding.tensor_parallel import TensorParallelHeads
+from ..sharding.partitioned import any_partitioned
+from ..sharding.tensor_parallel import TensorParallelHeads, is_sharded
 from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
 
 _FILLED = "fastprefix_filled"
@@ -51,6 +53,27 @@ _PROMPT = "fastprefix_prompt"
 These may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
 must use the same ones.
 """
+
+
+LEAST_SAVING = 2 * 10**11
+"""The least saving for which a prompt runs once in training on a GPU: tokens times parameters per layer.
+
+A second run of every layer costs launches, which can take the host longer than a few tokens take the GPU. On an H200,
+sharing a prompt saved 600 tokens in layers of 10^8 parameters, and a step took 1.8 times as long.
+"""
+
+
+_WEIGHS = ContextVar("weighs", default=True)  # False while a model is compared with the textbook
+
+
+@contextmanager
+def share_always() -> Iterator[None]:
+    """Share prompts in this context even where it takes longer, so that a comparison of small models covers it."""
+    token = _WEIGHS.set(False)
+    try:
+        yield
+    finally:
+        _WEIGHS.reset(token)
 
 
 class SharedPrompt:
@@ -267,6 +290,13 @@ class SharedPromptHooks(PromptHooks):
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.drops and self.backbone.training:
             return "dropout in the model differs by row"
+        if not self.required and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            rows = len(next(each for each in self.read_tokens(arguments) if each is not None))
+            saved = (rows - self.shared.count) * self.method.config.num_virtual_tokens
+            if count_past(arguments) == 0 and not saves_time(self.backbone, len(self.bindings), saved):
+                return (
+                    f"on a GPU, a second run of every layer takes longer than the {max(0, saved)} tokens that it saves"
+                )
         if checkpoints_reentrantly(self.backbone):
             return "reentrant gradient checkpointing differentiates a prefix once per layer"
         if asks_for(arguments, self.backbone, "output_router_logits"):
@@ -425,6 +455,17 @@ def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> s
     if local := [layer.name for layer in layers if layer.local]:
         return f"these layers attend to some earlier tokens only, but not through a sliding window: {', '.join(local)}"
     return None
+
+
+def saves_time(backbone: nn.Module, layers: int, tokens: int) -> bool:
+    """Return whether a training step is faster if every layer runs twice and computes ``tokens`` fewer tokens.
+
+    This is always assumed on a CPU, and if ranks that share parameters must run the layers equally often.
+    """
+    parameters = list(backbone.parameters())
+    if not _WEIGHS.get() or not parameters[0].is_cuda or is_sharded(backbone) or any_partitioned(backbone):
+        return True
+    return tokens * sum(parameter.numel() for parameter in parameters) >= LEAST_SAVING * layers
 
 
 def has_dropout(module: nn.Module) -> bool:

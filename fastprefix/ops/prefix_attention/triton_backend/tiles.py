@@ -123,7 +123,7 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # measured on an H20
     "dq": {
         **_SM80["dq"],
         (64, HALF): AttentionTile(64, 64, 64, 4, 3),
-        (128, HALF): AttentionTile(64, 64, 64, 4, 2),
+        (128, HALF): AttentionTile(128, 64, 64, 8, 3),
     },
     "dq of prefix": {
         **_SM80["dq"],
