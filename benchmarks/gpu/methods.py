@@ -1,7 +1,7 @@
 """Measure training steps in the settings of PEFT's method comparison.
 
 The model has the shape of Llama 3.2 3B, four rows of 768 tokens, and dtype bfloat16. Methods of this package start with
-the parameters of PEFT's methods. Their losses must agree before they are timed.
+the parameters of PEFT's methods. Their losses must agree before they are timed. Peers share the frozen weights.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastprefix
 
-from ..measure import Role, Row, fault, figure_row, time_call, timed_row
+from ..measure import Role, Row, added_peak, fault, figure_row, interleave, time_call, timed_row
 from ..models import Size, build, configure, draw_batch
 from ..peers import FLOOR, freeze, share_weights, wrap_with_peft
 from . import device
@@ -26,8 +26,11 @@ SIZE = Size(layers=28, width=3072, heads=24, vocabulary=128_256, rows=4, length=
 RANK = 32
 LIMIT = 0.01
 """The largest relative difference of two losses in bfloat16."""
-WARMUP, STEPS = 3, 10
-SETTINGS = (("PromptTuningConfig", 200), ("PrefixTuningConfig", 50), ("PrefixTuningConfig", 200))
+WARMUP, ROUNDS = 3, 10
+ROUNDS_SHARE = 0.4  # of the time is kept for the rounds
+SETTINGS = (("PromptTuningConfig", 200), ("PrefixTuningConfig", 200), ("PrefixTuningConfig", 50))
+Step = Callable[[], Tensor]
+CASE: Row = {"model": "Llama 3.2 3B", "rows": SIZE.rows, "tokens": SIZE.length, "dtype": "bfloat16"}
 
 
 def configure_model(size: Size) -> transformers.PretrainedConfig:
@@ -88,7 +91,7 @@ def list_peers() -> list[Peer]:
     return peers
 
 
-def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
     """Return a function that runs a training step and returns the loss before it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
@@ -105,49 +108,51 @@ def build_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tenso
     return step
 
 
-def measure_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[str, float]) -> list[Row]:
-    """Check the loss of a peer, then measure the seconds of a step and PyTorch's peak memory.
+def prepare_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[str, float]) -> tuple[Step, list[Row]]:
+    """Return the training step of a peer, and rows with its loss and the difference from an equivalent peer's loss.
 
     ``losses`` contains the losses of earlier peers by name. The loss of this peer is added to it.
     """
     model = peer.prepare(share_weights(base))
     step = build_step(model, batch)
     losses[peer.name] = step().item()
-    case = {"model": "Llama 3.2 3B", "rows": SIZE.rows, "tokens": SIZE.length, "dtype": "bfloat16"}
-    about = (case, peer.name, peer.role, "step")
+    about = (CASE, peer.name, peer.role, "step")
     rows = [figure_row(*about, "loss", losses[peer.name])]
     if peer.same_as is not None:
         difference = abs(losses[peer.name] / losses[peer.same_as] - 1)
         rows.append(figure_row(*about, "relative difference", difference))
         if not difference <= LIMIT:
             raise RuntimeError(f"its loss differs from that of {peer.same_as} by {difference:.1e}, more than {LIMIT}")
-    for _ in range(WARMUP):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = [second for _ in range(STEPS) for second in time_call(step, device.CUDA)]
-    held = figure_row(*about, "bytes", torch.cuda.max_memory_allocated())
-    return [*rows, timed_row(*about, seconds), held, figure_row(*about, "clocks", 0.0, clocks=device.read_clocks())]
+    return step, rows
 
 
 def measure_methods(add: Add, seconds: float) -> None:
-    """Measure as many peers as the time allows."""
+    """Prepare as many peers as the time allows, and measure their steps in interleaved rounds."""
     end = time.monotonic() + seconds
     with torch.device(device.CUDA):
         base = build("causal_lm", configure_model(SIZE), device.CUDA)
     batch = draw_batch("causal_lm", SIZE, SIZE.length, device.CUDA)
     batch["labels"] = batch["labels"].clone()
     batch["labels"][:, 0] = -100  # in PEFT, the last token of a prompt would predict it
-    losses = dict[str, float]()
-    for peer in list_peers():
-        if time.monotonic() > end:
-            print(f"methods: {peer.name} and the following peers are skipped for lack of time", flush=True)
-            return
+    losses, steps = dict[str, float](), dict[str, Step]()
+    peers = {peer.name: peer for peer in list_peers()}
+    for name, peer in peers.items():
+        if time.monotonic() > end - seconds * ROUNDS_SHARE:
+            print(f"methods: {name} and the following peers are skipped for lack of time", flush=True)
+            break
         try:
-            rows = measure_peer(peer, base, batch, losses)
+            steps[name], rows = prepare_peer(peer, base, batch, losses)
         except Exception as error:  # the failure of one method must not lose the others
-            add([], [fault({"model": "Llama 3.2 3B"}, peer.name, "methods", error)])
+            add([], [fault(CASE, name, "methods", error)])
             continue
         add(rows, [])
-        median = next(row["p50"] for row in rows if row["quantity"] == "seconds")
-        print(f"{peer.name}: {1e3 * median:.0f} ms per step", flush=True)
+    jobs = {name: partial(time_call, step, device.CUDA) for name, step in steps.items()}
+    samples, errors = interleave(jobs, range(WARMUP + ROUNDS), WARMUP)
+    add([], [fault(CASE, name, "methods", error) for name, error in errors.items()])
+    clocks = device.read_clocks()
+    for name, times in samples.items():
+        about = (CASE, name, peers[name].role, "step")
+        held = figure_row(*about, "bytes", added_peak(steps[name], device.CUDA))
+        row = timed_row(*about, times) | {"clocks": clocks}
+        add([row, held], [])
+        print(f"{name}: {1e3 * row['p50']:.0f} ms per step", flush=True)

@@ -1,7 +1,6 @@
 """Build the problems that are timed: shapes, gates and masks, and the peers of each problem."""
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,14 +45,28 @@ class Problem(NamedTuple):
 
 def list_problems() -> Iterator[Kind]:
     """Yield the cases, the most informative ones first, because time can run out."""
-    for P, gate in itertools.product((128, 16, 100, 2048), ("none", "row", "segments", "query", "separate")):
-        for shape, causal in itertools.product(SHAPES, (True, False)):
-            if gate == "segments" and (P != 128 or not causal or shape[3] < 512):
-                continue
-            if gate in ("none", "row") or P in (16, 128):
-                yield Shape(*shape, P), gate, causal
-        if gate == "none" and P in (128, 2048):
-            yield from ((Shape(*shape, P), gate, False) for shape in DECODING)
+
+    def combine(
+        shapes: Sequence[tuple[int, int, int, int, int, int]], P: int, gate: str, *causal: bool
+    ) -> Iterator[Kind]:
+        return ((Shape(*shape, P), gate, of) for shape in shapes for of in causal)
+
+    longest = SHAPES[-1:]
+    yield from combine(SHAPES, 128, "none", True, False)
+    yield from combine(DECODING, 128, "none", False)
+    yield from combine(SHAPES, 128, "row", True)
+    yield from combine(SHAPES[1:], 128, "segments", True)
+    for P in (2048, 16):
+        yield from combine(SHAPES[:-1], P, "none", True, False)
+    for gate in ("query", "separate"):
+        yield from combine(SHAPES, 128, gate, True)
+    for gate in ("row", "query", "separate"):
+        yield from combine(SHAPES, 128, gate, False)
+    for P in (2048, 16):
+        yield from combine(longest, P, "none", True, False)
+        yield from combine(DECODING, P, "none", False)
+    for P in (100, 2048):
+        yield from combine(SHAPES, P, "row", True)
 
 
 def list_plans(shape: Shape, gate: str, causal: bool) -> list[str]:

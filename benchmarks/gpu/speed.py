@@ -16,24 +16,24 @@ from .problems import Kind, Problem, build_embeddings, build_problem, list_compi
 
 LIMIT = 0.03
 """The largest difference of results in bfloat16, relative to their norm."""
-WALL_SECONDS = 0.02
+ROUNDS, WALL_SECONDS = 10, 0.02
 
 
 def find_difference(
-    work: Work, reference: Work, narrow: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    work: Work, results: dict[str, list[Tensor]], narrow: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
 ) -> float:
-    """Return the largest relative difference of the output and of the gradients of two works."""
+    """Return the largest relative difference of the output and of the gradients from the results of a reference."""
     worst = 0.0
-    for direction in reference.calls.keys() & work.calls.keys():
-        found, wanted = (_list_results(of.calls[direction]()) for of in (work, reference))
-        for x, y in zip(narrow(found), narrow(wanted), strict=True):
+    for direction in results.keys() & work.calls.keys():
+        found = list_results(work.calls[direction]())
+        for x, y in zip(narrow(found), narrow(results[direction]), strict=True):
             if x is not None and y is not None:
                 difference = torch.linalg.vector_norm(x.float() - y.float()) / torch.linalg.vector_norm(y.float())
                 worst = max(worst, math.inf if difference.isnan() else difference.item())
     return worst
 
 
-def _list_results(results: object) -> list[Tensor]:
+def list_results(results: object) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)  # type: ignore[call-overload]
 
 
@@ -46,8 +46,7 @@ def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
     case, works, references, narrow = problem
     for name, reference in references.items():
         try:
-            for call in reference.calls.values():
-                call()
+            results = {direction: list_results(call()) for direction, call in reference.calls.items()}
         except Exception as error:  # not every kernel supports every case
             add([], [fault(case, name, "check", error)])
             works = {of: work for of, work in works.items() if of != name}
@@ -61,7 +60,7 @@ def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
             kept[peer] = work
             continue
         try:
-            difference = find_difference(work, reference, narrow)
+            difference = find_difference(work, results, narrow)
         except Exception as error:  # not every peer supports every case
             add([], [fault(case, peer, "check", error)])
             continue
@@ -77,7 +76,9 @@ def check_problem(add: Add, problem: Problem) -> dict[str, Work]:
 def measure_problem(add: Add, problem: Problem) -> None:
     """Check the peers of a problem, measure their device time and wall time, and store the clocks."""
     works = check_problem(add, problem)
-    rows, faults = measure(problem.case, works, device.CUDA, partial(range, 2), warmup=0, timer=device.time_with_triton)
+    rows, faults = measure(
+        problem.case, works, device.CUDA, partial(range, ROUNDS), warmup=0, timer=device.time_with_triton
+    )
     failed = {of["peer"] for of in faults}
     for peer, work in works.items():
         if peer not in failed:

@@ -250,6 +250,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "COPIED", 64)
     monkeypatch.setattr(device, "WIDTH", 8)
     monkeypatch.setattr(speed, "WALL_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "ROUNDS", 2)
     monkeypatch.setattr(speed, "list_problems", lambda: iter(kinds))
     monkeypatch.setattr(problems, "EMBEDDINGS", (embedding.QUICK,))
     monkeypatch.setattr(gpu, "FIRST_CASES", [AttentionCase(P=2), embedding_cases()[0]])
