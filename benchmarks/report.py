@@ -281,18 +281,48 @@ def tabulate_many_adapters(record: Record, *others: Record) -> Table:
 
 
 def tabulate_gpu(record: Record) -> Table:
-    """Show the time and the rate of prefix attention on a GPU, and the ratios to the best peer and the best floor."""
-    header, rows = ("B x Hq x Hkv x N x M x D", "ms", "TFLOP/s", "x faster than the best peer", "x floor"), []
-    cases = [row for row in record.rows if row["quantity"] == "seconds" and "gate" in row]
-    keys = ["direction", "B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
-    for key, of in pd.DataFrame(cases).groupby(keys, sort=False) if cases else ():
-        direction, B, Hq, _, N, M, D, P, gate, causal = key
-        best = of.groupby("role").p50.min().reindex(["ours", "theirs", "floor"])
-        flops = (4 if direction == FORWARD else 14) * B * Hq * D * N * (P + M - (N / 2 if causal else 0))
-        title = f"{direction}, {'x'.join(map(str, key[1:7]))}, P {P}, {gate}{', causal' * causal}"
-        ratios = (best.theirs / best.ours, best.ours / best.floor)
-        rows.append([title, number(1e3 * best.ours, 3), number(flops / best.ours / 1e12, 0), *map(number, ratios)])
+    """Show the fastest kernels for prefix attention on a GPU, and ratios to the fastest concatenation and floor."""
+    titles = ("ms", "kernels", "x faster", "x tokens alone")
+    header = ("B x Hq x Hkv x N x M x D", *(f"{name}: {title}" for name in ("forward", "both") for title in titles))
+    frame = pd.DataFrame([row for row in record.rows if row["quantity"] == "seconds" and "gate" in row])
+    keys, rows = ["B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"], []
+    for key, of_case in frame.groupby(keys, sort=False) if len(frame) else ():
+        *sizes, P, gate, causal = key
+        cells = []
+        for direction in (FORWARD, BOTH):
+            times = of_case[of_case.direction == direction]
+            least = times.groupby("role").p50.min().reindex(["ours", "theirs", "floor"])
+            fastest = times[times.p50 == least.ours].peer
+            cells += [number(1e3 * least.ours, 3), MISSING if fastest.empty else fastest.iloc[0]]
+            cells += [number(least.theirs / least.ours), number(least.ours / least.floor)]
+        kind = "" if gate == "none" else f", {gate}"
+        rows.append([f"{'x'.join(map(str, sizes))}, P {P}{kind}{', causal' * causal}", *cells])
     return Table(header, rows)
+
+
+def tabulate_gpu_embedding(record: Record) -> Table:
+    """Show the time of the kernels of each prompt's embedding in units of a lookup of the same tokens."""
+    frame = pd.DataFrame([row for row in record.rows if row["quantity"] == "kernel seconds" and "method" in row])
+    rows = []
+    for (V, d, method), of in frame.groupby(["V", "d", "method"], sort=False):
+        sums = of.groupby(["peer", "direction"]).p50.sum()
+        lookup = sums["lookup", FORWARD]
+        cells = [number(sums[method, direction] / lookup) for direction in (FORWARD, BOTH)]
+        rows.append([f"{V:,} x {d:,}, {method}", number(1e6 * lookup, 1), *cells])
+    return Table(("table, method", "lookup, us", "forward", "forward + backward"), rows)
+
+
+def tabulate_gpu_methods(record: Record) -> Table:
+    """Show the time and the memory of training steps of a model on a GPU."""
+    frame = load_frame(record, "direction == 'step'")
+    figures = frame.set_index(["peer", "quantity"])
+    rows = []
+    for peer in frame[frame.quantity == "seconds"].peer:
+        seconds, held = figures.loc[(peer, "seconds")], figures.loc[(peer, "bytes")]
+        spread = f"{1e3 * seconds.p20:.0f} to {1e3 * seconds.p80:.0f}"
+        ratio = number(seconds["x floor"])
+        rows.append([peer, f"{1e3 * seconds.p50:.0f} ({spread})", ratio, number(held.p50 / 1e9, 2)])
+    return Table(("method", "ms per step", "x frozen", "GB added"), rows)
 
 
 TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {

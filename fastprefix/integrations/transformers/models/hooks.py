@@ -414,7 +414,8 @@ def suspend_checkpointing(backbone: nn.Module) -> Iterator[None]:
 
 def _list_checkpointed(backbone: nn.Module) -> list[Any]:
     """Return the modules of a backbone that run with gradient checkpointing."""
-    return [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+    # The attribute of the instance: to find that an attribute is missing takes PyTorch's modules long.
+    return [module for module in backbone.modules() if vars(module).get("gradient_checkpointing", False)]
 
 
 def _take_gradient(leaf: Tensor) -> Tensor | None:
