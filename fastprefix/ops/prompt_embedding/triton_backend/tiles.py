@@ -85,7 +85,7 @@ def weights(r: int, element_size: int, architecture: str, bank: bool) -> Embeddi
 
 def sums(r: int) -> EmbeddingTile:
     """Return the tile of the backward kernel that sums parts. BT is the number of partial sums of an element."""
-    return EmbeddingTile(16, 128, min(128, _padded(r)), 4)
+    return EmbeddingTile(16, 128, max(32, min(128, _padded(r))), 4)
 
 
 def spans() -> EmbeddingTile:
