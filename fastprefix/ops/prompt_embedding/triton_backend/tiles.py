@@ -77,7 +77,7 @@ def weights(r: int, element_size: int, architecture: str, bank: bool) -> Embeddi
     """
     RP, stages = min(64, _padded(r)), 2 if bank else 3
     if element_size == 4:
-        return EmbeddingTile(16, 32, RP, 4, stages)
+        return EmbeddingTile(16, 32, RP, 8 if bank and RP == 32 else 4, stages)
     if architecture == "sm_90" and RP <= 32:
         return EmbeddingTile(32, 128, RP, 4, stages, resident=3)
     return EmbeddingTile(32, 64, RP, 8 if RP == 64 or (bank and RP == 16) else 4, stages, resident=3)
