@@ -44,7 +44,7 @@ def forward(r: int, element_size: int, architecture: str) -> EmbeddingTile:
     if RP <= 32:
         return EmbeddingTile(64, 256, RP, 8) if architecture == "sm_90" else EmbeddingTile(32, 128, RP, 8, 4)
     return (
-        EmbeddingTile(32, 64, RP, 4)
+        EmbeddingTile(32, 64, RP, 8)
         if RP <= 64
         else EmbeddingTile(16, 64, RP, 4)
         if RP <= 128
@@ -65,27 +65,27 @@ def hidden(r: int, element_size: int, architecture: str) -> EmbeddingTile:
     RP = min(64, _padded(r))
     if element_size == 4:
         return EmbeddingTile(16, 32, RP, 4)
-    if RP <= 32:
-        return EmbeddingTile(64, 128, RP, 4) if architecture == "sm_90" else EmbeddingTile(64, 64, RP, 4)
-    return EmbeddingTile(64, 64, RP, 4) if architecture == "sm_90" else EmbeddingTile(32, 64, RP, 4)
+    if architecture == "sm_90":
+        return EmbeddingTile(64, 128 if RP <= 32 else 64, RP, 4)
+    return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4)
 
 
 def weights(r: int, element_size: int, architecture: str, bank: bool) -> EmbeddingTile:
-    """Return the tile of the backward kernel that sums over tokens, with as many tokens as in ``hidden``.
+    """Return the tile of the backward kernel that sums over tokens.
 
     With a bank, a loop over the rows encloses the loop over the tokens, and a third pipeline stage would spill.
     """
     RP, stages = min(64, _padded(r)), 2 if bank else 3
     if element_size == 4:
-        return EmbeddingTile(16, 32, RP, 4, stages)
+        return EmbeddingTile(16, 32, RP, 8 if bank and RP == 32 else 4, stages)
     if architecture == "sm_90" and RP <= 32:
         return EmbeddingTile(32, 128, RP, 4, stages, resident=3)
-    return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4, stages, resident=3)
+    return EmbeddingTile(32, 64, RP, 8 if RP == 64 or (bank and RP == 16) else 4, stages, resident=3)
 
 
 def sums(r: int) -> EmbeddingTile:
     """Return the tile of the backward kernel that sums parts. BT is the number of partial sums of an element."""
-    return EmbeddingTile(16, 128, min(128, _padded(r)), 4)
+    return EmbeddingTile(16, 128, max(32, min(128, _padded(r))), 4)
 
 
 def spans() -> EmbeddingTile:
