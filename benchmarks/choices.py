@@ -34,6 +34,7 @@ Key = tuple[str, bool, int, int, int]  # kind, is_causal, D, P, N
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, metavar="GPU.json", help="a result of `python -m benchmarks gpu`")
+    parser.add_argument("--margin", type=float, default=0.0, help="the share of the time that composition must save")
     parser.add_argument("--out", type=Path, default=plans.CHOICES, help="default: the table of the package")
 
 
@@ -62,11 +63,11 @@ def split_passes(of: Mapping[str, float]) -> dict[str, float]:
     return {"forward": of["forward"], "backward": max(of["forward+backward"] - of["forward"], 1e-9)}
 
 
-def choose(key: Key, calls: list[Seconds], device: str) -> Row | None:
+def choose(key: Key, calls: list[Seconds], device: str, margin: float = 0.0) -> Row | None:
     """Return the row of a key in the table, or None if no plan was measured in all of its calls.
 
-    The fastest plan is the one with the lowest geometric mean over the calls. Composition is chosen only if it is
-    faster than the Triton backend in every call.
+    The fastest plan is the one with the lowest geometric mean over the calls. Composition is chosen only if it takes
+    less than ``1 - margin`` of the Triton backend's time in every call.
     """
     names = set.intersection(*(set(call) for call in calls)) - {TRITON}
     if not names:
@@ -77,19 +78,22 @@ def choose(key: Key, calls: list[Seconds], device: str) -> Row | None:
         return min(sorted(names), key=lambda name: sum(math.log(call[name][direction]) for call in calls))
 
     forward, backward = find_fastest("forward"), find_fastest("backward")
-    inference = all(call[forward]["forward"] < call[TRITON]["forward"] for call in calls)
-    training = all(call[forward]["forward"] + call[backward]["backward"] < sum(call[TRITON].values()) for call in calls)
+    share = 1 - margin
+    inference = all(call[forward]["forward"] < share * call[TRITON]["forward"] for call in calls)
+    training = all(
+        call[forward]["forward"] + call[backward]["backward"] < share * sum(call[TRITON].values()) for call in calls
+    )
     about = {"architecture": device, "kind": kind, "is_causal": is_causal, "D": D, "P": P, "N": N}
     return about | {"forward": forward, "backward": backward, "inference": inference, "training": training}
 
 
-def build_table(record: Record) -> list[Row]:
-    """Return the rows of the table for the device of a run."""
+def build_table(record: Record, margin: float = 0.0) -> list[Row]:
+    """Return the rows of the table for the device of a run. ``margin`` is that of ``choose``."""
     capability = record.settings.get("capability")
     if capability is None:
         raise BenchmarkError("the results do not contain the compute capability of the device")
     device = architecture(tuple(capability))
-    rows = (choose(key, calls, device) for key, calls in sorted(collect_times(record).items()))
+    rows = (choose(key, calls, device, margin) for key, calls in sorted(collect_times(record).items()))
     return [row for row in rows if row is not None]
 
 
@@ -101,7 +105,7 @@ def merge_tables(old: Iterable[Mapping[str, Any]], new: list[Row]) -> list[Row]:
 
 def run(options: argparse.Namespace) -> int:
     """Write the table, and print for how many of its calls the composed backend is chosen."""
-    new = build_table(results.read(options.results))
+    new = build_table(results.read(options.results), options.margin)
     if not new:
         raise BenchmarkError(f"{options.results}: no call was measured both on the Triton backend and with a plan")
     old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
