@@ -269,6 +269,7 @@ def make_call(N: int, P: int = 3, D: int = 64, **options: Any) -> AttentionArgum
 
 
 def test_plans_without_measurements(force_plan: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "read_choices", dict)
     with FakeTensorMode():
         short, long = make_call(20, 511), make_call(20, 512)
         biased = make_call(20, 512, prefix_bias=torch.empty(1, 1, 1, 512, device="cuda", dtype=torch.bfloat16))
@@ -292,6 +293,7 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     row |= {"forward": "cudnn", "backward": "flash, prefix alike", "inference": False, "training": True}
     longer = row | {"N": 1000, "forward": "flash", "inference": True}
     monkeypatch.setattr(plans, "target_of", lambda device: SimpleNamespace(architecture="sm_90"))
+    monkeypatch.setattr(plans, "is_cudnn_usable", lambda: True)
 
     def set_choices(*rows: dict[str, Any]) -> None:
         plans._find_cell.cache_clear()
@@ -314,6 +316,10 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     assert [is_preferred(a) for a in calls] == [False, True, False, False, False, False, True, False]
     with torch.no_grad():
         assert not is_preferred(training)
+    monkeypatch.setattr(plans, "is_cudnn_usable", lambda: False)
+    assert [is_preferred(a) for a in (training, far)] == [False, True]
+    assert read_plan(causal)[0] == plans.Plan("flash", "own")
+    monkeypatch.setattr(plans, "is_cudnn_usable", lambda: True)
     found = [read_plan(a) for a in (causal, narrow, far)]
     first, second = (plans.Plan("cudnn", "own"), plans.Plan("flash", "alike")), plans.Plan("flash", "own")
     assert found == [first, first, (second, first[1])]

@@ -86,7 +86,8 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     """Return the plan of a pass: the measured one, or flash attention. The passes of a call may have different plans.
 
     If a call does not support the plan's method for the prefix, this package's kernel replaces it. cuDNN has no
-    deterministic backward pass, so flash attention replaces it if PyTorch must use deterministic algorithms.
+    deterministic backward pass, so flash attention replaces it if PyTorch must use deterministic algorithms. It also
+    replaces cuDNN if that is not usable.
     """
     name = _forced
     if name is None:
@@ -97,17 +98,24 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     else:
         kernel, prefix = "flash", "alike" if a.prefix_key.shape[2] >= LONG_PREFIX else "own"
     packed = a.query_segments is not None
-    if packed or torch.are_deterministic_algorithms_enabled():
+    if packed or torch.are_deterministic_algorithms_enabled() or (_forced is None and not is_cudnn_usable()):
         kernel = "flash"
     if not is_prefix_plain(a) or (prefix == "concatenated" and (packed or a.is_causal)):
         prefix = "own"
     return Plan(kernel, prefix)
 
 
+def is_cudnn_usable() -> bool:
+    """Return whether PyTorch has cuDNN and SDPA may use it (``torch.backends.cuda.enable_cudnn_sdp``)."""
+    return bool(torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.is_available())
+
+
 def is_faster(a: AttentionArguments) -> bool:
     """Return whether composition was measured to be faster than the Triton backend for a call."""
     cell = find_cell(a)
     if cell is None:
+        return False
+    if "cudnn" in cell.forward + cell.backward and not is_cudnn_usable():
         return False
     if cell.training == cell.inference or not torch.is_grad_enabled():
         return cell.inference
