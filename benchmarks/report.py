@@ -282,8 +282,8 @@ def tabulate_many_adapters(record: Record, *others: Record) -> Table:
 
 def tabulate_gpu(record: Record) -> Table:
     """Show the fastest kernels for prefix attention on a GPU, and ratios to the fastest concatenation and floor."""
-    titles = ("ms", "kernels", "x faster", "x tokens alone")
-    header = ("B x Hq x Hkv x N x M x D", *(f"{name}: {title}" for name in ("forward", "both") for title in titles))
+    titles = ("ms", "by", "x faster", "x tokens")
+    header = ("B x Hq x Hkv x N x M x D", *(f"{name} {title}" for name in (FORWARD, "fwd + bwd") for title in titles))
     frame = pd.DataFrame([row for row in record.rows if row["quantity"] == "seconds" and "gate" in row])
     keys, rows = ["B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"], []
     for key, of_case in frame.groupby(keys, sort=False) if len(frame) else ():
@@ -293,7 +293,7 @@ def tabulate_gpu(record: Record) -> Table:
             times = of_case[of_case.direction == direction]
             least = times.groupby("role").p50.min().reindex(["ours", "theirs", "floor"])
             fastest = times[times.p50 == least.ours].peer
-            cells += [number(1e3 * least.ours, 3), MISSING if fastest.empty else fastest.iloc[0]]
+            cells += [number(1e3 * least.ours, 2), MISSING if fastest.empty else fastest.iloc[0]]
             cells += [number(least.theirs / least.ours), number(least.ours / least.floor)]
         kind = "" if gate == "none" else f", {gate}"
         rows.append([f"{'x'.join(map(str, sizes))}, P {P}{kind}{', causal' * causal}", *cells])
@@ -322,7 +322,7 @@ def tabulate_gpu_methods(record: Record) -> Table:
         spread = f"{1e3 * seconds.p20:.0f} to {1e3 * seconds.p80:.0f}"
         ratio = number(seconds["x floor"])
         rows.append([peer, f"{1e3 * seconds.p50:.0f} ({spread})", ratio, number(held.p50 / 1e9, 2)])
-    return Table(("method", "ms per step", "x frozen", "GB added"), rows)
+    return Table(("method", "ms per step", "x frozen", "peak GB"), rows)
 
 
 TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {

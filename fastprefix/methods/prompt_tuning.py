@@ -23,8 +23,9 @@ class PromptTuningConfig(MethodConfig):
         init_vocab_size: "vocab" draws from the first ``init_vocab_size`` entries of the embedding table. The paper uses
             5,000. None draws from all entries.
         shared_prompt: controls whether the prompt runs once for the whole batch instead of in every row. None runs it
-            once if values and gradients are exactly those of running it in every row. True raises an error if they are
-            not. False always runs it in every row.
+            once if values and gradients are exactly those of running it in every row, except in training on a GPU if
+            it saves too few tokens to be faster. True always runs it once and raises an error if that is not exact.
+            False always runs it in every row.
     """
 
     kind: ClassVar[str] = "prompt"
