@@ -50,8 +50,8 @@ def launch_and_check(check_case: Callable[..., dict[str, Any]]) -> Callable[...,
     return check
 
 
-def prepare(folder: str) -> None:
-    """Let CPU tensors run on the Triton and composed backends, and make everything small."""
+def run_on_driver(folder: str) -> None:
+    """Let CPU tensors run on the Triton and composed backends, on the driver in a folder."""
     pretend(folder)
     target = H100()
     for operation in (prefix_attention, prompt_embedding):
@@ -61,6 +61,11 @@ def prepare(folder: str) -> None:
     attention.BACKENDS["cpu"] = "triton"
     torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda *_: None
     torch.cuda.max_memory_allocated = lambda *_: 0
+
+
+def prepare(folder: str) -> None:
+    """Run on the driver in a folder, and make everything small."""
+    run_on_driver(folder)
     device.CUDA, device.COPIED, device.WIDTH, device.time_with_triton = CPU, 64, 8, time_once
     kinds = [(shape, gate, shape.N > 1) for shape in SHAPES for gate in GATES if shape.N > 1 or gate == "none"]
     speed.LIMIT, speed.WALL_SECONDS, speed.list_problems = math.inf, 0.0, lambda: iter(kinds)
