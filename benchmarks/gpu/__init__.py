@@ -27,7 +27,7 @@ from . import device
 from .kernels import measure_kernels
 from .parity import FIRST as FIRST_CASES
 from .parity import SMALL, Add, check_parity, run_tests
-from .problems import FIRST, LONGEST, build_problem, keep_choice
+from .problems import FIRST, LONGEST, build_problem
 from .speed import check_problem, measure_problems, measure_speed
 from .tiles import measure_tiles
 
@@ -109,8 +109,7 @@ def run(options: argparse.Namespace) -> int:
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()
         try:
-            with keep_choice():
-                stage(add, min(seconds, end - start))
+            stage(add, min(seconds, end - start))
         except Exception as error:  # only a failure of the first stage makes the following stages useless
             add([], [fault({}, "stage", name, error)])
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)

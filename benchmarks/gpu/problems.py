@@ -2,13 +2,11 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastprefix.ops.prefix_attention.composed_backend import plans
 
@@ -141,26 +139,24 @@ def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
     The context ``torch.nn.attention.sdpa_kernel`` would do the same, but entering it takes longer than a short call.
     """
     cuda = torch.backends.cuda
-    switches = {
-        "flash": cuda.enable_flash_sdp,
-        "cudnn": cuda.enable_cudnn_sdp,
-        "efficient": cuda.enable_mem_efficient_sdp,
-        "math": cuda.enable_math_sdp,
-    }
+    switches = (
+        ("flash", cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        ("cudnn", cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        ("efficient", cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        ("math", cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    )
 
     def run() -> Tensor:
-        for of, enable in switches.items():
+        before = [is_enabled() for _, is_enabled, _ in switches]
+        for of, _, enable in switches:
             enable(of == name)
-        return call()
+        try:
+            return call()
+        finally:
+            for (_, _, enable), value in zip(switches, before, strict=True):
+                enable(value)
 
     return run
-
-
-@contextmanager
-def keep_choice() -> Iterator[None]:
-    """Restore the kernels that SDPA may use at the end."""
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        yield
 
 
 def take_first_row(results: Sequence[Tensor]) -> list[Tensor]:

@@ -140,6 +140,20 @@ def test_a_peer_that_is_wrong_is_not_timed(gate: str) -> None:
     assert next(row["p50"] for row in rows if row["peer"] == "right") < speed.LIMIT
 
 
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_one_kernel_of_sdpa_is_chosen(name: str) -> None:
+    cuda = torch.backends.cuda
+    before = cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
+
+    def call() -> Tensor:
+        assert (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()) == (name == "flash", name == "math")
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        problems.choose(call, name)()
+    assert (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()) == before
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_nothing_to_compare_with() -> None:
     problem = problems.build_problem(SHAPE, "none", True, flex=False)
