@@ -139,7 +139,7 @@ def choose(call: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
     The context ``torch.nn.attention.sdpa_kernel`` would do the same, but entering it takes longer than a short call.
     """
     cuda = torch.backends.cuda
-    switches = (
+    switches: tuple[tuple[str, Callable[[], bool], Callable[[bool], None]], ...] = (
         ("flash", cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
         ("cudnn", cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
         ("efficient", cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
