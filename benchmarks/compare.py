@@ -11,7 +11,7 @@ from pathlib import Path
 from . import results
 from .measure import BenchmarkError, find_busyness
 from .report import load_frame
-from .results import Record, case_of, describe_fault
+from .results import FIGURES, Record, describe_fault
 
 DESCRIPTION = "Compare a new result with the committed one of the same suite and device, and print ratios that moved."
 SAME = ("device_name", "cpu_capability", "threads", "adapters")
@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the ratios that moved. Return 1 if anything of this package became worse or failed."""
     new = results.read(options.new)
     old = find_same_device(new, options.against)
-    about = [*case_of(new.rows[0]), "peer", "role", "direction", "quantity"]
     before, now = (load_frame(r, "role != 'floor' and quantity in ['seconds', 'bytes']") for r in (old, new))
     ratios = ["low", "x floor", "high"]
+    about = [name for name in now if name in before and name not in (*FIGURES, *ratios)]
     both = before[[*about, *ratios]].merge(now[[*about, *ratios]], on=about, suffixes=(" before", "")).dropna()
     if both.empty:
         raise BenchmarkError(f"{options.new}: no case in common with the result of {old.environment['date']}")

@@ -55,6 +55,7 @@ def load_frame(record: Record, where: str = "index >= 0") -> pd.DataFrame:
     place = [name for name in frame if name not in (*FIGURES, "peer", "role", "direction")]
     figures = frame.reindex(columns=["p50", "p20", "p80"]).ffill(axis=1)  # a figure without a spread has only p50
     floors = frame[[*place, "direction"]].join(figures)[frame.role == "floor"]
+    floors = floors.sort_values("p50").drop_duplicates([*place, "direction"])  # of several floors, the lowest one
     same = frame[[*place, "direction"]].merge(floors, how="left")[figures.columns]
     forward = frame[place].merge(floors[floors.direction == FORWARD], how="left", on=place)
     floor = same.fillna(forward).replace(0, np.nan)
@@ -304,7 +305,7 @@ def tabulate_gpu_embedding(record: Record) -> Table:
     """Show the time of the kernels of each prompt's embedding in units of a lookup of the same tokens."""
     frame = pd.DataFrame([row for row in record.rows if row["quantity"] == "kernel seconds" and "method" in row])
     rows = []
-    for (V, d, method), of in frame.groupby(["V", "d", "method"], sort=False):
+    for (V, d, method), of in frame.groupby(["V", "d", "method"], sort=False) if len(frame) else ():
         sums = of.groupby(["peer", "direction"]).p50.sum()
         lookup = sums["lookup", FORWARD]
         cells = [number(sums[method, direction] / lookup) for direction in (FORWARD, BOTH)]
@@ -340,6 +341,7 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "cartridge": (tabulate_cartridge, None),
     "adapterhub": (tabulate_model, "model"),
     "gpu": (tabulate_gpu, None),
+    "gpu-tiles": (tabulate_gpu_embedding, None),
 }
 """The table function of each suite, and the column for each of whose values it makes a table."""
 
@@ -349,9 +351,11 @@ def describe_record(name: str, record: Record) -> str:
     (table, column), facts = TABLES[record.suite], ", ".join(f"{of} {record.environment.get(of)}" for of in FACTS)
     values = dict.fromkeys((row[column],) for row in record.rows) if column else [()]
     objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
-    tables = [table(record, *value).markdown() for value in values]
-    tables += [tabulate_shares(record).markdown()] if "peaks" in record.settings else []
-    return "\n\n".join([f"## {name}", facts, *objections, *tables, *map(describe_fault, record.faults)])
+    tables = [table(record, *value) for value in values]
+    tables += [tabulate_shares(record)] if "peaks" in record.settings else []
+    tables += [tabulate_gpu_methods(record)] if record.suite.startswith("gpu") else []
+    texts = [table.markdown() for table in tables if table.rows]
+    return "\n\n".join([f"## {name}", facts, *objections, *texts, *map(describe_fault, record.faults)])
 
 
 def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, folder: Path = results.FOLDER) -> str:

@@ -12,7 +12,7 @@ import torch
 from .measure import BenchmarkError, Row, describe_environment, explain, find_busyness
 
 FOLDER = Path(__file__).parent / "results"
-FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps")
+FIGURES = ("p50", "p20", "p80", "rounds", "samples", "steps", "launches", "clocks")
 """Columns with measured values. All other columns describe the case."""
 
 
