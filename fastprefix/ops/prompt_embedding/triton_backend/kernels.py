@@ -362,7 +362,7 @@ def add_weights(
     b_dw1, b_dw2, b_db2, p_weight, stride_v, stride_d, p_dy, stride_dy_d,
     p_z, p_dh, p_dw1, p_db2, o_id, o_dy, o_t, there, o_c, o_j, d, RS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a block of tokens to dw1 and dw2 [BD, RP] and db2 [BT, BD].
+    """Add the contribution of a block of tokens to dw1 and dw2 [BD, RP] and db2 (``add_tokens``).
 
     If z has padding, column R of dw2 is db2, because column R of z is 1.
     """
@@ -380,8 +380,21 @@ def add_weights(
         b_z = load_tile(p_z, o_z, RS, 1, o_j, there, RS)
         b_dw2 = add_exact_product(tl.trans(b_dy), b_z, b_dw2)
     if p_db2 is not None and RS == R:
-        b_db2 += b_dy.to(tl.float32)
+        b_db2 = add_tokens(b_dy, b_db2)
     return b_dw1, b_dw2, b_db2
+
+
+@triton.jit
+def add_tokens(b_dy, b_db2):
+    """Add a tile [BT, BD] to sums over tokens, [BT, BD] in float32, or in 16 bits [BD, 16] with equal columns.
+
+    In 16 bits this is a product with ones. Otherwise the tile would also be read into registers, and Triton 3.6 and 3.7
+    would give its pipelined load one buffer too few: the next load could overwrite it while the matrix units read it.
+    """
+    if b_dy.dtype == tl.float32:
+        return b_db2 + b_dy
+    else:
+        return add_exact_product(tl.trans(b_dy), tl.full((b_dy.shape[0], 16), 1.0, b_dy.dtype), b_db2)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -404,7 +417,7 @@ def prompt_embedding_bwd_weights_kernel(
     o_first = tl.program_id(1) * blocks * BT + tl.arange(0, BT)
     b_dw1 = tl.zeros((BD, RP), tl.float32)
     b_dw2 = tl.zeros((BD, RP), tl.float32)
-    b_db2 = tl.zeros((BT, BD), tl.float32)
+    b_db2 = tl.zeros((BT, BD), tl.float32) if p_dy.dtype.element_ty == tl.float32 else tl.zeros((BD, 16), tl.float32)
     if p_entries is None:
         o_next_id, o_next_dy = find_rows(
             p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_first, o_first < B * N, N, S
@@ -441,7 +454,12 @@ def prompt_embedding_bwd_weights_kernel(
         tl.store(p_dw2 + (part * R + o_j.to(tl.int64))[None, :] * d + o_c[:, None], b_dw2, mask=b_inside)
     if p_db2 is not None:
         # Only one part of the hidden units has column R, and without padding, only the first one stores db2.
-        b_x = tl.sum(tl.where((o_j == R)[None, :], b_dw2, 0.0), 1) if RS > R else tl.sum(b_db2, 0)
+        if RS > R:
+            b_x = tl.sum(tl.where((o_j == R)[None, :], b_dw2, 0.0), 1)
+        elif p_dy.dtype.element_ty == tl.float32:
+            b_x = tl.sum(b_db2, 0)
+        else:
+            b_x = tl.max(b_db2, 1)  # all columns are equal
         only = tl.program_id(2) == (R // RP if RS > R else 0)
         tl.store(p_db2 + part * d + o_c, b_x, mask=(o_c < d) & only)
 
