@@ -62,10 +62,6 @@ class Replays:
         self._known[signature] = recorder.compile(results) or _FAILED
         return results
 
-    def clear(self) -> None:
-        """Forget all recordings."""
-        self._known.clear()
-
 
 class _Recorder(TorchDispatchMode):
     """A target that writes down launches, in a mode that writes down PyTorch's operators."""

@@ -221,6 +221,7 @@ _SM90_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "capped": {
         "forward": {(128, HALF): AttentionTile(128, 64, 64, 8, 3)},
         "dq": {(64, HALF): AttentionTile(128, 64, 64, 8, 2), (128, HALF): AttentionTile(128, 64, 64, 8, 2)},
+        "dkv": {(64, HALF): AttentionTile(64, 128, 64, 8, 2)},
     },
     "separate": {
         "forward": {(64, HALF): AttentionTile(128, 64, 64, 8, 3)},
