@@ -69,7 +69,7 @@ def prepare(folder: str) -> None:
     device.CUDA, device.COPIED, device.WIDTH, device.time_with_triton = CPU, 64, 8, time_once
     kinds = [(shape, gate, shape.N > 1) for shape in SHAPES for gate in GATES if shape.N > 1 or gate == "none"]
     speed.LIMIT, speed.WALL_SECONDS, speed.list_problems = math.inf, 0.0, lambda: iter(kinds)
-    tiles.LIMIT = math.inf
+    tiles.LIMIT = methods.LIMIT = math.inf
     tiles.CANDIDATES = dict.fromkeys(tiles.CANDIDATES, (tiles.AttentionTile(64, 64, 64, 4, 2),))
     problems.EMBEDDINGS = (embedding.QUICK,)
     gpu.FIRST_CASES = (parity.FIRST[1], *parity.FIRST[-2:])

@@ -124,6 +124,7 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # measured on an H20
     "dq": {
         **_SM80["dq"],
         (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (127, HALF): AttentionTile(128, 64, 64, 8, 2),
         (128, HALF): AttentionTile(128, 64, 64, 8, 3),
     },
     "dq of prefix": {
@@ -134,11 +135,13 @@ _SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # measured on an H20
     "dkv": {
         **_SM80["dkv"],
         (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (127, HALF): AttentionTile(32, 128, 64, 8, 2),
         (128, HALF): AttentionTile(32, 128, 64, 8, 3),
     },
     "dprefix": {
         **_SM80["dprefix"],
         (64, HALF): AttentionTile(64, 64, 64, 4, 3),
+        (127, HALF): AttentionTile(32, 64, 64, 4, 2),
         (128, HALF): AttentionTile(32, 64, 64, 4, 3),
     },
 }
