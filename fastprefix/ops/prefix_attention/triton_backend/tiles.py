@@ -25,6 +25,7 @@ HALF, SINGLE = "half", "single"  # float16 and bfloat16; float32
 
 _WIDE = "with more than 128 columns, two accumulators are in registers (not measured)"
 _NARROW = "some versions of Triton spill 8 bytes for heads of 16 columns (not measured)"
+_NARROW_PREFIX = "Triton 3.7 spills 16 bytes for heads of 16 columns (not measured)"
 _PADDED = "some versions of Triton spill up to 16 bytes if every load masks columns (not measured)"
 _WINDOW = "a window with gates spills 8 bytes (not measured)"
 _EVERY = "with every option at once, Triton 3.6 spills 8 bytes (not measured)"
@@ -307,6 +308,7 @@ _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
         (64, HALF): AttentionTile(16, 64, 64, 4, 2),
         (128, HALF): AttentionTile(16, 32, 32, 4, 2),
     },
+    "dq of prefix": {**_SM86["dq"], (16, HALF): AttentionTile(64, 64, 64, 4, 2, _NARROW_PREFIX)},
 }
 _SM120_VARIANTS = _SM86_VARIANTS
 

@@ -19,6 +19,9 @@ class EmbeddingTile(NamedTuple):
     resident: int = 2  # programs per multiprocessor into which sums over tokens are split
 
 
+_BANK = "Triton 3.7 spills 8 bytes (not measured)"
+
+
 def _padded(r: int) -> int:
     """Return the next power of two that matrix instructions support."""
     return max(16, 1 << (r - 1).bit_length())
@@ -80,7 +83,8 @@ def weights(r: int, element_size: int, architecture: str, bank: bool) -> Embeddi
         return EmbeddingTile(16, 32, RP, 8 if bank and RP == 32 else 4, stages)
     if architecture == "sm_90" and RP <= 32:
         return EmbeddingTile(32, 128, RP, 4, stages, resident=3)
-    return EmbeddingTile(32, 64, RP, 8 if RP == 64 or (bank and RP == 16) else 4, stages, resident=3)
+    spills = _BANK if architecture == "sm_120" and bank and RP == 64 else None
+    return EmbeddingTile(32, 64, RP, 8 if RP == 64 or (bank and RP == 16) else 4, stages, spills, resident=3)
 
 
 def sums(r: int) -> EmbeddingTile:
