@@ -86,6 +86,7 @@ class _Recorder(TorchDispatchMode):
         if compiled is None:
             self._is_complete = False
             return None
+        self._write_constant(compiled)  # keeps its code loaded
         names = kernel.arg_names[len(arguments) :]
         given = (*arguments, *(constants[name] for name in names))
         values = [self._write_address(value) for value in given]
