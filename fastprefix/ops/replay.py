@@ -41,7 +41,7 @@ class Replays:
         self._known: dict[Hashable, Any] = {}
 
     def run(self, signature: Hashable, target: Target, tensors: Sequence[Tensor | None], call: Call) -> Any:
-        """Return ``call(target, *tensors)``. From the second call with a signature on, the first recording is repeated.
+        """Return ``call(target, *tensors)``. The second call with a signature is recorded, and later ones repeat it.
 
         ``signature`` must include all that ``call`` depends on, except the values of tensors.
         """
