@@ -60,7 +60,7 @@ def explain(option: str) -> Iterator[None]:
 
 def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
     """Describe the failure of a peer."""
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error)).replace(f"{ROOT}{os.sep}", "")  # results are committed
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
 

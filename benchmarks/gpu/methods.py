@@ -30,7 +30,11 @@ WARMUP, ROUNDS = 3, 10
 ROUNDS_SHARE = 0.4  # of the time is kept for the rounds
 SETTINGS = (("PromptTuningConfig", 200), ("PrefixTuningConfig", 200), ("PrefixTuningConfig", 50))
 Step = Callable[[], Tensor]
-CASE: Row = {"model": "Llama 3.2 3B", "rows": SIZE.rows, "tokens": SIZE.length, "dtype": "bfloat16"}
+
+
+def describe_case() -> Row:
+    """Return the case of all peers."""
+    return {"model": "Llama 3.2 3B", "rows": SIZE.rows, "tokens": SIZE.length, "dtype": "bfloat16"}
 
 
 def configure_model(size: Size) -> transformers.PretrainedConfig:
@@ -116,7 +120,7 @@ def prepare_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[s
     model = peer.prepare(share_weights(base))
     step = build_step(model, batch)
     losses[peer.name] = step().item()
-    about = (CASE, peer.name, peer.role, "step")
+    about = (describe_case(), peer.name, peer.role, "step")
     rows = [figure_row(*about, "loss", losses[peer.name])]
     if peer.same_as is not None:
         difference = abs(losses[peer.name] / losses[peer.same_as] - 1)
@@ -128,7 +132,7 @@ def prepare_peer(peer: Peer, base: Any, batch: dict[str, Tensor], losses: dict[s
 
 def measure_methods(add: Add, seconds: float) -> None:
     """Prepare as many peers as the time allows, and measure their steps in interleaved rounds."""
-    end = time.monotonic() + seconds
+    end, case = time.monotonic() + seconds, describe_case()
     with torch.device(device.CUDA):
         base = build("causal_lm", configure_model(SIZE), device.CUDA)
     batch = draw_batch("causal_lm", SIZE, SIZE.length, device.CUDA)
@@ -143,15 +147,15 @@ def measure_methods(add: Add, seconds: float) -> None:
         try:
             steps[name], rows = prepare_peer(peer, base, batch, losses)
         except Exception as error:  # the failure of one method must not lose the others
-            add([], [fault(CASE, name, "methods", error)])
+            add([], [fault(case, name, "methods", error)])
             continue
         add(rows, [])
     jobs = {name: partial(time_call, step, device.CUDA) for name, step in steps.items()}
     samples, errors = interleave(jobs, range(WARMUP + ROUNDS), WARMUP)
-    add([], [fault(CASE, name, "methods", error) for name, error in errors.items()])
+    add([], [fault(case, name, "methods", error) for name, error in errors.items()])
     clocks = device.read_clocks()
     for name, times in samples.items():
-        about = (CASE, name, peers[name].role, "step")
+        about = (case, name, peers[name].role, "step")
         held = figure_row(*about, "bytes", added_peak(steps[name], device.CUDA))
         row = timed_row(*about, times) | {"clocks": clocks}
         add([row, held], [])

@@ -29,29 +29,26 @@ KINDS: tuple[Kind, ...] = (
     (Shape(16, 8, 2, 2048, 2048, 128, 128), "none", True),
 )
 _WARPS, _STAGES = (8, 4), (2, 3, 1)
-_OF_PREFIX = tuple(AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES))
+
+
+def combine(*sizes: tuple[int, ...]) -> tuple[AttentionTile, ...]:
+    """Return all combinations of block sizes, warps and stages."""
+    return tuple(AttentionTile._make((*of, None)) for of in itertools.product(*sizes))
+
+
+_OF_PREFIX = combine((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES)
+_OF_QUERIES = combine((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3))
 CANDIDATES: dict[str, tuple[AttentionTile, ...]] = {
-    "forward": tuple(
-        AttentionTile(*of)
-        for of in (
-            *itertools.product((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3)),
-            *((128, 128, 128, 8, stages) for stages in (2, 3, 4)),
-            *((128, 64, 128, warps, 3) for warps in _WARPS),
-        )
+    "forward": (
+        *_OF_QUERIES,
+        *combine((128,), (128,), (128,), (8,), (2, 3, 4)),
+        *combine((128,), (64,), (128,), _WARPS, (3,)),
     ),
     "extend": _OF_PREFIX,
-    "dq": tuple(
-        AttentionTile(*of)
-        for of in (
-            *itertools.product((64, 128), (32, 64, 128), (64,), _WARPS, (2, 3)),
-            *((128, BN, 128, 8, 2) for BN in (64, 128)),
-        )
-    ),
-    "dq of prefix": tuple(
-        AttentionTile(*of) for of in itertools.product((64, 128), (64,), (32, 64, 128), _WARPS, _STAGES)
-    ),
-    "dkv": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (32, 64, 128), (64,), _WARPS, _STAGES)),
-    "dprefix": tuple(AttentionTile(*of) for of in itertools.product((32, 64), (64,), (64, 128), _WARPS, _STAGES)),
+    "dq": (*_OF_QUERIES, *combine((128,), (64, 128), (128,), (8,), (2,))),
+    "dq of prefix": _OF_PREFIX,
+    "dkv": combine((32, 64), (32, 64, 128), (64,), _WARPS, _STAGES),
+    "dprefix": combine((32, 64), (64,), (64, 128), _WARPS, _STAGES),
 }
 """Candidates by kernel. Those that spill registers are compiled and left out."""
 

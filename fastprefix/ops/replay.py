@@ -40,6 +40,28 @@ class Replays:
         self._most = most
         self._known: dict[Hashable, Any] = {}
 
+    def run_function(
+        self,
+        function: Callable[..., Results],
+        a: Any,
+        count: int,
+        target: Target,
+        tensors: Sequence[Tensor | None] = (),
+        options: tuple[Hashable, ...] = (),
+        state: Hashable = None,
+    ) -> Any:
+        """Return ``function(a, target, *tensors, *options)`` by ``run``.
+
+        ``a`` is a named tuple of canonical arguments, of which the first ``count`` are tensors. ``state`` is anything
+        else that the function depends on, such as a setting of PyTorch.
+        """
+        given, rest = (*a[:count], *tensors), a[count:]
+
+        def call(target: Target, *given: Any) -> Results:
+            return function(type(a)(*given[:count], *rest), target, *given[count:], *options)
+
+        return self.run((function, target, describe_layouts(given), rest, options, state), target, given, call)
+
     def run(self, signature: Hashable, target: Target, tensors: Sequence[Tensor | None], call: Call) -> Any:
         """Return ``call(target, *tensors)``. The second call with a signature is recorded, and later ones repeat it.
 
@@ -67,7 +89,7 @@ class _Recorder(TorchDispatchMode):
     """A target that writes down launches, in a mode that writes down PyTorch's operators."""
 
     def __init__(self, target: Target, tensors: Sequence[Tensor | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch declares no types for it
         self._target = target
         self.architecture, self.processors, self.split_from = target.architecture, target.processors, target.split_from
         self._kept: list[Tensor | None] = list(tensors)  # an id stays unique as long as its tensor exists
@@ -109,12 +131,12 @@ class _Recorder(TorchDispatchMode):
             size, stride = tuple(result.shape), result.stride()
             self._lines.append(f"{self._name_result(result)} = empty_strided({size}, {stride}, {options})")
             return result
-        given = [self._write_value(value) for value in args]
-        given += [f"{name}={self._write_value(value)}" for name, value in (kwargs or {}).items()]
         if function in _ALIASES and id(args[0]) in self._names:
             self._kept.append(result)
             self._names[id(result)] = self._names[id(args[0])]
             return result
+        given = [self._write_value(value) for value in args]
+        given += [f"{name}={self._write_value(value)}" for name, value in (kwargs or {}).items()]
         call = f"{self._write_constant(function)}({', '.join(given)})"
         if function._schema.is_mutable:
             self._lines.append(call)

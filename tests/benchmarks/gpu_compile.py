@@ -8,10 +8,7 @@ compiled for compute capability 9. Several processes with different parts can sh
 """
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +17,10 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.attention import Shape
-from benchmarks.gpu import device, kernels, methods, parity, problems, tiles
+from benchmarks.gpu import kernels, methods, parity, problems, tiles
 from benchmarks.gpu.problems import Kind
 from tests.benchmarks.gpu_dry_run import run_on_driver
-from tests.ops.launching.driver import build_driver, describe_environment
+from tests.ops.launching.driver import run_with_driver
 
 Job = tuple[str, Callable[[], object]]
 
@@ -70,13 +67,10 @@ def main() -> int:
     parser.add_argument("--driver", help=argparse.SUPPRESS)  # the folder of one that is built
     options = parser.parse_args()
     if options.driver is None:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = describe_environment(build_driver(Path(folder)))
-            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "TRITON_CACHE_DIR": str(options.cache)}
-            return subprocess.run([*sys.orig_argv, "--driver", folder], env=environment).returncode
+        return run_with_driver(__spec__.name, sys.argv[1:], TRITON_CACHE_DIR=str(options.cache))
     run_on_driver(options.driver)
-    device.CUDA, failed = torch.device("cpu"), 0
     first, parts = map(int, options.part.split("/"))
+    failed = 0
     for number, (name, compile_job) in enumerate(list_jobs()):
         if number % parts != first:
             continue

@@ -8,10 +8,7 @@ are computed and not judged. Kernels are compiled in this process, for minutes.
 
 import argparse
 import math
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,7 @@ from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.gpu import device, jobs, kernels, methods, parity, problems, speed, tiles
 from fastprefix.ops import backends, prefix_attention, prompt_embedding
 from fastprefix.ops.prefix_attention import composed_backend
-from tests.ops.launching.driver import build_driver, describe_environment
+from tests.ops.launching.driver import run_with_driver
 from tests.ops.launching.program import H100, pretend
 
 CPU = torch.device("cpu")
@@ -61,12 +58,13 @@ def run_on_driver(folder: str) -> None:
     attention.BACKENDS["cpu"] = "triton"
     torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda *_: None
     torch.cuda.max_memory_allocated = lambda *_: 0
+    device.CUDA = CPU
 
 
 def prepare(folder: str) -> None:
     """Run on the driver in a folder, and make everything small."""
     run_on_driver(folder)
-    device.CUDA, device.COPIED, device.WIDTH, device.time_with_triton = CPU, 64, 8, time_once
+    device.COPIED, device.WIDTH, device.time_with_triton = 64, 8, time_once
     kinds = [(shape, gate, shape.N > 1) for shape in SHAPES for gate in GATES if shape.N > 1 or gate == "none"]
     speed.LIMIT, speed.WALL_SECONDS, speed.list_problems = math.inf, 0.0, lambda: iter(kinds)
     tiles.LIMIT = methods.LIMIT = math.inf
@@ -91,18 +89,14 @@ def main() -> int:
     parser.add_argument("--driver", help=argparse.SUPPRESS)  # the folder of one that is built
     options = parser.parse_args()
     if options.driver is None:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = describe_environment(build_driver(Path(folder)))
-            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": ""}
-            out = options.out or Path(folder, "gpu.json")
-            command = [sys.executable, "-m", __spec__.name, "--driver", folder, "--out", str(out)]
-            return subprocess.run([*command, "--stages", *options.stages], env=environment).returncode
+        return run_with_driver(__spec__.name, sys.argv[1:])
     prepare(options.driver)
     with (
         mock.patch.object(jobs, "run_jobs", lambda wanted, seconds: [jobs.run_job(*job) for job in wanted]),
         mock.patch.object(parity, "check_case", launch_and_check(parity.check_case)),
     ):
-        return run_benchmarks(["gpu", "--out", str(options.out), "--stages", *options.stages])
+        out = options.out or Path(options.driver, "gpu.json")
+        return run_benchmarks(["gpu", "--out", str(out), "--stages", *options.stages])
 
 
 if __name__ == "__main__":

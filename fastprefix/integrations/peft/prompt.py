@@ -155,9 +155,9 @@ class PromptAcceleration(PromptLearning):
         drops = self.drops and self.backbone.training  # drawn separately in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        slower = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         saved = (arguments["inputs_embeds"].shape[0] - 1) * length
-        slower = slower and not saves_time(self.backbone, len(self.layers), saved)
+        slower = trains and not saves_time(self.backbone, len(self.layers), saved)
         filled = cache is not None and cache.get_seq_length() > 0
         if (
             not plain

@@ -2,6 +2,9 @@
 
 import os
 import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ONLY_THERE = (
@@ -42,3 +45,15 @@ def describe_environment(folder: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folder / "cache"),
         "TRITON_LIBCUDA_PATH": str(folder),
     }
+
+
+def run_with_driver(module: str, arguments: Sequence[str], **variables: str) -> int:
+    """Run a module in a process that finds the driver, whose folder is its option ``--driver``. Return the exit status.
+
+    ``variables`` are added to the environment. Launches are not written down.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = describe_environment(build_driver(Path(folder)))
+        environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", **variables}
+        command = [sys.executable, "-m", module, *arguments, "--driver", folder]
+        return subprocess.run(command, env=environment).returncode

@@ -8,19 +8,15 @@ computed. On a GPU add the time of the driver and of the allocator, a few micros
 """
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import torch
 
 from fastprefix.ops import prefix_attention
-from tests.ops.launching.driver import build_driver, describe_environment
+from tests.ops.launching.driver import run_with_driver
 from tests.ops.launching.program import H100, pretend
 
 WARMUP = 50
@@ -94,25 +90,21 @@ def count_functions(call: Callable[[], object]) -> int:
     return counted
 
 
-def main() -> None:
+def main() -> int:
     """Build the driver, and measure in a process that finds it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--driver", help=argparse.SUPPRESS)  # the folder of one that is built
     options = parser.parse_args()
     if options.driver is None:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = describe_environment(build_driver(Path(folder)))
-            environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
-            command = [sys.executable, "-m", __spec__.name, "--calls", str(options.calls), "--driver", folder]
-            subprocess.run(command, env=environment, check=True)
-        return
+        return run_with_driver(__spec__.name, sys.argv[1:], OMP_NUM_THREADS="1", **KEEP_MEMORY)
     pretend(options.driver)
     print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8} us  {'functions':>9}")
     for name, call in list_calls().items():
         times = " ".join(f"{value:8.1f}" for value in measure(call, options.calls))
         print(f"{name:33} {times}     {count_functions(call):9}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -462,10 +462,11 @@ def saves_time(backbone: nn.Module, layers: int, tokens: int) -> bool:
 
     This is always assumed on a CPU, and if ranks that share parameters must run the layers equally often.
     """
-    parameters = list(backbone.parameters())
-    if not _WEIGHS.get() or not parameters[0].is_cuda or is_sharded(backbone) or any_partitioned(backbone):
+    if not _WEIGHS.get() or not next(backbone.parameters()).is_cuda:
         return True
-    return tokens * sum(parameter.numel() for parameter in parameters) >= LEAST_SAVING * layers
+    if tokens * sum(parameter.numel() for parameter in backbone.parameters()) >= LEAST_SAVING * layers:
+        return True
+    return is_sharded(backbone) or any_partitioned(backbone)
 
 
 def has_dropout(module: nn.Module) -> bool:

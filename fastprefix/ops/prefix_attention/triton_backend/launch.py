@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...replay import Replays, describe_layouts
+from ...replay import Replays
 from ...targets import Target, divide_up, target_of
 from ..arguments import DECLARATION, DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
@@ -36,7 +36,9 @@ _PREFIX = ("prefix_key", "prefix_value", "prefix_key_bias")
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
-    results: tuple[Tensor, Tensor] = _run(_forward, AttentionArguments(*arguments), target)
+    a = AttentionArguments(*arguments)
+    check_spans(a)
+    results: tuple[Tensor, Tensor] = _run(_forward, a, target)
     return results
 
 
@@ -58,6 +60,7 @@ def extend(
 
     ``logsumexp`` [B, Hq, N] is the log-sum-exp of the tokens' scores. ``a`` has no tokens.
     """
+    check_spans(a)
     results: tuple[Tensor, Tensor] = _run(_extend, a, target, (output_of_tokens, logsumexp))
     return results
 
@@ -154,16 +157,8 @@ def _run(
     *options: Hashable,
 ) -> Any:
     """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
-    check_spans(a)
-    target = target or target_of(a.query.device)
-    given: tuple[Any, ...] = (*a[:_TENSORS], *tensors)
-    rest: tuple[Any, ...] = a[_TENSORS:]
-    signature = (function, target, _choose_precision(a.query.dtype), describe_layouts(given), rest, options)
-
-    def call(target: Target, *given: Any) -> Any:
-        return function(AttentionArguments(*given[:_TENSORS], *rest), target, *given[_TENSORS:], *options)
-
-    return _REPLAYS.run(signature, target, given, call)
+    target, precision = target or target_of(a.query.device), _choose_precision(a.query.dtype)
+    return _REPLAYS.run_function(function, a, _TENSORS, target, tensors, options, precision)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import random
-from ...replay import Replays, describe_layouts
+from ...replay import Replays
 from ...targets import Target, divide_up, target_of
 from ..arguments import DECLARATION, DIFFERENTIABLE, EmbeddingArguments
 from ..layout import allocate_gradient
@@ -69,14 +69,7 @@ def _run(
     *options: Hashable,
 ) -> Any:
     """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
-    target = target or target_of(a.weight.device)
-    given: tuple[Any, ...] = (*a[:_TENSORS], *tensors)
-    rest: tuple[Any, ...] = a[_TENSORS:]
-
-    def call(target: Target, *given: Any) -> Any:
-        return function(EmbeddingArguments(*given[:_TENSORS], *rest), target, *given[_TENSORS:], *options)
-
-    return _REPLAYS.run((function, target, describe_layouts(given), rest, options), target, given, call)
+    return _REPLAYS.run_function(function, a, _TENSORS, target or target_of(a.weight.device), tensors, options)
 
 
 def _forward(a: EmbeddingArguments, target: Target) -> Tensor:
