@@ -30,7 +30,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 INSTALLED := $(VENV)/.installed-$(subst /,-,$(TORCH))
 BUILT := $(VENV)/.built-$(subst /,-,$(TORCH))
 DOCUMENTED := $(VENV)/.documented
-SOURCES = $(shell find csrc tools -name '*.h' -o -name '*.cpp')
+SOURCES = $(shell find csrc tools benchmarks -name '*.h' -o -name '*.cpp')
 # Pytest exits with 5 if TEST selects no test in one of the runs.
 OR_NONE := $(if $(TEST),|| test $$? -eq 5)
 # A folder that comes before the environment's packages on the import path of the PEFT tests.

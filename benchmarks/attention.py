@@ -47,7 +47,7 @@ SHAPES = (
     Shape(16, 12, 12, 1, 512, 64, 100),
 )
 QUICK = (Shape(2, 4, 2, 32, 32, 16, 8),)
-BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+BACKENDS = {"cpu": None, "cuda": "triton"}  # None: the package's choice. On a GPU, the composed backend is another peer
 
 
 class Inputs:
@@ -90,7 +90,7 @@ class Inputs:
     def run_fused(self) -> Tensor:
         return self.run_backend(BACKENDS[self.q.device.type])
 
-    def run_backend(self, backend: str) -> Tensor:
+    def run_backend(self, backend: str | None) -> Tensor:
         options: dict[str, Any] = {"is_causal": self.causal, "dropout_p": self.dropout_p, **self.gates}
         options["segment_ids"] = self.segments
         return fastprefix.prefix_attention(self.q, self.k, self.v, self.pk, self.pv, **options, backend=backend)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fastprefix
 
-from ..measure import Role, Row, added_peak, fault, figure_row, interleave, time_call, timed_row
+from ..measure import Role, Row, Work, fault, figure_row, measure
 from ..models import Size, build, configure, draw_batch
 from ..peers import FLOOR, freeze, share_weights, wrap_with_peft
+from ..results import describe_times
 from . import device
 from .parity import Add
 
@@ -138,25 +139,19 @@ def measure_methods(add: Add, seconds: float) -> None:
     batch = draw_batch("causal_lm", SIZE, SIZE.length, device.CUDA)
     batch["labels"] = batch["labels"].clone()
     batch["labels"][:, 0] = -100  # in PEFT, the last token of a prompt would predict it
-    losses, steps = dict[str, float](), dict[str, Step]()
-    peers = {peer.name: peer for peer in list_peers()}
-    for name, peer in peers.items():
+    losses, works = dict[str, float](), dict[str, Work]()
+    for peer in list_peers():
         if time.monotonic() > end - seconds * ROUNDS_SHARE:
-            print(f"methods: {name} and the following peers are skipped for lack of time", flush=True)
+            print(f"methods: {peer.name} and the following peers are skipped for lack of time", flush=True)
             break
         try:
-            steps[name], rows = prepare_peer(peer, base, batch, losses)
+            step, rows = prepare_peer(peer, base, batch, losses)
         except Exception as error:  # the failure of one method must not lose the others
-            add([], [fault(case, name, "methods", error)])
+            add([], [fault(case, peer.name, "methods", error)])
             continue
         add(rows, [])
-    jobs = {name: partial(time_call, step, device.CUDA) for name, step in steps.items()}
-    samples, errors = interleave(jobs, range(WARMUP + ROUNDS), WARMUP)
-    add([], [fault(case, name, "methods", error) for name, error in errors.items()])
+        works[peer.name] = Work(peer.role, {"step": step})
+    rows, faults = measure(case, works, device.CUDA, partial(range, WARMUP + ROUNDS), warmup=WARMUP)
     clocks = device.read_clocks()
-    for name, times in samples.items():
-        about = (case, name, peers[name].role, "step")
-        held = figure_row(*about, "bytes", added_peak(steps[name], device.CUDA))
-        row = timed_row(*about, times) | {"clocks": clocks}
-        add([row, held], [])
-        print(f"{name}: {1e3 * row['p50']:.0f} ms per step", flush=True)
+    add([row | {"clocks": clocks} for row in rows], faults)
+    print(describe_times(rows), flush=True)

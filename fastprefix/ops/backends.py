@@ -64,6 +64,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("composed", ("cuda",), _no_triton, interpretable=True, partial=True),
         Backend("triton", ("cuda",), _no_triton, interpretable=True),
         Backend("cpu", ("cpu",), _no_libraries),
+        Backend("sdpa", None, _always, partial=True),
         Backend("eager", None, _always),
     )
 }

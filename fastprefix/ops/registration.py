@@ -130,10 +130,16 @@ class Operation:
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY
         )
-        for key, device_type in _AUTOCAST.items():
-            _LIBRARY.impl(f"{self.name}.{backend}", self._autocast_kernel(forward, device_type), key)
-        self._operators[backend] = forward
-        self._refusals[backend] = refusal
+        self._add(backend, refusal)
+
+    def define_composite(self, backend: str, forward: Kernel, refusal: Refusal) -> None:
+        """Declare and implement a backend that consists of differentiable PyTorch operations.
+
+        It has no backward operator and saves nothing, because PyTorch differentiates its operations.
+        """
+        _LIBRARY.define(f"{self.name}.{backend}{self._schemas[0]}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(f"{self.name}.{backend}", forward, "CompositeImplicitAutograd")
+        self._add(backend, refusal)
 
     def implement(
         self, backend: str, forward: Kernel, backward: Kernel, key: str = "CompositeExplicitAutograd"
@@ -147,6 +153,13 @@ class Operation:
         if key in ("CPU", "CUDA"):
             operator = self._overload(f"{self.name}_backward", backend)
             self._direct[backend, key.lower()] = self._autograd_kernel(backend, forward, backward, operator)
+
+    def _add(self, backend: str, refusal: Refusal) -> None:
+        forward = self._overload(self.name, backend)
+        for key, device_type in _AUTOCAST.items():
+            _LIBRARY.impl(f"{self.name}.{backend}", self._autocast_kernel(forward, device_type), key)
+        self._operators[backend] = forward
+        self._refusals[backend] = refusal
 
     def _overload(self, name: str, backend: str) -> Kernel:
         operator: Kernel = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)

@@ -10,7 +10,10 @@ import torch
 import fastprefix
 from fastprefix.ops import backends
 from fastprefix.ops.prefix_attention.arguments import AttentionArguments
+from fastprefix.ops.prefix_attention.registration import OPERATION as ATTENTION
+from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
+from fastprefix.ops.prompt_embedding.registration import OPERATION as EMBEDDING
 from fastprefix.parity import AttentionCase, EmbeddingCase
 
 CASES = [AttentionCase(), EmbeddingCase()]
@@ -51,14 +54,15 @@ def test_triton_looks_at_the_device_of_the_inputs(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "meta", "privateuseone"])
-@pytest.mark.parametrize("name", ["prefix_attention", "prompt_embedding"])
-def test_other_devices_are_served_by_eager(name, device):
-    refusals = dict.fromkeys(backends.BACKENDS, lambda arguments: None)
-    assert backends.choose(None, torch.device(device), refusals) == "eager"
+def test_other_devices_run_pytorch_operations(device):
+    a = canonical_arguments(**AttentionCase().build(torch.float32).tensors)
+    assert backends.choose(None, torch.device(device), ATTENTION.refusals, a) == "sdpa"
+    assert backends.choose(None, torch.device(device), ATTENTION.refusals, a._replace(softcap=1.0)) == "eager"
+    assert backends.choose(None, torch.device(device), EMBEDDING.refusals) == "eager"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.__name__)
-def test_eager_asks_nothing_of_a_device(case):
+def test_operations_run_on_any_device(case):
     """On ``meta``, where tensors have no memory."""
     inputs = case.build(torch.float32)
     tensors = {name: x.to("meta").requires_grad_(x.is_floating_point()) for name, x in inputs.tensors.items()}

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _native
 from .. import checks
 from ..registration import Operation
-from . import composed_backend, eager, triton_backend
+from . import composed_backend, cpu, eager, sdpa, triton_backend
 from .arguments import DECLARATION, AttentionArguments
 from .composed_backend import launch as composed_launch
 from .layout import allocate_gradient, allocate_heads
@@ -41,8 +41,10 @@ OPERATION = Operation(
 OPERATION.define("eager")
 OPERATION.implement("eager", eager.forward, eager.backward)
 
+OPERATION.define_composite("sdpa", sdpa.forward, sdpa.refusal)
+
 if _native.load() is None:  # the kernels are registered in C++ (csrc/prefix_attention/register.cpp)
-    OPERATION.define("cpu")
+    OPERATION.define("cpu", is_preferred=cpu.is_preferred if cpu.lacks_fast_products() else None)
 
 OPERATION.define("triton", triton_backend.refusal)
 for _key in ("CUDA", "CPU"):  # on the CPU, the kernels run in Triton's interpreter
