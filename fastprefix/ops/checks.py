@@ -11,6 +11,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Size = int | torch.SymInt
 
@@ -109,15 +110,27 @@ def check_dtype(name: str, value: Tensor, dtype: torch.dtype, of: str, cast: tor
         raise wrong_type(name, value, f"the dtype of {of} ({dtype})")
 
 
+def needs_plain_operations() -> bool:
+    """Return whether a call must consist of PyTorch's own operations.
+
+    ONNX has no translation of this package's operators. They also have no rules for the transforms of ``torch.func``
+    (``grad``, ``vmap``, ``jvp``) and no forward-mode derivative.
+    """
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.onnx.is_in_onnx_export()
+
+
 def can_read_values(device: torch.device) -> bool:
     """Return whether the values of ids and spans can be checked.
 
     They are always checked on a CPU. On other devices reading them waits for the device, so they are checked only with
-    ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never checked during an ONNX export.
+    ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never checked in transforms and ONNX exports.
     """
     if device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
         return False
-    return not torch.onnx.is_in_onnx_export()
+    return not needs_plain_operations()
 
 
 def check_flag(name: str, value: object) -> None:

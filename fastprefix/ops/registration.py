@@ -216,6 +216,8 @@ class Operation:
             if torch.is_grad_enabled():
                 for x in arguments[gradients]:
                     if x is not None and x.requires_grad:
+                        if torch._C._are_functorch_transforms_active():
+                            raise self._make_refusal("rules for the transforms of torch.func")
                         return apply(*arguments)
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(*arguments)
@@ -233,10 +235,13 @@ class Operation:
     def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
         """Refuse forward-mode differentiation. PyTorch would silently return tangents of 0."""
         if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise NotImplementedError(
-                f"fastprefix.{self.name} has no forward-mode derivative (jvp). Use fastprefix.reference.{self.name}, "
-                "which supports it."
-            )
+            raise self._make_refusal("forward-mode derivative (jvp)")
+
+    def _make_refusal(self, missing: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"this backend of fastprefix.{self.name} has no {missing}. Leave out `backend`: the function then runs "
+            f"PyTorch's operations in such a call, like fastprefix.reference.{self.name}."
+        )
 
     def _double_backward(self, ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(

@@ -1,9 +1,9 @@
 """The public function ``prefix_attention`` and the documentation of its arguments."""
 
-import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..checks import needs_plain_operations
 from .arguments import EAGER_ALONE, AttentionArguments
 from .reference import attend
 from .registration import OPERATION
@@ -140,7 +140,7 @@ def prefix_attention(
     name = choose(
         backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
     )
-    if backend is None and torch.onnx.is_in_onnx_export():  # ONNX has no translation of this package's operators
+    if backend is None and needs_plain_operations():
         return attend(arguments)
     output: Tensor = OPERATION.call(name, arguments)[0]
     return output

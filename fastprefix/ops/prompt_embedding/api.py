@@ -1,9 +1,9 @@
 """The public function ``prompt_embedding`` and the documentation of its arguments."""
 
-import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..checks import needs_plain_operations
 from .reference import embed
 from .registration import OPERATION
 from .validation import canonical_arguments
@@ -99,7 +99,7 @@ def prompt_embedding(
         dropout_p=dropout_p,
     )
     name = choose(backend, weight.device, OPERATION.refusals, arguments)
-    if backend is None and torch.onnx.is_in_onnx_export():  # ONNX has no translation of this package's operators
+    if backend is None and needs_plain_operations():
         return embed(arguments)
     output: Tensor = OPERATION.call(name, arguments)
     return output

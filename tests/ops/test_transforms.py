@@ -1,0 +1,75 @@
+"""Calls in transforms of ``torch.func``, for which the operations run PyTorch's operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastprefix import prefix_attention, prompt_embedding
+from fastprefix.parity import AttentionCase, Case, EmbeddingCase
+
+CASES: dict[str, tuple[Case, Callable[..., Tensor], tuple[str, ...]]] = {
+    "attention": (AttentionCase(B=3, Hq=4, gate="hP", sinks=True), prefix_attention, ("query", "key", "value")),
+    "embedding": (EmbeddingCase(B=3, S=3, offset="ffn"), prompt_embedding, ("input_ids",)),
+}
+"""A case, its operation, and the names of the arguments with a row for each sample."""
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def split(name: str) -> tuple[dict[str, Any], dict[str, Any], Callable[..., Tensor]]:
+    """Return the arguments that are the same for all samples, the others, and the operation."""
+    case, operation, of_rows = CASES[name]
+    tensors = case.build(torch.float32).tensors
+    rows = {key: tensors.pop(key) for key in of_rows}
+    return tensors, rows, operation
+
+
+def flatten(gradients: dict[str, Any]) -> list[Tensor]:
+    return [x for value in gradients.values() for x in (value if isinstance(value, tuple) else (value,))]
+
+
+def test_gradients_of_each_sample(name: str) -> None:
+    shared, rows, operation = split(name)
+    fixed = {"weight": shared.pop("weight")} if "weight" in shared else {}
+
+    def loss(trained: dict[str, Any], sample: dict[str, Tensor]) -> Tensor:
+        one = {key: x[None] for key, x in sample.items()}
+        return operation(**one, **fixed, **trained).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(shared, rows)
+    for index in range(3):
+        leaves = {key: _require(value) for key, value in shared.items()}
+        loss(leaves, {key: x[index] for key, x in rows.items()}).backward()
+        wanted = [x.grad for x in flatten(leaves)]
+        torch.testing.assert_close([x[index] for x in flatten(found)], wanted, rtol=1e-4, atol=1e-5)
+
+
+def _require(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_require(x) for x in value)
+    return value.detach().requires_grad_()
+
+
+def test_forward_mode(name: str) -> None:
+    shared, rows, operation = split(name)
+    key = "prefix_value" if name == "attention" else "prompt"
+    x = shared.pop(key)
+    call = lambda x: operation(**rows, **shared, **{key: x})  # noqa: E731
+    _, tangent = torch.func.jvp(call, (x,), (x,))
+    step = 1e-2
+    torch.testing.assert_close(tangent, (call(x + step * x) - call(x - step * x)) / (2 * step), rtol=1e-2, atol=1e-3)
+
+
+def test_backends_chosen_by_name_refuse(name: str) -> None:
+    shared, rows, operation = split(name)
+    key = "prefix_value" if name == "attention" else "prompt"
+    x = shared.pop(key)
+    call = lambda x: operation(**rows, **shared, **{key: x}, backend="eager").sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"no rules for the transforms of torch\.func.*Leave out `backend`"):
+        torch.func.grad(call)(x)
