@@ -46,8 +46,8 @@ from fastprefix.integrations.transformers.models.discovery import find_layers
 
 from ... import models, peft_support
 from ...float64 import Float64
+from ..transformers.prompts.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from ..transformers.test_attach import assert_same, loss_and_gradients
-from ..transformers.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 
 pytestmark = pytest.mark.peft
 LENGTH = 5

@@ -42,8 +42,8 @@ import fastprefix
 
 from ... import models
 from ...float64 import Float64
+from ..transformers.prompts.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from ..transformers.test_attach import assert_same
-from ..transformers.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
 from .test_accelerate import (  # noqa: F401 (a fixture)
     GPT2,
     LENGTH,

@@ -18,7 +18,7 @@ from fastprefix.integrations.transformers.models.tuners import find_base_model, 
 from ... import models
 from ...float64 import Float64
 from ..transformers import test_families
-from ..transformers.test_shared_prompt import EAGER, SHARING, WINDOWED
+from ..transformers.prompts.test_shared_prompt import EAGER, SHARING, WINDOWED
 
 pytestmark = pytest.mark.peft
 

@@ -18,7 +18,7 @@ from fastprefix.integrations.transformers.attachment import get_method
 from fastprefix.integrations.transformers.models.tuners import find_base_model
 
 from ... import models, peft_support
-from ..transformers.fake_hub import serve
+from ..transformers.files.fake_hub import serve
 from ..transformers.test_training import Stop, trained, trainer
 from .test_lora import METHODS, attached, randomize, tuned
 

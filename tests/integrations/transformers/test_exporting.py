@@ -16,8 +16,8 @@ import fastprefix
 
 from ... import models
 from ...float64 import Float64
+from .prompts.test_shared_prompt import EAGER, SHARING, WINDOWED
 from .test_families import t5
-from .test_shared_prompt import EAGER, SHARING, WINDOWED
 
 PROMPTS: dict[str, Any] = {
     "prompt": lambda **options: fastprefix.PromptTuningConfig(6, **options),

@@ -16,8 +16,8 @@ from fastprefix.integrations.transformers.attachment import get_method
 
 from ... import models
 from ...float64 import Float64
+from .prompts.test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 from .test_attach import FAMILIES, METHODS, attached
-from .test_shared_prompt import EAGER, NO_DROPOUT, SHARING, WINDOWED
 
 MERGEABLE = {
     "decoder": [

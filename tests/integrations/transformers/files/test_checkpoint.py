@@ -1,0 +1,245 @@
+"""Saved adapters: what is written, what is refused, and what an interruption leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, BertModel
+
+import fastprefix
+from fastprefix.integrations.transformers.files import saving
+
+from .... import models
+from ..test_attach import FAMILIES, METHODS, attached
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(family: str, method: str, tmp_path: Path) -> None:
+    model, inputs = attached(family, method), models.batch("right")
+    fastprefix.save_adapter(model, tmp_path / "new" / "folder")
+    other = fastprefix.load_adapter(FAMILIES[family](), tmp_path / "new" / "folder")
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name for name, p in other.named_parameters() if p.requires_grad] == trainable
+    assert fastprefix.detach(other) is other
+
+
+def test_files(tmp_path: Path) -> None:
+    """The method's parameters and the head's, by name, and options that a person can read."""
+    fastprefix.save_adapter(attached("encoder", "adept"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert options["method"] == "adept"
+    assert options["bottleneck_dim"] == 3
+    assert options["base_model_type"] == "bert"
+    head = {"modules_to_save.classifier.weight", "modules_to_save.classifier.bias"}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {"prompt", "w1", "b1", "w2", "b2"} | head
+
+
+def test_modules_to_save(tmp_path: Path) -> None:
+    model = models.decoder()
+    norm = model.model.norm.weight.detach().clone()
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(3, modules_to_save=["model.norm"]))
+    models.randomize(model)
+    fastprefix.save_adapter(model, tmp_path)
+    other = fastprefix.load_adapter(models.decoder(), tmp_path)
+    assert torch.equal(other.model.norm.weight, model.model.norm.weight)
+    assert other.model.norm.weight.requires_grad
+    assert torch.equal(fastprefix.detach(model).model.norm.weight, norm)
+
+
+@pytest.mark.parametrize("step", ["weights", "config"])
+def test_an_interrupted_save_leaves_one_whole_adapter(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, what is there loads, and is the old adapter or the new one."""
+    old, new, inputs = attached("decoder", "prefix"), attached("decoder", "apt"), models.batch()
+    fastprefix.save_adapter(old, tmp_path)
+    replace = Path.replace
+    interrupted = {"weights": saving.WEIGHTS_FILE, "config": saving.CONFIG_FILE}[step]
+
+    def fail(self: Path, target: Path) -> Path:
+        if target.name == interrupted:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fastprefix.save_adapter(new, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written lies about
+    loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
+    expected = old if step == "weights" else new
+    assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
+
+
+def test_no_adapter_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="directory"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path)
+    path = tmp_path / saving.WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / saving.WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="was not written by"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path)
+    with pytest.raises(ValueError, match=r"bert.*llama"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prompt_tuning"), tmp_path)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8, vocab_size=100
+    )
+    wider, inputs = LlamaForCausalLM(config).eval(), models.batch()
+    logits = wider(**inputs).logits
+    with pytest.raises(ValueError, match=r"prompt must be \(5, 48\), but is \(5, 32\)"):
+        fastprefix.load_adapter(wider, tmp_path)
+    assert torch.equal(wider(**inputs).logits, logits)
+    with pytest.raises(ValueError, match="method attached"):
+        fastprefix.detach(wider)
+
+
+def test_layers_labels_and_names_that_do_not_fit_are_counted_and_named(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path / "two")
+    with pytest.raises(ValueError, match="the adapter has 2 layers, the model 3"):
+        fastprefix.load_adapter(models.decoder(layers=3), tmp_path / "two")
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path / "classifier")
+    labels = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())["base_model_labels"]
+    assert labels == ["LABEL_0", "LABEL_1"]
+    other = models.encoder()
+    other.config.num_labels = 5
+    with pytest.raises(
+        ValueError, match=r"head for 2 labels \(LABEL_0, LABEL_1\), but `model` has one for 5\. .*num_labels=2"
+    ):
+        fastprefix.load_adapter(other, tmp_path / "classifier")
+    normalized = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(3, modules_to_save=["model.norm"]))
+    fastprefix.save_adapter(normalized, tmp_path / "norm")  # which depends on no labels
+    decoder = models.decoder()
+    decoder.config.num_labels = 5
+    fastprefix.load_adapter(decoder, tmp_path / "norm")
+    parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in "abcde"}
+    with pytest.raises(ValueError, match="only the model has a, b, c and 2 more, and only the adapter has x"):
+        saving.fill(parameters, {"x": torch.ones(1)})
+
+
+def with_labels(*labels: str) -> BertForSequenceClassification:
+    model = models.encoder()
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+    return model
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_names_of_labels_come_with_the_head(whole: bool, tmp_path: Path) -> None:
+    model = fastprefix.attach(with_labels("blame", "praise"), fastprefix.PrefixTuningConfig(3))
+    model.save_pretrained(tmp_path) if whole else fastprefix.save_adapter(model, tmp_path)
+    other = fastprefix.load_adapter(with_labels(), tmp_path)
+    assert other.config.id2label == {0: "blame", 1: "praise"}
+    assert other.config.label2id == {"blame": 0, "praise": 1}
+    with fastprefix.disable_adapter(other):
+        assert other.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert fastprefix.detach(other).config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    named = fastprefix.load_adapter(with_labels("bad", "good"), tmp_path)
+    assert named.config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match=r"another order \(praise, blame\).*id2label=\{0: 'blame', 1: 'praise'\}"):
+        fastprefix.load_adapter(with_labels("praise", "blame"), tmp_path)
+
+
+def test_a_head_for_a_model_without_one(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path)
+    headless = BertModel(models.encoder().config)
+    with pytest.raises(ValueError, match=r"but BertModel has none\. .*BertForSequenceClassification with num_labels=2"):
+        fastprefix.load_adapter(headless, tmp_path)
+
+
+def test_paths_beside_the_adapter(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("encoder", "prefix"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"not a file in it\. Pass '.*adapter'"):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "out" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"Pass one of them, such as '.*checkpoint-20'"):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "out")
+
+
+def _edit(path: Path, **options: object) -> None:
+    description = {**json.loads(path.read_text()), **options}
+    path.write_text(json.dumps({name: value for name, value in description.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"alpha": 16.0}, r"alpha: 8\.0 -> 16\.0"),
+        ({"rank": ...}, "rank: 3 -> nothing"),
+        ({"typo": 1}, "typo: nothing -> 1"),
+        ({"base_model_type": "bert"}, 'base_model_type: "llama" -> "bert"'),
+    ],
+)
+def test_options_that_were_edited_by_hand_are_refused(tmp_path: Path, options: dict[str, object], what: str) -> None:
+    """They would have no effect: the tensor file holds the options too."""
+    model = fastprefix.attach(models.decoder(), fastprefix.DePTConfig(5, rank=3, max_length=12))
+    fastprefix.save_adapter(model, tmp_path)
+    path, other = tmp_path / saving.CONFIG_FILE, models.decoder()
+    _edit(path, **options)
+    with pytest.raises(ValueError, match=rf"`adapter_config.json` in .* was edited by hand \({what}\)\. .* delete"):
+        fastprefix.load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="model"):  # nothing was attached
+        fastprefix.detach(other)
+    path.unlink()
+    inputs = models.batch()
+    assert torch.equal(fastprefix.load_adapter(other, tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_file_of_options_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path)
+    (tmp_path / saving.CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"`adapter_config.json` must be JSON, .* delete"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("edit", [{"save_id": "of another save", "num_virtual_tokens": 9}, {"save_id": ...}, {}])
+def test_other_ids_and_informative_entries_are_no_error(tmp_path: Path, edit: dict[str, object]) -> None:
+    """Other options go with another id, after an interrupted save, and with none, before ids were written."""
+    model, inputs = attached("decoder", "prefix"), models.batch()
+    fastprefix.save_adapter(model, tmp_path)
+    _edit(tmp_path / saving.CONFIG_FILE, base_model_name_or_path="moved", **edit)
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_adapters_without_an_id_are_loaded(tmp_path: Path) -> None:
+    model, inputs = attached("decoder", "prefix"), models.batch()
+    fastprefix.save_adapter(model, tmp_path)
+    header, tensors = saving._read(tmp_path / saving.WEIGHTS_FILE)
+    assert header is not None
+    description = {name: value for name, value in json.loads(header).items() if name != "save_id"}
+    saving._write(tmp_path, {**description, "hidden_dim": 3}, tensors, {"fastprefix": json.dumps(description)})
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_save_has_the_same_id_every_time(tmp_path: Path) -> None:
+    model, ids = attached("decoder", "prefix"), []
+    for folder in ("a", "b", "c"):
+        if folder == "c":
+            models.randomize(model, 0.1)
+        fastprefix.save_adapter(model, tmp_path / folder)
+        ids.append(json.loads((tmp_path / folder / saving.CONFIG_FILE).read_text())["save_id"])
+    assert ids[0] == ids[1] != ids[2]

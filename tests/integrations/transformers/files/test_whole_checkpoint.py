@@ -1,0 +1,72 @@
+"""Checkpoints of whole attached models, and what is refused of merged ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import fastprefix
+
+from .... import models
+from ..test_attach import FAMILIES, METHODS, attached
+
+
+@pytest.mark.sampled(every=3)
+@pytest.mark.parametrize("shards", ["5GB", "10KB"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_is_read_out_of_one(family: str, method: str, shards: str, tmp_path: Path) -> None:
+    model, inputs = attached(family, method), models.batch("right")
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.safetensors").is_file() == (shards == "5GB")
+    other = fastprefix.load_adapter(FAMILIES[family](), tmp_path)
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    assert "fastprefix_adapter" not in fastprefix.detach(other).config.to_dict()
+
+
+def test_trainer_writes_one(tmp_path: Path) -> None:
+    model, inputs = attached("encoder", "apt"), models.batch()
+    rows = [{**{name: rows[i] for name, rows in inputs.items()}, "labels": i % 2} for i in range(3)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True)
+    Trainer(model, arguments, train_dataset=rows).train()
+    other = fastprefix.load_adapter(models.encoder(), tmp_path / "checkpoint-1")
+    assert torch.equal(other.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    models.decoder().save_pretrained(tmp_path / "plain")
+    with pytest.raises(FileNotFoundError, match=r"plain. does not contain adapter_model\.safetensors"):
+        fastprefix.load_adapter(models.decoder(), tmp_path / "plain")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fastprefix.load_adapter(models.decoder(), tmp_path / "nowhere")
+    attached("decoder", "prefix").save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="belongs to a llama model, but `model` is a bert model"):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    description = json.loads(path.read_text())
+    description["fastprefix_adapter"]["num_virtual_tokens"] += 1
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        fastprefix.load_adapter(models.decoder(), tmp_path / "whole")
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"The JSON file .*config.json cannot be read"):
+        fastprefix.load_adapter(models.decoder(), tmp_path / "whole")
+
+
+def test_a_merged_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
+    model = fastprefix.merge(attached("decoder", "adept"))
+    with pytest.raises(ValueError, match="`save_pretrained` cannot save a model with a merged adapter"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert fastprefix.count_parameters(model).trainable == 0
+    with pytest.raises(ValueError, match="has a merged adapter, which cannot be trained"):
+        fastprefix.parameter_groups(model, lr=1.0)
+    fastprefix.attach(model, METHODS["prefix"](), name="b")
+    model.save_pretrained(tmp_path / "b")
+    fastprefix.set_adapter(model, "default")
+    with pytest.raises(ValueError, match="`save_pretrained` cannot"):
+        model.save_pretrained(tmp_path / "a")
+    fastprefix.detach(model)
+    model.save_pretrained(tmp_path / "base")
