@@ -97,10 +97,11 @@ def parameter_groups(
         model: a model with a method attached.
         lr: the rate of prefixes, offsets and the modules that stay trainable. None uses the method's default.
         prompt_lr: the rate of the soft prompt, or of the parameters that it is computed from. None uses ``lr``. If
-            ``lr`` is also None, the method's default is used, which is 0.3 for most methods.
-        gate_lr: the rate of gates. None uses ``lr``, or the method's default if ``lr`` is also None. APT's gates are
-            projections of a whole hidden state. At the rate of the prefix, they would all saturate at 1 within some
-            tens of steps of Adam.
+            ``lr`` is also None, the method's default is used, which is 0.3 for most methods. Methods without a prompt
+            ignore it.
+        gate_lr: the rate of gates. None uses ``lr``, or the method's default if ``lr`` is also None. Methods without
+            gates ignore it. APT's gates are projections of a whole hidden state. At the rate of the prefix, they would
+            all saturate at 1 within some tens of steps of Adam.
         peft_lr: the rate of the parameters that PEFT trains. The default 2e-4 is the rate of the LoRA paper.
         weight_decay: the weight decay of all groups.
         adapter_names: the adapters that are trained together, in batches whose rows name their adapters. None selects
