@@ -1,12 +1,10 @@
 """Compare ``prompt_embedding`` with eager and compiled PyTorch, as in the authors' code, and with a plain lookup.
 
-All peers write [B, S + N, d]. The floor is a lookup with an output of the same shape. On a CPU, the benchmark makes the
-C library keep freed memory. Otherwise, page faults of new outputs would randomly cost more than most peers.
+All peers write [B, S + N, d]. The floor is a lookup with an output of the same shape.
 """
 
 import argparse
 import collections
-import ctypes
 import functools
 import pydoc_data.topics
 import re
@@ -141,16 +139,6 @@ def build_works(
     return ids.unique().numel(), {name: build_kernel_work(*peer, grad) for name, peer in peers.items()}
 
 
-def keep_freed_memory() -> bool:
-    """Make glibc allocate without mmap and keep freed memory. Return False if the C library is not glibc."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    mmap_max, trim_threshold = -4, -1
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
-
-
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for dtype in options.dtype:
         for setting in [QUICK] if options.quick else GRID:
@@ -163,4 +151,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_suite("embedding", list_problems, options, freed_memory_kept=keep_freed_memory())
+    return run_suite("embedding", list_problems, options)

@@ -4,6 +4,7 @@ This module only requires PyTorch, so that suites can run in the environment of 
 """
 
 import argparse
+import ctypes
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,6 +90,20 @@ def build_model_work(role: Role, model: Any, batch: dict[str, Tensor]) -> Work:
     return Work(role, {"step": step, "inference": inference})
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc allocate without mmap and keep freed memory. Return False if the C library is not glibc.
+
+    Otherwise, page faults of new tensors randomly cost more than some peers, and the time in which the memory of one
+    peer is returned to the system can count as the time of another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    mmap_max, trim_threshold = -4, -1
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def run_suite(
     suite: str,
     list_problems: Callable[[argparse.Namespace, torch.device], Iterable[Problem]],
@@ -104,6 +119,7 @@ def run_suite(
     rounds, seconds, warmup = options.rounds, options.seconds, WARMUP[device.type]
     if options.quick:
         rounds, seconds, warmup = 1, 0.0, 1
+    settings["freed_memory_kept"] = device.type == "cpu" and keep_freed_memory()
     record = Record.start(suite, device, options.quick, rounds=rounds, seconds=seconds, **settings)
     if measure_peaks is not None and device.type == "cpu" and not options.quick:
         record.settings["peaks"] = measure_peaks()  # after the load of the machine was read

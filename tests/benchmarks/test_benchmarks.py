@@ -62,7 +62,7 @@ def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.SIZES, "quick", TINY)
     monkeypatch.setitem(main_job.STEPS, "quick", 10)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it would compile for half a minute
-    monkeypatch.setattr(embedding, "keep_freed_memory", lambda: False)  # it would outlast the test
+    monkeypatch.setattr(suite, "keep_freed_memory", lambda: False)  # it would outlast the test
 
 
 def make_record(ours: float, floor: float = 1.0, spread: float = 0.01, theirs: float = 2.0, **facts: object) -> Record:
