@@ -34,12 +34,12 @@ TARGETS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let slow tests run on request."""
+    """Add the option that runs slow tests."""
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that are marked slow, and most cases of those marked sampled, unless they are asked for."""
+    """Without ``--slow``, leave out tests that are marked slow, and most cases of those marked sampled."""
     if config.getoption("--slow"):
         return
     counts = Counter[str]()
@@ -55,32 +55,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what imports made out of garbage collections: ``Trainer`` runs a full one in each training."""
+    """Exclude imported objects from garbage collections, because ``Trainer`` runs a full one per training."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """A device and a backend."""
+    """Return a device and a backend."""
     return request.param
 
 
 @pytest.fixture
 def device(target: tuple[str, str]) -> str:
-    """The device on which a test's backend runs."""
+    """Return the device on which a test's backend runs."""
     return target[0]
 
 
 @pytest.fixture
 def backend(target: tuple[str, str]) -> str:
-    """Every backend that is usable on a device of this machine."""
+    """Return the name of a backend that is usable on a device of this machine."""
     return target[1]
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Uninitialized memory is NaN, what C++ allocates too, so a result that was never written shows."""
+    """Fill uninitialized memory of PyTorch and C++ with NaN, so that results that are never written show."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     _fill_allocations(0x100)  # every byte is 255
@@ -90,7 +90,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _fill_allocations(value: int) -> None:
-    """Let glibc fill new memory with the complement of the lowest byte of ``value``; 0 turns that off."""
+    """Make glibc fill new memory with the complement of the lowest byte of ``value``. 0 turns this off."""
     if platform.libc_ver()[0] == "glibc":
         m_perturb = -6
         assert ctypes.CDLL(None).mallopt(m_perturb, value) == 1

@@ -1,4 +1,4 @@
-"""Whole models in float64: transformers' norms, rotary positions and routers round to float32 of their own accord."""
+"""Make whole models compute in float64. transformers' norms, rotary positions and routers round to float32."""
 
 from fastprefix.integrations.transformers.checking.conformance import Float64
 

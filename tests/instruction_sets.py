@@ -1,4 +1,4 @@
-"""Run tests of the CPU kernels on the lower instruction sets of this machine, each in a process of its own."""
+"""Run tests of the CPU kernels on the lower instruction sets of this machine, each in a separate process."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ EVERY = 6 if "FASTPREFIX_CPU" in os.environ else 1
 
 
 def run_tests(file: str, name: str, chosen: str) -> None:
-    """Run the tests of a file that ``chosen`` selects, as ``-k`` does, on an instruction set."""
+    """Run the tests of a file that ``chosen`` selects (like ``-k``) on an instruction set."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", chosen]
     environment = {**os.environ, "FASTPREFIX_CPU": name}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Tiny random models of the two families, in float64 and without dropout."""
+"""Build tiny random models of two families, in float64 and without dropout."""
 
 import importlib.metadata
 import re
@@ -36,13 +36,13 @@ SIZES: dict[str, Any] = {
 
 
 def require(name: str, *least: int) -> None:
-    """Skip a test that a version of ``transformers`` or PEFT fails by itself."""
+    """Skip a test that fails with a version of ``transformers`` or PEFT for reasons outside this package."""
     if VERSIONS[name] < least:
         pytest.skip(f"{name} before {'.'.join(map(str, least))} cannot do this by itself")
 
 
 def encoder(layers: int = LAYERS, **options: object) -> BertForSequenceClassification:
-    """A BERT-shaped classifier."""
+    """Return a BERT-shaped classifier."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=WIDTH,
@@ -60,7 +60,7 @@ def encoder(layers: int = LAYERS, **options: object) -> BertForSequenceClassific
 
 
 def replace_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Replace Llama's norms, which compute in float32 whatever their input is, by PyTorch's with weights of 1."""
+    """Replace Llama's norms, which always compute in float32, by PyTorch's with weights of 1."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LlamaRMSNorm):
             norm = nn.RMSNorm(WIDTH, module.variance_epsilon)
@@ -69,7 +69,7 @@ def replace_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
-    """A Llama-shaped language model with grouped heads."""
+    """Return a Llama-shaped language model with grouped heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **{**SIZES, "num_hidden_layers": layers, **options},
@@ -84,7 +84,7 @@ def decoder(layers: int = LAYERS, **options: object) -> LlamaForCausalLM:
 
 
 def tokenizer(**options: object) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words "w0" to "w99", whose ids are their numbers."""
+    """Return a tokenizer of the words "w0" to "w99", whose ids are their numbers."""
     words = Tokenizer(kinds.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ["input_ids", "attention_mask"]
@@ -94,7 +94,7 @@ def tokenizer(**options: object) -> PreTrainedTokenizerFast:
 
 
 def batch(padding: str = "none") -> dict[str, Tensor]:
-    """Three rows of seven tokens; of the second two, of the third four are padding, on the side named."""
+    """Return three rows of seven tokens. The second has two and the third four tokens of padding on the given side."""
     torch.manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (3, 7))
     mask = torch.ones_like(ids)
@@ -106,7 +106,7 @@ def batch(padding: str = "none") -> dict[str, Tensor]:
 
 
 def randomize(model: PreTrainedModel, std: float = 0.3) -> None:
-    """Random values for all trainable parameters, so that nothing is hidden by an initial zero."""
+    """Set random values for all trainable parameters, because an initial zero would hide errors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Find out what PEFT itself can do with the transformers that is installed, since it is the oracle of many tests.
+"""Find out what PEFT supports with the installed transformers, because many tests compare with it.
 
 PEFT 0.21 looks for a model's ``past_key_values``. transformers 5.24 calls them ``cache``: PEFT then refuses prefixes
 where it runs the head itself, and ``generate`` of its prompts and prefixes starts anew with every token.
@@ -20,7 +20,7 @@ INSTALLED = " with ".join(f"{name} {importlib.metadata.version(name)}" for name 
 
 @functools.cache
 def prefixes_of_classifiers() -> bool:
-    """Run a classifier with a prefix, whose head PEFT runs itself."""
+    """Run a classifier with a prefix, whose head PEFT runs."""
     model = peft.get_peft_model(models.encoder(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     try:
         model.double()(**models.batch())
@@ -53,7 +53,7 @@ def layers_in_models() -> bool:
 
 
 def require(ability: Callable[[], bool]) -> None:
-    """Skip a test for which PEFT lacks an ability; fail it where the environment variable REQUIRE_PEFT is set."""
+    """Skip a test if PEFT lacks an ability, or fail it if the environment variable REQUIRE_PEFT is set."""
     if not ability():
         stop = pytest.fail if os.environ.get("REQUIRE_PEFT") else pytest.skip
         stop(f"PEFT lacks {ability.__name__.replace('_', ' ')}: {INSTALLED}")

@@ -55,20 +55,20 @@ def textbook_attention(
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """That of a layer without a prefix."""
+    """Run the attention of a layer without a prefix."""
     scores = query @ key.mT * scaling + (0.0 if mask is None else mask)
     return (scores.softmax(-1) @ value).transpose(1, 2), scores
 
 
 def projected(module: nn.Module, states: Tensor, size: int) -> list[Tensor]:
-    """LLaMA-Adapter's keys and values: of BERT's or Llama's own projections of its states."""
+    """Return LLaMA-Adapter's keys and values, projected from its states by BERT's or Llama's own layers."""
     layers = (module.key, module.value) if hasattr(module, "key") else (module.k_proj, module.v_proj)
     return [layer(states).unflatten(-1, (-1, size)).transpose(0, 1) for layer in layers]
 
 
 @contextmanager
 def textbook(model: PreTrainedModel) -> Iterator[None]:
-    """Run an attached model on the textbook's attention."""
+    """Run an attached model on the textbook attention."""
     AttentionInterface.register("textbook", textbook_attention)
     AttentionMaskInterface.register("textbook", AttentionMaskInterface()["eager"])
     former = model.config._attn_implementation

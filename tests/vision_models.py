@@ -1,4 +1,4 @@
-"""Tiny random vision transformers, in float64 and without dropout."""
+"""Build tiny random vision transformers, in float64 and without dropout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +84,7 @@ def images(count: int = 3) -> Tensor:
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
-    """Three images, and a text for each where a model has text too."""
+    """Return three images, and a text for each if the model also reads text."""
     given = {"pixel_values": images()}
     if isinstance(model, CLIPModel):
         given["input_ids"] = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 2], [10, 11, 12, 2]])

@@ -32,7 +32,7 @@ GATES = ("none", "row", "segments", "query", "separate")
 
 
 def time_once(call: Callable[[], object], on: torch.device) -> list[float]:
-    """Return seconds that mean nothing."""
+    """Return meaningless seconds."""
     call()
     return [1e-3]
 

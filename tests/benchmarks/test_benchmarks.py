@@ -1,4 +1,4 @@
-"""The benchmarks: measuring, records, the report, and every suite in the small."""
+"""Test the benchmarks: measuring, records, the report, and a small run of every suite."""
 
 import argparse
 import json

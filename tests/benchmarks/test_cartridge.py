@@ -1,4 +1,4 @@
-"""Self-study in the small: the teacher, held-out passages, continuing, the table; and long prefixes."""
+"""Test a small self-study (teacher, held-out passages, continuing, the table) and long prefixes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``, as far as it can be tested without a GPU."""
+"""Test ``python -m benchmarks.gpu`` as far as possible without a GPU."""
 
 import functools
 import itertools
@@ -92,7 +92,7 @@ GATES = ("none", "row", "query", "separate", "segments")
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU stand for the device, and the eager backend for those that are measured."""
+    """Make the CPU represent the device, and the eager backend those that are measured."""
     monkeypatch.setattr(device, "CUDA", CPU)
     monkeypatch.setitem(attention.BACKENDS, "cpu", "eager")
     monkeypatch.setattr(problems, "BACKEND", "eager")

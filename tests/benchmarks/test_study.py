@@ -1,4 +1,4 @@
-"""The study in the small: resumption, rates, entities, LoRA, gates, and the answers to questions."""
+"""Test small studies: resumption, rates, entities, LoRA, gates, and the answers to questions."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Prompts that are computed from other parameters: formulas, initialization, parameter counts, budgets."""
+"""Test prompts that are computed from other parameters: formulas, initialization, parameter counts, budgets."""
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_accept_without_codebooks_is_dept() -> None:
     ],
 )
 def test_accept_budget_of_100_prompt_tokens(width: int, length: int, options: dict, name: str, found: int) -> None:
-    """The published settings, and DePT's."""
+    """The published settings of ACCEPT, and DePT's."""
     config = fastprefix.ACCEPTConfig.for_budget(
         WithEmbeddings(width), trainable=100 * width, num_virtual_tokens=length, **options
     )

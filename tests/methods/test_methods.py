@@ -1,4 +1,4 @@
-"""The methods by themselves: options, initialisation, parameter counts, gates."""
+"""Test the methods without a model: options, initialization, parameter counts, gates."""
 
 import copy
 import dataclasses
@@ -91,7 +91,7 @@ def test_dept_offset_follows_the_position() -> None:
 
 
 def test_adept_first_step() -> None:
-    """The offset is exactly zero, and only w2, b2 and the prompt get a gradient."""
+    """The offset is exactly zero, and only w2, b2 and the prompt have a gradient."""
     torch.manual_seed(0)
     method = ADePT(fastprefix.ADePTConfig(6, bottleneck_dim=4), TABLE)
     weight, ids = table(), torch.randint(0, TABLE.vocabulary, (2, 9))

@@ -1,4 +1,4 @@
-"""Visual methods by themselves: options, initialization, parameter counts, rows."""
+"""Test visual methods without a model: options, initialization, parameter counts, rows."""
 
 import pytest
 import torch

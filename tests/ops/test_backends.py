@@ -1,4 +1,4 @@
-"""The choice of a backend, and the agreement of schema and Arguments."""
+"""Test the choice of a backend, and the agreement of schemas and arguments."""
 
 import inspect
 import re
@@ -40,7 +40,7 @@ def test_unknown_and_unusable_backends_are_refused(case, monkeypatch):
 
 
 def test_triton_looks_at_the_device_of_the_inputs(monkeypatch):
-    """Two of them, the current one too old for the kernels."""
+    """One of two devices, the current one, is too old for the kernels."""
     capabilities = {None: (7, 5), torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (8, 0)}
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +63,7 @@ def test_other_devices_run_pytorch_operations(device):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.__name__)
 def test_operations_run_on_any_device(case):
-    """On ``meta``, where tensors have no memory."""
+    """Tensors on ``meta`` have no memory."""
     inputs = case.build(torch.float32)
     tensors = {name: x.to("meta").requires_grad_(x.is_floating_point()) for name, x in inputs.tensors.items()}
     options = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.options.items()}

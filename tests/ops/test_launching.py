@@ -1,4 +1,4 @@
-"""Kernels get what they are called with, through Triton's own launcher: proved without a device."""
+"""Test, without a device, that Triton's own launcher passes the right arguments to the kernels."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ KERNELS = (
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a ``libcuda.so.1`` that has no device."""
+    """Return the folder of a ``libcuda.so.1`` without a device."""
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         pytest.skip("Triton builds its launcher against Python's headers, and they are not here")
     return build_driver(tmp_path_factory.mktemp("driver"))

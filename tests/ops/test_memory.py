@@ -23,7 +23,7 @@ SMALL_CHANGE = 16 * 1024  # bytes of tensors of a few elements, and of alignment
 
 
 def added_peak(work: Callable[[], object]) -> int:
-    """Return the bytes that ``work()`` needs at its peak beyond those held before, as PyTorch records them."""
+    """Return the peak bytes that ``work()`` needs in addition to those held before, as PyTorch records them."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -33,7 +33,7 @@ def added_peak(work: Callable[[], object]) -> int:
 
 
 def peak_a_row(work: Callable[[int], Callable[[], object]]) -> float:
-    """Return by how many bytes the peak grows with each row of the batch."""
+    """Return how many bytes of the peak each row of the batch adds."""
     few, many = 4, 20
     peaks = [added_peak(work(rows)) for rows in (few, many)]
     return (peaks[1] - peaks[0]) / (many - few)

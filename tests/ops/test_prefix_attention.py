@@ -1,4 +1,4 @@
-"""prefix_attention as an operator: parity, layouts, autograd, compilation, autocast, dropout."""
+"""Test prefix_attention as an operator: parity, layouts, autograd, compilation, autocast, dropout."""
 
 import functools
 from dataclasses import replace
@@ -89,7 +89,7 @@ def test_compile(device, backend, compiler, dynamic):
 
 
 def test_calls_of_other_shapes_compile_nothing_anew(device, backend):
-    """No compiled call depends on what was called and checked besides it."""
+    """A compiled call does not depend on other calls and their checks."""
     torch._dynamo.reset()
     t = FULL.build(torch.float32, device).tensors
     compiled = torch.compile(functools.partial(prefix_attention, backend=backend), fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""The CPU kernels against the float64 reference: output and every gradient, on every instruction set."""
+"""Test the CPU kernels against the float64 reference: output and every gradient, on every instruction set."""
 
 import threading
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ Case = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _poison(poisoned: None) -> None:
-    """Every test's memory is full of NaN."""
+    """Fill uninitialized memory with NaN in every test."""
 
 
 def make(dtype: torch.dtype, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Differentiable tensors, exactly representable in ``dtype``, and the other arguments."""
+    """Return differentiable tensors that ``dtype`` represents exactly, and the other arguments."""
     inputs = make_case(**named).build(dtype)
     return inputs.tensors, inputs.options
 
@@ -39,7 +39,7 @@ def make_case(**named: Any) -> AttentionCase:
 
 
 def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
     options = {
         name: option.to(dtype) if isinstance(option, Tensor) and option.is_floating_point() else option
@@ -53,7 +53,7 @@ def run(function: Any, tensors: dict[str, Tensor], options: Case, dtype: torch.d
 
 
 def assert_as_good(dtype: torch.dtype, **named: Any) -> None:
-    """The parity of ``fastprefix.testing``; in float64, PyTorch's own comparison of float64 tensors."""
+    """Check parity as in ``fastprefix.testing``, or in float64 with PyTorch's comparison of float64 tensors."""
     if dtype is not torch.float64:
         report = measure(make_case(**named), dtype, "cpu", draws=4)
         assert report.ok, f"\n{report}"
@@ -64,7 +64,7 @@ def assert_as_good(dtype: torch.dtype, **named: Any) -> None:
 
 
 def hide(*size: int) -> Tensor:
-    """A float mask that hides about half of the columns."""
+    """Return a float mask that hides about half of the columns."""
     seen = torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64) > 0
     return torch.where(seen, 0.0, -torch.inf)
 
@@ -211,7 +211,7 @@ def test_unseen_rows_are_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mask_of_the_least_number_averages(dtype: torch.dtype) -> None:
-    """A mask of the least finite number hides nothing when everything has it; gradients included."""
+    """The least finite number in every element of a mask hides nothing, also for gradients."""
     assert_as_good(dtype, P=0, attn_mask=torch.full((33, 45), torch.finfo(dtype).min))
 
 
@@ -272,7 +272,7 @@ def test_in_another_thread() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.2, 0.9])
 def test_drops_what_eager_drops(dropout_p: float) -> None:
-    """Values are one-hot and everything is seen alike, so an output is 0 exactly where its column was dropped."""
+    """Values are one-hot and all scores are equal, so an output is 0 exactly if its column was dropped."""
     B, H, N, M, P = 2, 3, 70, 100, 28
     eye = torch.eye(M + P)
     arguments: Case = {
@@ -356,7 +356,7 @@ def many_threads() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("many_threads")
 def test_prefixes_whose_gradients_are_summed_in_ranges(dtype: torch.dtype, named: Case) -> None:
-    """Beyond ``kPrefixSumsBytes``, which 64 threads reach with 8,192 keys of 16 columns."""
+    """64 threads with 8,192 keys of 16 columns exceed ``kPrefixSumsBytes``."""
     case = make_case(**({"B": 64, "Hq": 1, "Hkv": 1, "N": 3, "M": 5, "D": 16} | named))
     report = measure(case, dtype, "cpu", draws=1)
     assert report.ok, f"\n{report}"

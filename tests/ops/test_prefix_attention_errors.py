@@ -1,4 +1,4 @@
-"""Bad inputs of prefix_attention: the type of the error, and the argument's name in its message."""
+"""Test invalid inputs of prefix_attention: the type of the error, and the argument's name in its message."""
 
 from typing import Any
 
@@ -139,7 +139,7 @@ def test_what_is_no_tensor_is_named_and_not_printed(value, words):
     ],
 )
 def test_what_equals_a_right_argument_is_not_taken_for_it(right, wrong, name):
-    """Calls like one that was checked are not checked again."""
+    """Calls equal to a checked call are not checked again."""
     tensors = (Z(B, HQ, N, D), Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
     for _ in range(2):
         fastprefix.prefix_attention(*tensors, **right)

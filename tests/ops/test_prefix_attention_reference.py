@@ -1,4 +1,4 @@
-"""The reference against scalar loops written from the formulas alone, and against what must hold of it."""
+"""Test the reference against scalar loops written from the formulas, and against its invariants."""
 
 import math
 
@@ -13,7 +13,7 @@ def brute_force(
     query, key, value, prefix_key, prefix_value, *, prefix_gate=None, output_gate=None, attn_mask=None,
     prefix_bias=None, is_causal=False, window_size=None, segment_ids=None, softcap=None, sinks=None, scale=None,
 ):  # fmt: skip
-    """One output row at a time, in Python floats."""
+    """Compute one output row at a time, in Python floats."""
     (B, Hq, N, D), (_, Hkv, M, Dv) = query.shape, value.shape
     P, c = prefix_key.shape[-2], 1 / math.sqrt(D) if scale is None else scale
 

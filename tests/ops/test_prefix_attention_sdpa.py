@@ -1,4 +1,4 @@
-"""The sdpa backend against the float64 reference, and the calls for which it is chosen."""
+"""Test the sdpa backend against the float64 reference, and the calls for which it is chosen."""
 
 from typing import Any
 

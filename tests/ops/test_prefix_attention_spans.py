@@ -1,4 +1,4 @@
-"""Stores of prefixes with a span a row, biases of keys, frozen keys, and attention without a prefix."""
+"""Test stores of prefixes with a span per row, biases of keys, frozen keys, and attention without a prefix."""
 
 import itertools
 
@@ -58,7 +58,7 @@ def test_long_and_empty_spans_stand_in_one_batch(device, backend):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_spans_are_prefixes_of_rows(device, backend, dtype):
-    """A store with the rows' prefixes one behind the other is what one prefix a row is."""
+    """A store of the rows' prefixes equals a separate prefix for each row."""
     inputs = make_case(spans="own", gate="BHNP", key_bias=None).build(torch.float32, device)
     t, spans = inputs.tensors, inputs.options["prefix_spans"].to(dtype)
     expected_t = dict(t)

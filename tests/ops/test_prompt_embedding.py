@@ -1,4 +1,4 @@
-"""prompt_embedding as an operator: parity, autograd, compilation, autocast, dropout."""
+"""Test prompt_embedding as an operator: parity, autograd, compilation, autocast, dropout."""
 
 from dataclasses import replace
 
@@ -105,7 +105,7 @@ def test_nothing_is_saved_but_the_inputs(device, backend, case):
 
 
 def of_row(tensors, row, case):
-    """The call of one row by itself."""
+    """Return the call of one row alone."""
     start, length = case.spans[row]
     alone = {"input_ids": tensors["input_ids"][row : row + 1], "weight": tensors["weight"]}
     alone["prompt"] = tensors["prompt"][start : start + length]
@@ -134,7 +134,7 @@ def test_rows_of_their_own_are_those_of_calls_of_one_row(device, backend, case, 
 
 @pytest.mark.parametrize("case", OWN, ids=name)
 def test_gradients_of_what_nobody_uses(device, backend, case, poisoned):
-    """Only row 1 of the batch has an upstream gradient, and row 2 on the left of its prompt, where nothing is."""
+    """Only row 1 has an upstream gradient, and row 2 in the unused columns left of its prompt."""
     tensors, flat = leaves(case, device)
     output = prompt_embedding(**tensors, backend=backend)
     upstream = torch.zeros_like(output)

@@ -1,4 +1,4 @@
-"""The C++ backend of ``prompt_embedding`` against the float64 reference."""
+"""Test the C++ backend of ``prompt_embedding`` against the float64 reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,14 +21,14 @@ OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept":
 
 
 def make_case(kind: str, **named: Any) -> EmbeddingCase:
-    """Sizes in the letters of the formulas; whatever else is named is an option of the call."""
+    """Return a case with sizes in the letters of the formulas. Other names become options of the call."""
     fields = {"B": 3, "N": 37, "S": 5, "V": 29, "d": 65, "r": 7, "spare": 3, "spans": None, "K": None, "index": None}
     fields |= {name: named.pop(name) for name in fields if name in named}
     return EmbeddingCase(**fields, offset=OFFSETS[kind], options={"offset_scale": 0.5, **named})
 
 
 def make_bank_case(kind: str, **named: Any) -> EmbeddingCase:
-    """Rows with prompts of their own that overlap and, but for prompt tuning, offsets of their own."""
+    """Return a case whose rows have separate, overlapping prompts and, except for prompt tuning, separate offsets."""
     B = named.setdefault("B", 6)
     index = None if kind == "pt" else [(4, 0, -1, 4, 2, 0)[row % 6] for row in range(B)]
     spans = [((0, 5), (1, 3), (3, 0), (2, 3))[row % 4] for row in range(B)]
@@ -36,7 +36,7 @@ def make_bank_case(kind: str, **named: Any) -> EmbeddingCase:
 
 
 def tensors(case: EmbeddingCase, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
-    """Ids, and the differentiable inputs."""
+    """Return the ids and the differentiable inputs."""
     inputs = case.build(dtype).tensors
     offset = inputs.get(case.offset, ())
     offsets = offset if isinstance(offset, tuple) else (offset,)
@@ -59,7 +59,7 @@ def call(function, case: EmbeddingCase, ids: Tensor, inputs: Sequence[Tensor], *
 def results(
     function, case: EmbeddingCase, ids: Tensor, inputs: Sequence[Tensor], dy: Tensor, **options
 ) -> list[Tensor]:
-    """The output, then every gradient."""
+    """Return the output, then every gradient."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     output = call(function, case, ids, inputs, **options)
     return [output.detach(), *torch.autograd.grad(output, inputs, dy.to(output.dtype))]
@@ -235,7 +235,7 @@ def test_rows_of_a_token_are_the_same() -> None:
 
 
 def arguments(case: EmbeddingCase) -> tuple[Any, ...]:
-    """The operator's own."""
+    """Return the arguments of the operator."""
     ids, inputs = tensors(case)
     leaves = [x.requires_grad_() for x in inputs]
     return tuple(call(canonical_arguments, case, ids, leaves))

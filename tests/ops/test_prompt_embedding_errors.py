@@ -1,4 +1,4 @@
-"""Bad inputs of prompt_embedding: the type of the error, and the argument's name in its message."""
+"""Test invalid inputs of prompt_embedding: the type of the error, and the argument's name in its message."""
 
 from typing import Any
 

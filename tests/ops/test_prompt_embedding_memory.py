@@ -1,4 +1,4 @@
-"""Test that on the CPU, prompts and offsets of the rows' own are not copied for each row.
+"""Test that separate prompts and offsets of the rows are not copied for each row on the CPU.
 
 A call allocates its results, and scratch memory that does not grow with the batch.
 """
@@ -23,7 +23,7 @@ N = 96
 
 
 def embedding_tensors(rows: int, offset: str | None) -> tuple[dict[str, Any], list[Tensor]]:
-    """Prompts and offsets of the rows' own, and what has a gradient."""
+    """Return separate prompts and offsets for the rows, and the tensors that have a gradient."""
     spans, bank = [(row % 3, 60) for row in range(rows)], {}
     if offset is not None:
         bank = {"K": 3, "index": [row % 4 - 1 for row in range(rows)]}

@@ -1,4 +1,4 @@
-"""Shapes and options drawn by hypothesis: every backend against float64."""
+"""Test every backend against float64 with shapes and options drawn by hypothesis."""
 
 from dataclasses import replace
 

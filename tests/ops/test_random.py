@@ -1,4 +1,4 @@
-"""Philox4x32-10 against the known answers of Random123, and what dropout makes of it."""
+"""Test Philox4x32-10 against the known answers of Random123, and the dropout factors that it determines."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calls without PyTorch's dispatcher, and those for which something has to see them."""
+"""Test calls without PyTorch's dispatcher, and calls that other code must observe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,19 +21,19 @@ CASE = AttentionCase(gate="BhP", N=4, M=4)
 
 
 class Mode(TorchDispatchMode):
-    """Change nothing."""
+    """A mode that changes nothing."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
 
 
 class Subclass(torch.Tensor):
-    """A tensor that is no plain one."""
+    """A subclass of Tensor."""
 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The passes that were called without the dispatcher, on the eager backend."""
+    """Return the passes that were called without the dispatcher, on the eager backend."""
     called: list[str] = []
 
     def record(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def test_no_second_derivative(called: list[str]) -> None:
 
 @pytest.mark.parametrize("hooks", [[], ["a hook"]])
 def test_hooks_of_launches(hooks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording does not call hooks, so it is not repeated while there are any."""
+    """A recording does not call hooks, so it is not repeated while hooks exist."""
     chain = SimpleNamespace(calls=hooks)
     active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: 10 * device)
     runtime = SimpleNamespace(launch_enter_hook=chain, launch_exit_hook=None)

@@ -1,4 +1,4 @@
-"""Recordings of calls: what is recorded, when it is repeated, and that it computes what the call computes."""
+"""Test recordings of calls: their contents, when they are repeated, and that the results are those of the call."""
 
 import ctypes
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""assert_parity passes what is right and catches what is wrong."""
+"""Test that assert_parity accepts correct results and finds errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calls in transforms of ``torch.func``, for which the operations run PyTorch's operators."""
+"""Test calls in transforms of ``torch.func``, for which the operations run PyTorch's operators."""
 
 from collections.abc import Callable
 from typing import Any

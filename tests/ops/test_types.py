@@ -1,4 +1,4 @@
-"""A typed project that uses the package: ``make lint`` checks it with the package's types, and here it runs."""
+"""Test a typed project that uses the package. ``make lint`` checks its types, and this module runs it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time, without a GPU, within the chip's registers and shared memory."""
+"""Test that every kernel compiles without a GPU, within the chip's registers and shared memory."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def aot(*options: str) -> subprocess.CompletedProcess[str]:
-    """Run the tool in a fresh process, because the import of Triton settles if it interprets or compiles."""
+    """Run the tool in a new process, because importing Triton decides whether it interprets or compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tools.aot", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -269,7 +269,7 @@ def test_numbers_of_rows_are_loaded_without_masks() -> None:
 
 @pytest.mark.slow
 def test_no_chain_of_additions_in_float32_runs_through_all_blocks() -> None:
-    """Triton makes a sum the beginning of the product that is added to it, in compiled code only."""
+    """In compiled code, Triton starts a product at the sum that it is added to."""
     counts = [line.split() for line in run_program(CHAINS)]
     assert sum(int(products) for _, products, _ in counts) > 20
     chained = {name: number for name, _, number in counts if number != "0"}

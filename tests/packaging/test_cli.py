@@ -91,7 +91,7 @@ MODELS = {
 def test_info_on_a_model(
     family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Told from the configuration of one that could hardly be built here."""
+    """The configuration describes a model that is too large to build here."""
     config, says = MODELS[family]
     config.save_pretrained(tmp_path)
     assert run(monkeypatch, "info", "--model", str(tmp_path)) == 0
@@ -108,7 +108,7 @@ def test_info_on_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.mark.parametrize("draws", [1, 5])
 def test_every_variant_is_measured(draws: int) -> None:
-    """A result that is a single number is one sample a variant."""
+    """A result that is a single number is one sample per variant."""
     case = AttentionCase(gate="", P=2)
     inputs = case.build(torch.float32)
     calls = []

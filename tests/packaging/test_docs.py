@@ -1,4 +1,4 @@
-"""The README and the documentation: examples run, commands exist with their options, links lead somewhere."""
+"""Test the README and the documentation: examples run, commands exist with their options, links have targets."""
 
 import argparse
 import importlib
@@ -30,12 +30,12 @@ OPTIONAL = ("sentence_transformers", "lm_eval")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language."""
+    """Return the fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def scripts() -> list[Any]:
-    """The README's examples each stand alone; those of a page follow one another."""
+    """Return the examples. Those of the README are independent, and those of a page follow one another."""
     found = [pytest.param(block, id=f"README-{n}") for n, block in enumerate(blocks(PAGES[0], "python"))]
     pages = {page.stem: "\n".join(blocks(page, "python")) for page in DOCS}
     return found + [pytest.param(script, id=name) for name, script in pages.items() if script]
@@ -43,7 +43,7 @@ def scripts() -> list[Any]:
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """Examples may register methods and backends; they are not for the tests that follow."""
+    """Restore the registries of methods and backends, which examples may change."""
     tables: list[dict[str, Any]] = [METHODS, BACKENDS, OPERATION._operators]
     former = [dict(table) for table in tables]
     yield
@@ -54,7 +54,7 @@ def registries() -> Iterator[None]:
 
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give examples a small model and a tokenizer without files in the place of those that they name."""
+    """Replace the models and tokenizers that examples name by small ones without files."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 384}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -90,7 +90,7 @@ def test_there_are_examples() -> None:
 
 
 def commands() -> list[str]:
-    """Of all ``sh`` blocks, a command a line, and those that stand in the text."""
+    """Return the commands of all ``sh`` blocks, one per line, and those in the text."""
     found = []
     for page in PAGES:
         for block in blocks(page, "sh"):
@@ -109,7 +109,7 @@ class Understood(Exception):  # noqa: N818
 
 @pytest.fixture
 def parse_and_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs stop when their options have been parsed."""
+    """Make programs stop after their options have been parsed."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
@@ -139,7 +139,7 @@ def test_commands_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    """Targets and variables are the Makefile's."""
+    """Check that the Makefile has the targets and variables."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
     variables = re.findall(r"^([A-Z]+) \?=", makefile, re.MULTILINE)
@@ -151,7 +151,7 @@ def check_make(words: list[str]) -> None:
 def run_until_parsed(
     run: Callable[..., object], program: str, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program takes its options."""
+    """Run a program until its options have been parsed."""
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", [program, *options])
     with pytest.raises(Understood):
@@ -162,7 +162,7 @@ def run_until_parsed(
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -180,7 +180,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: str(page.stem))
 def test_files_that_are_named_exist(page: Path) -> None:
-    """Paths from the repository's root, in backquotes."""
+    """Paths in backquotes begin at the root of the repository."""
     if page.match(SURVEY):
         return
     folders = "fastprefix|csrc|benchmarks|tests|tools|examples|docs"
@@ -209,7 +209,7 @@ def test_the_api_page_names_everything_public() -> None:
 
 
 def features() -> list[list[str]]:
-    """The cells of each row of the page's tables, without the heads."""
+    """Return the cells of each row of the page's tables, without the headers."""
     page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     return [row for row in rows if row[1] != "fastprefix" and set(row[0]) != {"-"}]

@@ -1,4 +1,4 @@
-"""The emulation of other processors: its program runs a library of this machine as PyTorch does, and faults show."""
+"""Test the emulation of other processors: its program runs a library like PyTorch does, and reports faults."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ LIBRARY = next(Path(_native.__file__).parent.glob("default_abi*.so"), None)
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, for the emulation becomes a backend there."""
+    """Run a program in a separate process, because the emulation becomes a backend there."""
     command = [sys.executable, "-c", f"import sys\nfrom tools.emulate.__main__ import *\n{program}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -23,7 +23,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(LIBRARY is None, reason="the C++ extension was not built")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
 def test_cases_pass(tmp_path: Path) -> None:
-    """The library asks for PyTorch's functions, and gets the emulator's."""
+    """The library calls PyTorch's functions, and the emulator provides them."""
     libraries = f"LD_LIBRARY_PATH={Path(torch.__file__).parent / 'lib'}"
     done = run(
         f"""

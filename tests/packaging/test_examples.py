@@ -1,4 +1,4 @@
-"""The examples run as they are, and leave an adapter."""
+"""Test that the examples run unchanged and save an adapter."""
 
 import ast
 import importlib.util
@@ -15,13 +15,13 @@ TABLE = "sentence\tlabel\n" + "".join(f'a "{word}" film\t{label}\n' for word, la
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty folder. Examples import what is beside them."""
+    """Run in an empty folder. Examples can import files beside them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def run(example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Return what an example prints. It saves its adapter."""
+    """Return the output of an example, which saves its adapter."""
     monkeypatch.setattr(sys, "argv", [example, "--out", "adapter", *options])
     runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     assert Path("adapter", "adapter_model.safetensors").is_file()
@@ -30,7 +30,7 @@ def run(example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_what_an_example_imports_from_another_exists(example: Path) -> None:
-    """The libraries of some examples need not be installed, so that nothing else would notice."""
+    """Nothing else would notice if the libraries of an example are not installed."""
     for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (source := EXAMPLES / f"{node.module}.py").exists():
             defined = runpy.run_path(str(source))

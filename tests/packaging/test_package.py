@@ -1,4 +1,4 @@
-"""Test that the source distribution builds the wheel, and that the wheel holds the package and nothing else."""
+"""Test that the source distribution builds the wheel, and that the wheel contains exactly the package."""
 
 import contextlib
 import importlib.util
@@ -51,7 +51,7 @@ class Distributions:
 
 
 def run(code: str, *arguments: str, folder: Path, **environment: str) -> str:
-    """What Python prints, away from the checkout."""
+    """Return the output of Python code that runs outside the checkout."""
     command = [sys.executable, "-c", code, *arguments]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env={**kept, **environment}, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def run(code: str, *arguments: str, folder: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """Both, from a copy of the tracked files: building writes beside them."""
+    """Return both distributions, built from a copy of the tracked files, because building writes files."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
     for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 
 
 def test_source_distribution(built: Distributions) -> None:
-    """Everything that is built, and neither tests nor results."""
+    """It contains everything that is needed to build, but neither tests nor results."""
     for folder in ("fastprefix", "csrc"):
         files = subprocess.check_output(["git", "ls-files", folder], cwd=ROOT, text=True).splitlines()
         assert files
@@ -137,7 +137,7 @@ def test_libraries_use_the_stable_interface_alone(library: Path) -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_libraries_load_on_older_systems(library: Path) -> None:
-    """Symbols of glibc 2.28 and of the libstdc++ of GCC 8 are the newest that they ask for."""
+    """They need no symbols newer than those of glibc 2.28 and of GCC 8's libstdc++."""
     needed = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
     for system, newest in (("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 25)), ("CXXABI", (1, 3, 11))):
         versions = {tuple(map(int, found.split("."))) for found in re.findall(rf"@{system}_([\d.]+)", needed)}
@@ -159,7 +159,7 @@ def test_the_choice_of_an_instruction_set_can_be_lowered(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def setup() -> ModuleType:
-    """``setup.py`` as a module, without building anything."""
+    """Return ``setup.py`` as a module, without building anything."""
     specification = importlib.util.spec_from_file_location("fastprefix_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(specification)
     with mock.patch("setuptools.setup"):

@@ -1,4 +1,4 @@
-"""The plan of memory: what is simulated is what is computed by hand, and what a real shard has."""
+"""Test the plan of memory against numbers computed by hand and against a real shard."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The survey's tool, on a family of each kind."""
+"""Test the survey's tool on a family of each kind."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``fastprefix.accelerate``: PEFT itself is the oracle, in float64."""
+"""Test ``fastprefix.accelerate`` against PEFT itself, in float64."""
 
 import copy
 import pickle
@@ -74,7 +74,7 @@ PADDINGS = ["none", "right", "left"]
 
 @pytest.fixture(autouse=True)
 def _adaption_prompts_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT takes the softmax over an adaption prompt in float32, whatever the model's dtype."""
+    """Make PEFT compute the softmax over an adaption prompt in float64. It always uses float32."""
 
     class Functional:
         def softmax(self, scores: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,7 @@ def _adaption_prompts_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tuned(base: Any, kind: str, task: str, **options: Any) -> Any:
-    """A PEFT model with random parameters."""
+    """Return a PEFT model with random parameters."""
     if kind in PREFIXES and task in OF_PEFTS_HEADS:
         peft_support.require(peft_support.prefixes_of_classifiers)
     torch.manual_seed(0)
@@ -97,12 +97,12 @@ def tuned(base: Any, kind: str, task: str, **options: Any) -> Any:
 
 
 def family(name: str, kind: str) -> Any:
-    """One of the two small models."""
+    """Return the name of one of the two small models."""
     return tuned(models.encoder(), kind, "SEQ_CLS") if name == "encoder" else tuned(models.decoder(), kind, "CAUSAL_LM")
 
 
 def evaluated(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that the model says, and the gradients of a combination of its logits."""
+    """Return all outputs of the model, and the gradients of a combination of its logits."""
     return loss_and_gradients(model, inputs, ...)  # type: ignore[arg-type]
 
 
@@ -126,7 +126,7 @@ def test_logits_loss_and_gradients_are_pefts(name: str, kind: str, padding: str)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_gradient_checkpointing(name: str, kind: str, reentrant: bool) -> None:
-    """With which PEFT by itself loses the prefix's gradient, or fails."""
+    """PEFT itself loses the prefix's gradient with checkpointing, or fails."""
     inputs, model = models.batch("right"), family(name, kind)
     expected = evaluated(model.train(), inputs)
     fastprefix.accelerate(model)
@@ -202,7 +202,7 @@ OTHERS: dict[str, tuple[str, Any, Callable[[], PretrainedConfig]]] = {
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_tasks_and_positions(name: str, kind: str, padding: str) -> None:
-    """Heads that PEFT computes by itself, positions from ids, from masks, learned ones. Norms round to float32."""
+    """Heads that PEFT computes, positions from ids and masks, learned positions. Norms round to float32."""
     task, auto, config = OTHERS[name]
     torch.manual_seed(0)
     model, inputs = tuned(auto.from_config(config()).double(), kind, task), models.batch(padding)
@@ -234,7 +234,7 @@ def test_generation_with_other_positions_and_windows(name: str, kind: str, paddi
 
 
 def test_a_prompt_where_the_cache_holds_something_else() -> None:
-    """DeepSeek's cache holds what its keys and values are made from."""
+    """DeepSeek's cache contains the states from which keys and values are computed."""
     peft_support.require(peft_support.generation)
     config = DeepseekV3Config(
         **{**SMALL, "num_key_value_heads": 4},
@@ -257,7 +257,7 @@ def test_a_prompt_where_the_cache_holds_something_else() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of every call of ``prefix_attention``."""
+    """Return the arguments of every call of ``prefix_attention``."""
     seen: list[dict[str, Any]] = []
 
     def spy(query: Tensor, key: Tensor, value: Tensor, pk: Tensor, pv: Tensor, **options: Any) -> Tensor:
@@ -270,7 +270,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_nothing_is_expanded_or_concatenated(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
-    """One prefix for the batch; keys and masks are those of the tokens."""
+    """The batch has one prefix, and keys and masks are those of the tokens."""
     model = fastprefix.accelerate(family(name, kind))
     calls.clear()
     model(**models.batch("right"))
@@ -308,7 +308,7 @@ def test_the_active_adapter_is_followed(kind: str) -> None:
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_adaption_prompts_beside_sliding_windows(padding: str) -> None:
-    """They have a softmax of their own, which no window cuts."""
+    """They have a separate softmax, to which no window applies."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=3)).double()
     model, inputs = tuned(base, "adaption", "CAUSAL_LM"), models.batch(padding)
@@ -329,7 +329,7 @@ def test_adapters_that_come_later(kind: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("encoder", "prefix"), ("decoder", "prefix"), ("decoder", "prompt")])
 def test_trainer_trains_the_same(name: str, kind: str, tmp_path: Path) -> None:
-    """With gradient checkpointing, and PEFT without it as the oracle."""
+    """The accelerated model uses gradient checkpointing. PEFT without it is the reference."""
     inputs = models.batch("right")
     labels = inputs["input_ids"] if name == "decoder" else torch.tensor([0, 1, 1])
     rows = [{**{key: value[i] for key, value in inputs.items()}, "labels": labels[i]} for i in range(3)]
@@ -351,7 +351,7 @@ def test_trainer_trains_the_same(name: str, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_belongs_to_its_own_forward(kind: str) -> None:
-    """A layer that is run again in the backward pass gets the prefix it had, whatever ran since (as with DPO)."""
+    """A layer that runs again in the backward pass gets its prefix, whatever ran in between (as in DPO)."""
     inputs, model = models.batch(), family("decoder", kind).train()
     expected = evaluated(model, inputs)
     fastprefix.accelerate(model)
@@ -421,7 +421,7 @@ def test_prompts_that_cannot_be_shared_stay_with_peft() -> None:
 
 
 def test_dropout_in_training_runs_the_prompt_in_every_row() -> None:
-    """As PEFT does, with the model's own attention and the same random numbers."""
+    """PEFT does so too, with the model's attention and the same random numbers."""
     model = tuned(models.decoder(attention_dropout=0.5), "prompt", "CAUSAL_LM").train()
 
     def results() -> dict[str, Tensor]:
@@ -434,7 +434,7 @@ def test_dropout_in_training_runs_the_prompt_in_every_row() -> None:
 
 
 def test_a_prompt_for_the_caller_is_the_prompt() -> None:
-    """Outside of PEFT's own calls ``get_prompt`` says what it said."""
+    """Outside of PEFT's own calls, ``get_prompt`` returns the same as before."""
     model = family("decoder", "prompt")
     expected = model.get_prompt(3)
     fastprefix.accelerate(model)
@@ -550,7 +550,7 @@ def test_attention_weights_are_refused() -> None:
 
 
 def test_a_cache_that_the_caller_continues() -> None:
-    """What a call returns as its cache goes on where PEFT's own does."""
+    """The cache that a call returns continues like PEFT's."""
     ids, model = models.batch()["input_ids"], fastprefix.accelerate(family("decoder", "prefix"))
     whole = model(input_ids=ids).logits[:, -1]
     start = model(input_ids=ids[:, :-1], use_cache=True)
@@ -591,7 +591,7 @@ def test_wrong_tokens_of_peft_are_announced(
 
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """PEFT alone, accelerated, and with gradient checkpointing: the same loss three times."""
+    """PEFT alone, accelerated, and with gradient checkpointing: the loss is the same."""
     runpy.run_path(str(Path(__file__).parents[3] / "examples" / "peft_accelerate.py"), run_name="__main__")
     losses = re.findall(r"loss (\S+)", capsys.readouterr().out)
     assert len(losses) == 3
@@ -599,7 +599,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_mask_of_one_row_says_what_every_query_sees() -> None:
-    """And is not taken for a causal one."""
+    """It is not a causal mask."""
     model, inputs = family("decoder", "adaption"), models.batch()
     mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
     expected = model(inputs["input_ids"], attention_mask=mask).logits
@@ -622,7 +622,7 @@ def test_what_the_check_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_model_with_a_verified_small_copy_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial with and without the adapter is for models that no small copy stands for."""
+    """A trial with and without the adapter is only needed if no small copy represents the model."""
     monkeypatch.setattr(conformance, "_TINY", 0)
     model = family("decoder", "prompt")
     runs: list[int] = []

@@ -1,4 +1,4 @@
-"""Adapters between PEFT and this package: the same logits, both ways, and what is refused."""
+"""Test conversion of adapters between PEFT and this package: the same logits in both directions, and refusals."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ PEFTS += [("decoder", kind) for kind in KINDS if kind != "adaption"]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """PEFT saves and loads parameters in float32."""
+    """Compare with the precision of float32, in which PEFT saves and loads parameters."""
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_adapters_are_written_as_peft_reads_them(case: str, padding: str, tmp_pa
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-classifier", "windows"])
 def test_positions_of_other_models(name: str, tmp_path: Path) -> None:
-    """RoBERTa counts positions without padding, GPT-2 learns them; sliding windows cut the prefix."""
+    """RoBERTa's positions exclude padding, GPT-2's are learned, and sliding windows cut the prefix."""
     task, auto, config = OTHERS[name]
     torch.manual_seed(0)
     state, inputs = auto.from_config(config()).state_dict(), models.batch("right")
@@ -114,7 +114,7 @@ def test_positions_of_other_models(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_positions_that_are_counted_by_the_mask(padding: str, tmp_path: Path) -> None:
-    """OPT's."""
+    """OPT computes positions from the mask."""
     task, auto, config = OTHERS["opt"]
     torch.manual_seed(0)
     model = auto.from_config(config()).double().eval()
@@ -209,7 +209,7 @@ def test_the_head_of_another_model(tmp_path: Path) -> None:
 
 
 def test_a_prompt_for_pooling_heads_is_refused(tmp_path: Path) -> None:
-    """PEFT's classifier pools the prompt's first token, not the text's."""
+    """PEFT's classifier pools the first token of the prompt, not of the text."""
     family("encoder", "prompt").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="causal language model"):
         fastprefix.load_adapter(models.encoder(), tmp_path)

@@ -1,4 +1,4 @@
-"""Caches of accelerated PEFT models: copied, cropped, reordered, reset; PEFT's own cache in float64 is the oracle."""
+"""Test caches of accelerated PEFT models (copied, cropped, reordered, reset) against PEFT's caches in float64."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ def test_a_copied_cache_fits_a_copied_model(kind: str, change: Callable[[Any], A
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_is_not_accelerated_refuses_the_cache(kind: str) -> None:
-    """It would not see the prefix."""
+    """It would not attend to the prefix."""
     model = fastprefix.accelerate(family("decoder", kind))
     cache = filled(model)
     fastprefix.decelerate(model)
@@ -108,7 +108,7 @@ def test_a_model_that_is_not_accelerated_refuses_the_cache(kind: str) -> None:
 
 
 def bart(**sizes: int) -> Any:
-    """A small encoder-decoder with a prefix."""
+    """Return a small encoder-decoder with a prefix."""
     config = BartConfig(
         **{"encoder_layers": 2, "decoder_layers": 2, **sizes},
         d_model=32,
@@ -156,7 +156,7 @@ def test_generation_of_encoder_decoders(layers: dict[str, int], name: str) -> No
 
 @pytest.mark.parametrize(("kind", "assistant"), [("prefix", False), ("cartridge", False), ("prompt", True)])
 def test_assisted_generation(kind: str, assistant: bool) -> None:
-    """Many tokens are taken back. (PEFT alone fails with an assistant for prefixes, and with a lookup for prompts.)"""
+    """Many tokens are removed again. (PEFT itself fails with an assistant for prefixes, with a lookup for prompts.)"""
     inputs = {key: value[:1] for key, value in models.batch().items()}
     model = family("decoder", kind)
     options = {"assistant_model": models.decoder()} if assistant else {"prompt_lookup_num_tokens": 2}

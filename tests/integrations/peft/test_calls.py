@@ -1,4 +1,4 @@
-"""Calls of accelerated PEFT models: how they carry a prefix, and what a prompt's rows cost; PEFT is the oracle."""
+"""Test calls of accelerated PEFT models against PEFT: the prefix of each call, and the cost of a prompt's rows."""
 
 import functools
 import inspect
@@ -60,7 +60,7 @@ STABLELM = {**SMALL, "num_key_value_heads": 2, "attention_dropout": 0.0, "hidden
 
 
 def stablelm(kind: str, **options: Any) -> Any:
-    """A model whose layers do not hand keywords on to their attention."""
+    """Return a model whose layers do not pass keywords to their attention."""
     torch.manual_seed(0)
     return tuned(AutoModelForCausalLM.from_config(StableLmConfig(**STABLELM, **options)), kind, "CAUSAL_LM")
 
@@ -79,17 +79,17 @@ def test_layers_that_hand_no_keywords_on(kind: str, padding: str) -> None:
 
 
 def loss_of(logits: Tensor) -> Tensor:
-    """A number that depends on every logit."""
+    """Return a number that depends on every logit."""
     return (logits * torch.arange(logits.numel(), dtype=logits.dtype).reshape(logits.shape).cos()).sum()
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Every gradient by name."""
+    """Return every gradient by name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def two_adapters(make: Callable[[str], Any], kind: str) -> Any:
-    """A model with two adapters of different lengths."""
+    """Return a model with two adapters of different lengths."""
     model = make(kind)
     config = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
     model.add_adapter("other", config(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -102,7 +102,7 @@ def two_adapters(make: Callable[[str], Any], kind: str) -> Any:
 
 
 def two_forwards(model: Any) -> dict[str, Tensor]:
-    """The gradients of two calls with different prefixes and rows, both run before the backward pass."""
+    """Return the gradients of two calls with different prefixes and rows that precede one backward pass."""
     model.zero_grad()
     losses = []
     for name, padding in (("default", "right"), ("other", "left")):
@@ -139,7 +139,7 @@ MAKERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_two_forwards_before_the_backward(kind: str, name: str, reentrant: bool, enable: Callable[..., None]) -> None:
-    """Every layer that runs again gets the prefix of its own call."""
+    """Every layer that runs again gets the prefix of its call."""
     model = two_adapters(MAKERS[name], kind).train()
     expected = two_forwards(model)
     fastprefix.accelerate(model)
@@ -151,7 +151,7 @@ def test_two_forwards_before_the_backward(kind: str, name: str, reentrant: bool,
 
 
 def test_a_checkpointing_that_is_not_known_is_refused() -> None:
-    """A layer that ran again without its prefix would give wrong gradients."""
+    """A layer that runs again without its prefix would give wrong gradients."""
     model = fastprefix.accelerate(family("decoder", "prefix")).train()
     layer = model.get_base_model().model.layers[0]
     forward = layer.forward
@@ -170,7 +170,7 @@ def wait(barrier: threading.Barrier) -> None:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "adaption"])
 def test_threads_do_not_share_a_call(kind: str) -> None:
-    """Two calls run at the same time; each waits for the other in its first layer."""
+    """Two calls run at the same time. Each one waits for the other in its first layer."""
     model, batches = family("decoder", kind), [models.batch("left"), models.batch("right")]
     expected = [model(**inputs).logits for inputs in batches]
     fastprefix.accelerate(model)
@@ -193,7 +193,7 @@ def test_threads_do_not_share_a_call(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "adaption"])
 def test_a_call_inside_a_call(kind: str) -> None:
-    """A hook calls the model with other tokens, and without its adapter."""
+    """A hook calls the model with other tokens and without its adapter."""
     model = family("decoder", kind)
     other = {key: value[:1] for key, value in models.batch("right").items()}
     expected, inner = model(**models.batch("left")).logits, model(**other).logits
@@ -227,7 +227,7 @@ HEADS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_and_the_loss_run_over_the_prompt_once(name: str) -> None:
-    """Loss, logits and every gradient, that of a trainable head too, are PEFT's."""
+    """Loss, logits and every gradient, including that of a trainable head, are PEFT's."""
     torch.manual_seed(0)
     model = tuned(AutoModelForCausalLM.from_config(HEADS[name]()), "prompt", "CAUSAL_LM")
     head = model.get_base_model().get_output_embeddings()
@@ -282,7 +282,7 @@ def test_a_loss_of_the_callers_own_gets_all_logits() -> None:
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_token_types_of_a_decoder(kind: str, auto: Any) -> None:
-    """PEFT gives the prompt a type too, and GPT-2 adds an embedding for each."""
+    """PEFT gives the prompt a type too, and GPT-2 embeds it."""
     torch.manual_seed(0)
     task = "SEQ_CLS" if auto is AutoModelForSequenceClassification else "TOKEN_CLS"
     model = tuned(auto.from_config(GPT2Config(**GPT2, **NO_DROPOUT)), kind, task)
@@ -351,7 +351,7 @@ def test_pictures_and_positions_of_several_dimensions() -> None:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_disabled_is_the_model_on_its_own_attention(kind: str) -> None:
-    """PaliGemma's SDPA shows all tokens where it gets no mask, and its eager attention does not."""
+    """Without a mask, PaliGemma's SDPA attends to all tokens, and its eager attention does not."""
     eyes = {
         "model_type": "siglip_vision_model",
         "hidden_size": 16,
@@ -381,7 +381,7 @@ def test_disabled_is_the_model_on_its_own_attention(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "adaption"])
 def test_a_disabled_model_trains_with_checkpointing_as_before(kind: str) -> None:
-    """Its layers run again on its own attention too."""
+    """Its layers also run again on the model's own attention."""
     model, inputs = family("decoder", kind).train(), models.batch("left")
     embedding = model.get_base_model().get_input_embeddings().weight.requires_grad_()
 
@@ -409,7 +409,7 @@ GEMMA4: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", GEMMA4)
 def test_gemma4_prefixes(name: str) -> None:
-    """Layers with other head dimensions get part of the prefix or none. Layers that share keys get the other's."""
+    """Layers with other head dimensions get a part of the prefix or none. Layers that share keys get the other's."""
     if "size" in name:
         models.require("peft", 0, 21)
     options = {"hidden_size_per_layer_input": 0, "global_head_dim": 8, **GEMMA4[name]}
@@ -451,7 +451,7 @@ def test_another_attention_is_noticed(kind: str, attention: str) -> None:
 
 
 def test_fresh_adaption_prompts_on_a_deep_model() -> None:
-    """They have no effect yet, so that only rounding is left to compare."""
+    """They have no effect yet, so only rounding differs."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,
@@ -469,7 +469,7 @@ def test_fresh_adaption_prompts_on_a_deep_model() -> None:
 
 
 def test_a_small_error_of_a_deep_model_is_still_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound on rounding stays far below what a wrong prefix does."""
+    """The bound on rounding is far below the effect of a wrong prefix."""
     from fastprefix.integrations.transformers.models.attention import GivenPrefix
 
     model = family("decoder", "prefix").float()
@@ -492,7 +492,7 @@ def bloom() -> Any:
 
 
 def broken() -> Any:
-    """A model that raises whatever it is called with."""
+    """Return a model that raises an error in every call."""
     model = family("decoder", "prefix")
 
     def fail(*args: Any, **kwargs: Any) -> None:

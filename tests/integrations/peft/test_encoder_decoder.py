@@ -1,4 +1,4 @@
-"""``fastprefix.accelerate`` on encoder-decoders, whose decoder gets the prefix; PEFT in float64 is the oracle."""
+"""Test ``fastprefix.accelerate`` on encoder-decoders, whose decoder gets the prefix, against PEFT in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,13 +60,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def family(name: str, kind: str = "prefix") -> Any:
-    """A small PEFT model."""
+    """Return a small PEFT model."""
     torch.manual_seed(0)
     return tuned(FAMILIES[name](), kind, "SEQ_2_SEQ_LM")
 
 
 def results(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Loss, logits and every gradient, for labels of which a row's last are padding."""
+    """Return loss, logits and every gradient, for labels that end with padding in one row."""
     labels = torch.randint(3, models.VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(5))
     labels[0, 4:] = -100
     model.zero_grad()
@@ -105,7 +105,7 @@ def test_padding_of_the_decoder(name: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    """With which PEFT by itself loses the prefix's gradient, or fails."""
+    """PEFT itself loses the prefix's gradient with checkpointing, or fails."""
     model, inputs = family(name).train(), models.batch("right")
     expected = results(model, inputs)
     base = fastprefix.accelerate(model).get_base_model()
@@ -127,7 +127,7 @@ def test_generation_is_pefts(name: str, beams: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_expanded_or_concatenated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder's attention to itself has a prefix for the whole batch, and no other attention has one."""
+    """Only the decoder's self-attention has a prefix, and the batch shares it."""
     shapes: list[tuple[int, ...]] = []
 
     def spy(query: Tensor, key: Tensor, value: Tensor, pk: Tensor, pv: Tensor, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA and its kind together with a prefix or a prompt: values, gradients and training against the textbook."""
+"""Test LoRA and similar layers together with a prefix or a prompt against the textbook."""
 
 import copy
 from collections.abc import Callable
@@ -72,7 +72,7 @@ METHODS = {**PREFIXES, **PROMPTS}
 
 
 def tuned(family: str = "llama", kind: str = "lora", **options: Any) -> Any:
-    """A PEFT model in float64 whose LoRA does something."""
+    """Return a PEFT model in float64 whose LoRA has an effect."""
     torch.manual_seed(0)
     options = {"target_modules": "all-linear", **KINDS[kind], **options}
     config = peft.LoraConfig(r=3, init_lora_weights=False, **options)
@@ -81,7 +81,7 @@ def tuned(family: str = "llama", kind: str = "lora", **options: Any) -> Any:
 
 
 def attached(model: Any, config: Any, **options: Any) -> Any:
-    """The same model with a method whose parameters are random; LoRA's stay as they are."""
+    """Return the same model with a method whose parameters are random. LoRA's parameters do not change."""
     fastprefix.attach(model, config, check=False, **options)
     randomize(model.fastprefix)
     return model
@@ -108,7 +108,7 @@ def make_inputs(base: PreTrainedModel, padding: str = "right") -> dict[str, Any]
 
 
 class Textbook:
-    """A PEFT model with a method the textbook's way: prefixes concatenated, a prompt in every row."""
+    """A PEFT model with a textbook method: concatenated prefixes, or a prompt in every row."""
 
     def __init__(self, peft_model: Any, config: Any, method: nn.Module) -> None:
         self.model = find_base_model(peft_model)
@@ -125,7 +125,7 @@ class Textbook:
 
 
 def train(run: Any, parameters: dict[str, nn.Parameter], inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The loss and every gradient of several steps."""
+    """Return the loss and every gradient of several steps."""
     # Adam would divide the rounding of gradients that are 0 by itself.
     optimizer = torch.optim.SGD(parameters.values(), lr=0.02, momentum=0.9)
     steps = []
@@ -227,7 +227,7 @@ def test_compiled_as_a_whole(method: str) -> None:
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_base_of_low_precision(family: str, method: str, autocast: bool) -> None:
-    """What is trained is float32, and what comes out has the precision of the base."""
+    """Trained parameters are float32, and outputs have the precision of the base."""
     base = FAMILIES[family]().to(torch.bfloat16)
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
     fastprefix.attach(model, METHODS[method](), check=False)

@@ -1,4 +1,4 @@
-"""LoRA and an adapter of this package on bases of 4 and 8 bits, which PEFT trains and merges."""
+"""Test LoRA and an adapter of this package on bases of 4 and 8 bits, which PEFT trains and merges."""
 
 import importlib.util
 from pathlib import Path
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def quantised(folder: Path, bits: int, **options: Any) -> Any:
-    """A PEFT model around a base of few bits."""
+    """Return a PEFT model with a quantized base."""
     torch.manual_seed(0)
     wide = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=models.VOCABULARY

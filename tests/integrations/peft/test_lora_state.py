@@ -1,4 +1,4 @@
-"""What is trained, saved, merged and switched where LoRA and an adapter of this package are on one model."""
+"""Test training, saving, merging and switching with LoRA and an adapter of this package on one model."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def names(model: torch.nn.Module) -> set[str]:
 
 
 def mixed_in(**options: Any) -> Any:
-    """A model of transformers with LoRA in it, and no PEFT model around it."""
+    """Return a model of transformers with LoRA layers but without a PEFT model around it."""
     peft_support.require(peft_support.layers_in_models)
     torch.manual_seed(0)
     model = models.decoder()
@@ -297,7 +297,7 @@ def test_layers_of_pefts_in_what_an_adapter_trains_are_refused(tmp_path: Path) -
 
 
 def textbook_prompt(model: Any) -> Tensor:
-    """The logits of a model without an adapter of this package, with a prompt in every row."""
+    """Return the logits of a model without an adapter of this package, with a prompt in every row."""
     inputs = models.batch("right")
     base = find_base_model(model)
     with fastprefix.disable_adapter(model), torch.no_grad():
@@ -310,7 +310,7 @@ def textbook_prompt(model: Any) -> Tensor:
 
 
 def fastprefix_method(model: Any) -> Any:
-    """The prompt, also where it has been merged."""
+    """Return the prompt, even after merging."""
     hooks = find_base_model(model)._fastprefix_attachment.adapters["default"].hooks
     return getattr(hooks, "source", hooks).method
 
@@ -330,7 +330,7 @@ def scale(model: Any) -> None:
 
 @torch.no_grad()
 def step(model: Any) -> None:
-    """What some optimizers do to parameters that are trained: PyTorch does not count such changes."""
+    """Change parameters like some optimizers, in a way that PyTorch's version counters do not notice."""
     for name, parameter in model.named_parameters():
         if "lora" in name:
             (parameter.data if parameter.requires_grad else parameter).mul_(1.5)
@@ -477,7 +477,7 @@ def test_an_embedding_with_lora() -> None:
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "adept"])
 def test_adapters_of_pefts_by_row(method: str) -> None:
-    """With ``adapter_names`` each row has its own LoRA, and all have the prefix or the prompt."""
+    """With ``adapter_names``, each row has its LoRA, and all rows have the prefix or the prompt."""
     model = attached(two_loras(), METHODS[method]())
     inputs, rows = models.batch("left"), ["b", "__base__", "default"]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Batches whose rows have different adapters of an accelerated PEFT model: each row is what it is alone."""
+"""Test batches whose rows have different adapters of an accelerated PEFT model against each row alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
 def make_model(kind: str) -> Any:
-    """An accelerated model with two adapters of different lengths."""
+    """Return an accelerated model with two adapters of different lengths."""
     torch.manual_seed(0)
     model: Any = peft.get_peft_model(models.decoder(), KINDS[kind](3), adapter_name="a")
     model.add_adapter("b", KINDS[kind](5))

@@ -1,4 +1,4 @@
-"""PEFT's multitask prompts: accelerated, and as files in both directions."""
+"""Test PEFT's multitask prompts: accelerated, and as files in both directions."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several adapters on one model: which one runs, that the others are left alone, saving and resuming by name."""
+"""Test several adapters on one model: switching, isolation of the others, saving and resuming by name."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ PAIRS = [("prefix", "adept"), ("apt", "prefix-mlp"), ("prompt_tuning", "llama-ad
 
 
 def with_two(family: str, pair: tuple[str, str]) -> tuple[Any, dict[str, Tensor]]:
-    """A model with the adapters "a" and "b", and the logits that each of them gave."""
+    """Return a model with the adapters "a" and "b", and the logits of each."""
     model, inputs, logits = FAMILIES[family](), models.batch("right"), {}
     for name, method, std in (("a", pair[0], 0.3), ("b", pair[1], 0.4)):
         assert fastprefix.attach(model, METHODS[method](), name=name) is model
@@ -36,7 +36,7 @@ def trainable(model: Any) -> set[str]:
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_at_a_time(family: str, pair: tuple[str, str]) -> None:
-    """Each gives what it gave by itself, with its own head, and trains its own parameters; none of them, the base."""
+    """Each adapter runs as if it were alone, with its own head and parameters. Without one, the base runs."""
     base, inputs = FAMILIES[family](), models.batch("right")
     plain = base(**inputs).logits
     model, logits = with_two(family, pair)
@@ -127,7 +127,7 @@ def test_a_merged_one_is_taken_off_and_put_back(family: str, method: str) -> Non
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["prefix-mlp", "apt", "adept"])
 def test_the_base_model_runs_between_forward_and_backward(method: str, checkpointing: bool) -> None:
-    """As where a loss keeps a policy near its base model."""
+    """A loss that keeps a policy near its base model runs both."""
     inputs, gradients = models.batch("right"), []
     for compares in (False, True):
         model = fastprefix.attach(models.encoder(), METHODS[method]()).train()
@@ -159,7 +159,7 @@ def test_saved_and_loaded_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["prefix-mlp", "apt", "adept", "llama-adapter"])
 def test_training_resumes_from_a_saved_adapter(method: str, tmp_path: Path) -> None:
-    """To the same parameters as training that was not interrupted, the optimiser's state included."""
+    """Interrupted training ends with the same parameters and optimizer state."""
     inputs, labels = models.batch("right"), torch.tensor([0, 1, 1])
 
     def train(model: Any, steps: int, state: dict[str, Any] | None = None) -> dict[str, Any]:

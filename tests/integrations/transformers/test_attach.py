@@ -1,4 +1,4 @@
-"""Methods on transformers models: values and gradients against the textbook, caches, copies, detaching."""
+"""Test methods on transformers models: values and gradients against the textbook, caches, copies, detaching."""
 
 import copy
 import pickle
@@ -46,14 +46,14 @@ PADDINGS = ["none", "right", "left"]
 
 
 def attached(family: str, method: str, **options: Any) -> Any:
-    """A model with a method whose parameters are random; the options are the model's."""
+    """Return a model, built with these options, and a method with random parameters on it."""
     model = fastprefix.attach(FAMILIES[family](**options), METHODS[method]())
     models.randomize(model)
     return model
 
 
 def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """The logits that ``rows`` chooses, and the gradients of a fixed combination of them."""
+    """Return the logits that ``rows`` chooses, and the gradients of a fixed combination of them."""
     model.zero_grad()
     logits = model(**inputs).logits
     chosen = logits[rows] if logits.ndim == 3 else logits
@@ -64,7 +64,7 @@ def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Tensor], rows: 
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal to float64 rounding, and the same set of gradients."""
+    """Check that results are equal to float64 rounding and that the same parameters have gradients."""
     assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(
@@ -87,7 +87,7 @@ def test_prefix_methods_match_the_textbook(family: str, method: str, padding: st
 
 
 def test_prefix_matches_a_key_value_cache() -> None:
-    """A shifted prefix is what a key/value cache of m tokens is, expanded to the batch."""
+    """A shifted prefix equals a key/value cache of m tokens that is expanded to the batch."""
     model, inputs = attached("decoder", "prefix-shift"), models.batch()
     cache = DynamicCache()
     for layer, (pk, pv) in enumerate(get_method(model).prefixes()):
@@ -100,7 +100,7 @@ def test_prefix_matches_a_key_value_cache() -> None:
 
 
 def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
-    """Embeddings with prompt and offset, in the plainest way."""
+    """Return embeddings with prompt and offset, computed in the simplest way."""
     e = model.get_input_embeddings()(ids)
     if hasattr(method, "a"):
         e = e + 8.0 / 3**0.5 * (method.a @ method.b)[: e.shape[1]]
@@ -112,7 +112,7 @@ def textbook_prompt(model: PreTrainedModel, ids: Tensor, method: Any) -> Tensor:
 
 
 def textbook_rows(method: Any) -> Tensor:
-    """The prompt itself, by its formula."""
+    """Return the prompt, computed by its formula."""
     if hasattr(method, "columns"):
         return method.shared * (method.columns[0] @ method.rows[0])
     if hasattr(method, "prompt_codebook"):
@@ -131,13 +131,13 @@ def textbook_rows(method: Any) -> Tensor:
 
 
 def textbook_codebook(codebook: Any) -> Tensor:
-    """Rows whose parts are sums of weighted codewords, part by part."""
+    """Return rows whose parts are sums of weighted codewords, computed part by part."""
     parts = [codebook.weights[:, k] @ codebook.codewords[k] for k in range(codebook.codewords.shape[0])]
     return torch.cat(parts, dim=1)
 
 
 def run_lstm(lstm: torch.nn.LSTM, states: Tensor) -> Tensor:
-    """A bidirectional LSTM, step by step."""
+    """Run a bidirectional LSTM step by step."""
     for layer in range(lstm.num_layers):
         directions = []
         for suffix in ("", "_reverse"):
@@ -183,7 +183,7 @@ def test_prompt_methods_match_the_textbook(family: str, method: str, padding: st
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainable_parameters(family: str, method: str) -> None:
-    """The method's and the fresh head's, and nothing else; in parameter groups with the rates of each kind."""
+    """Only the method and the new head are trained, in groups with the rates of each kind."""
     model = attached(family, method)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     head = {"classifier.weight", "classifier.bias"} if family == "encoder" else set()
@@ -341,7 +341,7 @@ def test_gradient_checkpointing(method: str, reentrant: bool, before: bool) -> N
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["prefix-mlp", "apt", "residual", "llama-adapter"])
 def test_gradient_checkpointing_of_several_calls(method: str, reentrant: bool) -> None:
-    """Two calls that are differentiated together, from ids and from embeddings, and one in between that is not."""
+    """Two calls, from ids and from embeddings, are differentiated together, with an evaluation in between."""
     gradients = []
     for checkpointing in (False, True):
         model = attached("encoder", method).train()
@@ -402,7 +402,7 @@ def test_position_ids_of_the_caller_are_moved_up() -> None:
 
 
 def test_one_row_masks_of_the_caller_are_no_causal_masks() -> None:
-    """[B, 1, 1, K] is a broadcast padding mask when a user passes it."""
+    """A user's mask [B, 1, 1, K] is a broadcast padding mask."""
     model, inputs = attached("encoder", "prefix"), models.batch("right")
     mask = inputs["attention_mask"].bool()
     actual = model(input_ids=inputs["input_ids"], attention_mask=mask[:, None, None, :]).logits
@@ -419,7 +419,7 @@ def test_prompt_from_vocabulary_and_text() -> None:
 
 
 def test_prefix_from_text_is_what_the_model_computes() -> None:
-    """A prefix from a text, at shifted positions, gives what the model gives with the text in front."""
+    """A prefix from a text at shifted positions equals the text in front of the input."""
     model, inputs = models.decoder(), models.batch()
     ids = torch.tensor([[7, 8, 9]]).expand(3, -1)
     expected = model(input_ids=torch.cat([ids, inputs["input_ids"]], dim=1)).logits[:, 3:]
@@ -439,7 +439,7 @@ def test_what_a_layer_was_given_is_not_kept_alive(method: str) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_pooled_gates_belong_to_the_cache(grad: bool) -> None:
-    """Whatever the model runs in between, and in whichever mode."""
+    """Other calls in between, in any mode, do not change them."""
     model = fastprefix.attach(models.decoder(), fastprefix.APTConfig(5, pooling="cls"))
     models.randomize(model)
     ids = models.batch()["input_ids"]

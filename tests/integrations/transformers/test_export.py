@@ -1,4 +1,4 @@
-"""Export by ``torch.export`` and to ONNX of models with a method, merged or not."""
+"""Test ``torch.export`` and ONNX exports of models with a method, merged or not."""
 
 import copy
 from typing import Any
@@ -39,7 +39,7 @@ def test_torch_export(method: str, merged: bool) -> None:
 
 @pytest.mark.parametrize(("method", "merged"), [("prefix", False), ("prompt", True)])
 def test_onnx(method: str, merged: bool) -> None:
-    """ONNX has no operators of this package; the formula in plain PyTorch takes their place."""
+    """ONNX has no operators of this package, so the export contains the formula in plain PyTorch."""
     pytest.importorskip("onnxscript")
     reference = pytest.importorskip("onnx.reference")
     model, inputs = prepared(method, merged)
@@ -53,7 +53,7 @@ def test_onnx(method: str, merged: bool) -> None:
 
 @pytest.mark.parametrize("position", ["none", "shift"])
 def test_several_choices_in_a_row(position: Any) -> None:
-    """GPT-2's double heads take ids of three dimensions."""
+    """GPT-2's double-heads model receives ids with three dimensions."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64}
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is handed to serving engines gives the model's numbers there."""
+"""Test that exports for serving engines give the model's numbers in these engines."""
 
 import base64
 import copy
@@ -137,7 +137,7 @@ def test_mlx_computes_the_same(tmp_path: Path) -> None:
 
 
 class TestErrors:
-    """What an engine cannot be given is refused, with the reason."""
+    """Adapters that an engine cannot run are refused with the reason."""
 
     def test_no_prompt(self) -> None:
         with pytest.raises(ValueError, match="`model`"):

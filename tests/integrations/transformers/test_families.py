@@ -1,4 +1,4 @@
-"""Prefix methods on encoder-decoders, images and sound: values, gradients and generation against the textbook."""
+"""Test prefix methods on encoder-decoders, images and sound against the textbook."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +126,7 @@ PREFIXES: dict[str, Callable[[], Any]] = {
 
 
 def build(family: str) -> Any:
-    """A tiny random model in float64."""
+    """Build a tiny random model in float64."""
     torch.manual_seed(0)
     return FAMILIES[family]().double().eval()
 
@@ -138,7 +138,7 @@ def attached(family: str, config: Any) -> Any:
 
 
 def batch(model: Any) -> dict[str, Tensor]:
-    """Three rows, of which a text's are padded on the right."""
+    """Return three rows. Rows of text are padded on the right."""
     inputs = models.batch("right")
     if (name := model.main_input_name) != "input_ids":
         torch.manual_seed(1)
@@ -147,7 +147,7 @@ def batch(model: Any) -> dict[str, Tensor]:
 
 
 def loss_and_gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output, and the gradients of a fixed combination of it."""
+    """Return the output, and the gradients of a fixed combination of it."""
     model.zero_grad()
     with Float64():
         output = model(**inputs)[0]

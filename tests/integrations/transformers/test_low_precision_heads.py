@@ -1,4 +1,4 @@
-"""Modules of a float16 or bfloat16 model that stay trainable are trained in float32."""
+"""Test that trainable modules of a float16 or bfloat16 model are trained in float32."""
 
 import copy
 import pickle
@@ -81,7 +81,7 @@ def test_saved_and_loaded(tmp_path: Path, whole: bool) -> None:
 @pytest.mark.parametrize("names", [["model.norm"], ["model.embed_tokens"], ["lm_head"], ["model.layers"]])
 @pytest.mark.parametrize("tied", [False, True])
 def test_modules_anywhere_in_a_model(names: list[str], tied: bool) -> None:
-    """Within it, at its ends, tied to one another, and a list of layers, which is never called itself."""
+    """Inside it, at its ends, tied to each other, and a list of layers, which is never called itself."""
     plain = models.decoder(tie_word_embeddings=tied)
     low = copy.deepcopy(plain).to(torch.bfloat16)
     for model in (plain, low):
@@ -96,7 +96,7 @@ def test_modules_anywhere_in_a_model(names: list[str], tied: bool) -> None:
 
 
 def test_a_model_that_changes_its_precision() -> None:
-    """While the adapter is on it, or waits beside it."""
+    """The adapter is in use or inactive at that time."""
     model = fastprefix.attach(classifier(torch.bfloat16), fastprefix.PrefixTuningConfig(3)).double()
     assert model(**models.batch()).logits.dtype is torch.float64
     with fastprefix.disable_adapter(model):

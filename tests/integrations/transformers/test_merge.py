@@ -1,4 +1,4 @@
-"""Merging: the same values for inference from less work, everything back afterwards, and clear words where it ends."""
+"""Test merging: the same values for inference with less work, restoration by ``detach``, and errors."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def logits(model: Any, padding: str = "left") -> Tensor:
-    """Those of tokens that are no padding."""
+    """Return the logits of all tokens except padding."""
     inputs = models.batch(padding)
     output: Tensor = model(**inputs).logits
     return output[inputs["attention_mask"].bool()] if output.ndim == 3 else output
@@ -106,7 +106,7 @@ def test_a_tied_head_keeps_the_old_table() -> None:
 )
 @pytest.mark.parametrize("method", ["adept", "dept", "prompt_tuning"])
 def test_families(make: Callable[[], Any], method: str) -> None:
-    """Embeddings that scale, sliding windows, tied heads."""
+    """Scaled embeddings, sliding windows, tied heads."""
     torch.manual_seed(0)
     inputs = models.batch("left")
     with Float64(), torch.no_grad():
@@ -199,7 +199,7 @@ def test_merging_takes_an_attached_model() -> None:
 
 
 def exported(model: PreTrainedModel, plain: nn.Module, padding: str) -> tuple[Tensor, Tensor]:
-    """Logits of the plain model with the exported cache, and those of the model that it was exported from."""
+    """Return the logits of the plain model with the exported cache, and those of the exported model."""
     inputs, rows = models.batch(padding), models.batch(padding)["attention_mask"].bool()
     mask = torch.cat([inputs["attention_mask"].new_ones(3, 5), inputs["attention_mask"]], dim=1)
     cache = fastprefix.export_cache(model, batch_size=3)
@@ -255,7 +255,7 @@ def test_what_is_more_than_a_cache_is_not_exported() -> None:
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_layers_that_share_keys_and_values_are_exported_once(family: str) -> None:
-    """The last two layers read the keys and values of the first two from the cache, those of a prefix too."""
+    """The last two layers read keys and values, also a prefix's, of the first two layers from the cache."""
     sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 100)
     sizes |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "sliding_window": 16}

@@ -1,4 +1,4 @@
-"""Who changes a model's state, and that it is the former one after the last of them left."""
+"""Test everything that changes a model's state, and that the last adapter to leave restores the former state."""
 
 import copy
 import functools
@@ -51,12 +51,12 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether two results differ by rounding in float64 alone."""
+    """Return whether two results differ only by rounding in float64."""
     return actual.shape == expected.shape and bool((actual - expected).abs().max() <= 1e-10 * expected.abs().max())
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Return all that an adapter may change about a model, parameters by identity."""
+    """Return everything that an adapter may change about a model. Parameters are compared by identity."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found |= {f"{name}.{key}": value for key, value in vars(module).items() if not isinstance(value, dict)}
@@ -94,7 +94,7 @@ def attached(model: Any, method: str, **options: Any) -> Any:
 
 
 def composite() -> LlavaForConditionalGeneration:
-    """Return a model whose configuration has others inside."""
+    """Return a model whose configuration contains others."""
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -271,7 +271,7 @@ def test_copies_of_accelerated_models_are_independent() -> None:
 
 
 def check_saved(model: PreTrainedModel, folder: Path) -> None:
-    """A checkpoint of the model is read again as the same model."""
+    """Check that a checkpoint of the model loads as the same model."""
     model.save_pretrained(folder)
     other = type(model).from_pretrained(folder, dtype=model.dtype)
     weights = other.state_dict()
@@ -547,7 +547,7 @@ def test_offloaded_models_generate(method: str, kind: str, folder: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_on_two_devices(method: str) -> None:
-    """The second one has no values, which tells everything but them."""
+    """The second device is "meta", so the test covers everything except values."""
     model = attached(models.decoder(), method)
     for module in (model.model.layers[1], model.model.norm, model.lm_head):
         accelerate.hooks.add_hook_to_module(module.to("meta"), accelerate.hooks.AlignDevicesHook("meta"))
@@ -556,7 +556,7 @@ def test_layers_on_two_devices(method: str) -> None:
 
 
 class Tokenizer:
-    """A tokenizer that makes three ids of whatever text."""
+    """A tokenizer that returns the same three ids for every text."""
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [5, 6, 7]}

@@ -1,4 +1,4 @@
-"""Training as users do it: Trainer, accelerate, autocast, compiled models, quantised bases."""
+"""Test training with Trainer, accelerate, autocast, compiled models and quantized bases."""
 
 import importlib.util
 import inspect
@@ -30,13 +30,13 @@ SOME = ["prefix-mlp", "apt", "llama-adapter", "adept"]
 
 @pytest.fixture(autouse=True)
 def _own_accelerator() -> Iterator[None]:
-    """``accelerate`` keeps the precision of the first run in a process for all that follow."""
+    """Reset ``accelerate``, which keeps the precision of the first run for all later runs of a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def dataset(family: str, rows: int = 12) -> list[dict[str, Tensor]]:
-    """Rows of seven tokens, some of them padded, with labels."""
+    """Return rows of seven tokens, some of them padded, with labels."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, models.VOCABULARY, (rows, 7), generator=generator)
     mask = (torch.arange(7) < torch.randint(3, 8, (rows, 1), generator=generator)).long()
@@ -76,7 +76,7 @@ def losses(of: Trainer) -> list[float]:
 
 
 class Stop(TrainerCallback):
-    """Ends the training after three steps."""
+    """A callback that ends the training after three steps."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step == 3
@@ -86,7 +86,7 @@ class Stop(TrainerCallback):
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_trains_saves_and_resumes(family: str, method: str, tmp_path: Path) -> None:
-    """Resumed from a checkpoint, it ends where it ends uninterrupted; the frozen model stays what it was."""
+    """Resumed training ends like uninterrupted training, and the frozen model does not change."""
     whole = trainer(fresh(family, method), family, tmp_path / "whole")
     before = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
     whole.train()
@@ -136,7 +136,7 @@ def test_trainer_with_bf16(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", SOME)
 def test_accelerate_loop(method: str) -> None:
-    """What a loop of one's own comes to, with and without ``accelerate``."""
+    """A user's own training loop has the same result with and without ``accelerate``."""
     results = []
     for accelerates in (False, True):
         model = fresh("encoder", method)
@@ -160,7 +160,7 @@ def test_accelerate_loop(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast(family: str, method: str, dtype: torch.dtype) -> None:
-    """Parameters and gradients stay float32, and values are near."""
+    """Parameters and gradients remain float32, and values are close."""
     model, inputs = attached(family, method).float(), models.batch("right")
     exact = model(**inputs).logits
     with torch.autocast("cpu", dtype=dtype):
@@ -187,7 +187,7 @@ def test_autocast(family: str, method: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_compiled_as_a_whole(family: str, method: str) -> None:
-    """In one graph: the same values and gradients."""
+    """One graph gives the same values and gradients."""
     model, inputs = attached(family, method, layers=1), models.batch("right")
     rows = inputs["attention_mask"].bool()
     expected = loss_and_gradients(model, inputs, rows)
@@ -200,7 +200,7 @@ def test_compiled_as_a_whole(family: str, method: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", SOME)
 def test_quantised_base(method: str, bits: int, tmp_path: Path) -> None:
-    """A base of 4 or 8 bits stays as it is, and what is attached to it learns."""
+    """A base of 4 or 8 bits does not change, and the adapter learns."""
     wide = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=models.VOCABULARY
     )

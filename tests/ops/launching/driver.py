@@ -1,4 +1,4 @@
-"""Build the driver without a device, ``driver.c``, and let Triton find it."""
+"""Build the driver without a device, ``driver.c``, and make Triton find it."""
 
 import os
 import subprocess

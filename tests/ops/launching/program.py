@@ -1,4 +1,4 @@
-"""Launch every kernel with Triton's own launcher, on a driver without a device, and compare what arrives.
+"""Launch every kernel with Triton's own launcher on a driver without a device, and compare the arguments it receives.
 
 Run by ``tests/ops/test_launching.py`` in a separate process: ``python -m tests.ops.launching.program FOLDER [all]``.
 FOLDER has the driver. Without "all", the cases are a few that launch every kernel. The tensors are the CPU's, and
@@ -44,7 +44,7 @@ FEW: tuple[Case, ...] = (CASES[3], CASES[4], CASES[7], CASES[9], CASES[11], CASE
 
 
 class H100(targets.Device):
-    """An H100, as far as launching goes."""
+    """The properties of an H100 that matter for launches."""
 
     architecture, processors, split_from = "sm_90", 132, 256
 
@@ -53,7 +53,7 @@ class H100(targets.Device):
 
 
 class Target(H100):
-    """A device that compares what arrives at the driver with what was to be launched."""
+    """A device that compares the arguments at the driver with those of the launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,13 +91,13 @@ class Target(H100):
 
 
 def parameter_sizes(ptx: str) -> list[int]:
-    """Bytes of each parameter of the kernel."""
+    """Return the bytes of each parameter of the kernel."""
     head = ptx[ptx.index(".entry") :]
     return [BYTES[kind] for kind in re.findall(r"\.param \.(\w+)", head[: head.index("{")])]
 
 
 def parameters(kernel: Any, arguments: Any) -> Iterator[int]:
-    """The bits of what a kernel is to get: what is None, and ones that are compiled in, do not travel."""
+    """Return the bits that a kernel must receive. None and compiled-in ones are not passed."""
     for parameter, argument in zip(kernel.params, arguments, strict=False):
         if parameter.is_constexpr:
             continue
@@ -119,7 +119,7 @@ def leaves(argument: Any) -> Iterator[Any]:
 
 
 def pretend(folder: str) -> None:
-    """A CUDA device for Triton, and the Triton backend for CPU tensors."""
+    """Pretend that Triton has a CUDA device, and that the Triton backend supports CPU tensors."""
     ctypes.CDLL(f"{folder}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0

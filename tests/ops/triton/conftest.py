@@ -19,7 +19,7 @@ collect_ignore_glob = [] if HAS_TRITON and (HAS_GPU or INTERPRETING) else ["test
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda) if HAS_GPU else "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """The device on which the kernels run."""
+    """Return the device on which the kernels run."""
     return request.param
 
 
@@ -50,4 +50,4 @@ def store_counts(monkeypatch: pytest.MonkeyPatch) -> list[numpy.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _poison(poisoned: None) -> None:
-    """Poison the memory of every test here."""
+    """Fill uninitialized memory with NaN in every test here."""

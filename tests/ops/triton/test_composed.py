@@ -1,4 +1,4 @@
-"""The composed backend: flash attention for the tokens, Triton for the prefix, against the float64 reference.
+"""Test the composed backend: flash attention for the tokens, Triton for the prefix, against the float64 reference.
 
 On the CPU, PyTorch's flash attention for CPUs has the place of that for GPUs.
 """

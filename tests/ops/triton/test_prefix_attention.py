@@ -1,4 +1,4 @@
-"""The Triton kernels of ``prefix_attention`` against the float64 reference, forward and every gradient."""
+"""Test the Triton kernels of ``prefix_attention`` against the float64 reference, forward and every gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def make_case(**named: Any) -> AttentionCase:
 
 
 def make(device: str, dtype: torch.dtype = torch.float32, **named: Any) -> Inputs:
-    """All arguments of a call."""
+    """Return all arguments of a call."""
     inputs = make_case(**named).build(dtype, device)
     return inputs.tensors | inputs.options
 
@@ -34,7 +34,7 @@ Run = tuple[Tensor, dict[str, Tensor]]
 
 
 def run(function: Callable[..., Tensor], x: Inputs, wanted: Sequence[str] = NAMES) -> Run:
-    """Output and gradients of a call."""
+    """Return the output and gradients of a call."""
     leaves = {name: x[name].detach().requires_grad_() for name in wanted if name in x}
     torch.manual_seed(5)  # the same dropout everywhere
     output = function(**(x | leaves))
@@ -48,13 +48,13 @@ def triton_backend(**arguments: Any) -> Tensor:
 
 
 def assert_close(case: AttentionCase, dtype: torch.dtype, device: str, grad: bool | Sequence[str] = True) -> None:
-    """The parity of ``fastprefix.testing``."""
+    """Check parity as in ``fastprefix.testing``."""
     report = measure(case, dtype, "triton", device, draws=1, grad=grad)
     assert report.ok, f"\n{report}"
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Return a list to which every launch adds the name of its kernel and what it got, by parameter."""
+    """Return a list to which every launch adds the name of its kernel and its arguments by name."""
     from fastprefix.ops import targets
 
     launched: list[tuple[str, dict[str, Any]]] = []
@@ -359,7 +359,7 @@ def test_twice_the_same_bits(device: str) -> None:
 @pytest.mark.parametrize("size", [100.0, -100.0])
 @pytest.mark.parametrize("name", ["prefix_bias", "prefix_key_bias", "attn_mask", "sinks"])
 def test_large_biases_where_queries_do_not_fill_a_tile(device: str, name: str, size: float, dtype: torch.dtype) -> None:
-    """Rows beyond the last query would have infinite probabilities: e^100 is more than a float32 holds."""
+    """Rows after the last query would have infinite probabilities: float32 cannot hold e^100."""
     x = make(device, dtype, B=1, Hq=1, Hkv=1, N=5, M=8, P=4, D=16, Dv=16, gate="BhP")
     shape = {"prefix_bias": (1, 1, 5, 4), "prefix_key_bias": (1, 4), "attn_mask": (1, 1, 5, 8), "sinks": (1,)}[name]
     x[name] = torch.full(shape, size, dtype=dtype, device=device)
@@ -442,7 +442,7 @@ def test_keys_are_not_multiplied_for_the_gradient_of_values(device: str, monkeyp
 
 
 class Recorder:
-    """A device with any number of processors, on which nothing runs."""
+    """A device with any number of processors that runs nothing."""
 
     architecture, split_from = "sm_90", 256
 
@@ -475,7 +475,7 @@ def record_backward(case: AttentionCase, wanted: Sequence[str], processors: int)
 @pytest.mark.parametrize("N", [100, 8192])
 @pytest.mark.parametrize("gate", ["B1NP", "1HNP", "11NP", "B1N1", "11N1", "BHNP"])
 def test_gradients_of_gates_take_little_memory(gate: str, N: int) -> None:
-    """A float32 for each row, head, query and key would be 4 GB in the larger calls."""
+    """A float32 per row, head, query and key would be 4 GB in the larger calls."""
     from fastprefix.ops.prefix_attention.triton_backend import launch
 
     case = make_case(B=2, Hq=32, Hkv=8, N=N, M=N, P=2048, D=128, Dv=128, gate=gate)
@@ -573,7 +573,7 @@ def test_operators_keep_pytorch_rules(device: str) -> None:
 def test_precision_of_products(
     device: str, dtype: torch.dtype, precision: str, used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user's, by PyTorch's newer switch: once it is set, the older one cannot be read."""
+    """Set with PyTorch's newer switch, after which the older one cannot be read."""
     launched = record_launches(monkeypatch)
     x = make(device, dtype, N=20, M=20, B=1)
     matmul = torch.backends.cuda.matmul

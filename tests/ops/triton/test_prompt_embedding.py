@@ -1,4 +1,4 @@
-"""The Triton kernels of ``prompt_embedding`` against the float64 reference, forward and every gradient."""
+"""Test the Triton kernels of ``prompt_embedding`` against the float64 reference, forward and every gradient."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept":
 
 
 def make_case(kind: str, own: bool = False, **named: Any) -> EmbeddingCase:
-    """``own``: prompts and offsets of the rows' own; three rows in four have a prompt, and three an offset."""
+    """Return a case. With ``own``, three rows in four have a separate prompt, and three a separate offset."""
     sizes = {"B": 4 if own else 2, "N": 21, "S": 3, "V": 17, "d": 65, "r": 7, "spare": 2}
     sizes |= {name: named.pop(name) for name in sizes if name in named}
     rows: dict[str, Any] = {}
@@ -28,13 +28,13 @@ def make_case(kind: str, own: bool = False, **named: Any) -> EmbeddingCase:
 
 
 def arguments(device: str, kind: str, **named: Any) -> EmbeddingArguments:
-    """The operator's own."""
+    """Return the arguments of the operator."""
     inputs = make_case(kind, **named).build(torch.float32, device)
     return canonical_arguments(**inputs.tensors, **inputs.options)
 
 
 def results(function, a: EmbeddingArguments, dy: Tensor) -> list[Tensor]:
-    """The output, then every gradient."""
+    """Return the output, then every gradient."""
     inputs = [x.detach().clone().requires_grad_() if _differentiable(x) else x for x in a]
     output = function(*inputs)
     return [output.detach(), *torch.autograd.grad(output, [x for x in inputs if _differentiable(x)], dy)]
@@ -79,7 +79,7 @@ def test_parity(device: str, case: dict, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_every_element_is_stored_once(device: str, own: bool, store_counts: list[numpy.ndarray]) -> None:
-    """Two programs that store the same sum would do the same work twice."""
+    """If two programs stored the same sum, they would do the same work twice."""
     a = arguments(device, "adept", own=own, r=130)
     results(OPERATION.operator("triton"), a, torch.randn(len(a.input_ids), 24, 65, device=device))
     assert len(store_counts) >= 3

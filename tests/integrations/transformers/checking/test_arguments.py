@@ -1,4 +1,4 @@
-"""An argument that models have renamed is noticed when a method is attached."""
+"""Test that ``attach`` notices arguments that models have renamed."""
 
 import ast
 from pathlib import Path
@@ -21,7 +21,7 @@ METHODS = pytest.mark.parametrize("config", CONFIGS, ids=["prefix", "prompt"])
 
 
 class Deprecated(LlamaModel):
-    """A family that calls its positions otherwise, and still translates the former name."""
+    """A family that has renamed its positions and still translates the former name."""
 
     @deprecate_kwarg("position_ids", "99.0.0", new_name="positions")
     def forward(self, input_ids: Any = None, positions: Any = None, inputs_embeds: Any = None, **kwargs: Any):
@@ -29,14 +29,14 @@ class Deprecated(LlamaModel):
 
 
 class OtherCache(LlamaModel):
-    """A family that calls its cache otherwise."""
+    """A family with another name for its cache."""
 
     def forward(self, input_ids: Any = None, memory: Cache | None = None, inputs_embeds: Any = None, **kwargs: Any):
         return super().forward(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def decoder_of(family: type[nn.Module]) -> Any:
-    """The small decoder with a backbone of another family."""
+    """Return the small decoder with a backbone of another family."""
     model: Any = models.decoder()
     model.model.__class__ = family
     return model
@@ -78,7 +78,7 @@ def test_every_argument_that_is_read_is_declared() -> None:
 
 
 def names_read(tree: ast.AST) -> set[str]:
-    """The names in ``arguments.get("...")`` and ``arguments["..."]``."""
+    """Return the names in ``arguments.get("...")`` and ``arguments["..."]``."""
     names = set()
     for node in ast.walk(tree):
         match node:
@@ -90,7 +90,7 @@ def names_read(tree: ast.AST) -> set[str]:
 
 
 def test_caches_are_found_without_asking_for_former_names() -> None:
-    """``transformers`` prints a warning when an output is asked for a name from before 5.24."""
+    """``transformers`` prints a warning if code reads an output by its name from before 5.24."""
 
     class Output(dict[str, Any]):
         def get(self, key: str, default: Any = None) -> Any:

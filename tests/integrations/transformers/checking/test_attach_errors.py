@@ -1,4 +1,4 @@
-"""What cannot be attached is refused with an error that says why, and leaves the model as it was."""
+"""Test that ``attach`` refuses unsupported models with the reason and does not change them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +116,7 @@ def test_ids_and_embeddings_at_once() -> None:
 
 
 def test_ids_out_of_range() -> None:
-    """The fused lookup says what is wrong; where the model looks up its tokens by itself, PyTorch does."""
+    """The fused lookup explains the error. If the model looks up its tokens itself, PyTorch does."""
     model = fastprefix.attach(models.decoder(), fastprefix.ADePTConfig(5))
     with pytest.raises(ValueError, match="input_ids"):
         model(input_ids=torch.full((1, 4), 100))

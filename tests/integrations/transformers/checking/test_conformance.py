@@ -1,4 +1,4 @@
-"""The conformance check sees every fault that a test plants in the integration, and nothing where there is none."""
+"""Test that the conformance check finds every planted fault, and nothing in a correct integration."""
 
 import functools
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ PROMPT, PREFIX = fastprefix.PromptTuningConfig(5), fastprefix.PrefixTuningConfig
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Nothing is remembered from one planted fault to the next."""
+    """Forget all results before the next planted fault."""
     conformance.forget_reports()
     yield
     conformance.forget_reports()
@@ -49,7 +49,7 @@ def bert() -> PreTrainedModel:
 
 
 def planted(model: PreTrainedModel, config: Any, fault: Any, *names: str) -> set[str]:
-    """The situations in which a check finds a method wrong, after ``fault`` did something to what is attached."""
+    """Return the situations in which the check fails after ``fault`` has changed the attached method."""
 
     def attach_faulty(small: Any, small_config: Any) -> Any:
         unchecked(small, small_config)

@@ -1,4 +1,4 @@
-"""A small copy of a model keeps everything that decides how the model computes."""
+"""Test that a small copy of a model keeps everything that determines how the model computes."""
 
 from typing import Any
 

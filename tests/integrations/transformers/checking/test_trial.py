@@ -1,4 +1,4 @@
-"""What a model's attention is tried with before a prefix is attached."""
+"""Test the trial of a model's attention that precedes attaching a prefix."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Nothing is remembered of models whose code a test changes."""
+    """Forget all results of models whose code a test changes."""
     conformance.forget_reports()
     yield
     conformance.forget_reports()

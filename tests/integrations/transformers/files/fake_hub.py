@@ -1,4 +1,4 @@
-"""A hub of the tests' own: a server on this machine that keeps what is committed to it in memory."""
+"""Serve a Hugging Face hub on this machine that keeps all commits in memory."""
 
 import base64
 import hashlib
@@ -51,7 +51,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What ``huggingface_hub`` asks a hub for."""
+    """The requests that ``huggingface_hub`` sends to a hub."""
 
     hub: Hub
     address: str
@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
-    """Let ``huggingface_hub`` talk to a hub of its own, with a cache of its own."""
+    """Make ``huggingface_hub`` use a separate hub and a separate cache."""
     hub = Hub()
     handler = type("HubHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

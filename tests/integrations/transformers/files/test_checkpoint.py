@@ -1,4 +1,4 @@
-"""Saved adapters: what is written, what is refused, and what an interruption leaves."""
+"""Test saved adapters: contents, refusals, and interrupted saves."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_saved_and_loaded(family: str, method: str, tmp_path: Path) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    """The method's parameters and the head's, by name, and options that a person can read."""
+    """The parameters of the method and of the head have names, and the options are readable."""
     fastprefix.save_adapter(attached("encoder", "adept"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     options = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -55,7 +55,7 @@ def test_modules_to_save(tmp_path: Path) -> None:
 def test_an_interrupted_save_leaves_one_whole_adapter(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails, what is there loads, and is the old adapter or the new one."""
+    """After any failure, the folder contains the old adapter or the new one."""
     old, new, inputs = attached("decoder", "prefix"), attached("decoder", "apt"), models.batch()
     fastprefix.save_adapter(old, tmp_path)
     replace = Path.replace
@@ -195,7 +195,7 @@ def _edit(path: Path, **options: object) -> None:
     ],
 )
 def test_options_that_were_edited_by_hand_are_refused(tmp_path: Path, options: dict[str, object], what: str) -> None:
-    """They would have no effect: the tensor file holds the options too."""
+    """Edits would have no effect, because the tensor file also contains the options."""
     model = fastprefix.attach(models.decoder(), fastprefix.DePTConfig(5, rank=3, max_length=12))
     fastprefix.save_adapter(model, tmp_path)
     path, other = tmp_path / saving.CONFIG_FILE, models.decoder()
@@ -218,7 +218,7 @@ def test_a_file_of_options_that_is_damaged_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("edit", [{"save_id": "of another save", "num_virtual_tokens": 9}, {"save_id": ...}, {}])
 def test_other_ids_and_informative_entries_are_no_error(tmp_path: Path, edit: dict[str, object]) -> None:
-    """Other options go with another id, after an interrupted save, and with none, before ids were written."""
+    """Another id belongs to other options, after an interrupted save. Older files have no id."""
     model, inputs = attached("decoder", "prefix"), models.batch()
     fastprefix.save_adapter(model, tmp_path)
     _edit(tmp_path / saving.CONFIG_FILE, base_model_name_or_path="moved", **edit)

@@ -1,4 +1,4 @@
-"""Adapters on the hub: published with a card, and read back, from a hub that runs in the tests."""
+"""Test publishing adapters with a model card on a hub, and loading them, with a hub that runs in the tests."""
 
 import json
 import re
@@ -138,7 +138,7 @@ def test_what_cannot_be_saved_is_not_published(hub: Hub) -> None:
 
 
 def test_trainer_publishes_what_load_adapter_reads(hub: Hub, tmp_path: Path) -> None:
-    """A checkpoint of the whole model, of which the adapter alone is read."""
+    """Trainer publishes a checkpoint of the whole model, and ``load_adapter`` reads only the adapter."""
     model = fastprefix.attach(models.encoder().float(), METHODS["prefix"]())
     of = trainer(model, "encoder", tmp_path / "out", max_steps=1, save_strategy="no", hub_model_id="org/whole")
     of.train()

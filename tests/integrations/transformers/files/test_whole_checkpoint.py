@@ -1,4 +1,4 @@
-"""Checkpoints of whole attached models, and what is refused of merged ones."""
+"""Test checkpoints of whole models with a method, and refusals for merged models."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a decoder with an adapter: log-likelihoods, generation, and a whole task."""
+"""Test lm-evaluation-harness on a decoder with an adapter: log-likelihoods, generation, and a whole task."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ METHOD_NAMES = ["prefix", "apt", "prompt_tuning", "adept"]
 
 
 def attached(method: str) -> tuple[Any, Any]:
-    """A decoder with a random adapter, and the same for the harness, in batches of two."""
+    """Return a decoder with a random adapter, alone and wrapped for the harness, in batches of two."""
     model = fastprefix.attach(models.decoder(), METHODS[method](), check=False)
     models.randomize(model, 1.0)
     tokenizer = models.tokenizer(model_max_length=32)
@@ -30,7 +30,7 @@ def attached(method: str) -> tuple[Any, Any]:
 
 
 def log_likelihood(model: Any, context: str, target: str) -> float:
-    """Return the log-likelihood of a target behind a context, by the model alone."""
+    """Return the log-likelihood of a target after a context, computed by the model alone."""
     tokenizer = models.tokenizer()
     ids = tokenizer(context + target, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_generation(method: str) -> None:
 
 
 def test_a_task(tmp_path: Path) -> None:
-    """The accuracy of a task of choices, with the adapter and without."""
+    """The accuracy on multiple-choice questions, with and without the adapter."""
     model, wrapped = attached("prefix")
     rows = [{"text": f"w{i} w{i + 1}", "choices": ["w50", "w60"]} for i in range(5, 25)]
     for row in rows:

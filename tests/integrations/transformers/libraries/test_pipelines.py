@@ -1,4 +1,4 @@
-"""Pipelines of ``transformers`` around a model with an adapter: its own results, alone and in batches."""
+"""Test pipelines of ``transformers`` with an adapter: the same results alone and in batches."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ EVERY_ROW = "prompt in every row"
 
 
 def attached(model: Any, method: str) -> Any:
-    """The model with a random adapter."""
+    """Return the model with a random adapter."""
     config = fastprefix.PromptTuningConfig(4, shared_prompt=False) if method == EVERY_ROW else METHODS[method]()
     fastprefix.attach(model, config, check=False)
     models.randomize(model, 1.0)
@@ -51,7 +51,7 @@ def test_text_classification(method: str, batch_size: int) -> None:
 @pytest.mark.parametrize("shape", ["encoder", "decoder"])
 @pytest.mark.parametrize("method", ["prefix", "prompt_tuning", "adept"])
 def test_feature_extraction(method: str, shape: str) -> None:
-    """A row of features for each token, and none for the prompt."""
+    """Each token has a row of features, and the prompt has none."""
     base: Any = models.encoder().bert if shape == "encoder" else models.decoder().model
     model, tokenizer = attached(base, method), models.tokenizer()
     extract = pipeline("feature-extraction", model=model, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""sentence-transformers around an encoder with an adapter: embeddings, training, and what its files hold."""
+"""Test sentence-transformers on an encoder with an adapter: embeddings, training, and saved files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ METHOD_NAMES = ["prefix", "apt", "prompt_tuning", "dept", "adept"]
 
 @pytest.fixture(params=["encoder", "decoder"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The files of a small backbone and of its tokenizer."""
+    """Return a folder with a small backbone and its tokenizer."""
     base: Any = models.encoder().bert if request.param == "encoder" else models.decoder().model
     base.float().save_pretrained(tmp_path / "base")
     models.tokenizer(model_max_length=32).save_pretrained(tmp_path / "base")
@@ -43,7 +43,7 @@ def embedder(folder: str) -> Any:
 
 
 def attached(folder: str, method: str) -> Any:
-    """The embedder with a random adapter on its backbone."""
+    """Return the embedder with a random adapter on its backbone."""
     model = embedder(folder)
     fastprefix.attach(model.transformers_model, METHODS[method](), check=False)
     models.randomize(model.transformers_model, 0.5)

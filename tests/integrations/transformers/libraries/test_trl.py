@@ -1,4 +1,4 @@
-"""TRL's trainers on a model with an adapter: losses as computed by hand, and the reference of DPO."""
+"""Test TRL's trainers on a model with an adapter: losses computed by hand, and the reference of DPO."""
 
 import copy
 import importlib.util
@@ -27,7 +27,7 @@ ROWS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24], [31, 32, 33, 34, 35, 36
 
 
 def model(method: str, lora: bool = False) -> Any:
-    """A model in float64 with a random adapter."""
+    """Return a model in float64 with a random adapter."""
     base: Any = models.decoder()
     if lora:
         config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -47,7 +47,7 @@ def options(folder: Path, **others: Any) -> dict[str, Any]:
 
 
 def log_probabilities(of: Any, row: list[int]) -> Tensor:
-    """Those of a row's tokens but the first."""
+    """Return the log-probabilities of all tokens of a row except the first."""
     logits = of(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
     return logits.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
@@ -55,7 +55,7 @@ def log_probabilities(of: Any, row: list[int]) -> Tensor:
 @pytest.mark.parametrize("packing", [False, True], ids=["completion only", "packed"])
 @pytest.mark.parametrize("method", ["prefix", "prompt_tuning", "adept"])
 def test_sft(method: str, packing: bool, tmp_path: Path) -> None:
-    """Every row of a packed batch sees the prefix and itself alone."""
+    """Every sequence of a packed batch attends only to the prefix and to itself."""
     from trl import SFTConfig, SFTTrainer
 
     of = model(method)

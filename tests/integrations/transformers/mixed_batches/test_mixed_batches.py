@@ -1,4 +1,4 @@
-"""Batches whose rows have different adapters: each row is what it is alone with its own adapter."""
+"""Test batches whose rows have different adapters: each row equals the same row alone with its adapter."""
 
 import copy
 import pickle
@@ -118,7 +118,7 @@ def opt() -> Any:
 
 
 def attach_all(model: Any, configs: dict[str, Callable[[], Any]]) -> Any:
-    """Attach adapters under their names, with random parameters."""
+    """Attach adapters with random parameters under their names."""
     for seed, (name, make) in enumerate(configs.items()):
         fastprefix.attach(model, make(), name=name, check=False)
         generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def build(config: PretrainedConfig) -> Any:
 
 
 def make_rows(count: int, padding: str = "left") -> dict[str, Tensor]:
-    """Rows of seven tokens, some of which begin or end with padding."""
+    """Return rows of seven tokens, some of which begin or end with padding."""
     torch.manual_seed(1)
     ids = torch.randint(3, models.VOCABULARY, (count, 7))
     mask = torch.ones_like(ids)
@@ -150,7 +150,7 @@ def take_row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def use(model: Any, name: str) -> Any:
-    """Use an adapter in a context, or none for the base."""
+    """Use an adapter in a context, or the base without an adapter."""
     if name == BASE:
         return fastprefix.disable_adapter(model)
     fastprefix.set_adapter(model, name)
@@ -158,7 +158,7 @@ def use(model: Any, name: str) -> Any:
 
 
 def compute_loss(output: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """A loss to which every row adds its own part, padding excluded."""
+    """Return a loss that is a sum over the rows, without padding."""
     values: Tensor = output.logits if hasattr(output, "logits") else output[0]
     mask = inputs.get("attention_mask", inputs.get("decoder_attention_mask"))
     if mask is not None and values.ndim == 3 and mask.shape == values.shape[:2]:
@@ -375,7 +375,7 @@ def test_calls_without_names_run_with_the_adapter_in_use() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_runs_layers_again_with_their_own_rows(use_reentrant: bool) -> None:
-    """Also where another mixed batch runs before the backward pass."""
+    """Another mixed batch may run before the backward pass."""
     model, inputs = decoder().train(), make_rows(3)
     names = ["adept", BASE, "biases"]
     model(**inputs, adapter_names=names).logits.square().sum().backward()
@@ -395,7 +395,7 @@ def test_gradient_checkpointing_runs_layers_again_with_their_own_rows(use_reentr
 
 
 def test_parameters_of_all_named_adapters_are_trained() -> None:
-    """Two adapters, each on its own rows, in one optimizer, step by step as each alone."""
+    """Two adapters, each on its own rows, in one optimizer, take the same steps as alone."""
     inputs, names = make_rows(4), ["prefix", "adept", "adept", "prefix"]
     mixed, alone = decoder(), decoder()
 
@@ -525,7 +525,7 @@ def test_compiled_models_are_not_compiled_anew_for_other_names() -> None:
 
 
 def make_state(model: Any, length: int, **options: Any) -> fastprefix.PrefixState:
-    """A random prefix in memory for all layers of a decoder."""
+    """Return a random prefix for all layers of a decoder."""
     generator = torch.Generator().manual_seed(length)
     shape = (models.KV_HEADS, length, models.WIDTH // models.HEADS)
     pairs = [

@@ -1,4 +1,4 @@
-"""A store of adapters that are used by name: it loses nothing, uses freed room again, and keeps to its limit."""
+"""Test a store of adapters that are selected by name: nothing is lost, freed space is reused, and its limit holds."""
 
 import random
 from collections.abc import Callable
@@ -30,7 +30,7 @@ IDS = torch.tensor([[5, 17, 80, 41, 9]])
 
 
 class Files:
-    """Saved adapters of each kind, and what a model with each of them returns."""
+    """Saved adapters of each kind, and the results of a model with each of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +49,7 @@ class Files:
         self.generated[kind] = model.generate(input_ids=IDS, **OPTIONS)[0]
 
     def check(self, model: Any, names: list[str], kinds: dict[str, str], generates: bool = False) -> None:
-        """Check that each row of a batch is what its kind of adapter gives."""
+        """Check that each row of a batch equals the result of its kind of adapter."""
         ids = IDS.expand(len(names), -1)
         if generates:
             generated = model.generate(input_ids=ids, adapter_names=names, **OPTIONS)
@@ -196,7 +196,7 @@ def test_the_store_follows_the_model(files: Files) -> None:
 
 
 class TestResidentAdapters:
-    """Adapters come when a batch needs them, and those go that were not used for longest."""
+    """Adapters are loaded when a batch needs them, and the least recently used ones are removed."""
 
     def test_least_recently_used_ones_go(self, files: Files) -> None:
         model = attach_all(models.decoder(), {"own": KINDS["prefix"]})
@@ -232,7 +232,7 @@ class TestResidentAdapters:
 
 
 class TestErrors:
-    """Every misuse is refused with the name of the argument, and the store stays as it was."""
+    """Every misuse is refused with the name of the argument, and the store does not change."""
 
     def test_names(self, files: Files) -> None:
         model = attach_all(models.decoder(), {"own": KINDS["prefix"]})

@@ -1,4 +1,4 @@
-"""Long trained prefixes: what they start from, what of them is trained, and biases of their keys."""
+"""Test long trained prefixes: their initial values, which parts are trained, and biases of keys."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Words:
-    """A tokenizer of numbers: "5 6 7" are the ids 5, 6 and 7. It puts the id 1 before them where it is asked to."""
+    """A tokenizer of numbers: "5 6 7" becomes the ids 5, 6 and 7. It adds the id 1 in front if that is requested."""
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]}
@@ -41,7 +41,7 @@ def prefixes(model: Any) -> Pairs:
 
 
 def run_whole(model: Any, ids: list[int]) -> Pairs:
-    """Return the keys and values that a model puts in its cache for some ids, in one call."""
+    """Return the keys and values in a model's cache after one call with some ids."""
     with torch.no_grad():
         cache = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
@@ -138,7 +138,7 @@ def test_chunks_of_a_short_text_are_the_text() -> None:
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Run long texts four tokens at a time; returns the number of queries of every attention call."""
+    """Run long texts four tokens at a time, and return the number of queries of every attention call."""
     queries: list[int] = []
     former = attention.run_attention
 
@@ -176,7 +176,7 @@ def test_an_encoder_runs_a_long_text_at_once(pieces: list[int]) -> None:
 
 
 def test_a_long_document_needs_the_memory_of_its_cache() -> None:
-    """In float32, 4,096 tokens; the logits of all of them, or one layer's scores, would be many times as large."""
+    """For 4,096 tokens in float32, all logits or one layer's scores would be many times as large."""
     pytest.importorskip("fastprefix._native")
     model: Any = models.decoder().float()
     ids = torch.arange(4096) % models.VOCABULARY
@@ -204,7 +204,7 @@ def test_a_prefix_starts_from_a_cache(form: str) -> None:
 
 
 def attend_with_biases(biases: list[Tensor], shift: int) -> Tensor:
-    """Return a model's logits with a cache whose keys have biases, by a mask written out for every layer."""
+    """Return a model's logits with a cache whose keys have biases, by an explicit mask for every layer."""
     model, tokens = models.decoder(), models.batch()["input_ids"][:1]
     count = tokens.shape[1]
     mask = torch.full((count, count), -torch.inf, dtype=torch.float64).triu(1)
@@ -225,7 +225,7 @@ def attend_with_biases(biases: list[Tensor], shift: int) -> Tensor:
 
 @pytest.mark.parametrize("order", ["key, bias, value", "key, value, bias"])
 def test_a_compacted_cache_is_loaded_served_and_trained(order: str, tmp_path: Path) -> None:
-    """Attention Matching: biases of keys, and tokens at the positions behind the original cache."""
+    """Attention Matching: keys have biases, and tokens follow at the positions after the original cache."""
     shift = 20
     biases = [torch.randn(models.KV_HEADS, LENGTH, dtype=torch.float64) for _ in range(models.LAYERS)]
     biases[0][1, 2] = -torch.inf
@@ -261,7 +261,7 @@ def test_a_compacted_cache_is_loaded_served_and_trained(order: str, tmp_path: Pa
 
 
 def test_shorter_layers_are_padded_with_hidden_keys() -> None:
-    """Attention Matching gives layers budgets of their own."""
+    """Attention Matching gives each layer its own number of keys."""
     first, second = make_cache(length=LENGTH).layers[0], make_cache(length=LENGTH - 2).layers[1]
     given = [(first.keys, first.values), (second.keys, second.values)]
     config = fastprefix.PrefixTuningConfig(LENGTH, init="cache", key_bias=True)
@@ -327,7 +327,7 @@ def test_a_position_shift_with_windows_is_refused() -> None:
 
 
 def write_cartridge(path: Path, frozen: int = 2, fixed: str = "frozen", **changes: Any) -> Pairs:
-    """Write a file as their code does; returns the keys and values of each layer."""
+    """Write a file like the authors' code, and return the keys and values of each layer."""
     pairs = [(layer.keys, layer.values) for layer in make_cache().layers]
     lists: dict[str, Any] = {}
     for which, tensors in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):

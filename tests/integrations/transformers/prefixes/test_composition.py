@@ -1,4 +1,4 @@
-"""Prefixes one behind the other as one adapter, and prefixes that are swapped in place."""
+"""Test composition of several prefixes to one adapter, and replacement of prefixes in place."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ PARTS: dict[str, Callable[[], Any]] = {
 
 
 def attached(*names: str, base: Any = None) -> Any:
-    """A decoder with adapters of these names, with random parameters."""
+    """Return a decoder with adapters of these names, with random parameters."""
     model = models.decoder() if base is None else base
     for seed, name in enumerate(names):
         fastprefix.attach(model, PARTS[name](), name=name, check=False)
@@ -42,7 +42,7 @@ def attached(*names: str, base: Any = None) -> Any:
 
 
 def concatenate_caches(model: Any, names: tuple[str, ...], rows: int) -> DynamicCache:
-    """Return the caches of adapters, concatenated by hand."""
+    """Return the concatenated caches of adapters."""
     caches = []
     for name in names:
         fastprefix.set_adapter(model, name)
@@ -372,7 +372,7 @@ def test_only_free_prefixes_are_read(tmp_path: Path) -> None:
 
 
 def test_training_among_distractors_compiles_once() -> None:
-    """Frozen prefixes stand in front of the trained one, others in every step."""
+    """Frozen prefixes precede the trained prefix and change in every step."""
     model = attached("a", "b").train()
     fastprefix.compose(model, ["a", "b"], name="ab", trainable=["b"])
     compiled: Any = torch.compile(model, backend="aot_eager")

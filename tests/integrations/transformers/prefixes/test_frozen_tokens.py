@@ -1,4 +1,4 @@
-"""Prefix tokens that training leaves as they are (``num_frozen_tokens``), PEFT's cartridges among them."""
+"""Test prefix tokens that are not trained (``num_frozen_tokens``), also in PEFT's cartridges."""
 
 import copy
 import json
@@ -131,7 +131,7 @@ def test_wrong_counts_are_refused(options: dict[str, Any], error: type[Exception
 
 
 def is_view(model: Any) -> bool:
-    """Whether all tokens are a view of the parameters, so that no call copies them."""
+    """Return whether all tokens are a view of the parameters, so that no call copies them."""
     places = {p.untyped_storage().data_ptr() for p in model.fastprefix.prefix.parameters()}
     found = {tensor.untyped_storage().data_ptr() for pair in model.fastprefix.prefixes() for tensor in pair}
     return found == places and len(places) == 2 * models.LAYERS
@@ -170,7 +170,7 @@ def test_frozen_tokens_are_joined_without_a_copy(change: str, tmp_path: Path) ->
 
 
 def test_memory_that_came_apart_is_concatenated() -> None:
-    """By another's change of ``data``, or in a trace."""
+    """Other code can replace ``data``, and a trace has no memory."""
     model = attached(fastprefix.PrefixTuningConfig(LENGTH, num_frozen_tokens=FROZEN))
     logits = model(**models.batch()).logits
     for parameter in model.fastprefix.prefix.keys:
@@ -182,7 +182,7 @@ def test_memory_that_came_apart_is_concatenated() -> None:
 
 
 def test_one_head_is_saved(tmp_path: Path) -> None:
-    """Of one head, frozen and other tokens are contiguous parts of one memory."""
+    """With one head, frozen and trained tokens are contiguous parts of the same memory."""
     base = LlamaForCausalLM(LlamaConfig(**{**models.SIZES, "num_key_value_heads": 1}))
     state = copy.deepcopy(base.state_dict())
     model = fastprefix.attach(base, fastprefix.PrefixTuningConfig(LENGTH, num_frozen_tokens=FROZEN))
@@ -196,7 +196,7 @@ def test_one_head_is_saved(tmp_path: Path) -> None:
 
 
 def test_generated_tokens_use_the_prefix_of_the_call_before() -> None:
-    """Computed and cast once for a sequence, and anew when a parameter has changed."""
+    """It is computed and cast once per sequence, and again after a parameter has changed."""
     config = fastprefix.PrefixTuningConfig(LENGTH, reparameterization="mlp", hidden_dim=8)
     model = fastprefix.attach(models.decoder(), config).bfloat16()
     model.fastprefix.float()

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter on models: whose projections it finds, the first step, and what is refused."""
+"""Test LLaMA-Adapter on models: the projections that it finds, the first step, and refusals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ States = Tensor  # [m, d]
 
 
 def heads(projected: Tensor) -> Tensor:
-    """``[m, Hkv D]`` as ``[Hkv, m, D]``, D = 8."""
+    """Return ``[m, Hkv D]`` as ``[Hkv, m, D]``, with D = 8."""
     return projected.unflatten(-1, (-1, 8)).transpose(0, 1)
 
 
@@ -56,7 +56,7 @@ FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], Callable[[Any, States]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefixes_are_the_layers_own_projections(family: str) -> None:
-    """With norms of keys, fused projections of several orders, rotary position on a part of each head."""
+    """Norms of keys, fused projections in several orders, rotary positions on a part of each head."""
     torch.manual_seed(0)
     config, expected = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(config()).eval()
@@ -70,7 +70,7 @@ def test_prefixes_are_the_layers_own_projections(family: str) -> None:
 
 @pytest.mark.parametrize("make", [models.encoder, models.decoder])
 def test_the_first_step_changes_nothing(make: Callable[[], Any]) -> None:
-    """The output is the frozen model's to the last bit, whatever the states are; only the gates get a gradient."""
+    """The output is bit for bit that of the frozen model, and only the gates have gradients."""
     model, inputs = make(), models.batch("right")
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(1))
     for module in model.modules():
@@ -102,7 +102,7 @@ def test_the_model_may_move_and_change_its_dtype() -> None:
 
 
 def test_merging_is_refused() -> None:
-    """Its softmax of its own is no plain prefix's."""
+    """A plain prefix has no separate softmax."""
     model = fastprefix.attach(models.decoder(), fastprefix.LlamaAdapterConfig(5))
     with pytest.raises(ValueError, match="LlamaAdapter has nothing"):
         fastprefix.merge(model)

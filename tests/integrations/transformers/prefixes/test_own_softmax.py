@@ -1,4 +1,4 @@
-"""A prefix with a softmax of its own: where it starts, windows, and what refuses it."""
+"""Test prefixes with a separate softmax: initial values, windows, and refusals."""
 
 import functools
 from pathlib import Path

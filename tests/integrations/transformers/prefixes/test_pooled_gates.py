@@ -1,4 +1,4 @@
-"""Gates pooled from a sequence's tokens (APT): windows, padding, packed rows, chunks, caches and masks of a caller."""
+"""Test gates pooled from a sequence's tokens (APT) with windows, padding, packed rows, chunks, caches and masks."""
 
 import copy
 import pickle
@@ -40,7 +40,7 @@ IDS = torch.arange(5, 5 + 22).reshape(2, 11)
 
 
 def attached(model: PreTrainedModel, config: Any) -> Any:
-    """Return the model in float64, its norms included, with random parameters of the method."""
+    """Return the model in float64, including its norms, with random parameters of the method."""
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
@@ -120,7 +120,7 @@ def test_packed_rows_have_a_gate_for_each_sequence(name: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_layers_that_are_run_again_pool_as_in_their_own_call(name: str, reentrant: bool) -> None:
-    """Two calls are made before the backward pass, one of packed rows and one of padded ones."""
+    """Two calls precede the backward pass, one with packed rows and one with padded rows."""
     model = decoder(name).train()
     mask = torch.ones_like(IDS)
     mask[0, :4] = 0
@@ -140,7 +140,7 @@ def test_layers_that_are_run_again_pool_as_in_their_own_call(name: str, reentran
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation(name: str, padding: int, options: dict[str, Any]) -> None:
-    """With padding, the first chunk of one row holds nothing else."""
+    """The first chunk of one row contains only padding."""
     model = decoder(name)
     mask = torch.ones_like(IDS)
     mask[0, :padding] = 0
@@ -154,7 +154,7 @@ def test_generation(name: str, padding: int, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", [fastprefix.PrefixTuningConfig(3), fastprefix.PromptTuningConfig(3)])
 def test_a_static_cache_that_the_prompt_fills(method: Any) -> None:
-    """The mask that ``generate`` has made for it has one row, which means "causal"."""
+    """The mask that ``generate`` makes for it has one row, which means "causal"."""
     model = attached(DECODERS["llama"](), method)
     options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 1, "output_logits": True}
     options |= {"return_dict_in_generate": True, "do_sample": False}
@@ -163,7 +163,7 @@ def test_a_static_cache_that_the_prompt_fills(method: Any) -> None:
 
 
 def chunks(model: Any, mask: Tensor, cache: Any, *ends: int) -> Tensor:
-    """Return the logits of a call for each piece of the tokens."""
+    """Return the logits of one call for each piece of the tokens."""
     begins = (0, *ends[:-1])
     out = [
         model(

@@ -1,4 +1,4 @@
-"""Prompt methods on encoder-decoders: the encoder's input gets the prompt, in the plainest way and by attaching."""
+"""Test prompt methods on encoder-decoders against a prompt that is concatenated to the encoder's input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def batch(masked: bool = True) -> dict[str, Tensor]:
 
 
 def with_prompt(plain: Any, inputs: dict[str, Tensor], method: Any) -> dict[str, Tensor]:
-    """The same input for a model without an adapter."""
+    """Return the same input for a model without an adapter."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     ones = torch.ones(3, LENGTH, dtype=torch.long)
     embeds = textbook_prompt(plain, inputs["input_ids"], method)

@@ -1,4 +1,4 @@
-"""Multitask prompts on models: each row has the prompt of its task, in calls, generation, training and files."""
+"""Test multitask prompts on models, where each row has the prompt of its task: calls, generation, training, files."""
 
 import inspect
 from pathlib import Path
@@ -26,7 +26,7 @@ def attached(family: str = "decoder", tasks: int = 2, **options: Any) -> Any:
 
 
 def set_plain_prompt(model: Any, task: int) -> Any:
-    """The same model with one task's prompt as a plain one."""
+    """Return the same model with one task's prompt as a plain prompt."""
     method = model.fastprefix
     prompt = method.shared * (method.columns[task] @ method.rows[task])
     plain = fastprefix.attach(FAMILIES["decoder"](), fastprefix.PromptTuningConfig(4), check=False)
@@ -37,7 +37,7 @@ def set_plain_prompt(model: Any, task: int) -> Any:
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_have_the_prompts_of_their_tasks(family: str, padding: str) -> None:
-    """Values and gradients of a batch are those of its rows by themselves."""
+    """Values and gradients of a batch equal those of its rows alone."""
     model, inputs = attached(family), models.batch(padding)
     rows = inputs["attention_mask"].bool()
     actual = loss_and_gradients(model, {**inputs, "task_ids": TASKS}, rows)

@@ -1,4 +1,4 @@
-"""Prompts act on what the embedding module returns, however the model is called."""
+"""Test that prompts change the output of the embedding module in every way to call a model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_prompt_enters_where_inputs_embeds_enter(kind: str) -> None:
 @pytest.mark.parametrize("shared_prompt", [None, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_hooks_of_the_embedding_run_on_the_tokens_and_both_paths_agree(name: str, shared_prompt: bool | None) -> None:
-    """The fused lookup is for a plain embedding; with a hook on it, the module itself is called."""
+    """The fused lookup replaces only a plain embedding. A module with a hook is called."""
     for config in configs(shared_prompt=shared_prompt):
         model = attach(build(name), config)
         with torch.no_grad():
@@ -156,7 +156,7 @@ def test_forward_called_directly_has_the_adapter(name: str, method: str) -> None
 @pytest.mark.parametrize("order", ["hook first", "adapter first"])
 @pytest.mark.parametrize("removed", ["hook", "adapter"])
 def test_replacements_of_forward_come_and_go_in_any_order(config: Any, order: str, removed: str) -> None:
-    """accelerate replaces ``forward`` too."""
+    """accelerate also replaces ``forward``."""
     plain = build("bert").double().eval()
     model = copy.deepcopy(plain)
     calls: list[int] = []
@@ -202,7 +202,7 @@ def test_replacements_of_forward_come_and_go_in_any_order(config: Any, order: st
 
 @pytest.mark.parametrize("config", configs(), ids=lambda config: config.method_name())
 def test_embeddings_per_layer(config: Any) -> None:
-    """Gemma 4 looks up an embedding in every layer by the token's id: the prompt has the padding's."""
+    """Gemma 4 looks up an embedding of the token's id in every layer. The prompt has that of padding."""
     torch.manual_seed(0)
     plain = gemma4().double().eval()
     results = []
@@ -241,7 +241,7 @@ def test_everything_that_is_returned_is_about_the_tokens(name: str) -> None:
 
 
 def test_selected_hidden_states() -> None:
-    """Newer transformers give None for the states that were not asked for."""
+    """Newer versions of transformers return None for states that were not requested."""
     models.require("transformers", 5, 23)
     plain = build("llama").double().eval()
     with torch.no_grad():

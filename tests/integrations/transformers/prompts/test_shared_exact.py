@@ -1,4 +1,4 @@
-"""A shared prompt gives the textbook's numbers in every situation, or runs in every row, or is refused.
+"""Test that a shared prompt gives the textbook's numbers, runs in every row, or is refused, in every situation.
 
 The textbook: the untouched model on the prompt's embeddings in front of the tokens', with a mask for both.
 """
@@ -101,7 +101,7 @@ OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def longrope_of_layers() -> Gemma3TextConfig:
-    """Rotary frequencies of full layers alone change with the length."""
+    """Only the rotary frequencies of full layers change with the length."""
     models.require("transformers", 5, 23)
     layers = copy.deepcopy(LAYERS)
     return Gemma3TextConfig(**GROUPED, **MIXED, sliding_window=6, max_position_embeddings=64, rope_parameters=layers)
@@ -117,7 +117,7 @@ def build(config: PretrainedConfig) -> Any:
 
 
 def attached(plain: Any, config: Any = None) -> Any:
-    """A copy of a model with a random prompt."""
+    """Return a copy of a model with a random prompt."""
     model = fastprefix.attach(copy.deepcopy(plain), config or fastprefix.PromptTuningConfig(LENGTH))
     models.randomize(model)
     return model
@@ -135,7 +135,7 @@ def batch(tokens: int, padding: str = "none") -> dict[str, Tensor]:
 
 
 def textbook(plain: Any, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-    """The output of the plain model for the prompt in front of every row."""
+    """Return the output of the plain model with the prompt in front of every row."""
     rows = plain.get_input_embeddings()(input_ids)
     embeds = torch.cat([prompt.expand(len(rows), -1, -1), rows], dim=1)
     mask = torch.nn.functional.pad(attention_mask, (len(prompt), 0), value=1)
@@ -151,7 +151,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_call(model: Any, plain: Any, **inputs: Tensor) -> None:
-    """Values at the tokens that are no padding, and the prompt's gradient."""
+    """Compare the values of all tokens except padding, and the prompt's gradient."""
     seen = inputs["attention_mask"].bool()
     prompt = model.fastprefix.prompt.detach().clone().requires_grad_()
     expected = textbook(plain, prompt, **inputs).logits[:, LENGTH:][seen]
@@ -167,7 +167,7 @@ def assert_same_call(model: Any, plain: Any, **inputs: Tensor) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_short_and_long_rows(family: str) -> None:
-    """Rows within and beyond the original context and the windows, in turn: what models remember of a long one too."""
+    """Rows alternate within and beyond the original context and the windows, since models remember a long row."""
     with Float64():
         plain = build(FAMILIES[family]())
         model = attached(plain)
@@ -186,7 +186,7 @@ def test_short_and_long_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", BY_LENGTH)
 def test_inference_in_turn(family: str) -> None:
-    """What is kept of the prompt for inference is for rows of the same kind."""
+    """The states that are kept of the prompt for inference are valid for rows of the same kind only."""
     with Float64(), torch.no_grad():
         plain = build(FAMILIES[family]())
         model = attached(plain)
@@ -200,7 +200,7 @@ def test_inference_in_turn(family: str) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_continued_cache(family: str, grad: bool) -> None:
-    """Keys in the cache stay as they were rotated when a later piece crosses the original context."""
+    """Cached keys keep their rotation if a later piece exceeds the original context."""
     inputs = batch(24, "left")
     seen, pieces = inputs["attention_mask"].bool(), (6, 4, 13, 1)
     with Float64(), torch.set_grad_enabled(grad):
@@ -232,7 +232,7 @@ def test_a_continued_cache(family: str, grad: bool) -> None:
 
 @pytest.mark.parametrize("family", ["longrope-llama", "longrope-gemma3-full-layers", "dynamic-llama"])
 def test_generation_across_the_original_context(family: str) -> None:
-    """With growing, static and no caches, as with the prompt in every row, which keeps what a cache holds too."""
+    """Growing, static and no caches give the results of a prompt in every row, which also keeps cached keys."""
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with Float64(), torch.no_grad():
         plain = build(FAMILIES[family]())
@@ -264,7 +264,7 @@ def test_rotary_frequencies_for_the_row_compile_without_graph_breaks(tokens: int
 
 
 def test_two_caches_in_turn_and_a_copied_one() -> None:
-    """Each continues with the prompt that it began with."""
+    """Each cache continues with its first prompt."""
     with Float64(), torch.no_grad():
         plain = build(BY_LENGTH["longrope-phi3"]())
         model = attached(plain)
@@ -285,7 +285,7 @@ def test_two_caches_in_turn_and_a_copied_one() -> None:
 
 @pytest.mark.parametrize("family", TYPED)
 def test_token_types(family: str) -> None:
-    """The prompt's type is 0, which GPT-2 embeds, as in every row; what is kept for inference knows it."""
+    """The prompt's type is 0, which GPT-2 embeds. The states that are kept for inference depend on it."""
     inputs = batch(7, "left")
     types = torch.ones_like(inputs["input_ids"])
     with Float64():
@@ -387,7 +387,7 @@ def image_inputs() -> dict[str, Tensor]:
 
 
 def text_model_call(plain: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model hands to its text model."""
+    """Return the arguments that the model passes to its text model."""
     seen: dict[str, Any] = {}
     handle = plain.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
@@ -400,7 +400,7 @@ def text_model_call(plain: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize("shared", [None, False])
 @pytest.mark.parametrize("family", WITH_IMAGES)
 def test_images(family: str, shared: bool | None) -> None:
-    """The tokens' positions in time and space are the model's own, moved up by the prompt's length."""
+    """The model computes the tokens' positions in time and space, and they move by the prompt's length."""
     torch.manual_seed(0)
     inputs = image_inputs()
     seen = inputs["attention_mask"].bool()
@@ -466,7 +466,7 @@ def test_generation_with_images_is_that_of_forward(family: str) -> None:
 
 
 def test_images_whose_positions_change_rotary_frequencies() -> None:
-    """The last position is not known before the model runs, so the prompt runs in every row."""
+    """The last position is unknown before the model runs, so the prompt runs in every row."""
     torch.manual_seed(0)
     rope = {**MROPE, "rope_type": "dynamic", "factor": 4.0}
     inputs = image_inputs()
@@ -494,7 +494,7 @@ def paligemma() -> Any:
     ids=["prompt", "shift"],
 )
 def test_positions_that_count_from_one(config: Any) -> None:
-    """PaliGemma's. Generation gives them, and without a mask a gap in them would begin another sequence."""
+    """PaliGemma counts from 1. Without a mask, a gap in the positions would begin another sequence."""
     with Float64(), torch.no_grad():
         model = attached(paligemma(), config)
         ids = torch.randint(6, 99, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -507,7 +507,7 @@ def test_positions_that_count_from_one(config: Any) -> None:
 
 @pytest.mark.parametrize("shared", [None, False])
 def test_given_positions_with_a_gap_behind_the_prompt(shared: bool | None) -> None:
-    """Rows that begin at another position than the first are no packed sequences."""
+    """Rows whose first position is not 0 are not packed sequences."""
     ids = batch(7)["input_ids"]
     positions = torch.arange(3, 10)[None].expand(3, -1)
     with Float64(), torch.no_grad():
@@ -535,7 +535,7 @@ def methods() -> dict[str, Any]:
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("family", ROWS)
 def test_inputs_beyond_the_table(family: str, method: str) -> None:
-    """The positions count, not the row: given ones that fit run."""
+    """Positions count, not rows: given positions within the table are accepted."""
     model = attached(build(OTHERS[family]()), methods()[method])
     longest = ROWS[family] - LENGTH
     ids = torch.randint(3, models.VOCABULARY, (1, longest + 1), generator=torch.Generator().manual_seed(0))
@@ -594,7 +594,7 @@ def test_roberta_moves_embeddings_as_it_moves_ids(padding: str) -> None:
     ids=["mixtral", "olmoe"],
 )
 def test_the_load_balancing_loss(config: Callable[[], Any], masked: bool, shared: bool | None) -> None:
-    """The prompt's tokens are counted in every row, padding is not."""
+    """The prompt's tokens are counted in every row, and padding is not counted."""
     inputs = batch(7, "right")
     if not masked:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])

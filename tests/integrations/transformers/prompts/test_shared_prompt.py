@@ -1,4 +1,4 @@
-"""One prompt for the whole batch: where it is taken, that it is exact there, and what invalidates what is kept."""
+"""Test one prompt for the whole batch: when it is shared, that it is exact, and what invalidates kept states."""
 
 from collections.abc import Callable
 from functools import partial
@@ -85,7 +85,7 @@ def on_path(config: PretrainedConfig, shared_prompt: bool | None, **options: str
     "make", [*SHARING.values(), *WINDOWED.values()], ids=[*SHARING, *(f"window-{n}" for n in WINDOWED)]
 )
 def test_sharing_is_the_default_and_changes_nothing(make: Callable[[], PretrainedConfig], padding: str) -> None:
-    """Values and gradients of the textbook's path."""
+    """Values and gradients equal those of the textbook path."""
     inputs = models.batch(padding)
     rows = inputs["attention_mask"].bool()
     with Float64():
@@ -128,7 +128,7 @@ def test_the_textbooks_path_where_sharing_is_not_exact(make: Callable[[], Any], 
 
 
 def test_opt_moves_its_positions_or_does_not_share() -> None:
-    """A model that computes positions from the mask is either right or on the textbook's path."""
+    """A model that computes positions from the mask is exact or uses the textbook path."""
     torch.manual_seed(0)
     plain = opt().double().eval()
     inputs = models.batch("left")
@@ -190,7 +190,7 @@ def test_when_sharing_saves_time() -> None:
 
 
 def prompt_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts how often the prompt is run."""
+    """Count the runs of the prompt."""
     hooks, runs = model._fastprefix_attachment.hooks, []
     run = type(hooks).run_prompt
     monkeypatch.setattr(type(hooks), "run_prompt", lambda self, *call: (runs.append(1), run(self, *call))[1])
@@ -220,7 +220,7 @@ def test_the_prompt_is_kept_for_inference_until_a_parameter_changes(monkeypatch:
 
 
 def fastprefix_textbook(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of the same model and method on the textbook's path."""
+    """Return the logits of the same model and method on the textbook path."""
     hooks = model._fastprefix_attachment.hooks
     hooks.find_reason_against = lambda arguments: "for comparison"
     try:
@@ -239,7 +239,7 @@ def test_in_inference_mode(method: str) -> None:
 
 
 def test_low_precision_is_as_good_as_the_textbooks() -> None:
-    """bfloat16: the error against float64 is at most twice the textbook's own."""
+    """In bfloat16, the error against float64 is at most twice that of the textbook."""
     inputs = models.batch("left")
     rows = inputs["attention_mask"].bool()
     exact = on_path(SHARING["qwen2"](), False)(**inputs).logits[rows]
@@ -257,7 +257,7 @@ def without_cache(model: Any, **inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "adept"])
 def test_every_packed_sequence_sees_the_prompt(method: str) -> None:
-    """As if it stood in a row of its own."""
+    """Every sequence gives the same values as in a separate row."""
     model, ids = fastprefix.attach(models.decoder(), PROMPTS[method]()), models.batch()["input_ids"][:1]
     models.randomize(model)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -293,7 +293,7 @@ def test_packed_sequences_are_refused_where_they_would_go_wrong(case: str, merge
 
 
 def block_diagonal(dtype: torch.dtype) -> Tensor:
-    """Two sequences in each row, as a mask of the caller's own."""
+    """Return a caller's mask for two sequences in each row."""
     mask = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).tril().bool().expand(3, 1, 7, 7)
     if dtype is torch.bool:
         return mask
@@ -303,7 +303,7 @@ def block_diagonal(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 @pytest.mark.parametrize("family", ["qwen2", "window-mistral"])
 def test_masks_for_each_query(family: str, dtype: torch.dtype) -> None:
-    """All tokens see the prompt, and the mask speaks of the tokens: on both paths the same."""
+    """All tokens see the prompt, and the mask applies to the tokens, on both paths."""
     make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
     inputs = {"input_ids": models.batch()["input_ids"], "attention_mask": block_diagonal(dtype)}
     rows = torch.ones(3, 7, dtype=torch.bool)
@@ -334,7 +334,7 @@ def generated(model: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gemma", "window-mistral", "window-gemma3", "window-gpt_oss"])
 def test_generation_is_the_textbooks(family: str, merged: bool) -> None:
-    """Greedy, sampled and with beams; with growing, static and no caches; rows padded on the left."""
+    """Greedy, sampled and beam search, with growing, static and no caches, and padding on the left."""
     make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
     with Float64(), torch.no_grad():
         shared, textbook = on_path(make(), None), on_path(make(), False)
@@ -355,7 +355,7 @@ def test_a_static_cache_on_the_textbooks_path_is_refused() -> None:
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("make", [SHARING["qwen2"], *WINDOWED.values()], ids=["qwen2", *WINDOWED])
 def test_an_input_in_parts(make: Callable[[], PretrainedConfig], merged: bool) -> None:
-    """A cache from one call goes on in the next, whatever the length of the parts."""
+    """A cache continues in the next call, for parts of any length."""
     with Float64(), torch.no_grad():
         model, ids = on_path(make(), None), models.batch()["input_ids"]
         expected = on_path(make(), False)(input_ids=ids, use_cache=False).logits
@@ -392,7 +392,7 @@ REASONS: dict[str, tuple[PretrainedConfig, str]] = {
 
 @pytest.mark.parametrize("family", REASONS)
 def test_reasons(family: str) -> None:
-    """What differs by family, is tried and named."""
+    """Differences between families are tried, and the path is explained."""
     config, says = REASONS[family]
     model = fastprefix.attach(AutoModelForCausalLM.from_config(config).eval(), fastprefix.PromptTuningConfig(5))
     assert get_method(model).prompt_path.startswith("textbook: ")
@@ -453,7 +453,7 @@ def test_peft_layers_in_the_model_are_followed() -> None:
 
 @torch.no_grad()
 def test_a_cache_goes_on_as_it_was_begun() -> None:
-    """A prompt that is in a cache is not attended to a second time; one that is not, is not left out."""
+    """A prompt in a cache is not attended to twice, and a prompt that is not in a cache is not left out."""
     ids = models.batch()["input_ids"]
     model = fastprefix.attach(models.decoder(attention_dropout=0.5), fastprefix.PromptTuningConfig(5))
     expected = model(ids).logits[:, -1:]

@@ -1,4 +1,4 @@
-"""The prompts of several tasks, run once for the whole batch: what the same prompts give in every row."""
+"""Test the prompts of several tasks, run once for the batch, against the same prompts in every row."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -37,13 +37,13 @@ def on_path(make: Callable[[], PretrainedConfig], shared: bool | None = None, ta
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Nothing is rounded to float32."""
+    """Round nothing to float32."""
     with Float64():
         yield
 
 
 def paths(make: Callable[[], PretrainedConfig] = SHARING["qwen2"]) -> tuple[Any, Any]:
-    """The same model and prompts, shared and in every row."""
+    """Return the same model and prompts, shared and in every row."""
     return on_path(make), on_path(make, False)
 
 
@@ -75,7 +75,7 @@ def generated(model: Any, **options: Any) -> Tensor:
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_generation_is_the_textbooks(family: str) -> None:
-    """Greedy, sampled and with beams; with growing, static and no caches."""
+    """Greedy, sampled and beam search, with growing, static and no caches."""
     shared, textbook = paths(CONFIGS[family])
     for search in ({}, {"do_sample": True}, {"num_beams": 3}):
         expected = generated(textbook, **search)

@@ -38,7 +38,7 @@ STEPS, ROWS, TOKENS, RATE, DECAY = 3, 4, 7, 1e-2, 0.01
 
 
 def make(method: str, folder: Path | None = None) -> Any:
-    """A model in float32 with an adapter, the same everywhere. With a folder, it is loaded partitioned."""
+    """Return a model in float32 with the same adapter on all ranks. With a folder, the model is loaded partitioned."""
     model = models.decoder().float() if folder is None else load_partitioned(folder)
     torch.manual_seed(distributed.get_rank())
     fastprefix.attach(model, METHODS[method]())
@@ -49,7 +49,7 @@ def make(method: str, folder: Path | None = None) -> Any:
 
 
 def load_partitioned(folder: Path) -> Any:
-    """A model that is partitioned at load, while the configuration is there."""
+    """Return a model that is partitioned while it is loaded."""
     config = HfDeepSpeedConfig(ZERO)
     assert config.is_zero3()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -58,7 +58,7 @@ def load_partitioned(folder: Path) -> Any:
 
 
 def change(model: Any, folder: Path) -> dict[str, Tensor]:
-    """The parameters of adapters that are composed, merged and loaded before there is an engine."""
+    """Return the parameters of adapters that are composed, merged and loaded before an engine exists."""
     torch.manual_seed(0)
     for name in ("a", "b"):
         fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name=name)
@@ -81,7 +81,7 @@ def check_start(model: Any) -> None:
 
 
 def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, float]:
-    """Return how far losses, files and generated tokens are from those of one process."""
+    """Return the differences of losses, files and generated tokens from those of one process."""
     size, rank = distributed.get_world_size(), distributed.get_rank()
     plain, model = make(method), make(method, folder.parent / "model" if kind == "loaded" else None)
     if kind == "checkpointing":
@@ -127,7 +127,7 @@ def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, floa
 
 
 def describe_refusal(action: Callable[[], Any]) -> str:
-    """Return the error of an action that changes an adapter of a model in an engine, or "nothing"."""
+    """Return the error of changing an adapter of a model in an engine, or "nothing"."""
     try:
         action()
     except ValueError as error:

@@ -32,7 +32,7 @@ CASES = [
 
 
 def shard(model: Any) -> nn.Module:
-    """FSDP2, layer by layer; the embedding by itself."""
+    """Shard the layers one by one with FSDP2, and the embedding separately."""
     layers = model.bert.encoder.layer if hasattr(model, "bert") else model.model.layers
     for module in (*layers, model.get_input_embeddings()):
         fully_shard(module)
@@ -43,7 +43,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {"ddp": DistributedDataParallel, "fs
 
 
 def train(family: str, method: str, kind: str, wrap: Callable[[Any], Any] | None) -> dict[str, Tensor]:
-    """Losses of the steps, the trained parameters, the adapter as saved; None: on all rows in this process alone."""
+    """Return the losses, the trained parameters and the saved adapter. None trains on all rows in this process."""
     model = attached(family, method).train()
     if kind:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})

@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def load(folder: str, **options: int) -> Any:
-    """Load the model, spread over the processes as the options say."""
+    """Load the model, spread over the processes according to the options."""
     spread = {"distributed_config": DistributedConfig(**options)} if options else {}
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **spread)
     model.generation_config.eos_token_id = None
@@ -62,7 +62,7 @@ def load(folder: str, **options: int) -> Any:
 
 
 def shard(model: Any, **options: Any) -> Any:
-    """FSDP2, layer by layer; the embedding by itself."""
+    """Shard the layers one by one with FSDP2, and the embedding separately."""
     for module in (*model.model.layers, model.get_input_embeddings()):
         fully_shard(module, **options)
     return fully_shard(model, **options)
@@ -94,7 +94,7 @@ class Layout:
 
 
 def offload(model: Any) -> Any:
-    """Keep layers on the CPU and on the disk, from which accelerate loads them in time."""
+    """Keep layers on the CPU and on disk. accelerate loads them when they run."""
     places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu"}
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tempfile.mkdtemp())
@@ -125,7 +125,7 @@ LAYOUTS = {
 
 
 def run(model: Any, wrapped: nn.Module, batches: int, batch: int, out: str) -> dict[str, Tensor]:
-    """Train on the rows of one of so many batches, save and generate; return all numbers there are, in full."""
+    """Train on one of several batches, save and generate. Return all results as full tensors."""
     optimizer = torch.optim.AdamW(fastprefix.parameter_groups(model, lr=0.01, prompt_lr=0.1))
     generator = torch.Generator().manual_seed(7)
     found: dict[str, Tensor] = {}
@@ -205,7 +205,7 @@ def run_cell(layout: Layout, method: str, folder: Path) -> float | None:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """The logits of a few tokens."""
+    """Return the logits of a few tokens."""
     result: Tensor = model(input_ids=torch.arange(3, 9)[None]).logits
     return result
 

@@ -1,4 +1,4 @@
-"""Do on two ranks of a tensor-parallel model what must fail on both, and write what each of them says.
+"""Do things that must fail on both ranks of a tensor-parallel model, and write the errors of each rank.
 
 ``test_sharding`` runs ``python -m tests.integrations.transformers.sharding.sharded_failures FOLDER`` in two processes.
 """
@@ -81,7 +81,7 @@ FAILURES: list[Callable[[Any, int, Path], None]] = [
 
 
 def main(name: str) -> None:
-    """Try everything; each rank writes its errors."""
+    """Try everything. Each rank writes its errors."""
     distributed.init_process_group("gloo")
     rank, folder = distributed.get_rank(), Path(name)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""What else is done with adapters on models that are spread over processes; run by ``sharded_cells``.
+"""Use adapters in further ways on models that are spread over processes. ``sharded_cells`` runs these scenarios.
 
 Each scenario is a function that all processes run. It returns tensors that must be the same as those that the same
 function returns for a model in one process.
@@ -31,26 +31,26 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def list_parameters(model: Any) -> Found:
-    """The parameters of the adapter in use, in full."""
+    """Return the full parameters of the adapter in use."""
     return {name: gather(p.detach()) for name, p in model.fastprefix.named_parameters()}
 
 
 @torch.no_grad()
 def list_logits(model: Any) -> Tensor:
-    """The logits of a few tokens."""
+    """Return the logits of a few tokens."""
     result: Tensor = model.eval()(**models.batch("left")).logits
     return result
 
 
 class Tokenizer:
-    """Letters as tokens."""
+    """A tokenizer whose tokens are letters."""
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         return {"input_ids": [3 + ord(letter) % 90 for letter in text]}
 
 
 def start(model: Any, folder: Path) -> Found:
-    """Adapters start from the same values, whatever the random state of each process is."""
+    """Start adapters from the same values with different random states of the processes."""
     found: Found = {}
     configs = {
         "normal": fastprefix.PrefixTuningConfig(4),
@@ -69,7 +69,7 @@ def start(model: Any, folder: Path) -> Found:
 
 
 def cache(model: Any, folder: Path) -> Found:
-    """A prefix starts from a key/value cache of all heads, is exported as one of this rank's, and saved as PEFT's."""
+    """Start a prefix from a cache of all heads, export it with this rank's heads, and save it as PEFT's."""
     generator = torch.Generator().manual_seed(3)
     pairs = [tuple(torch.randn(1, 4, 3, 4, generator=generator).double() for _ in "kv") for _ in range(2)]
     config = fastprefix.PrefixTuningConfig(3, init="cache", prefix_position="shift")
@@ -89,7 +89,7 @@ def cache(model: Any, folder: Path) -> Found:
 
 
 def merge(model: Any, folder: Path) -> Found:
-    """Merged adapters give what they gave before, and detaching restores the model."""
+    """Merge adapters without changing results, and restore the model by detaching."""
     found = {"bare": list_logits(model)}
     for name, config in {
         "mlp": fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8),
@@ -119,7 +119,7 @@ def merge(model: Any, folder: Path) -> Found:
 
 
 def switch(model: Any, folder: Path) -> Found:
-    """Several adapters are on a model by turns."""
+    """Switch between several adapters of a model."""
     torch.manual_seed(2)
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(4), name="a")
     fastprefix.attach(model, fastprefix.APTConfig(3), name="b")
@@ -144,7 +144,7 @@ def switch(model: Any, folder: Path) -> Found:
 
 
 def compose(model: Any, folder: Path) -> Found:
-    """Prefixes stand one behind the other, are trained, saved and merged, and take the place of others."""
+    """Compose prefixes, train, save and merge them, and replace their parts."""
     torch.manual_seed(2)
     fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal", init_text=None), name="a")
     fastprefix.save_adapter(model, folder / "part")
@@ -173,7 +173,7 @@ def compose(model: Any, folder: Path) -> Found:
 
 
 def compose_attached(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model) -> Found:
-    """Prefixes that were attached before the model was sharded, one of them in use, are composed and exchanged."""
+    """Compose and replace prefixes that were attached before the model was sharded."""
     torch.manual_seed(2)
     for name, length in (("a", 4), ("b", 3)):
         fastprefix.attach(model, fastprefix.CartridgeConfig(length, init="normal", init_text=None), name=name)
@@ -192,7 +192,7 @@ def compose_attached(model: Any, folder: Path, wrap: Callable[[Any], Any] = lamb
 
 
 def train_composed(model: Any, name: str) -> Found:
-    """Gradients of an adapter, and what it gives after a step."""
+    """Return the gradients of an adapter, and its results after a step."""
     trained = [(key, parameter) for key, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD([parameter for _, parameter in trained], lr=0.01)
     found = {f"composed of {name}": list_logits(model)}
@@ -225,7 +225,7 @@ BATCHES = {
 
 
 def mixed(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: model, trains: bool = False) -> Found:
-    """Rows of one batch have different adapters, attached or in a store."""
+    """Run rows with different adapters, attached or in a store, in one batch."""
     torch.manual_seed(2)
     for name, config in MIXED.items():
         fastprefix.attach(model, config(), name=name)
@@ -246,12 +246,12 @@ def mixed(model: Any, folder: Path, wrap: Callable[[Any], Any] = lambda model: m
 
 
 def mixed_training(model: Any, folder: Path) -> Found:
-    """The same, with gradients of all adapters of a batch."""
+    """Run the same batches with gradients of all their adapters."""
     return mixed(model, folder, trains=True)
 
 
 def randomize(model: Any) -> None:
-    """Random values for the adapter in use, so that nothing is hidden by an initial zero."""
+    """Set random values for the adapter in use, because an initial zero would hide errors."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.fastprefix.parameters():
@@ -259,7 +259,7 @@ def randomize(model: Any) -> None:
 
 
 def train_batches(model: Any) -> Found:
-    """Gradients of all adapters in batches that have several of them."""
+    """Return the gradients of all adapters in batches with several adapters."""
     found: Found = {}
     model.train()
     for batch, names in BATCHES.items():
@@ -272,7 +272,7 @@ def train_batches(model: Any) -> Found:
 
 
 def run_batches(model: Any, kind: str) -> Found:
-    """Run and generate rows with different adapters. Ranks of FSDP2 name different ones."""
+    """Run and generate rows with different adapters. Ranks of FSDP2 use different names."""
     found: Found = {}
     model.eval()
     others = distributed.get_rank() if is_fully_sharded(model) and not is_tensor_parallel(model) else 0
@@ -286,7 +286,7 @@ def run_batches(model: Any, kind: str) -> Found:
 
 
 def checkpoint(model: Any, folder: Path) -> Found:
-    """Gradient checkpointing of both kinds."""
+    """Run both kinds of gradient checkpointing."""
     found: Found = {}
     for name, config in {
         "mlp": fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8),
@@ -307,7 +307,7 @@ def checkpoint(model: Any, folder: Path) -> Found:
 
 
 def whole(model: Any, folder: Path) -> Found:
-    """The adapter is read out of a checkpoint of the whole model."""
+    """Read the adapter from a checkpoint of the whole model."""
     torch.manual_seed(1)
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(4))
     found = {"before": list_logits(model)}
@@ -318,7 +318,7 @@ def whole(model: Any, folder: Path) -> Found:
 
 
 def accelerate(model: Any, folder: Path) -> Found:
-    """PEFT's adapters run on these kernels, which PEFT cannot do itself with a prefix on such a model."""
+    """Run PEFT's adapters on these kernels. PEFT itself does not support a prefix on such a model."""
     found: Found = {}
     for name, config in {
         "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -347,7 +347,7 @@ def accelerate(model: Any, folder: Path) -> Found:
 
 
 def one_key_head(model: Any, folder: Path) -> Found:
-    """All ranks have the one key head, and each has query heads of its own."""
+    """Run a model whose only key head is on all ranks, with different query heads on each rank."""
     options: dict[str, Any] = {}
     base = models.decoder(num_attention_heads=8, num_key_value_heads=1)
     if is_tensor_parallel(model):

@@ -33,7 +33,7 @@ TABLE: dict[str, tuple[int, list[str]]] = {
 
 
 def main() -> int:
-    """Run all layouts, each in processes of its own."""
+    """Run all layouts, each in separate processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
     options = parser.parse_args()

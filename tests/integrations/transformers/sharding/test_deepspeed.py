@@ -1,4 +1,4 @@
-"""Training with DeepSpeed's ZeRO in two processes comes to what one process comes to, in float32.
+"""Test that training with DeepSpeed's ZeRO in two processes equals training in one process, in float32.
 
 DeepSpeed builds a library for the CPU in its first run. Set ``DS_ACCELERATOR=cpu`` on a machine with a GPU.
 """
@@ -12,7 +12,7 @@ from .test_sharding import launch
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses, files and generated tokens. An adapter cannot be taken off a model that is partitioned."""
+    """Losses, files and generated tokens are equal. Detaching from a partitioned model is refused."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     file = tmp_path / "results.json"

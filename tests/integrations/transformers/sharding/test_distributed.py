@@ -1,4 +1,4 @@
-"""Training in two processes, with DDP and with FSDP2, comes to what one process comes to."""
+"""Test that training in two processes, with DDP and with FSDP2, equals training in one process."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from .distributed_training import CASES, WRAPPERS
 
 @pytest.mark.slow  # test_sharding and test_launching train in two processes on every change
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Losses, parameters, and the adapter that is saved. Language models compute their loss in float32."""
+    """Losses, parameters and saved adapters are equal. Language models compute their loss in float32."""
     file = tmp_path / "results.pt"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "tests.integrations.transformers.sharding.distributed_training", str(file)]

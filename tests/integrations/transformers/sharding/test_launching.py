@@ -1,4 +1,4 @@
-"""The scripts, configurations and commands of ``docs/devices.md`` train in two processes as in one."""
+"""Test that the scripts, configurations and commands of ``docs/devices.md`` train in two processes as in one."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ ROWS, TOKENS, STEPS = 8, 7, 3
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the scripts, for two processes and a small model, with that model and with rows."""
+    """Return a directory with the scripts, a small model and rows, for two processes."""
     folder = tmp_path_factory.mktemp("launching")
     models.decoder(num_attention_heads=8, num_key_value_heads=4).float().save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(3)
@@ -68,7 +68,7 @@ def alone(workplace: Path) -> Iterator[dict[str, dict[str, Tensor]]]:
 
 
 def list_options(command: str, rows: int) -> list[str]:
-    """The options of the script in a command, for a short run with so many rows in a step of a process."""
+    """Return the options of the script in a command, for a short run with this number of rows per process."""
     if "train.py" not in command:
         return []
     given = shlex.split(command.partition("train.py")[2])
@@ -85,7 +85,7 @@ def test_the_page_has_commands() -> None:
 @pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_train_as_one_process(command: str, workplace: Path, alone: dict[str, dict[str, Tensor]]) -> None:
-    """On the CPU, where only DDP is accelerate's own."""
+    """On a CPU, accelerate supports only DDP."""
     if "zero" in command and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     script = next(name for name in alone if name in command)

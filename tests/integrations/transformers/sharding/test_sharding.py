@@ -1,4 +1,4 @@
-"""Adapters on models that are spread over processes give what one process gives: ``sharded_cells`` says how."""
+"""Test that adapters on models that are spread over processes give the results of one process (``sharded_cells``)."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ BOUND = 1e-10
 
 
 def launch(module: str, processes: int, *arguments: str) -> None:
-    """Run a module of tests in so many processes."""
+    """Run a test module in this number of processes."""
     options = ["--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", f"{__package__}.{module}", *arguments]
     run = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=1800)
@@ -45,7 +45,7 @@ def launch(module: str, processes: int, *arguments: str) -> None:
     ],
 )
 def test_processes_give_what_one_gives(processes: int, cells: list[str], tmp_path: Path) -> None:
-    """Losses, gradients, steps of the optimizer, files, generated tokens and their logits, in one run for all cells."""
+    """Losses, gradients, optimizer steps, files, generated tokens and their logits, in one run for all cells."""
     file = tmp_path / "results.json"
     launch("sharded_cells", processes, str(file), *cells)
     results = json.loads(file.read_text())
@@ -64,7 +64,7 @@ def test_the_committed_table_has_no_failures() -> None:
 
 
 def test_failures_are_errors_on_all_ranks(tmp_path: Path) -> None:
-    """Where ranks differ, are missing or fail, each of the others says so in time, and files stay as they were."""
+    """If a rank differs, fails or is missing, all ranks raise an error in time, and files do not change."""
     launch("sharded_failures", 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"errors-{rank}.json").read_text()) for rank in (0, 1))
     said = {

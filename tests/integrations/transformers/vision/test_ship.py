@@ -1,4 +1,4 @@
-"""SHIP on vision transformers: values and gradients against plain PyTorch, and options from training images."""
+"""Test SHIP on vision transformers: values and gradients against plain PyTorch, and options from training images."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ def attached(family: str = "vit", **options: Any) -> Any:
 
 
 def textbook(model: Any, method: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The logits and the loss of a ViT with rows in every image, written out row by row."""
+    """Return the logits and the loss of a ViT with prompt tokens in every image, computed row by row."""
     of, vit = method.config, model.vit
     state, rows, attention, loss = vit.embeddings(pixels), {}, None, None
     n = state.shape[1]
@@ -160,7 +160,7 @@ def test_detach_copies_and_files(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["some layers", "a bank", "a bank, some layers"])
 def test_checkpointed_layers_have_the_same_gradients(case: str) -> None:
-    """Of two calls that are differentiated together, and two more that are not."""
+    """Two calls are differentiated together, and two more are not differentiated."""
     gradients = []
     for checkpointing in (False, True):
         model = attached(**OPTIONS[case], matching_loss=True).train()

@@ -1,4 +1,4 @@
-"""Visual prompts on vision transformers: values and gradients against plain PyTorch, and what a caller sees."""
+"""Test visual prompts on vision transformers: values and gradients against plain PyTorch, and the caller's view."""
 
 import copy
 import pickle
@@ -34,14 +34,14 @@ def run(model: Any, **options: Any) -> Any:
 
 
 def find_result(output: Any) -> Tensor:
-    """The logits, or what else a model is for."""
+    """Return the logits, or the corresponding result of another kind of model."""
     names = ("logits", "logits_per_image", "pooler_output")
     result: Tensor = next(output[name] for name in names if name in output)
     return result
 
 
 def textbook_vit(model: Any, method: Any, depth: str, pixels: Tensor) -> Tensor:
-    """The logits of a ViT with rows in every image, written out."""
+    """Return the logits of a ViT with prompt tokens in every image."""
     vit = model.vit
     state = vit.embeddings(pixels)
     for index, layer in enumerate(vit.layers):
@@ -84,7 +84,7 @@ def test_families_agree_with_the_textbook(family: str, depth: str) -> None:
 
 
 def test_checkpointed_layers_run_again_as_in_their_own_call() -> None:
-    """With rows in every image, although a later call for evaluation shared them."""
+    """The prompt runs in every image, although a later evaluation shares it."""
     gradients = []
     for checkpointing in (False, True):
         model = attached("vit", "deep", check=False, dropout=1e-30).train()
