@@ -267,7 +267,7 @@ def test_cached_and_uncached_generation_agree(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_detach_restores_bits_and_behaviour(family: str, method: str) -> None:
+def test_detach_restores_bits_and_behavior(family: str, method: str) -> None:
     model, inputs = FAMILIES[family](), models.batch("right")
     model.requires_grad_(True).get_input_embeddings().weight.requires_grad_(False)
     names = [name for name, _ in model.named_modules()]

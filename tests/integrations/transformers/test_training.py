@@ -199,7 +199,7 @@ def test_compiled_as_a_whole(family: str, method: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", SOME)
-def test_quantised_base(method: str, bits: int, tmp_path: Path) -> None:
+def test_quantized_base(method: str, bits: int, tmp_path: Path) -> None:
     """A base of 4 or 8 bits does not change, and the adapter learns."""
     wide = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=models.VOCABULARY

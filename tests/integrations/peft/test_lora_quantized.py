@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def quantised(folder: Path, bits: int, **options: Any) -> Any:
+def quantized(folder: Path, bits: int, **options: Any) -> Any:
     """Return a PEFT model with a quantized base."""
     torch.manual_seed(0)
     wide = LlamaConfig(
@@ -47,7 +47,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 def test_both_are_trained(method: str, bits: int, dora: bool, tmp_path: Path) -> None:
     """PEFT itself does not train DoRA on a base of 8 bits."""
-    model = quantised(tmp_path, bits, use_dora=dora, init_lora_weights=True)
+    model = quantized(tmp_path, bits, use_dora=dora, init_lora_weights=True)
     fastprefix.attach(model, METHODS[method](), check=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     of = trainer(model, "decoder", tmp_path, save_strategy="no", max_steps=9, learning_rate=0.03)
@@ -62,7 +62,7 @@ def test_both_are_trained(method: str, bits: int, dora: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("merged", [False, True], ids=["kept", "merged"])
 def test_a_prompt_that_is_kept_notices_that_lora_is_merged(merged: bool, bits: int, tmp_path: Path) -> None:
-    model = quantised(tmp_path, bits).eval()
+    model = quantized(tmp_path, bits).eval()
     fastprefix.attach(model, fastprefix.PromptTuningConfig(4), freeze_peft=True, check=False)
     every_row = fastprefix.PromptTuningConfig(4, shared_prompt=False)
     fastprefix.attach(model, every_row, name="every row", freeze_peft=True, check=False)
