@@ -127,15 +127,17 @@ def tabulate_attention(record: Record) -> Table:
     return Table(header, [[kind, *map(number, values)] for kind, *values in figures.itertuples()])
 
 
-def tabulate_more_attention(main: Record, dropout: Record, avx2: Record) -> Table:
-    """Show decoding, compiled FlexAttention, dropout and AVX2."""
+def tabulate_more_attention(main: Record, dropout: Record, avx2: Record, older: Record) -> Table:
+    """Show decoding, compiled FlexAttention, dropout, AVX2 and x86-64 without AVX2."""
     M, P = next((row["M"], row["P"]) for row in main.rows if row["N"] == 1)
     rows = []
     for title, record, peer, decoding in (
         (f"decoding, {M} keys, P = {P}, over concatenation", main, "concat", True),
         ("over concatenation and compiled FlexAttention", main, "flex", None),
         (f"dropout {dropout.settings['dropout']}, over concatenation", dropout, "concat", False),
-        ("AVX2 alone, over concatenation", avx2, "concat", False),
+        ("AVX2, over concatenation", avx2, "concat", False),
+        ("AVX2, decoding, over concatenation", avx2, "concat", True),
+        ("without AVX2, over concatenation", older, "concat", False),
     ):
         figures = summarize_attention(record, peer, decoding)[["over mean", "over min", "over max", "share max"]]
         rows += [[f"{title}, {kind}", *map(number, values)] for kind, *values in figures.itertuples()]
@@ -313,6 +315,22 @@ def tabulate_gpu_embedding(record: Record) -> Table:
     return Table(("table, method", "lookup, us", "forward", "forward + backward"), rows)
 
 
+def tabulate_gpu_tiles(record: Record) -> Table:
+    """Show, for each kernel, the tile of the table when it was measured, and the fastest one."""
+    frame = pd.DataFrame([row for row in record.rows if row.get("stage") == "tiles"])
+    if frame.empty:
+        return Table((), [])
+    case = ["B", "Hq", "Hkv", "N", "M", "D", "P", "gate", "causal"]
+    frame = frame.assign(kernel=frame.peer.str.replace(r" (table|\d+x\d+x\d+ w\d+ s\d+)$", "", regex=True))
+    rows = []
+    for key, of in frame.groupby([*case, "kernel"], sort=False):
+        table, best = of[of.peer.str.endswith(" table")].p50.min(), of.loc[of.p50.idxmin()]
+        name = "that of the table" if best.peer.endswith(" table") else best.peer.removeprefix(f"{key[-1]} ")
+        about = f"{key[-1]}, {'x'.join(map(str, key[:6]))}"
+        rows.append([about, number(1e6 * table, 0), number(1e6 * best.p50, 0), name, str(len(of) - 1)])
+    return Table(("kernel, B x Hq x Hkv x N x M x D", "before, us", "fastest, us", "fastest tile", "tiles"), rows)
+
+
 def tabulate_gpu_methods(record: Record) -> Table:
     """Show the time and the memory of training steps of a model on a GPU."""
     frame = load_frame(record, "direction == 'step'")
@@ -339,7 +357,6 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "long-prefixes": (tabulate_long_prefixes, None),
     "many-adapters": (tabulate_many_adapters, None),
     "cartridge": (tabulate_cartridge, None),
-    "adapterhub": (tabulate_model, "model"),
     "gpu": (tabulate_gpu, None),
     "gpu-tiles": (tabulate_gpu_embedding, None),
 }
@@ -353,7 +370,7 @@ def describe_record(name: str, record: Record) -> str:
     objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
     tables = [table(record, *value) for value in values]
     tables += [tabulate_shares(record)] if "peaks" in record.settings else []
-    tables += [tabulate_gpu_methods(record)] if record.suite.startswith("gpu") else []
+    tables += [tabulate_gpu_tiles(record), tabulate_gpu_methods(record)] if record.suite.startswith("gpu") else []
     texts = [table.markdown() for table in tables if table.rows]
     return "\n\n".join([f"## {name}", facts, *objections, *texts, *map(describe_fault, record.faults)])
 

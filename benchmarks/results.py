@@ -56,9 +56,8 @@ class Record:
     def find_objections(self) -> list[str]:
         """Return the reasons why these results must not be published."""
         objections = ["it was a quick run"] if self.settings.get("quick") else []
-        if "accepted" not in self.settings:
-            objections += ["files differed from the commit"] if self.environment.get("dirty") else []
-            objections += filter(None, [find_busyness(self.environment)])
+        objections += ["files differed from the commit"] if self.environment.get("dirty") else []
+        objections += filter(None, [find_busyness(self.environment)])
         return objections
 
 

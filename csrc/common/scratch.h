@@ -2,6 +2,9 @@
 // items with its own scratch memory, run by one thread.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+#include <ranges>
 #include <vector>
 
 #include "tensor.h"
@@ -47,25 +50,21 @@ class Slots {
   Slots(int64_t repeats, const std::vector<int64_t>& of_item, const std::vector<int64_t>& of_group)
       : items(repeats * std::ssize(of_item) * std::ssize(of_group)),
         count(std::min<int64_t>(items, get_num_threads())) {
-    int64_t run = std::ssize(of_item), size = repeats * run, group = 0, before = 0, total = 0;
+    int64_t run = std::ssize(of_item), size = repeats * run, groups = std::ssize(of_group), total = 0;
     std::vector<int64_t> sums(run + 1, 0);  // of the first items of a run, without the costs of the group
     std::partial_sum(of_item.begin(), of_item.end(), sums.begin() + 1);
-    // The cost of the first i items of the group.
-    auto cost = [&](int64_t i) { return i / run * sums[run] + sums[i % run] + i * of_group[group]; };
+    // Return the cost of the first i items of a group.
+    auto cost = [&](int64_t group, int64_t i) { return i / run * sums[run] + sums[i % run] + i * of_group[group]; };
     if (items > 0)
-      for (group = 0; group < std::ssize(of_group); ++group) total += cost(size);
-    group = 0;
-    for (int64_t slot = 0; slot < count; ++slot) {
+      for (int64_t group = 0; group < groups; ++group) total += cost(group, size);
+    for (int64_t slot = 0, group = 0, before = 0; slot < count; ++slot) {
       // A slot begins where the cost of all earlier items is closest to its share.
-      int64_t target = slot * total / count, low = 0, high = size;
-      while (before + cost(size) <= target) before += cost(size), ++group;
-      while (low < high) {
-        int64_t middle = (low + high + 1) / 2;
-        if (before + cost(middle) <= target) low = middle;
-        else high = middle - 1;
-      }
-      if (before + cost(low + 1) - target < target - before - cost(low)) ++low;
-      firsts_.push_back(std::max(group * size + low, slot));
+      int64_t target = slot * total / count;
+      while (before + cost(group, size) <= target) before += cost(group++, size);
+      auto is_within = [&](int64_t i) { return before + cost(group, i) <= target; };
+      int64_t first = *std::ranges::partition_point(std::views::iota(int64_t{1}, size + 1), is_within) - 1;
+      if (before + cost(group, first + 1) - target < target - before - cost(group, first)) ++first;
+      firsts_.push_back(std::max(group * size + first, slot));
     }
     firsts_.push_back(items);
     for (int64_t slot = count - 1; slot > 0; --slot) firsts_[slot] = std::min(firsts_[slot], firsts_[slot + 1] - 1);

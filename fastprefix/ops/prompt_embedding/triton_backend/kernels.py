@@ -262,6 +262,13 @@ def prompt_embedding_low_rank_fwd_kernel(
 
 
 @triton.jit
+def find_rows(p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t, there, N, S):
+    """Return the ids [BT] of tokens, and the offsets [BT] of their rows in the gradient of the output."""
+    o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
+    return load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N), o_dy
+
+
+@triton.jit
 def differentiate_hidden(
     p_ids, stride_ids_b, stride_ids_n, p_weight, stride_v, stride_d, p_dy, stride_dy_b, stride_dy_n, stride_dy_d,
     p_w1, p_b1, p_w2, p_seed, p_z, p_dh, p_exact, p_db1,
@@ -269,11 +276,10 @@ def differentiate_hidden(
     BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, R: tl.constexpr, RS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute and store z and dh [BT, RP] of BT tokens and RP hidden units, and the sum of dh over the tokens."""
-    o_dy = (o_t // N).to(tl.int64) * stride_dy_b + (S + o_t % N).to(tl.int64) * stride_dy_n
+    o_id, o_dy = find_rows(p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t, there, N, S)
     o_j = tl.program_id(1) * RP + tl.arange(0, RP)
     b_dz = tl.zeros((BT, RP), tl.float32)
     if p_w1 is not None:
-        o_id = load_ids(p_ids, stride_ids_b, stride_ids_n, o_t, there, N)
         b_h = tl.zeros((BT, RP), tl.float32)
         b_next = load_rows(p_w1, 0, o_j, d, R, BD) if AHEAD else 0
     for c in range(0, d, BD):
@@ -345,16 +351,6 @@ def prompt_embedding_bwd_hidden_kernel(
             p_z, p_dh, p_exact, p_db1,
             o_t, there, N, S, d, scale, drop_below, keep, BT, BD, RP, R, RS, AHEAD,
         )  # fmt: skip
-
-
-@triton.jit
-def find_rows(p_ids, stride_ids_b, stride_ids_n, stride_dy_b, stride_dy_n, o_t, there, N, S):
-    """Return the ids [BT] of tokens, and the offsets [BT] of their rows in the gradient of the output."""
-    o_b = o_t // N
-    o_i = o_t - o_b * N
-    p = p_ids + o_b.to(tl.int64) * stride_ids_b + o_i.to(tl.int64) * stride_ids_n
-    o_dy = o_b.to(tl.int64) * stride_dy_b + (S + o_i).to(tl.int64) * stride_dy_n
-    return tl.load(p, mask=there, other=0).to(tl.int64), o_dy
 
 
 @triton.jit
