@@ -1,5 +1,6 @@
 """Test the sdpa backend against the float64 reference, and the calls for which it is chosen."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ WITHOUT: dict[str, Any] = {
     **{"bias": None, "key_bias": None, "spans": None, "sinks": False, "level": 0.0},
     **{"softcap": None, "dropout_p": 0.0},
 }
-CASES = [case for case in attention_cases(132, fixed=WITHOUT) if refusal(case) is None]
+CASES = [case for case in attention_cases(132, fixed=WITHOUT) if case.scores < 100_000 and refusal(case) is None]
 MORE: dict[str, dict[str, Any]] = {
     "causal, gate of keys": {"gate": "BhP", "P": 40, "Hq": 4, "N": 37, "M": 37, "D": 24, "is_causal": True},
     "output gate, causal": {"output_gate": "BH", "gate": "P", "N": 9, "M": 9, "is_causal": True},
@@ -37,19 +38,37 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", MORE)
-def test_parity(name: str, dtype: torch.dtype) -> None:
-    report = measure(make_attention_case(**MORE[name]), dtype, "sdpa", "cpu", draws=1)
-    assert report.ok, f"\n{report}"
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_parity_on_the_grid(case: AttentionCase) -> None:
-    """In float32, the gradients of PyTorch's flash kernel can have several times the error of its other kernel."""
+@pytest.fixture
+def _without_flash() -> Iterator[None]:
+    """Use PyTorch's other kernel. In float32, gradients of its flash kernel can have several times as large errors."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        report = measure(case, torch.float32, "sdpa", "cpu", draws=1)
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MORE)
+def test_parity_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    report = measure(make_attention_case(**MORE[name]), dtype, "sdpa", "cpu")
     assert report.ok, f"\n{report}"
+
+
+@pytest.mark.usefixtures("_without_flash")
+@pytest.mark.parametrize("case", [*(make_attention_case(**named) for named in MORE.values()), *CASES], ids=str)
+def test_parity_in_float32(case: AttentionCase) -> None:
+    report = measure(case, torch.float32, "sdpa", "cpu")
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_flash_agrees(name: str) -> None:
+    inputs = make_attention_case(**MORE[name]).build(torch.float32)
+    leaves = [x.requires_grad_() for x in inputs.tensors.values()]
+    found, wanted = (
+        fastprefix.prefix_attention(**inputs.tensors, **inputs.options, backend=of) for of in ("sdpa", "eager")
+    )
+    torch.testing.assert_close(found, wanted)
+    gradients = (torch.autograd.grad(x.square().sum(), leaves, allow_unused=True) for x in (found, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

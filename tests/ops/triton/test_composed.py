@@ -67,7 +67,7 @@ def find_dtype(device: str) -> torch.dtype:
 @pytest.mark.parametrize("name", CASES)
 def test_parity(device: str, name: str) -> None:
     case = make_attention_case(**{"D": 16} | CASES[name])
-    report = measure(case, find_dtype(device), "composed", device, draws=1)
+    report = measure(case, find_dtype(device), "composed", device)
     assert report.ok, f"\n{report}"
 
 
@@ -77,7 +77,7 @@ def test_parity_of_prefixes_by_flash_attention(
     device: str, name: str, prefix: str, force_plan: Callable[[str], None]
 ) -> None:
     force_plan(f"flash, {prefix}")
-    report = measure(make_attention_case(**{"D": 16} | LONG[name]), find_dtype(device), "composed", device, draws=1)
+    report = measure(make_attention_case(**{"D": 16} | LONG[name]), find_dtype(device), "composed", device)
     assert report.ok, f"\n{report}"
 
 
@@ -88,7 +88,7 @@ def test_only_the_gradients_asked_for_by_each_plan(
 ) -> None:
     force_plan(plan)
     case = make_attention_case(N=20, M=20, D=16, P=9, gate="P")
-    report = measure(case, find_dtype(device), "composed", device, draws=1, grad=wanted)
+    report = measure(case, find_dtype(device), "composed", device, grad=wanted)
     assert report.ok, f"\n{report}"
 
 
@@ -137,7 +137,7 @@ def test_parity_of_segments(device: str, name: str, plan: str | None, force_plan
     of_keys, causal = (of_queries, True) if of_keys is None else (of_keys, False)
     lengths = {"N": of_queries.shape[1], "M": of_keys.shape[1], "Hq": 4, "P": 17, "D": 16, "gate": "hP"}
     options = {"segment_ids": (of_queries, of_keys), "is_causal": causal}
-    report = measure(make_attention_case(**lengths, **options), find_dtype(device), "composed", device, draws=1)
+    report = measure(make_attention_case(**lengths, **options), find_dtype(device), "composed", device)
     assert report.ok, f"\n{report}"
 
 
