@@ -156,7 +156,7 @@ def test_generation_of_encoder_decoders(layers: dict[str, int], name: str) -> No
 
 @pytest.mark.parametrize(("kind", "assistant"), [("prefix", False), ("cartridge", False), ("prompt", True)])
 def test_assisted_generation(kind: str, assistant: bool) -> None:
-    """Many tokens are removed again. (PEFT itself fails with an assistant for prefixes, with a lookup for prompts.)"""
+    """Many tokens are removed again. PEFT fails with an assistant for prefixes, and with a lookup for prompts."""
     inputs = {key: value[:1] for key, value in models.batch().items()}
     model = family("decoder", kind)
     options = {"assistant_model": models.decoder()} if assistant else {"prompt_lookup_num_tokens": 2}
