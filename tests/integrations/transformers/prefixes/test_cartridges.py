@@ -14,6 +14,7 @@ from fastprefix.integrations.transformers.attachment import get_attachment
 from fastprefix.integrations.transformers.checking import conformance
 from fastprefix.integrations.transformers.models import attention
 from fastprefix.integrations.transformers.prefixes import initial
+from fastprefix.ops.backends import BACKENDS
 
 from .... import models
 from ....float64 import Float64
@@ -175,9 +176,9 @@ def test_an_encoder_runs_a_long_text_at_once(pieces: list[int]) -> None:
     assert_close(prefixes(model), [(layer.key[0], layer.value[0]) for layer in layers])
 
 
+@pytest.mark.skipif(BACKENDS["cpu"].refusal(torch.device("cpu")) is not None, reason="without its C++ kernels")
 def test_a_long_document_needs_the_memory_of_its_cache() -> None:
     """For 4,096 tokens in float32, all logits or one layer's scores would be many times as large."""
-    pytest.importorskip("fastprefix._native")
     model: Any = models.decoder().float()
     ids = torch.arange(4096) % models.VOCABULARY
     layers = initial.find_layers(model)
