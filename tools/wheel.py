@@ -12,6 +12,7 @@ Usage: python tools/wheel.py build [--out dist]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import re
@@ -53,6 +54,8 @@ def main() -> None:
 
 def build(out: Path) -> Path:
     """Build the wheel in ``out`` and return its path."""
+    if importlib.util.find_spec("auditwheel") is None:
+        raise SystemExit("auditwheel is not installed. Run: pip install auditwheel")
     commit_time = subprocess.check_output(["git", "log", "-1", "--format=%ct"], cwd=ROOT, text=True).strip()
     environment = {**os.environ, "FASTPREFIX_BUILD_EXT": "1", "SOURCE_DATE_EPOCH": commit_time}
     with tempfile.TemporaryDirectory() as folder:
