@@ -9,6 +9,7 @@ attends to a span of it. ``P`` is then the length of the longest span in the sha
 ``T`` replaces ``P`` in the shapes of tensors that belong to the store.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -75,6 +76,14 @@ class AttentionArguments(NamedTuple):
         rounding would make all probabilities of the query less accurate.
         """
         return (1 if self.output_gate is None else 2, 2, *self.query.shape[:3])
+
+
+def explain_unsupported(a: AttentionArguments, names: Sequence[str]) -> str | None:
+    """Explain that a backend does not support one of these arguments, or return None if none of them is given."""
+    for name in names:
+        if getattr(a, name) is not None:
+            return f"it does not support `{'dropout_p' if name == 'dropout_seed' else name}`"
+    return None
 
 
 DECLARATION = Declaration(AttentionArguments)

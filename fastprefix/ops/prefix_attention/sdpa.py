@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .arguments import AttentionArguments
+from .arguments import AttentionArguments, explain_unsupported
 from .visibility import find_visible_tokens
 
 _ABSENT = ("prefix_bias", "prefix_key_bias", "prefix_spans", "sinks", "softcap", "dropout_seed")
-_LABELS = {"dropout_seed": "dropout_p"}
 
 
 def refusal(a: AttentionArguments) -> str | None:
     """Explain why a call is not supported, or return None if it is."""
-    for name in _ABSENT:
-        if getattr(a, name) is not None:
-            return f"it does not support `{_LABELS.get(name, name)}`"
+    if reason := explain_unsupported(a, _ABSENT):
+        return reason
     if a.prefix_gate is not None and a.prefix_gate.ndim == 4:
         return "it supports gates of prefix keys, not gates of pairs of a query and a key"
     keys = (a.prefix_key.shape[2], a.key.shape[2])

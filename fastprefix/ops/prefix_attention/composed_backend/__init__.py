@@ -9,20 +9,18 @@ kernels of a call.
 
 import torch
 
-from ..arguments import AttentionArguments
+from ..arguments import AttentionArguments, explain_unsupported
 from ..triton_backend import refusal as explain_triton_refusal
 from . import packed, plans
 
 _DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}  # CPU: Triton's interpreter
 _ABSENT = ("output_gate", "attn_mask", "sinks", "window_size", "softcap", "dropout_seed")
-_LABELS = {"dropout_seed": "dropout_p"}
 
 
 def refusal(a: AttentionArguments) -> str | None:
     """Explain why a call cannot be composed, or return None if it can. Reads the values of segments."""
-    for name in _ABSENT:
-        if getattr(a, name) is not None:
-            return f"it does not support `{_LABELS.get(name, name)}`"
+    if reason := explain_unsupported(a, _ABSENT):
+        return reason
     if a.query.dtype not in _DTYPES.get(a.query.device.type, ()):
         return f"it supports float16 and bfloat16, not {a.query.dtype}"
     batch, _, queries, size = a.query.shape
