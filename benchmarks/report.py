@@ -127,7 +127,7 @@ def tabulate_attention(record: Record) -> Table:
     return Table(header, [[kind, *map(number, values)] for kind, *values in figures.itertuples()])
 
 
-def tabulate_more_attention(main: Record, dropout: Record, avx2: Record, older: Record) -> Table:
+def tabulate_more_attention(main: Record, dropout: Record, avx2: Record, without_avx2: Record) -> Table:
     """Show decoding, compiled FlexAttention, dropout, AVX2 and x86-64 without AVX2."""
     M, P = next((row["M"], row["P"]) for row in main.rows if row["N"] == 1)
     rows = []
@@ -137,7 +137,7 @@ def tabulate_more_attention(main: Record, dropout: Record, avx2: Record, older: 
         (f"dropout {dropout.settings['dropout']}, over concatenation", dropout, "concat", False),
         ("AVX2, over concatenation", avx2, "concat", False),
         ("AVX2, decoding, over concatenation", avx2, "concat", True),
-        ("without AVX2, over concatenation", older, "concat", False),
+        ("without AVX2, over concatenation", without_avx2, "concat", False),
     ):
         figures = summarize_attention(record, peer, decoding)[["over mean", "over min", "over max", "share max"]]
         rows += [[f"{title}, {kind}", *map(number, values)] for kind, *values in figures.itertuples()]

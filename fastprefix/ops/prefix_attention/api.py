@@ -104,8 +104,8 @@ def prefix_attention(
         dropout_p: the probability, from 0 to 1, of dropping an attention probability. Dropout is applied even if the
             module is in evaluation mode. The dropped elements depend on a seed drawn from the device's generator. For
             the same seed they are the same on every backend. Default: 0.
-        backend: None chooses the fastest backend that supports the call. The names "triton", "composed",
-            "cpu", "sdpa" and "eager" select that backend or raise an error.
+        backend: None chooses the fastest backend that supports the call. The names "triton", "composed", "cpu",
+            "sdpa" and "eager" select that backend or raise an error.
 
     Returns:
         ``[B, Hq, N, Dv]`` in the dtype of ``query``, with heads and length in the same memory order as in ``query``.
@@ -137,11 +137,11 @@ def prefix_attention(
         dropout_p=dropout_p,
     )
     arguments = canonicalize(given)
+    if backend is None and needs_plain_operations():
+        return attend(arguments)
     name = choose(
         backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
     )
-    if backend is None and needs_plain_operations():
-        return attend(arguments)
     output: Tensor = OPERATION.call(name, arguments)[0]
     return output
 

@@ -6,7 +6,7 @@ import torch
 
 from ... import _native
 from . import sdpa
-from .arguments import AttentionArguments
+from .arguments import DIFFERENTIABLE, AttentionArguments
 
 _FEW = 16
 """Up to this number of queries, the kernels read the prefix once for all rows of the batch."""
@@ -22,7 +22,8 @@ def is_preferred(a: AttentionArguments) -> bool:
         return True
     if a.is_causal and a.query.shape[3] <= 64:
         return True
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in a[:6])
+    differentiable = (getattr(a, name) for name in DIFFERENTIABLE)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     return trains and a.query.dtype in (torch.bfloat16, torch.float16)
 
 

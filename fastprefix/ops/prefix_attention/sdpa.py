@@ -7,6 +7,8 @@ computes the gradients, and higher derivatives exist wherever PyTorch has them. 
 It supports gates of keys, masks, causality, windows, segments, and an output gate if every query sees some token.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,25 +33,29 @@ def refusal(a: AttentionArguments) -> str | None:
     return None
 
 
-def forward(*arguments: object) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the output ``[B, Hq, N, Dv]``, and an empty tensor in place of the normalizers."""
-    a = AttentionArguments(*arguments)  # type: ignore[arg-type]
+    a = AttentionArguments(*arguments)
     prefix_key, prefix_value = _apply_gate(a)
     if a.output_gate is None:
         output = _attend(a, _concatenate(prefix_key, a.key), _concatenate(prefix_value, a.value), a.prefix_key.shape[2])
     else:
         output = _attend(a, a.key, a.value)
-        of_prefix = a._replace(is_causal=False, window_size=None, query_segments=None, key_segments=None)
         key, value = (x.expand(len(a.query), -1, -1, -1) for x in (prefix_key, prefix_value))
-        output = output + a.output_gate[:, :, None, None] * _attend(of_prefix, key, value)
+        of_prefix = _attend(a._replace(is_causal=False), key, value)
+        output = output + a.output_gate[:, :, None, None] * of_prefix
     return _lay_out(output, a.query), a.query.new_empty(0)
 
 
 def _can_hide_all_keys(a: AttentionArguments) -> bool:
     if a.output_gate is None and a.prefix_key.shape[2] > 0:
         return False
-    hides_early = a.is_causal and a.query.shape[2] > a.key.shape[2]
-    return hides_early or not (a.attn_mask is None and a.window_size is None and a.query_segments is None)
+    return _has_mask(a) or (a.is_causal and a.query.shape[2] > a.key.shape[2])
+
+
+def _has_mask(a: AttentionArguments) -> bool:
+    """Return whether anything other than causality can hide tokens."""
+    return not (a.attn_mask is None and a.window_size is None and a.query_segments is None)
 
 
 def _apply_gate(a: AttentionArguments) -> tuple[Tensor, Tensor]:
@@ -78,17 +84,13 @@ def _lay_out(output: Tensor, query: Tensor) -> Tensor:
 def _attend(a: AttentionArguments, key: Tensor, value: Tensor, prefix: int = 0) -> Tensor:
     """Attend to keys of which the first ``prefix`` are visible to all queries, and the others are the tokens."""
     tokens = key.shape[2] - prefix
-    if prefix == 0 and a.query.shape[2] == tokens and _is_only_causal(a):
+    if a.is_causal and prefix == 0 and a.query.shape[2] == tokens and not _has_mask(a):
         mask, is_causal = None, True  # PyTorch aligns causality at the first query and key
     else:
         mask, is_causal = _make_mask(a, prefix), False
     return F.scaled_dot_product_attention(
         a.query, key, value, mask, is_causal=is_causal, scale=a.scale, enable_gqa=a.groups > 1
     )
-
-
-def _is_only_causal(a: AttentionArguments) -> bool:
-    return a.is_causal and a.attn_mask is None and a.window_size is None and a.query_segments is None
 
 
 def _make_mask(a: AttentionArguments, prefix: int) -> Tensor | None:

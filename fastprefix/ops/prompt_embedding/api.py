@@ -98,8 +98,8 @@ def prompt_embedding(
         offset_scale=offset_scale,
         dropout_p=dropout_p,
     )
-    name = choose(backend, weight.device, OPERATION.refusals, arguments)
     if backend is None and needs_plain_operations():
         return embed(arguments)
+    name = choose(backend, weight.device, OPERATION.refusals, arguments)
     output: Tensor = OPERATION.call(name, arguments)
     return output
