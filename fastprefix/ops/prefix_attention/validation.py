@@ -109,7 +109,7 @@ def canonicalize(given: AttentionArguments) -> AttentionArguments:
         values[_SOFTCAP] = float(given.softcap)
     values[_SCALE] = 1.0 / math.sqrt(given.query.shape[-1]) if given.scale is None else float(given.scale)
     values[_DROPOUT] = float(given.dropout_p)
-    return AttentionArguments(*values)
+    return AttentionArguments._make(values)
 
 
 canonical_arguments = accept(collect_arguments)(canonicalize)

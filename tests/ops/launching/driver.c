@@ -1,7 +1,7 @@
 /* A CUDA driver without a device: it answers what Triton asks, and writes down what it is to launch.
 
-LAUNCHES names the file it writes to. How many parameters a kernel has, a driver knows from the kernel; here PARAMETERS
-gives their sizes. */
+LAUNCHES names the file that it writes to. Without LAUNCHES it writes nothing, so that a launch takes no time. A driver
+knows the parameters of a kernel; here PARAMETERS gives their sizes. */
 
 #include <stdint.h>
 #include <stdio.h>
@@ -54,7 +54,11 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
-  FILE *launches = fopen(getenv("LAUNCHES"), "a");
+  const char *path = getenv("LAUNCHES");
+  if (!path) {
+    return CUDA_SUCCESS;
+  }
+  FILE *launches = fopen(path, "a");
   fprintf(launches, "%s %u %u %u %u", (char *)function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX);
   for (const char *sizes = getenv("PARAMETERS"); *sizes; sizes += strcspn(sizes, " "), sizes += strspn(sizes, " ")) {
     uint64_t bits = 0;

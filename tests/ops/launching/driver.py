@@ -54,6 +54,6 @@ def run_with_driver(module: str, arguments: Sequence[str], **variables: str) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = describe_environment(build_driver(Path(folder)))
-        environment |= {"LAUNCHES": os.devnull, "PARAMETERS": "", **variables}
+        environment |= variables
         command = [sys.executable, "-m", module, *arguments, "--driver", folder]
         return subprocess.run(command, env=environment).returncode

@@ -36,7 +36,7 @@ _PREFIX = ("prefix_key", "prefix_value", "prefix_key_bias")
 
 def forward(*arguments: Any, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
-    a = AttentionArguments(*arguments)
+    a = AttentionArguments._make(arguments)
     check_spans(a)
     results: tuple[Tensor, Tensor] = _run(_forward, a, target)
     return results
@@ -117,7 +117,7 @@ def backward(
     if grad_output.stride(-1) != 1:  # e.g. an expanded gradient of a sum; kernels load contiguous columns
         grad_output = grad_output.contiguous()
     tensors = (grad_output, output, normalizers, given)
-    results: list[Tensor] = _run(_backward, AttentionArguments(*arguments), target, tensors, needs)
+    results: list[Tensor] = _run(_backward, AttentionArguments._make(arguments), target, tensors, needs)
     return results
 
 
