@@ -161,7 +161,7 @@ _SMALLEST: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         (64, HALF): AttentionTile(64, 32, 32, 8, 1),
         (127, HALF): AttentionTile(64, 32, 32, 8, 1, _PADDED),
-        (128, HALF): AttentionTile(64, 32, 32, 8, 2),
+        (128, HALF): AttentionTile(64, 32, 32, 8, 1),
     },
     "dq": {(64, HALF): AttentionTile(64, 32, 32, 8, 1), (128, HALF): AttentionTile(32, 32, 32, 4, 1)},
     "dkv": {
@@ -201,13 +201,16 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     },
     "capped": {"dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1)}},
     "dropout": _DROPOUT,
-    "dropout of pairs": _SMALLEST,
+    "dropout of pairs": {
+        **_SMALLEST,
+        "forward": {**_SMALLEST["forward"], (128, HALF): AttentionTile(32, 32, 32, 4, 2)},
+    },
     **_KEYED,
 }
 _SM86_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     **_SM80_VARIANTS,
     "dropout of pairs": {
-        **_SMALLEST,
+        **_SM80_VARIANTS["dropout of pairs"],
         "dkv": {**_SMALLEST["dkv"], (64, HALF): AttentionTile(32, 32, 32, 8, 1)},
         "dprefix": {**_SMALLEST["dprefix"], (64, HALF): AttentionTile(32, 32, 32, 4, 1)},
     },
