@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "print versions, devices, usable backends and, with --model, how methods would run on a model",
-    "parity": "compare every usable backend with the float64 reference (exit status 1 if a bound is missed)",
+    "parity": "compare usable backends with the float64 reference (exit status 1 if a bound is missed)",
 }
 """Commands and descriptions. Each command is a module with ``add_arguments(parser)`` and ``main(args) -> int``."""
 
