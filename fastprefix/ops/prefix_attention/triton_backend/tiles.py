@@ -202,7 +202,11 @@ _SM80_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
         "dkv": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 1)},
         "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1), (128, HALF): AttentionTile(32, 64, 64, 8, 1)},
     },
-    "capped": {"dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1)}},
+    "capped": {
+        "forward": {(128, HALF): AttentionTile(128, 32, 64, 8, 2)},
+        "dprefix": {(64, HALF): AttentionTile(32, 64, 64, 8, 1)},
+    },
+    "pairwise, keyed": {"dprefix": {(128, HALF): AttentionTile(32, 64, 32, 8, 1)}},
     "dropout": _DROPOUT,
     "dropout of pairs": {
         **_SMALLEST,
@@ -303,7 +307,7 @@ _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
     "plain, keyed": {
         **_SM90_VARIANTS["plain, keyed"],
         "decode": {(128, HALF): AttentionTile(16, 32, 32, 4, 2)},
-        "dq": {(64, HALF): AttentionTile(128, 64, 32, 8, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
+        "dq": {(64, HALF): AttentionTile(64, 64, 32, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
     },
 }
 _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
