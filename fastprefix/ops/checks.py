@@ -116,21 +116,30 @@ def needs_plain_operations() -> bool:
     ONNX has no translation of this package's operators. They also have no rules for the transforms of ``torch.func``
     (``grad``, ``vmap``, ``jvp``) and no forward-mode derivative.
     """
-    if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch.onnx.is_in_onnx_export()
+    if torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def can_read_values(device: torch.device) -> bool:
-    """Return whether the values of ids and spans can be checked.
+def can_read_values(values: Tensor) -> bool:
+    """Return whether the values of ids or spans can be checked.
 
-    They are always checked on a CPU. On other devices reading them waits for the device, so they are checked only with
-    ``FASTPREFIX_CHECK_IDS=1`` in the environment. They are never checked in transforms and ONNX exports.
+    On a CPU they are checked, except in traces, ONNX exports and if ``vmap`` maps over them. On other devices reading
+    them waits for the device, so they are checked only with ``FASTPREFIX_CHECK_IDS=1`` in the environment.
     """
-    if device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
+    if values.device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
         return False
-    return not needs_plain_operations()
+    return not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or _is_mapped(values))
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Return whether ``vmap`` maps over a tensor, possibly outside of other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_flag(name: str, value: object) -> None:

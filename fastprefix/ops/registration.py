@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import checks
 from .declaration import Declaration
 
 NAMESPACE = "fastprefix"
@@ -105,6 +106,14 @@ class Operation:
             if direct is not None and not is_observed(arguments[: self._declaration.tensors]):
                 return direct(*arguments)
         return self._operators[backend](*arguments)
+
+    def run_formulas(self, formulas: Callable[[Any], Tensor], arguments: Any) -> Tensor:
+        """Return ``formulas(arguments)``, computed by PyTorch's operations, with the operators' rule for autocast."""
+        dtype = checks.autocast_dtype(arguments[0].device)
+        if dtype is None:
+            return formulas(arguments)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return formulas(type(arguments)(*self._autocast(arguments, dtype)))
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:

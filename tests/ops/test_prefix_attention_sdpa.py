@@ -94,18 +94,27 @@ def test_other_calls_are_refused(named: dict[str, Any], reason: str) -> None:
         fastprefix.prefix_attention(**inputs.tensors, **inputs.options, backend="sdpa")
 
 
-def test_compiled_and_under_autocast() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_and_under_autocast(dynamic: bool) -> None:
     inputs = make_attention_case(N=9, M=9, gate="P", is_causal=True).build(torch.float32)
     leaves = [x.requires_grad_() for x in inputs.tensors.values()]
 
     def call(**tensors: Any) -> torch.Tensor:
         return fastprefix.prefix_attention(**tensors, **inputs.options, backend="sdpa")
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     found, wanted = (torch.autograd.grad(of(**inputs.tensors).sum(), leaves) for of in (compiled, call))
     torch.testing.assert_close(found, wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert call(**inputs.tensors).dtype is torch.bfloat16
+
+
+def test_an_empty_prefix_gets_a_gradient() -> None:
+    inputs = make_attention_case(P=0).build(torch.float32)
+    prefix = inputs.tensors["prefix_key"].requires_grad_()
+    fastprefix.prefix_attention(**inputs.tensors, backend="sdpa").sum().backward()
+    assert prefix.grad is not None
+    assert prefix.grad.shape == prefix.shape
 
 
 def test_derivatives_of_higher_order_exist() -> None:

@@ -74,3 +74,25 @@ def test_backends_chosen_by_name_refuse(name: str) -> None:
     call, x = make_call(name, backend="eager")
     with pytest.raises(NotImplementedError, match=r"no rules for the transforms of torch\.func.*Leave out `backend`"):
         torch.func.grad(lambda x: call(x).sum())(x)
+
+
+def test_compiled_transforms(name: str) -> None:
+    call, x = make_call(name)
+    gradient = torch.func.grad(lambda x: call(x).square().sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), gradient(x))
+
+
+def test_autocast_is_the_same_in_a_transform(name: str) -> None:
+    call, x = make_call(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = call(x)
+        found, _ = torch.func.vjp(call, x)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # the same dtype, with other roundings
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda loss: lambda x: torch.func.jvp(loss, (x,), (x,))])
+def test_values_of_ids_are_checked(transform: Callable[..., Any]) -> None:
+    ids, weight = torch.tensor([[1, -1]]), torch.randn(9, 4)
+    with pytest.raises(ValueError, match="`input_ids` must hold ids"):
+        transform(lambda x: prompt_embedding(ids, weight, x).sum())(torch.randn(3, 4))

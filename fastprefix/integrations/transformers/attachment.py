@@ -235,7 +235,8 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _activate(base, attachment, former)
+        if find_attachment(model) is attachment:  # otherwise, all adapters were detached in this context
+            _activate(base, attachment, former if former in attachment.adapters else None)
 
 
 def get_attachment(model: nn.Module) -> Attachment:

@@ -138,7 +138,7 @@ def prefix_attention(
     )
     arguments = canonicalize(given)
     if backend is None and needs_plain_operations():
-        return attend(arguments)
+        return OPERATION.run_formulas(attend, arguments)
     name = choose(
         backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
     )

@@ -69,7 +69,7 @@ def _apply_gate(a: AttentionArguments) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(prefix: Tensor, tokens: Tensor) -> Tensor:
-    if prefix.shape[2] == 0:
+    if prefix.shape[2] == 0 and not prefix.requires_grad:
         return tokens
     return torch.cat([prefix.expand(len(tokens), -1, -1, -1), tokens], 2)
 
@@ -89,7 +89,7 @@ def _attend(a: AttentionArguments, key: Tensor, value: Tensor, prefix: int = 0) 
     else:
         mask, is_causal = _make_mask(a, prefix), False
     return F.scaled_dot_product_attention(
-        a.query, key, value, mask, is_causal=is_causal, scale=a.scale, enable_gqa=a.groups > 1
+        a.query, key, value, mask, is_causal=is_causal, scale=a.scale, enable_gqa=bool(a.groups > 1)
     )
 
 

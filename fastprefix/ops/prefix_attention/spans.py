@@ -62,7 +62,7 @@ def read_spans(a: AttentionArguments) -> list[Span]:
 
 def check_spans(a: AttentionArguments) -> None:
     """Check the values of ``prefix_spans`` where values can be read. Clamp nothing."""
-    if a.prefix_spans is not None and checks.can_read_values(a.prefix_spans.device):
+    if a.prefix_spans is not None and checks.can_read_values(a.prefix_spans):
         read_spans(a)
 
 

@@ -99,7 +99,7 @@ def prompt_embedding(
         dropout_p=dropout_p,
     )
     if backend is None and needs_plain_operations():
-        return embed(arguments)
+        return OPERATION.run_formulas(embed, arguments)
     name = choose(backend, weight.device, OPERATION.refusals, arguments)
     output: Tensor = OPERATION.call(name, arguments)
     return output

@@ -83,17 +83,15 @@ def canonical_arguments(
 
 def check_values(a: EmbeddingArguments) -> None:
     """Raise ValueError if token ids, spans or indices are out of range, where values can be read. Clamp nothing."""
-    if not checks.can_read_values(a.weight.device):
-        return
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
     if a.entries is not None:
         _check_range("index", "values from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
-    if a.prompt_spans is not None and a.prompt is not None:
+    if a.prompt_spans is not None and a.prompt is not None and checks.can_read_values(a.prompt_spans):
         _check_span_values(a.prompt_spans, a.prompt.shape[0], a.prompt_length)
 
 
 def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: int) -> None:
-    if values.numel() == 0:
+    if values.numel() == 0 or not checks.can_read_values(values):
         return
     low, high = (int(bound) for bound in values.aminmax())
     if low < lowest or high > highest:

@@ -144,6 +144,20 @@ def test_the_base_model_runs_between_forward_and_backward(method: str, checkpoin
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("name", [None, "first"])
+def test_detached_while_disabled(name: str | None) -> None:
+    model = models.decoder()
+    expected = model(**models.batch()).logits
+    for each in ("second", "first"):
+        fastprefix.attach(model, fastprefix.PrefixTuningConfig(4), name=each)
+    with fastprefix.disable_adapter(model):
+        fastprefix.detach(model, name)
+    torch.testing.assert_close(model(**models.batch()).logits, expected, rtol=0, atol=0)
+    if name is not None:
+        fastprefix.detach(fastprefix.set_adapter(model, "second"))
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(4))
+
+
 def test_saved_and_loaded_by_name(tmp_path: Path) -> None:
     model, logits = with_two("encoder", PAIRS[1])
     inputs = models.batch("right")
