@@ -19,11 +19,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastprefix
 
-from .measure import BenchmarkError, Work
+from .measure import BenchmarkError, Role, Work
 from .peak import measure_peaks
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
-
-DESCRIPTION = "prefix_attention against gated concatenation, and against attention without a prefix."
 
 
 class Shape(NamedTuple):
@@ -148,15 +146,14 @@ class Inputs:
 
     def works(self, flex: bool = False) -> dict[str, Work]:
         """Return the work of each peer."""
-        works = {
-            "fused": build_kernel_work("ours", self.run_fused, self.leaves, self.grad),
-            "concat": build_kernel_work("theirs", self.run_concat, self.leaves, self.grad),
-            "tokens": build_kernel_work("floor", self.run_tokens, self.leaves[:3], self.grad),
+        peers: dict[str, tuple[Role, Callable[[], Tensor], tuple[Tensor, ...]]] = {
+            "fused": ("ours", self.run_fused, self.leaves),
+            "concat": ("theirs", self.run_concat, self.leaves),
+            "tokens": ("floor", self.run_tokens, self.leaves[:3]),
         }
         if flex:
-            leaves = self.leaves if self.q.is_cuda else ()
-            works["flex"] = build_kernel_work("theirs", self.compile_flex(), leaves, self.grad)
-        return works
+            peers["flex"] = ("theirs", self.compile_flex(), self.leaves if self.q.is_cuda else ())
+        return {name: build_kernel_work(*peer, self.grad) for name, peer in peers.items()}
 
 
 def build_mask(N: int, M: int, P: int, device: torch.device) -> Tensor:

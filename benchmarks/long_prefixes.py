@@ -13,35 +13,18 @@ import torch
 import transformers
 from torch import Tensor
 
-import fastprefix
-
 from . import models
-from .measure import Work, find_version
-from .peers import FLOOR, PREFIX_RATE, ModelPeer, attach, freeze, wrap_with_peft
+from .measure import Work
+from .peers import FLOOR, ModelPeer, list_peers
 from .suite import DTYPES, Problem, add_common, positive, run_suite
 
-DESCRIPTION = "Measure training and decoding of a Qwen3-shaped decoder with prefixes of 2,048 and 8,192 keys."
 SHAPE: dict[str, Any] = {
     "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     "intermediate_size": 1536, "vocab_size": 4096,
 }  # fmt: skip
 QUICK: dict[str, Any] = {**SHAPE, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 256}
+PEERS = (FLOOR, "cartridge", "cartridge, values", "PEFT cartridge", "PEFT prefix tuning")
 LENGTHS, TOKENS, ROWS, PAST = (2048, 8192), 1024, 8, 32  # of a row in training; rows and cached tokens in decoding
-
-
-def list_peers(P: int) -> list[ModelPeer]:
-    """Return the floor, this package's cartridge with all of it or only its values trained, and PEFT's methods."""
-    cartridge = partial(fastprefix.CartridgeConfig, P, init="normal")
-    peers = [
-        ModelPeer(FLOOR, "floor", freeze),
-        ModelPeer("cartridge", "ours", partial(attach, config=cartridge(), main=PREFIX_RATE)),
-        ModelPeer("cartridge, values", "ours", partial(attach, config=cartridge(train="values"), main=PREFIX_RATE)),
-    ]
-    if find_version("peft"):
-        wrap = partial(wrap_with_peft, kind="causal_lm", tokens=P, rate=PREFIX_RATE)
-        peers.append(ModelPeer("PEFT cartridge", "theirs", partial(wrap, config="CartridgeConfig")))
-        peers.append(ModelPeer("PEFT prefix tuning", "theirs", partial(wrap, config="PrefixTuningConfig")))
-    return peers
 
 
 def build_work(peer: ModelPeer, model: Any, row: Tensor, rows: Tensor) -> Work:
@@ -76,7 +59,10 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
         base.to(DTYPES[name])
         for P in lengths:
             row, batch = (torch.randint(config.vocab_size, s, device=device) for s in ((1, tokens), (rows, PAST)))
-            works = {p.name: build_work(p, p.copy_and_prepare(base), row, batch) for p in list_peers(P)}
+            works = {
+                p.name: build_work(p, p.copy_and_prepare(base), row, batch)
+                for p in list_peers(PEERS, "causal_lm", P, tokens)
+            }
             yield {"P": P, "N": tokens, "rows": rows, "dtype": name}, works
 
 
@@ -85,5 +71,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix", type=positive, nargs="+", default=LENGTHS, metavar="P", help="prefix lengths")
 
 
-def run(options: argparse.Namespace) -> int:
-    return run_suite("long-prefixes", list_problems, options)
+run = partial(run_suite, "long-prefixes", list_problems)

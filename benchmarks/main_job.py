@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 
 from . import data, models, report
 from .data import Batch
-from .measure import BenchmarkError, Row, Work, fault, figure_row, find_busyness, measure, time_call
+from .measure import BenchmarkError, Row, Work, figure_row, find_busyness, keep_going, measure, time_call
 from .models import TaskKind
 from .peers import FLOOR, ModelPeer, Prepared, list_peers, share_weights
 from .report import BOTH, FORWARD
 from .results import Record
 from .suite import add_common, positive, set_up
 
-DESCRIPTION = "Train an encoder and a decoder on real text with every method, and report speed, memory and loss."
 TOKENS = 100
 SHORT = 0.6  # share of TOKENS with which DePT and ADePT have as many parameters as 100 prompt tokens at width 768
 PEERS = (
@@ -97,15 +96,16 @@ class Trainee:
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
-    def run_both(self, batch: Batch) -> None:
-        """Run forward and backward."""
-        self.model.train()
-        self.model.zero_grad(set_to_none=True)
-        self.model(**batch).loss.backward()
-
     def train(self) -> float:
         """Run a training step. Return the seconds without the optimizer, which is the same for all peers."""
-        (seconds,) = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
+        batch = next(self.batches)
+        self.model.train()
+
+        def run_both() -> None:
+            self.model.zero_grad(set_to_none=True)
+            self.model(**batch).loss.backward()
+
+        (seconds,) = time_call(run_both, self.subject.model.device)
         if self.optimizer is not None:
             self.optimizer.step()
         return seconds
@@ -121,11 +121,10 @@ class Trainee:
         passes, steps = len(self.subject.held_out), len(self.subject.train)
         for _ in range(passes):
             self.evaluate()
-        parts = self.losses[:passes], self.losses[-passes:]
-        held_out = [torch.stack(part).mean().item() for part in parts]
+        first, last = (torch.stack(part).mean().item() for part in (self.losses[:passes], self.losses[-passes:]))
         return [
             row("training", "parameters", self.prepared.count_trainable()),
-            row("held out", "loss", held_out[-1], samples=held_out, steps=[0, steps]),
+            row("held out", "loss", last, samples=[first, last], steps=[0, steps]),
         ]
 
 
@@ -138,11 +137,8 @@ def compare_peers(subject: Subject, peers: list[ModelPeer], seed: int) -> tuple[
     trainees, works, faults = dict[str, Trainee](), dict[str, Work](), list[Row]()
     for peer in peers:
         torch.manual_seed(seed)
-        try:
+        with keep_going(lambda _, found: faults.extend(found), case, peer.name, "set-up"):
             trainee = trainees[peer.name] = Trainee(peer.prepare(share_weights(subject.model)), subject)
-        except Exception as error:  # the failure of one peer must not lose the results of the others
-            faults.append(fault(case, peer.name, "set-up", error))
-        else:
             works[peer.name] = Work(peer.role, {FORWARD: trainee.evaluate, BOTH: trainee.train})
     rounds = partial(tqdm, range(steps), desc=subject.title, unit="round", leave=False, disable=None)
     rows, more = measure(case, works, subject.model.device, rounds, warmup=steps // 10)
@@ -169,7 +165,10 @@ def run(options: argparse.Namespace) -> int:
     start, device = time.perf_counter(), set_up(options)
     quick = "quick, pretrained" if options.model else "quick"
     steps = options.steps or STEPS[quick if options.quick else device.type]
-    name, corpus = data.read_corpus(options)
+    source = options.data or options.dataset
+    option, name = "--data" if options.data else "--dataset", str(source or "Python documentation (pydoc_data.topics)")
+    texts = data.read_rows(option, source, options) if source else data.read_python_documentation()
+    corpus = data.split_rows(name, texts, options.seed)
     counts = ", ".join(f"{part} {len(rows):,} passages" for part, rows in corpus.items())
     text = f"{name}: {counts}, {len(data.list_classes(corpus))} classes"
     arguments = {name: value for name, value in vars(options).items() if name != "out"}

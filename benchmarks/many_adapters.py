@@ -16,63 +16,45 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import fastprefix
 
+from . import models
 from .measure import Work
+from .models import Size
 from .suite import DTYPES, Problem, add_common, run_suite
 
-DESCRIPTION = "Compare a batch whose rows have different adapters with one shared adapter, and with separate batches."
-ROWS, LENGTH, TOKENS, NEW = 16, 100, 128, 64
+LENGTH, NEW = 100, 64  # tokens of an adapter, and generated ones
 SWAPPED = 20 * 2**20  # bytes
-SIZES: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
-QUICK: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2}
+FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
+QUICK = Size(layers=2, width=64, heads=8, vocabulary=4096, rows=4, length=8)
 
 
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
-    rows, tokens, new = (4, 8, 4) if options.quick else (ROWS, TOKENS, NEW)
+    size, new, swapped = (QUICK, 4, SWAPPED // 64) if options.quick else (FULL, NEW, SWAPPED)
+    ids = models.draw_batch("causal_lm", size, size.length, device)["input_ids"]
     for name in options.dtype:
-        for kind in ("prefix",) if options.adapterhub else ("prefix", "prompt"):
-            model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
-            case = {"kind": kind, "rows": rows, "P": LENGTH, "N": tokens, "new": new, "dtype": name}
-            ids = draw_ids(rows, tokens, device)
-            yield case, split_with_adapters(model, ids, new) if options.adapterhub else generate(model, kind, ids, new)
-        if options.adapterhub:
-            continue
-        model = build_model(QUICK if options.quick else SIZES, DTYPES[name], device)
-        yield {"kind": "swap", "dtype": name}, swap(model, SWAPPED // (64 if options.quick else 1))
-
-
-def build_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **sizes,
-        vocab_size=4096,
-        intermediate_size=8 * sizes["hidden_size"] // 3,
-        initializer_range=sizes["hidden_size"] ** -0.5,
-    )
-    model: Any = transformers.LlamaForCausalLM(config).eval()
-    model.to(device=device, dtype=dtype).generation_config.eos_token_id = None
-    return model
-
-
-def attach_all(model: Any, kind: str, count: int) -> None:
-    for index in range(count):
-        config = fastprefix.PrefixTuningConfig(LENGTH) if kind == "prefix" else fastprefix.PromptTuningConfig(LENGTH)
-        fastprefix.attach(model, config, name=f"adapter {index}", check=index == 0)
-
-
-def draw_ids(rows: int, tokens: int, device: torch.device) -> Tensor:
-    return torch.randint(3, 4096, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+        for kind in ("prefix",) if options.adapterhub else ("prefix", "prompt", "swap"):
+            model: Any = models.build("causal_lm", models.configure("causal_lm", size), device).eval()
+            model.to(DTYPES[name]).generation_config.eos_token_id = None
+            case = {"kind": kind, "rows": size.rows, "P": LENGTH, "N": size.length, "new": new, "dtype": name}
+            if kind == "swap":
+                yield {"kind": kind, "dtype": name}, swap(model, swapped)
+            else:
+                yield (
+                    case,
+                    split_with_adapters(model, ids, new) if options.adapterhub else generate(model, kind, ids, new),
+                )
 
 
 def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
     """Return the work of each peer for generation, with one adapter for each row."""
-    attach_all(model, kind, len(ids))
     names = [f"adapter {index}" for index in range(len(ids))]
-    run = partial(model.generate, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    for name in names:
+        config = fastprefix.PrefixTuningConfig(LENGTH) if kind == "prefix" else fastprefix.PromptTuningConfig(LENGTH)
+        fastprefix.attach(model, config, name=name, check=name == names[0])
+    run = partial(model.generate, max_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0)
 
     def run_shared() -> None:
         fastprefix.set_adapter(model, names[0])
@@ -106,11 +88,11 @@ def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
     for name in names:
         model.add_adapter(name, config=adapters.PrefixTuningConfig(flat=True, prefix_length=LENGTH))
     model.to(device=model.device, dtype=model.dtype).eval()
-    run = partial(model.generate, input_ids=ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
     def run_with(active: Any) -> None:
         model.set_active_adapters(active)
-        run()
+        model.generate(input_ids=ids, **options)
 
     split = BatchSplit(*names, batch_sizes=[1] * len(names))
     return {
@@ -123,20 +105,19 @@ def split_with_adapters(model: Any, ids: Tensor, new: int) -> dict[str, Work]:
 def swap(model: Any, size: int) -> dict[str, Work]:
     """Return the work of replacing a prefix of ``size`` bytes in a store with other prefixes."""
     config, dtype = model.config, model.dtype
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    width = config.hidden_size // config.num_attention_heads
+    layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     length = size // (2 * layers * heads * width * dtype.itemsize)
     pairs = [tuple(torch.randn(heads, length, width).to(dtype) for _ in range(2)) for _ in range(layers)]
     state = fastprefix.PrefixState(pairs)  # type: ignore[arg-type]
     store = fastprefix.AdapterStore(model, tokens=4 * length)
     for name in ("one", "two", "three"):
         store.load(name, state)
-    places = [tuple(torch.empty_like(tensor, device=model.device) for tensor in pair) for pair in pairs]
+    sources = [tensor for pair in pairs for tensor in pair]
+    targets = [torch.empty_like(tensor, device=model.device) for tensor in sources]
 
     def copy() -> None:
-        for pair, place in zip(pairs, places, strict=True):
-            for source, target in zip(pair, place, strict=True):
-                target.copy_(source)
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
 
     return {
         "copy": Work("floor", {"swap": copy}),
@@ -149,5 +130,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapterhub", action="store_true", help="measure AdapterHub's package, in its environment")
 
 
-def run(options: argparse.Namespace) -> int:
-    return run_suite("many-adapters", list_problems, options)
+run = partial(run_suite, "many-adapters", list_problems)

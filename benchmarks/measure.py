@@ -37,6 +37,8 @@ BUSY = 0.5
 
 Role = Literal["floor", "ours", "theirs"]
 Row = dict[str, Any]
+Add = Callable[[list[Row], list[Row]], None]
+"""A function that adds rows and faults to the results."""
 
 
 class BenchmarkError(Exception):
@@ -64,6 +66,15 @@ def fault(case: Row, peer: str, stage: str, error: Exception) -> Row:
     return {**case, "peer": peer, "stage": stage, "message": first_line(error), "traceback": text}
 
 
+@contextmanager
+def keep_going(add: Add, case: Row, peer: str, stage: str) -> Iterator[None]:
+    """Add an error inside the context as a fault. The failure of one peer must not lose the results of the others."""
+    try:
+        yield
+    except Exception as error:
+        add([], [fault(case, peer, stage, error)])
+
+
 def time_call(work: Callable[[], object], device: torch.device) -> list[float]:
     """Return the seconds until a call is finished on the device.
 
@@ -85,31 +96,6 @@ def count_until(seconds: float, *, least: int, warmup: int) -> Iterator[int]:
         if i >= least and time.perf_counter() >= end:
             return
         yield warmup + i
-
-
-def interleave(
-    jobs: Mapping[str, Callable[[], list[float]]], rounds: Iterable[int], warmup: int = 0
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Run every job once per round. Each round begins with a different job, so that drift affects all of them equally.
-
-    Times of rounds below ``warmup`` are discarded. A job that raises an error is left out of later rounds. Return the
-    seconds of the jobs that succeeded, and the errors of the jobs that failed.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in jobs}
-    errors: dict[str, Exception] = {}
-    for i in rounds:
-        names = [name for name in jobs if name not in errors]
-        first = i % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            try:
-                seconds = jobs[name]()
-            except Exception as error:  # the failure of one peer must not lose the results of the others
-                errors[name] = error
-                del samples[name]
-                continue
-            if i >= warmup:
-                samples[name] += seconds
-    return samples, errors
 
 
 def timed_row(case: Row, peer: str, role: Role, direction: str, samples: Sequence[float]) -> Row:
@@ -141,24 +127,30 @@ def measure(
     warmup: int = 1,
     timer: Callable[[Callable[[], object], torch.device], list[float]] = time_call,
 ) -> tuple[list[Row], list[Row]]:
-    """Time all peers of a case alternately, then measure the memory of each. Return rows and faults.
+    """Time all peers of a case in interleaved rounds, then measure the memory of each. Return rows and faults.
 
-    A peer that fails in one direction is left out of the remaining directions.
+    Each round begins with a different peer, so that drift affects all of them equally. Times of rounds below ``warmup``
+    are discarded. A peer that fails is left out of the remaining rounds and directions.
     """
     rows, faults = list[Row](), list[Row]()
+
+    def add(_: list[Row], found: list[Row]) -> None:
+        faults.extend(found)
+
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
-        failed = {of["peer"] for of in faults}
-        calls = {n: work.calls[direction] for n, work in works.items() if direction in work.calls and n not in failed}
-        jobs = {name: partial(timer, call, device) for name, call in calls.items()}
-        samples, errors = interleave(jobs, rounds(), warmup)
-        for name, seconds in samples.items():
+        samples = {name: list[float]() for name, work in works.items() if direction in work.calls}
+        for i in rounds():
+            names = [name for name in samples if all(of["peer"] != name for of in faults)]
+            first = i % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                with keep_going(add, case, name, direction):
+                    seconds = timer(works[name].calls[direction], device)
+                    samples[name] += seconds if i >= warmup else []
+        for name in [name for name in samples if all(of["peer"] != name for of in faults)]:
             about = (case, name, works[name].role, direction)
-            rows.append(timed_row(*about, seconds))
-            try:
-                rows.append(figure_row(*about, "bytes", added_peak(calls[name], device)))
-            except Exception as error:  # an error in the pass for memory must not lose the times of the others
-                errors[name] = error
-        faults += [fault(case, name, direction, error) for name, error in errors.items()]
+            rows.append(timed_row(*about, samples[name]))
+            with keep_going(add, case, name, direction):
+                rows.append(figure_row(*about, "bytes", added_peak(works[name].calls[direction], device)))
     return rows, faults
 
 

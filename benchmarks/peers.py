@@ -178,10 +178,13 @@ def list_peers(
         "DePT": partial(fastprefix.DePTConfig, short or tokens, rank=DEPT_RANK, max_length=length),
         "ADePT": partial(fastprefix.ADePTConfig, short or tokens, bottleneck_dim=ADEPT_WIDTH),
     }
+    cartridge = partial(fastprefix.CartridgeConfig, tokens, init="normal")
     ours: dict[str, Prepare] = {
         "PT textbook": partial(attach, config=prompts["PT"](shared_prompt=False)),
         "prefix tuning": partial(attach, config=fastprefix.PrefixTuningConfig(tokens), main=PREFIX_RATE),
         "APT": partial(attach, config=fastprefix.APTConfig(tokens), main=PREFIX_RATE),
+        "cartridge": partial(attach, config=cartridge(), main=PREFIX_RATE),
+        "cartridge, values": partial(attach, config=cartridge(train="values"), main=PREFIX_RATE),
     }
     theirs: dict[str, Prepare] = {}
     for name, make in prompts.items():
@@ -189,7 +192,11 @@ def list_peers(
         theirs[f"{name}, eager"] = partial(EagerPrompt.prepare, method=name, tokens=tokens, length=length)
     if find_version("peft"):
         wrap = partial(wrap_with_peft, kind=kind, tokens=tokens)
-        rates = {"PT": ("PromptTuningConfig", PROMPT_RATE), "prefix tuning": ("PrefixTuningConfig", PREFIX_RATE)}
+        rates = {
+            "PT": ("PromptTuningConfig", PROMPT_RATE),
+            "prefix tuning": ("PrefixTuningConfig", PREFIX_RATE),
+            "cartridge": ("CartridgeConfig", PREFIX_RATE),
+        }
         for name, (config, rate) in rates.items():
             theirs[f"PEFT {name}"] = partial(wrap, config=config, rate=rate)
             ours[f"PEFT {name}, accelerated"] = partial(wrap, config=config, rate=rate, accelerated=True)

@@ -18,9 +18,8 @@ import fastprefix
 
 from .attention import BACKENDS
 from .measure import Role
-from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
+from .suite import DTYPES, Problem, add_common, build_kernel_work, draw, run_suite
 
-DESCRIPTION = "Compare prefix_attention without a prefix with PyTorch's attention, with masks of each kind."
 SHAPES = ((8, 12, 12, 128, 64), (4, 8, 8, 512, 64), (1, 8, 2, 2048, 64))
 QUICK = ((2, 4, 2, 32, 16),)
 ROLES: dict[str, Role] = {"fused": "ours", "sdpa": "floor", "flex": "theirs"}
@@ -62,21 +61,13 @@ def make_masks(B: int, H: int, N: int, dtype: torch.dtype, device: torch.device)
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     for B, Hq, Hkv, N, D in QUICK if options.quick else SHAPES:
         for name in options.dtype:
-            dtype = DTYPES[name]
-
-            def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-                return torch.randn(size, device=device).to(dtype).requires_grad_()
-
-            leaves = (draw(B, Hq, N, D), draw(B, Hkv, N, D), draw(B, Hkv, N, D))
-            grad = draw(B, Hq, N, D).detach()
-            for kind, mask in make_masks(B, Hq, N, dtype, device).items():
-                calls = build_calls(leaves, mask, kind, options.flex)
-                works = {
-                    peer: build_kernel_work(
-                        ROLES[peer], call, () if peer == "flex" and device.type == "cpu" else leaves, grad
-                    )
-                    for peer, call in calls.items()
-                }
+            sizes = ((B, Hq, N, D), (B, Hkv, N, D), (B, Hkv, N, D), (B, Hq, N, D))
+            q, k, v, grad = (draw(*size, dtype=DTYPES[name], device=device) for size in sizes)
+            for kind, mask in make_masks(B, Hq, N, DTYPES[name], device).items():
+                works = {}
+                for peer, call in build_calls((q, k, v), mask, kind, options.flex).items():
+                    leaves = () if peer == "flex" and device.type == "cpu" else (q, k, v)
+                    works[peer] = build_kernel_work(ROLES[peer], call, leaves, grad.detach())
                 yield {"B": B, "Hq": Hq, "Hkv": Hkv, "N": N, "D": D, "dtype": name, "mask": kind}, works
 
 
@@ -105,5 +96,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flex", action="store_true", help="also measure FlexAttention, which compiles for each case")
 
 
-def run(options: argparse.Namespace) -> int:
-    return run_suite("plain-attention", list_problems, options)
+run = partial(run_suite, "plain-attention", list_problems)

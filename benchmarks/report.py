@@ -14,7 +14,6 @@ from .measure import BenchmarkError
 from .results import FIGURES, Record, describe_fault
 from .suite import DEFAULT_OUT
 
-DESCRIPTION = "Write results as tables (Markdown, CSV) and plots (PNG). With --update, fill in the tables in files."
 FACTS = ("date", "commit", "device_name", "cpu_capability", "threads", "torch", "transformers", "peft")
 FORWARD, BOTH = "forward", "forward+backward"
 BRIEF = ("forward, x floor", "fwd + bwd, x floor", "peak MB")

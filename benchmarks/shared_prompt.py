@@ -19,7 +19,6 @@ from .models import Size
 from .peers import FLOOR, ModelPeer, list_peers
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "Measure training steps, prefill, decoding and memory of soft prompts that run once for the whole batch."
 FULL = Size(layers=6, width=512, heads=8, vocabulary=4096, rows=16, length=128)
 QUICK = Size(layers=2, width=64, heads=2, vocabulary=512, rows=2, length=16)
 LENGTHS = (20, 60, 100)
@@ -68,5 +67,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=positive, nargs="+", default=LENGTHS, metavar="S", help="prompt lengths")
 
 
-def run(options: argparse.Namespace) -> int:
-    return run_suite("shared-prompt", list_problems, options)
+run = partial(run_suite, "shared-prompt", list_problems)

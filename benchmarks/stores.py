@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import fastprefix
 
 from .attention import BACKENDS, build_dense_mask
 from .measure import Work
-from .suite import DTYPES, Problem, add_common, build_kernel_work, run_suite
+from .suite import DTYPES, Problem, add_common, build_kernel_work, draw, run_suite
 
-DESCRIPTION = "Measure prefix_attention with long prefixes, and with a store of prefixes and a span for each row."
 HEADS, KV_HEADS, D = 8, 4, 64
 TOKENS, LENGTHS = 1024, (512, 2048, 8192)
 ROWS, SPAN, ROW_TOKENS = 16, 100, ((128, 128), (512, 512), (1, 512))
@@ -30,17 +28,12 @@ ROWS, SPAN, ROW_TOKENS = 16, 100, ((128, 128), (512, 512), (1, 512))
 def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     tokens, lengths, row_tokens = (32, (64,), ((8, 8),)) if options.quick else (TOKENS, LENGTHS, ROW_TOKENS)
     for name in options.dtype:
-
-        def draw(*size: int, dtype: torch.dtype = DTYPES[name]) -> Tensor:
-            return torch.randn(size, device=device).to(dtype).requires_grad_()
-
+        draw_one = partial(draw, dtype=DTYPES[name], device=device)
         for length in lengths:
-            yield (
-                {"kind": "long", "N": tokens, "M": tokens, "P": length, "dtype": name},
-                attend_long(draw, tokens, length, device),
-            )
+            case = {"kind": "long", "N": tokens, "M": tokens, "P": length, "dtype": name}
+            yield case, attend_long(draw_one, tokens, length, device)
         for N, M in row_tokens:
-            yield {"kind": "spans", "N": N, "M": M, "P": SPAN, "dtype": name}, attend_spans(draw, N, M, device)
+            yield {"kind": "spans", "N": N, "M": M, "P": SPAN, "dtype": name}, attend_spans(draw_one, N, M, device)
 
 
 def attend_long(draw: Any, tokens: int, length: int, device: torch.device) -> dict[str, Work]:
@@ -74,9 +67,5 @@ def attend_spans(draw: Any, N: int, M: int, device: torch.device) -> dict[str, W
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
-
-
-def run(options: argparse.Namespace) -> int:
-    return run_suite("stores", list_problems, options)
+add_arguments = partial(add_common, rounds=10, seconds=2.0, dtypes=["float32", "bfloat16"])
+run = partial(run_suite, "stores", list_problems)

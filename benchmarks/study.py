@@ -40,7 +40,6 @@ from .report import MISSING, Table, number
 from .results import FOLDER, Record, read, write_text
 from .suite import DEFAULT_OUT, add_common, set_up
 
-DESCRIPTION = "Measure how well the methods learn a classification task, or named entities, with a pretrained encoder."
 PLAN = Path(__file__).parent / "study_plan.json"
 WARMUP = 0.06  # of the steps; then the rate falls to 0 linearly
 IGNORED = -100  # the label of tokens that do not count

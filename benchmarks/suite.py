@@ -64,6 +64,11 @@ def set_up(options: argparse.Namespace) -> torch.device:
     return device
 
 
+def draw(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw a tensor that requires a gradient."""
+    return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+
 def build_kernel_work(role: Role, call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Work:
     """Return the work of a kernel. ``leaves`` get gradients. Without leaves, only the forward pass is measured."""
 

@@ -24,7 +24,6 @@ from .models import ATTENTION, place
 from .peers import FLOOR, ModelPeer, Prepared, attach, freeze, freeze_body
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "Compare VPT and SHIP on a vision transformer, once for the whole batch and in every image."
 APART = "rows apart"  # name of the eager version of SHIP's attention
 RATE = 1e-2
 LENGTHS = (10, 50)

@@ -6,6 +6,7 @@ transformers. It is measured in a separate environment, so only its ratios to th
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -14,7 +15,6 @@ from .models import Size, TaskKind
 from .peers import FLOOR, list_peers
 from .suite import Problem, add_common, build_model_work, positive, run_suite
 
-DESCRIPTION = "Measure every method and its peers on models of published shapes, over lengths of input and prefix."
 # The vocabulary is smaller than the published one. Its size only affects ADePT.
 SIZE = Size(12, 768, 12, vocabulary=8192, rows=4, length=512)
 QUICK = Size(2, 32, 2, vocabulary=256, rows=2, length=32)
@@ -45,5 +45,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", default=[FLOOR, *OURS, *THEIRS], metavar="NAME")
 
 
-def run(options: argparse.Namespace) -> int:
-    return run_suite("models", list_problems, options)
+run = partial(run_suite, "models", list_problems)

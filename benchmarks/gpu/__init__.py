@@ -19,27 +19,22 @@ import torch
 
 from fastprefix.parity import DTYPES, attention_cases, embedding_cases
 
-from ..measure import BenchmarkError, fault, figure_row, freeze_heap
+from ..measure import Add, BenchmarkError, Row, figure_row, freeze_heap, keep_going
 from ..report import tabulate_gpu
 from ..results import Record, describe_fault
 from ..suite import DEFAULT_OUT
 from . import device
 from .kernels import measure_kernels
 from .parity import FIRST as FIRST_CASES
-from .parity import SMALL, Add, check_parity, run_tests
+from .parity import SMALL, check_parity, run_tests
 from .problems import FIRST, LONGEST, build_problem
 from .speed import check_problem, measure_problems, measure_speed
 from .tiles import measure_tiles
 
-DESCRIPTION = "Check and measure prefix attention on a CUDA device in one run of less than nine minutes."
 SECONDS = 525.0
 """The time limit of all stages together."""
 OURS = ("stage", "triton", "fused", "composed", "tests", "accelerated", "fastprefix")
 """The peers of this package. If one of them fails, the run fails. Other peers may not support every case."""
-
-
-class FirstStageError(Exception):
-    """The first stage failed, so the following stages would be meaningless."""
 
 
 def is_own(peer: str) -> bool:
@@ -49,22 +44,21 @@ def is_own(peer: str) -> bool:
 
 def run_first(add: Add, seconds: float) -> None:
     """Check twelve cases in bfloat16, then in float16, measure the peak rates of the device, and time three shapes."""
-    end, faults = time.monotonic() + seconds, 0
+    end, failed = time.monotonic() + seconds, list[Row]()
 
-    def add_and_count(rows: list[dict[str, object]], found: list[dict[str, object]]) -> None:
-        nonlocal faults
-        faults += sum(is_own(str(of["peer"])) for of in found)
+    def add_and_keep(rows: list[Row], found: list[Row]) -> None:
+        failed.extend(of for of in found if is_own(of["peer"]))
         add(rows, found)
 
-    check_parity(add_and_count, seconds * 0.7, FIRST_CASES, ("bfloat16", "float16"))
-    check_problem(add_and_count, build_problem(*LONGEST))
-    if faults:
-        raise FirstStageError(f"{faults} of the first cases failed")
+    check_parity(add_and_keep, seconds * 0.7, FIRST_CASES, ("bfloat16", "float16"))
+    check_problem(add_and_keep, build_problem(*LONGEST))
+    if failed:
+        raise RuntimeError(f"{len(failed)} of the first cases failed")
     for name, value in device.measure_ceilings().items():
         add([figure_row({"case": "ceiling"}, "PyTorch", "floor", "ceiling", name, value)], [])
-    measure_problems(add_and_count, max(10.0, end - time.monotonic()), FIRST)
-    if faults:
-        raise FirstStageError(f"{faults} of the first shapes failed")
+    measure_problems(add_and_keep, max(10.0, end - time.monotonic()), FIRST)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of the first shapes failed")
 
 
 def run_methods(add: Add, seconds: float) -> None:
@@ -74,8 +68,7 @@ def run_methods(add: Add, seconds: float) -> None:
     measure_methods(add, seconds)
 
 
-Stage = tuple[Callable[[Add, float], object], int]
-STAGES: dict[str, Stage] = {
+STAGES: dict[str, tuple[Callable[[Add, float], object], int]] = {
     "first": (run_first, 130),
     "kernels": (measure_kernels, 25),
     "tests": (run_tests, 90),
@@ -108,10 +101,8 @@ def run(options: argparse.Namespace) -> int:
     add, end = partial(record.add, path=options.out), time.monotonic() + SECONDS
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()
-        try:
+        with keep_going(add, {}, "stage", name):  # only a failure of the first stage makes the following ones useless
             stage(add, min(seconds, end - start))
-        except Exception as error:  # only a failure of the first stage makes the following stages useless
-            add([], [fault({}, "stage", name, error)])
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)
         record.settings["clocks"][name] = device.read_clocks()
         add([], [])

@@ -3,17 +3,27 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 from ..measure import first_line
 from . import device
 
 WORKERS = 16
+Item = TypeVar("Item")
 Job = tuple[Any, ...]
 """A function, followed by its arguments."""
+
+
+def in_time(what: str, end: float, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items until the time is over, and print how many there were."""
+    for number, item in enumerate(items):
+        if time.monotonic() > end:
+            print(f"{what}: {number} measured, the remaining ones are skipped for lack of time", flush=True)
+            return
+        yield item
 
 
 def run_job(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch.profiler import profile
 
 from ..attention import Shape
-from ..measure import Row, Work, fault, figure_row
-from .parity import Add
+from ..measure import Add, Row, Work, figure_row, keep_going
+from .jobs import in_time
 from .problems import DECODING, SHAPES, Kind, Problem, build_embeddings, build_problem
 
 CALLS = 10
@@ -54,15 +54,10 @@ def measure_kernels(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> 
     def add_problem(problem: Problem) -> None:
         for peer, work in problem.works.items():
             if peer in PEERS:
-                try:
+                with keep_going(add, problem.case, peer, "kernels"):
                     add(profile_work(problem.case, peer, work), [])
-                except Exception as error:  # the failure of one peer must not lose the others
-                    add([], [fault(problem.case, peer, "kernels", error)])
 
-    for kind in kinds:
-        if time.monotonic() > end:
-            print("kernels: the remaining cases are skipped for lack of time", flush=True)
-            return
+    for kind in in_time("kernels", end, kinds):
         add_problem(build_problem(*kind, flex=False))
     for problem in build_embeddings():
         add_problem(problem)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from torch import Tensor
 from fastprefix.parity import DTYPES, AttentionCase, Case, EmbeddingCase
 from fastprefix.parity import measure as measure_parity
 
-from ..measure import ROOT, BenchmarkError, Row, fault, figure_row, find_version
+from ..measure import ROOT, Add, BenchmarkError, Row, fault, figure_row, find_version
 from . import jobs
 
-Add = Callable[[list[Row], list[Row]], None]
-"""A function that adds rows and faults to the results."""
 FIRST: tuple[Case, ...] = (
     AttentionCase(N=257, M=257, P=77, D=64, Hq=4, options={"is_causal": True}),
     AttentionCase(N=257, M=257, P=77, D=128, Hq=4, Hkv=1, gate="BhP", options={"is_causal": True}),

@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..measure import BenchmarkError, Work, fault, figure_row, measure
+from ..measure import Add, BenchmarkError, Work, fault, figure_row, measure
 from ..results import describe_times
 from . import device, jobs
-from .parity import Add
 from .problems import Kind, Problem, build_embeddings, build_problem, list_compilations, list_problems
 
 LIMIT = 0.03
@@ -99,15 +98,8 @@ def measure_problems(add: Add, seconds: float, kinds: Sequence[Kind], compiling:
     for job, answer in zip(compilations, jobs.run_jobs(compilations, seconds * compiling), strict=True):
         if "error" in answer:
             add([], [fault({"case": str(job[1:])}, "fused", "compile", RuntimeError(answer["error"]))])
-    _measure_in_time(add, end, (partial(build_problem, *kind) for kind in kinds))
-
-
-def _measure_in_time(add: Add, end: float, problems: Iterable[Callable[[], Problem]]) -> None:
-    for number, build in enumerate(problems):
-        if time.monotonic() > end:
-            print(f"speed: {number} cases measured, the remaining ones are skipped for lack of time", flush=True)
-            return
-        measure_problem(add, build())
+    for kind in jobs.in_time("speed", end, kinds):
+        measure_problem(add, build_problem(*kind))
 
 
 def measure_speed(add: Add, seconds: float) -> None:

@@ -16,11 +16,10 @@ from fastprefix.ops.prefix_attention.triton_backend.tiles import AttentionTile
 from fastprefix.ops.replay import Replays
 
 from ..attention import Inputs, Shape
-from ..measure import Row, Work, fault, figure_row
+from ..measure import Add, Row, Work, figure_row, keep_going
 from ..suite import build_kernel_work
 from . import device, jobs
 from .kernels import profile_call
-from .parity import Add
 from .problems import BACKEND, Kind, run_plan
 from .speed import LIMIT, find_difference, list_results
 
@@ -121,14 +120,12 @@ def measure_tiles(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> No
             for (of, named, tile), answer in zip(trials, answers, strict=True):
                 if (of, named) != (kind, kernel) or answer.get("spills") or time.monotonic() > end:
                     continue
-                try:
+                with keep_going(add, case, describe(kernel, tile), "tiles"):  # not every tile fits
                     if "error" in answer:
                         raise RuntimeError(answer["error"])
                     with use_tile(kernel, tile):
                         check_tile(work)
                         add(time_kernel(case, describe(kernel, tile), call, name), [])
-                except Exception as error:  # a tile that does not fit must not lose the others
-                    add([], [fault(case, describe(kernel, tile), "tiles", error)])
 
 
 def time_kernel(case: Row, peer: str, call: Callable[[], object], name: str) -> list[Row]:

@@ -76,13 +76,13 @@ def make_record(ours: float, floor: float = 1.0, spread: float = 0.01, theirs: f
 
 
 class TestMeasure:
-    def test_rounds_begin_with_another_job_each(self) -> None:
+    def test_rounds_begin_with_another_peer_each(self) -> None:
         order: list[str] = []
-        jobs = {name: (lambda name=name: [float(order.append(name) or 1)]) for name in "abc"}
-        samples, errors = measure.interleave(jobs, range(3), warmup=1)
-        assert "".join(order) == "abcbcacab"
-        assert not errors
-        assert [len(seconds) for seconds in samples.values()] == [2, 2, 2]
+        works = {name: measure.Work("ours", {"a": lambda name=name: float(order.append(name) or 1)}) for name in "abc"}
+        rows, faults = measure.measure(CASE, works, CPU, lambda: range(3))
+        assert "".join(order) == "abcbcacab" + "abc"  # the last ones for memory
+        assert not faults
+        assert [row["rounds"] for row in rows if row["quantity"] == "seconds"] == [2, 2, 2]
 
     def test_a_failure_loses_no_other_result(self) -> None:
         works = {"good": measure.Work("ours", {"a": lambda: 2.0, "b": lambda: 3.0})}

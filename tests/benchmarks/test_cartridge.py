@@ -13,7 +13,7 @@ pytest.importorskip("tabulate")
 pytest.importorskip("tokenizers")
 
 import fastprefix
-from benchmarks import cartridge, long_prefixes, models, report, results
+from benchmarks import cartridge, long_prefixes, models, peers, report, results
 from benchmarks.__main__ import main
 from benchmarks.cartridge import QUICK, QUICK_SIZE, Passages, SelfStudy
 from benchmarks.models import Size
@@ -147,8 +147,8 @@ def test_long_prefixes(tmp_path: Path) -> None:
     options = ["--quick", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--dtype", "float32"]
     assert main(["long-prefixes", *options]) == 0
     record = results.read(tmp_path / "long_prefixes.json")
-    peers = {(row["peer"], row["direction"]) for row in record.rows}
-    assert {("cartridge", "step"), ("cartridge", "decode"), ("cartridge, values", "step")} <= peers
+    found = {(row["peer"], row["direction"]) for row in record.rows}
+    assert {("cartridge", "step"), ("cartridge", "decode"), ("cartridge, values", "step")} <= found
     table = report.tabulate_long_prefixes(record)
     assert ["step, 32, float32", "frozen floor"] in [row[:2] for row in table.rows]
     assert report.describe_record("long_prefixes", record)
@@ -170,7 +170,7 @@ def test_many_adapters(tmp_path: Path) -> None:
 def test_decoding_leaves_the_cache_as_it_was() -> None:
     config = models.configure("causal_lm", QUICK_SIZE)
     model: Any = models.build("causal_lm", config, CPU)
-    peer = next(each for each in long_prefixes.list_peers(8) if each.name == "cartridge")
+    (peer,) = peers.list_peers(["cartridge"], "causal_lm", 8, 6)
     prepared = peer.copy_and_prepare(model)
     rows = torch.randint(QUICK_SIZE.vocabulary, (2, 6))
     lengths: list[int] = []
