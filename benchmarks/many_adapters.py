@@ -38,14 +38,12 @@ def list_problems(options: argparse.Namespace, device: torch.device) -> Iterator
         for kind in ("prefix",) if options.adapterhub else ("prefix", "prompt", "swap"):
             model: Any = models.build("causal_lm", models.configure("causal_lm", size), device).eval()
             model.to(DTYPES[name]).generation_config.eos_token_id = None
-            case = {"kind": kind, "rows": size.rows, "P": LENGTH, "N": size.length, "new": new, "dtype": name}
             if kind == "swap":
                 yield {"kind": kind, "dtype": name}, swap(model, swapped)
-            else:
-                yield (
-                    case,
-                    split_with_adapters(model, ids, new) if options.adapterhub else generate(model, kind, ids, new),
-                )
+                continue
+            case = {"kind": kind, "rows": size.rows, "P": LENGTH, "N": size.length, "new": new, "dtype": name}
+            works = split_with_adapters(model, ids, new) if options.adapterhub else generate(model, kind, ids, new)
+            yield case, works
 
 
 def generate(model: Any, kind: str, ids: Tensor, new: int) -> dict[str, Work]:
