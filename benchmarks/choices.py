@@ -1,4 +1,4 @@
-"""Write the table of calls for which ``backend=None`` chooses the composed backend, from results on a GPU.
+"""Write the table of calls for which ``backend=None`` chooses the composed backend.
 
     python -m benchmarks choices gpu.json
 
@@ -9,10 +9,11 @@ Triton backend for inference and for training.
 
 import argparse
 import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
+from typing import Any
 
 from fastprefix.ops.prefix_attention.composed_backend import plans
 from fastprefix.ops.targets import architecture
@@ -23,8 +24,11 @@ from .results import Record, write_text
 
 KINDS = {"none": "plain", "row": "plain", "query": "own prefix", "segments": "segments"}
 """The kind of a call in ``choices.json``, by the benchmark's ``gate``."""
-KEY = ["kind", "is_causal", "D", "P", "N"]
-COMPOSED, TRITON = "composed, ", "fused"
+COMPOSED = "composed, "
+TRITON = "fused"
+
+Seconds = dict[str, dict[str, float]]  # the passes of each peer
+Key = tuple[str, bool, int, int, int]  # kind, is_causal, D, P, N
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,36 +37,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=plans.CHOICES, help="default: the table of the package")
 
 
-def build_table(record: Record, margin: float = 0.0) -> list[Row]:
-    """Return the rows of the table for the device of a run.
-
-    The fastest plan of a pass has the lowest geometric mean over the calls of a key, and was measured in all of them.
-    Composition is chosen only if it takes less than ``1 - margin`` of the Triton backend's time in every call.
-    """
-    if "capability" not in record.settings:
-        raise BenchmarkError("the results do not contain the compute capability of the device")
-    rows = [row for row in record.rows if row["quantity"] == "seconds" and row.get("gate") in KINDS and row["N"] > 1]
-    rows = [row for row in rows if row["peer"].startswith((COMPOSED, TRITON))]
-    if not any(row["peer"] == TRITON for row in rows):
-        return []
-    frame = pd.DataFrame(rows)
-    frame = frame.assign(kind=frame.gate.map(KINDS), is_causal=frame.causal, peer=frame.peer.str.removeprefix(COMPOSED))
-    times = frame.pivot_table("p50", [*KEY, "B", "Hq", "Hkv", "M", "gate"], ["direction", "peer"], "last")
-    table = []
-    for key, of_key in times.groupby(KEY):
-        both = of_key["forward+backward"].dropna(subset=TRITON).dropna(axis="columns")
-        forward = of_key["forward"].loc[both.index].dropna(axis="columns")
-        names = both.columns.intersection(forward.columns).drop(TRITON)
-        if names.empty:
+def collect_times(record: Record) -> dict[Key, list[Seconds]]:
+    """Return the seconds of the Triton backend and of every plan, for each key and each of its measured calls."""
+    cases: dict[str, Seconds] = defaultdict(lambda: defaultdict(dict))
+    keys: dict[str, Key] = {}
+    for row in record.rows:
+        if row["quantity"] != "seconds" or row.get("gate") not in KINDS or row["N"] == 1:
             continue
-        backward = (both - forward).clip(lower=1e-9)
-        first, second = (np.log(passes[names]).mean().idxmin() for passes in (forward, backward))
-        share, triton = 1 - margin, forward[TRITON] + backward[TRITON]
-        inference = (forward[first] < share * forward[TRITON]).all()
-        training = (forward[first] + backward[second] < share * triton).all()
-        about = {"architecture": architecture(tuple(record.settings["capability"])), **dict(zip(KEY, key, strict=True))}
-        table.append(about | {"forward": first, "backward": second, "inference": inference, "training": training})
-    return list(pd.DataFrame(table).to_dict("records"))
+        if row["peer"] != TRITON and not row["peer"].startswith(COMPOSED):
+            continue
+        case = json.dumps(results.case_of(row), sort_keys=True)
+        keys[case] = (KINDS[row["gate"]], row["causal"], row["D"], row["P"], row["N"])
+        cases[case][row["peer"].removeprefix(COMPOSED)][row["direction"]] = row["p50"]
+    collected: dict[Key, list[Seconds]] = defaultdict(list)
+    for case, peers in cases.items():
+        complete = {name: of for name, of in peers.items() if {"forward", "forward+backward"} <= of.keys()}
+        if TRITON in complete and len(complete) > 1:
+            collected[keys[case]].append({name: split_passes(of) for name, of in complete.items()})
+    return collected
+
+
+def split_passes(of: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of the forward and the backward pass. The backward pass is the difference of two times."""
+    return {"forward": of["forward"], "backward": max(of["forward+backward"] - of["forward"], 1e-9)}
+
+
+def choose(key: Key, calls: list[Seconds], device: str, margin: float = 0.0) -> Row | None:
+    """Return the row of a key in the table, or None if no plan was measured in all of its calls.
+
+    The fastest plan is the one with the lowest geometric mean over the calls. Composition is chosen only if it takes
+    less than ``1 - margin`` of the Triton backend's time in every call.
+    """
+    names = set.intersection(*(set(call) for call in calls)) - {TRITON}
+    if not names:
+        return None
+    kind, is_causal, D, P, N = key
+
+    def find_fastest(direction: str) -> str:
+        return min(sorted(names), key=lambda name: sum(math.log(call[name][direction]) for call in calls))
+
+    forward, backward = find_fastest("forward"), find_fastest("backward")
+    share = 1 - margin
+    inference = all(call[forward]["forward"] < share * call[TRITON]["forward"] for call in calls)
+    training = all(
+        call[forward]["forward"] + call[backward]["backward"] < share * sum(call[TRITON].values()) for call in calls
+    )
+    about = {"architecture": device, "kind": kind, "is_causal": is_causal, "D": D, "P": P, "N": N}
+    return about | {"forward": forward, "backward": backward, "inference": inference, "training": training}
+
+
+def build_table(record: Record, margin: float = 0.0) -> list[Row]:
+    """Return the rows of the table for the device of a run. ``margin`` is that of ``choose``."""
+    capability = record.settings.get("capability")
+    if capability is None:
+        raise BenchmarkError("the results do not contain the compute capability of the device")
+    device = architecture(tuple(capability))
+    rows = (choose(key, calls, device, margin) for key, calls in sorted(collect_times(record).items()))
+    return [row for row in rows if row is not None]
+
+
+def merge_tables(old: Iterable[Mapping[str, Any]], new: list[Row]) -> list[Row]:
+    """Return a table in which the new rows replace all old rows of the same architectures."""
+    measured = {row["architecture"] for row in new}
+    return [*(dict(row) for row in old if row["architecture"] not in measured), *new]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,8 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if not new:
         raise BenchmarkError(f"{options.results}: no call was measured both on the Triton backend and with a plan")
     old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-    measured = {row["architecture"] for row in new}
-    rows = [row for row in old if row["architecture"] not in measured] + new
+    rows = merge_tables(old, new)
     plans.parse_choices(rows)
     write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n", options.out)
     counts = ", ".join(f"{sum(row[name] for row in new)} for {name}" for name in ("inference", "training"))

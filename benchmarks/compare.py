@@ -11,7 +11,7 @@ from pathlib import Path
 from . import results
 from .measure import BenchmarkError, find_busyness
 from .report import load_frame
-from .results import FIGURES, describe_fault
+from .results import FIGURES, Record, describe_fault
 
 SAME = ("device_name", "cpu_capability", "threads", "adapters")
 
@@ -22,15 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.05, help="relative change to ignore (default: 0.05)")
 
 
+def find_same_device(new: Record, folder: Path) -> Record:
+    """Return the record with the same suite, device, instruction set and number of threads."""
+    wanted = [new.suite, *(new.environment.get(name) for name in SAME)]
+    found = [r for _, r in results.read_all(folder) if [r.suite, *(r.environment.get(name) for name in SAME)] == wanted]
+    if len(found) != 1:
+        raise BenchmarkError(f"there must be one result of {wanted} to compare with, got {len(found)}")
+    return found[0]
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the ratios that moved. Return 1 if anything of this package became worse or failed."""
     new = results.read(options.new)
-    wanted = [new.suite, *(new.environment.get(name) for name in SAME)]
-    records = [record for _, record in results.read_all(options.against)]
-    found = [of for of in records if [of.suite, *(of.environment.get(name) for name in SAME)] == wanted]
-    if len(found) != 1:
-        raise BenchmarkError(f"there must be one result of {wanted} to compare with, got {len(found)}")
-    old = found[0]
+    old = find_same_device(new, options.against)
     before, now = (load_frame(r, "role != 'floor' and quantity in ['seconds', 'bytes']") for r in (old, new))
     ratios = ["low", "x floor", "high"]
     about = [name for name in now if name in before and name not in (*FIGURES, *ratios)]

@@ -66,6 +66,15 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}-column", metavar="NAME", help="default: guessed")
 
 
+def read_corpus(options: argparse.Namespace) -> tuple[str, DatasetDict]:
+    """Return the name of the text, and its two parts."""
+    if source := options.data or options.dataset:
+        option = "--data" if options.data else "--dataset"
+        return str(source), split_rows(str(source), read_rows(option, source, options), options.seed)
+    name = "Python documentation (pydoc_data.topics)"
+    return name, split_rows(name, read_python_documentation(), options.seed)
+
+
 def read_rows(option: str, source: Path | str, options: argparse.Namespace) -> Dataset:
     """Return rows with the column "text" and, if the source has labels, the column "label".
 

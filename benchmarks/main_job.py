@@ -96,16 +96,15 @@ class Trainee:
         # The floor of a language model trains nothing.
         self.optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0) if prepared.groups else None
 
+    def run_both(self, batch: Batch) -> None:
+        """Run forward and backward."""
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        self.model(**batch).loss.backward()
+
     def train(self) -> float:
         """Run a training step. Return the seconds without the optimizer, which is the same for all peers."""
-        batch = next(self.batches)
-        self.model.train()
-
-        def run_both() -> None:
-            self.model.zero_grad(set_to_none=True)
-            self.model(**batch).loss.backward()
-
-        (seconds,) = time_call(run_both, self.subject.model.device)
+        (seconds,) = time_call(partial(self.run_both, next(self.batches)), self.subject.model.device)
         if self.optimizer is not None:
             self.optimizer.step()
         return seconds
@@ -165,10 +164,7 @@ def run(options: argparse.Namespace) -> int:
     start, device = time.perf_counter(), set_up(options)
     quick = "quick, pretrained" if options.model else "quick"
     steps = options.steps or STEPS[quick if options.quick else device.type]
-    source = options.data or options.dataset
-    option, name = "--data" if options.data else "--dataset", str(source or "Python documentation (pydoc_data.topics)")
-    texts = data.read_rows(option, source, options) if source else data.read_python_documentation()
-    corpus = data.split_rows(name, texts, options.seed)
+    name, corpus = data.read_corpus(options)
     counts = ", ".join(f"{part} {len(rows):,} passages" for part, rows in corpus.items())
     text = f"{name}: {counts}, {len(data.list_classes(corpus))} classes"
     arguments = {name: value for name, value in vars(options).items() if name != "out"}

@@ -71,7 +71,7 @@ def keep_going(add: Add, case: Row, peer: str, stage: str) -> Iterator[None]:
     """Add an error inside the context as a fault. The failure of one peer must not lose the results of the others."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a peer can fail with any error
         add([], [fault(case, peer, stage, error)])
 
 
@@ -137,16 +137,20 @@ def measure(
     def add(_: list[Row], found: list[Row]) -> None:
         faults.extend(found)
 
+    def list_working(direction: str) -> list[str]:
+        failed = {of["peer"] for of in faults}
+        return [name for name, work in works.items() if direction in work.calls and name not in failed]
+
     for direction in dict.fromkeys(direction for work in works.values() for direction in work.calls):
-        samples = {name: list[float]() for name, work in works.items() if direction in work.calls}
+        samples = {name: list[float]() for name in list_working(direction)}
         for i in rounds():
-            names = [name for name in samples if all(of["peer"] != name for of in faults)]
+            names = list_working(direction)
             first = i % max(1, len(names))
             for name in names[first:] + names[:first]:
                 with keep_going(add, case, name, direction):
                     seconds = timer(works[name].calls[direction], device)
                     samples[name] += seconds if i >= warmup else []
-        for name in [name for name in samples if all(of["peer"] != name for of in faults)]:
+        for name in list_working(direction):
             about = (case, name, works[name].role, direction)
             rows.append(timed_row(*about, samples[name]))
             with keep_going(add, case, name, direction):

@@ -112,8 +112,9 @@ class Operation:
         dtype = checks.autocast_dtype(arguments[0].device)
         if dtype is None:
             return formulas(arguments)
-        with torch.autocast(arguments[0].device.type, enabled=False):
-            return formulas(type(arguments)(*self._autocast(arguments, dtype)))
+        kind = type(arguments)
+        output: Tensor = self._run_cast(lambda *cast: formulas(kind(*cast)), arguments, arguments[0].device.type, dtype)
+        return output
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
@@ -235,11 +236,15 @@ class Operation:
 
     def _autocast_kernel(self, operator: Kernel, device_type: str) -> Kernel:
         def kernel(*arguments: Any) -> Any:
-            cast = self._autocast(arguments, torch.get_autocast_dtype(device_type))
-            with torch.autocast(device_type, enabled=False):
-                return operator(*cast)
+            return self._run_cast(operator, arguments, device_type, torch.get_autocast_dtype(device_type))
 
         return kernel
+
+    def _run_cast(self, function: Kernel, arguments: tuple[Any, ...], device_type: str, dtype: torch.dtype) -> Any:
+        """Call a function with cast arguments, without autocast in it."""
+        cast = self._autocast(arguments, dtype)
+        with torch.autocast(device_type, enabled=False):
+            return function(*cast)
 
     def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
         """Refuse forward-mode differentiation. PyTorch would silently return tangents of 0."""

@@ -1,8 +1,8 @@
 """The tile sizes by architecture, kernel, head dimension and dtype. There is no autotuning at run time.
 
-Tiles without a ``spills`` reason do not spill with Triton 3.7, and on compute capability 9.0 neither with 3.6. Compilers
-allocate registers differently: on other capabilities, which were not measured, Triton 3.6 and 3.8 spill up to 24 bytes
-for some calls with many options.
+Tiles without a ``spills`` reason do not spill with Triton 3.7, and on compute capability 9.0 neither with 3.6.
+Compilers allocate registers differently: on other capabilities, which were not measured, Triton 3.6 and 3.8 spill up to
+24 bytes for some calls with many options.
 """
 
 from collections.abc import Sequence
@@ -306,10 +306,16 @@ _SM100_VARIANTS: dict[str, dict[str, dict[tuple[int, str], AttentionTile]]] = {
         "dq": {(64, HALF): AttentionTile(64, 64, 32, 4, 2), (128, HALF): AttentionTile(64, 64, 32, 8, 2)},
     },
     "pairwise, keyed": {
-        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 1)}
+        "dprefix": {
+            **_SM90_VARIANTS["pairwise, keyed"]["dprefix"],
+            (128, HALF): AttentionTile(32, 64, 64, 8, 1),
+        }
     },
     "separate, keyed": {
-        "dprefix": {(64, HALF): AttentionTile(64, 64, 64, 8, 2), (128, HALF): AttentionTile(32, 64, 64, 8, 2)}
+        "dprefix": {
+            **_SM90_VARIANTS["separate, keyed"]["dprefix"],
+            (128, HALF): AttentionTile(32, 64, 64, 8, 2),
+        }
     },
 }
 _SM120: dict[str, dict[tuple[int, str], AttentionTile]] = {
