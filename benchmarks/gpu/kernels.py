@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.profiler import profile
 from ..attention import Shape
 from ..measure import Add, Row, Work, figure_row, keep_going
 from .jobs import in_time
-from .problems import DECODING, SHAPES, Kind, Problem, build_embeddings, build_problem
+from .problems import DECODING, SHAPES, Kind, build_embeddings, build_problem
 
 CALLS = 10
 PEERS = ("fused", "composed, flash", "tokens, flash", "concat, flash", "pt", "dept", "adept", "lookup")
@@ -50,14 +51,9 @@ def profile_work(case: Row, peer: str, work: Work) -> list[Row]:
 def measure_kernels(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> None:
     """Profile as many problems as the time allows."""
     end = time.monotonic() + seconds
-
-    def add_problem(problem: Problem) -> None:
+    problems = chain((build_problem(*kind, flex=False) for kind in kinds), build_embeddings())
+    for problem in in_time("kernels", end, problems):
         for peer, work in problem.works.items():
             if peer in PEERS:
                 with keep_going(add, problem.case, peer, "kernels"):
                     add(profile_work(problem.case, peer, work), [])
-
-    for kind in in_time("kernels", end, kinds):
-        add_problem(build_problem(*kind, flex=False))
-    for problem in build_embeddings():
-        add_problem(problem)
