@@ -23,12 +23,13 @@ namespace fastprefix {
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
-// Throw an exception that becomes a ValueError in Python.
+// Throw the one exception that every version of PyTorch turns into a class of its own, IndexError. The operators turn it
+// into ValueError (fastprefix/ops/registration.py).
 template <class... Parts>
 [[noreturn]] void refuse_value(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::out_of_range(message.str());
 }
 
 // Return PyTorch's number for an element type.

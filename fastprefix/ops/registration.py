@@ -105,7 +105,10 @@ class Operation:
             direct = self._direct.get((backend, arguments[0].device.type))
             if direct is not None and not is_observed(arguments[: self._declaration.tensors]):
                 return direct(*arguments)
-        return self._operators[backend](*arguments)
+        try:
+            return self._operators[backend](*arguments)
+        except IndexError as error:  # from a C++ kernel, in inference mode: otherwise the autograd kernel converts it
+            raise ValueError(*error.args) from None
 
     def run_formulas(self, formulas: Callable[[Any], Tensor], arguments: Any) -> Tensor:
         """Return ``formulas(arguments)``, computed by PyTorch's operations, with the operators' rule for autocast."""
@@ -223,14 +226,17 @@ class Operation:
         def kernel(*arguments: Any) -> Any:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(arguments[gradients])
-            if torch.is_grad_enabled():
-                for x in arguments[gradients]:
-                    if x is not None and x.requires_grad:
-                        if torch._C._are_functorch_transforms_active():
-                            raise self._make_refusal("rules for the transforms of torch.func")
-                        return apply(*arguments)
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*arguments)
+            try:
+                if torch.is_grad_enabled():
+                    for x in arguments[gradients]:
+                        if x is not None and x.requires_grad:
+                            if torch._C._are_functorch_transforms_active():
+                                raise self._make_refusal("rules for the transforms of torch.func")
+                            return apply(*arguments)
+                with torch._C._AutoDispatchBelowAutograd():
+                    return forward(*arguments)
+            except IndexError as error:  # C++ kernels raise it for values that are out of range
+                raise ValueError(*error.args) from None
 
         return kernel
 

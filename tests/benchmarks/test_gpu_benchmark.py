@@ -101,6 +101,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)  # optimizers ask for it
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -221,8 +221,20 @@ def test_ids_out_of_range(wrong: int) -> None:
     ids[1, 2] = wrong
     message = f"`input_ids` must hold ids from 0 to V - 1 = 28, got {wrong}"
     for backend in ("cpu", "eager"):
-        with pytest.raises(ValueError, match=message):
-            call(fastprefix.prompt_embedding, case, ids, inputs, backend=backend)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode(), pytest.raises(ValueError, match=message):
+                call(fastprefix.prompt_embedding, case, ids, inputs, backend=backend)
+            with mode(), torch.autocast("cpu"), pytest.raises(ValueError, match=message):
+                call(fastprefix.prompt_embedding, case, ids, inputs, backend=backend)
+
+
+def test_ids_out_of_range_in_compiled_code() -> None:
+    table, prompt = torch.randn(29, 8), torch.randn(3, 8, requires_grad=True)
+    compiled = torch.compile(lambda ids: fastprefix.prompt_embedding(ids, table, prompt, backend="cpu"), fullgraph=True)
+    assert compiled(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 7, 8)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(ValueError, match=r"`input_ids` must hold ids from 0 to V - 1 = 28, got 29"):
+            compiled(torch.full((1, 4), 29))
 
 
 def test_rows_of_a_token_are_the_same() -> None:

@@ -19,6 +19,7 @@ ONLY_THERE = (
     "cuLaunchKernel",
     "cuModuleUnload",
     "cuOccupancyMaxActiveClusters",
+    "cuStreamIsCapturing",
     "cuTensorMapEncodeTiled",
 )
 """Functions that the launcher wants to find."""
