@@ -20,6 +20,7 @@ from fastprefix.ops.prefix_attention import arguments as attention
 from fastprefix.ops.prefix_attention.validation import canonical_arguments as attention_arguments
 from fastprefix.ops.prompt_embedding import arguments as embedding
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments as embedding_arguments
+from fastprefix.ops.targets import compile_options
 from fastprefix.parity import make_attention_case
 from tools import machine_code
 
@@ -262,7 +263,7 @@ class _Compiler:
         short = name.removeprefix("prefix_attention_").removeprefix("prompt_").removesuffix("_kernel")
         known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
-            compiled = kernel.warmup(*arguments, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **constants)
+            compiled = kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
         except Exception as failure:  # any error of the compiler becomes a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return

@@ -40,9 +40,8 @@ class Device:
         """Launch on the device's current stream."""
         here = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         with here:
-            return kernel.run(
-                *arguments, grid=grid, warmup=False, **constants, num_warps=tile.warps, num_stages=tile.stages
-            )  # ``kernel[grid]`` calls the same function through one more frame
+            # ``kernel[grid]`` calls the same function through one more frame
+            return kernel.run(*arguments, grid=grid, warmup=False, **constants, **compile_options(tile))
 
     def can_replay(self) -> bool:
         """Return whether kernels are compiled and Triton's hooks, e.g. those of a profiler, need not see launches."""
@@ -70,6 +69,14 @@ def _import_runtime() -> tuple[Any, Any]:
     from triton.runtime import driver
 
     return driver, knobs.runtime
+
+
+def compile_options(tile: Any) -> dict[str, Any]:
+    """Return Triton's options for compiling a kernel with a tile.
+
+    Fused multiply-adds are an option, because Triton 3.9 warns that its next version leaves them out by default.
+    """
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def divide_up(size: int, block: int) -> int:

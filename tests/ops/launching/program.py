@@ -62,8 +62,7 @@ class Target(H100):
         self._launches = Path(os.environ["LAUNCHES"])
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, tile: Any) -> Any:
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = kernel.warmup(*arguments, grid=grid, **constants, **options)
+        compiled = kernel.warmup(*arguments, grid=grid, **constants, **targets.compile_options(tile))
         self._expect(compiled)
         again = super().launch(kernel, grid, arguments, constants, tile)
         assert again is compiled

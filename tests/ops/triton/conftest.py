@@ -17,6 +17,26 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if HAS_TRITON and (HAS_GPU or INTERPRETING) else ["test_*.py"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _boolean_comparisons() -> None:
+    """Give comparisons the dtype int1 in the interpreter.
+
+    It gives them the dtype of their operands. If a comparison of scalars is then part of a mask, Triton 3.9 refuses it.
+    """
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    compute = interpreter.InterpreterBuilder.binary_op
+
+    def compute_boolean(self: Any, *operands: Any) -> Any:
+        result = compute(self, *operands)
+        is_boolean = result.data.dtype == numpy.bool_
+        return interpreter.TensorHandle(result.data, interpreter.tl.int1) if is_boolean else result
+
+    interpreter.InterpreterBuilder.binary_op = compute_boolean
+
+
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda) if HAS_GPU else "cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     """Return the device on which the kernels run."""

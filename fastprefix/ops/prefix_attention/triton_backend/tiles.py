@@ -1,8 +1,8 @@
 """The tile sizes by architecture, kernel, head dimension and dtype. There is no autotuning at run time.
 
 Tiles without a ``spills`` reason do not spill with Triton 3.7, and on compute capability 9.0 neither with 3.6.
-Compilers allocate registers differently: on other capabilities, which were not measured, Triton 3.6 and 3.8 spill up to
-24 bytes for some calls with many options.
+Compilers allocate registers differently: on other capabilities, which were not measured, Triton 3.6, 3.8 and 3.9 spill
+up to 24 bytes for some calls with many options.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ _SM80: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         (16, HALF): AttentionTile(128, 64, 64, 4, 2),
         (64, HALF): AttentionTile(128, 64, 64, 8, 2),
-        (127, HALF): AttentionTile(128, 32, 64, 8, 2, _PADDED),
+        (127, HALF): AttentionTile(64, 32, 32, 4, 2),
         (128, HALF): AttentionTile(128, 64, 64, 8, 2),
         (256, HALF): AttentionTile(64, 32, 32, 8, 2, _WIDE),
         (64, SINGLE): AttentionTile(64, 32, 32, 4, 2, _FLOAT),
@@ -95,6 +95,7 @@ _SM86: dict[str, dict[tuple[int, str], AttentionTile]] = {
         (128, HALF): AttentionTile(16, 32, 32, 4, 3),
     },
     "delta": {**_SM80["delta"], (128, HALF): AttentionTile(64, 32, 32, 4, 1)},
+    "dq": {**_SM80["dq"], (127, HALF): AttentionTile(64, 64, 32, 8, 2)},
     "dkv": {**_SM80["dkv"], (256, HALF): AttentionTile(32, 32, 32, 8, 1, _WIDE)},
     "dprefix": {
         **_SM80["dprefix"],
@@ -161,7 +162,7 @@ _DECODE_DROPOUT = {
 _SMALLEST: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         (64, HALF): AttentionTile(64, 32, 32, 8, 1),
-        (127, HALF): AttentionTile(64, 32, 32, 8, 1, _PADDED),
+        (127, HALF): AttentionTile(32, 32, 16, 4, 1, _EVERY),
         (128, HALF): AttentionTile(64, 32, 32, 8, 1),
     },
     "dq": {(64, HALF): AttentionTile(64, 32, 32, 8, 1), (128, HALF): AttentionTile(32, 32, 32, 4, 1)},
@@ -267,6 +268,7 @@ _SM100_DECODE_DROPOUT = {**_DECODE_DROPOUT, (64, HALF): AttentionTile(16, 32, 32
 _SM100: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         **_SM80["forward"],
+        (16, HALF): AttentionTile(128, 64, 64, 8, 2),
         (127, HALF): AttentionTile(128, 64, 64, 8, 2),
         (256, HALF): AttentionTile(64, 64, 32, 8, 2, _WIDE),
     },
