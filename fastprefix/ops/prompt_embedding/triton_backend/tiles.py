@@ -19,7 +19,7 @@ class EmbeddingTile(NamedTuple):
     resident: int = 2  # programs per multiprocessor into which sums over tokens are split
 
 
-_BANK = "Triton 3.7 spills 8 bytes (not measured)"
+_SLIGHT = "Triton 3.7 spills 8 bytes (not measured)"
 _SUMS = "on compute capability 8.6, Triton 3.7 spills 8 bytes (not measured)"
 
 
@@ -68,7 +68,7 @@ def hidden(r: int, element_size: int, architecture: str) -> EmbeddingTile:
     """Return the tile of the backward kernel for z and dh, which has a program per part of the hidden units."""
     RP = min(64, _padded(r))
     if element_size == 4:
-        return EmbeddingTile(16, 32, RP, 4)
+        return EmbeddingTile(16, 32, RP, 8 if RP == 64 else 4)
     if architecture == "sm_90":
         return EmbeddingTile(64, 128 if RP <= 32 else 64, RP, 4)
     return EmbeddingTile(32, 64, RP, 8 if RP == 64 else 4)
@@ -81,10 +81,11 @@ def weights(r: int, element_size: int, architecture: str, bank: bool) -> Embeddi
     """
     RP, stages = min(64, _padded(r)), 2 if bank else 3
     if element_size == 4:
-        return EmbeddingTile(16, 32, RP, 8 if bank and RP == 32 else 4, stages)
+        spills = _SLIGHT if architecture in ("sm_86", "sm_120") and RP == 64 else None
+        return EmbeddingTile(16, 32, RP, 8 if bank and RP == 32 else 4, stages, spills)
     if architecture == "sm_90" and RP <= 32:
         return EmbeddingTile(32, 128, RP, 4, stages, resident=3)
-    spills = _BANK if architecture == "sm_120" and bank and RP == 64 else None
+    spills = _SLIGHT if architecture == "sm_120" and bank and RP == 64 else None
     return EmbeddingTile(32, 64, RP, 8 if RP == 64 or (bank and RP == 16) else 4, stages, spills, resident=3)
 
 
