@@ -23,8 +23,8 @@ namespace fastprefix {
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
-// Throw the one exception that every version of PyTorch turns into a class of its own, IndexError. The operators turn it
-// into ValueError (fastprefix/ops/registration.py).
+// Throw an exception that becomes an IndexError in Python. The operators convert it to ValueError
+// (fastprefix/ops/registration.py), because PyTorch 2.15 converts no standard exception to ValueError.
 template <class... Parts>
 [[noreturn]] void refuse_value(const Parts&... parts) {
   std::ostringstream message;
