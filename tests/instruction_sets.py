@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from fastprefix import _native
 from fastprefix._native import INSTRUCTION_SETS, instruction_set
+from fastprefix.ops.backends import BACKENDS
 
 _BUILT = {path.stem.rpartition("_abi")[0] for path in Path(_native.__file__).parent.glob("*.so")}
 _BELOW = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())]
@@ -15,6 +19,11 @@ LOWER = [] if "FASTPREFIX_CPU" in os.environ else [name for name in _BELOW if na
 
 EVERY = 6 if "FASTPREFIX_CPU" in os.environ else 1
 """Instruction sets share most of their code, so only every sixth case runs on the lower ones."""
+
+
+_REFUSAL = BACKENDS["cpu"].refusal(torch.device("cpu"))
+needs_kernels = pytest.mark.skipif(_REFUSAL is not None, reason=str(_REFUSAL))
+"""A mark for tests that only pass with the C++ kernels."""
 
 
 def run_tests(file: str, name: str, chosen: str) -> None:

@@ -263,7 +263,7 @@ class _Compiler:
         short = name.removeprefix("prefix_attention_").removeprefix("prompt_").removesuffix("_kernel")
         known = (short, self.architecture, self._dtype, self._size, self._features, tile)
         try:
-            compiled = kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+            compiled = compile_kernel(kernel, grid, arguments, constants, tile)
         except Exception as failure:  # any error of the compiler becomes a line of the report
             self.reports.append(Report(*known, failure=f"{type(failure).__name__}: {_innermost(failure)}"))
             return
@@ -274,6 +274,13 @@ class _Compiler:
 
     def launch_again(self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         raise AssertionError("`launch_again` must not be called, because this target launches nothing")
+
+
+def compile_kernel(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
+) -> Any:
+    """Compile a kernel as a launch would, and return it."""
+    return kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
 
 
 def _list_presence(arguments: Any) -> list[bool]:

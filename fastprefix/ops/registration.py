@@ -47,6 +47,18 @@ def is_observed(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _raise_value_errors(kernel: Kernel) -> Kernel:
+    """Return a kernel that raises ValueError where C++ kernels raise IndexError: for values that are out of range."""
+
+    def convert(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except IndexError as error:
+            raise ValueError(*error.args) from None
+
+    return convert
+
+
 class Operation:
     """The operators of one operation: ``<name>.<backend>`` and ``<name>_backward.<backend>``.
 
@@ -94,7 +106,7 @@ class Operation:
 
     def operator(self, backend: str) -> Kernel:
         """Return the forward operator of a backend."""
-        return self._operators[backend]
+        return self._overload(self.name, backend)
 
     def call(self, backend: str, arguments: tuple[Any, ...]) -> Any:
         """Call the forward operator of a backend, and skip PyTorch's dispatcher if only autograd must see the call.
@@ -105,10 +117,7 @@ class Operation:
             direct = self._direct.get((backend, arguments[0].device.type))
             if direct is not None and not is_observed(arguments[: self._declaration.tensors]):
                 return direct(*arguments)
-        try:
-            return self._operators[backend](*arguments)
-        except IndexError as error:  # from a C++ kernel, in inference mode: otherwise the autograd kernel converts it
-            raise ValueError(*error.args) from None
+        return self._operators[backend](*arguments)
 
     def run_formulas(self, formulas: Callable[[Any], Tensor], arguments: Any) -> Tensor:
         """Return ``formulas(arguments)``, computed by PyTorch's operations, with the operators' rule for autocast."""
@@ -139,7 +148,8 @@ class Operation:
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
         forward, backward = self._overload(self.name, backend), self._overload(f"{self.name}_backward", backend)
-        _LIBRARY.impl(f"{self.name}.{backend}", self._autograd_kernel(backend, forward, backward, backward), "Autograd")
+        kernel = _raise_value_errors(self._autograd_kernel(backend, forward, backward, backward))
+        _LIBRARY.impl(f"{self.name}.{backend}", kernel, "Autograd")
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY
         )
@@ -171,7 +181,7 @@ class Operation:
         forward = self._overload(self.name, backend)
         for key, device_type in _AUTOCAST.items():
             _LIBRARY.impl(f"{self.name}.{backend}", self._autocast_kernel(forward, device_type), key)
-        self._operators[backend] = forward
+        self._operators[backend] = _raise_value_errors(forward)  # in inference mode, no autograd kernel runs
         self._refusals[backend] = refusal
 
     def _overload(self, name: str, backend: str) -> Kernel:
@@ -226,17 +236,14 @@ class Operation:
         def kernel(*arguments: Any) -> Any:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(arguments[gradients])
-            try:
-                if torch.is_grad_enabled():
-                    for x in arguments[gradients]:
-                        if x is not None and x.requires_grad:
-                            if torch._C._are_functorch_transforms_active():
-                                raise self._make_refusal("rules for the transforms of torch.func")
-                            return apply(*arguments)
-                with torch._C._AutoDispatchBelowAutograd():
-                    return forward(*arguments)
-            except IndexError as error:  # C++ kernels raise it for values that are out of range
-                raise ValueError(*error.args) from None
+            if torch.is_grad_enabled():
+                for x in arguments[gradients]:
+                    if x is not None and x.requires_grad:
+                        if torch._C._are_functorch_transforms_active():
+                            raise self._make_refusal("rules for the transforms of torch.func")
+                        return apply(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*arguments)
 
         return kernel
 

@@ -38,9 +38,9 @@ from benchmarks.__main__ import main
 from benchmarks.measure import BenchmarkError, figure_row
 from benchmarks.models import Size
 from benchmarks.results import Record
-from fastprefix.ops.backends import BACKENDS
 
 from .. import peft_support
+from ..instruction_sets import needs_kernels
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -50,7 +50,6 @@ COMMITTED = {name: results.read(path) for name, path in PATHS.items()}
 COMPARABLE = [name for name, of in COMMITTED.items() if of.suite not in ("cartridge", "gpu", "gpu-tiles")]
 """Results that have a floor and no failure."""
 CASE = {"N": 4, "causal": True}
-needs_kernels = pytest.mark.skipif(BACKENDS["cpu"].refusal(CPU) is not None, reason="without its C++ kernels")
 
 
 @pytest.fixture(autouse=True)

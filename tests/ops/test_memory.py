@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastprefix
-from fastprefix.ops.backends import BACKENDS
 
-REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+from ..instruction_sets import needs_kernels
+
+pytestmark = needs_kernels
 
 HEADS, KV_HEADS, N, M, P, D = 8, 2, 96, 1024, 256, 64
 SMALL_CHANGE = 16 * 1024  # bytes of tensors of a few elements, and of alignment

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.ops.backends import BACKENDS
 from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.registration import OPERATION
 from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, make_attention_case, measure
-from tests.instruction_sets import EVERY, LOWER, run_tests
+from tests.instruction_sets import EVERY, LOWER, needs_kernels, run_tests
 
-REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 Case = dict[str, Any]

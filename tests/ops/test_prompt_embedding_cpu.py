@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix import _native, reference
+from fastprefix import reference
 from fastprefix.ops.prompt_embedding.registration import OPERATION
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 from fastprefix.parity import EmbeddingCase, measure
-from tests.instruction_sets import EVERY, LOWER, run_tests
+from tests.instruction_sets import EVERY, LOWER, needs_kernels, run_tests
 
-pytestmark = pytest.mark.skipif(_native.load() is not None, reason=f"no C++ backend: {_native.load()}")
+pytestmark = needs_kernels
 
 OFFSETS = {"pt": None, "dept": "low_rank", "accept": "position_offset", "adept": "ffn"}
 

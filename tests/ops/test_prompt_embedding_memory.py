@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.ops.backends import BACKENDS
 from fastprefix.parity import EmbeddingCase
 
+from ..instruction_sets import needs_kernels
 from .test_memory import SMALL_CHANGE, peak_a_row
 
-REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_kernels
 
 N = 96
 

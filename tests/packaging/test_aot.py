@@ -97,13 +97,12 @@ from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.triton_backend import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
 from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
-        kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+        aot.compile_kernel(kernel, grid, arguments, constants, tile)
 
 def count(*, compile, fn, **_):
     kinds.setdefault((fn.name, compile["key"]), (B, N, S))
@@ -139,13 +138,12 @@ import torch, triton
 from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE, EAGER_ALONE
 from fastprefix.ops.prefix_attention.triton_backend import launch
 from fastprefix.parity import make_attention_case
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
-        kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+        aot.compile_kernel(kernel, grid, arguments, constants, tile)
 
 def count(*, compile, fn, **_):
     kinds.add((fn.name, compile["key"]))
@@ -188,13 +186,12 @@ KINDS = """
 import torch, triton
 from fastprefix.ops.prefix_attention.triton_backend import launch
 from fastprefix.parity import make_attention_case
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_90", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
-        kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+        aot.compile_kernel(kernel, grid, arguments, constants, tile)
 
 kinds = {}
 aot.pretend_device(90)
@@ -216,15 +213,12 @@ import torch
 from fastprefix.ops.prefix_attention.triton_backend import launch as attention
 from fastprefix.ops.prompt_embedding import arguments
 from fastprefix.ops.prompt_embedding.triton_backend import launch as embedding
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
-        ttgir = kernel.warmup(
-            *arguments, grid=grid, **constants, **compile_options(tile)
-        ).asm["ttgir"]
+        ttgir = aot.compile_kernel(kernel, grid, arguments, constants, tile).asm["ttgir"]
         zeros = set(re.findall(r"(%\\S+) = arith.constant dense<0.000000e\\+00>", ttgir))
         sums = re.findall(r"tt.dot %\\S+, %\\S+, (%[^\\s,]+)", ttgir)
         print(kernel.__name__, len(sums), sum(x not in zeros for x in sums))
@@ -245,14 +239,13 @@ for a in (calls["ADePT"], calls["DePT, bank"]):
 ROWS = """
 import torch
 from fastprefix.ops.prefix_attention.triton_backend import launch
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
         if kernel.__name__ in ("prefix_attention_bwd_dkv_kernel", "prefix_attention_bwd_dprefix_kernel"):
-            compiled = kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+            compiled = aot.compile_kernel(kernel, grid, arguments, constants, tile)
             loads = [line for line in compiled.asm["ttir"].splitlines() if " tt.load " in line]
             rows = [line for line in loads if "!tt.ptr<f32>" in line]
             print(kernel.__name__, len(rows), sum("," in line.partition(" : ")[0] for line in rows))
@@ -286,14 +279,13 @@ import torch
 from fastprefix.ops.prefix_attention.arguments import DIFFERENTIABLE
 from fastprefix.ops.prefix_attention.triton_backend import launch
 from fastprefix.parity import make_attention_case
-from fastprefix.ops.targets import compile_options
 from tools import aot
 
 class Target:
     architecture, processors, split_from = "sm_80", 132, 256
     def launch(self, kernel, grid, arguments, constants, tile):
         if kernel.__name__ in ("prefix_attention_bwd_dprefix_kernel", "prefix_attention_bwd_delta_kernel"):
-            compiled = kernel.warmup(*arguments, grid=grid, **constants, **compile_options(tile))
+            compiled = aot.compile_kernel(kernel, grid, arguments, constants, tile)
             print(compiled.asm["ttir"].count(" tt.dot "), end=" ")
 
 aot.pretend_device(80)

@@ -1,7 +1,7 @@
 """The tile sizes of the kernels.
 
-They are chosen so that every kernel compiles without spills for each compute capability. Compute capability 9.0 has
-larger tiles, because its matrix instructions read shared memory and leave registers to the accumulators.
+They are chosen so that no kernel spills on any compute capability, unless ``spills`` gives a reason. Compute capability
+9.0 has larger tiles, because its matrix instructions read shared memory and leave registers to the accumulators.
 """
 
 from typing import NamedTuple

@@ -14,13 +14,12 @@ from fastprefix.integrations.transformers.attachment import get_attachment
 from fastprefix.integrations.transformers.checking import conformance
 from fastprefix.integrations.transformers.models import attention
 from fastprefix.integrations.transformers.prefixes import initial
-from fastprefix.ops.backends import BACKENDS
 
 from .... import models
 from ....float64 import Float64
+from ....instruction_sets import needs_kernels
 from ....ops.test_memory import added_peak
 
-REASON = BACKENDS["cpu"].refusal(torch.device("cpu"))
 LENGTH, FROZEN = 6, 1
 HEAD = models.WIDTH // models.HEADS
 Pairs = list[tuple[Tensor, Tensor]]
@@ -177,7 +176,7 @@ def test_an_encoder_runs_a_long_text_at_once(pieces: list[int]) -> None:
     assert_close(prefixes(model), [(layer.key[0], layer.value[0]) for layer in layers])
 
 
-@pytest.mark.skipif(REASON is not None, reason=f"the C++ kernels need the least memory: {REASON}")
+@needs_kernels  # other backends need more memory
 def test_a_long_document_needs_the_memory_of_its_cache() -> None:
     """For 4,096 tokens in float32, all logits or one layer's scores would be many times as large."""
     model: Any = models.decoder().float()
