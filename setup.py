@@ -24,7 +24,7 @@ ABI = (2, 11)
 INCLUDE = Path(torch.__file__).parent / "include"
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
-# The names are those of ``fastprefix._native.instruction_set()``. Flags never depend on the building machine.
+# The names are those of ``fastprefix._native.find_instruction_set()``. Flags never depend on the building machine.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mprefer-vector-width=512"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16"]

@@ -2,8 +2,8 @@
 
 ``fused`` is this package. ``concat`` concatenates the gated prefix and the tokens and runs SDPA. ``tokens``, the floor,
 is SDPA on the tokens without a prefix. ``--flex`` adds ``flex``, which is concatenation and compiled FlexAttention. It
-has no backward pass on a CPU. ``--dropout P`` enables dropout of the attention probabilities in all peers. There is one
-gate per row and prefix token.
+has no backward pass on a CPU. ``--dropout P`` enables dropout of the attention probabilities in all peers. Each row
+and prefix token has a gate.
 """
 
 import argparse

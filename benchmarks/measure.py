@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastprefix._native import instruction_set
+from fastprefix._native import find_instruction_set
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fastprefix", "torch", "transformers", "triton", "peft", "adapters", "datasets", "tokenizers")
@@ -201,7 +201,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device_name": find_device_name(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16_products": bool(torch.cpu._is_avx512_bf16_supported()),
-        "kernels": instruction_set(),
+        "kernels": find_instruction_set(),
         "lowered": {name: os.environ[name] for name in LOWERING if name in os.environ},
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastprefix._native import instruction_set
+from fastprefix._native import find_instruction_set
 
 from .measure import BenchmarkError
 
@@ -31,7 +31,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 def measure_peaks(seconds: float = 0.3) -> dict[str, float]:
     """Return the operations per second of all threads for each dtype, the best of five runs."""
-    name = instruction_set()
+    name = find_instruction_set()
     if name not in FLAGS:
         raise BenchmarkError(f"the peak rate of the instruction set {name} cannot be measured")
     with tempfile.TemporaryDirectory() as folder:

@@ -83,21 +83,39 @@ def tabulate_methods(record: Record, model: str, columns: Sequence[str] = USUAL)
             "tokens/s": number(tokens / both.p50, 0), "peak MB": number(at.p50["bytes", BOTH] / 1e6, 1),
             "loss first": number(losses[0], 3), "last": number(losses[-1], 3),
         })  # fmt: skip
-    least = frame.query("quantity == 'seconds'").rounds.min()
-    titles = [f"method ({least:.0f} rounds or more)", *columns]
+    titles = ["method", *columns]
     failed = [[fault["peer"], "FAILED", fault["message"]] for fault in faults]
     return Table(titles, [[str(row[name]) for name in ("method", *columns)] for row in rows] + failed)
 
 
-def describe_ratio(row: Any, unit: float) -> str:
-    """Return the median divided by a unit, and the 20th and 80th percentiles."""
-    return f"{row.p50 / unit:.2f} ({row.p20 / unit:.2f} to {row.p80 / unit:.2f})"
+def describe_ratio(row: Any, unit: float, digits: int = 2) -> str:
+    """Return the median divided by a unit, and the 20th and 80th percentiles, or mark the ratio as missing."""
+    if pd.isna(row.p50):
+        return MISSING
+    median, low, high = (number(value / unit, digits) for value in (row.p50, row.p20, row.p80))
+    return f"{median} ({low} to {high})"
 
 
 def describe_time(row: Any) -> str:
     """Return the median in milliseconds, with a mark if the spread is larger than ``NOISE``."""
-    noisy = max(row.p80 - row.p50, row.p50 - row.p20) > NOISE * row.p50
-    return NOISY * bool(noisy) + number(1e3 * row.p50, 1)
+    return NOISY * bool(measure_spread(row) > NOISE) + number(1e3 * row.p50, 1)
+
+
+def measure_spread(of: Any) -> Any:
+    """Return how far the 20th and 80th percentiles are from the median, as a share of it."""
+    return np.maximum(of.p80 - of.p50, of.p50 - of.p20) / of.p50
+
+
+def describe_rounds(records: Sequence[Record]) -> str:
+    """Describe in one line how often the times of these results were measured, and how much they vary."""
+    frame = pd.DataFrame([row for record in records for row in record.rows if "seconds" in row["quantity"]])
+    if not {"rounds", "p20", "p80"}.issubset(frame):
+        return ""
+    spreads = measure_spread(frame)
+    return (
+        f"Medians of at least {frame.rounds.min():.0f} rounds. The 20th and 80th percentiles are within "
+        f"{spreads.median():.0%} of the median for half of the times, and within {spreads.max():.0%} for all.\n\n"
+    ).replace("%", " %")
 
 
 def summarize_attention(record: Record, peer: str = "concat", decoding: bool | None = False) -> pd.DataFrame:
@@ -196,7 +214,10 @@ def tabulate_ratios(frame: pd.DataFrame, title: str, directions: dict[str, str])
     rows = []
     for peer, of_peer in frame.groupby("peer", sort=False):
         figures = of_peer.set_index(["direction", "quantity"]).reindex(columns)
-        cells = [number(ratio) for ratio in figures["x floor"]]
+        cells = [
+            describe_ratio(row, row.p50 / row["x floor"]) if of == "seconds" else number(row["x floor"])
+            for (_, of), row in figures.iterrows()
+        ]
         if of_peer.role.iloc[0] == "floor":
             units = {"seconds": (1e3, " ms"), "bytes": (1e-6, " MB")}
             cells = [number(units[of][0] * value, 1, units[of][1]) for (_, of), value in figures.p50.items()]
@@ -259,7 +280,10 @@ def tabulate_long_prefixes(record: Record) -> Table:
             cells = []
             for quantity, unit in (("seconds", 1e3), ("bytes", 1e-6)):
                 own, theirs = at.p50.get((quantity, peer)), at.p50.get((quantity, "PEFT cartridge"))
-                cells += [number(own and unit * own, 1), number(own and theirs and own / theirs)]
+                ratio = number(own and theirs and own / theirs)
+                if quantity == "seconds" and own and theirs:
+                    ratio = describe_ratio(at.loc[quantity, peer], theirs)
+                cells += [number(own and unit * own, 1), ratio]
             floor = number(at["x floor"].get(("seconds", peer)))
             rows.append([", ".join(map(str, key)), peer, cells[0], floor, *cells[1:]])
     return Table(header, rows)
@@ -280,6 +304,19 @@ def tabulate_many_adapters(record: Record, *others: Record) -> Table:
                 if each is record or peer != "base":
                     rows.append([f"{kind}, {dtype}", peer, number(1e3 * row.p50, 1), describe_ratio(row, unit)])
     return Table(header, sorted(rows, key=lambda row: row[0]))
+
+
+def tabulate_host_times(*records: Record) -> Table:
+    """Show the time of calls on the host for each version of Triton, and how many Python functions they run."""
+    header, columns = ["call"], []
+    for record in records:
+        at = pd.DataFrame(record.rows).set_index(["direction", "quantity"])
+        times = at.xs("seconds", level="quantity")
+        header.append(f"Triton {record.environment['triton']}, us")
+        columns.append({name: describe_ratio(row, 1e-6, 0) for name, row in times.iterrows()})
+    functions = at.p50.xs("functions", level="quantity")
+    rows = [[name, *(column[name] for column in columns), number(count, 0)] for name, count in functions.items()]
+    return Table((*header, "Python functions"), rows)
 
 
 def tabulate_gpu(record: Record) -> Table:
@@ -356,6 +393,7 @@ TABLES: dict[str, tuple[Callable[..., Table], str | None]] = {
     "long-prefixes": (tabulate_long_prefixes, None),
     "many-adapters": (tabulate_many_adapters, None),
     "cartridge": (tabulate_cartridge, None),
+    "host-times": (tabulate_host_times, None),
     "gpu": (tabulate_gpu, None),
     "gpu-tiles": (tabulate_gpu_embedding, None),
 }
@@ -370,12 +408,14 @@ def describe_record(name: str, record: Record) -> str:
     tables = [table(record, *value) for value in values]
     tables += [tabulate_shares(record)] if "peaks" in record.settings else []
     tables += [tabulate_gpu_tiles(record), tabulate_gpu_methods(record)] if record.suite.startswith("gpu") else []
-    texts = [table.markdown() for table in tables if table.rows]
-    return "\n\n".join([f"## {name}", facts, *objections, *texts, *map(describe_fault, record.faults)])
+    texts = [*(table.markdown() for table in tables if table.rows), describe_rounds([record]).strip()]
+    return "\n\n".join([f"## {name}", facts, *objections, *filter(None, texts), *map(describe_fault, record.faults)])
 
 
 def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, folder: Path = results.FOLDER) -> str:
-    """Return a table for cog, from one or more files of results of a device. ``more`` are arguments of ``table``.
+    """Return a table and the spread of its times for cog, from one or more files of results of a device.
+
+    ``more`` are arguments of ``table``.
 
     Raises:
         BenchmarkError: the results must not be published.
@@ -384,7 +424,7 @@ def publish(device: str, table: Callable[..., Table], stems: str, *more: Any, fo
     for record in records:
         if objections := record.find_objections():
             raise BenchmarkError(f"{device}, {record.suite}: must not be published, because {' and '.join(objections)}")
-    return f"\n{table(*records, *more).markdown()}\n\n"
+    return f"\n{table(*records, *more).markdown()}\n\n{describe_rounds(records)}"
 
 
 def select_times(record: Record) -> pd.DataFrame:

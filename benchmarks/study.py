@@ -267,7 +267,7 @@ class Study:
             "dev_score": trainer.state.best_metric, "best_step": trainer.state.best_global_step,
             "test_score": tested.metrics["test_score"], "steps": trained.global_step,
             "trainable": prepared.count_trainable() - sum(p.numel() for p in head_parameters(base) if p.requires_grad),
-            "gates": recorder.trend[:last],
+            "gates": recorder.trend[:last], "commit": self.record.environment["commit"],
         }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the report and return the exit status."""
-    for line in lines():
+    for line in list_lines():
         print(line)
     return 0 if args.model is None else _describe(args.model)
 
@@ -62,7 +62,7 @@ def could_be_of_hub(name: str) -> bool:
     return True
 
 
-def lines() -> Iterator[str]:
+def list_lines() -> Iterator[str]:
     """Yield the lines of the report."""
     yield f"fastprefix    {__version__}"
     yield f"python        {platform.python_version()} on {platform.platform()}"

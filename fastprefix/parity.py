@@ -294,7 +294,7 @@ def attention_cases(count: int, seed: int = 0, fixed: dict[str, Any] | None = No
         for part in parts:
             named |= part
         case = make_attention_case(**(named | (fixed or {})))
-        cases.append(_reconcile(case) if fixed else _conditioned(case))
+        cases.append(_reconcile(case) if fixed else _condition(case))
     return cases
 
 
@@ -312,7 +312,7 @@ def _reconcile(case: AttentionCase) -> AttentionCase:
     return replace(case, frozen=min(case.frozen, case.P or 0 if case.spans is None else case.store))
 
 
-def _conditioned(case: AttentionCase) -> AttentionCase:
+def _condition(case: AttentionCase) -> AttentionCase:
     """Change cases whose bounds are meaningless, and shorten the largest ones.
 
     The gradients of a softmax over a single column are exactly 0, and plain PyTorch's error is 0 too. A bound relative

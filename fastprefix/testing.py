@@ -259,7 +259,7 @@ def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:
         return Row(name, nan, nan, nan, nan, nan, nan, problem)
     ulp = torch.finfo(fast.dtype).eps if fast.is_floating_point() else 0.0
     fast, plain, exact = fast.double(), plain.double(), exact.double()
-    problem = _misplaced(fast, plain, exact)
+    problem = _explain_misplaced(fast, plain, exact)
     finite = fast.isfinite() & plain.isfinite() & exact.isfinite()
     fast, plain, exact = fast[finite], plain[finite], exact[finite]
     error, plain_error = _largest(fast - exact), _largest(plain - exact)
@@ -268,7 +268,7 @@ def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:
     return Row(name, error, plain_error, bound, rms, plain_rms, rms_bound, problem)
 
 
-def _misplaced(fast: Tensor, plain: Tensor, exact: Tensor) -> str | None:
+def _explain_misplaced(fast: Tensor, plain: Tensor, exact: Tensor) -> str | None:
     """Return a message about NaN and infinity in wrong places, or None.
 
     They must occur where the float64 result has them. Elsewhere, they may occur only where plain PyTorch overflows too.

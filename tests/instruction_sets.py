@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastprefix import _native
-from fastprefix._native import INSTRUCTION_SETS, instruction_set
+from fastprefix._native import INSTRUCTION_SETS, find_instruction_set
 from fastprefix.ops.backends import BACKENDS
 
 _BUILT = {path.stem.rpartition("_abi")[0] for path in Path(_native.__file__).parent.glob("*.so")}
-_BELOW = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set())]
+_BELOW = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(find_instruction_set())]
 LOWER = [] if "FASTPREFIX_CPU" in os.environ else [name for name in _BELOW if name in _BUILT]
 """The libraries below this machine's own instruction set. A process that runs one of them has none below it."""
 

@@ -319,13 +319,15 @@ PAGE = """\
 
 This page was generated with transformers {transformers} and PyTorch {torch}. A small model of every family is built in
 float64 and compared with the textbook, or with PEFT alone for PEFT's methods. The comparison covers the values and all
-gradients of trained parameters, in up to 26 situations.
+gradients of trained parameters, in all situations that the family supports.
 
 - **works**: values and gradients agree to 1e-10. The number in parentheses is the number of situations. Prompts, also
-  visual ones, run once for the whole batch.
+  visual ones, run once for the whole batch. They are tried on the family's causal language model, such as
+  `BertLMHeadModel`.
 - **in every row**: the same, but a prompt runs in every row, because sharing it would give different results.
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
-- **not tried**: no small model could be built or run here. `attach` checks the method on your model.
+- **not tried**: no small model could be built or run here, or PEFT alone fails on it. `attach` checks the method on
+  your model.
 
 The CSV files in the folder `{folder}`, such as [prefix.csv]({folder}/prefix.csv), contain the reasons, with a row for
 each family.

@@ -28,7 +28,7 @@ PROGRAM = """
 import fastprefix.info
 from fastprefix.ops.backends import BACKENDS
 import torch
-print(*fastprefix.info.lines(), sep="\\n")
+print(*fastprefix.info.list_lines(), sep="\\n")
 assert BACKENDS["cpu"].refusal(torch.device("cpu")) is None
 """
 

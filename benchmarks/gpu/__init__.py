@@ -1,12 +1,13 @@
-"""Check and measure prefix attention on a CUDA device in one run of less than nine minutes.
+"""Check and measure prefix attention on a CUDA device in one run of nine minutes.
 
     python -m benchmarks gpu --out result.json
 
-The first stage checks twelve cases and times three. If any of it fails, the run ends. Otherwise the tests of the
-repository follow, then tiles, peers on many shapes, and PEFT's settings. Every stage has a deadline. A stage that fails
-does not affect the results of other stages, and the file is written after each case. Worker processes compile the
-kernels first. Results are compared with those of a peer before anything is timed. Times come from
-``triton.testing.do_bench``, which clears the cache before each call. The clock of the host is measured separately.
+The first stage checks eleven cases in two types and a long one, and times three shapes. If any of it fails, the run
+ends. Otherwise the other stages follow: the tests of the repository, tiles, kernels, peers on many shapes, and PEFT's
+settings. Every stage has a deadline. A stage that fails does not affect the results of other stages, and the file is
+written after each case. Worker processes compile the kernels first. Results are compared with those of a peer before
+anything is timed. Times come from ``triton.testing.do_bench``, which clears the cache before each call. The clock of
+the host is measured separately.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def is_own(peer: str) -> bool:
 
 
 def run_first(add: Add, seconds: float) -> None:
-    """Check twelve cases in bfloat16, then in float16, measure the peak rates of the device, and time three shapes."""
+    """Check small cases in two dtypes and a long one, measure the peak rates of the device, and time three shapes."""
     end, failed = time.monotonic() + seconds, list[Row]()
 
     def add_and_keep(rows: list[Row], found: list[Row]) -> None:

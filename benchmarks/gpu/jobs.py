@@ -17,7 +17,7 @@ Job = tuple[Any, ...]
 """A function, followed by its arguments."""
 
 
-def in_time(what: str, end: float, items: Iterable[Item]) -> Iterator[Item]:
+def limit_time(what: str, end: float, items: Iterable[Item]) -> Iterator[Item]:
     """Yield items until the time is over, and print how many there were."""
     for number, item in enumerate(items):
         if time.monotonic() > end:

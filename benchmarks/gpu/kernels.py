@@ -10,7 +10,7 @@ from torch.profiler import profile
 
 from ..attention import Shape
 from ..measure import Add, Row, Work, figure_row, keep_going
-from .jobs import in_time
+from .jobs import limit_time
 from .problems import DECODING, SHAPES, Kind, build_embeddings, build_problem
 
 CALLS = 10
@@ -52,7 +52,7 @@ def measure_kernels(add: Add, seconds: float, kinds: Sequence[Kind] = KINDS) -> 
     """Profile as many problems as the time allows."""
     end = time.monotonic() + seconds
     problems = chain((build_problem(*kind, flex=False) for kind in kinds), build_embeddings())
-    for problem in in_time("kernels", end, problems):
+    for problem in limit_time("kernels", end, problems):
         for peer, work in problem.works.items():
             if peer in PEERS:
                 with keep_going(add, problem.case, peer, "kernels"):

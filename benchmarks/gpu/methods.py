@@ -87,7 +87,7 @@ def measure_methods(add: Add, seconds: float) -> None:
     batch["labels"] = batch["labels"].clone()
     batch["labels"][:, 0] = -100  # in PEFT, the last token of a prompt would predict it
     losses, works = dict[str, float](), dict[str, Work]()
-    for peer in jobs.in_time("methods", end, list_peers()):
+    for peer in jobs.limit_time("methods", end, list_peers()):
         with keep_going(add, case, peer.name, "methods"):
             torch.manual_seed(0)  # so that a method of PEFT starts with the same parameters in each of its peers
             step = build_step(peer.copy_and_prepare(base), batch)

@@ -98,7 +98,7 @@ def measure_problems(add: Add, seconds: float, kinds: Sequence[Kind], compiling:
     for job, answer in zip(compilations, jobs.run_jobs(compilations, seconds * compiling), strict=True):
         if "error" in answer:
             add([], [fault({"case": str(job[1:])}, "fused", "compile", RuntimeError(answer["error"]))])
-    for kind in jobs.in_time("speed", end, kinds):
+    for kind in jobs.limit_time("speed", end, kinds):
         measure_problem(add, build_problem(*kind))
 
 

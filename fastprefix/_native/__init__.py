@@ -20,7 +20,7 @@ INSTRUCTION_SETS = ("default", "neon_bf16", "avx2", "avx512", "avx512_bf16", "am
 
 
 @once
-def instruction_set() -> str:
+def find_instruction_set() -> str:
     """Return the instruction set of the kernels: PyTorch's choice, or its extension if the CPU multiplies bfloat16.
 
     ``ATEN_CPU_CAPABILITY`` lowers PyTorch's choice, and ``FASTPREFIX_CPU`` lowers this one.
@@ -53,16 +53,16 @@ def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__)
     The name of a library ends with the PyTorch version whose stable C++ interface it was compiled against (see
     ``setup.py``). The library runs with this version and all later ones.
     """
-    found = {path.stem.rpartition("_abi")[2]: path for path in folder.glob(f"{instruction_set()}_abi*.so")}
+    found = {path.stem.rpartition("_abi")[2]: path for path in folder.glob(f"{find_instruction_set()}_abi*.so")}
     if not found:
         return _NOT_BUILT
-    abi, library = max(found.items(), key=lambda item: _numbers(item[0], "_"))
-    if _numbers(torch_version, ".") < _numbers(abi, "_"):
+    abi, library = max(found.items(), key=lambda item: _parse_version(item[0], "_"))
+    if _parse_version(torch_version, ".") < _parse_version(abi, "_"):
         return f"its C++ extension requires PyTorch {abi.replace('_', '.')} or newer, but this is {torch_version}"
     return library
 
 
-def _numbers(version: str, separator: str) -> tuple[int, ...]:
+def _parse_version(version: str, separator: str) -> tuple[int, ...]:
     """Return the first two numbers of a version."""
     return tuple(int(number) for number in version.split(separator)[:2])
 

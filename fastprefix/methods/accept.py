@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import check_choice, check_positive, register
-from .budget import embedding_width, largest_within
+from .budget import find_largest, read_embedding_width
 from .computed_prompt import ComputedPrompt
 from .dept import DePT, DePTConfig
 
@@ -65,7 +65,7 @@ class ACCEPTConfig(DePTConfig):
         parameters, or ``m d`` if it is free. Each unit of ``offset_codewords`` adds ``d + T K'`` parameters, and each
         unit of ``rank`` adds ``T + d``.
         """
-        d = embedding_width(model)
+        d = read_embedding_width(model)
         config = cls(num_virtual_tokens, max_length=max_length, **options)
         name, each = "rank", max_length + d
         if config.codebook_offset:
@@ -74,7 +74,7 @@ class ACCEPTConfig(DePTConfig):
         if config.codebook_prompt:
             parts = count_parts("prompt_block", config.prompt_block, d)
             fixed = config.prompt_codewords * (d + num_virtual_tokens * parts)
-        count = largest_within("trainable", trainable, fixed=fixed, each=each)
+        count = find_largest("trainable", trainable, fixed=fixed, each=each)
         return cls(num_virtual_tokens, max_length=max_length, **{**options, name: count})
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LearningRates, check_positive, register
-from .budget import embedding_width, largest_within
+from .budget import find_largest, read_embedding_width
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 
@@ -39,8 +39,8 @@ class ADePTConfig(PromptTuningConfig):
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":
         """Return the configuration with the largest ``r`` for which ``m d + 2 d r + r + d <= trainable``."""
-        d = embedding_width(model)
-        r = largest_within("trainable", trainable, fixed=(num_virtual_tokens + 1) * d, each=2 * d + 1)
+        d = read_embedding_width(model)
+        r = find_largest("trainable", trainable, fixed=(num_virtual_tokens + 1) * d, each=2 * d + 1)
         return cls(num_virtual_tokens, bottleneck_dim=r, **options)
 
 

@@ -135,14 +135,14 @@ class APT(PrefixTuning):
             weight = attended.to(hidden.dtype).unsqueeze(-1)
             return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         if sequences is not None:
-            return hidden.gather(1, _first_tokens(sequences).unsqueeze(-1).expand_as(hidden))
+            return hidden.gather(1, _find_first_tokens(sequences).unsqueeze(-1).expand_as(hidden))
         if attended is None:
             return hidden[:, 0]
         first = attended.to(torch.int32).argmax(dim=1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
 
 
-def _first_tokens(sequences: Tensor) -> Tensor:
+def _find_first_tokens(sequences: Tensor) -> Tensor:
     """Return the index of the first token of each token's sequence, ``[B, N]``."""
     begins = torch.diff(sequences, prepend=sequences[:, :1], dim=1) != 0
     return (torch.arange(sequences.shape[1], device=sequences.device) * begins).cummax(dim=1).values

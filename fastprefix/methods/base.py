@@ -298,7 +298,7 @@ class PrefixMethod(MethodModule):
 
     @abstractmethod
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer. Called once per step."""
+        """Return the prefix keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of every layer, once per step."""
 
     def projected_states(self, layer: int) -> Tensor | None:
         """Return states ``[m, d]`` that the layer projects to its prefix, or None to use ``prefixes`` instead."""

@@ -3,7 +3,7 @@
 from torch import nn
 
 
-def embedding_width(model: nn.Module) -> int:
+def read_embedding_width(model: nn.Module) -> int:
     """Return the width ``d`` of a model's input embeddings.
 
     Raises:
@@ -21,7 +21,7 @@ def embedding_width(model: nn.Module) -> int:
         ) from error
 
 
-def largest_within(name: str, budget: int, *, fixed: int, each: int) -> int:
+def find_largest(name: str, budget: int, *, fixed: int, each: int) -> int:
     """Return the largest count with ``fixed + count * each <= budget``.
 
     Raises:

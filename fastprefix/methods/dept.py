@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LearningRates, check_finite, check_positive, register
-from .budget import embedding_width, largest_within
+from .budget import find_largest, read_embedding_width
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
 
@@ -42,8 +42,8 @@ class DePTConfig(PromptTuningConfig):
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, max_length: int = 256, **options: Any
     ) -> "DePTConfig":
         """Return the configuration with the largest rank ``r`` for which ``m d + r (T + d) <= trainable``."""
-        d = embedding_width(model)
-        rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=max_length + d)
+        d = read_embedding_width(model)
+        rank = find_largest("trainable", trainable, fixed=num_virtual_tokens * d, each=max_length + d)
         return cls(num_virtual_tokens, rank=rank, max_length=max_length, **options)
 
 
@@ -88,8 +88,8 @@ class DePT(PromptTuning):
         end = first_position + tokens
         if end > self.config.max_length:
             raise ValueError(
-                f"{type(self).__name__} has offsets for max_length = {self.config.max_length} tokens, got an input of "
-                f"{end}"
+                f"`input_ids` must have at most max_length = {self.config.max_length} tokens for "
+                f"{type(self).__name__}, got {end}"
             )
         return end
 

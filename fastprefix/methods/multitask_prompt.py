@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.prompt_embedding import prompt_embedding
 from .base import check_choice, check_count, check_positive, register
-from .budget import embedding_width, largest_within
+from .budget import find_largest, read_embedding_width
 from .computed_prompt import ComputedPrompt
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -56,9 +56,9 @@ class MultitaskPromptConfig(PromptTuningConfig):
         cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, num_tasks: int, **options: Any
     ) -> "MultitaskPromptConfig":
         """Return the configuration with the largest ``q`` for which ``m d + K q (m + d) <= trainable`` (K tasks)."""
-        d = embedding_width(model)
+        d = read_embedding_width(model)
         each = num_tasks * (num_virtual_tokens + d)
-        rank = largest_within("trainable", trainable, fixed=num_virtual_tokens * d, each=each)
+        rank = find_largest("trainable", trainable, fixed=num_virtual_tokens * d, each=each)
         return cls(num_virtual_tokens, num_tasks=num_tasks, rank=rank, **options)
 
 

@@ -384,7 +384,7 @@ class PrefixTuning(PrefixMethod):
         return prefixes
 
     def set_prefixes(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Set the keys and values to copies of these. Requires a prefix without a reparameterization."""
+        """Set the keys and values to copies of these. The prefix must not have a reparameterization."""
         assert isinstance(self.prefix, FreePrefix)
         self.prefix.set(prefixes)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import check_count, check_positive, register
-from .budget import embedding_width, largest_within
+from .budget import find_largest, read_embedding_width
 from .computed_prompt import ComputedPrompt, ComputedPromptConfig
 
 
@@ -35,8 +35,8 @@ class ULPTConfig(ComputedPromptConfig):
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ULPTConfig":
         """Return the configuration with the largest rank ``r`` for which ``m r + 2 d <= trainable``."""
-        d = embedding_width(model)
-        rank = largest_within("trainable", trainable, fixed=2 * d, each=num_virtual_tokens)
+        d = read_embedding_width(model)
+        rank = find_largest("trainable", trainable, fixed=2 * d, each=num_virtual_tokens)
         return cls(num_virtual_tokens, rank=rank, **options)
 
 

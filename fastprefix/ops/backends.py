@@ -68,7 +68,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("eager", None, _always),
     )
 }
-"""The backends in order of preference: ``backend=None`` selects the first usable one."""
+"""The backends in order. ``backend=None`` selects the first usable one that supports and prefers the call."""
 
 
 _NONE: Mapping[str, Callable[[Any], bool]] = {}

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the operations. Every message names the argument, what it must be and what it got.
+"""Check arguments of the operations. Every message names the argument, what it must be and what it got.
 
 These checks never read a tensor's values, so they do not synchronize with a device and they trace under
 ``torch.compile``.
@@ -33,32 +33,32 @@ def describe(value: object) -> str:
     return f"{kind.__name__} {reprlib.repr(value)}"
 
 
-def wrong_type(name: str, value: object, takes: str) -> TypeError:
-    return TypeError(f"`{name}` must be {takes}, got {describe(value)}")
+def wrong_type(name: str, value: object, requirement: str) -> TypeError:
+    return TypeError(f"`{name}` must be {requirement}, got {describe(value)}")
 
 
-def wrong_value(name: str, value: object, takes: str) -> ValueError:
-    return ValueError(f"`{name}` must be {takes}, got {describe(value)}")
+def wrong_value(name: str, value: object, requirement: str) -> ValueError:
+    return ValueError(f"`{name}` must be {requirement}, got {describe(value)}")
 
 
-def check_tensor(name: str, value: object, takes: str) -> None:
+def check_tensor(name: str, value: object, requirement: str) -> None:
     """Raise unless ``value`` is a strided tensor."""
     if not isinstance(value, Tensor):
-        raise wrong_type(name, value, takes)
+        raise wrong_type(name, value, requirement)
     if value.layout is not torch.strided:
-        raise wrong_type(name, value, f"a strided tensor, not layout {value.layout}: {takes}")
+        raise wrong_type(name, value, f"a strided tensor, not layout {value.layout}: {requirement}")
 
 
-def check_floating(name: str, value: Tensor, takes: str) -> None:
-    check_tensor(name, value, takes)
+def check_floating(name: str, value: Tensor, requirement: str) -> None:
+    check_tensor(name, value, requirement)
     if not value.is_floating_point():
-        raise wrong_type(name, value, f"{takes}, floating point")
+        raise wrong_type(name, value, f"{requirement}, floating point")
 
 
-def check_integer(name: str, value: Tensor, takes: str) -> None:
-    check_tensor(name, value, takes)
+def check_integer(name: str, value: Tensor, requirement: str) -> None:
+    check_tensor(name, value, requirement)
     if value.dtype not in (torch.int64, torch.int32):
-        raise wrong_type(name, value, f"{takes}, int64 or int32")
+        raise wrong_type(name, value, f"{requirement}, int64 or int32")
 
 
 def has_shape(value: Tensor, expected: Sequence[Size | None]) -> bool:
@@ -71,19 +71,19 @@ def has_shape(value: Tensor, expected: Sequence[Size | None]) -> bool:
     return True
 
 
-def check_shape(name: str, value: Tensor, expected: Sequence[Size | None], takes: str) -> None:
+def check_shape(name: str, value: Tensor, expected: Sequence[Size | None], requirement: str) -> None:
     """Raise unless the shape is ``expected``, where ``None`` matches any size."""
     if not has_shape(value, expected):
-        raise wrong_value(name, value, takes)
+        raise wrong_value(name, value, requirement)
 
 
-def check_broadcastable(name: str, value: Tensor, full: Sequence[Size], takes: str) -> None:
+def check_broadcastable(name: str, value: Tensor, full: Sequence[Size], requirement: str) -> None:
     """Raise unless ``value`` broadcasts to exactly the shape ``full``."""
     if value.ndim > len(full):
-        raise wrong_value(name, value, takes)
+        raise wrong_value(name, value, requirement)
     for size, wanted in zip(reversed(value.shape), reversed(full), strict=False):
         if size != 1 and size != wanted:
-            raise wrong_value(name, value, takes)
+            raise wrong_value(name, value, requirement)
 
 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
@@ -100,13 +100,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def after_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+def apply_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
     """Return the dtype of a floating-point tensor after autocast. Float64 is not cast, as in PyTorch's autocast."""
     return dtype if cast is None or dtype is torch.float64 else cast
 
 
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype, of: str, cast: torch.dtype | None = None) -> None:
-    if after_autocast(value.dtype, cast) != after_autocast(dtype, cast):
+    if apply_autocast(value.dtype, cast) != apply_autocast(dtype, cast):
         raise wrong_type(name, value, f"the dtype of {of} ({dtype})")
 
 
@@ -147,9 +147,9 @@ def check_flag(name: str, value: object) -> None:
         raise wrong_type(name, value, "True or False")
 
 
-def check_number(name: str, value: object, takes: str) -> None:
+def check_number(name: str, value: object, requirement: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise wrong_type(name, value, takes)
+        raise wrong_type(name, value, requirement)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -41,7 +41,7 @@ class Rule:
     gradient: Literal["every backend", "eager alone"] | None = None
     dtype: Literal["floating", "integer", "mask"] = "floating"  # a mask is bool or floating
     label: str | None = None  # the name in error messages; None: the field's name
-    takes: str | None = None  # the requirement in error messages; None: the shape
+    requirement: str | None = None  # the requirement in error messages; None: the shape
 
     @property
     def ndim(self) -> int:

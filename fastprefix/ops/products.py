@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Products of tiles in Triton whose sums are as accurate as PyTorch's."""
+"""Multiply tiles in Triton with sums that are as accurate as PyTorch's."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Dropout from counter-based random numbers. The forward pass stores a seed, and the backward pass draws again.
+"""Draw dropout from counter-based random numbers. The forward pass stores a seed, and the backward pass draws again.
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
 seed, and the counter is the element's position. A decision therefore depends only on the seed and the position, not on

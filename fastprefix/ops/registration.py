@@ -111,7 +111,7 @@ class Operation:
     def call(self, backend: str, arguments: tuple[Any, ...]) -> Any:
         """Call the forward operator of a backend, and skip PyTorch's dispatcher if only autograd must see the call.
 
-        The dispatcher converts all arguments four times, which takes half the time of a short call.
+        The dispatcher converts all arguments four times, which takes a large part of the time of a short call.
         """
         if not torch.compiler.is_compiling():
             direct = self._direct.get((backend, arguments[0].device.type))
@@ -130,12 +130,12 @@ class Operation:
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
-        """For each backend that implements this operation, the function that refuses unsupported calls."""
+        """Return the function that refuses unsupported calls, for each backend that implements this operation."""
         return self._refusals
 
     @property
     def preferences(self) -> Mapping[str, Preference]:
-        """For backends that are not always worth selecting, the function that returns when they are."""
+        """Return the functions that decide whether to prefer a backend for a call, for the backends that need one."""
         return self._preferences
 
     def define(

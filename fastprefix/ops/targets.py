@@ -1,4 +1,4 @@
-"""The targets on which Triton kernels are launched: a CUDA device or Triton's interpreter."""
+"""Choose the target on which Triton kernels are launched: a CUDA device or Triton's interpreter."""
 
 import contextlib
 import functools
@@ -101,6 +101,6 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def target_of(device: torch.device) -> Device:
+def find_target(device: torch.device) -> Device:
     """Return the target for tensors on ``device``."""
     return Device(device)

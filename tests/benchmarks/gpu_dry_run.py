@@ -52,7 +52,7 @@ def run_on_driver(folder: str) -> None:
     pretend(folder)
     target = H100()
     for operation in (prefix_attention, prompt_embedding):
-        operation.triton_backend.launch.target_of = lambda device: target
+        operation.triton_backend.launch.find_target = lambda device: target
     backends.BACKENDS["composed"] = backends.Backend("composed", None, lambda device: None)
     composed_backend._DTYPES["cpu"] = (torch.float16, torch.bfloat16)
     attention.BACKENDS["cpu"] = "triton"

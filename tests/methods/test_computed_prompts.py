@@ -76,7 +76,7 @@ def test_accept_is_its_formula() -> None:
     assert count(method) == codebook_of(5, 3, 4, 32) + codebook_of(9, 2, 3, 48)
     torch.testing.assert_close(method.offset(3, 5, torch.float32)["position_offset"], offset_rows(method, 9)[5:8])
     assert "offset_scale" not in method.offset(3, 5, torch.float32)
-    with pytest.raises(ValueError, match=r"ACCEPT has offsets for max_length = 9 tokens, got an input of 10"):
+    with pytest.raises(ValueError, match=r"`input_ids` must have at most max_length = 9 tokens for ACCEPT, got 10"):
         method.offset(5, 5, torch.float32)
 
 

@@ -34,7 +34,7 @@ def make_case(**named):
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_spans(device, backend, spans, name, poisoned):
-    # a softmax of its own over one key or none: see _conditioned
+    # a softmax of its own over one key or none: see _condition
     lengths = ((3, 9), (3, 9), (0, 4), (5, 2)) if name == "separate" and spans in ("ragged", SPANS[3]) else spans
     case = make_case(spans=lengths, **FEATURES[name])
     for dtype in DTYPES.values():

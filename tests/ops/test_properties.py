@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastprefix.parity import DTYPES, AttentionCase, EmbeddingCase, _conditioned, measure
+from fastprefix.parity import DTYPES, AttentionCase, EmbeddingCase, _condition, measure
 
 SETTINGS = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -42,7 +42,7 @@ def attention_cases(draw):
     )  # fmt: skip
     if spans is not None and min(length for _, length in spans) <= 1:
         case = replace(case, output_gate=None)
-    return _conditioned(case)
+    return _condition(case)
 
 
 @given(case=attention_cases(), dtype=st.sampled_from(list(DTYPES)))

@@ -117,7 +117,7 @@ def test_commands_run_from_the_wheel(built: Distributions, tmp_path: Path) -> No
 
 def test_a_library_runs_with_its_pytorch_and_newer_ones(tmp_path: Path) -> None:
     assert "was not built" in str(_native.find_library(tmp_path, "2.13.0+cpu"))
-    library = tmp_path / f"{_native.instruction_set()}_abi2_11.so"
+    library = tmp_path / f"{_native.find_instruction_set()}_abi2_11.so"
     library.touch()
     for version in ("2.11.0", "2.13.0+cpu", "2.100.0a0+git1", "3.0.0"):
         assert _native.find_library(tmp_path, version) == library
@@ -145,7 +145,7 @@ def test_libraries_load_on_older_systems(library: Path) -> None:
 
 
 def test_the_choice_of_an_instruction_set_can_be_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose, best = _native.instruction_set.__wrapped__, _native.INSTRUCTION_SETS[-1]
+    choose, best = _native.find_instruction_set.__wrapped__, _native.INSTRUCTION_SETS[-1]
     monkeypatch.setenv("FASTPREFIX_CPU", "default")
     assert choose() == "default"
     monkeypatch.setenv("FASTPREFIX_CPU", best)

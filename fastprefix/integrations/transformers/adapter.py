@@ -258,7 +258,7 @@ class Adapter:
             model.get_submodule(name).zero_grad()
 
     def name_labels(self, model: PreTrainedModel, labels: list[str] | None) -> None:
-        """Give the model the names of the labels of the adapter's head, unless it has names of its own."""
+        """Give the model the names of the labels of the adapter's head, unless it already has names."""
         if labels is not None and all(re.fullmatch(r"LABEL_\d+", name) for name in list_labels(model)):
             self.labels = labels
             self._exchange_labels(model)
@@ -270,7 +270,7 @@ class Adapter:
             model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def _exchange_weights(self, model: PreTrainedModel, trained: bool) -> None:
-        """Exchange the ``data`` of parameters, so that an older graph is valid again once the adapter is back on."""
+        """Exchange stored weights with the model's through ``data``, so that graphs recorded before remain valid."""
         for name, weights in self.saved_modules.items():
             for key, parameter in model.get_submodule(name).named_parameters():
                 if key in weights:

@@ -104,8 +104,8 @@ def prefix_attention(
         dropout_p: the probability, from 0 to 1, of dropping an attention probability. Dropout is applied even if the
             module is in evaluation mode. The dropped elements depend on a seed drawn from the device's generator. For
             the same seed they are the same on every backend. Default: 0.
-        backend: None chooses the fastest backend that supports the call. The names "triton", "composed", "cpu",
-            "sdpa" and "eager" select that backend or raise an error.
+        backend: None selects the first of "triton", "cpu", "sdpa" and "eager" that supports the call. The support page
+            lists the exceptions. A name, also "composed", selects that backend or raises an error.
 
     Returns:
         ``[B, Hq, N, Dv]`` in the dtype of ``query``, with heads and length in the same memory order as in ``query``.

@@ -34,20 +34,24 @@ class AttentionArguments(NamedTuple):
     prefix_value: Annotated[Tensor, Rule("[1|B, Hkv, P, Dv]", gradient="every backend")]
     # A gate for each prefix key, or with four dimensions a gate for each pair of query and prefix key.
     prefix_gate: Annotated[
-        Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", "[1|B, 1|Hq, 1|N, 1|P]", gradient="every backend", takes=_GATE)
+        Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", "[1|B, 1|Hq, 1|N, 1|P]", gradient="every backend", requirement=_GATE)
     ]
     output_gate: Annotated[Tensor | None, Rule("[1|B, 1|Hq]", gradient="every backend")]  # if given, two softmaxes
     attn_mask: Annotated[
-        Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|M]", gradient="eager alone", dtype="mask", takes=_MASK)
+        Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|M]", gradient="eager alone", dtype="mask", requirement=_MASK)
     ]
     prefix_bias: Annotated[Tensor | None, Rule("[1|B, 1|Hq, 1|N, 1|P]", gradient="eager alone")]
-    prefix_key_bias: Annotated[Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", gradient="every backend", takes=_KEY_BIAS)]
+    prefix_key_bias: Annotated[
+        Tensor | None, Rule("[1|B, 1|Hkv, 1|P]", gradient="every backend", requirement=_KEY_BIAS)
+    ]
     sinks: Annotated[Tensor | None, Rule("[Hq]", gradient="every backend")]
     query_segments: Annotated[
-        Tensor | None, Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", takes=SEGMENTS)
+        Tensor | None, Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", requirement=SEGMENTS)
     ]
-    key_segments: Annotated[Tensor | None, Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", takes=SEGMENTS)]
-    prefix_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer", takes=SPANS)]
+    key_segments: Annotated[
+        Tensor | None, Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", requirement=SEGMENTS)
+    ]
+    prefix_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer", requirement=SPANS)]
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]
     is_causal: bool
     window_size: int | None

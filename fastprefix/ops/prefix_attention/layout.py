@@ -1,4 +1,4 @@
-"""Allocation of results in the memory layout of the inputs.
+"""Allocate results in the memory layout of the inputs.
 
 Public shapes are [B, H, N, D]. transformers stores tensors as [B, N, H, D] and passes transposed views. A result has
 the memory layout of the input that it belongs to, so that transposing it back needs no copy.

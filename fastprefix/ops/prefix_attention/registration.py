@@ -24,7 +24,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Cast every floating-point tensor, as PyTorch's attention does under autocast."""
     return tuple(
-        x.to(checks.after_autocast(x.dtype, dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
+        x.to(checks.apply_autocast(x.dtype, dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in arguments
     )
 

@@ -1,4 +1,4 @@
-"""Spans of a store of prefixes. Each row of the batch attends to the prefix keys in its span."""
+"""Read the spans of a store of prefixes. Each row of the batch attends to the prefix keys in its span."""
 
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def read_spans(a: AttentionArguments) -> list[Span]:
 
 
 def check_spans(a: AttentionArguments) -> None:
-    """Check the values of ``prefix_spans`` where values can be read. Clamp nothing."""
+    """Check the values of ``prefix_spans`` where values can be read. Values are never clamped."""
     if a.prefix_spans is not None and checks.can_read_values(a.prefix_spans):
         read_spans(a)
 

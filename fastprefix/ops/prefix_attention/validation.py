@@ -119,8 +119,8 @@ canonical_arguments = accept(collect_arguments)(canonicalize)
 def _read_signature(given: AttentionArguments) -> Hashable | None:
     """Return everything that the checks depend on, or None while tracing or if an argument is not a tensor.
 
-    All layers of a model call with the same shapes, so each signature is checked only once. In a decoding step of a
-    small model, the checks would take as long as the rest of the call.
+    All layers of a model call with the same shapes, so each signature is checked only once. In a short call, the
+    checks would take much of the time.
     """
     if torch.compiler.is_compiling():
         return None
@@ -189,29 +189,31 @@ def _check_optional(
     letters: tuple[str, ...] | None = None,
 ) -> None:
     """Check an optional tensor against its rule. ``letters``, if given, replace the rule's shape."""
-    checks.check_tensor(name, tensor, rule.takes or rule.shape.replace("1|", ""))
+    checks.check_tensor(name, tensor, rule.requirement or rule.shape.replace("1|", ""))
     if letters is None:
         letters = ("B", "M") if rule.dtype == "mask" and _is_padding(tensor) else rule.letters(tensor.ndim)
     full = tuple([sizes[letter] for letter in letters])
-    if rule.takes is not None:
-        takes = f"{rule.takes}; here {full}"
+    if rule.requirement is not None:
+        requirement = f"{rule.requirement}; here {full}"
     else:
         shape = f"[{', '.join(letters)}]"
-        takes = f"a tensor that broadcasts to {shape} = {full}" if rule.broadcasts else f"{shape} = {list(full)}"
+        requirement = f"a tensor that broadcasts to {shape} = {full}" if rule.broadcasts else f"{shape} = {list(full)}"
     if rule.dtype == "integer":
-        checks.check_integer(name, tensor, takes)
+        checks.check_integer(name, tensor, requirement)
         checks.check_device(name, tensor, query.device, "query")
-        checks.check_shape(name, tensor, (None,) * len(full), takes)
+        checks.check_shape(name, tensor, (None,) * len(full), requirement)
     elif rule.dtype == "mask" and tensor.dtype is torch.bool:
         checks.check_device(name, tensor, query.device, "query")
     elif rule.dtype == "mask" and not tensor.is_floating_point():
-        raise checks.wrong_type(name, tensor, f"{rule.takes} (convert a mask of zeros and ones with {name}.bool())")
+        raise checks.wrong_type(
+            name, tensor, f"{rule.requirement} (convert a mask of zeros and ones with {name}.bool())"
+        )
     else:
-        _check_companion(name, tensor, query, takes)
+        _check_companion(name, tensor, query, requirement)
     if rule.broadcasts:
-        checks.check_broadcastable(name, tensor, full, takes)
+        checks.check_broadcastable(name, tensor, full, requirement)
     else:
-        checks.check_shape(name, tensor, full, takes)
+        checks.check_shape(name, tensor, full, requirement)
 
 
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -243,9 +245,9 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
         _check_companion(name, tensor, query, "a tensor")
 
 
-def _check_companion(name: str, tensor: Tensor, query: Tensor, takes: str) -> None:
+def _check_companion(name: str, tensor: Tensor, query: Tensor, requirement: str) -> None:
     """Check that an argument is floating point and has the device and dtype of ``query``."""
-    checks.check_floating(name, tensor, takes)
+    checks.check_floating(name, tensor, requirement)
     checks.check_device(name, tensor, query.device, "query")
     checks.check_dtype(name, tensor, query.dtype, "query", checks.autocast_dtype(query.device))
 
@@ -260,12 +262,12 @@ def _check_prefix(given: AttentionArguments) -> checks.Size:
         ("prefix_key", prefix_key, given.key, "D"),
         ("prefix_value", prefix_value, given.value, "Dv"),
     ):
-        takes = kind.format(d=letter)
-        _check_companion(name, tensor, given.query, takes)
+        requirement = kind.format(d=letter)
+        _check_companion(name, tensor, given.query, requirement)
         batch, heads, size = tokens.shape[0], tokens.shape[1], tokens.shape[3]
-        takes = f"{takes} with B, Hkv, {letter} = {batch}, {heads}, {size}"
+        requirement = f"{requirement} with B, Hkv, {letter} = {batch}, {heads}, {size}"
         own = tensor.ndim != 3 and given.prefix_spans is None
-        checks.check_shape(name, tensor, (batch, heads, None, size) if own else (heads, None, size), takes)
+        checks.check_shape(name, tensor, (batch, heads, None, size) if own else (heads, None, size), requirement)
     if prefix_value.ndim != prefix_key.ndim:
         raise checks.wrong_value(
             "prefix_value", prefix_value, f"a tensor with as many dimensions as prefix_key ({prefix_key.ndim})"

@@ -1,4 +1,4 @@
-"""The token keys that each query may attend to, by causality, windows, segments and bool masks."""
+"""Find the token keys that each query may attend to, by causality, windows, segments and bool masks."""
 
 import torch
 from torch import Tensor

@@ -74,8 +74,8 @@ def prompt_embedding(
         dropout_p: the probability, from 0 to 1, of dropping a hidden unit of the network before the ReLU. Dropout is
             applied even if the module is in evaluation mode. The dropped units depend on a seed drawn from the device's
             generator. Requires ``ffn`` if it is not 0. Default: 0.
-        backend: None chooses the fastest backend that supports the call. The names "eager", "triton" and "cpu" select
-            that backend or raise an error.
+        backend: None selects the first of "triton", "cpu" and "eager" that supports the call. A name selects that
+            backend or raises an error.
 
     Returns:
         ``[B, S + N, d]`` in the dtype of ``weight``.

@@ -1,4 +1,4 @@
-"""Allocation of results."""
+"""Allocate results."""
 
 import torch
 from torch import Tensor

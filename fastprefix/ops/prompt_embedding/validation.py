@@ -38,8 +38,8 @@ def canonical_arguments(
     checks.check_device("input_ids", input_ids, weight.device, "weight")
     length: int = 0
     if prompt is not None:
-        takes = "[S, d]" if prompt_spans is None else "[T, d]"
-        _check_parameter("prompt", prompt, weight, (None, weight.shape[1]), takes)
+        requirement = "[S, d]" if prompt_spans is None else "[T, d]"
+        _check_parameter("prompt", prompt, weight, (None, weight.shape[1]), requirement)
         length = prompt.shape[0]
     if prompt_spans is not None or prompt_length is not None:
         length = _check_spans(prompt_spans, prompt_length, prompt, input_ids)
@@ -82,7 +82,7 @@ def canonical_arguments(
 
 
 def check_values(a: EmbeddingArguments) -> None:
-    """Raise ValueError if token ids, spans or indices are out of range, where values can be read. Clamp nothing."""
+    """Raise ValueError if token ids, spans or indices are out of range, where values can be read."""
     _check_range("input_ids", "ids from 0 to V - 1", a.input_ids, 0, a.weight.shape[0] - 1)
     if a.entries is not None:
         _check_range("index", "values from -1 (no offset) to K - 1", a.entries, -1, a.bank_size - 1)
@@ -90,67 +90,69 @@ def check_values(a: EmbeddingArguments) -> None:
         _check_span_values(a.prompt_spans, a.prompt.shape[0], a.prompt_length)
 
 
-def _check_range(name: str, takes: str, values: Tensor, lowest: int, highest: int) -> None:
+def _check_range(name: str, requirement: str, values: Tensor, lowest: int, highest: int) -> None:
     if values.numel() == 0 or not checks.can_read_values(values):
         return
     low, high = (int(bound) for bound in values.aminmax())
     if low < lowest or high > highest:
-        raise ValueError(f"`{name}` must hold {takes} = {highest}, got {low if low < lowest else high}")
+        raise ValueError(f"`{name}` must hold {requirement} = {highest}, got {low if low < lowest else high}")
 
 
 def _check_span_values(spans: Tensor, rows: int, longest: int) -> None:
     for row, (start, length) in enumerate(spans.tolist()):
         if start < 0 or length < 0 or start + length > rows:
-            takes = f"(start, length) within the prompt's {rows} rows"
+            requirement = f"(start, length) within the prompt's {rows} rows"
         elif length > longest:
-            takes = f"lengths up to prompt_length = {longest}"
+            requirement = f"lengths up to prompt_length = {longest}"
         else:
             continue
-        raise ValueError(f"`prompt_spans` must hold {takes}, got ({start}, {length}) in row {row}")
+        raise ValueError(f"`prompt_spans` must hold {requirement}, got ({start}, {length}) in row {row}")
 
 
 def _check_spans(spans: Tensor | None, longest: int | None, prompt: Tensor | None, input_ids: Tensor) -> int:
     """Check ``prompt_spans`` and ``prompt_length``, and return S. If it is not given, it is read from the spans."""
     if spans is None:
         raise checks.wrong_value("prompt_length", longest, "None without `prompt_spans`")
-    takes = "(start, length) of each row's prompt, int [B, 2]"
-    checks.check_integer("prompt_spans", spans, takes)
+    requirement = "(start, length) of each row's prompt, int [B, 2]"
+    checks.check_integer("prompt_spans", spans, requirement)
     batch = input_ids.shape[0]
-    checks.check_shape("prompt_spans", spans, (batch, 2), f"{takes} with B = {batch} of input_ids")
+    checks.check_shape("prompt_spans", spans, (batch, 2), f"{requirement} with B = {batch} of input_ids")
     checks.check_device("prompt_spans", spans, input_ids.device, "input_ids")
     if prompt is None:
         raise ValueError("`prompt_spans` requires `prompt`, the store that it selects from: pass both or neither")
     if longest is None:
         return max(0, int(spans[:, 1].max())) if batch > 0 else 0
-    takes = "a length S of at least 0"
+    requirement = "a length S of at least 0"
     if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
-        raise checks.wrong_type("prompt_length", longest, takes)
+        raise checks.wrong_type("prompt_length", longest, requirement)
     if longest < 0:
-        raise checks.wrong_value("prompt_length", longest, takes)
+        raise checks.wrong_value("prompt_length", longest, requirement)
     return longest
 
 
 def _check_index(index: Tensor, input_ids: Tensor, offsets: int) -> None:
-    takes = "the entry of each row, int [B]"
-    checks.check_integer("index", index, takes)
+    requirement = "the entry of each row, int [B]"
+    checks.check_integer("index", index, requirement)
     batch = input_ids.shape[0]
-    checks.check_shape("index", index, (batch,), f"{takes} with B = {batch} of input_ids")
+    checks.check_shape("index", index, (batch,), f"{requirement} with B = {batch} of input_ids")
     checks.check_device("index", index, input_ids.device, "input_ids")
     if offsets == 0:
         raise ValueError("`index` requires `ffn`, `low_rank` or `position_offset`: pass one of them, or no `index`")
 
 
-def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, takes: str) -> None:
+def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, requirement: str) -> None:
     """Check that a parameter is floating point, has the expected shape, and has the device and dtype of ``weight``.
 
-    ``takes`` has the letters of the shape. In ``shape``, None matches any size.
+    ``requirement`` has the letters of the shape. In ``shape``, None matches any size.
     """
-    checks.check_floating(name, value, takes)
+    checks.check_floating(name, value, requirement)
     if value.shape != shape and not checks.has_shape(value, shape):
         known = [
-            f"{letter} = {size}" for letter, size in zip(list_letters(takes), shape, strict=True) if size is not None
+            f"{letter} = {size}"
+            for letter, size in zip(list_letters(requirement), shape, strict=True)
+            if size is not None
         ]
-        raise checks.wrong_value(name, value, f"{takes} with {', '.join(known)}")
+        raise checks.wrong_value(name, value, f"{requirement} with {', '.join(known)}")
     checks.check_device(name, value, weight.device, "weight")
     if value.dtype is not weight.dtype and checks.autocast_dtype(weight.device) is None:
         raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast would cast it
@@ -211,8 +213,8 @@ def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
         )
 
 
-def _check_tuple(name: str, value: object, length: int, takes: str) -> None:
+def _check_tuple(name: str, value: object, length: int, requirement: str) -> None:
     if not isinstance(value, tuple | list):
-        raise checks.wrong_type(name, value, takes)
+        raise checks.wrong_type(name, value, requirement)
     if len(value) != length:
-        raise ValueError(f"`{name}` must be {takes}, got {len(value)} entries")
+        raise ValueError(f"`{name}` must be {requirement}, got {len(value)} entries")

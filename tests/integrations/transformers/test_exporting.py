@@ -80,7 +80,7 @@ def test_a_merged_base_generates_as_adept_does(tied: bool, tmp_path: Path) -> No
             assert torch.equal(generate_from(served, embeds), own)
 
 
-def test_embeddings_as_a_server_takes_them() -> None:
+def test_export_of_embeddings_for_servers() -> None:
     model = attach(models.decoder().to(torch.bfloat16), "prompt")
     (row, *_) = fastprefix.export_prompt_embeds(model, models.batch()["input_ids"])
     assert row.dtype is torch.bfloat16

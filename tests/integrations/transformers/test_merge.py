@@ -209,7 +209,7 @@ def exported(model: PreTrainedModel, plain: nn.Module, padding: str) -> tuple[Te
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", ["prefix", "prefix-mlp", "residual", "prompt_tuning"])
-def test_an_exported_cache_serves_the_plain_model(name: str, padding: str) -> None:
+def test_an_exported_cache_continues_on_the_plain_model(name: str, padding: str) -> None:
     config = METHODS[name]()
     if hasattr(config, "prefix_position"):
         config.prefix_position = "shift"

@@ -145,7 +145,7 @@ def main(folder: str, cases: str = "few") -> None:
     pretend(folder)
     target = Target()
     for operation in (prefix_attention, prompt_embedding):
-        operation.triton_backend.launch.target_of = lambda device: target
+        operation.triton_backend.launch.find_target = lambda device: target
     for case in {"all": CASES, "few": FEW}[cases]:
         for _ in range(3):  # as usual, recorded, repeated
             run_forward_and_backward(case)

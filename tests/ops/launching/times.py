@@ -3,18 +3,21 @@
     python -m tests.ops.launching.times
 
 Prints medians and 5th percentiles of warm calls, the processor's time, and how many functions of Python are called,
-which does not depend on how busy the machine is. Tensors are the CPU's, and nothing is
-computed. On a GPU add the time of the driver and of the allocator, a few microseconds a launch.
+which does not depend on how busy the machine is. ``--out FILE`` also writes them as results of a benchmark. Tensors are
+on the CPU, and nothing is computed. On a GPU, the time of the driver and of the allocator is added.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
 
+from benchmarks.measure import figure_row, timed_row
+from benchmarks.results import Record
 from fastprefix.ops import prefix_attention
 from tests.ops.launching.driver import run_with_driver
 from tests.ops.launching.program import H100, pretend
@@ -29,7 +32,7 @@ than a launch.
 def list_calls() -> dict[str, Callable[[], object]]:
     """Return the calls that are measured."""
     target = H100()
-    prefix_attention.triton_backend.launch.target_of = lambda device: target
+    prefix_attention.triton_backend.launch.find_target = lambda device: target
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
@@ -60,8 +63,8 @@ def list_calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(call: Callable[[], object], calls: int) -> tuple[float, float, float]:
-    """Return the median, the 5th percentile, and the processor's time of a call, in microseconds."""
+def measure(call: Callable[[], object], calls: int) -> tuple[list[float], float]:
+    """Return the times of warm calls in ascending order, and the processor's mean time of a call, in seconds."""
     for _ in range(WARMUP):
         call()
     times, start = [], time.process_time()
@@ -70,8 +73,7 @@ def measure(call: Callable[[], object], calls: int) -> tuple[float, float, float
         call()
         times.append(time.perf_counter() - begin)
     processor = (time.process_time() - start) / calls
-    times.sort()
-    return 1e6 * times[calls // 2], 1e6 * times[calls // 20], 1e6 * processor
+    return sorted(times), processor
 
 
 def count_functions(call: Callable[[], object]) -> int:
@@ -94,15 +96,25 @@ def main() -> int:
     """Build the driver, and measure in a process that finds it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON file for the results")
     parser.add_argument("--driver", help=argparse.SUPPRESS)  # the folder of one that is built
     options = parser.parse_args()
     if options.driver is None:
         return run_with_driver(__spec__.name, sys.argv[1:], OMP_NUM_THREADS="1", **KEEP_MEMORY)
     pretend(options.driver)
+    record = Record.start("host-times", torch.device("cpu"), quick=False)
     print(f"{'call':33} {'median':>8} {'5th pc.':>8} {'CPU':>8} us  {'functions':>9}")
     for name, call in list_calls().items():
-        times = " ".join(f"{value:8.1f}" for value in measure(call, options.calls))
-        print(f"{name:33} {times}     {count_functions(call):9}", flush=True)
+        times, processor = measure(call, options.calls)
+        functions = count_functions(call)
+        shown = (times[options.calls // 2], times[options.calls // 20], processor)
+        print(f"{name:33} {' '.join(f'{1e6 * value:8.1f}' for value in shown)}     {functions:9}", flush=True)
+        about = ({}, "fused", "ours", name)
+        row = timed_row(*about, times)
+        del row["samples"]
+        record.rows += [row, figure_row(*about, "functions", functions)]
+    if options.out is not None:
+        record.write(options.out)
     return 0
 
 

@@ -292,7 +292,7 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     row = {"architecture": "sm_90", "kind": "plain", "is_causal": True, "D": 64, "P": 16, "N": 100}
     row |= {"forward": "cudnn", "backward": "flash, prefix alike", "inference": False, "training": True}
     longer = row | {"N": 1000, "forward": "flash", "inference": True}
-    monkeypatch.setattr(plans, "target_of", lambda device: SimpleNamespace(architecture="sm_90"))
+    monkeypatch.setattr(plans, "find_target", lambda device: SimpleNamespace(architecture="sm_90"))
     monkeypatch.setattr(plans, "is_cudnn_usable", lambda: True)
 
     def set_choices(*rows: dict[str, Any]) -> None:

@@ -227,7 +227,7 @@ def _find_first_position(model: PreTrainedModel) -> int:
 
 
 class PrefixTextbook:
-    """A plain model with a prefix method, on the eager attention of its own file.
+    """A plain model with a prefix method, on the eager attention function in the file of the model's class.
 
     Args:
         model: a model without adapters. The textbook changes it permanently.

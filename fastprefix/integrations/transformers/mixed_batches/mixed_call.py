@@ -172,7 +172,7 @@ class MixedCall:
         self.gates = CallGates(arguments)
         if self.rows.gated:
             poolings = [each for part in self.rows.parts for each in getattr(part.gates, "poolings", ())]
-            self.gates.take_up(arguments, backbone, poolings)
+            self.gates.load_gates(arguments, backbone, poolings)
 
     def set_prefixes(self, prefixes: Sequence[Mapping[nn.Module, KeyedPrefix]]) -> None:
         """Concatenate the keys and values of all parts in each layer, differentiably."""

@@ -161,7 +161,7 @@ class MixtureHooks:
             if self.offsets is not None:
                 self.offsets.method.rows = None  # type: ignore[assignment]
         cache = find_cache(output)
-        call.gates.put_down(cache)
+        call.gates.store_gates(cache)
         if cache is not None and not torch.compiler.is_compiling():
             hold_names(cache, call.rows, arguments)
         return output

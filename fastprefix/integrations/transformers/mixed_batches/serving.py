@@ -295,7 +295,7 @@ class ResidentAdapters:
     Args:
         store: the store of the model.
         read: a mapping from names to sources as for ``AdapterStore.load``, or a function that returns the source of a
-            name. A prefix in memory (``read_prefix``) loads at the speed of a copy.
+            name. A prefix in memory (``read_prefix``) loads in little more than the time of a copy.
         tokens: the maximum number of virtual tokens in the store.
 
     Raises:

@@ -14,15 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....ops.prefix_attention.spans import Span
+
 SLACK = 0.04
 """The slack of new tensors, as a fraction of the stored tokens."""
-
-
-class Span(NamedTuple):
-    """The place of a prefix in a store."""
-
-    start: int
-    length: int
 
 
 class KeyedPrefix(NamedTuple):

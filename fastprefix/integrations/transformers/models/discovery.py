@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ....methods import METHODS, AttentionShape, MethodConfig, PrefixMethod
-from ....methods.budget import embedding_width
+from ....methods.budget import read_embedding_width
 from ....methods.shapes import Role
 from ..sharding.fully_sharded import gathering_around, is_fully_sharded, open_root
 from ..sharding.tensor_parallel import HeadSplit, find_splits
@@ -143,7 +143,7 @@ def find_layers(
 def _find_width(model: PreTrainedModel, query: Tensor) -> int:
     """Return the width of a model's embeddings, or of all heads of a layer if the model embeds no tokens."""
     try:
-        return embedding_width(model)
+        return read_embedding_width(model)
     except ValueError:
         return query.shape[1] * query.shape[3]
 
@@ -278,7 +278,7 @@ class ModuleCall(NamedTuple):
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
-    """Raised to stop a run as soon as enough is known."""
+    """The exception that ends the run of ``record_calls`` once ``is_enough`` returns True."""
 
 
 def record_calls(

@@ -105,7 +105,7 @@ class CallGates:
         self.begun: Tensor | None = None  # sequences with a token in the call; None: all
         self.sequences: Tensor | None = None  # the sequence of each token in the call, if rows are packed
 
-    def take_up(self, arguments: Mapping[str, Any], backbone: nn.Module, poolings: Sequence[str]) -> None:
+    def load_gates(self, arguments: Mapping[str, Any], backbone: nn.Module, poolings: Sequence[str]) -> None:
         """Read the inputs of pooled gates from the arguments of a call, and load the gates stored on its cache."""
         if self.past > 0:
             self.held = getattr(find_cache(arguments), _GATES, self.held)
@@ -137,7 +137,7 @@ class CallGates:
         self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
         return gate
 
-    def put_down(self, cache: Cache | None) -> None:
+    def store_gates(self, cache: Cache | None) -> None:
         """Store the pooled gates of a call on its cache."""
         if self.pooled and cache is not None:
             hold_by_row(cache, _GATES, self.held.advance(self.pooled, self.begun))

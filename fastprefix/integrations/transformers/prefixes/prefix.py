@@ -346,7 +346,7 @@ class PrefixHooks:
             )
         self.gates = CallGates(arguments)
         if self.method.needs_hidden():
-            self.gates.take_up(arguments, self.backbone, getattr(self.method, "poolings", ()))
+            self.gates.load_gates(arguments, self.backbone, getattr(self.method, "poolings", ()))
         self.prefixes = self._find_prefixes()
         self.running = True
         if torch.is_grad_enabled():
@@ -446,7 +446,7 @@ class PrefixHooks:
 
     def end(self, output: Any) -> None:
         """Store the gates on the cache, and check that gradients will reach the prefixes."""
-        self.gates.put_down(find_cache(output))
+        self.gates.store_gates(find_cache(output))
         self.gates = CallGates()
         if not self.cut.tied:
             raise RuntimeError(

@@ -112,7 +112,7 @@ def gathering_around(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator
 
 @contextmanager
 def outside_forward(model: nn.Module) -> Iterator[None]:
-    """Let parts of a model run in this context inside its own forward pass, as if that had not begun."""
+    """Let FSDP2 treat calls of a model's parts in this context as if no forward pass of the model were in progress."""
     if not isinstance(model, FSDPModule):
         yield
         return

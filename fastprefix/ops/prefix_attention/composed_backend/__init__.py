@@ -18,7 +18,7 @@ _ABSENT = ("output_gate", "attn_mask", "sinks", "window_size", "softcap", "dropo
 
 
 def refusal(a: AttentionArguments) -> str | None:
-    """Explain why a call cannot be composed, or return None if it can. Reads the values of segments."""
+    """Explain why a call cannot be composed, or return None if it can. It reads the values of segments."""
     if reason := explain_unsupported(a, _ABSENT):
         return reason
     if a.query.dtype not in _DTYPES.get(a.query.device.type, ()):

@@ -1,4 +1,4 @@
-"""PyTorch's cuDNN attention, with its log-sum-exp, on CUDA devices."""
+"""Call PyTorch's cuDNN attention, with its log-sum-exp, on CUDA devices."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""PyTorch's flash attention, with its log-sum-exp, on CUDA devices and on the CPU."""
+"""Call PyTorch's flash attention, with its log-sum-exp, on CUDA devices and on the CPU."""
 
 from typing import Any
 

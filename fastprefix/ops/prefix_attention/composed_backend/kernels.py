@@ -1,4 +1,4 @@
-"""Attention with one of PyTorch's kernels, which require contiguous columns."""
+"""Attend with one of PyTorch's kernels, which require contiguous columns."""
 
 from typing import Any
 

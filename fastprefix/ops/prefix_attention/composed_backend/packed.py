@@ -1,4 +1,4 @@
-"""PyTorch's flash attention for rows with several sequences packed back to back.
+"""Call PyTorch's flash attention for rows with several sequences packed back to back.
 
 The kernel requires the cumulative lengths of the sequences, which are computed from the values of ``segment_ids``. The
 values are read once for each pair of tensors, which waits for the device. The layers of a model share the result.

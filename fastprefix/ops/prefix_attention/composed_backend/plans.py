@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...targets import target_of
+from ...targets import find_target
 from ..arguments import DIFFERENTIABLE, AttentionArguments
 
 Direction = Literal["forward", "backward"]
@@ -128,7 +128,7 @@ def find_cell(a: AttentionArguments) -> Cell | None:
     if a.query.device.type != "cuda" or not read_choices():
         return None
     _, _, queries, size = a.query.shape
-    architecture = target_of(a.query.device).architecture
+    architecture = find_target(a.query.device).architecture
     return _find_cell(architecture, describe_kind(a), a.is_causal, size, a.prefix_key.shape[2], queries)
 
 

@@ -1,4 +1,4 @@
-"""Attention over the prefix with PyTorch's kernels.
+"""Attend to the prefix with PyTorch's kernels.
 
 The gate is multiplied into keys and values, and the rows that share a prefix are folded into one row. A long prefix is
 then a large matrix product that runs at the same speed as the tokens'. The copies of gated keys and values are small in

@@ -1,4 +1,4 @@
-"""The problem that PyTorch's kernels solve: attention over one set of keys."""
+"""Define the problem that PyTorch's kernels solve: attention over one set of keys."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The backward pass: a delta kernel, then kernels for queries and gates, for keys and values, and for the prefix.
+"""Run the backward pass: a delta kernel, then kernels for queries and gates, for keys and values, and for the prefix.
 
 Names follow the formulas: ``ds`` is the gradient of a score, ``dov`` is <do, v>, and ``delta`` is the term that the
 softmax subtracts from it. The kernels use no atomic additions. Sums over programs are stored in parts, and
@@ -327,7 +327,7 @@ def prefix_attention_bwd_dgate_kernel(
 def add_tokens(b_dq, queries, b_do, rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
     """Add the contribution of token keys [start, end) to the gradient of queries ``b_dq`` [BM, DP].
 
-    INSIDE: all of them exist, and all queries see them.
+    INSIDE: all keys exist, and all queries see them.
     """
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
@@ -376,7 +376,7 @@ def prefix_attention_bwd_dkv_kernel(a, do, dk, dv, p_rows, N, M, P, T: tl.conste
 
 @triton.jit
 def add_queries(sums, keys, do, dk, dv, p_rows, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """Add the contribution of queries [start, end) of all heads of the group. INSIDE: they see all of the keys.
+    """Add the contribution of queries [start, end) of all heads of the group. INSIDE: all queries see all keys.
 
     A single loop over heads and blocks needs fewer registers than nested loops, and loads are pipelined across heads.
     """

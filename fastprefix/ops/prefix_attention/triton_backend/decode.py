@@ -1,4 +1,4 @@
-"""Decoding: few queries and many keys. Keys are split over programs, and a second kernel combines the parts.
+"""Attend from few queries to many keys, which are split over programs. A second kernel combines the parts.
 
 The queries of all heads of a group are rows of one tile, so that keys are read once for all of them. If rows of the
 batch share a prefix, or the same span of a store, their queries are also in one tile. One launch processes the parts of
@@ -220,7 +220,7 @@ def prefix_attention_combine_kernel(
 def join(p_parts, p_sums, plane, i, start, end, TOKENS: tl.constexpr, a, h, sizes, T: tl.constexpr, BS: tl.constexpr):
     """Combine parts [start, end), and return the output [DVP], maximum [1] and sum [1].
 
-    TOKENS: include the sink, which belongs to the tokens' softmax.
+    TOKENS: the parts belong to the tokens' softmax, which includes the sink.
     """
     o_d = tl.arange(0, T.DVP)[None, :]
     # [DVP]

@@ -1,4 +1,4 @@
-"""The forward pass. A program processes a block of queries of one head, first against the prefix, then the tokens.
+"""Run the forward pass. A program processes a block of queries of one head, first against the prefix, then the tokens.
 
 With two softmaxes, the tokens come first, and their output is divided by their sum. A pass over the prefix scores then
 finds the prefix's sum, and a second pass adds the normalized prefix output to the same accumulator.
@@ -140,7 +140,7 @@ def score_prefix(queries, p0, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr = 
 def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
     """Add prefix keys [start, end) to the softmax.
 
-    Whole blocks need no masks, and have a loop of their own. With gates, biases or float32, it would spill registers.
+    Whole blocks run in a separate loop without masks. With gates, biases or float32, it would spill registers.
     """
     if a.linear_prefix is not None:
         whole = start + tl.maximum(end - start, 0) // T.BP * T.BP
@@ -152,7 +152,7 @@ def attend_prefix(sums, queries, start, end, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def attend_prefix_blocks(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """Add prefix keys [start, end) to the softmax. INSIDE: they are whole blocks."""
+    """Add prefix keys [start, end) to the softmax. INSIDE: they consist of whole blocks."""
     for p0 in tl.range(start, end, T.BP):
         # [BM, BP]
         b_s, factor, b_weight = score_prefix(queries, p0, a, sizes, T, INSIDE)
@@ -211,7 +211,7 @@ def attend_band(sums, queries, i0, i1, start, end, a, sizes, T: tl.constexpr):
 
 @triton.jit
 def attend_tokens(sums, queries, start, end, a, sizes, T: tl.constexpr, INSIDE: tl.constexpr):
-    """Add token keys [start, end) to the softmax. INSIDE: all of them exist, and all queries see them."""
+    """Add token keys [start, end) to the softmax. INSIDE: all keys exist, and all queries see them."""
     for j0 in tl.range(start, end, T.BN):
         at = Pairs(queries.b, queries.h, queries.i, j0 + tl.arange(0, T.BN)[None, :])
         # [BN, DP]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...replay import Replays
-from ...targets import Target, divide_up, target_of
+from ...targets import Target, divide_up, find_target
 from ..arguments import DECLARATION, DIFFERENTIABLE, EAGER_ALONE, AttentionArguments
 from ..layout import allocate_gradient, allocate_heads
 from ..spans import check_spans, list_columns
@@ -157,7 +157,7 @@ def _run(
     *options: Hashable,
 ) -> Any:
     """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
-    target, precision = target or target_of(a.query.device), _choose_precision(a.query.dtype)
+    target, precision = target or find_target(a.query.device), _choose_precision(a.query.dtype)
     return _REPLAYS.run_function(function, a, _TENSORS, target, tensors, options, precision)
 
 

@@ -1,4 +1,4 @@
-"""The named tuples that are passed to the kernels and their functions: tensors with strides, options, tiles and sizes.
+"""Define the named tuples that kernels and their functions receive: tensors with strides, options, tiles and sizes.
 
 ``None`` represents an absent operand. It is a constant at compile time, so an absent operand costs nothing at run time.
 The stride of a dimension that broadcasts is also ``None``, and addresses do not depend on its index.

@@ -1,4 +1,4 @@
-"""Device functions of the kernels: blocks of a band, memory, scores, and the softmax.
+"""Provide the device functions of the kernels: blocks of a band, memory, scores, and the softmax.
 
 ``a`` is the call's :class:`~.operands.Operands`, ``sizes`` its :class:`~.operands.Lengths`, and ``T`` the
 :class:`~.operands.KernelShape`. Tiles of scores are [BM, BN] for tokens and [BM, BP] for the prefix. In the kernels for
@@ -145,7 +145,7 @@ def add_product(b_x, b_y, b_sum, T: tl.constexpr):
 def load_entry(operand, b, h, n, c):
     """Load elements of a gate, bias or mask by their coordinates, which must be in range.
 
-    The stride of a dimension that the operand lacks is None. Any value serves as the coordinate there.
+    The stride of a dimension that the operand lacks is None. The coordinate of such a dimension is ignored.
     """
     pointer = find_row(operand, b, h, n)
     if operand.c is not None:
@@ -331,7 +331,7 @@ def convert_bias(b_x, a):
 
 @triton.jit
 def finish_prefix_scores(b_s, at, a, sizes, INSIDE: tl.constexpr = False):
-    """Add the biases to capped scores, and hide the keys beyond the prefix. INSIDE: there are none."""
+    """Add the biases to capped scores, and hide the keys beyond the prefix. INSIDE: no key is beyond it."""
     if a.bias.pointer is not None:
         b_s += load_bias(a.bias, at.b, at.h, tl.minimum(at.i, sizes.N - 1), limit_prefix_keys(at, a, sizes), a)
     if a.key_bias.pointer is not None:
@@ -346,7 +346,7 @@ def finish_prefix_scores(b_s, at, a, sizes, INSIDE: tl.constexpr = False):
 def finish_token_scores(b_s, at, a, sizes, INSIDE: tl.constexpr):
     """Add the mask to capped scores, and hide keys that a query may not attend to.
 
-    INSIDE: the whole tile is inside the band.
+    INSIDE: every query of the tile may attend to every key.
     """
     if not INSIDE:
         o_distance = at.i + (sizes.M - sizes.N) - at.j

@@ -1,4 +1,4 @@
-"""The tile sizes by architecture, kernel, head dimension and dtype. There is no autotuning at run time.
+"""Choose tile sizes by architecture, kernel, head dimension and dtype. Nothing is tuned at run time.
 
 Tiles without a ``spills`` reason do not spill with Triton 3.7, and on compute capability 9.0 neither with 3.6.
 Compilers allocate registers differently: on other capabilities, which were not measured, Triton 3.6, 3.8 and 3.9 spill
@@ -103,7 +103,7 @@ _SM86: dict[str, dict[tuple[int, str], AttentionTile]] = {
         (256, HALF): AttentionTile(32, 32, 32, 8, 1, _WIDE),
     },
 }
-_SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # measured on an H200, for heads of 64 and 128 columns
+_SM90: dict[str, dict[tuple[int, str], AttentionTile]] = {  # 64 and 128 columns: measured (not decode, delta)
     "forward": {
         **_SM80["forward"],
         (64, HALF): AttentionTile(64, 64, 64, 4, 3),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import random
 from ...replay import Replays
-from ...targets import Target, divide_up, target_of
+from ...targets import Target, divide_up, find_target
 from ..arguments import DECLARATION, DIFFERENTIABLE, EmbeddingArguments
 from ..layout import allocate_gradient
 from ..validation import check_values
@@ -69,7 +69,7 @@ def _run(
     *options: Hashable,
 ) -> Any:
     """Return ``function(a, target, *tensors, *options)``, or the same by repeating an earlier call of the same kind."""
-    return _REPLAYS.run_function(function, a, _TENSORS, target or target_of(a.weight.device), tensors, options)
+    return _REPLAYS.run_function(function, a, _TENSORS, target or find_target(a.weight.device), tensors, options)
 
 
 def _forward(a: EmbeddingArguments, target: Target) -> Tensor:
@@ -153,7 +153,7 @@ def _differentiate_hidden(
 
 
 def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, hidden: _HiddenResults, target: Target) -> None:
-    """Fill the results of the hidden layer. For DePT's pair, ``low_rank_b`` replaces w2, and there are no z and db1."""
+    """Fill the results of the hidden layer. For DePT, ``low_rank_b`` replaces w2, without z and db1."""
     w2 = _require(a.low_rank_b if a.w1 is None else a.w2)
     r, d = w2.shape[-2:]
     tile = tiles.hidden(r, a.weight.element_size(), target.architecture)

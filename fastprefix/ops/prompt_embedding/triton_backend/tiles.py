@@ -1,4 +1,4 @@
-"""The tile sizes of the kernels.
+"""Choose the tile sizes of the kernels.
 
 They are chosen so that no kernel spills on any compute capability, unless ``spills`` gives a reason. Compute capability
 9.0 has larger tiles, because its matrix instructions read shared memory and leave registers to the accumulators.

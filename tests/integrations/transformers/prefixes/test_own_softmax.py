@@ -46,7 +46,7 @@ def test_training_starts_from_the_frozen_model(make: Any) -> None:
     ],
     ids=["key-bias", "apt", "residual"],
 )
-def test_windows_cut_it_as_the_textbook_says(config: Any) -> None:
+def test_windows_agree_with_the_textbook(config: Any) -> None:
     model = make_small_copy(AutoConfig.for_model("mistral"), MistralForCausalLM)
     unchecked = functools.partial(attach, check=False)
     report = check(model, config, unchecked, ["ids", "left padding", "long inputs"])
