@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprefix.ops.prefix_attention.composed_backend import plans
-from fastprefix.ops.targets import architecture
+from fastprefix.ops.targets import name_architecture
 
 from . import results
 from .measure import BenchmarkError, Row
@@ -91,7 +91,7 @@ def build_table(record: Record, margin: float = 0.0) -> list[Row]:
     capability = record.settings.get("capability")
     if capability is None:
         raise BenchmarkError("the results do not contain the compute capability of the device")
-    device = architecture(tuple(capability))
+    device = name_architecture(tuple(capability))
     rows = (choose(key, calls, device, margin) for key, calls in sorted(collect_times(record).items()))
     return [row for row in rows if row is not None]
 

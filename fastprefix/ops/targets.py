@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._once import once
+
 
 class Target(Protocol):
     """The architecture, the number of multiprocessors and the launch functions of a device."""
@@ -28,11 +30,9 @@ class Device:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.split_from = 256 if device.type == "cuda" else 64
+        self.architecture, self.processors = find_architecture(device), 4
         if device.type == "cuda":
-            self.architecture = architecture(torch.cuda.get_device_capability(device))
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-        else:
-            self.architecture, self.processors = "interpreter", 4
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any], tile: Any
@@ -84,7 +84,13 @@ def divide_up(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def architecture(capability: tuple[int, int]) -> str:
+@once
+def find_architecture(device: torch.device) -> str:
+    """Return the key of the tile tables for a device."""
+    return name_architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "interpreter"
+
+
+def name_architecture(capability: tuple[int, int]) -> str:
     """Return the key of the tile tables for a compute capability.
 
     It is the newest architecture that is no newer than the device and needs no more shared memory than the device has.

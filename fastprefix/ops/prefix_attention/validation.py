@@ -100,7 +100,8 @@ def canonicalize(given: AttentionArguments) -> AttentionArguments:
         for index, tokens in ((_PREFIX_KEY, given.key), (_PREFIX_VALUE, given.value)):
             values[index] = tokens.new_empty((1, tokens.shape[1], 0, tokens.shape[3]))
     for index, count in missing:
-        values[index] = values[index][(None,) * count]
+        for _ in range(count):
+            values[index] = values[index].unsqueeze(0)
     if given.dropout_p > 0.0:
         values[_SEED] = random.draw_seed(given.query.device)
     if given.window_size is not None:

@@ -3,17 +3,19 @@
 On the CPU, PyTorch's flash attention for CPUs has the place of that for GPUs.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fastprefix
+from fastprefix._once import once
 from fastprefix.ops import backends
 from fastprefix.ops.prefix_attention import composed_backend
 from fastprefix.ops.prefix_attention.arguments import AttentionArguments
@@ -269,7 +271,7 @@ def make_call(N: int, P: int = 3, D: int = 64, **options: Any) -> AttentionArgum
 
 
 def test_plans_without_measurements(force_plan: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "read_choices", dict)
+    monkeypatch.setattr(plans, "find_cell", lambda a: None)
     with FakeTensorMode():
         short, long = make_call(20, 511), make_call(20, 512)
         biased = make_call(20, 512, prefix_bias=torch.empty(1, 1, 1, 512, device="cuda", dtype=torch.bfloat16))
@@ -292,7 +294,7 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     row = {"architecture": "sm_90", "kind": "plain", "is_causal": True, "D": 64, "P": 16, "N": 100}
     row |= {"forward": "cudnn", "backward": "flash, prefix alike", "inference": False, "training": True}
     longer = row | {"N": 1000, "forward": "flash", "inference": True}
-    monkeypatch.setattr(plans, "find_target", lambda device: SimpleNamespace(architecture="sm_90"))
+    monkeypatch.setattr(plans, "find_architecture", lambda device: "sm_90")
     monkeypatch.setattr(plans, "is_cudnn_usable", lambda: True)
 
     def set_choices(*rows: dict[str, Any]) -> None:
@@ -331,6 +333,47 @@ def test_the_default_follows_measurements(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not is_preferred(training)
     plans._find_cell.cache_clear()
+
+
+class Attention(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return fastprefix.prefix_attention(*tensors, is_causal=True)
+
+
+class Embedding(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return fastprefix.prompt_embedding(*tensors)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("N", "chosen"), [(64, "triton"), (8192, "composed")])
+def test_the_default_is_chosen_in_one_graph_on_cuda(
+    N: int, chosen: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trace calls with tensors that a GPU would hold, and let nothing but the operators be left."""
+    for name in ("composed", "triton"):
+        monkeypatch.setitem(backends.BACKENDS, name, backends.Backend(name, ("cuda",), lambda device: None))
+    monkeypatch.setattr(plans, "find_architecture", once(lambda device: "sm_90"))
+    monkeypatch.setattr(plans, "is_cudnn_usable", once(lambda: True))
+    torch.use_deterministic_algorithms(False)  # under which "composed" is not the default
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    with FakeTensorMode(shape_env=ShapeEnv() if dynamic else None), warnings.catch_warnings():
+        warnings.simplefilter("error")  # e.g. about caches that a trace ignores
+        tokens = [torch.empty(2, heads, N, 128, **options) for heads in (8, 2, 2)]
+        prefix = [torch.empty(2, 128, 128, **options) for _ in range(2)]
+        lengths = [{2: torch.export.Dim.AUTO} for _ in tokens] + [{} for _ in prefix]
+        table, prompt = torch.empty(1000, 64, **options), torch.empty(7, 64, **options)
+        ids = torch.empty(2, N, dtype=torch.int64, device="cuda")
+        for module, tensors, sizes in (
+            (Attention(), (*tokens, *prefix), lengths),
+            (Embedding(), (ids, table, prompt), [{1: torch.export.Dim.AUTO}, {}, {}]),
+        ):
+            graph = torch.export.export(
+                module, tensors, dynamic_shapes=(tuple(sizes),) if dynamic else None, strict=True
+            )
+            used = [node.target for node in graph.graph.nodes if "fastprefix" in str(node.target)]
+            expected = chosen if isinstance(module, Attention) else "triton"
+            assert [str(each).rpartition(".")[2] for each in used] == [expected]
 
 
 @pytest.mark.parametrize(("preferred", "chosen"), [(True, "first"), (False, "second")])

@@ -45,6 +45,6 @@ def is_preferred(a: AttentionArguments) -> bool:
     Return False if PyTorch must use deterministic algorithms, because vendors' kernels sum the gradients of queries in
     any order. Return False for segments in a trace, where their values cannot be read.
     """
-    if not plans.read_choices() or torch.are_deterministic_algorithms_enabled() or not plans.is_faster(a):
+    if torch.are_deterministic_algorithms_enabled() or not plans.is_faster(a):
         return False
     return a.query_segments is None or packed.can_read(a)

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...targets import find_target
+from ...._once import once
+from ...targets import find_architecture
 from ..arguments import DIFFERENTIABLE, AttentionArguments
 
 Direction = Literal["forward", "backward"]
@@ -105,8 +106,12 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     return Plan(kernel, prefix)
 
 
+@torch.compiler.assume_constant_result
 def is_cudnn_usable() -> bool:
-    """Return whether PyTorch has cuDNN and SDPA may use it (``torch.backends.cuda.enable_cudnn_sdp``)."""
+    """Return whether PyTorch has cuDNN and SDPA may use it (``torch.backends.cuda.enable_cudnn_sdp``).
+
+    A trace keeps the answer that it saw. ``choose_plan`` asks again in every call.
+    """
     return bool(torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.is_available())
 
 
@@ -125,15 +130,15 @@ def is_faster(a: AttentionArguments) -> bool:
 
 def find_cell(a: AttentionArguments) -> Cell | None:
     """Return the measured call that represents this one, or None."""
-    if a.query.device.type != "cuda" or not read_choices():
+    if a.query.device.type != "cuda":
         return None
     _, _, queries, size = a.query.shape
-    architecture = find_target(a.query.device).architecture
-    return _find_cell(architecture, describe_kind(a), a.is_causal, size, a.prefix_key.shape[2], queries)
+    search = _search_cells if torch.compiler.is_compiling() else _find_cell  # a compiler cannot use a cache
+    architecture, kind = find_architecture(a.query.device), describe_kind(a)
+    return search(architecture, kind, a.is_causal, size, a.prefix_key.shape[2], queries)
 
 
-@functools.lru_cache(4096)
-def _find_cell(architecture: str, kind: str, is_causal: bool, size: int, prefix: int, queries: int) -> Cell | None:
+def _search_cells(architecture: str, kind: str, is_causal: bool, size: int, prefix: int, queries: int) -> Cell | None:
     """Return the measured call that represents one with head dimension ``size``, or None.
 
     It has the same architecture, kind and causality, and the same or the next larger head dimension. Among these calls,
@@ -151,7 +156,10 @@ def _find_cell(architecture: str, kind: str, is_causal: bool, size: int, prefix:
     return max(fewer, key=lambda cell: cell.N, default=None)
 
 
-@functools.cache
+_find_cell = functools.lru_cache(4096)(_search_cells)
+
+
+@once
 def read_choices() -> dict[Key, tuple[Cell, ...]]:
     """Read the measured calls. The file is an empty list until a device has been measured."""
     return parse_choices(json.loads(CHOICES.read_text(encoding="utf-8")))
