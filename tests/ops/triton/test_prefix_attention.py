@@ -402,6 +402,17 @@ def test_the_gradient_of_a_gate_of_queries_and_keys_needs_no_scratch(
     assert given["dgate"].pointer.data_ptr() == gradients["prefix_gate"].data_ptr()
 
 
+def test_a_gate_of_queries_may_be_wider_than_the_store(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of the grid must be those of the kernel, even if a shorter prefix needs smaller ones."""
+    launched = record_launches(monkeypatch)
+    x = make(device, spans="own", B=3, P=3, Hq=2, gate="11NP")
+    x["prefix_gate"] = torch.randn(1, 2, 37, 150, device=device)
+    assert_parity(fastprefix.prefix_attention, x, options={"backend": "triton"}, draws=1)
+    given = next(given for name, given in launched if name == "bwd_dgate")
+    blocks = -(-37 // given["T"].BM) * -(-150 // given["T"].BP)
+    assert given["grid"][0] == 2 * blocks
+
+
 def test_the_gradient_of_a_gate_has_its_layout(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = record_launches(monkeypatch)
     x = make(device, torch.float16, gate="BHNP")

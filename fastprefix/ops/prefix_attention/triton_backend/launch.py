@@ -392,7 +392,7 @@ class _BackwardLauncher(_Launcher):
         gate, dgate = self.a.prefix_gate, self._allocate_result("prefix_gate")
         assert gate is not None
         assert dgate is not None
-        tile = self.find_tile("dq")
+        tile = self.find_tile("dgate")
         batch, heads, _, columns = gate.shape
         programs = batch * heads * divide_up(self.N, tile.BM) * divide_up(columns, tile.BP)
         shared = self.B // max(1, batch) * (self.H // heads)
