@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprefix.ops.prompt_embedding.arguments import EmbeddingArguments
+from fastprefix.ops.prompt_embedding.arguments import DIFFERENTIABLE, EmbeddingArguments
 from fastprefix.ops.prompt_embedding.registration import OPERATION
 from fastprefix.ops.prompt_embedding.validation import canonical_arguments
 from fastprefix.parity import EmbeddingCase, measure
@@ -129,6 +129,38 @@ def test_partial_gradients_of_a_bank(device: str, kind: str, names: tuple[str, .
         leaf = getattr(a, name).detach().clone().requires_grad_()
         (got,) = torch.autograd.grad(OPERATION.operator("triton")(*a._replace(**{name: leaf})), leaf, dy)
         torch.testing.assert_close(got, gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["dept", "accept", "adept"])
+def test_a_shared_prompt_and_an_empty_bank(device: str, kind: str, poisoned: None) -> None:
+    case = EmbeddingCase(offset=OFFSETS[kind], K=0, index=[-1, -1])
+    report = measure(case, torch.float32, "triton", device, draws=1)
+    assert report.ok, f"\n{report}"
+
+
+class GridRecorder:
+    """A target that stores the grids of launches and launches nothing."""
+
+    architecture, processors, split_from = "sm_90", 132, 256
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, tile: Any) -> None:
+        self.grids.append(grid)
+
+
+@pytest.mark.parametrize("kind", ["dept", "accept", "adept"])
+def test_grids_of_a_large_bank(kind: str) -> None:
+    """Only the first index of a grid may exceed 65,535."""
+    from fastprefix.ops.prompt_embedding.triton_backend import launch
+
+    inputs = EmbeddingCase(d=8, r=1, offset=OFFSETS[kind], K=70_000, index=[69_999, -1]).build(torch.float32)
+    a, target = canonical_arguments(**inputs.tensors, **inputs.options), GridRecorder()
+    output = launch.forward(*a, target=target)
+    launch.backward(output, [isinstance(getattr(a, name), Tensor) for name in DIFFERENTIABLE], *a, target=target)
+    assert target.grids
+    assert max(size for grid in target.grids for size in grid[1:] or (1,)) < 65_536
 
 
 @pytest.mark.parametrize(("field", "name"), [("entries", "index"), ("prompt_spans", "prompt_spans")])

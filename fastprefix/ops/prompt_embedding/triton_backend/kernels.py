@@ -481,15 +481,14 @@ def prompt_embedding_bwd_sum_kernel(
 ):  # fmt: skip
     """Sum the gradient of the prompt over the rows of the batch, and the parts of the network's gradients.
 
-    The first index of the grid counts blocks of the gradients of the prompt, w1, w2, b2 and b1, in this order. The
-    second index selects the entry of the bank. The sum of a block has BT partial sums.
+    The grid counts blocks of the gradient of the prompt, then for each entry of the bank blocks of the gradients of w1,
+    w2, b2 and b1, in this order. Without a bank, there is a single entry. The sum of a block has BT partial sums.
     """
     program = tl.program_id(0)
-    entry = tl.program_id(1)
     column_blocks = tl.cdiv(d, BD)
     matrix_blocks = tl.cdiv(d * R, BD)
     if p_prompt is not None:
-        if (program < S * column_blocks) & (entry == 0):
+        if program < S * column_blocks:
             o_s = (program // column_blocks).to(tl.int64)
             o_c = program % column_blocks * BD + tl.arange(0, BD)
             b_sum = tl.zeros((BT, BD), tl.float32)
@@ -500,6 +499,17 @@ def prompt_embedding_bwd_sum_kernel(
             b_x = tl.sum(b_sum, 0).to(p_prompt.dtype.element_ty)
             tl.store(p_prompt + o_s * d + o_c, b_x, mask=o_c < d)
         program -= S * column_blocks
+    each = 0 * column_blocks  # blocks of an entry
+    if p_w1 is not None:
+        each += matrix_blocks
+    if p_w2 is not None:
+        each += matrix_blocks
+    if p_b2 is not None:
+        each += column_blocks
+    if p_b1 is not None:
+        each += tl.cdiv(R, RP)
+    entry = tl.maximum(program, 0) // tl.maximum(each, 1)
+    program -= entry * each
     if p_w1 is not None:
         if (program >= 0) & (program < matrix_blocks):
             sum_parts(p_dw1, p_w1, program, entry, parts, d * R, 1.0, BT, BD)
@@ -513,10 +523,8 @@ def prompt_embedding_bwd_sum_kernel(
             sum_parts(p_db2, p_b2, program, entry, parts, d, scale, BT, BD)
         program -= column_blocks
     if p_b1 is not None:
-        programs = tl.where(entry == 0, tl.cdiv(R, RP), 0)
-        if (program >= 0) & (program < programs):
+        if (program >= 0) & (program < tl.cdiv(R, RP)):
             sum_parts(p_db1, p_b1, program, entry, token_parts, R, 1.0, BT * BD // RP, RP)
-        program -= programs
 
 
 @triton.jit(do_not_specialize=VARYING)

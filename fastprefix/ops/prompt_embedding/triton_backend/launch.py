@@ -234,17 +234,16 @@ def _launch_sums(
     r = 1 if a.w1 is None else a.w1.shape[-1]
     tile = tiles.sums(r)
     columns, matrix = divide_up(d, tile.BD), divide_up(d * r, tile.BD)
-    blocks = {"prompt": S * columns, "w1": matrix, "w2": matrix, "b2": columns, "b1": divide_up(r, tile.RP)}
-    programs = sum(blocks[name] for name, x in sums.items() if x is not None)
-    has_bank = a.entries is not None and any(x is not None for x in parts[:3])
-    grid = (programs, a.bank_size if has_bank else 1)
-    if 0 in grid:
+    blocks = {"prompt": 0, "w1": matrix, "w2": matrix, "b2": columns, "b1": divide_up(r, tile.RP)}
+    each = sum(blocks[name] for name, x in sums.items() if x is not None)
+    programs = each * (1 if a.entries is None else a.bank_size) + (0 if sums["prompt"] is None else S * columns)
+    if programs == 0:
         return
     pairs = (parts.w1, sums["w1"], parts.w2, sums["w2"], parts.b2, sums["b2"], db1, sums["b1"])
     token_parts = 0 if db1 is None else db1.shape[0]
     sizes = (B, S, d, parts.number, token_parts, a.offset_scale)
     arguments = (grad_output, *grad_output.stride(), sums["prompt"], *pairs, *sizes)
-    _launch(target, "sums", grid, arguments, tile, R=r)
+    _launch(target, "sums", (programs,), arguments, tile, R=r)
 
 
 def _differentiate_low_rank(gradients: dict[str, Tensor], dy: Tensor, a: EmbeddingArguments) -> None:
