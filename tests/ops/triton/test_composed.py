@@ -6,6 +6,7 @@ On the CPU, PyTorch's flash attention for CPUs has the place of that for GPUs.
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,6 +266,67 @@ def test_calls_with_segments_on_cuda() -> None:
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
+def test_rows_are_aligned() -> None:
+    x = torch.randn(2, 3, 5, 16, dtype=torch.bfloat16)
+    for fine in (x, x[:, 1:], x.transpose(1, 2), x[..., :8], x[:1, :, :1], x[:, :1].expand(-1, 3, -1, -1)):
+        assert kernels._align_rows(fine) is fine
+    for wrong in (x[..., 1:9], x.flatten()[1:-4].view(5, 1, 19, 5), x[..., :9].contiguous(), x.transpose(2, 3)):
+        copy = kernels._align_rows(wrong)
+        assert torch.equal(copy, wrong)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+def test_cudnn_gets_its_own_layout(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output and its gradient have the layout of the queries, and no stride of the keys is 0."""
+    sizes, inverse = (2, 8, 33, 64), [order.index(dim) for dim in range(4)]
+    backward, given = torch.ops.aten._scaled_dot_product_cudnn_attention_backward, list[Tensor]()
+
+    def record(*arguments: Any, **named: Any) -> Any:
+        given.extend(arguments[:5])
+        return backward(*arguments, **named)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", record)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    q = torch.empty([sizes[dim] for dim in order], **options).permute(inverse)
+    k, v = (torch.empty(2, 1, 33, 64, **options).expand(-1, 8, -1, -1) for _ in range(2))
+    output, do = torch.empty(sizes, **options), torch.empty(2, 64, 8, 33, **options).permute(0, 2, 3, 1)
+    known = Known(do, output, torch.empty(2, 8, 33, device="meta"))
+    cudnn.differentiate(Problem(q, k, v, False, 0.1), known)
+    assert given[0].stride() == given[4].stride() == q.stride()
+    assert all(0 not in x.stride() for x in given)
+
+
+def test_many_sequences_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.tensor([[0, 1, 2, 2]] * 2, device=device)
+    x = make(device, N=4, M=4) | {"segment_ids": (segments, segments)}
+    assert fastprefix.prefix_attention(**x, backend="composed").shape[2] == 4
+    monkeypatch.setattr(packed, "MOST_SEQUENCES", 5)
+    with pytest.raises(ValueError, match="up to 5 sequences in a call, not 6"):
+        fastprefix.prefix_attention(**(x | {"segment_ids": (segments.clone(), segments)}), backend="composed")
+
+
+def test_segments_are_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.zeros(1, 20, dtype=torch.int64)
+    with FakeTensorMode():
+        a = make_call(20)._replace(query_segments=segments, key_segments=segments)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert packed.can_read(a)
+    with pytest.raises(ValueError, match="CUDA graph"):
+        packed.find_packing(a)
+
+
+def test_sequences_stay_alive_on_the_stream_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:1", record_stream=recorded.append)
+    monkeypatch.setattr(packed, "_read_packing", lambda a: Packing(tensor, tensor, ((0, 0), (1, 1))))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    with FakeTensorMode():
+        packed.find_packing(make_call(20)._replace(query_segments=torch.zeros(1, 20, dtype=torch.int64)))
+    assert recorded == ["stream of cuda:1"] * 2
+
+
 def make_call(N: int, P: int = 3, D: int = 64, **options: Any) -> AttentionArguments:
     x, prefix = (torch.empty(1, 2, length, D, device="cuda", dtype=torch.bfloat16) for length in (N, P))
     return canonical_arguments(x, x, x, prefix, prefix, **options)
@@ -276,6 +338,7 @@ def test_plans_without_measurements(force_plan: Callable[[str], None], monkeypat
         short, long = make_call(20, 511), make_call(20, 512)
         biased = make_call(20, 512, prefix_bias=torch.empty(1, 1, 1, 512, device="cuda", dtype=torch.bfloat16))
         causal = make_call(20, is_causal=True)
+        key = torch.empty(1, 2, 1, 64, device="cuda", dtype=torch.bfloat16)
     own, alike = plans.Plan("flash", "own"), plans.Plan("flash", "alike")
     assert [read_plan(a) for a in (short, long, biased)] == [(own, own), (alike, alike), (own, own)]
     force_plan("cudnn, concatenated")
@@ -284,6 +347,8 @@ def test_plans_without_measurements(force_plan: Callable[[str], None], monkeypat
     assert [plans.choose_plan(a, "forward") for a in (short, long, biased, causal)] == [
         plans.Plan("cudnn", prefix) for prefix in wanted
     ]
+    one = [a._replace(key=key, value=key) for a in (short, causal)]
+    assert [plans.choose_plan(a, "forward") for a in one] == [plans.Plan("cudnn", "concatenated"), own]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert plans.choose_plan(short, "backward") == plans.Plan("flash", "concatenated")
     with pytest.raises(ValueError, match="`name`"):

@@ -12,6 +12,7 @@ import torch
 from ..arguments import AttentionArguments, explain_unsupported
 from ..triton_backend import refusal as explain_triton_refusal
 from . import packed, plans
+from .problem import MOST_SEQUENCES
 
 _DTYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}  # CPU: Triton's interpreter
 _ABSENT = ("output_gate", "attn_mask", "sinks", "window_size", "softcap", "dropout_seed")
@@ -31,6 +32,8 @@ def refusal(a: AttentionArguments) -> str | None:
         return f"it supports head dimensions that are multiples of 8, not {size}"
     if batch == 0 or queries == 0 or keys == 0:
         return "it requires at least one row, one query and one key"
+    if batch > MOST_SEQUENCES:
+        return f"it supports up to {MOST_SEQUENCES:,} rows, not {batch:,}"
     if a.is_causal and queries != keys:
         return f"with `is_causal` it requires as many queries as keys, not {queries} and {keys}"
     reason = explain_triton_refusal(a)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..arguments import AttentionArguments
 from . import flash
-from .problem import Known, Packing, Problem
+from .problem import MOST_SEQUENCES, Known, Packing, Problem
 
 Read = tuple[weakref.ref[Tensor], tuple[int, ...], "Packing | str"]
 _READ: Any = WeakTensorKeyDictionary()  # query segments -> key segments, versions with sizes, packing or refusal
@@ -46,11 +46,17 @@ def find_packing(a: AttentionArguments) -> Packing | None:
     found = _read_packing(a)
     if isinstance(found, str):
         raise ValueError(f"backend 'composed' is not usable here: {found}")
+    if found.queries.is_cuda:  # another call may have made them on another stream
+        stream = torch.cuda.current_stream(found.queries.device)
+        found.queries.record_stream(stream)
+        found.keys.record_stream(stream)
     return found
 
 
 def _read_packing(a: AttentionArguments) -> "Packing | str":
     """Return the sequences of a call, or a string that explains why they are not supported."""
+    if a.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph would keep the sequences of its capture, even if the values of `segment_ids` change"
     found = _recall_packing(a)
     if not isinstance(found, str) and a.is_causal and any(q != k for q, k in found.starts):
         return "with `is_causal` it requires segments with as many queries as keys"
@@ -81,6 +87,8 @@ def _make_packing(a: AttentionArguments, query_segments: Tensor, key_segments: T
         return "it requires segments that queries and keys have in the same order"
     if len(names.unique(dim=0)) != len(names):
         return "it requires every segment to be in one piece"
+    if len(names) > MOST_SEQUENCES:
+        return f"it supports up to {MOST_SEQUENCES:,} sequences in a call, not {len(names):,}"
     starts = torch.stack([of_queries[1], of_keys[1]])
     on_device = starts.to(a.query.device, torch.int32)
     return Packing(on_device[0], on_device[1], tuple((int(q), int(k)) for q, k in zip(*starts.tolist(), strict=True)))

@@ -88,7 +88,7 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
 
     If a call does not support the plan's method for the prefix, this package's kernel replaces it. cuDNN has no
     deterministic backward pass, so flash attention replaces it if PyTorch must use deterministic algorithms. It also
-    replaces cuDNN if that is not usable.
+    replaces cuDNN if that is not usable, or for a single key.
     """
     name = _forced
     if name is None:
@@ -99,10 +99,13 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     else:
         kernel, prefix = "flash", "alike" if a.prefix_key.shape[2] >= LONG_PREFIX else "own"
     packed = a.query_segments is not None
-    if packed or torch.are_deterministic_algorithms_enabled() or (_forced is None and not is_cudnn_usable()):
-        kernel = "flash"
     if not is_prefix_plain(a) or (prefix == "concatenated" and (packed or a.is_causal)):
         prefix = "own"
+    lengths = {"own": [a.key.shape[2]], "alike": [a.key.shape[2], a.prefix_key.shape[2]], "concatenated": []}[prefix]
+    if packed or torch.are_deterministic_algorithms_enabled() or (_forced is None and not is_cudnn_usable()):
+        kernel = "flash"
+    if 1 in lengths:  # cuDNN does not support a single key
+        kernel = "flash"
     return Plan(kernel, prefix)
 
 

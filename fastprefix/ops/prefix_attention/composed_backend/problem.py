@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+MOST_SEQUENCES = 65_535
+"""The most rows, or sequences of packed rows, that a kernel's grid can count."""
+
 
 class Packing(NamedTuple):
     """The cumulative lengths of the sequences of all flattened rows. The last entry is the end."""
