@@ -5,6 +5,7 @@ the same choices, so a recording becomes one Python function without them: it al
 tensors, and passes them to the launchers of the compiled kernels.
 """
 
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from .targets import Device, Target
 
 Results = list[Tensor] | tuple[Tensor, ...] | Tensor
 Call = Callable[..., Results]
-"""A function of a target and tensors."""
+"""A function of a target and tensors, or a recording, which is a function of tensors and a stream."""
 
 _EMPTY = (
     torch.ops.aten.empty.memory_format,
@@ -153,12 +154,21 @@ class _Recorder(TorchDispatchMode):
             text = f"[{names}]" if isinstance(results, list) else f"({names})"
         if not self._is_complete:
             return None
-        lines = [f"def replay({self._parameters}, stream):", *self._lines, f"return {text}"]
+        lines = [f"def replay({self._parameters}, stream):", *self._delete_unused(text), f"return {text}"]
         code = compile("\n    ".join(lines), "<recording>", "exec")
         defined: dict[str, Any] = self._constants | {"torch": torch}
         exec(code, defined)
         function: Call = defined["replay"]
         return function
+
+    def _delete_unused(self, returned: str) -> list[str]:
+        """Return the lines with each intermediate result deleted after its last use, so that memory can be reused."""
+        last = {name: number for number, line in enumerate(self._lines) for name in re.findall(r"y\d+", line)}
+        lines: list[str] = []
+        for number, line in enumerate(self._lines):
+            unused = [name for name, use in last.items() if use == number and name not in re.findall(r"y\d+", returned)]
+            lines += [line, *(f"del {name}" for name in unused)]
+        return lines
 
     def _name_result(self, result: Tensor) -> str:
         self._kept.append(result)

@@ -1,6 +1,7 @@
 """Test recordings of calls: their contents, when they are repeated, and that the results are those of the call."""
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprefix.ops import targets
 from fastprefix.ops.replay import Replays, describe_layouts
@@ -77,6 +79,33 @@ def test_a_recording_computes_the_same(device: Device) -> None:
         assert torch.equal(result, expected * torch.tensor([1.0, 0.0]))
         assert kernel.launches[-1][:4] == (3, 2, 1, 0 if number < 2 else 77)
     assert len(kernel.launches) == 5
+
+
+def test_a_recording_frees_what_it_no_longer_needs(device: Device) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            alive.append(weakref.ref(result))
+            most = max(most, sum(of() is not None for of in alive))
+            return result
+
+    def call(target: targets.Target, x: Tensor) -> Tensor:
+        for _ in range(9):
+            x = x + 1
+        return x
+
+    replays, x = Replays(), torch.zeros(3)
+    for _ in range(3):
+        alive.clear()
+        most = 0
+        with Counter():
+            result = replays.run("key", device, (x,), call)
+        assert torch.equal(result, x + 9)
+    assert most == 2
 
 
 def test_tensors_that_were_the_same_may_differ(device: Device) -> None:
