@@ -452,9 +452,9 @@ def add_block(
 def prefix_attention_bwd_dprefix_kernel(
     a, do, dpk, dpv, p_dbias, p_rows, N, M, P, begin, tiles, chunk, batch, T: tl.constexpr
 ):
-    """Compute gradients of a block of BP prefix keys in [begin, P), their values and their biases [parts, Hkv, keys].
+    """Compute gradients of a block of BP prefix keys in [begin, P), of their values, and of their biases.
 
-    A program sums over one part of the tiles of queries that share the keys. These tiles belong to all heads of the
+    P may be smaller than the length of the prefix. The biases' gradient is [parts * batch, Hkv, P - begin]. A program sums over one part of the tiles of queries that share the keys. These tiles belong to all heads of the
     group, and to all rows of the batch, or to one row if each row has its own prefix. With a store, they belong to the
     rows that see any of the block's keys.
     """

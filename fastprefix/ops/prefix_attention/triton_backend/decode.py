@@ -190,7 +190,7 @@ def prefix_attention_combine_kernel(
 
     The parts form one softmax, or with an output gate one for the prefix and one for the tokens.
     """
-    sizes = Lengths(N, N, N, 0)
+    sizes = Lengths(N, N, N, 0)  # only N is read
     plane = tl.program_id(0) // N
     i = tl.program_id(0) % N
     b, h = plane // a.heads, plane % a.heads

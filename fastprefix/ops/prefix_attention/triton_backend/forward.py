@@ -109,7 +109,7 @@ def prefix_attention_merge_kernel(a, o_tokens, tokens, o_prefix, prefix, o, p_no
     # [BM, DVP]
     b_o = load_block(o_tokens, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32) * b_tokens[:, None]
     b_o += load_block(o_prefix, b, h, i0, N, T.BM, T.DV, T.DVP).to(tl.float32) * b_prefix[:, None]
-    sizes = Lengths(N, N, N, 0)
+    sizes = Lengths(N, N, N, 0)  # only N is read
     store_normalizers(p_normalizers, 0, plane, i, i < N, convert_natural(b_m, a), b_l, a, sizes)
     store_block(o, b, h, i0, N, b_o * invert(b_l)[:, None], T.DV)
 

@@ -214,7 +214,8 @@ def build_operands(a: AttentionArguments) -> Operands:
     batch, heads = a.query.shape[:2]
     dropped, below = a.dropout_seed is not None, random.find_threshold(a.dropout_p)
     single = a.query.dtype is torch.float32
-    linear = a.softcap is None and mask.pointer is None and a.scale > 0 and not single
+    is_positive = a.scale >= torch.finfo(torch.float32).tiny  # smaller scales may be 0 in the kernels
+    linear = a.softcap is None and mask.pointer is None and is_positive and not single
     biased = mask.pointer is not None or a.prefix_bias is not None or a.prefix_key_bias is not None
     return Operands(
         q=describe_matrix(a.query),

@@ -412,7 +412,7 @@ def prompt_embedding_bwd_weights_kernel(
     o_j = tl.program_id(2) * RP + tl.arange(0, RP)
     o_first = tl.program_id(1) * blocks * BT + tl.arange(0, BT)
     b_dw1 = tl.zeros((BD, RP), tl.float32)
-    b_dw2 = tl.zeros((BD, RP), tl.float32)
+    b_dw2 = tl.zeros((BD, RP), tl.float32)  # the transpose of a block of dw2
     b_db2 = tl.zeros((BT, BD), tl.float32) if p_dy.dtype.element_ty == tl.float32 else tl.zeros((BD, 16), tl.float32)
     if p_entries is None:
         o_next_id, o_next_dy = find_rows(
@@ -522,7 +522,7 @@ def prompt_embedding_bwd_sum_kernel(
         if (program >= 0) & (program < column_blocks):
             sum_parts(p_db2, p_b2, program, entry, parts, d, scale, BT, BD)
         program -= column_blocks
-    if p_b1 is not None:
+    if p_b1 is not None:  # noqa: SIM102 (known at compile time, unlike the next condition)
         if (program >= 0) & (program < tl.cdiv(R, RP)):
             sum_parts(p_db1, p_b1, program, entry, token_parts, R, 1.0, BT * BD // RP, RP)
 

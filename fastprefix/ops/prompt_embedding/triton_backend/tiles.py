@@ -12,7 +12,7 @@ class EmbeddingTile(NamedTuple):
 
     BT: int  # tokens
     BD: int  # columns of the model width
-    RP: int  # hidden units; 0: the kernel has none
+    RP: int  # hidden units; unused by kernels without them
     warps: int
     stages: int = 3
     spills: str | None = None  # the reason why register spills are accepted, if they are
