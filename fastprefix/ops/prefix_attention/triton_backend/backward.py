@@ -454,7 +454,9 @@ def prefix_attention_bwd_dprefix_kernel(
 ):
     """Compute gradients of a block of BP prefix keys in [begin, P), of their values, and of their biases.
 
-    P may be smaller than the length of the prefix. The biases' gradient is [parts * batch, Hkv, P - begin]. A program sums over one part of the tiles of queries that share the keys. These tiles belong to all heads of the
+    P may be smaller than the length of the prefix. The biases' gradient is [parts * batch, Hkv, P - begin].
+
+    A program sums over one part of the tiles of queries that share the keys. These tiles belong to all heads of the
     group, and to all rows of the batch, or to one row if each row has its own prefix. With a store, they belong to the
     rows that see any of the block's keys.
     """

@@ -32,8 +32,8 @@ _WINDOW = "a window with gates spills 8 bytes (not measured)"
 _EVERY = "with every option at once, some versions of Triton spill 8 bytes (not measured)"
 _FLOAT = "float32 products run without matrix units (not measured)"
 
-# kernel -> (largest head dimension, dtype) -> tile. Heads of 65 to 127 columns have separate tiles (127), because they are
-# padded to 128 and every load masks columns. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
+# kernel -> (largest head dimension, dtype) -> tile. Heads of 65 to 127 columns have separate tiles (127), because every
+# load of their padded rows masks columns. A block has 163 KB of shared memory on sm_80, 99 KB on sm_86.
 _SM80: dict[str, dict[tuple[int, str], AttentionTile]] = {
     "forward": {
         (16, HALF): AttentionTile(128, 64, 64, 4, 2),
