@@ -20,7 +20,7 @@ class EmbeddingTile(NamedTuple):
 
 
 _SLIGHT = "Triton 3.7 spills 8 bytes (not measured)"
-_SUMS = "on compute capability 8.6, Triton 3.7 spills 8 bytes (not measured)"
+_SUMS = "on some devices, Triton 3.7 spills 8 bytes (not measured)"
 
 
 def _padded(r: int) -> int:
