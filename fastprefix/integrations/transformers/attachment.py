@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -301,7 +302,8 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
         _check(model, config, name)
 
     do_together(model, "attach an adapter", check)
-    agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}")  # with private texts
+    digest = hashlib.sha256(str(asdict(config)).encode()).hexdigest()  # includes private texts, unlike ``repr``
+    agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}, {digest}")
 
 
 def refuse_partitioned(model: nn.Module) -> None:
