@@ -258,22 +258,25 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
         _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
 
 
-def read_carried(model: PreTrainedModel, directory: Path) -> None:
-    """Load the parameters of the adapter in use from the file that ``write_carried`` wrote.
+def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
+    """Read the file that ``write_carried`` wrote, and return a function that loads it into the adapter in use.
+
+    The function does nothing if no adapter is in use.
 
     Raises:
         ValueError: if the file is missing or damaged, or contains another adapter.
     """
     name = get_active_name(model)
-    if name is not None:
-        path = _locate_carried(directory, name)
-        if not path.is_file():
-            raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
-        header, tensors = _read(path)
-        config = None if header is None else _parse_header(path, header, model)[0]
-        if config != get_attachment(model).adapter.config:
-            raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
-        fill(_collect_parameters(model), tensors)
+    if name is None:
+        return lambda: None
+    path = _locate_carried(directory, name)
+    if not path.is_file():
+        raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
+    header, tensors = _read(path)
+    config = None if header is None else _parse_header(path, header, model)[0]
+    if config != get_attachment(model).adapter.config:
+        raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
+    return lambda: fill(_collect_parameters(model), tensors)
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:
