@@ -241,17 +241,23 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def get_attachment(model: nn.Module) -> Attachment:
-    """Return the attachment of a model.
+    """Return the attachment of a model. A PEFT model around it also saves and loads the adapter in use from then on.
+
+    The functions that users call get PEFT models here, which can be newer than the adapters.
 
     Raises:
         ValueError: if the model has no method attached.
     """
+    from .files.checkpoints import carry_in_checkpoints
+
     attachment = find_attachment(model)
     if attachment is None:
         cure = "call fastprefix.attach"
         if hasattr(model, "peft_config"):
             cure += ". PEFT's own adapter has PEFT's methods, such as save_pretrained, accelerated or not"
         raise ValueError(f"`model` must have a method attached, but {type(model).__name__} has none: {cure}.")
+    if model is not find_base_model(model):
+        carry_in_checkpoints(model)
     return attachment
 
 
@@ -572,12 +578,7 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
     """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter."""
-    from .files.checkpoints import carry_in_checkpoints
-
-    base = find_base_model(model)
-    prepare(base).adapters[name] = adapter
-    if model is not base:
-        carry_in_checkpoints(model)
+    prepare(find_base_model(model)).adapters[name] = adapter
     return set_adapter(model, name)
 
 

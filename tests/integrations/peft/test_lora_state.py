@@ -224,6 +224,18 @@ def test_other_directories_of_pefts_leave_the_adapter_alone(tmp_path: Path) -> N
     assert torch.equal(model.fastprefix.prefix.keys[0], keys)
 
 
+def test_a_peft_model_that_is_newer_than_the_adapter_saves_it(tmp_path: Path) -> None:
+    base = attached(models.decoder(), PREFIX)
+    with fastprefix.disable_adapter(base):
+        model = peft.get_peft_model(base, lora())
+    fastprefix.set_adapter(model, "default")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "fastprefix" / "default.safetensors")
+    assert torch.equal(saved["prefix.keys.0"], base.fastprefix.prefix.keys[0])
+    fastprefix.detach(model)
+    assert not {"save_pretrained", "load_adapter"} & vars(model).keys()
+
+
 def test_another_lora_from_a_checkpoint_leaves_the_adapter_alone(tmp_path: Path) -> None:
     """PEFT's ``load_adapter`` reads the adapter of a checkpoint only into the PEFT adapter that is trained."""
     attached(tuned(), PREFIX).save_pretrained(tmp_path)
