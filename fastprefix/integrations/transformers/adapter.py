@@ -75,7 +75,7 @@ class Hooks(Protocol):
         """Make the changes. This may be called again after ``remove``."""
 
     def remove(self) -> None:
-        """Undo the changes."""
+        """Undo the changes, also those of an ``install`` that raised an error."""
 
 
 def _copy_for_training(parameter: Tensor) -> Tensor:

@@ -74,36 +74,26 @@ def merge(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: if the model has no method attached or none in use, or no part of the method can be merged.
+        ValueError: if the model has no method attached or none in use, or no part of the method can be merged. After
+            any error, the adapter is on the model as before.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapter, routing = attachment.adapter, attachment.routing
     if adapter.merged:
         return model
     routing.leave()
-    method, hooks = adapter.method, adapter.hooks
-    with evaluating(base), torch.no_grad(), gathering_modules(base):
-        if isinstance(method, PrefixMethod):
-            _merge_prefix(base, adapter, method)
-        elif isinstance(method, VisualMethod):
-            _merge_rows(base, adapter, method)
-        elif isinstance(hooks, TaskPromptHooks):
-            raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}.")
-        elif isinstance(hooks, SharedPromptHooks):
-            _merge_shared_prompt(base, adapter, method, hooks)
-        elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
-            _merge_table(base, adapter, method, hooks)
-        elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
-            with gathering_around(base, [method]):
-                baked = method.baked()
-            hooks.remove()
-            hooks.method = baked
-            _exchange(base, adapter, hooks.method, [hooks])
-        else:
-            raise ValueError(
-                f"`model` must have something to merge, but {type(method).__name__} on the path "
-                f'"{method.prompt_path}" recomputes the prompt for every input. Use the model without merging.'
-            )
+    former = vars(adapter).copy()
+    try:
+        with evaluating(base), torch.no_grad(), gathering_modules(base):
+            _merge(base, adapter)
+    except BaseException:
+        adapter.hooks.remove()  # the former ones or the new ones, whether all of them are installed or not
+        vars(adapter).update(former)
+        former["hooks"].method = adapter.method
+        setattr(base, MODULE, adapter.method)
+        adapter.hooks.install(base)
+        routing.install()
+        raise
     routing.install()
     adapter.merged = True
     adapter.mark(base)
@@ -111,6 +101,36 @@ def merge(model: Model) -> Model:
     adapter.frozen.freeze(base, own=[parameter for module in own for parameter in module.parameters()])
     base.requires_grad_(False)
     return model
+
+
+def _merge(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Replace the method, the configuration and the hooks of an adapter by merged ones.
+
+    Raises:
+        ValueError: if no part of the method can be merged.
+    """
+    method, hooks = adapter.method, adapter.hooks
+    if isinstance(method, PrefixMethod):
+        _merge_prefix(model, adapter, method)
+    elif isinstance(method, VisualMethod):
+        _merge_rows(model, adapter, method)
+    elif isinstance(hooks, TaskPromptHooks):
+        raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}.")
+    elif isinstance(hooks, SharedPromptHooks):
+        _merge_shared_prompt(model, adapter, method, hooks)
+    elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
+        _merge_table(model, adapter, method, hooks)
+    elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
+        with gathering_around(model, [method]):
+            baked = method.baked()
+        hooks.remove()
+        hooks.method = baked
+        _exchange(model, adapter, hooks.method, [hooks])
+    else:
+        raise ValueError(
+            f"`model` must have something to merge, but {type(method).__name__} on the path "
+            f'"{method.prompt_path}" recomputes the prompt for every input. Use the model without merging.'
+        )
 
 
 def export_cache(
@@ -232,13 +252,14 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
         )
     pairs = [(key[0], value[0]) for key, value in hooks.run_rows().prefixes or ()]
     hooks.remove()
-    found = {layer.module: layer for layer in find_layers(model)}
+    reader = hooks.stack.reader
+    found = {layer.module: layer for layer in find_layers(reader)}
     layers = [found[module] for module in hooks.stack.attentions]
     config = PrefixTuningConfig(method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save)
     prefix = PrefixTuning(config, [layer.shape for layer in layers])
     prefix.set_prefixes(pairs)
-    _exchange(model, adapter, prefix, [PrefixHooks(model, prefix, layers)])
-    if len(found) > len(layers):
+    _exchange(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
+    if reader is not model or len(found) > len(layers):
         adapter.outside = "its prefix is only in the layers for images"
 
 
@@ -442,8 +463,8 @@ class MergedPromptHooks(PrefixHooks):
         model = self.source.model
         for part in reversed(self.parts):
             part.remove()
-        self.source.install(model)
         try:
+            self.source.install(model)
             with evaluating(model), torch.no_grad(), load_offloaded(model, self.backbone):
                 prefixes = self.source.run_prompt()
         finally:

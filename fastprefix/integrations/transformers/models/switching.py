@@ -844,7 +844,7 @@ class Implementation:
         """Switch the model to this package's attention. This may be called again after ``restore``.
 
         Raises:
-            ValueError: if another adapter uses one of the attention modules.
+            ValueError: if another adapter uses one of the attention modules. After any error, the model is unchanged.
         """
         if taken := [type(module).__name__ for module in self.bindings if BINDING in vars(module)]:
             raise ValueError(
@@ -852,7 +852,13 @@ class Implementation:
                 "prefix at a time. Detach that adapter first."
             )
         self.configurations = OwnConfigurations(self.model, self.user)
-        configurations = self.configurations.list_all()
+        try:
+            self._switch(self.configurations.list_all())
+        except BaseException:
+            self.restore()
+            raise
+
+    def _switch(self, configurations: list[_Configuration]) -> None:
         for configuration in configurations:
             configuration.need(self.user, self.name)
         set_attention(
@@ -878,8 +884,12 @@ class Implementation:
         return {each.attention for each in self.configurations.list_all() if each.attentions}
 
     def restore(self) -> None:
-        """Remove this user's bindings. Restore the former attention if no other user needs this package's."""
-        assert self.configurations is not None
+        """Remove this user's bindings. Restore the former attention if no other user needs this package's.
+
+        This does nothing if the model has been restored already.
+        """
+        if self.configurations is None:
+            return
         for module, binding in self.bindings.items():
             if vars(module).get(BINDING) is binding:
                 delattr(module, BINDING)
