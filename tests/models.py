@@ -118,13 +118,13 @@ class InjectedError(BaseException):
     """An error that no code expects, such as an interruption."""
 
 
-def fail_once(patch: pytest.MonkeyPatch, owner: object, name: str) -> None:
-    """Make the first call of a function raise an error. Later calls run the function."""
+def fail_once(patch: pytest.MonkeyPatch, owner: object, name: str, number: int = 1) -> None:
+    """Make the call of a function with this number raise an error. All other calls run the function."""
     function, calls = getattr(owner, name), []
 
     def run(*args: object, **kwargs: object) -> object:
         calls.append(name)
-        if len(calls) == 1:
+        if len(calls) == number:
             raise InjectedError(name)
         return function(*args, **kwargs)
 

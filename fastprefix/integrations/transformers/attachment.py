@@ -278,16 +278,45 @@ def get_method(model: nn.Module) -> Method:
     return get_attachment(model).adapter.method
 
 
+@contextmanager
+def restoring_adapters(model: nn.Module) -> Iterator[None]:
+    """Undo additions of adapters in this context if it raises an error: detach them, and use the former one again."""
+    attachment, former = find_attachment(model), get_active_name(model)
+    before = set() if attachment is None else set(attachment.adapters)
+    try:
+        yield
+    except BaseException:
+        attachment = find_attachment(model)
+        added = [] if attachment is None else [name for name in attachment.adapters if name not in before]
+        for name in added:
+            detach(model, name)
+        if added and former is not None:
+            set_adapter(model, former)
+        raise
+
+
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
+    """Use an adapter, or none. After any error, the model uses the former one again."""
     refuse_partitioned(model)
     attachment.routing.leave()
     reshard(model)  # FSDP2 discards changes to parameters that it has gathered
+    former = attachment.active
+    try:
+        _exchange(model, attachment, name)
+    except BaseException:
+        _exchange(model, attachment, former)
+        raise
+
+
+def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
+    """Take the adapter in use off a model, and put another one on it. After an error, none is in use."""
     if attachment.active is not None:
         attachment.adapter.take_off(model)
-    attachment.active = name
-    attachment.user.acts = name is not None
+        attachment.active = None
     if name is not None:
-        attachment.adapter.put_on(model)
+        attachment.adapters[name].put_on(model)
+        attachment.active = name
+    attachment.user.acts = name is not None
     attachment.routing.install()
 
 
@@ -577,9 +606,13 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
-    """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter."""
-    prepare(find_base_model(model)).adapters[name] = adapter
-    return set_adapter(model, name)
+    """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter.
+
+    After any error, the model is unchanged.
+    """
+    with restoring_adapters(model):
+        prepare(find_base_model(model)).adapters[name] = adapter
+        return set_adapter(model, name)
 
 
 def prepare(model: PreTrainedModel) -> Attachment:

@@ -38,10 +38,9 @@ from ..attachment import (
     DEFAULT,
     Model,
     attach_empty,
-    detach,
     get_active_name,
     get_attachment,
-    set_adapter,
+    restoring_adapters,
     use_adapter,
 )
 from ..models.switching import OPTIONS, Inputs
@@ -343,15 +342,11 @@ def load_adapter(
         _attach(model, config, tensors, name, example_inputs, freeze_peft)
         get_attachment(model).adapter.name_labels(base, labels)
         return model
-    former = get_active_name(base)
     with use_adapter(base, None):
         expected = peft_format.run_as_a_cache(base, tensors)
-    _attach(model, config, tensors, name, None, freeze_peft)
-    try:
+    with restoring_adapters(model):
+        _attach(model, config, tensors, name, None, freeze_peft)
         peft_format.check_as_a_cache(base, expected)
-    except ValueError:
-        _take_off(model, name, former)
-        raise
     return model
 
 
@@ -459,20 +454,9 @@ def _attach(
     freeze_peft: bool,
 ) -> None:
     """Attach a method with its parameters, or leave the model unchanged."""
-    former = get_active_name(model)
-    attach_empty(model, config, name, example_inputs, freeze_peft)
-    try:
+    with restoring_adapters(model):
+        attach_empty(model, config, name, example_inputs, freeze_peft)
         fill(_collect_parameters(find_base_model(model)), tensors)
-    except ValueError:
-        _take_off(model, name, former)
-        raise
-
-
-def _take_off(model: nn.Module, name: str, former: str | None) -> None:
-    """Detach an adapter, and restore the adapter that was in use before."""
-    detach(model, name)
-    if former is not None:
-        set_adapter(model, former)
 
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

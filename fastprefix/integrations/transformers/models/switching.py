@@ -767,13 +767,17 @@ class OwnConfigurations:
                 for each in claim.configuration.list_nested():
                     known[id(each.former)] = known[id(each.own)] = each
         copies: dict[int, Any] = {key: each.own for key, each in known.items()}
-        for module in self.modules:
-            claim = _get_claim(module)
-            if claim is None:
-                claim = _Claim(_record_configuration(module.config, known, copies))
-                setattr(module, _CLAIM, claim)
-                module.config = claim.configuration.own
-            claim.users.append(user)
+        try:
+            for module in self.modules:
+                claim = _get_claim(module)
+                if claim is None:
+                    claim = _Claim(_record_configuration(module.config, known, copies))
+                    setattr(module, _CLAIM, claim)
+                    module.config = claim.configuration.own
+                claim.users.append(user)
+        except BaseException:  # some configurations cannot be copied
+            self.release()
+            raise
 
     def list_all(self) -> list[_Configuration]:
         """Return the configurations of all modules, without duplicates."""
