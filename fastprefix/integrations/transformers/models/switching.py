@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from ..sharding.fully_sharded import recover, reshard
@@ -477,14 +478,30 @@ _DONE: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 class Trial(NamedTuple):
     """The result of a trial: the name of the attention that matches a model's own, and the inputs of the trial.
 
-    ``choice`` is the index of these inputs among the proposed ones. ``adopted`` is True if the result is from the trial
-    of a small copy.
+    ``device`` and ``dtype`` are the model's at that time. ``choice`` is the index of these inputs among the proposed
+    ones. ``adopted`` is True if the result is from the trial of a small copy.
     """
 
     attention: str
     inputs: Inputs
+    device: torch.device
+    dtype: torch.dtype
     choice: int = 0
     adopted: bool = False
+
+    def fit(self, model: PreTrainedModel) -> Trial:
+        """Return the trial with inputs for the model's current device and dtype, which may have changed since."""
+        device, dtype = find_device(model), model.dtype
+        if (device, dtype) == (self.device, self.dtype):
+            return self
+
+        def convert(tensor: Tensor) -> Tensor:
+            """Convert a tensor that had the model's former device or dtype."""
+            place = device if tensor.device == self.device else tensor.device
+            return tensor.to(place, dtype if tensor.dtype is self.dtype else tensor.dtype)
+
+        inputs = {name: tree_map_only(Tensor, convert, value) for name, value in self.inputs.items()}
+        return self._replace(inputs=inputs, device=device, dtype=dtype)
 
 
 class _RecordedCall(NamedTuple):
@@ -505,15 +522,18 @@ class _Differs(Exception):  # noqa: N818 (a result, not an error)
 
 
 def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
-    """Run a model's trial and return its result. The result is cached unless ``example_inputs`` are given.
+    """Run a model's trial and return its result, with inputs for the model's current device and dtype.
+
+    The result is cached. ``example_inputs`` replace it.
 
     Raises:
         ValueError: if this package's attention differs from the model's own, or the model does not run on the inputs.
     """
     if example_inputs is not None or model not in _DONE:
         choice, inputs, calls = _run_own(model, propose_inputs(model) if example_inputs is None else [example_inputs])
-        _DONE[model] = Trial(_choose_attention(model, inputs, calls), inputs, choice)
-    return _DONE[model]
+        attention = _choose_attention(model, inputs, calls)
+        _DONE[model] = Trial(attention, inputs, find_device(model), model.dtype, choice)
+    return _DONE[model].fit(model)
 
 
 def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
@@ -525,7 +545,7 @@ def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
     trial = run_trial(small)
     inputs = next(itertools.islice(propose_inputs(model), trial.choice, None), None)
     if model not in _DONE and inputs is not None:
-        _DONE[model] = Trial(trial.attention, inputs, trial.choice, adopted=True)
+        _DONE[model] = Trial(trial.attention, inputs, find_device(model), model.dtype, trial.choice, adopted=True)
 
 
 def drop_adopted_trial(model: PreTrainedModel) -> bool:
