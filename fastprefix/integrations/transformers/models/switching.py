@@ -70,8 +70,9 @@ def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: An
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Run in ``evaluating``, and undo the attribute changes that calls make on modules, such as Qwen-VL's positions.
+    """Put a model into evaluation mode in this context, and restore its modules afterwards.
 
+    All changes that calls made to attributes of the modules are undone, such as the positions that Qwen-VL stores.
     The contents of containers are restored in place, since handles of hooks refer to the containers. For example, the
     first call makes ``transformers`` install its output-capturing hooks and set an attribute. Both must be restored
     together.
@@ -126,15 +127,43 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode in this context, and restore all modes and the random state afterwards."""
+    """Put a model into evaluation mode in this context. Restore all modes and its random state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with preserve_random_state(model):
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def list_generators(model: nn.Module | None = None) -> list[torch.Generator]:
+    """Return the random generators of the CPU, of PyTorch's default device and of the devices of a model."""
+    parameters = () if model is None else model.parameters()
+    devices = {torch.get_default_device(), *(parameter.device for parameter in parameters)}
+    found = [torch.default_generator]
+    for device in devices:
+        if generators := getattr(getattr(torch, device.type, None), "default_generators", ()):
+            found.append(generators[device.index])
+    return found
+
+
+@contextmanager
+def preserve_random_state(model: nn.Module | None = None) -> Iterator[None]:
+    """Restore the random state of the generators that ``list_generators`` returns after this context."""
+    states = [(generator, generator.get_state()) for generator in list_generators(model)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def seed_generators(model: nn.Module | None = None) -> None:
+    """Seed the generators that ``preserve_random_state`` restores. ``torch.manual_seed`` would seed every device."""
+    for generator in list_generators(model):
+        generator.manual_seed(0)
 
 
 def find_device(model: PreTrainedModel) -> torch.device:
