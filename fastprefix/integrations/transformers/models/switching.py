@@ -32,7 +32,7 @@ from ..sharding.fully_sharded import recover, reshard
 from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
 from .hooks import read_parameter_names
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # hooks of users may call this package while a model runs in a trial
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
@@ -55,8 +55,13 @@ def borrow_attention(model: PreTrainedModel, name: str, function: Any, mask: Any
 
 @contextmanager
 def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """Register an attention and a mask function under a name, and run a model on them in this context."""
+    """Register an attention and a mask function under a name, and run a model on them in this context.
+
+    Contexts may be nested, also with the same name.
+    """
     before = [(config, config._attn_implementation) for config in list_configurations(model)]
+    mappings = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    former = [mapping.get(name) for mapping in mappings]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
@@ -65,7 +70,11 @@ def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: An
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
-        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+        for mapping, registered in zip(mappings, former, strict=True):
+            if registered is None:
+                del mapping[name]
+            else:
+                mapping[name] = registered
 
 
 @contextmanager
@@ -127,7 +136,7 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode in this context. Restore all modes and its random state afterwards."""
+    """Put a model into evaluation mode in this context. Afterwards, restore all modes and the random state of its devices."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

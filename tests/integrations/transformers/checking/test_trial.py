@@ -1,12 +1,13 @@
 """Test the trial of a model's attention that precedes attaching a prefix."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastprefix
@@ -62,6 +63,23 @@ def test_a_model_is_converted_after_its_trial() -> None:
     assert {(tensor.device.type, tensor.dtype) for tensor in inputs.values()} == {("meta", torch.float16)}
     inputs = run_trial(llama(torch.bfloat16).float()).inputs
     assert {value.dtype for value in inputs.values() if isinstance(value, Tensor)} == {torch.int64}
+
+
+def test_a_hook_that_attaches_to_another_model_during_a_trial() -> None:
+    model, others = llama(), [llama() for _ in range(3)]
+
+    def hook(*_: Any) -> None:
+        if others:
+            fastprefix.attach(others.pop(), fastprefix.PrefixTuningConfig(2), check=False)
+
+    model.model.layers[0].register_forward_hook(hook)
+    thread = threading.Thread(target=find_layers, args=(model,), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert not others
+    assert run_trial(model).attention == NAME
+    assert not any("trial" in name for name in AttentionInterface._global_mapping)
 
 
 def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
