@@ -191,7 +191,7 @@ class Adapter:
         """The names of the labels that are not in use: the base model's or those of the adapter's head."""
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Install the adapter on the model, which then runs and trains with it. After any error, it is not installed."""
+        """Install the adapter on the model, which then runs and trains with it. After an error, it is not installed."""
         self.check_untouched(model)
         method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
         if self.freeze_peft or self.merged:

@@ -193,7 +193,11 @@ PLACES = {
     ("family", "method", "place"),
     [
         *(("decoder", "prefix-mlp", place) for place in ("method layers", "prefix", "attention")),
-        *(("decoder", method, place) for method in ("prompt_tuning", "adept", "dept") for place in ("layers", "prefix")),
+        *(
+            ("decoder", method, place)
+            for method in ("prompt_tuning", "adept", "dept")
+            for place in ("layers", "prefix")
+        ),
         ("decoder", "adept", "attention"),
         *(("encoder", method, "prompt") for method in ("adept", "p-tuning")),
     ],

@@ -136,7 +136,10 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode in this context. Afterwards, restore all modes and the random state of its devices."""
+    """Put a model into evaluation mode in this context. Afterwards, restore all modes and the random state.
+
+    The random state is that of the CPU and of the model's devices.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
