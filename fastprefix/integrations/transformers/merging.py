@@ -14,8 +14,10 @@ requires no extra memory if an output head shares its weights.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,19 +84,11 @@ def merge(model: Model) -> Model:
     if adapter.merged:
         return model
     routing.leave()
-    former = vars(adapter).copy()
     try:
         with evaluating(base), torch.no_grad(), gathering_modules(base):
             _merge(base, adapter)
-    except BaseException:
-        adapter.hooks.remove()  # the former ones or the new ones, whether all of them are installed or not
-        vars(adapter).update(former)
-        former["hooks"].method = adapter.method
-        setattr(base, MODULE, adapter.method)
-        adapter.hooks.install(base)
+    finally:
         routing.install()
-        raise
-    routing.install()
     adapter.merged = True
     adapter.mark(base)
     own = (base.get_submodule(name) for name in (MODULE, *adapter.saved_modules))
@@ -123,9 +117,8 @@ def _merge(model: PreTrainedModel, adapter: Adapter) -> None:
     elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
         with gathering_around(model, [method]):
             baked = method.baked()
-        hooks.remove()
-        hooks.method = baked
-        _exchange(model, adapter, hooks.method, [hooks])
+        with _removing_hooks(model, adapter):
+            _exchange(model, adapter, baked, [_replace_method(hooks, baked)])
     else:
         raise ValueError(
             f"`model` must have something to merge, but {type(method).__name__} on the path "
@@ -232,11 +225,11 @@ def _get_index(module: nn.Module) -> Any:
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     with gathering_around(model, [method]):
         baked = method.baked()
-    adapter.hooks.remove()
-    hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
-    if hooks.heads is not None:
-        hooks.heads.distribute(baked)
-    _exchange(model, adapter, baked, [hooks])
+    with _removing_hooks(model, adapter):
+        hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
+        if hooks.heads is not None:
+            hooks.heads.distribute(baked)
+        _exchange(model, adapter, baked, [hooks])
 
 
 def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
@@ -251,14 +244,14 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
             f"`model` must have something to merge, but {type(method).__name__} cannot be merged: {reason}."
         )
     pairs = [(key[0], value[0]) for key, value in hooks.run_rows().prefixes or ()]
-    hooks.remove()
     reader = hooks.stack.reader
-    found = {layer.module: layer for layer in find_layers(reader)}
-    layers = [found[module] for module in hooks.stack.attentions]
     config = PrefixTuningConfig(method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save)
-    prefix = PrefixTuning(config, [layer.shape for layer in layers])
-    prefix.set_prefixes(pairs)
-    _exchange(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
+    with _removing_hooks(model, adapter):
+        found = {layer.module: layer for layer in find_layers(reader)}
+        layers = [found[module] for module in hooks.stack.attentions]
+        prefix = PrefixTuning(config, [layer.shape for layer in layers])
+        prefix.set_prefixes(pairs)
+        _exchange(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
     if reader is not model or len(found) > len(layers):
         adapter.outside = "its prefix is only in the layers for images"
 
@@ -269,22 +262,22 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     with load_offloaded(model, hooks.backbone), gathering_around(model, [method]):
         prefixes = hooks.run_prompt()
     table = rewrite_table(hooks) if isinstance(method, ADePT) else None
-    hooks.remove()
-    layers = find_layers(model)
-    pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
-    if heads is not None:
-        pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
-    prefix = _make_plain_prefix(method, pairs, layers)
     parts: list[Hooks] = []
-    if table is not None:
-        parts.append(NewTable(hooks, table))
-    elif method.changes_positions:
-        prefix.add_module("offset", method)
-        parts.append(OffsetHooks(model, method))
-    merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
-    merged.longest = hooks.positions.by_length
-    merged.parts = [*parts, merged]
-    _exchange(model, adapter, prefix, merged.parts)
+    with _removing_hooks(model, adapter):
+        layers = find_layers(model)
+        pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
+        if heads is not None:
+            pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
+        prefix = _make_plain_prefix(method, pairs, layers)
+        if table is not None:
+            parts.append(NewTable(hooks, table))
+        elif method.changes_positions:
+            prefix.add_module("offset", method)
+            parts.append(OffsetHooks(model, method))
+        merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
+        merged.longest = hooks.positions.by_length
+        merged.parts = [*parts, merged]
+        _exchange(model, adapter, prefix, merged.parts)
     adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
         adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens only"
@@ -298,9 +291,8 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
         with gathering_around(model, [method]):
             prompt.prompt = nn.Parameter(method.prompt.detach().clone())
     table = NewTable(hooks, rewrite_table(hooks))
-    hooks.remove()
-    hooks.method = prompt
-    _exchange(model, adapter, prompt, [table, hooks])
+    with _removing_hooks(model, adapter):
+        _exchange(model, adapter, prompt, [table, _replace_method(hooks, prompt)])
     adapter.outside = _describe_outside(method)
 
 
@@ -308,6 +300,29 @@ def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
     return f"{type(method).__name__}'s offset is not part of its prefix" if method.changes_positions else None
+
+
+@contextmanager
+def _removing_hooks(model: Any, adapter: Adapter) -> Iterator[None]:
+    """Remove the hooks of an adapter in this context, which installs others. After an error, restore the adapter."""
+    former = vars(adapter).copy()
+    adapter.hooks.remove()
+    try:
+        yield
+    except BaseException:
+        if adapter.hooks is not former["hooks"]:
+            adapter.hooks.remove()
+        vars(adapter).update(former)
+        setattr(model, MODULE, adapter.method)
+        adapter.hooks.install(model)
+        raise
+
+
+def _replace_method(hooks: PromptHooks, method: PromptMethod) -> PromptHooks:
+    """Return a copy of hooks, to be installed with another method."""
+    copied = copy.copy(hooks)
+    copied.method = method
+    return copied
 
 
 def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
