@@ -112,3 +112,20 @@ def randomize(model: PreTrainedModel, std: float = 0.3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+class InjectedError(BaseException):
+    """An error that no code expects, such as an interruption."""
+
+
+def fail_once(patch: pytest.MonkeyPatch, owner: object, name: str, number: int = 1) -> None:
+    """Make the call of a function with this number raise an error. All other calls run the function."""
+    function, calls = getattr(owner, name), []
+
+    def run(*args: object, **kwargs: object) -> object:
+        calls.append(name)
+        if len(calls) == number:
+            raise InjectedError(name)
+        return function(*args, **kwargs)
+
+    patch.setattr(owner, name, run)

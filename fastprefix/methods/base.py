@@ -86,6 +86,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 class MethodConfig:
     """The options of a method.
 
+    An option whose value can be private, such as a document, is a field with ``repr=False``. Its value appears in none
+    of ``repr``, ``to_dict`` and ``list_choices``.
+
     Args:
         num_virtual_tokens: length ``m`` of the prompt or prefix.
         modules_to_save: names of modules of the base model that stay trainable and are saved with the adapter. None
@@ -115,12 +118,14 @@ class MethodConfig:
         return next(name for name, (config, _) in METHODS.items() if config is cls)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain data, with the method's name."""
-        return {"method": self.method_name(), **dataclasses.asdict(self)}
+        """Return the options as plain data, with the method's name. Private texts are empty."""
+        options = {"method": self.method_name(), **dataclasses.asdict(self)}
+        private = [field.name for field in dataclasses.fields(self) if not field.repr]
+        return options | {name: "" for name in private if options[name] is not None}
 
     def list_choices(self) -> list[tuple[str, Any]]:
-        """Return the names and values of the options that differ from their defaults."""
-        options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        """Return the names and values of the options that differ from their defaults and are not private."""
+        options = ((field, getattr(self, field.name)) for field in dataclasses.fields(self) if field.repr)
         return [(field.name, value) for field, value in options if value is not None and value != field.default]
 
     @staticmethod

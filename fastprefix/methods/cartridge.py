@@ -2,8 +2,8 @@
 self-study", arXiv 2506.06266).
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from .base import LearningRates, register
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
@@ -21,7 +21,7 @@ class CartridgeConfig(PrefixTuningConfig):
         num_virtual_tokens: the number of tokens ``m``. A text must have at least as many.
         init: "text" starts from the first m tokens of ``init_text``, "chunks" from pieces spaced evenly over it, and
             "cache" from the ``past_key_values`` that are passed to ``attach``.
-        init_text: the document. ``to_dict`` and ``save_adapter`` leave it out, since documents can be private.
+        init_text: the document. It is not saved, published or printed, since documents can be private.
         num_frozen_tokens: the number of first tokens that are not trained.
         train: "both", "values" or "keys".
         key_bias: True trains a bias for each key.
@@ -32,14 +32,10 @@ class CartridgeConfig(PrefixTuningConfig):
     learning_rates: ClassVar[LearningRates] = LearningRates(rest=2e-2)
 
     init: Literal["normal", "zero", "text", "chunks", "cache"] = "text"
+    init_text: str | None = field(default=None, repr=False)
     add_special_tokens: bool = True
     prefix_position: Literal["none", "shift"] = "shift"
     num_frozen_tokens: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain data, with the method's name and without the text."""
-        options = super().to_dict()
-        return options if options["init_text"] is None else options | {"init_text": ""}
 
 
 register("cartridge", CartridgeConfig, PrefixTuning)

@@ -59,6 +59,14 @@ class ULPT(ComputedPrompt):
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "ULPT":
+        """Convert or move the module. Draw ``R`` again, since a conversion back from 16 bits cannot restore it."""
+        former = self.projection
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.projection is not former:
+            self.projection = draw_projection(self.config.seed, *former.shape).to(self.projection)
+        return self
+
     def compute_prompt(self) -> Tensor:
         """Compute ``s * (Z R) + b``."""
         return self.scale * (self.low_dimensional @ self.projection) + self.shift

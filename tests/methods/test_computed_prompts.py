@@ -49,6 +49,17 @@ def test_ulpts_projection_follows_from_the_seed_and_is_frozen() -> None:
     }
 
 
+def test_ulpts_projection_survives_conversions() -> None:
+    method = ULPT(fastprefix.ULPTConfig(3, rank=4, seed=5), TABLE)
+    expected = method.projection.clone()
+    assert torch.equal(method.bfloat16().projection, expected.bfloat16())
+    assert torch.equal(method.float().projection, expected)
+    assert torch.equal(method.to("meta").to_empty(device="cpu").projection, expected)
+    assert torch.equal(method.double().projection, expected.double())
+    former = method.projection
+    assert method.to("cpu").projection is former
+
+
 @pytest.mark.parametrize(("length", "trainable", "rank"), [(100, 2 * 768 + 200, 2), (100, 7_936, 64), (20, 2_000, 23)])
 def test_ulpt_budget(length: int, trainable: int, rank: int) -> None:
     config = fastprefix.ULPTConfig.for_budget(WithEmbeddings(768), trainable=trainable, num_virtual_tokens=length)

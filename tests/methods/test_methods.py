@@ -318,6 +318,13 @@ def test_configurations_survive_saving(name: str) -> None:
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
+def test_private_texts_are_in_no_description() -> None:
+    config = fastprefix.CartridgeConfig(4, init_text="the secret")
+    assert dict(config.list_choices()) == {"num_virtual_tokens": 4}
+    assert config.to_dict()["init_text"] == ""
+    assert "secret" not in f"{config} {config.to_dict()} {PrefixTuning(config, SHAPES)}"
+
+
 @pytest.mark.parametrize(
     ("make", "error", "named"),
     [

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..transformers.checking import conformance
 from ..transformers.models.discovery import Layer, find_layers
-from ..transformers.models.switching import evaluating, find_device, list_adapting_users
+from ..transformers.models.switching import evaluating, find_device, list_adapting_users, seed_generators
 from ..transformers.prompts.shared_prompt import find_reason_against_layers, share_always
 from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
@@ -173,7 +173,7 @@ def _compare_small_copy(peft_model: Any) -> conformance.ConformanceReport:
     config = _shrink_config(peft_model.active_peft_config)
 
     def make(base: PreTrainedModel) -> tuple[Any, Any]:
-        torch.manual_seed(0)
+        seed_generators(base)
         right: Any = get_peft_model(base, config).double()  # PEFT's parameters are float32
         return right, _accelerate(copy.deepcopy(right), check=False)
 

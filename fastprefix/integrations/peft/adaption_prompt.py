@@ -28,9 +28,9 @@ class AdaptionPromptAcceleration(CachedPrefix):
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model: PreTrainedModel = peft_model.get_base_model()
         adapted = list(find_adapted_attentions(peft_model))
-        super().__init__(model, [layer.module for layer in layers])
         self.adapter_model = peft_model.base_model
         self.heads = TensorParallelHeads.find(model, layers)
+        super().__init__(model, [layer.module for layer in layers])  # last, since it changes the model
         self.handles += [Interception(module, functools.partial(self.run_adapted, module)) for module in adapted]
 
     def carry_without_prefix(self) -> CarriedBindings | None:

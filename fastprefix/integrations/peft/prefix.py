@@ -261,10 +261,10 @@ class PrefixAcceleration(PromptLearning):
     """
 
     def __init__(self, peft_model: Any, layers: dict[int, Layer]) -> None:
-        super().__init__(peft_model, [layer.module for layer in layers.values()])
         self.layers = layers
         self.sources = _find_sources(layers)
         self.heads = TensorParallelHeads.find(peft_model.base_model, list(layers.values()))
+        super().__init__(peft_model, [layer.module for layer in layers.values()])  # last, since it changes the model
         self.layer_names = {module: name for name, module in self.modules.items()}
         self.handles += [
             layer.module.register_forward_pre_hook(_bias_prefix, with_kwargs=True)

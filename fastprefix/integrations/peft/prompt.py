@@ -51,12 +51,13 @@ class PromptAcceleration(PromptLearning):
     def __init__(self, peft_model: Any, layers: list[Layer]) -> None:
         model = peft_model.base_model
         backbone = find_innermost_backbone(model)
-        self.positions = Positions.find(backbone)  # runs the backbone, so it must come before the hooks
+        self.positions = Positions.find(backbone)
+        head = model.get_output_embeddings()
+        # The rest changes the model. Everything that runs the model or can raise an error comes before.
         super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
         self.layer_names = {module: name for name, module in self.modules.items()}
         self.drops = has_dropout(self.backbone)
-        head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             self.handles.append(Interception(head, self.run_head))
         self.former_loss = vars(model).get(_LOSS)

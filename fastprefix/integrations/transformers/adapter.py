@@ -75,7 +75,7 @@ class Hooks(Protocol):
         """Make the changes. This may be called again after ``remove``."""
 
     def remove(self) -> None:
-        """Undo the changes."""
+        """Undo the changes, also those of an ``install`` that raised an error."""
 
 
 def _copy_for_training(parameter: Tensor) -> Tensor:
@@ -191,8 +191,9 @@ class Adapter:
         """The names of the labels that are not in use: the base model's or those of the adapter's head."""
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Install the adapter on the model, which then runs and trains with it."""
+        """Install the adapter on the model, which then runs and trains with it. After an error, it is not installed."""
         self.check_untouched(model)
+        method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
         if self.freeze_peft or self.merged:
             self.frozen.freeze(model, own=self.method.parameters())
         self._exchange_weights(model, trained=True)
@@ -200,12 +201,15 @@ class Adapter:
         self.casts.install()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
-        method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
         model.add_module(MODULE, method.train(model.training))
-        for part in method.parts if isinstance(method, Composition) else [method]:
-            shard_like(model, part)
-        self.mark(model)
-        self.hooks.install(model)
+        try:
+            for part in method.parts if isinstance(method, Composition) else [method]:
+                shard_like(model, part)
+            self.mark(model)
+            self.hooks.install(model)
+        except BaseException:
+            self.take_off(model)
+            raise
 
     def mark(self, model: PreTrainedModel) -> None:
         """Write the adapter's options into the model's configuration, for checkpoints of the whole model.

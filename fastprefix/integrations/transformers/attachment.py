@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -240,17 +241,23 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def get_attachment(model: nn.Module) -> Attachment:
-    """Return the attachment of a model.
+    """Return the attachment of a model. A PEFT model around it also saves and loads the adapter in use from then on.
+
+    The functions that users call get PEFT models here, which can be newer than the adapters.
 
     Raises:
         ValueError: if the model has no method attached.
     """
+    from .files.checkpoints import carry_in_checkpoints
+
     attachment = find_attachment(model)
     if attachment is None:
         cure = "call fastprefix.attach"
         if hasattr(model, "peft_config"):
             cure += ". PEFT's own adapter has PEFT's methods, such as save_pretrained, accelerated or not"
         raise ValueError(f"`model` must have a method attached, but {type(model).__name__} has none: {cure}.")
+    if model is not find_base_model(model):
+        carry_in_checkpoints(model)
     return attachment
 
 
@@ -271,16 +278,45 @@ def get_method(model: nn.Module) -> Method:
     return get_attachment(model).adapter.method
 
 
+@contextmanager
+def restoring_adapters(model: nn.Module) -> Iterator[None]:
+    """Undo additions of adapters in this context if it raises an error: detach them, and use the former one again."""
+    attachment, former = find_attachment(model), get_active_name(model)
+    before = set() if attachment is None else set(attachment.adapters)
+    try:
+        yield
+    except BaseException:
+        attachment = find_attachment(model)
+        added = [] if attachment is None else [name for name in attachment.adapters if name not in before]
+        for name in added:
+            detach(model, name)
+        if added and former is not None:
+            set_adapter(model, former)
+        raise
+
+
 def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
+    """Use an adapter, or none. After any error, the model uses the former one again."""
     refuse_partitioned(model)
     attachment.routing.leave()
     reshard(model)  # FSDP2 discards changes to parameters that it has gathered
+    former = attachment.active
+    try:
+        _exchange(model, attachment, name)
+    except BaseException:
+        _exchange(model, attachment, former)
+        raise
+
+
+def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
+    """Take the adapter in use off a model, and put another one on it. After an error, none is in use."""
     if attachment.active is not None:
         attachment.adapter.take_off(model)
-    attachment.active = name
-    attachment.user.acts = name is not None
+        attachment.active = None
     if name is not None:
-        attachment.adapter.put_on(model)
+        attachment.adapters[name].put_on(model)
+        attachment.active = name
+    attachment.user.acts = name is not None
     attachment.routing.install()
 
 
@@ -301,7 +337,8 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
         _check(model, config, name)
 
     do_together(model, "attach an adapter", check)
-    agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}")  # with private texts
+    digest = hashlib.sha256(str(asdict(config)).encode()).hexdigest()  # includes private texts, unlike ``repr``
+    agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}, {digest}")
 
 
 def refuse_partitioned(model: nn.Module) -> None:
@@ -569,14 +606,13 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:
-    """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter."""
-    from .files.checkpoints import carry_in_checkpoints
+    """Freeze the model if it is not frozen yet, add an adapter to it and select that adapter.
 
-    base = find_base_model(model)
-    prepare(base).adapters[name] = adapter
-    if model is not base:
-        carry_in_checkpoints(model)
-    return set_adapter(model, name)
+    After any error, the model is unchanged.
+    """
+    with restoring_adapters(model):
+        prepare(find_base_model(model)).adapters[name] = adapter
+        return set_adapter(model, name)
 
 
 def prepare(model: PreTrainedModel) -> Attachment:

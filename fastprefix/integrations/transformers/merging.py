@@ -14,8 +14,10 @@ requires no extra memory if an output head shares its weights.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,43 +76,54 @@ def merge(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: if the model has no method attached or none in use, or no part of the method can be merged.
+        ValueError: if the model has no method attached or none in use, or no part of the method can be merged. After
+            any error, the adapter is on the model as before.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapter, routing = attachment.adapter, attachment.routing
     if adapter.merged:
         return model
     routing.leave()
-    method, hooks = adapter.method, adapter.hooks
-    with evaluating(base), torch.no_grad(), gathering_modules(base):
-        if isinstance(method, PrefixMethod):
-            _merge_prefix(base, adapter, method)
-        elif isinstance(method, VisualMethod):
-            _merge_rows(base, adapter, method)
-        elif isinstance(hooks, TaskPromptHooks):
-            raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}.")
-        elif isinstance(hooks, SharedPromptHooks):
-            _merge_shared_prompt(base, adapter, method, hooks)
-        elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
-            _merge_table(base, adapter, method, hooks)
-        elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
-            with gathering_around(base, [method]):
-                baked = method.baked()
-            hooks.remove()
-            hooks.method = baked
-            _exchange(base, adapter, hooks.method, [hooks])
-        else:
-            raise ValueError(
-                f"`model` must have something to merge, but {type(method).__name__} on the path "
-                f'"{method.prompt_path}" recomputes the prompt for every input. Use the model without merging.'
-            )
-    routing.install()
+    try:
+        with evaluating(base), torch.no_grad(), gathering_modules(base):
+            _merge(base, adapter)
+    finally:
+        routing.install()
     adapter.merged = True
     adapter.mark(base)
     own = (base.get_submodule(name) for name in (MODULE, *adapter.saved_modules))
     adapter.frozen.freeze(base, own=[parameter for module in own for parameter in module.parameters()])
     base.requires_grad_(False)
     return model
+
+
+def _merge(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Replace the method, the configuration and the hooks of an adapter by merged ones.
+
+    Raises:
+        ValueError: if no part of the method can be merged.
+    """
+    method, hooks = adapter.method, adapter.hooks
+    if isinstance(method, PrefixMethod):
+        _merge_prefix(model, adapter, method)
+    elif isinstance(method, VisualMethod):
+        _merge_rows(model, adapter, method)
+    elif isinstance(hooks, TaskPromptHooks):
+        raise ValueError(f"`num_tasks` must be 1 to merge the prompt, but is {hooks.method.config.num_tasks}.")
+    elif isinstance(hooks, SharedPromptHooks):
+        _merge_shared_prompt(model, adapter, method, hooks)
+    elif isinstance(method, ADePT) and type(hooks) is PromptHooks:
+        _merge_table(model, adapter, method, hooks)
+    elif isinstance(hooks, PromptHooks) and isinstance(method, ComputedPrompt) and not method.changes_tokens:
+        with gathering_around(model, [method]):
+            baked = method.baked()
+        with _removing_hooks(model, adapter):
+            _exchange(model, adapter, baked, [_replace_method(hooks, baked)])
+    else:
+        raise ValueError(
+            f"`model` must have something to merge, but {type(method).__name__} on the path "
+            f'"{method.prompt_path}" recomputes the prompt for every input. Use the model without merging.'
+        )
 
 
 def export_cache(
@@ -212,11 +225,11 @@ def _get_index(module: nn.Module) -> Any:
 def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
     with gathering_around(model, [method]):
         baked = method.baked()
-    adapter.hooks.remove()
-    hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
-    if hooks.heads is not None:
-        hooks.heads.distribute(baked)
-    _exchange(model, adapter, baked, [hooks])
+    with _removing_hooks(model, adapter):
+        hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
+        if hooks.heads is not None:
+            hooks.heads.distribute(baked)
+        _exchange(model, adapter, baked, [hooks])
 
 
 def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
@@ -231,14 +244,15 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
             f"`model` must have something to merge, but {type(method).__name__} cannot be merged: {reason}."
         )
     pairs = [(key[0], value[0]) for key, value in hooks.run_rows().prefixes or ()]
-    hooks.remove()
-    found = {layer.module: layer for layer in find_layers(model)}
-    layers = [found[module] for module in hooks.stack.attentions]
+    reader = hooks.stack.reader
     config = PrefixTuningConfig(method.config.num_virtual_tokens, modules_to_save=method.config.modules_to_save)
-    prefix = PrefixTuning(config, [layer.shape for layer in layers])
-    prefix.set_prefixes(pairs)
-    _exchange(model, adapter, prefix, [PrefixHooks(model, prefix, layers)])
-    if len(found) > len(layers):
+    with _removing_hooks(model, adapter):
+        found = {layer.module: layer for layer in find_layers(reader)}
+        layers = [found[module] for module in hooks.stack.attentions]
+        prefix = PrefixTuning(config, [layer.shape for layer in layers])
+        prefix.set_prefixes(pairs)
+        _exchange(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
+    if reader is not model or len(found) > len(layers):
         adapter.outside = "its prefix is only in the layers for images"
 
 
@@ -248,22 +262,22 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
     with load_offloaded(model, hooks.backbone), gathering_around(model, [method]):
         prefixes = hooks.run_prompt()
     table = rewrite_table(hooks) if isinstance(method, ADePT) else None
-    hooks.remove()
-    layers = find_layers(model)
-    pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
-    if heads is not None:
-        pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
-    prefix = _make_plain_prefix(method, pairs, layers)
     parts: list[Hooks] = []
-    if table is not None:
-        parts.append(NewTable(hooks, table))
-    elif method.changes_positions:
-        prefix.add_module("offset", method)
-        parts.append(OffsetHooks(model, method))
-    merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
-    merged.longest = hooks.positions.by_length
-    merged.parts = [*parts, merged]
-    _exchange(model, adapter, prefix, merged.parts)
+    with _removing_hooks(model, adapter):
+        layers = find_layers(model)
+        pairs, heads = [prefixes[index] for index in range(len(layers))], TensorParallelHeads.find(model, layers)
+        if heads is not None:
+            pairs = [heads.spread_prefix(pair, index) for index, pair in enumerate(pairs)]
+        prefix = _make_plain_prefix(method, pairs, layers)
+        if table is not None:
+            parts.append(NewTable(hooks, table))
+        elif method.changes_positions:
+            prefix.add_module("offset", method)
+            parts.append(OffsetHooks(model, method))
+        merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
+        merged.longest = hooks.positions.by_length
+        merged.parts = [*parts, merged]
+        _exchange(model, adapter, prefix, merged.parts)
     adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
         adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens only"
@@ -277,9 +291,8 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
         with gathering_around(model, [method]):
             prompt.prompt = nn.Parameter(method.prompt.detach().clone())
     table = NewTable(hooks, rewrite_table(hooks))
-    hooks.remove()
-    hooks.method = prompt
-    _exchange(model, adapter, prompt, [table, hooks])
+    with _removing_hooks(model, adapter):
+        _exchange(model, adapter, prompt, [table, _replace_method(hooks, prompt)])
     adapter.outside = _describe_outside(method)
 
 
@@ -287,6 +300,29 @@ def _describe_outside(method: PromptMethod) -> str | None:
     if isinstance(method, ADePT):
         return "ADePT's network is part of the embedding table"
     return f"{type(method).__name__}'s offset is not part of its prefix" if method.changes_positions else None
+
+
+@contextmanager
+def _removing_hooks(model: Any, adapter: Adapter) -> Iterator[None]:
+    """Remove the hooks of an adapter in this context, which installs others. After an error, restore the adapter."""
+    former = vars(adapter).copy()
+    adapter.hooks.remove()
+    try:
+        yield
+    except BaseException:
+        if adapter.hooks is not former["hooks"]:
+            adapter.hooks.remove()
+        vars(adapter).update(former)
+        setattr(model, MODULE, adapter.method)
+        adapter.hooks.install(model)
+        raise
+
+
+def _replace_method(hooks: PromptHooks, method: PromptMethod) -> PromptHooks:
+    """Return a copy of hooks, to be installed with another method."""
+    copied = copy.copy(hooks)
+    copied.method = method
+    return copied
 
 
 def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
@@ -442,8 +478,8 @@ class MergedPromptHooks(PrefixHooks):
         model = self.source.model
         for part in reversed(self.parts):
             part.remove()
-        self.source.install(model)
         try:
+            self.source.install(model)
             with evaluating(model), torch.no_grad(), load_offloaded(model, self.backbone):
                 prefixes = self.source.run_prompt()
         finally:

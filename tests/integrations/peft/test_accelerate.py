@@ -43,10 +43,12 @@ from fastprefix.integrations.transformers.checking import conformance
 from fastprefix.integrations.transformers.models import attention
 from fastprefix.integrations.transformers.models.attention import GivenPrefix
 from fastprefix.integrations.transformers.models.discovery import find_layers
+from fastprefix.integrations.transformers.sharding.tensor_parallel import TensorParallelHeads
 
 from ... import models, peft_support
 from ...float64 import Float64
 from ..transformers.prompts.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
+from ..transformers.test_adapters import describe
 from ..transformers.test_attach import assert_same, loss_and_gradients
 
 pytestmark = pytest.mark.peft
@@ -541,6 +543,23 @@ def test_what_would_differ_in_a_trial_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="would not give PEFT's results"):
         fastprefix.accelerate(model, check=False)
     assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "adaption"])
+def test_an_unexpected_error_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = family("decoder", kind), models.batch()
+    expected, before = model(**inputs).logits, describe(model)
+    base = type(model.get_base_model())
+    with monkeypatch.context() as patch:
+        models.fail_once(
+            patch, *((base, "get_output_embeddings") if kind == "prompt" else (TensorParallelHeads, "find"))
+        )
+        with pytest.raises(models.InjectedError):
+            fastprefix.accelerate(model, check=False)
+    assert describe(model) == before
+    assert torch.equal(model(**inputs).logits, expected)
+    fastprefix.accelerate(model)
+    torch.testing.assert_close(model(**inputs).logits, expected)
 
 
 def test_attention_weights_are_refused() -> None:

@@ -224,6 +224,44 @@ def test_other_directories_of_pefts_leave_the_adapter_alone(tmp_path: Path) -> N
     assert torch.equal(model.fastprefix.prefix.keys[0], keys)
 
 
+def test_a_peft_model_that_is_newer_than_the_adapter_saves_it(tmp_path: Path) -> None:
+    base = attached(models.decoder(), PREFIX)
+    with fastprefix.disable_adapter(base):
+        model = peft.get_peft_model(base, lora())
+    fastprefix.set_adapter(model, "default")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "fastprefix" / "default.safetensors")
+    assert torch.equal(saved["prefix.keys.0"], base.fastprefix.prefix.keys[0])
+    fastprefix.detach(model)
+    assert not {"save_pretrained", "load_adapter"} & vars(model).keys()
+
+
+def test_another_lora_from_a_checkpoint_leaves_the_adapter_alone(tmp_path: Path) -> None:
+    """PEFT's ``load_adapter`` reads the adapter of a checkpoint only into the PEFT adapter that is trained."""
+    attached(tuned(), PREFIX).save_pretrained(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    saved = load_file(tmp_path / "fastprefix" / "default.safetensors")["prefix.keys.0"]
+    model = attached(tuned(), PREFIX)
+    with torch.no_grad():
+        model.fastprefix.prefix.keys[0].mul_(2.0)
+    model.load_adapter(tmp_path, adapter_name="second")
+    assert torch.equal(model.fastprefix.prefix.keys[0], 2.0 * saved)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(model.fastprefix.prefix.keys[0], saved)
+
+
+def test_a_checkpoint_without_the_adapter_is_refused_before_lora_is_loaded(tmp_path: Path) -> None:
+    tuned().save_pretrained(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    model = attached(tuned(), PREFIX)
+    step(model)
+    model.load_adapter(tmp_path, "second")
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"has an adapter 'default', but .* contains no adapter of that name"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_save_themselves(copied: Callable[[Any], Any], tmp_path: Path) -> None:
     model = attached(tuned(), PREFIX)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 import fastprefix
+from fastprefix.integrations.transformers.adapter import Adapter
 from fastprefix.integrations.transformers.attachment import get_method
+from fastprefix.integrations.transformers.files import saving
+from fastprefix.integrations.transformers.mixed_batches.routing import Routing
+from fastprefix.integrations.transformers.models import switching
+from fastprefix.integrations.transformers.models.switching import Implementation
+from fastprefix.integrations.transformers.prefixes.prefix import PrefixHooks
+from fastprefix.integrations.transformers.prompts.prompt import PromptHooks
 
 from ... import models
 from .test_attach import FAMILIES, METHODS
@@ -240,6 +247,92 @@ def test_an_adapter_that_does_not_fit_leaves_the_one_in_use(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"modules_to_save\.lm_head\.weight must be"):
         fastprefix.load_adapter(model, tmp_path, name="c")
     assert torch.equal(model(**models.batch()).logits, expected)
+
+
+PLACES: dict[str, tuple[object, str]] = {
+    "prefix": (PrefixHooks, "install"),
+    "prompt": (PromptHooks, "install"),
+    "attention": (Implementation, "_switch"),
+    "configuration": (switching, "_record_configuration"),
+    "options": (Adapter, "mark"),
+    "routing": (Routing, "install"),
+    "values": (saving, "fill"),
+}
+
+
+def describe(model: Any) -> list[Any]:
+    """Return the state of a model that an attached adapter changes."""
+    return [
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        [(name, len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+        [id(config) for config in switching.list_configurations(model)],
+        [config._attn_implementation for config in switching.list_configurations(model)],
+        sorted(vars(model.config)),
+    ]
+
+
+FAILING = [
+    *(("prefix-mlp", place) for place in ("prefix", "attention", "configuration", "options", "routing")),
+    *(("prompt_tuning", place) for place in ("prompt", "attention")),
+    *(("adept-textbook", place) for place in ("prompt", "options")),
+    ("multitask", "prompt"),
+]
+CONFIGS: dict[str, Callable[[], Any]] = {
+    **METHODS,
+    "adept-textbook": lambda: fastprefix.ADePTConfig(3, bottleneck_dim=3, shared_prompt=False),
+    "multitask": lambda: fastprefix.MultitaskPromptConfig(3, num_tasks=2),
+}
+
+
+@pytest.mark.parametrize(("method", "place"), FAILING)
+def test_attaching_fails_and_changes_nothing(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, inputs = models.encoder(), models.encoder(), models.batch("right")
+    if method != "adept-textbook":
+        model, plain = models.decoder(), models.decoder()
+    before = describe(model)
+    with monkeypatch.context() as patch:
+        models.fail_once(patch, *PLACES[place])
+        with pytest.raises(models.InjectedError):
+            fastprefix.attach(model, CONFIGS[method](), check=False)
+    assert describe(model) == before
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    fastprefix.attach(model, CONFIGS[method](), check=False)
+
+
+ACTIONS: dict[str, Callable[[Any, Path], Any]] = {
+    "attach": lambda model, folder: fastprefix.attach(model, METHODS["prefix"](), name="c", check=False),
+    "load_adapter": lambda model, folder: fastprefix.load_adapter(model, folder, name="c"),
+    "set_adapter": lambda model, folder: fastprefix.set_adapter(model, "a"),
+    "disable_adapter": lambda model, folder: fastprefix.disable_adapter(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize(
+    ("action", "place", "number"),
+    [
+        # The first calls are for the adapter in use, which is disabled and enabled again.
+        *((action, place, 2) for action in ("attach", "load_adapter") for place in ("prefix", "options")),
+        *((action, "routing", 3) for action in ("attach", "load_adapter")),
+        *(("set_adapter", place, 1) for place in ("prefix", "options", "routing")),
+        ("load_adapter", "values", 1),
+        ("disable_adapter", "routing", 1),
+    ],
+)
+def test_an_unexpected_error_leaves_the_one_in_use(
+    action: str, place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, logits = with_two("encoder", ("prefix", "apt"))
+    fastprefix.save_adapter(model, tmp_path, name="a")
+    before = describe(model)
+    with monkeypatch.context() as patch:
+        models.fail_once(patch, *PLACES[place], number)
+        with pytest.raises(models.InjectedError):
+            ACTIONS[action](model, tmp_path)
+    assert describe(model) == before
+    assert torch.equal(model(**models.batch("right")).logits, logits["b"])
+    fastprefix.set_adapter(model, "a")
+    assert torch.equal(model(**models.batch("right")).logits, logits["a"])
 
 
 def test_nothing_attached() -> None:

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import fastprefix
-from fastprefix.integrations.transformers.attachment import get_method
+from fastprefix.integrations.transformers import merging
+from fastprefix.integrations.transformers.attachment import get_attachment, get_method
+from fastprefix.integrations.transformers.models.switching import Implementation
+from fastprefix.integrations.transformers.prefixes.prefix import PrefixHooks
+from fastprefix.integrations.transformers.prompts.prompt import PromptHooks
 
 from ... import models
 from ...float64 import Float64
@@ -174,6 +178,46 @@ def test_what_is_a_prefix_alone_is_saved_as_one(method: str, tmp_path: Path) -> 
 def test_what_is_not_is_not_saved(family: str, method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Save it before you merge it"):
         fastprefix.save_adapter(fastprefix.merge(attached(family, method)), tmp_path)
+
+
+PLACES = {
+    "layers": (merging, "find_layers"),
+    "method layers": (merging, "find_method_layers"),
+    "prefix": (PrefixHooks, "install"),
+    "attention": (Implementation, "_switch"),
+    "prompt": (PromptHooks, "install"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "place"),
+    [
+        *(("decoder", "prefix-mlp", place) for place in ("method layers", "prefix", "attention")),
+        *(
+            ("decoder", method, place)
+            for method in ("prompt_tuning", "adept", "dept")
+            for place in ("layers", "prefix")
+        ),
+        ("decoder", "adept", "attention"),
+        *(("encoder", method, "prompt") for method in ("adept", "p-tuning")),
+    ],
+)
+def test_an_error_leaves_the_adapter_on_the_model(
+    family: str, method: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attached(family, method)
+    expected, own, trained = logits(model), get_method(model), {p for p in model.parameters() if p.requires_grad}
+    config, modules = get_attachment(model).config, [name for name, _ in model.named_modules()]
+    models.fail_once(monkeypatch, *PLACES[place])
+    with pytest.raises(models.InjectedError):
+        fastprefix.merge(model)
+    assert torch.equal(logits(model), expected)
+    assert get_method(model) is own
+    assert get_attachment(model).config is config
+    assert {p for p in model.parameters() if p.requires_grad} == trained
+    assert [name for name, _ in model.named_modules()] == modules
+    fastprefix.merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("method", "says"), [("prompt_tuning", "not causal"), ("dept", "not causal")])

@@ -46,7 +46,16 @@ from ..models.discovery import (
 )
 from ..models.hooks import find_cache, find_cache_parameter, read_parameter_names
 from ..models.positions import find_frequencies_end
-from ..models.switching import Inputs, adopt_trial, is_of_text, is_plain_text, preserve_state, propose_images
+from ..models.switching import (
+    Inputs,
+    adopt_trial,
+    is_of_text,
+    is_plain_text,
+    preserve_random_state,
+    preserve_state,
+    propose_images,
+    seed_generators,
+)
 from ..prompts.multitask import count_tasks
 from ..prompts.prompt import choose_placeholder_id, needs_ids
 from ..sharding.tensor_parallel import is_sharded
@@ -251,7 +260,7 @@ def _compare_pair(
     choose_tasks: Callable[[int], Tensor] | None,
 ) -> tuple[Finding, ...]:
     try:
-        with Float64(), torch.random.fork_rng(devices=[]):
+        with Float64(), preserve_random_state(plain):
             right, other = make(copy.deepcopy(plain))
     except Exception as error:
         return (_find_fault("ids", error),)
@@ -314,7 +323,7 @@ def _get_small_copy(model: PreTrainedModel) -> PreTrainedModel | None:
         for part in list_configs(config):
             capped = getattr(part, "attn_logit_softcapping", None) is not None  # older fused attentions ignore it
             part._attn_implementation_internal = "eager" if capped else None
-        with Float64(), torch.random.fork_rng(devices=[]):
+        with Float64(), preserve_random_state():
             try:
                 _COPIES[key] = make_small_copy(config, type(model), torch.float64)
             except CopyError:
@@ -395,7 +404,7 @@ def _compare_method(
     """Attach a method to a copy, randomize its parameters, and compare it in all situations."""
     attached = copy.deepcopy(plain)
     try:
-        with Float64(), torch.random.fork_rng(devices=[]):
+        with Float64(), preserve_random_state(plain):
             attach(attached, config)
     except Exception as error:
         return (_find_fault("ids", error),)
@@ -420,7 +429,7 @@ def _compare_method(
 
 
 def _collect_findings(situations: Situations, names: Sequence[str] | None) -> tuple[Finding, ...]:
-    with torch.random.fork_rng(devices=[]):
+    with preserve_random_state(situations.plain):
         with Float64():
             found = list(situations.find_all(names))
         if names is None or "autocast" in names:  # last, since it rounds the weights
@@ -959,7 +968,7 @@ class Compared(NamedTuple):
 
 def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
     """Return values and the gradients of a fixed linear combination of them, with a fixed random seed."""
-    torch.manual_seed(0)
+    seed_generators(subject.model)
     with torch.set_grad_enabled(gradients):
         values = run(subject.call)
     if not gradients or not subject.trained:

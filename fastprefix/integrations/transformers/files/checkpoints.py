@@ -2,7 +2,8 @@
 
 ``save_pretrained`` of the PEFT model, which ``Trainer`` calls, also writes the adapter into a subfolder that PEFT
 ignores. ``load_adapter`` of the PEFT model, with which ``Trainer`` resumes and returns to the best checkpoint, also
-reads it. In directories that are not checkpoints of ``Trainer`` it reads only PEFT's files.
+reads it. It reads only PEFT's files in directories that are not checkpoints of ``Trainer``, and if the PEFT adapter is
+not in use already, since it is then an addition to the model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from ..attachment import get_active_name
 from ..models.tuners import find_base_model
 from ..sharding.tensor_parallel import is_sharded
 from .saving import read_carried, write_carried
@@ -44,11 +44,13 @@ def _save(peft_model: Any, save_directory: str | os.PathLike[str], *args: Any, *
     return result
 
 
-def _load(peft_model: Any, model_id: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    result = type(peft_model).load_adapter(peft_model, model_id, *args, **kwargs)
+def _load(peft_model: Any, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     path = Path(model_id)
     checkpoint = next((folder for folder in (path, path.parent) if (folder / _TRAINER).is_file()), None)
-    base = find_base_model(peft_model)
-    if checkpoint is not None and get_active_name(base) is not None:
-        read_carried(base, checkpoint)
+    load_carried = None
+    if checkpoint is not None and adapter_name in peft_model.active_adapters:
+        load_carried = read_carried(find_base_model(peft_model), checkpoint)  # before PEFT changes the model
+    result = type(peft_model).load_adapter(peft_model, model_id, adapter_name, *args, **kwargs)
+    if load_carried is not None:
+        load_carried()
     return result

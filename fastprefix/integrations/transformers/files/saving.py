@@ -38,10 +38,9 @@ from ..attachment import (
     DEFAULT,
     Model,
     attach_empty,
-    detach,
     get_active_name,
     get_attachment,
-    set_adapter,
+    restoring_adapters,
     use_adapter,
 )
 from ..models.switching import OPTIONS, Inputs
@@ -258,22 +257,25 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
         _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
 
 
-def read_carried(model: PreTrainedModel, directory: Path) -> None:
-    """Load the parameters of the adapter in use from the file that ``write_carried`` wrote.
+def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
+    """Read the file that ``write_carried`` wrote, and return a function that loads it into the adapter in use.
+
+    The function does nothing if no adapter is in use.
 
     Raises:
         ValueError: if the file is missing or damaged, or contains another adapter.
     """
     name = get_active_name(model)
-    if name is not None:
-        path = _locate_carried(directory, name)
-        if not path.is_file():
-            raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
-        header, tensors = _read(path)
-        config = None if header is None else _parse_header(path, header, model)[0]
-        if config != get_attachment(model).adapter.config:
-            raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
-        fill(_collect_parameters(model), tensors)
+    if name is None:
+        return lambda: None
+    path = _locate_carried(directory, name)
+    if not path.is_file():
+        raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
+    header, tensors = _read(path)
+    config = None if header is None else _parse_header(path, header, model)[0]
+    if config != get_attachment(model).adapter.config:
+        raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
+    return lambda: fill(_collect_parameters(model), tensors)
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:
@@ -340,15 +342,11 @@ def load_adapter(
         _attach(model, config, tensors, name, example_inputs, freeze_peft)
         get_attachment(model).adapter.name_labels(base, labels)
         return model
-    former = get_active_name(base)
     with use_adapter(base, None):
         expected = peft_format.run_as_a_cache(base, tensors)
-    _attach(model, config, tensors, name, None, freeze_peft)
-    try:
+    with restoring_adapters(model):
+        _attach(model, config, tensors, name, None, freeze_peft)
         peft_format.check_as_a_cache(base, expected)
-    except ValueError:
-        _take_off(model, name, former)
-        raise
     return model
 
 
@@ -456,20 +454,9 @@ def _attach(
     freeze_peft: bool,
 ) -> None:
     """Attach a method with its parameters, or leave the model unchanged."""
-    former = get_active_name(model)
-    attach_empty(model, config, name, example_inputs, freeze_peft)
-    try:
+    with restoring_adapters(model):
+        attach_empty(model, config, name, example_inputs, freeze_peft)
         fill(_collect_parameters(find_base_model(model)), tensors)
-    except ValueError:
-        _take_off(model, name, former)
-        raise
-
-
-def _take_off(model: nn.Module, name: str, former: str | None) -> None:
-    """Detach an adapter, and restore the adapter that was in use before."""
-    detach(model, name)
-    if former is not None:
-        set_adapter(model, former)
 
 
 def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -44,6 +44,7 @@ from .switching import (
     preserve_state,
     propose_inputs,
     run_trial,
+    seed_generators,
     switch_attention,
 )
 
@@ -729,7 +730,7 @@ def find_running_inputs(model: PreTrainedModel) -> Inputs:
 def build_model(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """Build a model with random weights, of the given class or the class for the configuration."""
     named = getattr(transformers, (config.architectures or [""])[0], None) if model_class is None else model_class
-    torch.manual_seed(0)
+    seed_generators()
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
         return named(config)
     try:

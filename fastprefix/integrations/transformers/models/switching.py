@@ -25,13 +25,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from ..sharding.fully_sharded import recover, reshard
 from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
 from .hooks import read_parameter_names
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # hooks of users may call this package while a model runs in a trial
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
@@ -54,8 +55,13 @@ def borrow_attention(model: PreTrainedModel, name: str, function: Any, mask: Any
 
 @contextmanager
 def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: Any) -> Iterator[None]:
-    """Register an attention and a mask function under a name, and run a model on them in this context."""
+    """Register an attention and a mask function under a name, and run a model on them in this context.
+
+    Contexts may be nested, also with the same name.
+    """
     before = [(config, config._attn_implementation) for config in list_configurations(model)]
+    mappings = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    former = [mapping.get(name) for mapping in mappings]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
@@ -64,13 +70,18 @@ def replace_attention(model: PreTrainedModel, name: str, function: Any, mask: An
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
-        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+        for mapping, registered in zip(mappings, former, strict=True):
+            if registered is None:
+                del mapping[name]
+            else:
+                mapping[name] = registered
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Run in ``evaluating``, and undo the attribute changes that calls make on modules, such as Qwen-VL's positions.
+    """Put a model into evaluation mode in this context, and restore its modules afterwards.
 
+    All changes that calls made to attributes of the modules are undone, such as the positions that Qwen-VL stores.
     The contents of containers are restored in place, since handles of hooks refer to the containers. For example, the
     first call makes ``transformers`` install its output-capturing hooks and set an attribute. Both must be restored
     together.
@@ -125,15 +136,46 @@ def _is_same(first: dict[Any, Any], second: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode in this context, and restore all modes and the random state afterwards."""
+    """Put a model into evaluation mode in this context. Afterwards, restore all modes and the random state.
+
+    The random state is that of the CPU and of the model's devices.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with preserve_random_state(model):
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def list_generators(model: nn.Module | None = None) -> list[torch.Generator]:
+    """Return the random generators of the CPU, of PyTorch's default device and of the devices of a model."""
+    parameters = () if model is None else model.parameters()
+    devices = {torch.get_default_device(), *(parameter.device for parameter in parameters)}
+    found = [torch.default_generator]
+    for device in devices:
+        if generators := getattr(getattr(torch, device.type, None), "default_generators", ()):
+            found.append(generators[device.index])
+    return found
+
+
+@contextmanager
+def preserve_random_state(model: nn.Module | None = None) -> Iterator[None]:
+    """Restore the random state of the generators that ``list_generators`` returns after this context."""
+    states = [(generator, generator.get_state()) for generator in list_generators(model)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def seed_generators(model: nn.Module | None = None) -> None:
+    """Seed the generators that ``preserve_random_state`` restores. ``torch.manual_seed`` would seed every device."""
+    for generator in list_generators(model):
+        generator.manual_seed(0)
 
 
 def find_device(model: PreTrainedModel) -> torch.device:
@@ -477,14 +519,30 @@ _DONE: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 class Trial(NamedTuple):
     """The result of a trial: the name of the attention that matches a model's own, and the inputs of the trial.
 
-    ``choice`` is the index of these inputs among the proposed ones. ``adopted`` is True if the result is from the trial
-    of a small copy.
+    ``device`` and ``dtype`` are the model's at that time. ``choice`` is the index of these inputs among the proposed
+    ones. ``adopted`` is True if the result is from the trial of a small copy.
     """
 
     attention: str
     inputs: Inputs
+    device: torch.device
+    dtype: torch.dtype
     choice: int = 0
     adopted: bool = False
+
+    def fit(self, model: PreTrainedModel) -> Trial:
+        """Return the trial with inputs for the model's current device and dtype, which may have changed since."""
+        device, dtype = find_device(model), model.dtype
+        if (device, dtype) == (self.device, self.dtype):
+            return self
+
+        def convert(tensor: Tensor) -> Tensor:
+            """Convert a tensor that had the model's former device or dtype."""
+            place = device if tensor.device == self.device else tensor.device
+            return tensor.to(place, dtype if tensor.dtype is self.dtype else tensor.dtype)
+
+        inputs = {name: tree_map_only(Tensor, convert, value) for name, value in self.inputs.items()}
+        return self._replace(inputs=inputs, device=device, dtype=dtype)
 
 
 class _RecordedCall(NamedTuple):
@@ -505,15 +563,18 @@ class _Differs(Exception):  # noqa: N818 (a result, not an error)
 
 
 def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> Trial:
-    """Run a model's trial and return its result. The result is cached unless ``example_inputs`` are given.
+    """Run a model's trial and return its result, with inputs for the model's current device and dtype.
+
+    The result is cached. ``example_inputs`` replace it.
 
     Raises:
         ValueError: if this package's attention differs from the model's own, or the model does not run on the inputs.
     """
     if example_inputs is not None or model not in _DONE:
         choice, inputs, calls = _run_own(model, propose_inputs(model) if example_inputs is None else [example_inputs])
-        _DONE[model] = Trial(_choose_attention(model, inputs, calls), inputs, choice)
-    return _DONE[model]
+        attention = _choose_attention(model, inputs, calls)
+        _DONE[model] = Trial(attention, inputs, find_device(model), model.dtype, choice)
+    return _DONE[model].fit(model)
 
 
 def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
@@ -525,7 +586,7 @@ def adopt_trial(model: PreTrainedModel, small: PreTrainedModel) -> None:
     trial = run_trial(small)
     inputs = next(itertools.islice(propose_inputs(model), trial.choice, None), None)
     if model not in _DONE and inputs is not None:
-        _DONE[model] = Trial(trial.attention, inputs, trial.choice, adopted=True)
+        _DONE[model] = Trial(trial.attention, inputs, find_device(model), model.dtype, trial.choice, adopted=True)
 
 
 def drop_adopted_trial(model: PreTrainedModel) -> bool:
@@ -767,13 +828,17 @@ class OwnConfigurations:
                 for each in claim.configuration.list_nested():
                     known[id(each.former)] = known[id(each.own)] = each
         copies: dict[int, Any] = {key: each.own for key, each in known.items()}
-        for module in self.modules:
-            claim = _get_claim(module)
-            if claim is None:
-                claim = _Claim(_record_configuration(module.config, known, copies))
-                setattr(module, _CLAIM, claim)
-                module.config = claim.configuration.own
-            claim.users.append(user)
+        try:
+            for module in self.modules:
+                claim = _get_claim(module)
+                if claim is None:
+                    claim = _Claim(_record_configuration(module.config, known, copies))
+                    setattr(module, _CLAIM, claim)
+                    module.config = claim.configuration.own
+                claim.users.append(user)
+        except BaseException:  # some configurations cannot be copied
+            self.release()
+            raise
 
     def list_all(self) -> list[_Configuration]:
         """Return the configurations of all modules, without duplicates."""
@@ -844,7 +909,7 @@ class Implementation:
         """Switch the model to this package's attention. This may be called again after ``restore``.
 
         Raises:
-            ValueError: if another adapter uses one of the attention modules.
+            ValueError: if another adapter uses one of the attention modules. After any error, the model is unchanged.
         """
         if taken := [type(module).__name__ for module in self.bindings if BINDING in vars(module)]:
             raise ValueError(
@@ -852,7 +917,13 @@ class Implementation:
                 "prefix at a time. Detach that adapter first."
             )
         self.configurations = OwnConfigurations(self.model, self.user)
-        configurations = self.configurations.list_all()
+        try:
+            self._switch(self.configurations.list_all())
+        except BaseException:
+            self.restore()
+            raise
+
+    def _switch(self, configurations: list[_Configuration]) -> None:
         for configuration in configurations:
             configuration.need(self.user, self.name)
         set_attention(
@@ -878,8 +949,12 @@ class Implementation:
         return {each.attention for each in self.configurations.list_all() if each.attentions}
 
     def restore(self) -> None:
-        """Remove this user's bindings. Restore the former attention if no other user needs this package's."""
-        assert self.configurations is not None
+        """Remove this user's bindings. Restore the former attention if no other user needs this package's.
+
+        This does nothing if the model has been restored already.
+        """
+        if self.configurations is None:
+            return
         for module, binding in self.bindings.items():
             if vars(module).get(BINDING) is binding:
                 delattr(module, BINDING)

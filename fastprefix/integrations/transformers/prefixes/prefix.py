@@ -465,8 +465,8 @@ class PrefixHooks:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
-        assert self.implementation is not None
-        self.implementation.restore()
+        if self.implementation is not None:
+            self.implementation.restore()
         if isinstance(self.method, Composition):
             self.method.release_parts()
 

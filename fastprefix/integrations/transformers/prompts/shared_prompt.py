@@ -323,8 +323,8 @@ class SharedPromptHooks(PromptHooks):
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         super().remove()
-        assert self.implementation is not None
-        self.implementation.restore()
+        if self.implementation is not None:
+            self.implementation.restore()
 
     def _computes_positions(self, arguments: dict[str, Any]) -> bool:
         """Return whether the backbone computes positions from more than a token count, such as those of images."""

@@ -56,8 +56,8 @@ class TaskPromptHooks(SharedPromptHooks):
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention and set the hooks."""
-        super().install(model)
         watch(layer.module for layer in self.layers)
+        super().install(model)
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""

@@ -299,7 +299,7 @@ class VisualHooks:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
-        if self.implementation is not None and self.implementation.configurations is not None:
+        if self.implementation is not None:
             self.implementation.restore()
         self.handles, self.block_handles = [], []
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastprefix.integrations.transformers.checking import conformance
 from fastprefix.integrations.transformers.checking.conformance import ConformanceReport, check
 from fastprefix.integrations.transformers.models.discovery import make_small_copy
 from fastprefix.integrations.transformers.models.hooks import find_cache, name_arguments, read_parameter_names
+from fastprefix.integrations.transformers.models.switching import evaluating, seed_generators
 from fastprefix.integrations.transformers.prompts import shared_prompt
 
 unchecked = functools.partial(attach, check=False)
@@ -118,6 +120,35 @@ def test_the_model_is_left_alone() -> None:
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_random_generators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.manual_seed`` would seed the generators of all devices."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    model = llama()
+    state = torch.get_rng_state()
+    seeds.clear()
+    check(model, fastprefix.PromptTuningConfig(3), unchecked, names=["ids", "gradient checkpointing"])
+    assert not seeds
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluating_restores_the_generators_of_the_model_s_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = tuple(torch.Generator().manual_seed(5) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    model = torch.nn.Linear(2, 2)
+    place = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(model, "parameters", lambda: iter([place]))
+    before = [generator.get_state() for generator in (*generators, torch.default_generator)]
+    with evaluating(model):
+        seed_generators(model)
+        torch.rand(2, generator=generators[1])
+        torch.rand(2)
+        assert torch.equal(generators[0].get_state(), before[0])
+        assert generators[1].initial_seed() == 0
+    after = [generator.get_state() for generator in (*generators, torch.default_generator)]
+    assert all(map(torch.equal, after, before))
 
 
 def test_own_errors_are_told_from_crashes() -> None:

@@ -1,12 +1,13 @@
 """Test the trial of a model's attention that precedes attaching a prefix."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastprefix
@@ -18,6 +19,7 @@ from fastprefix.integrations.transformers.models.discovery import find_layers
 from fastprefix.integrations.transformers.models.switching import run_trial
 
 from .... import models
+from .. import test_families
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -46,6 +48,38 @@ def clip() -> Any:
 @pytest.mark.parametrize("build", [models.decoder, models.encoder])
 def test_usual_models_pass_in_every_dtype(build: Any, dtype: torch.dtype) -> None:
     assert run_trial(build().to(dtype)).attention == NAME
+
+
+def test_a_model_is_converted_after_its_trial() -> None:
+    model, batch = test_families.wav2vec2().eval(), torch.randn(2, 120)
+    config = fastprefix.PrefixTuningConfig(2, reparameterization="mlp", hidden_dim=8)
+    fastprefix.attach(model, config, check=False)
+    model.bfloat16()
+    expected = model(batch.bfloat16()).last_hidden_state
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), name="b", check=False)
+    fastprefix.merge(fastprefix.set_adapter(model, "default"))
+    torch.testing.assert_close(model(batch.bfloat16()).last_hidden_state, expected)
+    inputs = run_trial(model.to("meta", torch.float16)).inputs
+    assert {(tensor.device.type, tensor.dtype) for tensor in inputs.values()} == {("meta", torch.float16)}
+    inputs = run_trial(llama(torch.bfloat16).float()).inputs
+    assert {value.dtype for value in inputs.values() if isinstance(value, Tensor)} == {torch.int64}
+
+
+def test_a_hook_that_attaches_to_another_model_during_a_trial() -> None:
+    model, others = llama(), [llama() for _ in range(3)]
+
+    def hook(*_: Any) -> None:
+        if others:
+            fastprefix.attach(others.pop(), fastprefix.PrefixTuningConfig(2), check=False)
+
+    model.model.layers[0].register_forward_hook(hook)
+    thread = threading.Thread(target=find_layers, args=(model,), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert not others
+    assert run_trial(model).attention == NAME
+    assert not any("trial" in name for name in AttentionInterface._global_mapping)
 
 
 def test_an_argument_that_only_the_own_attention_knows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,17 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub: Hub, monkeypatch: pyte
     assert torch.equal(logits(scope["model"]), logits(model))
 
 
+def test_the_card_has_no_private_text(hub: Hub) -> None:
+    text = "5 6 7 8 9"
+    config = fastprefix.CartridgeConfig(4, init_text=text)
+    model = fastprefix.attach(models.decoder(), config, tokenizer=lambda *_, **__: {"input_ids": [5, 6, 7, 8]})
+    fastprefix.push_to_hub(model, "org/adapter")
+    card = hub.read("org/adapter", "README.md")
+    assert "| `num_virtual_tokens` | 4 |" in card
+    assert text not in card
+    assert text not in f"{model}"
+
+
 def test_the_card_has_no_local_path(hub: Hub, tmp_path: Path) -> None:
     model = attached("encoder", "prefix")
     model.name_or_path = model.config.name_or_path = str(tmp_path)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, SwinModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SwinModel,
+)
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import attach, get_method
@@ -165,6 +172,29 @@ def test_deep_rows_merge_into_a_prefix(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(find_result(run(loaded)), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="its prompt tokens depend on the image"):
         fastprefix.merge(attached(family, "shallow", check=False))
+
+
+def test_deep_rows_in_a_model_of_images_and_text_merge(tmp_path: Path) -> None:
+    image = {**vision_models.TEXT, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**image, initializer_range=0.2),
+        text_config=LlamaConfig(**vision_models.TEXT, num_key_value_heads=2, initializer_range=0.2),
+        image_token_index=49,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).double().eval()
+    fastprefix.attach(model, fastprefix.VisualPromptConfig(ROWS, depth="deep"), check=False)
+    models.randomize(model, 1.0)
+    inputs: Any = {"input_ids": torch.tensor([[49] * 4 + [5, 6, 7]] * 2)}
+    inputs["pixel_values"] = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model(**inputs).logits
+    fastprefix.merge(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+    with fastprefix.disable_adapter(model):
+        assert not torch.allclose(model(**inputs).logits, expected, rtol=1e-2)
+    with pytest.raises(ValueError, match="only in the layers for images"):
+        fastprefix.save_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
