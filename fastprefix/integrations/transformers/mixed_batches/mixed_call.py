@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....methods import AttentionShape, PrefixMethod, PrefixTuning, PromptMethod
+from ....ops.prefix_attention.spans import Span
 from ....ops.prompt_embedding import prompt_embedding
 from ..adapter import Method
 from ..models.attention import Binding, Prefix, make_span_bias
@@ -20,7 +21,7 @@ from ..models.positions import RowShift
 from ..prefixes.gates import CallGates
 from ..prefixes.prefix import LayerBinding
 from ..sharding.tensor_parallel import TensorParallelHeads
-from .span_store import KeyedPrefix, Span, SpanStore
+from .span_store import KeyedPrefix, SpanStore
 
 BASE = "__base__"
 """The reserved name for rows that run on the base model alone. PEFT uses the same name."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...._once import once
+from ...._once import constant_in_traces, once
 from ...targets import find_architecture
 from ..arguments import DIFFERENTIABLE, AttentionArguments
 
@@ -109,7 +109,7 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     return Plan(kernel, prefix)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def is_cudnn_usable() -> bool:
     """Return whether PyTorch has cuDNN and SDPA may use it (``torch.backends.cuda.enable_cudnn_sdp``).
 
