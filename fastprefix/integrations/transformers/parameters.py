@@ -61,9 +61,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     adapter, base = get_attachment(model).adapter, find_base_model(model)
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
-    groups = {
-        name: sum(p.numel() for p in base.get_submodule(name).parameters() if p.requires_grad) for name in modules
-    }
+    groups, seen = {}, set[nn.Parameter]()
+    for name in modules:
+        trained = {p for p in base.get_submodule(name).parameters() if p.requires_grad} - seen
+        groups[name] = sum(p.numel() for p in trained)
+        seen |= trained
     if beside := _list_trained_beside(model, adapter):
         groups[PEFT] = sum(p.numel() for p in beside)
     return ParameterCount(base.num_parameters(), groups)

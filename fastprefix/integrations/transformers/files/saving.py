@@ -33,7 +33,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ...._version import __version__
 from ....methods import MethodConfig, PrefixTuningConfig
 from ....methods.base import check_choice
-from ..adapter import MODULE, Adapter, find_trainable_modules, list_labels
+from ..adapter import MODULE, Adapter, find_state, find_trainable_modules, list_labels
 from ..attachment import (
     DEFAULT,
     Model,
@@ -168,7 +168,7 @@ def save_adapter(
             description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
             metadata = {"format": "pt"}
         else:
-            description, tensors = _describe(base), {**_collect_parameters(base)}
+            description, tensors = _describe(base), _collect_state(base)
             metadata = {}
         agree(base, "save an adapter", f"{attachment.active}, {format}, {description}")
         whole = _gather(base, tensors)
@@ -249,7 +249,7 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
     """Write the adapter in use into a PEFT directory as a single file."""
     name = get_active_name(model)
     if name is not None:
-        tensors = _gather(model, _collect_parameters(model))
+        tensors = _gather(model, _collect_state(model))
         if not leads(model):
             return
         metadata = _sign(_describe(model), tensors)
@@ -273,7 +273,7 @@ def read_carried(model: PreTrainedModel, directory: Path) -> None:
         config = None if header is None else _parse_header(path, header, model)[0]
         if config != get_attachment(model).adapter.config:
             raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
-        fill(_collect_parameters(model), tensors)
+        fill(_collect_state(model), tensors)
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:
@@ -459,7 +459,7 @@ def _attach(
     former = get_active_name(model)
     attach_empty(model, config, name, example_inputs, freeze_peft)
     try:
-        fill(_collect_parameters(find_base_model(model)), tensors)
+        fill(_collect_state(find_base_model(model)), tensors)
     except ValueError:
         _take_off(model, name, former)
         raise
@@ -472,14 +472,12 @@ def _take_off(model: nn.Module, name: str, former: str | None) -> None:
         set_adapter(model, former)
 
 
-def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter: those of the method and of the modules that stay trainable."""
+def _collect_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state of an adapter: the parameters of the method, and the state of the modules that it trains."""
     reshard(model)  # FSDP2 could not free gathered parameters that NumPy views, as when a file is written
-    parameters = dict(model.get_submodule(MODULE).named_parameters())
-    for name in get_attachment(model).adapter.saved_modules:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            parameters[f"modules_to_save.{name}.{key}"] = parameter
-    return parameters
+    state = find_state(model, get_attachment(model).adapter.saved_modules)
+    own: dict[str, Tensor] = dict(model.get_submodule(MODULE).named_parameters())
+    return own | {f"modules_to_save.{name}": tensor for name, tensor in state.items()}
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
@@ -579,21 +577,21 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
 
 
-def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into parameters. If any name or shape differs, copy none.
+def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters and buffers. If any name or shape differs, copy none.
 
     Raises:
         ValueError: if a name or a shape differs.
     """
-    if parameters.keys() != tensors.keys():
-        raise ValueError(f"The adapter does not fit this model: {_compare_names(parameters, tensors)}.")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+    if state.keys() != tensors.keys():
+        raise ValueError(f"The adapter does not fit this model: {_compare_names(state, tensors)}.")
+    for name, tensor in state.items():
+        if tensors[name].shape != tensor.shape:
+            actual, expected = tuple(tensors[name].shape), tuple(tensor.shape)
             raise ValueError(f"The adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            write_whole(parameter, tensors[name])
+        for name, tensor in state.items():
+            write_whole(tensor, tensors[name])
 
 
 def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> str:
