@@ -271,9 +271,14 @@ def read_carried(model: PreTrainedModel, directory: Path) -> None:
             raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
         header, tensors = _read(path)
         config = None if header is None else _parse_header(path, header, model)[0]
-        if config != get_attachment(model).adapter.config:
+        if config is None or _to_json(config) != _to_json(get_attachment(model).adapter.config):
             raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
         fill(_collect_state(model), tensors)
+
+
+def _to_json(config: MethodConfig) -> str:
+    """Return the options as a file stores them, without private texts and with lists in place of tuples."""
+    return json.dumps(config.to_dict())
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:

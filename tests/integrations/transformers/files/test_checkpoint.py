@@ -180,6 +180,25 @@ def test_paths_beside_the_adapter(tmp_path: Path) -> None:
         fastprefix.load_adapter(models.encoder(), tmp_path / "out")
 
 
+@pytest.mark.parametrize("composed", [False, True])
+def test_the_same_options_are_recognized_in_a_checkpoint(composed: bool, tmp_path: Path) -> None:
+    """The text of a cartridge is not saved, and JSON has lists only."""
+    config = fastprefix.CartridgeConfig(3, init_text="w4 w5 w6 w7", attentions=("decoder",))
+    model = fastprefix.attach(models.decoder(), config, tokenizer=models.tokenizer(), name="a")
+    if composed:
+        fastprefix.compose(model, ["a"], name="b")
+    inputs = models.batch()
+    expected = model(**inputs).logits
+    saving.write_carried(model, tmp_path)
+    models.randomize(model)
+    saving.read_carried(model, tmp_path)
+    assert torch.equal(model(**inputs).logits, expected)
+    fastprefix.detach(model)
+    fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal"), name="b" if composed else "a")
+    with pytest.raises(ValueError, match="with other options than the one in"):
+        saving.read_carried(model, tmp_path)
+
+
 def _edit(path: Path, **options: object) -> None:
     description = {**json.loads(path.read_text()), **options}
     path.write_text(json.dumps({name: value for name, value in description.items() if value is not ...}))
