@@ -232,6 +232,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a string": ({"names": "a"}, "`names` must be a list"),
     "none": ({"names": []}, "`names` must be a list"),
     "twice": ({"names": ["a", "a"]}, "`names` must be a list of one or more different"),
+    "twice inside": ({"names": ["a", "ab"]}, "each prefix once, but 'a' and 'ab' share a prefix"),
     "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must be unique"),
     "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must contain only names"),
     "gates": ({"names": ["a", "apt"]}, "gates of APT depend on the input"),
@@ -255,6 +256,8 @@ def test_what_is_no_part_is_refused(case: str) -> None:
     options, message = WRONG[case]
     for name in others.keys() & set(options["names"]):
         fastprefix.attach(model, others[name], name=name, check=False)
+    if "ab" in options["names"]:
+        fastprefix.compose(model, ["a", "b"], name="ab")
     active = get_attachment(model).active
     with pytest.raises(ValueError, match=message):
         fastprefix.compose(model, **{"name": "all", **options})
