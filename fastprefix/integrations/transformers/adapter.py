@@ -221,7 +221,9 @@ class Adapter:
         self.config = config
         self.method = method
         self.hooks = hooks
-        self.trained = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+        frozen = set(method.list_frozen()) if isinstance(method, Composition) else set()
+        named = method.named_parameters()
+        self.trained = [name for name, parameter in named if parameter.requires_grad and parameter not in frozen]
         self.freeze_peft = freeze_peft
         self.frozen = Frozen()  # the parameters of PEFT that this adapter freezes while it is on the model
         self.merged = False

@@ -518,6 +518,24 @@ def test_peft_models_are_accepted_everywhere(tmp_path: Path) -> None:
     assert actual.shape == expected.shape
 
 
+def test_frozen_parts_of_a_composition_stay_frozen() -> None:
+    """``set_adapter`` makes the trained parts trainable again after PEFT has frozen all of them."""
+    model = models.decoder()
+    for name in "ab":
+        fastprefix.attach(model, fastprefix.PrefixTuningConfig(3, key_bias=True), name=name, check=False)
+    fastprefix.compose(model, ["a", "b"], name="ab", trainable=["b"])
+    expected = [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
+    peft.get_peft_model(model, lora())
+    assert not any(parameter.requires_grad for parameter in model.fastprefix.parameters())
+    fastprefix.set_adapter(model, "ab")
+    assert [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad] == expected
+    assert all(name.startswith("parts.1.") for name in expected)
+    fastprefix.set_adapter(model, "a")
+    assert all(parameter.requires_grad for parameter in model.fastprefix.parameters())
+    fastprefix.set_adapter(model, "ab")
+    assert [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad] == expected
+
+
 def test_peft_models_of_prompts_are_refused() -> None:
     made = peft.get_peft_model(models.decoder(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(

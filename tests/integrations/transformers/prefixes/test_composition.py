@@ -214,6 +214,16 @@ def test_a_composition_can_be_a_part() -> None:
     assert trained_parts(model) == {"1", "2"}
 
 
+def test_biases_of_frozen_parts_get_no_gradient() -> None:
+    """Nor do their keys and values, even while other code has made them trainable."""
+    model = attached("c", "a")
+    fastprefix.compose(model, ["c", "a"], name="ca", trainable=["a"])
+    model.fastprefix.requires_grad_(True)
+    model(**models.batch()).logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.fastprefix.parts[0].parameters())
+    assert all(key.grad is not None for key in model.fastprefix.parts[1].prefix.keys)
+
+
 def test_generation() -> None:
     model = attached("a", "b")
     cache = concatenate_caches(model, ("a", "b"), 1)
