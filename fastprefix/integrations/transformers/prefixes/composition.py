@@ -186,6 +186,8 @@ def _get_bias(state: PrefixState, layer: int) -> Tensor:
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
     """Check that the given prefixes have the length, the shapes and the options of the prefix they replace."""
+    for state in states:
+        state.check_shapes("sources", method.shapes)
     config: MethodConfig = method.config
     lengths = [state.length for state in states]
     if sum(lengths) != config.num_virtual_tokens:
@@ -193,7 +195,6 @@ def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
             f"`sources` must have {config.num_virtual_tokens} tokens in total, as the prefix does, but have {lengths}."
         )
     for state in states:
-        state.check_shapes("sources", method.shapes)
         if state.prefix_position not in (None, method.config.prefix_position):
             raise ValueError(
                 f"`sources` must have prefix_position={method.config.prefix_position!r}, as the prefix does, but have "

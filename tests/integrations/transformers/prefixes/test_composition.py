@@ -360,7 +360,24 @@ def test_biases_are_swapped_too(tmp_path: Path) -> None:
         (
             PARTS["a"](),
             fastprefix.PrefixState([(torch.zeros(4, 4, 8), torch.zeros(4, 4, 8))] * 2),
-            "must have the heads and head dimensions",
+            r"must have keys and values \[\(\(2, 4, 8\), \(2, 4, 8\)\), .* but has \[\(\(4, 4, 8\)",
+        ),
+        (PARTS["a"](), fastprefix.PrefixState([]), r"must have keys and values .* but has \[\]"),
+        (PARTS["a"](), fastprefix.PrefixState([(torch.zeros(4), torch.zeros(4))] * 2), "must have keys and values"),
+        (
+            PARTS["a"](),
+            fastprefix.PrefixState([*state_of(0, 4).pairs[:1], *state_of(0, 3).pairs[:1]]),
+            r"must have keys and values .* \(2, 3, 8\)",
+        ),
+        (
+            PARTS["c"](),
+            fastprefix.PrefixState(state_of(0, 5).pairs, [torch.ones(2, 5)]),
+            r"must have key biases \[\(2, 5\), \(2, 5\)\] in its layers, but has \[\(2, 5\)\]",
+        ),
+        (
+            PARTS["c"](),
+            fastprefix.PrefixState(state_of(0, 5).pairs, [torch.ones(2, 5), torch.ones(2, 1)]),
+            "must have key biases",
         ),
         (
             PARTS["a"](),
