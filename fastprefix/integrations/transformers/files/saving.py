@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -49,6 +50,7 @@ from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..sharding.agreement import agree, do_together, leads
 from ..sharding.fully_sharded import reshard
+from ..sharding.partitioned import find_whole_shape
 from ..sharding.tensor_parallel import gather_full_tensor, write_whole
 from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
@@ -100,18 +102,40 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter 
         )
     config = MethodConfig.from_dict(description[OPTIONS])
     saved = find_trainable_modules(model, config.modules_to_save)
-    renamed = {f"{MODULE}.": ""} | {f"{name}.": f"modules_to_save.{name}." for name in saved}
+    own, known = _list_saved_names(model, saved)
     tensors: dict[str, Tensor] = {}
     for path in files:
         with open_safetensors(path) as file:
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                for begin, instead in renamed.items():
-                    if key.startswith(begin):
-                        tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
+                if key in known:
+                    tensors[known[key]] = file.get_tensor(key)
+                elif key.startswith(own):
+                    tensors[key.removeprefix(own)] = file.get_tensor(key)
+                elif any(key.startswith(f"{name}.") for name in saved):  # the model lacks it, which ``fill`` refuses
+                    tensors[f"modules_to_save.{key}"] = file.get_tensor(key)
     has_labels = _has_head(model, saved) and "id2label" in description
     labels = list(description["id2label"].values()) if has_labels else None
     _check_labels(folder, labels, (description.get("architectures") or [""])[0], model)
     return SavedAdapter(config, tensors, labels=labels)
+
+
+def _list_saved_names(model: PreTrainedModel, modules: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Return the beginning of the names of a method's parameters in a checkpoint of a whole model, and further names.
+
+    The latter are the names that the state of trained modules can have there, mapped to those in an adapter. A
+    checkpoint has only one of the names of a tied tensor, and ``save_pretrained`` renames the modules of some families.
+    """
+    state = {tensor: f"modules_to_save.{name}" for name, tensor in find_state(model, modules).items()}
+    whole = {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+    known = {name: state[tensor] for name, tensor in whole.items() if tensor in state}
+    own = f"{MODULE}."
+    if getattr(model, "hf_quantizer", None) is not None:  # conversions of quantized weights cannot all be reverted
+        return own, known
+    shapes = {own: (0,)} | {name: find_whole_shape(tensor) for name, tensor in whole.items()}
+    blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    renamed = {blank: name for name, blank in revert_weight_conversion(model, blanks).items()}
+    known |= {renamed[blanks[name]]: key for name, key in known.items() if blanks[name] in renamed}
+    return renamed.get(blanks[own], own), known
 
 
 def _list_files(folder: Path) -> list[Path]:
