@@ -47,7 +47,7 @@ _TASKS = {
 
 
 def convert_from_peft(
-    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
+    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel, description: Any = None
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
     """Convert a PEFT directory to a configuration and parameters under this package's names.
 
@@ -55,11 +55,12 @@ def convert_from_peft(
         path: the path of ``adapter_config.json``.
         tensors: the tensors in ``adapter_model.safetensors``.
         model: the base model.
+        description: the content of ``adapter_config.json``. None reads that file.
 
     Raises:
         ValueError: if the directory was not written by PEFT, or has an unsupported method or another model's adapter.
     """
-    description = _read_description(path)
+    description = _check_description(path, _read_description(path) if description is None else description)
     if description["peft_type"] in PROMPTS:
         _check_heads(model)
     rows = tensors.get(_EMBEDDINGS, torch.empty(0))
@@ -214,11 +215,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    """Read PEFT's configuration, and check that this package supports the method."""
+def _read_description(path: Path) -> Any:
+    """Read PEFT's configuration."""
     if not path.is_file():
         raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}.")
-    description = read_json(path)
+    return read_json(path)
+
+
+def _check_description(path: Path, description: Any) -> dict[str, Any]:
+    """Return PEFT's configuration, after checking that this package supports the method."""
     kind = description.get("peft_type") if isinstance(description, dict) else None
     if kind not in (*PREFIXES, *PROMPTS):
         raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")

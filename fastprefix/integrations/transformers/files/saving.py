@@ -3,7 +3,7 @@
 The header of the tensor file also holds the options, and loading uses that copy. A single file can be replaced
 atomically, but two files cannot. An interrupted save therefore leaves either the old adapter or the new one, complete.
 Both files carry the id of the save that wrote them, which distinguishes an interrupted save (different ids) from a file
-that was edited by hand.
+that was edited by hand. Files in PEFT's format have the same header, but no id.
 
 Adapters can also be read from a checkpoint of the whole model, as Trainer and ``save_pretrained`` write it for an
 attached model. Its configuration holds the adapter's options, and its weights include the adapter's parameters.
@@ -190,18 +190,18 @@ def save_adapter(
         if format == "peft":
             adapter = _get_savable(base)
             description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
-            metadata = {"format": "pt"}
         else:
             description, tensors = _describe(base), _collect_state(base)
-            metadata = {}
         agree(base, "save an adapter", f"{attachment.active}, {format}, {description}")
         whole = _gather(base, tensors)
 
         def write() -> None:
             if not leads(base):
                 return
-            if format == "fastprefix":
-                metadata.update(_sign(description, whole))
+            if format == "peft":
+                metadata = {"format": "pt", _HEADER: _format_description(description)}
+            else:
+                metadata = _sign(description, whole)
             _write(Path(directory), description, whole, metadata)
 
         do_together(base, "save an adapter", write)
@@ -294,7 +294,7 @@ def read_carried(model: PreTrainedModel, directory: Path) -> None:
         if not path.is_file():
             raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
         header, tensors = _read(path)
-        config = None if header is None else _parse_header(path, header, model)[0]
+        config = None if header is None else _parse_header(path, json.loads(header), model)[0]
         if config is None or _to_json(config) != _to_json(get_attachment(model).adapter.config):
             raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
         fill(_collect_state(model), tensors)
@@ -457,13 +457,15 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapte
         path = carried
     if path.is_file():
         header, tensors = _read(path)
-        if header is not None:
-            config, labels = _parse_header(path, header, model)
+        description = None if header is None else json.loads(header)
+        if description is not None and "peft_type" not in description:
+            config, labels = _parse_header(path, description, model)
             return SavedAdapter(config, tensors, labels=labels)
         with use_adapter(model, None):
-            return SavedAdapter(*peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model), is_of_peft=True)
-    if (found := read_whole_checkpoint(folder, model)) is not None:
-        return found
+            found = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model, description)
+        return SavedAdapter(*found, is_of_peft=True)
+    if (saved := read_whole_checkpoint(folder, model)) is not None:
+        return saved
     if (cartridge := find_cartridge(folder)) is not None:
         with use_adapter(model, None):
             return SavedAdapter(*read_cartridge(cartridge, model))
@@ -516,9 +518,10 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
-def _parse_header(path: Path, header: str, model: PreTrainedModel) -> tuple[MethodConfig, list[str] | None]:
+def _parse_header(
+    path: Path, description: dict[str, Any], model: PreTrainedModel
+) -> tuple[MethodConfig, list[str] | None]:
     """Return the options and the labels in a header, after checking them against the model."""
-    description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"The header of {path} is damaged, since it lacks {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)

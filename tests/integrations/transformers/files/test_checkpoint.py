@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,13 +52,17 @@ def test_modules_to_save(tmp_path: Path) -> None:
     assert torch.equal(fastprefix.detach(model).model.norm.weight, norm)
 
 
+@pytest.mark.parametrize("written", ["fastprefix", "peft", "peft over fastprefix", "fastprefix over peft"])
 @pytest.mark.parametrize("step", ["weights", "config"])
 def test_an_interrupted_save_leaves_one_whole_adapter(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any failure, the folder contains the old adapter or the new one."""
-    old, new, inputs = attached("decoder", "prefix"), attached("decoder", "apt"), models.batch()
-    fastprefix.save_adapter(old, tmp_path)
+    formats: list[Any] = written.split(" over ")
+    inputs = models.batch()
+    old = attached("decoder", "prompt_tuning" if formats[-1] == "peft" else "prefix")
+    new = attached("decoder", "p-tuning" if formats[0] == "peft" else "apt")
+    fastprefix.save_adapter(old, tmp_path, format=formats[-1])
     replace = Path.replace
     interrupted = {"weights": saving.WEIGHTS_FILE, "config": saving.CONFIG_FILE}[step]
 
@@ -68,7 +73,7 @@ def test_an_interrupted_save_leaves_one_whole_adapter(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        fastprefix.save_adapter(new, tmp_path)
+        fastprefix.save_adapter(new, tmp_path, format=formats[0])
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written lies about
     loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
     expected = old if step == "weights" else new
