@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,6 +56,7 @@ from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
 from .cartridge_format import find_cartridge, read_cartridge
 from .hub import locate
+from .replacing import replace_file
 
 
 @contextmanager
@@ -279,7 +280,7 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
         metadata = _sign(_describe(model), tensors)
         path = _locate_carried(directory, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
+        replace_file(path, lambda place: save_file(tensors, place, metadata=metadata))
 
 
 def read_carried(model: PreTrainedModel, directory: Path) -> None:
@@ -605,8 +606,8 @@ def _format_description(description: dict[str, Any]) -> str:
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
 
 
 def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -640,16 +641,3 @@ def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> st
         shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         parts += [f"only {side} has {shown}"] if names else []
     return ", and ".join(parts)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file in the same directory, then replace the file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,6 +11,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 import fastprefix
 from fastprefix.integrations.transformers.files import saving
+from fastprefix.integrations.transformers.files.replacing import replace_file
 
 from .... import models
 from ..test_attach import FAMILIES, METHODS, attached
@@ -78,6 +79,18 @@ def test_an_interrupted_save_leaves_one_whole_adapter(
     loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
     expected = old if step == "weights" else new
     assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
+
+
+def test_two_writers_of_a_file_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write(place: Path) -> None:
+        place.write_text("first")
+        replace_file(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second"
+
+    replace_file(path, write)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["first"]
 
 
 def test_no_adapter_there(tmp_path: Path) -> None:
