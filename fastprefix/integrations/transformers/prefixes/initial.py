@@ -261,8 +261,7 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
 def _list_entries(cache: Any) -> list[Any]:
     """Return (key, value, bias) of each entry of a cache."""
     if isinstance(cache, Cache):
-        stored: list[Any] = list(cache.layers)
-        return [(getattr(s, "keys", None), getattr(s, "values", None), getattr(s, "beta", None)) for s in stored]
+        return [_read_layer(layer) for layer in cache.layers]
     wrong = TypeError(
         "`past_key_values` must be a transformers Cache or a sequence of (key, value) or (key, value, bias), but "
         f"is {type(cache).__name__}."
@@ -283,6 +282,15 @@ def _list_entries(cache: Any) -> list[Any]:
             )
         entries.append((pair[0], pair[1], biases[0] if biases else None))
     return entries
+
+
+def _read_layer(layer: Any) -> tuple[Any, Any, Any]:
+    """Return (key, value, bias) of a layer of a cache, without the unfilled rows of a static cache."""
+    key, value, bias = (getattr(layer, name, None) for name in ("keys", "values", "beta"))
+    if getattr(layer, "is_compileable", False) and isinstance(key, Tensor) and isinstance(value, Tensor):
+        filled = int(layer.get_seq_length())
+        key, value = key[..., :filled, :], value[..., :filled, :]
+    return key, value, bias
 
 
 def _check_entry(
