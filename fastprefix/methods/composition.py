@@ -90,10 +90,13 @@ class Composition(PrefixMethod):
     def reset_parameters(self, text_keys_values: Sequence[tuple[Tensor, Tensor]] | None) -> None:
         """Do nothing. The parts come from adapters or files, which initialize them."""
 
+    def list_frozen(self) -> list[nn.Parameter]:
+        """Return the parameters of the parts that are not trained."""
+        return [parameter for part, trained in self._pair_parts() if not trained for parameter in part.parameters()]
+
     def freeze_parts(self) -> None:
         """Freeze the parts that are not trained, until ``release_parts``."""
-        frozen = [part for part, trained in self._pair_parts() if not trained]
-        self.former = [(parameter, parameter.requires_grad) for part in frozen for parameter in part.parameters()]
+        self.former = [(parameter, parameter.requires_grad) for parameter in self.list_frozen()]
         for parameter, _ in self.former:
             parameter.requires_grad_(False)
 
@@ -113,7 +116,7 @@ class Composition(PrefixMethod):
 
     def key_bias(self, layer: int) -> Tensor | None:
         """Return biases ``[Hkv, m]``, which are 0 for parts without biases, or None if no part has any."""
-        biases = [part.key_bias(layer) for part, _ in self._pair_parts()]
+        biases = [_compute_bias(part, trained, layer) for part, trained in self._pair_parts()]
         given = next((bias for bias in biases if bias is not None), None)
         if given is None:
             return None
@@ -172,6 +175,11 @@ class Composition(PrefixMethod):
 def _compute_pairs(part: PrefixTuning, trained: bool) -> list[tuple[Tensor, Tensor]]:
     pairs = part.gated_prefixes()
     return pairs if trained else [(key.detach(), value.detach()) for key, value in pairs]
+
+
+def _compute_bias(part: PrefixTuning, trained: bool, layer: int) -> Tensor | None:
+    bias = part.key_bias(layer)
+    return bias if trained or bias is None else bias.detach()
 
 
 register("composition", CompositionConfig, Composition)

@@ -57,6 +57,20 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
     return {name: head for name, head in heads.items() if name not in taken and list(head.parameters())}
 
 
+def find_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the parameters and the persistent buffers of named modules, by their full names.
+
+    If a tensor has several names in these modules, which may share it or contain each other, it has the first one.
+    """
+    found: dict[Tensor, str] = {}
+    for name in names:
+        for path, module in model.get_submodule(name).named_modules(prefix=name):
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and key not in module._non_persistent_buffers_set:
+                    found.setdefault(tensor, f"{path}.{key}")
+    return {name: tensor for tensor, name in found.items()}
+
+
 def list_labels(model: PreTrainedModel) -> list[str]:
     """Return the names of the labels of a classifier, or an empty list."""
     return list((getattr(model.config, "id2label", None) or {}).values())
@@ -96,22 +110,32 @@ class Casts:
     """The hooks that let some modules train in float32 within a model of lower precision.
 
     The inputs of these modules are cast to their own precision, and their outputs to the precision of the model. Other
-    modules that share one of their parameters, such as a tied embedding, get the same hooks.
+    modules that share one of their parameters, such as a tied embedding, get the same hooks. If other code replaces one
+    of these modules, as ``resize_token_embeddings`` does, the next call of the model moves the hooks.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        called = [each for module in modules for each in _list_called(module)]
-        inside = {each for module in called for each in module.modules()}
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.handles: list[RemovableHandle] = []
+        self.model_parameter: Tensor | None = None  # shows the current precision of the model
+        self.find(model)
+        self.precision = self.read_model_precision()
+
+    def find(self, model: nn.Module) -> None:
+        """Find the modules that get hooks, and their parameters. Other code may have replaced them since."""
+        called = [each for name in self.names for each in _list_called(model.get_submodule(name))]
+        within = {each for module in called for each in module.modules() if each is not module}
         self.parameters = [p for module in called for p in module.parameters() if p.is_floating_point()]
         own = set(self.parameters)
-        tied = [m for m in model.modules() if m not in inside and not own.isdisjoint(m._parameters.values())]
-        self.modules = [*called, *tied]
+        tied = [module for module in model.modules() if not own.isdisjoint(module._parameters.values())]
+        chosen = {*called, *tied} - within
+        self.modules = {name: module for name, module in model.named_modules() if module in chosen}
         added = {each.parameter for each in list_tuner_parameters(model)}  # float32 in any model
+        added |= {p for name, p in model.named_parameters() if name.startswith(f"{MODULE}.")}
         frozen = [p for p in model.parameters() if p not in own and p not in added and p.dtype in _PRECISIONS]
-        alike = [p for p in frozen if own and p.dtype is self.parameters[0].dtype]
-        self.model_parameter = next(iter(alike or frozen), None)  # shows the current precision of the model
-        self.precision = self.read_model_precision()
-        self.handles: list[RemovableHandle] = []
+        precision = self.read_model_precision() or next((p.dtype for p in self.parameters), None)
+        alike = [p for p in frozen if p.dtype is precision]
+        self.model_parameter = next(iter(alike or frozen), None)
 
     def read_model_precision(self) -> torch.dtype | None:
         """Return the current precision of the model, or None if all of its parameters are trained."""
@@ -124,21 +148,35 @@ class Casts:
             weight = weight.to(torch.promote_types(now, torch.float32) if trained else now)
         return weight
 
-    def install(self) -> None:
+    def install(self, model: nn.Module) -> None:
         """Register the hooks if the precisions differ."""
         self.precision = self.read_model_precision()
-        if all(p.dtype is self.precision for p in self.parameters):
+        self._register(model)
+
+    def _register(self, model: nn.Module) -> None:
+        if all(p.dtype is self.read_model_precision() for p in self.parameters):
             return
-        for module in self.modules:
+        self.handles.append(model.register_forward_pre_hook(self._renew))
+        for module in self.modules.values():
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave))
 
     def remove(self) -> None:
         """Remove the hooks."""
+        self._unregister()
+        self.precision = self.read_model_precision()
+
+    def _unregister(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.precision = self.read_model_precision()
+
+    def _renew(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Move the hooks if other code has replaced modules (a forward pre-hook of the model)."""
+        if not torch.compiler.is_compiling() and not all(_is_at(model, *item) for item in self.modules.items()):
+            self.find(model)
+            self._unregister()
+            self._register(model)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Cast the inputs of a module to the precision of its parameters (a forward pre-hook)."""
@@ -149,6 +187,14 @@ class Casts:
         """Cast the outputs of a module to the precision of the model (a forward hook)."""
         precision = self.read_model_precision()
         return output if precision is None else _cast(output, precision)
+
+
+def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Return whether a module is in a model under a name."""
+    try:
+        return model.get_submodule(name) is module
+    except AttributeError:
+        return False
 
 
 def _list_called(module: nn.Module) -> list[nn.Module]:
@@ -164,7 +210,10 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 class Adapter:
-    """A method, its hooks, and its weights for the base modules that it trains. It is on the model or stored."""
+    """An adapter: a method, its hooks, and its weights for the modules of the base model that it trains.
+
+    The adapter in use is on the model. The others are stored.
+    """
 
     def __init__(
         self, model: PreTrainedModel, config: MethodConfig, method: Method, hooks: Hooks, freeze_peft: bool = False
@@ -172,21 +221,22 @@ class Adapter:
         self.config = config
         self.method = method
         self.hooks = hooks
-        self.trained = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+        frozen = set(method.list_frozen()) if isinstance(method, Composition) else set()
+        named = method.named_parameters()
+        self.trained = [name for name, parameter in named if parameter.requires_grad and parameter not in frozen]
         self.freeze_peft = freeze_peft
         self.frozen = Frozen()  # the parameters of PEFT that this adapter freezes while it is on the model
         self.merged = False
         self.guard: RemovableHandle | None = None  # refuses training while the adapter is merged and on the model
         self.outside: str | None = None  # why a merged method cannot be saved: a part is not in its parameters
-        modules = find_trainable_modules(model, config.modules_to_save)
+        self.saved_modules = list(find_trainable_modules(model, config.modules_to_save))
+        """The names of the modules of the base model that the adapter trains."""
         if config.modules_to_save is None and has_tuner_layers(model):
-            config.modules_to_save = list(modules)  # the default would differ without PEFT's layers
-        self.saved_modules: dict[str, dict[str, Tensor]] = {
-            name: {key: _copy_for_training(p) for key, p in module.named_parameters()}
-            for name, module in modules.items()
-        }
-        """The weights of the trained modules that are not in use: the base model's or the adapter's."""
-        self.casts = Casts(model, modules.values())
+            config.modules_to_save = list(self.saved_modules)  # the default would differ without PEFT's layers
+        state = find_state(model, self.saved_modules)
+        self.stored = {name: _copy_for_training(tensor) for name, tensor in state.items()}
+        """The state of these modules that is not in use: the base model's or the adapter's."""
+        self.casts = Casts(model, self.saved_modules)
         self.labels: list[str] | None = None
         """The names of the labels that are not in use: the base model's or those of the adapter's head."""
 
@@ -196,9 +246,9 @@ class Adapter:
         method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
         if self.freeze_peft or self.merged:
             self.frozen.freeze(model, own=self.method.parameters())
-        self._exchange_weights(model, trained=True)
+        self._exchange_state(model, trained=True)
         self._exchange_labels(model)
-        self.casts.install()
+        self.casts.install(model)
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(not self.merged)
         model.add_module(MODULE, method.train(model.training))
@@ -232,7 +282,7 @@ class Adapter:
             self.guard.remove()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
-        self._exchange_weights(model, trained=False)
+        self._exchange_state(model, trained=False)
         self._exchange_labels(model)
         self.casts.remove()
         self.frozen.release(model)
@@ -273,17 +323,18 @@ class Adapter:
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
 
-    def _exchange_weights(self, model: PreTrainedModel, trained: bool) -> None:
-        """Exchange stored weights with the model's through ``data``, so that graphs recorded before remain valid."""
-        for name, weights in self.saved_modules.items():
-            for key, parameter in model.get_submodule(name).named_parameters():
-                if key in weights:
-                    weight = self.casts.fit_weight(weights[key], trained).to(parameter.device)
-                    if isinstance(parameter, DTensor):  # the memory belongs to FSDP2 or tensor parallelism
-                        weights[key] = parameter.detach().clone()
-                        write_whole(parameter, weight)
-                    else:
-                        weights[key], parameter.data = parameter.data, _fit_shape(weight, parameter.data)
+    def _exchange_state(self, model: PreTrainedModel, trained: bool) -> None:
+        """Exchange the stored state with the model's through ``data``, so that graphs recorded before remain valid."""
+        if self.stored:
+            self.casts.find(model)
+        for name, tensor in find_state(model, self.saved_modules).items():
+            if name in self.stored:
+                weight = self.casts.fit_weight(self.stored[name], trained).to(tensor.device)
+                if isinstance(tensor, DTensor):  # the memory belongs to FSDP2 or tensor parallelism
+                    self.stored[name] = tensor.detach().clone()
+                    write_whole(tensor, weight)
+                else:
+                    self.stored[name], tensor.data = tensor.data, _fit_shape(weight, tensor.data)
 
 
 def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:

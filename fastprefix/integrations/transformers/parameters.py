@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from ...methods.base import LearningRates
-from .adapter import MODULE, Adapter, Method
+from .adapter import MODULE, Adapter, Attachment, Method
 from .attachment import get_attachment
 from .models.tuners import find_base_model, has_tuner_layers
 
@@ -59,24 +59,32 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         ValueError: if the model has no method attached, or no adapter in use.
     """
-    adapter, base = get_attachment(model).adapter, find_base_model(model)
+    attachment, base = get_attachment(model), find_base_model(model)
+    adapter = attachment.adapter
     modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
-    groups = {
-        name: sum(p.numel() for p in base.get_submodule(name).parameters() if p.requires_grad) for name in modules
-    }
-    if beside := _list_trained_beside(model, adapter):
+    groups, seen = {}, set[nn.Parameter]()
+    for name in modules:
+        trained = {p for p in base.get_submodule(name).parameters() if p.requires_grad} - seen
+        groups[name] = sum(p.numel() for p in trained)
+        seen |= trained
+    if beside := _list_trained_beside(model, attachment):
         groups[PEFT] = sum(p.numel() for p in beside)
     return ParameterCount(base.num_parameters(), groups)
 
 
-def _list_trained_beside(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
-    """Return the parameters that PEFT trains beside an adapter, if the model has PEFT layers."""
+def _list_trained_beside(model: nn.Module, attachment: Attachment) -> list[nn.Parameter]:
+    """Return the parameters that PEFT trains beside the adapters, if the model has PEFT layers."""
     base = find_base_model(model)
     if not has_tuner_layers(base):
         return []
-    modules = [adapter.method, *(base.get_submodule(name) for name in adapter.saved_modules)]
-    own = {p for module in modules for p in module.parameters()}
+    modules = [base.get_submodule(name) for name in attachment.adapter.saved_modules]
+    own = _list_of_methods(attachment) | {p for module in modules for p in module.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p not in own]
+
+
+def _list_of_methods(attachment: Attachment) -> set[nn.Parameter]:
+    """Return the parameters of the methods of all adapters, in use or not."""
+    return {p for each in attachment.adapters.values() for p in each.method.parameters()}
 
 
 def parameter_groups(
@@ -125,8 +133,8 @@ def parameter_groups(
     adapters = [attachment.adapter]
     if adapter_names is not None:
         adapters = [attachment.adapters[attachment.check_known(name)] for name in dict.fromkeys(adapter_names)]
-    beside = _list_trained_beside(model, adapters[0])
-    others = set(beside) | {p for each in attachment.adapters.values() for p in each.method.parameters()}
+    beside = _list_trained_beside(model, attachment)
+    others = set(beside) | _list_of_methods(attachment)
     rest = [p for p in model.parameters() if p.requires_grad and p not in others]
     groups: list[tuple[list[nn.Parameter], float | None]] = []
     for adapter in adapters:
@@ -140,11 +148,12 @@ def parameter_groups(
         rest += [p for p in method.parameters() if p.requires_grad and p not in apart]
         groups += [(prompt, usual.prompt if prompt_lr is None else prompt_lr), (gates, gate_rate), (rest, usual.rest)]
         rest = []
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
-        for parameters, rate in (*groups, (beside, peft_lr))
-        if parameters
-    ]
+    options, seen = [], set[nn.Parameter]()
+    for parameters, rate in (*groups, (beside, peft_lr)):
+        if fresh := [p for p in parameters if p not in seen]:  # a composition shares the parameters of its parts
+            options.append({"params": fresh, "lr": rate, "weight_decay": weight_decay})
+            seen.update(fresh)
+    return options
 
 
 def _check_trained(base: PreTrainedModel, adapter: Adapter) -> None:

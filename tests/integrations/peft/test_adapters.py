@@ -95,6 +95,30 @@ def test_adapters_are_written_as_peft_reads_them(case: str, padding: str, tmp_pa
     assert_close(loaded(**inputs).logits, expected)
 
 
+def test_tied_modules(tmp_path: Path) -> None:
+    """PEFT trains and saves a copy of each of them. The copies of a tied model must be equal."""
+
+    def make() -> Any:
+        return models.decoder(tie_word_embeddings=True)
+
+    names, inputs = ["lm_head", "model.embed_tokens"], models.batch()
+    config = fastprefix.PromptTuningConfig(LENGTH, modules_to_save=names)
+    model = fastprefix.attach(make(), config, check=False)
+    models.randomize(model)
+    logits = model(**inputs).logits
+    fastprefix.save_adapter(model, tmp_path, format="peft")
+    loaded: Any = peft.PeftModel.from_pretrained(make(), tmp_path).double()
+    for module in (loaded.base_model.lm_head, loaded.base_model.model.embed_tokens):
+        assert_close(module.modules_to_save["default"].weight, model.lm_head.weight)
+    assert_close(fastprefix.load_adapter(make(), tmp_path)(**inputs).logits, logits)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.lm_head.weight"] += 1.0
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"lm_head\.weight .* must be equal, since `model` ties them"):
+        fastprefix.load_adapter(make(), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-classifier", "windows"])
 def test_positions_of_other_models(name: str, tmp_path: Path) -> None:
     """RoBERTa's positions exclude padding, GPT-2's are learned, and sliding windows cut the prefix."""

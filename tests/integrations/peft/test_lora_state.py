@@ -144,6 +144,22 @@ def test_both_are_counted_and_have_rates() -> None:
         assert all("lora" in name for name, p in model.named_parameters() if p in set(groups[2]["params"]))
 
 
+@pytest.mark.parametrize("active", ["a", "b", "ab"])
+@pytest.mark.parametrize("names", [["a", "b"], ["b", "a"], ["a", "ab"]])
+def test_adapters_that_are_trained_together_have_each_parameter_once(names: list[str], active: str) -> None:
+    model = tuned()
+    added = {p for p in model.parameters() if p.requires_grad}
+    for name in "ab":
+        fastprefix.attach(model, PREFIX, name=name, check=False)
+    fastprefix.compose(model, ["a", "b"], name="ab")
+    own = set(model.get_base_model().fastprefix.parameters())
+    fastprefix.set_adapter(model, active)
+    groups = fastprefix.parameter_groups(model, adapter_names=names, peft_lr=0.5)
+    torch.optim.AdamW(groups)
+    assert {p for group in groups for p in group["params"]} == own | added
+    assert [set(group["params"]) for group in groups if group["lr"] == 0.5] == [added]
+
+
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 def test_a_reference_model_is_the_base(method: str, made: str) -> None:
@@ -554,6 +570,24 @@ def test_peft_models_are_accepted_everywhere(tmp_path: Path) -> None:
     fastprefix.attach(model, config, name="b")
     assert fastprefix.set_adapter(model, "a") is model
     assert actual.shape == expected.shape
+
+
+def test_frozen_parts_of_a_composition_stay_frozen() -> None:
+    """``set_adapter`` makes the trained parts trainable again after PEFT has frozen all of them."""
+    model = models.decoder()
+    for name in "ab":
+        fastprefix.attach(model, fastprefix.PrefixTuningConfig(3, key_bias=True), name=name, check=False)
+    fastprefix.compose(model, ["a", "b"], name="ab", trainable=["b"])
+    expected = [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
+    peft.get_peft_model(model, lora())
+    assert not any(parameter.requires_grad for parameter in model.fastprefix.parameters())
+    fastprefix.set_adapter(model, "ab")
+    assert [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad] == expected
+    assert all(name.startswith("parts.1.") for name in expected)
+    fastprefix.set_adapter(model, "a")
+    assert all(parameter.requires_grad for parameter in model.fastprefix.parameters())
+    fastprefix.set_adapter(model, "ab")
+    assert [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad] == expected
 
 
 def test_peft_models_of_prompts_are_refused() -> None:

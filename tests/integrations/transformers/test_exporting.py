@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fastprefix
+from fastprefix.integrations.transformers.files import mlx_format
 
 from ... import models
 from ...float64 import Float64
@@ -111,6 +112,21 @@ def test_a_prompt_cache_of_mlx(tmp_path: Path) -> None:
                 else:
                     assert metadata[f"0.{index}"] == ""
             assert len(file.keys()) == len(cache.layers) * (3 if name == "new" else 2)
+
+
+def test_an_interrupted_export_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = attach_prefix(), tmp_path / "cache.safetensors"
+    fastprefix.export_cache(model, format="mlx", path=path)
+    former = path.read_bytes()
+
+    def fail(tensors: Any, place: Path, **kwargs: Any) -> None:
+        place.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlx_format, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fastprefix.export_cache(model, format="mlx", path=path)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [former]
 
 
 def test_mlx_computes_the_same(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.attention import Prefix
+from .replacing import replace_file
 
 FORMATS = ("mlx", "mlx-0.31")
 _CLASS = "KVCache"
@@ -42,4 +43,4 @@ def write_prompt_cache(path: Path, pairs: Sequence[Prefix], format: str, about: 
         metadata = {f"0.{layer}": "" for layer in layers}
         metadata |= {f"1.{name}": text for name, text in about.items()}
         metadata |= {f"2.{layer}": _CLASS for layer in layers}
-    save_file(arrays, path, metadata=metadata)
+    replace_file(path, lambda place: save_file(arrays, place, metadata=metadata))

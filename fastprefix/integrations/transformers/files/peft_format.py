@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ....methods import (
     PTuning,
     VisualMethod,
 )
+from ..adapter import find_state
 from ..merging import refuse_more_than_keys
 from ..models.discovery import Layer, find_layers
 from ..models.hooks import find_cache_parameter, read_parameter_names
@@ -46,7 +47,7 @@ _TASKS = {
 
 
 def convert_from_peft(
-    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel
+    path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel, description: Any = None
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
     """Convert a PEFT directory to a configuration and parameters under this package's names.
 
@@ -54,11 +55,12 @@ def convert_from_peft(
         path: the path of ``adapter_config.json``.
         tensors: the tensors in ``adapter_model.safetensors``.
         model: the base model.
+        description: the content of ``adapter_config.json``. None reads that file.
 
     Raises:
         ValueError: if the directory was not written by PEFT, or has an unsupported method or another model's adapter.
     """
-    description = _read_description(path)
+    description = _check_description(path, _read_description(path) if description is None else description)
     if description["peft_type"] in PROMPTS:
         _check_heads(model)
     rows = tensors.get(_EMBEDDINGS, torch.empty(0))
@@ -68,14 +70,9 @@ def convert_from_peft(
         count = description.get("num_virtual_tokens")
         raise ValueError(f"`num_virtual_tokens` in {path} is {count}, but the adapter has {len(rows)} virtual tokens.")
     modules = _find_modules(model, description["modules_to_save"])
-    parameters = {
-        f"modules_to_save.{name}.{key}": tensors[f"base_model.{name}.{key}"]
-        for name in modules
-        for key, _ in model.get_submodule(name).named_parameters()
-        if f"base_model.{name}.{key}" in tensors
-    }
+    parameters, names = _read_modules(path, tensors, model, modules)
     factors = PEFT_NAMES if description["peft_type"] == "MULTITASK_PROMPT_TUNING" else {"rows": _EMBEDDINGS}
-    if left := sorted(tensors.keys() - set(factors.values()) - {_make_peft_name(name) for name in parameters}):
+    if left := sorted(tensors.keys() - set(factors.values()) - names):
         raise ValueError(f"The adapter does not fit this model, which has no parameters for {', '.join(left)}.")
     options: dict[str, Any] = {"num_virtual_tokens": len(rows), "modules_to_save": modules}
     if description["peft_type"] == "MULTITASK_PROMPT_TUNING":
@@ -128,11 +125,7 @@ def convert_to_peft(
         "num_transformer_submodules": 1,
         "num_virtual_tokens": len(rows),
     }
-    parameters = {
-        f"base_model.{name}.{key}": p.detach()
-        for name in modules
-        for key, p in model.get_submodule(name).named_parameters()
-    }
+    parameters = {f"base_model.{name}": tensor.detach().clone() for name, tensor in _list_state(model, modules)}
     if isinstance(method, MultitaskPrompt):
         parameters |= {PEFT_NAMES[name]: getattr(method, name).detach() for name in ("columns", "rows")}
     return description, {_EMBEDDINGS: rows, **parameters}
@@ -222,11 +215,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    """Read PEFT's configuration, and check that this package supports the method."""
+def _read_description(path: Path) -> Any:
+    """Read PEFT's configuration."""
     if not path.is_file():
         raise ValueError(f"{path.parent} was not written by fastprefix.save_adapter or PEFT: it has no {path.name}.")
-    description = read_json(path)
+    return read_json(path)
+
+
+def _check_description(path: Path, description: Any) -> dict[str, Any]:
+    """Return PEFT's configuration, after checking that this package supports the method."""
     kind = description.get("peft_type") if isinstance(description, dict) else None
     if kind not in (*PREFIXES, *PROMPTS):
         raise ValueError(f"`peft_type` in {path} must be one of {', '.join((*PREFIXES, *PROMPTS))}, but is {kind!r}.")
@@ -252,8 +249,29 @@ def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
     ]
 
 
-def _make_peft_name(name: str) -> str:
-    return "base_model." + name.removeprefix("modules_to_save.")
+def _list_state(model: nn.Module, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state of each module by full names. PEFT trains a copy of each module, also of tied ones."""
+    for module in modules:
+        yield from find_state(model, [module]).items()
+
+
+def _read_modules(
+    path: Path, tensors: Mapping[str, Tensor], model: nn.Module, modules: Iterable[str]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the state of the trained modules under this package's names, and the names in PEFT's file.
+
+    Raises:
+        ValueError: if the copies of tied modules differ.
+    """
+    found: dict[Tensor, str] = {}  # PEFT's first name of each tensor of the model
+    names = set()
+    for name, tensor in _list_state(model, modules):
+        if (key := f"base_model.{name}") in tensors:
+            names.add(key)
+            first = found.setdefault(tensor, key)
+            if not torch.equal(tensors[first], tensors[key]):
+                raise ValueError(f"{first} and {key} in {path.parent} must be equal, since `model` ties them.")
+    return {f"modules_to_save.{key.removeprefix('base_model.')}": tensors[key] for key in found.values()}, names
 
 
 def _split_rows(model: PreTrainedModel, rows: Tensor, frozen: int) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def make_card(model: nn.Module, repo_id: str, format: str) -> str:
     is_public = path != "" and not Path(path).exists()
     source = path if is_public else "BASE"
     modules = [adapter.method, *map(base.get_submodule, adapter.saved_modules)]
-    own = sum(p.numel() for module in modules for p in module.parameters())
+    own = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
     total = base.num_parameters()
     data = ModelCardData(
         library_name="peft" if format == "peft" else "fastprefix",

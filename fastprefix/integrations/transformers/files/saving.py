@@ -3,7 +3,7 @@
 The header of the tensor file also holds the options, and loading uses that copy. A single file can be replaced
 atomically, but two files cannot. An interrupted save therefore leaves either the old adapter or the new one, complete.
 Both files carry the id of the save that wrote them, which distinguishes an interrupted save (different ids) from a file
-that was edited by hand.
+that was edited by hand. Files in PEFT's format have the same header, but no id.
 
 Adapters can also be read from a checkpoint of the whole model, as Trainer and ``save_pretrained`` write it for an
 attached model. Its configuration holds the adapter's options, and its weights include the adapter's parameters.
@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,13 +27,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...._version import __version__
 from ....methods import MethodConfig, PrefixTuningConfig
 from ....methods.base import check_choice
-from ..adapter import MODULE, Adapter, find_trainable_modules, list_labels
+from ..adapter import MODULE, Adapter, find_state, find_trainable_modules, list_labels
 from ..attachment import (
     DEFAULT,
     Model,
@@ -48,11 +49,13 @@ from ..models.tuners import find_base_model
 from ..prefixes.initial import PrefixState
 from ..sharding.agreement import agree, do_together, leads
 from ..sharding.fully_sharded import reshard
+from ..sharding.partitioned import find_whole_shape
 from ..sharding.tensor_parallel import gather_full_tensor, write_whole
 from . import peft_format
 from .cartridge_format import NAMES as CARTRIDGES
 from .cartridge_format import find_cartridge, read_cartridge
 from .hub import locate
+from .replacing import replace_file
 
 
 @contextmanager
@@ -99,18 +102,40 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter 
         )
     config = MethodConfig.from_dict(description[OPTIONS])
     saved = find_trainable_modules(model, config.modules_to_save)
-    renamed = {f"{MODULE}.": ""} | {f"{name}.": f"modules_to_save.{name}." for name in saved}
+    own, known = _list_saved_names(model, saved)
     tensors: dict[str, Tensor] = {}
     for path in files:
         with open_safetensors(path) as file:
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                for begin, instead in renamed.items():
-                    if key.startswith(begin):
-                        tensors[instead + key.removeprefix(begin)] = file.get_tensor(key)
+                if key in known:
+                    tensors[known[key]] = file.get_tensor(key)
+                elif key.startswith(own):
+                    tensors[key.removeprefix(own)] = file.get_tensor(key)
+                elif any(key.startswith(f"{name}.") for name in saved):  # the model lacks it, which ``fill`` refuses
+                    tensors[f"modules_to_save.{key}"] = file.get_tensor(key)
     has_labels = _has_head(model, saved) and "id2label" in description
     labels = list(description["id2label"].values()) if has_labels else None
     _check_labels(folder, labels, (description.get("architectures") or [""])[0], model)
     return SavedAdapter(config, tensors, labels=labels)
+
+
+def _list_saved_names(model: PreTrainedModel, modules: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Return the beginning of the names of a method's parameters in a checkpoint of a whole model, and further names.
+
+    The latter are the names that the state of trained modules can have there, mapped to those in an adapter. A
+    checkpoint has only one of the names of a tied tensor, and ``save_pretrained`` renames the modules of some families.
+    """
+    state = {tensor: f"modules_to_save.{name}" for name, tensor in find_state(model, modules).items()}
+    whole = {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+    known = {name: state[tensor] for name, tensor in whole.items() if tensor in state}
+    own = f"{MODULE}."
+    if getattr(model, "hf_quantizer", None) is not None:  # conversions of quantized weights cannot all be reverted
+        return own, known
+    shapes = {own: (0,)} | {name: find_whole_shape(tensor) for name, tensor in whole.items()}
+    blanks = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    renamed = {blank: name for name, blank in revert_weight_conversion(model, blanks).items()}
+    known |= {renamed[blanks[name]]: key for name, key in known.items() if blanks[name] in renamed}
+    return renamed.get(blanks[own], own), known
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -165,18 +190,18 @@ def save_adapter(
         if format == "peft":
             adapter = _get_savable(base)
             description, tensors = peft_format.convert_to_peft(base, adapter.method, adapter.saved_modules)
-            metadata = {"format": "pt"}
         else:
-            description, tensors = _describe(base), {**_collect_parameters(base)}
-            metadata = {}
+            description, tensors = _describe(base), _collect_state(base)
         agree(base, "save an adapter", f"{attachment.active}, {format}, {description}")
         whole = _gather(base, tensors)
 
         def write() -> None:
             if not leads(base):
                 return
-            if format == "fastprefix":
-                metadata.update(_sign(description, whole))
+            if format == "peft":
+                metadata = {"format": "pt", _HEADER: _format_description(description)}
+            else:
+                metadata = _sign(description, whole)
             _write(Path(directory), description, whole, metadata)
 
         do_together(base, "save an adapter", write)
@@ -248,13 +273,13 @@ def write_carried(model: PreTrainedModel, directory: Path) -> None:
     """Write the adapter in use into a PEFT directory as a single file."""
     name = get_active_name(model)
     if name is not None:
-        tensors = _gather(model, _collect_parameters(model))
+        tensors = _gather(model, _collect_state(model))
         if not leads(model):
             return
         metadata = _sign(_describe(model), tensors)
         path = _locate_carried(directory, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda place: save_file(tensors, place, metadata=metadata))
+        replace_file(path, lambda place: save_file(tensors, place, metadata=metadata))
 
 
 def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
@@ -272,10 +297,15 @@ def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
     if not path.is_file():
         raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
     header, tensors = _read(path)
-    config = None if header is None else _parse_header(path, header, model)[0]
-    if config != get_attachment(model).adapter.config:
+    config = None if header is None else _parse_header(path, json.loads(header), model)[0]
+    if config is None or _to_json(config) != _to_json(get_attachment(model).adapter.config):
         raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
-    return lambda: fill(_collect_parameters(model), tensors)
+    return lambda: fill(_collect_state(model), tensors)
+
+
+def _to_json(config: MethodConfig) -> str:
+    """Return the options as a file stores them, without private texts and with lists in place of tuples."""
+    return json.dumps(config.to_dict())
 
 
 def _find_carried(directory: Path, name: str) -> Path | None:
@@ -426,13 +456,15 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapte
         path = carried
     if path.is_file():
         header, tensors = _read(path)
-        if header is not None:
-            config, labels = _parse_header(path, header, model)
+        description = None if header is None else json.loads(header)
+        if description is not None and "peft_type" not in description:
+            config, labels = _parse_header(path, description, model)
             return SavedAdapter(config, tensors, labels=labels)
         with use_adapter(model, None):
-            return SavedAdapter(*peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model), is_of_peft=True)
-    if (found := read_whole_checkpoint(folder, model)) is not None:
-        return found
+            found = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model, description)
+        return SavedAdapter(*found, is_of_peft=True)
+    if (saved := read_whole_checkpoint(folder, model)) is not None:
+        return saved
     if (cartridge := find_cartridge(folder)) is not None:
         with use_adapter(model, None):
             return SavedAdapter(*read_cartridge(cartridge, model))
@@ -456,17 +488,15 @@ def _attach(
     """Attach a method with its parameters, or leave the model unchanged."""
     with restoring_adapters(model):
         attach_empty(model, config, name, example_inputs, freeze_peft)
-        fill(_collect_parameters(find_base_model(model)), tensors)
+        fill(_collect_state(find_base_model(model)), tensors)
 
 
-def _collect_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter: those of the method and of the modules that stay trainable."""
+def _collect_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state of an adapter: the parameters of the method, and the state of the modules that it trains."""
     reshard(model)  # FSDP2 could not free gathered parameters that NumPy views, as when a file is written
-    parameters = dict(model.get_submodule(MODULE).named_parameters())
-    for name in get_attachment(model).adapter.saved_modules:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            parameters[f"modules_to_save.{name}.{key}"] = parameter
-    return parameters
+    state = find_state(model, get_attachment(model).adapter.saved_modules)
+    own: dict[str, Tensor] = dict(model.get_submodule(MODULE).named_parameters())
+    return own | {f"modules_to_save.{name}": tensor for name, tensor in state.items()}
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
@@ -476,9 +506,10 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
-def _parse_header(path: Path, header: str, model: PreTrainedModel) -> tuple[MethodConfig, list[str] | None]:
+def _parse_header(
+    path: Path, description: dict[str, Any], model: PreTrainedModel
+) -> tuple[MethodConfig, list[str] | None]:
     """Return the options and the labels in a header, after checking them against the model."""
-    description: dict[str, Any] = json.loads(header)
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"The header of {path} is damaged, since it lacks {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
@@ -562,25 +593,25 @@ def _format_description(description: dict[str, Any]) -> str:
 def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write both files."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(_format_description(description), encoding="utf-8"))
 
 
-def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into parameters. If any name or shape differs, copy none.
+def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters and buffers. If any name or shape differs, copy none.
 
     Raises:
         ValueError: if a name or a shape differs.
     """
-    if parameters.keys() != tensors.keys():
-        raise ValueError(f"The adapter does not fit this model: {_compare_names(parameters, tensors)}.")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            actual, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+    if state.keys() != tensors.keys():
+        raise ValueError(f"The adapter does not fit this model: {_compare_names(state, tensors)}.")
+    for name, tensor in state.items():
+        if tensors[name].shape != tensor.shape:
+            actual, expected = tuple(tensors[name].shape), tuple(tensor.shape)
             raise ValueError(f"The adapter does not fit this model: {name} must be {expected}, but is {actual}.")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            write_whole(parameter, tensors[name])
+        for name, tensor in state.items():
+            write_whole(tensor, tensors[name])
 
 
 def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> str:
@@ -597,16 +628,3 @@ def _compare_names(of_model: Collection[str], of_adapter: Collection[str]) -> st
         shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         parts += [f"only {side} has {shown}"] if names else []
     return ", and ".join(parts)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file in the same directory, then replace the file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -46,8 +46,8 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
         The same model.
 
     Raises:
-        ValueError: if an adapter does not exist, cannot be a part or does not fit the other parts, or if ``name`` is
-            already in use.
+        ValueError: if an adapter does not exist, cannot be a part or does not fit the other parts, if two adapters
+            share a prefix, or if ``name`` is already in use.
     """
     attachment, base = get_attachment(model), find_base_model(model)
     chosen = list(dict.fromkeys(names))
@@ -57,11 +57,15 @@ def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequenc
     if unknown := sorted(set(trainable or ()) - set(chosen)):
         raise ValueError(f"`trainable` must contain only names from {chosen}, got {unknown}.")
     parts: list[tuple[PrefixTuning, bool]] = []
+    owners: dict[PrefixTuning, str] = {}
     for each in chosen:
         adapter = attachment.adapters[attachment.check_known(each)]
         _check_part(each, adapter)
         trains = not adapter.merged if trainable is None else each in trainable
-        parts += [(part, trains and own) for part, own in _list_parts(adapter)]
+        for part, own in _list_parts(adapter):
+            if (owner := owners.setdefault(part, each)) != each:
+                raise ValueError(f"`names` must contain each prefix once, but {owner!r} and {each!r} share a prefix.")
+            parts.append((part, trains and own))
     lengths = [part.config.num_virtual_tokens for part, _ in parts]
     config = CompositionConfig(
         sum(lengths),
@@ -182,6 +186,8 @@ def _get_bias(state: PrefixState, layer: int) -> Tensor:
 
 def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
     """Check that the given prefixes have the length, the shapes and the options of the prefix they replace."""
+    for state in states:
+        state.check_shapes("sources", method.shapes)
     config: MethodConfig = method.config
     lengths = [state.length for state in states]
     if sum(lengths) != config.num_virtual_tokens:
@@ -189,7 +195,6 @@ def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
             f"`sources` must have {config.num_virtual_tokens} tokens in total, as the prefix does, but have {lengths}."
         )
     for state in states:
-        state.check_shapes("sources", method.shapes)
         if state.prefix_position not in (None, method.config.prefix_position):
             raise ValueError(
                 f"`sources` must have prefix_position={method.config.prefix_position!r}, as the prefix does, but have "

@@ -50,21 +50,23 @@ class PrefixState:
         return int(self.pairs[0][0].shape[1])
 
     def check_shapes(self, name: str, shapes: Sequence[AttentionShape]) -> None:
-        """Check that the prefix has the heads and head dimensions of these attention layers.
+        """Check that the prefix fits these attention layers, with the same number of tokens in each.
 
         Args:
             name: the argument that an error message names.
             shapes: the shapes of the attention layers.
 
         Raises:
-            ValueError: if a number of heads, a head dimension or the number of layers differs.
+            ValueError: if the number of layers or the shape of a key, a value or a bias differs.
         """
-        expected = [((s.kv_heads, s.key_size), (s.kv_heads, s.value_size)) for s in shapes]
-        found = [tuple((tensor.shape[0], tensor.shape[2]) for tensor in pair) for pair in self.pairs]
+        tokens = next((key.shape[1] for key, _ in self.pairs if key.ndim == 3), 0)
+        expected = [((s.kv_heads, tokens, s.key_size), (s.kv_heads, tokens, s.value_size)) for s in shapes]
+        found = [tuple(tuple(tensor.shape) for tensor in pair) for pair in self.pairs]
         if found != expected:
-            raise ValueError(
-                f"`{name}` must have the heads and head dimensions {expected} in its layers, but has {found}."
-            )
+            raise ValueError(f"`{name}` must have keys and values {expected} in its layers, but has {found}.")
+        of_biases = [(s.kv_heads, tokens) for s in shapes]
+        if self.biases is not None and (given := [tuple(bias.shape) for bias in self.biases]) != of_biases:
+            raise ValueError(f"`{name}` must have key biases {of_biases} in its layers, but has {given}.")
 
     def pin_memory(self) -> PrefixState:
         """Return a copy in page-locked memory, which copies to a GPU fastest."""
@@ -259,8 +261,7 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
 def _list_entries(cache: Any) -> list[Any]:
     """Return (key, value, bias) of each entry of a cache."""
     if isinstance(cache, Cache):
-        stored: list[Any] = list(cache.layers)
-        return [(getattr(s, "keys", None), getattr(s, "values", None), getattr(s, "beta", None)) for s in stored]
+        return [_read_layer(layer) for layer in cache.layers]
     wrong = TypeError(
         "`past_key_values` must be a transformers Cache or a sequence of (key, value) or (key, value, bias), but "
         f"is {type(cache).__name__}."
@@ -281,6 +282,15 @@ def _list_entries(cache: Any) -> list[Any]:
             )
         entries.append((pair[0], pair[1], biases[0] if biases else None))
     return entries
+
+
+def _read_layer(layer: Any) -> tuple[Any, Any, Any]:
+    """Return (key, value, bias) of a layer of a cache, without the unfilled rows of a static cache."""
+    key, value, bias = (getattr(layer, name, None) for name in ("keys", "values", "beta"))
+    if getattr(layer, "is_compileable", False) and isinstance(key, Tensor) and isinstance(value, Tensor):
+        filled = int(layer.get_seq_length())
+        key, value = key[..., :filled, :], value[..., :filled, :]
+    return key, value, bias
 
 
 def _check_entry(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 import fastprefix
 from fastprefix.integrations.transformers.files import saving
+from fastprefix.integrations.transformers.files.replacing import replace_file
 
 from .... import models
 from ..test_attach import FAMILIES, METHODS, attached
@@ -51,13 +53,17 @@ def test_modules_to_save(tmp_path: Path) -> None:
     assert torch.equal(fastprefix.detach(model).model.norm.weight, norm)
 
 
+@pytest.mark.parametrize("written", ["fastprefix", "peft", "peft over fastprefix", "fastprefix over peft"])
 @pytest.mark.parametrize("step", ["weights", "config"])
 def test_an_interrupted_save_leaves_one_whole_adapter(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any failure, the folder contains the old adapter or the new one."""
-    old, new, inputs = attached("decoder", "prefix"), attached("decoder", "apt"), models.batch()
-    fastprefix.save_adapter(old, tmp_path)
+    formats: list[Any] = written.split(" over ")
+    inputs = models.batch()
+    old = attached("decoder", "prompt_tuning" if formats[-1] == "peft" else "prefix")
+    new = attached("decoder", "p-tuning" if formats[0] == "peft" else "apt")
+    fastprefix.save_adapter(old, tmp_path, format=formats[-1])
     replace = Path.replace
     interrupted = {"weights": saving.WEIGHTS_FILE, "config": saving.CONFIG_FILE}[step]
 
@@ -68,11 +74,23 @@ def test_an_interrupted_save_leaves_one_whole_adapter(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        fastprefix.save_adapter(new, tmp_path)
+        fastprefix.save_adapter(new, tmp_path, format=formats[0])
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written lies about
     loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
     expected = old if step == "weights" else new
     assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
+
+
+def test_two_writers_of_a_file_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write(place: Path) -> None:
+        place.write_text("first")
+        replace_file(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second"
+
+    replace_file(path, write)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["first"]
 
 
 def test_no_adapter_there(tmp_path: Path) -> None:
@@ -178,6 +196,25 @@ def test_paths_beside_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-3").mkdir()
     with pytest.raises(FileNotFoundError, match=r"Pass one of them, such as '.*checkpoint-20'"):
         fastprefix.load_adapter(models.encoder(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_the_same_options_are_recognized_in_a_checkpoint(composed: bool, tmp_path: Path) -> None:
+    """The text of a cartridge is not saved, and JSON has lists only."""
+    config = fastprefix.CartridgeConfig(3, init_text="w4 w5 w6 w7", attentions=("decoder",))
+    model = fastprefix.attach(models.decoder(), config, tokenizer=models.tokenizer(), name="a")
+    if composed:
+        fastprefix.compose(model, ["a"], name="b")
+    inputs = models.batch()
+    expected = model(**inputs).logits
+    saving.write_carried(model, tmp_path)
+    models.randomize(model)
+    saving.read_carried(model, tmp_path)
+    assert torch.equal(model(**inputs).logits, expected)
+    fastprefix.detach(model)
+    fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal"), name="b" if composed else "a")
+    with pytest.raises(ValueError, match="with other options than the one in"):
+        saving.read_carried(model, tmp_path)
 
 
 def _edit(path: Path, **options: object) -> None:

@@ -1,16 +1,20 @@
 """Test checkpoints of whole models with a method, and refusals for merged models."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.core_model_loading import PrefixChange
 
 import fastprefix
 
 from .... import models
 from ..test_attach import FAMILIES, METHODS, attached
+from ..test_state import composite
 
 
 @pytest.mark.sampled(every=3)
@@ -24,6 +28,44 @@ def test_the_adapter_is_read_out_of_one(family: str, method: str, shards: str, t
     other = fastprefix.load_adapter(FAMILIES[family](), tmp_path)
     assert torch.equal(other(**inputs).logits, model(**inputs).logits)
     assert "fastprefix_adapter" not in fastprefix.detach(other).config.to_dict()
+
+
+RENAMED: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "tied head": (lambda: models.decoder(tie_word_embeddings=True), ["lm_head"]),
+    "tied table": (lambda: models.decoder(tie_word_embeddings=True), ["model.embed_tokens"]),
+    "both": (lambda: models.decoder(tie_word_embeddings=True), ["lm_head", "model.embed_tokens"]),
+    "renamed": (composite, ["model.multi_modal_projector", "lm_head"]),
+    "prefixed": (lambda: prefixed(models.decoder()), ["model.norm"]),
+}
+
+
+def prefixed(model: Any) -> Any:
+    """Return a model like one that was loaded from a checkpoint whose names all begin alike."""
+    model._weight_conversions = [PrefixChange(prefix_to_remove="thinker")]
+    return model
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_trained_modules_have_other_names_in_it(case: str, tmp_path: Path) -> None:
+    """It has one name of each tied tensor, and the names that the family's published checkpoints have."""
+    make, names = RENAMED[case]
+    config = fastprefix.PrefixTuningConfig(2, modules_to_save=names)
+    model, inputs = fastprefix.attach(make(), config, check=False), models.batch()
+    models.randomize(model)
+    model.save_pretrained(tmp_path)
+    other = fastprefix.load_adapter(make(), tmp_path)
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_parameters_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    model = models.encoder()
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), check=False).save_pretrained(tmp_path)
+    other: Any = models.encoder()
+    other.classifier = torch.nn.Linear(models.WIDTH, 2, bias=False).double()
+    with pytest.raises(ValueError, match=r"only the adapter has modules_to_save\.classifier\.bias"):
+        fastprefix.load_adapter(other, tmp_path)
 
 
 def test_trainer_writes_one(tmp_path: Path) -> None:

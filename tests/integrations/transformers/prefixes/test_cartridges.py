@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_attachment
@@ -273,6 +273,22 @@ def test_shorter_layers_are_padded_with_hidden_keys() -> None:
     assert not model.fastprefix.prefix.keys[1].grad[:, -2:].any()
     with pytest.raises(ValueError, match="`num_virtual_tokens` must be the length of the cache"):
         fastprefix.attach(models.decoder(), replace(config, key_bias=False), past_key_values=given)
+
+
+def fill_static_cache(filled: int, allocated: int) -> StaticCache:
+    cache = StaticCache(models.decoder().config, max_cache_len=allocated)
+    for index, layer in enumerate(make_cache(length=filled).layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def test_a_static_cache_has_only_the_rows_that_are_filled() -> None:
+    config = fastprefix.PrefixTuningConfig(LENGTH, init="cache")
+    model = fastprefix.attach(models.decoder(), config, past_key_values=fill_static_cache(LENGTH, LENGTH + 3))
+    expected = [(layer.keys[0], layer.values[0]) for layer in make_cache(length=LENGTH).layers]
+    assert_close(prefixes(model), expected)
+    with pytest.raises(ValueError, match=rf"must be the length of the cache, which is {LENGTH - 2} in layer 0"):
+        fastprefix.attach(models.decoder(), config, past_key_values=fill_static_cache(LENGTH - 2, LENGTH))
 
 
 def test_a_position_shift_is_no_cache_of_another_model(tmp_path: Path) -> None:

@@ -214,6 +214,16 @@ def test_a_composition_can_be_a_part() -> None:
     assert trained_parts(model) == {"1", "2"}
 
 
+def test_biases_of_frozen_parts_get_no_gradient() -> None:
+    """Nor do their keys and values, even while other code has made them trainable."""
+    model = attached("c", "a")
+    fastprefix.compose(model, ["c", "a"], name="ca", trainable=["a"])
+    model.fastprefix.requires_grad_(True)
+    model(**models.batch()).logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.fastprefix.parts[0].parameters())
+    assert all(key.grad is not None for key in model.fastprefix.parts[1].prefix.keys)
+
+
 def test_generation() -> None:
     model = attached("a", "b")
     cache = concatenate_caches(model, ("a", "b"), 1)
@@ -232,6 +242,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a string": ({"names": "a"}, "`names` must be a list"),
     "none": ({"names": []}, "`names` must be a list"),
     "twice": ({"names": ["a", "a"]}, "`names` must be a list of one or more different"),
+    "twice inside": ({"names": ["a", "ab"]}, "each prefix once, but 'a' and 'ab' share a prefix"),
     "taken": ({"names": ["a", "b"], "name": "a"}, "`name` must be unique"),
     "not a part": ({"names": ["a"], "trainable": ["b"]}, "`trainable` must contain only names"),
     "gates": ({"names": ["a", "apt"]}, "gates of APT depend on the input"),
@@ -255,6 +266,8 @@ def test_what_is_no_part_is_refused(case: str) -> None:
     options, message = WRONG[case]
     for name in others.keys() & set(options["names"]):
         fastprefix.attach(model, others[name], name=name, check=False)
+    if "ab" in options["names"]:
+        fastprefix.compose(model, ["a", "b"], name="ab")
     active = get_attachment(model).active
     with pytest.raises(ValueError, match=message):
         fastprefix.compose(model, **{"name": "all", **options})
@@ -347,7 +360,24 @@ def test_biases_are_swapped_too(tmp_path: Path) -> None:
         (
             PARTS["a"](),
             fastprefix.PrefixState([(torch.zeros(4, 4, 8), torch.zeros(4, 4, 8))] * 2),
-            "must have the heads and head dimensions",
+            r"must have keys and values \[\(\(2, 4, 8\), \(2, 4, 8\)\), .* but has \[\(\(4, 4, 8\)",
+        ),
+        (PARTS["a"](), fastprefix.PrefixState([]), r"must have keys and values .* but has \[\]"),
+        (PARTS["a"](), fastprefix.PrefixState([(torch.zeros(4), torch.zeros(4))] * 2), "must have keys and values"),
+        (
+            PARTS["a"](),
+            fastprefix.PrefixState([*state_of(0, 4).pairs[:1], *state_of(0, 3).pairs[:1]]),
+            r"must have keys and values .* \(2, 3, 8\)",
+        ),
+        (
+            PARTS["c"](),
+            fastprefix.PrefixState(state_of(0, 5).pairs, [torch.ones(2, 5)]),
+            r"must have key biases \[\(2, 5\), \(2, 5\)\] in its layers, but has \[\(2, 5\)\]",
+        ),
+        (
+            PARTS["c"](),
+            fastprefix.PrefixState(state_of(0, 5).pairs, [torch.ones(2, 5), torch.ones(2, 1)]),
+            "must have key biases",
         ),
         (
             PARTS["a"](),
