@@ -19,6 +19,7 @@ ALLOWED = {
 TESTS_OF_BENCHMARKS = (
     "gpu_compile.py",
     "gpu_dry_run.py",
+    "host_times.py",
     "test_benchmarks.py",
     "test_cartridge.py",
     "test_gpu_benchmark.py",

@@ -1,6 +1,6 @@
 """Measure what a call costs on the host: Python, PyTorch and Triton's launcher, on a driver without a device.
 
-    python -m tests.ops.launching.times
+    python -m tests.benchmarks.host_times
 
 Prints medians and 5th percentiles of warm calls, the processor's time, and how many functions of Python are called,
 which does not depend on how busy the machine is. ``--out FILE`` also writes them as results of a benchmark. Tensors are
