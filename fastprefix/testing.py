@@ -205,9 +205,12 @@ class _Run:
 
     def results(self, seed: int) -> dict[str, Tensor]:
         """Return outputs and gradients by name."""
-        devices = {tensor.device for _, tensor in _collect_tensors([self._inputs, self._state]) if tensor.is_cuda}
-        with torch.random.fork_rng(devices=[device.index for device in devices]):
-            torch.manual_seed(seed)
+        tensors = _collect_tensors([self._inputs, self._state])
+        devices = {tensor.device.index for _, tensor in tensors if tensor.is_cuda}
+        with torch.random.fork_rng(devices=devices):
+            # ``torch.manual_seed`` would also seed the other devices, whose generators are not restored.
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+                generator.manual_seed(seed)
             outputs = dict(_collect_tensors(self._call(), "output"))
             grads = self._gradients(outputs, seed) if self._leaves else {}
         return {name: output.detach() for name, output in outputs.items()} | grads
