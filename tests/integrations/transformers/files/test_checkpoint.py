@@ -209,7 +209,7 @@ def test_the_same_options_are_recognized_in_a_checkpoint(composed: bool, tmp_pat
     expected = model(**inputs).logits
     saving.write_carried(model, tmp_path)
     models.randomize(model)
-    saving.read_carried(model, tmp_path)
+    saving.read_carried(model, tmp_path)()
     assert torch.equal(model(**inputs).logits, expected)
     fastprefix.detach(model)
     fastprefix.attach(model, fastprefix.CartridgeConfig(4, init="normal"), name="b" if composed else "a")
