@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....methods import AttentionShape, PrefixMethod, PrefixTuning, PromptMethod
+from ....ops.prefix_attention.spans import Span
 from ....ops.prompt_embedding import prompt_embedding
 from ..adapter import Method
 from ..models.attention import Binding, Prefix, make_span_bias
@@ -20,7 +21,7 @@ from ..models.positions import RowShift
 from ..prefixes.gates import CallGates
 from ..prefixes.prefix import LayerBinding
 from ..sharding.tensor_parallel import TensorParallelHeads
-from .span_store import KeyedPrefix, Span, SpanStore
+from .span_store import KeyedPrefix, SpanStore
 
 BASE = "__base__"
 """The reserved name for rows that run on the base model alone. PEFT uses the same name."""
@@ -273,10 +274,10 @@ class MixedGates:
 class MixedBinding(LayerBinding):
     """The binding of an attention module to the prefixes and gates of a call's rows."""
 
-    attachment: Any
+    call: Any
 
     def __init__(self, call: MixedCall, index: int, layer: Layer) -> None:
-        self.attachment = self.call = call
+        self.call = call
         self.heads = call.heads
         self.index = index
         self.module = layer.module
@@ -311,7 +312,8 @@ class MixedBinding(LayerBinding):
                 assert isinstance(part.method, PrefixMethod)
                 states = part.method.projected_states(part.indices[self.module])
             prefixes.append(None if states is None else KeyedPrefix(*part.projections[self.module](states.to(query))))
-        return self.call.make_store(prefixes)
+        store: LayerStore | None = self.call.make_store(prefixes)
+        return store
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
@@ -341,19 +343,6 @@ class MixedBinding(LayerBinding):
     def count_frozen(self) -> int:
         """Return 0, since parameters that are not trained need no gradient anyway."""
         return 0
-
-
-class CaptureBinding(Binding):
-    """The binding of an attention module that captures its keys and values while prompts run."""
-
-    def __init__(self, index: int, heads: TensorParallelHeads | None) -> None:
-        self.index = index
-        self.heads = heads
-        self.captured: Prefix | None = None
-
-    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep the keys and values that the attention is called with, and return no prefix."""
-        self.captured = (key, value)
 
 
 class MixedOffsets(nn.Module):

@@ -20,16 +20,18 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..models.attention import (
+    BINDING,
     CarriedBindings,
     Prefix,
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
+    make_two_adapters_error,
     restore_checkpoints,
     unwatch,
     watch,
 )
-from ..models.discovery import Layer, find_backbone, find_first_tensor
+from ..models.discovery import Layer, find_backbone
 from ..models.hooks import (
     Forward,
     Interception,
@@ -44,16 +46,16 @@ from ..models.hooks import (
     name_arguments,
     refuse_one_row_masks,
     refuse_replicas,
-    suspend_checkpointing,
 )
 from ..models.positions import Positions, PositionShift, RowShift, refuse_packed
 from ..models.switching import Implementation, runs_on_text
 from ..prefixes.gates import hold_by_row
+from ..prefixes.prefix import HiddenWatch
 from ..prompts.prompt import OffsetHooks, needs_ids
-from ..prompts.shared_prompt import has_dropout
+from ..prompts.shared_prompt import capturing, has_dropout
 from ..sharding.fully_sharded import is_fully_sharded, run_gathered
 from ..sharding.tensor_parallel import TensorParallelHeads
-from .mixed_call import CaptureBinding, MixedBinding, MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
+from .mixed_call import MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
 from .span_store import KeyedPrefix, SpanStore
 
 
@@ -112,7 +114,7 @@ class MixtureHooks:
         if any(part.gates is not None for part in parts):
             for layer in self.layers.values():
                 if layer.entry is not None:
-                    self.handles.append(layer.entry.register_forward_pre_hook(Watch(layer.module), with_kwargs=True))
+                    self.handles += HiddenWatch(layer.module).install(layer.entry)
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
@@ -143,6 +145,8 @@ class MixtureHooks:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
+        if any(BINDING in vars(module) for module in self.layers):
+            raise make_two_adapters_error()
         arguments = name_arguments(self.names, args, kwargs)
         self._check(arguments, call.rows)
         call.begin(arguments, self.backbone)
@@ -276,9 +280,8 @@ class MixtureHooks:
         dtype, offsets = self.offsets.table.dtype, self.offsets
         prompts = torch.stack([method.prompt.to(dtype) for method in methods])
         positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
-        bindings = {module: CaptureBinding(index, self.heads) for index, module in enumerate(self.layers)}
         self.shift.shift = 0
-        with carrying(CarriedBindings({**bindings})), suspend_checkpointing(self.backbone):
+        with capturing(self.backbone, self.layers.values(), self.heads) as captured:
             if needs_ids(self.model.config):
                 former, offsets.method = offsets.method, methods[0]
                 try:
@@ -287,20 +290,7 @@ class MixtureHooks:
                     offsets.method = former
             else:
                 offsets.forward(inputs_embeds=prompts, position_ids=positions[None], use_cache=False)
-        return {module: binding.captured for module, binding in bindings.items() if binding.captured is not None}
-
-
-class Watch:
-    """A forward pre-hook that keeps a layer's input for the gates of the call in progress."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        carried = get_carried_bindings()
-        binding = None if carried is None else carried.bindings.get(self.attention)
-        if isinstance(binding, MixedBinding):
-            binding.hidden = find_first_tensor(args, kwargs)
+        return captured
 
 
 _NAMES = "fastprefix_names"
