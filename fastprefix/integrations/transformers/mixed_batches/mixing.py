@@ -49,7 +49,7 @@ from ..models.hooks import (
 )
 from ..models.positions import Positions, PositionShift, RowShift, refuse_packed
 from ..models.switching import Implementation, runs_on_text
-from ..prefixes.gates import hold_by_row
+from ..prefixes.gates import drop_by_row, hold_by_row
 from ..prefixes.prefix import HiddenWatch
 from ..prompts.prompt import OffsetHooks, needs_ids
 from ..prompts.shared_prompt import capturing, has_dropout
@@ -318,9 +318,14 @@ def hold_names(cache: Cache, rows: MixedRows, arguments: Mapping[str, Any]) -> N
 
 
 def get_held_names(cache: Cache | None) -> tuple[str, ...] | None:
-    """Return the adapter names of a cache's rows, or None if the cache was filled without names."""
-    held = getattr(cache, _NAMES, None)
-    return held.names if isinstance(held, HeldNames) else None
+    """Return the adapter names of a cache's rows, or None if the cache is empty or was filled without names."""
+    if cache is None or not hasattr(cache, _NAMES):
+        return None
+    if int(cache.get_seq_length()) == 0:
+        drop_by_row(cache, _NAMES)
+        return None
+    held: HeldNames = getattr(cache, _NAMES)
+    return held.names
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int | None:

@@ -42,6 +42,14 @@ def hold_by_row(cache: Cache, attribute: str, state: ByRow) -> None:
             setattr(cache, name, partial(_select_rows, cache, name))
 
 
+def drop_by_row(cache: Cache, attribute: str) -> None:
+    """Drop an attribute that ``hold_by_row`` has set."""
+    held: tuple[str, ...] = getattr(cache, _HELD, ())
+    if attribute in held:
+        setattr(cache, _HELD, tuple(other for other in held if other != attribute))
+        delattr(cache, attribute)
+
+
 def _select_rows(cache: Cache, name: str, rows: Any) -> None:
     """Run a row-selecting method of a cache, and apply the same selection to every state per row."""
     getattr(type(cache), name)(cache, rows)

@@ -150,6 +150,7 @@ class PromptHooks:
             )
         if isinstance(cache, PrefixCache):
             raise make_two_adapters_error()
+        forget_rows_if_empty(cache)
         if cache is not None:
             count_all_rows(cache)
         past = count_past(arguments)
@@ -525,6 +526,18 @@ def count_tokens_only(cache: Cache, rows: int) -> None:
     attributes["crop"] = functools.partial(_crop_tokens, cache)
 
 
+def holds_rows(cache: Cache | None) -> bool:
+    """Return whether a cache holds the virtual tokens of a prompt. Call ``forget_rows_if_empty`` before."""
+    return hasattr(cache, _ROWS)
+
+
+def forget_rows_if_empty(cache: Cache | None) -> None:
+    """Forget the virtual tokens of a cache from which everything has been removed, such as by ``reset``."""
+    if cache is not None and holds_rows(cache) and int(type(cache).get_seq_length(cache)) == 0:
+        count_all_rows(cache)
+        delattr(cache, _ROWS)
+
+
 def count_all_rows(cache: Cache) -> None:
     """Make a cache report everything that it holds."""
     for name in ("get_seq_length", "crop"):
@@ -536,8 +549,16 @@ def _count_tokens_only(cache: Cache, *args: Any, **kwargs: Any) -> int:
     return max(int(type(cache).get_seq_length(cache, *args, **kwargs)) - rows, 0)
 
 
-def _crop_tokens(cache: Cache, max_length: int) -> None:
-    type(cache).crop(cache, max_length + getattr(cache, _ROWS) if max_length >= 0 else max_length)
+def _crop_tokens(cache: Cache, tokens_to_remove: int) -> None:
+    """Remove the last tokens of a cache, but not the virtual tokens before them.
+
+    ``tokens_to_remove`` is negative or 0. Older ``transformers`` pass a positive length to keep instead.
+    """
+    if tokens_to_remove > 0:
+        tokens_to_remove += getattr(cache, _ROWS)
+    else:
+        tokens_to_remove = max(tokens_to_remove, -cache.get_seq_length())
+    type(cache).crop(cache, tokens_to_remove)
 
 
 def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:

@@ -54,14 +54,19 @@ from ..models.tuners import read_tuner_state, uses_adapter_names
 from ..sharding.fully_sharded import Gatherer, run_gathered
 from ..sharding.partitioned import any_partitioned
 from ..sharding.tensor_parallel import TensorParallelHeads, is_sharded
-from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
+from .prompt import (
+    PromptHooks,
+    find_token_arguments,
+    flatten_leading,
+    forget_rows_if_empty,
+    holds_rows,
+    unflatten_leading,
+)
 
-_FILLED = "fastprefix_filled"
-"""The attribute of a key/value cache that is "textbook" if the prompt's tokens are in the cache, or "shared" if not."""
 _PROMPT = "fastprefix_prompt"
 """The attribute of a key/value cache that holds the shared prompt's keys and values from its first call.
 
-These may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
+They may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
 must use the same ones.
 """
 
@@ -245,14 +250,15 @@ class SharedPromptHooks(PromptHooks):
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
+        cache = find_cache(arguments)
+        forget_rows_if_empty(cache)
         past, reason = count_past(arguments), self.find_reason_against(arguments)
-        filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
-        if filled == "shared" and reason is not None:
+        if holds_rows(cache):
+            reason = "the prompt is in the cache"
+        elif past > 0 and hasattr(cache, _PROMPT) and reason is not None:
             raise ValueError(
                 f"`past_key_values` was filled with a shared prompt, which this call does not support: {reason}."
             )
-        if filled == "textbook":
-            reason = "the prompt is in the cache"
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
@@ -269,9 +275,6 @@ class SharedPromptHooks(PromptHooks):
                     output = self.run_in_every_row(forward, arguments)
         finally:
             self.end_call()
-        cache = find_cache(output)
-        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
-            setattr(cache, _FILLED, "shared" if reason is None else "textbook")
         return output
 
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:

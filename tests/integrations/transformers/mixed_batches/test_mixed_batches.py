@@ -341,6 +341,16 @@ def test_a_cache_without_names_cannot_get_them() -> None:
         model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["prefix", "prefix"])
 
 
+def test_an_emptied_cache_forgets_its_names() -> None:
+    model, ids = decoder(), make_rows(2, "none")["input_ids"]
+    options = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+    expected, cache = model.generate(**options), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, adapter_names=[BASE, "adept"])
+    cache.reset()
+    assert torch.equal(model.generate(**options, past_key_values=cache), expected)
+
+
 def test_sampling_gives_each_row_its_own_distribution() -> None:
     model, inputs = decoder(), make_rows(3)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": True, "top_k": 3, "pad_token_id": 0}

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BloomConfig,
+    Cache,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -467,6 +469,51 @@ def test_a_cache_goes_on_as_it_was_begun() -> None:
     model.train()
     with pytest.raises(ValueError, match="`past_key_values`"):
         model(ids[:, -1:], past_key_values=begun)
+
+
+def empty(cache: Cache, how: str) -> None:
+    """Remove all tokens of a cache."""
+    if how == "reset":
+        cache.reset()
+    else:
+        cache.crop(-cache.get_seq_length())
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["reset", "crop"])
+@pytest.mark.parametrize("begun", ["shared", "textbook"])
+@pytest.mark.parametrize("again", ["shared", "textbook"])
+def test_a_cache_that_was_emptied_begins_anew(begun: str, again: str, how: str) -> None:
+    """The prompt is attended to once, whether emptying the cache has removed it or not."""
+    ids = models.batch()["input_ids"]
+    base = models.decoder(attn_implementation="eager")
+    model = fastprefix.attach(base, fastprefix.PromptTuningConfig(5), check=False)
+    models.randomize(model)
+    cache = DynamicCache()
+    with Float64():
+        expected = model(ids, use_cache=False).logits
+        model(ids, past_key_values=cache, output_attentions=begun == "textbook")
+        assert model.fastprefix.prompt_path.startswith(begun)
+        for length in (3, 5):
+            empty(cache, how)
+            parts = [
+                model(ids[:, :length], past_key_values=cache, output_attentions=again == "textbook").logits,
+                *(model(ids[:, each : each + 1], past_key_values=cache).logits for each in range(length, ids.shape[1])),
+            ]
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_holds_no_prompt_of_another_length() -> None:
+    ids, cache = models.batch()["input_ids"], DynamicCache()
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=False), check=False)
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(3, shared_prompt=False), name="other", check=False)
+    model(ids, past_key_values=cache)
+    cache.reset()
+    fastprefix.set_adapter(model, "default")
+    model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 7
 
 
 def test_a_static_cache_has_no_room_for_a_prompt_in_every_row() -> None:
