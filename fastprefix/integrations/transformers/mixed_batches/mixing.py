@@ -52,7 +52,7 @@ from ..models.switching import Implementation, runs_on_text
 from ..prefixes.gates import drop_by_row, hold_by_row
 from ..prefixes.prefix import HiddenWatch
 from ..prompts.prompt import OffsetHooks, needs_ids
-from ..prompts.shared_prompt import capturing, has_dropout
+from ..prompts.shared_prompt import capturing, find_reason_against_mask, has_dropout
 from ..sharding.fully_sharded import is_fully_sharded, run_gathered
 from ..sharding.tensor_parallel import TensorParallelHeads
 from .mixed_call import MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
@@ -200,6 +200,11 @@ class MixtureHooks:
             raise ValueError(
                 f"`output_router_logits` must be False with the prompt {prompts[0]!r} in `adapter_names`, since the "
                 "auxiliary loss counts the prompt's tokens in every row."
+            )
+        if prompts and (reason := find_reason_against_mask(arguments, self.windows)) is not None:
+            raise ValueError(
+                f"`attention_mask` cannot be used with the prompt {prompts[0]!r} in `adapter_names`: {reason}. Pass a "
+                "mask [B, K], or use the prompt alone."
             )
 
     def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:

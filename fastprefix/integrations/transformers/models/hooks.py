@@ -285,16 +285,23 @@ def check_mask_length(mask: Any, tokens: int, length: int) -> None:
         raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")
 
 
+def is_own_mask(mask: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the attention mask of a call is the caller's own, rather than one that ``generate`` has made.
+
+    ``generate`` makes 4-D masks before the call only for caches that can be compiled. They are bool, or a mapping of
+    several masks.
+    """
+    if isinstance(mask, Tensor) and (mask.ndim != 4 or mask.dtype is not torch.bool):
+        return True
+    return not getattr(find_cache(arguments), "is_compileable", False)
+
+
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
     """Return whether a mask is the caller's own 4-D mask with one query row.
 
-    For a static cache, ``generate`` makes the mask before the call. If the prompt fills the cache, that mask also has
-    one query row, which means "causal".
+    A mask of ``generate`` can also have one query row, which means "causal".
     """
-    if mask.ndim != 4 or mask.shape[2] > 1:
-        return False
-    cache = find_cache(arguments)
-    return not (cache is not None and cache.is_compileable and mask.dtype is torch.bool)
+    return mask.ndim == 4 and mask.shape[2] == 1 and is_own_mask(mask, arguments)
 
 
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ from ..models.hooks import (
     count_past,
     count_tokens,
     find_cache,
+    is_own_mask,
     name_arguments,
     read_parameter_names,
     read_state,
@@ -354,15 +355,8 @@ class SharedPromptHooks(PromptHooks):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
         if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
             return "PEFT's adapters differ by row"
-        mask = arguments.get("attention_mask")
-        # With a cache, `generate` has prepared the masks. Without one they are the caller's own.
-        if find_cache(arguments) is None and mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-                return "the attention mask is neither [B, K] nor [B, 1, N, K]"
-            if mask.ndim == 4 and mask.shape[2] == 1:
-                return "in an attention mask of one row, the prompt sees the tokens"
-            if mask.ndim == 4 and self.windows:
-                return "an attention mask [B, 1, N, K] replaces the sliding windows"
+        if (reason := find_reason_against_mask(arguments, self.windows)) is not None:
+            return reason
         if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
             return "a sliding window or an offset of positions starts again with every packed sequence"
         return None
@@ -494,6 +488,20 @@ def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> s
         return f"it has layers with neither full attention nor a sliding window ({', '.join(others)})"
     if local := [layer.name for layer in layers if layer.local]:
         return f"these layers attend to some earlier tokens only, but not through a sliding window: {', '.join(local)}"
+    return None
+
+
+def find_reason_against_mask(arguments: dict[str, Any], windows: bool) -> str | None:
+    """Return the reason why a prompt cannot be shared with a caller's own attention mask, or None if it can."""
+    mask = arguments.get("attention_mask")
+    if mask is None or not is_own_mask(mask, arguments):
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return "the attention mask is neither [B, K] nor [B, 1, N, K]"
+    if mask.ndim == 4 and mask.shape[2] == 1 < count_tokens(arguments):
+        return "in an attention mask of one row, the prompt sees the tokens"
+    if mask.ndim == 4 and windows:
+        return "an attention mask [B, 1, N, K] replaces the sliding windows"
     return None
 
 

@@ -302,17 +302,22 @@ def block_diagonal(dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 @pytest.mark.parametrize("family", ["qwen2", "window-mistral"])
-def test_masks_for_each_query(family: str, dtype: torch.dtype) -> None:
-    """All tokens see the prompt, and the mask applies to the tokens, on both paths."""
+def test_masks_for_each_query(family: str, dtype: torch.dtype, cached: bool) -> None:
+    """All tokens see the prompt, and the mask applies to the tokens, on both paths, also with an empty cache."""
     make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
     inputs = {"input_ids": models.batch()["input_ids"], "attention_mask": block_diagonal(dtype)}
     rows = torch.ones(3, 7, dtype=torch.bool)
     with Float64():
         # The library's eager attention takes no bool masks.
         shared, textbook = (on_path(make(), path, attn_implementation="sdpa") for path in (None, False))
-        assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
+        results = []
+        for model in (shared, textbook):
+            cache: Any = {"past_key_values": DynamicCache()} if cached else {}
+            results.append(loss_and_gradients(model, {**inputs, **cache}, rows))
+        assert_same(*results)
     assert shared.fastprefix.prompt_path.startswith("textbook") == ("window" in family)
 
 
@@ -322,8 +327,24 @@ def test_masks_that_leave_open_what_the_prompt_sees_are_refused(shape: tuple[int
     model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=shared_prompt))
     if shared_prompt is None and shape == (3, 1, 7, 7):
         return  # where the prompt runs by itself, it sees no tokens
-    with pytest.raises(ValueError, match="`attention_mask`"):
-        model(input_ids=models.batch()["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
+    mask = torch.ones(shape, dtype=torch.bool)
+    for cache in (None, DynamicCache()):
+        with pytest.raises(ValueError, match="`attention_mask`"):
+            model(input_ids=models.batch()["input_ids"], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_of_one_row_for_one_token_is_complete() -> None:
+    ids, cache = models.batch()["input_ids"], DynamicCache()
+    mask = models.batch("left")["attention_mask"].bool()
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5), check=False)
+    expected = model(ids, attention_mask=mask).logits[:, -1:]
+    model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+    positions = torch.full((3, 1), 6)
+    logits = model(
+        ids[:, -1:], attention_mask=mask[:, None, None], position_ids=positions, past_key_values=cache
+    ).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def generated(model: Any, **options: Any) -> Tensor:
