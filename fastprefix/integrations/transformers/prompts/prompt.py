@@ -57,6 +57,14 @@ class Insertion:
     unfinished: bool = False  # other hooks must see the module's output before the method changes it
 
 
+@dataclass
+class OuterCall:
+    """A call of a model that embeds its ids itself, and passes embeddings to the backbone inside."""
+
+    shape: torch.Size  # of the ids ``[B, N]``
+    has_offset: bool = False  # the embedding module has added the offset, which the backbone must not add again
+
+
 class PromptHooks:
     """A prompt method on a model, with the prompt in every row. Its hooks are set from ``install`` to ``remove``."""
 
@@ -77,7 +85,7 @@ class PromptHooks:
         self.hooked: Any = None  # the embedding module that has the hooks
         self.receives_ids = path.receives_ids
         self.by_rows = not (path.receives_ids and path.embeds_ids)
-        self.offset_done = False  # the embedding module already added the offset, outside the backbone
+        self.outer: OuterCall | None = None  # the call in progress of a model that embeds ids for the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
         self.entry: Any = find_entry(self.backbone, self.embedding)
@@ -101,6 +109,8 @@ class PromptHooks:
         self.handles = [Interception(self.backbone, self.run)]
         if self.backbone is not model:
             self.handles.append(Interception(model, self.router_mask.run))
+        if not self.receives_ids:
+            self.handles += [Interception(m, functools.partial(self.run_outer, m)) for m in self._list_around(model)]
         self.handles += list_task_handles(self.method, self.backbone, model)
         self._hook_pooler()
         self._hook_embedding()
@@ -136,6 +146,22 @@ class PromptHooks:
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
         return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
+
+    def _list_around(self, model: PreTrainedModel) -> list[PreTrainedModel]:
+        """Return the models around the backbone."""
+        models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not self.backbone]
+        return [each for each in models if any(inside is self.backbone for inside in each.modules())]
+
+    def run_outer(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a model around the backbone, which may embed its ids itself."""
+        ids = name_arguments(read_parameter_names(module), args, kwargs).get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return forward(*args, **kwargs)
+        former, self.outer = self.outer, OuterCall(ids.shape)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.outer = former
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return its output for the tokens."""
@@ -240,8 +266,7 @@ class PromptHooks:
         """Return embeddings ``[B, N, d]`` with the method's offset, and optionally the prompt, ``[B, S + N, d]``."""
         if not with_prompt and not self.method.changes_tokens:
             return rows
-        if self.offset_done:
-            self.offset_done = False
+        if self.outer is not None and self.outer.has_offset:
             return self._before(rows) if with_prompt else rows
         if rows.shape[1] == 0:
             return self._before(rows) if with_prompt else rows
@@ -295,8 +320,12 @@ class PromptHooks:
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the embedding module on the caller's own ids, then add the method's offset and prompt to its output."""
         insertion, here = self.insertion, self.entry_is_embedding
-        if not self.receives_ids and insertion is None and self.method.changes_tokens:
-            self.offset_done = True
+        outer = self.outer
+        if outer is not None and insertion is None and self.method.changes_tokens:
+            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if ids is None or ids.shape != outer.shape:
+                return forward(*args, **kwargs)
+            outer.has_offset = True
             return self.method.embed(*_make_table(forward(*args, **kwargs)), 0, with_prompt=False)
         if insertion is None or (not here and not self.method.changes_tokens):
             return forward(*args, **kwargs)

@@ -327,6 +327,44 @@ def test_another_embedding_is_followed() -> None:
     assert "forward" in vars(other)
 
 
+class Embedder(T.LlamaForCausalLM):
+    """A model that embeds its ids itself, and looks at the embedding of another token before."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        self.get_input_embeddings()(torch.tensor(3))
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_prompt", [None, False])
+def test_a_model_that_embeds_the_ids_itself(shared_prompt: bool | None) -> None:
+    """Every call adds the offset once, whatever has been embedded before."""
+    config = fastprefix.ADePTConfig(3, bottleneck_dim=4, shared_prompt=shared_prompt)
+    torch.manual_seed(0)
+    weights, made = T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)).double().state_dict(), []
+    for kind in (T.LlamaForCausalLM, Embedder):
+        model = kind(T.LlamaConfig(**LLAMA)).double().eval()
+        model.load_state_dict(weights)
+        fastprefix.attach(model, config, check=False)
+        models.randomize(model)
+        made.append(model)
+    plain, model = made
+    table = plain.get_input_embeddings()
+    rows = table(IDS).clone()
+    with Float64():
+        expected = plain(IDS).logits
+        for _ in range(2):
+            torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+            assert torch.equal(model.get_input_embeddings()(IDS), rows)
+            torch.testing.assert_close(model(inputs_embeds=rows).logits, expected)
+            torch.testing.assert_close(model.model(inputs_embeds=rows)[0], plain.model(IDS)[0])
+            with pytest.raises(ValueError, match="`attention_mask`"):
+                model(input_ids=IDS, attention_mask=torch.ones(2, 3))
+            torch.testing.assert_close(model(inputs_embeds=rows).logits, expected)
+
+
 def test_attaching_runs_a_model_up_to_its_embedding_once() -> None:
     model, embedded, layers = models.decoder(), [], []
     model.get_input_embeddings().register_forward_pre_hook(lambda *args: embedded.append(1))
