@@ -23,7 +23,7 @@ from ..transformers.models.hooks import (
 from ..transformers.models.positions import Positions
 from ..transformers.models.switching import find_device, runs_with_adapter
 from ..transformers.prefixes.prefix import PrefixCache
-from ..transformers.prompts.shared_prompt import add_reached_token, capturing, has_dropout, saves_time
+from ..transformers.prompts.shared_prompt import Randomness, add_reached_token, capturing, saves_time
 from .mixing import PeftMixture
 from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before
 
@@ -46,7 +46,7 @@ class PromptAcceleration(PromptLearning):
         super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
         self.layer_names = {module: name for name, module in self.modules.items()}
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             self.handles.append(Interception(head, self.run_head))
@@ -145,7 +145,7 @@ class PromptAcceleration(PromptLearning):
     def _find_prompt_arguments(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
         """Return the arguments for running the prompt alone, or None if the prompt must run in every row."""
         cache, mask = find_cache(arguments), arguments.get("attention_mask")
-        drops = self.drops and self.backbone.training  # drawn separately in every row
+        drops = self.randomness.acts()  # drawn separately in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -52,7 +52,7 @@ from ..models.switching import Implementation, runs_on_text
 from ..prefixes.gates import drop_by_row, hold_by_row
 from ..prefixes.prefix import HiddenWatch
 from ..prompts.prompt import OffsetHooks, needs_ids
-from ..prompts.shared_prompt import capturing, find_reason_against_mask, has_dropout
+from ..prompts.shared_prompt import Randomness, capturing, find_reason_against_mask
 from ..sharding.fully_sharded import is_fully_sharded, run_gathered
 from ..sharding.tensor_parallel import TensorParallelHeads
 from .mixed_call import MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
@@ -78,7 +78,7 @@ class MixtureHooks:
         self.implementation: Implementation | None = None
         self.handles: list[Any] = []
         self.leave: Any = None  # restores the adapter in use, for a call without names
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         self.heads = TensorParallelHeads.find(model, layers)
 
     def find_key(self, part: Part) -> Any:
@@ -191,7 +191,7 @@ class MixtureHooks:
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
             raise ValueError("`use_reentrant` must be False for gradient checkpointing with `adapter_names`.")
         prompts = [part.name for part in rows.parts if part.is_prompt] if rows.has_prompts else []
-        if prompts and self.drops and self.backbone.training:
+        if prompts and self.randomness.acts():
             raise ValueError(
                 f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model is drawn "
                 "separately in every row. Train the prompt alone, or set the model's dropout to 0."

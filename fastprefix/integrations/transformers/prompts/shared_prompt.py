@@ -217,7 +217,7 @@ class SharedPromptHooks(PromptHooks):
         self.count = 1  # prompts of equal length
         self.shift = PositionShift(self.backbone, self.positions)
         self.suspended = False  # the call runs on the model's own attention, which returns weights
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
         self.implementation: Implementation | None = None
@@ -336,7 +336,7 @@ class SharedPromptHooks(PromptHooks):
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
-        if self.drops and self.backbone.training:
+        if self.randomness.acts():
             return "dropout in the model differs by row"
         if not self.required and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = len(next(each for each in self.read_tokens(arguments) if each is not None))
@@ -517,14 +517,34 @@ def saves_time(backbone: nn.Module, layers: int, tokens: int) -> bool:
     return is_sharded(backbone) or any_partitioned(backbone)
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Return whether anything in a module is random during training, such as dropout or the noise of a router."""
+class Randomness:
+    """Find out whether a call of a module is random, through dropout or the noise of a router.
+
+    Layers with dropout may be added, and rates may change. So every training call searches the module, except for a
+    trace, which relies on the last search.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.found = _has_dropout(module)
+
+    def acts(self) -> bool:
+        """Return whether a call is random now."""
+        if not self.module.training:
+            return False
+        if not torch.compiler.is_compiling():
+            self.found = _has_dropout(self.module)
+        return self.found
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Return whether anything in a module is random during training."""
     for submodule in module.modules():
         if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
             return True
-        rates = (value for name, value in vars(submodule).items() if re.search("drop|jitter|noise", name))
-        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
-            return True
+        for name, value in vars(submodule).items():
+            if isinstance(value, float) and value > 0.0 and re.search("drop|jitter|noise", name):
+                return True
     return False
 
 

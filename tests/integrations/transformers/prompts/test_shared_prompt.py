@@ -460,6 +460,24 @@ def test_the_path_is_that_of_the_last_call() -> None:
         assert get_method(model).prompt_path == path
 
 
+def test_dropout_that_is_added_later_is_noticed() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5), check=False).train()
+    paths, projection = [], model.model.layers[0].mlp.down_proj
+    dropout = torch.nn.Dropout(0.5)
+    for layer in (projection, torch.nn.Sequential(projection, dropout)):
+        model.model.layers[0].mlp.down_proj = layer
+        model(**models.batch())
+        paths.append(model.fastprefix.prompt_path)
+    dropout.p = 0.0
+    model(**models.batch())
+    assert [*paths, model.fastprefix.prompt_path] == [
+        "shared", "textbook: dropout in the model differs by row", "shared"
+    ]  # fmt: skip
+    dropout.p = 0.5
+    with pytest.raises(ValueError, match="`adapter_names` must not name the prompt 'default' while dropout"):
+        model(**models.batch(), adapter_names=["default"] * 3)
+
+
 @pytest.mark.peft
 @torch.no_grad()
 def test_peft_layers_in_the_model_are_followed() -> None:
