@@ -282,7 +282,7 @@ class MixtureHooks:
         """Run prompts of equal length as a batch, and return the keys and values in each attention module."""
         assert self.offsets is not None
         assert self.shift is not None
-        dtype, offsets = self.offsets.table.dtype, self.offsets
+        dtype, offsets = self.offsets.precision, self.offsets
         prompts = torch.stack([method.prompt.to(dtype) for method in methods])
         positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
         self.shift.shift = 0

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from ....methods import PromptMethod
+from ..adapter import Casts
 from ..models.attention import make_two_adapters_error
 from ..models.discovery import find_entry, find_input_path, list_ordinary_ids
 from ..models.hooks import (
@@ -139,6 +140,13 @@ class PromptHooks:
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Return the dtype of the embedding module's output. A table that is trained in float32 is cast afterwards."""
+        owners = (getattr(hook, "__self__", None) for hook in self.embedding._forward_hooks.values())
+        casts = next((owner for owner in owners if isinstance(owner, Casts)), None)
+        return (None if casts is None else casts.read_model_precision()) or self.table.dtype
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with the prompt in every row."""

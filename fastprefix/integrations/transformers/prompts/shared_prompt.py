@@ -422,7 +422,7 @@ class SharedPromptHooks(PromptHooks):
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the prompt's keys and values in every layer for a call."""
-        prompt = self.compute_prompts().to(self.table.dtype)
+        prompt = self.compute_prompts().to(self.precision)
         length = prompt.shape[-2]
         # Positions are passed explicitly, since some models remember those of an earlier call.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
