@@ -185,9 +185,19 @@ class PromptHooks:
         if isinstance(cache, PrefixCache):
             raise make_two_adapters_error()
         forget_rows_if_empty(cache)
-        if cache is not None:
-            count_all_rows(cache)
-        past = count_past(arguments)
+        if cache is None or not holds_rows(cache):
+            return self._run_rows(forward, arguments)
+        refuse_other_rows(cache, length)
+        count_all_rows(cache)
+        try:
+            return self._run_rows(forward, arguments)
+        finally:
+            if not torch.compiler.is_compiling():
+                count_tokens_only(cache, length)
+
+    def _run_rows(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """Run the backbone on placeholders and tokens. A cache reports all rows that it holds."""
+        past, length = count_past(arguments), self.method.config.num_virtual_tokens
         inserted = 0 if past > 0 else length
         leading, arguments = flatten_leading(arguments)
         given = self.prepare_input(arguments)
@@ -553,14 +563,16 @@ _ROWS = "fastprefix_rows"
 
 def count_tokens_only(cache: Cache, rows: int) -> None:
     """Make a cache that holds ``rows`` virtual tokens report the other tokens only."""
-    if getattr(cache, _ROWS, rows) != rows:
-        raise ValueError(
-            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} virtual tokens, but the adapter has {rows}."
-        )
     setattr(cache, _ROWS, rows)
     attributes: dict[str, Any] = vars(cache)
     attributes["get_seq_length"] = functools.partial(_count_tokens_only, cache)
     attributes["crop"] = functools.partial(_crop_tokens, cache)
+
+
+def refuse_other_rows(cache: Cache, rows: int) -> None:
+    """Refuse a cache that holds another number of virtual tokens."""
+    if (held := getattr(cache, _ROWS)) != rows:
+        raise ValueError(f"`past_key_values` holds a prompt of {held} virtual tokens, but the adapter has {rows}.")
 
 
 def holds_rows(cache: Cache | None) -> bool:

@@ -289,6 +289,35 @@ def test_generation_goes_on_from_a_kept_cache(family: str, config: Any) -> None:
             torch.testing.assert_close(again.logits, anew.logits, rtol=1e-8, atol=1e-8)
 
 
+@torch.no_grad()
+def test_a_failed_call_leaves_the_length_of_a_cache() -> None:
+    config = fastprefix.PromptTuningConfig(3, shared_prompt=False)
+    model, cache = attach(models.decoder(), config), T.DynamicCache()
+    expected = model(torch.cat([IDS, IDS[:, :2]], dim=1)).logits[:, -2:]
+    model(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        model(IDS[:, :2], past_key_values=cache, attention_mask=torch.ones(2, 20))
+    assert cache.get_seq_length() == IDS.shape[1]
+    torch.testing.assert_close(model(IDS[:, :2], past_key_values=cache).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cropping_a_cache_keeps_the_prompt() -> None:
+    """Assisted generation also crops by no token, if all candidates are accepted."""
+    config = fastprefix.PromptTuningConfig(3, shared_prompt=False)
+    model, cache = attach(models.decoder(), config), T.DynamicCache()
+    model(IDS, past_key_values=cache)
+    for removed, left in ((0, 7), (-2, 5), (-9, 0)):
+        cache.crop(removed)
+        assert cache.get_seq_length() == left
+    logits = model(IDS, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    text = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(text, **options)
+    assert torch.equal(model.generate(text, prompt_lookup_num_tokens=3, **options), expected)
+
+
 @pytest.mark.parametrize("shared_prompt", [None, False])
 def test_a_mask_that_counts_the_prompt_is_refused(shared_prompt: bool | None) -> None:
     model = attach(build("llama"), fastprefix.PromptTuningConfig(3, shared_prompt=shared_prompt))
