@@ -100,10 +100,17 @@ class MixtureHooks:
         else:
             self.implementation.resume()
         watch(self.layers)
+        try:
+            self._set_hooks(parts)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _set_hooks(self, parts: Sequence[Part]) -> None:
         if any(part.is_prompt for part in parts):
             self.offsets = OffsetHooks(self.model, MixedOffsets())  # type: ignore[arg-type]
-            self.offsets.install(self.model)
             self.handles.append(self.offsets)
+            self.offsets.install(self.model)
         self.handles.append(Interception(self.backbone, self.run))
         if self.shift is None and any(part.shift for part in parts):
             self.shift = PositionShift(self.backbone, Positions.find(self.backbone))
@@ -152,11 +159,11 @@ class MixtureHooks:
         call.begin(arguments, self.backbone)
         if torch.is_grad_enabled():
             call.set_prefixes(self.compute_prefixes(call.rows.parts))
-        arguments = self._arrange(arguments, call)
-        if self.offsets is not None:
-            self.offsets.method.rows = call.rows  # type: ignore[assignment]
         carry_through_checkpoints(self.backbone)
         try:
+            arguments = self._arrange(arguments, call)
+            if self.offsets is not None:
+                self.offsets.method.rows = call.rows  # type: ignore[assignment]
             with carrying(CarriedBindings(call.bindings)):
                 output = forward(**arguments)
         finally:

@@ -36,6 +36,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.prompts.prompt import OffsetHooks
 
 from .... import models
 from ....float64 import Float64
@@ -339,6 +340,22 @@ def test_a_cache_without_names_cannot_get_them() -> None:
     cache = model(input_ids=ids).past_key_values
     with pytest.raises(ValueError, match="`past_key_values`"):
         model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["prefix", "prefix"])
+
+
+def test_hooks_that_cannot_be_set_leave_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = decoder(), make_rows(3)
+    plain = model(**inputs).logits
+
+    def fail(*args: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffsetHooks, "install", fail)
+        with pytest.raises(MemoryError):
+            model(**inputs, adapter_names=["prefix", BASE, "adept"])
+    assert torch.equal(model(**inputs).logits, plain)
+    fastprefix.detach(model)
+    assert not any(hasattr(module, "_fastprefix_watched") for module in model.modules())
 
 
 @pytest.mark.parametrize("cached", [False, True])
