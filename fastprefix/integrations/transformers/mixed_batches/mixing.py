@@ -20,13 +20,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..models.attention import (
-    BINDING,
     CarriedBindings,
     Prefix,
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
-    make_two_adapters_error,
     restore_checkpoints,
     unwatch,
     watch,
@@ -152,8 +150,6 @@ class MixtureHooks:
         assert self.implementation is not None
         self.implementation.check()
         refuse_replicas(self.backbone)
-        if any(BINDING in vars(module) for module in self.layers):
-            raise make_two_adapters_error()
         arguments = name_arguments(self.names, args, kwargs)
         self._check(arguments, call.rows)
         call.begin(arguments, self.backbone)
