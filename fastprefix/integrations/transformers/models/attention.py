@@ -241,6 +241,19 @@ def unwatch(modules: Iterable[nn.Module]) -> None:
             delattr(module, WATCHED)
 
 
+class WatchHandle:
+    """Modules that are watched until ``remove``, like a hook."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+        watch(self.modules)
+
+    def remove(self) -> None:
+        """Undo ``watch``. A second call does nothing."""
+        unwatch(self.modules)
+        self.modules = []
+
+
 Prefix = tuple[Tensor, Tensor]
 """Keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]``."""
 

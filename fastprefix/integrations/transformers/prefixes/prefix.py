@@ -22,6 +22,7 @@ from ..models.attention import (
     CarriedBindings,
     GivenPrefix,
     Prefix,
+    WatchHandle,
     carry_through_checkpoints,
     carrying,
     find_attended_tokens,
@@ -31,8 +32,6 @@ from ..models.attention import (
     refuse_lost_bindings,
     restore_checkpoints,
     runs_again,
-    unwatch,
-    watch,
 )
 from ..models.discovery import Layer, find_backbone, find_first_tensor
 from ..models.hooks import (
@@ -355,7 +354,7 @@ class PrefixHooks:
         self.heads = TensorParallelHeads.find(model, layers)
         self.layers = layers
         self.bindings = self._make_bindings(PrefixCall(method, self.heads))  # of layers that are called by themselves
-        self.handles: list[RemovableHandle | Interception] = []
+        self.handles: list[RemovableHandle | Interception | WatchHandle] = []
         self.implementation: Implementation | None = None
 
     def install(self, model: PreTrainedModel) -> None:
@@ -366,8 +365,7 @@ class PrefixHooks:
             self.implementation = Implementation(model, {**self.bindings})
         else:
             self.implementation.resume()
-        watch(self.bindings)
-        self.handles = [Interception(self.backbone, self.run)]
+        self.handles = [Interception(self.backbone, self.run), WatchHandle(self.bindings)]
         if self.shift is not None:
             self.handles += self.shift.install()
         if self.embedding is not None:
@@ -510,7 +508,6 @@ class PrefixHooks:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
-        unwatch(self.bindings)
         restore_checkpoints(self.backbone)
         assert self.implementation is not None
         self.implementation.restore()

@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from ....methods import PromptMethod
 from ..adapter import Casts
-from ..models.attention import make_two_adapters_error
+from ..models.attention import WatchHandle, make_two_adapters_error
 from ..models.discovery import find_entry, find_input_path, list_ordinary_ids
 from ..models.hooks import (
     Forward,
@@ -79,7 +79,7 @@ class PromptHooks:
         self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.placeholder = choose_placeholder_id(model.config)
         self.insertion: Insertion | None = None  # of the call in progress
-        self.handles: list[RemovableHandle | Interception] = []
+        self.handles: list[RemovableHandle | Interception | WatchHandle] = []
         self.embedding_handles: list[RemovableHandle | Interception] = []
         self.interception: Interception
         self.finish_id = 0

@@ -25,12 +25,11 @@ from ..models.attention import (
     Binding,
     CarriedBindings,
     Prefix,
+    WatchHandle,
     carry_through_checkpoints,
     carrying,
     make_window_bias,
     restore_checkpoints,
-    unwatch,
-    watch,
 )
 from ..models.discovery import Layer, find_backbone, find_layers, list_ordinary_ids
 from ..models.hooks import (
@@ -234,8 +233,7 @@ class SharedPromptHooks(PromptHooks):
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
-        watch(self.bindings)
-        self.handles += self.shift.install()
+        self.handles += [WatchHandle(self.bindings), *self.shift.install()]
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
         else:
@@ -364,7 +362,6 @@ class SharedPromptHooks(PromptHooks):
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         super().remove()
-        unwatch(self.bindings)
         restore_checkpoints(self.backbone)
         assert self.implementation is not None
         self.implementation.restore()
