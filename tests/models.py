@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 VERSIONS = {
     name: tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:2])) for name in ("peft", "transformers")
@@ -59,10 +62,10 @@ def encoder(layers: int = LAYERS, **options: object) -> BertForSequenceClassific
     return BertForSequenceClassification(config).double().eval()
 
 
-def replace_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def replace_norms(model: ModelT) -> ModelT:
     """Replace Llama's norms, which always compute in float32, by PyTorch's with weights of 1."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LlamaRMSNorm):
+        if isinstance(module, LlamaRMSNorm | MistralRMSNorm):
             norm = nn.RMSNorm(WIDTH, module.variance_epsilon)
             model.set_submodule(name, norm.to(module.weight))
     return model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from fastprefix.integrations.transformers.models.attention import BINDING
+from fastprefix.integrations.transformers.models.attention import find_binding
 from fastprefix.integrations.transformers.models.switching import Implementation
 
 
@@ -24,12 +24,12 @@ def textbook_attention(
     bias = kwargs.get("position_bias")
     if bias is not None:  # as in T5: on the scores of the tokens
         mask = bias if mask is None else bias + mask
-    binding = getattr(module, BINDING, None)
+    binding: Any = find_binding(module)
     if binding is None:
         return plain_attention(query, key, value, mask, scaling)
     batch, heads = query.shape[:2]
     groups = heads // key.shape[1]
-    states = binding.attachment.method.projected_states(binding.index)
+    states = binding.call.method.projected_states(binding.index)
     prefix = binding.get_prefix(query, key, value) if states is None else projected(module, states, key.shape[3])
     pk, pv = (t.expand(batch, *t.shape).repeat_interleave(groups, 1) for t in prefix)
     gate, output_gate = binding.get_gates(query, key, mask)

@@ -13,8 +13,9 @@ from torch import nn
 from ..transformers.mixed_batches.mixed_call import BASE, MixedCall, MixedRows, Part
 from ..transformers.mixed_batches.mixing import MixtureHooks, check_rows
 from ..transformers.mixed_batches.span_store import KeyedPrefix, SpanStore
+from ..transformers.models.attention import make_two_adapters_error
 from ..transformers.models.discovery import Layer
-from ..transformers.models.switching import find_device
+from ..transformers.models.switching import find_device, runs_with_adapter
 
 
 class PeftMixture(MixtureHooks):
@@ -34,6 +35,8 @@ class PeftMixture(MixtureHooks):
     def run_with(self, names: tuple[str, ...], function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run the base model or its ``generate`` with one adapter per row."""
         check_rows(names, arguments)
+        if runs_with_adapter(self.backbone):
+            raise make_two_adapters_error()
         parts = [self._make_part(name) for name in dict.fromkeys(names) if name != BASE]
         rows = MixedRows(names, parts, find_device(self.model))
         self.install(parts)

@@ -23,7 +23,6 @@ from ..transformers.mixed_batches.mixing import check_names
 from ..transformers.mixed_batches.span_store import KeyedPrefix
 from ..transformers.models.attention import (
     BINDING,
-    CHECKPOINT_WRAPPER,
     NAME,
     Binding,
     CarriedBindings,
@@ -320,7 +319,7 @@ class PrefixAcceleration(PromptLearning):
 
     def _make_rows(self, encoder: Any, config: Any) -> Tensor:
         """Return the keys and values ``[m, 2 L H D]`` of all layers, as PEFT's encoder computes them."""
-        if not (config.inference_mode or checkpoints_reentrantly(self.backbone) or wraps_reentrantly(self.backbone)):
+        if not (config.inference_mode or checkpoints_reentrantly(self.backbone)):
             tokens = torch.arange(config.num_virtual_tokens, device=next(encoder.parameters()).device)
             rows: Tensor = encoder(tokens[None])[0]
             return rows
@@ -336,12 +335,6 @@ class PrefixAcceleration(PromptLearning):
 def _freeze(tensor: Tensor, count: int) -> Tensor:
     """Return keys or values ``[H, m, D]`` without gradients for the first ``count`` tokens."""
     return torch.cat([tensor[:, :count].detach(), tensor[:, count:]], dim=1) if count else tensor
-
-
-def wraps_reentrantly(backbone: nn.Module) -> bool:
-    """Return whether PyTorch's checkpoint wrapper checkpoints a layer of a backbone reentrantly."""
-    functions = (vars(module).get(CHECKPOINT_WRAPPER) for module in backbone.modules())
-    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def _fit(prefix: Tensor, layer: Layer) -> Tensor | None:

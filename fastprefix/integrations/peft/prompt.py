@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..transformers.models.attention import (
-    Binding,
-    CarriedBindings,
-    GivenPrefix,
-    Prefix,
-    carry_through_checkpoints,
-    carrying,
-)
+from ..transformers.models.attention import GivenPrefix, make_two_adapters_error
 from ..transformers.models.discovery import Layer, ModuleCall, find_backbone, record_calls
 from ..transformers.models.hooks import (
     Forward,
@@ -26,15 +19,13 @@ from ..transformers.models.hooks import (
     find_cache,
     name_arguments,
     read_parameter_names,
-    suspend_checkpointing,
 )
 from ..transformers.models.positions import Positions
-from ..transformers.models.switching import find_device
+from ..transformers.models.switching import find_device, runs_with_adapter
 from ..transformers.prefixes.prefix import PrefixCache
-from ..transformers.prompts.shared_prompt import add_reached_token, has_dropout, saves_time
-from ..transformers.sharding.fully_sharded import Gatherer
+from ..transformers.prompts.shared_prompt import Randomness, add_reached_token, capturing, saves_time
 from .mixing import PeftMixture
-from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before, wraps_reentrantly
+from .prefix import PeftCall, PromptLearning, SplitStates, repeat_before
 
 _LOSS = "_loss_function"
 """The attribute of a ``transformers`` model that holds a custom loss function."""
@@ -57,7 +48,7 @@ class PromptAcceleration(PromptLearning):
         super().__init__(peft_model, [layer.module for layer in layers], backbone)
         self.layers = layers
         self.layer_names = {module: name for name, module in self.modules.items()}
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         if type(head) is nn.Linear:
             self.handles.append(Interception(head, self.run_head))
         self.former_loss = vars(model).get(_LOSS)
@@ -93,6 +84,8 @@ class PromptAcceleration(PromptLearning):
         call = self.call_in_progress()
         if call is None or call.prompt is None:
             return super().run(forward, (), arguments)
+        if runs_with_adapter(self.backbone):
+            raise make_two_adapters_error()
         embeds = arguments["inputs_embeds"]
         prompt, call.prompt = call.prompt.to(embeds), None
         length = prompt.shape[1]
@@ -153,22 +146,14 @@ class PromptAcceleration(PromptLearning):
     def _find_prompt_arguments(self, arguments: dict[str, Any], length: int) -> dict[str, Any] | None:
         """Return the arguments for running the prompt alone, or None if the prompt must run in every row."""
         cache, mask = find_cache(arguments), arguments.get("attention_mask")
-        drops = self.drops and self.backbone.training  # drawn separately in every row
+        drops = self.randomness.acts()  # drawn separately in every row
         counted = getattr(self.backbone.config, "output_router_logits", False) or arguments.get("output_router_logits")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         saved = (arguments["inputs_embeds"].shape[0] - 1) * length
         slower = trains and not saves_time(self.backbone, len(self.layers), saved)
         filled = cache is not None and cache.get_seq_length() > 0
-        if (
-            not plain
-            or slower
-            or drops
-            or counted
-            or filled
-            or checkpoints_reentrantly(self.backbone)
-            or wraps_reentrantly(self.backbone)
-        ):
+        if not plain or slower or drops or counted or filled or checkpoints_reentrantly(self.backbone):
             return None
         alone: dict[str, Any] = {"output_hidden_states": arguments.get("output_hidden_states")}
         for name, value in _find_token_arguments(arguments, arguments["inputs_embeds"]).items():
@@ -187,24 +172,20 @@ class PromptAcceleration(PromptLearning):
 
         ``reach`` holds the prompt's positions and the last position of the call, if rotary frequencies depend on it.
         """
-        carry_through_checkpoints(self.backbone)  # PyTorch's checkpoint wrapper is active while the prompt runs
         length = prompt.shape[1]
         if reach is not None:
             longer = {name: _repeat_last(value) for name, value in alone.items()}
             prompt, longer["position_ids"] = add_reached_token(prompt, *reach)
             alone = longer
-        gatherer = Gatherer(self.backbone)
-        seen = {layer.module: _Seen(layer.module, gatherer) for layer in self.layers}
-        with suspend_checkpointing(self.backbone), carrying(CarriedBindings(seen)):
+        with capturing(self.backbone, self.layers, None) as captured:
             ran = forward(inputs_embeds=prompt, use_cache=False, return_dict=True, **alone)
         ran.last_hidden_state = ran.last_hidden_state[:, :length]
         if getattr(ran, "hidden_states", None) is not None:
             ran.hidden_states = tuple(state[:, :length] for state in ran.hidden_states)
         prefixes = {}
         for layer in self.layers:
-            key, value = seen[layer.module].pair
-            name = self.layer_names[layer.module]
-            prefixes[name] = GivenPrefix(key[:, :length], value[:, :length], window=layer.window)
+            key, value = (tensor[0, :, :length] for tensor in captured[layer.module])
+            prefixes[self.layer_names[layer.module]] = GivenPrefix(key, value, window=layer.window)
         return ran, PrefixCache(len(self.layers), length, prefixes)
 
 
@@ -255,18 +236,3 @@ def find_innermost_backbone(model: PreTrainedModel) -> nn.Module:
     inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "use_cache": False}
     calls, error = record_calls(backbone, readers, is_enough, **inputs)
     return backbone if error is not None else find_innermost(calls)
-
-
-class _Seen(Binding):
-    """A binding without a prefix, also when a layer is recomputed. It keeps the keys and values of the attention."""
-
-    pair: Prefix
-
-    def __init__(self, module: nn.Module, gatherer: Gatherer) -> None:
-        self.module = module
-        self.gatherer = gatherer
-
-    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep the keys and values of the single row, and return None."""
-        self.gatherer.watch(self.module, (key, value))
-        self.pair = key[0], value[0]

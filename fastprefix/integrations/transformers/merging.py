@@ -384,7 +384,8 @@ class NewTable:
     """
 
     def __init__(self, hooks: PromptHooks, embedding: nn.Embedding) -> None:
-        self.model = hooks.model
+        self.model, self.hooks = hooks.model, hooks
+        self.precision = hooks.precision
         self.former, self.embedding = hooks.embedding, embedding
         self.tying: list[Any] = []  # the configurations with ``tie_word_embeddings``
         self.tied: list[str] = []  # the names of the parameters that were tied to the former table
@@ -398,7 +399,8 @@ class NewTable:
     def install(self, model: PreTrainedModel) -> None:
         """Install the new embedding. The model may have been moved or resized since the table was computed."""
         weight: Any = self.former.weight
-        _resize_like(self.embedding.to(device=find_device(model), dtype=weight.dtype), self.former)
+        self.precision = self.hooks.precision  # a table that was trained in float32 is cast after the lookup
+        _resize_like(self.embedding.to(device=find_device(model), dtype=self.precision), self.former)
         for parent, name in self.places:
             setattr(parent, name, self.embedding)
         self.tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
@@ -412,7 +414,8 @@ class NewTable:
             config.tie_word_embeddings = True
         weight = self.embedding.weight
         if not self.former.weight.is_meta:  # an offloaded table has not been moved
-            _resize_like(self.former.to(device=weight.device, dtype=weight.dtype), self.embedding)
+            dtype = self.former.weight.dtype if weight.dtype is self.precision else weight.dtype
+            _resize_like(self.former.to(device=weight.device, dtype=dtype), self.embedding)
         for parent, name in self.places:
             if getattr(parent, name) is self.embedding:
                 setattr(parent, name, self.former)

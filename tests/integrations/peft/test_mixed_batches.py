@@ -117,3 +117,15 @@ def test_errors() -> None:
             run(**inputs, adapter_names=["a", "b", "c"])
         with pytest.raises(TypeError, match="`adapter_names`"):
             run(**inputs, adapter_names="a")
+
+
+@pytest.mark.parametrize("shared_prompt", [None, False])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_an_adapter_in_use_on_the_base_model_is_refused(kind: str, shared_prompt: bool | None) -> None:
+    model, inputs = make_model(kind), models.batch()
+    fastprefix.attach(
+        model.get_base_model(), fastprefix.PromptTuningConfig(3, shared_prompt=shared_prompt), check=False
+    )
+    for options in ({}, {"adapter_names": ["a", "b", "__base__"]}):
+        with pytest.raises(ValueError, match="`peft_model` has a base model with an adapter"):
+            model(**inputs, **options)

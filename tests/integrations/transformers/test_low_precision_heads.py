@@ -106,3 +106,29 @@ def test_a_model_that_changes_its_precision() -> None:
     assert model(**models.batch()).logits.dtype is torch.bfloat16
     assert {p.dtype for name, p in trained(model).items() if "classifier" in name} == {torch.float32}
     assert fastprefix.detach(model.double())(**models.batch()).logits.dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    ("names", "tied"), [(["model.embed_tokens"], False), (["lm_head"], True), (["model.embed_tokens"], True)]
+)
+@pytest.mark.parametrize("config", [fastprefix.PromptTuningConfig, fastprefix.ADePTConfig])
+def test_a_shared_prompt_beside_a_trained_table(config: Any, names: list[str], tied: bool) -> None:
+    """The prompt enters where the embeddings of the tokens do, which are cast. Merging may replace the table."""
+    plain = models.decoder(tie_word_embeddings=tied).to(torch.bfloat16)
+    model = fastprefix.attach(copy.deepcopy(plain), config(3, modules_to_save=names), check=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.25)
+    logits = model(**models.batch()).logits
+    assert model.fastprefix.prompt_path == "shared"
+    assert logits.dtype is torch.bfloat16
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None for p in trained(model).values())
+    fastprefix.merge(model)
+    assert model.get_input_embeddings()(models.batch()["input_ids"]).dtype is torch.bfloat16
+    for _ in range(2):
+        torch.testing.assert_close(model(**models.batch()).logits, logits, rtol=0.02, atol=0.02)
+        with fastprefix.disable_adapter(model):
+            assert torch.equal(model(**models.batch()).logits, plain(**models.batch()).logits)
+    fastprefix.detach(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model(**models.batch()).logits, plain(**models.batch()).logits)

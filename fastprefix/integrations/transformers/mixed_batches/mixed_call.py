@@ -274,10 +274,10 @@ class MixedGates:
 class MixedBinding(LayerBinding):
     """The binding of an attention module to the prefixes and gates of a call's rows."""
 
-    attachment: Any
+    call: Any
 
     def __init__(self, call: MixedCall, index: int, layer: Layer) -> None:
-        self.attachment = self.call = call
+        self.call = call
         self.heads = call.heads
         self.index = index
         self.module = layer.module
@@ -312,7 +312,8 @@ class MixedBinding(LayerBinding):
                 assert isinstance(part.method, PrefixMethod)
                 states = part.method.projected_states(part.indices[self.module])
             prefixes.append(None if states is None else KeyedPrefix(*part.projections[self.module](states.to(query))))
-        return self.call.make_store(prefixes)
+        store: LayerStore | None = self.call.make_store(prefixes)
+        return store
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
@@ -342,19 +343,6 @@ class MixedBinding(LayerBinding):
     def count_frozen(self) -> int:
         """Return 0, since parameters that are not trained need no gradient anyway."""
         return 0
-
-
-class CaptureBinding(Binding):
-    """The binding of an attention module that captures its keys and values while prompts run."""
-
-    def __init__(self, index: int, heads: TensorParallelHeads | None) -> None:
-        self.index = index
-        self.heads = heads
-        self.captured: Prefix | None = None
-
-    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep the keys and values that the attention is called with, and return no prefix."""
-        self.captured = (key, value)
 
 
 class MixedOffsets(nn.Module):

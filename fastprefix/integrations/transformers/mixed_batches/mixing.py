@@ -29,7 +29,7 @@ from ..models.attention import (
     unwatch,
     watch,
 )
-from ..models.discovery import Layer, find_backbone, find_first_tensor
+from ..models.discovery import Layer, find_backbone
 from ..models.hooks import (
     Forward,
     Interception,
@@ -44,16 +44,16 @@ from ..models.hooks import (
     name_arguments,
     refuse_one_row_masks,
     refuse_replicas,
-    suspend_checkpointing,
 )
 from ..models.positions import Positions, PositionShift, RowShift, refuse_packed
 from ..models.switching import Implementation, runs_on_text
-from ..prefixes.gates import hold_by_row
+from ..prefixes.gates import drop_by_row, hold_by_row
+from ..prefixes.prefix import HiddenWatch
 from ..prompts.prompt import OffsetHooks, needs_ids
-from ..prompts.shared_prompt import has_dropout
+from ..prompts.shared_prompt import Randomness, capturing, find_reason_against_mask
 from ..sharding.fully_sharded import is_fully_sharded, run_gathered
 from ..sharding.tensor_parallel import TensorParallelHeads
-from .mixed_call import CaptureBinding, MixedBinding, MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
+from .mixed_call import MixedCall, MixedOffsets, MixedRows, Part, compute_prefixes
 from .span_store import KeyedPrefix, SpanStore
 
 
@@ -76,7 +76,7 @@ class MixtureHooks:
         self.implementation: Implementation | None = None
         self.handles: list[Any] = []
         self.leave: Any = None  # restores the adapter in use, for a call without names
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         self.heads = TensorParallelHeads.find(model, layers)
 
     def find_key(self, part: Part) -> Any:
@@ -98,10 +98,17 @@ class MixtureHooks:
         else:
             self.implementation.resume()
         watch(self.layers)
+        try:
+            self._set_hooks(parts)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _set_hooks(self, parts: Sequence[Part]) -> None:
         if any(part.is_prompt for part in parts):
             self.offsets = OffsetHooks(self.model, MixedOffsets())  # type: ignore[arg-type]
-            self.offsets.install(self.model)
             self.handles.append(self.offsets)
+            self.offsets.install(self.model)
         self.handles.append(Interception(self.backbone, self.run))
         if self.shift is None and any(part.shift for part in parts):
             self.shift = PositionShift(self.backbone, Positions.find(self.backbone))
@@ -112,7 +119,7 @@ class MixtureHooks:
         if any(part.gates is not None for part in parts):
             for layer in self.layers.values():
                 if layer.entry is not None:
-                    self.handles.append(layer.entry.register_forward_pre_hook(Watch(layer.module), with_kwargs=True))
+                    self.handles += HiddenWatch(layer.module).install(layer.entry)
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
@@ -148,11 +155,11 @@ class MixtureHooks:
         call.begin(arguments, self.backbone)
         if torch.is_grad_enabled():
             call.set_prefixes(self.compute_prefixes(call.rows.parts))
-        arguments = self._arrange(arguments, call)
-        if self.offsets is not None:
-            self.offsets.method.rows = call.rows  # type: ignore[assignment]
         carry_through_checkpoints(self.backbone)
         try:
+            arguments = self._arrange(arguments, call)
+            if self.offsets is not None:
+                self.offsets.method.rows = call.rows  # type: ignore[assignment]
             with carrying(CarriedBindings(call.bindings)):
                 output = forward(**arguments)
         finally:
@@ -187,7 +194,7 @@ class MixtureHooks:
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
             raise ValueError("`use_reentrant` must be False for gradient checkpointing with `adapter_names`.")
         prompts = [part.name for part in rows.parts if part.is_prompt] if rows.has_prompts else []
-        if prompts and self.drops and self.backbone.training:
+        if prompts and self.randomness.acts():
             raise ValueError(
                 f"`adapter_names` must not name the prompt {prompts[0]!r} while dropout in the model is drawn "
                 "separately in every row. Train the prompt alone, or set the model's dropout to 0."
@@ -196,6 +203,11 @@ class MixtureHooks:
             raise ValueError(
                 f"`output_router_logits` must be False with the prompt {prompts[0]!r} in `adapter_names`, since the "
                 "auxiliary loss counts the prompt's tokens in every row."
+            )
+        if prompts and (reason := find_reason_against_mask(arguments, self.windows)) is not None:
+            raise ValueError(
+                f"`attention_mask` cannot be used with the prompt {prompts[0]!r} in `adapter_names`: {reason}. Pass a "
+                "mask [B, K], or use the prompt alone."
             )
 
     def _arrange(self, arguments: dict[str, Any], call: MixedCall) -> dict[str, Any]:
@@ -273,12 +285,11 @@ class MixtureHooks:
         """Run prompts of equal length as a batch, and return the keys and values in each attention module."""
         assert self.offsets is not None
         assert self.shift is not None
-        dtype, offsets = self.offsets.table.dtype, self.offsets
+        dtype, offsets = self.offsets.precision, self.offsets
         prompts = torch.stack([method.prompt.to(dtype) for method in methods])
         positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
-        bindings = {module: CaptureBinding(index, self.heads) for index, module in enumerate(self.layers)}
         self.shift.shift = 0
-        with carrying(CarriedBindings({**bindings})), suspend_checkpointing(self.backbone):
+        with capturing(self.backbone, self.layers.values(), self.heads) as captured:
             if needs_ids(self.model.config):
                 former, offsets.method = offsets.method, methods[0]
                 try:
@@ -287,20 +298,7 @@ class MixtureHooks:
                     offsets.method = former
             else:
                 offsets.forward(inputs_embeds=prompts, position_ids=positions[None], use_cache=False)
-        return {module: binding.captured for module, binding in bindings.items() if binding.captured is not None}
-
-
-class Watch:
-    """A forward pre-hook that keeps a layer's input for the gates of the call in progress."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        carried = get_carried_bindings()
-        binding = None if carried is None else carried.bindings.get(self.attention)
-        if isinstance(binding, MixedBinding):
-            binding.hidden = find_first_tensor(args, kwargs)
+        return captured
 
 
 _NAMES = "fastprefix_names"
@@ -328,9 +326,14 @@ def hold_names(cache: Cache, rows: MixedRows, arguments: Mapping[str, Any]) -> N
 
 
 def get_held_names(cache: Cache | None) -> tuple[str, ...] | None:
-    """Return the adapter names of a cache's rows, or None if the cache was filled without names."""
-    held = getattr(cache, _NAMES, None)
-    return held.names if isinstance(held, HeldNames) else None
+    """Return the adapter names of a cache's rows, or None if the cache is empty or was filled without names."""
+    if cache is None or not hasattr(cache, _NAMES):
+        return None
+    if int(cache.get_seq_length()) == 0:
+        drop_by_row(cache, _NAMES)
+        return None
+    held: HeldNames = getattr(cache, _NAMES)
+    return held.names
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int | None:

@@ -112,14 +112,12 @@ class Routing:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, with the adapter of each row if names are given."""
         names = check_names(kwargs.pop(_ARGUMENT, None))
-        cache = find_cache(kwargs)
-        if names is None and cache is not None:
-            names = get_held_names(cache)
+        if names is None:
+            names = get_held_names(find_cache(kwargs))
         if names is None:
             return self.former_generate(*args, **kwargs)
         check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
-        past = 0 if cache is None else int(cache.get_seq_length())
-        with torch.no_grad(), self._select(names, past):
+        with torch.no_grad(), self._select(names, count_past(kwargs)):
             former, self.generating = self.generating, names
             try:
                 return self.former_generate(*args, **kwargs)
@@ -140,7 +138,7 @@ class Routing:
         cache, generating = find_cache(arguments), names is None and self.generating is not None
         names = self.generating if generating else names
         past = count_past(arguments)
-        held = get_held_names(cache) if past > 0 else None
+        held = get_held_names(cache)
         if held is None:
             if past > 0 and names is not None:
                 raise ValueError(

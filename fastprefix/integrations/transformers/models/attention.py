@@ -221,10 +221,10 @@ MASKS: dict[str, Any] = {NAME: make_mask, FULL_MASKS: make_full_mask}
 """The mask function of each attention name."""
 
 BINDING = "_fastprefix_binding"
-"""The attribute of an attention module that holds its ``Binding``."""
+"""The attribute of an attention module that holds its ``Binding`` outside of a call that carries one."""
 
 WATCHED = "_fastprefix_watched"
-"""The attribute of an attention module that counts the users (such as PEFT models) whose calls carry its prefix."""
+"""The attribute of an attention module that counts the adapters and PEFT models whose calls carry its prefix."""
 
 
 def watch(modules: Iterable[nn.Module]) -> None:
@@ -239,6 +239,19 @@ def unwatch(modules: Iterable[nn.Module]) -> None:
         setattr(module, WATCHED, getattr(module, WATCHED) - 1)
         if not getattr(module, WATCHED):
             delattr(module, WATCHED)
+
+
+class WatchHandle:
+    """Modules that are watched until ``remove``, like a hook."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+        watch(self.modules)
+
+    def remove(self) -> None:
+        """Undo ``watch``. A second call does nothing."""
+        unwatch(self.modules)
+        self.modules = []
 
 
 Prefix = tuple[Tensor, Tensor]
@@ -326,7 +339,7 @@ class GivenPrefix(Binding):
 
 @dataclass(frozen=True, eq=False)
 class CarriedBindings:
-    """The bindings of one call of a model, by attention module. They replace the bindings on the modules.
+    """The bindings of one call of a model, by attention module. They replace the bindings on these modules.
 
     ``own_attention`` names a registered attention that runs instead of this package's. With it, a call without an
     adapter returns exactly the results of the model's own attention.
@@ -349,6 +362,12 @@ _CALL = _CallInProgress()
 def get_carried_bindings() -> CarriedBindings | None:
     """Return the bindings that the call in progress carries, or None outside of such a call."""
     return _CALL.carried
+
+
+def find_binding(module: nn.Module) -> Binding | None:
+    """Return the binding of an attention module: the one that the call in progress carries, or the module's own."""
+    binding = None if _CALL.carried is None else _CALL.carried.bindings.get(module)
+    return getattr(module, BINDING, None) if binding is None else binding
 
 
 @contextmanager
@@ -387,8 +406,21 @@ class _CarryingRun(NamedTuple):
     carried: CarriedBindings | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.carried is not None and runs_again():
+            _refuse_other_attention(self.carried.bindings)
         with carrying(self.carried):
             return self.run(*args, **kwargs)
+
+
+def _refuse_other_attention(bindings: Iterable[nn.Module]) -> None:
+    """Refuse to recompute a layer with an attention that would ignore the prefix of its first run."""
+    module = next(iter(bindings), None)
+    name = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+    if not str(name).startswith(NAME):
+        raise RuntimeError(
+            "an adapter was disabled or detached before the backward pass of its call, in which gradient checkpointing "
+            f"recomputes the layers, so the attention is {name!r} now. Call backward before that."
+        )
 
 
 CHECKPOINT_WRAPPER = "checkpoint_fn"
@@ -428,9 +460,8 @@ def refuse_lost_bindings() -> None:
     """Refuse to recompute a layer in a backward pass without the bindings of its first run."""
     if _CALL.carried is None and runs_again():
         raise RuntimeError(
-            "a layer of an accelerated PEFT model, or of a call with `adapter_names`, is recomputed in a backward pass "
-            "where the prefix of its call is unknown. Enable gradient checkpointing with "
-            "`gradient_checkpointing_enable()` instead of another wrapper."
+            "a layer of a model with an adapter is recomputed in a backward pass where the prefix of its call is "
+            "unknown. Enable gradient checkpointing with `gradient_checkpointing_enable()` instead of another wrapper."
         )
 
 
@@ -461,7 +492,7 @@ def run_attention(
     are for the prefix. Return ``[B, N, H, Dv]``, and None instead of attention weights.
 
     Raises:
-        ValueError: if the module passes ``indices``, or both a call and the module provide a prefix.
+        ValueError: if the module passes ``indices``.
         RuntimeError: if a layer is recomputed in a backward pass without the bindings of its call.
     """
     if kwargs.get("indices") is not None:
@@ -471,11 +502,7 @@ def run_attention(
     carried = _CALL.carried
     if getattr(module, WATCHED, 0):
         refuse_lost_bindings()
-    binding: Binding | None = getattr(module, BINDING, None)
-    if carried is not None:
-        if binding is not None and carried.bindings:
-            raise make_two_adapters_error()
-        binding = carried.bindings.get(module)
+    binding = find_binding(module)
     if binding is not None:
         key, value = binding.share_tokens(key, value)
     if carried is not None and attention_mask is not None:

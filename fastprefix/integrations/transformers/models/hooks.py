@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
-from .attention import Prefix
+from .attention import CHECKPOINT_WRAPPER, Prefix
 
 READ_ARGUMENTS = frozenset(
     {
@@ -285,16 +285,23 @@ def check_mask_length(mask: Any, tokens: int, length: int) -> None:
         raise ValueError(f"`attention_mask` must be [B, {tokens}], but is {list(mask.shape)}.{hint}")
 
 
+def is_own_mask(mask: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the attention mask of a call is the caller's own, rather than one that ``generate`` has made.
+
+    ``generate`` makes 4-D masks before the call only for caches that can be compiled. They are bool, or a mapping of
+    several masks.
+    """
+    if isinstance(mask, Tensor) and (mask.ndim != 4 or mask.dtype is not torch.bool):
+        return True
+    return not getattr(find_cache(arguments), "is_compileable", False)
+
+
 def _is_own_row(mask: Tensor, arguments: Mapping[str, Any]) -> bool:
     """Return whether a mask is the caller's own 4-D mask with one query row.
 
-    For a static cache, ``generate`` makes the mask before the call. If the prompt fills the cache, that mask also has
-    one query row, which means "causal".
+    A mask of ``generate`` can also have one query row, which means "causal".
     """
-    if mask.ndim != 4 or mask.shape[2] > 1:
-        return False
-    cache = find_cache(arguments)
-    return not (cache is not None and cache.is_compileable and mask.dtype is torch.bool)
+    return mask.ndim == 4 and mask.shape[2] == 1 and is_own_mask(mask, arguments)
 
 
 def refuse_one_row_masks(arguments: dict[str, Any]) -> None:
@@ -336,67 +343,53 @@ def read_state(*modules: nn.Module) -> object:
 
 
 class Cut:
-    """The prefixes of the last differentiable call, detached from the graph that computed them."""
+    """Leaf tensors with the values of a call's prefixes. ``tie`` must be called in the same call."""
 
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.leaves: list[Tensor] = []
-        self.tied = True
-
-    def cut(self, prefixes: list[Prefix]) -> None:
-        """Make leaf tensors with the values of the prefixes. ``tie`` must be called in the same forward call."""
+    def __init__(self, prefixes: list[Prefix]) -> None:
         self.tensors = [tensor for prefix in prefixes for tensor in prefix]
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.tensors]
         self.tied = False
 
-    def clear(self) -> None:
-        """Drop the leaves before a call that needs none."""
-        self.tensors, self.leaves, self.tied = [], [], True
-
-    def get_prefix(self, index: int) -> Prefix | None:
-        """Return the leaves of a layer, or None if gradients are disabled or no leaves exist."""
-        if not (self.leaves and torch.is_grad_enabled()):
-            return None
+    def get_prefix(self, index: int) -> Prefix:
+        """Return the leaves of a layer."""
         return self.leaves[2 * index], self.leaves[2 * index + 1]
 
     def tie(self, hidden: Tensor) -> Tensor:
-        """Connect the input of the first layer to the detached prefixes in the autograd graph."""
+        """Connect the input of the first layer to the prefixes in the autograd graph."""
         self.tied = True
         # Reentrant checkpointing computes no gradients for a layer unless one of its inputs requires a gradient.
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
-        tied: Tensor = _Gather.apply(self, self.leaves, hidden, *self.tensors)  # type: ignore[no-untyped-call]
+        tied: Tensor = _Gather.apply(self.leaves, hidden, *self.tensors)  # type: ignore[no-untyped-call]
         return tied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the state that exists only while a model runs."""
-        return vars(Cut())
 
 
 class _Gather(torch.autograd.Function):
     """The identity. Its backward also passes the gradients that the leaves have accumulated to the prefixes."""
 
     @staticmethod
-    def forward(ctx: Any, cut: Cut, leaves: list[Tensor], hidden: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.cut, ctx.leaves = cut, leaves
+    def forward(ctx: Any, leaves: list[Tensor], hidden: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.leaves = leaves
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # A recomputed layer always uses the leaves of the last call, even in the backward pass of an earlier call.
-        gathered = [
-            _add_gradients(_take_gradient(leaf), _take_gradient(last))
-            for leaf, last in zip(ctx.leaves, ctx.cut.leaves, strict=True)
-        ]
-        return None, None, gradient, *gathered
+        return None, gradient, *map(_take_gradient, ctx.leaves)
 
 
 def checkpoints_reentrantly(backbone: nn.Module) -> bool:
-    """Return whether a backbone trains with reentrant gradient checkpointing."""
-    if not backbone.training or torch.compiler.is_compiling():
+    """Return whether a layer of a backbone is checkpointed reentrantly, by ``transformers`` or by PyTorch's wrapper."""
+    if torch.compiler.is_compiling():
         return False
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in _list_checkpointed(backbone))
-    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions if function)
+    for module in backbone.modules():
+        attributes = vars(module)
+        if getattr(attributes.get(CHECKPOINT_WRAPPER), "keywords", {}).get("use_reentrant"):
+            return True
+        function = attributes.get("_gradient_checkpointing_func")
+        checkpoints = backbone.training and function is not None and attributes.get("gradient_checkpointing", False)
+        if checkpoints and getattr(function, "keywords", {}).get("use_reentrant", True):
+            return True
+    return False
 
 
 @contextmanager
@@ -421,7 +414,3 @@ def _list_checkpointed(backbone: nn.Module) -> list[Any]:
 def _take_gradient(leaf: Tensor) -> Tensor | None:
     gradient, leaf.grad = leaf.grad, None
     return gradient
-
-
-def _add_gradients(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return first if second is None else second if first is None else first + second

@@ -42,6 +42,14 @@ def hold_by_row(cache: Cache, attribute: str, state: ByRow) -> None:
             setattr(cache, name, partial(_select_rows, cache, name))
 
 
+def drop_by_row(cache: Cache, attribute: str) -> None:
+    """Drop an attribute that ``hold_by_row`` has set."""
+    held: tuple[str, ...] = getattr(cache, _HELD, ())
+    if attribute in held:
+        setattr(cache, _HELD, tuple(other for other in held if other != attribute))
+        delattr(cache, attribute)
+
+
 def _select_rows(cache: Cache, name: str, rows: Any) -> None:
     """Run a row-selecting method of a cache, and apply the same selection to every state per row."""
     getattr(type(cache), name)(cache, rows)
@@ -51,8 +59,6 @@ def _select_rows(cache: Cache, name: str, rows: Any) -> None:
 
 _GATES = "fastprefix_gates"
 """The attribute of a key/value cache that holds the gates of its sequences."""
-_SEQUENCES = "fastprefix_sequences"
-"""The attribute of a mask that holds the sequences of packed rows, for layers that checkpointing runs again."""
 
 
 class HeldGates:
@@ -95,13 +101,16 @@ def select_rows(tensor: Tensor, name: str, rows: Any) -> Tensor:
 
 
 class CallGates:
-    """The tokens of a call in progress, and the gates pooled from these tokens or from earlier ones."""
+    """The tokens of a call, and the gates pooled from these tokens or from earlier ones.
+
+    Without arguments it describes a layer that is called outside its model, whose gates are not stored.
+    """
 
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
         self.past = 0 if arguments is None else count_past(arguments)  # tokens in the cache
         self.tokens = 0 if arguments is None else count_tokens(arguments)
         self.held = HeldGates()  # gates of the sequences in the cache
-        self.pooled: dict[int, Tensor] = {}  # gates of the sequences after the call
+        self.pooled: dict[int, Tensor] | None = None if arguments is None else {}  # gates after the call, until its end
         self.begun: Tensor | None = None  # sequences with a token in the call; None: all
         self.sequences: Tensor | None = None  # the sequence of each token in the call, if rows are packed
 
@@ -117,13 +126,6 @@ class CallGates:
             if pools and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > 1:
                 check_one_sequence(mask, mask.shape[2], self.past)
 
-    def find_sequences(self, mask: Tensor | None) -> Tensor | None:
-        """Return the sequence of each token in packed rows. A recomputed layer reads them from its mask."""
-        if self.sequences is None or mask is None or torch.compiler.is_compiling():
-            return self.sequences if self.sequences is not None else getattr(mask, _SEQUENCES, None)
-        setattr(mask, _SEQUENCES, self.sequences)
-        return self.sequences
-
     def hold(self, index: int, gate: Tensor, attended: Tensor | None) -> Tensor:
         """Store a layer's gate for later calls with the same cache, and return the gate for this call."""
         if self.past > 0:
@@ -133,11 +135,17 @@ class CallGates:
                     "from the first tokens of a sequence."
                 )
             gate = self.held.choose_gate(index, gate)
+        if self.pooled is None:  # a recomputed layer
+            return gate
         self.pooled[index] = gate
         self.begun = None if attended is None else attended.any(dim=1).expand(gate.shape[0])
         return gate
 
     def store_gates(self, cache: Cache | None) -> None:
-        """Store the pooled gates of a call on its cache."""
-        if self.pooled and cache is not None:
-            hold_by_row(cache, _GATES, self.held.advance(self.pooled, self.begun))
+        """Store the pooled gates of a call on its cache at the end of the call.
+
+        Gradient checkpointing holds this object, so it must not hold tensors of the layers' graphs.
+        """
+        pooled, self.pooled = self.pooled, None
+        if pooled and cache is not None:
+            hold_by_row(cache, _GATES, self.held.advance(pooled, self.begun))

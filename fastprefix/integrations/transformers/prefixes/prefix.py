@@ -19,12 +19,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ....methods import Composition, PrefixMethod
 from ..models.attention import (
     Binding,
+    CarriedBindings,
     GivenPrefix,
     Prefix,
+    WatchHandle,
+    carry_through_checkpoints,
+    carrying,
     find_attended_tokens,
+    find_binding,
     get_carried_bindings,
     make_window_bias,
     refuse_lost_bindings,
+    restore_checkpoints,
     runs_again,
 )
 from ..models.discovery import Layer, find_backbone, find_first_tensor
@@ -83,14 +89,15 @@ class PrefixCache(DynamicCache):
         if self.prefixes:
             refuse_lost_bindings()
             carried = get_carried_bindings()
-            if carried is None:
+            bindings = () if carried is None else carried.bindings.values()
+            given = next((each for each in bindings if isinstance(each, GivenPrefix)), None)
+            if given is None:
                 raise RuntimeError(
                     "`past_key_values` was filled by an accelerated PEFT model (fastprefix.accelerate), and can only "
                     "be used with an accelerated model. Pass a new cache."
                 )
             if runs_again():
-                past = next((each.past for each in carried.bindings.values() if isinstance(each, GivenPrefix)), 0)
-                return self._prefix_layers()[layer_idx].rerun(key_states, value_states, past)
+                return self._prefix_layers()[layer_idx].rerun(key_states, value_states, given.past)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -181,32 +188,76 @@ class PrefixCacheLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
-class LayerBinding(Binding):
-    """The binding of an attention module to its prefix and its gates."""
+def compute_prefixes(method: PrefixMethod, heads: TensorParallelHeads | None) -> list[Prefix]:
+    """Return the prefixes of all layers. On a tensor-parallel model they have this rank's heads only."""
+    prefixes = method.prefixes()
+    return prefixes if heads is None else heads.take_prefixes(prefixes)
 
-    def __init__(self, attachment: PrefixHooks, index: int, layer: Layer) -> None:
-        self.attachment = attachment
-        self.heads = attachment.heads
+
+class PrefixCall:
+    """The prefixes and gates of one call of a model.
+
+    Gradient checkpointing recomputes a layer with those of its own call, whatever has been called since.
+    """
+
+    def __init__(
+        self,
+        method: PrefixMethod,
+        heads: TensorParallelHeads | None,
+        prefixes: list[Prefix] | None = None,
+        gates: CallGates | None = None,
+        casts: dict[tuple[int, torch.dtype, torch.device], Prefix] | None = None,
+    ) -> None:
+        self.method = method
+        self.heads = heads
+        self.prefixes = prefixes  # None: each layer computes them, since it is called outside its model
+        self.gates = gates or CallGates()
+        self.casts = casts  # casts of the prefixes, if later calls use the same ones
+        self.cut: Cut | None = None  # with reentrant gradient checkpointing
+
+    def get_prefix(self, index: int) -> Prefix:
+        """Return the prefix of a layer."""
+        if self.cut is not None and torch.is_grad_enabled():
+            return self.cut.get_prefix(index)
+        prefixes = compute_prefixes(self.method, self.heads) if self.prefixes is None else self.prefixes
+        return prefixes[index]
+
+    def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
+        """Return a layer's prefix on the query's device and in its dtype. Kept prefixes are cast only once."""
+        if self.casts is None or not self.prefixes or self.prefixes[index][0] is not prefix[0]:
+            return prefix[0].to(query), prefix[1].to(query)
+        place = index, query.dtype, query.device
+        if place not in self.casts:
+            self.casts[place] = prefix[0].to(query), prefix[1].to(query)
+        return self.casts[place]
+
+
+class LayerBinding(Binding):
+    """The binding of an attention module to its prefix and its gates in a call."""
+
+    def __init__(self, call: PrefixCall, index: int, layer: Layer, shifts: bool) -> None:
+        self.call = call
+        self.heads = call.heads
         self.index = index
-        self.window = layer.window if attachment.shift is not None else None  # the sliding window that cuts the prefix
+        self.window = layer.window if shifts else None  # the sliding window that cuts the prefix
         self.projection = layer.projection  # set if the layer projects the method's states
         self.hidden: Tensor | None = None  # the layer's input, until its attention is done
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix in the query's dtype, or None while the layer projects the states of the prefix."""
-        states = self.attachment.method.projected_states(self.index)
+        states = self.call.method.projected_states(self.index)
         if states is None or self.projection is None:
-            pk, pv = self.attachment.get_prefix(self.index)
+            pk, pv = self.call.get_prefix(self.index)
         elif self.projection.running:
             self.projection.get_prefix(query, key, value)
             return None
         else:
             pk, pv = self.projection(states.to(query))
-        return self.attachment.cast_prefix(self.index, (pk, pv), query)
+        return self.call.cast_prefix(self.index, (pk, pv), query)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the prefix gate and the output gate."""
-        prefix_gate, output_gate = self._prefix_gate(query, mask), self.attachment.method.output_gate(self.index)
+        prefix_gate, output_gate = self._prefix_gate(query, mask), self.call.method.output_gate(self.index)
         heads = self.heads
         if heads is not None:
             prefix_gate = None if prefix_gate is None else heads.take_gate(prefix_gate, self.index)
@@ -216,22 +267,22 @@ class LayerBinding(Binding):
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias that applies a sliding window to a prefix with positions before the tokens."""
-        length = self.attachment.method.config.num_virtual_tokens
-        return make_window_bias(query, self.window, length, self.attachment.gates.past, self.attachment.gates.tokens)
+        length = self.call.method.config.num_virtual_tokens
+        return make_window_bias(query, self.window, length, self.call.gates.past, self.call.gates.tokens)
 
     def get_key_bias(self, query: Tensor) -> Tensor | None:
         """Return the biases of the prefix keys in the dtype of the query."""
-        bias, heads = self.attachment.method.key_bias(self.index), self.heads
+        bias, heads = self.call.method.key_bias(self.index), self.heads
         if bias is not None and heads is not None:
             bias = heads.take_heads(bias, heads.splits[self.index].keys)
         return None if bias is None else bias.to(query)
 
     def count_frozen(self) -> int:
         """Return the number of leading prefix tokens that need no gradient."""
-        return self.attachment.method.frozen_tokens()
+        return self.call.method.frozen_tokens()
 
     def _prefix_gate(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
-        method, gates = self.attachment.method, self.attachment.gates
+        method, gates = self.call.method, self.call.gates
         if not method.needs_hidden():
             gate = method.prefix_gate(self.index, None, None)
             return None if gate is None else gate.to(query)
@@ -239,7 +290,7 @@ class LayerBinding(Binding):
         if causal and held.begun is None and self.index in held.gates:
             return held.gates[self.index].to(query)
         attended = find_attended_tokens(mask, query.shape[2], gates.past if causal else 0)
-        sequences = gates.find_sequences(mask) if causal else None
+        sequences = gates.sequences if causal else None
         packed = {} if sequences is None else {"sequences": sequences}
         gate = method.prefix_gate(self.index, self.hidden, attended, **packed)
         assert gate is not None
@@ -247,17 +298,32 @@ class LayerBinding(Binding):
             gate = gates.hold(self.index, gate, attended)
         return gate.to(query)
 
+
+class HiddenWatch:
+    """The hooks that keep a layer's input for the gates of the call in progress, until its attention is done."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def install(self, entry: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks. ``entry`` is the module that receives the layer's input."""
+        return [
+            entry.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
+            self.attention.register_forward_hook(self.leave_attention, always_call=True),
+        ]
+
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the layer's input (a forward pre-hook of the module that receives it)."""
-        self.hidden = find_first_tensor(args, kwargs)
+        self._keep(find_first_tensor(args, kwargs))
 
     def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Drop the layer's input once its attention is done (a forward hook of the attention)."""
-        self.hidden = None
+        self._keep(None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out state that exists only while a model runs."""
-        return {**self.__dict__, "hidden": None}
+    def _keep(self, hidden: Tensor | None) -> None:
+        binding = find_binding(self.attention)
+        if isinstance(binding, LayerBinding):
+            binding.hidden = hidden
 
 
 class KeptPrefixes(NamedTuple):
@@ -279,19 +345,16 @@ class PrefixHooks:
         shifts = method.config.prefix_position == "shift"
         self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
         self.longest: int | None = None  # longest row for which a merged prompt's keys are rotated
-        self.prefixes: list[Prefix] | None = None
         self.kept: KeptPrefixes | None = None  # reused while a sequence is generated
-        self.gates = CallGates()
+        self.call: PrefixCall | None = None  # the call in progress
         self.windows = any(layer.window is not None for layer in layers)
-        self.cut = Cut()
         halves = model.config.is_encoder_decoder
         self.encoder: Any = model.get_encoder() if halves else None  # generation calls it directly
-        self.running = False
         self.embedding = model.get_input_embeddings() if text else None
         self.heads = TensorParallelHeads.find(model, layers)
-        self.bindings = {layer.module: LayerBinding(self, index, layer) for index, layer in enumerate(layers)}
-        self.entries = {layer.module: layer.entry for layer in layers}
-        self.handles: list[RemovableHandle | Interception] = []
+        self.layers = layers
+        self.bindings = self._make_bindings(PrefixCall(method, self.heads))  # of layers that are called by themselves
+        self.handles: list[RemovableHandle | Interception | WatchHandle] = []
         self.implementation: Implementation | None = None
 
     def install(self, model: PreTrainedModel) -> None:
@@ -302,9 +365,7 @@ class PrefixHooks:
             self.implementation = Implementation(model, {**self.bindings})
         else:
             self.implementation.resume()
-        self.handles = [
-            Interception(self.backbone, self.run),
-        ]
+        self.handles = [Interception(self.backbone, self.run), WatchHandle(self.bindings)]
         if self.shift is not None:
             self.handles += self.shift.install()
         if self.embedding is not None:
@@ -312,14 +373,14 @@ class PrefixHooks:
         if self.encoder is not None:
             self.handles.append(Interception(self.encoder, self.run_encoder))
         if self.method.needs_hidden():
-            for attention, binding in self.bindings.items():
-                self._watch(attention, binding)
+            for layer in self.layers:
+                assert layer.entry is not None  # checked before anything was changed
+                self.handles += HiddenWatch(layer.module).install(layer.entry)
 
-    def _watch(self, attention: nn.Module, binding: LayerBinding) -> None:
-        entry = self.entries[attention]
-        assert entry is not None  # checked before anything was changed
-        self.handles.append(entry.register_forward_pre_hook(binding.enter_layer, with_kwargs=True))
-        self.handles.append(attention.register_forward_hook(binding.leave_attention, always_call=True))
+    def _make_bindings(self, call: PrefixCall) -> dict[nn.Module, LayerBinding]:
+        """Return the bindings of all layers to a call."""
+        shifts = self.shift is not None
+        return {layer.module: LayerBinding(call, index, layer, shifts) for index, layer in enumerate(self.layers)}
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with its prefixes."""
@@ -327,15 +388,19 @@ class PrefixHooks:
         return run_gathered(self.backbone, self.method, lambda: self._run(forward, args, kwargs))
 
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = self.begin(name_arguments(self.names, args, kwargs))
         try:
-            output = forward(**arguments)
+            arguments, call = self.begin(name_arguments(self.names, args, kwargs))
+            carry_through_checkpoints(self.backbone)
+            with carrying(CarriedBindings(self._make_bindings(call))):
+                output = forward(**arguments)
         finally:
-            self.running = False
-        self.end(output)
+            self.call = None
+            if self.shift is not None:
+                self.shift.shift = 0
+        self.end(call, output)
         return output
 
-    def begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def begin(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], PrefixCall]:
         """Compute the prefixes once for all layers, and return the arguments with shifted positions."""
         assert self.implementation is not None
         self.implementation.check()
@@ -344,17 +409,14 @@ class PrefixHooks:
             raise ValueError(
                 "`output_attentions` must be False with a prefix method, whose kernels do not return attention weights."
             )
-        self.gates = CallGates(arguments)
+        gates = CallGates(arguments)
         if self.method.needs_hidden():
-            self.gates.load_gates(arguments, self.backbone, getattr(self.method, "poolings", ()))
-        self.prefixes = self._find_prefixes()
-        self.running = True
-        if torch.is_grad_enabled():
-            if checkpoints_reentrantly(self.backbone):
-                self._check_embedding()
-                self.cut.cut(self.prefixes)
-            else:
-                self.cut.clear()
+            gates.load_gates(arguments, self.backbone, getattr(self.method, "poolings", ()))
+        call = self.call = self._make_call(gates)
+        if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
+            self._check_embedding()
+            assert call.prefixes is not None
+            call.cut = Cut(call.prefixes)
         if self.embedding is None:
             refuse_one_row_masks(arguments)
         else:
@@ -365,33 +427,19 @@ class PrefixHooks:
         if self.shift is not None:
             if self.windows:
                 refuse_packed(arguments, self.backbone)
-            self._shift(arguments, self.shift)
-        return arguments
+            self._shift(arguments, self.shift, gates.past)
+        return arguments, call
 
-    def _find_prefixes(self) -> list[Prefix]:
-        """Return the prefixes of all layers. Without gradients, a call that continues a sequence reuses them."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(self.method.parameters()):
+    def _make_call(self, gates: CallGates) -> PrefixCall:
+        """Return a call with the prefixes of all layers. Without gradients, later calls of a sequence reuse them."""
+        method, heads = self.method, self.heads
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(method.parameters()):
             self.kept = None
-            return self.compute_prefixes()
-        state = read_state(self.method)
-        if self.gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
-            self.kept = KeptPrefixes(state, self.compute_prefixes(), {})
-        return self.kept.prefixes
-
-    def compute_prefixes(self) -> list[Prefix]:
-        """Return the prefixes of all layers. On a tensor-parallel model they have this rank's heads only."""
-        prefixes = self.method.prefixes()
-        return prefixes if self.heads is None else self.heads.take_prefixes(prefixes)
-
-    def cast_prefix(self, index: int, prefix: Prefix, query: Tensor) -> Prefix:
-        """Return a layer's prefix on the query's device and in its dtype. Kept prefixes are cast only once."""
-        kept = self.kept
-        if kept is None or not kept.prefixes or kept.prefixes[index][0] is not prefix[0]:
-            return prefix[0].to(query), prefix[1].to(query)
-        place = index, query.dtype, query.device
-        if place not in kept.casts:
-            kept.casts[place] = prefix[0].to(query), prefix[1].to(query)
-        return kept.casts[place]
+            return PrefixCall(method, heads, compute_prefixes(method, heads), gates)
+        state = read_state(method)
+        if gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
+            self.kept = KeptPrefixes(state, compute_prefixes(method, heads), {})
+        return PrefixCall(method, heads, self.kept.prefixes, gates, self.kept.casts)
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
         if not getattr(find_cache(arguments), "is_compileable", False):
@@ -407,16 +455,18 @@ class PrefixHooks:
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an encoder. If it is called outside the model, compute new prefixes instead of reusing former ones."""
-        if self.running:
+        if self.call is not None:
             return forward(*args, **kwargs)
 
         def run() -> Any:
-            self.prefixes = self.compute_prefixes()
-            return forward(*args, **kwargs)
+            call = PrefixCall(self.method, self.heads, compute_prefixes(self.method, self.heads))
+            carry_through_checkpoints(self.encoder)
+            with carrying(CarriedBindings(self._make_bindings(call))):
+                return forward(*args, **kwargs)
 
         return run_gathered(self.encoder, self.method, run)
 
-    def _shift(self, arguments: dict[str, Any], shift: PositionShift) -> None:
+    def _shift(self, arguments: dict[str, Any], shift: PositionShift, past: int) -> None:
         """Shift positions as a key/value cache of the prefix's length would, or by the method's own number."""
         length, ids = self.method.position_shift(), arguments.get("input_ids")
         encoder = not any(shape.causal for shape in self.method.shapes)
@@ -430,7 +480,7 @@ class PrefixHooks:
             shift.begin(arguments, 0)
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
-        if self.longest is not None and self.gates.past == 0:
+        if self.longest is not None and past == 0:
             ends = int(shift.positions.move_ids(arguments, length).max()) + 1
             if ends > self.longest:
                 raise ValueError(
@@ -442,29 +492,23 @@ class PrefixHooks:
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Connect the first layer's input to the detached prefixes in autograd (a forward hook of the embedding)."""
-        return output if self.cut.tied else self.cut.tie(output)
+        cut = None if self.call is None else self.call.cut
+        return output if cut is None or cut.tied else cut.tie(output)
 
-    def end(self, output: Any) -> None:
+    def end(self, call: PrefixCall, output: Any) -> None:
         """Store the gates on the cache, and check that gradients will reach the prefixes."""
-        self.gates.store_gates(find_cache(output))
-        self.gates = CallGates()
-        if not self.cut.tied:
+        call.gates.store_gates(find_cache(output))
+        if call.cut is not None and not call.cut.tied:
             raise RuntimeError(
                 f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, since it "
                 "does not call its input embeddings and gradients would not reach the prefixes."
             )
 
-    def get_prefix(self, index: int) -> Prefix:
-        """Return the prefix of a layer. A layer that is called outside its model computes the prefix."""
-        if (leaves := self.cut.get_prefix(index)) is not None:
-            return leaves
-        prefixes = self.compute_prefixes() if self.prefixes is None else self.prefixes
-        return prefixes[index]
-
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
+        restore_checkpoints(self.backbone)
         if self.implementation is not None:
             self.implementation.restore()
         if isinstance(self.method, Composition):
@@ -472,9 +516,4 @@ class PrefixHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out state that exists only while a model runs."""
-        return {
-            **self.__dict__,
-            "prefixes": None,
-            "kept": None,
-            "gates": CallGates(),
-        }
+        return {**self.__dict__, "kept": None, "call": None}

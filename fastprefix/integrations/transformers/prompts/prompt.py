@@ -23,7 +23,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from ....methods import PromptMethod
-from ..models.attention import make_two_adapters_error
+from ..adapter import Casts
+from ..models.attention import WatchHandle, make_two_adapters_error
 from ..models.discovery import find_entry, find_input_path, list_ordinary_ids
 from ..models.hooks import (
     Forward,
@@ -57,6 +58,14 @@ class Insertion:
     unfinished: bool = False  # other hooks must see the module's output before the method changes it
 
 
+@dataclass
+class OuterCall:
+    """A call of a model that embeds its ids itself, and passes embeddings to the backbone inside."""
+
+    shape: torch.Size  # of the ids ``[B, N]``
+    has_offset: bool = False  # the embedding module has added the offset, which the backbone must not add again
+
+
 class PromptHooks:
     """A prompt method on a model, with the prompt in every row. Its hooks are set from ``install`` to ``remove``."""
 
@@ -70,14 +79,14 @@ class PromptHooks:
         self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.placeholder = choose_placeholder_id(model.config)
         self.insertion: Insertion | None = None  # of the call in progress
-        self.handles: list[RemovableHandle | Interception] = []
+        self.handles: list[RemovableHandle | Interception | WatchHandle] = []
         self.embedding_handles: list[RemovableHandle | Interception] = []
         self.interception: Interception
         self.finish_id = 0
         self.hooked: Any = None  # the embedding module that has the hooks
         self.receives_ids = path.receives_ids
         self.by_rows = not (path.receives_ids and path.embeds_ids)
-        self.offset_done = False  # the embedding module already added the offset, outside the backbone
+        self.outer: OuterCall | None = None  # the call in progress of a model that embeds ids for the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
         self.entry: Any = find_entry(self.backbone, self.embedding)
@@ -101,6 +110,8 @@ class PromptHooks:
         self.handles = [Interception(self.backbone, self.run)]
         if self.backbone is not model:
             self.handles.append(Interception(model, self.router_mask.run))
+        if not self.receives_ids:
+            self.handles += [Interception(m, functools.partial(self.run_outer, m)) for m in self._list_around(model)]
         self.handles += list_task_handles(self.method, self.backbone, model)
         self._hook_pooler()
         self._hook_embedding()
@@ -130,12 +141,35 @@ class PromptHooks:
         assert isinstance(weight, Tensor)
         return weight
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Return the dtype of the embedding module's output. A table that is trained in float32 is cast afterwards."""
+        owners = (getattr(hook, "__self__", None) for hook in self.embedding._forward_hooks.values())
+        casts = next((owner for owner in owners if isinstance(owner, Casts)), None)
+        return (None if casts is None else casts.read_model_precision()) or self.table.dtype
+
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone with the prompt in every row."""
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
         return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
+
+    def _list_around(self, model: PreTrainedModel) -> list[PreTrainedModel]:
+        """Return the models around the backbone."""
+        models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not self.backbone]
+        return [each for each in models if any(inside is self.backbone for inside in each.modules())]
+
+    def run_outer(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a model around the backbone, which may embed its ids itself."""
+        ids = name_arguments(read_parameter_names(module), args, kwargs).get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return forward(*args, **kwargs)
+        former, self.outer = self.outer, OuterCall(ids.shape)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.outer = former
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return its output for the tokens."""
@@ -150,9 +184,20 @@ class PromptHooks:
             )
         if isinstance(cache, PrefixCache):
             raise make_two_adapters_error()
-        if cache is not None:
-            count_all_rows(cache)
-        past = count_past(arguments)
+        forget_rows_if_empty(cache)
+        if cache is None or not holds_rows(cache):
+            return self._run_rows(forward, arguments)
+        refuse_other_rows(cache, length)
+        count_all_rows(cache)
+        try:
+            return self._run_rows(forward, arguments)
+        finally:
+            if not torch.compiler.is_compiling():
+                count_tokens_only(cache, length)
+
+    def _run_rows(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """Run the backbone on placeholders and tokens. A cache reports all rows that it holds."""
+        past, length = count_past(arguments), self.method.config.num_virtual_tokens
         inserted = 0 if past > 0 else length
         leading, arguments = flatten_leading(arguments)
         given = self.prepare_input(arguments)
@@ -239,8 +284,7 @@ class PromptHooks:
         """Return embeddings ``[B, N, d]`` with the method's offset, and optionally the prompt, ``[B, S + N, d]``."""
         if not with_prompt and not self.method.changes_tokens:
             return rows
-        if self.offset_done:
-            self.offset_done = False
+        if self.outer is not None and self.outer.has_offset:
             return self._before(rows) if with_prompt else rows
         if rows.shape[1] == 0:
             return self._before(rows) if with_prompt else rows
@@ -294,8 +338,12 @@ class PromptHooks:
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the embedding module on the caller's own ids, then add the method's offset and prompt to its output."""
         insertion, here = self.insertion, self.entry_is_embedding
-        if not self.receives_ids and insertion is None and self.method.changes_tokens:
-            self.offset_done = True
+        outer = self.outer
+        if outer is not None and insertion is None and self.method.changes_tokens:
+            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if ids is None or ids.shape != outer.shape:
+                return forward(*args, **kwargs)
+            outer.has_offset = True
             return self.method.embed(*_make_table(forward(*args, **kwargs)), 0, with_prompt=False)
         if insertion is None or (not here and not self.method.changes_tokens):
             return forward(*args, **kwargs)
@@ -515,14 +563,28 @@ _ROWS = "fastprefix_rows"
 
 def count_tokens_only(cache: Cache, rows: int) -> None:
     """Make a cache that holds ``rows`` virtual tokens report the other tokens only."""
-    if getattr(cache, _ROWS, rows) != rows:
-        raise ValueError(
-            f"`past_key_values` holds a prompt of {getattr(cache, _ROWS)} virtual tokens, but the adapter has {rows}."
-        )
     setattr(cache, _ROWS, rows)
     attributes: dict[str, Any] = vars(cache)
     attributes["get_seq_length"] = functools.partial(_count_tokens_only, cache)
     attributes["crop"] = functools.partial(_crop_tokens, cache)
+
+
+def refuse_other_rows(cache: Cache, rows: int) -> None:
+    """Refuse a cache that holds another number of virtual tokens."""
+    if (held := getattr(cache, _ROWS)) != rows:
+        raise ValueError(f"`past_key_values` holds a prompt of {held} virtual tokens, but the adapter has {rows}.")
+
+
+def holds_rows(cache: Cache | None) -> bool:
+    """Return whether a cache holds the virtual tokens of a prompt. Call ``forget_rows_if_empty`` before."""
+    return hasattr(cache, _ROWS)
+
+
+def forget_rows_if_empty(cache: Cache | None) -> None:
+    """Forget the virtual tokens of a cache from which everything has been removed, such as by ``reset``."""
+    if cache is not None and holds_rows(cache) and int(type(cache).get_seq_length(cache)) == 0:
+        count_all_rows(cache)
+        delattr(cache, _ROWS)
 
 
 def count_all_rows(cache: Cache) -> None:
@@ -536,8 +598,16 @@ def _count_tokens_only(cache: Cache, *args: Any, **kwargs: Any) -> int:
     return max(int(type(cache).get_seq_length(cache, *args, **kwargs)) - rows, 0)
 
 
-def _crop_tokens(cache: Cache, max_length: int) -> None:
-    type(cache).crop(cache, max_length + getattr(cache, _ROWS) if max_length >= 0 else max_length)
+def _crop_tokens(cache: Cache, tokens_to_remove: int) -> None:
+    """Remove the last tokens of a cache, but not the virtual tokens before them.
+
+    ``tokens_to_remove`` is negative or 0. Older ``transformers`` pass a positive length to keep instead.
+    """
+    if tokens_to_remove > 0:
+        tokens_to_remove += getattr(cache, _ROWS)
+    else:
+        tokens_to_remove = max(tokens_to_remove, -cache.get_seq_length())
+    type(cache).crop(cache, tokens_to_remove)
 
 
 def _extend_mask(mask: Any, batch: int, length: int, inserted: int) -> Tensor:

@@ -10,9 +10,10 @@ Calls for which sharing is not exact run as in the textbook, and ``prompt_path``
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ....methods import PromptMethod
-from ..models.attention import Binding, Prefix, make_window_bias
+from ..models.attention import (
+    Binding,
+    CarriedBindings,
+    Prefix,
+    WatchHandle,
+    carry_through_checkpoints,
+    carrying,
+    make_window_bias,
+    restore_checkpoints,
+)
 from ..models.discovery import Layer, find_backbone, find_layers, list_ordinary_ids
 from ..models.hooks import (
     Forward,
@@ -30,6 +40,7 @@ from ..models.hooks import (
     count_past,
     count_tokens,
     find_cache,
+    is_own_mask,
     name_arguments,
     read_parameter_names,
     read_state,
@@ -43,14 +54,19 @@ from ..models.tuners import read_tuner_state, uses_adapter_names
 from ..sharding.fully_sharded import Gatherer, run_gathered
 from ..sharding.partitioned import any_partitioned
 from ..sharding.tensor_parallel import TensorParallelHeads, is_sharded
-from .prompt import PromptHooks, find_token_arguments, flatten_leading, unflatten_leading
+from .prompt import (
+    PromptHooks,
+    find_token_arguments,
+    flatten_leading,
+    forget_rows_if_empty,
+    holds_rows,
+    unflatten_leading,
+)
 
-_FILLED = "fastprefix_filled"
-"""The attribute of a key/value cache that is "textbook" if the prompt's tokens are in the cache, or "shared" if not."""
 _PROMPT = "fastprefix_prompt"
 """The attribute of a key/value cache that holds the shared prompt's keys and values from its first call.
 
-These may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
+They may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
 must use the same ones.
 """
 
@@ -76,79 +92,102 @@ def share_always() -> Iterator[None]:
         _WEIGHS.reset(token)
 
 
+@dataclass(frozen=True, eq=False)
 class SharedPrompt:
-    """The prompt's keys and values in every attention layer. They are being captured, in use as prefixes, or unset."""
+    """The prompt's keys and values in one call of a model. Gradient checkpointing recomputes a layer with these.
 
-    def __init__(self) -> None:
-        self.prefixes: dict[int, Prefix] | None = None
-        self.capturing = False
-        self.past = 0  # tokens in the cache of the call in progress
-        self.tokens = 0  # tokens of that call
-        self.count = 1  # prompts of equal length, which are concatenated in the prefixes
-        self.spans: Tensor | None = None  # the rows' spans in the prefixes, with several prompts
-        self.gatherer: Gatherer | None = None
+    Args:
+        prefixes: the keys and values in every attention layer.
+        past: the number of tokens in the cache of the call.
+        tokens: the number of tokens of the call.
+        count: the number of prompts, which have equal length and are concatenated in the prefixes.
+        spans: the rows' spans in the prefixes, with several prompts.
+    """
 
-    def make_bindings(self, layers: list[Layer], heads: TensorParallelHeads | None = None) -> dict[nn.Module, Binding]:
-        """Return a binding for each layer's attention module."""
-        return {layer.module: SharedBinding(self, index, layer, heads) for index, layer in enumerate(layers)}
-
-    @contextmanager
-    def capture(self, backbone: nn.Module) -> Iterator[None]:
-        """Capture the keys and values of a backbone's attention layers in this context, and make them the prefixes."""
-        self.prefixes, self.capturing = {}, True
-        self.gatherer = Gatherer(backbone)
-        try:
-            yield
-        finally:
-            self.capturing, self.gatherer = False, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out state that exists only while a model runs."""
-        fresh = {"prefixes": None, "capturing": False, "past": 0, "tokens": 0, "spans": None, "gatherer": None}
-        return {**fresh, "count": self.count}
-
-
-def _join_rows(tensor: Tensor) -> Tensor:
-    """Concatenate the rows of a tensor ``[K, H, S, D]`` along its tokens, ``[H, K S, D]``."""
-    return tensor[0] if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)
+    prefixes: dict[int, Prefix]
+    past: int
+    tokens: int
+    count: int = 1
+    spans: Tensor | None = None
 
 
 class SharedBinding(Binding):
-    """The binding of an attention module to the prompt's keys and values in this layer."""
+    """The binding of an attention module to the prompt's keys and values, or None, in a call."""
 
     def __init__(
-        self, shared: SharedPrompt, index: int, layer: Layer, heads: TensorParallelHeads | None = None
+        self, shared: SharedPrompt | None, index: int, layer: Layer, heads: TensorParallelHeads | None = None
     ) -> None:
         self.shared = shared
         self.heads = heads
         self.index = index
-        self.module = layer.module
         self.window = layer.window
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the prefix, or None while the prompt itself runs and in calls on the textbook path."""
-        shared = self.shared
-        if shared.prefixes is None:
+        """Return the prefix, or None in calls on the textbook path."""
+        if self.shared is None:
             return None
-        if shared.capturing:
-            assert shared.gatherer is not None
-            shared.gatherer.watch(self.module, (key, value))
-            shared.prefixes[self.index] = (_join_rows(key), _join_rows(value))
-            return None
-        pk, pv = shared.prefixes[self.index]
+        pk, pv = self.shared.prefixes[self.index]
         return pk.to(query.dtype), pv.to(query.dtype)
 
     def get_bias(self, query: Tensor) -> Tensor | None:
         """Return the bias that applies a sliding window to the prompt as to the tokens."""
         shared = self.shared
-        assert shared.prefixes is not None
+        assert shared is not None
         length = shared.prefixes[self.index][0].shape[1] // shared.count
         return make_window_bias(query, self.window, length, shared.past, shared.tokens)
 
     def get_spans(self, query: Tensor) -> Tensor | None:
         """Return the spans of the rows if they have different prompts, or None."""
-        spans = self.shared.spans
-        return None if spans is None else spans.to(query.device)
+        assert self.shared is not None
+        return None if self.shared.spans is None else self.shared.spans.to(query.device)
+
+
+class CaptureBinding(Binding):
+    """The binding of an attention module that captures its keys and values while prompts run."""
+
+    def __init__(
+        self,
+        captured: dict[nn.Module, Prefix],
+        gatherer: Gatherer,
+        index: int,
+        module: nn.Module,
+        heads: TensorParallelHeads | None,
+    ) -> None:
+        self.captured: dict[nn.Module, Prefix] | None = captured
+        self.gatherer = gatherer
+        self.index = index
+        self.module = module
+        self.heads = heads
+
+    def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep the keys and values that the attention is called with, and return no prefix."""
+        if self.captured is not None:  # not in a recomputed layer
+            self.gatherer.watch(self.module, (key, value))
+            self.captured[self.module] = (key, value)
+
+
+@contextmanager
+def capturing(
+    backbone: nn.Module, layers: Iterable[Layer], heads: TensorParallelHeads | None
+) -> Iterator[dict[nn.Module, Prefix]]:
+    """Capture the keys ``[K, H, S, D]`` and values that attention modules are called with while K prompts run.
+
+    The prompts run without the gradient checkpointing of ``transformers``, since recomputing so few rows saves too
+    little memory. PyTorch's checkpoint wrapper remains active, and recomputes layers without capturing them.
+    """
+    captured: dict[nn.Module, Prefix] = {}
+    gatherer = Gatherer(backbone)
+    bindings = {
+        layer.module: CaptureBinding(captured, gatherer, index, layer.module, heads)
+        for index, layer in enumerate(layers)
+    }
+    carry_through_checkpoints(backbone)
+    try:
+        with suspend_checkpointing(backbone), carrying(CarriedBindings(bindings)):
+            yield captured
+    finally:
+        for binding in bindings.values():
+            binding.captured = None
 
 
 class PromptCall(NamedTuple):
@@ -174,19 +213,27 @@ class SharedPromptHooks(PromptHooks):
     def __init__(self, model: PreTrainedModel, method: PromptMethod, layers: list[Layer], required: bool) -> None:
         super().__init__(model, method)
         self.required = required  # shared_prompt=True: calls that cannot share the prompt raise an error
-        self.shared = SharedPrompt()
+        self.count = 1  # prompts of equal length
         self.shift = PositionShift(self.backbone, self.positions)
         self.suspended = False  # the call runs on the model's own attention, which returns weights
-        self.drops = has_dropout(self.backbone)
+        self.randomness = Randomness(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
         self.implementation: Implementation | None = None
-        self.bindings = self.shared.make_bindings(layers, TensorParallelHeads.find(model, layers))
+        self.layers = layers
+        self.heads = TensorParallelHeads.find(model, layers)
+        self.bindings = self._make_bindings(None)  # of calls on the textbook path, and layers called by themselves
+
+    def _make_bindings(self, shared: SharedPrompt | None) -> dict[nn.Module, Binding]:
+        """Return the bindings of all layers to the prompt in a call, or to no prompt."""
+        return {
+            layer.module: SharedBinding(shared, index, layer, self.heads) for index, layer in enumerate(self.layers)
+        }
 
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
-        self.handles += self.shift.install()
+        self.handles += [WatchHandle(self.bindings), *self.shift.install()]
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
         else:
@@ -202,33 +249,31 @@ class SharedPromptHooks(PromptHooks):
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
+        cache = find_cache(arguments)
+        forget_rows_if_empty(cache)
         past, reason = count_past(arguments), self.find_reason_against(arguments)
-        filled = getattr(find_cache(arguments), _FILLED, None) if past > 0 else None
-        if filled == "shared" and reason is not None:
+        if holds_rows(cache):
+            reason = "the prompt is in the cache"
+        elif past > 0 and hasattr(cache, _PROMPT) and reason is not None:
             raise ValueError(
                 f"`past_key_values` was filled with a shared prompt, which this call does not support: {reason}."
             )
-        if filled == "textbook":
-            reason = "the prompt is in the cache"
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
         if reason is not None and self.required:
             raise ValueError(f"`shared_prompt=True` cannot be exact in this call: {reason}.")
+        carry_through_checkpoints(self.backbone)
         try:
             if reason is None:
                 output = self.run_shared(forward, arguments, past)
             else:
-                self.shared.prefixes = None
                 if asks_for(arguments, self.backbone, "output_attentions"):
                     self.suspend()
-                output = self.run_in_every_row(forward, arguments)
+                with carrying(CarriedBindings(self.bindings)):
+                    output = self.run_in_every_row(forward, arguments)
         finally:
             self.end_call()
-        cache = find_cache(output)
-        if cache is not None and not torch.compiler.is_compiling() and not hasattr(cache, _FILLED):
-            setattr(cache, _FILLED, "textbook" if self.shared.prefixes is None else "shared")
-        self.remember(cache)
         return output
 
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
@@ -237,11 +282,14 @@ class SharedPromptHooks(PromptHooks):
         given = self.prepare_input(arguments)
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
-        self.shared.past, self.shared.tokens = past, count_tokens(arguments)
-        self.shared.spans = self.find_spans(given.shape[0], arguments)
-        self.shared.prefixes = self.compute_prefixes(arguments)
+        spans = self.find_spans(given.shape[0], arguments, past)
+        shared = SharedPrompt(self.compute_prefixes(arguments, past), past, count_tokens(arguments), self.count, spans)
         self.shift.begin(arguments, length)
-        output = self.run_with_offset(forward, arguments, past)
+        with carrying(CarriedBindings(self._make_bindings(shared))):
+            output = self.run_with_offset(forward, arguments, past)
+        cache = find_cache(output)
+        if cache is not None and not torch.compiler.is_compiling():
+            self.remember(cache, shared)
         if leading is not None:
             unflatten_leading(output, leading)
         return output
@@ -250,16 +298,14 @@ class SharedPromptHooks(PromptHooks):
         """Compute the prompt ``[m, d]``, or prompts ``[K, m, d]``."""
         return self.method.prompt
 
-    def find_spans(self, batch: int, arguments: dict[str, Any]) -> Tensor | None:
+    def find_spans(self, batch: int, arguments: dict[str, Any], past: int) -> Tensor | None:
         """Return the span of each row's prompt among several, int ``[B, 2]``, or None for one prompt."""
         return None
 
-    def remember(self, cache: Any) -> None:
+    def remember(self, cache: Any, shared: SharedPrompt) -> None:
         """Store the prompt's keys and values on a cache that this call began, for the calls that continue it."""
-        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
-            return
-        if self.shared.past == 0 or not hasattr(cache, _PROMPT):
-            setattr(cache, _PROMPT, self.shared.prefixes)
+        if shared.past == 0 or not hasattr(cache, _PROMPT):
+            setattr(cache, _PROMPT, shared.prefixes)
 
     def end_call(self) -> None:
         """Reset the state of one call."""
@@ -288,11 +334,11 @@ class SharedPromptHooks(PromptHooks):
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
-        if self.drops and self.backbone.training:
+        if self.randomness.acts():
             return "dropout in the model differs by row"
         if not self.required and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = len(next(each for each in self.read_tokens(arguments) if each is not None))
-            saved = (rows - self.shared.count) * self.method.config.num_virtual_tokens
+            saved = (rows - self.count) * self.method.config.num_virtual_tokens
             if count_past(arguments) == 0 and not saves_time(self.backbone, len(self.bindings), saved):
                 return (
                     f"on a GPU, a second run of every layer takes longer than the {max(0, saved)} tokens that it saves"
@@ -307,15 +353,8 @@ class SharedPromptHooks(PromptHooks):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
         if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
             return "PEFT's adapters differ by row"
-        mask = arguments.get("attention_mask")
-        # With a cache, `generate` has prepared the masks. Without one they are the caller's own.
-        if find_cache(arguments) is None and mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-                return "the attention mask is neither [B, K] nor [B, 1, N, K]"
-            if mask.ndim == 4 and mask.shape[2] == 1:
-                return "in an attention mask of one row, the prompt sees the tokens"
-            if mask.ndim == 4 and self.windows:
-                return "an attention mask [B, 1, N, K] replaces the sliding windows"
+        if (reason := find_reason_against_mask(arguments, self.windows)) is not None:
+            return reason
         if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
             return "a sliding window or an offset of positions starts again with every packed sequence"
         return None
@@ -323,6 +362,7 @@ class SharedPromptHooks(PromptHooks):
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         super().remove()
+        restore_checkpoints(self.backbone)
         if self.implementation is not None:
             self.implementation.restore()
 
@@ -332,14 +372,14 @@ class SharedPromptHooks(PromptHooks):
         others = any(isinstance(value, Tensor) for name, value in arguments.items() if name not in text)
         return self.shift.inside and arguments.get("position_ids") is None and others
 
-    def compute_prefixes(self, arguments: dict[str, Any]) -> dict[int, Prefix]:
+    def compute_prefixes(self, arguments: dict[str, Any], past: int) -> dict[int, Prefix]:
         """Return the prompt's keys and values in every layer.
 
         A call that continues a sequence reuses those stored on its cache. For inference they are kept while no
         parameter changes.
         """
         self.shift.shift = 0
-        past, compiling = self.shared.past, torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling()
         given = self.prepare_input(arguments)
         of_tokens = find_token_arguments(arguments, *given.shape[:2])
         types = {name: tuple(value.shape[2:]) for name, value in of_tokens.items()}
@@ -379,7 +419,7 @@ class SharedPromptHooks(PromptHooks):
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the prompt's keys and values in every layer for a call."""
-        prompt = self.compute_prompts().to(self.table.dtype)
+        prompt = self.compute_prompts().to(self.precision)
         length = prompt.shape[-2]
         # Positions are passed explicitly, since some models remember those of an earlier call.
         positions = self.positions.first + torch.arange(length, device=prompt.device)
@@ -387,30 +427,21 @@ class SharedPromptHooks(PromptHooks):
             prompt, positions = add_reached_token(prompt, positions, call.reach)
         sizes = {} if call is None else call.types
         types = {name: positions.new_zeros(1, len(positions), *size) for name, size in sizes.items()}
-        with (
-            self.shared.capture(self.backbone),
-            suspend_checkpointing(self.backbone),
-        ):  # recomputing one row saves too little memory
+        with capturing(self.backbone, self.layers, self.heads) as captured:
             self.run_alone(prompt, position_ids=positions[None], use_cache=False, **types)
-        assert self.shared.prefixes is not None
-        count = self.shared.count
-        self.shared.prefixes = {
-            index: (_cut_rows(key, count, length), _cut_rows(value, count, length))
-            for index, (key, value) in self.shared.prefixes.items()
+        return {
+            index: (_join_rows(key[:, :, :length]), _join_rows(value[:, :, :length]))
+            for index, (key, value) in enumerate(captured[layer.module] for layer in self.layers)
         }
-        return self.shared.prefixes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out state that exists only while a model runs."""
         return {**self.__dict__, "kept": None}
 
 
-def _cut_rows(tensor: Tensor, count: int, length: int) -> Tensor:
-    """Return the first ``length`` tokens of each of the ``count`` prompts concatenated in ``[H, count S, D]``."""
-    if count == 1:
-        return tensor[:, :length]
-    rows: Tensor = tensor.unflatten(1, (count, -1))
-    return rows[:, :, :length].flatten(1, 2)
+def _join_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of a tensor ``[K, H, S, D]`` along its tokens, ``[H, K S, D]``."""
+    return tensor[0] if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)
 
 
 def add_reached_token(prompt: Tensor, positions: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -457,6 +488,20 @@ def find_reason_against_layers(model: PreTrainedModel, layers: list[Layer]) -> s
     return None
 
 
+def find_reason_against_mask(arguments: dict[str, Any], windows: bool) -> str | None:
+    """Return the reason why a prompt cannot be shared with a caller's own attention mask, or None if it can."""
+    mask = arguments.get("attention_mask")
+    if mask is None or not is_own_mask(mask, arguments):
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return "the attention mask is neither [B, K] nor [B, 1, N, K]"
+    if mask.ndim == 4 and mask.shape[2] == 1 < count_tokens(arguments):
+        return "in an attention mask of one row, the prompt sees the tokens"
+    if mask.ndim == 4 and windows:
+        return "an attention mask [B, 1, N, K] replaces the sliding windows"
+    return None
+
+
 def saves_time(backbone: nn.Module, layers: int, tokens: int) -> bool:
     """Return whether a training step is faster if every layer runs twice and computes ``tokens`` fewer tokens.
 
@@ -469,20 +514,40 @@ def saves_time(backbone: nn.Module, layers: int, tokens: int) -> bool:
     return is_sharded(backbone) or any_partitioned(backbone)
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Return whether anything in a module is random during training, such as dropout or the noise of a router."""
+class Randomness:
+    """Find out whether a call of a module is random, through dropout or the noise of a router.
+
+    Layers with dropout may be added, and rates may change. So every training call searches the module, except for a
+    trace, which relies on the last search.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.found = _has_dropout(module)
+
+    def acts(self) -> bool:
+        """Return whether a call is random now."""
+        if not self.module.training:
+            return False
+        if not torch.compiler.is_compiling():
+            self.found = _has_dropout(self.module)
+        return self.found
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Return whether anything in a module is random during training."""
     for submodule in module.modules():
         if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
             return True
-        rates = (value for name, value in vars(submodule).items() if re.search("drop|jitter|noise", name))
-        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
-            return True
+        for name, value in vars(submodule).items():
+            if isinstance(value, float) and value > 0.0 and re.search("drop|jitter|noise", name):
+                return True
     return False
 
 
 def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
     """Compare three tokens as a shared prompt for three others with a plain run. The second row has padding."""
-    shared, backbone, device = SharedPrompt(), find_backbone(model), find_device(model)
+    backbone, device = find_backbone(model), find_device(model)
     prompt, tokens = torch.tensor(list_ordinary_ids(model.config, 6), device=device).expand(2, -1).split(3, dim=1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
     counts = Positions.find(backbone)
@@ -492,16 +557,18 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
-    with switch_attention(model, shared.make_bindings(layers)), preserve_state(model), torch.no_grad():
+    with switch_attention(model, {}), preserve_state(model), torch.no_grad():
         alone = run(tokens, attention_mask=mask)
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
         textbook = run(torch.cat([prompt, tokens], dim=1), attention_mask=both)
-        with shared.capture(backbone):
+        with capturing(backbone, layers, None) as captured:
             run(prompt[:1], position_ids=positions)
+        prefixes = {i: (key[0], value[0]) for i, (key, value) in enumerate(captured[each.module] for each in layers)}
+        shared = SharedPrompt(prefixes, 0, tokens.shape[1])
         inputs = {"input_ids": tokens, "attention_mask": mask}
-        actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))
+        with carrying(CarriedBindings({e.module: SharedBinding(shared, i, e) for i, e in enumerate(layers)})):
+            actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))
         exact = _compare_rows(actual, textbook, alone, model.dtype)
-        shared.prefixes = None
         return None if all(exact) else _explain_failure(run, tokens, positions, unpadded=exact[0])
 
 

@@ -1,8 +1,7 @@
 """Run the prompts of several tasks once for the whole batch.
 
 The keys and values of all tasks' prompts are concatenated in each layer, and each row attends to the span of its own
-task. Each call carries its bindings, so that a layer that gradient checkpointing recomputes uses the tasks of its own
-call. The tasks of a sequence are stored on its key/value cache.
+task. The tasks of a sequence are stored on its key/value cache.
 """
 
 from __future__ import annotations
@@ -14,17 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ....methods import MultitaskPrompt
-from ..models.attention import (
-    CarriedBindings,
-    Prefix,
-    carry_through_checkpoints,
-    carrying,
-    restore_checkpoints,
-    unwatch,
-    watch,
-)
+from ..models.attention import Prefix
 from ..models.discovery import Layer
-from ..models.hooks import Forward, count_past, find_cache
+from ..models.hooks import count_past, find_cache
 from ..prefixes.gates import hold_by_row, select_rows
 from .shared_prompt import PromptCall, SharedPrompt, SharedPromptHooks
 
@@ -50,28 +41,8 @@ class TaskPromptHooks(SharedPromptHooks):
 
     def __init__(self, model: PreTrainedModel, method: MultitaskPrompt, layers: list[Layer], required: bool) -> None:
         super().__init__(model, method, layers, required)
-        self.layers = layers
-        self.bindings = {}  # each call carries its own
+        self.count = method.config.num_tasks
         self.tasks: Tensor | None = None  # the task of each row of the call in progress
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Switch the model's attention and set the hooks."""
-        watch(layer.module for layer in self.layers)
-        super().install(model)
-
-    def remove(self) -> None:
-        """Remove all hooks and restore the model's attention."""
-        super().remove()
-        unwatch(layer.module for layer in self.layers)
-        restore_checkpoints(self.backbone)
-
-    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the prompts once, then the backbone on the tokens with this call's bindings."""
-        self.shared = SharedPrompt()
-        self.shared.count = self.method.config.num_tasks
-        carry_through_checkpoints(self.backbone)
-        with carrying(CarriedBindings(self.shared.make_bindings(self.layers))):
-            return super().run(forward, args, kwargs)
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None."""
@@ -94,14 +65,14 @@ class TaskPromptHooks(SharedPromptHooks):
         finally:
             self.method.task_ids = former
 
-    def find_spans(self, batch: int, arguments: dict[str, Any]) -> Tensor:
+    def find_spans(self, batch: int, arguments: dict[str, Any], past: int) -> Tensor:
         """Return the span of each row's task, int64 ``[B, 2]``. Calls that continue a cache use its tasks.
 
         Raises:
             ValueError: if ``task_ids`` is missing, does not fit the rows, or differs from the tasks of the cache.
         """
         held = None
-        if self.shared.past > 0 and not torch.compiler.is_compiling():
+        if past > 0 and not torch.compiler.is_compiling():
             held = getattr(find_cache(arguments), _TASKS, None)
         if held is None:
             self.tasks = self.method.find_tasks(batch)
@@ -116,12 +87,10 @@ class TaskPromptHooks(SharedPromptHooks):
         length = self.method.config.num_virtual_tokens
         return torch.stack([self.tasks * length, torch.full_like(self.tasks, length)], dim=1)
 
-    def remember(self, cache: Any) -> None:
+    def remember(self, cache: Any, shared: SharedPrompt) -> None:
         """Also store the tasks of the rows on a cache that this call began."""
-        super().remember(cache)
-        if cache is None or self.shared.prefixes is None or torch.compiler.is_compiling():
-            return
-        if self.shared.past == 0 or not hasattr(cache, _TASKS):
+        super().remember(cache, shared)
+        if shared.past == 0 or not hasattr(cache, _TASKS):
             assert self.tasks is not None
             hold_by_row(cache, _TASKS, HeldTasks(self.tasks))
 

@@ -36,6 +36,7 @@ from transformers import (
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_attachment
+from fastprefix.integrations.transformers.prompts.prompt import OffsetHooks
 
 from .... import models
 from ....float64 import Float64
@@ -339,6 +340,45 @@ def test_a_cache_without_names_cannot_get_them() -> None:
     cache = model(input_ids=ids).past_key_values
     with pytest.raises(ValueError, match="`past_key_values`"):
         model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["prefix", "prefix"])
+
+
+def test_hooks_that_cannot_be_set_leave_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = decoder(), make_rows(3)
+    plain = model(**inputs).logits
+
+    def fail(*args: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffsetHooks, "install", fail)
+        with pytest.raises(MemoryError):
+            model(**inputs, adapter_names=["prefix", BASE, "adept"])
+    assert torch.equal(model(**inputs).logits, plain)
+    fastprefix.detach(model)
+    assert not any(hasattr(module, "_fastprefix_watched") for module in model.modules())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_masks_with_which_a_prompt_is_not_shared_are_refused(queries: int, cached: bool) -> None:
+    """A mask of one row hides no token from the prompt, and any 4-D mask replaces sliding windows."""
+    model = attach_all(AutoModelForCausalLM.from_config(WINDOWED["mistral"]()).double().eval(), SHIFTED)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()[-queries:].expand(2, 1, -1, -1)
+    inputs = {"input_ids": make_rows(2, "none")["input_ids"], "attention_mask": mask}
+    model(**inputs, adapter_names=["prefix", BASE])
+    cache = DynamicCache() if cached else None
+    with pytest.raises(ValueError, match="`attention_mask` cannot be used with the prompt 'prompt' in `adapter_names`"):
+        model(**inputs, adapter_names=["prompt", BASE], past_key_values=cache)
+
+
+def test_an_emptied_cache_forgets_its_names() -> None:
+    model, ids = decoder(), make_rows(2, "none")["input_ids"]
+    options = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+    expected, cache = model.generate(**options), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, adapter_names=[BASE, "adept"])
+    cache.reset()
+    assert torch.equal(model.generate(**options, past_key_values=cache), expected)
 
 
 def test_sampling_gives_each_row_its_own_distribution() -> None:

@@ -18,6 +18,7 @@ from transformers import (
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
 from fastprefix.integrations.transformers.models.attention import BINDING
+from fastprefix.integrations.transformers.prefixes.prefix import LayerBinding
 
 from .... import models
 from ..prompts.test_shared_prompt import GROUPED, NO_DROPOUT, SMALL
@@ -69,14 +70,13 @@ def test_prefixes_are_the_layers_own_projections(family: str) -> None:
 
 
 @pytest.mark.parametrize("make", [models.encoder, models.decoder])
-def test_the_first_step_changes_nothing(make: Callable[[], Any]) -> None:
+def test_the_first_step_changes_nothing(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is bit for bit that of the frozen model, and only the gates have gradients."""
     model, inputs = make(), models.batch("right")
     fastprefix.attach(model, fastprefix.PrefixTuningConfig(1))
-    for module in model.modules():
-        if hasattr(module, BINDING):  # the same kernel without a prefix
-            module._fastprefix_binding.get_prefix = lambda *args: None
-    frozen = model(**inputs).logits
+    with monkeypatch.context() as patch:  # the same kernel without a prefix
+        patch.setattr(LayerBinding, "get_prefix", lambda *args: None)
+        frozen = model(**inputs).logits
     fastprefix.detach(model)
     fastprefix.attach(model, fastprefix.LlamaAdapterConfig(5))
     logits = model(**inputs).logits

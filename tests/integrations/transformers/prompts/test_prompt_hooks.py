@@ -289,6 +289,35 @@ def test_generation_goes_on_from_a_kept_cache(family: str, config: Any) -> None:
             torch.testing.assert_close(again.logits, anew.logits, rtol=1e-8, atol=1e-8)
 
 
+@torch.no_grad()
+def test_a_failed_call_leaves_the_length_of_a_cache() -> None:
+    config = fastprefix.PromptTuningConfig(3, shared_prompt=False)
+    model, cache = attach(models.decoder(), config), T.DynamicCache()
+    expected = model(torch.cat([IDS, IDS[:, :2]], dim=1)).logits[:, -2:]
+    model(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        model(IDS[:, :2], past_key_values=cache, attention_mask=torch.ones(2, 20))
+    assert cache.get_seq_length() == IDS.shape[1]
+    torch.testing.assert_close(model(IDS[:, :2], past_key_values=cache).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cropping_a_cache_keeps_the_prompt() -> None:
+    """Assisted generation also crops by no token, if all candidates are accepted."""
+    config = fastprefix.PromptTuningConfig(3, shared_prompt=False)
+    model, cache = attach(models.decoder(), config), T.DynamicCache()
+    model(IDS, past_key_values=cache)
+    for removed, left in ((0, 7), (-2, 5), (-9, 0)):
+        cache.crop(removed)
+        assert cache.get_seq_length() == left
+    logits = model(IDS, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    text = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(text, **options)
+    assert torch.equal(model.generate(text, prompt_lookup_num_tokens=3, **options), expected)
+
+
 @pytest.mark.parametrize("shared_prompt", [None, False])
 def test_a_mask_that_counts_the_prompt_is_refused(shared_prompt: bool | None) -> None:
     model = attach(build("llama"), fastprefix.PromptTuningConfig(3, shared_prompt=shared_prompt))
@@ -325,6 +354,44 @@ def test_another_embedding_is_followed() -> None:
     assert isinstance(model._fastprefix_attachment.hooks, PromptHooks)
     assert "forward" not in vars(former)
     assert "forward" in vars(other)
+
+
+class Embedder(T.LlamaForCausalLM):
+    """A model that embeds its ids itself, and looks at the embedding of another token before."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        self.get_input_embeddings()(torch.tensor(3))
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_prompt", [None, False])
+def test_a_model_that_embeds_the_ids_itself(shared_prompt: bool | None) -> None:
+    """Every call adds the offset once, whatever has been embedded before."""
+    config = fastprefix.ADePTConfig(3, bottleneck_dim=4, shared_prompt=shared_prompt)
+    torch.manual_seed(0)
+    weights, made = T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)).double().state_dict(), []
+    for kind in (T.LlamaForCausalLM, Embedder):
+        model = kind(T.LlamaConfig(**LLAMA)).double().eval()
+        model.load_state_dict(weights)
+        fastprefix.attach(model, config, check=False)
+        models.randomize(model)
+        made.append(model)
+    plain, model = made
+    table = plain.get_input_embeddings()
+    rows = table(IDS).clone()
+    with Float64():
+        expected = plain(IDS).logits
+        for _ in range(2):
+            torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+            assert torch.equal(model.get_input_embeddings()(IDS), rows)
+            torch.testing.assert_close(model(inputs_embeds=rows).logits, expected)
+            torch.testing.assert_close(model.model(inputs_embeds=rows)[0], plain.model(IDS)[0])
+            with pytest.raises(ValueError, match="`attention_mask`"):
+                model(input_ids=IDS, attention_mask=torch.ones(2, 3))
+            torch.testing.assert_close(model(inputs_embeds=rows).logits, expected)
 
 
 def test_attaching_runs_a_model_up_to_its_embedding_once() -> None:

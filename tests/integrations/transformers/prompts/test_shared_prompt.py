@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BloomConfig,
+    Cache,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -300,17 +302,22 @@ def block_diagonal(dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 @pytest.mark.parametrize("family", ["qwen2", "window-mistral"])
-def test_masks_for_each_query(family: str, dtype: torch.dtype) -> None:
-    """All tokens see the prompt, and the mask applies to the tokens, on both paths."""
+def test_masks_for_each_query(family: str, dtype: torch.dtype, cached: bool) -> None:
+    """All tokens see the prompt, and the mask applies to the tokens, on both paths, also with an empty cache."""
     make = {**SHARING, **{f"window-{name}": make for name, make in WINDOWED.items()}}[family]
     inputs = {"input_ids": models.batch()["input_ids"], "attention_mask": block_diagonal(dtype)}
     rows = torch.ones(3, 7, dtype=torch.bool)
     with Float64():
         # The library's eager attention takes no bool masks.
         shared, textbook = (on_path(make(), path, attn_implementation="sdpa") for path in (None, False))
-        assert_same(*(loss_and_gradients(model, inputs, rows) for model in (shared, textbook)))
+        results = []
+        for model in (shared, textbook):
+            cache: Any = {"past_key_values": DynamicCache()} if cached else {}
+            results.append(loss_and_gradients(model, {**inputs, **cache}, rows))
+        assert_same(*results)
     assert shared.fastprefix.prompt_path.startswith("textbook") == ("window" in family)
 
 
@@ -320,8 +327,24 @@ def test_masks_that_leave_open_what_the_prompt_sees_are_refused(shape: tuple[int
     model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=shared_prompt))
     if shared_prompt is None and shape == (3, 1, 7, 7):
         return  # where the prompt runs by itself, it sees no tokens
-    with pytest.raises(ValueError, match="`attention_mask`"):
-        model(input_ids=models.batch()["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
+    mask = torch.ones(shape, dtype=torch.bool)
+    for cache in (None, DynamicCache()):
+        with pytest.raises(ValueError, match="`attention_mask`"):
+            model(input_ids=models.batch()["input_ids"], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_of_one_row_for_one_token_is_complete() -> None:
+    ids, cache = models.batch()["input_ids"], DynamicCache()
+    mask = models.batch("left")["attention_mask"].bool()
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5), check=False)
+    expected = model(ids, attention_mask=mask).logits[:, -1:]
+    model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+    positions = torch.full((3, 1), 6)
+    logits = model(
+        ids[:, -1:], attention_mask=mask[:, None, None], position_ids=positions, past_key_values=cache
+    ).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def generated(model: Any, **options: Any) -> Tensor:
@@ -437,6 +460,24 @@ def test_the_path_is_that_of_the_last_call() -> None:
         assert get_method(model).prompt_path == path
 
 
+def test_dropout_that_is_added_later_is_noticed() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5), check=False).train()
+    paths, projection = [], model.model.layers[0].mlp.down_proj
+    dropout = torch.nn.Dropout(0.5)
+    for layer in (projection, torch.nn.Sequential(projection, dropout)):
+        model.model.layers[0].mlp.down_proj = layer
+        model(**models.batch())
+        paths.append(model.fastprefix.prompt_path)
+    dropout.p = 0.0
+    model(**models.batch())
+    assert [*paths, model.fastprefix.prompt_path] == [
+        "shared", "textbook: dropout in the model differs by row", "shared"
+    ]  # fmt: skip
+    dropout.p = 0.5
+    with pytest.raises(ValueError, match="`adapter_names` must not name the prompt 'default' while dropout"):
+        model(**models.batch(), adapter_names=["default"] * 3)
+
+
 @pytest.mark.peft
 @torch.no_grad()
 def test_peft_layers_in_the_model_are_followed() -> None:
@@ -467,6 +508,51 @@ def test_a_cache_goes_on_as_it_was_begun() -> None:
     model.train()
     with pytest.raises(ValueError, match="`past_key_values`"):
         model(ids[:, -1:], past_key_values=begun)
+
+
+def empty(cache: Cache, how: str) -> None:
+    """Remove all tokens of a cache."""
+    if how == "reset":
+        cache.reset()
+    else:
+        cache.crop(-cache.get_seq_length())
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["reset", "crop"])
+@pytest.mark.parametrize("begun", ["shared", "textbook"])
+@pytest.mark.parametrize("again", ["shared", "textbook"])
+def test_a_cache_that_was_emptied_begins_anew(begun: str, again: str, how: str) -> None:
+    """The prompt is attended to once, whether emptying the cache has removed it or not."""
+    ids = models.batch()["input_ids"]
+    base = models.decoder(attn_implementation="eager")
+    model = fastprefix.attach(base, fastprefix.PromptTuningConfig(5), check=False)
+    models.randomize(model)
+    cache = DynamicCache()
+    with Float64():
+        expected = model(ids, use_cache=False).logits
+        model(ids, past_key_values=cache, output_attentions=begun == "textbook")
+        assert model.fastprefix.prompt_path.startswith(begun)
+        for length in (3, 5):
+            empty(cache, how)
+            parts = [
+                model(ids[:, :length], past_key_values=cache, output_attentions=again == "textbook").logits,
+                *(model(ids[:, each : each + 1], past_key_values=cache).logits for each in range(length, ids.shape[1])),
+            ]
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_holds_no_prompt_of_another_length() -> None:
+    ids, cache = models.batch()["input_ids"], DynamicCache()
+    model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=False), check=False)
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(3, shared_prompt=False), name="other", check=False)
+    model(ids, past_key_values=cache)
+    cache.reset()
+    fastprefix.set_adapter(model, "default")
+    model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 7
 
 
 def test_a_static_cache_has_no_room_for_a_prompt_in_every_row() -> None:
