@@ -122,14 +122,19 @@ class Casts:
         self.precision = self.read_model_precision()
 
     def find(self, model: nn.Module) -> None:
-        """Find the modules that get hooks, and their parameters. Other code may have replaced them since."""
+        """Find the modules that get hooks, and their parameters."""
         called = [each for name in self.names for each in _list_called(model.get_submodule(name))]
         within = {each for module in called for each in module.modules() if each is not module}
-        self.parameters = [p for module in called for p in module.parameters() if p.is_floating_point()]
-        own = set(self.parameters)
+        own = {p for module in called for p in module.parameters() if p.is_floating_point()}
         tied = [module for module in model.modules() if not own.isdisjoint(module._parameters.values())]
         chosen = {*called, *tied} - within
         self.modules = {name: module for name, module in model.named_modules() if module in chosen}
+        self._find_parameters(model)
+
+    def _find_parameters(self, model: nn.Module) -> None:
+        """Find the parameters of these modules, and one that shows the precision of the rest of the model."""
+        self.parameters = [p for of in self.modules.values() for p in of.parameters() if p.is_floating_point()]
+        own = set(self.parameters)
         added = {each.parameter for each in list_tuner_parameters(model)}  # float32 in any model
         added |= {p for name, p in model.named_parameters() if name.startswith(f"{MODULE}.")}
         frozen = [p for p in model.parameters() if p not in own and p not in added and p.dtype in _PRECISIONS]
@@ -173,8 +178,13 @@ class Casts:
 
     def _renew(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Move the hooks if other code has replaced modules (a forward pre-hook of the model)."""
-        if not torch.compiler.is_compiling() and not all(_is_at(model, *item) for item in self.modules.items()):
-            self.find(model)
+        if torch.compiler.is_compiling():
+            return
+        found = {name: _find_module(model, name) for name in self.modules}
+        if found != self.modules:
+            # A replaced module may no longer share the parameter of another one, such as a tied head.
+            self.modules = {name: module for name, module in found.items() if module is not None}
+            self._find_parameters(model)
             self._unregister()
             self._register(model)
 
@@ -189,12 +199,12 @@ class Casts:
         return output if precision is None else _cast(output, precision)
 
 
-def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Return whether a module is in a model under a name."""
+def _find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module that a model has under a name, or None."""
     try:
-        return model.get_submodule(name) is module
+        return model.get_submodule(name)
     except AttributeError:
-        return False
+        return None
 
 
 def _list_called(module: nn.Module) -> list[nn.Module]:
