@@ -82,10 +82,10 @@ def test_narrow_and_padded_heads_and_rounded_products() -> None:
 )
 def test_rows_of_devices(row: str, capabilities: list[tuple[int, int]]) -> None:
     from fastprefix.ops.prefix_attention.triton_backend import tiles
-    from fastprefix.ops.targets import architecture
+    from fastprefix.ops.targets import name_architecture
     from tools.aot import SHARED_MEMORY
 
-    assert [architecture(capability) for capability in capabilities] == [row] * len(capabilities)
+    assert [name_architecture(capability) for capability in capabilities] == [row] * len(capabilities)
     assert row in tiles.ARCHITECTURES
     assert row in tiles.VARIANTS
     assert row in SHARED_MEMORY
