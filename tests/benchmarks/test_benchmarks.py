@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 TINY = Size(layers=1, width=32, heads=2, vocabulary=512, rows=2, length=16)
 PATHS = {path.stem: path for path, _ in results.read_all(results.FOLDER)}
 COMMITTED = {name: results.read(path) for name, path in PATHS.items()}
-COMPARABLE = [name for name, of in COMMITTED.items() if of.suite not in ("cartridge", "gpu", "gpu-tiles")]
+COMPARABLE = [name for name, of in COMMITTED.items() if of.suite not in ("cartridge", "gpu", "gpu-tiles", "host-times")]
 """Results that have a floor and no failure."""
 CASE = {"N": 4, "causal": True}
 
@@ -110,6 +110,8 @@ class TestRecords:
 
     def test_committed_results_have_roles_and_floors(self) -> None:
         for record in COMMITTED.values():
+            if record.suite == "host-times":  # the time of a call on the host is compared with a target
+                continue
             frame = report.load_frame(record)
             assert {"floor", "theirs" if record.environment.get("adapters") else "ours"} <= set(frame.role)
             # the copy of a swap adds no memory, and a cartridge's bytes are those of its cache
