@@ -266,6 +266,10 @@ class Binding:
     heads: TensorParallelHeads | None = None
     """This rank's heads, on a tensor-parallel model that needs complete gradients of the tokens."""
 
+    def acts(self) -> bool:
+        """Return whether the binding changes the attention."""
+        return True
+
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None."""
         raise NotImplementedError
@@ -407,7 +411,7 @@ class _CarryingRun(NamedTuple):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.carried is not None and runs_again():
-            _refuse_other_attention(self.carried.bindings)
+            _refuse_other_attention(module for module, binding in self.carried.bindings.items() if binding.acts())
         with carrying(self.carried):
             return self.run(*args, **kwargs)
 

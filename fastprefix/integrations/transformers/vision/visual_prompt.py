@@ -14,6 +14,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,17 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ....methods import VisionShape, VisualMethod
-from ..models.attention import Binding, Prefix, runs_again
+from ..models.attention import (
+    Binding,
+    CarriedBindings,
+    Prefix,
+    WatchHandle,
+    carry_through_checkpoints,
+    carrying,
+    find_binding,
+    restore_checkpoints,
+    runs_again,
+)
 from ..models.discovery import ModuleCall, find_layers, record_calls
 from ..models.hooks import (
     Forward,
@@ -195,24 +206,34 @@ def crop_states(output: Any, place: int, rows: int, length: int) -> Any:
     return output
 
 
-class SharedRows(NamedTuple):
-    """The results of a call for the rows that are the same for every image."""
+@dataclass(eq=False)
+class RowsCall:
+    """The rows of one call. Gradient checkpointing recomputes a layer with those of its own call."""
 
-    prefixes: list[Prefix] | None
-    """Their keys ``[1, Hkv, P, D]`` and values in every layer, or None if every image contains the rows."""
-    last: Tensor | None
-    """The rows ``[1, P, d]`` that enter the last layer."""
+    prefixes: list[Prefix] | None = None
+    """The keys ``[1, Hkv, P, D]`` and values of shared rows in every layer, or None if every image contains them."""
+    last: Tensor | None = None
+    """The shared rows ``[1, P, d]`` that enter the last layer."""
+    rows: int = 0
+    """The number of rows in every image."""
+    tokens: int = 0
+    """The number of tokens of an image without rows."""
 
 
 class RowsBinding(Binding):
-    """The binding of a layer's attention to the keys and values of the rows."""
+    """The binding of a layer's attention to the keys and values of the rows in a call."""
 
-    def __init__(self, hooks: VisualHooks, index: int) -> None:
+    def __init__(self, hooks: VisualHooks, index: int, call: RowsCall) -> None:
         self.hooks = hooks
         self.index = index
+        self.call = call
         self.captured: Prefix | None = None  # keys and values of the rows that run now
         self.image_rows: Prefix | None = None  # keys and values ``[B, Hkv, A, D]`` of the rows that differ by image
         self.attention: Tensor | None = None  # attention of the class token to the tokens ``[B, N]``, if needed
+
+    def acts(self) -> bool:
+        """Return whether the rows are shared."""
+        return self.call.prefixes is not None
 
     def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Store the keys and values of rows that run alone. The output of each row is its own value."""
@@ -223,10 +244,10 @@ class RowsBinding(Binding):
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the keys and values of the rows, or None if every image contains the rows."""
-        prefix = self.hooks.get_prefix(self.index)
-        if prefix is None:
+        if self.call.prefixes is None:
             return None
-        pk, pv = prefix[0].to(query), prefix[1].to(query)
+        key_of_rows, value_of_rows = self.call.prefixes[self.index]
+        pk, pv = key_of_rows[0].to(query), value_of_rows[0].to(query)
         if self.image_rows is not None:
             pk, pv = (
                 torch.cat([shared.expand(len(query), -1, -1, -1), own], dim=2)
@@ -257,7 +278,7 @@ class RowsBinding(Binding):
     def get_output_scale(self) -> float:
         """Return the factor of the output, which is the share of the softmax over the tokens."""
         share = self.hooks.method.strength(self.index)
-        return 1.0 if share is None or self.hooks.get_prefix(self.index) is None else 1.0 - share
+        return 1.0 if share is None or self.call.prefixes is None else 1.0 - share
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out state that exists only while a model runs."""
@@ -272,15 +293,15 @@ class VisualHooks:
         self.method: Any = method
         self.stack = stack
         self.names = read_parameter_names(stack.part)
-        self.bindings = {module: RowsBinding(self, i) for i, module in enumerate(stack.attentions)}
-        self.of_call = SharedRows(None, None)
-        self.of_training = self.of_call  # rows of the last call with gradients, whose layers may be recomputed
+        self.bindings = self._make_bindings(RowsCall())  # while rows run alone, and of layers called by themselves
         self.running_rows = False
-        self.rows = 0  # rows in every image of the call in progress
-        self.tokens = 0
-        self.handles: list[Interception] = []
+        self.handles: list[Interception | WatchHandle] = []
         self.block_handles: list[Interception] = []
         self.implementation: Implementation | None = None
+
+    def _make_bindings(self, call: RowsCall) -> dict[nn.Module, RowsBinding]:
+        """Return the bindings of all layers to a call."""
+        return {module: RowsBinding(self, index, call) for index, module in enumerate(self.stack.attentions)}
 
     def install(self, model: PreTrainedModel) -> None:
         """Set the hooks, and switch the attention if rows can be shared."""
@@ -293,12 +314,13 @@ class VisualHooks:
             Interception(block, functools.partial(self.run_block, index))
             for index, block in enumerate(self.stack.blocks)
         ]
-        self.handles = [Interception(self.stack.part, self.run), *self.block_handles]
+        self.handles = [Interception(self.stack.part, self.run), WatchHandle(self.bindings), *self.block_handles]
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
+        restore_checkpoints(self.stack.part)
         if self.implementation is not None:
             self.implementation.restore()
         self.handles, self.block_handles = [], []
@@ -316,7 +338,7 @@ class VisualHooks:
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
-        self.rows, self.of_call = 0, SharedRows(None, None)
+        call = RowsCall()
         if reason is None:
             assert self.implementation is not None
             self.implementation.check()
@@ -325,25 +347,26 @@ class VisualHooks:
                     "`output_attentions` must be False with shared visual prompts, whose kernels do not return "
                     "attention weights."
                 )
-            self.of_call = self.run_rows()
-        if torch.is_grad_enabled():
-            self.of_training = self.of_call
-        output = forward(*args, **kwargs)
+            call = self.run_rows()
+        carry_through_checkpoints(self.stack.part)
+        with carrying(CarriedBindings(self._make_bindings(call))):
+            output = forward(*args, **kwargs)
         if reason is not None:
-            return crop_states(output, self.stack.leading, self.rows, self.tokens)
+            return crop_states(output, self.stack.leading, call.rows, call.tokens)
         tail = self.count_tail()
-        return crop_states(output, self.tokens, tail, self.tokens) if tail else output
+        return crop_states(output, call.tokens, tail, call.tokens) if tail else output
 
     def find_reason(self, training: bool) -> str | None:
         """Return the reason why every image must contain the rows, or None if they run once for the whole batch."""
         return self.method.sees_tokens(training) or self.stack.reason
 
-    @property
-    def shared(self) -> SharedRows:
-        """Return the rows of the call in progress, or for a recomputed layer those of the call it belongs to."""
-        return self.of_training if runs_again() else self.of_call
+    def find_binding(self, index: int) -> RowsBinding:
+        """Return a layer's binding in the call in progress, or for a recomputed layer in the call it belongs to."""
+        attention = self.stack.attentions[index]
+        binding = find_binding(attention)
+        return binding if isinstance(binding, RowsBinding) else self.bindings[attention]
 
-    def run_rows(self) -> SharedRows:
+    def run_rows(self) -> RowsCall:
         """Run the rows alone."""
         rows: Tensor | None = None
         prefixes: list[Prefix] = []
@@ -353,13 +376,12 @@ class VisualHooks:
                 rows = self.method.make_rows(index, former, 1)
                 former, prefix = self.run_alone(index, rows)
                 prefixes.append(prefix)
-        return SharedRows(prefixes, rows)
+        return RowsCall(prefixes, rows)
 
     def run_alone(self, index: int, rows: Tensor) -> tuple[Tensor, Prefix]:
         """Run a layer on rows ``[B, P, d]`` alone, and return its output for them, and their keys and values."""
         former, self.running_rows = self.running_rows, True
-        binding = self.bindings[self.stack.attentions[index]]
-        call = self.stack.calls[index]
+        binding, call = self.find_binding(index), self.stack.calls[index]
         rows = rows.to(self.stack.part.dtype)
         args, kwargs = change_tokens(call.args, call.kwargs, lambda _: rows)
         try:
@@ -371,38 +393,31 @@ class VisualHooks:
             raise RuntimeError(f"{type(self.stack.blocks[index]).__name__} did not call the attention interface.")
         return get_state(output), captured
 
-    def get_prefix(self, index: int) -> Prefix | None:
-        """Return the keys ``[Hkv, P, D]`` and values of a layer's rows, or None if every image contains the rows."""
-        prefixes = self.shared.prefixes
-        if prefixes is None:
-            return None
-        key, value = prefixes[index]
-        return key[0], value[0]
-
     def run_block(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer. If the rows are not shared, insert them into every image."""
-        if self.shared.prefixes is not None:
-            return self.run_beside_rows(index, forward, args, kwargs)
-        place, former = self.stack.leading, self.rows if index else 0
-        tokens = self.tokens
+        binding = self.find_binding(index)
+        owner, call = binding.hooks, binding.call  # a recomputed layer may belong to another adapter
+        if call.prefixes is not None:
+            return owner.run_beside_rows(index, forward, args, kwargs)
+        place, former = self.stack.leading, call.rows if index else 0
 
         def insert(state: Tensor) -> Tensor:
-            nonlocal tokens
             own = state[:, place : place + former] if former else None
-            tokens = state.shape[1] - former
-            rows = self.method.make_rows(index, own, len(state)).to(state)
-            self.rows, self.tokens = rows.shape[1], tokens
+            rows = owner.method.make_rows(index, own, len(state)).to(state)
+            call.rows, call.tokens = rows.shape[1], state.shape[1] - former
             return torch.cat([state[:, :place], rows, state[:, place + former :]], dim=1)
 
         args, kwargs = change_tokens(args, kwargs, insert)
         args, kwargs = tree_map_only(
-            Tensor, lambda each: each if each.ndim == 3 else extend_mask(each, place, self.rows, tokens), (args, kwargs)
+            Tensor,
+            lambda each: each if each.ndim == 3 else extend_mask(each, place, call.rows, call.tokens),
+            (args, kwargs),
         )
         output = forward(*args, **kwargs)
         if index + 1 < len(self.stack.blocks):
             return output
         state = get_state(output)
-        return replace_state(output, torch.cat([state[:, :place], state[:, place + self.rows :]], dim=1))
+        return replace_state(output, torch.cat([state[:, :place], state[:, place + call.rows :]], dim=1))
 
     # Rows that differ by image. Between layers they are appended to the tokens. Before the layer that creates them, the
     # tokens that they are made of are appended instead. A recomputed layer thereby gets all of its inputs.
@@ -458,8 +473,8 @@ class VisualHooks:
 
         args, kwargs = change_tokens(args, kwargs, split)
         assert tokens is not None
-        self.tokens = tokens.shape[1]
-        binding = self.bindings[self.stack.attentions[index]]
+        binding = self.find_binding(index)
+        binding.call.tokens = tokens.shape[1]
         rows, after = self.method.make_image_rows(index, tail), None
         if rows is not None:
             after, binding.image_rows = self.run_alone(index, rows)
@@ -469,7 +484,7 @@ class VisualHooks:
             attention, binding.attention, binding.image_rows = binding.attention, None, None
         if index + 1 == len(self.stack.blocks):
             if self.keeps_loss():
-                loss = self.compute_loss(tokens, rows, attention)
+                loss = self.compute_loss(binding.call, tokens, rows, attention)
                 if not runs_again():
                     self.method.matching_loss = loss
             return output
@@ -486,17 +501,12 @@ class VisualHooks:
         place = patches.topk(count, dim=1).indices + self.stack.leading
         return state.gather(1, place[..., None].expand(-1, -1, state.shape[-1]))
 
-    def compute_loss(self, tokens: Tensor, rows: Tensor | None, attention: Tensor | None) -> Tensor:
+    def compute_loss(self, call: RowsCall, tokens: Tensor, rows: Tensor | None, attention: Tensor | None) -> Tensor:
         """Compute the matching loss between the rows and the most attended tokens at the last layer's input."""
-        last = self.shared.last
+        last = call.last
         assert last is not None
         count = min(_MATCHED, tokens.shape[1] - self.stack.leading)
         shared = last.to(tokens).expand(len(tokens), -1, -1)
         every = shared if rows is None else torch.cat([shared, rows.to(tokens)], dim=1)
         loss: Tensor = self.method.compute_matching_loss(every, self.choose_tokens(tokens, attention, count))
         return loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out state that exists only while a model runs."""
-        nothing = SharedRows(None, None)
-        return {**self.__dict__, "of_call": nothing, "of_training": nothing}

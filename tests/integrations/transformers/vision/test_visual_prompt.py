@@ -29,9 +29,9 @@ DEPTHS = ["shallow", "deep"]
 ROWS = 4
 
 
-def attached(family: str, depth: str, check: bool = True, **options: Any) -> Any:
+def attached(family: str, depth: str, check: bool = True, name: str = "default", **options: Any) -> Any:
     config = fastprefix.VisualPromptConfig(ROWS, depth=depth, **options)
-    model = fastprefix.attach(FAMILIES[family](), config, check=check)
+    model = fastprefix.attach(FAMILIES[family](), config, check=check, name=name)
     models.randomize(model)
     return model
 
@@ -105,6 +105,28 @@ def test_checkpointed_layers_run_again_as_in_their_own_call() -> None:
         loss.backward()
         gradients.append(model.fastprefix.prompts.grad)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-30], ids=["shared", "in every image"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_layers_are_recomputed_with_the_adapter_of_their_call(depth: str, dropout: float) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = attached("vit", depth, check=False, dropout=dropout, name="a")
+        fastprefix.attach(model, fastprefix.VisualPromptConfig(ROWS + 1, depth=depth), name="b", check=False)
+        models.randomize(model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        fastprefix.set_adapter(model, "a")
+        first = model.fastprefix
+        loss = run(model).logits.square().sum()
+        fastprefix.set_adapter(model, "b")
+        loss = loss + run(model).logits.square().sum()
+        loss.backward()
+        gradients.append([first.prompts.grad, model.fastprefix.prompts.grad])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_deep_rows_with_dropout_stand_in_every_image() -> None:
