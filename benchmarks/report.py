@@ -113,7 +113,7 @@ def describe_rounds(records: Sequence[Record]) -> str:
         return ""
     spreads = measure_spread(frame)
     return (
-        f"Medians of at least {frame.rounds.min():.0f} rounds. The 20th and 80th percentiles are within "
+        f"Medians of at least {number(frame.rounds.min(), 0)} rounds. The 20th and 80th percentiles are within "
         f"{spreads.median():.0%} of the median for half of the times, and within {spreads.max():.0%} for all.\n\n"
     ).replace("%", " %")
 
