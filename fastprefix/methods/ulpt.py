@@ -62,7 +62,7 @@ class ULPT(ComputedPrompt):
     def _apply(self, fn: Any, recurse: bool = True) -> "ULPT":
         """Convert or move the module. Draw ``R`` again, since a conversion back from 16 bits cannot restore it."""
         former = self.projection
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # PyTorch declares no types for it
         if self.projection is not former:
             self.projection = draw_projection(self.config.seed, *former.shape).to(self.projection)
         return self

@@ -27,13 +27,12 @@ from ..transformers.models.attention import (
     Binding,
     CarriedBindings,
     GivenPrefix,
+    WatchHandle,
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
     make_two_adapters_error,
     restore_checkpoints,
-    unwatch,
-    watch,
 )
 from ..transformers.models.discovery import Layer, find_backbone
 from ..transformers.models.hooks import (
@@ -75,11 +74,11 @@ class CachedPrefix:
         self.modules = {names[module]: module for module in attentions}
         self.implementation = Implementation(model, {})
         self.own_attention = _find_registered(self.implementation.list_former_attentions())
-        self.handles: list[RemovableHandle | Interception] = [
+        self.handles: list[RemovableHandle | Interception | WatchHandle] = [
             self.backbone.register_forward_pre_hook(_refuse_replica),
             Interception(self.backbone, self.run),
+            WatchHandle(self.modules.values()),
         ]
-        watch(self.modules.values())
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone. The call carries its prefix to the attention."""
@@ -129,7 +128,6 @@ class CachedPrefix:
         """Remove all hooks."""
         for handle in reversed(self.handles):
             handle.remove()
-        unwatch(self.modules.values())
         restore_checkpoints(self.backbone)
         self.implementation.restore()
 

@@ -125,8 +125,9 @@ def test_a_shared_prompt_beside_a_trained_table(config: Any, names: list[str], t
     assert all(p.grad is not None for p in trained(model).values())
     fastprefix.merge(model)
     assert model.get_input_embeddings()(models.batch()["input_ids"]).dtype is torch.bfloat16
+    unit = torch.finfo(torch.bfloat16).eps  # merging computes the same sums, so at most a last digit differs
     for _ in range(2):
-        torch.testing.assert_close(model(**models.batch()).logits, logits, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(model(**models.batch()).logits, logits, rtol=unit, atol=unit)
         with fastprefix.disable_adapter(model):
             assert torch.equal(model(**models.batch()).logits, plain(**models.batch()).logits)
     fastprefix.detach(model)

@@ -197,7 +197,7 @@ def test_a_checkpointing_that_is_not_known_is_refused(method: str) -> None:
 @pytest.mark.parametrize("checkpoints", [set_checkpointing, wrap_layers])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_call_without_a_backward_pass_is_freed(method: str, checkpoints: Callable[..., None]) -> None:
-    """What a call carries to its recomputed layers must not hold their graph."""
+    """Check that a call carries no graph to its recomputed layers."""
     model, states = attached(method), []
     checkpoints(model, False)
     model.model.layers[-1].register_forward_hook(lambda module, args, output: states.append(weakref.ref(output)))

@@ -22,12 +22,11 @@ from transformers.cache_utils import Cache
 from ..models.attention import (
     CarriedBindings,
     Prefix,
+    WatchHandle,
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
     restore_checkpoints,
-    unwatch,
-    watch,
 )
 from ..models.discovery import Layer, find_backbone
 from ..models.hooks import (
@@ -97,7 +96,7 @@ class MixtureHooks:
             self.implementation = Implementation(self.model, {})
         else:
             self.implementation.resume()
-        watch(self.layers)
+        self.handles.append(WatchHandle(self.layers))
         try:
             self._set_hooks(parts)
         except BaseException:
@@ -126,7 +125,6 @@ class MixtureHooks:
         for handle in reversed(self.handles):
             handle.remove()
         self.handles, self.offsets = [], None
-        unwatch(self.layers)
         restore_checkpoints(self.backbone)
         assert self.implementation is not None
         self.implementation.restore()

@@ -227,30 +227,20 @@ WATCHED = "_fastprefix_watched"
 """The attribute of an attention module that counts the adapters and PEFT models whose calls carry its prefix."""
 
 
-def watch(modules: Iterable[nn.Module]) -> None:
-    """Record that calls carry the prefixes of these attention modules."""
-    for module in modules:
-        setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
-
-
-def unwatch(modules: Iterable[nn.Module]) -> None:
-    """Undo ``watch``."""
-    for module in modules:
-        setattr(module, WATCHED, getattr(module, WATCHED) - 1)
-        if not getattr(module, WATCHED):
-            delattr(module, WATCHED)
-
-
 class WatchHandle:
-    """Modules that are watched until ``remove``, like a hook."""
+    """The record that calls carry the prefixes of these attention modules, until ``remove``, like a hook."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
-        watch(self.modules)
+        for module in self.modules:
+            setattr(module, WATCHED, getattr(module, WATCHED, 0) + 1)
 
     def remove(self) -> None:
-        """Undo ``watch``. A second call does nothing."""
-        unwatch(self.modules)
+        """Remove the record. A second call does nothing."""
+        for module in self.modules:
+            setattr(module, WATCHED, getattr(module, WATCHED) - 1)
+            if not getattr(module, WATCHED):
+                delattr(module, WATCHED)
         self.modules = []
 
 

@@ -102,9 +102,8 @@ def choose_plan(a: AttentionArguments, direction: Direction) -> Plan:
     if not is_prefix_plain(a) or (prefix == "concatenated" and (packed or a.is_causal)):
         prefix = "own"
     lengths = {"own": [a.key.shape[2]], "alike": [a.key.shape[2], a.prefix_key.shape[2]], "concatenated": []}[prefix]
-    if packed or torch.are_deterministic_algorithms_enabled() or (_forced is None and not is_cudnn_usable()):
-        kernel = "flash"
-    if 1 in lengths:  # cuDNN does not support a single key
+    unusable = _forced is None and not is_cudnn_usable()
+    if packed or torch.are_deterministic_algorithms_enabled() or unusable or 1 in lengths:
         kernel = "flash"
     return Plan(kernel, prefix)
 
