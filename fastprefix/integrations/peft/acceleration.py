@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from ..transformers.checking import conformance
 from ..transformers.models.discovery import Layer, find_layers
+from ..transformers.models.hooks import Forward, Interception
 from ..transformers.models.switching import evaluating, find_device, list_adapting_users, seed_generators
 from ..transformers.prompts.shared_prompt import find_reason_against_layers, share_always
 from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
-from .prefix import CachedPrefix, PrefixAcceleration
+from .prefix import CachedPrefix, PrefixAcceleration, PromptLearning
 from .prompt import PromptAcceleration
 
 ATTRIBUTE = "fastprefix"
@@ -41,8 +42,10 @@ Model = TypeVar("Model", bound=PeftModel)
 class Acceleration:
     """The changes that ``accelerate`` made to a model, which ``decelerate`` undoes."""
 
-    def __init__(self, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
-        self.hooks = hooks
+    def __init__(self, peft_model: Any, hooks: CachedPrefix | None, prompt_path: str | None) -> None:
+        self.handles: list[Any] = [] if hooks is None else [hooks]
+        if not isinstance(hooks, PromptLearning):
+            self.handles.append(Interception(peft_model, _refuse_names))
         self.prompt_path = prompt_path
         """Hold "shared" if the prompt runs once for the whole batch, or "textbook: " and why it runs on PEFT's path.
 
@@ -50,6 +53,21 @@ class Acceleration:
 
         A call for which sharing is not exact (for example with dropout in training) runs the prompt in every row.
         """
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in reversed(self.handles):
+            handle.remove()
+
+
+def _refuse_names(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call, but refuse adapter names, which PEFT's own path would ignore."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "`adapter_names` must not be given to a PEFT model with adaption prompts, or with a prompt that runs in "
+            "every row. Run each adapter in its own batch, with set_adapter."
+        )
+    return forward(*args, **kwargs)
 
 
 def accelerate(peft_model: Model, check: bool = True) -> Model:
@@ -114,19 +132,19 @@ def _make_acceleration(peft_model: Any, check: bool) -> Acceleration:
     is_prompt = _get_kind(peft_model) in _PROMPTS
     if report is not None and not report.agrees:
         if is_prompt:
-            return Acceleration(None, f"textbook: {report.wrong[0]}")
+            return Acceleration(peft_model, None, f"textbook: {report.wrong[0]}")
         raise ValueError(report.describe("Use the PEFT model as it is."))
     is_verified = report is not None and any(finding.verdict == "ok" for finding in report.findings)
     if not is_prompt:
-        return Acceleration(_install(peft_model, _find_layers(peft_model), is_verified), None)
+        return Acceleration(peft_model, _install(peft_model, _find_layers(peft_model), is_verified), None)
     try:
         layers = _find_layers(peft_model)
         reason = find_reason_against_layers(peft_model.get_base_model(), layers)
         if reason is None:
-            return Acceleration(_install(peft_model, layers, is_verified), "shared")
+            return Acceleration(peft_model, _install(peft_model, layers, is_verified), "shared")
     except ValueError as error:
         reason = str(error)
-    return Acceleration(None, f"textbook: {reason}")
+    return Acceleration(peft_model, None, f"textbook: {reason}")
 
 
 def decelerate(peft_model: Model) -> Model:
@@ -141,8 +159,7 @@ def decelerate(peft_model: Model) -> Model:
             f"`peft_model` must be an accelerated model, but {_get_class_name(peft_model)} is not. Call "
             "fastprefix.accelerate first."
         )
-    if acceleration.hooks is not None:
-        acceleration.hooks.remove()
+    acceleration.remove()
     delattr(peft_model, ATTRIBUTE)
     return peft_model
 

@@ -35,6 +35,7 @@ class PeftMixture(MixtureHooks):
     def run_with(self, names: tuple[str, ...], function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run the base model or its ``generate`` with one adapter per row."""
         check_rows(names, arguments)
+        self._check_shared_parts()
         if runs_with_adapter(self.backbone):
             raise make_two_adapters_error()
         parts = [self._make_part(name) for name in dict.fromkeys(names) if name != BASE]
@@ -48,6 +49,20 @@ class PeftMixture(MixtureHooks):
         finally:
             self.call = None
             self.remove()
+
+    def _check_shared_parts(self) -> None:
+        """Refuse adapters whose rows would need different modules of the base model, or different tasks."""
+        if trained := self.peft_model.modules_to_save:
+            raise ValueError(
+                f"`adapter_names` must not be given to a PEFT model that trains modules of the base model "
+                f"({', '.join(sorted(trained))}), since all rows would use those of the active adapter. Run each "
+                "adapter in its own batch, with set_adapter."
+            )
+        if "MULTITASK" in str(self.peft_model.peft_type):
+            raise ValueError(
+                "`adapter_names` must not be given to a PEFT model with multitask prompts. Pass `task_ids` instead, "
+                "which may differ between rows."
+            )
 
     def _make_part(self, name: str) -> Part:
         configs = self.peft_model.peft_config

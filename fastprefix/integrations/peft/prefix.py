@@ -204,8 +204,12 @@ class PromptLearning(CachedPrefix):
         raise NotImplementedError
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run PEFT's ``generate``, or with adapter names that of the base model with one adapter per row."""
-        if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
+        """Run PEFT's ``generate``, or with adapter names that of the base model with one adapter per row.
+
+        In PEFT's ``disable_adapter``, names have no effect, as in PEFT's layers.
+        """
+        names = check_names(kwargs.pop("adapter_names", None))
+        if names is not None and not self.peft_model._adapters_disabled:
             with torch.no_grad():
                 return self._run_mixed(names, self.peft_model.base_model.generate, args, kwargs)
         return self.call(functools.partial(type(self.peft_model).generate, self.peft_model), args, kwargs)

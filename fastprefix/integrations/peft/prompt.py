@@ -15,6 +15,7 @@ from ..transformers.models.discovery import Layer, ModuleCall, find_backbone, re
 from ..transformers.models.hooks import (
     Forward,
     Interception,
+    asks_for,
     checkpoints_reentrantly,
     find_cache,
     name_arguments,
@@ -103,7 +104,10 @@ class PromptAcceleration(PromptLearning):
         rest = {name: value[..., length:] for name, value in _find_token_arguments(arguments, embeds).items()}
         arguments.update(rest, inputs_embeds=embeds[:, length:])
         arguments[self.cache_name] = cache
-        return self._restore(call, ran, super().run(forward, (), arguments))
+        output = super().run(forward, (), arguments)
+        if not asks_for(arguments, self.backbone, "use_cache"):
+            output = _drop_cache(output, cache)
+        return self._restore(call, ran, output)
 
     def run_head(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the head on hidden states. The prompt's states, which are the same in every row, run once."""
@@ -187,6 +191,14 @@ class PromptAcceleration(PromptLearning):
             key, value = (tensor[0, :, :length] for tensor in captured[layer.module])
             prefixes[self.layer_names[layer.module]] = GivenPrefix(key, value, window=layer.window)
         return ran, PrefixCache(len(self.layers), length, prefixes)
+
+
+def _drop_cache(output: Any, cache: PrefixCache) -> Any:
+    """Return the output of a backbone without the cache that held the prompt, which the caller has not asked for."""
+    if isinstance(output, tuple):
+        return tuple(value for value in output if value is not cache)
+    output.past_key_values = None
+    return output
 
 
 def _repeat_last(value: Any) -> Any:

@@ -279,6 +279,19 @@ def test_a_loss_of_the_callers_own_gets_all_logits() -> None:
     assert fastprefix.decelerate(model).get_base_model().loss_function is loss
 
 
+@pytest.mark.parametrize("return_dict", [False, True])
+@pytest.mark.parametrize("use_cache", [None, False, True])
+def test_the_output_has_a_cache_if_the_caller_asked_for_one(use_cache: bool | None, return_dict: bool) -> None:
+    model = family("decoder", "prompt").eval()
+    options = {**models.batch(), "use_cache": use_cache, "return_dict": return_dict, "output_hidden_states": True}
+    expected = model(**options)
+    assert fastprefix.accelerate(model).fastprefix.prompt_path == "shared"
+    actual = model(**options)
+    assert len(actual) == len(expected)
+    if return_dict:
+        assert actual.keys() == expected.keys()
+
+
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_token_types_of_a_decoder(kind: str, auto: Any) -> None:

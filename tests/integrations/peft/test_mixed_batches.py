@@ -119,6 +119,49 @@ def test_errors() -> None:
             run(**inputs, adapter_names="a")
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_rows_cannot_share_one_of_several_heads(kind: Callable[..., Any]) -> None:
+    if kind is peft.PrefixTuningConfig:
+        peft_support.require(peft_support.prefixes_of_classifiers)
+    options = {"task_type": "SEQ_CLS", "num_virtual_tokens": 3}
+    model = peft.get_peft_model(models.encoder(), kind(**options), adapter_name="a")
+    model.add_adapter("b", kind(**options))
+    fastprefix.accelerate(model, check=False)
+    with pytest.raises(ValueError, match="`adapter_names`"):
+        model(**models.batch(), adapter_names=["a", "b", "a"])
+
+
+@pytest.mark.peft
+def test_adaption_prompts_have_no_names() -> None:
+    config = peft.AdaptionPromptConfig(**CAUSAL, adapter_len=3, adapter_layers=1)
+    model = fastprefix.accelerate(peft.get_peft_model(models.decoder(), config, adapter_name="a"), check=False)
+    with pytest.raises(ValueError, match="`adapter_names`"):
+        model(**models.batch(), adapter_names=["a", "a", "a"])
+    expected = model(**models.batch(), adapter_names=None).logits
+    torch.testing.assert_close(fastprefix.decelerate(model)(**models.batch()).logits, expected)
+
+
+@pytest.mark.peft
+def test_prompts_of_tasks_are_chosen_by_task() -> None:
+    config = peft.MultitaskPromptTuningConfig(**CAUSAL, num_virtual_tokens=3, num_tasks=2)
+    model = fastprefix.accelerate(peft.get_peft_model(models.decoder(), config, adapter_name="a"), check=False)
+    with pytest.raises(ValueError, match="`task_ids`"):
+        model(**models.batch(), task_ids=torch.tensor([0, 1, 1]), adapter_names=["a", "a", "a"])
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_names_have_no_effect_while_adapters_are_disabled(kind: str) -> None:
+    peft_support.require(peft_support.generation)
+    model, inputs = make_model(kind), models.batch()
+    assert not torch.equal(model.generate(**inputs, **GREEDY), model.base_model.generate(**inputs, **GREEDY))
+    with model.disable_adapter():
+        expected = model.base_model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, adapter_names=NAMES, **GREEDY), expected)
+        assert torch.equal(model(**inputs, adapter_names=NAMES).logits, model.base_model(**inputs).logits)
+
+
 @pytest.mark.parametrize("shared_prompt", [None, False])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_an_adapter_in_use_on_the_base_model_is_refused(kind: str, shared_prompt: bool | None) -> None:
