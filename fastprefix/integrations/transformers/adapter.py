@@ -7,6 +7,7 @@ model's.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
@@ -231,6 +232,8 @@ class Adapter:
         self.config = config
         self.method = method
         self.hooks = hooks
+        self.identity = uuid.uuid4().hex
+        """Distinguishes this adapter from another one that gets its name later. Copies of the adapter keep it."""
         frozen = set(method.list_frozen()) if isinstance(method, Composition) else set()
         named = method.named_parameters()
         self.trained = [name for name, parameter in named if parameter.requires_grad and parameter not in frozen]

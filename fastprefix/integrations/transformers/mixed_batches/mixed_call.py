@@ -41,6 +41,7 @@ class Part:
         has_own_softmax: whether its keys have a separate softmax.
         is_prompt: whether its keys and values are computed from a prompt.
         heads: the heads of the method's layers on a tensor-parallel model, or None.
+        identity: distinguishes the adapter from other ones of the same name, for caches. None if names are enough.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Part:
     has_own_softmax: bool = False
     is_prompt: bool = False
     heads: TensorParallelHeads | None = None
+    identity: str | None = None
 
     @property
     def has_offset(self) -> bool:

@@ -150,6 +150,7 @@ class MixtureHooks:
         refuse_replicas(self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
         self._check(arguments, call.rows)
+        check_held(find_cache(arguments), call.rows.parts)
         call.begin(arguments, self.backbone)
         if torch.is_grad_enabled():
             call.set_prefixes(self.compute_prefixes(call.rows.parts))
@@ -304,23 +305,37 @@ _NAMES = "fastprefix_names"
 
 
 class HeldNames:
-    """The adapter names of the rows of a key/value cache."""
+    """The adapter names of the rows of a key/value cache, and the identities of these adapters."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], identities: Mapping[str, str | None]) -> None:
         self.names = names
+        self.identities = identities
 
     def select_rows(self, name: str, rows: Any) -> HeldNames:
         """Return the names of the rows that the cache method ``name`` selects when it is called with ``rows``."""
         if name == "batch_repeat_interleave":
-            return HeldNames(tuple(each for each in self.names for _ in range(int(rows))))
+            return HeldNames(tuple(each for each in self.names for _ in range(int(rows))), self.identities)
         chosen = rows.tolist() if isinstance(rows, Tensor) else rows
-        return HeldNames(tuple(self.names[row] for row in chosen))
+        return HeldNames(tuple(self.names[row] for row in chosen), self.identities)
 
 
 def hold_names(cache: Cache, rows: MixedRows, arguments: Mapping[str, Any]) -> None:
     """Store the adapter names of a call's rows on its cache."""
     count = count_rows(arguments) or len(rows.names)
-    hold_by_row(cache, _NAMES, HeldNames(rows.repeat_names(count)))
+    hold_by_row(cache, _NAMES, HeldNames(rows.repeat_names(count), {each.name: each.identity for each in rows.parts}))
+
+
+def check_held(cache: Cache | None, parts: Sequence[Part]) -> None:
+    """Check that a cache was filled with these adapters, not with former ones of the same names."""
+    if get_held_names(cache) is None:
+        return
+    held: HeldNames = getattr(cache, _NAMES)
+    for part in parts:
+        if held.identities.get(part.name, part.identity) != part.identity:
+            raise ValueError(
+                f"`past_key_values` must be continued with the adapter that filled it, but {part.name!r} is another "
+                "adapter now. Start with an empty cache."
+            )
 
 
 def get_held_names(cache: Cache | None) -> tuple[str, ...] | None:

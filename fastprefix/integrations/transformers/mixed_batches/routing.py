@@ -96,7 +96,7 @@ class Routing:
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with the adapter in use, or with the adapters that the call names."""
-        if not self.used and _ARGUMENT not in kwargs:
+        if not self.used and _ARGUMENT not in kwargs and get_held_names(find_cache(kwargs)) is None:
             return forward(*args, **kwargs)
         with self.lock:
             kwargs = dict(kwargs)
@@ -370,12 +370,12 @@ def make_part(name: str, adapter: Adapter) -> Part:
     length = method.config.num_virtual_tokens
     indices = {module: index for index, module in enumerate(hooks.bindings)}
     if isinstance(method, PromptMethod):
-        return Part(name, length, length, indices, method, is_prompt=True)
+        return Part(name, length, length, indices, method, is_prompt=True, identity=adapter.identity)
     assert isinstance(hooks, PrefixHooks)
     assert isinstance(method, PrefixMethod)
     projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}
-    own = method.output_gate(0) is not None
-    return Part(name, length, method.position_shift(), indices, method, projections, own, heads=hooks.heads)
+    own, more = method.output_gate(0) is not None, {"heads": hooks.heads, "identity": adapter.identity}
+    return Part(name, length, method.position_shift(), indices, method, projections, own, **more)
 
 
 def check_together(parts: Sequence[Part]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -115,6 +116,8 @@ class AdapterStore:
     def load(self, name: str, source: Source) -> None:
         """Load an adapter, or replace the stored adapter of that name.
 
+        Key/value caches can be continued when the same adapter is loaded again, but not with another one.
+
         Args:
             name: the name of the adapter.
             source: a file or directory as for ``load_adapter``, or a prefix in memory (``read_prefix``,
@@ -137,6 +140,7 @@ class AdapterStore:
             if name not in self:
                 check_name_free(self.model, name)
             part, prefixes = self._read(name, source)
+            part.identity = _identify(prefixes)
             make_room(part.length)
             self._put(part, prefixes)
 
@@ -277,6 +281,15 @@ class AdapterStore:
         return Part(name, length, shift, indices), prefixes
 
 
+def _identify(prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:
+    """Return a hash of the last token's keys and values, which is the same when an adapter is loaded again."""
+    digest = hashlib.sha256()
+    for prefix in prefixes.values():
+        for tensor in (prefix.key, prefix.value):
+            digest.update(tensor[:, -1:].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
     """Return a copy of a method that FSDP2 has sharded and gathered. FSDP2 does not manage the copy."""
     shape: Any = method.shapes if isinstance(method, PrefixMethod) else method.shape
@@ -291,6 +304,8 @@ def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:
 
 class ResidentAdapters:
     """Adapters that are loaded into a store when a batch needs them, and dropped when others need the memory.
+
+    Adapters that the caller loads into the store count towards the limit, but are never dropped.
 
     Args:
         store: the store of the model.
@@ -339,9 +354,11 @@ class ResidentAdapters:
         while self.store.tokens + length > self.tokens:
             old = next((each for each in self._used if each not in wanted and each in self.store), None)
             if old is None:
+                own = [each for each in self.store if each not in self._used and each not in wanted]
+                hint = f" Or drop the adapters that were loaded or renamed without `fetch`: {own}." if own else ""
                 raise ValueError(
                     f"`names` must be of adapters with at most {self.tokens:,} tokens in total, the limit of the "
-                    "store. Use a smaller batch, or a larger `tokens`."
+                    f"store. Use a smaller batch, or a larger `tokens`.{hint}"
                 )
             del self._used[old]
             self.store.drop(old)

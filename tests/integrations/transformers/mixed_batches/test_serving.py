@@ -229,6 +229,40 @@ class TestResidentAdapters:
             resident.fetch(["prefix", "biases"])
         resident.fetch(["biases"])
         assert store.names == ["biases"]
+        store.rename("biases", "kept")
+        with pytest.raises(ValueError, match="`fetch`.*'kept'"):
+            resident.fetch(["prefix"])
+
+
+class TestCaches:
+    """A cache is continued with the adapter that filled it, also if that adapter was dropped in between."""
+
+    @torch.no_grad()
+    def test_stored_adapters(self, files: Files) -> None:
+        model, ids = models.decoder(), torch.randint(3, 100, (1, 6))
+        store = fastprefix.AdapterStore(model)
+        store.load("a", files.folder / "prefix")
+        whole = model(input_ids=ids, adapter_names=["a"]).logits
+        cache = model(input_ids=ids[:, :4], adapter_names=["a"]).past_key_values
+        store.drop("a")
+        with pytest.raises(ValueError, match="'a'"):
+            model(input_ids=ids[:, 4:], past_key_values=cache)
+        store.load("a", files.folder / "biases")
+        with pytest.raises(ValueError, match="`past_key_values`"):
+            model(input_ids=ids[:, 4:], past_key_values=cache)
+        store.load("a", files.folder / "prefix")
+        rest = model(input_ids=ids[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-10, atol=1e-10)
+
+    @torch.no_grad()
+    def test_attached_adapters(self) -> None:
+        model, ids = attach_all(models.decoder(), {"a": KINDS["prefix"]}), torch.randint(3, 100, (1, 6))
+        cache = model(input_ids=ids[:, :4], adapter_names=["a"]).past_key_values
+        model(input_ids=ids[:, 4:5], past_key_values=cache)
+        fastprefix.detach(model, "a")
+        attach_all(model, {"a": KINDS["prefix"]})
+        with pytest.raises(ValueError, match="`past_key_values`"):
+            model(input_ids=ids[:, 5:], past_key_values=cache)
 
 
 class TestErrors:
