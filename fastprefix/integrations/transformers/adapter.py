@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,9 @@ def list_labels(model: PreTrainedModel) -> list[str]:
 MODULE = "fastprefix"
 """The attribute of the model that holds the module of the adapter in use."""
 
+TOGETHER = "fastprefix_together"
+"""The attribute of the model that holds the modules of other adapters that are trained together with that one."""
+
 Method = PromptMethod | PrefixMethod | VisualMethod
 
 
@@ -137,7 +141,7 @@ class Casts:
         self.parameters = [p for of in self.modules.values() for p in of.parameters() if p.is_floating_point()]
         own = set(self.parameters)
         added = {each.parameter for each in list_tuner_parameters(model)}  # float32 in any model
-        added |= {p for name, p in model.named_parameters() if name.startswith(f"{MODULE}.")}
+        added |= {p for name, p in model.named_parameters() if name.startswith((f"{MODULE}.", f"{TOGETHER}."))}
         frozen = [p for p in model.parameters() if p not in own and p not in added and p.dtype in _PRECISIONS]
         precision = self.read_model_precision() or next((p.dtype for p in self.parameters), None)
         alike = [p for p in frozen if p.dtype is precision]
@@ -406,6 +410,11 @@ class _Untrainable(torch.autograd.Function):
         )
 
 
+def _name_module(name: str) -> str:
+    """Return a name for a module of a ``ModuleDict``. Names of its methods, such as "keys", are not allowed there."""
+    return "adapter_" + quote(name, safe="").replace(".", "%2E")
+
+
 class Attachment:
     """The adapters of a frozen model, and the state of the model before."""
 
@@ -419,6 +428,7 @@ class Attachment:
         self.quantized: bool = getattr(model, "is_quantized", False)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
+        self.together: set[str] = set()  # the names of adapters that are trained in the same batches
         self.routing: Any = None  # selects the adapters for the rows of each call
         if not self.had_tuners:  # otherwise PEFT has already frozen the base model
             model.requires_grad_(False)
@@ -449,6 +459,17 @@ class Attachment:
                 f"`model` has none of its adapters in use, which are {names}. Call fastprefix.set_adapter."
             )
         return self.adapters[self.active]
+
+    def register_together(self, model: PreTrainedModel) -> None:
+        """Make the methods that are trained together with the one in use parts of the model.
+
+        Trainer, DistributedDataParallel and checkpoints only see parameters that are parts of the model.
+        """
+        if TOGETHER in model._modules:
+            delattr(model, TOGETHER)
+        others = {name: each.method for name, each in self.adapters.items() if name in self.together - {self.active}}
+        if others:
+            model.add_module(TOGETHER, nn.ModuleDict({_name_module(name): each for name, each in others.items()}))
 
     def check_known(self, name: str) -> str:
         """Return a name if an adapter has this name.

@@ -168,6 +168,8 @@ def detach(model: Model, name: str | None = None) -> Model:
         adapter = attachment.adapters.pop(each)
         adapter.drop_gradients(base)
         attachment.routing.forget(adapter)
+        attachment.together.discard(each)
+    attachment.register_together(base)
     if not attachment.adapters and (name is None or not attachment.routing.serves):
         from .files.checkpoints import leave_checkpoints
 
@@ -316,6 +318,7 @@ def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
     if name is not None:
         attachment.adapters[name].put_on(model)
         attachment.active = name
+    attachment.register_together(model)
     attachment.user.acts = name is not None
     attachment.routing.install()
 

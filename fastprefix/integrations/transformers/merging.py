@@ -91,6 +91,8 @@ def merge(model: Model) -> Model:
         routing.install()
     adapter.merged = True
     adapter.mark(base)
+    attachment.together.clear()
+    attachment.register_together(base)
     own = (base.get_submodule(name) for name in (MODULE, *adapter.saved_modules))
     adapter.frozen.freeze(base, own=[parameter for module in own for parameter in module.parameters()])
     base.requires_grad_(False)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...methods import PromptMethod
 from ...methods.base import LearningRates
-from .adapter import MODULE, Adapter, Attachment, Method
+from .adapter import MODULE, TOGETHER, Adapter, Attachment, Method
 from .attachment import get_attachment
 from .models.tuners import find_base_model, has_tuner_layers
 
@@ -26,7 +26,8 @@ class ParameterCount:
     """The numbers of all parameters and of the trained parameters of a model. ``print`` shows them in one line.
 
     ``groups`` has the number of trained parameters of the method (key "fastprefix"), of each module that stays
-    trainable (key: its name), and of PEFT's layers, such as LoRA (key "peft").
+    trainable (key: its name), of adapters that are trained together with it (key "fastprefix_together"), and of PEFT's
+    layers, such as LoRA (key "peft").
     """
 
     total: int
@@ -61,7 +62,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapter = attachment.adapter
-    modules = () if adapter.merged else (MODULE, *adapter.saved_modules)
+    together = [TOGETHER] if attachment.together - {attachment.active} else []
+    modules = [] if adapter.merged else [MODULE, *adapter.saved_modules, *together]
     groups, seen = {}, set[nn.Parameter]()
     for name in modules:
         trained = {p for p in base.get_submodule(name).parameters() if p.requires_grad} - seen
@@ -112,8 +114,9 @@ def parameter_groups(
             all saturate at 1 within some tens of steps of Adam.
         peft_lr: the rate of the parameters that PEFT trains. The default 2e-4 is the rate of the LoRA paper.
         weight_decay: the weight decay of all groups.
-        adapter_names: the adapters that are trained together, in batches whose rows name their adapters. None selects
-            the adapter in use.
+        adapter_names: the adapters that are trained together, in batches whose rows name their adapters. They become
+            parts of the model, so that Trainer, DistributedDataParallel and checkpoints include all of them. None
+            selects the adapter in use.
 
     Returns:
         Dictionaries with the keys "params", "lr" and "weight_decay", one for each nonempty group.
@@ -153,6 +156,8 @@ def parameter_groups(
         if fresh := [p for p in parameters if p not in seen]:  # a composition shares the parameters of its parts
             options.append({"params": fresh, "lr": rate, "weight_decay": weight_decay})
             seen.update(fresh)
+    attachment.together = set(adapter_names or ())
+    attachment.register_together(base)
     return options
 
 

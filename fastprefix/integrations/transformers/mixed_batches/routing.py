@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ....methods import LlamaAdapter, PrefixMethod, PromptMethod, VisualMethod
@@ -182,6 +183,13 @@ class Routing:
             raise ValueError(
                 "`adapter_names` must be used without gradients on a model that FSDP2 has sharded, since ranks with "
                 "different adapters would reduce different gradients. Train one adapter at a time."
+            )
+        known = {BASE, self.attachment.active, *self.attachment.together}
+        lost = [name for name in self.attachment.adapters if name in names and name not in known]
+        if lost and torch.is_grad_enabled() and DistributedDataParallel._active_ddp_module is not None:
+            raise ValueError(
+                f"`adapter_names` must name adapters that DistributedDataParallel reduces the gradients of, but has "
+                f"{lost}. Pass all names to fastprefix.parameter_groups before you wrap the model."
             )
         device, training = find_device(self.model), self.model.training
         for name in dict.fromkeys(names):
@@ -374,8 +382,8 @@ def make_part(name: str, adapter: Adapter) -> Part:
     assert isinstance(hooks, PrefixHooks)
     assert isinstance(method, PrefixMethod)
     projections = {module: binding.projection for module, binding in hooks.bindings.items() if binding.projection}
-    own, more = method.output_gate(0) is not None, {"heads": hooks.heads, "identity": adapter.identity}
-    return Part(name, length, method.position_shift(), indices, method, projections, own, **more)
+    shift, own = method.position_shift(), method.output_gate(0) is not None
+    return Part(name, length, shift, indices, method, projections, own, heads=hooks.heads, identity=adapter.identity)
 
 
 def check_together(parts: Sequence[Part]) -> None:

@@ -940,8 +940,8 @@ class Implementation:
             if not str(name := config._attn_implementation).startswith(NAME):
                 raise RuntimeError(
                     "`set_attn_implementation` must not be called while an adapter is on the model, but the "
-                    f"attention is {name!r}. Set it to {self.name!r} again, or remove the adapter with fastprefix.detach "
-                    "(an accelerated PEFT model: with fastprefix.decelerate)."
+                    f"attention is {name!r}. Set it to {self.name!r} again, or remove the adapter with "
+                    "fastprefix.detach (an accelerated PEFT model: with fastprefix.decelerate)."
                 )
 
     def list_former_attentions(self) -> set[str | None]:

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -516,30 +517,78 @@ def test_prompts_in_the_store_follow_their_parameters_and_the_model() -> None:
             torch.testing.assert_close(mixed[:1], model(**take_row(inputs, 0)).logits, rtol=1e-10, atol=1e-10)
 
 
-def test_trainer_keeps_a_column_of_names(tmp_path: Any) -> None:
-    model = decoder().float()
+def train_together(model: Any, folder: Any, **options: Any) -> Trainer:
+    """Return a Trainer that trains two adapters in the same batches."""
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "adapter_names": n} for n in ("prefix", "biases") * 2]
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         tensors = {name: torch.tensor([each[name] for each in examples]) for name in ("input_ids", "labels")}
         return {**tensors, "adapter_names": [each["adapter_names"] for each in examples]}
 
-    before = {n: [p.clone() for p in a.method.parameters()] for n, a in get_attachment(model).adapters.items()}
     groups = fastprefix.parameter_groups(model, lr=0.1, adapter_names=["prefix", "biases"])
-    options = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no"
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **options
     )
-    trainer = Trainer(
-        model,
-        options,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=collate,
-        optimizers=(torch.optim.SGD(groups), None),
+    optimizers = (torch.optim.SGD(groups, momentum=0.9), None)
+    return Trainer(
+        model, arguments, train_dataset=Dataset.from_list(rows), data_collator=collate, optimizers=optimizers
     )
-    trainer.train()
-    for name, adapter in get_attachment(model).adapters.items():
-        same = all(map(torch.equal, before[name], adapter.method.parameters()))
-        assert same == (name not in ("prefix", "biases"))
+
+
+def read_adapters(model: Any) -> dict[str, list[Tensor]]:
+    adapters = get_attachment(model).adapters.items()
+    return {name: [p.detach().clone() for p in each.method.parameters()] for name, each in adapters}
+
+
+@pytest.mark.parametrize("used", ["prefix", "adept"])
+def test_trainer_trains_adapters_together(tmp_path: Any, used: str) -> None:
+    """It clips and clears the gradients of all of them, and its checkpoints contain all of them."""
+    model, other = (fastprefix.set_adapter(decoder().float(), used) for _ in range(2))
+    before = read_adapters(model)
+    options = {"max_steps": 4, "save_steps": 2, "max_grad_norm": 0.1}
+    train_together(model, tmp_path, **options).train()
+    after = read_adapters(model)
+    for name in before:
+        assert all(map(torch.equal, before[name], after[name])) == (name not in ("prefix", "biases"))
+    gradients = [p.grad for n in ("prefix", "biases") for p in get_attachment(model).adapters[n].method.parameters()]
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+    train_together(other, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, parameters in read_adapters(other).items():
+        assert all(map(torch.equal, parameters, after[name]))
+    assert fastprefix.count_parameters(model).groups["fastprefix_together"] > 0
+
+
+def test_adapters_that_are_trained_together_are_parts_of_the_model_until_they_are_detached() -> None:
+    model = decoder()
+    names = list(model.state_dict())
+    fastprefix.parameter_groups(model, adapter_names=["prefix", "biases"])
+    for used in ("prefix", "biases", "adept"):
+        fastprefix.set_adapter(model, used)
+        others = {"prefix", "biases"} - {used}
+        assert {n.split(".")[1] for n in model.state_dict() if n.startswith("fastprefix_together.")} == {
+            f"adapter_{each}" for each in others
+        }
+    fastprefix.detach(model, "biases")
+    fastprefix.set_adapter(model, "prefix")
+    assert not any(name.startswith("fastprefix_together.") for name in model.state_dict())
+    base = [name for name in names if not name.startswith("fastprefix.")]
+    assert list(fastprefix.detach(model).state_dict()) == base
+
+
+def test_distributed_data_parallel_needs_all_names_beforehand(tmp_path: Any) -> None:
+    inputs, names = make_rows(2, "none"), ["prefix", "adept"]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        model = decoder()
+        with pytest.raises(ValueError, match="'prefix'"):
+            DistributedDataParallel(model)(**inputs, adapter_names=names)
+        fastprefix.parameter_groups(model, adapter_names=names)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped(**inputs, adapter_names=names).logits.sum().backward()
+        for name in names:
+            assert all(p.grad is not None for p in get_attachment(model).adapters[name].method.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_compiled_models_are_not_compiled_anew_for_other_names() -> None:

@@ -230,7 +230,7 @@ class TestResidentAdapters:
         resident.fetch(["biases"])
         assert store.names == ["biases"]
         store.rename("biases", "kept")
-        with pytest.raises(ValueError, match="`fetch`.*'kept'"):
+        with pytest.raises(ValueError, match=r"`fetch`.*'kept'"):
             resident.fetch(["prefix"])
 
 
