@@ -49,6 +49,10 @@ class Record:
     def conclude(self, folder: Path) -> int:
         """Write the record and print its faults. Return the exit status."""
         print(f"\nresults in {self.write(folder)}")
+        return self.print_faults()
+
+    def print_faults(self) -> int:
+        """Print the faults of the record. Return the exit status."""
         for fault in self.faults:
             print(f"\n{describe_fault(fault)}\n{fault['traceback']}", file=sys.stderr)
         return 1 if self.faults else 0

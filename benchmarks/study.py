@@ -223,11 +223,14 @@ class Study:
         about = json.loads(json.dumps(about))  # as in the file
         self.refresh()
         if not any(about.items() <= row.items() for row in self.record.rows):
-            row = about | self.train(name, rates, seed)
-            with FileLock(self.out / "study.lock"):
-                self.refresh()
-                self.record.rows.append(row)
-                self.record.write(self.out)
+            self.write([about | self.train(name, rates, seed)])
+
+    def write(self, rows: list[Row]) -> None:
+        """Add rows to those in the file. Other processes may have added some."""
+        with FileLock(self.out / "study.lock"):
+            self.refresh()
+            self.record.rows += rows
+            self.record.write(self.out)
 
     def train(self, name: str, rates: Row, seed: int, trial: optuna.Trial | None = None) -> Row:
         """Train with early stopping, and test the best weights."""
@@ -362,11 +365,11 @@ def run(options: argparse.Namespace) -> int:
         record = study.record
         print(record.settings["introduction"], flush=True)
         study.run_cells(options.cells or list(cells))
-        study.refresh()
+        study.write([])
     tables = "\n\n".join(table.markdown() for table in summarize(record))
     write_text(f"{record.settings['introduction']}\n\n{tables}\n\n{NOTES}\n", options.out / "study.md")
     print(f"\n{tables}\n\n{NOTES}")
-    return record.conclude(options.out)
+    return 0 if options.report else record.print_faults()
 
 
 def summarize(record: Record) -> list[Table]:

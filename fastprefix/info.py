@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _describe(name: str) -> int:
     """Print how methods would run on a model, and return the exit status, which is 1 if the model does not exist."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from .integrations.transformers.preview import preview
 
     print()
@@ -45,7 +47,7 @@ def _describe(name: str) -> int:
     try:
         for line in preview(name):
             print(line)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         print(f"`--model` must be a local folder or the name of a model on the hub: {error}", file=sys.stderr)
         return 1
     return 0

@@ -383,24 +383,26 @@ def measure(
     return measure_parity(case.operation, inputs.tensors, options=options, draws=draws, grad=grad)
 
 
+def _list_compared() -> list[str]:
+    """Return the names of the backends except ``sdpa``, whose accuracy is that of PyTorch's kernel."""
+    return [name for name in BACKENDS if name != "sdpa"]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m fastprefix parity``."""
     parser.add_argument(
         "--shape", type=_shape, metavar="B,Hq,Hkv,N,M,P,D[,Dv]", help="run prefix_attention with this shape only"
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all")
-    parser.add_argument(
-        "--backend", choices=list(BACKENDS), nargs="+", help="default: all usable ones but sdpa, PyTorch's attention"
-    )
-    parser.add_argument("--device", type=torch.device, help="default: cuda if available, else cpu")
+    parser.add_argument("--backend", choices=_list_compared(), nargs="+", help="default: all usable ones")
+    parser.add_argument("--device", type=_device, help="default: cuda if available, else cpu")
     parser.add_argument("--quick", action="store_true", help="run fewer and smaller cases")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the grid, print the table, and return 1 if a bound is missed or a named backend is not usable."""
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = args.backend or [name for name in BACKENDS if name != "sdpa"]  # its accuracy is that of PyTorch's kernel
-    backends = [name for name in wanted if BACKENDS[name].refusal(device) is None]
+    backends = [name for name in args.backend or _list_compared() if BACKENDS[name].refusal(device) is None]
     for name in set(args.backend or ()) - set(backends):
         print(f"backend {name!r} is not usable: {BACKENDS[name].refusal(device)}", file=sys.stderr)
         return 1
@@ -432,14 +434,26 @@ def _is_refused(case: Case, dtype: torch.dtype, backend: str, device: torch.devi
     return ATTENTION.refusals[backend](canonical_arguments(**inputs.tensors, **inputs.options)) is not None
 
 
+def _device(text: str) -> torch.device:
+    """Return a device that runs kernels on this machine."""
+    try:
+        torch.empty(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r} ({reason})") from error
+    return torch.device(text)
+
+
 def _shape(text: str) -> dict[str, Any]:
     letters = ("B", "Hq", "Hkv", "N", "M", "P", "D", "Dv")
     try:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
         sizes = []
-    if len(sizes) not in (7, 8):
-        raise argparse.ArgumentTypeError(f"must be numbers B,Hq,Hkv,N,M,P,D[,Dv], got {text!r}")
+    if len(sizes) not in (7, 8) or min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"must be numbers B,Hq,Hkv,N,M,P,D[,Dv] of at least 0, got {text!r}")
+    if sizes[2] == 0 or sizes[1] % sizes[2] or min(sizes[6:]) == 0:
+        raise argparse.ArgumentTypeError(f"must have Hq a multiple of Hkv, and D and Dv above 0, got {text!r}")
     return dict(zip(letters, sizes, strict=False)) | ({"Dv": None} if len(sizes) == 7 else {})
 
 

@@ -86,6 +86,9 @@ def test_processes_share_a_folder(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert main([*arguments, "prefix tuning (20)"]) == 0
     rows = results.read(tmp_path / "study.json").rows
     assert Counter(row["method"] for row in rows) == {"head alone": 2, "prefix tuning (20)": 2}
+    before = (tmp_path / "study.json").read_bytes()
+    assert main([*arguments[:-1], "--report"]) == 0
+    assert (tmp_path / "study.json").read_bytes() == before
 
 
 def test_entities_with_lora(folder: Path, tmp_path: Path) -> None:

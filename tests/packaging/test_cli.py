@@ -55,9 +55,24 @@ def test_a_backend_that_is_not_usable_is_exit_status_1(
     assert "not usable" in capsys.readouterr().err
 
 
-def test_a_shape_that_is_none_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "parity", "--shape", "1,2") == 2
-    assert "--shape" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--shape 1,2",
+        "--shape 1,3,2,4,4,2,8",  # heads
+        "--shape 1,2,2,4,4,2,-8",
+        "--shape 1,2,2,4,4,2,0",
+        "--device foo",
+        "--device meta",
+        "--device cuda:99",
+        "--backend sdpa",  # nothing to compare
+    ],
+)
+def test_wrong_options_name_themselves(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "parity", *wrong.split()) == 2
+    assert wrong.split()[0] in capsys.readouterr().err
 
 
 def test_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +115,9 @@ def test_info_on_a_model(
 
 
 def test_info_on_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(monkeypatch, "info", "--model", str(tmp_path)) == 1
+    assert "--model" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     assert run(monkeypatch, "info", "--model", str(tmp_path)) == 1
     assert "--model" in capsys.readouterr().err
     assert run(monkeypatch, "info", "--model", "../w/nope") == 1
