@@ -296,7 +296,8 @@ def _rms(x: Tensor) -> float:
 def _ratio(error: float, bound: float) -> float:
     if bound == 0.0:
         return 0.0 if error == 0.0 else float("inf")
-    return error / bound
+    ratio = error / bound
+    return ratio if ratio == ratio else float("inf")  # ``max`` would skip NaN
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

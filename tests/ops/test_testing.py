@@ -6,7 +6,7 @@ from torch import nn
 
 import fastprefix
 from fastprefix.parity import AttentionCase, EmbeddingCase
-from fastprefix.testing import assert_parity, measure_parity
+from fastprefix.testing import Row, assert_parity, measure_parity
 
 
 def plain(x, y):
@@ -48,6 +48,11 @@ def test_wrong_gradient_is_caught():
 def test_missing_gradient_is_caught():
     with pytest.raises(AssertionError, match=r"grad y .*MISS"):
         assert_parity(lambda x, y: plain(x, y.detach()), inputs(), reference=plain)
+
+
+@pytest.mark.parametrize(("error", "rms_error"), [(0.0, float("nan")), (float("nan"), 0.0)])
+def test_a_row_whose_error_is_nan_is_a_miss(error, rms_error):
+    assert not Row("output", error, 0.0, 1.0, rms_error, 0.0, 1.0).ok
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

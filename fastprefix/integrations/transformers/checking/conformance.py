@@ -866,7 +866,7 @@ class Situations:
 def _is_close(draws: list[tuple[Compared, Compared]]) -> bool:
     """Return whether the median error of a method under autocast is comparable to the textbook's own error."""
     own, ours = (statistics.median(each.error for each in errors) for errors in zip(*draws, strict=True))
-    return bool(ours <= max(4 * own, 0.05))
+    return math.isfinite(ours) and bool(ours <= max(4 * own, 0.05))
 
 
 @contextmanager
@@ -985,18 +985,19 @@ def _evaluate(subject: _Subject, run: Make, gradients: bool = True) -> _Numbers:
 
 
 def _compare(actual: _Numbers, expected: _Numbers) -> Compared:
-    values = _measure_error(actual.values, expected.values)
+    values = Compared(_measure_error(actual.values, expected.values), "values")
     if not expected.gradients:
-        return Compared(values, "values")
+        return values
     scale = max(float(g.abs().max()) for g in expected.gradients)
-    pairs = zip(actual.gradients, expected.gradients, strict=True)
-    gradients = max(float((a - e).abs().max()) / max(float(e.abs().max()), 1e-3 * scale, 1e-300) for a, e in pairs)
-    return max(Compared(values, "values"), Compared(gradients, "gradients"))
+    return max(values, Compared(_measure_error(actual.gradients, expected.gradients, 1e-3 * scale), "gradients"))
 
 
-def _measure_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+def _measure_error(actual: list[Tensor], expected: list[Tensor], least: float = 0.0) -> float:
+    """Return the largest error, relative to the largest value of its tensor, which counts as ``least`` if smaller."""
     if [value.shape for value in actual] != [value.shape for value in expected]:
-        return float("inf")
-    errors = [(float((a - e).abs().max()), float(e.abs().max())) for a, e in zip(actual, expected, strict=True)]
-    largest = max((error / max(scale, 1e-300) for error, scale in errors), default=0.0)
-    return largest if largest == largest else float("inf")
+        return math.inf
+    errors = [
+        float((a - e).abs().max()) / max(float(e.abs().max()), least, 1e-300)
+        for a, e in zip(actual, expected, strict=True)
+    ]
+    return max(errors, default=0.0) if all(map(math.isfinite, errors)) else math.inf  # ``max`` would skip NaN

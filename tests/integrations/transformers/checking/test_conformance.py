@@ -163,6 +163,24 @@ def test_own_errors_are_told_from_crashes() -> None:
     assert check(llama(), PREFIX, crash).findings[0].verdict == "fails"
 
 
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("kind", ["values", "gradients"])
+@pytest.mark.parametrize("side", ["actual", "expected"])
+def test_nan_in_any_tensor_is_an_error(side: str, kind: str, place: int) -> None:
+    def make(which: str) -> Any:
+        numbers = conformance._Numbers(*([torch.ones(2), torch.ones(3)] for _ in range(2)))
+        if which == side:
+            getattr(numbers, kind)[place][1] = torch.nan
+        return numbers
+
+    assert conformance._compare(make("actual"), make("expected")) == (torch.inf, kind)
+
+
+def test_a_textbook_that_overflows_excuses_no_error_of_rounding() -> None:
+    lost = conformance.Compared(torch.inf, "values")
+    assert not conformance._is_close([(lost, lost)])
+
+
 # Planted faults: of values and gradients
 
 

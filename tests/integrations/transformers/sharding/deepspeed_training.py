@@ -7,7 +7,7 @@ process writes the largest differences of each case to FILE.
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,15 @@ def run_case(stage: int, method: str, kind: str, folder: Path) -> dict[str, floa
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     generated = engine.module.eval().generate(ids[:2], synced_gpus=stage == 3, **options)
     return {
-        "loss": max(errors),
-        "saved": max(float((saved[name] - state[name]).abs().max()) for name in saved),
+        "loss": find_largest(torch.tensor(error) for error in errors),
+        "saved": find_largest(saved[name] - state[name] for name in saved),
         "generated": float((generated != plain.eval().generate(ids[:2], **options)).sum()),
     }
+
+
+def find_largest(errors: Iterable[Tensor]) -> float:
+    """Return the largest absolute error, or NaN if any error is NaN."""
+    return float(torch.stack([error.abs().max() for error in errors]).max())
 
 
 def describe_refusal(action: Callable[[], Any]) -> str:
@@ -148,7 +153,7 @@ def main(file: str) -> None:
         results[" ".join(map(str, case)).strip()] = run_case(*case, Path(names[0]) / str(number))
     alone, partitioned = models.decoder().float(), load_partitioned(Path(names[0]) / "model")
     expected, actual = change(alone, Path(names[0]) / "alone"), change(partitioned, Path(names[0]) / "partitioned")
-    results["changed"] = max(float((actual[name] - tensor).abs().max()) for name, tensor in expected.items())
+    results["changed"] = find_largest(actual[name] - tensor for name, tensor in expected.items())
     refused = make("prefix")
     engine = deepspeed.initialize(
         model=refused,

@@ -5,6 +5,7 @@ all processes of ``torchrun``. The first process writes the largest error of eac
 """
 
 import json
+import math
 import sys
 import tempfile
 import traceback
@@ -156,15 +157,16 @@ def run(model: Any, wrapped: nn.Module, batches: int, batch: int, out: str) -> d
 
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest error, relative to the largest value of each tensor."""
+    """Return the largest error, relative to the largest value of each tensor. NaN counts as infinite."""
     assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
     errors = {
-        name: float((actual[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30))
+        name: (actual[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
         for name, value in expected.items()
     }
-    worst = max(errors, key=lambda name: errors[name])
-    print(f"largest error: {errors[worst]:.1e} of {worst}", file=sys.stderr)
-    return errors[worst]
+    largest = {name: math.inf if error.isnan() else float(error) for name, error in errors.items()}
+    worst = max(largest, key=lambda name: largest[name])
+    print(f"largest error: {largest[worst]:.1e} of {worst}", file=sys.stderr)
+    return largest[worst]
 
 
 def run_scenario(layout: Layout, name: str, folder: Path) -> float | None:
