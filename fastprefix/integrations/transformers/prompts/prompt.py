@@ -186,8 +186,13 @@ class PromptHooks:
             raise make_two_adapters_error()
         forget_rows_if_empty(cache)
         if cache is None or not holds_rows(cache):
+            if hasattr(cache, SHARED) and count_past(arguments) > 0:
+                reason = str(self.method.prompt_path).partition(": ")[2]
+                raise ValueError(
+                    f"`past_key_values` was filled with a shared prompt, which this call does not support: {reason}."
+                )
             return self._run_rows(forward, arguments)
-        refuse_other_rows(cache, length)
+        refuse_other_prompt(getattr(cache, _ROWS), self.method)
         count_all_rows(cache)
         try:
             return self._run_rows(forward, arguments)
@@ -554,6 +559,13 @@ def unflatten_leading(output: Any, leading: torch.Size) -> None:
     output.last_hidden_state = output.last_hidden_state.unflatten(0, leading)
 
 
+SHARED = "fastprefix_prompt"
+"""The attribute of a key/value cache that holds the ``SharedPrompt`` of the call that began it.
+
+Its keys and values may depend on that call (its token types, the rotary frequencies for its length), and the calls that
+continue the cache must use the same ones.
+"""
+
 # A cache with the prompt's virtual tokens counts them only while the backbone runs, since generation uses the length of
 # the cache to find the tokens that are new.
 
@@ -569,10 +581,21 @@ def count_tokens_only(cache: Cache, rows: int) -> None:
     attributes["crop"] = functools.partial(_crop_tokens, cache)
 
 
-def refuse_other_rows(cache: Cache, rows: int) -> None:
-    """Refuse a cache that holds another number of virtual tokens."""
-    if (held := getattr(cache, _ROWS)) != rows:
-        raise ValueError(f"`past_key_values` holds a prompt of {held} virtual tokens, but the adapter has {rows}.")
+def refuse_other_prompt(length: int, method: PromptMethod, held: int = 1, count: int = 1) -> None:
+    """Refuse a cache whose prompt has another ``length`` than a method, or with ``held`` prompts, not ``count``.
+
+    The positions of the tokens after the prompt would not fit those of the tokens in the cache.
+    """
+    own = method.config.num_virtual_tokens
+    if length != own or held != count:
+        raise ValueError(
+            f"`past_key_values` must hold {_describe_prompts(count, own)} of the adapter, but it was filled with "
+            f"{_describe_prompts(held, length)}. Use the adapter that filled it, or pass a new cache."
+        )
+
+
+def _describe_prompts(count: int, length: int) -> str:
+    return f"a prompt of {length} virtual tokens" if count == 1 else f"{count} prompts of {length} virtual tokens"
 
 
 def holds_rows(cache: Cache | None) -> bool:

@@ -55,21 +55,15 @@ from ..sharding.fully_sharded import Gatherer, run_gathered
 from ..sharding.partitioned import any_partitioned
 from ..sharding.tensor_parallel import TensorParallelHeads, is_sharded
 from .prompt import (
+    SHARED,
     PromptHooks,
     find_token_arguments,
     flatten_leading,
     forget_rows_if_empty,
     holds_rows,
+    refuse_other_prompt,
     unflatten_leading,
 )
-
-_PROMPT = "fastprefix_prompt"
-"""The attribute of a key/value cache that holds the shared prompt's keys and values from its first call.
-
-They may depend on that call (its token types, the rotary frequencies for its length), and the calls that continue it
-must use the same ones.
-"""
-
 
 LEAST_SAVING = 2 * 10**11
 """The least saving for which a prompt runs once in training on a GPU: tokens times parameters per layer.
@@ -110,6 +104,11 @@ class SharedPrompt:
     count: int = 1
     spans: Tensor | None = None
 
+    @property
+    def length(self) -> int:
+        """The number of virtual tokens of each prompt."""
+        return next(iter(self.prefixes.values()))[0].shape[1] // self.count
+
 
 class SharedBinding(Binding):
     """The binding of an attention module to the prompt's keys and values, or None, in a call."""
@@ -133,8 +132,7 @@ class SharedBinding(Binding):
         """Return the bias that applies a sliding window to the prompt as to the tokens."""
         shared = self.shared
         assert shared is not None
-        length = shared.prefixes[self.index][0].shape[1] // shared.count
-        return make_window_bias(query, self.window, length, shared.past, shared.tokens)
+        return make_window_bias(query, self.window, shared.length, shared.past, shared.tokens)
 
     def get_spans(self, query: Tensor) -> Tensor | None:
         """Return the spans of the rows if they have different prompts, or None."""
@@ -254,10 +252,6 @@ class SharedPromptHooks(PromptHooks):
         past, reason = count_past(arguments), self.find_reason_against(arguments)
         if holds_rows(cache):
             reason = "the prompt is in the cache"
-        elif past > 0 and hasattr(cache, _PROMPT) and reason is not None:
-            raise ValueError(
-                f"`past_key_values` was filled with a shared prompt, which this call does not support: {reason}."
-            )
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
@@ -282,8 +276,9 @@ class SharedPromptHooks(PromptHooks):
         given = self.prepare_input(arguments)
         length = self.method.config.num_virtual_tokens
         check_mask_length(arguments.get("attention_mask"), past + given.shape[1], length)
+        prefixes = self.compute_prefixes(arguments, past)
         spans = self.find_spans(given.shape[0], arguments, past)
-        shared = SharedPrompt(self.compute_prefixes(arguments, past), past, count_tokens(arguments), self.count, spans)
+        shared = SharedPrompt(prefixes, past, count_tokens(arguments), self.count, spans)
         self.shift.begin(arguments, length)
         with carrying(CarriedBindings(self._make_bindings(shared))):
             output = self.run_with_offset(forward, arguments, past)
@@ -304,8 +299,8 @@ class SharedPromptHooks(PromptHooks):
 
     def remember(self, cache: Any, shared: SharedPrompt) -> None:
         """Store the prompt's keys and values on a cache that this call began, for the calls that continue it."""
-        if shared.past == 0 or not hasattr(cache, _PROMPT):
-            setattr(cache, _PROMPT, shared.prefixes)
+        if shared.past == 0 or not hasattr(cache, SHARED):
+            setattr(cache, SHARED, shared)
 
     def end_call(self) -> None:
         """Reset the state of one call."""
@@ -377,6 +372,9 @@ class SharedPromptHooks(PromptHooks):
 
         A call that continues a sequence reuses those stored on its cache. For inference they are kept while no
         parameter changes.
+
+        Raises:
+            ValueError: if the cache holds prompts of another length, or another number of prompts.
         """
         self.shift.shift = 0
         compiling = torch.compiler.is_compiling()
@@ -384,10 +382,11 @@ class SharedPromptHooks(PromptHooks):
         of_tokens = find_token_arguments(arguments, *given.shape[:2])
         types = {name: tuple(value.shape[2:]) for name, value in of_tokens.items()}
         by_length = self.positions.by_length
-        begun = getattr(find_cache(arguments), _PROMPT, None) if past > 0 else None
-        if begun is not None and not (compiling and by_length is None and not types):
-            prefixes: dict[int, Prefix] = begun
-            return prefixes
+        begun: SharedPrompt | None = getattr(find_cache(arguments), SHARED, None) if past > 0 else None
+        if begun is not None:
+            refuse_other_prompt(begun.length, self.method, begun.count, self.count)
+            if not (compiling and by_length is None and not types):
+                return begun.prefixes
         reach = None
         if by_length is not None:
             reach = self.positions.move_ids(arguments, self.method.config.num_virtual_tokens).amax()

@@ -510,6 +510,65 @@ def test_a_cache_goes_on_as_it_was_begun() -> None:
         model(ids[:, -1:], past_key_values=begun)
 
 
+ROWS = {"shared_prompt": False}
+OTHERS: dict[str, tuple[fastprefix.PromptTuningConfig | fastprefix.MultitaskPromptConfig, ...]] = {
+    "shorter": (fastprefix.PromptTuningConfig(5), fastprefix.PromptTuningConfig(3)),
+    "shorter in every row": (fastprefix.PromptTuningConfig(5, **ROWS), fastprefix.PromptTuningConfig(3, **ROWS)),
+    "shorter, then shared": (fastprefix.PromptTuningConfig(5, **ROWS), fastprefix.PromptTuningConfig(3)),
+    "with tasks": (fastprefix.PromptTuningConfig(3), fastprefix.MultitaskPromptConfig(3, num_tasks=2)),
+    "as long as those of all tasks": (
+        fastprefix.MultitaskPromptConfig(3, num_tasks=2),
+        fastprefix.PromptTuningConfig(6),
+    ),
+}
+
+
+def attach_two(*configs: Any) -> Any:
+    """Return a model with the adapters "first" and "second", of which the first is in use."""
+    model = models.decoder()
+    for name, config in zip(("first", "second"), configs, strict=True):
+        fastprefix.attach(model, config, name=name, check=False)
+        models.randomize(model)
+    return fastprefix.set_adapter(model, "first")
+
+
+def continue_cache(model: Any, begun: Any, *, adapter: str = "second") -> Tensor:
+    fastprefix.set_adapter(model, adapter)
+    logits: Tensor = model(models.batch()["input_ids"][:, -1:], past_key_values=begun).logits
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_cache_refuses_a_prompt_of_other_sizes(other: str) -> None:
+    """The positions after the prompt would not fit those of the tokens in the cache."""
+    model, ids = attach_two(*OTHERS[other]), models.batch()["input_ids"][:, :-1]
+    tasks = {"task_ids": torch.tensor([0, 1, 0])} if "all tasks" in other else {}
+    begun = model(ids, use_cache=True, **tasks).past_key_values
+    with pytest.raises(ValueError, match=r"`past_key_values` must hold .* of the adapter, but it was filled with"):
+        continue_cache(model, begun)
+    assert begun.get_seq_length() == ids.shape[1]
+    assert continue_cache(model, begun, adapter="first").isfinite().all()
+
+
+@torch.no_grad()
+def test_a_cache_of_a_shared_prompt_refuses_a_prompt_in_every_row() -> None:
+    model = attach_two(fastprefix.PromptTuningConfig(5), fastprefix.PromptTuningConfig(5, **ROWS))
+    begun = model(models.batch()["input_ids"][:, :-1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="which this call does not support: shared_prompt=False"):
+        continue_cache(model, begun)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, ROWS], ids=["shared", "in every row"])
+def test_a_cache_keeps_its_prompt_under_an_adapter_of_the_same_length(options: dict[str, Any]) -> None:
+    model = attach_two(fastprefix.PromptTuningConfig(5, **options), fastprefix.PromptTuningConfig(5, **options))
+    ids = models.batch()["input_ids"]
+    expected = model(ids).logits[:, -1:]
+    begun = model(ids[:, :-1], use_cache=True).past_key_values
+    torch.testing.assert_close(continue_cache(model, begun), expected, rtol=1e-10, atol=1e-10)
+
+
 def empty(cache: Cache, how: str) -> None:
     """Remove all tokens of a cache."""
     if how == "reset":
