@@ -15,7 +15,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -341,7 +341,12 @@ class Adapter:
             model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def _exchange_state(self, model: PreTrainedModel, trained: bool) -> None:
-        """Exchange the stored state with the model's through ``data``, so that graphs recorded before remain valid."""
+        """Exchange the stored state with the model's through ``data``.
+
+        The modules keep their parameters, so optimizers and compiled code remain valid. A graph that was recorded
+        before is valid again once this adapter is back on the model. Until then, ``BackwardGuard`` refuses its backward
+        pass.
+        """
         if self.stored:
             self.casts.find(model)
         for name, tensor in find_state(model, self.saved_modules).items():
@@ -364,6 +369,10 @@ def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
     return grown
 
 
+def _is_tracing() -> bool:
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
         "`save_pretrained` cannot save a model with a merged adapter, since its weights would load as a different "
@@ -376,7 +385,7 @@ def _refuse_training(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 
     These outputs are losses. In training mode, they are all floating-point tensors.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if not torch.is_grad_enabled() or _is_tracing():
         return output
 
     trains = any(each.parameter.requires_grad for each in list_tuner_parameters(module))  # PEFT may unfreeze them
@@ -415,6 +424,62 @@ def _name_module(name: str) -> str:
     return "adapter_" + quote(name, safe="").replace(".", "%2E")
 
 
+class BackwardGuard:
+    """Refuse a backward pass while the modules that adapters train have other weights than in the forward pass.
+
+    A graph refers to the parameters, whose values are exchanged with the adapter. Compiled calls are not guarded.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.handles: list[RemovableHandle] = []
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Guard the outputs of a model and of the models inside it if any adapter trains modules."""
+        self.remove()
+        if any(adapter.saved_modules for adapter in self.attachment.adapters.values()):
+            models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+            self.handles = [each.register_forward_hook(self.guard) for each in models]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def guard(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Make the backward pass of an output check whose weights are on the model (a forward hook)."""
+        if not torch.is_grad_enabled() or _is_tracing():
+            return
+        owner, name = self._find_owner(), self.attachment.active
+
+        def check(gradient: Tensor) -> None:
+            if self._find_owner() is not owner:
+                raise RuntimeError(_explain_other_weights(None if owner is None else name))
+
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                value.register_hook(check)
+
+    def _find_owner(self) -> Adapter | None:
+        """Return the adapter whose weights the trained modules have now, or None for those of the base model."""
+        active = self.attachment.active
+        adapter = None if active is None else self.attachment.adapters[active]
+        return adapter if adapter is not None and adapter.saved_modules else None
+
+
+def _explain_other_weights(name: str | None) -> str:
+    if name is None:
+        return (
+            "`backward` must run with the base model's weights of its trained modules, as the forward pass did, but an "
+            "adapter that trains these modules is in use now. Call `backward` before you select that adapter."
+        )
+    return (
+        f"`backward` must run with adapter {name!r} in use, as the forward pass did, since the modules that it trains "
+        f"have other weights now. Call fastprefix.set_adapter(model, {name!r}) before `backward`."
+    )
+
+
 class Attachment:
     """The adapters of a frozen model, and the state of the model before."""
 
@@ -430,6 +495,7 @@ class Attachment:
         self.active: str | None = None
         self.together: set[str] = set()  # the names of adapters that are trained in the same batches
         self.routing: Any = None  # selects the adapters for the rows of each call
+        self.guard = BackwardGuard(self)
         if not self.had_tuners:  # otherwise PEFT has already frozen the base model
             model.requires_grad_(False)
         if self.quantized:
@@ -443,6 +509,7 @@ class Attachment:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         self.configurations.release()
+        self.guard.remove()
         if self.quantized:
             vars(model)["is_quantized"] = True
 

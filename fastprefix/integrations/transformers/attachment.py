@@ -321,6 +321,7 @@ def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
     attachment.register_together(model)
     attachment.user.acts = name is not None
     attachment.routing.install()
+    attachment.guard.install(model)
 
 
 class _Plan(NamedTuple):

@@ -1,12 +1,14 @@
 """Test the state of trained modules: shared and nested ones, buffers, and modules that other code replaces."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import fastprefix
 
@@ -140,3 +142,123 @@ def test_modules_that_a_model_does_not_train_are_not_cast() -> None:
     assert model(**inputs).logits.dtype is torch.bfloat16
     assert fastprefix.set_adapter(model, "a")(**inputs).logits.dtype is torch.bfloat16
     assert model.lm_head.weight.dtype is torch.float32
+
+
+# The backward pass of a call needs the weights of that call
+
+
+TRAINED = [None, ["score", "model.norm"], ["score", "model.layers.1.mlp"], ["score", "model.embed_tokens"]]
+CHECKPOINTING = [None, False, True]
+"""The argument ``use_reentrant`` of gradient checkpointing, or None without it."""
+
+
+def classifiers(modules: list[str] | None, reentrant: bool | None = None) -> Any:
+    """Return a classifier in training mode with the adapters "b" and "a", of which "a" is in use."""
+    torch.manual_seed(0)
+    model: Any = models.replace_norms(LlamaForSequenceClassification(LlamaConfig(**models.SIZES, pad_token_id=0)))
+    model.double().train()
+    for name, std in (("b", 0.3), ("a", 0.4)):
+        fastprefix.attach(model, fastprefix.PrefixTuningConfig(2, modules_to_save=modules), name=name, check=False)
+        models.randomize(model, std)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def loss_of(model: Any) -> Tensor:
+    loss: Tensor = model(**models.batch(), labels=torch.tensor([0, 1, 0])).loss
+    return loss
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTING)
+@pytest.mark.parametrize("modules", TRAINED, ids=str)
+def test_a_backward_pass_with_the_weights_of_another_adapter_is_refused(
+    modules: list[str] | None, reentrant: bool | None
+) -> None:
+    model = classifiers(modules, reentrant)
+    loss_of(model).backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    loss = loss_of(model)
+    fastprefix.set_adapter(model, "b")
+    with pytest.raises(RuntimeError, match="must run with adapter 'a' in use"):
+        loss.backward()
+    assert not gradients_of(model)
+    fastprefix.set_adapter(model, "a")
+    loss = loss_of(model)
+    fastprefix.set_adapter(model, "b")
+    with fastprefix.disable_adapter(model), torch.no_grad():
+        loss_of(model)
+    fastprefix.set_adapter(model, "a")
+    loss.backward()
+    torch.testing.assert_close(gradients_of(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTING)
+def test_a_reference_runs_between_the_passes(reentrant: bool | None) -> None:
+    found = []
+    for compares in (False, True):
+        model = classifiers(None, reentrant)
+        loss = loss_of(model)
+        if compares:
+            with fastprefix.disable_adapter(model), torch.no_grad():
+                loss_of(model)
+        loss.backward()
+        found.append(gradients_of(model))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_a_backward_pass_of_the_base_model_with_the_weights_of_an_adapter_is_refused() -> None:
+    model = classifiers(None)
+    rows = model.get_input_embeddings()(models.batch()["input_ids"]).detach().requires_grad_()
+    with fastprefix.disable_adapter(model):
+        loss = model(inputs_embeds=rows).logits.sum()
+    with pytest.raises(RuntimeError, match="must run with the base model's weights"):
+        loss.backward()
+    with fastprefix.disable_adapter(model):
+        loss.backward()
+    assert rows.grad is not None
+
+
+def test_a_backward_pass_of_the_backbone_is_refused() -> None:
+    model = classifiers(["score", "model.norm"])
+    states = model.model(**models.batch()).last_hidden_state
+    fastprefix.set_adapter(model, "b")
+    with pytest.raises(RuntimeError, match="must run with adapter 'a' in use"):
+        states.sum().backward()
+
+
+def test_graphs_without_trained_modules_stay_valid() -> None:
+    model = classifiers([])
+    loss, parameters = loss_of(model), list(model.fastprefix.parameters())
+    fastprefix.set_adapter(model, "b")
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    assert not any(module._forward_hooks for module in (model, model.model))
+
+
+def test_guards_leave_with_the_last_adapter_and_are_copied_with_their_model() -> None:
+    model = classifiers(None)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    loss = loss_of(copied)
+    fastprefix.set_adapter(model, "b")
+    loss.backward()
+    loss = loss_of(copied)
+    fastprefix.set_adapter(copied, "b")
+    with pytest.raises(RuntimeError, match="must run with adapter 'a' in use"):
+        loss.backward()
+    fastprefix.detach(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_trained_modules_are_compiled_without_graph_breaks() -> None:
+    model = classifiers(None)
+    inputs = {**models.batch(), "labels": torch.tensor([0, 1, 0]), "use_cache": False}
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(loss, model(**inputs).loss)
+    loss.backward()
+    assert gradients_of(model).keys() >= {"score.weight"}
