@@ -289,10 +289,6 @@ class MixedBinding(LayerBinding):
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the keys and values of all parts, or None if the layer has none or projects a prefix now."""
         if self.call.rows.projected:
-            running = next((p.projections[self.module] for p in self.call.rows.parts if self._is_running(p)), None)
-            if running is not None:
-                running.get_prefix(query, key, value)
-                return None
             self.call.stores[self.index] = self._project(query)
         store = self.call.stores[self.index]
         if store is None:
@@ -302,18 +298,17 @@ class MixedBinding(LayerBinding):
             prefix = self.call.store.move_layer(self.index, query.device)
         return prefix.key.to(query), prefix.value.to(query)
 
-    def _is_running(self, part: Part) -> bool:
-        return self.module in part.projections and part.projections[self.module].running
-
     def _project(self, query: Tensor) -> LayerStore | None:
         """Project the states of all parts with the layer's projection."""
         prefixes: list[KeyedPrefix | None] = []
         for part in self.call.rows.parts:
-            states = None
+            states, projected = None, None
             if self.module in part.indices:
                 assert isinstance(part.method, PrefixMethod)
                 states = part.method.projected_states(part.indices[self.module])
-            prefixes.append(None if states is None else KeyedPrefix(*part.projections[self.module](states.to(query))))
+            if states is not None:
+                projected = KeyedPrefix(*part.projections[self.module](states.to(query), self))
+            prefixes.append(projected)
         store: LayerStore | None = self.call.make_store(prefixes)
         return store
 

@@ -163,7 +163,7 @@ class MixtureHooks:
                 output = forward(**arguments)
         finally:
             if self.shift is not None:
-                self.shift.shift = 0
+                self.shift.end()
             if self.offsets is not None:
                 self.offsets.method.rows = None  # type: ignore[assignment]
         cache = find_cache(output)
@@ -287,7 +287,7 @@ class MixtureHooks:
         dtype, offsets = self.offsets.precision, self.offsets
         prompts = torch.stack([method.prompt.to(dtype) for method in methods])
         positions = self.shift.positions.first + torch.arange(prompts.shape[1], device=prompts.device)
-        self.shift.shift = 0
+        self.shift.end()
         with capturing(self.backbone, self.layers.values(), self.heads) as captured:
             if needs_ids(self.model.config):
                 former, offsets.method = offsets.method, methods[0]

@@ -30,7 +30,16 @@ from ....methods.budget import read_embedding_width
 from ....methods.shapes import Role
 from ..sharding.fully_sharded import gathering_around, is_fully_sharded, open_root
 from ..sharding.tensor_parallel import HeadSplit, find_splits
-from .attention import MASKS, Binding, Prefix, read_mask, run_attention, sees_all_of_window
+from .attention import (
+    MASKS,
+    Binding,
+    CarriedBindings,
+    Prefix,
+    carrying,
+    read_mask,
+    run_attention,
+    sees_all_of_window,
+)
 from .hooks import name_arguments, read_parameter_names
 from .switching import (
     Inputs,
@@ -484,7 +493,7 @@ def _get_class_name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-class Projection(Binding):
+class Projection:
     """A function that returns keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of states ``[m, d]``.
 
     An attention module computes them. It is called like its model calls it for one token at position 0, where a rotary
@@ -495,10 +504,9 @@ class Projection(Binding):
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module = module
         self.call = (args, kwargs)
-        self.running = False
-        self.projected: Prefix | None = None
 
-    def __call__(self, states: Tensor) -> Prefix:
+    def __call__(self, states: Tensor, binding: Binding | None = None) -> Prefix:
+        """Return the keys and values of states, for the same heads as those of the layer's ``binding``."""
         hidden = find_first_tensor(*self.call)
 
         def adapt(tensor: Tensor) -> Tensor:
@@ -511,15 +519,22 @@ class Projection(Binding):
             return tensor.to(states if tensor.is_floating_point() else states.device)
 
         args, kwargs = tree_map_only(Tensor, adapt, self.call)
-        self.running = True
-        try:
+        capture = _Capture(binding)
+        with carrying(CarriedBindings({self.module: capture})):
             self.module.forward(*args, **kwargs)
-        finally:
-            self.running, projected, self.projected = False, self.projected, None
-        if projected is None:
+        if capture.projected is None:
             raise RuntimeError(f"{type(self.module).__name__} did not call the attention interface.")
-        key, value = projected  # [m, Hkv, 1, D]
+        key, value = capture.projected  # [m, Hkv, 1, D]
         return key.squeeze(2).transpose(0, 1), value.squeeze(2).transpose(0, 1)
+
+
+class _Capture(Binding):
+    """The binding of an attention module in place of its own ``binding`` while the module projects states."""
+
+    def __init__(self, binding: Binding | None) -> None:
+        if binding is not None:
+            self.heads, self.index = binding.heads, binding.index
+        self.projected: Prefix | None = None
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Record the keys and values that the module passes to its attention, and return no prefix."""
@@ -545,7 +560,7 @@ def find_projections(model: PreTrainedModel, layers: list[Layer]) -> list[Projec
             handle.remove()
     projections = [Projection(layer.module, *calls.get(layer.module, ((), {}))) for layer in layers]
     around = gathering_around(model, [projection.module for projection in projections])
-    with switch_attention(model, {p.module: p for p in projections}), evaluating(model), torch.no_grad(), around:
+    with switch_attention(model, {}), evaluating(model), torch.no_grad(), around:
         if lost := [layer.name for layer, p in zip(layers, projections, strict=True) if not _projects(layer, p)]:
             raise ValueError(
                 "`model` must have layers that compute keys and values from the input of their attention, but these "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -131,6 +132,13 @@ Forward = Callable[..., Any]
 
 Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 """A function that runs a call: ``around(forward, args, kwargs)`` returns what the module returns."""
+
+
+class CallState(threading.local):
+    """The state of the call in progress, which differs by thread. It is neither copied nor pickled."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
 class Interception:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .discovery import ModuleCall, find_embedding, make_few_ids, record_calls
-from .hooks import count_past, count_tokens, find_cache, name_arguments, read_parameter_names
+from .hooks import CallState, count_past, count_tokens, find_cache, name_arguments, read_parameter_names
 
 
 class RowShift(NamedTuple):
@@ -121,6 +121,11 @@ class Positions(NamedTuple):
             )
 
 
+class _Shift(CallState):
+    def __init__(self) -> None:
+        self.by: int | RowShift = 0
+
+
 class PositionShift:
     """Shift the positions that a model reads, whether the caller passes them or the model counts them."""
 
@@ -128,7 +133,7 @@ class PositionShift:
         self.positions = positions
         self.inside = self.positions.reader is not backbone
         self.names = read_parameter_names(self.positions.reader)
-        self.shift: int | RowShift = 0  # of the call in progress
+        self.shift = _Shift()
 
     def install(self) -> list[RemovableHandle]:
         """Register the hook on a text model inside the backbone, if there is one."""
@@ -138,20 +143,20 @@ class PositionShift:
 
     def begin(self, arguments: dict[str, Any], shift: int | RowShift) -> None:
         """Shift the positions in the arguments of a backbone call. A ``shift`` of 0 changes nothing."""
-        self.shift = shift
+        self.shift.by = shift
         if shift != 0 and not self.inside:
             arguments["position_ids"] = self.positions.move_ids(arguments, shift)
 
+    def end(self) -> None:
+        """Shift no positions until the next call begins."""
+        self.shift.by = 0
+
     def move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shift the positions of the text model, which are final here (a forward pre-hook)."""
-        if self.shift == 0:
+        if self.shift.by == 0:
             return None
         arguments = name_arguments(self.names, args, kwargs)
-        return (), {**arguments, "position_ids": self.positions.move_ids(arguments, self.shift)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the state that exists only while a model runs."""
-        return {**self.__dict__, "shift": 0}
+        return (), {**arguments, "position_ids": self.positions.move_ids(arguments, self.shift.by)}
 
 
 def _find_text_model(backbone: nn.Module) -> nn.Module:

@@ -35,6 +35,7 @@ from ..models.attention import (
 )
 from ..models.discovery import Layer, find_backbone, find_first_tensor
 from ..models.hooks import (
+    CallState,
     Cut,
     Forward,
     Interception,
@@ -244,15 +245,12 @@ class LayerBinding(Binding):
         self.hidden: Tensor | None = None  # the layer's input, until its attention is done
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
-        """Return the prefix in the query's dtype, or None while the layer projects the states of the prefix."""
+        """Return the prefix in the query's dtype."""
         states = self.call.method.projected_states(self.index)
         if states is None or self.projection is None:
             pk, pv = self.call.get_prefix(self.index)
-        elif self.projection.running:
-            self.projection.get_prefix(query, key, value)
-            return None
         else:
-            pk, pv = self.projection(states.to(query))
+            pk, pv = self.projection(states.to(query), self)
         return self.call.cast_prefix(self.index, (pk, pv), query)
 
     def get_gates(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -334,6 +332,11 @@ class KeptPrefixes(NamedTuple):
     casts: dict[tuple[int, torch.dtype, torch.device], Prefix]
 
 
+class _PrefixState(CallState):
+    def __init__(self) -> None:
+        self.call: PrefixCall | None = None
+
+
 class PrefixHooks:
     """A prefix method on a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
@@ -346,7 +349,7 @@ class PrefixHooks:
         self.shift = PositionShift(self.backbone, Positions.find(self.backbone)) if shifts else None
         self.longest: int | None = None  # longest row for which a merged prompt's keys are rotated
         self.kept: KeptPrefixes | None = None  # reused while a sequence is generated
-        self.call: PrefixCall | None = None  # the call in progress
+        self.state = _PrefixState()
         self.windows = any(layer.window is not None for layer in layers)
         halves = model.config.is_encoder_decoder
         self.encoder: Any = model.get_encoder() if halves else None  # generation calls it directly
@@ -394,9 +397,9 @@ class PrefixHooks:
             with carrying(CarriedBindings(self._make_bindings(call))):
                 output = forward(**arguments)
         finally:
-            self.call = None
+            self.state.call = None
             if self.shift is not None:
-                self.shift.shift = 0
+                self.shift.end()
         self.end(call, output)
         return output
 
@@ -412,7 +415,7 @@ class PrefixHooks:
         gates = CallGates(arguments)
         if self.method.needs_hidden():
             gates.load_gates(arguments, self.backbone, getattr(self.method, "poolings", ()))
-        call = self.call = self._make_call(gates)
+        call = self.state.call = self._make_call(gates)
         if torch.is_grad_enabled() and checkpoints_reentrantly(self.backbone):
             self._check_embedding()
             assert call.prefixes is not None
@@ -436,10 +439,10 @@ class PrefixHooks:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not list(method.parameters()):
             self.kept = None
             return PrefixCall(method, heads, compute_prefixes(method, heads), gates)
-        state = read_state(method)
-        if gates.past == 0 or self.kept is None or state is None or self.kept.state != state:
-            self.kept = KeptPrefixes(state, compute_prefixes(method, heads), {})
-        return PrefixCall(method, heads, self.kept.prefixes, gates, self.kept.casts)
+        state, kept = read_state(method), self.kept
+        if gates.past == 0 or kept is None or state is None or kept.state != state:
+            kept = self.kept = KeptPrefixes(state, compute_prefixes(method, heads), {})
+        return PrefixCall(method, heads, kept.prefixes, gates, kept.casts)
 
     def _check_mask(self, arguments: dict[str, Any]) -> None:
         if not getattr(find_cache(arguments), "is_compileable", False):
@@ -455,7 +458,7 @@ class PrefixHooks:
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an encoder. If it is called outside the model, compute new prefixes instead of reusing former ones."""
-        if self.call is not None:
+        if self.state.call is not None:
             return forward(*args, **kwargs)
 
         def run() -> Any:
@@ -492,7 +495,7 @@ class PrefixHooks:
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Connect the first layer's input to the detached prefixes in autograd (a forward hook of the embedding)."""
-        cut = None if self.call is None else self.call.cut
+        cut = None if self.state.call is None else self.state.call.cut
         return output if cut is None or cut.tied else cut.tie(output)
 
     def end(self, call: PrefixCall, output: Any) -> None:
@@ -516,4 +519,4 @@ class PrefixHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out state that exists only while a model runs."""
-        return {**self.__dict__, "kept": None, "call": None}
+        return {**self.__dict__, "kept": None}

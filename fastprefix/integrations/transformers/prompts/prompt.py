@@ -27,6 +27,7 @@ from ..adapter import Casts
 from ..models.attention import WatchHandle, make_two_adapters_error
 from ..models.discovery import find_entry, find_input_path, list_ordinary_ids
 from ..models.hooks import (
+    CallState,
     Forward,
     Interception,
     asks_for,
@@ -66,6 +67,12 @@ class OuterCall:
     has_offset: bool = False  # the embedding module has added the offset, which the backbone must not add again
 
 
+class _PromptState(CallState):
+    def __init__(self) -> None:
+        self.insertion: Insertion | None = None
+        self.outer: OuterCall | None = None  # the call of a model that embeds ids for the backbone
+
+
 class PromptHooks:
     """A prompt method on a model, with the prompt in every row. Its hooks are set from ``install`` to ``remove``."""
 
@@ -78,7 +85,7 @@ class PromptHooks:
         self.positions = Positions.find(self.backbone)
         self.router_mask = RouterMask(model, method.config.num_virtual_tokens)
         self.placeholder = choose_placeholder_id(model.config)
-        self.insertion: Insertion | None = None  # of the call in progress
+        self.state = _PromptState()
         self.handles: list[RemovableHandle | Interception | WatchHandle] = []
         self.embedding_handles: list[RemovableHandle | Interception] = []
         self.interception: Interception
@@ -86,7 +93,6 @@ class PromptHooks:
         self.hooked: Any = None  # the embedding module that has the hooks
         self.receives_ids = path.receives_ids
         self.by_rows = not (path.receives_ids and path.embeds_ids)
-        self.outer: OuterCall | None = None  # the call in progress of a model that embeds ids for the backbone
         self._check_inputs()
         # The module whose output is ``inputs_embeds``: the embedding, or a block around it.
         self.entry: Any = find_entry(self.backbone, self.embedding)
@@ -165,11 +171,11 @@ class PromptHooks:
         ids = name_arguments(read_parameter_names(module), args, kwargs).get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             return forward(*args, **kwargs)
-        former, self.outer = self.outer, OuterCall(ids.shape)
+        former, self.state.outer = self.state.outer, OuterCall(ids.shape)
         try:
             return forward(*args, **kwargs)
         finally:
-            self.outer = former
+            self.state.outer = former
 
     def run_in_every_row(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run the backbone on placeholders and tokens, and return its output for the tokens."""
@@ -246,11 +252,11 @@ class PromptHooks:
         """Run the backbone while the embedding module applies an insertion."""
         if self.embedding is not self.hooked:
             self._hook_embedding()
-        former, self.insertion = self.insertion, insertion
+        former, self.state.insertion = self.state.insertion, insertion
         try:
             output = forward(**arguments)
         finally:
-            self.insertion = former
+            self.state.insertion = former
         if not (insertion.embedded or insertion.entered) and arguments.get("input_ids") is not None:
             raise RuntimeError(
                 f"{type(self.backbone).__name__} did not call its input embeddings with `input_ids`, so the adapter "
@@ -289,7 +295,7 @@ class PromptHooks:
         """Return embeddings ``[B, N, d]`` with the method's offset, and optionally the prompt, ``[B, S + N, d]``."""
         if not with_prompt and not self.method.changes_tokens:
             return rows
-        if self.outer is not None and self.outer.has_offset:
+        if self.state.outer is not None and self.state.outer.has_offset:
             return self._before(rows) if with_prompt else rows
         if rows.shape[1] == 0:
             return self._before(rows) if with_prompt else rows
@@ -312,12 +318,12 @@ class PromptHooks:
         """Keep the last hidden states for the pooler (a forward hook of the backbone's other children)."""
         states = output.values() if isinstance(output, ModelOutput) else output
         state = states if isinstance(states, Tensor) else next(iter(states), None)
-        if self.insertion is not None and isinstance(state, Tensor) and state.ndim == 3:
-            self.insertion.state = state
+        if self.state.insertion is not None and isinstance(state, Tensor) and state.ndim == 3:
+            self.state.insertion.state = state
 
     def crop_pooled(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Pass the tokens' states to the pooler, or only the first token's for ALBERT (a forward pre-hook)."""
-        insertion = self.insertion
+        insertion = self.state.insertion
         if insertion is None or insertion.rows == 0:
             return None
         if args[0].ndim == 3:
@@ -342,8 +348,8 @@ class PromptHooks:
 
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the embedding module on the caller's own ids, then add the method's offset and prompt to its output."""
-        insertion, here = self.insertion, self.entry_is_embedding
-        outer = self.outer
+        insertion, here = self.state.insertion, self.entry_is_embedding
+        outer = self.state.outer
         if outer is not None and insertion is None and self.method.changes_tokens:
             ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if ids is None or ids.shape != outer.shape:
@@ -377,7 +383,7 @@ class PromptHooks:
 
     def finish_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Add the offset and the prompt after all other hooks of the embedding module (the last forward hook)."""
-        insertion = self.insertion
+        insertion = self.state.insertion
         if insertion is None or not insertion.unfinished:
             return None
         insertion.unfinished = False
@@ -385,7 +391,7 @@ class PromptHooks:
 
     def enter(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block around the embedding on the caller's own tokens, and put the prompt before its output."""
-        insertion = self.insertion
+        insertion = self.state.insertion
         columns = 0 if insertion is None else insertion.rows
         if insertion is None or insertion.entered or not _is_of(args, kwargs, columns + insertion.tokens):
             return forward(*args, **kwargs)
@@ -434,6 +440,12 @@ class PromptHooks:
             arguments[name] = torch.cat([value.new_zeros(len(value), inserted, *value.shape[2:]), value], dim=1)
 
 
+class _MaskState(CallState):
+    def __init__(self) -> None:
+        self.given: Tensor | None = None
+        self.extended: Tensor | None = None
+
+
 class RouterMask:
     """Extend the attention mask with which a model's head counts the tokens of each expert.
 
@@ -445,26 +457,25 @@ class RouterMask:
         self.model = model
         self.names = read_parameter_names(model)
         self.length = length
-        self.given: Tensor | None = None
-        self.extended: Tensor | None = None
+        self.state = _MaskState()
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with an extended mask if it will compute an auxiliary loss."""
-        self.given = self.extended = None
+        self.state.given = self.state.extended = None
         arguments = name_arguments(self.names, args, kwargs)
         mask = arguments.get("attention_mask")
         if not asks_for(arguments, self.model, "output_router_logits") or count_past(arguments) > 0:
             return forward(*args, **kwargs)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return forward(*args, **kwargs)
-        self.given, self.extended = mask, nn.functional.pad(mask, (self.length, 0), value=1)
-        return forward(**{**arguments, "attention_mask": self.extended})
+        self.state.given, self.state.extended = mask, nn.functional.pad(mask, (self.length, 0), value=1)
+        return forward(**{**arguments, "attention_mask": self.state.extended})
 
     def restore(self, arguments: dict[str, Any]) -> None:
         """Restore the caller's own mask in a call of the backbone."""
-        if self.extended is not None and arguments.get("attention_mask") is self.extended:
-            arguments["attention_mask"] = self.given
-        self.given = self.extended = None
+        if self.state.extended is not None and arguments.get("attention_mask") is self.state.extended:
+            arguments["attention_mask"] = self.state.given
+        self.state.given = self.state.extended = None
 
 
 def choose_placeholder_id(config: PretrainedConfig) -> int:

@@ -304,7 +304,7 @@ class SharedPromptHooks(PromptHooks):
 
     def end_call(self) -> None:
         """Reset the state of one call."""
-        self.shift.shift = 0
+        self.shift.end()
         if self.suspended:
             assert self.implementation is not None
             self.implementation.resume()
@@ -376,7 +376,7 @@ class SharedPromptHooks(PromptHooks):
         Raises:
             ValueError: if the cache holds prompts of another length, or another number of prompts.
         """
-        self.shift.shift = 0
+        self.shift.end()
         compiling = torch.compiler.is_compiling()
         given = self.prepare_input(arguments)
         of_tokens = find_token_arguments(arguments, *given.shape[:2])
