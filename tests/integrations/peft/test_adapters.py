@@ -261,3 +261,16 @@ def test_a_loaded_prefix_is_moved_up(tmp_path: Path) -> None:
     assert type(config) is fastprefix.PrefixTuningConfig
     assert config.prefix_position == "shift"
     assert config.num_virtual_tokens == LENGTH
+
+
+def test_pefts_prefix_is_replaced_only_by_its_own_kind(tmp_path: Path) -> None:
+    family("decoder", "prefix").save_pretrained(tmp_path)
+    model = fastprefix.load_adapter(models.decoder(), tmp_path)
+    models.randomize(model)
+    with pytest.raises(ValueError, match=r"contains an adapter of PEFT \(PREFIX_TUNING\), which would be overwritten"):
+        fastprefix.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"contains an adapter of PEFT \(PREFIX_TUNING\), which would be overwritten"):
+        fastprefix.save_adapter(attached("decoder", "prompt_tuning"), tmp_path, format="peft")
+    fastprefix.save_adapter(model, tmp_path, format="peft")
+    again, inputs = fastprefix.load_adapter(models.decoder(), tmp_path), models.batch()
+    assert_close(again(**inputs).logits, model(**inputs).logits)

@@ -148,7 +148,8 @@ def _list_files(folder: Path) -> list[Path]:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _HEADER = "fastprefix"
-_ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", "fastprefix_version")
+_VERSION = "fastprefix_version"
+_ABOUT = ("base_model_type", "base_model_class", "base_model_name_or_path", _VERSION)
 """The entries of a header other than the options."""
 _LABELS = "base_model_labels"
 """The names of the labels that a saved head is for."""
@@ -181,7 +182,8 @@ def save_adapter(
 
     Raises:
         ValueError: if the model has no method attached, if no adapter has that name, if the adapter was merged into the
-            model's own weights, or if the format does not support the adapter.
+            model's own weights, if the format does not support the adapter, or if the directory contains an adapter of
+            another library, adapters that a PEFT model saved, or a whole model. Nothing is written.
         RuntimeError: if another rank of a sharded model failed or did not arrive.
     """
     check_choice("format", format, ("fastprefix", "peft"))
@@ -198,6 +200,7 @@ def save_adapter(
         def write() -> None:
             if not leads(base):
                 return
+            _refuse_occupied(Path(directory), description.get("peft_type"))
             if format == "peft":
                 metadata = {"format": "pt", _HEADER: _format_description(description)}
             else:
@@ -205,6 +208,50 @@ def save_adapter(
             _write(Path(directory), description, whole, metadata)
 
         do_together(base, "save an adapter", write)
+
+
+def _refuse_occupied(folder: Path, peft_type: str | None) -> None:
+    """Refuse a folder in which an adapter would overwrite other files, or one of the two could not be loaded.
+
+    Args:
+        folder: the folder to write to.
+        peft_type: the method in PEFT's format, which may replace an adapter of the same method. None for own files.
+
+    Raises:
+        ValueError: if the folder contains an adapter of another library, adapters that a PEFT model saved, or a whole
+            model.
+    """
+    options = _read_options(folder / CONFIG_FILE)
+    has_adapter = (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists()
+    if has_adapter and not is_own(folder) and (peft_type is None or options.get("peft_type") != peft_type):
+        kind = options.get("peft_type")
+        found = f"an adapter of {'another library' if kind is None else f'PEFT ({kind})'}, which would be overwritten"
+    elif _list_carried(folder):
+        found = f"adapters that a PEFT model saved in {CARRIED!r}, which load_adapter would read instead"
+    elif "model_type" in _read_options(folder / CONFIG_NAME):
+        found = "a whole model, which from_pretrained could then not load"
+    else:
+        return
+    raise ValueError(f"`directory` must be a separate folder, but '{folder}' contains {found}. Pass another folder.")
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether this package wrote the adapter in a folder."""
+    try:
+        with open_safetensors(folder / WEIGHTS_FILE) as file:
+            header = file.metadata() or {}
+    except ValueError:  # the file is missing or damaged
+        header = {}
+    return _HEADER in header or _VERSION in _read_options(folder / CONFIG_FILE)
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    """Read a JSON file of options, or return none if the file is missing, damaged or contains something else."""
+    try:
+        found = peft_format.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,7 +288,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
         "base_model_type": model.config.model_type,
         "base_model_class": type(model).__name__,
         "base_model_name_or_path": model.name_or_path,
-        "fastprefix_version": __version__,
+        _VERSION: __version__,
         **({_LABELS: labels} if labels else {}),
     }
 
@@ -269,6 +316,12 @@ def _locate_carried(directory: Path, name: str) -> Path:
     return directory / CARRIED / f"{quote(name, safe='')}.safetensors"
 
 
+def _list_carried(directory: Path) -> dict[str, Path]:
+    """Return the files of adapters in a PEFT directory by name. A PEFT adapter can be called like their subfolder."""
+    files = sorted((directory / CARRIED).glob("*.safetensors"))
+    return {unquote(path.stem): path for path in files if path.name != WEIGHTS_FILE}
+
+
 def write_carried(model: PreTrainedModel, directory: Path) -> None:
     """Write the adapter in use into a PEFT directory as a single file."""
     name = get_active_name(model)
@@ -293,8 +346,8 @@ def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
     name = get_active_name(model)
     if name is None:
         return lambda: None
-    path = _locate_carried(directory, name)
-    if not path.is_file():
+    path = _list_carried(directory).get(name)
+    if path is None:
         raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
     header, tensors = _read(path)
     config = None if header is None else _parse_header(path, json.loads(header), model)[0]
@@ -314,12 +367,10 @@ def _find_carried(directory: Path, name: str) -> Path | None:
     Raises:
         ValueError: if the directory has several adapters and none of that name.
     """
-    files = sorted((directory / CARRIED).glob("*.safetensors"))
-    own = _locate_carried(directory, name)
-    if len(files) > 1 and own not in files:
-        names = [unquote(path.stem) for path in files]
-        raise ValueError(f"`name` must be one of the adapters {names} in {directory}, got {name!r}.")
-    return own if own in files else next(iter(files), None)
+    files = _list_carried(directory)
+    if len(files) > 1 and name not in files:
+        raise ValueError(f"`name` must be one of the adapters {list(files)} in {directory}, got {name!r}.")
+    return files.get(name) or next(iter(files.values()), None)
 
 
 def load_adapter(

@@ -1,6 +1,7 @@
 """Test saved adapters: contents, refusals, and interrupted saves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,59 @@ def test_a_save_has_the_same_id_every_time(tmp_path: Path) -> None:
         fastprefix.save_adapter(model, tmp_path / folder)
         ids.append(json.loads((tmp_path / folder / saving.CONFIG_FILE).read_text())["save_id"])
     assert ids[0] == ids[1] != ids[2]
+
+
+def write_lora(folder: Path) -> None:
+    (folder / saving.CONFIG_FILE).write_text('{"peft_type": "LORA"}')
+    save_file({"lora": torch.zeros(3)}, folder / saving.WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_pickled_lora(folder: Path) -> None:
+    (folder / saving.CONFIG_FILE).write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.bin").write_bytes(b"lora")
+
+
+def write_unknown(folder: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, folder / saving.WEIGHTS_FILE)
+
+
+def write_carried(folder: Path) -> None:
+    (folder / "fastprefix").mkdir()
+    (folder / "fastprefix" / "default.safetensors").write_bytes(b"prefix")
+
+
+OCCUPIED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "lora": (write_lora, r"an adapter of PEFT \(LORA\), which would be overwritten"),
+    "pickled lora": (write_pickled_lora, r"an adapter of PEFT \(LORA\), which would be overwritten"),
+    "unknown": (write_unknown, "an adapter of another library"),
+    "carried": (write_carried, "adapters that a PEFT model saved in 'fastprefix', which load_adapter would read"),
+    "model": (lambda folder: models.decoder().save_pretrained(folder), "a whole model, which from_pretrained could"),
+    "attached": (lambda folder: attached("decoder", "apt").save_pretrained(folder), "a whole model"),
+}
+
+
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["fastprefix", "peft"])
+@pytest.mark.parametrize("case", OCCUPIED)
+def test_a_folder_with_something_else_is_refused(case: str, format: Any, tmp_path: Path) -> None:
+    write, what = OCCUPIED[case]
+    write(tmp_path)
+    before = read_files(tmp_path)
+    with pytest.raises(ValueError, match=rf"`directory` must be a separate folder, .*{what}.*\. Pass another folder\."):
+        fastprefix.save_adapter(attached("decoder", "prefix-shift"), tmp_path, format=format)
+    assert read_files(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
+    """A folder of Trainer has checkpoints and the program's own files. Damaged files of an adapter are replaced."""
+    models.decoder().save_pretrained(tmp_path / "checkpoint-1")
+    (tmp_path / "config.json").write_text('{"learning_rate": 0.1}')
+    model, inputs = attached("decoder", "prefix"), models.batch()
+    fastprefix.save_adapter(model, tmp_path)
+    for file in (saving.WEIGHTS_FILE, saving.CONFIG_FILE):
+        (tmp_path / file).write_text("{")
+        fastprefix.save_adapter(model, tmp_path)
+    assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
