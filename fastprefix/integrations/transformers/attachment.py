@@ -171,13 +171,9 @@ def detach(model: Model, name: str | None = None) -> Model:
         attachment.together.discard(each)
     attachment.register_together(base)
     if not attachment.adapters and (name is None or not attachment.routing.serves):
-        from .files.checkpoints import leave_checkpoints
-
         attachment.routing.remove()
         attachment.release(base)
         delattr(base, _STATE)
-        if model is not base:
-            leave_checkpoints(model)
     return model
 
 

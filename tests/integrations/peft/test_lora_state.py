@@ -71,7 +71,6 @@ def test_what_was_trained_is_trained_on(method: str, made: str) -> None:
     assert flags(model) == before
     assert torch.equal(logits(model), plain)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert not {"save_pretrained", "load_adapter"} & vars(model).keys()
 
 
 def test_a_model_without_layers_of_peft_is_frozen() -> None:
@@ -248,8 +247,55 @@ def test_a_peft_model_that_is_newer_than_the_adapter_saves_it(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "fastprefix" / "default.safetensors")
     assert torch.equal(saved["prefix.keys.0"], base.fastprefix.prefix.keys[0])
-    fastprefix.detach(model)
-    assert not {"save_pretrained", "load_adapter"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_detached_adapter_is_removed_from_the_directory(inside: bool, tmp_path: Path) -> None:
+    model = tuned()
+    for name in "ab":
+        fastprefix.attach(model, PREFIX, name=name, check=False)
+        model.save_pretrained(tmp_path)
+    folder = tmp_path / "fastprefix"
+    assert {path.stem for path in folder.iterdir()} == {"a", "b"}
+    fastprefix.detach(model, "a")
+    with fastprefix.disable_adapter(model):
+        model.save_pretrained(tmp_path)
+    assert {path.stem for path in folder.iterdir()} == {"b"}
+    fastprefix.detach(find_base_model(model) if inside else model)
+    model.save_pretrained(tmp_path)
+    assert not list(folder.iterdir())
+    with pytest.raises(ValueError, match="is 'LORA'"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def test_an_adapter_of_pefts_that_is_called_like_the_subfolder(tmp_path: Path) -> None:
+    model = peft.get_peft_model(models.decoder(), lora(), adapter_name="fastprefix")
+    for name in ("default", "adapter_model"):
+        fastprefix.attach(model, PREFIX, name=name, check=False)
+        randomize(model.fastprefix)
+        model.save_pretrained(tmp_path)
+    expected = logits(model.double().eval())
+    fastprefix.detach(model, "default")
+    model.save_pretrained(tmp_path)
+    other = peft.PeftModel.from_pretrained(models.decoder(), tmp_path / "fastprefix", "fastprefix").double().eval()
+    fastprefix.load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_writes_nothing_if_the_adapter_cannot_be_saved(tmp_path: Path) -> None:
+    model = fastprefix.merge(attached(tuned(), METHODS["adept"]()))
+    with pytest.raises(ValueError, match=r"merged adapter of `model` cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_does_not_overwrite_an_adapter_of_this_package(tmp_path: Path) -> None:
+    model = attached(tuned(), PREFIX)
+    fastprefix.save_adapter(model, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"`save_directory` must be a separate folder, .* PEFT would overwrite"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_another_lora_from_a_checkpoint_leaves_the_adapter_alone(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Save and load an adapter with the checkpoints of its PEFT model, which contain only PEFT's own parameters.
 
 ``save_pretrained`` of the PEFT model, which ``Trainer`` calls, also writes the adapter into a subfolder that PEFT
-ignores. ``load_adapter`` of the PEFT model, with which ``Trainer`` resumes and returns to the best checkpoint, also
+ignores, and removes the files of adapters that were detached. ``load_adapter`` of the PEFT model, with which ``Trainer`` resumes and returns to the best checkpoint, also
 reads it. It reads only PEFT's files in directories that are not checkpoints of ``Trainer``, and if the PEFT adapter is
 not in use already, since it is then an addition to the model.
 """
@@ -24,33 +24,32 @@ _TRAINER = "trainer_state.json"
 
 
 def carry_in_checkpoints(peft_model: nn.Module) -> None:
-    """Make a PEFT model also save and load the adapter in use on its base model."""
+    """Make a PEFT model also save and load the adapter in use on its base model.
+
+    This outlasts ``detach``, after which ``save_pretrained`` removes the files of adapters from a directory.
+    """
     attributes: dict[str, Any] = vars(peft_model)
     attributes["save_pretrained"] = functools.partial(_save, peft_model)
     attributes["load_adapter"] = functools.partial(_load, peft_model)
 
 
-def leave_checkpoints(peft_model: nn.Module) -> None:
-    """Undo ``carry_in_checkpoints``."""
-    for name in ("save_pretrained", "load_adapter"):
-        vars(peft_model).pop(name, None)
-
-
 def _save(peft_model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    result = type(peft_model).save_pretrained(peft_model, save_directory, *args, **kwargs)
-    base = find_base_model(peft_model)
+    base, write = find_base_model(peft_model), None
     if kwargs.get("is_main_process", True) or is_sharded(base):
-        write_carried(base, Path(save_directory))
+        write = write_carried(base, Path(save_directory))  # before PEFT writes its files
+    result = type(peft_model).save_pretrained(peft_model, save_directory, *args, **kwargs)
+    if write is not None:
+        write()
     return result
 
 
 def _load(peft_model: Any, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     path = Path(model_id)
     checkpoint = next((folder for folder in (path, path.parent) if (folder / _TRAINER).is_file()), None)
-    load_carried = None
+    load = None
     if checkpoint is not None and adapter_name in peft_model.active_adapters:
-        load_carried = read_carried(find_base_model(peft_model), checkpoint)  # before PEFT changes the model
+        load = read_carried(find_base_model(peft_model), checkpoint)  # before PEFT changes the model
     result = type(peft_model).load_adapter(peft_model, model_id, adapter_name, *args, **kwargs)
-    if load_carried is not None:
-        load_carried()
+    if load is not None:
+        load()
     return result

@@ -39,6 +39,7 @@ from ..attachment import (
     DEFAULT,
     Model,
     attach_empty,
+    find_attachment,
     get_active_name,
     get_attachment,
     restoring_adapters,
@@ -313,26 +314,47 @@ _FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{CARRIED}/*.safetensors", *CARTRIDGES)
 
 
 def _locate_carried(directory: Path, name: str) -> Path:
-    return directory / CARRIED / f"{quote(name, safe='')}.safetensors"
+    """Return the path of an adapter's file, which is not that of a PEFT adapter called like the subfolder."""
+    stem = quote(name, safe="").replace("adapter_model", "adapter%5Fmodel")
+    return directory / CARRIED / f"{stem}.safetensors"
 
 
 def _list_carried(directory: Path) -> dict[str, Path]:
-    """Return the files of adapters in a PEFT directory by name. A PEFT adapter can be called like their subfolder."""
+    """Return the files of adapters in a PEFT directory by name."""
     files = sorted((directory / CARRIED).glob("*.safetensors"))
     return {unquote(path.stem): path for path in files if path.name != WEIGHTS_FILE}
 
 
-def write_carried(model: PreTrainedModel, directory: Path) -> None:
-    """Write the adapter in use into a PEFT directory as a single file."""
-    name = get_active_name(model)
-    if name is not None:
-        tensors = _gather(model, _collect_state(model))
+def write_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
+    """Read the adapter in use, and return a function that writes it into a PEFT directory as a single file.
+
+    The function also removes the files of adapters that the model does not have.
+
+    Raises:
+        ValueError: if the adapter cannot be saved, or the directory contains an adapter of this package that PEFT would
+            overwrite.
+    """
+    if is_own(directory):
+        raise ValueError(
+            f"`save_directory` must be a separate folder, but '{directory}' contains an adapter of fastprefix, which "
+            "PEFT would overwrite. Pass another folder."
+        )
+    attachment, name = find_attachment(model), get_active_name(model)
+    description, tensors = ({}, {}) if name is None else (_describe(model), _gather(model, _collect_state(model)))
+
+    def write() -> None:
         if not leads(model):
             return
-        metadata = _sign(_describe(model), tensors)
-        path = _locate_carried(directory, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda place: save_file(tensors, place, metadata=metadata))
+        if name is not None:
+            metadata = _sign(description, tensors)
+            path = _locate_carried(directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda place: save_file(tensors, place, metadata=metadata))
+        for each, path in _list_carried(directory).items():
+            if attachment is None or each not in attachment.adapters:
+                path.unlink()
+
+    return write
 
 
 def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:

@@ -208,7 +208,7 @@ def test_the_same_options_are_recognized_in_a_checkpoint(composed: bool, tmp_pat
         fastprefix.compose(model, ["a"], name="b")
     inputs = models.batch()
     expected = model(**inputs).logits
-    saving.write_carried(model, tmp_path)
+    saving.write_carried(model, tmp_path)()
     models.randomize(model)
     saving.read_carried(model, tmp_path)()
     assert torch.equal(model(**inputs).logits, expected)
