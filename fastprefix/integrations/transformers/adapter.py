@@ -6,6 +6,7 @@ model's.
 
 from __future__ import annotations
 
+import functools
 import re
 import uuid
 from collections.abc import Iterable
@@ -22,7 +23,13 @@ from transformers.utils.generic import ModelOutput
 
 from ...methods import Composition, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .models.switching import OPTIONS, OwnConfigurations, User, find_device
-from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
+from .models.tuners import (
+    Frozen,
+    find_taken_by_peft,
+    has_tuner_layers,
+    is_saved_by_transformers,
+    list_tuner_parameters,
+)
 from .sharding.fully_sharded import shard_like
 from .sharding.tensor_parallel import is_sharded, write_whole
 
@@ -282,12 +289,16 @@ class Adapter:
         """Write the adapter's options into the model's configuration, for checkpoints of the whole model.
 
         With a merged adapter, ``save_pretrained`` and training of the model raise an error. The saved weights would
-        be those of a different model.
+        be those of a different model. A model that saves only PEFT's layers also saves another adapter.
         """
+        from .files.checkpoints import save_with_adapter
+
         setattr(model.config, OPTIONS, self.config.to_dict())
         if self.merged:
             vars(model)["save_pretrained"] = _refuse_saving
             self.guard = model.register_forward_hook(_refuse_training)
+        elif is_saved_by_transformers(model):
+            vars(model)["save_pretrained"] = functools.partial(save_with_adapter, model)
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Remove the adapter from the model. The model stays frozen."""
@@ -496,6 +507,7 @@ class Attachment:
         self.together: set[str] = set()  # the names of adapters that are trained in the same batches
         self.routing: Any = None  # selects the adapters for the rows of each call
         self.guard = BackwardGuard(self)
+        self.carried = False  # True once a PEFT model around the model also saves and loads the adapter in use
         if not self.had_tuners:  # otherwise PEFT has already frozen the base model
             model.requires_grad_(False)
         if self.quantized:

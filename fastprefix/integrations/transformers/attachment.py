@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -41,7 +42,7 @@ from .models.switching import (
     loads_all_inside,
     runs_on_text,
 )
-from .models.tuners import find_base_model, has_tuner_layers
+from .models.tuners import find_base_model, has_tuner_layers, is_saved_by_transformers
 from .prefixes.initial import check_cache_given, make_initial_prefix, tokenize_text
 from .prefixes.prefix import PrefixHooks
 from .prompts.multitask import read_source
@@ -197,6 +198,9 @@ def set_adapter(model: Model, name: str) -> Model:
     attachment, base = get_attachment(model), find_base_model(model)
     former, adapter = attachment.active, attachment.adapters[attachment.check_known(name)]
     adapter.check_untouched(base)
+    saved = attachment.carried or is_saved_by_transformers(base)
+    if has_tuner_layers(base) and not saved and not attachment.routing.serves:
+        _warn_not_saved(base)
     if has_tuner_layers(base) and not attachment.had_tuners and not adapter.merged:
         adapter.train_again()
     if former != name:
@@ -204,6 +208,15 @@ def set_adapter(model: Model, name: str) -> Model:
         if former is not None:
             attachment.adapters[former].drop_gradients(base)
     return model
+
+
+def _warn_not_saved(model: PreTrainedModel) -> None:
+    """Warn that a PEFT model around this model does not save the adapter. The model has no reference to it."""
+    warnings.warn(
+        f"`model` is the {type(model).__name__} inside a PEFT model, whose save_pretrained and Trainer checkpoints do "
+        "not contain this adapter. Pass the PEFT model, or save the adapter with fastprefix.save_adapter.",
+        stacklevel=3,
+    )
 
 
 @contextmanager
@@ -256,6 +269,7 @@ def get_attachment(model: nn.Module) -> Attachment:
         raise ValueError(f"`model` must have a method attached, but {type(model).__name__} has none: {cure}.")
     if model is not find_base_model(model):
         carry_in_checkpoints(model)
+        attachment.carried = True
     return attachment
 
 

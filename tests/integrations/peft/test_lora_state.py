@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def mixed_in(**options: Any) -> Any:
 MADE: dict[str, Callable[..., Any]] = {"PeftModel": tuned, "base": lambda: find_base_model(tuned()), "mixin": mixed_in}
 
 
+@pytest.mark.filterwarnings("ignore:`model` is the LlamaForCausalLM inside a PEFT model")
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 def test_what_was_trained_is_trained_on(method: str, made: str) -> None:
@@ -71,6 +73,7 @@ def test_what_was_trained_is_trained_on(method: str, made: str) -> None:
     assert flags(model) == before
     assert torch.equal(logits(model), plain)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert made == "PeftModel" or not {"save_pretrained", "load_adapter"} & vars(model).keys()
 
 
 def test_a_model_without_layers_of_peft_is_frozen() -> None:
@@ -159,6 +162,7 @@ def test_adapters_that_are_trained_together_have_each_parameter_once(names: list
     assert [set(group["params"]) for group in groups if group["lr"] == 0.5] == [added]
 
 
+@pytest.mark.filterwarnings("ignore:`model` is the LlamaForCausalLM inside a PEFT model")
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("method", ["prefix", "adept"])
 def test_a_reference_model_is_the_base(method: str, made: str) -> None:
@@ -247,6 +251,50 @@ def test_a_peft_model_that_is_newer_than_the_adapter_saves_it(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "fastprefix" / "default.safetensors")
     assert torch.equal(saved["prefix.keys.0"], base.fastprefix.prefix.keys[0])
+
+
+INSIDE = "`model` is the LlamaForCausalLM inside a PEFT model, whose save_pretrained .* Pass the PEFT model"
+
+
+def test_an_adapter_on_the_model_inside_a_peft_model_is_reported(tmp_path: Path) -> None:
+    """The model inside has no reference to the PEFT model, which then saves only LoRA."""
+    model = tuned()
+    with pytest.warns(UserWarning, match=INSIDE):
+        fastprefix.attach(model.get_base_model(), PREFIX, check=False)
+    fastprefix.save_adapter(model.get_base_model(), tmp_path)
+    with pytest.warns(UserWarning, match=INSIDE):
+        fastprefix.load_adapter(model.get_base_model(), tmp_path, name="b")
+    base = fastprefix.attach(models.decoder(), PREFIX)
+    with fastprefix.disable_adapter(base):
+        model = peft.get_peft_model(base, lora())
+    with pytest.warns(UserWarning, match=INSIDE):
+        fastprefix.set_adapter(base, "default")
+    fastprefix.set_adapter(model, "default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fastprefix.attach(base, PREFIX, name="b")  # the PEFT model is known now
+        fastprefix.AdapterStore(tuned()).load("stored", tmp_path)  # a store is for serving
+
+
+def test_layers_that_transformers_added_are_saved_with_the_adapter(tmp_path: Path) -> None:
+    model = mixed_in()
+    for name in "ab":
+        fastprefix.attach(model, PREFIX, name=name, check=False)
+        randomize(model.fastprefix)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in (tmp_path / "fastprefix").iterdir()} == {"b.safetensors"}
+    other: Any = models.decoder()
+    other.load_adapter(tmp_path)
+    fastprefix.load_adapter(other.double().eval(), tmp_path)
+    torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
+    fastprefix.merge(model)
+    with pytest.raises(ValueError, match="`save_pretrained` cannot save a model with a merged adapter"):
+        model.save_pretrained(tmp_path / "merged")
+    fastprefix.set_adapter(model, "a")
+    fastprefix.detach(model, "b")
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in (tmp_path / "fastprefix").iterdir()} == {"a.safetensors"}
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -625,9 +673,9 @@ def test_frozen_parts_of_a_composition_stay_frozen() -> None:
         fastprefix.attach(model, fastprefix.PrefixTuningConfig(3, key_bias=True), name=name, check=False)
     fastprefix.compose(model, ["a", "b"], name="ab", trainable=["b"])
     expected = [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad]
-    peft.get_peft_model(model, lora())
+    around = peft.get_peft_model(model, lora())
     assert not any(parameter.requires_grad for parameter in model.fastprefix.parameters())
-    fastprefix.set_adapter(model, "ab")
+    fastprefix.set_adapter(around, "ab")
     assert [name for name, parameter in model.fastprefix.named_parameters() if parameter.requires_grad] == expected
     assert all(name.startswith("parts.1.") for name in expected)
     fastprefix.set_adapter(model, "a")

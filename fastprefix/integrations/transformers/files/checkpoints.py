@@ -1,9 +1,12 @@
 """Save and load an adapter with the checkpoints of its PEFT model, which contain only PEFT's own parameters.
 
+A model of ``transformers`` with layers from ``add_adapter`` saves like a PEFT model. Its checkpoints are not loaded.
+
 ``save_pretrained`` of the PEFT model, which ``Trainer`` calls, also writes the adapter into a subfolder that PEFT
-ignores, and removes the files of adapters that were detached. ``load_adapter`` of the PEFT model, with which ``Trainer`` resumes and returns to the best checkpoint, also
-reads it. It reads only PEFT's files in directories that are not checkpoints of ``Trainer``, and if the PEFT adapter is
-not in use already, since it is then an addition to the model.
+ignores, and removes the files of adapters that were detached. ``load_adapter`` of the PEFT model, with which
+``Trainer`` resumes and returns to the best checkpoint, also reads it. It reads only PEFT's files in directories that
+are not checkpoints of ``Trainer``, and if the PEFT adapter is not in use already, since it is then an addition to the
+model.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ def carry_in_checkpoints(peft_model: nn.Module) -> None:
 
     This outlasts ``detach``, after which ``save_pretrained`` removes the files of adapters from a directory.
     """
-    attributes: dict[str, Any] = vars(peft_model)
-    attributes["save_pretrained"] = functools.partial(_save, peft_model)
-    attributes["load_adapter"] = functools.partial(_load, peft_model)
+    vars(peft_model)["save_pretrained"] = functools.partial(save_with_adapter, peft_model)
+    vars(peft_model)["load_adapter"] = functools.partial(_load, peft_model)
 
 
-def _save(peft_model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+def save_with_adapter(peft_model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """Save PEFT's parameters and the adapter in use, as ``save_pretrained`` of this model."""
     base, write = find_base_model(peft_model), None
     if kwargs.get("is_main_process", True) or is_sharded(base):
         write = write_carried(base, Path(save_directory))  # before PEFT writes its files
