@@ -274,3 +274,25 @@ def test_pefts_prefix_is_replaced_only_by_its_own_kind(tmp_path: Path) -> None:
     fastprefix.save_adapter(model, tmp_path, format="peft")
     again, inputs = fastprefix.load_adapter(models.decoder(), tmp_path), models.batch()
     assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+ENDINGS = [("prefix", ending) for ending in ("embed_tokens", "lm_head", "norm", "mlp", "layers.0.mlp", "o_proj")]
+ENDINGS += [("prompt", "norm"), ("prompt", "mlp")]  # PEFT's prompts do not use a trained copy of the embedding
+
+
+@pytest.mark.parametrize(("kind", "ending"), ENDINGS)
+def test_modules_that_peft_trains_are_found_by_the_end_of_their_names(kind: str, ending: str, tmp_path: Path) -> None:
+    """Such as both norms of each layer and the last one for "norm". They change the prefix that is checked."""
+    kinds = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}
+    config = kinds[kind](task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, modules_to_save=[ending])
+    trained: Any = peft.get_peft_model(models.decoder(), config)
+    models.randomize(trained)
+    inputs = models.batch()
+    expected = trained.double().eval()(**inputs).logits[:, -7:]
+    trained.save_pretrained(tmp_path / "peft")
+    model = fastprefix.load_adapter(models.decoder(), tmp_path / "peft")
+    assert_close(model(**inputs).logits, expected)
+    fastprefix.save_adapter(model, tmp_path / "own", format="peft")
+    assert_close(fastprefix.load_adapter(models.decoder(), tmp_path / "own")(**inputs).logits, expected)
+    fastprefix.detach(model)
+    assert torch.equal(model(**inputs).logits, models.decoder()(**inputs).logits)

@@ -28,7 +28,7 @@ from ....methods import (
     PTuning,
     VisualMethod,
 )
-from ..adapter import find_state
+from ..adapter import Hooks, find_state
 from ..merging import refuse_more_than_keys
 from ..models.discovery import Layer, find_layers
 from ..models.hooks import find_cache_parameter, read_parameter_names
@@ -162,7 +162,7 @@ def _describe_prompt(method: PromptMethod) -> dict[str, Any]:
     }
 
 
-def run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
+def _run_as_a_cache(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return a model's hidden states of three tokens after a cache with a prefix, as PEFT passes one."""
     cache, layers = DynamicCache(), sum(name.startswith("prefix.keys.") for name in parameters)
     pairs = [(join_frozen(parameters, "keys", i), join_frozen(parameters, "values", i)) for i in range(layers)]
@@ -179,9 +179,17 @@ def join_frozen(parameters: Mapping[str, Tensor], which: str, layer: int) -> Ten
     return torch.cat([parameters[name] for name in names if name in parameters], dim=1)
 
 
-def check_as_a_cache(model: PreTrainedModel, expected: Tensor) -> None:
-    """Refuse a model whose outputs with an attached prefix differ from those with PEFT's cache."""
+def check_as_a_cache(model: PreTrainedModel, hooks: Hooks, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose outputs with an attached prefix differ from those with PEFT's cache.
+
+    The modules that the adapter trains stay on the model in both runs.
+    """
     actual = _run_three_tokens(model, 0)
+    hooks.remove()
+    try:
+        expected = _run_as_a_cache(model, parameters)
+    finally:
+        hooks.install(model)
     error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     rounding = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-4
     if not error <= rounding * scale:
@@ -242,11 +250,9 @@ def _check_description(path: Path, description: Any) -> dict[str, Any]:
 
 
 def _find_modules(model: nn.Module, endings: Iterable[str]) -> list[str]:
-    """Return the names of the modules that PEFT trains and saves: those whose last name is in ``endings``."""
-    endings = set(endings)
-    return [
-        name for name, _ in model.named_modules() if name and (name in endings or name.rpartition(".")[2] in endings)
-    ]
+    """Return the names of the modules that PEFT trains and saves: those whose full name ends in one of ``endings``."""
+    ends = tuple(endings)
+    return [name for name, _ in model.named_modules() if name and f"base_model.{name}".endswith(ends)]
 
 
 def _list_state(model: nn.Module, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
