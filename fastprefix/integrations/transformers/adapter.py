@@ -268,9 +268,9 @@ class Adapter:
         """Install the adapter on the model, which then runs and trains with it. After an error, it is not installed."""
         self.check_untouched(model)
         method = self.method if is_sharded(self.method) else self.method.to(find_device(model))
+        self._exchange_state(model, trained=True)
         if self.freeze_peft or self.merged:
             self.frozen.freeze(model, own=self.method.parameters())
-        self._exchange_state(model, trained=True)
         self._exchange_labels(model)
         self.casts.install(model)
         for name in self.saved_modules:
@@ -302,6 +302,7 @@ class Adapter:
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Remove the adapter from the model. The model stays frozen."""
+        self._exchange_state(model, trained=False)  # changes nothing if memory runs out
         self.hooks.remove()
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
@@ -310,7 +311,6 @@ class Adapter:
             self.guard.remove()
         for name in self.saved_modules:
             model.get_submodule(name).requires_grad_(False)
-        self._exchange_state(model, trained=False)
         self._exchange_labels(model)
         self.casts.remove()
         self.frozen.release(model)
@@ -357,17 +357,25 @@ class Adapter:
         The modules keep their parameters, so optimizers and compiled code remain valid. A graph that was recorded
         before is valid again once this adapter is back on the model. Until then, ``BackwardGuard`` refuses its backward
         pass.
+
+        All new tensors are made before the first exchange. Nothing changes if memory runs out.
         """
         if self.stored:
             self.casts.find(model)
-        for name, tensor in find_state(model, self.saved_modules).items():
-            if name in self.stored:
-                weight = self.casts.fit_weight(self.stored[name], trained).to(tensor.device)
-                if isinstance(tensor, DTensor):  # the memory belongs to FSDP2 or tensor parallelism
-                    self.stored[name] = tensor.detach().clone()
-                    write_whole(tensor, weight)
-                else:
-                    self.stored[name], tensor.data = tensor.data, _fit_shape(weight, tensor.data)
+        state = {name: each for name, each in find_state(model, self.saved_modules).items() if name in self.stored}
+        former, new = dict[str, Tensor](), dict[str, Tensor]()
+        for name, tensor in state.items():
+            weight = self.casts.fit_weight(self.stored[name], trained).to(tensor.device)
+            if isinstance(tensor, DTensor):  # the memory belongs to FSDP2 or tensor parallelism
+                former[name], new[name] = tensor.detach().clone(), weight
+            else:
+                former[name], new[name] = tensor.data, _fit_shape(weight, tensor.data)
+        for name, tensor in state.items():
+            if isinstance(tensor, DTensor):
+                write_whole(tensor, new[name])
+            else:
+                tensor.data = new[name]
+        self.stored |= former
 
 
 def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
+from fastprefix.integrations.transformers import adapter
 from fastprefix.integrations.transformers.adapter import Adapter
 from fastprefix.integrations.transformers.attachment import get_method
 from fastprefix.integrations.transformers.files import saving
@@ -257,6 +258,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "options": (Adapter, "mark"),
     "routing": (Routing, "install"),
     "values": (saving, "fill"),
+    "weights": (adapter, "_fit_shape"),
 }
 
 
@@ -317,6 +319,9 @@ ACTIONS: dict[str, Callable[[Any, Path], Any]] = {
         *(("set_adapter", place, 1) for place in ("prefix", "options", "routing")),
         ("load_adapter", "values", 1),
         ("disable_adapter", "routing", 1),
+        # A head has a weight and a bias. Those of the base come first, then those of the other adapter.
+        *(("set_adapter", "weights", number) for number in (1, 2, 3, 4)),
+        *(("disable_adapter", "weights", number) for number in (1, 2)),
     ],
 )
 def test_an_unexpected_error_leaves_the_one_in_use(
