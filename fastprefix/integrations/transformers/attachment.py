@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
 _STATE = "_fastprefix_attachment"
 DEFAULT = "default"
 """The name that ``attach`` gives an adapter by default."""
+_LONGEST_NAME = 200
+"""The length of a percent-encoded name. A file name has up to 255 bytes, and a temporary one adds 46."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,7 +89,7 @@ def attach(
             Prompt methods require input embeddings. All functions of this package also accept a PEFT model around the
             ``transformers`` model if its adapter consists of layers (LoRA, DoRA and others).
         config: the configuration of the method.
-        name: the name of the adapter.
+        name: the name of the adapter, with up to 200 characters.
         tokenizer: the tokenizer for an initialization from text. None loads the tokenizer from the model's name or
             path.
         example_inputs: for prefix methods, keyword arguments for the run that finds the attention layers. None makes
@@ -102,7 +105,8 @@ def attach(
         The same model. It stays an ordinary ``transformers`` model.
 
     Raises:
-        TypeError: if ``model`` is not a ``transformers`` model, or ``config`` is not a method's configuration.
+        TypeError: if ``model`` is not a ``transformers`` model, ``config`` is not a method's configuration, or ``name``
+            is not a string.
         ValueError: if the model already has an adapter with this name, or the method cannot be attached to it.
     """
     base = find_base_model(model)
@@ -386,8 +390,25 @@ def _check(model: PreTrainedModel, config: MethodConfig, name: str) -> None:
         )
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be the name of an adapter or of its file.
+
+    Raises:
+        TypeError: if the name is not a string.
+        ValueError: if the name is empty or too long.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a string, but is {type(name).__name__}.")
+    if not 0 < len(quote(name, safe="")) <= _LONGEST_NAME:
+        raise ValueError(
+            f"`name` must have 1 to {_LONGEST_NAME} characters, since files are named after it, but has {len(name)}. "
+            "Characters other than ASCII letters and digits count several times. Choose another name."
+        )
+
+
 def check_name_free(model: nn.Module, name: str) -> None:
-    """Refuse a name that an attached or stored adapter already has, or that is reserved for the base model."""
+    """Refuse a wrong name, one that an adapter already has, and one that is reserved for the base model."""
+    check_name(name)
     attachment = find_attachment(model)
     if name == BASE:
         raise ValueError(

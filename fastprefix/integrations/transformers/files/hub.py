@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from ...._version import __version__
 from ..models.switching import OPTIONS
+from .peft_format import read_json
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE = ("model*.safetensors", "model*.safetensors.index.json")
@@ -61,7 +61,7 @@ def locate(
 
     try:
         folder = download([*files, CONFIG_NAME])
-        if (folder / CONFIG_NAME).is_file() and OPTIONS in json.loads((folder / CONFIG_NAME).read_text("utf-8")):
+        if (folder / CONFIG_NAME).is_file() and OPTIONS in read_json(folder / CONFIG_NAME):
             folder = download([CONFIG_NAME, *_WHOLE])
     except Exception as error:  # an error of the network, the server or the name
         raise FileNotFoundError(

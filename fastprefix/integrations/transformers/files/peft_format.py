@@ -211,16 +211,25 @@ def _run_three_tokens(model: PreTrainedModel, past: int, **kwargs: Any) -> Tenso
     return hidden[:, 1:].double()
 
 
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Parse JSON from a source, which an error names.
+
+    Raises:
+        ValueError: if the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: if the file cannot be read.
+        ValueError: if the file is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The JSON file {path} cannot be read: {error}") from error
+    return parse_json(path.read_bytes(), f"The JSON file {path}")
 
 
 def _read_description(path: Path) -> Any:

@@ -39,6 +39,7 @@ from ..attachment import (
     DEFAULT,
     Model,
     attach_empty,
+    check_name,
     find_attachment,
     get_active_name,
     get_attachment,
@@ -71,6 +72,10 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except Exception as error:  # damaged files raise different errors, on opening or on reading a tensor
         raise ValueError(f"The safetensors file {path} cannot be read: {error}") from error
+
+
+_MODULES = "modules_to_save."
+"""The beginning of the names of tensors that belong to trained modules of the model."""
 
 
 class SavedAdapter(NamedTuple):
@@ -113,7 +118,12 @@ def read_whole_checkpoint(folder: Path, model: PreTrainedModel) -> SavedAdapter 
                 elif key.startswith(own):
                     tensors[key.removeprefix(own)] = file.get_tensor(key)
                 elif any(key.startswith(f"{name}.") for name in saved):  # the model lacks it, which ``fill`` refuses
-                    tensors[f"modules_to_save.{key}"] = file.get_tensor(key)
+                    tensors[f"{_MODULES}{key}"] = file.get_tensor(key)
+    if all(name.startswith(_MODULES) for name in tensors):
+        raise ValueError(
+            f"{folder} has the options of an adapter in {CONFIG_NAME}, but not its parameters. The model was probably "
+            "saved again after from_pretrained, which drops them. Load the adapter from the first checkpoint."
+        )
     has_labels = _has_head(model, saved) and "id2label" in description
     labels = list(description["id2label"].values()) if has_labels else None
     _check_labels(folder, labels, (description.get("architectures") or [""])[0], model)
@@ -126,7 +136,7 @@ def _list_saved_names(model: PreTrainedModel, modules: Iterable[str]) -> tuple[s
     The latter are the names that the state of trained modules can have there, mapped to those in an adapter. A
     checkpoint has only one of the names of a tied tensor, and ``save_pretrained`` renames the modules of some families.
     """
-    state = {tensor: f"modules_to_save.{name}" for name, tensor in find_state(model, modules).items()}
+    state = {tensor: f"{_MODULES}{name}" for name, tensor in find_state(model, modules).items()}
     whole = {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
     known = {name: state[tensor] for name, tensor in whole.items() if tensor in state}
     own = f"{MODULE}."
@@ -371,8 +381,8 @@ def read_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
     path = _list_carried(directory).get(name)
     if path is None:
         raise ValueError(f"`model` has an adapter {name!r}, but {directory} contains no adapter of that name.")
-    header, tensors = _read(path)
-    config = None if header is None else _parse_header(path, json.loads(header), model)[0]
+    description, tensors = _read(path)
+    config = None if description is None else _parse_header(path, description, model)[0]
     if config is None or _to_json(config) != _to_json(get_attachment(model).adapter.config):
         raise ValueError(f"`model` has an adapter {name!r} with other options than the one in {path}.")
     return lambda: fill(_collect_state(model), tensors)
@@ -434,10 +444,12 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if there is no adapter in the directory.
+        TypeError: if ``name`` is not a string.
         ValueError: if the adapter is damaged or does not fit the model, if the model already has an adapter of that
             name, or if ``revision`` is given for a local directory. The model is unchanged.
         RuntimeError: if another rank of a sharded model failed or did not arrive.
     """
+    check_name(name)
     base = find_base_model(model)
     folder = locate_adapter(directory, revision, token)
     config, tensors, is_of_peft, labels = _read_adapter_together(base, folder, name)
@@ -526,8 +538,7 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapte
     if (carried := _find_carried(folder, name)) is not None:
         path = carried
     if path.is_file():
-        header, tensors = _read(path)
-        description = None if header is None else json.loads(header)
+        description, tensors = _read(path)
         if description is not None and "peft_type" not in description:
             config, labels = _parse_header(path, description, model)
             return SavedAdapter(config, tensors, labels=labels)
@@ -567,14 +578,18 @@ def _collect_state(model: PreTrainedModel) -> dict[str, Tensor]:
     reshard(model)  # FSDP2 could not free gathered parameters that NumPy views, as when a file is written
     state = find_state(model, get_attachment(model).adapter.saved_modules)
     own: dict[str, Tensor] = dict(model.get_submodule(MODULE).named_parameters())
-    return own | {f"modules_to_save.{name}": tensor for name, tensor in state.items()}
+    return own | {f"{_MODULES}{name}": tensor for name, tensor in state.items()}
 
 
-def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Return the options in an adapter's header (None if this package did not write it) and its tensors."""
     with open_safetensors(path) as file:
         header = (file.metadata() or {}).get(_HEADER)
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    description = None if header is None else peft_format.parse_json(header, f"The header of {path}")
+    if header is not None and not isinstance(description, dict):
+        raise ValueError(f"The header of {path} must be a JSON object, but is {header[:40]!r}.")
+    return description, tensors
 
 
 def _parse_header(
@@ -584,13 +599,18 @@ def _parse_header(
     if missing := [name for name in _ABOUT if name not in description]:
         raise ValueError(f"The header of {path} is damaged, since it lacks {', '.join(missing)}.")
     _check_unedited(path.with_name(CONFIG_FILE), description)
-    base, base_class, *_ = (description.pop(name) for name in _ABOUT)
+    base, base_class, _, version = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     labels = description.pop(_LABELS, None)
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter for a {base} model, but `model` is a {model.config.model_type} model.")
     _check_labels(path, labels, base_class, model)
-    return MethodConfig.from_dict(description), labels
+    try:
+        return MethodConfig.from_dict(description), labels
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} was saved by fastprefix {version}, but fastprefix {__version__} cannot read its options: {error}"
+        ) from error
 
 
 def _check_labels(path: Path, labels: list[str] | None, base_class: str, model: PreTrainedModel) -> None:
@@ -629,9 +649,9 @@ def _check_unedited(path: Path, header: dict[str, Any]) -> None:
         f"{WEIGHTS_FILE}. Undo the change or delete {CONFIG_FILE} to load the adapter as it was saved"
     )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = peft_format.read_json(path)
     except ValueError as error:
-        raise ValueError(f"`{CONFIG_FILE}` must be JSON, but {path} cannot be read: {error}. {way_out}") from error
+        raise ValueError(f"`{CONFIG_FILE}` must be JSON, but is not. {error}. {way_out}") from error
     if not isinstance(found, dict) or found.get(_SAVE_ID) != header[_SAVE_ID]:
         return
     names = sorted((header.keys() | found.keys()) - set(_INFORMATIVE))
@@ -669,10 +689,10 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into parameters and buffers. If any name or shape differs, copy none.
+    """Copy tensors into parameters and buffers. If any name, shape or kind of number differs, copy none.
 
     Raises:
-        ValueError: if a name or a shape differs.
+        ValueError: if a name, a shape or the kind of number (integer or floating-point) differs.
     """
     if state.keys() != tensors.keys():
         raise ValueError(f"The adapter does not fit this model: {_compare_names(state, tensors)}.")
@@ -680,6 +700,9 @@ def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         if tensors[name].shape != tensor.shape:
             actual, expected = tuple(tensors[name].shape), tuple(tensor.shape)
             raise ValueError(f"The adapter does not fit this model: {name} must be {expected}, but is {actual}.")
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            kind = "floating-point" if tensor.is_floating_point() else "integer"
+            raise ValueError(f"The adapter is damaged: {name} must be {kind}, but is {tensors[name].dtype}.")
     with torch.no_grad():
         for name, tensor in state.items():
             write_whole(tensor, tensors[name])

@@ -143,3 +143,24 @@ def test_modules_are_suggested_by_their_last_name() -> None:
     config = fastprefix.PrefixTuningConfig(3, modules_to_save=["norm"])
     with pytest.raises(ValueError, match=r"has no \['norm'\]\. Did you mean model\.norm\?"):
         fastprefix.attach(models.decoder(), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "what"),
+    [
+        (None, TypeError, "`name` must be a string, but is NoneType"),
+        (5, TypeError, "`name` must be a string, but is int"),
+        ("", ValueError, "`name` must have 1 to 200 characters, .* but has 0"),
+        ("a" * 201, ValueError, "`name` must have 1 to 200 characters, .* but has 201"),
+        ("é" * 40, ValueError, "`name` must have 1 to 200 characters, .* but has 40.* count several times"),
+    ],
+)
+def test_names_that_are_no_names(name: Any, error: type[Exception], what: str) -> None:
+    model = models.decoder()
+    with pytest.raises(error, match=what):
+        fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), name=name)
+    with pytest.raises(error, match=what):
+        fastprefix.load_adapter(model, "nowhere", name=name)
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(2))
+    with pytest.raises(error, match=what):
+        fastprefix.compose(model, ["default"], name=name)

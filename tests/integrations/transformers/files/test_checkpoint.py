@@ -1,6 +1,7 @@
 """Test saved adapters: contents, refusals, and interrupted saves."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,9 @@ def test_other_ids_and_informative_entries_are_no_error(tmp_path: Path, edit: di
 def test_adapters_without_an_id_are_loaded(tmp_path: Path) -> None:
     model, inputs = attached("decoder", "prefix"), models.batch()
     fastprefix.save_adapter(model, tmp_path)
-    header, tensors = saving._read(tmp_path / saving.WEIGHTS_FILE)
-    assert header is not None
-    description = {name: value for name, value in json.loads(header).items() if name != "save_id"}
+    description, tensors = saving._read(tmp_path / saving.WEIGHTS_FILE)
+    assert description is not None
+    del description["save_id"]
     saving._write(tmp_path, {**description, "hidden_dim": 3}, tensors, {"fastprefix": json.dumps(description)})
     assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
 
@@ -337,3 +338,55 @@ def test_a_folder_with_other_files_is_used(tmp_path: Path) -> None:
         (tmp_path / file).write_text("{")
         fastprefix.save_adapter(model, tmp_path)
     assert torch.equal(fastprefix.load_adapter(models.decoder(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ("{", r"The header of .*adapter_model\.safetensors cannot be read: "),
+        ("[]", r"The header of .* must be a JSON object, but is '\[\]'"),
+        ("null", "The header of .* must be a JSON object, but is 'null'"),
+        ("{}", "The header of .* is damaged, since it lacks base_model_type"),
+    ],
+)
+def test_a_damaged_header_is_refused(header: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / saving.WEIGHTS_FILE
+    save_file({"prompt": torch.zeros(5, models.WIDTH)}, path, metadata={"fastprefix": header})
+    with pytest.raises(ValueError, match=what):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **options: object) -> None:
+    """Write tensors and options into the tensor file of an adapter."""
+    description, former = saving._read(folder / saving.WEIGHTS_FILE)
+    header = json.dumps({**(description or {}), **options})
+    save_file({**former, **tensors}, folder / saving.WEIGHTS_FILE, metadata={"fastprefix": header})
+    (folder / saving.CONFIG_FILE).unlink()
+
+
+def test_options_of_a_newer_version_are_refused_with_both_versions(tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prefix"), tmp_path)
+    rewrite(tmp_path, {}, new_option=3, fastprefix_version="9.9")
+    what = rf"saved by fastprefix 9\.9, but fastprefix {re.escape(fastprefix.__version__)} .* no option new_option"
+    with pytest.raises(ValueError, match=what):
+        fastprefix.load_adapter(models.decoder(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.bfloat16])
+def test_numbers_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    fastprefix.save_adapter(attached("decoder", "prompt_tuning"), tmp_path)
+    rewrite(tmp_path, {"prompt": torch.ones(5, models.WIDTH).to(dtype)})
+    model = models.decoder()
+    if dtype.is_floating_point:
+        fastprefix.load_adapter(model, tmp_path)
+        return
+    with pytest.raises(ValueError, match=rf"damaged: prompt must be floating-point, but is {dtype}"):
+        fastprefix.load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="method attached"):
+        fastprefix.detach(model)
+
+
+def test_the_longest_name_names_a_file(tmp_path: Path) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(2), name="a" * 200)
+    saving.write_carried(model, tmp_path)()
+    assert fastprefix.load_adapter(models.decoder(), tmp_path, name="a" * 200).fastprefix

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.core_model_loading import PrefixChange
 
 import fastprefix
@@ -112,3 +112,14 @@ def test_a_merged_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "a")
     fastprefix.detach(model)
     model.save_pretrained(tmp_path / "base")
+
+
+def test_a_checkpoint_that_was_saved_again_without_the_parameters(tmp_path: Path) -> None:
+    """``from_pretrained`` keeps the options in the configuration but drops the parameters."""
+    attached("encoder", "prefix").save_pretrained(tmp_path / "first")
+    BertForSequenceClassification.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
+    with pytest.raises(
+        ValueError, match=r"again has the options of an adapter in config\.json, but not its parameters"
+    ):
+        fastprefix.load_adapter(models.encoder(), tmp_path / "again")
+    fastprefix.load_adapter(models.encoder(), tmp_path / "first")
