@@ -9,12 +9,14 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ...._version import __version__
 from ....methods import MethodConfig
 from ..attachment import get_attachment, use_adapter
 from ..models.tuners import find_base_model, has_tuner_layers
-from .saving import save_adapter
+from .peft_format import read_json
+from .saving import CONFIG_FILE, refuse_occupied, save_adapter
 
 _CARD = "README.md"
 
@@ -51,15 +53,20 @@ def push_to_hub(
         The URL of the commit.
 
     Raises:
-        ValueError: if the adapter cannot be saved, as for ``save_adapter``. Nothing is published.
+        ValueError: if the adapter cannot be saved, or if the repository contains an adapter of another library or a
+            whole model, as for ``save_adapter``. Nothing is published.
     """
     attachment, base = get_attachment(model), find_base_model(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as former:
         save_adapter(model, folder, name=name, format=format)
         api = HfApi(token=token, library_name="fastprefix", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
+        names = [CONFIG_FILE, CONFIG_NAME]
+        api.snapshot_download(repository, revision=revision, local_dir=former, allow_patterns=names)
+        what = f"`repo_id` must be a separate repository, but {repository!r}"
+        refuse_occupied(Path(former), read_json(Path(folder, CONFIG_FILE)), what)
         if not api.file_exists(repository, _CARD, revision=revision):
             with use_adapter(base, attachment.active if name is None else name):
                 Path(folder, _CARD).write_text(make_card(model, repository, format), encoding="utf-8")

@@ -211,7 +211,7 @@ def save_adapter(
         def write() -> None:
             if not leads(base):
                 return
-            _refuse_occupied(Path(directory), description.get("peft_type"))
+            refuse_occupied(Path(directory), description, f"`directory` must be a separate folder, but '{directory}'")
             if format == "peft":
                 metadata = {"format": "pt", _HEADER: _format_description(description)}
             else:
@@ -221,21 +221,21 @@ def save_adapter(
         do_together(base, "save an adapter", write)
 
 
-def _refuse_occupied(folder: Path, peft_type: str | None) -> None:
+def refuse_occupied(folder: Path, description: Mapping[str, Any], what: str) -> None:
     """Refuse a folder in which an adapter would overwrite other files, or one of the two could not be loaded.
 
     Args:
         folder: the folder to write to.
-        peft_type: the method in PEFT's format, which may replace an adapter of the same method. None for own files.
+        description: the options to write. In PEFT's format, they may replace those of the same method.
+        what: the beginning of the error message, which names the argument.
 
     Raises:
         ValueError: if the folder contains an adapter of another library, adapters that a PEFT model saved, or a whole
             model.
     """
-    options = _read_options(folder / CONFIG_FILE)
     has_adapter = (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists()
-    if has_adapter and not is_own(folder) and (peft_type is None or options.get("peft_type") != peft_type):
-        kind = options.get("peft_type")
+    kind = _read_options(folder / CONFIG_FILE).get("peft_type")
+    if has_adapter and not is_own(folder) and (kind is None or kind != description.get("peft_type")):
         found = f"an adapter of {'another library' if kind is None else f'PEFT ({kind})'}, which would be overwritten"
     elif _list_carried(folder):
         found = f"adapters that a PEFT model saved in {CARRIED!r}, which load_adapter would read instead"
@@ -243,7 +243,7 @@ def _refuse_occupied(folder: Path, peft_type: str | None) -> None:
         found = "a whole model, which from_pretrained could then not load"
     else:
         return
-    raise ValueError(f"`directory` must be a separate folder, but '{folder}' contains {found}. Pass another folder.")
+    raise ValueError(f"{what} contains {found}. Pass another one.")
 
 
 def is_own(folder: Path) -> bool:

@@ -323,7 +323,7 @@ def test_a_folder_with_something_else_is_refused(case: str, format: Any, tmp_pat
     write, what = OCCUPIED[case]
     write(tmp_path)
     before = read_files(tmp_path)
-    with pytest.raises(ValueError, match=rf"`directory` must be a separate folder, .*{what}.*\. Pass another folder\."):
+    with pytest.raises(ValueError, match=rf"`directory` must be a separate folder, .*{what}.*\. Pass another one\."):
         fastprefix.save_adapter(attached("decoder", "prefix-shift"), tmp_path, format=format)
     assert read_files(tmp_path) == before
 

@@ -148,6 +148,21 @@ def test_what_cannot_be_saved_is_not_published(hub: Hub) -> None:
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("adapter_config.json", {"peft_type": "LORA"}, r"an adapter of PEFT \(LORA\), which would be overwritten"),
+        ("config.json", {"model_type": "llama"}, "a whole model, which from_pretrained could then not load"),
+    ],
+)
+def test_a_repository_with_something_else_is_refused(name: str, content: Any, what: str, hub: Hub) -> None:
+    hub.create("org/adapter")
+    before = hub.commit("org/adapter", "main", {name: json.dumps(content).encode()})
+    with pytest.raises(ValueError, match=f"`repo_id` must be a separate repository, but 'org/adapter' contains {what}"):
+        fastprefix.push_to_hub(attached("decoder", "prefix"), "org/adapter")
+    assert hub.branches["org/adapter"]["main"] == before
+
+
 def test_trainer_publishes_what_load_adapter_reads(hub: Hub, tmp_path: Path) -> None:
     """Trainer publishes a checkpoint of the whole model, and ``load_adapter`` reads only the adapter."""
     model = fastprefix.attach(models.encoder().float(), METHODS["prefix"]())
