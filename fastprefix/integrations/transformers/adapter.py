@@ -302,8 +302,12 @@ class Adapter:
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Remove the adapter from the model. The model stays frozen."""
-        self._exchange_state(model, trained=False)  # changes nothing if memory runs out
-        self.hooks.remove()
+        self.hooks.remove()  # first, since the hooks of a merged adapter can replace a module that is trained
+        try:
+            self._exchange_state(model, trained=False)
+        except BaseException:
+            self.hooks.install(model)
+            raise
         delattr(model, MODULE)
         vars(model.config).pop(OPTIONS, None)
         vars(model).pop("save_pretrained", None)

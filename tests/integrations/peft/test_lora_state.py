@@ -318,6 +318,7 @@ def test_a_detached_adapter_is_removed_from_the_directory(inside: bool, tmp_path
 
 def test_an_adapter_of_pefts_that_is_called_like_the_subfolder(tmp_path: Path) -> None:
     model = peft.get_peft_model(models.decoder(), lora(), adapter_name="fastprefix")
+    step(model)
     for name in ("default", "adapter_model"):
         fastprefix.attach(model, PREFIX, name=name, check=False)
         randomize(model.fastprefix)
