@@ -23,13 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...methods import Composition, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .models.switching import OPTIONS, OwnConfigurations, User, find_device
-from .models.tuners import (
-    Frozen,
-    find_taken_by_peft,
-    has_tuner_layers,
-    is_saved_by_transformers,
-    list_tuner_parameters,
-)
+from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 from .sharding.fully_sharded import shard_like
 from .sharding.tensor_parallel import is_sharded, write_whole
 
@@ -78,6 +72,11 @@ def find_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
                 if tensor is not None and key not in module._non_persistent_buffers_set:
                     found.setdefault(tensor, f"{path}.{key}")
     return {name: tensor for tensor, name in found.items()}
+
+
+def is_saved_by_transformers(model: nn.Module) -> bool:
+    """Return whether ``add_adapter`` of ``transformers`` added PEFT's layers, which ``save_pretrained`` then saves."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def list_labels(model: PreTrainedModel) -> list[str]:

@@ -27,7 +27,7 @@ from ...methods import (
     PrefixTuningConfig,
     VisualMethod,
 )
-from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules
+from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, is_saved_by_transformers
 from .checking import conformance
 from .checking.conformance import adopt_small_trial, choose_stand_in
 from .mixed_batches.mixed_call import BASE
@@ -43,7 +43,7 @@ from .models.switching import (
     loads_all_inside,
     runs_on_text,
 )
-from .models.tuners import find_base_model, has_tuner_layers, is_saved_by_transformers
+from .models.tuners import find_base_model, has_tuner_layers
 from .prefixes.initial import check_cache_given, make_initial_prefix, tokenize_text
 from .prefixes.prefix import PrefixHooks
 from .prompts.multitask import read_source

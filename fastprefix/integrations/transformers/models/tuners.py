@@ -46,11 +46,6 @@ def has_tuner_layers(model: nn.Module) -> bool:
     return next(list_tuner_layers(model), None) is not None
 
 
-def is_saved_by_transformers(model: nn.Module) -> bool:
-    """Return whether ``add_adapter`` of ``transformers`` added PEFT's layers, which ``save_pretrained`` then saves."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
 class TunerParameter(NamedTuple):
     """A parameter that PEFT has added to a model."""
 
