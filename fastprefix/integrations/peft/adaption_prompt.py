@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..transformers.models.attention import CarriedBindings, GivenPrefix, carrying
+from ..transformers.models.attention import CarriedBindings, GivenPrefix, carrying, get_carried_bindings
 from ..transformers.models.discovery import Layer
 from ..transformers.models.hooks import Forward, Interception
 from ..transformers.sharding.tensor_parallel import TensorParallelHeads
@@ -35,7 +35,10 @@ class AdaptionPromptAcceleration(CachedPrefix):
 
     def carry_without_prefix(self) -> CarriedBindings | None:
         """Return the bindings of a call whose adapted attentions provide their own prompts."""
-        return CarriedBindings({}) if self.adapter_model._enabled else super().carry_without_prefix()
+        if not self.adapter_model._enabled:
+            return super().carry_without_prefix()
+        former = get_carried_bindings()
+        return CarriedBindings({}) if former is None else former
 
     def run_adapted(
         self, adapted: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]

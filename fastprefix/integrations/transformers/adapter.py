@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...methods import Composition, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
+from .models.attention import restore_checkpoints
 from .models.switching import OPTIONS, OwnConfigurations, User, find_device
 from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 from .sharding.fully_sharded import shard_like
@@ -533,6 +534,7 @@ class Attachment:
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         self.configurations.release()
         self.guard.remove()
+        restore_checkpoints(model)
         if self.quantized:
             vars(model)["is_quantized"] = True
 

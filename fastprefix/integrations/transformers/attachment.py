@@ -32,6 +32,7 @@ from .checking import conformance
 from .checking.conformance import adopt_small_trial, choose_stand_in
 from .mixed_batches.mixed_call import BASE
 from .mixed_batches.routing import Routing
+from .models.attention import carry_through_checkpoints
 from .models.discovery import Layer, find_embedding, find_layers, find_method_layers, find_projections
 from .models.switching import (
     Inputs,
@@ -336,6 +337,7 @@ def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
     attachment.user.acts = name is not None
     attachment.routing.install()
     attachment.guard.install(model)
+    carry_through_checkpoints(model)  # a call without an adapter is recomputed on the attention that it ran on
 
 
 class _Plan(NamedTuple):

@@ -15,7 +15,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import fastprefix
 
@@ -30,6 +37,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "prefix-mlp": lambda: fastprefix.PrefixTuningConfig(3, reparameterization="mlp", hidden_dim=8),
     "apt": lambda: fastprefix.APTConfig(3, prefix_position="shift"),
 }
+IN_EVERY_ROW = {"row": lambda: fastprefix.PromptTuningConfig(3, shared_prompt=False)}
+CHANGED = "switched, disabled or detached before the backward pass of a call"
 
 
 def windowed(**options: Any) -> MistralForCausalLM:
@@ -47,7 +56,7 @@ def rotated(**rope: Any) -> LlamaForCausalLM:
 
 def attached(method: str, build: Callable[[], Any] = windowed) -> Any:
     """Return a model in training mode with a method."""
-    model = fastprefix.attach(build(), METHODS[method](), check=False).train()
+    model = fastprefix.attach(build(), {**METHODS, **IN_EVERY_ROW}[method](), check=False).train()
     models.randomize(model)
     return model
 
@@ -132,6 +141,73 @@ def test_another_adapter_is_in_use_by_then(method: str, reentrant: bool) -> None
     assert_same(*found)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then"), [("apt", "prefix"), ("apt", "prompt"), ("prefix", "apt"), ("row", "apt"), ("row", "prompt")]
+)
+def test_an_adapter_of_another_kind_is_in_use_by_then(first: str, then: str, reentrant: bool) -> None:
+    """The layers run with the hooks and on the attention of their call, even if the model's own are others by then."""
+    model, found = attached(first), []
+    fastprefix.attach(model, METHODS[then](), name="other", check=False)
+    models.randomize(model, 0.7)
+    for each in (None, reentrant):
+        set_checkpointing(model, each)
+        fastprefix.set_adapter(model, "default")
+        loss, parameters = loss_of(model, SHORT), list(model.fastprefix.parameters())
+        fastprefix.set_adapter(model, "other")
+        loss_of(model, SHORT)
+        found.append(differentiate(parameters, loss))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("method", ["prompt", "apt"])
+def test_a_call_without_the_adapter_is_differentiated_with_it(method: str, attention: str, reentrant: bool) -> None:
+    """Preference optimization differentiates calls of the base model."""
+    model, found = attached(method, functools.partial(windowed, attn_implementation=attention)), []
+    for each in (None, reentrant):
+        set_checkpointing(model, each)
+        rows = model.get_input_embeddings()(SHORT).detach().requires_grad_()
+        with fastprefix.disable_adapter(model):
+            loss = model(inputs_embeds=rows, use_cache=False).logits.pow(2).sum()
+        found.append(differentiate([rows], loss))
+    assert_same(*found)
+
+
+def test_an_attention_without_a_prefix_gets_none_from_a_later_adapter() -> None:
+    """The encoder's layers have no prefix in the call, and the prefix of the later adapter in the model."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=100, **sizes, **heads, dropout=0.0, max_position_embeddings=16)
+    model, found = BartForConditionalGeneration(config).double(), []
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(3, attentions=("decoder",)), check=False)
+    models.randomize(model)
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(3), name="other", check=False)
+    models.randomize(model.train(), 0.7)
+    for each in (None, False):
+        set_checkpointing(model, each)
+        fastprefix.set_adapter(model, "default")
+        loss, parameters = loss_of(model, SHORT), list(model.fastprefix.parameters())
+        fastprefix.set_adapter(model, "other")
+        found.append(differentiate(parameters, loss))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attention_weights_are_requested(reentrant: bool) -> None:
+    """Layers that return attention weights run on the model's own attention, with the same dropout."""
+    options = {"attn_implementation": "eager", "attention_dropout": 0.5}
+    model, found = attached("prompt", functools.partial(windowed, **options)), []
+    for each in (None, reentrant):
+        set_checkpointing(model, each)
+        torch.manual_seed(0)
+        output = model(input_ids=SHORT, use_cache=False, output_attentions=True)
+        assert [weights.shape[-1] for weights in output.attentions] == [3 + SHORT.shape[1]] * len(model.model.layers)
+        found.append(differentiate(model.fastprefix.parameters(), output.logits.pow(2).sum()))
+    assert_same(*found)
+
+
 def test_a_call_with_the_prompt_in_every_row() -> None:
     """Dropout puts the prompt into every row. The evaluation shares it."""
     model, found = attached("prompt", functools.partial(windowed, attention_dropout=1e-14)), []
@@ -177,7 +253,27 @@ def test_a_backward_pass_without_the_adapter_is_refused(method: str, reentrant: 
     model = attached(method)
     set_checkpointing(model, reentrant)
     loss = loss_of(model, SHORT)
-    with fastprefix.disable_adapter(model), pytest.raises(RuntimeError, match="disabled or detached before the backwa"):
+    with fastprefix.disable_adapter(model), pytest.raises(RuntimeError, match=f"{CHANGED}.*'sdpa'"):
+        loss.backward()
+
+
+def test_a_backward_pass_with_a_prompt_in_every_row_is_refused() -> None:
+    """The call ran on this package's attention, but the prompt in every row needs the model's own."""
+    model = attached("prefix")
+    set_checkpointing(model, False)
+    loss = loss_of(model, SHORT)
+    fastprefix.attach(model, IN_EVERY_ROW["row"](), name="other", check=False)
+    with pytest.raises(RuntimeError, match=f"{CHANGED}.*'sdpa'"):
+        loss.backward()
+
+
+def test_a_backward_pass_after_detaching_is_refused() -> None:
+    """Detaching unfreezes the model, whose layers would then save other tensors."""
+    model = attached("row")
+    set_checkpointing(model, False)
+    loss = loss_of(model, SHORT)
+    fastprefix.detach(model)
+    with pytest.raises(RuntimeError, match=f"{CHANGED}.*parameters of the layers"):
         loss.backward()
 
 

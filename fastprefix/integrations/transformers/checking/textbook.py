@@ -18,10 +18,10 @@ from transformers.utils.generic import ModelOutput
 
 from .... import reference
 from ....methods import PrefixMethod, PromptMethod
-from ..models.attention import make_additive, make_full_mask
+from ..models.attention import find_eager_attention, make_additive, make_full_mask
 from ..models.discovery import Layer, find_backbone, find_embedding, find_entry, find_first_tensor
 from ..models.hooks import count_tokens, find_cache, name_arguments, read_parameter_names
-from ..models.switching import find_eager_attention, is_plain_text, set_attention
+from ..models.switching import is_plain_text, set_attention
 from ..prompts.multitask import list_task_handles
 
 _NAME = "fastprefix_textbook"

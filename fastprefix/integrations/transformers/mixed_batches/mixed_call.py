@@ -282,6 +282,7 @@ class MixedBinding(LayerBinding):
         self.call = call
         self.heads = call.heads
         self.index = index
+        self.layer = layer
         self.module = layer.module
         self.window = layer.window
         self.hidden = None

@@ -26,7 +26,6 @@ from ..models.attention import (
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
-    restore_checkpoints,
 )
 from ..models.discovery import Layer, find_backbone
 from ..models.hooks import (
@@ -125,7 +124,6 @@ class MixtureHooks:
         for handle in reversed(self.handles):
             handle.remove()
         self.handles, self.offsets = [], None
-        restore_checkpoints(self.backbone)
         assert self.implementation is not None
         self.implementation.restore()
 

@@ -11,6 +11,7 @@ The shape of a mask identifies its kind, so this module relies neither on a keyw
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -256,9 +257,9 @@ class Binding:
     heads: TensorParallelHeads | None = None
     """This rank's heads, on a tensor-parallel model that needs complete gradients of the tokens."""
 
-    def acts(self) -> bool:
-        """Return whether the binding changes the attention."""
-        return True
+    def hook_layer(self) -> list[Any]:
+        """Set the hooks that the layer runs with in a call that carries this binding, and return their handles."""
+        return []
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix, or None."""
@@ -359,9 +360,8 @@ def get_carried_bindings() -> CarriedBindings | None:
 
 
 def find_binding(module: nn.Module) -> Binding | None:
-    """Return the binding of an attention module: the one that the call in progress carries, or the module's own."""
-    binding = None if _CALL.carried is None else _CALL.carried.bindings.get(module)
-    return getattr(module, BINDING, None) if binding is None else binding
+    """Return an attention module's binding in the call in progress, or its own outside of a call with bindings."""
+    return getattr(module, BINDING, None) if _CALL.carried is None else _CALL.carried.bindings.get(module)
 
 
 @contextmanager
@@ -375,10 +375,11 @@ def carrying(carried: CarriedBindings | None) -> Iterator[None]:
 
 
 class CarryingCheckpoint:
-    """A gradient checkpointing function that recomputes a layer with the bindings of its first run."""
+    """A gradient checkpointing function that recomputes the layers of a module with the state of their first run."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
         self.function = function
+        self.module = module
 
     @property
     def keywords(self) -> Mapping[str, Any]:
@@ -387,34 +388,76 @@ class CarryingCheckpoint:
         return keywords
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a layer now, and recompute it in the backward pass with the same bindings."""
-        if torch.compiler.is_compiling():  # the backward pass is traced, so no layer runs again
-            return self.function(run, *args, **kwargs)
-        return self.function(_CarryingRun(run, _CALL.carried), *args, **kwargs)
+        """Run a layer now, and recompute it in the backward pass with the same state."""
+        return self.function(_CarryingRun(run, self.module), *args, **kwargs)
 
 
-class _CarryingRun(NamedTuple):
-    """A function that runs a layer with the bindings of the call that it belongs to."""
+class _CarryingRun:
+    """A function that runs a layer, and runs it again in a backward pass with the state of the first run.
 
-    run: Callable[..., Any]
-    carried: CarriedBindings | None
+    The state consists of the bindings of the call and of the attention that the layer runs on.
+    """
+
+    def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
+        self.run = run
+        self.module = module
+        self.carried = _CALL.carried
+        self.attention: str | None = None
+        self.trained: list[bool] | None = None
+        if not torch.compiler.is_compiling():
+            own = None if self.carried is None else self.carried.own_attention
+            self.attention = own or _read_attention(module)
+            self.trained = [parameter.requires_grad for parameter in module.parameters()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.carried is not None and runs_again():
-            _refuse_other_attention(module for module, binding in self.carried.bindings.items() if binding.acts())
-        with carrying(self.carried):
+        if not runs_again():  # also in a compiled graph, whose backward pass is traced
             return self.run(*args, **kwargs)
+        carried = self._select_attention()
+        handles: list[Any] = []
+        if carried is not None:
+            inside = set(self.module.modules())
+            bindings = (binding for module, binding in carried.bindings.items() if module in inside)
+            handles = [handle for binding in bindings for handle in binding.hook_layer()]
+        try:
+            with carrying(carried):
+                return self.run(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _select_attention(self) -> CarriedBindings | None:
+        """Return the bindings of the first run, with the attention that the first run used.
+
+        Raises:
+            RuntimeError: if the layer runs on another attention now, or if other parameters of it are trained.
+        """
+        now = _read_attention(self.module)
+        if self.attention is not None and now is not None and now != self.attention:
+            if not _is_ours(self.attention) and _is_ours(now):
+                return CarriedBindings({} if self.carried is None else self.carried.bindings, self.attention)
+            if _is_ours(self.attention) and not _is_ours(now):
+                raise _make_changed_error(f"the attention is {now!r} now")
+        if self.trained is not None and self.trained != [each.requires_grad for each in self.module.parameters()]:
+            raise _make_changed_error("other parameters of the layers are trained now")
+        return self.carried
 
 
-def _refuse_other_attention(bindings: Iterable[nn.Module]) -> None:
-    """Refuse to recompute a layer with an attention that would ignore the prefix of its first run."""
-    module = next(iter(bindings), None)
-    name = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
-    if not str(name).startswith(NAME):
-        raise RuntimeError(
-            "an adapter was disabled or detached before the backward pass of its call, in which gradient checkpointing "
-            f"recomputes the layers, so the attention is {name!r} now. Call backward before that."
-        )
+def _read_attention(module: nn.Module) -> str | None:
+    """Return the name of the attention in the first configuration inside a module, or None if it has none."""
+    configs = (getattr(each, "config", None) for each in module.modules())
+    names = (getattr(config, "_attn_implementation", None) for config in configs)
+    return next((str(name) for name in names if name is not None), None)
+
+
+def _is_ours(attention: str) -> bool:
+    return attention.startswith(NAME)
+
+
+def _make_changed_error(change: str) -> RuntimeError:
+    return RuntimeError(
+        "an adapter was switched, disabled or detached before the backward pass of a call, in which gradient "
+        f"checkpointing recomputes the layers, and {change}. Call backward before that."
+    )
 
 
 CHECKPOINT_WRAPPER = "checkpoint_fn"
@@ -431,7 +474,7 @@ def carry_through_checkpoints(backbone: nn.Module) -> None:
         for name in _CHECKPOINTS:
             function = vars(module).get(name)
             if function is not None and not isinstance(function, CarryingCheckpoint):
-                setattr(module, name, CarryingCheckpoint(function))
+                setattr(module, name, CarryingCheckpoint(function, module))
 
 
 def restore_checkpoints(backbone: nn.Module) -> None:
@@ -536,10 +579,20 @@ def run_attention(
     return (output if scale == 1.0 else output * scale).transpose(1, 2), None
 
 
+def find_eager_attention(module: nn.Module) -> Any:
+    """Return the eager attention function in the file of a module's class, or None if the file has none."""
+    homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
+    found = (getattr(home, "eager_attention_forward", None) for home in homes)
+    return next((function for function in found if function is not None), None)
+
+
 def _run_attention_of_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run this package's attention, or the attention that the call in progress selects instead."""
     own = _get_own_attention()
-    return run_attention(module, *args, **kwargs) if own is None else AttentionInterface()[own](module, *args, **kwargs)
+    if own is None:
+        return run_attention(module, *args, **kwargs)
+    function = find_eager_attention(module) if own == "eager" else AttentionInterface()[own]
+    return function(module, *args, **kwargs)
 
 
 def _make_mask_of_call(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,6 @@ import functools
 import inspect
 import itertools
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,18 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from ..sharding.fully_sharded import recover, reshard
-from .attention import BINDING, FULL_MASKS, MASKS, NAME, Binding, make_additive, make_full_mask, register, run_attention
+from .attention import (
+    BINDING,
+    FULL_MASKS,
+    MASKS,
+    NAME,
+    Binding,
+    find_eager_attention,
+    make_additive,
+    make_full_mask,
+    register,
+    run_attention,
+)
 from .hooks import read_parameter_names
 
 _LOCK = threading.RLock()  # hooks of users may call this package while a model runs in a trial
@@ -687,13 +697,6 @@ def _compare_calls(calls: list[_RecordedCall]) -> Callable[..., Any]:
     return run_ours
 
 
-def find_eager_attention(module: nn.Module) -> Any:
-    """Return the eager attention function in the file of a module's class, or None if the file has none."""
-    homes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
-    found = (getattr(home, "eager_attention_forward", None) for home in homes)
-    return next((function for function in found if function is not None), None)
-
-
 def _find_seeing(mask: Tensor | None) -> Tensor | None:
     """Return a bool mask ``[B, N]`` of the queries with a visible key in every head, or None without a 4-D mask."""
     if mask is None or mask.ndim != 4:
@@ -948,6 +951,11 @@ class Implementation:
         """Return the attentions that the model had before this package's."""
         assert self.configurations is not None
         return {each.attention for each in self.configurations.list_all() if each.attentions}
+
+    def list_watched_attentions(self) -> set[str | None]:
+        """Return the attentions that the bound modules had before this package's."""
+        assert self.configurations is not None
+        return {each.attention for each in self.configurations.list_all() if any(each.own is c for c in self.watched)}
 
     def restore(self) -> None:
         """Remove this user's bindings. Restore the former attention if no other user needs this package's.

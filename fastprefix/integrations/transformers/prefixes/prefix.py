@@ -30,7 +30,6 @@ from ..models.attention import (
     get_carried_bindings,
     make_window_bias,
     refuse_lost_bindings,
-    restore_checkpoints,
     runs_again,
 )
 from ..models.discovery import Layer, find_backbone, find_first_tensor
@@ -241,8 +240,16 @@ class LayerBinding(Binding):
         self.heads = call.heads
         self.index = index
         self.window = layer.window if shifts else None  # the sliding window that cuts the prefix
+        self.layer = layer
         self.projection = layer.projection  # set if the layer projects the method's states
         self.hidden: Tensor | None = None  # the layer's input, until its attention is done
+
+    def hook_layer(self) -> list[RemovableHandle]:
+        """Set the hooks that keep the layer's input if the gates need it."""
+        if not self.call.method.needs_hidden():
+            return []
+        assert self.layer.entry is not None  # checked before anything was changed
+        return HiddenWatch(self.layer.module).install(self.layer.entry)
 
     def get_prefix(self, query: Tensor, key: Tensor, value: Tensor) -> Prefix | None:
         """Return the prefix in the query's dtype."""
@@ -375,10 +382,7 @@ class PrefixHooks:
             self.handles.append(self.embedding.register_forward_hook(self.tie))
         if self.encoder is not None:
             self.handles.append(Interception(self.encoder, self.run_encoder))
-        if self.method.needs_hidden():
-            for layer in self.layers:
-                assert layer.entry is not None  # checked before anything was changed
-                self.handles += HiddenWatch(layer.module).install(layer.entry)
+        self.handles += [handle for binding in self.bindings.values() for handle in binding.hook_layer()]
 
     def _make_bindings(self, call: PrefixCall) -> dict[nn.Module, LayerBinding]:
         """Return the bindings of all layers to a call."""
@@ -511,7 +515,6 @@ class PrefixHooks:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
-        restore_checkpoints(self.backbone)
         if self.implementation is not None:
             self.implementation.restore()
         if isinstance(self.method, Composition):

@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from ....methods import PromptMethod
 from ..adapter import Casts
-from ..models.attention import WatchHandle, make_two_adapters_error
+from ..models.attention import WatchHandle, carry_through_checkpoints, make_two_adapters_error
 from ..models.discovery import find_entry, find_input_path, list_ordinary_ids
 from ..models.hooks import (
     CallState,
@@ -159,6 +159,7 @@ class PromptHooks:
         refuse_replicas(self.backbone)
         refuse_names(kwargs, self.backbone)
         arguments = name_arguments(self.names, args, kwargs)
+        carry_through_checkpoints(self.model)
         return run_gathered(self.backbone, self.method, lambda: self.run_in_every_row(forward, arguments))
 
     def _list_around(self, model: PreTrainedModel) -> list[PreTrainedModel]:

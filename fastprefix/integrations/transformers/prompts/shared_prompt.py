@@ -29,7 +29,6 @@ from ..models.attention import (
     carry_through_checkpoints,
     carrying,
     make_window_bias,
-    restore_checkpoints,
 )
 from ..models.discovery import Layer, find_backbone, find_layers, list_ordinary_ids
 from ..models.hooks import (
@@ -213,7 +212,6 @@ class SharedPromptHooks(PromptHooks):
         self.required = required  # shared_prompt=True: calls that cannot share the prompt raise an error
         self.count = 1  # prompts of equal length
         self.shift = PositionShift(self.backbone, self.positions)
-        self.suspended = False  # the call runs on the model's own attention, which returns weights
         self.randomness = Randomness(self.backbone)
         self.kept: _Kept | None = None  # for inference
         self.windows = any(layer.window is not None for layer in layers)
@@ -262,12 +260,11 @@ class SharedPromptHooks(PromptHooks):
             if reason is None:
                 output = self.run_shared(forward, arguments, past)
             else:
-                if asks_for(arguments, self.backbone, "output_attentions"):
-                    self.suspend()
-                with carrying(CarriedBindings(self.bindings)):
+                own = self.find_own_attention() if asks_for(arguments, self.backbone, "output_attentions") else None
+                with carrying(CarriedBindings(self.bindings, own)):
                     output = self.run_in_every_row(forward, arguments)
         finally:
-            self.end_call()
+            self.shift.end()
         return output
 
     def run_shared(self, forward: Forward, arguments: dict[str, Any], past: int) -> Any:
@@ -302,30 +299,21 @@ class SharedPromptHooks(PromptHooks):
         if shared.past == 0 or not hasattr(cache, SHARED):
             setattr(cache, SHARED, shared)
 
-    def end_call(self) -> None:
-        """Reset the state of one call."""
-        self.shift.end()
-        if self.suspended:
-            assert self.implementation is not None
-            self.implementation.resume()
-            self.suspended = False
-
-    def suspend(self) -> None:
-        """Run the next call on the model's own attention, which returns attention weights.
+    def find_own_attention(self) -> str:
+        """Return the name of the model's own attention, which returns attention weights.
 
         Raises:
             ValueError: if the model's own attention is not "eager", the only one that returns weights.
         """
         assert self.implementation is not None
-        self.implementation.restore()
-        self.suspended = True
-        readers: list[Any] = [module for module in self.bindings if hasattr(module, "config")] or [self.model]
-        names = {str(module.config._attn_implementation) for module in readers}
+        names = self.implementation.list_watched_attentions()
         if names != {"eager"}:
             raise ValueError(
-                f'`output_attentions` requires a model with attn_implementation="eager", but it is {", ".join(names)}. '
-                "Detach the adapter, set the attention implementation and attach the adapter again."
+                '`output_attentions` requires a model with attn_implementation="eager", but it is '
+                f"{', '.join(sorted(map(str, names)))}. Detach the adapter, set the attention implementation and "
+                "attach the adapter again."
             )
+        return "eager"
 
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
@@ -357,7 +345,6 @@ class SharedPromptHooks(PromptHooks):
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         super().remove()
-        restore_checkpoints(self.backbone)
         if self.implementation is not None:
             self.implementation.restore()
 

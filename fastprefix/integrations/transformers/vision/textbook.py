@@ -11,8 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from ....methods import VisualMethod
 from ..checking.textbook import switch_to_textbook
-from ..models.attention import make_additive
-from ..models.switching import find_eager_attention
+from ..models.attention import find_eager_attention, make_additive
 from .visual_prompt import VisionStack
 
 _NAME = "fastprefix_vision_textbook"
