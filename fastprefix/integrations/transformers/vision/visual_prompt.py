@@ -31,8 +31,7 @@ from ..models.attention import (
     WatchHandle,
     carry_through_checkpoints,
     carrying,
-    find_binding,
-    restore_checkpoints,
+    get_carried_bindings,
     runs_again,
 )
 from ..models.discovery import ModuleCall, find_layers, record_calls
@@ -231,9 +230,9 @@ class RowsBinding(Binding):
         self.image_rows: Prefix | None = None  # keys and values ``[B, Hkv, A, D]`` of the rows that differ by image
         self.attention: Tensor | None = None  # attention of the class token to the tokens ``[B, N]``, if needed
 
-    def acts(self) -> bool:
-        """Return whether the rows are shared."""
-        return self.call.prefixes is not None
+    def hook_layer(self) -> list[Interception]:
+        """Set the interception of the layer, unless the hooks are installed."""
+        return [] if self.hooks.block_handles else [self.hooks.intercept(self.index)]
 
     def attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Store the keys and values of rows that run alone. The output of each row is its own value."""
@@ -310,17 +309,17 @@ class VisualHooks:
                 self.implementation = Implementation(self.stack.part, {**self.bindings})
             else:
                 self.implementation.resume()
-        self.block_handles = [
-            Interception(block, functools.partial(self.run_block, index))
-            for index, block in enumerate(self.stack.blocks)
-        ]
+        self.block_handles = [self.intercept(index) for index in range(len(self.stack.blocks))]
         self.handles = [Interception(self.stack.part, self.run), WatchHandle(self.bindings), *self.block_handles]
+
+    def intercept(self, index: int) -> Interception:
+        """Intercept the calls of a layer."""
+        return Interception(self.stack.blocks[index], functools.partial(self.run_block, index))
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
-        restore_checkpoints(self.stack.part)
         if self.implementation is not None:
             self.implementation.restore()
         self.handles, self.block_handles = [], []
@@ -338,16 +337,14 @@ class VisualHooks:
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
-        call = RowsCall()
-        if reason is None:
-            assert self.implementation is not None
+        if self.implementation is not None:
             self.implementation.check()
             if asks_for(arguments, self.stack.part, "output_attentions"):
                 raise ValueError(
-                    "`output_attentions` must be False with shared visual prompts, whose kernels do not return "
-                    "attention weights."
+                    "`output_attentions` must be False with visual prompts that are shared without dropout, whose "
+                    "kernels do not return attention weights."
                 )
-            call = self.run_rows()
+        call = self.run_rows() if reason is None else RowsCall()
         carry_through_checkpoints(self.stack.part)
         with carrying(CarriedBindings(self._make_bindings(call))):
             output = forward(*args, **kwargs)
@@ -360,32 +357,34 @@ class VisualHooks:
         """Return the reason why every image must contain the rows, or None if they run once for the whole batch."""
         return self.method.sees_tokens(training) or self.stack.reason
 
-    def find_binding(self, index: int) -> RowsBinding:
-        """Return a layer's binding in the call in progress, or for a recomputed layer in the call it belongs to."""
-        attention = self.stack.attentions[index]
-        binding = find_binding(attention)
-        return binding if isinstance(binding, RowsBinding) else self.bindings[attention]
+    def find_binding(self, index: int) -> RowsBinding | None:
+        """Return a layer's binding in the call in progress, or None if that call runs without this adapter."""
+        carried, attention = get_carried_bindings(), self.stack.attentions[index]
+        binding = self.bindings[attention] if carried is None else carried.bindings.get(attention)
+        return binding if isinstance(binding, RowsBinding) and binding.hooks is self else None
 
     def run_rows(self) -> RowsCall:
         """Run the rows alone."""
         rows: Tensor | None = None
         prefixes: list[Prefix] = []
         former: Tensor | None = None
-        with suspend_checkpointing(self.stack.part):  # recomputed layers are assumed to run on tokens
+        # Recomputed layers are assumed to run on tokens.
+        with suspend_checkpointing(self.stack.part), carrying(CarriedBindings(self.bindings)):
             for index in range(len(self.stack.blocks)):
                 rows = self.method.make_rows(index, former, 1)
-                former, prefix = self.run_alone(index, rows)
+                former, prefix = self.run_alone(index, self.block_handles[index].forward, rows)
                 prefixes.append(prefix)
         return RowsCall(prefixes, rows)
 
-    def run_alone(self, index: int, rows: Tensor) -> tuple[Tensor, Prefix]:
+    def run_alone(self, index: int, forward: Forward, rows: Tensor) -> tuple[Tensor, Prefix]:
         """Run a layer on rows ``[B, P, d]`` alone, and return its output for them, and their keys and values."""
         former, self.running_rows = self.running_rows, True
         binding, call = self.find_binding(index), self.stack.calls[index]
+        assert binding is not None
         rows = rows.to(self.stack.part.dtype)
         args, kwargs = change_tokens(call.args, call.kwargs, lambda _: rows)
         try:
-            output = self.block_handles[index].forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             self.running_rows = former
         captured, binding.captured = binding.captured, None
@@ -396,14 +395,16 @@ class VisualHooks:
     def run_block(self, index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer. If the rows are not shared, insert them into every image."""
         binding = self.find_binding(index)
-        owner, call = binding.hooks, binding.call  # a recomputed layer may belong to another adapter
+        if binding is None:
+            return forward(*args, **kwargs)
+        call = binding.call
         if call.prefixes is not None:
-            return owner.run_beside_rows(index, forward, args, kwargs)
+            return self.run_beside_rows(index, forward, args, kwargs)
         place, former = self.stack.leading, call.rows if index else 0
 
         def insert(state: Tensor) -> Tensor:
             own = state[:, place : place + former] if former else None
-            rows = owner.method.make_rows(index, own, len(state)).to(state)
+            rows = self.method.make_rows(index, own, len(state)).to(state)
             call.rows, call.tokens = rows.shape[1], state.shape[1] - former
             return torch.cat([state[:, :place], rows, state[:, place + former :]], dim=1)
 
@@ -474,10 +475,11 @@ class VisualHooks:
         args, kwargs = change_tokens(args, kwargs, split)
         assert tokens is not None
         binding = self.find_binding(index)
+        assert binding is not None
         binding.call.tokens = tokens.shape[1]
         rows, after = self.method.make_image_rows(index, tail), None
         if rows is not None:
-            after, binding.image_rows = self.run_alone(index, rows)
+            after, binding.image_rows = self.run_alone(index, forward, rows)
         try:
             output = forward(*args, **kwargs)
         finally:

@@ -128,9 +128,9 @@ def test_rows_run_once_for_the_whole_batch(case: str, monkeypatch: pytest.Monkey
     model, shapes = attached(**OPTIONS[case]), []
     own = vision.VisualHooks.run_alone
 
-    def record(hooks: Any, index: int, rows: Tensor) -> Any:
+    def record(hooks: Any, index: int, forward: Any, rows: Tensor) -> Any:
         shapes.append((index, tuple(rows.shape[:2])))
-        return own(hooks, index, rows)
+        return own(hooks, index, forward, rows)
 
     monkeypatch.setattr(vision.VisualHooks, "run_alone", record)
     run(model)

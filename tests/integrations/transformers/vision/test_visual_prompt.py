@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,66 @@ def test_layers_are_recomputed_with_the_adapter_of_their_call(depth: str, dropou
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+KINDS: dict[str, Callable[[], Any]] = {
+    "deep": lambda: fastprefix.VisualPromptConfig(ROWS, depth="deep", modules_to_save=[]),
+    "shallow": lambda: fastprefix.VisualPromptConfig(ROWS, modules_to_save=[]),
+    "dropout": lambda: fastprefix.VisualPromptConfig(ROWS, depth="deep", dropout=1e-30, modules_to_save=[]),
+    "ship": lambda: fastprefix.SHIPConfig(
+        3, num_shared=2, num_attribute=2, bank=3, matching_loss=True, modules_to_save=[]
+    ),
+    "prefix": lambda: fastprefix.PrefixTuningConfig(ROWS, modules_to_save=[]),
+}
+
+
+def two_adapters(first: str, then: str) -> Any:
+    """Return a model in training mode with two adapters, the first of which is in use."""
+    model = fastprefix.attach(vision_models.vit(), KINDS[first](), name="first", check=False)
+    models.randomize(model)
+    fastprefix.attach(model, KINDS[then](), name="then", check=False)
+    models.randomize(model)
+    return fastprefix.set_adapter(model.train(), "first")
+
+
+def loss_of(model: Any) -> Tensor:
+    """Return the sum of the squared logits and the matching loss."""
+    loss: Tensor = run(model).logits.square().sum()
+    matching = getattr(model.fastprefix, "matching_loss", None)
+    return loss if matching is None else loss + matching
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("ship", "deep"), ("ship", "prefix"), ("shallow", "deep"), ("shallow", "prefix"), ("dropout", "prefix")],
+)
+def test_an_adapter_of_another_kind_is_in_use_when_layers_are_recomputed(first: str, then: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = two_adapters(first, then)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        method, loss = model.fastprefix, loss_of(model)
+        fastprefix.set_adapter(model, "then")
+        loss.backward()
+        gradients.append([parameter.grad for parameter in method.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "match"),
+    [
+        ("dropout", lambda model: fastprefix.set_adapter(model, "then"), "the attention is"),
+        ("shallow", fastprefix.detach, "other parameters of the layers"),
+    ],
+)
+def test_a_backward_pass_after_a_change_of_the_layers_is_refused(first: str, change: Any, match: str) -> None:
+    model = two_adapters(first, "shallow")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = loss_of(model)
+    change(model)
+    with pytest.raises(RuntimeError, match=f"switched, disabled or detached before .* {match}"):
+        loss.backward()
+
+
 def test_deep_rows_with_dropout_stand_in_every_image() -> None:
     model = attached("vit", "deep", check=False, dropout=0.3)
     expected = run(model).logits
@@ -245,6 +306,8 @@ def test_attention_weights() -> None:
     assert run(model, output_attentions=True).attentions[0].shape == (3, 4, rows, rows)
     with pytest.raises(ValueError, match="`output_attentions` must be False"):
         run(attached("vit", "deep", check=False), output_attentions=True)
+    with pytest.raises(ValueError, match="`output_attentions` must be False"):
+        run(attached("vit", "deep", check=False, dropout=0.5).train(), output_attentions=True)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
