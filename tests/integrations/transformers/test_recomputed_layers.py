@@ -303,6 +303,17 @@ def test_a_call_without_a_backward_pass_is_freed(method: str, checkpoints: Calla
     assert all(state() is None for state in states)
 
 
+def test_a_compiled_model_with_gates() -> None:
+    """Keeping the layer's input breaks the graph, so that the checkpoint runs, and is recomputed, uncompiled."""
+    model = models.decoder(layers=1).double()
+    set_checkpointing(model, False)
+    fastprefix.attach(model, METHODS["apt"](), check=False)
+    models.randomize(model.train())
+    torch.compiler.reset()
+    losses = [loss_of(torch.compile(model, backend="eager"), SHORT), loss_of(model, SHORT)]
+    assert_same(*(differentiate(model.fastprefix.parameters(), loss) for loss in losses))
+
+
 def test_detaching_restores_the_checkpointing_functions() -> None:
     model = windowed()
     set_checkpointing(model, False)

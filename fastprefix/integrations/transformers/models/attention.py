@@ -467,7 +467,7 @@ _CHECKPOINTS = ("_gradient_checkpointing_func", CHECKPOINT_WRAPPER)
 
 
 def carry_through_checkpoints(backbone: nn.Module) -> None:
-    """Make every gradient checkpointing function recompute layers with the bindings of their first run."""
+    """Make every gradient checkpointing function recompute layers with the state of their first run."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for module in backbone.modules():
