@@ -113,8 +113,9 @@ def test_checkpointed_layers_run_again_as_in_their_own_call() -> None:
 def test_layers_are_recomputed_with_the_adapter_of_their_call(depth: str, dropout: float) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = attached("vit", depth, check=False, dropout=dropout, name="a")
-        fastprefix.attach(model, fastprefix.VisualPromptConfig(ROWS + 1, depth=depth), name="b", check=False)
+        model = attached("vit", depth, check=False, dropout=dropout, name="a", modules_to_save=[])
+        other = fastprefix.VisualPromptConfig(ROWS + 1, depth=depth, modules_to_save=[])
+        fastprefix.attach(model, other, name="b", check=False)
         models.randomize(model)
         model.train()
         if checkpointing:
