@@ -413,9 +413,12 @@ def publish(study: str, title: str) -> str:
     record = read(FOLDER / study / "study.json")
     table = next(table for table in summarize(record) if title in table.header)
     known = {row["method"] for row in record.rows}
-    missing = dict.fromkeys(question for question, *pair in list_pairs(record) if not known.issuperset(pair))
-    rest = ["", "Not measured yet, or only for some pairs of cells:", "", *(f"- {each}" for each in missing)]
-    return "\n".join(["", table.markdown(), *(rest if missing and title == "answer" else []), "", ""])
+    asked = {question for question, *pair in list_pairs(record) if known.issuperset(pair)}
+    partial = dict.fromkeys(
+        question for question, *pair in list_pairs(record) if question in asked and not known.issuperset(pair)
+    )
+    rest = ["", "Measured only for some pairs of cells so far:", "", *(f"- {each}" for each in partial)]
+    return "\n".join(["", table.markdown(), *(rest if partial and title == "answer" else []), "", ""])
 
 
 def answer(differences: pd.Series) -> list[str]:
