@@ -58,7 +58,7 @@ class PeftMixture(MixtureHooks):
                 f"({', '.join(sorted(trained))}), since all rows would use those of the active adapter. Run each "
                 "adapter in its own batch, with set_adapter."
             )
-        if "MULTITASK" in str(self.peft_model.peft_type):
+        if self.peft_model.peft_type == "MULTITASK_PROMPT_TUNING":
             raise ValueError(
                 "`adapter_names` must not be given to a PEFT model with multitask prompts. Pass `task_ids` instead, "
                 "which may differ between rows."

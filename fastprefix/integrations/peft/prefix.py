@@ -23,7 +23,6 @@ from ..transformers.mixed_batches.mixing import check_names
 from ..transformers.mixed_batches.span_store import KeyedPrefix
 from ..transformers.models.attention import (
     BINDING,
-    NAME,
     Binding,
     CarriedBindings,
     GivenPrefix,
@@ -31,6 +30,7 @@ from ..transformers.models.attention import (
     carry_through_checkpoints,
     carrying,
     get_carried_bindings,
+    is_ours,
     make_two_adapters_error,
     restore_checkpoints,
 )
@@ -358,7 +358,7 @@ def _find_registered(names: set[str | None]) -> str | None:
     """Return the attention implementation of a model's configurations if it is unique and registered, or None."""
     name = next(iter(names)) if len(names) == 1 else None
     known = name in AttentionInterface() and name in AttentionMaskInterface()
-    return name if known and not str(name).startswith(NAME) else None
+    return name if known and not is_ours(name) else None
 
 
 def _refuse_replica(module: nn.Module, args: tuple[Any, ...]) -> None:

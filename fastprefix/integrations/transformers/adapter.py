@@ -393,6 +393,7 @@ def _fit_shape(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _is_tracing() -> bool:
+    # PyTorch declares no types for ``torch.jit.is_tracing``.
     return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
@@ -518,7 +519,7 @@ class Attachment:
         self.active: str | None = None
         self.together: set[str] = set()  # the names of adapters that are trained in the same batches
         self.routing: Any = None  # selects the adapters for the rows of each call
-        self.guard = BackwardGuard(self)
+        self.backward_guard = BackwardGuard(self)
         self.carried = False  # True once a PEFT model around the model also saves and loads the adapter in use
         if not self.had_tuners:  # otherwise PEFT has already frozen the base model
             model.requires_grad_(False)
@@ -533,7 +534,7 @@ class Attachment:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         self.configurations.release()
-        self.guard.remove()
+        self.backward_guard.remove()
         restore_checkpoints(model)
         if self.quantized:
             vars(model)["is_quantized"] = True

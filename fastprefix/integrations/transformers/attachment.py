@@ -336,7 +336,7 @@ def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
     attachment.register_together(model)
     attachment.user.acts = name is not None
     attachment.routing.install()
-    attachment.guard.install(model)
+    attachment.backward_guard.install(model)
     carry_through_checkpoints(model)  # a call without an adapter is recomputed on the attention that it ran on
 
 

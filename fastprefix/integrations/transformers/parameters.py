@@ -62,7 +62,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     attachment, base = get_attachment(model), find_base_model(model)
     adapter = attachment.adapter
-    together = [TOGETHER] if attachment.together - {attachment.active} else []
+    together = [TOGETHER] if hasattr(base, TOGETHER) else []
     modules = [] if adapter.merged else [MODULE, *adapter.saved_modules, *together]
     groups, seen = {}, set[nn.Parameter]()
     for name in modules:

@@ -283,11 +283,10 @@ class AdapterStore:
 
 def _identify(prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:
     """Return a hash of the last token's keys and values, which is the same when an adapter is loaded again."""
-    digest = hashlib.sha256()
-    for prefix in prefixes.values():
-        for tensor in (prefix.key, prefix.value):
-            digest.update(tensor[:, -1:].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    pairs = [(each.key, each.value) for each in prefixes.values()]
+    last = [tensor[:, -1:].detach().float().flatten() for pair in pairs for tensor in pair]
+    joined = torch.cat([tensor.to(last[0].device) for tensor in last]) if last else torch.empty(0)
+    return hashlib.sha256(joined.cpu().numpy().tobytes()).hexdigest()  # a single copy from the device
 
 
 def _copy_gathered(method: Any, heads: TensorParallelHeads | None) -> Any:

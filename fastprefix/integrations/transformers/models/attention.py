@@ -433,9 +433,9 @@ class _CarryingRun:
         """
         now = _read_attention(self.module)
         if self.attention is not None and now is not None and now != self.attention:
-            if not _is_ours(self.attention) and _is_ours(now):
+            if not is_ours(self.attention) and is_ours(now):
                 return CarriedBindings({} if self.carried is None else self.carried.bindings, self.attention)
-            if _is_ours(self.attention) and not _is_ours(now):
+            if is_ours(self.attention) and not is_ours(now):
                 raise _make_changed_error(f"the attention is {now!r} now")
         if self.trained is not None and self.trained != [each.requires_grad for each in self.module.parameters()]:
             raise _make_changed_error("other parameters of the layers are trained now")
@@ -449,8 +449,9 @@ def _read_attention(module: nn.Module) -> str | None:
     return next((str(name) for name in names if name is not None), None)
 
 
-def _is_ours(attention: str) -> bool:
-    return attention.startswith(NAME)
+def is_ours(attention: object) -> bool:
+    """Return whether the name of an attention is one of this package's."""
+    return str(attention).startswith(NAME)
 
 
 def _make_changed_error(change: str) -> RuntimeError:

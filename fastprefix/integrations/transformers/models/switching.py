@@ -35,6 +35,7 @@ from .attention import (
     NAME,
     Binding,
     find_eager_attention,
+    is_ours,
     make_additive,
     make_full_mask,
     register,
@@ -765,7 +766,7 @@ class _Configuration:
 
     def forgo(self, user: User) -> None:
         """Set the attention for the remaining users, unless other code has switched it to another one."""
-        if self.attentions.pop(user, None) is None or not str(self.own._attn_implementation).startswith(NAME):
+        if self.attentions.pop(user, None) is None or not is_ours(self.own._attn_implementation):
             return
         setattr(
             self.own, _ATTENTION, _choose_strongest(self.attentions.values()) if self.attentions else self.attention
@@ -940,7 +941,7 @@ class Implementation:
     def check(self) -> None:
         """Raise RuntimeError if other code has switched the attention. This package's own trials may switch it."""
         for config in self.watched:
-            if not str(name := config._attn_implementation).startswith(NAME):
+            if not is_ours(name := config._attn_implementation):
                 raise RuntimeError(
                     "`set_attn_implementation` must not be called while an adapter is on the model, but the "
                     f"attention is {name!r}. Set it to {self.name!r} again, or remove the adapter with "
